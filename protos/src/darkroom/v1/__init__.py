@@ -1,0 +1,1 @@
+"""The generated messages and stubs of package ``darkroom.v1``."""

@@ -1,0 +1,1 @@
+"""Darkroom's server: text-to-image diffusion models behind gRPC."""

@@ -1,0 +1,76 @@
+"""The job: one accepted ``Generate`` call, as plain data that crosses process boundaries."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+SEED_BOUND = 2**63
+"""Seeds are drawn and counted modulo this, so that each fits a signed 64-bit integer."""
+
+
+class ImageFormat(StrEnum):
+    """How the pixels of an image are encoded."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+    RAW_RGB = "raw_rgb"
+
+    @property
+    def takes_quality(self) -> bool:
+        """True where the encoding is lossy and obeys a quality of 1 to 100."""
+        return self in (ImageFormat.JPEG, ImageFormat.WEBP)
+
+
+class SchedulerName(StrEnum):
+    """The noise schedulers that a request may name, whatever the model offers."""
+
+    DDIM = "ddim"
+    DDPM = "ddpm"
+    PNDM = "pndm"
+    LMS = "lms"
+    EULER = "euler"
+    EULER_ANCESTRAL = "euler_ancestral"
+    HEUN = "heun"
+    DPMPP_2M = "dpmpp_2m"
+    DPMPP_2M_KARRAS = "dpmpp_2m_karras"
+    DPMPP_2M_SDE = "dpmpp_2m_sde"
+    DPMPP_2M_SDE_KARRAS = "dpmpp_2m_sde_karras"
+    UNIPC = "unipc"
+    DEIS = "deis"
+    LCM = "lcm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One accepted call, complete: no field is left to a default of the model.
+
+    ``id`` is unique among the jobs of one server. Times are ``time.monotonic`` seconds, which on
+    Linux all processes of a machine share. ``priority`` is higher for what is more urgent.
+    """
+
+    id: str
+    model: str
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    seed: int
+    image_count: int
+    scheduler: SchedulerName
+    format: ImageFormat
+    quality: int
+    exact: bool
+    submitted_at: float
+    deadline: float | None = None
+    priority: int = 0
+
+    def seed_of(self, image_index: int) -> int:
+        """The seed that draws image ``image_index`` of this job alone."""
+        return (self.seed + image_index) % SEED_BOUND
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows that one image takes in a pass: two with classifier-free guidance, else one."""
+        return 2 if self.guidance_scale > 1.0 else 1

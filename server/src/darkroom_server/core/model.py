@@ -1,0 +1,99 @@
+"""What a loaded model is, takes and runs as: the plain face of a diffusers pipeline."""
+
+from dataclasses import dataclass
+
+from darkroom_server.core.job import ImageFormat, SchedulerName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDefaults:
+    """What an unset field of a request means. Sizes in pixels."""
+
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    scheduler: SchedulerName
+    format: ImageFormat = ImageFormat.PNG
+    quality: int = 90
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLimits:
+    """What a request may ask of a model; every bound is inclusive, sizes are in pixels."""
+
+    min_size: int
+    max_size: int
+    size_multiple: int
+    prompt_tokens: int
+    max_rows: int
+    max_guidance_scale: float = 50.0
+    max_image_count: int = 16
+    max_prompt_bytes: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOffer:
+    """A scheduler that a model offers, and the steps it takes (inclusive)."""
+
+    name: SchedulerName
+    min_steps: int
+    max_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRuntime:
+    """How a model runs; ``slice_size`` is empty without sliced attention."""
+
+    device: str
+    dtype: str
+    preset: str
+    attention: str
+    slice_size: str
+    autocast: bool
+    vae_tiling: bool
+    channels_last: bool
+    fp8_storage: bool
+    safety_checker: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeeds:
+    """What passes and decodes take besides the weights, measured at warm-up, in bytes.
+
+    ``bytes_per_row`` and ``bytes_per_decode`` are for an image of ``pixels``, and grow in
+    proportion; ``available_bytes`` is what the device had left, less a safety margin.
+    """
+
+    pixels: int
+    bytes_per_row: int
+    bytes_per_decode: int
+    available_bytes: int
+
+    def needed(self, width: int, height: int, rows: int) -> int:
+        """The peak of one image of ``rows`` rows: its decode comes after its last pass."""
+        at_once = max(rows * self.bytes_per_row, self.bytes_per_decode)
+        return round(at_once * (width * height / self.pixels))
+
+    def rows_that_fit(self, width: int, height: int) -> int:
+        """Rows of one pass at this size, at least 2: what fails alone is refused elsewhere."""
+        per_row = max(1.0, self.bytes_per_row * (width * height / self.pixels))
+        return max(2, int(self.available_bytes / per_row))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A model that is loaded and warmed up."""
+
+    id: str
+    revision: str
+    kind: str
+    defaults: ModelDefaults
+    limits: ModelLimits
+    schedulers: tuple[SchedulerOffer, ...]
+    runtime: ModelRuntime
+    memory: MemoryNeeds
+
+    def offer(self, name: SchedulerName) -> SchedulerOffer | None:
+        """The offer for scheduler ``name``, or None where this model does not offer it."""
+        return next((offer for offer in self.schedulers if offer.name == name), None)

@@ -1,0 +1,65 @@
+"""Who goes first: one pure function, for jobs that wait and for the rows of the next pass.
+
+Each key has a goal, the moment by which it should be done: its arrival, plus patience in
+proportion to the work that remains, or the caller's deadline where that is nearer. The nearest
+goal goes first. So short work overtakes long work, what is nearly done is finished, and nobody
+starves: whatever arrives later than ``patience`` seconds after a key comes behind it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+SECONDS_PER_STEP = 0.25
+"""Patience for one step; 40 steps let an 8-step job pass that comes up to 8 seconds later."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderKey:
+    """What the order knows of a job or a sample.
+
+    ``submitted_at``, ``deadline``: ``time.monotonic`` seconds. ``remaining_steps``: denoiser calls
+    still to make, over all images of a job. ``priority``: each level up halves the patience.
+    ``rows``: taken in a pass. ``alone``: shares no pass.
+    """
+
+    id: tuple[str, int]
+    submitted_at: float
+    remaining_steps: int
+    priority: int = 0
+    deadline: float | None = None
+    rows: int = 1
+    alone: bool = False
+
+    @property
+    def patience(self) -> float:
+        """Seconds after arrival within which the work should be done."""
+        return self.remaining_steps * SECONDS_PER_STEP / 2.0**self.priority
+
+    @property
+    def goal(self) -> float:
+        """The moment by which the work should be done."""
+        goal = self.submitted_at + self.patience
+        return goal if self.deadline is None else min(goal, self.deadline)
+
+
+def order(keys: Iterable[OrderKey]) -> list[OrderKey]:
+    """``keys`` with the most urgent first; equals in the order of arrival, then by id."""
+    return sorted(keys, key=lambda key: (key.goal, key.submitted_at, key.id))
+
+
+def pick(keys: Sequence[OrderKey], max_rows: int) -> list[OrderKey]:
+    """The keys of the next pass, together at most ``max_rows`` rows, most urgent first.
+
+    The most urgent key is always among them, be it wider than ``max_rows``, so that each gets its
+    turn. A key that is ``alone`` gets a pass of its own when it is the most urgent.
+    """
+    chosen: list[OrderKey] = []
+    rows = 0
+    for key in order(keys):
+        if not chosen and key.alone:
+            return [key]
+        if key.alone or (chosen and rows + key.rows > max_rows):
+            continue
+        chosen.append(key)
+        rows += key.rows
+    return chosen

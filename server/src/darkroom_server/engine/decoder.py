@@ -1,0 +1,69 @@
+"""Latents to pixels, one image at a time."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from darkroom_server.core.errors import Failure
+from darkroom_server.engine.failures import (
+    DECODE_FAILED,
+    NON_FINITE,
+    OUT_OF_MEMORY,
+    is_fatal,
+    is_out_of_memory,
+)
+
+log = structlog.get_logger(__name__)
+
+
+class Decoder:
+    """Decodes with a pipeline's VAE; values that are not finite are tried again in float32."""
+
+    def __init__(self, vae: Any, precision: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._vae = vae
+        self._precision = precision
+
+    def decode(self, latents: torch.Tensor) -> NDArray[np.uint8] | Failure:
+        """The pixels of ``latents`` [1, channels, h, w]: [height, width, 3], 0 to 255.
+
+        Raises what means that the device is lost.
+        """
+        try:
+            image = self._decode(latents)
+            if not torch.isfinite(image).all():
+                log.warning("decode was not finite, trying float32")
+                image = self._decode_float32(latents)
+                if not torch.isfinite(image).all():
+                    return NON_FINITE
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            if is_out_of_memory(error):
+                log.warning("decode ran out of memory")
+                return OUT_OF_MEMORY
+            log.exception("decode failed")
+            return DECODE_FAILED
+        # As diffusers' VaeImageProcessor does it, so that not one value differs.
+        unit = (image * 0.5 + 0.5).clamp(0, 1)
+        pixels = unit[0].permute(1, 2, 0).float().cpu().numpy()
+        return (pixels * 255).round().astype(np.uint8)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        with self._precision():
+            scaled = (latents / self._vae.config.scaling_factor).to(self._vae.dtype)
+            return self._vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def _decode_float32(self, latents: torch.Tensor) -> torch.Tensor:
+        dtype = self._vae.dtype
+        self._vae.to(dtype=torch.float32)
+        try:
+            with torch.autocast(latents.device.type, enabled=False):
+                scaled = latents.float() / self._vae.config.scaling_factor
+                return self._vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
+        finally:
+            self._vae.to(dtype=dtype)

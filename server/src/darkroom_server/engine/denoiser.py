@@ -1,0 +1,84 @@
+"""One pass of the denoiser over the rows of some samples."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import structlog
+import torch
+
+from darkroom_server.core.errors import Failure
+from darkroom_server.engine.failures import (
+    DENOISER_FAILED,
+    OUT_OF_MEMORY,
+    is_fatal,
+    is_out_of_memory,
+)
+from darkroom_server.engine.sample import Sample
+
+log = structlog.get_logger(__name__)
+
+
+class Denoiser:
+    """Packs samples into rows, calls the UNet once, and hands each sample its prediction.
+
+    ``max_rows`` bounds a pass; it falls when a pass runs out of memory.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        *,
+        max_rows: int,
+        precision: Callable[[], AbstractContextManager[Any]],
+        channels_last: bool = False,
+    ) -> None:
+        self.unet = unet
+        self.max_rows = max_rows
+        self._precision = precision
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def predict(self, samples: Sequence[Sample]) -> list[torch.Tensor | Failure]:
+        """The prediction for each sample, one row per embedding, or why there is none.
+
+        A pass that fails is split and its halves are tried, down to single samples, so that only
+        what fails alone fails. Raises what means that the device is lost.
+        """
+        try:
+            return list(self._forward(samples))
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            out_of_memory = is_out_of_memory(error)
+            log.warning(
+                "pass failed",
+                samples=len(samples),
+                rows=sum(sample.rows for sample in samples),
+                out_of_memory=out_of_memory,
+                exc_info=not out_of_memory,
+            )
+        # Outside the handler, whose traceback would keep the failed pass's tensors alive.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(samples) == 1:
+            return [OUT_OF_MEMORY if out_of_memory else DENOISER_FAILED]
+        half = len(samples) // 2
+        if out_of_memory:
+            rows = sum(sample.rows for sample in samples)
+            self.max_rows = max(2, min(self.max_rows, rows // 2))
+            log.warning("row limit lowered", max_rows=self.max_rows)
+        return self.predict(samples[:half]) + self.predict(samples[half:])
+
+    def _forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, ...]:
+        counts = [sample.rows for sample in samples]
+        latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
+        context = torch.cat([e.hidden for s in samples for e in s.embeddings])
+        timesteps = torch.stack([s.timestep.float() for s in samples for _ in range(s.rows)])
+        with self._precision():
+            predicted = self.unet(
+                latents.contiguous(memory_format=self._layout),
+                timesteps.to(latents.device),
+                encoder_hidden_states=context,
+                return_dict=False,
+            )[0]
+        return tuple(predicted.split(counts))

@@ -1,0 +1,63 @@
+"""Pixels to the caller's format, on threads beside the loop's."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from darkroom_server.core.events import EncodedImage, JobFailed
+from darkroom_server.engine.failures import ENCODE_FAILED
+from darkroom_server.engine.images import encode_image, sha256_of
+from darkroom_server.engine.model import LoadedModel
+from darkroom_server.engine.replay import replay_of
+from darkroom_server.engine.resident import Resident
+from darkroom_server.engine.sample import Sample
+
+log = structlog.get_logger(__name__)
+
+THREADS = 2
+
+
+class EncodingPool:
+    """Encodes finished images and delivers them; Pillow lets go of the lock while it compresses.
+
+    ``abandon`` is called with the id of a job whose image could not be encoded.
+    """
+
+    def __init__(self, abandon: Callable[[str], None]) -> None:
+        self._abandon = abandon
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="encode-image")
+
+    def submit(
+        self, resident: Resident, sample: Sample, model: LoadedModel, pixels: NDArray[np.uint8]
+    ) -> None:
+        """Encode ``pixels`` soon, and give the image to its job."""
+        self._pool.submit(self._encode, resident, sample, model, pixels)
+
+    def close(self) -> None:
+        """Finish what is being encoded, drop what waits."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _encode(
+        self, resident: Resident, sample: Sample, model: LoadedModel, pixels: NDArray[np.uint8]
+    ) -> None:
+        job = sample.job
+        try:
+            image = EncodedImage(
+                data=encode_image(pixels, job.format, job.quality),
+                format=job.format,
+                width=job.width,
+                height=job.height,
+                seed=sample.seed,
+                prompt_truncated=sample.prompt_truncated,
+                flagged=False,
+                replay=replay_of(sample, model, sha256_of(pixels)),
+            )
+        except Exception:
+            log.exception("image could not be encoded", job=job.id)
+            resident.end(JobFailed(job.id, ENCODE_FAILED))
+            self._abandon(job.id)
+            return
+        resident.deliver(sample.index, image)

@@ -1,0 +1,40 @@
+"""Which exceptions of torch mean what."""
+
+import torch
+
+from darkroom_server.core.errors import Failure, Reason
+
+_CPU_ALLOCATION = ("not enough memory", "can't allocate memory", "alloc_cpu")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True where an allocation failed; on a CPU torch says so in a plain RuntimeError's text."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(t in str(error) for t in _CPU_ALLOCATION)
+
+
+def is_fatal(error: Exception) -> bool:
+    """True where the device is lost, and with it every later call: the engine must end."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+OUT_OF_MEMORY = Failure(
+    Reason.OUT_OF_MEMORY,
+    "this image does not fit in the device's memory, even alone; ask for a smaller size",
+)
+NON_FINITE = Failure(
+    Reason.NON_FINITE,
+    "the model produced values that are not numbers for this image, in full precision too; "
+    "try another seed, scheduler or lower guidance",
+)
+DENOISER_FAILED = Failure(Reason.ENGINE_FAILED, "the denoiser failed on this image")
+SCHEDULER_FAILED = Failure(
+    Reason.SCHEDULER_FAILED,
+    "the scheduler failed on this image; try another scheduler or number of steps",
+)
+PROMPT_FAILED = Failure(Reason.ENGINE_FAILED, "the prompt could not be encoded")
+DECODE_FAILED = Failure(Reason.ENGINE_FAILED, "the image could not be decoded")
+ENCODE_FAILED = Failure(Reason.ENGINE_FAILED, "the image could not be encoded in its format")

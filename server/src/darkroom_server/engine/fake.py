@@ -1,0 +1,254 @@
+"""An engine that draws flat colours on command: for tests, ours and those of SDK users."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from darkroom_server.core.errors import Failure
+from darkroom_server.core.events import (
+    EncodedImage,
+    EngineDied,
+    EngineReady,
+    Event,
+    ImageReady,
+    JobCancelled,
+    JobFailed,
+    JobFinished,
+    JobStarted,
+    PassDone,
+    Replay,
+    SampleProgress,
+    StageSeconds,
+)
+from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.core.model import (
+    MemoryNeeds,
+    ModelDefaults,
+    ModelInfo,
+    ModelLimits,
+    ModelRuntime,
+    SchedulerOffer,
+)
+from darkroom_server.engine.images import encode_image, sha256_of
+
+FLAGGED = "[flagged]"
+"""A prompt that holds this draws an image that is withheld."""
+
+
+def fake_model(id: str = "demo") -> ModelInfo:
+    """A small model: 64 to 2048 pixels in steps of 8, of which about 1400² fits its memory."""
+    return ModelInfo(
+        id=id,
+        revision="fake",
+        kind="StableDiffusionPipeline",
+        defaults=ModelDefaults(
+            width=64, height=64, steps=4, guidance_scale=7.5, scheduler=SchedulerName.DDIM
+        ),
+        limits=ModelLimits(
+            min_size=64, max_size=2048, size_multiple=8, prompt_tokens=77, max_rows=8
+        ),
+        schedulers=(
+            SchedulerOffer(name=SchedulerName.DDIM, min_steps=1, max_steps=1000),
+            SchedulerOffer(name=SchedulerName.PNDM, min_steps=1, max_steps=1000),
+            SchedulerOffer(name=SchedulerName.EULER, min_steps=1, max_steps=1000),
+            SchedulerOffer(name=SchedulerName.DPMPP_2M, min_steps=2, max_steps=1000),
+            SchedulerOffer(name=SchedulerName.LCM, min_steps=1, max_steps=50),
+        ),
+        runtime=ModelRuntime(
+            device="cpu",
+            dtype="float32",
+            preset="fast",
+            attention="sdpa",
+            slice_size="",
+            autocast=False,
+            vae_tiling=False,
+            channels_last=False,
+            fp8_storage=False,
+            safety_checker=False,
+        ),
+        memory=MemoryNeeds(
+            pixels=64 * 64,
+            bytes_per_row=1024**2,
+            bytes_per_decode=1024**2,
+            available_bytes=1024**3,
+        ),
+    )
+
+
+def fake_image(job: Job, index: int) -> EncodedImage:
+    """Image ``index`` of ``job``: one flat colour, which its seed decides."""
+    seed = job.seed_of(index)
+    colour = list(hashlib.sha256(str(seed).encode()).digest()[:3])
+    pixels = np.full((job.height, job.width, 3), colour, np.uint8)
+    flagged = FLAGGED in job.prompt
+    return EncodedImage(
+        data=b"" if flagged else encode_image(pixels, job.format, job.quality),
+        format=job.format,
+        width=job.width,
+        height=job.height,
+        seed=seed,
+        prompt_truncated=len(job.prompt.split()) > 75,
+        flagged=flagged,
+        replay=Replay(
+            scheduler_class="FakeScheduler",
+            scheduler_config_json="{}",
+            device="cpu",
+            library_versions={"darkroom-server": "fake"},
+            rows_in_last_pass=job.rows_per_image,
+            pixels_sha256=sha256_of(pixels),
+        ),
+    )
+
+
+class FakeEngine:
+    """An ``Engine`` whose passes are taken when ``advance`` is called.
+
+    In a pass every resident image takes one step. With ``auto`` a job's passes are all taken as it
+    is submitted; with ``pass_seconds`` a thread takes one pass after the other, that far apart.
+    ``load`` False leaves the engine loading until ``become_ready`` is called, and
+    ``startup_error`` lets it die instead. ``on_submit`` and ``on_cancel`` are called as jobs come
+    and go. What happens is told from whatever thread makes it happen.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ModelInfo] = (),
+        *,
+        auto: bool = False,
+        pass_seconds: float | None = None,
+        load: bool = True,
+        startup_error: str | None = None,
+        on_submit: Callable[[Job], None] = lambda _: None,
+        on_cancel: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.models = tuple(models) or (fake_model(),)
+        self.closed = threading.Event()
+        self._auto = auto
+        self._pass_seconds = pass_seconds
+        self._load = load
+        self._startup_error = startup_error
+        self._on_submit = on_submit
+        self._on_cancel = on_cancel
+        self._emit: Callable[[Event], None] = lambda _: None
+        self._steps: dict[str, int] = {}
+        self._jobs: dict[str, Job] = {}
+        self._leaving: set[str] = set()
+        self._lock = threading.RLock()
+
+    def start(self, emit: Callable[[Event], None]) -> None:
+        """Load in no time, unless told otherwise."""
+        self._emit = emit
+        if self._startup_error is not None:
+            emit(EngineDied(self._startup_error))
+        elif self._load:
+            self.become_ready()
+        if self._pass_seconds is not None:
+            threading.Thread(target=self._run, name="fake-engine", daemon=True).start()
+
+    def submit(self, job: Job) -> None:
+        """Let ``job`` join the next pass."""
+        with self._lock:
+            self._jobs[job.id] = job
+            self._steps[job.id] = 0
+            self._on_submit(job)
+            if self._auto:
+                self.advance(job.steps)
+
+    def cancel(self, job_id: str) -> None:
+        """Drop a job at the next step boundary."""
+        with self._lock:
+            self._on_cancel(job_id)
+            if job_id in self._jobs:
+                self._leaving.add(job_id)
+            if self._auto:
+                self.advance(0)
+
+    def close(self) -> None:
+        """Stop taking passes; jobs end without an event."""
+        self.closed.set()
+
+    # What a test does.
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The jobs inside, in the order of their arrival."""
+        with self._lock:
+            return list(self._jobs.values())
+
+    def become_ready(self) -> None:
+        """Tell that the models are loaded."""
+        self._emit(EngineReady(self.models, load_seconds=0.0))
+
+    def advance(self, passes: int = 1) -> None:
+        """Let cancelled jobs go, and take so many passes."""
+        with self._lock:
+            self._let_go()
+            for _ in range(passes):
+                self._take_pass()
+                self._let_go()
+
+    def finish(self, job_id: str) -> None:
+        """Take, for one job alone, all the passes that it still needs."""
+        with self._lock:
+            self._end_well(self._jobs[job_id])
+
+    def fail(self, job_id: str, failure: Failure) -> None:
+        """Give a job up."""
+        with self._lock:
+            self._forget(job_id)
+            self._emit(JobFailed(job_id, failure))
+
+    def die(self, message: str = "the fake engine was told to die") -> None:
+        """Stop for good, with every job inside."""
+        with self._lock:
+            self._jobs.clear()
+            self._emit(EngineDied(message))
+
+    def _run(self) -> None:
+        while not self.closed.wait(self._pass_seconds):
+            self.advance()
+
+    def _let_go(self) -> None:
+        for job_id in self._leaving & self._jobs.keys():
+            self._forget(job_id)
+            self._emit(JobCancelled(job_id, expired=False, wasted_seconds=0.0))
+        self._leaving.clear()
+
+    def _take_pass(self) -> None:
+        if not self._jobs:
+            return
+        rows = sum(job.rows_per_image * job.image_count for job in self._jobs.values())
+        seconds = self._pass_seconds or 0.0
+        for job in self._jobs.values():
+            if self._steps[job.id] == 0:
+                self._emit(JobStarted(job.id))
+            self._steps[job.id] += 1
+            for index in range(job.image_count):
+                self._emit(
+                    SampleProgress(
+                        job_id=job.id,
+                        image_index=index,
+                        step=self._steps[job.id],
+                        steps=job.steps,
+                        rows=rows,
+                        seconds=seconds,
+                    )
+                )
+        self._emit(PassDone(model=self.models[0].id, rows=rows, seconds=seconds))
+        for job in list(self._jobs.values()):
+            if self._steps[job.id] >= job.steps:
+                self._end_well(job)
+
+    def _end_well(self, job: Job) -> None:
+        for index in range(job.image_count):
+            image = fake_image(job, index)
+            self._emit(ImageReady(job_id=job.id, image_index=index, image=image))
+        self._forget(job.id)
+        denoise = (self._pass_seconds or 0.0) * job.steps
+        self._emit(JobFinished(job.id, StageSeconds(denoise=denoise)))
+
+    def _forget(self, job_id: str) -> None:
+        del self._jobs[job_id]
+        del self._steps[job_id]

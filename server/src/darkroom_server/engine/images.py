@@ -1,0 +1,31 @@
+"""Pixels to bytes: the formats that a request may ask for."""
+
+import hashlib
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from darkroom_server.core.job import ImageFormat
+
+PNG_COMPRESSION = 1
+"""Level 1 takes two thirds of level 6's time, for a tenth more bytes."""
+
+
+def encode_image(pixels: NDArray[np.uint8], format: ImageFormat, quality: int) -> bytes:
+    """``pixels`` [height, width, 3] in ``format``; ``quality`` 1 to 100, for JPEG and WebP."""
+    if format is ImageFormat.RAW_RGB:
+        return pixels.tobytes()
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    if format is ImageFormat.PNG:
+        image.save(buffer, "PNG", compress_level=PNG_COMPRESSION)
+    else:
+        image.save(buffer, format.name, quality=quality)
+    return buffer.getvalue()
+
+
+def sha256_of(pixels: NDArray[np.uint8]) -> str:
+    """SHA-256 of the RGB bytes, row by row, in hex: the same in every format."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()

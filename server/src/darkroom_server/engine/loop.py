@@ -1,0 +1,235 @@
+"""The engine's heartbeat: schedule, run, postprocess, once for every pass of the denoiser."""
+
+import queue
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from darkroom_server.core.errors import Failure
+from darkroom_server.core.events import (
+    Event,
+    JobCancelled,
+    JobFailed,
+    JobStarted,
+    PassDone,
+    SampleProgress,
+)
+from darkroom_server.core.job import Job
+from darkroom_server.core.order import pick
+from darkroom_server.core.turns import Turns
+from darkroom_server.engine.encoding import EncodingPool
+from darkroom_server.engine.failures import PROMPT_FAILED, SCHEDULER_FAILED, is_fatal
+from darkroom_server.engine.memory import MemoryReporter
+from darkroom_server.engine.model import LoadedModel
+from darkroom_server.engine.resident import Resident
+from darkroom_server.engine.roster import Roster
+from darkroom_server.engine.sample import Group, Sample
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Drop a job at the next step boundary."""
+
+    job_id: str
+
+
+class Close:
+    """End the loop at the next step boundary."""
+
+
+class EngineLoop:
+    """Develops the samples of all resident jobs; ``run`` is the only method that blocks.
+
+    Everything that touches torch happens on the thread that calls ``run``. ``submit``, ``cancel``
+    and ``close`` may be called from any thread; ``emit`` is called from ``run``'s thread and from
+    those that encode images.
+    """
+
+    def __init__(self, models: Mapping[str, LoadedModel], emit: Callable[[Event], None]) -> None:
+        self._models = models
+        self._emit = emit
+        self._inbox: queue.SimpleQueue[Job | Cancel | Close] = queue.SimpleQueue()
+        self._roster = Roster(emit)
+        self._turns: Turns[Group] = Turns()
+        self._encoding = EncodingPool(abandon=self.cancel)
+        self._memory = MemoryReporter({model.device for model in models.values()}, emit)
+
+    def submit(self, job: Job) -> None:
+        """Let ``job`` join at the next step boundary."""
+        self._inbox.put(job)
+
+    def cancel(self, job_id: str) -> None:
+        """Let a job leave at the next step boundary."""
+        self._inbox.put(Cancel(job_id))
+
+    def close(self) -> None:
+        """End ``run`` at the next step boundary; what is resident is dropped."""
+        self._inbox.put(Close())
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Work until ``close``; raises what means that the device is lost."""
+        try:
+            while self._listen():
+                chosen = self._schedule()
+                finished = self._run(chosen)
+                self._postprocess(finished)
+        finally:
+            self._encoding.close()
+
+    def _listen(self) -> bool:
+        """Take in what callers want, waiting only when there is nothing else to do."""
+        self._memory.report()
+        while True:
+            try:
+                command = self._inbox.get(block=self._roster.idle)
+            except queue.Empty:
+                break
+            match command:
+                case Job():
+                    self._roster.add(command)
+                case Cancel():
+                    if resident := self._roster.get(command.job_id):
+                        self._drop(resident, expired=False)
+                case Close():
+                    return False
+        now = time.monotonic()
+        for resident in self._roster.residents:
+            if resident.job.deadline is not None and resident.job.deadline <= now:
+                self._drop(resident, expired=True)
+        return True
+
+    def _schedule(self) -> list[Sample]:
+        """Let newcomers join, and choose the samples of the next pass."""
+        self._join()
+        groups = self._roster.developing()
+        if not groups:
+            return []
+        group = self._turns.next(groups)
+        samples = groups[group]
+        max_rows = self._models[group.model].max_rows(group)
+        chosen = pick([sample.key() for sample in samples.values()], max_rows)
+        return [samples[key.id] for key in chosen]
+
+    def _run(self, samples: list[Sample]) -> list[Sample]:
+        """One pass: each of ``samples`` takes one step. Returns those that took their last."""
+        if not samples:
+            return []
+        began = time.monotonic()
+        for sample in samples:
+            if self._resident(sample).pass_begins(began):
+                self._emit(JobStarted(sample.job.id))
+        model = self._models[samples[0].job.model]
+        stepped = self._step(samples, model.denoiser.predict(samples))
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        now = time.monotonic()
+        self._turns.charge(samples[0].group, now - began)
+        self._account(stepped, now - began)
+        finished = [sample for sample in stepped if sample.done]
+        for sample in finished:
+            self._roster.developed(sample)
+            self._resident(sample).denoised(now)
+        return finished
+
+    def _postprocess(self, samples: list[Sample]) -> None:
+        """Decode finished samples, one at a time, and hand their pixels to the encoding pool."""
+        for sample in samples:
+            resident = self._roster.get(sample.job.id)
+            if resident is None:
+                continue  # Another image of its job could not be decoded.
+            model = self._models[sample.job.model]
+            pixels = model.decoder.decode(sample.latents)
+            if isinstance(pixels, Failure):
+                self._fail(resident, pixels)
+                continue
+            if resident.decoded(time.monotonic()):
+                self._roster.remove(resident)  # What is left to do is the pool's.
+            self._encoding.submit(resident, sample, model, pixels)
+
+    def _join(self) -> None:
+        """Encode the newcomers' prompts together and turn the newcomers into samples."""
+        for model_id, residents in self._roster.take_newcomers().items():
+            model = self._models[model_id]
+            began = time.monotonic()
+            try:
+                embeddings = model.prompts.encode(
+                    key for resident in residents for key in model.prompts_of(resident.job)
+                )
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                log.exception("prompts could not be encoded")
+                for resident in residents:
+                    self._fail(resident, PROMPT_FAILED)
+                continue
+            seconds = time.monotonic() - began
+            for resident in residents:
+                resident.prompt_encoded(seconds)
+                try:
+                    samples = model.new_samples(resident.job, embeddings)
+                except Exception as error:
+                    if is_fatal(error):
+                        raise
+                    log.exception("samples could not be made", job=resident.job.id)
+                    self._fail(resident, SCHEDULER_FAILED)
+                    continue
+                self._roster.develop(resident, samples)
+
+    def _step(
+        self, samples: list[Sample], predictions: list[torch.Tensor | Failure]
+    ) -> list[Sample]:
+        """Give every sample its prediction; returns those that took it and whose job goes on."""
+        for sample, prediction in zip(samples, predictions, strict=True):
+            resident = self._roster.get(sample.job.id)
+            if resident is None:
+                continue  # Another image of its job failed in this pass.
+            if isinstance(prediction, Failure):
+                self._fail(resident, prediction)
+                continue
+            try:
+                sample.advance(prediction)
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                log.exception("scheduler failed", job=sample.job.id)
+                self._fail(resident, SCHEDULER_FAILED)
+        return [sample for sample in samples if self._roster.get(sample.job.id)]
+
+    def _account(self, samples: list[Sample], seconds: float) -> None:
+        """Tell of the step, and charge each sample its rows' share of the pass."""
+        rows = sum(sample.rows for sample in samples)
+        if samples:
+            self._emit(PassDone(model=samples[0].job.model, rows=rows, seconds=seconds))
+        for sample in samples:
+            sample.rows_in_last_pass = rows
+            sample.engine_seconds += seconds * sample.rows / rows
+            self._emit(
+                SampleProgress(
+                    job_id=sample.job.id,
+                    image_index=sample.index,
+                    step=sample.step,
+                    steps=sample.steps,
+                    rows=rows,
+                    seconds=seconds,
+                )
+            )
+
+    def _resident(self, sample: Sample) -> Resident:
+        resident = self._roster.get(sample.job.id)
+        if resident is None:
+            raise KeyError(sample.job.id)
+        return resident
+
+    def _drop(self, resident: Resident, *, expired: bool) -> None:
+        self._roster.remove(resident)
+        resident.end(JobCancelled(resident.job.id, expired, resident.engine_seconds))
+
+    def _fail(self, resident: Resident, failure: Failure) -> None:
+        self._roster.remove(resident)
+        resident.end(JobFailed(resident.job.id, failure))

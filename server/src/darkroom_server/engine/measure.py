@@ -1,0 +1,111 @@
+"""What the model itself says, at warm-up: its fastest form, its best batch, its memory."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+
+from darkroom_server.engine.memory import PeakMemory
+
+log = structlog.get_logger(__name__)
+
+ROWS = (2, 4, 8, 16, 32, 64)
+MIN_GAIN = 1.1
+"""Doubling the rows must bring this many times the images/s, or only the latency grows."""
+
+MAX_PASS_SECONDS = 2.0
+"""A pass longer than this is not doubled: nobody could join or leave in the meantime."""
+
+CLEARLY_FASTER = 1.1
+"""A form must beat the plain one by this, so that noise does not change the pictures' last bits."""
+
+DenoiserPass = Callable[[int], None]
+"""Runs the denoiser once over so many rows of the default size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the denoiser's weights lie in memory."""
+
+    dtype: torch.dtype
+    channels_last: bool
+
+
+def fastest_form(
+    unet: Any, forms: Sequence[Form], make_pass: Callable[[Any, Form], DenoiserPass]
+) -> Form:
+    """The fastest of ``forms`` on this device; the first of them unless another is clearly so."""
+    if len(forms) == 1:
+        return forms[0]
+    seconds = {form: _form_seconds(unet, form, make_pass) for form in forms}
+    best = min(forms, key=lambda form: seconds[form])
+    if seconds[forms[0]] < seconds[best] * CLEARLY_FASTER:
+        best = forms[0]
+    log.info(
+        "measured forms",
+        chosen=_name(best),
+        milliseconds={_name(form): round(s * 1000, 1) for form, s in seconds.items()},
+    )
+    return best
+
+
+def best_rows(run_pass: DenoiserPass, most: int) -> int:
+    """The smallest row count, at most ``most``, at which doubling brings too little.
+
+    ``most`` is at least 2: an image with guidance must fit.
+    """
+    seconds = {}
+    for rows in ROWS:
+        if rows > max(2, most):
+            break
+        seconds[rows] = fastest_of(3, lambda rows=rows: run_pass(rows))  # type: ignore[misc]
+        half = seconds.get(rows // 2)
+        if half is not None and rows / seconds[rows] < MIN_GAIN * (rows // 2) / half:
+            break
+        if seconds[rows] > MAX_PASS_SECONDS:
+            break
+    measured = list(seconds)
+    best = measured[-1]
+    if len(measured) > 1:
+        half, last = measured[-2:]
+        if last / seconds[last] < MIN_GAIN * half / seconds[half]:
+            best = half
+    log.info(
+        "measured rows", best=best, milliseconds={r: round(s * 1000, 1) for r, s in seconds.items()}
+    )
+    return best
+
+
+def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
+    """The memory that ``work`` takes at its peak, besides what is in use already."""
+    peak = PeakMemory(device)
+    peak.reset()
+    work()
+    return peak.read()
+
+
+def fastest_of(times: int, work: Callable[[], object]) -> float:
+    """Seconds of the fastest run of ``work``, after one that warms up."""
+    work()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _form_seconds(unet: Any, form: Form, make_pass: Callable[[Any, Form], DenoiserPass]) -> float:
+    layout = torch.channels_last if form.channels_last else torch.contiguous_format
+    candidate = copy.deepcopy(unet).to(dtype=form.dtype, memory_format=layout)
+    run_pass = make_pass(candidate, form)
+    # A lone image with guidance, and four: the two ends of the day.
+    return fastest_of(2, lambda: run_pass(2)) + fastest_of(2, lambda: run_pass(8)) / 4
+
+
+def _name(form: Form) -> str:
+    return f"{str(form.dtype).removeprefix('torch.')}{' channels_last' * form.channels_last}"

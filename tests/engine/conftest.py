@@ -1,0 +1,172 @@
+"""An engine loop under test: real weights in memory, every event and every latent kept."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from darkroom_server.core.config import Attention, Dtype, EngineConfig, ModelSource
+from darkroom_server.core.events import (
+    Event,
+    ImageReady,
+    JobCancelled,
+    JobFailed,
+    JobFinished,
+    SampleProgress,
+)
+from darkroom_server.core.job import ImageFormat, Job, SchedulerName
+from darkroom_server.engine.loop import EngineLoop
+from darkroom_server.engine.model import LoadedModel
+from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.startup import start_loop
+
+from .tiny import SIZE, write_tiny_model
+
+End = JobFinished | JobFailed | JobCancelled
+
+
+def make_job(id: str, **fields: Any) -> Job:
+    """A job of the tiny model; ``fields`` replace what is usual."""
+    usual: dict[str, Any] = {
+        "id": id,
+        "model": "tiny",
+        "prompt": "a large yellow star on a blue background",
+        "negative_prompt": "",
+        "width": SIZE,
+        "height": SIZE,
+        "steps": 6,
+        "guidance_scale": 5.0,
+        "seed": 7,
+        "image_count": 1,
+        "scheduler": SchedulerName.DDIM,
+        "format": ImageFormat.RAW_RGB,
+        "quality": 90,
+        "exact": False,
+        "submitted_at": time.monotonic(),
+    }
+    return Job(**{**usual, **fields})
+
+
+class LoopUnderTest:
+    """Runs a loop on a thread and keeps what it tells; ``latents`` are the final ones."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.events: list[Event] = []
+        self.ends: dict[str, End] = {}
+        self.latents: dict[tuple[str, int], torch.Tensor] = {}
+        self.on_event: Callable[[Event], None] = lambda _: None
+        self.crash: BaseException | None = None
+        self._changed = threading.Condition()
+        self._started = threading.Event()
+        self._config = config
+        self.loop: EngineLoop
+        self.models: dict[str, LoadedModel] = {}
+        self._thread = threading.Thread(target=self._run, name="engine")
+        self._thread.start()
+        assert self._started.wait(60)
+        if self.crash is not None:
+            raise self.crash
+
+    def _run(self) -> None:
+        try:
+            self.loop, _ = start_loop(self._config, self._emit)
+            self.models = dict(self.loop._models)
+            postprocess = self.loop._postprocess
+
+            def keep_latents(samples: list[Sample]) -> None:
+                for sample in samples:
+                    self.latents[sample.job.id, sample.index] = sample.latents.clone()
+                postprocess(samples)
+
+            self.loop._postprocess = keep_latents  # type: ignore[method-assign]
+        except BaseException as error:
+            self.crash = error
+            return
+        finally:
+            self._started.set()
+        try:
+            self.loop.run()
+        except BaseException as error:
+            with self._changed:
+                self.crash = error
+                self._changed.notify_all()
+
+    def _emit(self, event: Event) -> None:
+        self.on_event(event)
+        with self._changed:
+            self.events.append(event)
+            if isinstance(event, End):
+                assert event.job_id not in self.ends, "a job ended twice"
+                self.ends[event.job_id] = event
+            self._changed.notify_all()
+
+    def run(self, *jobs: Job) -> dict[str, End]:
+        """Submit ``jobs`` and wait until each has ended."""
+        for job in jobs:
+            self.loop.submit(job)
+        self.wait_for(lambda: all(job.id in self.ends for job in jobs))
+        return {job.id: self.ends[job.id] for job in jobs}
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+        """Wait until ``condition``, looked at after each event, holds."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: condition() or bool(self.crash), timeout)
+        if self.crash is not None:
+            raise self.crash
+
+    def image(self, job_id: str, index: int = 0) -> ImageReady:
+        """The finished image ``index`` of a job."""
+        return next(
+            e
+            for e in self.events
+            if isinstance(e, ImageReady) and (e.job_id, e.image_index) == (job_id, index)
+        )
+
+    def progress(self, job_id: str) -> list[SampleProgress]:
+        """The steps that a job took, in order."""
+        return [e for e in self.events if isinstance(e, SampleProgress) and e.job_id == job_id]
+
+    def close(self) -> None:
+        self.loop.close()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+
+def config_for(folder: Path, **fields: Any) -> EngineConfig:
+    """Plain float32 on one thread: what diffusers does by itself."""
+    usual: dict[str, Any] = {
+        "models": (ModelSource(id="tiny", location=str(folder)),),
+        "device": "cpu",
+        "dtype": Dtype.FLOAT32,
+        "attention": Attention.SDPA,
+        "autocast": False,
+        "channels_last": False,
+        "threads": 1,
+        "max_rows": 16,
+    }
+    return EngineConfig(**{**usual, **fields})
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def shared_loop(tiny_folder: Path) -> Iterator[LoopUnderTest]:
+    """One loop for tests that leave it as they found it."""
+    loop = LoopUnderTest(config_for(tiny_folder))
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def own_loop(tiny_folder: Path) -> Iterator[LoopUnderTest]:
+    """A loop of the test's own, to break."""
+    loop = LoopUnderTest(config_for(tiny_folder))
+    yield loop
+    loop.close()

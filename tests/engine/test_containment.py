@@ -1,0 +1,213 @@
+"""What goes wrong for one sample is its own affair."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from darkroom_server.core.errors import Reason
+from darkroom_server.core.events import JobCancelled, JobFailed, JobFinished
+from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine.sample import Sample
+
+from .conftest import LoopUnderTest, make_job
+
+
+def crowd(count: int, prefix: str, **fields: Any) -> list[Job]:
+    return [make_job(f"{prefix}-{i}", seed=i, steps=5 + i, **fields) for i in range(count)]
+
+
+def pixels(loop: LoopUnderTest, job: Job) -> np.ndarray:
+    return np.frombuffer(loop.image(job.id).image.data, np.uint8).astype(int)
+
+
+def assert_same_pictures(loop: LoopUnderTest, undisturbed: LoopUnderTest, jobs: list[Job]) -> None:
+    """Batches of other sizes change the last bits, which one level of 255 covers."""
+    undisturbed.run(*jobs)
+    for job in jobs:
+        assert np.abs(pixels(loop, job) - pixels(undisturbed, job)).max() <= 1
+
+
+def replace_unet(loop: LoopUnderTest, wrap: Callable[..., Any]) -> None:
+    """Let ``wrap(original, latents, ...)`` stand in for the denoiser's network."""
+    denoiser = loop.models["tiny"].denoiser
+    original = denoiser.unet
+    denoiser.unet = lambda *args, **kwargs: wrap(original, *args, **kwargs)
+
+
+def test_out_of_memory_splits_the_pass(own_loop: LoopUnderTest, shared_loop: LoopUnderTest) -> None:
+    widest = []
+
+    def above_four_rows(original: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if latents.shape[0] > 4:
+            raise torch.OutOfMemoryError("injected")
+        widest.append(latents.shape[0])
+        return original(latents, *args, **kwargs)
+
+    replace_unet(own_loop, above_four_rows)
+    jobs = crowd(8, "oom")
+    ends = own_loop.run(*jobs)
+    assert all(isinstance(end, JobFinished) for end in ends.values())
+    assert max(widest) <= 4
+    assert own_loop.models["tiny"].denoiser.max_rows <= 4
+    assert_same_pictures(own_loop, shared_loop, jobs)
+
+
+def test_out_of_memory_alone_fails_alone(
+    own_loop: LoopUnderTest, shared_loop: LoopUnderTest
+) -> None:
+    def guided_never_fits(original: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if latents.shape[0] > 1:
+            raise torch.OutOfMemoryError("injected")
+        return original(latents, *args, **kwargs)
+
+    replace_unet(own_loop, guided_never_fits)
+    small = crowd(3, "unguided", guidance_scale=1.0)
+    ends = own_loop.run(make_job("guided"), *small)
+    failed = ends["guided"]
+    assert isinstance(failed, JobFailed)
+    assert failed.failure.reason is Reason.OUT_OF_MEMORY
+    assert "smaller" in failed.failure.message
+    assert_same_pictures(own_loop, shared_loop, small)
+
+
+def test_a_broken_pass_costs_only_its_culprit(
+    own_loop: LoopUnderTest, shared_loop: LoopUnderTest
+) -> None:
+    poison = make_job("poison", prompt="a black heart", steps=9)
+    key = ("a black heart", False)
+
+    def breaks(original: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = own_loop.models["tiny"].prompts.encode([key])
+        for row in kwargs["encoder_hidden_states"]:
+            if torch.equal(row, cache[key].hidden[0]):
+                raise ValueError("injected: secret text")
+        return original(latents, *args, **kwargs)
+
+    replace_unet(own_loop, breaks)
+    others = crowd(4, "others")
+    ends = own_loop.run(poison, *others)
+    failed = ends["poison"]
+    assert isinstance(failed, JobFailed)
+    assert failed.failure.reason is Reason.ENGINE_FAILED
+    assert "secret" not in failed.failure.message
+    assert_same_pictures(own_loop, shared_loop, others)
+
+
+def test_a_scheduler_that_raises_fails_its_sample(
+    own_loop: LoopUnderTest, shared_loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = Sample.advance
+
+    def third_step_raises(self: Sample, prediction: torch.Tensor) -> None:
+        if self.job.id == "doomed" and self.step == 2:
+            raise IndexError("injected")
+        advance(self, prediction)
+
+    monkeypatch.setattr(Sample, "advance", third_step_raises)
+    others = crowd(4, "neighbours")
+    ends = own_loop.run(make_job("doomed", scheduler=SchedulerName.UNIPC), *others)
+    failed = ends["doomed"]
+    assert isinstance(failed, JobFailed)
+    assert failed.failure.reason is Reason.SCHEDULER_FAILED
+    assert len(own_loop.progress("doomed")) == 2
+    assert_same_pictures(own_loop, shared_loop, others)
+
+
+def test_non_finite_decode_is_tried_in_float32(own_loop: LoopUnderTest) -> None:
+    decoder = own_loop.models["tiny"].decoder
+    decode = decoder._decode
+    decoder._decode = lambda latents: decode(latents) * float("nan")  # type: ignore[method-assign]
+    job = make_job("recovered")
+    ends = own_loop.run(job)
+    assert isinstance(ends[job.id], JobFinished)
+    assert pixels(own_loop, job).std() > 1
+
+
+def test_non_finite_latents_are_no_black_picture(own_loop: LoopUnderTest) -> None:
+    def poisons_the_first(original: Any, *args: Any, **kwargs: Any) -> Any:
+        (predicted,) = original(*args, **kwargs)
+        return (torch.full_like(predicted, float("nan")),)
+
+    replace_unet(own_loop, poisons_the_first)
+    end = own_loop.run(make_job("nan"))["nan"]
+    assert isinstance(end, JobFailed)
+    assert end.failure.reason is Reason.NON_FINITE
+
+
+def test_one_failed_image_ends_its_job_once(own_loop: LoopUnderTest) -> None:
+    decoder = own_loop.models["tiny"].decoder
+    decode = decoder.decode
+    calls = []
+
+    def second_fails(latents: torch.Tensor) -> Any:
+        calls.append(1)
+        return decode(latents * float("nan") if len(calls) == 2 else latents)
+
+    decoder.decode = second_fails  # type: ignore[method-assign]
+    ends = own_loop.run(make_job("three", image_count=3), make_job("after", steps=20))
+    assert isinstance(ends["three"], JobFailed)
+    assert isinstance(ends["after"], JobFinished)
+
+
+def test_a_lost_device_ends_the_loop(own_loop: LoopUnderTest) -> None:
+    def lost(original: Any, *args: Any, **kwargs: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    replace_unet(own_loop, lost)
+    own_loop.loop.submit(make_job("any"))
+    with pytest.raises(torch.AcceleratorError):
+        own_loop.wait_for(lambda: False)
+
+
+def test_cancelling_one_of_eight(own_loop: LoopUnderTest, shared_loop: LoopUnderTest) -> None:
+    jobs = [make_job(f"eight-{i}", seed=i, steps=12) for i in range(8)]
+
+    def cancel_at_the_fourth_step(event: object) -> None:
+        if len(own_loop.progress("eight-3")) == 3 and "eight-3" not in own_loop.ends:
+            own_loop.loop.cancel("eight-3")
+
+    own_loop.on_event = cancel_at_the_fourth_step
+    ends = own_loop.run(*jobs)
+    cancelled = ends["eight-3"]
+    assert isinstance(cancelled, JobCancelled)
+    assert not cancelled.expired
+    assert cancelled.wasted_seconds > 0
+    assert len(own_loop.progress("eight-3")) <= 4
+    own_loop.on_event = lambda _: None
+    assert_same_pictures(own_loop, shared_loop, [j for j in jobs if j.id != "eight-3"])
+
+
+def test_an_expired_sample_leaves(own_loop: LoopUnderTest) -> None:
+    end = own_loop.run(make_job("late", steps=150, deadline=time.monotonic() + 0.2))["late"]
+    assert isinstance(end, JobCancelled)
+    assert end.expired
+    assert len(own_loop.progress("late")) < 150
+
+
+def test_a_cut_prompt_is_told(shared_loop: LoopUnderTest) -> None:
+    long = make_job("long", prompt="a red star " * 40)
+    short = make_job("short")
+    negative = make_job("negative", negative_prompt="blue " * 60)
+    shared_loop.run(long, short, negative)
+    assert shared_loop.image("long").image.prompt_truncated
+    assert not shared_loop.image("short").image.prompt_truncated
+    assert shared_loop.image("negative").image.prompt_truncated
+
+
+def test_prompts_are_encoded_once(own_loop: LoopUnderTest) -> None:
+    encoder = own_loop.models["tiny"].prompts
+    encode, batches = encoder._encode, []
+
+    def spy(texts: list[str]) -> Any:
+        batches.append(list(texts))
+        return encode(texts)
+
+    encoder._encode = spy  # type: ignore[method-assign]
+    own_loop.run(*[make_job(f"same-{i}", seed=i) for i in range(4)])
+    own_loop.run(make_job("again"))
+    encoded = [text for batch in batches for text in batch]
+    assert sorted(encoded) == ["", "a large yellow star on a blue background"]

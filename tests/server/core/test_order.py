@@ -1,0 +1,139 @@
+"""The order of jobs and rows: nobody starves, the limit is never passed, every step is taken."""
+
+from collections import Counter
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from darkroom_server.core.order import OrderKey, order, pick
+from darkroom_server.core.turns import Turns
+
+keys = st.builds(
+    OrderKey,
+    id=st.tuples(st.uuids().map(str), st.integers(0, 3)),
+    submitted_at=st.floats(0, 100),
+    remaining_steps=st.integers(1, 150),
+    priority=st.integers(-2, 2),
+    deadline=st.none() | st.floats(0, 200),
+    rows=st.integers(1, 2),
+    alone=st.booleans(),
+)
+key_lists = st.lists(keys, min_size=1, max_size=20, unique_by=lambda key: key.id)
+
+
+def key(name: str, steps: int, submitted_at: float = 0.0, **fields: object) -> OrderKey:
+    return OrderKey(
+        id=(name, 0),
+        remaining_steps=steps,
+        submitted_at=submitted_at,
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+@given(key_lists, st.integers(2, 16))
+def test_a_pass_keeps_to_the_limit(candidates: list[OrderKey], max_rows: int) -> None:
+    chosen = pick(candidates, max_rows)
+    assert chosen
+    assert sum(k.rows for k in chosen) <= max_rows
+    assert len(set(chosen)) == len(chosen)
+    assert set(chosen) <= set(candidates)
+    if any(k.alone for k in chosen):
+        assert len(chosen) == 1
+
+
+@given(key_lists, st.integers(2, 16))
+def test_the_most_urgent_is_always_in_the_pass(candidates: list[OrderKey], max_rows: int) -> None:
+    assert order(candidates)[0] in pick(candidates, max_rows)
+
+
+@given(key_lists, st.randoms(use_true_random=False))
+def test_the_order_depends_on_the_keys_alone(candidates: list[OrderKey], random: object) -> None:
+    shuffled = list(candidates)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert order(shuffled) == order(candidates)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 2)), min_size=1, max_size=12),
+    st.integers(2, 8),
+)
+def test_every_sample_takes_exactly_its_steps(work: list[tuple[int, int]], max_rows: int) -> None:
+    left = {i: steps for i, (steps, _) in enumerate(work)}
+    taken: Counter[int] = Counter()
+    now = 0.0
+    while left:
+        candidates = [
+            OrderKey(id=(str(i), i), submitted_at=0, remaining_steps=n, rows=work[i][1])
+            for i, n in left.items()
+        ]
+        for chosen in pick(candidates, max_rows):
+            taken[chosen.id[1]] += 1
+            left[chosen.id[1]] -= 1
+        left = {i: n for i, n in left.items() if n}
+        now += 0.05
+    assert taken == {i: steps for i, (steps, _) in enumerate(work)}
+
+
+@given(st.integers(1, 8), st.integers(0, 2))
+def test_nobody_starves_under_a_flood(short: int, priority: int) -> None:
+    """Each pass takes a tenth of a second and one sample; with each comes a more urgent job."""
+    long = key("long", 40)
+    waiting = [long]
+    for tick in range(1000):
+        now = tick / 10
+        waiting.append(key(f"short-{tick}", short, now, priority=priority))
+        (chosen,) = pick(waiting, 1)
+        if chosen is long:
+            assert now <= long.submitted_at + long.patience + short
+            return
+        waiting.remove(chosen)
+    raise AssertionError("the long job never got a step")
+
+
+@given(key_lists, keys)
+def test_a_latecomer_overtakes_nobody(candidates: list[OrderKey], late: OrderKey) -> None:
+    goals = [k.submitted_at + k.patience for k in candidates]
+    latecomer = replace(late, submitted_at=max(goals) + 1, deadline=None)
+    assert order([*candidates, latecomer])[-1] == latecomer
+
+
+def test_short_work_overtakes_long_work() -> None:
+    long, short = key("long", 50), key("short", 8, submitted_at=0.2)
+    assert order([long, short])[0] is short
+
+
+def test_waiting_makes_urgent() -> None:
+    long, short = key("long", 50), key("short", 8, submitted_at=30.0)
+    assert order([long, short])[0] is long
+
+
+def test_a_near_deadline_makes_urgent() -> None:
+    relaxed, pressed = key("relaxed", 20), key("pressed", 20, deadline=0.5)
+    assert order([relaxed, pressed])[0] is pressed
+
+
+def test_priority_makes_urgent() -> None:
+    assert order([key("low", 8), key("high", 20, priority=2)])[0].id[0] == "high"
+
+
+def test_turns_go_to_the_least_served() -> None:
+    turns: Turns[str] = Turns()
+    served: Counter[str] = Counter()
+    for _ in range(100):
+        group = turns.next(["small", "large"])
+        served[group] += 1
+        turns.charge(group, 1.0 if group == "small" else 4.0)
+    assert served["small"] == 80
+    assert served["large"] == 20
+
+
+def test_a_group_that_comes_late_has_no_arrears() -> None:
+    turns: Turns[str] = Turns()
+    for _ in range(50):
+        turns.charge(turns.next(["old"]), 1.0)
+    taken = []
+    for _ in range(10):
+        taken.append(turns.next(["old", "new"]))
+        turns.charge(taken[-1], 1.0)
+    assert Counter(taken) == {"old": 5, "new": 5}
