@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from darkroom_server.core.model import ModelInfo
+
 
 class Preset(StrEnum):
     """A starting point for the knobs of ``EngineConfig``; AUTO is FRUGAL on CUDA, else FAST."""
@@ -56,7 +58,8 @@ class EngineConfig:
 
     ``device``: "auto", "cpu", "cuda" or "cuda:N". ``slice_size``: "auto", "max" or a number.
     ``threads``: for torch on a CPU, None for what the cgroup allows. ``max_rows``: a cap on the
-    rows of a pass.
+    rows of a pass. ``settled``: what an earlier engine of this server measured, so that a restarted
+    one draws the same bytes, and is ready sooner.
     """
 
     models: tuple[ModelSource, ...]
@@ -71,3 +74,4 @@ class EngineConfig:
     threads: int | None = None
     max_rows: int | None = None
     safety_checker: bool = False
+    settled: tuple[ModelInfo, ...] = ()

@@ -31,29 +31,40 @@ class EncodingPool:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="encode-image")
 
     def submit(
-        self, resident: Resident, sample: Sample, model: LoadedModel, pixels: NDArray[np.uint8]
+        self,
+        resident: Resident,
+        sample: Sample,
+        model: LoadedModel,
+        pixels: NDArray[np.uint8],
+        *,
+        flagged: bool,
     ) -> None:
-        """Encode ``pixels`` soon, and give the image to its job."""
-        self._pool.submit(self._encode, resident, sample, model, pixels)
+        """Encode ``pixels`` soon, and give the image to its job; a flagged one is withheld."""
+        self._pool.submit(self._encode, resident, sample, model, pixels, flagged)
 
     def close(self) -> None:
         """Finish what is being encoded, drop what waits."""
         self._pool.shutdown(cancel_futures=True)
 
     def _encode(
-        self, resident: Resident, sample: Sample, model: LoadedModel, pixels: NDArray[np.uint8]
+        self,
+        resident: Resident,
+        sample: Sample,
+        model: LoadedModel,
+        pixels: NDArray[np.uint8],
+        flagged: bool,
     ) -> None:
         job = sample.job
         try:
             image = EncodedImage(
-                data=encode_image(pixels, job.format, job.quality),
+                data=b"" if flagged else encode_image(pixels, job.format, job.quality),
                 format=job.format,
                 width=job.width,
                 height=job.height,
                 seed=sample.seed,
                 prompt_truncated=sample.prompt_truncated,
-                flagged=False,
-                replay=replay_of(sample, model, sha256_of(pixels)),
+                flagged=flagged,
+                replay=replay_of(sample, model, "" if flagged else sha256_of(pixels)),
             )
         except Exception:
             log.exception("image could not be encoded", job=job.id)

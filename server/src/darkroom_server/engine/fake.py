@@ -108,7 +108,8 @@ class FakeEngine:
     In a pass every resident image takes one step. With ``auto`` a job's passes are all taken as it
     is submitted; with ``pass_seconds`` a thread takes one pass after the other, that far apart.
     ``load`` False leaves the engine loading until ``become_ready`` is called, and
-    ``startup_error`` lets it die instead. ``on_submit`` and ``on_cancel`` are called as jobs come
+    ``startup_error`` lets it die instead; ``dies_after`` lets it die with that many jobs submitted.
+    ``on_submit`` and ``on_cancel`` are called as jobs come
     and go. What happens is told from whatever thread makes it happen.
     """
 
@@ -120,6 +121,7 @@ class FakeEngine:
         pass_seconds: float | None = None,
         load: bool = True,
         startup_error: str | None = None,
+        dies_after: int | None = None,
         on_submit: Callable[[Job], None] = lambda _: None,
         on_cancel: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -129,6 +131,8 @@ class FakeEngine:
         self._pass_seconds = pass_seconds
         self._load = load
         self._startup_error = startup_error
+        self._dies_after = dies_after
+        self._submitted = 0
         self._on_submit = on_submit
         self._on_cancel = on_cancel
         self._emit: Callable[[Event], None] = lambda _: None
@@ -152,7 +156,10 @@ class FakeEngine:
         with self._lock:
             self._jobs[job.id] = job
             self._steps[job.id] = 0
+            self._submitted += 1
             self._on_submit(job)
+            if self._submitted == self._dies_after:
+                self.die()
             if self._auto:
                 self.advance(job.steps)
 

@@ -3,7 +3,6 @@
 import queue
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import structlog
 import torch
@@ -20,6 +19,7 @@ from darkroom_server.core.events import (
 from darkroom_server.core.job import Job
 from darkroom_server.core.order import pick
 from darkroom_server.core.turns import Turns
+from darkroom_server.engine.commands import Cancel, Close
 from darkroom_server.engine.encoding import EncodingPool
 from darkroom_server.engine.failures import PROMPT_FAILED, SCHEDULER_FAILED, is_fatal
 from darkroom_server.engine.memory import MemoryReporter
@@ -29,17 +29,6 @@ from darkroom_server.engine.roster import Roster
 from darkroom_server.engine.sample import Group, Sample
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Drop a job at the next step boundary."""
-
-    job_id: str
-
-
-class Close:
-    """End the loop at the next step boundary."""
 
 
 class EngineLoop:
@@ -150,7 +139,8 @@ class EngineLoop:
                 continue
             if resident.decoded(time.monotonic()):
                 self._roster.remove(resident)  # What is left to do is the pool's.
-            self._encoding.submit(resident, sample, model, pixels)
+            flagged = model.safety is not None and model.safety.flags(pixels)
+            self._encoding.submit(resident, sample, model, pixels, flagged=flagged)
 
     def _join(self) -> None:
         """Encode the newcomers' prompts together and turn the newcomers into samples."""

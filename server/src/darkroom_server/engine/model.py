@@ -11,6 +11,7 @@ from darkroom_server.core.model import ModelInfo
 from darkroom_server.engine.decoder import Decoder
 from darkroom_server.engine.denoiser import Denoiser
 from darkroom_server.engine.prompts import Embedding, PromptEncoder
+from darkroom_server.engine.safety import SafetyChecker
 from darkroom_server.engine.sample import Group, Sample
 from darkroom_server.engine.schedulers import make_scheduler
 
@@ -23,6 +24,7 @@ class LoadedModel:
     prompts: PromptEncoder
     denoiser: Denoiser
     decoder: Decoder
+    safety: SafetyChecker | None
     scheduler_config: dict[str, Any]
     latent_channels: int
     latent_factor: int

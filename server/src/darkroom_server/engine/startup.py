@@ -2,38 +2,27 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import structlog
 import torch
 
-from darkroom_server.core.config import Attention, EngineConfig, ModelSource
+from darkroom_server.core.config import Dtype, EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineReady, Event
 from darkroom_server.core.job import SchedulerName
-from darkroom_server.core.model import (
-    MemoryNeeds,
-    ModelDefaults,
-    ModelInfo,
-    ModelLimits,
-    ModelRuntime,
-)
+from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelLimits, ModelRuntime
+from darkroom_server.engine.arrange import arrange, denoiser_pass, measure_memory
 from darkroom_server.engine.decoder import Decoder
 from darkroom_server.engine.denoiser import Denoiser
 from darkroom_server.engine.loading import SUPPORTED, load_pipeline, revision_of
 from darkroom_server.engine.loop import EngineLoop
-from darkroom_server.engine.measure import (
-    ROWS,
-    DenoiserPass,
-    Form,
-    best_rows,
-    fastest_form,
-    peak_bytes,
-)
-from darkroom_server.engine.memory import available_bytes
+from darkroom_server.engine.measure import ROWS, Form, best_rows
 from darkroom_server.engine.model import LoadedModel
 from darkroom_server.engine.prompts import PromptEncoder
-from darkroom_server.engine.runtime import Runtime, allowed_threads, resolve
+from darkroom_server.engine.runtime import DTYPES, Runtime, allowed_threads, resolve
+from darkroom_server.engine.safety import SafetyChecker
 from darkroom_server.engine.schedulers import name_of, offers
 
 log = structlog.get_logger(__name__)
@@ -61,55 +50,34 @@ def start_loop(
 
 def load_model(source: ModelSource, runtime: Runtime, config: EngineConfig) -> LoadedModel:
     """The model of ``source``, on its device, warmed up and measured. Raises ``StartupError``."""
+    settled = next((info for info in config.settled if info.id == source.id), None)
     pipeline = load_pipeline(
         source, runtime.dtype or torch.float32, safety_checker=config.safety_checker
     )
-    unet, vae = pipeline.unet, pipeline.vae
-    if unet.config.time_cond_proj_dim is not None:
-        raise StartupError(
-            f"model {source.location!r} is guidance-distilled, which is not supported"
-        )
+    if pipeline.unet.config.time_cond_proj_dim is not None:
+        raise StartupError(f"model {source.location!r} is guidance-distilled: not supported")
     tokens = int(pipeline.tokenizer.model_max_length)
-    form = _arrange(pipeline, runtime, tokens)
+    form = arrange(pipeline, runtime, tokens, _form_of(settled))
 
-    def precision() -> Any:
+    def precision() -> AbstractContextManager[Any]:
         return runtime.precision(form.dtype)
 
-    prompts = PromptEncoder(pipeline.tokenizer, pipeline.text_encoder, form.dtype, precision)
-    denoiser = Denoiser(unet, max_rows=2, precision=precision, channels_last=form.channels_last)
-    decoder = Decoder(vae, precision)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size = int(unet.config.sample_size) * factor
-    run_pass = _unet_pass(unet, form, runtime, tokens)
-    memory = _measure_memory(run_pass, unet, decoder, form, runtime, factor)
-    most = min(memory.rows_that_fit(size, size), config.max_rows or max(ROWS))
-    denoiser.max_rows = best_rows(run_pass, most)
-    scheduler = name_of(pipeline.scheduler)
-    if scheduler is None:
-        scheduler = SchedulerName.DDIM
-        log.warning(
-            "the model's own scheduler is not offered",
-            scheduler=type(pipeline.scheduler).__name__,
-            default=scheduler,
-        )
+    decoder = Decoder(pipeline.vae, precision)
+    run_pass = denoiser_pass(pipeline.unet, form, runtime, tokens)
+    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    if settled is None:
+        memory = measure_memory(run_pass, pipeline.unet, decoder, form, runtime, factor)
+        fit = memory.rows_that_fit(*[int(pipeline.unet.config.sample_size) * factor] * 2)
+        max_rows = best_rows(run_pass, min(fit, config.max_rows or max(ROWS)))
+    else:
+        memory, max_rows = settled.memory, settled.limits.max_rows
+        run_pass(2)
     info = ModelInfo(
         id=source.id,
         revision=revision_of(source, pipeline),
         kind=SUPPORTED,
-        defaults=ModelDefaults(
-            width=size,
-            height=size,
-            steps=DEFAULT_STEPS,
-            guidance_scale=DEFAULT_GUIDANCE,
-            scheduler=scheduler,
-        ),
-        limits=ModelLimits(
-            min_size=max(8 * factor, size // 2),
-            max_size=size * 2,
-            size_multiple=factor,
-            prompt_tokens=prompts.tokens,
-            max_rows=denoiser.max_rows,
-        ),
+        defaults=_defaults(pipeline, factor),
+        limits=_limits(pipeline, factor, tokens, max_rows),
         schedulers=offers(dict(pipeline.scheduler.config)),
         runtime=_describe(runtime, form, safety_checker=config.safety_checker),
         memory=memory,
@@ -118,91 +86,75 @@ def load_model(source: ModelSource, runtime: Runtime, config: EngineConfig) -> L
         "model loaded",
         model=info.id,
         revision=info.revision,
-        max_rows=denoiser.max_rows,
+        device=info.runtime.device,
+        dtype=info.runtime.dtype,
+        preset=info.runtime.preset,
+        max_rows=max_rows,
         bytes_per_row=memory.bytes_per_row,
         bytes_per_decode=memory.bytes_per_decode,
     )
     return LoadedModel(
         info=info,
-        prompts=prompts,
-        denoiser=denoiser,
+        prompts=PromptEncoder(pipeline.tokenizer, pipeline.text_encoder, form.dtype, precision),
+        denoiser=Denoiser(
+            pipeline.unet,
+            max_rows=max_rows,
+            precision=precision,
+            channels_last=form.channels_last,
+        ),
         decoder=decoder,
+        safety=_safety_checker(pipeline, source) if config.safety_checker else None,
         scheduler_config=dict(pipeline.scheduler.config),
-        latent_channels=int(unet.config.in_channels),
+        latent_channels=int(pipeline.unet.config.in_channels),
         latent_factor=factor,
         device=runtime.device,
         dtype=form.dtype,
     )
 
 
-def _arrange(pipeline: Any, runtime: Runtime, tokens: int) -> Form:
-    """Put the pipeline on its device in the form that the knobs, or its own speed, ask for."""
-    if runtime.attention is Attention.SLICED:
-        size = runtime.slice_size
-        pipeline.enable_attention_slicing(int(size) if size.isdigit() else size)
-    if runtime.vae_tiling:
-        pipeline.vae.enable_tiling()
-    # Never float16 where nothing was said: on a CPU it is hundreds of times slower.
-    dtypes = [runtime.dtype] if runtime.dtype else [torch.float32, torch.bfloat16]
-    layouts = [False, True] if runtime.channels_last is None else [runtime.channels_last]
-    form = fastest_form(
-        pipeline.unet,
-        [Form(dtype, layout) for dtype in dtypes for layout in layouts],
-        lambda unet, form: _unet_pass(unet, form, runtime, tokens),
-    )
-    pipeline.to(device=runtime.device, dtype=form.dtype)
-    if form.channels_last:
-        pipeline.unet.to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
-    if runtime.fp8_storage:
-        pipeline.unet.enable_layerwise_casting(
-            storage_dtype=torch.float8_e4m3fn, compute_dtype=form.dtype
+def _form_of(settled: ModelInfo | None) -> Form | None:
+    if settled is None:
+        return None
+    return Form(DTYPES[Dtype(settled.runtime.dtype)], settled.runtime.channels_last)
+
+
+def _defaults(pipeline: Any, factor: int) -> ModelDefaults:
+    scheduler = name_of(pipeline.scheduler)
+    if scheduler is None:
+        scheduler = SchedulerName.DDIM
+        log.warning(
+            "the model's own scheduler is not offered",
+            scheduler=type(pipeline.scheduler).__name__,
+            default=scheduler,
         )
-    return form
-
-
-def _unet_pass(unet: Any, form: Form, runtime: Runtime, tokens: int) -> DenoiserPass:
-    """A pass over zeros: what it computes does not matter, what it costs does."""
-    latent = int(unet.config.sample_size)
-    layout = torch.channels_last if form.channels_last else torch.contiguous_format
-
-    def run_pass(rows: int) -> None:
-        shape = (rows, unet.config.in_channels, latent, latent)
-        latents = torch.zeros(shape, dtype=form.dtype, device=runtime.device)
-        context = torch.zeros(
-            (rows, tokens, unet.config.cross_attention_dim), dtype=form.dtype, device=runtime.device
-        )
-        with runtime.precision(form.dtype):
-            unet(
-                latents.contiguous(memory_format=layout),
-                torch.zeros(rows, device=runtime.device),
-                encoder_hidden_states=context,
-            )
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize(runtime.device)
-
-    return run_pass
-
-
-def _measure_memory(
-    run_pass: DenoiserPass,
-    unet: Any,
-    decoder: Decoder,
-    form: Form,
-    runtime: Runtime,
-    factor: int,
-) -> MemoryNeeds:
-    latent = int(unet.config.sample_size)
-    shape = (1, int(unet.config.in_channels), latent, latent)
-    latents = torch.zeros(shape, dtype=form.dtype, device=runtime.device)
-    pass_peak = peak_bytes(runtime.device, lambda: run_pass(2))
-    decode_peak = peak_bytes(runtime.device, lambda: decoder.decode(latents))
-    return MemoryNeeds(
-        pixels=(latent * factor) ** 2,
-        bytes_per_row=pass_peak // 2,
-        bytes_per_decode=decode_peak,
-        available_bytes=available_bytes(runtime.device),
+    size = int(pipeline.unet.config.sample_size) * factor
+    return ModelDefaults(
+        width=size,
+        height=size,
+        steps=DEFAULT_STEPS,
+        guidance_scale=DEFAULT_GUIDANCE,
+        scheduler=scheduler,
     )
+
+
+def _limits(pipeline: Any, factor: int, tokens: int, max_rows: int) -> ModelLimits:
+    size = int(pipeline.unet.config.sample_size) * factor
+    return ModelLimits(
+        # Half and twice the size that the model was trained at: beyond, pictures fall apart.
+        min_size=max(8 * factor, size // 2),
+        max_size=size * 2,
+        size_multiple=factor,
+        prompt_tokens=tokens,
+        max_rows=max_rows,
+    )
+
+
+def _safety_checker(pipeline: Any, source: ModelSource) -> SafetyChecker:
+    if pipeline.safety_checker is None or pipeline.feature_extractor is None:
+        raise StartupError(
+            f"model {source.location!r} brings no safety checker: leave --safety-checker out"
+        )
+    return SafetyChecker(pipeline.safety_checker, pipeline.feature_extractor)
 
 
 def _describe(runtime: Runtime, form: Form, *, safety_checker: bool) -> ModelRuntime:

@@ -1,0 +1,86 @@
+"""Putting a pipeline on its device, in its fastest form, and measuring what it takes there."""
+
+from typing import Any
+
+import torch
+
+from darkroom_server.core.config import Attention
+from darkroom_server.core.model import MemoryNeeds
+from darkroom_server.engine.decoder import Decoder
+from darkroom_server.engine.measure import DenoiserPass, Form, fastest_form, peak_bytes
+from darkroom_server.engine.memory import available_bytes
+from darkroom_server.engine.runtime import Runtime
+
+
+def arrange(pipeline: Any, runtime: Runtime, tokens: int, settled: Form | None) -> Form:
+    """Put the pipeline on its device in the form that the knobs, or its own speed, ask for.
+
+    ``tokens`` are those of a prompt. ``settled`` is a form that was measured before.
+    """
+    if runtime.attention is Attention.SLICED:
+        size = runtime.slice_size
+        pipeline.enable_attention_slicing(int(size) if size.isdigit() else size)
+    if runtime.vae_tiling:
+        pipeline.vae.enable_tiling()
+    # Never float16 where nothing was said: on a CPU it is hundreds of times slower.
+    dtypes = [runtime.dtype] if runtime.dtype else [torch.float32, torch.bfloat16]
+    layouts = [False, True] if runtime.channels_last is None else [runtime.channels_last]
+    form = settled or fastest_form(
+        pipeline.unet,
+        [Form(dtype, layout) for dtype in dtypes for layout in layouts],
+        lambda unet, form: denoiser_pass(unet, form, runtime, tokens),
+    )
+    pipeline.to(device=runtime.device, dtype=form.dtype)
+    if form.channels_last:
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+    if runtime.fp8_storage:
+        pipeline.unet.enable_layerwise_casting(
+            storage_dtype=torch.float8_e4m3fn, compute_dtype=form.dtype
+        )
+    return form
+
+
+def denoiser_pass(unet: Any, form: Form, runtime: Runtime, tokens: int) -> DenoiserPass:
+    """A pass over zeros: what it computes does not matter, what it costs does."""
+    latent = int(unet.config.sample_size)
+    layout = torch.channels_last if form.channels_last else torch.contiguous_format
+
+    def run_pass(rows: int) -> None:
+        shape = (rows, unet.config.in_channels, latent, latent)
+        latents = torch.zeros(shape, dtype=form.dtype, device=runtime.device)
+        context = torch.zeros(
+            (rows, tokens, unet.config.cross_attention_dim), dtype=form.dtype, device=runtime.device
+        )
+        with runtime.precision(form.dtype):
+            unet(
+                latents.contiguous(memory_format=layout),
+                torch.zeros(rows, device=runtime.device),
+                encoder_hidden_states=context,
+            )
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize(runtime.device)
+
+    return run_pass
+
+
+def measure_memory(
+    run_pass: DenoiserPass,
+    unet: Any,
+    decoder: Decoder,
+    form: Form,
+    runtime: Runtime,
+    factor: int,
+) -> MemoryNeeds:
+    """What a pass and a decode take at the default size; ``factor`` pixels make one latent."""
+    latent = int(unet.config.sample_size)
+    shape = (1, int(unet.config.in_channels), latent, latent)
+    latents = torch.zeros(shape, dtype=form.dtype, device=runtime.device)
+    pass_peak = peak_bytes(runtime.device, lambda: run_pass(2))
+    decode_peak = peak_bytes(runtime.device, lambda: decoder.decode(latents))
+    return MemoryNeeds(
+        pixels=(latent * factor) ** 2,
+        bytes_per_row=pass_peak // 2,
+        bytes_per_decode=decode_peak,
+        available_bytes=available_bytes(runtime.device),
+    )

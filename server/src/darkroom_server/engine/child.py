@@ -1,0 +1,103 @@
+"""The engine's own process: what runs in it, and how it ends.
+
+Started as ``python -m darkroom_server.engine.child DESCRIPTOR``, where the descriptor is its end
+of a pipe to the serving process. Torch is imported inside ``run`` alone, so that nobody who needs
+a name of this module gets it too.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+
+import structlog
+
+from darkroom_server.core.config import EngineConfig
+from darkroom_server.core.errors import StartupError
+from darkroom_server.core.events import EngineDied, Event
+from darkroom_server.core.job import Job
+from darkroom_server.engine.channel import Channel
+from darkroom_server.engine.commands import Cancel, Close
+
+log = structlog.get_logger(__name__)
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Run an engine for the parent at the other end of the pipe."""
+    # The parent coordinates the end: Ctrl-C and a supervisor's SIGTERM reach both processes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent()
+    log_lines()
+    channel = Channel(int(sys.argv[1]))
+    try:
+        run(channel)
+    except (EOFError, OSError):
+        os._exit(1)  # The parent is gone; nothing is left to do, and threads may hang.
+
+
+def run(channel: Channel) -> None:
+    """Load what the first message says, then develop jobs until told to stop."""
+    config: EngineConfig = channel.receive()
+    from darkroom_server.engine.startup import start_loop
+
+    def emit(event: Event) -> None:
+        channel.send(event)
+
+    try:
+        loop, ready = start_loop(config, emit)
+    except StartupError as error:
+        emit(EngineDied(str(error)))
+        return
+    emit(ready)
+
+    def listen() -> None:
+        try:
+            while True:
+                match channel.receive():
+                    case Job() as job:
+                        loop.submit(job)
+                    case Cancel(job_id):
+                        loop.cancel(job_id)
+                    case Close():
+                        loop.close()
+        except (EOFError, OSError):
+            os._exit(1)  # The parent died, and a pass of a large model may take long.
+
+    threading.Thread(target=listen, name="listen", daemon=True).start()
+    try:
+        loop.run()
+    except OSError:
+        raise
+    except Exception:
+        log.exception("engine died")
+        emit(EngineDied("the engine died; the log above says why"))
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process with the thread that spawned it, be it ever so stuck."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        os._exit(1)  # The parent died before the call above.
+
+
+def log_lines() -> None:
+    """Write the log as JSON lines, for the parent to put into its own."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+if __name__ == "__main__":
+    main()

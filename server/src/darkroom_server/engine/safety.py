@@ -1,0 +1,26 @@
+"""The safety checker that a model's folder may bring."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+
+class SafetyChecker:
+    """Flags images with a pipeline's own checker; runs on the thread that calls torch."""
+
+    def __init__(self, checker: Any, feature_extractor: Any) -> None:
+        self._checker = checker
+        self._feature_extractor = feature_extractor
+
+    def flags(self, pixels: NDArray[np.uint8]) -> bool:
+        """True where ``pixels`` [height, width, 3] must not be shown."""
+        features = self._feature_extractor(Image.fromarray(pixels), return_tensors="pt")
+        weights = next(self._checker.parameters())
+        clip_input = features.pixel_values.to(weights.device, weights.dtype)
+        # The checker blackens flagged images in place: it gets a copy of its own.
+        unit = torch.from_numpy(pixels.astype(np.float32) / 255)[None].to(weights.device)
+        _, flagged = self._checker(images=unit, clip_input=clip_input)
+        return bool(flagged[0])

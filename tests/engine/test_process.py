@@ -1,0 +1,99 @@
+"""Real faults of the engine's process: killed, stopped, orphaned."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from darkroom_server.core.events import EngineDied, EngineReady, ImageReady, JobStarted
+from darkroom_server.engine.process import ProcessEngine
+
+from .conftest import config_for, make_job
+from .test_contract import Listener
+
+
+def started(folder: Path, timeout: float = 60.0) -> tuple[ProcessEngine, Listener, int]:
+    engine = ProcessEngine(config_for(folder), timeout=timeout)
+    listener = Listener(engine)
+    listener.until(lambda e: isinstance(e, EngineReady))
+    assert engine.pid is not None
+    return engine, listener, engine.pid
+
+
+def test_a_killed_process_is_told_of_and_can_be_started_again(tiny_folder: Path) -> None:
+    engine, listener, pid = started(tiny_folder)
+    job = make_job("before", exact=True)
+    engine.submit(job)
+    listener.until_end_of("before")
+    engine.submit(make_job("lost", steps=150))
+    listener.until(lambda e: isinstance(e, JobStarted) and e.job_id == "lost")
+    os.kill(pid, signal.SIGKILL)
+    died = listener.until(lambda e: isinstance(e, EngineDied))
+    assert died == EngineDied("the engine's process died")
+    engine.start(listener.events.put)
+    listener.until(lambda e: isinstance(e, EngineReady))
+    assert engine.pid != pid
+    engine.submit(make_job("after", exact=True))
+    listener.until_end_of("after")
+    before, after = (listener.of(id, ImageReady)[0].image for id in ("before", "after"))
+    assert before.data == after.data
+    engine.close()
+
+
+def test_a_process_that_hangs_at_work_is_killed(tiny_folder: Path) -> None:
+    engine, listener, pid = started(tiny_folder, timeout=0.5)
+    engine.submit(make_job("stuck", steps=150))
+    listener.until(lambda e: isinstance(e, JobStarted))
+    os.kill(pid, signal.SIGSTOP)
+    died = listener.until(lambda e: isinstance(e, EngineDied))
+    assert isinstance(died, EngineDied)
+    assert "silent for 0.5 s" in died.message
+    assert not psutil.pid_exists(pid)
+    engine.close()
+
+
+def test_a_stopped_process_does_not_block_its_callers(tiny_folder: Path) -> None:
+    engine, listener, pid = started(tiny_folder)
+    os.kill(pid, signal.SIGSTOP)
+    for i in range(300):  # More than the pipe holds.
+        engine.submit(make_job(f"heap-{i}", prompt="x" * 8000, steps=1))
+        engine.cancel(f"heap-{i}")
+    os.kill(pid, signal.SIGCONT)
+    listener.until_end_of(*(f"heap-{i}" for i in range(300)))
+    engine.close()
+
+
+PARENT = """
+import sys, time
+import structlog
+from darkroom_server.core.config import Attention, Dtype, EngineConfig, ModelSource
+from darkroom_server.core.events import EngineReady
+from darkroom_server.engine.process import ProcessEngine
+
+engine = ProcessEngine(EngineConfig(
+    models=(ModelSource(id="tiny", location=sys.argv[1]),), device="cpu", dtype=Dtype.FLOAT32,
+    attention=Attention.SDPA, max_rows=2,
+))
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+engine.start(lambda e: print(engine.pid, flush=True) if isinstance(e, EngineReady) else None)
+assert "torch" not in sys.modules
+maps = open("/proc/self/maps").read()
+assert "libtorch" not in maps
+time.sleep(600)
+"""
+
+
+def test_the_parents_death_ends_the_process(tiny_folder: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tiny_folder)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        try:
+            child = psutil.Process(int(parent.stdout.readline()))
+        finally:
+            parent.kill()
+    _, alive = psutil.wait_procs([child], timeout=20)
+    assert not alive
