@@ -1,0 +1,48 @@
+# The server in a container.
+#
+#   make image        with docker or buildah; deploy/README.md says more
+#
+# The only model inside is the demo model. For a GPU no other base is needed: torch's wheels for
+# Linux bring the CUDA libraries, and the driver comes from the host.
+
+ARG BASE=python:3.11-slim
+
+FROM ${BASE} AS build
+ARG TORCH=2.13.0
+# Older pips heed the first constraint while they build a package, newer ones the second.
+ENV PIP_CONSTRAINT=/build/constraints.txt \
+    PIP_BUILD_CONSTRAINT=/build/constraints.txt \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_ROOT_USER_ACTION=ignore
+WORKDIR /build
+COPY constraints.txt .
+# First what is large and changes seldom.
+RUN python3 -m venv /opt/darkroom \
+    && sed -i "s/^torch==.*/torch==${TORCH}/" constraints.txt \
+    && /opt/darkroom/bin/pip install "torch==${TORCH}"
+COPY protos protos
+COPY server server
+RUN /opt/darkroom/bin/pip install ./protos ./server
+
+FROM ${BASE}
+RUN groupadd --gid 10001 darkroom \
+    && useradd --uid 10001 --gid darkroom --home-dir /var/lib/darkroom darkroom \
+    && install -d -o darkroom -g darkroom /var/lib/darkroom /var/lib/darkroom/huggingface
+COPY --from=build /opt/darkroom /opt/darkroom
+ENV PATH=/opt/darkroom/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HF_HOME=/var/lib/darkroom/huggingface \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    DARKROOM_SERVE_HOST=0.0.0.0
+USER 10001:10001
+WORKDIR /var/lib/darkroom
+VOLUME /var/lib/darkroom/huggingface
+# gRPC, and Prometheus metrics
+EXPOSE 50051 9464
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["darkroom-server", "healthcheck"]
+ENTRYPOINT ["darkroom-server"]
+CMD ["serve"]

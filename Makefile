@@ -1,0 +1,166 @@
+# The one entry point: CI and the README call these targets. `make` alone lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+GENERATOR := .venv-protos/bin
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+
+SERVE_FLAGS ?=
+PYTEST_FLAGS ?=
+# The commit whose protos the working tree's must stay compatible with.
+PROTOS_AGAINST ?= HEAD
+IMAGE ?= darkroom-server:latest
+IMAGE_FLAGS ?=
+
+PACKAGES := protos client server
+TYPED := $(wildcard client/src server/src tests examples training bench tools)
+NODE_LOCK := $(if $(shell command -v npm),$(wildcard examples/node/package-lock.json))
+NODE_MODULES := $(NODE_LOCK:package-lock.json=node_modules/.installed)
+
+.PHONY: help
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+# ---- use ----
+
+.PHONY: setup
+setup: .venv/.installed ## install everything into .venv (again only when a requirement changed)
+
+.PHONY: demo
+demo: setup ## start a server, draw a few pictures into demo-output/, stop
+	@$(BIN)/python examples/demo.py
+
+.PHONY: serve
+serve: setup ## serve the demo model on this machine; options in SERVE_FLAGS
+	@exec $(BIN)/darkroom-server serve $(SERVE_FLAGS)
+
+# ---- check ----
+
+.PHONY: test
+test: export HF_HUB_OFFLINE := 1
+test: setup $(NODE_MODULES) ## run the tests: no network, no GPU; options in PYTEST_FLAGS
+	@$(BIN)/pytest $(PYTEST_FLAGS)
+
+.PHONY: test-packaging
+test-packaging: setup ## build the wheels, install them into empty environments, try them there
+	@$(BIN)/pytest tests/packaging -m "not gpu" $(PYTEST_FLAGS)
+
+CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs
+
+.PHONY: lint
+lint: setup $(GENERATOR)/.installed ## check style, types, imports and protos
+	@failed=; \
+	for check in $(CHECKS); do \
+	    echo "== $$check"; \
+	    $(MAKE) --no-print-directory $$check || failed+=" $$check"; \
+	done; \
+	[ -z "$$failed" ] || { echo "lint: failed:$$failed"; exit 1; }
+
+.PHONY: types
+types: setup ## check types only
+	@$(BIN)/mypy $(TYPED)
+
+.PHONY: lint-python lint-format lint-imports lint-protos lint-breaking lint-stubs
+lint-python: setup
+	@$(BIN)/ruff check --output-format concise
+
+lint-format: setup
+	@$(BIN)/ruff format --check || { echo "'make format' mends this"; exit 1; }
+
+lint-imports: setup
+	@$(BIN)/lint-imports --no-logo
+
+lint-protos: setup
+	@$(BIN)/buf lint protos
+	@$(BIN)/buf format --diff --exit-code protos || { echo "'make format' mends this"; exit 1; }
+
+# Not `ref=HEAD`: buf would look in a worktree's .git, which is a file.
+lint-breaking: setup
+	@if git cat-file -e '$(PROTOS_AGAINST):protos/buf.yaml' 2>/dev/null; then \
+	    $(BIN)/buf breaking protos --against \
+	        "$$(git rev-parse --git-common-dir)#ref=$$(git rev-parse '$(PROTOS_AGAINST)'),subdir=protos"; \
+	else \
+	    echo "skipped: $(PROTOS_AGAINST) has no protos to compare with"; \
+	fi
+
+lint-stubs: $(GENERATOR)/.installed
+	@generated=$$(mktemp -d); trap 'rm -rf "$$generated"' EXIT; \
+	$(call generate,"$$generated"); \
+	diff -rq -x __init__.py -x __pycache__ -x py.typed protos/src "$$generated" \
+	    || { echo "the stubs differ from the protos: 'make protos' mends this"; exit 1; }
+
+.PHONY: format
+format: setup ## format the Python files and the protos, sort the imports
+	@$(BIN)/ruff check --quiet --select I --fix
+	@$(BIN)/ruff format
+	@$(BIN)/buf format --write protos
+
+# ---- build ----
+
+.PHONY: protos
+protos: $(GENERATOR)/.installed ## generate the Python stubs from the protos
+	@$(call generate,protos/src)
+
+# $(1): the folder that the generated files go to
+generate = $(GENERATOR)/python -m grpc_tools.protoc -I protos \
+    --plugin=protoc-gen-mypy=$(GENERATOR)/protoc-gen-mypy \
+    --plugin=protoc-gen-mypy_grpc=$(GENERATOR)/protoc-gen-mypy_grpc \
+    --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
+    $(wildcard protos/darkroom/*/*.proto)
+
+.PHONY: wheels
+wheels: setup ## build wheels and source distributions into dist/
+	@rm -rf dist && mkdir dist
+	@for package in $(PACKAGES); do \
+	    log=$$($(BIN)/python -m build --no-isolation --outdir dist "$$package" 2>&1) \
+	        || { echo "$$log"; exit 1; }; \
+	done
+	@ls -sh dist
+
+.PHONY: image
+image: ## build the container image with docker or buildah; options in IMAGE_FLAGS
+	@if docker info >/dev/null 2>&1; then \
+	    docker build $(IMAGE_FLAGS) -t $(IMAGE) .; \
+	elif command -v buildah >/dev/null; then \
+	    buildah bud --format docker $(IMAGE_FLAGS) -t $(IMAGE) .; \
+	else \
+	    echo "needs docker with a running daemon, or buildah"; exit 1; \
+	fi
+
+.PHONY: constraints
+constraints: setup ## write constraints.txt anew from what .venv holds, after an upgrade there
+	@pins=$$($(BIN)/python -m pip freeze --exclude-editable --all | sed -E '/^pip==/d; s/\+.*//'); \
+	comment=$$(sed -n '/^#/p' constraints.txt); \
+	printf '%s\n' "$$comment" "$$pins" >constraints.txt
+
+.PHONY: clean
+clean: ## delete what was built, the environments too
+	@rm -rf .venv .venv-protos dist demo-output examples/node/node_modules
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# ---- environments ----
+
+# The build backend comes first and from our constraints: pip would fetch the newest one otherwise.
+.venv/.installed: constraints.txt requirements-dev.txt $(PACKAGES:=/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("needs Python 3.11 or newer")'
+	@[ -x $(BIN)/python ] || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing into .venv"
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -r requirements-dev.txt
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation \
+	    -e protos -e 'client[cli,pil,numpy]' -e server
+	@touch $@
+
+$(GENERATOR)/.installed: protos/requirements-generate.txt
+	@[ -x $(GENERATOR)/python ] || { echo "making .venv-protos"; $(PYTHON) -m venv .venv-protos; }
+	@$(GENERATOR)/python $(PIP_INSTALL) -r $<
+	@touch $@
+
+examples/node/node_modules/.installed: examples/node/package-lock.json
+	@npm ci --prefix examples/node --silent --no-audit --no-fund
+	@touch $@

@@ -1,0 +1,30 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.packaging.distributions import Distributions, Environment, build_distributions
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    return build_distributions(tmp_path_factory.mktemp("distributions"))
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    return Environment(tmp_path / "environment")
+
+
+@pytest.fixture
+def furnished(tmp_path: Path) -> Environment:
+    """An environment that has this one's third-party packages, but none of ours.
+
+    Ours are installed as editable here, by .pth files; those are heeded in an environment's own
+    folder only, not in one that is added to the path.
+    """
+    environment = Environment(tmp_path / "furnished")
+    (here,) = (p for p in sys.path if p.startswith(sys.prefix) and p.endswith("site-packages"))
+    (packages,) = environment.folder.glob("lib/python*/site-packages")
+    (packages / "third_party.pth").write_text(here)
+    return environment

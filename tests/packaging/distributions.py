@@ -1,0 +1,94 @@
+"""The built distributions, and empty environments to install them into."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+from zipfile import ZipFile
+
+ROOT = Path(__file__).parents[2]
+CONSTRAINTS = ROOT / "constraints.txt"
+
+
+@dataclass(frozen=True)
+class Wheel:
+    path: Path
+
+    @property
+    def names(self) -> set[str]:
+        with ZipFile(self.path) as archive:
+            return set(archive.namelist())
+
+    def read(self, name: str) -> bytes:
+        with ZipFile(self.path) as archive:
+            return archive.read(name)
+
+    def info(self, name: str) -> str:
+        """The text of a file in the wheel's .dist-info folder."""
+        (found,) = (n for n in self.names if n.endswith(f".dist-info/{name}"))
+        return self.read(found).decode()
+
+    @property
+    def metadata(self) -> Message:
+        return Parser().parsestr(self.info("METADATA"))
+
+
+@dataclass(frozen=True)
+class Distributions:
+    protos: Wheel
+    client: Wheel
+    server: Wheel
+
+
+def build_distributions(folder: Path) -> Distributions:
+    """Build each package's source distribution, and its wheel from that."""
+    wheels = {}
+    for package in ("protos", "client", "server"):
+        output = folder / package
+        command = (
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            "--outdir",
+            output,
+            ROOT / package,
+        )
+        run(*command)
+        (path,) = output.glob("*.whl")
+        wheels[package] = Wheel(path)
+    return Distributions(**wheels)
+
+
+class Environment:
+    """A virtual environment that holds nothing, pip neither."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        run(sys.executable, "-m", "venv", "--without-pip", folder)
+
+    def pip(self, *arguments: str | Path) -> str:
+        """What this process's pip says about the environment, or does to it."""
+        return run(sys.executable, "-m", "pip", "--python", self._program("python"), *arguments)
+
+    def install(self, *arguments: str | Path) -> None:
+        self.pip("install", "--quiet", *arguments)
+
+    def run(self, program: str, *arguments: str | Path) -> str:
+        return run(self._program(program), *arguments, folder=self.folder)
+
+    def _program(self, name: str) -> Path:
+        return self.folder / "bin" / name
+
+
+def run(*command: str | Path, folder: Path = Path("/")) -> str:
+    """Run a command that knows nothing of this checkout; return what it prints."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "DARKROOM"))}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}{done.stderr}"
+    return done.stdout

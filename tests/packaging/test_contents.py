@@ -1,0 +1,80 @@
+"""What is in the wheels."""
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.packaging.distributions import ROOT, Distributions, Wheel
+
+
+@pytest.fixture(params=["protos", "client", "server"])
+def wheel(request: pytest.FixtureRequest, distributions: Distributions) -> Wheel:
+    found = getattr(distributions, request.param)
+    assert isinstance(found, Wheel)
+    return found
+
+
+def test_every_wheel_is_typed_and_licensed(wheel: Wheel) -> None:
+    assert any(name.endswith("/py.typed") for name in wheel.names)
+    assert wheel.info("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
+    assert wheel.metadata["License-Expression"] == "Apache-2.0"
+    assert wheel.metadata["Requires-Python"] == ">=3.11"
+
+
+@pytest.mark.parametrize("package", ["protos", "client", "server"])
+def test_a_wheel_holds_every_source_file(package: str, distributions: Distributions) -> None:
+    source = ROOT / package / "src"
+    expected = {
+        str(path.relative_to(source))
+        for path in source.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    wheel: Wheel = getattr(distributions, package)
+    packed = {name for name in wheel.names if ".dist-info/" not in name}
+    assert {name for name in packed if not name.endswith(".proto")} == expected
+
+
+def test_the_three_share_one_version(distributions: Distributions) -> None:
+    version = distributions.protos.metadata["Version"]
+    for wheel in (distributions.client, distributions.server):
+        assert wheel.metadata["Version"] == version
+        assert f"darkroom-protos=={version}" in wheel.metadata.get_all("Requires-Dist", [])
+
+
+def test_the_protos_wheel_holds_the_protos(distributions: Distributions) -> None:
+    sources = sorted((ROOT / "protos/darkroom").rglob("*.proto"))
+    assert sources
+    for source in sources:
+        name = str(source.relative_to(ROOT / "protos"))
+        assert distributions.protos.read(name) == source.read_bytes()
+
+
+def test_the_server_wheel_holds_the_demo_model(distributions: Distributions) -> None:
+    names = distributions.server.names
+    (index,) = (name for name in names if name.endswith("/model_index.json"))
+    folder = index.removesuffix("model_index.json")
+    for part in ("text_encoder", "unet", "vae"):
+        assert any(
+            name.startswith(f"{folder}{part}/") and name.endswith(".safetensors") for name in names
+        )
+
+
+@pytest.mark.parametrize(
+    ("package", "command"), [("client", "darkroom"), ("server", "darkroom-server")]
+)
+def test_a_wheel_brings_its_command(
+    package: str, command: str, distributions: Distributions
+) -> None:
+    wheel: Wheel = getattr(distributions, package)
+    assert f"\n{command} = " in wheel.info("entry_points.txt")
+
+
+def test_the_client_needs_nothing_heavy(distributions: Distributions) -> None:
+    requirements = map(Requirement, distributions.client.metadata.get_all("Requires-Dist", []))
+    assert {r.name for r in requirements if not r.marker or "extra" not in str(r.marker)} == {
+        "darkroom-protos",
+        "googleapis-common-protos",
+        "grpcio",
+        "grpcio-health-checking",
+        "grpcio-status",
+        "protobuf",
+    }
