@@ -7,6 +7,13 @@ SEED_BOUND = 2**63
 """Seeds are drawn and counted modulo this, so that each fits a signed 64-bit integer."""
 
 
+DEADLINE_SLACK_SECONDS = 0.25
+"""A caller that leaves this shortly before its deadline left because of it.
+
+Its own clock rings first, and gRPC rounds timeouts up on their way to the server.
+"""
+
+
 class ImageFormat(StrEnum):
     """How the pixels of an image are encoded."""
 
@@ -46,6 +53,7 @@ class Job:
 
     ``id`` is unique among the jobs of one server. Times are ``time.monotonic`` seconds, which on
     Linux all processes of a machine share. ``priority`` is higher for what is more urgent.
+    ``skip`` are the images, by index, that an earlier engine finished already.
     """
 
     id: str
@@ -65,6 +73,12 @@ class Job:
     submitted_at: float
     deadline: float | None = None
     priority: int = 0
+    skip: frozenset[int] = frozenset()
+
+    @property
+    def image_indices(self) -> list[int]:
+        """The images still to draw."""
+        return [index for index in range(self.image_count) if index not in self.skip]
 
     def seed_of(self, image_index: int) -> int:
         """The seed that draws image ``image_index`` of this job alone."""

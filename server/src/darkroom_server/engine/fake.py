@@ -201,6 +201,12 @@ class FakeEngine:
         with self._lock:
             self._end_well(self._jobs[job_id])
 
+    def deliver(self, job_id: str, index: int) -> None:
+        """Tell of one image of a job that goes on."""
+        with self._lock:
+            image = fake_image(self._jobs[job_id], index)
+            self._emit(ImageReady(job_id=job_id, image_index=index, image=image))
+
     def fail(self, job_id: str, failure: Failure) -> None:
         """Give a job up."""
         with self._lock:
@@ -208,9 +214,11 @@ class FakeEngine:
             self._emit(JobFailed(job_id, failure))
 
     def die(self, message: str = "the fake engine was told to die") -> None:
-        """Stop for good, with every job inside."""
+        """Die with every job inside; ``start`` brings it back, empty."""
         with self._lock:
             self._jobs.clear()
+            self._steps.clear()
+            self._leaving.clear()
             self._emit(EngineDied(message))
 
     def _run(self) -> None:
@@ -232,7 +240,7 @@ class FakeEngine:
             if self._steps[job.id] == 0:
                 self._emit(JobStarted(job.id))
             self._steps[job.id] += 1
-            for index in range(job.image_count):
+            for index in job.image_indices:
                 self._emit(
                     SampleProgress(
                         job_id=job.id,
@@ -249,7 +257,7 @@ class FakeEngine:
                 self._end_well(job)
 
     def _end_well(self, job: Job) -> None:
-        for index in range(job.image_count):
+        for index in job.image_indices:
             image = fake_image(job, index)
             self._emit(ImageReady(job_id=job.id, image_index=index, image=image))
         self._forget(job.id)

@@ -63,5 +63,5 @@ class LoadedModel:
                 device=self.device,
                 dtype=self.dtype,
             )
-            for index in range(job.image_count)
+            for index in job.image_indices
         ]

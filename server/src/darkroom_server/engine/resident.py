@@ -59,7 +59,7 @@ class Resident:
         """Note that one of the samples was decoded; True if it was the job's last."""
         self._decoded = now
         self._images_decoded += 1
-        return self._images_decoded == self.job.image_count
+        return self._images_decoded == len(self.job.image_indices)
 
     def end(self, event: Event) -> bool:
         """End the job with ``event``; False if it had ended already, and ``event`` is not told."""
@@ -77,7 +77,7 @@ class Resident:
                 return False
             self._emit(ImageReady(job_id=self.job.id, image_index=index, image=image))
             self._delivered += 1
-            if self._delivered < self.job.image_count:
+            if self._delivered < len(self.job.image_indices):
                 return False
             self._ended = True
             self._emit(JobFinished(self.job.id, self._stages(time.monotonic())))

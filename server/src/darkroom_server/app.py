@@ -1,0 +1,177 @@
+"""The server as a whole: the only file that knows every part."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Coroutine, Sequence
+
+import structlog
+
+from darkroom_server.core.config import Preset
+from darkroom_server.core.engine import Engine
+from darkroom_server.dispatch import Dispatcher
+from darkroom_server.engine.process import ProcessEngine
+from darkroom_server.engine.thread import ThreadEngine
+from darkroom_server.rpc.server import RpcServer
+from darkroom_server.settings import Settings
+from darkroom_server.settings.sources import engine_configs, model_sources
+from darkroom_server.telemetry import Exporter, Metrics, Recorder
+
+log = structlog.get_logger(__name__)
+
+ANSWER_SECONDS = 5.0
+"""For handlers to answer, once every job has ended."""
+
+
+def build_engines(settings: Settings) -> list[Engine]:
+    """The engines that draw; torch is imported where they run, not here."""
+    configs = engine_configs(settings, os.environ.get("HF_TOKEN"))
+    if settings.engine.engine == "thread":
+        return [ThreadEngine(config) for config in configs]
+    timeout = settings.engine.engine_timeout
+    return [ProcessEngine(config, timeout=timeout) for config in configs]
+
+
+class EngineLost(Exception):
+    """No engine will come back; the text is one line for the operator."""
+
+
+class Server:
+    """One server's life: ``startup``, ``serve``, ``shutdown``.
+
+    ``address`` and ``metrics_address`` are known once ``startup`` is over.
+    """
+
+    def __init__(self, settings: Settings, engines: Sequence[Engine]) -> None:
+        self.address = ""
+        self.metrics_address = ""
+        self.metrics = Metrics()
+        self._settings = settings
+        self._stop = asyncio.Event()
+        self._telling: set[asyncio.Future[None]] = set()
+        model_ids = [source.id for source in model_sources(settings.models)]
+        recorder = Recorder(self.metrics, model_ids)
+        self.dispatcher = Dispatcher(
+            engines,
+            model_ids,
+            max_queued_jobs=settings.dispatch.max_queued_jobs,
+            max_resident_samples=settings.dispatch.max_resident_samples,
+            max_restarts=settings.engine.engine_max_restarts,
+            observer=recorder,
+            on_ready=self._tell_health,
+        )
+        self._exporter = Exporter(self.metrics.registry)
+        self._rpc = RpcServer(
+            self.dispatcher,
+            recorder,
+            reflect=settings.network.reflection,
+            log_prompts=settings.logs.log_prompts,
+        )
+
+    async def run(self) -> None:
+        """Live, until told to stop; raises ``StartupError`` or ``EngineLost``."""
+        try:
+            await self.startup()
+            await self.serve()
+        finally:
+            await self.shutdown()
+        log.info("stopped")
+
+    async def startup(self) -> None:
+        """Open the ports, alive and not ready, and let the engine load."""
+        network = self._settings.network
+        self.metrics_address = self._exporter.start(network.host, network.metrics_port)
+        self.address = await self._rpc.start(network.host, network.port)
+        log.info("loading", address=self.address, metrics=self.metrics_address)
+        self.dispatcher.start()
+
+    async def serve(self) -> None:
+        """Serve from the moment the engine is ready until ``stop``; raises when it dies."""
+        began = time.monotonic()
+        if await self._unless_stopped(self.dispatcher.loaded()):
+            self._log_serving(time.monotonic() - began)
+        if await self._unless_stopped(self.dispatcher.died()):
+            await self._rpc.health.ready(False)
+            raise EngineLost(await self.dispatcher.died())
+
+    @property
+    def stopping(self) -> bool:
+        """``stop`` was called."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        """Let ``serve`` end; new jobs are still accepted until ``shutdown`` refuses them."""
+        self._stop.set()
+
+    async def shutdown(self) -> None:
+        """Refuse new jobs, let accepted ones finish, and stop the engine."""
+        shutdown = self._settings.shutdown
+        await self._rpc.health.ready(False)
+        self._stop.set()
+        if self.dispatcher.ready:
+            log.info("draining", jobs=self.dispatcher.counts.live, grace=shutdown.grace)
+            await asyncio.sleep(shutdown.drain_delay)
+        await self.dispatcher.drain(shutdown.grace)
+        await self._rpc.stop(ANSWER_SECONDS)
+        await self.dispatcher.close()
+        self._exporter.stop()
+
+    def _tell_health(self, ready: bool) -> None:
+        task = asyncio.ensure_future(self._rpc.health.ready(ready and not self.stopping))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _unless_stopped(self, awaited: Coroutine[None, None, object]) -> bool:
+        """Whether ``awaited`` ended before ``stop`` was called; raises what it raises."""
+        task = asyncio.ensure_future(awaited)
+        stop = asyncio.ensure_future(self._stop.wait())
+        done, pending = await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        for one in pending:
+            one.cancel()
+        if task in done:
+            task.result()
+        return task in done and not self._stop.is_set()
+
+    def _log_serving(self, load_seconds: float) -> None:
+        models = [model for model in self.dispatcher.models.values() if model is not None]
+        runtime = models[0].runtime
+        asked = self._settings.engine.preset
+        why = f"auto, on {runtime.device}" if asked is Preset.AUTO else "asked for"
+        log.info(
+            "serving",
+            address=self.address,
+            metrics=self.metrics_address,
+            models=[model.id for model in models],
+            device=runtime.device,
+            dtype=runtime.dtype,
+            preset=runtime.preset,
+            preset_why=why,
+            load_seconds=round(load_seconds, 2),
+        )
+
+
+def run(settings: Settings, engines: Sequence[Engine] | None = None) -> None:
+    """Run a server until SIGTERM or SIGINT; a second signal ends the process at once.
+
+    Raises ``StartupError`` and ``EngineLost``.
+    """
+    asyncio.run(_run(settings, engines or build_engines(settings)))
+
+
+async def _run(settings: Settings, engines: Sequence[Engine]) -> None:
+    server = Server(settings, engines)
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if not server.stopping:
+            log.info("signal", signal=number.name, again="ends the process at once")
+            server.stop()
+            return
+        log.warning("forced", signal=number.name)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    await server.run()

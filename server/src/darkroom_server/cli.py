@@ -1,0 +1,122 @@
+"""``darkroom-server``: the command line. Whatever is heavy is imported where it is needed."""
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from darkroom_server.core.errors import StartupError
+from darkroom_server.settings.flags import PROGRAM, Parser, add_flags
+
+if TYPE_CHECKING:
+    from darkroom_server.settings.load import Loaded
+
+EXIT_FAILED = 1
+EXIT_MISUSED = 2
+"""Wrong settings, a port in use, a model that cannot be loaded: a restart does not help."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; exits with 0, 1 (unhealthy, or the engine was lost) or 2 (mend it first)."""
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    command = given.pop("command")
+    try:
+        match command:
+            case "serve":
+                _serve(given)
+            case "healthcheck":
+                _healthcheck(**given)
+            case _:
+                parser.print_help()
+    except StartupError as error:
+        _exit(EXIT_MISUSED, str(error))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog=PROGRAM, description="A gRPC server for text-to-image diffusion models.")
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="print the version and exit",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        usage=f"{PROGRAM} serve [OPTION ...]",
+        help="load models and serve them",
+        description="Load models and serve them until SIGTERM or SIGINT. Each flag but --config "
+        "has an environment variable too (DARKROOM_SERVE_…) and a key in the file; the token for "
+        "the hub comes from HF_TOKEN.",
+    )
+    _add_config(serve)
+    add_flags(serve)
+    health = commands.add_parser(
+        "healthcheck",
+        help="ask a server whether it is ready",
+        description="Exit with 0 if the server is ready, and with 1 if it is not. Without "
+        "--target, the server's own environment and file say where it is.",
+    )
+    _add_config(health)
+    health.add_argument("--target", metavar="HOST:PORT", help="where the server is")
+    health.add_argument(
+        "--service",
+        metavar="NAME",
+        default="",
+        help="whose health: nothing for readiness, `liveness` for the process",
+    )
+    health.add_argument("--timeout", metavar="SECONDS", type=float, default=3.0, help="default: 3")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="a TOML file with settings")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"{PROGRAM} {version('darkroom-server')}")
+        parser.exit()
+
+
+def _serve(flags: dict[str, Any]) -> None:
+    loaded = _load(flags.pop("config"), flags)
+    import structlog
+
+    from darkroom_server.app import EngineLost, run
+    from darkroom_server.logs import configure_logs
+
+    configure_logs(loaded.settings.logs)
+    for warning in loaded.warnings:
+        structlog.get_logger(__name__).warning(warning)
+    try:
+        run(loaded.settings)
+    except EngineLost as error:
+        _exit(EXIT_FAILED, str(error))
+
+
+def _healthcheck(config: str | None, target: str | None, service: str, timeout: float) -> None:
+    from darkroom_server.healthcheck import healthcheck, target_of
+
+    healthy, line = healthcheck(
+        target or target_of(_load(config, {}).settings.network), service, timeout
+    )
+    print(line)
+    raise SystemExit(0 if healthy else EXIT_FAILED)
+
+
+def _load(config: str | None, flags: dict[str, Any]) -> "Loaded":
+    from darkroom_server.settings.load import load_settings
+
+    return load_settings(flags, os.environ, config)
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)

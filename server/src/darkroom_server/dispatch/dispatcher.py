@@ -1,0 +1,359 @@
+"""Owns every accepted job, from admission to its end."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import structlog
+
+from darkroom_server.core.engine import Engine
+from darkroom_server.core.errors import (
+    DarkroomError,
+    DeadlineExceeded,
+    Failure,
+    GenerationFailed,
+    QueueFull,
+    Reason,
+    StartupError,
+)
+from darkroom_server.core.events import (
+    EngineReady,
+    Event,
+    ImageReady,
+    JobCancelled,
+    JobFailed,
+    JobFinished,
+    JobStarted,
+    MemoryReport,
+    PassDone,
+    SampleProgress,
+    StageSeconds,
+)
+from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, Job
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.order import OrderKey, order
+from darkroom_server.dispatch.accepted import AcceptedJob, Finished, Place
+from darkroom_server.dispatch.admission import Admission, check_fits, going_away
+from darkroom_server.dispatch.counts import Counts, End
+from darkroom_server.dispatch.deadlines import Deadlines
+from darkroom_server.dispatch.fleet import Fleet
+from darkroom_server.dispatch.observer import Observer, Unobserved
+from darkroom_server.dispatch.pace import Pace
+from darkroom_server.dispatch.roster import Roster
+
+log = structlog.get_logger(__name__)
+
+ENGINE_CRASHED = Failure(
+    Reason.ENGINE_CRASHED,
+    "the engine crashed twice while it drew this, and does not try again; change the request",
+)
+
+
+class Dispatcher:
+    """Admits jobs, keeps those that wait in order, and feeds the engines.
+
+    All methods belong to one event loop. ``model_ids`` are the models the server was told to hold,
+    in that order. ``max_queued_jobs`` bounds the jobs that wait. A job is handed over while fewer
+    than ``max_resident_samples`` images are in an engine. More than ``max_restarts`` deaths of
+    engines in ten minutes are the end. ``on_ready`` is told whether jobs can be drawn now.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        model_ids: Iterable[str],
+        *,
+        max_queued_jobs: int,
+        max_resident_samples: int,
+        max_restarts: int = 5,
+        observer: Observer | None = None,
+        on_ready: Callable[[bool], None] = lambda _: None,
+    ) -> None:
+        self.counts = Counts()
+        self._admission = Admission(model_ids)
+        self._max_queued_jobs = max_queued_jobs
+        self._on_ready = on_ready
+        self._observer = observer or Unobserved()
+        self._roster = Roster(self._observer)
+        self._fleet = Fleet(
+            engines,
+            max_resident_samples=max_resident_samples,
+            max_restarts=max_restarts,
+            observer=self._observer,
+            on_event=self._on_event,
+            on_crash=self._on_crash,
+            on_change=self._on_change,
+            on_end=self._on_end,
+        )
+        self._deadlines = Deadlines(self._expire)
+        self._pace = Pace()
+        self._loaded = asyncio.Event()
+        self._died = asyncio.Event()
+        self._death: str | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # What is so.
+
+    @property
+    def models(self) -> dict[str, ModelInfo | None]:
+        """Every model by id, None for those that are not loaded yet."""
+        return dict(self._admission.models)
+
+    @property
+    def ready(self) -> bool:
+        """Whether jobs are accepted, and an engine is there to draw them."""
+        return self._admission.open and self._fleet.ready
+
+    @property
+    def queued_jobs(self) -> int:
+        """Jobs that wait for a place in the engine."""
+        return self._roster.queued
+
+    @property
+    def running_jobs(self) -> int:
+        """Jobs in the engine, those included that are about to leave it."""
+        return self._roster.running
+
+    # From start to end.
+
+    def start(self) -> None:
+        """Let the engines load; ``loaded`` waits for the first."""
+        self._fleet.start()
+
+    async def loaded(self) -> None:
+        """Wait until the models are loaded; raises ``StartupError`` where they cannot be."""
+        await self._loaded.wait()
+        if self._death is not None:
+            raise StartupError(self._death)
+
+    async def died(self) -> str:
+        """Wait until no engine will come back, and say why; for ever if that never happens."""
+        await self._died.wait()
+        return self._death or ""
+
+    def refuse_new_jobs(self) -> None:
+        """Refuse new jobs from now on, because the server is going away."""
+        self._admission.drain()
+        self._on_change()
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new jobs, and let accepted ones finish for ``grace`` seconds at most.
+
+        Those that have not finished by then fail with ``NotReady``.
+        """
+        self.refuse_new_jobs()
+        try:
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("drain ends jobs unfinished", jobs=self.counts.live, grace=grace)
+        for accepted in self._live_jobs():
+            self._withdraw(accepted)
+            self._end(accepted, End.FAILED, going_away())
+
+    async def close(self) -> None:
+        """End what is left, and the engines; waits until they have stopped."""
+        await self.drain(0.0)
+        self._deadlines.close()
+        await self._fleet.close()
+
+    # What callers want.
+
+    def model(self, model_id: str) -> ModelInfo:
+        """The loaded model ``model_id``; raises ``UnknownModel`` or ``NotReady``."""
+        return self._admission.model(model_id)
+
+    def unused_id(self, wanted: str) -> str:
+        """``wanted``, or where a job of that id is still here, ``wanted`` with a suffix."""
+        id, count = wanted, 1
+        while id in self._roster:
+            count += 1
+            id = f"{wanted}~{count}"
+        return id
+
+    def submit(self, job: Job) -> AcceptedJob:
+        """Accept ``job``, whose id must be unused.
+
+        Raises ``UnknownModel``, ``NotReady``, ``TooLarge``, ``DeadlineExceeded`` or ``QueueFull``.
+        """
+        check_fits(job, self._admission.model(job.model))
+        if job.id in self._roster:
+            raise ValueError(f"a job of id {job.id!r} is still here")
+        now = time.monotonic()
+        if job.deadline is not None and job.deadline <= now:
+            raise DeadlineExceeded("the deadline passed before the request was accepted")
+        accepted = AcceptedJob(job, self.cancel)
+        if self.queued_jobs >= self._max_queued_jobs and not self._fleet.choose(accepted):
+            raise QueueFull(
+                f"{self.queued_jobs} jobs are waiting, and no more are taken",
+                self._pace.retry_after(now),
+            )
+        self.counts.accepted += 1
+        self._idle.clear()
+        self._roster.move(accepted, Place.QUEUE)
+        self._deadlines.add(job.id, job.deadline)
+        self._feed()
+        return accepted
+
+    def cancel(self, job_id: str) -> None:
+        """Give a job up for its caller, wherever it is; unknown and ended ones are ignored."""
+        accepted = self._roster.get(job_id)
+        if accepted is None or accepted.ended:
+            return
+        self._withdraw(accepted)
+        # gRPC ends a call whose deadline passed by cancelling it, and may be faster than we are.
+        deadline = accepted.job.deadline
+        late = deadline is not None and deadline - DEADLINE_SLACK_SECONDS <= time.monotonic()
+        self._end(accepted, End.EXPIRED if late else End.CANCELLED, None)
+
+    # The way of a job.
+
+    def _live_jobs(self) -> list[AcceptedJob]:
+        return [accepted for accepted in self._roster.all() if not accepted.ended]
+
+    def _feed(self) -> None:
+        """Hand waiting jobs to the engines while they have room, the most urgent first."""
+        waiting = {accepted.job.id: accepted for accepted in self._roster.waiting()}
+        for key in order(_order_key(accepted) for accepted in waiting.values()):
+            accepted = waiting[key.id[0]]
+            slot = self._fleet.choose(accepted)
+            if slot is None:
+                # Nobody overtakes: what waits for an empty engine would wait for ever.
+                break
+            self._roster.move(accepted, Place.ENGINE)
+            self._fleet.hand_over(accepted, slot)
+
+    def _withdraw(self, accepted: AcceptedJob) -> None:
+        """Take a job out of the queue, or tell the engine to let it go."""
+        if accepted.place is Place.QUEUE:
+            self._roster.move(accepted, Place.OUTSIDE)
+        elif accepted.place is Place.ENGINE:
+            self._fleet.cancel(accepted.job.id)
+
+    def _end(
+        self, accepted: AcceptedJob, end: End, outcome: Finished | DarkroomError | None
+    ) -> None:
+        """The one end of a job for its caller; a second one is not told."""
+        if accepted.ended:
+            return
+        accepted.end(outcome)
+        self._deadlines.discard(accepted.job.id)
+        self.counts.by_end[end] += 1
+        if self.counts.live == 0:
+            self._idle.set()
+
+    def _expire(self, job_id: str) -> None:
+        accepted = self._roster.get(job_id)
+        if accepted is None:
+            return
+        where = "before it was begun" if accepted.place is Place.QUEUE else "before it was finished"
+        self._withdraw(accepted)
+        self._end(accepted, End.EXPIRED, DeadlineExceeded(f"the deadline passed {where}"))
+
+    # What the engine tells.
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case EngineReady(models):
+                self._admission.loaded(models)
+                self._loaded.set()
+                self._feed()
+            case PassDone():
+                self._observer.pass_done(event.model, event.rows, event.seconds)
+            case MemoryReport():
+                self._observer.memory(event)
+            case JobStarted(job_id):
+                if accepted := self._roster.get(job_id):
+                    accepted.started = True
+            case SampleProgress():
+                pass
+            case ImageReady():
+                if accepted := self._roster.get(event.job_id):
+                    accepted.images[event.image_index] = event.image
+            case JobFinished(job_id, stages):
+                if accepted := self._roster.get(job_id):
+                    self._leave_engine(accepted)
+                    self._finish(accepted, stages)
+            case JobFailed(job_id, failure):
+                if accepted := self._roster.get(job_id):
+                    self._leave_engine(accepted)
+                    self._end(accepted, End.FAILED, GenerationFailed(failure))
+            case JobCancelled(job_id):
+                if accepted := self._roster.get(job_id):
+                    self._leave_engine(accepted)
+                    self._on_cancelled(accepted, event)
+
+    def _leave_engine(self, accepted: AcceptedJob) -> None:
+        self._fleet.left(accepted.job.id)
+        self._roster.move(accepted, Place.OUTSIDE)
+        self._pace.job_left(time.monotonic())
+        self._feed()
+
+    def _finish(self, accepted: AcceptedJob, stages: StageSeconds) -> None:
+        count = accepted.job.image_count
+        if len(accepted.images) != count:
+            missing = Failure(Reason.INTERNAL, "the engine lost an image; try again")
+            self._end(accepted, End.FAILED, GenerationFailed(missing))
+            return
+        images = tuple(accepted.images[index] for index in range(count))
+        self._end(accepted, End.FINISHED, Finished(images, stages))
+
+    def _on_cancelled(self, accepted: AcceptedJob, event: JobCancelled) -> None:
+        if event.expired:
+            late = DeadlineExceeded("the deadline passed before it was finished")
+            self._end(accepted, End.EXPIRED, late)
+        else:
+            dropped = Failure(Reason.ENGINE_FAILED, "the engine dropped the job; try again")
+            self._end(accepted, End.FAILED, GenerationFailed(dropped))
+
+    def _on_change(self) -> None:
+        """An engine came or went, or the server goes away."""
+        self._observer.ready(self.ready)
+        self._on_ready(self.ready)
+
+    def _on_crash(self, victims: list[AcceptedJob]) -> None:
+        """Queue the jobs again that were in an engine when it died, or end them."""
+        for accepted in victims:
+            if accepted.ended or self._death is not None:
+                self._roster.move(accepted, Place.OUTSIDE)
+                continue
+            if accepted.started:
+                accepted.crashes += 1
+                accepted.crashed_at = time.monotonic()
+            if accepted.crashes > 1:
+                self._roster.move(accepted, Place.OUTSIDE)
+                self._end(accepted, End.FAILED, GenerationFailed(ENGINE_CRASHED))
+                continue
+            if len(accepted.images) == accepted.job.image_count:
+                # It died with nothing left to draw; where the time went, it took along.
+                self._roster.move(accepted, Place.OUTSIDE)
+                self._finish(accepted, StageSeconds())
+                continue
+            accepted.started = False
+            self._roster.move(accepted, Place.QUEUE)
+            self._observer.replayed(accepted.job.model)
+        self._feed()
+
+    def _on_end(self, message: str) -> None:
+        self._death = message
+        self._admission.died()
+        self._loaded.set()
+        self._died.set()
+        for accepted in self._roster.all():
+            if accepted.place is Place.QUEUE:
+                self._roster.move(accepted, Place.OUTSIDE)
+            gone = Failure(Reason.ENGINE_FAILED, "the engine stopped; try again")
+            self._end(accepted, End.FAILED, GenerationFailed(gone))
+
+
+def _order_key(accepted: AcceptedJob) -> OrderKey:
+    job = accepted.job
+    return OrderKey(
+        id=(job.id, 0),
+        # What may have killed an engine goes behind those that surely did not.
+        submitted_at=accepted.crashed_at or job.submitted_at,
+        remaining_steps=job.steps * len(job.image_indices),
+        priority=job.priority,
+        deadline=None if accepted.crashes else job.deadline,
+    )

@@ -1,0 +1,71 @@
+"""Which jobs are here, and where each of them is."""
+
+from collections import Counter
+
+from darkroom_server.dispatch.accepted import AcceptedJob, Place
+from darkroom_server.dispatch.observer import Observer
+
+
+class Roster:
+    """Every job that waits or is in the engine, by id.
+
+    Until the engine has let a job go, its id stays taken and its samples count, whether or not
+    its caller still waits.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._jobs: dict[str, AcceptedJob] = {}
+        self._places: Counter[tuple[str, Place]] = Counter()
+        self._resident_samples = 0
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._jobs
+
+    def get(self, job_id: str) -> AcceptedJob | None:
+        """The job of that id, None where it is not here."""
+        return self._jobs.get(job_id)
+
+    def all(self) -> list[AcceptedJob]:
+        """Every job that is here."""
+        return list(self._jobs.values())
+
+    def waiting(self) -> list[AcceptedJob]:
+        """The jobs that wait for a place in the engine, in the order of their arrival."""
+        return [accepted for accepted in self._jobs.values() if accepted.place is Place.QUEUE]
+
+    @property
+    def queued(self) -> int:
+        """How many jobs wait."""
+        return sum(n for (_, place), n in self._places.items() if place is Place.QUEUE)
+
+    @property
+    def running(self) -> int:
+        """How many jobs are in the engine, those included that are about to leave it."""
+        return sum(n for (_, place), n in self._places.items() if place is Place.ENGINE)
+
+    @property
+    def resident_samples(self) -> int:
+        """How many images are in the engine."""
+        return self._resident_samples
+
+    def move(self, accepted: AcceptedJob, place: Place) -> None:
+        """Put a job where it is now."""
+        job = accepted.job
+        self._count(accepted, -1)
+        accepted.place = place
+        self._count(accepted, +1)
+        if place is Place.OUTSIDE:
+            del self._jobs[job.id]
+        else:
+            self._jobs[job.id] = accepted
+        self._observer.jobs(
+            job.model,
+            queued=self._places[job.model, Place.QUEUE],
+            running=self._places[job.model, Place.ENGINE],
+        )
+
+    def _count(self, accepted: AcceptedJob, sign: int) -> None:
+        self._places[accepted.job.model, accepted.place] += sign
+        if accepted.place is Place.ENGINE:
+            self._resident_samples += sign * accepted.job.image_count

@@ -1,0 +1,57 @@
+"""What every gRPC dashboard wants to know of each call."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
+
+import grpc
+
+from darkroom_server.rpc.context import Context, code_name, has_expired
+from darkroom_server.rpc.interceptors.around import Around, Method
+
+
+class CallObserver(Protocol):
+    """Is told of each call, on the event loop; its methods return at once and never raise."""
+
+    def call_started(self, service: str, method: str, kind: str) -> None:
+        """A call begins; ``kind`` as in ``Method``."""
+
+    def call_handled(self, service: str, method: str, kind: str, code: str, seconds: float) -> None:
+        """It ended with the status ``code``, such as "OK"."""
+
+
+class Telemetry(Around):
+    """Tells an observer when calls begin and how they end. Methods that nobody serves are left out.
+
+    It must surround ``Errors``, to see the status that is sent.
+    """
+
+    def __init__(self, observer: CallObserver) -> None:
+        self._observer = observer
+
+    def around(self, method: Method, context: Context) -> AbstractAsyncContextManager[None]:
+        """Time the call."""
+        return self._around(method, context)
+
+    @asynccontextmanager
+    async def _around(self, method: Method, context: Context) -> AsyncIterator[None]:
+        began = time.monotonic()
+        named = (method.service, method.name, method.kind)
+        self._observer.call_started(*named)
+        code = "OK"
+        try:
+            yield
+            code = code_name(context) or "OK"
+        except (asyncio.CancelledError, GeneratorExit):
+            code = "DEADLINE_EXCEEDED" if has_expired(context) else "CANCELLED"
+            raise
+        except grpc.aio.AbortError:
+            code = code_name(context) or "UNKNOWN"
+            raise
+        except BaseException:
+            code = "UNKNOWN"
+            raise
+        finally:
+            self._observer.call_handled(*named, code, time.monotonic() - began)

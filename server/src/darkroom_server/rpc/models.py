@@ -1,0 +1,99 @@
+"""ModelService: which models the server holds, and what they take."""
+
+from darkroom.v1 import model_pb2, model_pb2_grpc
+from darkroom_server.core.errors import InvalidRequest, UnknownModel, Violation
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.dispatch import Dispatcher
+from darkroom_server.rpc.context import Context
+from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    """Answers from what the engine told; never asks it."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    async def ListModels(
+        self, request: model_pb2.ListModelsRequest, context: Context
+    ) -> model_pb2.ListModelsResponse:
+        """Every model, in the order in which the server was told of them."""
+        models = self._dispatcher.models
+        return model_pb2.ListModelsResponse(
+            models=[model_message(id, info) for id, info in models.items()]
+        )
+
+    async def GetModel(
+        self, request: model_pb2.GetModelRequest, context: Context
+    ) -> model_pb2.GetModelResponse:
+        """One model; raises ``UnknownModel``."""
+        models = self._dispatcher.models
+        id = chosen_model(request.model, list(models))
+        return model_pb2.GetModelResponse(model=model_message(id, models[id]))
+
+
+def chosen_model(asked: str, known: list[str]) -> str:
+    """The id of the model that a request means: an unset one means the only one.
+
+    Raises ``UnknownModel``, and ``InvalidRequest`` where an unset one is ambiguous.
+    """
+    if asked in known:
+        return asked
+    if asked:
+        raise UnknownModel(asked[:256], known)
+    if len(known) != 1:
+        names = ", ".join(known)
+        raise InvalidRequest([Violation("model", f"must be set, to one of {names}")])
+    return known[0]
+
+
+def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
+    """``info`` on the wire; None is a model that is not loaded yet."""
+    if info is None:
+        return model_pb2.Model(id=id, ready=False)
+    defaults, limits, runtime = info.defaults, info.limits, info.runtime
+    return model_pb2.Model(
+        id=id,
+        revision=info.revision,
+        kind=info.kind,
+        ready=True,
+        defaults=model_pb2.ModelDefaults(
+            width=defaults.width,
+            height=defaults.height,
+            steps=defaults.steps,
+            guidance_scale=defaults.guidance_scale,
+            scheduler=SCHEDULER_TO_WIRE[defaults.scheduler],
+            format=FORMAT_TO_WIRE[defaults.format],
+            quality=defaults.quality,
+        ),
+        limits=model_pb2.ModelLimits(
+            min_size=limits.min_size,
+            max_size=limits.max_size,
+            size_multiple=limits.size_multiple,
+            max_guidance_scale=limits.max_guidance_scale,
+            max_image_count=limits.max_image_count,
+            max_prompt_bytes=limits.max_prompt_bytes,
+            prompt_tokens=limits.prompt_tokens,
+            max_rows=limits.max_rows,
+        ),
+        schedulers=[
+            model_pb2.SchedulerOffer(
+                scheduler=SCHEDULER_TO_WIRE[offer.name],
+                min_steps=offer.min_steps,
+                max_steps=offer.max_steps,
+            )
+            for offer in info.schedulers
+        ],
+        runtime=model_pb2.ModelRuntime(
+            device=runtime.device,
+            dtype=runtime.dtype,
+            preset=runtime.preset,
+            attention=runtime.attention,
+            slice_size=runtime.slice_size,
+            autocast=runtime.autocast,
+            vae_tiling=runtime.vae_tiling,
+            channels_last=runtime.channels_last,
+            fp8_storage=runtime.fp8_storage,
+            safety_checker=runtime.safety_checker,
+        ),
+    )

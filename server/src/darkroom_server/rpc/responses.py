@@ -1,0 +1,83 @@
+"""From finished jobs to ``GenerateResponse``."""
+
+from google.protobuf.duration_pb2 import Duration
+
+from darkroom.v1 import generation_pb2
+from darkroom_server.core.events import EncodedImage, StageSeconds
+from darkroom_server.core.job import Job
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.dispatch import Finished
+from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE
+
+
+def response_of(
+    request_id: str, job: Job, model: ModelInfo, finished: Finished, total: float
+) -> generation_pb2.GenerateResponse:
+    """The reply to ``request_id``; ``total`` in seconds since the request's arrival."""
+    return generation_pb2.GenerateResponse(
+        request_id=request_id,
+        images=[_image(job, model, image) for image in finished.images],
+        timings=_timings(finished.stages, total),
+        model=model.id,
+        model_revision=model.revision,
+    )
+
+
+def _image(job: Job, model: ModelInfo, image: EncodedImage) -> generation_pb2.Image:
+    return generation_pb2.Image(
+        data=image.data,
+        format=FORMAT_TO_WIRE[image.format],
+        width=image.width,
+        height=image.height,
+        seed=image.seed,
+        prompt_truncated=image.prompt_truncated,
+        flagged=image.flagged,
+        replay=generation_pb2.ReplayRecord(
+            request=_replay_request(job, image.seed),
+            model_revision=model.revision,
+            scheduler_class=image.replay.scheduler_class,
+            scheduler_config_json=image.replay.scheduler_config_json,
+            dtype=model.runtime.dtype,
+            device=image.replay.device,
+            preset=model.runtime.preset,
+            library_versions=image.replay.library_versions,
+            rows_in_last_pass=image.replay.rows_in_last_pass,
+            pixels_sha256=image.replay.pixels_sha256,
+        ),
+    )
+
+
+def _replay_request(job: Job, seed: int) -> generation_pb2.GenerateRequest:
+    """The request that draws one image of ``job`` alone, with no field left to a default."""
+    return generation_pb2.GenerateRequest(
+        model=job.model,
+        prompt=job.prompt,
+        negative_prompt=job.negative_prompt,
+        width=job.width,
+        height=job.height,
+        steps=job.steps,
+        guidance_scale=job.guidance_scale,
+        seed=seed,
+        image_count=1,
+        scheduler=SCHEDULER_TO_WIRE[job.scheduler],
+        format=FORMAT_TO_WIRE[job.format],
+        quality=job.quality if job.format.takes_quality else None,
+        exact=job.exact,
+    )
+
+
+def _timings(stages: StageSeconds, total: float) -> generation_pb2.Timings:
+    return generation_pb2.Timings(
+        queue=_duration(stages.queue),
+        encode_prompt=_duration(stages.encode_prompt),
+        denoise=_duration(stages.denoise),
+        decode=_duration(stages.decode),
+        encode_image=_duration(stages.encode_image),
+        total=_duration(total),
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

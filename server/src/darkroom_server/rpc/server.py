@@ -1,0 +1,99 @@
+"""The gRPC server: its port, its services, its limits."""
+
+import socket
+from typing import Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from darkroom.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+from darkroom_server.core.errors import StartupError
+from darkroom_server.dispatch import Dispatcher
+from darkroom_server.rpc.generation import GenerationService
+from darkroom_server.rpc.health import Health
+from darkroom_server.rpc.interceptors.errors import Errors
+from darkroom_server.rpc.interceptors.running import Running
+from darkroom_server.rpc.interceptors.telemetry import CallObserver, Telemetry
+from darkroom_server.rpc.models import ModelService
+from darkroom_server.rpc.summary import RequestObserver
+
+OPTIONS = (
+    # Otherwise a second server on the same port would start, and take half of the calls.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 16 * 1024**2),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+    # Lets clients behind a DNS name find servers that came later; running calls are not cut.
+    ("grpc.max_connection_age_ms", 600_000),
+)
+
+FLUSH_SECONDS = 1.0
+"""Long enough to send what handlers have answered, once none of them runs any more."""
+
+
+def _try(host: str, port: int) -> None:
+    """Raise the ``OSError`` that says why a port cannot be had: gRPC tells only its own log."""
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
+
+
+class Observer(RequestObserver, CallObserver, Protocol):
+    """Is told of requests and of calls."""
+
+
+class RpcServer:
+    """Serves the dispatcher's models; made and used on one event loop, and at most once."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        observer: Observer,
+        *,
+        reflect: bool = True,
+        log_prompts: bool = False,
+    ) -> None:
+        self.health = Health()
+        self._running = Running()
+        interceptors = [Telemetry(observer), self._running, Errors()]
+        self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationService(dispatcher, observer, log_prompts=log_prompts), self._server
+        )
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(dispatcher), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
+        if reflect:
+            names = [
+                generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+                model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+                health.SERVICE_NAME,
+                reflection.SERVICE_NAME,
+            ]
+            reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, host: str, port: int) -> str:
+        """Open the port (0 picks one) and serve, alive and not ready; returns the address.
+
+        Raises ``StartupError`` where the port cannot be had.
+        """
+        try:
+            _try(host, port)
+            host = f"[{host}]" if ":" in host else host
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except (OSError, RuntimeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "gRPC cannot have it"
+            raise StartupError(
+                f"cannot listen on {host}:{port}: {why}; choose another with --port or --host"
+            ) from None
+        await self.health.alive()
+        await self._server.start()
+        return f"{host}:{bound}"
+
+    async def stop(self, grace: float) -> None:
+        """Let running handlers answer for ``grace`` seconds at most, and close the port."""
+        await self._running.wait_for_none(grace)
+        await self._server.stop(FLUSH_SECONDS)

@@ -1,0 +1,188 @@
+"""From ``GenerateRequest`` to ``Job``: every violation at once, and no field left to a default."""
+
+import math
+import re
+import secrets
+import struct
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from darkroom.v1 import generation_pb2
+from darkroom_server.core.errors import InvalidRequest, Violation
+from darkroom_server.core.job import SEED_BOUND, ImageFormat, Job, SchedulerName
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.rpc.enums import FORMAT_FROM_WIRE, SCHEDULER_FROM_WIRE
+from darkroom_server.rpc.reply_size import reply_size_error
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def request_id_of(request: generation_pb2.GenerateRequest) -> str:
+    """The request's id, one drawn where it has none, or an empty one where it must not be used."""
+    if not request.request_id:
+        return uuid4().hex
+    return request.request_id if REQUEST_ID.fullmatch(request.request_id) else ""
+
+
+def as_float32(value: float) -> float:
+    """What is left of ``value`` on the wire, where guidance is a 32-bit float.
+
+    Defaults and bounds are rounded like what callers send: a replay then has the same guidance,
+    and a bound of 7.3 admits a request for 7.3.
+    """
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
+
+
+def job_of(
+    request: generation_pb2.GenerateRequest,
+    model: ModelInfo,
+    *,
+    job_id: str,
+    submitted_at: float,
+    deadline: float | None,
+    max_reply_bytes: int,
+) -> Job:
+    """The job that ``request`` asks of ``model``; raises ``InvalidRequest``.
+
+    ``submitted_at``, ``deadline``: ``time.monotonic`` seconds. ``max_reply_bytes``: what the caller
+    can take.
+    """
+    fields = _Fields(request, model)
+    fields.check_texts()
+    scheduler = fields.scheduler()
+    format = fields.format()
+    job = Job(
+        id=job_id,
+        model=model.id,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=fields.size("width", model.defaults.width),
+        height=fields.size("height", model.defaults.height),
+        steps=fields.steps(scheduler),
+        guidance_scale=fields.guidance_scale(),
+        seed=fields.seed(),
+        image_count=fields.image_count(),
+        scheduler=scheduler or model.defaults.scheduler,
+        format=format or model.defaults.format,
+        quality=fields.quality(format),
+        exact=request.exact,
+        submitted_at=submitted_at,
+        deadline=deadline,
+    )
+    if fields.violations:
+        raise InvalidRequest(fields.violations)
+    if error := reply_size_error(job, max_reply_bytes):
+        raise error
+    return job
+
+
+@dataclass
+class _Fields:
+    """Reads one field after the other, and collects what is wrong with them."""
+
+    request: generation_pb2.GenerateRequest
+    model: ModelInfo
+    violations: list[Violation] = field(default_factory=list)
+
+    def wrong(self, name: str, description: str) -> None:
+        """Note that field ``name`` is not as ``description`` says."""
+        self.violations.append(Violation(name, description))
+
+    def check_texts(self) -> None:
+        """Check the prompts, in bytes of UTF-8, and the request's id."""
+        most = self.model.limits.max_prompt_bytes
+        if not self.request.prompt:
+            self.wrong("prompt", "must not be empty")
+        for name in ("prompt", "negative_prompt"):
+            size = len(getattr(self.request, name).encode())
+            if size > most:
+                self.wrong(name, f"must be at most {most} bytes of UTF-8, and has {size}")
+        if self.request.request_id and not REQUEST_ID.fullmatch(self.request.request_id):
+            self.wrong("request_id", "must be at most 64 of A-Z a-z 0-9 . _ -")
+
+    def size(self, name: str, default: int) -> int:
+        """Width or height, in pixels."""
+        limits = self.model.limits
+        value = self._number(name, default, limits.min_size, limits.max_size)
+        if value % limits.size_multiple:
+            self.wrong(name, f"must be a multiple of {limits.size_multiple}, not {value}")
+        return value
+
+    def scheduler(self) -> SchedulerName | None:
+        """The scheduler, None where the request's is none that the model offers."""
+        number = self.request.scheduler
+        if not number:
+            return self.model.defaults.scheduler
+        name = SCHEDULER_FROM_WIRE.get(number)
+        if name is None:
+            self.wrong("scheduler", f"{number} is no scheduler that this server knows")
+        elif self.model.offer(name) is None:
+            offers = ", ".join(offer.name for offer in self.model.schedulers)
+            self.wrong("scheduler", f"model {self.model.id!r} offers {offers}, not {name}")
+        else:
+            return name
+        return None
+
+    def steps(self, scheduler: SchedulerName | None) -> int:
+        """Steps, within what the scheduler takes."""
+        offers = [o for o in self.model.schedulers if scheduler in (None, o.name)]
+        low = min(offer.min_steps for offer in offers)
+        high = max(offer.max_steps for offer in offers)
+        default = self.model.defaults.steps
+        if not self.request.HasField("steps") and not low <= default <= high:
+            self.wrong(
+                "steps",
+                f"must be set for {scheduler}, which takes {low} to {high}: the model's default "
+                f"is {default}",
+            )
+            return default
+        return self._number("steps", default, low, high)
+
+    def guidance_scale(self) -> float:
+        """Classifier-free guidance, 0 to the model's limit."""
+        most = self.model.limits.max_guidance_scale
+        value = self.request.guidance_scale
+        if not self.request.HasField("guidance_scale"):
+            return as_float32(self.model.defaults.guidance_scale)
+        if not math.isfinite(value) or not 0.0 <= value <= as_float32(most):
+            self.wrong("guidance_scale", f"must be 0 to {most:g}, not {value:g}")
+        return value
+
+    def seed(self) -> int:
+        """The seed of the first image, drawn where the request has none."""
+        if not self.request.HasField("seed"):
+            return secrets.randbelow(SEED_BOUND)
+        # The wire's type ends where the seeds do.
+        if self.request.seed < 0:
+            self.wrong("seed", f"must be 0 to {SEED_BOUND - 1}, not {self.request.seed}")
+        return self.request.seed
+
+    def image_count(self) -> int:
+        """How many images."""
+        return self._number("image_count", 1, 1, self.model.limits.max_image_count)
+
+    def format(self) -> ImageFormat | None:
+        """The format, None where the request's is unknown."""
+        number = self.request.format
+        if not number:
+            return self.model.defaults.format
+        name = FORMAT_FROM_WIRE.get(number)
+        if name is None:
+            self.wrong("format", f"{number} is no format that this server knows")
+        return name
+
+    def quality(self, format: ImageFormat | None) -> int:
+        """The quality, for formats that have one."""
+        if self.request.HasField("quality") and format and not format.takes_quality:
+            self.wrong("quality", f"is for JPEG and WEBP only, not for {format.name}")
+            return self.model.defaults.quality
+        return self._number("quality", self.model.defaults.quality, 1, 100)
+
+    def _number(self, name: str, default: int, low: int, high: int) -> int:
+        if not self.request.HasField(name):  # type: ignore[arg-type]
+            return default
+        value: int = getattr(self.request, name)
+        if not low <= value <= high:
+            self.wrong(name, f"must be {low} to {high}, not {value}")
+        return value

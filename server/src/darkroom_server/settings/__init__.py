@@ -1,0 +1,13 @@
+"""What an operator may set: declared once, set by flag, environment or file."""
+
+from darkroom_server.settings.tree import (
+    Dispatch,
+    Engine,
+    Logs,
+    Models,
+    Network,
+    Settings,
+    Shutdown,
+)
+
+__all__ = ["Dispatch", "Engine", "Logs", "Models", "Network", "Settings", "Shutdown"]

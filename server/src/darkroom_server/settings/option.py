@@ -1,0 +1,101 @@
+"""One setting: its declaration, and every name that it goes by."""
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+ENV_PREFIX = "DARKROOM_SERVE_"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a field's annotation says to people.
+
+    ``choose`` tells how to choose a value. ``default`` says in words what the default is, where
+    the value does not speak for itself.
+    """
+
+    help: str
+    choose: str = ""
+    metavar: str = ""
+    default: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A declared setting: field ``name`` of section ``section``, with its bare ``type``."""
+
+    section: str
+    name: str
+    type: Any
+    default: Any
+    setting: Setting
+
+    @property
+    def flag(self) -> str:
+        """The flag, such as "--max-rows"."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        """The environment variable."""
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def key(self) -> str:
+        """The key in a TOML file, with its table."""
+        return f"{self.section}.{self.name}"
+
+    @property
+    def is_switch(self) -> bool:
+        """On or off, and nothing else."""
+        return self.type is bool
+
+    @property
+    def is_list(self) -> bool:
+        """May be given several times."""
+        return get_origin(self.type) is tuple
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values it takes, empty where they are too many to list."""
+        if get_origin(self.type) is Literal:
+            return tuple(map(str, get_args(self.type)))
+        if isinstance(self.type, type) and issubclass(self.type, Enum):
+            return tuple(str(member.value) for member in self.type)
+        return ()
+
+    @property
+    def default_text(self) -> str:
+        """The default, for people."""
+        if self.setting.default:
+            return self.setting.default
+        if self.is_switch:
+            return "on" if self.default else "off"
+        return str(getattr(self.default, "value", self.default))
+
+
+def options_of(tree: type) -> Iterator[Option]:
+    """Every setting of a tree: a dataclass whose fields are sections, dataclasses themselves."""
+    for section_name, section in get_type_hints(tree).items():
+        defaults = section()
+        hints = get_type_hints(section, include_extras=True)
+        for field in dataclasses.fields(section):
+            bare, *extras = get_args(hints[field.name])
+            yield Option(
+                section=section_name,
+                name=field.name,
+                type=_without_none(bare),
+                default=getattr(defaults, field.name),
+                setting=next(extra for extra in extras if isinstance(extra, Setting)),
+            )
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    (rest,) = (arg for arg in get_args(hint) if arg is not types.NoneType)
+    return get_args(rest)[0] if get_origin(rest) is Annotated else rest

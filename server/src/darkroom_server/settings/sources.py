@@ -1,0 +1,95 @@
+"""What ``--model`` means: a folder, a file or a hub id, under a name; and the engine's config."""
+
+import re
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+from darkroom_server.core.config import EngineConfig, ModelSource
+from darkroom_server.core.errors import StartupError
+from darkroom_server.settings.tree import Models, Settings
+
+DEMO = "demo"
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
+MODEL_ID = re.compile(r"[\w][\w./-]{0,127}", re.ASCII)
+
+
+def engine_configs(settings: Settings, hub_token: str | None) -> list[EngineConfig]:
+    """What each engine is told; raises ``StartupError`` for a model that cannot be."""
+    config = _engine_config(settings, hub_token)
+    devices = settings.engine.device.split(",")
+    return [replace(config, device=d) for d in devices for _ in range(settings.engine.engines)]
+
+
+def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
+    engine = settings.engine
+    return EngineConfig(
+        models=model_sources(settings.models, hub_token),
+        dtype=engine.dtype,
+        preset=engine.preset,
+        attention=engine.attention,
+        slice_size=engine.slice_size,
+        autocast=engine.autocast,
+        vae_tiling=engine.vae_tiling,
+        channels_last=engine.channels_last,
+        threads=engine.threads,
+        max_rows=engine.max_rows,
+        safety_checker=engine.safety_checker,
+    )
+
+
+def model_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSource, ...]:
+    """Where each model comes from, the demo model where none is named; raises ``StartupError``."""
+    sources: list[ModelSource] = []
+    for text in models.model or (DEMO,):
+        name, location, revision = _parse(text)
+        if not MODEL_ID.fullmatch(name):
+            raise StartupError(
+                f"--model {text}: {name!r} cannot be a model's name; put NAME= of letters, digits "
+                "and . _ / - before it"
+            )
+        if any(source.id == name for source in sources):
+            raise StartupError(
+                f"--model {text}: another model is named {name!r} already; put NAME= before one"
+            )
+        sources.append(
+            ModelSource(
+                id=name,
+                location=location,
+                revision=revision,
+                variant=models.variant,
+                config=models.model_config,
+                token=hub_token,
+            )
+        )
+    return tuple(sources)
+
+
+def _parse(text: str) -> tuple[str, str, str | None]:
+    """Name, location and revision. What exists on disk wins, so that a path may hold @ or =."""
+    if _exists(text):
+        return _name_of(text), text, None
+    name, equals, rest = text.partition("=")
+    if not equals:
+        name, rest = "", text
+    elif not name:
+        raise StartupError(f"--model {text}: the name before = is missing")
+    if _exists(rest):
+        return name or _name_of(rest), rest, None
+    if rest == DEMO:
+        return name or DEMO, str(files("darkroom_server") / "demo_model"), None
+    location, at, revision = rest.partition("@")
+    if at and not revision:
+        raise StartupError(f"--model {text}: the revision after @ is missing")
+    if not HUB_ID.fullmatch(location):
+        raise StartupError(f"--model {text}: no such file or folder, and no hub id either")
+    return name or location, location, revision or None
+
+
+def _exists(text: str) -> bool:
+    return bool(text) and Path(text).expanduser().exists()
+
+
+def _name_of(path: str) -> str:
+    resolved = Path(path).expanduser().resolve()
+    return resolved.name if resolved.is_dir() else resolved.stem

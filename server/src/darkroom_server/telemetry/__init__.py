@@ -1,0 +1,7 @@
+"""What the server counts, and where Prometheus reads it."""
+
+from darkroom_server.telemetry.exporter import Exporter
+from darkroom_server.telemetry.metrics import Metrics
+from darkroom_server.telemetry.recorder import Recorder
+
+__all__ = ["Exporter", "Metrics", "Recorder"]

@@ -1,0 +1,86 @@
+"""What is offered works: every scheduler at both ends of the steps that it is offered with."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from darkroom_server.core.job import SchedulerName
+from darkroom_server.engine.prompts import Embedding
+from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.schedulers import config_json, make_scheduler, name_of, offer, offers
+
+from .conftest import make_job
+
+BASE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def develop(name: SchedulerName, steps: int, config: dict[str, Any]) -> Sample:
+    """A sample taken to its end with a denoiser that predicts a tenth of what it sees."""
+    sample = Sample(
+        make_job("alone", scheduler=name, steps=steps, guidance_scale=1.0),
+        0,
+        scheduler=make_scheduler(name, config),
+        embeddings=(Embedding(torch.zeros(1, 4, 8), truncated=False),),
+        latent_shape=(4, 8, 8),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    while not sample.done:
+        sample.advance(sample.denoiser_input() * 0.1)
+    return sample
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("name", list(SchedulerName))
+def test_both_ends_of_the_offer(name: SchedulerName, spacing: str, prediction: str) -> None:
+    config = {**BASE, "timestep_spacing": spacing, "prediction_type": prediction}
+    offered = offer(name, config)
+    for steps in {offered.min_steps, offered.min_steps + 1, offered.max_steps}:
+        sample = develop(name, steps, config)
+        assert torch.isfinite(sample.latents).all(), (steps, sample.latents)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "calls"),
+    [
+        (SchedulerName.DDIM, 20, 20),
+        (SchedulerName.PNDM, 50, 51),
+        (SchedulerName.HEUN, 50, 99),
+        (SchedulerName.LCM, 4, 4),
+    ],
+)
+def test_steps_are_counted_by_denoiser_calls(name: SchedulerName, steps: int, calls: int) -> None:
+    assert develop(name, steps, {**BASE, "skip_prk_steps": True}).steps == calls
+
+
+def test_lcm_takes_as_many_steps_as_the_model_was_distilled_on() -> None:
+    assert offer(SchedulerName.LCM, BASE).max_steps == 50
+
+
+def test_pndm_needs_four_steps_for_its_warm_up() -> None:
+    assert offer(SchedulerName.PNDM, BASE).min_steps == 4
+    assert offer(SchedulerName.PNDM, {**BASE, "skip_prk_steps": True}).min_steps == 1
+
+
+@pytest.mark.parametrize("name", list(SchedulerName))
+def test_a_model_that_brings_a_scheduler_offers_it_by_name(name: SchedulerName) -> None:
+    assert name_of(make_scheduler(name, BASE)) is name
+
+
+def test_every_scheduler_is_offered_once() -> None:
+    assert [o.name for o in offers(BASE)] == list(SchedulerName)
+
+
+def test_the_configuration_of_the_model_is_kept() -> None:
+    scheduler = make_scheduler(SchedulerName.EULER, {**BASE, "timestep_spacing": "trailing"})
+    assert '"timestep_spacing": "trailing"' in config_json(scheduler)
+    assert '"beta_end": 0.012' in config_json(scheduler)

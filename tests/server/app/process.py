@@ -1,0 +1,71 @@
+"""A server with the fake engine in a process of its own, and what it logs.
+
+SIGUSR1 lets the engine take the four passes of a default job.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("DARKROOM_")}
+
+MAIN = """
+import json, signal, sys
+import structlog
+from darkroom_server import app, cli
+from darkroom_server.engine.fake import FakeEngine
+
+log = structlog.get_logger()
+engine = FakeEngine(on_submit=lambda _: log.info("submitted"), **json.loads(sys.argv[1]))
+signal.signal(signal.SIGUSR1, lambda *_: engine.advance(4))
+app.build_engines = lambda _: [engine]
+cli.main(["serve", "--port", "0", "--metrics-port", "0", *sys.argv[2:]])
+"""
+
+
+class ServerProcess:
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+
+    def until(self, event: str) -> dict[str, Any]:
+        """The first log entry called ``event`` from now on."""
+        assert self._process.stderr
+        seen = []
+        for line in self._process.stderr:
+            seen.append(line)
+            if line.startswith("{") and json.loads(line)["event"] == event:
+                entry: dict[str, Any] = json.loads(line)
+                return entry
+        raise AssertionError(f"no {event!r} in {''.join(seen)}")
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        return self._process.wait(60)
+
+    def rest(self) -> list[str]:
+        """What is left of standard error, to its end."""
+        assert self._process.stderr
+        return self._process.stderr.read().splitlines()
+
+
+@contextmanager
+def start(*flags: str, env: dict[str, str] | None = None, **engine: Any) -> Iterator[ServerProcess]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN, json.dumps(engine), *flags],
+        env=CLEAN | (env or {}),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield ServerProcess(process)
+        finally:
+            process.kill()

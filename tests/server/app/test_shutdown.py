@@ -1,0 +1,122 @@
+import asyncio
+import signal
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from darkroom.v1 import generation_pb2, generation_pb2_grpc
+from darkroom_server.settings import Dispatch, Shutdown
+from tests.server.app.process import start
+from tests.server.wire import NOT_SERVING, SERVING, refusal, serving
+
+REQUEST = generation_pb2.GenerateRequest(prompt="a star")
+ONE_AT_A_TIME = Dispatch(max_resident_samples=1)
+
+
+async def test_accepted_jobs_finish_and_new_ones_are_refused() -> None:
+    async with serving(dispatch=ONE_AT_A_TIME) as wire:
+        running = wire.generating(request_id="a")
+        await wire.submitted.get()
+        queued = wire.generating(request_id="b")
+        while not wire.server.dispatcher.queued_jobs:
+            await asyncio.sleep(0)
+        wire.server.stop()
+        await wire.serve
+        shutdown = asyncio.create_task(wire.server.shutdown())
+        await wire.health_becomes(NOT_SERVING)
+        assert await wire.health("liveness") == SERVING
+        error = await refusal(wire.generate())
+        assert error.code is grpc.StatusCode.UNAVAILABLE
+        assert error.info.reason == "DRAINING"
+        assert error.trailers["grpc-retry-pushback-ms"] == "1000"
+        wire.engine.finish("a")
+        await running
+        assert not shutdown.done()
+        wire.engine.finish("b")
+        await queued
+        await shutdown
+        assert wire.engine.closed.is_set()
+
+
+async def test_jobs_that_outlast_the_grace_fail_as_unavailable() -> None:
+    async with serving(dispatch=ONE_AT_A_TIME, shutdown=Shutdown(grace=0.01)) as wire:
+        calls = [wire.generating() for _ in range(2)]
+        await wire.submitted.get()
+        while not wire.server.dispatcher.queued_jobs:
+            await asyncio.sleep(0)
+        wire.server.stop()
+        await wire.serve
+        await wire.server.shutdown()
+        for call in calls:
+            error = await refusal(call)
+            assert error.code is grpc.StatusCode.UNAVAILABLE
+            assert error.info.reason == "DRAINING"
+
+
+async def test_calls_are_accepted_while_load_balancers_notice() -> None:
+    async with serving(fake={"auto": True}, shutdown=Shutdown(drain_delay=60)) as wire:
+        wire.server.stop()
+        await wire.serve
+        shutdown = asyncio.create_task(wire.server.shutdown())
+        await wire.health_becomes(NOT_SERVING)
+        assert (await wire.generate()).images
+        shutdown.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await shutdown
+        await wire.server.dispatcher.drain(0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_a_second_one_forces(number: signal.Signals) -> None:
+    with start() as server:
+        address = server.until("serving")["address"]
+        with grpc.insecure_channel(address) as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            call = stub.Generate.future(REQUEST)  # Nobody takes its passes.
+            health = health_pb2_grpc.HealthStub(channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
+            assert next(watch).status == SERVING
+            server.until("submitted")
+            server.send(number)
+            assert next(watch).status == NOT_SERVING
+            server.until("draining")
+            with pytest.raises(grpc.RpcError, match="shutting down"):
+                stub.Generate(REQUEST)
+            assert not call.done()
+            server.send(number)
+            assert server.wait() == -number
+            watch.cancel()
+
+
+def test_a_signal_lets_running_jobs_finish() -> None:
+    with start() as server:
+        address = server.until("serving")["address"]
+        with grpc.insecure_channel(address) as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            call = stub.Generate.future(REQUEST)
+            server.until("submitted")
+            server.send(signal.SIGTERM)
+            assert server.until("draining")["jobs"] == 1
+            server.send(signal.SIGUSR1)
+            assert call.result().images
+        assert server.wait() == 0
+        assert '"stopped"' in server.rest()[-1]
+
+
+def test_a_signal_while_loading_stops() -> None:
+    with start(load=False) as server:
+        server.until("loading")
+        server.send(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_a_lost_engine_ends_the_process() -> None:
+    with start(dies_after=1, auto=True) as server:
+        address = server.until("serving")["address"]
+        with grpc.insecure_channel(address) as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            with pytest.raises(grpc.RpcError, match="the engine stopped"):
+                stub.Generate(REQUEST)
+        assert server.wait() == 1
+        assert server.rest()[-1].startswith("darkroom-server: error: ")

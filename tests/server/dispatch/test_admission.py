@@ -1,0 +1,123 @@
+import time
+
+import pytest
+
+from darkroom_server.core.errors import (
+    DeadlineExceeded,
+    NotReady,
+    QueueFull,
+    Reason,
+    StartupError,
+    TooLarge,
+    UnknownModel,
+)
+from darkroom_server.engine.fake import FakeEngine
+from tests.server.dispatch.desk import dispatching, settle
+from tests.server.jobs import make_job
+
+
+async def test_a_job_is_drawn() -> None:
+    async with dispatching() as (dispatcher, engine):
+        with dispatcher.submit(make_job(image_count=2, seed=2**63 - 1)) as accepted:
+            engine.advance(4)
+            finished = await accepted.result()
+        assert [image.seed for image in finished.images] == [2**63 - 1, 0]
+        assert dispatcher.running_jobs == 0
+
+
+async def test_nothing_is_accepted_while_loading() -> None:
+    async with dispatching(ready=False) as (dispatcher, engine):
+        assert not dispatcher.ready
+        assert dispatcher.models == {"demo": None}
+        with pytest.raises(NotReady) as caught:
+            dispatcher.submit(make_job())
+        assert caught.value.reason is Reason.MODEL_LOADING
+        assert caught.value.retry_after
+        engine.become_ready()
+        await dispatcher.loaded()
+        assert dispatcher.ready
+        assert dispatcher.model("demo").revision == "fake"
+
+
+async def test_unknown_models_are_told_even_while_loading() -> None:
+    async with dispatching(ready=False) as (dispatcher, _):
+        with pytest.raises(UnknownModel, match="this server holds demo"):
+            dispatcher.submit(make_job(model="other"))
+
+
+async def test_an_engine_that_cannot_load_says_why() -> None:
+    engine = FakeEngine(startup_error="no such folder")
+    async with dispatching(engine, ready=False) as (dispatcher, _):
+        with pytest.raises(StartupError, match="no such folder"):
+            await dispatcher.loaded()
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+    async with dispatching(max_queued_jobs=1) as (dispatcher, engine):
+        first = dispatcher.submit(make_job("a", image_count=2))
+        dispatcher.submit(make_job("b"))
+        assert (dispatcher.running_jobs, dispatcher.queued_jobs) == (1, 1)
+        with pytest.raises(QueueFull) as caught:
+            dispatcher.submit(make_job("c"))
+        assert caught.value.retry_after == 1.0  # Nothing has left yet, so it is a guess.
+        engine.finish("a")
+        await first.result()
+        dispatcher.submit(make_job("c"))
+        assert dispatcher.counts.accepted == 3
+
+
+async def test_without_a_queue_jobs_are_taken_while_there_is_room() -> None:
+    async with dispatching(max_queued_jobs=0, max_resident_samples=1) as (dispatcher, _):
+        dispatcher.submit(make_job("a"))
+        with pytest.raises(QueueFull):
+            dispatcher.submit(make_job("b"))
+
+
+async def test_a_deadline_that_passed_already_is_not_accepted() -> None:
+    async with dispatching() as (dispatcher, engine):
+        with pytest.raises(DeadlineExceeded):
+            dispatcher.submit(make_job(deadline=time.monotonic() - 1))
+        assert dispatcher.counts.accepted == 0
+        assert not engine.jobs
+
+
+async def test_an_image_that_never_fits_is_refused_with_numbers() -> None:
+    async with dispatching() as (dispatcher, _):
+        with pytest.raises(TooLarge, match="ask for a smaller one") as caught:
+            dispatcher.submit(make_job(width=2048, height=2048))
+        assert caught.value.retry_after is None
+        needed, available = (int(caught.value.metadata[k]) for k in caught.value.metadata)
+        assert needed > available > 0
+
+
+async def test_ids_are_unique_among_the_jobs_that_are_here() -> None:
+    async with dispatching() as (dispatcher, engine):
+        assert dispatcher.unused_id("a") == "a"
+        with dispatcher.submit(make_job("a")):
+            assert dispatcher.unused_id("a") == "a~2"
+            with pytest.raises(ValueError, match="still here"):
+                dispatcher.submit(make_job("a"))
+        # Given up, but the engine has not let it go.
+        assert dispatcher.unused_id("a") == "a~2"
+        engine.advance(0)
+        await settle()
+        assert dispatcher.unused_id("a") == "a"
+
+
+async def test_short_jobs_are_handed_over_first() -> None:
+    async with dispatching(max_resident_samples=1) as (dispatcher, engine):
+        dispatcher.submit(make_job("first"))
+        dispatcher.submit(make_job("long", steps=500))
+        dispatcher.submit(make_job("short", steps=5))
+        engine.finish("first")
+        await settle()
+        assert [job.id for job in engine.jobs] == ["short"]
+
+
+async def test_the_engine_holds_only_so_many_samples() -> None:
+    async with dispatching(max_resident_samples=3) as (dispatcher, engine):
+        for id in "abcd":
+            dispatcher.submit(make_job(id, image_count=2))
+        # A job is handed over while there are fewer than three.
+        assert len(engine.jobs) == 2
+        assert dispatcher.queued_jobs == 2

@@ -1,0 +1,192 @@
+"""An engine dies, and nothing that was accepted is lost."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from darkroom_server.core.errors import Failure, GenerationFailed, Reason
+from darkroom_server.core.job import Job
+from darkroom_server.dispatch import Dispatcher
+from darkroom_server.dispatch.accepted import Finished
+from darkroom_server.engine.fake import FakeEngine, fake_image
+from tests.server.jobs import make_job
+
+from .desk import settle
+
+
+class Crew:
+    """Fake engines, a dispatcher, and what each engine was given."""
+
+    def __init__(self, count: int, max_restarts: int = 5) -> None:
+        self.given: asyncio.Queue[tuple[int, Job]] = asyncio.Queue()
+        self.ready: asyncio.Queue[bool] = asyncio.Queue()
+        self.engines = [self._engine(index) for index in range(count)]
+        self.dispatcher = Dispatcher(
+            self.engines,
+            ["demo"],
+            max_queued_jobs=20,
+            max_resident_samples=4,
+            max_restarts=max_restarts,
+            on_ready=self.ready.put_nowait,
+        )
+
+    def _engine(self, index: int) -> FakeEngine:
+        return FakeEngine(on_submit=lambda job: self.given.put_nowait((index, job)))
+
+    async def comes_back(self) -> None:
+        while not await self.ready.get():
+            pass
+
+
+@asynccontextmanager
+async def crew(count: int = 1, max_restarts: int = 5) -> AsyncIterator[Crew]:
+    crew = Crew(count, max_restarts)
+    crew.dispatcher.start()
+    for _ in crew.engines:
+        await crew.comes_back()
+    yield crew
+    await crew.dispatcher.close()
+    counts = crew.dispatcher.counts
+    assert counts.accepted == counts.ended
+
+
+async def test_jobs_are_run_again_with_their_seeds() -> None:
+    async with crew() as it:
+        accepted = [it.dispatcher.submit(make_job(id, seed=i)) for i, id in enumerate("abc")]
+        first = [(await it.given.get())[1] for _ in accepted]
+        it.engines[0].die()
+        again = [(await it.given.get())[1] for _ in accepted]
+        assert [(job.id, job.seed) for job in again] == [(job.id, job.seed) for job in first]
+        it.engines[0].advance(4)
+        for one in accepted:
+            assert (await one.result()).images == (fake_image(one.job, 0),)
+
+
+async def test_finished_images_are_kept() -> None:
+    async with crew() as it:
+        accepted = it.dispatcher.submit(make_job("pair", image_count=2))
+        _, job = await it.given.get()
+        it.engines[0].deliver("pair", 0)
+        it.engines[0].die()
+        _, again = await it.given.get()
+        assert again.image_indices == [1]
+        it.engines[0].advance(4)
+        images = (await accepted.result()).images
+        assert [image.seed for image in images] == [job.seed, job.seed + 1]
+
+
+async def test_a_job_whose_images_were_all_there_is_finished() -> None:
+    async with crew() as it:
+        accepted = it.dispatcher.submit(make_job("whole"))
+        await it.given.get()
+        it.engines[0].deliver("whole", 0)
+        it.engines[0].die()
+        assert isinstance(await accepted.result(), Finished)
+
+
+async def test_new_jobs_queue_while_the_engine_comes_back() -> None:
+    async with crew() as it:
+        it.engines[0].die()
+        await settle()
+        assert not it.dispatcher.ready
+        accepted = it.dispatcher.submit(make_job("patient"))
+        assert it.dispatcher.queued_jobs == 1
+        await it.given.get()
+        it.engines[0].advance(4)
+        await accepted.result()
+
+
+async def test_what_kills_the_engine_twice_fails_and_the_others_go_on() -> None:
+    async with crew() as it:
+        poison = it.dispatcher.submit(make_job("poison"))
+        bystander = it.dispatcher.submit(make_job("bystander"))
+        engine = it.engines[0]
+        for _ in range(2):
+            await it.given.get()
+        engine.advance()
+        engine.die()
+        # Both ran, so each is now drawn alone: the first to come is the first to go.
+        _, alone = await it.given.get()
+        assert [job.id for job in engine.jobs] == [alone.id] == ["poison"]
+        newcomer = it.dispatcher.submit(make_job("newcomer"))
+        engine.advance()
+        engine.die()
+        with pytest.raises(GenerationFailed) as caught:
+            await poison.result()
+        assert caught.value.reason is Reason.ENGINE_CRASHED
+        for _ in range(2):
+            await it.given.get()
+            engine.advance(4)
+            await settle()
+        await bystander.result()
+        await newcomer.result()
+
+
+async def test_what_had_not_begun_is_no_suspect() -> None:
+    async with crew() as it:
+        accepted = it.dispatcher.submit(make_job("idle"))
+        for _ in range(3):
+            await it.given.get()
+            it.engines[0].die()
+        await it.given.get()
+        it.engines[0].advance(4)
+        await accepted.result()
+
+
+async def test_too_many_deaths_are_the_end() -> None:
+    async with crew(max_restarts=1) as it:
+        accepted = it.dispatcher.submit(make_job("last"))
+        await it.given.get()
+        it.engines[0].die()
+        await it.given.get()
+        it.engines[0].die()
+        assert "2 times in ten minutes" in await it.dispatcher.died()
+        with pytest.raises(GenerationFailed) as caught:
+            await accepted.result()
+        assert caught.value.reason is Reason.ENGINE_FAILED
+
+
+async def test_jobs_go_to_the_engine_that_has_the_least_to_do() -> None:
+    async with crew(2) as it:
+        it.dispatcher.submit(make_job("long", steps=100))
+        it.dispatcher.submit(make_job("short", steps=2))
+        it.dispatcher.submit(make_job("next", steps=2))
+        given = {job.id: index for index, job in [await it.given.get() for _ in range(3)]}
+        assert given["short"] == given["next"] != given["long"]
+
+
+async def test_losing_one_engine_moves_its_jobs_to_the_others() -> None:
+    async with crew(2) as it:
+        accepted = [it.dispatcher.submit(make_job(id)) for id in "ab"]
+        places = {job.id: index for index, job in [await it.given.get() for _ in accepted]}
+        assert set(places.values()) == {0, 1}
+        it.engines[places["a"]].die()
+        index, job = await it.given.get()
+        assert (index, job.id) == (places["b"], "a")
+        assert it.dispatcher.ready
+        it.engines[places["b"]].advance(4)
+        for one in accepted:
+            await one.result()
+
+
+async def test_a_cancelled_job_is_not_run_again() -> None:
+    async with crew() as it:
+        it.dispatcher.submit(make_job("gone"))
+        await it.given.get()
+        it.dispatcher.cancel("gone")
+        it.engines[0].die()
+        await it.comes_back()
+        assert it.engines[0].jobs == []
+        assert it.dispatcher.running_jobs == it.dispatcher.queued_jobs == 0
+
+
+async def test_a_failure_is_no_crash() -> None:
+    async with crew() as it:
+        accepted = it.dispatcher.submit(make_job("bad"))
+        await it.given.get()
+        it.engines[0].fail("bad", Failure(Reason.NON_FINITE, "not a number"))
+        with pytest.raises(GenerationFailed):
+            await accepted.result()
+        assert it.dispatcher.ready

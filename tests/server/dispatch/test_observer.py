@@ -1,0 +1,43 @@
+from darkroom_server.core.events import MemoryReport
+from darkroom_server.dispatch import Unobserved
+from tests.server.dispatch.desk import dispatching, settle
+from tests.server.jobs import make_job
+
+
+class Recording(Unobserved):
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def ready(self, ready: bool) -> None:
+        self.told.append(("ready", ready))
+
+    def jobs(self, model: str, queued: int, running: int) -> None:
+        self.told.append((model, queued, running))
+
+    def pass_done(self, model: str, rows: int, seconds: float) -> None:
+        self.told.append(("pass", model, rows))
+
+    def memory(self, report: MemoryReport) -> None:
+        self.told.append(report)
+
+
+async def test_the_observer_is_told_what_changes() -> None:
+    observer = Recording()
+    report = MemoryReport(device="cpu", by_kind={}, host_rss=1)
+    async with dispatching(observer=observer, max_resident_samples=1) as (dispatcher, engine):
+        dispatcher.submit(make_job("a", steps=1))
+        dispatcher.submit(make_job("b", steps=1))
+        engine.advance()
+        engine._emit(report)
+        await settle()
+    assert observer.told == [
+        ("ready", True),
+        ("demo", 1, 0),
+        ("demo", 0, 1),
+        ("demo", 1, 1),
+        ("pass", "demo", 2),
+        ("demo", 1, 0),
+        ("demo", 0, 1),
+        report,
+        ("ready", False),
+    ]

@@ -1,0 +1,94 @@
+"""Every domain error has a status, and every status its details."""
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from darkroom_server.core import errors
+from darkroom_server.core.errors import (
+    DarkroomError,
+    DeadlineExceeded,
+    Failure,
+    GenerationFailed,
+    InvalidRequest,
+    NotReady,
+    QueueFull,
+    Reason,
+    TooLarge,
+    UnknownModel,
+    Violation,
+)
+from darkroom_server.rpc.errors import CODES, internal_error, status_of
+from darkroom_server.rpc.summary import Outcome, outcome_of
+
+EXAMPLES: list[tuple[DarkroomError, grpc.StatusCode, str | None, Outcome]] = [
+    (
+        InvalidRequest([Violation("prompt", "must not be empty")]),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        None,
+        Outcome.INVALID,
+    ),
+    (UnknownModel("x", ["demo"]), grpc.StatusCode.NOT_FOUND, None, Outcome.INVALID),
+    (QueueFull("full", 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "1500", Outcome.REFUSED),
+    (
+        NotReady("loading", Reason.MODEL_LOADING, 2.0),
+        grpc.StatusCode.UNAVAILABLE,
+        "2000",
+        Outcome.REFUSED,
+    ),
+    (
+        TooLarge("no", metadata={"needed_bytes": "2"}),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "-1",
+        Outcome.REFUSED,
+    ),
+    (DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED, None, Outcome.EXPIRED),
+    (
+        GenerationFailed(Failure(Reason.OUT_OF_MEMORY, "no memory")),
+        grpc.StatusCode.INTERNAL,
+        None,
+        Outcome.FAILED,
+    ),
+]
+
+
+def leaves(root: type[DarkroomError]) -> set[type[DarkroomError]]:
+    below = root.__subclasses__()
+    return set().union(*map(leaves, below)) if below else {root}
+
+
+def test_every_error_has_a_code_and_an_example() -> None:
+    assert set(CODES) == leaves(errors.DarkroomError)
+    assert {type(example[0]) for example in EXAMPLES} == set(CODES)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example[0]).__name__)
+def test_statuses_carry_reason_and_pushback(
+    example: tuple[DarkroomError, grpc.StatusCode, str | None, Outcome],
+) -> None:
+    error, code, pushback, outcome = example
+    status = status_of(error)
+    assert (status.code, status.details) == (code, str(error))
+    trailers = dict(status.trailing_metadata)
+    assert trailers.get("grpc-retry-pushback-ms") == pushback
+    rich = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+    info = error_details_pb2.ErrorInfo()
+    assert rich.details[0].Unpack(info)
+    assert (info.reason, info.domain, dict(info.metadata)) == (
+        error.reason.value,
+        "darkroom",
+        error.metadata,
+    )
+    assert outcome_of(error) is outcome
+
+
+def test_long_texts_are_cut_to_what_trailers_take() -> None:
+    many = [Violation(f"field{number}", "x" * 100) for number in range(500)]
+    status = status_of(InvalidRequest(many))
+    assert len(status.details) == 1000
+    size = sum(len(key) + len(value) for key, value in status.trailing_metadata)
+    assert size + len(status.details) < 8192
+
+
+def test_the_unforeseen_says_nothing() -> None:
+    assert internal_error().details == "internal error"

@@ -1,0 +1,95 @@
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+
+from darkroom.v1 import generation_pb2, model_pb2, types_pb2
+from darkroom_server.core.job import ImageFormat, SchedulerName
+from darkroom_server.engine.fake import fake_model
+from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE
+from darkroom_server.settings import Models
+from tests.server.wire import refusal, serving
+
+GET = model_pb2.GetModelRequest
+LIST = model_pb2.ListModelsRequest
+TWO = {"models": [fake_model("b"), fake_model("a")], "auto": True}
+TWO_NAMES = Models(model=("b=demo", "a=demo"))
+
+
+async def test_a_model_tells_what_it_takes() -> None:
+    async with serving() as wire:
+        model = (await wire.models.GetModel(GET(model="demo"))).model
+        assert (await wire.models.GetModel(GET())).model == model
+    assert model.ready
+    assert (model.id, model.revision, model.kind) == ("demo", "fake", "StableDiffusionPipeline")
+    assert (model.defaults.width, model.defaults.steps) == (64, 4)
+    assert model.defaults.scheduler == types_pb2.SCHEDULER_DDIM
+    assert (model.limits.max_size, model.limits.max_image_count) == (2048, 16)
+    assert model.schedulers[-1].scheduler == types_pb2.SCHEDULER_LCM
+    assert (model.runtime.dtype, model.runtime.preset) == ("float32", "fast")
+
+
+@pytest.mark.parametrize("message", ["defaults", "limits", "runtime"])
+def test_no_field_of_a_model_is_forgotten(message: str) -> None:
+    ours = set(type(getattr(fake_model(), message)).__slots__)
+    theirs = model_pb2.Model.DESCRIPTOR.fields_by_name[message].message_type
+    assert theirs is not None
+    assert ours == set(theirs.fields_by_name)
+
+
+async def test_a_model_that_loads_has_a_name_only() -> None:
+    async with serving(wait=False, fake={"load": False}) as wire:
+        (model,) = (await wire.models.ListModels(LIST())).models
+        error = await refusal(wire.generate())
+    assert model == model_pb2.Model(id="demo")
+    assert error.code is grpc.StatusCode.UNAVAILABLE
+    assert error.info.reason == "MODEL_LOADING"
+    assert error.detail(error_details_pb2.RetryInfo).retry_delay.seconds == 2
+    assert error.trailers["grpc-retry-pushback-ms"] == "2000"
+
+
+async def test_models_come_in_the_operator_s_order() -> None:
+    async with serving(fake=TWO, models=TWO_NAMES) as wire:
+        models = (await wire.models.ListModels(LIST())).models
+        assert [model.id for model in models] == ["b", "a"]
+        assert (await wire.generate(model="a")).model == "a"
+
+
+async def test_an_unset_model_is_an_error_where_there_are_several() -> None:
+    async with serving(fake=TWO, models=TWO_NAMES) as wire:
+        for call in (wire.generate(), wire.models.GetModel(GET())):
+            error = await refusal(call)
+            assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.violations == {"model": "must be set, to one of b, a"}
+
+
+async def test_an_unknown_model_is_not_found() -> None:
+    async with serving() as wire:
+        request = generation_pb2.GenerateRequest(prompt="a", model="other")
+        for call in (
+            wire.generation.Generate(request),
+            wire.models.GetModel(GET(model="other")),
+        ):
+            error = await refusal(call)
+            assert error.code is grpc.StatusCode.NOT_FOUND
+            assert error.info.reason == "UNKNOWN_MODEL"
+            resource = error.detail(error_details_pb2.ResourceInfo)
+            assert resource.resource_type == "darkroom.v1.Model"
+            assert resource.resource_name == "other"
+            assert "this server holds demo" in error.message
+
+
+async def test_a_huge_model_name_does_not_come_back() -> None:
+    async with serving() as wire:
+        error = await refusal(wire.models.GetModel(GET(model="é" * 100_000)))
+    assert error.code is grpc.StatusCode.NOT_FOUND
+    assert len(error.message) < 1000
+
+
+def test_both_sides_know_the_same_enums() -> None:
+    for wire, ours in (
+        (types_pb2.ImageFormat, FORMAT_TO_WIRE),
+        (types_pb2.Scheduler, SCHEDULER_TO_WIRE),
+    ):
+        assert sorted([0, *ours.values()]) == sorted(wire.values())
+    assert set(FORMAT_TO_WIRE) == set(ImageFormat)
+    assert set(SCHEDULER_TO_WIRE) == set(SchedulerName)

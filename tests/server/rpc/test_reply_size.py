@@ -1,0 +1,53 @@
+import io
+import random
+
+import grpc
+import pytest
+from PIL import Image
+
+from darkroom.v1 import generation_pb2
+from darkroom_server.core.job import ImageFormat
+from darkroom_server.rpc.reply_size import OVERHEAD_BYTES, reply_bytes
+from tests.server.jobs import make_job
+from tests.server.wire import refusal, serving
+
+# 22 images would be too many: 16 of them make 4.19 MB at 292 pixels, so a larger size is used.
+LARGE = generation_pb2.GenerateRequest(prompt="a star", width=512, height=512, image_count=6)
+
+
+async def test_a_reply_that_the_client_may_not_take_is_refused_before_any_work() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        error = await refusal(wire.generation.Generate(LARGE))
+        assert wire.submitted.empty()
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.info.reason == "REPLY_TOO_LARGE"
+    assert "raise the client's gRPC receive limit" in error.violations["image_count"]
+
+
+async def test_a_client_that_can_take_it_says_so() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        metadata = (("darkroom-max-reply-bytes", "64000000"),)
+        assert len((await wire.generation.Generate(LARGE, metadata=metadata)).images) == 6
+        few = (("darkroom-max-reply-bytes", "100"),)
+        small = generation_pb2.GenerateRequest(prompt="a star")
+        error = await refusal(wire.generation.Generate(small, metadata=few))
+        assert error.info.reason == "REPLY_TOO_LARGE"
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1e6", "much", "9" * 19])
+async def test_what_it_says_must_be_a_number(text: str) -> None:
+    async with serving(fake={"auto": True}) as wire:
+        metadata = (("darkroom-max-reply-bytes", text),)
+        error = await refusal(wire.generation.Generate(LARGE, metadata=metadata))
+    assert set(error.violations) == {"darkroom-max-reply-bytes"}
+
+
+def test_no_format_takes_more_than_the_bound() -> None:
+    """Noise at the highest quality is the worst that an encoder can meet."""
+    size = 256
+    noise = Image.frombytes("RGB", (size, size), random.Random(1).randbytes(size * size * 3))
+    bound = reply_bytes(make_job(width=size, height=size)) - OVERHEAD_BYTES // 2
+    for format in (ImageFormat.PNG, ImageFormat.JPEG, ImageFormat.WEBP):
+        buffer = io.BytesIO()
+        noise.save(buffer, format.name, quality=100, compress_level=1)
+        assert len(buffer.getvalue()) < bound, format

@@ -1,0 +1,122 @@
+import math
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from darkroom.v1 import types_pb2
+from darkroom_server.core.job import SEED_BOUND
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.engine.fake import fake_model
+from tests.server.wire import refusal, serving
+
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    ({"prompt": ""}, "prompt", "must not be empty"),
+    ({"prompt": "é" * 4097}, "prompt", "must be at most 8192 bytes of UTF-8, and has 8194"),
+    ({"negative_prompt": "n" * 8193}, "negative_prompt", "must be at most 8192 bytes of UTF-8"),
+    ({"width": 0}, "width", "must be 64 to 2048, not 0"),
+    ({"width": -8}, "width", "must be 64 to 2048, not -8"),
+    ({"width": 2056}, "width", "must be 64 to 2048, not 2056"),
+    ({"height": 100}, "height", "must be a multiple of 8, not 100"),
+    ({"height": 0}, "height", "must be 64 to 2048"),
+    ({"steps": 0}, "steps", "must be 1 to 1000, not 0"),
+    ({"steps": 1001}, "steps", "must be 1 to 1000"),
+    ({"steps": 51, "scheduler": types_pb2.SCHEDULER_LCM}, "steps", "must be 1 to 50, not 51"),
+    ({"steps": 1, "scheduler": types_pb2.SCHEDULER_DPMPP_2M}, "steps", "must be 2 to 1000"),
+    ({"guidance_scale": math.nan}, "guidance_scale", "must be 0 to 50, not nan"),
+    ({"guidance_scale": math.inf}, "guidance_scale", "must be 0 to 50, not inf"),
+    ({"guidance_scale": -0.1}, "guidance_scale", "must be 0 to 50, not -0.1"),
+    ({"guidance_scale": 50.1}, "guidance_scale", "must be 0 to 50"),
+    ({"seed": -1}, "seed", f"must be 0 to {SEED_BOUND - 1}, not -1"),
+    ({"image_count": 0}, "image_count", "must be 1 to 16, not 0"),
+    ({"image_count": 17}, "image_count", "must be 1 to 16, not 17"),
+    ({"scheduler": 99}, "scheduler", "99 is no scheduler that this server knows"),
+    ({"scheduler": -1}, "scheduler", "-1 is no scheduler"),
+    ({"scheduler": types_pb2.SCHEDULER_DEIS}, "scheduler", "model 'demo' offers ddim, pndm,"),
+    ({"format": 99}, "format", "99 is no format that this server knows"),
+    ({"quality": 90}, "quality", "is for JPEG and WEBP only, not for PNG"),
+    (
+        {"quality": 90, "format": types_pb2.IMAGE_FORMAT_RAW_RGB},
+        "quality",
+        "is for JPEG and WEBP only, not for RAW_RGB",
+    ),
+    ({"quality": 0, "format": types_pb2.IMAGE_FORMAT_JPEG}, "quality", "must be 1 to 100"),
+    ({"quality": 101, "format": types_pb2.IMAGE_FORMAT_WEBP}, "quality", "must be 1 to 100"),
+    ({"request_id": "a b"}, "request_id", "must be at most 64 of A-Z a-z 0-9 . _ -"),
+    ({"request_id": "a" * 65}, "request_id", "must be at most 64"),
+    ({"request_id": "a\n"}, "request_id", "must be at most 64"),
+]
+
+
+async def test_each_violation_names_its_field_and_what_would_be_right() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        for fields, name, description in WRONG:
+            error = await refusal(wire.generate(**fields))
+            assert error.code is grpc.StatusCode.INVALID_ARGUMENT, fields
+            assert error.info.reason == "INVALID_REQUEST"
+            assert error.info.domain == "darkroom"
+            assert list(error.violations) == [name], fields
+            assert error.violations[name].startswith(description), error.violations
+        assert wire.submitted.empty()
+
+
+async def test_all_violations_come_at_once() -> None:
+    fields: dict[str, Any] = {
+        "prompt": "",
+        "negative_prompt": "n" * 9000,
+        "width": 7,
+        "height": 9000,
+        "steps": 0,
+        "guidance_scale": math.nan,
+        "seed": -1,
+        "image_count": 0,
+        "scheduler": 99,
+        "format": 99,
+        "quality": 0,
+        "request_id": "?",
+    }
+    async with serving(fake={"auto": True}) as wire:
+        error = await refusal(wire.generate(**fields))
+    assert set(error.violations) == set(fields)
+    assert "prompt: must not be empty" in error.message
+
+
+async def test_bounds_are_inclusive() -> None:
+    right: list[dict[str, Any]] = [
+        {"width": 64, "height": 64, "steps": 1, "guidance_scale": 0.0, "seed": 0},
+        {"width": 1024, "guidance_scale": 50.0, "seed": SEED_BOUND - 1, "image_count": 16},
+        {"steps": 1000, "request_id": "a" * 64},
+        {"prompt": "é" * 4096, "negative_prompt": "n" * 8192},
+        {"quality": 1, "format": types_pb2.IMAGE_FORMAT_JPEG},
+        {"quality": 100, "format": types_pb2.IMAGE_FORMAT_WEBP},
+    ]
+    async with serving(fake={"auto": True}) as wire:
+        for fields in right:
+            assert (await wire.generate(**fields)).images
+
+
+def odd_model() -> ModelInfo:
+    model = fake_model()
+    return replace(
+        model,
+        defaults=replace(model.defaults, steps=60, guidance_scale=7.3),
+        limits=replace(model.limits, max_guidance_scale=9.1),
+    )
+
+
+async def test_a_default_that_the_scheduler_does_not_take_must_be_set() -> None:
+    async with serving(fake={"models": [odd_model()], "auto": True}) as wire:
+        error = await refusal(wire.generate(scheduler=types_pb2.SCHEDULER_LCM))
+        expected = "must be set for lcm, which takes 1 to 50: the model's default is 60"
+        assert error.violations == {"steps": expected}
+        assert (await wire.generate(scheduler=types_pb2.SCHEDULER_LCM, steps=8)).images
+
+
+async def test_guidance_is_a_32_bit_float_everywhere() -> None:
+    async with serving(fake={"models": [odd_model()], "auto": True}) as wire:
+        # 9.1 as a 32-bit float is a little more than 9.1.
+        await wire.generate(guidance_scale=9.1)
+        drawn = await wire.generate()
+        await wire.generation.Generate(drawn.images[0].replay.request)
+        _, first, replayed = [await wire.submitted.get() for _ in range(3)]
+    assert first.guidance_scale == replayed.guidance_scale != 7.3

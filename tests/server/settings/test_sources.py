@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+
+from darkroom_server.core.errors import StartupError
+from darkroom_server.settings import Engine, Models, Settings
+from darkroom_server.settings.sources import engine_configs, model_sources
+
+
+def test_the_demo_model_is_the_default() -> None:
+    (source,) = model_sources(Models())
+    assert source.id == "demo"
+    assert Path(source.location).name == "demo_model"
+    assert model_sources(Models(model=("pet=demo",)))[0].location == source.location
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("org/name", ("org/name", "org/name", None)),
+        ("org/name@v1", ("org/name", "org/name", "v1")),
+        ("sd=org/name@refs/pr/1", ("sd", "org/name", "refs/pr/1")),
+        ("name", ("name", "name", None)),
+    ],
+)
+def test_hub_ids(text: str, expected: tuple[str, str, str | None]) -> None:
+    (source,) = model_sources(Models(model=(text,)))
+    assert (source.id, source.location, source.revision) == expected
+
+
+@pytest.mark.parametrize("name", ["plain", "with@at", "with=equals", "a=b@c"])
+def test_a_path_that_exists_wins(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (named,) = model_sources(Models(model=(f"mine={folder}",)))
+    assert (named.id, named.location, named.revision) == ("mine", str(folder), None)
+    if name == "plain":
+        (bare,) = model_sources(Models(model=(f"{folder}/",)))
+        assert bare.id == "plain"
+
+
+def test_a_single_file_is_known_by_its_stem(tmp_path: Path) -> None:
+    file = tmp_path / "v1-5.safetensors"
+    file.touch()
+    (source,) = model_sources(Models(model=(str(file),), model_config="/some/folder"))
+    assert (source.id, source.config) == ("v1-5", "/some/folder")
+
+
+def test_a_relative_path_is_known_by_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path / "pictures")
+    assert model_sources(Models(model=(".",)))[0].id == "pictures"
+
+
+@pytest.mark.parametrize(
+    ("models", "complaint"),
+    [
+        (("./nothing",), "no such file or folder, and no hub id either"),
+        (("/nothing/here",), "no such file or folder"),
+        (("=org/name",), "the name before = is missing"),
+        (("org/name@",), "the revision after @ is missing"),
+        (("a b=org/name",), "'a b' cannot be a model's name"),
+        (("a=x/y", "a=x/z"), "another model is named 'a' already"),
+        (("",), "no such file or folder"),
+    ],
+)
+def test_what_is_wrong_is_said(models: tuple[str, ...], complaint: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        model_sources(Models(model=models))
+    assert complaint in str(caught.value)
+
+
+def test_a_folder_whose_name_is_no_name_needs_one(tmp_path: Path) -> None:
+    folder = tmp_path / "with@at"
+    folder.mkdir()
+    with pytest.raises(StartupError, match="put NAME="):
+        model_sources(Models(model=(str(folder),)))
+
+
+def test_the_engine_is_told_its_section_and_the_token_stays_out_of_sight() -> None:
+    settings = Settings(
+        models=Models(model=("a=x/y",), variant="fp16"),
+        engine=Engine(device="cuda:1", slice_size="max", autocast=False, threads=3, max_rows=5),
+    )
+    (config,) = engine_configs(settings, hub_token="hf_secret")
+    assert (config.device, config.slice_size, config.autocast) == ("cuda:1", "max", False)
+    assert (config.threads, config.max_rows) == (3, 5)
+    assert (config.models[0].variant, config.models[0].token) == ("fp16", "hf_secret")
+    assert "hf_secret" not in repr(config)
+    assert "hf_secret" not in repr(settings)

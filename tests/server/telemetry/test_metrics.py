@@ -1,0 +1,155 @@
+import asyncio
+import subprocess
+import urllib.request
+from typing import Any
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from darkroom.v1 import generation_pb2, model_pb2
+from darkroom_server.core.events import MemoryReport
+from darkroom_server.engine.fake import FLAGGED
+from darkroom_server.rpc.models import ModelService
+from darkroom_server.settings import Engine
+from tests.server.wire import Wire, refusal, serving
+
+
+async def scrape(wire: Wire) -> str:
+    def read() -> str:
+        with urllib.request.urlopen(f"http://{wire.server.metrics_address}/metrics") as page:
+            body: bytes = page.read()
+            return body.decode()
+
+    return await asyncio.to_thread(read)
+
+
+async def values(wire: Wire, name: str, *labels: str) -> dict[tuple[str, ...], float]:
+    """The samples called ``name``, by the values of ``labels``."""
+    return {
+        tuple(sample.labels[label] for label in labels): sample.value
+        for family in text_string_to_metric_families(await scrape(wire))
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+async def busy_day(wire: Wire) -> None:
+    await wire.generate(prompt="a star", image_count=2)
+    await wire.generate(prompt=FLAGGED)
+    await refusal(wire.generate(prompt=""))
+    await refusal(wire.generate(model="secret-model"))
+    wire.engine._emit(
+        MemoryReport(device="cuda:0", by_kind={"allocated": 5, "free": 7}, host_rss=9)
+    )
+    await asyncio.sleep(0)
+
+
+async def test_promtool_finds_nothing_to_complain_of() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        await busy_day(wire)
+        text = await scrape(wire)
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+async def test_requests_and_images_are_counted_by_outcome() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        await busy_day(wire)
+        requests = await values(wire, "darkroom_request_seconds_count", "model", "outcome")
+        assert requests == {
+            ("demo", "finished"): 2,
+            ("demo", "invalid"): 1,
+            ("unknown", "invalid"): 1,
+        }
+        images = await values(wire, "darkroom_images_total", "model", "outcome")
+        assert images == {("demo", "finished"): 2, ("demo", "flagged"): 1}
+        stages = await values(wire, "darkroom_stage_seconds_count", "stage")
+        assert stages == dict.fromkeys(
+            [("queue",), ("encode_prompt",), ("denoise",), ("decode",), ("encode_image",)], 2
+        )
+
+
+async def test_nothing_that_a_caller_wrote_is_in_a_label() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        await busy_day(wire)
+        text = await scrape(wire)
+    assert "secret" not in text
+    assert "star" not in text.replace("grpc_server_started", "").replace("process_start", "")
+
+
+async def test_calls_are_counted_as_every_dashboard_expects() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        await busy_day(wire)
+        labels = ("grpc_type", "grpc_service", "grpc_method")
+        generate = ("unary", "darkroom.v1.GenerationService", "Generate")
+        assert (await values(wire, "grpc_server_started_total", *labels))[generate] == 4
+        handled = await values(wire, "grpc_server_handled_total", *labels, "grpc_code")
+        assert handled[*generate, "OK"] == 2
+        assert handled[*generate, "INVALID_ARGUMENT"] == 1
+        assert handled[*generate, "NOT_FOUND"] == 1
+        seconds = await values(wire, "grpc_server_handling_seconds_count", *labels)
+        assert seconds[generate] == 4
+        assert ("server_stream", "grpc.health.v1.Health", "Watch") in seconds
+
+
+async def test_cancelled_and_expired_calls_have_their_codes() -> None:
+    async with serving() as wire:
+        request = generation_pb2.GenerateRequest(prompt="a star")
+        call = wire.generation.Generate(request)
+        await wire.submitted.get()
+        call.cancel()
+        await wire.cancelled.get()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await wire.generation.Generate(request, timeout=0.05)
+        await wire.cancelled.get()
+        # Another call, so that the handlers of those two are over.
+        await wire.health()
+        handled = await values(wire, "grpc_server_handled_total", "grpc_method", "grpc_code")
+        assert handled["Generate", "CANCELLED"] == 1
+        assert handled["Generate", "DEADLINE_EXCEEDED"] == 1
+        outcomes = await values(wire, "darkroom_request_seconds_count", "outcome")
+        assert outcomes == {("cancelled",): 1, ("expired",): 1}
+
+
+async def test_gauges_follow_the_jobs() -> None:
+    async with serving(engine=Engine(engine_max_restarts=0)) as wire:
+        assert await values(wire, "darkroom_ready") == {(): 1}
+        call = wire.generating(steps=2)
+        await wire.submitted.get()
+        assert await values(wire, "darkroom_jobs_running", "model") == {("demo",): 1}
+        assert await values(wire, "darkroom_queue_depth", "model") == {("demo",): 0}
+        wire.engine.advance(2)
+        await call
+        assert await values(wire, "darkroom_jobs_running", "model") == {("demo",): 0}
+        assert await values(wire, "darkroom_rows_per_pass_sum", "model") == {("demo",): 4}
+        assert await values(wire, "darkroom_pass_seconds_count", "model") == {("demo",): 2}
+        wire.engine.die()
+        await wire.health_becomes(2)
+        assert await values(wire, "darkroom_ready") == {(): 0}
+
+
+async def test_memory_and_versions() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        await busy_day(wire)
+        kinds = await values(wire, "darkroom_gpu_memory_bytes", "device", "kind")
+        assert kinds == {("cuda:0", "allocated"): 5, ("cuda:0", "free"): 7}
+        host = await values(wire, "darkroom_host_memory_bytes", "process")
+        assert host["engine",] == 9
+        assert host["server",] > 1_000_000
+        assert (await values(wire, "darkroom_build_info", "version")) == {("0.1.0",): 1}
+
+
+async def test_a_status_that_was_set_is_the_one_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(self: object, request: object, context: Any) -> model_pb2.GetModelResponse:
+        context.set_code(grpc.StatusCode.DATA_LOSS)
+        return model_pb2.GetModelResponse()
+
+    monkeypatch.setattr(ModelService, "GetModel", refuse)
+    async with serving() as wire:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await wire.models.GetModel(model_pb2.GetModelRequest())
+        handled = await values(wire, "grpc_server_handled_total", "grpc_method", "grpc_code")
+    assert handled["GetModel", "DATA_LOSS"] == 1
