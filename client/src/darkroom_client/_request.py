@@ -1,0 +1,37 @@
+"""What to draw, as plain data."""
+
+from dataclasses import dataclass
+
+from darkroom_client._enums import ImageFormat, Scheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One request; everything but ``prompt`` may stay unset and then means the model's default.
+
+    ``model``: an id from ``Client.models``; may stay empty where the server holds a single one.
+    ``negative_prompt``: what the images should not show; used when guidance is above 1.
+    ``width``, ``height``: pixels, a multiple of 8 within the model's limits.
+    ``steps``: denoising steps. ``guidance_scale``: classifier-free guidance; 1 and below mean
+    none. ``seed``: 0 to 2^63 - 1; image i is drawn from (seed + i) mod 2^63; unset, the client
+    draws one. ``quality``: 1 to 100, for JPEG and WebP. ``exact``: identical bytes whatever else
+    the server is doing, at some cost. ``request_id``: at most 64 of A-Z a-z 0-9 . _ - ; unset,
+    the client draws one.
+
+    The bounds are the server's to check, and it reports every violation at once.
+    """
+
+    prompt: str
+    model: str = ""
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    image_count: int | None = None
+    scheduler: Scheduler | str | None = None
+    format: ImageFormat | str | None = None
+    quality: int | None = None
+    exact: bool = False
+    request_id: str | None = None

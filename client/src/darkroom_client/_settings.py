@@ -1,0 +1,108 @@
+"""A client's settings, resolved from its arguments and the environment, and what follows."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from darkroom_client._connection import TLS, Keepalive, Retry
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+DEFAULT_TIMEOUT = 120.0
+DEFAULT_KEEPALIVE = Keepalive()
+DEFAULT_RETRY = Retry()
+DEFAULT_MAX_REPLY_BYTES = 64 * 2**20
+
+_SCHEME = re.compile(r"(dns|unix|unix-abstract|vsock|ipv4|ipv6|xds):")
+_HOST_PORT = re.compile(r"(\[[^]]+\]|[^][:/]+):[0-9]+")
+_METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that a client was told, complete and checked."""
+
+    target: str
+    tls: TLS | None
+    token: str | None = field(repr=False)
+    timeout: float | None
+    keepalive: Keepalive
+    retry: Retry
+    max_reply_bytes: int
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        target: str | None,
+        tls: TLS | None,
+        token: str | None,
+        insecure: bool,
+        timeout: float | None,
+        keepalive: Keepalive,
+        retry: Retry,
+        max_reply_bytes: int,
+    ) -> Self:
+        """Fill what was not given from the environment; raise ``ValueError`` for what cannot be.
+
+        Arguments go before DARKROOM_TARGET, DARKROOM_TOKEN and DARKROOM_CA.
+        """
+        if insecure and tls is not None:
+            raise ValueError("insecure=True means no TLS: leave one of insecure and tls out")
+        if tls is None and not insecure and (ca := os.environ.get("DARKROOM_CA")):
+            tls = TLS(ca=ca)
+        token = token or os.environ.get("DARKROOM_TOKEN") or None
+        if token and tls is None and not insecure:
+            raise ValueError(
+                "a token would travel readable for everyone on the way: pass tls=TLS(...) "
+                "(or set DARKROOM_CA), or insecure=True if you know the network to be private"
+            )
+        if token and not (token.isascii() and token.isprintable()):
+            raise ValueError("the token must be printable ASCII, without a line's end")
+        _check_timeout(timeout)
+        if max_reply_bytes < 1:
+            raise ValueError("max_reply_bytes must be at least 1")
+        return cls(
+            target=_check_target(target or os.environ.get("DARKROOM_TARGET") or DEFAULT_TARGET),
+            tls=tls,
+            token=token,
+            timeout=timeout,
+            keepalive=keepalive,
+            retry=retry,
+            max_reply_bytes=max_reply_bytes,
+        )
+
+    def deadline(self, timeout: float | None) -> float | None:
+        """Seconds that a call may take: its own ``timeout``, else the client's."""
+        _check_timeout(timeout)
+        return self.timeout if timeout is None else timeout
+
+    def metadata(self, extra: Mapping[str, str] | None = None) -> tuple[tuple[str, str], ...]:
+        """What goes along with every call, and ``extra``; raises ``ValueError`` for a bad key."""
+        pairs = {"darkroom-max-reply-bytes": str(self.max_reply_bytes)}
+        if self.token:
+            pairs["authorization"] = f"Bearer {self.token}"
+        for key, value in (extra or {}).items():
+            name = key.lower()
+            if not _METADATA_KEY.fullmatch(name) or name.endswith("-bin"):
+                raise ValueError(f"metadata {key!r}: a key is made of a-z 0-9 . _ - and no '-bin'")
+            if name.startswith("grpc-") or name in pairs:
+                raise ValueError(f"metadata {key!r}: this name belongs to the client itself")
+            if not (value.isascii() and value.isprintable()):
+                raise ValueError(f"metadata {key!r}: a value must be printable ASCII")
+            pairs[name] = value
+        return tuple(pairs.items())
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout is {timeout}, must be above 0 seconds")
+
+
+def _check_target(target: str) -> str:
+    if "://" in target and not _SCHEME.match(target):
+        raise ValueError(f"target {target!r}: write host:port, without a scheme such as http://")
+    if not _SCHEME.match(target) and not _HOST_PORT.fullmatch(target):
+        raise ValueError(f"target {target!r} names no port: write host:port or [ipv6]:port")
+    return target

@@ -1,0 +1,1 @@
+"""Between the client's plain data and the messages on the wire."""

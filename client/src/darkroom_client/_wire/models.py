@@ -1,0 +1,71 @@
+"""From the messages that describe models to plain data."""
+
+from darkroom.v1 import model_pb2
+from darkroom_client._model import (
+    Model,
+    ModelDefaults,
+    ModelLimits,
+    ModelRuntime,
+    SchedulerOffer,
+)
+from darkroom_client._wire.values import decode_float, decode_format, decode_scheduler
+
+
+def decode_model(model: model_pb2.Model) -> Model:
+    """The plain model; parts that the server left unset are None."""
+    return Model(
+        id=model.id,
+        ready=model.ready,
+        revision=model.revision,
+        kind=model.kind,
+        defaults=_decode_defaults(model.defaults) if model.HasField("defaults") else None,
+        limits=_decode_limits(model.limits) if model.HasField("limits") else None,
+        schedulers=tuple(
+            SchedulerOffer(
+                scheduler=scheduler, min_steps=offer.min_steps, max_steps=offer.max_steps
+            )
+            for offer in model.schedulers
+            if (scheduler := decode_scheduler(offer.scheduler)) is not None
+        ),
+        runtime=_decode_runtime(model.runtime) if model.HasField("runtime") else None,
+    )
+
+
+def _decode_defaults(defaults: model_pb2.ModelDefaults) -> ModelDefaults:
+    return ModelDefaults(
+        width=defaults.width,
+        height=defaults.height,
+        steps=defaults.steps,
+        guidance_scale=decode_float(defaults.guidance_scale),
+        scheduler=decode_scheduler(defaults.scheduler),
+        format=decode_format(defaults.format),
+        quality=defaults.quality,
+    )
+
+
+def _decode_limits(limits: model_pb2.ModelLimits) -> ModelLimits:
+    return ModelLimits(
+        min_size=limits.min_size,
+        max_size=limits.max_size,
+        size_multiple=limits.size_multiple,
+        max_guidance_scale=decode_float(limits.max_guidance_scale),
+        max_image_count=limits.max_image_count,
+        max_prompt_bytes=limits.max_prompt_bytes,
+        prompt_tokens=limits.prompt_tokens,
+        max_rows=limits.max_rows,
+    )
+
+
+def _decode_runtime(runtime: model_pb2.ModelRuntime) -> ModelRuntime:
+    return ModelRuntime(
+        device=runtime.device,
+        dtype=runtime.dtype,
+        preset=runtime.preset,
+        attention=runtime.attention,
+        slice_size=runtime.slice_size,
+        autocast=runtime.autocast,
+        vae_tiling=runtime.vae_tiling,
+        channels_last=runtime.channels_last,
+        fp8_storage=runtime.fp8_storage,
+        safety_checker=runtime.safety_checker,
+    )

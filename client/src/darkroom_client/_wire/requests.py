@@ -1,0 +1,119 @@
+"""Between a plain request and its message."""
+
+import operator
+import secrets
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+
+from darkroom.v1 import generation_pb2
+from darkroom_client._enums import ImageFormat, Scheduler
+from darkroom_client._errors import InvalidRequest, Violation
+from darkroom_client._request import GenerationRequest
+from darkroom_client._wire.values import (
+    decode_float,
+    decode_format,
+    decode_scheduler,
+    encode_format,
+    encode_scheduler,
+)
+
+_SEED_BOUND = 2**63
+_INT32_BOUND = 2**31
+
+
+def settled(request: GenerationRequest) -> GenerationRequest:
+    """``request`` with its id and seed fixed, so that a retry of it draws the same picture."""
+    return replace(
+        request,
+        request_id=request.request_id or uuid.uuid4().hex,
+        seed=secrets.randbelow(_SEED_BOUND) if request.seed is None else request.seed,
+    )
+
+
+def encode_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
+    """``request`` as a message.
+
+    Raises ``InvalidRequest`` for what the message cannot say (an unknown name, a number beyond
+    its type) and ``TypeError`` for values of the wrong type. All other bounds are the server's.
+    """
+    if violations := tuple(_violations(request)):
+        raise InvalidRequest(
+            "; ".join(f"{v.field}: {v.description}" for v in violations),
+            code="INVALID_ARGUMENT",
+            reason="INVALID_REQUEST",
+            request_id=request.request_id,
+            violations=violations,
+        )
+    return generation_pb2.GenerateRequest(
+        model=request.model,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        seed=request.seed,
+        image_count=request.image_count,
+        scheduler=encode_scheduler(request.scheduler),
+        format=encode_format(request.format),
+        quality=request.quality,
+        request_id=request.request_id or "",
+        exact=request.exact,
+    )
+
+
+def decode_request(request: generation_pb2.GenerateRequest) -> GenerationRequest:
+    """The plain request; unset fields are None."""
+    return GenerationRequest(
+        model=request.model,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width if request.HasField("width") else None,
+        height=request.height if request.HasField("height") else None,
+        steps=request.steps if request.HasField("steps") else None,
+        guidance_scale=(
+            decode_float(request.guidance_scale) if request.HasField("guidance_scale") else None
+        ),
+        seed=request.seed if request.HasField("seed") else None,
+        image_count=request.image_count if request.HasField("image_count") else None,
+        scheduler=decode_scheduler(request.scheduler),
+        format=decode_format(request.format),
+        quality=request.quality if request.HasField("quality") else None,
+        exact=request.exact,
+        request_id=request.request_id or None,
+    )
+
+
+def _violations(request: GenerationRequest) -> Iterator[Violation]:
+    for field, kind in (("scheduler", Scheduler), ("format", ImageFormat)):
+        value = getattr(request, field)
+        if value is not None and not _is_member(kind, value):
+            names = ", ".join(kind)
+            yield Violation(field=field, description=f"is {value!r}, must be one of {names}")
+    for field in ("width", "height", "steps", "image_count", "quality"):
+        value = getattr(request, field)
+        if value is not None and not -_INT32_BOUND <= operator.index(value) < _INT32_BOUND:
+            yield Violation(field=field, description=f"is {value}, beyond 32 bits")
+    for field in ("prompt", "negative_prompt", "model", "request_id"):
+        if not _is_unicode(getattr(request, field) or ""):
+            yield Violation(field=field, description="is no valid Unicode text")
+    if request.seed is not None and not 0 <= operator.index(request.seed) < _SEED_BOUND:
+        yield Violation(field="seed", description=f"is {request.seed}, must be 0 to 2^63 - 1")
+
+
+def _is_member(kind: type[Scheduler] | type[ImageFormat], value: str) -> bool:
+    try:
+        kind(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_unicode(text: str) -> bool:
+    # Command-line arguments that are no UTF-8 arrive as lone surrogates.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

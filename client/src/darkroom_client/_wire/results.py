@@ -1,0 +1,80 @@
+"""From the message that holds images to plain data."""
+
+import json
+
+from google.protobuf.duration_pb2 import Duration
+
+from darkroom.v1 import generation_pb2
+from darkroom_client._errors import ServerError
+from darkroom_client._image import Image
+from darkroom_client._replay import ReplayRecord
+from darkroom_client._result import GenerationResult, Timings
+from darkroom_client._wire.requests import decode_request
+from darkroom_client._wire.values import decode_format
+
+
+def decode_response(response: generation_pb2.GenerateResponse) -> GenerationResult:
+    """The plain result; raises ``ServerError`` for a reply that cannot be read."""
+    timings = response.timings
+    return GenerationResult(
+        request_id=response.request_id,
+        images=tuple(_decode_image(image, response.request_id) for image in response.images),
+        timings=Timings(
+            queue=_seconds(timings.queue),
+            encode_prompt=_seconds(timings.encode_prompt),
+            denoise=_seconds(timings.denoise),
+            decode=_seconds(timings.decode),
+            encode_image=_seconds(timings.encode_image),
+            total=_seconds(timings.total),
+        ),
+        model=response.model,
+        model_revision=response.model_revision,
+    )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
+
+
+def _decode_image(image: generation_pb2.Image, request_id: str) -> Image:
+    image_format = decode_format(image.format)
+    if image_format is None:
+        raise _unreadable(f"an image in the unknown format {image.format}", request_id)
+    return Image(
+        data=image.data,
+        format=image_format,
+        width=image.width,
+        height=image.height,
+        seed=image.seed,
+        prompt_truncated=image.prompt_truncated,
+        flagged=image.flagged,
+        replay=_decode_replay(image.replay, request_id),
+    )
+
+
+def _decode_replay(record: generation_pb2.ReplayRecord, request_id: str) -> ReplayRecord:
+    try:
+        config = json.loads(record.scheduler_config_json or "{}")
+    except ValueError as error:
+        raise _unreadable("a scheduler configuration that is not JSON", request_id) from error
+    return ReplayRecord(
+        request=decode_request(record.request),
+        model_revision=record.model_revision,
+        scheduler_class=record.scheduler_class,
+        scheduler_config=config,
+        dtype=record.dtype,
+        device=record.device,
+        preset=record.preset,
+        library_versions=dict(sorted(record.library_versions.items())),
+        rows_in_last_pass=record.rows_in_last_pass,
+        pixels_sha256=record.pixels_sha256,
+    )
+
+
+def _unreadable(what: str, request_id: str) -> ServerError:
+    return ServerError(
+        f"the reply holds {what}: client and server may be of different versions",
+        code="OK",
+        reason="UNREADABLE_REPLY",
+        request_id=request_id,
+    )

@@ -1,0 +1,42 @@
+"""Between names and the wire's numbers, and between decimals and its 32-bit floats."""
+
+import struct
+
+from darkroom.v1 import types_pb2
+from darkroom_client._enums import ImageFormat, Scheduler
+
+_SCHEDULER_PREFIX = "SCHEDULER_"
+_FORMAT_PREFIX = "IMAGE_FORMAT_"
+
+
+def encode_scheduler(scheduler: Scheduler | str | None) -> types_pb2.Scheduler.ValueType:
+    """The scheduler's number; raises ``ValueError`` for an unknown name."""
+    name = "UNSPECIFIED" if scheduler is None else Scheduler(scheduler).name
+    return types_pb2.Scheduler.Value(_SCHEDULER_PREFIX + name)
+
+
+def decode_scheduler(number: types_pb2.Scheduler.ValueType) -> Scheduler | None:
+    """The scheduler of that number, None for unset and for one newer than this client."""
+    known = types_pb2.Scheduler.DESCRIPTOR.values_by_number.get(number)
+    name = known.name.removeprefix(_SCHEDULER_PREFIX) if known else ""
+    return Scheduler.__members__.get(name)
+
+
+def encode_format(image_format: ImageFormat | str | None) -> types_pb2.ImageFormat.ValueType:
+    """The format's number; raises ``ValueError`` for an unknown name."""
+    name = "UNSPECIFIED" if image_format is None else ImageFormat(image_format).name
+    return types_pb2.ImageFormat.Value(_FORMAT_PREFIX + name)
+
+
+def decode_format(number: types_pb2.ImageFormat.ValueType) -> ImageFormat | None:
+    """The format of that number, None for unset and for one newer than this client."""
+    known = types_pb2.ImageFormat.DESCRIPTOR.values_by_number.get(number)
+    name = known.name.removeprefix(_FORMAT_PREFIX) if known else ""
+    return ImageFormat.__members__.get(name)
+
+
+def decode_float(value: float) -> float:
+    """The shortest decimal that is the same 32-bit float: 7.1, not 7.099999904632568."""
+    bits = struct.pack("f", value)
+    candidates = (float(f"{value:.{digits}g}") for digits in range(6, 10))
+    return next((short for short in candidates if struct.pack("f", short) == bits), value)

@@ -1,0 +1,127 @@
+"""What the command line takes."""
+
+import argparse
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from darkroom_client._enums import ImageFormat, Scheduler
+from darkroom_client._settings import DEFAULT_TARGET, DEFAULT_TIMEOUT
+from darkroom_client.cli import _generate, _models, _replay, _wait
+from darkroom_client.cli._exit_codes import TABLE
+
+_EPILOG = f"""\
+environment:
+  DARKROOM_TARGET  the server's host:port; {DEFAULT_TARGET} where unset
+  DARKROOM_TOKEN   the token to send: over TLS only, unless --insecure
+  DARKROOM_CA      PEM file of who may vouch for the server; turns TLS on
+
+{TABLE}"""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; ``run`` among them is the command. Exits with 2 where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="darkroom",
+        description="Draw images on a Darkroom server.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = importlib.metadata.version("darkroom-client")
+    parser.add_argument("--version", action="version", version=f"darkroom {version}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, text: str, run: Callable[[argparse.Namespace], int], timeout: float
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        _add_connection(added, timeout)
+        return added
+
+    _add_generate(command("generate", "draw images of prompts", _generate.run, DEFAULT_TIMEOUT))
+    _add_models(command("models", "tell which models the server holds", _models.run, 10.0))
+    _add_replay(command("replay", "draw a recorded image again", _replay.run, DEFAULT_TIMEOUT))
+    command("wait", "wait until the server is ready", _wait.run, DEFAULT_TIMEOUT)
+    return parser.parse_args(argv)
+
+
+def _add_connection(parser: argparse.ArgumentParser, timeout: float) -> None:
+    add = parser.add_argument_group("connection").add_argument
+    add("--target", metavar="HOST:PORT", help="the server's address")
+    add("--ca", metavar="FILE", type=Path, help="PEM file of who may vouch for the server; TLS on")
+    add("--insecure", action="store_true", help="no TLS, and send a token all the same")
+    add(
+        "--timeout",
+        metavar="SECONDS",
+        type=float,
+        default=timeout,
+        help="how long to wait for an answer (default: %(default)g)",
+    )
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; - reads one a line from stdin")
+    add("--file", metavar="FILE", type=Path, help="read prompts from FILE, one a line")
+    add(
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path(),
+        help="where the images go (default: here)",
+    )
+    add("--overwrite", action="store_true", help="replace files that exist")
+    add("--record", action="store_true", help="write NAME.json, for `replay`, beside each image")
+    add("--json", action="store_true", help="print one JSON object a line")
+    add(
+        "--concurrency",
+        metavar="N",
+        type=int,
+        default=8,
+        help="prompts to have in work at a time (default: %(default)s)",
+    )
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--model", metavar="ID", default="", help="one of `darkroom models`")
+    add("--negative", metavar="TEXT", default="", help="what the images should not show")
+    add("--steps", metavar="N", type=int, help="denoising steps")
+    add("--guidance", metavar="SCALE", type=float, help="classifier-free guidance")
+    add("--seed", metavar="N", type=int, help="image i is drawn from seed N + i")
+    add("--size", metavar="WxH", type=_size, default=(None, None), help="pixels, such as 512x768")
+    add("--count", metavar="N", type=int, default=1, help="images of each prompt")
+    add("--scheduler", choices=[scheduler.value for scheduler in Scheduler])
+    add(
+        "--format",
+        type=ImageFormat,
+        metavar="FORMAT",
+        default=ImageFormat.PNG,
+        help=f"one of {', '.join(ImageFormat)} (default: %(default)s)",
+    )
+    add("--quality", metavar="1-100", type=int, help="for jpeg and webp")
+    add("--exact", action="store_true", help="the same bytes whatever the server's load; slower")
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("record", metavar="RECORD.json", type=Path, help="what `generate --record` wrote")
+    add("-o", "--output", metavar="FILE", type=Path, help="write the new image to FILE")
+    add("--overwrite", action="store_true", help="replace FILE where it exists")
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 512x768") from None

@@ -1,0 +1,53 @@
+"""What a command's exit code says, one for each thing that a script can do about it."""
+
+from darkroom_client import _errors as errors
+from darkroom_client._errors import DarkroomError
+
+DIFFERENT = 1
+USAGE = 2
+LATER = 3
+DEADLINE = 4
+FORBIDDEN = 5
+TOO_LARGE = 6
+FAILED = 7
+FILE = 8
+INTERRUPTED = 130
+
+TABLE = """\
+exit codes:
+  0    done
+  1    replay: the image is not identical
+  2    the command line or the request is wrong, or the model unknown
+  3    try again later: the server is away, loading, overloaded, or the quota is used up
+  4    the deadline passed
+  5    the server wants a token, or does not allow this
+  6    too large for the server's memory or for one reply
+  7    the server failed, withheld the image, or is of another version
+  8    a file is missing, exists already or cannot be written
+  130  interrupted
+With several prompts, the code is that of the first one that failed.
+"""
+
+_CODES: dict[type[DarkroomError], int] = {
+    errors.InvalidRequest: USAGE,
+    errors.ModelNotFound: USAGE,
+    errors.Unavailable: LATER,
+    errors.Overloaded: LATER,
+    errors.QuotaExceeded: LATER,
+    errors.DeadlineExceeded: DEADLINE,
+    errors.Unauthenticated: FORBIDDEN,
+    errors.PermissionDenied: FORBIDDEN,
+    errors.TooLarge: TOO_LARGE,
+    errors.ReplyTooLarge: TOO_LARGE,
+    errors.GenerationFailed: FAILED,
+    errors.ImageWithheld: FAILED,
+    errors.Cancelled: FAILED,
+    errors.Unsupported: FAILED,
+    errors.ServerError: FAILED,
+    errors.DarkroomError: FAILED,
+}
+
+
+def exit_code(error: DarkroomError) -> int:
+    """The exit code for ``error``."""
+    return _CODES[type(error)]

@@ -1,0 +1,182 @@
+"""What `make demo` runs: a server, four pictures, where the time went, and a clean stop."""
+
+import contextlib
+import dataclasses
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+from typing import IO
+
+import PIL.Image
+from rich.console import Console
+from rich.table import Table
+
+from darkroom_client import Client, DarkroomError, GenerationRequest, Timings, Unavailable
+
+PROMPTS = (
+    "a large yellow star on a blue background",
+    "a small red circle at the left on a white background",
+    "a large green triangle on a black background",
+    "a small white square at the right on a red background",
+)
+SEED = 7
+OUTPUT = Path("demo-output")
+STAGES = [field.name for field in dataclasses.fields(Timings)]
+METRICS = (
+    "darkroom_request_seconds_count",
+    "darkroom_images_total",
+    "darkroom_gpu_memory_bytes",
+    "darkroom_host_memory_bytes",
+)
+READY_SECONDS = 600
+STOP_SECONDS = 60
+LOG_LINES = 20
+
+console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def main() -> int:
+    """Run the demo; returns the exit code."""
+    port, metrics_port = free_ports()
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        server = start_server(port, metrics_port, log)
+        try:
+            with Client(f"127.0.0.1:{port}", insecure=True) as client:
+                failure = wait_until_ready(client, server) or draw(client)
+            if not failure:
+                show_metrics(metrics_port)
+        finally:
+            code = stop_server(server)
+        if failure is None and code != 0:
+            failure = f"the server ended with {code}"
+        if failure is not None:
+            console.print(f"{failure}; the end of the server's log:", style="bold red")
+            log.seek(0)
+            console.print("".join(log.readlines()[-LOG_LINES:]))
+            return 1
+    console.print("the server stopped cleanly")
+    return 0
+
+
+def free_ports() -> tuple[int, int]:
+    """Two ports that nobody uses at this moment."""
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        return first.getsockname()[1], second.getsockname()[1]
+
+
+def start_server(port: int, metrics_port: int, log: IO[str]) -> "subprocess.Popen[bytes]":
+    """`darkroom-server serve` with the demo model, which writes to ``log``."""
+    flags = ["serve", "--port", str(port), "--metrics-port", str(metrics_port)]
+    console.print(f"darkroom-server {' '.join(flags)}", style="bold")
+    # In a session of its own, so that Ctrl-C reaches this program alone, which stops the server.
+    return subprocess.Popen(
+        [sys.executable, "-m", "darkroom_server", *flags],
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+
+
+def wait_until_ready(client: Client, server: "subprocess.Popen[bytes]") -> str | None:
+    """None once the server is ready; else what went wrong."""
+    with console.status("loading the model"):
+        for _ in range(READY_SECONDS):
+            # In slices of a second, so that a server that dies is noticed at once.
+            with contextlib.suppress(Unavailable):
+                client.wait_until_ready(timeout=1)
+                break
+            if server.poll() is not None:
+                return f"the server ended with {server.returncode}"
+        else:
+            return f"the server was not ready after {READY_SECONDS} s"
+    model = client.model()
+    if model.runtime is not None:
+        console.print(f"ready: {model.id} on {model.runtime.device} in {model.runtime.dtype}")
+    return None
+
+
+def draw(client: Client) -> str | None:
+    """Draw the prompts side by side and show where the time went; None, or what went wrong."""
+    requests = [GenerationRequest(prompt=prompt, seed=SEED, format="png") for prompt in PROMPTS]
+    with console.status(f"drawing {len(requests)} images"):
+        answers = client.generate_many(requests, concurrency=len(requests))
+    OUTPUT.mkdir(exist_ok=True)
+    table = Table("image", *(f"{stage} s" for stage in STAGES), box=None)
+    pictures = []
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        if isinstance(answer, DarkroomError):
+            return f"{prompt}: {answer}"
+        name = prompt.removeprefix("a ").replace(" ", "-")
+        path = answer.images[0].save(OUTPUT / f"{name}.png", overwrite=True)
+        pictures.append(answer.images[0].to_pil())
+        seconds = [f"{getattr(answer.timings, stage):.3f}" for stage in STAGES]
+        table.add_row(str(path), *seconds)
+        if not console.is_terminal:
+            console.print(f"{path}  seconds: {named(seconds)}")
+    if console.is_terminal:
+        console.print(table, soft_wrap=False)
+    console.print(f"all of them: {save_contact_sheet(pictures)}", style="bold green")
+    return None
+
+
+def named(seconds: list[str]) -> str:
+    """The figures, each after its stage's name."""
+    return "  ".join(f"{stage} {figure}" for stage, figure in zip(STAGES, seconds, strict=True))
+
+
+def save_contact_sheet(pictures: list[PIL.Image.Image], gap: int = 8) -> Path:
+    """All pictures on one sheet, two in a row, each at least 256 pixels wide."""
+    scale = max(1, 256 // pictures[0].width)
+    width, height = pictures[0].width * scale, pictures[0].height * scale
+    rows = (len(pictures) + 1) // 2
+    sheet = PIL.Image.new("RGB", (2 * width + 3 * gap, rows * height + (rows + 1) * gap), "white")
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, 2)
+        large = picture.resize((width, height), PIL.Image.Resampling.NEAREST)
+        sheet.paste(large, (gap + column * (width + gap), gap + row * (height + gap)))
+    path = OUTPUT / "contact-sheet.png"
+    sheet.save(path)
+    return path
+
+
+def show_metrics(port: int) -> None:
+    """A few lines of what Prometheus would read."""
+    url = f"http://127.0.0.1:{port}/metrics"
+    # No proxy: it could not reach this machine's own ports.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    console.print(f"from {url}:", style="bold")
+    for line in lines:
+        if line.startswith(METRICS):
+            console.print(f"  {line}")
+
+
+def stop_server(server: "subprocess.Popen[bytes]") -> int:
+    """Ask the server to stop, as an orchestrator does, and return its exit code."""
+    if server.poll() is None:
+        server.send_signal(signal.SIGTERM)
+    try:
+        return server.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        return server.wait()
+
+
+def end(number: int, frame: object) -> None:
+    """End as on Ctrl-C, so that the server is stopped on the way out."""
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

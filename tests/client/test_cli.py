@@ -1,0 +1,383 @@
+"""The command line, through its ``main`` and the real wire."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc
+import PIL.Image
+import pytest
+
+import darkroom_client
+from darkroom.v1 import model_pb2, types_pb2
+from darkroom_client import DarkroomError
+from darkroom_client.cli import main
+from darkroom_client.cli._exit_codes import exit_code
+from darkroom_client.cli._names import distinct, slug
+from tests.client.scripted import ScriptedServer, changed, draw, fail, held
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every command runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def target(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command finds the server in the environment."""
+    monkeypatch.setenv("DARKROOM_TARGET", server.address)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_images_land_in_the_folder(capsys: Capture, here: Path) -> None:
+    code = main(["generate", "A large, yellow star!", "-o", "out", "--seed", "7", "--count", "2"])
+
+    assert code == 0
+    assert files(here / "out") == ["a-large-yellow-star-7.png", "a-large-yellow-star-8.png"]
+    with PIL.Image.open(here / "out" / "a-large-yellow-star-7.png") as picture:
+        assert picture.format == "PNG"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        f"{Path('out/a-large-yellow-star-7.png')}  seed 7  queue 0.001  encode_prompt 0.002  "
+        "denoise 1.500  decode 0.004  encode_image 0.005  total 1.600 s"
+    )
+    assert len(lines) == 2
+
+
+def test_every_option_reaches_the_server(server: ScriptedServer, here: Path) -> None:
+    options = "--steps 9 --guidance 3.5 --seed 0 --size 64x32 --count 2 --scheduler heun"
+    options += " --format jpg --quality 80 --negative rain --model demo --exact"
+
+    assert main(["generate", "a star", *options.split()]) == 0
+
+    sent = server.requests[0]
+    assert (sent.steps, sent.guidance_scale, sent.seed) == (9, 3.5, 0)
+    assert (sent.width, sent.height, sent.image_count, sent.quality) == (64, 32, 2, 80)
+    assert (sent.negative_prompt, sent.model, sent.exact) == ("rain", "demo", True)
+    assert files(here) == ["a-star-0.jpg", "a-star-1.jpg"]
+
+
+def test_prompts_from_everywhere(
+    server: ScriptedServer, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "prompts.txt").write_text("from a file\n\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin\n  and again \n"))
+
+    assert main(["generate", "--file", "prompts.txt", "an argument", "-", "-o", "out"]) == 0
+
+    prompts = {request.prompt for request in server.requests}
+    assert prompts == {"from a file", "an argument", "from stdin", "and again"}
+    assert all(request.HasField("seed") for request in server.requests)
+    assert len(files(here / "out")) == 4
+
+
+def test_no_prompt_is_a_mistake(capsys: Capture) -> None:
+    assert main(["generate"]) == 2
+    assert "no prompt" in capsys.readouterr().err
+
+
+def test_json_is_one_object_a_line(capsys: Capture, server: ScriptedServer) -> None:
+    server.script.append(fail(grpc.StatusCode.INTERNAL, "NON_FINITE", "the image came out black"))
+
+    code = main(["generate", "bad", "good", "--json", "--seed", "7", "--concurrency", "1"])
+
+    assert code == 7
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["prompt"] == "bad"
+    assert first["error"]["kind"] == "GenerationFailed"
+    assert first["error"]["reason"] == "NON_FINITE"
+    assert (second["path"], second["seed"]) == ("good-7.png", 7)
+    assert second["seconds"]["denoise"] == 1.5
+
+
+def test_one_failure_costs_the_others_nothing(
+    capsys: Capture, server: ScriptedServer, here: Path
+) -> None:
+    server.script.append(
+        fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full")
+    )
+
+    code = main(["generate", "bad", "good", "--seed", "7", "--concurrency", "1"])
+
+    assert code == 3
+    assert files(here) == ["good-7.png"]
+    assert "darkroom: 'bad': the queue is full" in capsys.readouterr().err
+
+
+def test_existing_files_are_noticed_before_the_work(
+    capsys: Capture, server: ScriptedServer, here: Path
+) -> None:
+    (here / "a-star-8.png").write_text("precious")
+
+    assert main(["generate", "a star", "--seed", "7", "--count", "2"]) == 8
+    assert "a-star-8.png exists; --overwrite" in capsys.readouterr().err
+    assert server.requests == []
+
+    assert main(["generate", "a star", "--seed", "7", "--count", "2", "--overwrite"]) == 0
+    assert (here / "a-star-8.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_withheld_image_is_a_failure(capsys: Capture, server: ScriptedServer, here: Path) -> None:
+    server.script.append(changed(flagged=True, data=b""))
+
+    assert main(["generate", "a star"]) == 7
+    assert "withheld" in capsys.readouterr().err
+    assert files(here) == []
+
+
+def test_a_prompt_that_is_too_long_is_told(capsys: Capture, server: ScriptedServer) -> None:
+    server.script.append(changed(prompt_truncated=True))
+
+    assert main(["generate", "a star"]) == 0
+    assert "too long" in capsys.readouterr().out
+
+
+def record(seed: str = "7") -> None:
+    assert main(["generate", "a star", "--seed", seed, "--record"]) == 0
+
+
+def test_a_record_is_drawn_again_identically(capsys: Capture, here: Path) -> None:
+    record()
+    assert files(here) == ["a-star-7.json", "a-star-7.png"]
+    capsys.readouterr()
+
+    assert main(["replay", "a-star-7.json", "-o", "again.png"]) == 0
+
+    assert capsys.readouterr().out.startswith("identical  seed 7  sha256 ")
+    assert (here / "again.png").read_bytes() == (here / "a-star-7.png").read_bytes()
+
+
+def test_a_replay_that_differs_says_what(
+    capsys: Capture, server: ScriptedServer, here: Path
+) -> None:
+    record()
+
+    def newer(request: Any, context: grpc.ServicerContext) -> Any:
+        answer = draw(request, context)
+        replay = answer.images[0].replay
+        replay.model_revision, replay.dtype, replay.pixels_sha256 = "r2", "float16", "0" * 64
+        replay.library_versions["torch"] = "2.14.0"
+        return answer
+
+    server.script.append(newer)
+    capsys.readouterr()
+
+    assert main(["replay", "a-star-7.json"]) == 1
+
+    out = capsys.readouterr().out
+    assert "different  seed 7" in out
+    assert "model_revision: r1 -> r2" in out
+    assert "dtype: float32 -> float16" in out
+    assert "library_versions.torch: 2.13.0 -> 2.14.0" in out
+    assert "without --exact" in out
+    assert files(here) == ["a-star-7.json", "a-star-7.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["none.json"], 8, "No such file"),
+        (["a-star-7.png"], 2, "not a replay record|codec"),
+        (["a-star-7.json", "-o", "again.jpg"], 2, "image is in png"),
+        (["a-star-7.json", "-o", "a-star-7.png"], 8, "exists"),
+    ],
+)
+def test_replays_that_cannot_be(
+    capsys: Capture, server: ScriptedServer, arguments: list[str], code: int, words: str
+) -> None:
+    record()
+
+    assert main(["replay", *arguments]) == code
+
+    captured = capsys.readouterr()
+    assert any(word in captured.err for word in words.split("|"))
+    assert len(server.requests) == 1
+
+
+def test_models_are_tab_separated_in_a_pipe(capsys: Capture, server: ScriptedServer) -> None:
+    server.models.append(model_pb2.Model(id="big", ready=False))
+
+    assert main(["models"]) == 0
+
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split("\t") == [
+        "demo",
+        "ready",
+        "64x64",
+        "20",
+        "7.1",
+        "euler",
+        "cpu float32 fast",
+        "euler",
+    ]
+    assert second.split("\t")[:3] == ["big", "loading", "-"]
+
+
+def test_models_as_json(capsys: Capture) -> None:
+    assert main(["models", "--json"]) == 0
+
+    (model,) = json.loads(capsys.readouterr().out)
+    assert (model["id"], model["limits"]["max_rows"]) == ("demo", 8)
+
+
+def test_waiting(capsys: Capture, server: ScriptedServer) -> None:
+    assert main(["wait", "--timeout", "30"]) == 0
+    assert capsys.readouterr().out == f"ready: {server.address}\n"
+
+    server.ready = False
+    assert main(["wait", "--timeout", "0.2"]) == 3
+    assert server.address in capsys.readouterr().err
+
+
+def test_a_target_on_the_command_line_goes_first(capsys: Capture) -> None:
+    with ScriptedServer() as gone:
+        pass
+
+    assert main(["models", "--target", gone.address]) == 3
+    assert gone.address in capsys.readouterr().err
+
+
+def test_a_token_without_tls_is_a_mistake(
+    capsys: Capture, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DARKROOM_TOKEN", "secret")
+
+    assert main(["models"]) == 2
+    assert "insecure" in capsys.readouterr().err
+    assert main(["models", "--insecure"]) == 0
+    assert server.metadata[-1]["authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate", "a star", "--size", "big"], ["generate", "a", "--scheduler", "x"], ["none"], []],
+)
+def test_wrong_arguments(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+def test_help_lists_the_exit_codes(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--help"])
+    assert ended.value.code == 0
+    assert "exit codes:" in capsys.readouterr().out
+
+
+def test_every_error_has_an_exit_code() -> None:
+    kinds = [getattr(darkroom_client, name) for name in darkroom_client.__all__]
+    errors = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, DarkroomError)]
+
+    assert all(1 < exit_code(kind("")) < 9 for kind in errors)
+
+
+def test_without_rich_a_line_helps(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    assert main(["models"]) == 2
+    assert "pip install 'darkroom-client[cli]'" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_with_130(server: ScriptedServer, here: Path) -> None:
+    arrived, released = threading.Event(), threading.Event()
+    behave = held(released)
+
+    def tell(request: Any, context: grpc.ServicerContext) -> Any:
+        arrived.set()
+        return behave(request, context)
+
+    server.script.append(tell)
+    command = [sys.executable, "-m", "darkroom_client.cli", "generate", "a star"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=here, env=os.environ
+    ) as running:
+        assert arrived.wait(60)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    released.set()
+
+    assert running.returncode == 130
+    assert (out, err) == (b"", b"darkroom: interrupted\n")
+    assert files(here) == []
+
+
+def on_a_terminal(here: Path, *arguments: str) -> str:
+    """What a command writes to a terminal of 80 columns."""
+    reader, writer = os.openpty()
+    command = [sys.executable, "-m", "darkroom_client.cli", *arguments]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"}
+    with subprocess.Popen(command, stdout=writer, cwd=here, env=environment) as running:
+        os.close(writer)
+        written = b""
+        # Linux reports the end of a pseudo-terminal as an input/output error.
+        with contextlib.suppress(OSError):
+            while part := os.read(reader, 65536):
+                written += part
+        assert running.wait(60) == 0
+    os.close(reader)
+    return written.decode()
+
+
+def test_a_terminal_gets_a_bar_and_whole_lines(here: Path) -> None:
+    written = on_a_terminal(here, "generate", "a star", "a circle", "--seed", "7")
+
+    assert "drawing" in written
+    assert "2/2" in written
+    for name in ("a-star-7.png", "a-circle-7.png"):
+        # Nothing but the end of the style between the two: the bar did not break the line.
+        assert f"{name}\x1b[0m  seed 7  queue 0.001" in written
+
+
+def test_a_terminal_gets_whole_names(here: Path, server: ScriptedServer) -> None:
+    server.models[0].schedulers.extend(
+        model_pb2.SchedulerOffer(scheduler=number, min_steps=1, max_steps=9)
+        for number in types_pb2.Scheduler.values()
+        if number
+    )
+
+    written = on_a_terminal(here, "models")
+
+    assert "ready" in written
+    assert "…" not in written
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A large, yellow star!", "a-large-yellow-star"),
+        ("Ein großer Stern über München", "ein-groer-stern-uber-munchen"),
+        ("星", "image"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("word " * 30, "-".join(["word"] * 12)),
+        ("x" * 100, "x" * 60),
+    ],
+)
+def test_slugs(prompt: str, name: str) -> None:
+    assert slug(prompt) == name
+
+
+def test_names_that_meet_are_told_apart() -> None:
+    paths = [Path("a-7.png"), Path("b-7.png"), Path("a-7.png"), Path("a-7.png")]
+
+    assert [path.name for path in distinct(paths)] == [
+        "a-7.png",
+        "b-7.png",
+        "a-7-2.png",
+        "a-7-3.png",
+    ]

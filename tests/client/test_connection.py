@@ -1,0 +1,179 @@
+"""What a client is told, and what gRPC is told in turn."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from darkroom_client import TLS, Client, Keepalive, Retry
+from darkroom_client._channel import channel_options, dial_target, service_config
+from darkroom_client._settings import Settings
+from tests.client.conftest import Connect
+from tests.client.scripted import ScriptedServer
+
+DEFAULTS: dict[str, Any] = {
+    "target": None,
+    "tls": None,
+    "token": None,
+    "insecure": False,
+    "timeout": 120.0,
+    "keepalive": Keepalive(),
+    "retry": Retry(),
+    "max_reply_bytes": 64 * 2**20,
+}
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings.resolve(**{**DEFAULTS, **changes})
+
+
+def test_the_channel_is_told_everything() -> None:
+    options = dict(channel_options(settings()))
+
+    assert options["grpc.keepalive_time_ms"] == 60_000
+    assert options["grpc.keepalive_timeout_ms"] == 20_000
+    assert options["grpc.max_receive_message_length"] == 64 * 2**20
+    config = json.loads(str(options["grpc.service_config"]))
+    assert config["loadBalancingConfig"] == [{"round_robin": {}}]
+    policy = config["methodConfig"][0]["retryPolicy"]
+    assert policy["maxAttempts"] == 5
+    assert policy["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert config["retryThrottling"]["maxTokens"] > 0
+
+
+def test_one_attempt_is_no_retry_policy() -> None:
+    assert "methodConfig" not in service_config(settings(retry=Retry(attempts=1)))
+
+
+@pytest.mark.parametrize(
+    ("target", "dialled"),
+    [
+        ("127.0.0.1:50051", "dns:///127.0.0.1:50051"),
+        ("darkroom.example:443", "dns:///darkroom.example:443"),
+        ("[::1]:50051", "dns:///[::1]:50051"),
+        ("dns:///darkroom.example:443", "dns:///darkroom.example:443"),
+        ("dns:50051", "dns:///dns:50051"),
+        ("unix:/run/darkroom.sock", "unix:/run/darkroom.sock"),
+        ("ipv4:127.0.0.1:50051,127.0.0.2:50051", "ipv4:127.0.0.1:50051,127.0.0.2:50051"),
+    ],
+)
+def test_targets(target: str, dialled: str) -> None:
+    assert dial_target(settings(target=target).target) == dialled
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1:50051", "darkroom.example", "::1"])
+def test_targets_that_are_none(target: str) -> None:
+    with pytest.raises(ValueError, match=r"host:port|names no port"):
+        settings(target=target)
+
+
+def test_the_environment_fills_what_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings().target == "127.0.0.1:50051"
+    monkeypatch.setenv("DARKROOM_TARGET", "darkroom.example:443")
+    monkeypatch.setenv("DARKROOM_TOKEN", "secret")
+    monkeypatch.setenv("DARKROOM_CA", "ca.pem")
+
+    filled = settings()
+    assert (filled.target, filled.token, filled.tls) == (
+        "darkroom.example:443",
+        "secret",
+        TLS(ca="ca.pem"),
+    )
+    assert settings(target="other:1").target == "other:1"
+    assert settings(insecure=True).tls is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"token": "secret"}, "a token would travel readable"),
+        ({"insecure": True, "tls": TLS()}, "insecure=True means no TLS"),
+        ({"token": "two\nlines", "insecure": True}, "printable"),
+        ({"timeout": 0}, "above 0"),
+        ({"timeout": float("nan")}, "above 0"),
+        ({"max_reply_bytes": 0}, "at least 1"),
+    ],
+)
+def test_contradictions_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        settings(**changes)
+
+
+def test_a_token_is_in_no_representation() -> None:
+    assert "secret" not in repr(settings(token="secret", insecure=True))
+
+
+def test_a_token_goes_along_with_every_call(connect: Connect, server: ScriptedServer) -> None:
+    client = connect(server.address, token="secret", insecure=True)
+
+    client.generate("a star")
+    client.models()
+    client.model("demo")
+
+    assert [seen["authorization"] for seen in server.metadata] == ["Bearer secret"] * 3
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"a key": "1"}, "a key is made of"),
+        ({"data-bin": "1"}, "no '-bin'"),
+        ({"Grpc-Timeout": "1"}, "belongs to the client"),
+        ({"darkroom-max-reply-bytes": "1"}, "belongs to the client"),
+        ({"x": "ä"}, "printable ASCII"),
+    ],
+)
+def test_metadata_that_cannot_be_sent(client: Any, metadata: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        client.generate("a star", metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "words"),
+    [
+        (Retry, {"attempts": 6}, "1 to 5"),
+        (Retry, {"attempts": 0}, "1 to 5"),
+        (Retry, {"initial_backoff": 0.001}, "initial_backoff"),
+        (Retry, {"initial_backoff": 2, "max_backoff": 1}, "initial_backoff"),
+        (Keepalive, {"interval": 0}, "above 0"),
+        (TLS, {"cert": "client.pem"}, "go together"),
+    ],
+)
+def test_parts_check_themselves(part: Any, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        part(**fields)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for the name ``darkroom.test``, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"]
+    command += ["ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj"]
+    command += ["/CN=darkroom.test", "-addext", "subjectAltName=DNS:darkroom.test"]
+    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return cert, key
+
+
+def test_tls_with_a_token_and_both_certificates(
+    connect: Connect, certificate: tuple[Path, Path]
+) -> None:
+    cert, key = certificate
+    credentials = grpc.ssl_server_credentials(
+        [(key.read_bytes(), cert.read_bytes())], cert.read_bytes(), require_client_auth=True
+    )
+    with ScriptedServer(credentials=credentials) as server:
+        tls = TLS(ca=cert, cert=cert, key=key, server_name="darkroom.test")
+        client = connect(server.address, token="secret", tls=tls)
+
+        assert client.generate("a star").images
+        assert server.metadata[0]["authorization"] == "Bearer secret"
+
+
+def test_a_missing_certificate_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Client("127.0.0.1:1", tls=TLS(ca=tmp_path / "none.pem"))

@@ -1,0 +1,154 @@
+"""Closing, waiting, and what a client belongs to."""
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from darkroom_client import AsyncClient, Cancelled, Client, Unauthenticated, Unavailable
+from tests.client.conftest import Connect
+from tests.client.scripted import ScriptedServer, held
+
+
+def test_a_closed_client_says_so(client: Any) -> None:
+    client.close()
+    client.close()
+
+    for call in (client.models, client.model, client.wait_until_ready):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+    with pytest.raises(RuntimeError, match="closed"):
+        client.generate("a star")
+    with pytest.raises(RuntimeError, match="closed"):
+        client.generate_many(["a star"])
+
+
+def test_the_blocking_client_is_a_context(server: ScriptedServer) -> None:
+    with Client(server.address) as client:
+        assert client.generate("a star").images
+        assert repr(client) == f"Client('{server.address}')"
+    with pytest.raises(RuntimeError, match="closed"):
+        client.generate("a star")
+
+
+async def test_the_async_client_is_a_context(server: ScriptedServer) -> None:
+    async with AsyncClient(server.address) as client:
+        assert (await client.generate("a star")).images
+        assert repr(client) == f"AsyncClient('{server.address}')"
+    with pytest.raises(RuntimeError, match="closed"):
+        await client.generate("a star")
+
+
+def test_closing_under_a_call_cancels_it(server: ScriptedServer) -> None:
+    released, arrived = threading.Event(), threading.Event()
+    server.script.append(told(arrived, released))
+    client = Client(server.address)
+
+    def close_once_arrived() -> None:
+        arrived.wait(60)
+        client.close()
+
+    closer = threading.Thread(target=close_once_arrived)
+    closer.start()
+
+    with pytest.raises(Cancelled):
+        client.generate("a star")
+
+    closer.join()
+    released.set()
+
+
+async def test_closing_under_an_async_call_cancels_it(server: ScriptedServer) -> None:
+    released, arrived = threading.Event(), threading.Event()
+    server.script.append(told(arrived, released))
+    client = AsyncClient(server.address)
+    call = asyncio.ensure_future(client.generate("a star", request_id="r-1"))
+    await asyncio.to_thread(arrived.wait, 60)
+
+    await client.close()
+
+    with pytest.raises(Cancelled) as caught:
+        await call
+    assert caught.value.request_id == "r-1"
+    released.set()
+
+
+async def test_cancelling_the_task_is_a_cancellation(server: ScriptedServer) -> None:
+    released, arrived = threading.Event(), threading.Event()
+    server.script.append(told(arrived, released))
+    async with AsyncClient(server.address) as client:
+        call = asyncio.ensure_future(client.generate("a star"))
+        await asyncio.to_thread(arrived.wait, 60)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    released.set()
+
+
+def told(arrived: threading.Event, released: threading.Event) -> Any:
+    behave = held(released)
+
+    def answer(request: Any, context: Any) -> Any:
+        arrived.set()
+        return behave(request, context)
+
+    return answer
+
+
+def test_an_async_client_belongs_to_one_loop(server: ScriptedServer) -> None:
+    client = AsyncClient(server.address)
+    with asyncio.Runner() as first:
+        first.run(client.models())
+        with asyncio.Runner() as second, pytest.raises(RuntimeError, match="event loop"):
+            second.run(client.models())
+        first.run(client.close())
+
+
+def test_waiting_ends_when_the_server_is_ready(client: Any, server: ScriptedServer) -> None:
+    server.ready = False
+    timer = threading.Timer(0.2, lambda: setattr(server, "ready", True))
+    timer.start()
+
+    client.wait_until_ready(timeout=30)
+
+    assert server.ready
+    timer.join()
+
+
+def test_waiting_starts_before_the_server_does(connect: Connect) -> None:
+    with ScriptedServer() as earlier:
+        port = int(earlier.address.rpartition(":")[2])
+    client = connect(earlier.address)
+    late: list[ScriptedServer] = []
+    timer = threading.Timer(0.3, lambda: late.append(ScriptedServer(port=port).__enter__()))
+    timer.start()
+
+    client.wait_until_ready(timeout=30)
+
+    timer.join()
+    late[0].__exit__(None, None, None)
+
+
+def test_a_wait_that_is_too_long_names_the_address(connect: Connect) -> None:
+    with ScriptedServer() as gone:
+        pass
+
+    with pytest.raises(Unavailable, match=r"after 0\.3 s") as caught:
+        connect(gone.address).wait_until_ready(timeout=0.3)
+
+    assert gone.address in str(caught.value)
+
+
+def test_a_wait_for_a_model_that_never_loads_says_so(client: Any, server: ScriptedServer) -> None:
+    server.ready = False
+
+    with pytest.raises(Unavailable, match="answers, and is still not ready"):
+        client.wait_until_ready(timeout=0.3)
+
+
+def test_waiting_does_not_hide_a_refusal(connect: Connect, server: ScriptedServer) -> None:
+    server.refuse_health = True
+
+    with pytest.raises(Unauthenticated):
+        connect(server.address).wait_until_ready(timeout=30)

@@ -1,0 +1,152 @@
+"""The public face: which names, which types, and what importing it costs."""
+
+import dataclasses
+import enum
+import inspect
+import json
+import subprocess
+import sys
+import types
+import typing
+from typing import Any
+
+import numpy
+import PIL.Image
+import pytest
+
+import darkroom_client
+from darkroom_client import AsyncClient, Client
+
+NAMES = [
+    "AsyncClient",
+    "Cancelled",
+    "Client",
+    "DarkroomError",
+    "DeadlineExceeded",
+    "GenerationFailed",
+    "GenerationRequest",
+    "GenerationResult",
+    "Image",
+    "ImageFormat",
+    "ImageWithheld",
+    "InvalidRequest",
+    "Keepalive",
+    "Model",
+    "ModelDefaults",
+    "ModelLimits",
+    "ModelNotFound",
+    "ModelRuntime",
+    "Overloaded",
+    "PermissionDenied",
+    "QuotaExceeded",
+    "ReplayRecord",
+    "ReplyTooLarge",
+    "Retry",
+    "Scheduler",
+    "SchedulerOffer",
+    "ServerError",
+    "TLS",
+    "Timings",
+    "TooLarge",
+    "Unauthenticated",
+    "Unavailable",
+    "Unsupported",
+    "Violation",
+]
+
+CLASSES = [getattr(darkroom_client, name) for name in NAMES]
+SECONDS = 0.3
+
+
+def test_the_names_are_these() -> None:
+    assert sorted(darkroom_client.__all__) == NAMES
+    assert all(kind.__doc__ for kind in CLASSES)
+
+
+def test_nothing_else_is_public() -> None:
+    public = {name for name in vars(darkroom_client) if not name.startswith("_")}
+
+    assert public - {"cli"} == set(NAMES)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_no_type_of_grpc_or_protobuf_shows(kind: Any) -> None:
+    for function in [kind.__init__, *public_functions(kind)]:
+        for mentioned in mentioned_types(hints(function)):
+            module = getattr(mentioned, "__module__", "")
+            assert module.partition(".")[0] not in {"grpc", "google", "darkroom"}, function
+    for base in kind.__mro__:
+        assert base.__module__.partition(".")[0] not in {"grpc", "google", "darkroom"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if dataclasses.is_dataclass(kind)])
+def test_data_is_frozen_slotted_and_named(kind: Any) -> None:
+    assert kind.__dataclass_params__.frozen
+    assert "__slots__" in vars(kind)
+    assert all(field.kw_only for field in dataclasses.fields(kind))
+    hints(kind)
+
+
+@pytest.mark.parametrize("name", [name for name in dir(Client) if not name.startswith("_")])
+def test_both_clients_have_the_same_surface(name: str) -> None:
+    blocking, other = vars(Client)[name], vars(AsyncClient)[name]
+
+    assert (getattr(other, "__doc__", None) or "").strip()
+    if not isinstance(blocking, property):
+        assert inspect.signature(blocking) == inspect.signature(other)
+        assert inspect.iscoroutinefunction(other)
+    assert {name for name in dir(AsyncClient) if not name.startswith("_")} == {
+        name for name in dir(Client) if not name.startswith("_")
+    }
+    assert inspect.signature(Client) == inspect.signature(AsyncClient)
+
+
+def run(code: str) -> Any:
+    out = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+    )
+    return json.loads(out.stdout)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    modules = run("import darkroom_client, json, sys; print(json.dumps(list(sys.modules)))")
+
+    heavy = {"torch", "PIL", "numpy", "pydantic", "rich", "diffusers", "darkroom_server"}
+    assert heavy.isdisjoint(name.partition(".")[0] for name in modules)
+
+
+def test_it_is_imported_quickly() -> None:
+    # Time on the processor, and the best of three: what else the machine does is not our matter.
+    took = "process_time() - start"
+    code = "from time import process_time; start = process_time()"
+    code = f"{code}; import darkroom_client; print({took})"
+    assert min(run(code) for _ in range(3)) < SECONDS
+
+
+def public_functions(kind: Any) -> list[Any]:
+    if issubclass(kind, enum.Enum):
+        return []
+    found = [value for name, value in inspect.getmembers(kind) if not name.startswith("_")]
+    functions = [value.fget if isinstance(value, property) else value for value in found]
+    return [function for function in functions if inspect.isfunction(function)]
+
+
+def hints(thing: Any) -> list[Any]:
+    names = {"PIL": PIL, "numpy": numpy}
+    try:
+        return list(typing.get_type_hints(thing, localns=names).values())
+    except TypeError:  # a slot wrapper: it has no hints
+        return []
+
+
+def mentioned_types(found: list[Any]) -> list[Any]:
+    mentioned: list[Any] = []
+    for hint in found:
+        parts = list(typing.get_args(hint))
+        origin = typing.get_origin(hint)
+        if origin not in (None, typing.Union, types.UnionType):
+            mentioned.append(origin)
+        nested = [inner for part in parts if isinstance(part, list) for inner in part]
+        plain = [part for part in parts if not isinstance(part, list)]
+        mentioned.extend(mentioned_types([*nested, *plain]) if parts else [hint])
+    return mentioned

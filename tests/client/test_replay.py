@@ -1,0 +1,126 @@
+"""Replay records: readable, stable, and strict about what they are."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from darkroom_client import GenerationRequest, ReplayRecord
+
+RECORD = ReplayRecord(
+    request=GenerationRequest(
+        prompt="ein großer Stern",
+        model="demo",
+        width=64,
+        height=64,
+        steps=20,
+        guidance_scale=7.1,
+        seed=2**63 - 1,
+        image_count=1,
+        scheduler="euler",
+        format="png",
+        quality=90,
+        exact=True,
+        request_id="r-1",
+    ),
+    model_revision="r1",
+    scheduler_class="EulerDiscreteScheduler",
+    scheduler_config={"beta_start": 0.00085, "trained_betas": None, "steps_offset": 1},
+    dtype="float32",
+    device="cpu",
+    preset="fast",
+    library_versions={"diffusers": "0.42.1", "torch": "2.13.0"},
+    rows_in_last_pass=2,
+    pixels_sha256="ab" * 32,
+)
+
+DOCUMENT = """\
+{
+  "darkroom_replay": 1,
+  "request": {
+    "prompt": "ein großer Stern",
+    "model": "demo",
+    "negative_prompt": "",
+    "width": 64,
+    "height": 64,
+    "steps": 20,
+    "guidance_scale": 7.1,
+    "seed": 9223372036854775807,
+    "image_count": 1,
+    "scheduler": "euler",
+    "format": "png",
+    "quality": 90,
+    "exact": true,
+    "request_id": "r-1"
+  },
+  "model_revision": "r1",
+  "scheduler_class": "EulerDiscreteScheduler",
+  "scheduler_config": {
+    "beta_start": 0.00085,
+    "trained_betas": null,
+    "steps_offset": 1
+  },
+  "dtype": "float32",
+  "device": "cpu",
+  "preset": "fast",
+  "library_versions": {
+    "diffusers": "0.42.1",
+    "torch": "2.13.0"
+  },
+  "rows_in_last_pass": 2,
+  "pixels_sha256": "abababababababababababababababababababababababababababababababab"
+}
+"""
+
+
+def test_the_document_is_stable() -> None:
+    assert RECORD.to_json() == DOCUMENT
+    assert ReplayRecord.from_json(DOCUMENT) == RECORD
+
+
+def test_what_the_server_sends_makes_the_round_trip(client: Any) -> None:
+    record = client.generate("a star", seed=0, guidance_scale=7.1).images[0].replay
+
+    assert record.request.seed == 0
+    assert ReplayRecord.from_json(record.to_json()) == record
+
+
+def changed(**changes: Any) -> str:
+    return json.dumps({**json.loads(DOCUMENT), **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("no JSON", "not a replay record"),
+        ("[]", "no key 'darkroom_replay'"),
+        ("{}", "no key 'darkroom_replay'"),
+        (changed(darkroom_replay=2), "version 2; this client reads 1"),
+        (changed(colour="red"), "unknown colour"),
+        (changed(request=None), "request is not an object"),
+        (changed(request={"prompt": "a star"}), "request lacks exact, format"),
+        ('{"darkroom_replay": 1}', "record lacks|request is not an object"),
+    ],
+)
+def test_other_documents_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ReplayRecord.from_json(text)
+
+
+def test_differences_are_named() -> None:
+    other = dataclasses.replace(
+        RECORD,
+        request=dataclasses.replace(RECORD.request, request_id="r-2", steps=21),
+        dtype="float16",
+        library_versions={"torch": "2.14.0", "xformers": "1.0"},
+    )
+
+    assert RECORD.differences(RECORD) == {}
+    assert RECORD.differences(other) == {
+        "dtype": ("float32", "float16"),
+        "library_versions.diffusers": ("0.42.1", "-"),
+        "library_versions.torch": ("2.13.0", "2.14.0"),
+        "library_versions.xformers": ("-", "1.0"),
+        "request.steps": ("20", "21"),
+    }

@@ -1,0 +1,67 @@
+"""A real server in a process of its own, for clients that are not ours."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import IO
+
+import pytest
+
+from darkroom_client import Client
+
+READY_SECONDS = 240
+
+
+class LogReader:
+    """Reads a server's log until its end, and knows where the server listens.
+
+    Somebody must read: a server whose pipe is full stops at its next line.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.lines: list[str] = []
+        self.address = ""
+        self.located = threading.Event()
+        self._stream = stream
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for line in self._stream:
+            self.lines.append(line)
+            if not self.address and line.startswith("{"):
+                self.address = json.loads(line).get("address", "")
+                if self.address:
+                    self.located.set()
+        # The end of the log is the end of the server: nobody needs to wait any longer.
+        self.located.set()
+
+    def join(self) -> str:
+        """The whole log, once the server has ended."""
+        self._thread.join()
+        return "".join(self.lines)
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """Where a server with the demo model listens, ready; its exit code is checked in the end."""
+    command = [sys.executable, "-m", "darkroom_server", "serve", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--metrics-port", "0"], stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stderr is not None
+        log = LogReader(server.stderr)
+        try:
+            log.located.wait(READY_SECONDS)
+            if not log.address:
+                server.kill()
+                pytest.fail(f"the server did not start:\n{log.join()}")
+            with Client(log.address, insecure=True) as client:
+                client.wait_until_ready(READY_SECONDS)
+            yield log.address
+        finally:
+            server.terminate()
+            code = server.wait(60)
+        assert code == 0, log.join()
