@@ -1,0 +1,177 @@
+"""The denoiser: a text model and a UNet, trained together on the autoencoder's latents."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models import Transformer2DModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from training.latents import LatentSource
+from training.rates import rate_at
+from training.tokenizer import MAX_TOKENS
+from training.workers import is_first, share
+
+TEXT_WIDTH = 96
+_PEAK_RATE = 1e-3
+_EMA_DECAY = 0.999
+
+
+@dataclass(slots=True)
+class Denoiser:
+    """The two trained parts, that always travel together."""
+
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained tensors, the text model's first."""
+        return [*self.text_encoder.parameters(), *self.unet.parameters()]
+
+
+def new_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
+    """An untrained denoiser: a UNet of 9.9 million parameters, a text model of 0.2 million."""
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128, 176),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    _quieten(unet)
+    return Denoiser(CLIPTextModel(text_config), unet)
+
+
+@torch.no_grad()
+def _quieten(unet: UNet2DConditionModel) -> None:
+    """Start every residual branch, and the output, at zero: training then starts much faster.
+
+    After Dhariwal and Nichol 2021, "Diffusion models beat GANs on image synthesis".
+    """
+    last = [m.conv2 for m in unet.modules() if isinstance(m, ResnetBlock2D)]
+    last += [m.proj_out for m in unet.modules() if isinstance(m, Transformer2DModel)]
+    for layer in (*last, unet.conv_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's own betas, with v-prediction and steps that start at pure noise."""
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        # With few steps, "leading" would start far below the last timestep, on a noise level
+        # that pure noise does not have.
+        timestep_spacing="trailing",
+    )
+    # For the schedulers of the PNDM family, that may be loaded from this configuration.
+    scheduler.register_to_config(skip_prk_steps=True)
+    return scheduler
+
+
+def sample_timesteps(count: int, device: torch.device) -> Tensor:
+    """Timesteps (count,) in 0..999: half uniform, half gathered round the middle noise levels.
+
+    The middle is where shape and corners are decided (a logit-normal draw, after Esser et al.
+    2024, "Scaling rectified flow transformers").
+    """
+    middle = torch.sigmoid(torch.randn(count) - 0.1)
+    share = torch.where(torch.rand(count) < 0.5, torch.rand(count), middle)
+    return (share * 1000).long().clamp(0, 999).to(device)
+
+
+def train_denoiser(
+    denoiser: Denoiser,
+    source: LatentSource,
+    steps: int,
+    minutes: float,
+    device: torch.device,
+    checkpoint: Callable[[Denoiser, int], None],
+    checkpoint_every: int = 250,
+) -> tuple[Denoiser, int]:
+    """Train for `steps` batches or `minutes`, whichever ends first.
+
+    The learning rate falls to zero towards that end. Returns the moving average of the weights
+    and the steps done. `checkpoint` is called with both, every `checkpoint_every` steps.
+    """
+    scheduler = new_scheduler()
+    for module in (denoiser.text_encoder, denoiser.unet):
+        module.to(device).train()
+    denoiser.unet.to(memory_format=torch.channels_last)
+    average = copy.deepcopy(denoiser)
+    parameters = denoiser.parameters()
+    optimizer = torch.optim.AdamW(
+        parameters, lr=_PEAK_RATE, weight_decay=1e-3, betas=(0.9, 0.99), fused=True
+    )
+    started = time.monotonic()
+    running = 0.0
+    step, progress = 0, 0.0
+    while progress < 1:
+        step += 1
+        latents, tokens = source.batch()
+        noise = torch.randn_like(latents)
+        times = sample_timesteps(len(latents), device)
+        noisy = scheduler.add_noise(latents, noise, times)
+        target = scheduler.get_velocity(latents, noise, times)
+        noisy = noisy.to(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            words = denoiser.text_encoder(tokens).last_hidden_state
+            predicted = denoiser.unet(noisy, times, words).sample
+        loss = (predicted.float() - target).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        progress = max(step / steps, (time.monotonic() - started) / (60 * minutes))
+        progress = share(parameters, progress)
+        for group in optimizer.param_groups:
+            group["lr"] = _PEAK_RATE * rate_at(step, min(progress, 1.0))
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        # A young average must forget the random start quickly.
+        decay = min(_EMA_DECAY, (1 + step) / (10 + step))
+        _follow(average.parameters(), parameters, decay)
+        running += loss.item()
+        if step % 50 == 0 and is_first():
+            rate = (time.monotonic() - started) / step
+            print(f"denoiser {step}/{steps} loss {running / 50:.4f} {rate:.3f} s/step", flush=True)
+        if step % 50 == 0:
+            running = 0.0
+        if step % checkpoint_every == 0:
+            checkpoint(average, step)
+    return average, step
+
+
+@torch.no_grad()
+def _follow(averages: list[nn.Parameter], parameters: list[nn.Parameter], decay: float) -> None:
+    kept = [p.data for p in averages]
+    torch._foreach_lerp_(kept, [p.data for p in parameters], 1 - decay)

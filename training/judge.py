@@ -1,0 +1,129 @@
+"""Judges one picture against the scene it should show, with the drawing code's own masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Placement, Scene
+from training.shapes import coverage
+
+LEAST_OVERLAP = 0.8
+"""Intersection over union below which a shape counts as wrong, whichever it resembles most."""
+
+_CORNER = 6
+_GRID = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is right in a picture; `overlap` is the best intersection over union, 0..1."""
+
+    background: bool
+    colour: bool
+    shape: bool
+    size: bool
+    position: bool
+    overlap: float
+    seen: Scene
+
+
+def judge(picture: Tensor, scene: Scene) -> Verdict:
+    """Compare a square picture (3, s, s) in 0..255 with its scene.
+
+    The background must be right in all four corners. The object is what lies more than halfway
+    from the background's colour to the farthest colours; its own colour is the median of its
+    inner pixels; its shape, size and place are those of the template that overlaps it best.
+    """
+    corners = [
+        picture[:, rows, columns].flatten(1).mean(1)
+        for rows in (slice(_CORNER), slice(-_CORNER, None))
+        for columns in (slice(_CORNER), slice(-_CORNER, None))
+    ]
+    names = [nearest_colour(corner) for corner in corners]
+    ground = torch.stack(corners).mean(0)
+    distance = (picture - ground.view(3, 1, 1)).norm(dim=0)
+    far = distance.flatten().quantile(0.985)
+    if far < 1:
+        seen = Scene("circle", names[0], names[0])
+        return Verdict(set(names) == {scene.background}, False, False, False, False, 0.0, seen)
+    # Normalised so that a pixel half covered by the object gives one half.
+    mask = (distance / far).clamp(0, 1)
+    inner = distance > 0.8 * far
+    colour = nearest_colour(picture[:, inner].median(dim=1).values)
+    fits = {name: fit(name, mask) for name in SHAPES}
+    shape = max(fits, key=lambda name: fits[name][0])
+    overlap, placement = fits[shape]
+    size = min(SIZES, key=lambda name: abs(SIZES[name] - placement.radius))
+    seen = Scene(shape, colour, names[0], size, _position(placement))
+    return Verdict(
+        background=set(names) == {scene.background},
+        colour=colour == scene.colour,
+        shape=shape == scene.shape and overlap >= LEAST_OVERLAP,
+        size=size == scene.size,
+        position=seen.position == scene.position,
+        overlap=overlap,
+        seen=seen,
+    )
+
+
+def nearest_colour(rgb: Tensor) -> str:
+    """The name of the palette colour nearest to an RGB triple in 0..255."""
+    table = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+    return list(COLOURS)[int((table - rgb.float()).norm(dim=1).argmin())]
+
+
+def fit(shape: str, mask: Tensor) -> tuple[float, Placement]:
+    """Fit a shape to a square mask in 0..1: the best overlap found, and its placement.
+
+    The first guess matches area and centre of mass; three searches round it refine.
+    """
+    side = min(_GRID, mask.shape[-1])
+    mask = torch.nn.functional.adaptive_avg_pool2d(mask[None], side)[0]
+    area, x, y = _moments(mask)
+    unit_area, unit_x, unit_y = _moments(coverage(shape, [Placement(0.5, 0.5, 0.3)], side, side)[0])
+    radius = 0.3 * (area / unit_area) ** 0.5
+    best = (
+        0.0,
+        Placement(x - (unit_x - 0.5) * radius / 0.3, y - (unit_y - 0.5) * radius / 0.3, radius),
+    )
+    for reach in (0.1, 0.05, 0.02):
+        centre = best[1]
+        step = reach * radius
+        tries = [
+            Placement(centre.x + i * step, centre.y + j * step, centre.radius + k * step)
+            for i in (-1, 0, 1)
+            for j in (-1, 0, 1)
+            for k in (-1, 0, 1)
+        ]
+        templates = coverage(shape, tries, side, side)
+        shared = torch.minimum(templates, mask).sum((1, 2))
+        joined = torch.maximum(templates, mask).sum((1, 2))
+        overlaps = shared / joined
+        winner = int(overlaps.argmax())
+        if overlaps[winner].item() > best[0]:
+            best = (overlaps[winner].item(), tries[winner])
+    return best
+
+
+def _moments(mask: Tensor) -> tuple[float, float, float]:
+    """Area and centre of mass of a square mask, in units of its side."""
+    side = mask.shape[-1]
+    along = (torch.arange(side) + 0.5) / side
+    area = mask.mean().item()
+    x = (mask.mean(0) * along).mean().item() / area
+    y = (mask.mean(1) * along).mean().item() / area
+    return area, x, y
+
+
+def _position(placement: Placement) -> str:
+    """Which of `POSITIONS` a placement is at: where the gap to an edge is small and lopsided."""
+    dx, dy = placement.x - 0.5, placement.y - 0.5
+    # A large shape at an edge is moved by little more than 0.08; the centre's jitter is 0.03.
+    if max(abs(dx), abs(dy)) < 0.055:
+        return POSITIONS[0]
+    if abs(dx) > abs(dy):
+        return "left" if dx < 0 else "right"
+    return "top" if dy < 0 else "bottom"

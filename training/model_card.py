@@ -1,0 +1,114 @@
+"""The model card, written from `evaluation.json` and `training.json`: no figure by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training.prompts import PLACES
+from training.scenes import COLOURS, SHAPES, held_out_triples, triples
+
+_JUDGED = {
+    "background": "background colour right",
+    "colour": "object colour right",
+    "shape": "shape right",
+    "size": "size right",
+    "position": "position right",
+}
+
+
+def write_model_card(folder: Path) -> None:
+    """Write `README.md` into a model folder that has been evaluated."""
+    evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    training_path = folder / "training.json"
+    training = json.loads(training_path.read_text("utf-8")) if training_path.exists() else {}
+    weights = sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 1e6
+    (folder / "README.md").write_text(_card(evaluation, training, weights), "utf-8")
+
+
+def _card(evaluation: dict[str, Any], training: dict[str, Any], weights: float) -> str:
+    steps, guidance = evaluation["recommended_steps"], evaluation["guidance_scale"]
+    places = ", ".join(f'"{p}"' for p in PLACES.values() if p)
+    return f"""---
+license: apache-2.0
+pipeline_tag: text-to-image
+library_name: diffusers
+---
+
+# Darkroom demo model
+
+A small text-to-image diffusion model in the folder format of `StableDiffusionPipeline`, so that
+a server can show real pictures without a download. It draws one coloured shape on a flat
+background. It knows nothing else: it was trained only on scenes drawn by code in `training/`,
+and on no photograph, artwork or other person's data.
+
+## Use
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("demo_model")
+prompt = "a large yellow star on a blue background"
+image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+```
+
+* Recommended: {steps} steps, guidance scale {guidance}, {evaluation["scheduler"]}.
+* 128×128 pixels by default; 64 to 256, in multiples of 8, give a picture too.
+* Weights: fp16, {weights:.1f} MB together.
+
+## Prompts
+
+    [a] [small|large] COLOUR SHAPE [PLACE] on a COLOUR background
+
+* Colours: {", ".join(COLOURS)}.
+* Shapes: {", ".join(SHAPES)}.
+* Places: {places}; without one, the shape is near the centre.
+
+Other orders of the same words mostly work, and what a prompt leaves open is left to chance.
+Every other word is read byte by byte, means nothing to the model, and does no harm.
+Prompts are cut at 32 tokens.
+
+## Evaluation
+
+{evaluation["prompts"]} prompts whose combination of shape, colour and background was held out of
+training ({len(held_out_triples())} combinations of {len(triples())}), one fixed seed each, guidance
+scale {guidance}, {evaluation["dtype"]}. A shape is right if, of all six, it fits the picture
+best, with an intersection over union of at least {evaluation["least_overlap"]}.
+
+{_table(evaluation)}
+
+These numbers are written by `python -m training.evaluate`.
+
+## Training
+
+{_training(training)}
+"""
+
+
+def _table(evaluation: dict[str, Any]) -> str:
+    columns = list(evaluation["steps"])
+    lines = [
+        "| | goal | " + " | ".join(f"{c} steps" for c in columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for key, title in _JUDGED.items():
+        goal = evaluation["goals"].get(key)
+        aim = f"≥ {goal:.0%}" if goal else ""
+        values = " | ".join(f"{evaluation['steps'][c][key]:.1%}" for c in columns)
+        lines.append(f"| {title} | {aim} | {values} |")
+    overlaps = " | ".join(f"{evaluation['steps'][c]['mean_overlap']:.3f}" for c in columns)
+    lines.append(f"| mean intersection over union | | {overlaps} |")
+    return "\n".join(lines)
+
+
+def _training(training: dict[str, Any]) -> str:
+    if not training:
+        return "Trained by `python -m training.train`."
+    return (
+        f"`python -m training.train`, seed {training['seed']}: {training['vae_steps']} batches for "
+        f"the autoencoder, {training['denoiser_steps']} for the text model and the UNet together "
+        f"(v-prediction, 12 % empty prompts); {training['vae_minutes']:.0f} and "
+        f"{training['denoiser_minutes']:.0f} minutes on "
+        f"{training['device']}."
+    )
