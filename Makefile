@@ -12,6 +12,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
+MINUTES ?= 5
 # The commit whose protos the working tree's must stay compatible with.
 PROTOS_AGAINST ?= HEAD
 IMAGE ?= darkroom-server:latest
@@ -49,6 +50,10 @@ test: setup $(NODE_MODULES) ## run the tests: no network, no GPU; options in PYT
 .PHONY: test-packaging
 test-packaging: setup ## build the wheels, install them into empty environments, try them there
 	@$(BIN)/pytest tests/packaging -m "not gpu" $(PYTEST_FLAGS)
+
+.PHONY: soak
+soak: setup ## mixed load with random cancels and kills, for MINUTES
+	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs
 
@@ -134,7 +139,8 @@ image: ## build the container image with docker or buildah; options in IMAGE_FLA
 
 .PHONY: constraints
 constraints: setup ## write constraints.txt anew from what .venv holds, after an upgrade there
-	@pins=$$($(BIN)/python -m pip freeze --exclude-editable --all | sed -E '/^pip==/d; s/\+.*//'); \
+	@pins=$$($(BIN)/python -m pip freeze --exclude-editable --all | sed -E '/^pip==/d; s/\+.*//' \
+	    | LC_ALL=C sort -f); \
 	comment=$$(sed -n '/^#/p' constraints.txt); \
 	printf '%s\n' "$$comment" "$$pins" >constraints.txt
 

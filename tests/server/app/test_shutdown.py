@@ -112,7 +112,7 @@ def test_a_signal_while_loading_stops() -> None:
 
 
 def test_a_lost_engine_ends_the_process() -> None:
-    with start(dies_after=1, auto=True) as server:
+    with start("--engine-max-restarts", "0", dies_after=1, auto=True) as server:
         address = server.until("serving")["address"]
         with grpc.insecure_channel(address) as channel:
             stub = generation_pb2_grpc.GenerationServiceStub(channel)

@@ -35,7 +35,7 @@ async def values(wire: Wire, name: str, *labels: str) -> dict[tuple[str, ...], f
 
 
 async def busy_day(wire: Wire) -> None:
-    await wire.generate(prompt="a star", image_count=2)
+    await wire.generate(prompt="hippopotamus", image_count=2)
     await wire.generate(prompt=FLAGGED)
     await refusal(wire.generate(prompt=""))
     await refusal(wire.generate(model="secret-model"))
@@ -76,8 +76,8 @@ async def test_nothing_that_a_caller_wrote_is_in_a_label() -> None:
     async with serving(fake={"auto": True}) as wire:
         await busy_day(wire)
         text = await scrape(wire)
+    assert "hippopotamus" not in text
     assert "secret" not in text
-    assert "star" not in text.replace("grpc_server_started", "").replace("process_start", "")
 
 
 async def test_calls_are_counted_as_every_dashboard_expects() -> None:

@@ -9,6 +9,7 @@ from typing import Self
 from darkroom_server.core.errors import DarkroomError
 from darkroom_server.core.events import EncodedImage, StageSeconds
 from darkroom_server.core.job import Job
+from darkroom_server.core.order import OrderKey
 
 
 class Place(Enum):
@@ -57,6 +58,26 @@ class AcceptedJob:
     def ended(self) -> bool:
         """Nothing more will be told to the caller."""
         return self._ended.is_set()
+
+    def key(self) -> OrderKey:
+        """What the order needs to know.
+
+        What may have killed an engine goes behind those that surely did not.
+        """
+        return OrderKey(
+            id=(self.job.id, 0),
+            submitted_at=self.crashed_at or self.job.submitted_at,
+            remaining_steps=self.job.steps * (self.job.image_count - len(self.images)),
+            priority=self.job.priority,
+            deadline=None if self.crashes else self.job.deadline,
+        )
+
+    def engine_died(self, now: float) -> None:
+        """The engine that this job was in died, at ``now`` (``time.monotonic`` seconds)."""
+        if self.started:
+            self.crashes += 1
+            self.crashed_at = now
+        self.started = False
 
     def remaining_job(self) -> Job:
         """The job, less the images that are finished."""

@@ -10,10 +10,7 @@ from darkroom_server.core.engine import Engine
 from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
-    Failure,
-    GenerationFailed,
     QueueFull,
-    Reason,
     StartupError,
 )
 from darkroom_server.core.events import (
@@ -31,7 +28,8 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, Job
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.core.order import OrderKey, order
+from darkroom_server.core.order import order
+from darkroom_server.dispatch import outcomes
 from darkroom_server.dispatch.accepted import AcceptedJob, Finished, Place
 from darkroom_server.dispatch.admission import Admission, check_fits, going_away
 from darkroom_server.dispatch.counts import Counts, End
@@ -42,11 +40,6 @@ from darkroom_server.dispatch.pace import Pace
 from darkroom_server.dispatch.roster import Roster
 
 log = structlog.get_logger(__name__)
-
-ENGINE_CRASHED = Failure(
-    Reason.ENGINE_CRASHED,
-    "the engine crashed twice while it drew this, and does not try again; change the request",
-)
 
 
 class Dispatcher:
@@ -215,7 +208,7 @@ class Dispatcher:
     def _feed(self) -> None:
         """Hand waiting jobs to the engines while they have room, the most urgent first."""
         waiting = {accepted.job.id: accepted for accepted in self._roster.waiting()}
-        for key in order(_order_key(accepted) for accepted in waiting.values()):
+        for key in order(accepted.key() for accepted in waiting.values()):
             accepted = waiting[key.id[0]]
             slot = self._fleet.choose(accepted)
             if slot is None:
@@ -247,9 +240,9 @@ class Dispatcher:
         accepted = self._roster.get(job_id)
         if accepted is None:
             return
-        where = "before it was begun" if accepted.place is Place.QUEUE else "before it was finished"
+        when = "before it was begun" if accepted.place is Place.QUEUE else "before it was finished"
         self._withdraw(accepted)
-        self._end(accepted, End.EXPIRED, DeadlineExceeded(f"the deadline passed {where}"))
+        self._end(accepted, *outcomes.expired(when))
 
     # What the engine tells.
 
@@ -273,39 +266,23 @@ class Dispatcher:
                     accepted.images[event.image_index] = event.image
             case JobFinished(job_id, stages):
                 if accepted := self._roster.get(job_id):
-                    self._leave_engine(accepted)
-                    self._finish(accepted, stages)
+                    self._leave_engine(accepted, outcomes.finished(accepted, stages))
             case JobFailed(job_id, failure):
                 if accepted := self._roster.get(job_id):
-                    self._leave_engine(accepted)
-                    self._end(accepted, End.FAILED, GenerationFailed(failure))
+                    self._leave_engine(accepted, outcomes.failed(failure))
             case JobCancelled(job_id):
                 if accepted := self._roster.get(job_id):
-                    self._leave_engine(accepted)
-                    self._on_cancelled(accepted, event)
+                    self._leave_engine(accepted, outcomes.dropped(event))
 
-    def _leave_engine(self, accepted: AcceptedJob) -> None:
+    def _leave_engine(self, accepted: AcceptedJob, outcome: outcomes.Outcome) -> None:
         self._fleet.left(accepted.job.id)
-        self._roster.move(accepted, Place.OUTSIDE)
+        self._leave(accepted, outcome)
         self._pace.job_left(time.monotonic())
         self._feed()
 
-    def _finish(self, accepted: AcceptedJob, stages: StageSeconds) -> None:
-        count = accepted.job.image_count
-        if len(accepted.images) != count:
-            missing = Failure(Reason.INTERNAL, "the engine lost an image; try again")
-            self._end(accepted, End.FAILED, GenerationFailed(missing))
-            return
-        images = tuple(accepted.images[index] for index in range(count))
-        self._end(accepted, End.FINISHED, Finished(images, stages))
-
-    def _on_cancelled(self, accepted: AcceptedJob, event: JobCancelled) -> None:
-        if event.expired:
-            late = DeadlineExceeded("the deadline passed before it was finished")
-            self._end(accepted, End.EXPIRED, late)
-        else:
-            dropped = Failure(Reason.ENGINE_FAILED, "the engine dropped the job; try again")
-            self._end(accepted, End.FAILED, GenerationFailed(dropped))
+    def _leave(self, accepted: AcceptedJob, outcome: outcomes.Outcome) -> None:
+        self._roster.move(accepted, Place.OUTSIDE)
+        self._end(accepted, *outcome)
 
     def _on_change(self) -> None:
         """An engine came or went, or the server goes away."""
@@ -315,24 +292,17 @@ class Dispatcher:
     def _on_crash(self, victims: list[AcceptedJob]) -> None:
         """Queue the jobs again that were in an engine when it died, or end them."""
         for accepted in victims:
+            accepted.engine_died(time.monotonic())
             if accepted.ended or self._death is not None:
-                self._roster.move(accepted, Place.OUTSIDE)
-                continue
-            if accepted.started:
-                accepted.crashes += 1
-                accepted.crashed_at = time.monotonic()
-            if accepted.crashes > 1:
-                self._roster.move(accepted, Place.OUTSIDE)
-                self._end(accepted, End.FAILED, GenerationFailed(ENGINE_CRASHED))
-                continue
-            if len(accepted.images) == accepted.job.image_count:
+                self._leave(accepted, outcomes.stopped())
+            elif accepted.crashes > 1:
+                self._leave(accepted, outcomes.crashed())
+            elif len(accepted.images) == accepted.job.image_count:
                 # It died with nothing left to draw; where the time went, it took along.
-                self._roster.move(accepted, Place.OUTSIDE)
-                self._finish(accepted, StageSeconds())
-                continue
-            accepted.started = False
-            self._roster.move(accepted, Place.QUEUE)
-            self._observer.replayed(accepted.job.model)
+                self._leave(accepted, outcomes.finished(accepted, StageSeconds()))
+            else:
+                self._roster.move(accepted, Place.QUEUE)
+                self._observer.replayed(accepted.job.model)
         self._feed()
 
     def _on_end(self, message: str) -> None:
@@ -340,20 +310,7 @@ class Dispatcher:
         self._admission.died()
         self._loaded.set()
         self._died.set()
-        for accepted in self._roster.all():
-            if accepted.place is Place.QUEUE:
-                self._roster.move(accepted, Place.OUTSIDE)
-            gone = Failure(Reason.ENGINE_FAILED, "the engine stopped; try again")
-            self._end(accepted, End.FAILED, GenerationFailed(gone))
-
-
-def _order_key(accepted: AcceptedJob) -> OrderKey:
-    job = accepted.job
-    return OrderKey(
-        id=(job.id, 0),
-        # What may have killed an engine goes behind those that surely did not.
-        submitted_at=accepted.crashed_at or job.submitted_at,
-        remaining_steps=job.steps * len(job.image_indices),
-        priority=job.priority,
-        deadline=None if accepted.crashes else job.deadline,
-    )
+        for accepted in self._roster.waiting():
+            self._leave(accepted, outcomes.stopped())
+        for accepted in self._live_jobs():
+            self._end(accepted, *outcomes.stopped())

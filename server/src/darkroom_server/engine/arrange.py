@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from darkroom_server.core.config import Attention
+from darkroom_server.core.errors import StartupError
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.engine.decoder import Decoder
 from darkroom_server.engine.measure import DenoiserPass, Form, fastest_form, peak_bytes
@@ -18,8 +19,7 @@ def arrange(pipeline: Any, runtime: Runtime, tokens: int, settled: Form | None) 
     ``tokens`` are those of a prompt. ``settled`` is a form that was measured before.
     """
     if runtime.attention is Attention.SLICED:
-        size = runtime.slice_size
-        pipeline.enable_attention_slicing(int(size) if size.isdigit() else size)
+        _slice_attention(pipeline, runtime.slice_size)
     if runtime.vae_tiling:
         pipeline.vae.enable_tiling()
     # Never float16 where nothing was said: on a CPU it is hundreds of times slower.
@@ -84,3 +84,14 @@ def measure_memory(
         bytes_per_decode=decode_peak,
         available_bytes=available_bytes(runtime.device),
     )
+
+
+def _slice_attention(pipeline: Any, size: str) -> None:
+    try:
+        pipeline.enable_attention_slicing(int(size) if size.isdecimal() else size)
+    except ValueError as error:
+        # A number goes for every layer, and no layer may have fewer heads.
+        raise StartupError(
+            f"--slice-size {size} is more than the fewest heads of a layer of this model; use a "
+            "smaller one, auto or max"
+        ) from error

@@ -1,27 +1,35 @@
 """From a folder, a single file or a hub id to a diffusers pipeline in memory."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import structlog
 import torch
 import transformers
 
 from darkroom_server.core.config import ModelSource
 from darkroom_server.core.errors import StartupError
+from darkroom_server.engine.failures import is_out_of_memory
+from darkroom_server.engine.folder import (
+    INDEX,
+    check_tokenizer,
+    check_weights,
+    read_index,
+    variant_of,
+)
 
 log = structlog.get_logger(__name__)
 
 # What matters of loading is said by this module; bars and advice meant for notebooks are not.
-diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-SUPPORTED = "StableDiffusionPipeline"
+PARTS = ("unet", "vae", "text_encoder")
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bool) -> Any:
@@ -29,93 +37,163 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bo
 
     Safetensors only, never remote code. Raises ``StartupError``.
     """
-    path = Path(source.location)
+    path = Path(source.location).expanduser()
     try:
         if path.is_file():
             return _load_single_file(source, path, dtype)
-        return _load_pretrained(source, path, dtype, safety_checker)
+        folder = path if path.is_dir() else _download(source, safety_checker)
+        return _load_folder(source, folder, dtype, safety_checker)
     except StartupError:
         raise
     except Exception as error:
         # diffusers, transformers, safetensors and the hub raise whatever they like.
-        log.debug("model failed to load", exc_info=True)
-        raise StartupError(
-            f"model {source.location!r} cannot be loaded: {_one_line(error)}"
-        ) from error
+        raise _failed(source, "the model", error) from error
 
 
-def revision_of(source: ModelSource, pipeline: Any) -> str:
-    """The hub's commit, or a fingerprint of the files where the model is local."""
-    path = Path(source.location)
-    if path.is_file():
-        return _fingerprint([path], path.parent)
-    if path.is_dir():
-        files = [f for f in path.rglob("*") if f.suffix in (".json", ".txt", ".safetensors")]
-        return _fingerprint(sorted(files), path)
-    # What came from the hub lies in its cache, under snapshots/COMMIT/unet.
-    parts = Path(str(pipeline.unet.config.get("_name_or_path", ""))).parts
-    if "snapshots" in parts[:-1]:
-        return parts[parts.index("snapshots") + 1]
-    return source.revision or "unknown"
-
-
-def _load_pretrained(
-    source: ModelSource, path: Path, dtype: torch.dtype, safety_checker: bool
+def _load_folder(
+    source: ModelSource, folder: Path, dtype: torch.dtype, safety_checker: bool
 ) -> Any:
-    if path.is_dir():
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise StartupError(f"model folder {source.location!r} has no model_index.json")
-        _check_kind(source, json.loads(index.read_text(encoding="utf-8")))
-    elif source.location.startswith((".", "/", "~")) or source.location.count("/") > 1:
-        raise StartupError(f"model folder {source.location!r} does not exist")
-    else:
-        config = diffusers.DiffusionPipeline.load_config(
-            source.location, revision=source.revision, token=source.token
+    name = source.location
+    index = read_index(folder, name)
+    check_tokenizer(folder, name)
+    wanted = [*PARTS]
+    left_out = dict.fromkeys(OPTIONAL)
+    if safety_checker:
+        left_out.pop("feature_extractor")
+        if index.get("safety_checker", [None])[0]:
+            wanted.append("safety_checker")
+    for part in wanted:
+        check_weights(folder, part, name)
+    if source.variant and not any(variant_of(folder, part, source.variant) for part in wanted):
+        raise StartupError(
+            f"model {name!r} has no weights of variant {source.variant!r}: leave --variant out"
         )
-        _check_kind(source, config)
-    optional = {} if safety_checker else {"safety_checker": None, "requires_safety_checker": False}
+    parts = {part: _load_part(source, folder, part, index, dtype) for part in wanted}
     return diffusers.StableDiffusionPipeline.from_pretrained(
-        source.location,
-        dtype=dtype,
-        revision=source.revision,
-        variant=source.variant,
-        token=source.token,
-        use_safetensors=True,
-        **optional,
+        str(folder),
+        local_files_only=True,
+        requires_safety_checker=False,
+        **{**left_out, **parts},
     )
+
+
+def _load_part(
+    source: ModelSource, folder: Path, part: str, index: dict[str, Any], dtype: torch.dtype
+) -> Any:
+    """One part of a pipeline, every weight of it from its files."""
+    libraries = {
+        "diffusers": diffusers,
+        "transformers": transformers,
+        "stable_diffusion": diffusers.pipelines.stable_diffusion,
+    }
+    library, kind = index.get(part) or (None, None)
+    made_by = getattr(libraries.get(library), str(kind), None)
+    if made_by is None:
+        raise StartupError(
+            f"model {source.location!r}: its {part} is a {library}.{kind}, which is not supported"
+        )
+    try:
+        model, report = made_by.from_pretrained(
+            str(folder),
+            subfolder=part,
+            dtype=dtype,
+            variant=variant_of(folder, part, source.variant),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _failed(source, f"its {part}", error) from error
+    # The libraries make weights up where there are none, and think a warning is enough.
+    if missing := sorted(report["missing_keys"]):
+        raise StartupError(
+            f"model {source.location!r}: its {part} lacks {len(missing)} weights, such as "
+            f"{missing[0]}; copy or download it again"
+        )
+    return model
+
+
+def _download(source: ModelSource, safety_checker: bool) -> Path:
+    """The folder in the hub's cache, with what was missing there."""
+    name = source.location
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise StartupError(
+            f"model folder {name!r} does not exist: give a pipeline's folder, a .safetensors file "
+            "or a hub id"
+        )
+    unwanted = [part for part in OPTIONAL if not safety_checker or part == "image_encoder"]
+    try:
+        index = huggingface_hub.hf_hub_download(
+            name, INDEX, revision=source.revision, token=source.token
+        )
+        read_index(Path(index).parent, name)
+        return Path(
+            diffusers.StableDiffusionPipeline.download(
+                name,
+                revision=source.revision,
+                variant=source.variant,
+                token=source.token,
+                use_safetensors=True,
+                **dict.fromkeys(unwanted),
+            )
+        )
+    except StartupError:
+        raise
+    except Exception as error:
+        log.debug("hub failed", exc_info=True)
+        raise StartupError(
+            f"model {name!r} is not here, and the hub does not give it ({_one_line(error)}); check "
+            "its name, HF_TOKEN and the network, or give a folder"
+        ) from error
 
 
 def _load_single_file(source: ModelSource, path: Path, dtype: torch.dtype) -> Any:
     if path.suffix != ".safetensors":
-        raise StartupError(f"model file {source.location!r} is not a .safetensors file")
-    return diffusers.StableDiffusionPipeline.from_single_file(
-        str(path),
-        config=source.config,
-        dtype=dtype,
-        token=source.token,
-        local_files_only=source.config is not None,
-    )
-
-
-def _check_kind(source: ModelSource, index: dict[str, Any]) -> None:
-    kind = index.get("_class_name")
-    if kind != SUPPORTED:
         raise StartupError(
-            f"model {source.location!r} is a {kind}, which is not supported; "
-            f"Darkroom serves {SUPPORTED} models"
+            f"model file {source.location!r} is not a .safetensors file: convert it to one, or "
+            "give a pipeline's folder"
         )
+    config = None
+    if source.config is not None:
+        folder = Path(source.config).expanduser()
+        if not folder.is_dir():
+            raise StartupError(f"--model-config {source.config}: no such folder")
+        read_index(folder, source.config)
+        check_tokenizer(folder, source.config)
+        config = str(folder)
+    try:
+        pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+            str(path),
+            config=config,
+            dtype=dtype,
+            token=source.token,
+            local_files_only=config is not None,
+        )
+    except Exception as error:
+        advice = "check the file" if config else "give --model-config FOLDER, or check the file"
+        raise _failed(source, "the model", error, advice) from error
+    for part in PARTS:
+        weights = getattr(pipeline, part).state_dict()
+        missing = [key for key, weight in weights.items() if weight.is_meta]
+        if missing:
+            raise StartupError(
+                f"model {source.location!r}: its {part} lacks {len(missing)} weights, such as "
+                f"{missing[0]}; check the file, and that --model-config is of its architecture"
+            )
+    return pipeline
 
 
-def _fingerprint(files: list[Path], root: Path) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(str(file.relative_to(root)).encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"sha256:{digest.hexdigest()[:16]}"
+def _failed(
+    source: ModelSource, what: str, error: Exception, advice: str = "copy or download it again"
+) -> StartupError:
+    if is_out_of_memory(error):
+        raise error  # For the caller, who knows the device.
+    log.debug("model failed to load", exc_info=True)
+    return StartupError(
+        f"model {source.location!r}: {what} cannot be loaded ({_one_line(error)}); {advice}"
+    )
 
 
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:400]
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")

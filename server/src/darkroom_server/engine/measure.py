@@ -89,14 +89,15 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
 
 
 def fastest_of(times: int, work: Callable[[], object]) -> float:
-    """Seconds of the fastest run of ``work``, after one that warms up."""
-    work()
-    seconds = []
-    for _ in range(times):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+    """Seconds of the fastest run of ``work``, after one that warms up.
+
+    Where that one is longer than ``MAX_PASS_SECONDS`` it is the only one: what is warmed up is
+    little of it, and a start would take minutes.
+    """
+    warm_up = _seconds(work)
+    if warm_up > MAX_PASS_SECONDS:
+        return warm_up
+    return min(_seconds(work) for _ in range(times))
 
 
 def _form_seconds(unet: Any, form: Form, make_pass: Callable[[Any, Form], DenoiserPass]) -> float:
@@ -104,7 +105,16 @@ def _form_seconds(unet: Any, form: Form, make_pass: Callable[[Any, Form], Denois
     candidate = copy.deepcopy(unet).to(dtype=form.dtype, memory_format=layout)
     run_pass = make_pass(candidate, form)
     # A lone image with guidance, and four: the two ends of the day.
-    return fastest_of(2, lambda: run_pass(2)) + fastest_of(2, lambda: run_pass(8)) / 4
+    alone = fastest_of(2, lambda: run_pass(2))
+    if alone > MAX_PASS_SECONDS:
+        return alone * 2  # Four would take four times as long, and never share a pass.
+    return alone + fastest_of(2, lambda: run_pass(8)) / 4
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def _name(form: Form) -> str:

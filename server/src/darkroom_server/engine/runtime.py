@@ -112,6 +112,6 @@ def _slice_size(config: EngineConfig, attention: Attention, default: str) -> str
             raise StartupError("--slice-size goes with --attention sliced")
         return ""
     size = config.slice_size or default
-    if size not in ("auto", "max") and not (size.isdigit() and int(size) > 0):
+    if size not in ("auto", "max") and not (size.isdecimal() and int(size) > 0):
         raise StartupError(f"slice size {size!r}: use auto, max or a positive number")
     return size

@@ -3,9 +3,14 @@
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+
+from darkroom_server.engine.failures import is_fatal
+
+log = structlog.get_logger(__name__)
 
 
 class SafetyChecker:
@@ -16,7 +21,19 @@ class SafetyChecker:
         self._feature_extractor = feature_extractor
 
     def flags(self, pixels: NDArray[np.uint8]) -> bool:
-        """True where ``pixels`` [height, width, 3] must not be shown."""
+        """True where ``pixels`` [height, width, 3] must not be shown, or could not be checked.
+
+        Raises what means that the device is lost.
+        """
+        try:
+            return self._flags(pixels)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            log.exception("image could not be checked and is withheld")
+            return True
+
+    def _flags(self, pixels: NDArray[np.uint8]) -> bool:
         features = self._feature_extractor(Image.fromarray(pixels), return_tensors="pt")
         weights = next(self._checker.parameters())
         clip_input = features.pixel_values.to(weights.device, weights.dtype)

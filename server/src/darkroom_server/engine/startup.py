@@ -16,11 +16,14 @@ from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelLimits, Mo
 from darkroom_server.engine.arrange import arrange, denoiser_pass, measure_memory
 from darkroom_server.engine.decoder import Decoder
 from darkroom_server.engine.denoiser import Denoiser
-from darkroom_server.engine.loading import SUPPORTED, load_pipeline, revision_of
+from darkroom_server.engine.failures import is_out_of_memory
+from darkroom_server.engine.folder import SUPPORTED
+from darkroom_server.engine.loading import load_pipeline
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.measure import ROWS, Form, best_rows
 from darkroom_server.engine.model import LoadedModel
 from darkroom_server.engine.prompts import PromptEncoder
+from darkroom_server.engine.revision import revision_of
 from darkroom_server.engine.runtime import DTYPES, Runtime, allowed_threads, resolve
 from darkroom_server.engine.safety import SafetyChecker
 from darkroom_server.engine.schedulers import name_of, offers
@@ -42,8 +45,18 @@ def start_loop(
     runtime = resolve(config)
     if runtime.device.type == "cpu":
         torch.set_num_threads(config.threads or allowed_threads())
-    with torch.inference_mode():
-        models = {source.id: load_model(source, runtime, config) for source in config.models}
+    models = {}
+    for source in config.models:
+        try:
+            with torch.inference_mode():
+                models[source.id] = load_model(source, runtime, config)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise StartupError(
+                f"model {source.location!r} does not fit the memory of {runtime.device}: use "
+                "--preset tiny, or fewer models"
+            ) from error
     infos = tuple(model.info for model in models.values())
     return EngineLoop(models, emit), EngineReady(infos, time.monotonic() - began)
 
@@ -56,6 +69,7 @@ def load_model(source: ModelSource, runtime: Runtime, config: EngineConfig) -> L
     )
     if pipeline.unet.config.time_cond_proj_dim is not None:
         raise StartupError(f"model {source.location!r} is guidance-distilled: not supported")
+    safety = _safety_checker(pipeline, source) if config.safety_checker else None
     tokens = int(pipeline.tokenizer.model_max_length)
     form = arrange(pipeline, runtime, tokens, _form_of(settled))
 
@@ -103,7 +117,7 @@ def load_model(source: ModelSource, runtime: Runtime, config: EngineConfig) -> L
             channels_last=form.channels_last,
         ),
         decoder=decoder,
-        safety=_safety_checker(pipeline, source) if config.safety_checker else None,
+        safety=safety,
         scheduler_config=dict(pipeline.scheduler.config),
         latent_channels=int(pipeline.unet.config.in_channels),
         latent_factor=factor,

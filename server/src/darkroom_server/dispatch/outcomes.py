@@ -1,0 +1,57 @@
+"""What a caller is told at the end of a job: which of the four ends it is, and the answer."""
+
+from darkroom_server.core.errors import (
+    DarkroomError,
+    DeadlineExceeded,
+    Failure,
+    GenerationFailed,
+    Reason,
+)
+from darkroom_server.core.events import JobCancelled, StageSeconds
+from darkroom_server.dispatch.accepted import AcceptedJob, Finished
+from darkroom_server.dispatch.counts import End
+
+Outcome = tuple[End, Finished | DarkroomError]
+
+
+def finished(accepted: AcceptedJob, stages: StageSeconds) -> Outcome:
+    """The engine drew every image."""
+    count = accepted.job.image_count
+    if len(accepted.images) != count:
+        return _failed(Reason.INTERNAL, "the engine lost an image; try again")
+    images = tuple(accepted.images[index] for index in range(count))
+    return End.FINISHED, Finished(images, stages)
+
+
+def failed(failure: Failure) -> Outcome:
+    """The engine gave the job up."""
+    return End.FAILED, GenerationFailed(failure)
+
+
+def dropped(event: JobCancelled) -> Outcome:
+    """The engine let go of a job that its caller still wants."""
+    if event.expired:
+        return expired("before it was finished")
+    return _failed(Reason.ENGINE_FAILED, "the engine dropped the job; try again")
+
+
+def expired(when: str) -> Outcome:
+    """The deadline passed; ``when`` goes on from there."""
+    return End.EXPIRED, DeadlineExceeded(f"the deadline passed {when}")
+
+
+def crashed() -> Outcome:
+    """Two engines died while they drew this."""
+    return _failed(
+        Reason.ENGINE_CRASHED,
+        "the engine crashed twice while it drew this, and does not try again; change the request",
+    )
+
+
+def stopped() -> Outcome:
+    """No engine will come back."""
+    return _failed(Reason.ENGINE_FAILED, "the engine stopped; try again")
+
+
+def _failed(reason: Reason, message: str) -> Outcome:
+    return failed(Failure(reason, message))

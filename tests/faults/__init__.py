@@ -1,0 +1,1 @@
+"""Real faults, through the real wire."""

@@ -1,0 +1,165 @@
+"""Mixed load with random cancels and kills: `python -m tests.faults.soak --minutes 5`.
+
+Afterwards nothing may be left over: no job, task, file, thread or process, and memory is flat.
+"""
+
+import argparse
+import asyncio
+import gc
+import os
+import random
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import psutil
+
+from darkroom.v1 import types_pb2
+from darkroom_server.core.events import Event, PassDone
+from darkroom_server.dispatch.counts import End
+from tests.engine.tiny import write_tiny_model
+
+from .tapped import SERVING, Wire, serving
+
+CALLERS = 12
+PASSES_BETWEEN_KILLS = 400
+MAX_GROWTH_BYTES = 48 << 20
+"""Memory of the serving process may grow by this, once it is warm."""
+
+SCHEDULERS = (types_pb2.SCHEDULER_DDIM, types_pb2.SCHEDULER_EULER, types_pb2.SCHEDULER_DPMPP_2M)
+
+
+@dataclass
+class Tally:
+    """What became of the calls."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    kills: int = 0
+
+
+@dataclass(frozen=True)
+class Belongings:
+    """What a process holds; equal before and after where nothing leaks."""
+
+    tasks: int
+    threads: int
+    files: int
+    children: int
+    rss: int
+
+    @classmethod
+    def now(cls) -> "Belongings":
+        """What this process holds at the moment."""
+        gc.collect()
+        process = psutil.Process()
+        return cls(
+            tasks=len(asyncio.all_tasks()),
+            threads=threading.active_count(),
+            files=process.num_fds(),
+            children=len(process.children(recursive=True)),
+            rss=process.memory_info().rss,
+        )
+
+
+async def call_until(end: float, wire: Wire, tally: Tally, dice: random.Random) -> None:
+    """One caller: request after request, some given up at a random moment."""
+    while time.monotonic() < end:
+        call = asyncio.ensure_future(
+            wire.generate(
+                seed=dice.randrange(1000),
+                steps=dice.choice((4, 8, 16)),
+                image_count=dice.choice((1, 1, 2)),
+                guidance_scale=dice.choice((1.0, 5.0)),
+                width=dice.choice((64, 64, 72)),
+                scheduler=dice.choice(SCHEDULERS),
+                exact=dice.random() < 0.2,
+            )
+        )
+        if dice.random() < 0.25:
+            await asyncio.wait({call}, timeout=dice.random() * 0.5)
+            call.cancel()
+        try:
+            await call
+            tally.outcomes["finished"] += 1
+        except asyncio.CancelledError:
+            tally.outcomes["cancelled"] += 1
+        except grpc.aio.AioRpcError as error:
+            tally.outcomes[error.code().name] += 1
+
+
+def kill_now_and_then(wire: Wire, tally: Tally, dice: random.Random) -> None:
+    """Kill the engine every few hundred passes, in the middle of one."""
+    left = PASSES_BETWEEN_KILLS
+
+    def act(event: Event) -> None:
+        nonlocal left
+        left -= isinstance(event, PassDone)
+        if left <= 0:
+            left = round(PASSES_BETWEEN_KILLS * (0.5 + dice.random()))
+            tally.kills += 1
+            wire.engine.kill()
+
+    wire.engine.on_event = act
+
+
+async def soak(minutes: float, seed: int) -> list[str]:
+    """Run the load; returns what is wrong, nothing where all is well."""
+    dice = random.Random(seed)
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_tiny_model(Path(name))
+        async with serving(folder, engine_max_restarts=10_000) as wire:
+            warm = time.monotonic() + min(20.0, minutes * 12)
+            await asyncio.gather(*(call_until(warm, wire, tally, dice) for _ in range(CALLERS)))
+            before = Belongings.now()
+            kill_now_and_then(wire, tally, dice)
+            end = time.monotonic() + 60 * minutes
+            await asyncio.gather(*(call_until(end, wire, tally, dice) for _ in range(CALLERS)))
+            wire.engine.on_event = lambda _: None
+            await wire.health_becomes(SERVING)
+            await wire.generate()
+            dispatcher = wire.server.dispatcher
+            while dispatcher.running_jobs:
+                await wire.generate(steps=1)
+            after = Belongings.now()
+            counts = dispatcher.counts
+    print(f"calls {dict(tally.outcomes)}, kills {tally.kills}")
+    print(f"jobs  accepted {counts.accepted}, ended {dict(counts.by_end)}")
+    print(f"before {before}\nafter  {after}")
+    wrong = [
+        f"{what}: {getattr(before, what)} before, {getattr(after, what)} after"
+        for what in ("tasks", "threads", "files", "children")
+        if getattr(after, what) > getattr(before, what)
+    ]
+    if after.rss - before.rss > MAX_GROWTH_BYTES:
+        wrong.append(f"memory grew by {(after.rss - before.rss) >> 20} MiB")
+    if counts.accepted != counts.ended:
+        wrong.append(f"{counts.accepted} jobs accepted, {counts.ended} ended")
+    if tally.outcomes["finished"] > counts.by_end[End.FINISHED]:
+        wrong.append("more calls finished than jobs")
+    unexpected = set(tally.outcomes) - {"finished", "cancelled", "INTERNAL"}
+    wrong += [f"{tally.outcomes[code]} calls ended in {code}" for code in sorted(unexpected)]
+    return wrong
+
+
+def main() -> None:
+    """Parse the command line, soak, and say what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    wrong = asyncio.run(soak(options.minutes, options.seed))
+    for line in wrong:
+        print(f"wrong: {line}")
+    if wrong:
+        raise SystemExit(1)
+    print("nothing is left over")
+
+
+if __name__ == "__main__":
+    main()

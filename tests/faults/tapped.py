@@ -1,0 +1,95 @@
+"""A real server with a real engine process, whose events a test may answer with a signal."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from darkroom.v1 import generation_pb2, generation_pb2_grpc
+from darkroom_server.app import EngineLost, Server
+from darkroom_server.core.events import Event
+from darkroom_server.engine.process import ProcessEngine
+from darkroom_server.settings import Dispatch, Engine, Models, Network, Settings
+from darkroom_server.settings.sources import engine_configs
+from tests.engine.conftest import config_for
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class TappedEngine(ProcessEngine):
+    """``on_event`` sees each event before the server does, on the thread that reads the pipe."""
+
+    on_event: Callable[[Event], None] = staticmethod(lambda _: None)
+
+    def start(self, emit: Callable[[Event], None]) -> None:
+        def tap(event: Event) -> None:
+            self.on_event(event)
+            emit(event)
+
+        super().start(tap)
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        if self.pid is not None:
+            os.kill(self.pid, number)
+
+
+class Wire:
+    """What a test does to a running server."""
+
+    def __init__(self, server: Server, engine: TappedEngine, channel: grpc.aio.Channel) -> None:
+        self.server = server
+        self.engine = engine
+        self._channel: Any = channel
+        self._stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+
+    async def generate(self, **fields: Any) -> generation_pb2.GenerateResponse:
+        usual = {"prompt": "a small heart", "steps": 6, "seed": 7, "exact": True}
+        request = generation_pb2.GenerateRequest(**{**usual, **fields})
+        response: generation_pb2.GenerateResponse = await self._stub.Generate(request, timeout=120)
+        return response
+
+    async def health_becomes(self, status: int) -> None:
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        call = stub.Watch(health_pb2.HealthCheckRequest())
+        async for response in call:
+            if response.status == status:
+                break
+        call.cancel()
+
+    async def alive(self) -> bool:
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        response = await stub.Check(health_pb2.HealthCheckRequest(service="liveness"))
+        return bool(response.status == SERVING)
+
+
+@asynccontextmanager
+async def serving(folder: Path, **engine: Any) -> AsyncIterator[Wire]:
+    """A server that holds the model of ``folder``; ``engine`` are settings of that section."""
+    settings = Settings(
+        models=Models(model=(f"tiny={folder}",)),
+        network=Network(port=0, metrics_port=0),
+        engine=Engine(**{"engine_timeout": 60.0, **engine}),
+        dispatch=Dispatch(max_queued_jobs=64),
+    )
+    assert engine_configs(settings, None)[0].models[0].id == "tiny"
+    tapped = TappedEngine(config_for(folder, max_rows=4), timeout=settings.engine.engine_timeout)
+    server = Server(settings, [tapped])
+    await server.startup()
+    serve = asyncio.create_task(server.serve())
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        wire = Wire(server, tapped, channel)
+        try:
+            await wire.health_becomes(SERVING)
+            yield wire
+        finally:
+            server.stop()
+            with suppress(EngineLost):
+                await serve
+            await server.shutdown()

@@ -1,0 +1,133 @@
+"""The engine's process is killed, stopped or poisoned: callers wait longer for the same picture."""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from darkroom.v1 import generation_pb2
+from darkroom_server.app import EngineLost
+from darkroom_server.core.events import EngineReady, Event, JobStarted, SampleProgress
+from tests.engine.tiny import write_tiny_model
+
+from .tapped import NOT_SERVING, SERVING, Wire, serving
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def hashes(response: generation_pb2.GenerateResponse) -> list[str]:
+    return [image.replay.pixels_sha256 for image in response.images]
+
+
+def once(wire: Wire, moment: Callable[[Event], bool], number: signal.Signals) -> None:
+    """Send the engine a signal at the first ``moment``."""
+    done: list[bool] = []
+
+    def act(event: Event) -> None:
+        if not done and moment(event):
+            done.append(True)
+            wire.engine.kill(number)
+
+    wire.engine.on_event = act
+
+
+async def test_killed_during_denoising(tiny_folder: Path) -> None:
+    async with serving(tiny_folder) as wire:
+        undisturbed = await wire.generate(image_count=2)
+        once(wire, lambda e: isinstance(e, SampleProgress) and e.step == 3, signal.SIGKILL)
+        again = await wire.generate(image_count=2)
+        assert hashes(again) == hashes(undisturbed)
+        assert [i.data for i in again.images] == [i.data for i in undisturbed.images]
+
+
+async def test_killed_during_decoding(tiny_folder: Path) -> None:
+    async with serving(tiny_folder) as wire:
+        undisturbed = await wire.generate(image_count=3)
+        once(wire, lambda e: isinstance(e, SampleProgress) and e.step == e.steps, signal.SIGKILL)
+        assert hashes(await wire.generate(image_count=3)) == hashes(undisturbed)
+
+
+async def test_killed_while_idle(tiny_folder: Path) -> None:
+    async with serving(tiny_folder) as wire:
+        wire.engine.kill()
+        await wire.health_becomes(NOT_SERVING)
+        assert await wire.alive()
+        call = asyncio.ensure_future(wire.generate())
+        assert len((await call).images) == 1
+        await wire.health_becomes(SERVING)
+
+
+async def test_a_hang_is_noticed(tiny_folder: Path) -> None:
+    async with serving(tiny_folder, engine_timeout=1.0) as wire:
+        undisturbed = await wire.generate()
+        once(wire, lambda e: isinstance(e, SampleProgress) and e.step == 2, signal.SIGSTOP)
+        assert hashes(await wire.generate()) == hashes(undisturbed)
+
+
+async def test_sixteen_jobs_survive_three_kills(tiny_folder: Path) -> None:
+    async with serving(tiny_folder) as wire:
+        undisturbed = {seed: hashes(await wire.generate(seed=seed)) for seed in range(16)}
+        started: set[str] = set()
+        kills: list[int] = []
+
+        def kill_when_others_run(event: Event) -> None:
+            """Each kill hits jobs that no kill has hit before."""
+            if isinstance(event, JobStarted):
+                started.add(event.job_id)
+            fresh = len(started) - sum(kills)
+            if isinstance(event, SampleProgress) and len(kills) < 3 and fresh >= 1:
+                kills.append(fresh)
+                wire.engine.kill()
+
+        wire.engine.on_event = kill_when_others_run
+        answers = await asyncio.gather(
+            *(wire.generate(seed=seed, request_id=f"job-{seed}") for seed in range(16))
+        )
+        assert len(kills) == 3
+        assert {seed: hashes(answer) for seed, answer in enumerate(answers)} == undisturbed
+        counts = wire.server.dispatcher.counts
+        assert counts.accepted == counts.ended == 32
+
+
+async def test_a_poisonous_job_fails_alone(tiny_folder: Path) -> None:
+    async with serving(tiny_folder) as wire:
+
+        def poison(event: Event) -> None:
+            if isinstance(event, SampleProgress) and event.job_id == "poison":
+                wire.engine.kill()
+
+        wire.engine.on_event = poison
+        others = [asyncio.ensure_future(wire.generate(seed=i, steps=20)) for i in range(4)]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await wire.generate(request_id="poison", steps=3)
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        failed: Any = caught.value  # The types know the synchronous call only.
+        status = rpc_status.from_call(failed)
+        info = error_details_pb2.ErrorInfo()
+        assert any(detail.Unpack(info) for detail in status.details)
+        assert info.reason == "ENGINE_CRASHED"
+        for other in others:
+            assert len((await other).images) == 1
+
+
+async def test_a_crash_loop_ends_the_server(tiny_folder: Path) -> None:
+    async with serving(tiny_folder, engine_max_restarts=1) as wire:
+
+        def kill_at_once(event: Event) -> None:
+            if isinstance(event, EngineReady):
+                wire.engine.kill()
+
+        wire.engine.on_event = kill_at_once
+        wire.engine.kill()
+        assert "2 times in ten minutes" in await wire.server.dispatcher.died()
+        with pytest.raises(EngineLost):
+            await wire.server.serve()
