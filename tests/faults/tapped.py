@@ -43,8 +43,15 @@ class TappedEngine(ProcessEngine):
 class Wire:
     """What a test does to a running server."""
 
-    def __init__(self, server: Server, engine: TappedEngine, channel: grpc.aio.Channel) -> None:
+    def __init__(
+        self,
+        server: Server,
+        serve: asyncio.Task[None],
+        engine: TappedEngine,
+        channel: grpc.aio.Channel,
+    ) -> None:
         self.server = server
+        self.serve = serve
         self.engine = engine
         self._channel: Any = channel
         self._stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -84,7 +91,7 @@ async def serving(folder: Path, **engine: Any) -> AsyncIterator[Wire]:
     await server.startup()
     serve = asyncio.create_task(server.serve())
     async with grpc.aio.insecure_channel(server.address) as channel:
-        wire = Wire(server, tapped, channel)
+        wire = Wire(server, serve, tapped, channel)
         try:
             await wire.health_becomes(SERVING)
             yield wire

@@ -130,4 +130,4 @@ async def test_a_crash_loop_ends_the_server(tiny_folder: Path) -> None:
         wire.engine.kill()
         assert "2 times in ten minutes" in await wire.server.dispatcher.died()
         with pytest.raises(EngineLost):
-            await wire.server.serve()
+            await wire.serve
