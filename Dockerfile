@@ -42,7 +42,7 @@ VOLUME /var/lib/darkroom/huggingface
 # gRPC, and Prometheus metrics
 EXPOSE 50051 9464
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
     CMD ["darkroom-server", "healthcheck"]
 ENTRYPOINT ["darkroom-server"]
 CMD ["serve"]

@@ -33,9 +33,11 @@ def test_a_killed_process_is_told_of_and_can_be_started_again(tiny_folder: Path)
     os.kill(pid, signal.SIGKILL)
     died = listener.until(lambda e: isinstance(e, EngineDied))
     assert died == EngineDied("the engine's process died")
+    files = psutil.Process().num_fds()
     engine.start(listener.events.put)
     listener.until(lambda e: isinstance(e, EngineReady))
     assert engine.pid != pid
+    assert psutil.Process().num_fds() == files + 2, "a pipe and a log for each process, no more"
     engine.submit(make_job("after", exact=True))
     listener.until_end_of("after")
     before, after = (listener.of(id, ImageReady)[0].image for id in ("before", "after"))

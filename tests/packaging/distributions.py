@@ -1,6 +1,7 @@
 """The built distributions, and empty environments to install them into."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -87,8 +88,19 @@ class Environment:
 def run(*command: str | Path, folder: Path = Path("/")) -> str:
     """Run a command that knows nothing of this checkout; return what it prints."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "DARKROOM"))}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{command} failed:\n{done.stdout}{done.stderr}"
-    return done.stdout
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            # Out of time. Unlike SIGKILL, this lets a program stop those that it started.
+            process.send_signal(signal.SIGINT)
+            raise
+    assert process.returncode == 0, f"{command} failed:\n{output}{errors}"
+    return output

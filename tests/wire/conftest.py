@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO
 
 import pytest
@@ -44,13 +45,20 @@ class LogReader:
         return "".join(self.lines)
 
 
-@pytest.fixture(scope="session")
-def address() -> Iterator[str]:
+@contextmanager
+def running_server(*flags: str) -> Iterator[str]:
     """Where a server with the demo model listens, ready; its exit code is checked in the end."""
-    command = [sys.executable, "-m", "darkroom_server", "serve", "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--metrics-port", "0"], stderr=subprocess.PIPE, text=True
-    ) as server:
+    command = [
+        sys.executable,
+        "-m",
+        "darkroom_server",
+        "serve",
+        "--port",
+        "0",
+        "--metrics-port",
+        "0",
+    ]
+    with subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         log = LogReader(server.stderr)
         try:
@@ -65,3 +73,10 @@ def address() -> Iterator[str]:
             server.terminate()
             code = server.wait(60)
         assert code == 0, log.join()
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """A server as anybody would start it."""
+    with running_server() as address:
+        yield address

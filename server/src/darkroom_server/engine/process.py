@@ -163,6 +163,7 @@ class _Life:
         self.process.kill()
         code = self.process.wait()
         self._outbox.put(None)
+        self._channel.close()
         log.error("engine died", message=died, exit_code=code)
         self._emit(EngineDied(died))
 
