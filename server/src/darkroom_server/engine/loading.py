@@ -87,7 +87,7 @@ def _load_part(
         "stable_diffusion": diffusers.pipelines.stable_diffusion,
     }
     library, kind = index.get(part) or (None, None)
-    made_by = getattr(libraries.get(library), str(kind), None)
+    made_by = getattr(libraries.get(str(library)), str(kind), None)
     if made_by is None:
         raise StartupError(
             f"model {source.location!r}: its {part} is a {library}.{kind}, which is not supported"

@@ -92,18 +92,16 @@ def allowed_threads() -> int:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise StartupError(f"no device {name!r}: use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise StartupError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise StartupError(f"device {name!r} is not there: torch sees {count} CUDA devices")
-        device = torch.device("cuda", device.index or 0)
-    return device
+    kind, colon, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or bool(colon) != number.isdecimal()):
+        raise StartupError(f"no device {name!r}: use auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    # Not by torch, which counts devices in eight bits.
+    index, count = int(number or 0), torch.cuda.device_count()
+    if index >= count:
+        raise StartupError(f"device {name!r} is not there: torch sees {count} CUDA devices")
+    return torch.device("cuda", index)
 
 
 def _slice_size(config: EngineConfig, attention: Attention, default: str) -> str:

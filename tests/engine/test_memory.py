@@ -1,0 +1,187 @@
+"""What passes take is measured, what fits is worked out from it, and what never fits is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from darkroom_server.core.config import EngineConfig
+from darkroom_server.core.errors import Reason, TooLarge
+from darkroom_server.core.model import MemoryNeeds
+from darkroom_server.dispatch.admission import check_fits
+from darkroom_server.engine.arrange import denoiser_pass, measure_memory
+from darkroom_server.engine.decoder import Decoder
+from darkroom_server.engine.measure import Form, best_rows, fastest_form, peak_bytes
+from darkroom_server.engine.memory import PeakMemory, available_bytes
+from darkroom_server.engine.runtime import resolve
+
+from .conftest import LoopUnderTest, config_for, make_job
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+NEEDS = MemoryNeeds(pixels=512 * 512, bytes_per_row=100, bytes_per_decode=150, available_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "rows", "needed"),
+    [
+        (512, 512, 2, 200),  # The pass is larger than the decode.
+        (512, 512, 1, 150),  # The decode is larger than the pass.
+        (1024, 1024, 2, 800),
+        (256, 512, 2, 100),
+        (512, 512, 16, 1600),
+    ],
+)
+def test_what_an_image_needs(width: int, height: int, rows: int, needed: int) -> None:
+    assert NEEDS.needed(width, height, rows) == needed
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "rows"),
+    [(512, 512, 10), (256, 256, 40), (512, 1024, 5), (1024, 1024, 2), (2048, 2048, 2)],
+)
+def test_rows_that_fit(width: int, height: int, rows: int) -> None:
+    assert NEEDS.rows_that_fit(width, height) == rows
+
+
+def test_rows_that_fit_where_a_row_takes_nothing() -> None:
+    needs = dataclasses.replace(NEEDS, bytes_per_row=0)
+    assert needs.rows_that_fit(512, 512) == 1000
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_the_peak_is_what_was_allocated(kind: str) -> None:
+    def work() -> None:
+        if kind == "numpy":
+            np.ones(64 * MIB, np.uint8)
+        else:
+            torch.ones(64 * MIB, dtype=torch.uint8)
+
+    assert peak_bytes(CPU, work) == pytest.approx(64 * MIB, rel=0.2)
+    # And again, though the C library may have kept the pages of the first time.
+    assert peak_bytes(CPU, work) == pytest.approx(64 * MIB, rel=0.2)
+
+
+def test_nothing_takes_next_to_nothing() -> None:
+    assert peak_bytes(CPU, lambda: None) < 8 * MIB
+
+
+def test_a_sandbox_that_cannot_reset_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    peak = PeakMemory(CPU)
+    peak.reset()
+    assert peak.read() >= 0
+
+
+def test_some_memory_is_left_alone() -> None:
+    assert available_bytes(CPU) > 0
+
+
+def test_a_pass_and_a_decode_are_measured() -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(32,),
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        mid_block_type=None,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        mid_block_add_attention=False,
+    )
+    runtime = resolve(EngineConfig(models=(), device="cpu"))
+    form = Form(torch.float32, channels_last=False)
+    decoder = Decoder(vae, lambda: runtime.precision(torch.float32))
+    with torch.inference_mode():
+        run_pass = denoiser_pass(unet, form, runtime, 8)
+        needs = measure_memory(run_pass, unet, decoder, form, runtime, factor=2)
+    assert needs.pixels == 128 * 128
+    activation = 4 * 32 * 64 * 64  # Of one row: float32, channels, height, width.
+    assert needs.bytes_per_row > activation
+    assert needs.bytes_per_decode > 4 * 8 * 128 * 128
+    assert needs.available_bytes > 0
+
+
+def test_a_job_that_never_fits_is_refused(shared_loop: LoopUnderTest) -> None:
+    info = shared_loop.models["tiny"].info
+    memory = MemoryNeeds(
+        pixels=64 * 64, bytes_per_row=3 * MIB, bytes_per_decode=MIB, available_bytes=10 * MIB
+    )
+    info = dataclasses.replace(info, memory=memory)
+    check_fits(make_job("fits"), info)
+    with pytest.raises(TooLarge) as caught:
+        check_fits(make_job("large", width=128, height=128), info)
+    assert caught.value.reason is Reason.DOES_NOT_FIT
+    assert caught.value.retry_after is None
+    assert caught.value.metadata == {
+        "needed_bytes": str(24 * MIB),
+        "available_bytes": str(10 * MIB),
+    }
+    assert "24 MiB" in str(caught.value)
+    assert "10 MiB" in str(caught.value)
+
+
+def test_what_fits_bounds_a_pass(tiny_folder: Path) -> None:
+    loop = LoopUnderTest(config_for(tiny_folder, max_rows=4))
+    try:
+        loop.run(make_job("four", image_count=4))
+        assert max(step.rows for step in loop.progress("four")) <= 4
+    finally:
+        loop.close()
+
+
+class Clock:
+    """Passes whose rows take as long as they are told; ``passes`` are the rows that ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
+        self.now = 0.0
+        self.passes: list[int] = []
+        self._seconds = dict(zip((2, 4, 8, 16), seconds, strict=False))
+        monkeypatch.setattr("darkroom_server.engine.measure.time.perf_counter", lambda: self.now)
+
+    def run_pass(self, rows: int) -> None:
+        self.passes.append(rows)
+        self.now += self._seconds[rows]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [
+        ((1.0, 1.0, 1.0, 1.9), 8),  # From 8 to 16 rows brings 5 %.
+        ((0.1, 0.2, 0.4, 0.8), 2),  # Doubling brings nothing.
+        ((0.5, 0.6, 2.1, 9.0), 4),  # Eight take too long for anyone to join.
+        ((3.0, 3.0, 3.0, 3.0), 2),
+    ],
+)
+def test_best_rows(seconds: tuple[float, ...], best: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, *seconds)
+    assert best_rows(clock.run_pass, 16) == best
+
+
+def test_best_rows_keeps_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert best_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 5) == 4
+    assert best_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 1) == 2
+
+
+def test_a_slow_model_is_measured_by_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight seconds a pass, as Stable Diffusion 1.4 on two cores: four forms, no minutes."""
+    clock = Clock(monkeypatch, 8.0)
+    best_rows(clock.run_pass, 64)
+    assert clock.passes == [2]
+    forms = [Form(d, c) for d in (torch.float32, torch.bfloat16) for c in (False, True)]
+    fastest_form(torch.nn.Identity(), forms, lambda *_: clock.run_pass)
+    assert clock.passes == [2] * 5

@@ -1,0 +1,112 @@
+"""What start-up makes of a configuration: forms, settled restarts, and diffusers' own pictures."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from darkroom_server.core.config import Attention, Dtype, Preset
+from darkroom_server.core.errors import StartupError
+from darkroom_server.core.job import SchedulerName
+from darkroom_server.engine import arrange, startup
+from darkroom_server.engine.measure import Form
+
+from .conftest import LoopUnderTest, config_for, make_job
+
+OWN: dict[str, Any] = {"dtype": Dtype.AUTO, "attention": None, "autocast": None}
+"""What ``config_for`` decides, left to the preset."""
+
+
+def test_more_heads_per_slice_than_there_are(tiny_folder: Path) -> None:
+    config = config_for(tiny_folder, attention=Attention.SLICED, slice_size="64")
+    with pytest.raises(StartupError, match="--slice-size 64 is more than"):
+        LoopUnderTest(config)
+
+
+def test_a_model_that_does_not_fit(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(startup, "measure_memory", allocate)
+    with pytest.raises(StartupError, match="does not fit the memory of cpu: use"):
+        LoopUnderTest(config_for(tiny_folder))
+
+
+def test_channels_last_reaches_the_weights(tiny_folder: Path) -> None:
+    loop = LoopUnderTest(config_for(tiny_folder, channels_last=True))
+    try:
+        model = loop.models["tiny"]
+        assert model.info.runtime.channels_last
+        weight = model.denoiser.unet.conv_in.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()
+    finally:
+        loop.close()
+
+
+def test_a_settled_restart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Form(torch.bfloat16, channels_last=True)
+    monkeypatch.setattr(arrange, "fastest_form", lambda *_: measured)
+    monkeypatch.setattr(startup, "best_rows", lambda *_: 8)
+    config = config_for(tiny_folder, channels_last=None, **OWN)
+    job = make_job("settled", exact=True)
+    found = []
+    settled: tuple[Any, ...] = ()
+    for _ in range(2):
+        loop = LoopUnderTest(dataclasses.replace(config, settled=settled))
+        try:
+            loop.run(job)
+            info = loop.models["tiny"].info
+            assert loop.models["tiny"].dtype == torch.bfloat16
+            assert loop.models["tiny"].denoiser.max_rows == 8
+        finally:
+            loop.close()
+        found.append((info, loop.image(job.id).image.data))
+        settled = (info,)
+        for module, name in (
+            (arrange, "fastest_form"),
+            (startup, "best_rows"),
+            (startup, "measure_memory"),
+        ):
+            monkeypatch.setattr(module, name, _never)
+    assert found[0] == found[1]
+
+
+def _never(*_: object) -> None:
+    raise AssertionError("measured again")
+
+
+@pytest.mark.parametrize("scheduler", [SchedulerName.DDIM, SchedulerName.DPMPP_2M])
+def test_frugal_equals_diffusers(scheduler: SchedulerName, tiny_folder: Path) -> None:
+    loop = LoopUnderTest(config_for(tiny_folder, preset=Preset.FRUGAL, **OWN))
+    job = make_job(f"frugal-{scheduler}", scheduler=scheduler, exact=True)
+    try:
+        loop.run(job)
+    finally:
+        loop.close()
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        tiny_folder, safety_checker=None, dtype=torch.bfloat16
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.enable_attention_slicing()
+    if scheduler is SchedulerName.DPMPP_2M:
+        pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+            pipeline.scheduler.config
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (wanted,) = pipeline(
+            job.prompt,
+            negative_prompt=job.negative_prompt,
+            width=job.width,
+            height=job.height,
+            num_inference_steps=job.steps,
+            guidance_scale=job.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(job.seed_of(0)),
+        ).images
+    data = loop.image(job.id).image.data
+    found = np.frombuffer(data, np.uint8).reshape(job.height, job.width, 3)
+    assert np.abs(found.astype(int) - np.asarray(wanted).astype(int)).max() == 0
