@@ -12,6 +12,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 MINUTES ?= 5
 # The commit whose protos the working tree's must stay compatible with.
 PROTOS_AGAINST ?= HEAD
@@ -50,6 +51,14 @@ test: setup $(NODE_MODULES) ## run the tests: no network, no GPU; options in PYT
 .PHONY: test-packaging
 test-packaging: setup ## build the wheels, install them into empty environments, try them there
 	@$(BIN)/pytest tests/packaging -m "not gpu" $(PYTEST_FLAGS)
+
+.PHONY: bench-engine
+bench-engine: setup ## measure the engine beside diffusers' pipeline, on this machine; options in BENCH_FLAGS
+	@$(BIN)/python -m bench.engine $(BENCH_FLAGS)
+
+.PHONY: bench-memory
+bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
+	@$(BIN)/python -m bench.memory $(BENCH_FLAGS)
 
 .PHONY: soak
 soak: setup ## mixed load with random cancels and kills, for MINUTES

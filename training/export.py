@@ -48,6 +48,11 @@ def export_pipeline(
         config_path = fresh / "text_encoder" / "config.json"
         config = json.loads(config_path.read_text("utf-8")) | {"dtype": "float32"}
         config_path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        # Where the autoencoder was read from is nobody else's business.
+        config_path = fresh / "vae" / "config.json"
+        config = json.loads(config_path.read_text("utf-8"))
+        config.pop("_name_or_path", None)
+        config_path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         # The slow tokenizer's two files, for readers that know no tokenizer.json.
         for part in ("vocab.json", "merges.txt"):
             shutil.copyfile(Path(tokenizer.name_or_path) / part, fresh / "tokenizer" / part)

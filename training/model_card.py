@@ -105,10 +105,14 @@ def _table(evaluation: dict[str, Any]) -> str:
 def _training(training: dict[str, Any]) -> str:
     if not training:
         return "Trained by `python -m training.train`."
+    runs = training["denoiser_runs"]
+    steps = " and then ".join(f"{run['steps']:.0f}" for run in runs)
+    again = "" if len(runs) == 1 else ", each run from the last one's averaged weights"
+    minutes = training["vae_minutes"] + sum(run["minutes"] for run in runs)
     return (
-        f"`python -m training.train`, seed {training['seed']}: {training['vae_steps']} batches for "
-        f"the autoencoder, {training['denoiser_steps']} for the text model and the UNet together "
-        f"(v-prediction, 12 % empty prompts); {training['vae_minutes']:.0f} and "
-        f"{training['denoiser_minutes']:.0f} minutes on "
-        f"{training['device']}."
+        f"`python -m training.train`, seed {training['seed']}:\n"
+        f"{training['vae_steps']} batches for the autoencoder, then {steps} batches of\n"
+        f"{training['batch']} for the text model and the UNet together{again}\n"
+        "(v-prediction, 12 % empty prompts);\n"
+        f"{minutes:.0f} minutes on {training['device']} altogether."
     )

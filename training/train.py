@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="take this trained autoencoder instead of a new")
     parser.add_argument("--vae-steps", type=int, default=2000, help="batches for the autoencoder")
     parser.add_argument("--vae-minutes", type=float, default=15, help="its most minutes")
-    parser.add_argument("--steps", type=int, default=5000, help="batches for the denoiser")
+    parser.add_argument("--resume", type=Path, help="denoiser.pt of an earlier run to go on from")
+    parser.add_argument("--peak-rate", type=float, default=1e-3, help="denoiser's learning rate")
+    parser.add_argument("--steps", type=int, default=6000, help="batches for the denoiser")
     parser.add_argument("--minutes", type=float, default=45, help="its most minutes")
     parser.add_argument("--batch", type=int, default=32, help="pictures of 128×128 in a batch")
     parser.add_argument("--export-at", type=int, nargs="*", default=[], help="steps to export at")
@@ -63,11 +65,19 @@ def denoise(rank: int, workers: int, options: argparse.Namespace) -> None:
     # The same weights in all processes, then different scenes and noise.
     torch.manual_seed(options.seed)
     denoiser = new_denoiser(tokenizer)
-    torch.manual_seed(options.seed + rank)
+    earlier: list[dict[str, float]] = []
+    if options.resume is not None:
+        saved = torch.load(options.resume, weights_only=True)
+        denoiser.unet.load_state_dict(saved["unet"])
+        denoiser.text_encoder.load_state_dict(saved["text_encoder"])
+        earlier = saved["runs"]
+    # A resumed run meets other scenes than the one before it.
+    seed = options.seed + 1000 * len(earlier) + rank
+    torch.manual_seed(seed)
     source = LatentSource(
         vae,
         tokenizer,
-        seed=options.seed + 1 + rank,
+        seed=seed + 1,
         device=device,
         batch_size=options.batch // workers,
         pool_size=96 * options.batch // workers,
@@ -75,10 +85,13 @@ def denoise(rank: int, workers: int, options: argparse.Namespace) -> None:
     )
     started = time.monotonic()
 
+    def runs(step: int) -> list[dict[str, float]]:
+        minutes = round((time.monotonic() - started) / 60, 1)
+        return [*earlier, {"steps": step, "minutes": minutes}]
+
     def export(average: Denoiser, step: int) -> None:
         export_pipeline(options.folder, tokenizer, average, vae)
-        minutes = round((time.monotonic() - started) / 60, 1)
-        done = {"device": device.type, "denoiser_steps": step, "denoiser_minutes": minutes}
+        done = {"device": device.type, "batch": options.batch, "denoiser_runs": runs(step)}
         text = json.dumps(facts | done, indent=2) + "\n"
         (options.folder / "training.json").write_text(text, "utf-8")
 
@@ -87,12 +100,12 @@ def denoise(rank: int, workers: int, options: argparse.Namespace) -> None:
             return
         parts = {"unet": average.unet, "text_encoder": average.text_encoder}
         states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save(states, options.work / "denoiser.pt")
+        torch.save({**states, "runs": runs(step)}, options.work / "denoiser.pt")
         if step in options.export_at:
             export(average, step)
 
     average, steps = train_denoiser(
-        denoiser, source, options.steps, options.minutes, device, checkpoint
+        denoiser, source, options.steps, options.minutes, options.peak_rate, device, checkpoint
     )
     checkpoint(average, steps)
     if is_first():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -114,7 +113,7 @@ def _batch(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
 
 
 def train_autoencoder(
-    steps: int, minutes: float, seed: int, device: torch.device, save: Path | None = None
+    steps: int, minutes: float, seed: int, device: torch.device
 ) -> tuple[AutoencoderKL, int]:
     """Train an autoencoder for `steps` batches or `minutes`, then normalise its latents.
 
@@ -157,20 +156,20 @@ def train_autoencoder(
                 f" kl {divergence.item():.2f} {rate:.3f} s/step",
                 flush=True,
             )
-        if save is not None and step % 500 == 0:
-            vae.save_pretrained(save)
     normalise_latents(vae, rng, device)
     return vae.eval(), step
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, rng: np.random.Generator, device: torch.device) -> None:
+def normalise_latents(
+    vae: AutoencoderKL, rng: np.random.Generator, device: torch.device, count: int = 256
+) -> None:
     """Centre every latent channel and give all the same spread, without changing any picture.
 
     The shift and the spread per channel go into the two 1×1 quantisation convolutions, and the
-    common scale into `scaling_factor`, which every pipeline applies.
+    common scale into `scaling_factor`, which every pipeline applies. `count` scenes are measured.
     """
-    pictures, _ = draw_randomly([random_scene(rng) for _ in range(256)], rng, 128, 128)
+    pictures, _ = draw_randomly([random_scene(rng) for _ in range(count)], rng, 128, 128)
     latents = torch.cat([vae.encode(p.to(device)).latent_dist.mean for p in pictures.split(32)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     common = std.mean()

@@ -1,0 +1,104 @@
+"""The plots of the engine's bench."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt  # type: ignore[import-not-found,unused-ignore]
+
+from bench.engine_page import pooled
+from bench.goals import of_class
+from bench.results import Results, Run
+from bench.workload import STEPS
+
+LABELS = {
+    "serial": "pipe(), one at a time",
+    "static": "pipe(), static batches",
+    "engine": "Darkroom",
+}
+COLOURS = {"serial": "#9aa0a6", "static": "#5b8db8", "engine": "#c4442b"}
+LOADS = ("open 0.7", "open 0.9")
+
+
+def plot(results: Results, folder: Path) -> list[Path]:
+    """Write the box plots by class and the distributions, as PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    return [
+        _save(_classes(results), folder / f"{results.name}-classes.png"),
+        _save(_latencies(results), folder / f"{results.name}-latencies.png"),
+    ]
+
+
+def _classes(results: Results) -> Any:
+    """Boxes from p25 to p75 with the median, whiskers from p5 to p95, a group for each class."""
+    figure, axes = plt.subplots(1, len(LOADS), figsize=(10, 4.2), sharey=True)
+    for axis, scenario in zip(axes, LOADS, strict=True):
+        runs = pooled(results, scenario)
+        for offset, (name, colour) in enumerate(COLOURS.items()):
+            drawn = _drawn(runs[name])
+            axis.boxplot(
+                [of_class(drawn, steps) for steps in STEPS],
+                positions=[group + (offset - 1) * 0.26 for group in range(len(STEPS))],
+                widths=0.2,
+                whis=(5, 95),
+                showfliers=False,
+                patch_artist=True,
+                boxprops={"facecolor": colour, "edgecolor": colour},
+                medianprops={"color": "white", "linewidth": 1.8},
+                whiskerprops={"color": colour, "linewidth": 1.4},
+                capprops={"color": colour, "linewidth": 1.4},
+                label=LABELS[name],
+            )
+        axis.set_xticks(range(len(STEPS)), [f"{steps} steps" for steps in STEPS])
+        axis.set_title(_title(scenario), loc="left")
+        axis.grid(axis="y", color="#e3e3e3")
+        axis.set_axisbelow(True)
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel("latency, seconds")
+    axes[0].legend(frameon=False, loc="upper left")
+    return figure
+
+
+def _latencies(results: Results) -> Any:
+    """The share of images that are there after so many seconds."""
+    figure, axes = plt.subplots(1, len(LOADS), figsize=(10, 4.2), sharey=True)
+    for axis, scenario in zip(axes, LOADS, strict=True):
+        runs = pooled(results, scenario)
+        for name, colour in COLOURS.items():
+            latencies = sorted(of_class(_drawn(runs[name]), None))
+            shares = [(i + 1) / len(latencies) for i in range(len(latencies))]
+            axis.plot(latencies, shares, color=colour, linewidth=2.2, label=LABELS[name])
+        axis.axhline(0.5, color="#cccccc", linewidth=0.8, zorder=0)
+        axis.axhline(0.95, color="#cccccc", linewidth=0.8, zorder=0)
+        axis.set_xscale("log")
+        ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if _within(axis, tick)]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_title(_title(scenario), loc="left")
+        axis.set_xlabel("latency, seconds")
+    axes[0].set_yticks([0, 0.25, 0.5, 0.75, 0.95, 1], ["0", "25 %", "50 %", "75 %", "95 %", ""])
+    axes[0].set_ylim(0, 1)
+    axes[0].set_ylabel("images done")
+    axes[1].legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _within(axis: Any, tick: float) -> bool:
+    low, high = axis.get_xlim()
+    return bool(low <= tick <= high)
+
+
+def _title(scenario: str) -> str:
+    return f"Poisson arrivals, {float(scenario.split()[1]):.0%} of one-at-a-time capacity"
+
+
+def _drawn(runs: Sequence[Run]) -> list[Any]:
+    return [each for run in runs for each in run.drawn]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
