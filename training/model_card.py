@@ -63,11 +63,12 @@ image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={guidance})
 
 * Colours: {", ".join(COLOURS)}.
 * Shapes: {", ".join(SHAPES)}.
-* Places: {places}; without one, the shape is near the centre.
+* Places: {places};
+  without one, the shape is near the centre.
 
-Other orders of the same words mostly work, and what a prompt leaves open is left to chance.
-Every other word is read byte by byte, means nothing to the model, and does no harm.
-Prompts are cut at 32 tokens.
+Training also met other orders of the same words, prompts that leave parts open, and stray words;
+what a prompt leaves open is left to chance. Any other word is read byte by byte and means nothing
+to the model. How well such prompts are followed was not measured. Prompts are cut at 32 tokens.
 
 ## Evaluation
 
@@ -77,6 +78,8 @@ scale {guidance}, {evaluation["dtype"]}. A shape is right if, of all six, it fit
 best, with an intersection over union of at least {evaluation["least_overlap"]}.
 
 {_table(evaluation)}
+
+{_missed(evaluation)}
 
 These numbers are written by `python -m training.evaluate`.
 
@@ -100,6 +103,17 @@ def _table(evaluation: dict[str, Any]) -> str:
     overlaps = " | ".join(f"{evaluation['steps'][c]['mean_overlap']:.3f}" for c in columns)
     lines.append(f"| mean intersection over union | | {overlaps} |")
     return "\n".join(lines)
+
+
+def _missed(evaluation: dict[str, Any]) -> str:
+    """Say plainly which goals are not reached."""
+    missed = [
+        f"{_JUDGED[key]} at {steps} steps ({shares[key]:.1%} of {goal:.0%})"
+        for key, goal in evaluation["goals"].items()
+        for steps, shares in evaluation["steps"].items()
+        if shares[key] < goal
+    ]
+    return f"Not reached: {', '.join(missed)}." if missed else "All goals are reached."
 
 
 def _training(training: dict[str, Any]) -> str:
