@@ -67,7 +67,7 @@ class LoopUnderTest:
         self.models: dict[str, LoadedModel] = {}
         self._thread = threading.Thread(target=self._run, name="engine")
         self._thread.start()
-        assert self._started.wait(60)
+        assert self._started.wait(180)
         if self.crash is not None:
             raise self.crash
 

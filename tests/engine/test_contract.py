@@ -38,7 +38,7 @@ class Listener:
         self.seen: list[Event] = []
         engine.start(self.events.put)
 
-    def until(self, wanted: Callable[[Event], bool], timeout: float = 60) -> Event:
+    def until(self, wanted: Callable[[Event], bool], timeout: float = 180) -> Event:
         """The next event that is ``wanted``."""
         while True:
             event = self.events.get(timeout=timeout)
