@@ -98,7 +98,7 @@ def test_position_words_move_the_shape() -> None:
 
 
 def test_judge_finds_every_perfect_picture_right() -> None:
-    scenes = held_out_scenes(24)
+    scenes = held_out_scenes(12)
     pictures, _ = draw_randomly(scenes, np.random.default_rng(1), 128, 128)
     for picture, scene in zip((pictures + 1) * 127.5, scenes, strict=True):
         verdict = judge(picture, scene)
