@@ -26,6 +26,7 @@ from darkroom_client._errors import (
     TooLarge,
     Unauthenticated,
     Unavailable,
+    UnknownRequest,
     Unsupported,
     Violation,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "TooLarge",
     "Unauthenticated",
     "Unavailable",
+    "UnknownRequest",
     "Unsupported",
     "Violation",
 ]

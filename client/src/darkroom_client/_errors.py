@@ -3,6 +3,7 @@
 DarkroomError
 ├── InvalidRequest      mend the request: `violations` lists everything that is wrong with it
 ├── ModelNotFound       name another model
+├── UnknownRequest      no generation of that id is known to the server, or known any more
 ├── TooLarge            ask for less, or ask a bigger machine: it never fits this one
 ├── ReplyTooLarge       ask for fewer or smaller images, or raise the client's `max_reply_bytes`
 ├── Overloaded          the same request works later: wait `retry_after` seconds
@@ -69,6 +70,10 @@ class InvalidRequest(DarkroomError):
 
 class ModelNotFound(DarkroomError):
     """The server holds no model of that name."""
+
+
+class UnknownRequest(DarkroomError):
+    """The server knows no generation of that id, or does not keep its result any more."""
 
 
 class TooLarge(DarkroomError):

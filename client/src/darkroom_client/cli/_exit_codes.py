@@ -17,7 +17,7 @@ TABLE = """\
 exit codes:
   0    done
   1    replay: the image is not identical
-  2    the command line or the request is wrong, or the model unknown
+  2    the command line or the request is wrong, or the model or the generation unknown
   3    try again later: the server is away, loading, overloaded, or the quota is used up
   4    the deadline passed
   5    the server wants a token, or does not allow this
@@ -31,6 +31,7 @@ With several prompts, the code is that of the first one that failed.
 _CODES: dict[type[DarkroomError], int] = {
     errors.InvalidRequest: USAGE,
     errors.ModelNotFound: USAGE,
+    errors.UnknownRequest: USAGE,
     errors.Unavailable: LATER,
     errors.Overloaded: LATER,
     errors.QuotaExceeded: LATER,

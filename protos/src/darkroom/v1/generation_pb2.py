@@ -26,7 +26,7 @@ from darkroom.v1 import types_pb2 as darkroom_dot_v1_dot_types__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64\x61rkroom/v1/generation.proto\x12\x0b\x64\x61rkroom.v1\x1a\x17\x64\x61rkroom/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\"\xb5\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x03 \x01(\t\x12\x12\n\x05width\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06height\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05steps\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x04\x88\x01\x01\x12\x18\n\x0bimage_count\x18\t \x01(\x05H\x05\x88\x01\x01\x12)\n\tscheduler\x18\n \x01(\x0e\x32\x16.darkroom.v1.Scheduler\x12(\n\x06\x66ormat\x18\x0b \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\x12\x14\n\x07quality\x18\x0c \x01(\x05H\x06\x88\x01\x01\x12\x12\n\nrequest_id\x18\r \x01(\t\x12\r\n\x05\x65xact\x18\x0e \x01(\x08\x42\x08\n\x06_widthB\t\n\x07_heightB\x08\n\x06_stepsB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\x0e\n\x0c_image_countB\n\n\x08_quality\"\x98\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.darkroom.v1.Image\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.darkroom.v1.Timings\x12\r\n\x05model\x18\x04 \x01(\t\x12\x16\n\x0emodel_revision\x18\x05 \x01(\t\"\xc2\x01\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12(\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x18\n\x10prompt_truncated\x18\x06 \x01(\x08\x12\x0f\n\x07\x66lagged\x18\x07 \x01(\x08\x12)\n\x06replay\x18\x08 \x01(\x0b\x32\x19.darkroom.v1.ReplayRecord\"\xf0\x02\n\x0cReplayRecord\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.darkroom.v1.GenerateRequest\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x17\n\x0fscheduler_class\x18\x03 \x01(\t\x12\x1d\n\x15scheduler_config_json\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0e\n\x06preset\x18\x07 \x01(\t\x12H\n\x10library_versions\x18\x08 \x03(\x0b\x32..darkroom.v1.ReplayRecord.LibraryVersionsEntry\x12\x19\n\x11rows_in_last_pass\x18\t \x01(\x05\x12\x15\n\rpixels_sha256\x18\n \x01(\t\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x97\x02\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rencode_prompt\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x64\x65noise\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x65ncode_image\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration2\\\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.darkroom.v1.GenerateRequest\x1a\x1d.darkroom.v1.GenerateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64\x61rkroom/v1/generation.proto\x12\x0b\x64\x61rkroom.v1\x1a\x17\x64\x61rkroom/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\"\xe7\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x03 \x01(\t\x12\x12\n\x05width\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06height\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05steps\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x04\x88\x01\x01\x12\x18\n\x0bimage_count\x18\t \x01(\x05H\x05\x88\x01\x01\x12)\n\tscheduler\x18\n \x01(\x0e\x32\x16.darkroom.v1.Scheduler\x12(\n\x06\x66ormat\x18\x0b \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\x12\x14\n\x07quality\x18\x0c \x01(\x05H\x06\x88\x01\x01\x12\x12\n\nrequest_id\x18\r \x01(\t\x12\r\n\x05\x65xact\x18\x0e \x01(\x08\x12\x30\n\ron_disconnect\x18\x0f \x01(\x0e\x32\x19.darkroom.v1.OnDisconnectB\x08\n\x06_widthB\t\n\x07_heightB\x08\n\x06_stepsB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\x0e\n\x0c_image_countB\n\n\x08_quality\"\x98\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.darkroom.v1.Image\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.darkroom.v1.Timings\x12\r\n\x05model\x18\x04 \x01(\t\x12\x16\n\x0emodel_revision\x18\x05 \x01(\t\"\xc2\x01\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12(\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x18\n\x10prompt_truncated\x18\x06 \x01(\x08\x12\x0f\n\x07\x66lagged\x18\x07 \x01(\x08\x12)\n\x06replay\x18\x08 \x01(\x0b\x32\x19.darkroom.v1.ReplayRecord\"\xf0\x02\n\x0cReplayRecord\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.darkroom.v1.GenerateRequest\x12\x16\n\x0emodel_revision\x18\x02 \x01(\t\x12\x17\n\x0fscheduler_class\x18\x03 \x01(\t\x12\x1d\n\x15scheduler_config_json\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0e\n\x06preset\x18\x07 \x01(\t\x12H\n\x10library_versions\x18\x08 \x03(\x0b\x32..darkroom.v1.ReplayRecord.LibraryVersionsEntry\x12\x19\n\x11rows_in_last_pass\x18\t \x01(\x05\x12\x15\n\rpixels_sha256\x18\n \x01(\t\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x97\x02\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rencode_prompt\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x64\x65noise\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x65ncode_image\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"w\n\x15GenerateStreamRequest\x12\x30\n\ngeneration\x18\x01 \x01(\x0b\x32\x1c.darkroom.v1.GenerateRequest\x12,\n\x07preview\x18\x02 \x01(\x0b\x32\x1b.darkroom.v1.PreviewOptions\"E\n\x16GenerateStreamResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.darkroom.v1.GenerationEvent\"\xa8\x01\n\x17SubmitGenerationRequest\x12\x30\n\ngeneration\x18\x01 \x01(\x0b\x32\x1c.darkroom.v1.GenerateRequest\x12,\n\x07preview\x18\x02 \x01(\x0b\x32\x1b.darkroom.v1.PreviewOptions\x12-\n\ntime_limit\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"C\n\x18SubmitGenerationResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.darkroom.v1.Accepted\",\n\x16WatchGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"F\n\x17WatchGenerationResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.darkroom.v1.GenerationEvent\"-\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"-\n\x18\x43\x61ncelGenerationResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"M\n\x19\x45stimateGenerationRequest\x12\x30\n\ngeneration\x18\x01 \x01(\x0b\x32\x1c.darkroom.v1.GenerateRequest\"\xa5\x01\n\x1a\x45stimateGenerationResponse\x12-\n\nqueue_wait\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08run_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\npeak_bytes\x18\x03 \x01(\x03\x12\x17\n\x0f\x61vailable_bytes\x18\x04 \x01(\x03\"O\n\x0ePreviewOptions\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x05\x12(\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\"\xeb\x02\n\x0fGenerationEvent\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.darkroom.v1.AcceptedH\x00\x12%\n\x06queued\x18\x02 \x01(\x0b\x32\x13.darkroom.v1.QueuedH\x00\x12\'\n\x07started\x18\x03 \x01(\x0b\x32\x14.darkroom.v1.StartedH\x00\x12)\n\x08progress\x18\x04 \x01(\x0b\x32\x15.darkroom.v1.ProgressH\x00\x12\'\n\x07preview\x18\x05 \x01(\x0b\x32\x14.darkroom.v1.PreviewH\x00\x12(\n\x05image\x18\x06 \x01(\x0b\x32\x17.darkroom.v1.ImageChunkH\x00\x12)\n\x08\x66inished\x18\x07 \x01(\x0b\x32\x15.darkroom.v1.FinishedH\x00\x12+\n\trestarted\x18\x08 \x01(\x0b\x32\x16.darkroom.v1.RestartedH\x00\x42\x07\n\x05\x65vent\"\xe5\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05seeds\x18\x02 \x03(\x03\x12\x16\n\x0equeue_position\x18\x03 \x01(\x05\x12\x32\n\x0f\x65stimated_start\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x65stimated_finish\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05model\x18\x06 \x01(\t\x12\x16\n\x0emodel_revision\x18\x07 \x01(\t\x12\x0e\n\x06joined\x18\x08 \x01(\x08\"\x1a\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\x05\"\t\n\x07Started\"\x1c\n\tRestarted\x12\x0f\n\x07\x63rashes\x18\x01 \x01(\x05\"x\n\x08Progress\x12\x13\n\x0bimage_index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\r\n\x05steps\x18\x03 \x01(\x05\x12\x0c\n\x04rows\x18\x04 \x01(\x05\x12,\n\tstep_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x83\x01\n\x07Preview\x12\x13\n\x0bimage_index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12(\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\"p\n\nImageChunk\x12\x13\n\x0bimage_index\x18\x01 \x01(\x05\x12!\n\x05image\x18\x02 \x01(\x0b\x32\x12.darkroom.v1.Image\x12\x0c\n\x04size\x18\x03 \x01(\x03\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\x83\x01\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.darkroom.v1.FinishReason\x12%\n\x07timings\x18\x02 \x01(\x0b\x32\x14.darkroom.v1.Timings\x12\r\n\x05model\x18\x03 \x01(\t\x12\x16\n\x0emodel_revision\x18\x04 \x01(\t*_\n\x0cOnDisconnect\x12\x1d\n\x19ON_DISCONNECT_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_DISCONNECT_CANCEL\x10\x01\x12\x16\n\x12ON_DISCONNECT_KEEP\x10\x02*f\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x46INISH_REASON_COMPLETED\x10\x01\x12\x1a\n\x16\x46INISH_REASON_WITHHELD\x10\x02\x32\xc2\x04\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.darkroom.v1.GenerateRequest\x1a\x1d.darkroom.v1.GenerateResponse\x12[\n\x0eGenerateStream\x12\".darkroom.v1.GenerateStreamRequest\x1a#.darkroom.v1.GenerateStreamResponse0\x01\x12_\n\x10SubmitGeneration\x12$.darkroom.v1.SubmitGenerationRequest\x1a%.darkroom.v1.SubmitGenerationResponse\x12^\n\x0fWatchGeneration\x12#.darkroom.v1.WatchGenerationRequest\x1a$.darkroom.v1.WatchGenerationResponse0\x01\x12_\n\x10\x43\x61ncelGeneration\x12$.darkroom.v1.CancelGenerationRequest\x1a%.darkroom.v1.CancelGenerationResponse\x12\x65\n\x12\x45stimateGeneration\x12&.darkroom.v1.EstimateGenerationRequest\x1a\'.darkroom.v1.EstimateGenerationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,18 +35,62 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REPLAYRECORD_LIBRARYVERSIONSENTRY']._loaded_options = None
   _globals['_REPLAYRECORD_LIBRARYVERSIONSENTRY']._serialized_options = b'8\001'
+  _globals['_ONDISCONNECT']._serialized_start=3740
+  _globals['_ONDISCONNECT']._serialized_end=3835
+  _globals['_FINISHREASON']._serialized_start=3837
+  _globals['_FINISHREASON']._serialized_end=3939
   _globals['_GENERATEREQUEST']._serialized_start=103
-  _globals['_GENERATEREQUEST']._serialized_end=540
-  _globals['_GENERATERESPONSE']._serialized_start=543
-  _globals['_GENERATERESPONSE']._serialized_end=695
-  _globals['_IMAGE']._serialized_start=698
-  _globals['_IMAGE']._serialized_end=892
-  _globals['_REPLAYRECORD']._serialized_start=895
-  _globals['_REPLAYRECORD']._serialized_end=1263
-  _globals['_REPLAYRECORD_LIBRARYVERSIONSENTRY']._serialized_start=1209
-  _globals['_REPLAYRECORD_LIBRARYVERSIONSENTRY']._serialized_end=1263
-  _globals['_TIMINGS']._serialized_start=1266
-  _globals['_TIMINGS']._serialized_end=1545
-  _globals['_GENERATIONSERVICE']._serialized_start=1547
-  _globals['_GENERATIONSERVICE']._serialized_end=1639
+  _globals['_GENERATEREQUEST']._serialized_end=590
+  _globals['_GENERATERESPONSE']._serialized_start=593
+  _globals['_GENERATERESPONSE']._serialized_end=745
+  _globals['_IMAGE']._serialized_start=748
+  _globals['_IMAGE']._serialized_end=942
+  _globals['_REPLAYRECORD']._serialized_start=945
+  _globals['_REPLAYRECORD']._serialized_end=1313
+  _globals['_REPLAYRECORD_LIBRARYVERSIONSENTRY']._serialized_start=1259
+  _globals['_REPLAYRECORD_LIBRARYVERSIONSENTRY']._serialized_end=1313
+  _globals['_TIMINGS']._serialized_start=1316
+  _globals['_TIMINGS']._serialized_end=1595
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=1597
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=1716
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1718
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1787
+  _globals['_SUBMITGENERATIONREQUEST']._serialized_start=1790
+  _globals['_SUBMITGENERATIONREQUEST']._serialized_end=1958
+  _globals['_SUBMITGENERATIONRESPONSE']._serialized_start=1960
+  _globals['_SUBMITGENERATIONRESPONSE']._serialized_end=2027
+  _globals['_WATCHGENERATIONREQUEST']._serialized_start=2029
+  _globals['_WATCHGENERATIONREQUEST']._serialized_end=2073
+  _globals['_WATCHGENERATIONRESPONSE']._serialized_start=2075
+  _globals['_WATCHGENERATIONRESPONSE']._serialized_end=2145
+  _globals['_CANCELGENERATIONREQUEST']._serialized_start=2147
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=2192
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=2194
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=2239
+  _globals['_ESTIMATEGENERATIONREQUEST']._serialized_start=2241
+  _globals['_ESTIMATEGENERATIONREQUEST']._serialized_end=2318
+  _globals['_ESTIMATEGENERATIONRESPONSE']._serialized_start=2321
+  _globals['_ESTIMATEGENERATIONRESPONSE']._serialized_end=2486
+  _globals['_PREVIEWOPTIONS']._serialized_start=2488
+  _globals['_PREVIEWOPTIONS']._serialized_end=2567
+  _globals['_GENERATIONEVENT']._serialized_start=2570
+  _globals['_GENERATIONEVENT']._serialized_end=2933
+  _globals['_ACCEPTED']._serialized_start=2936
+  _globals['_ACCEPTED']._serialized_end=3165
+  _globals['_QUEUED']._serialized_start=3167
+  _globals['_QUEUED']._serialized_end=3193
+  _globals['_STARTED']._serialized_start=3195
+  _globals['_STARTED']._serialized_end=3204
+  _globals['_RESTARTED']._serialized_start=3206
+  _globals['_RESTARTED']._serialized_end=3234
+  _globals['_PROGRESS']._serialized_start=3236
+  _globals['_PROGRESS']._serialized_end=3356
+  _globals['_PREVIEW']._serialized_start=3359
+  _globals['_PREVIEW']._serialized_end=3490
+  _globals['_IMAGECHUNK']._serialized_start=3492
+  _globals['_IMAGECHUNK']._serialized_end=3604
+  _globals['_FINISHED']._serialized_start=3607
+  _globals['_FINISHED']._serialized_end=3738
+  _globals['_GENERATIONSERVICE']._serialized_start=3942
+  _globals['_GENERATIONSERVICE']._serialized_end=4520
 # @@protoc_insertion_point(module_scope)

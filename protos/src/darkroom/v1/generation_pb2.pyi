@@ -9,6 +9,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,58 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _OnDisconnect:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnDisconnectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnDisconnect.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_DISCONNECT_UNSPECIFIED: _OnDisconnect.ValueType  # 0
+    """As ON_DISCONNECT_CANCEL."""
+    ON_DISCONNECT_CANCEL: _OnDisconnect.ValueType  # 1
+    """The job is cancelled at the next step."""
+    ON_DISCONNECT_KEEP: _OnDisconnect.ValueType  # 2
+    """The job lives on for the server's grace time, so that the caller can come
+    back with the same request_id.
+    """
+
+class OnDisconnect(_OnDisconnect, metaclass=_OnDisconnectEnumTypeWrapper):
+    """OnDisconnect is what becomes of a job when its last waiter is gone."""
+
+ON_DISCONNECT_UNSPECIFIED: OnDisconnect.ValueType  # 0
+"""As ON_DISCONNECT_CANCEL."""
+ON_DISCONNECT_CANCEL: OnDisconnect.ValueType  # 1
+"""The job is cancelled at the next step."""
+ON_DISCONNECT_KEEP: OnDisconnect.ValueType  # 2
+"""The job lives on for the server's grace time, so that the caller can come
+back with the same request_id.
+"""
+Global___OnDisconnect: _TypeAlias = OnDisconnect  # noqa: Y015
+
+class _FinishReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
+    """Not used."""
+    FINISH_REASON_COMPLETED: _FinishReason.ValueType  # 1
+    """Every image was drawn."""
+    FINISH_REASON_WITHHELD: _FinishReason.ValueType  # 2
+    """Every image was drawn, and at least one of them withheld."""
+
+class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
+    """FinishReason is how a job ended well."""
+
+FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
+"""Not used."""
+FINISH_REASON_COMPLETED: FinishReason.ValueType  # 1
+"""Every image was drawn."""
+FINISH_REASON_WITHHELD: FinishReason.ValueType  # 2
+"""Every image was drawn, and at least one of them withheld."""
+Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
@@ -42,6 +95,7 @@ class GenerateRequest(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
+    ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's id; may stay empty where the server holds a single model."""
     prompt: _builtins.str
@@ -69,12 +123,16 @@ class GenerateRequest(_message.Message):
     quality: _builtins.int
     """1 to 100, for JPEG and WEBP only."""
     request_id: _builtins.str
-    """Names this request in logs and in the response; drawn by the server if
-    empty. At most 64 of A-Z a-z 0-9 . _ -
+    """Names the job within its caller; drawn by the server if empty. At most 64
+    of A-Z a-z 0-9 . _ -
     """
     exact: _builtins.bool
     """Draw each image in denoiser passes of its own, so that its bytes are
     identical whatever else the server is doing. Costs throughput.
+    """
+    on_disconnect: Global___OnDisconnect.ValueType
+    """What becomes of the job when its last waiter is gone: a server cannot tell
+    a caller that cancelled from one that lost its connection.
     """
     def __init__(
         self,
@@ -93,10 +151,11 @@ class GenerateRequest(_message.Message):
         quality: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
         exact: _builtins.bool = ...,
+        on_disconnect: Global___OnDisconnect.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "quality", b"quality", "seed", b"seed", "steps", b"steps", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_width", b"_width", "exact", b"exact", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "quality", b"quality", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_width", b"_width", "exact", b"exact", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "on_disconnect", b"on_disconnect", "prompt", b"prompt", "quality", b"quality", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -364,3 +423,649 @@ class Timings(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Timings: _TypeAlias = Timings  # noqa: Y015
+
+@_typing.final
+class GenerateStreamRequest(_message.Message):
+    """GenerateStreamRequest says what to draw, and what to tell meanwhile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def generation(self) -> Global___GenerateRequest:
+        """What to draw."""
+
+    @_builtins.property
+    def preview(self) -> Global___PreviewOptions:
+        """The previews wanted; none if unset."""
+
+    def __init__(
+        self,
+        *,
+        generation: Global___GenerateRequest | None = ...,
+        preview: Global___PreviewOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "preview", b"preview"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "preview", b"preview"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateStreamRequest: _TypeAlias = GenerateStreamRequest  # noqa: Y015
+
+@_typing.final
+class GenerateStreamResponse(_message.Message):
+    """GenerateStreamResponse is one event of the job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> Global___GenerationEvent:
+        """What happened."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___GenerationEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y015
+
+@_typing.final
+class SubmitGenerationRequest(_message.Message):
+    """SubmitGenerationRequest says what to draw while nobody waits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
+    TIME_LIMIT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def generation(self) -> Global___GenerateRequest:
+        """What to draw; its on_disconnect is not used."""
+
+    @_builtins.property
+    def preview(self) -> Global___PreviewOptions:
+        """The previews that watchers shall get; none if unset."""
+
+    @_builtins.property
+    def time_limit(self) -> _duration_pb2.Duration:
+        """The job's deadline, counted from its acceptance; none if unset. The call's
+        own deadline ends the call only.
+        """
+
+    def __init__(
+        self,
+        *,
+        generation: Global___GenerateRequest | None = ...,
+        preview: Global___PreviewOptions | None = ...,
+        time_limit: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "preview", b"preview", "time_limit", b"time_limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "preview", b"preview", "time_limit", b"time_limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitGenerationRequest: _TypeAlias = SubmitGenerationRequest  # noqa: Y015
+
+@_typing.final
+class SubmitGenerationResponse(_message.Message):
+    """SubmitGenerationResponse says that the job runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def accepted(self) -> Global___Accepted:
+        """What was accepted."""
+
+    def __init__(
+        self,
+        *,
+        accepted: Global___Accepted | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitGenerationResponse: _TypeAlias = SubmitGenerationResponse  # noqa: Y015
+
+@_typing.final
+class WatchGenerationRequest(_message.Message):
+    """WatchGenerationRequest names a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The job's id."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchGenerationRequest: _TypeAlias = WatchGenerationRequest  # noqa: Y015
+
+@_typing.final
+class WatchGenerationResponse(_message.Message):
+    """WatchGenerationResponse is one event of the job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> Global___GenerationEvent:
+        """What happened."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___GenerationEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchGenerationResponse: _TypeAlias = WatchGenerationResponse  # noqa: Y015
+
+@_typing.final
+class CancelGenerationRequest(_message.Message):
+    """CancelGenerationRequest names a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The job's id."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelGenerationRequest: _TypeAlias = CancelGenerationRequest  # noqa: Y015
+
+@_typing.final
+class CancelGenerationResponse(_message.Message):
+    """CancelGenerationResponse tells whether there was something to cancel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    cancelled: _builtins.bool
+    """False where the job had ended before."""
+    def __init__(
+        self,
+        *,
+        cancelled: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelGenerationResponse: _TypeAlias = CancelGenerationResponse  # noqa: Y015
+
+@_typing.final
+class EstimateGenerationRequest(_message.Message):
+    """EstimateGenerationRequest says what would be drawn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def generation(self) -> Global___GenerateRequest:
+        """The request to estimate."""
+
+    def __init__(
+        self,
+        *,
+        generation: Global___GenerateRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateGenerationRequest: _TypeAlias = EstimateGenerationRequest  # noqa: Y015
+
+@_typing.final
+class EstimateGenerationResponse(_message.Message):
+    """EstimateGenerationResponse is what the request would take now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_WAIT_FIELD_NUMBER: _builtins.int
+    RUN_TIME_FIELD_NUMBER: _builtins.int
+    PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    peak_bytes: _builtins.int
+    """Memory of the device that the images take at their peak, besides the
+    weights.
+    """
+    available_bytes: _builtins.int
+    """Memory that the device has for it."""
+    @_builtins.property
+    def queue_wait(self) -> _duration_pb2.Duration:
+        """From acceptance to the first step."""
+
+    @_builtins.property
+    def run_time(self) -> _duration_pb2.Duration:
+        """From the first step to the last image."""
+
+    def __init__(
+        self,
+        *,
+        queue_wait: _duration_pb2.Duration | None = ...,
+        run_time: _duration_pb2.Duration | None = ...,
+        peak_bytes: _builtins.int = ...,
+        available_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["queue_wait", b"queue_wait", "run_time", b"run_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_bytes", b"available_bytes", "peak_bytes", b"peak_bytes", "queue_wait", b"queue_wait", "run_time", b"run_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateGenerationResponse: _TypeAlias = EstimateGenerationResponse  # noqa: Y015
+
+@_typing.final
+class PreviewOptions(_message.Message):
+    """PreviewOptions asks for small pictures of what is being developed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVERY_STEPS_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    every_steps: _builtins.int
+    """A preview every so many steps of an image, at least 1; 0 means none."""
+    format: _types_pb2.ImageFormat.ValueType
+    """JPEG or WEBP; JPEG if unset."""
+    def __init__(
+        self,
+        *,
+        every_steps: _builtins.int = ...,
+        format: _types_pb2.ImageFormat.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["every_steps", b"every_steps", "format", b"format"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewOptions: _TypeAlias = PreviewOptions  # noqa: Y015
+
+@_typing.final
+class GenerationEvent(_message.Message):
+    """GenerationEvent is one thing that happened to a job. The first is `accepted`,
+    the last `finished`; a job that ends otherwise ends the stream with a status.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    RESTARTED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def accepted(self) -> Global___Accepted:
+        """The job was accepted, or joined."""
+
+    @_builtins.property
+    def queued(self) -> Global___Queued:
+        """The job waits."""
+
+    @_builtins.property
+    def started(self) -> Global___Started:
+        """The first step begins."""
+
+    @_builtins.property
+    def progress(self) -> Global___Progress:
+        """An image took a step. A slow reader gets fewer of these."""
+
+    @_builtins.property
+    def preview(self) -> Global___Preview:
+        """What an image looks like so far. A slow reader gets fewer of these."""
+
+    @_builtins.property
+    def image(self) -> Global___ImageChunk:
+        """A piece of a finished image."""
+
+    @_builtins.property
+    def finished(self) -> Global___Finished:
+        """Every image was sent."""
+
+    @_builtins.property
+    def restarted(self) -> Global___Restarted:
+        """The engine died, and the job is run again: its progress starts over, its
+        finished images are kept.
+        """
+
+    def __init__(
+        self,
+        *,
+        accepted: Global___Accepted | None = ...,
+        queued: Global___Queued | None = ...,
+        started: Global___Started | None = ...,
+        progress: Global___Progress | None = ...,
+        preview: Global___Preview | None = ...,
+        image: Global___ImageChunk | None = ...,
+        finished: Global___Finished | None = ...,
+        restarted: Global___Restarted | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "event", b"event", "finished", b"finished", "image", b"image", "preview", b"preview", "progress", b"progress", "queued", b"queued", "restarted", b"restarted", "started", b"started"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "event", b"event", "finished", b"finished", "image", b"image", "preview", b"preview", "progress", b"progress", "queued", b"queued", "restarted", b"restarted", "started", b"started"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "queued", "started", "progress", "preview", "image", "finished", "restarted"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___GenerationEvent: _TypeAlias = GenerationEvent  # noqa: Y015
+
+@_typing.final
+class Accepted(_message.Message):
+    """Accepted says what the server will draw, and when."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SEEDS_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
+    ESTIMATED_START_FIELD_NUMBER: _builtins.int
+    ESTIMATED_FINISH_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    MODEL_REVISION_FIELD_NUMBER: _builtins.int
+    JOINED_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The job's id, given or drawn by the server."""
+    queue_position: _builtins.int
+    """How many jobs go before this one; 0 for a job that need not wait."""
+    model: _builtins.str
+    """The model that draws."""
+    model_revision: _builtins.str
+    """The model's revision."""
+    joined: _builtins.bool
+    """The job was there before this call, which joins it."""
+    @_builtins.property
+    def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The seed of each image."""
+
+    @_builtins.property
+    def estimated_start(self) -> _duration_pb2.Duration:
+        """Expected time from now to the first step; unset where it is not known yet."""
+
+    @_builtins.property
+    def estimated_finish(self) -> _duration_pb2.Duration:
+        """Expected time from now to the last image; unset where it is not known yet."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        seeds: _abc.Iterable[_builtins.int] | None = ...,
+        queue_position: _builtins.int = ...,
+        estimated_start: _duration_pb2.Duration | None = ...,
+        estimated_finish: _duration_pb2.Duration | None = ...,
+        model: _builtins.str = ...,
+        model_revision: _builtins.str = ...,
+        joined: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["estimated_finish", b"estimated_finish", "estimated_start", b"estimated_start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_finish", b"estimated_finish", "estimated_start", b"estimated_start", "joined", b"joined", "model", b"model", "model_revision", b"model_revision", "queue_position", b"queue_position", "request_id", b"request_id", "seeds", b"seeds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
+
+@_typing.final
+class Queued(_message.Message):
+    """Queued says where a waiting job is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """How many jobs go before this one."""
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Queued: _TypeAlias = Queued  # noqa: Y015
+
+@_typing.final
+class Started(_message.Message):
+    """Started says that the first step begins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Started: _TypeAlias = Started  # noqa: Y015
+
+@_typing.final
+class Restarted(_message.Message):
+    """Restarted says that a job is run again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CRASHES_FIELD_NUMBER: _builtins.int
+    crashes: _builtins.int
+    """How many engines have died with this job so far."""
+    def __init__(
+        self,
+        *,
+        crashes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crashes", b"crashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Restarted: _TypeAlias = Restarted  # noqa: Y015
+
+@_typing.final
+class Progress(_message.Message):
+    """Progress says how far an image is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_INDEX_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    STEP_TIME_FIELD_NUMBER: _builtins.int
+    image_index: _builtins.int
+    """Which image of the request, from 0."""
+    step: _builtins.int
+    """Denoiser calls done."""
+    steps: _builtins.int
+    """Denoiser calls in all; some schedulers make more than `steps` of them."""
+    rows: _builtins.int
+    """Rows in the pass that this step was part of."""
+    @_builtins.property
+    def step_time(self) -> _duration_pb2.Duration:
+        """What the pass took."""
+
+    def __init__(
+        self,
+        *,
+        image_index: _builtins.int = ...,
+        step: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        step_time: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step_time", b"step_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_index", b"image_index", "rows", b"rows", "step", b"step", "step_time", b"step_time", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
+class Preview(_message.Message):
+    """Preview is a small picture of an unfinished image."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_INDEX_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    image_index: _builtins.int
+    """Which image of the request, from 0."""
+    step: _builtins.int
+    """Denoiser calls done."""
+    data: _builtins.bytes
+    """The encoded pixels."""
+    format: _types_pb2.ImageFormat.ValueType
+    """The encoding of `data`."""
+    width: _builtins.int
+    """In pixels."""
+    height: _builtins.int
+    """In pixels."""
+    def __init__(
+        self,
+        *,
+        image_index: _builtins.int = ...,
+        step: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        format: _types_pb2.ImageFormat.ValueType = ...,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "format", b"format", "height", b"height", "image_index", b"image_index", "step", b"step", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Preview: _TypeAlias = Preview  # noqa: Y015
+
+@_typing.final
+class ImageChunk(_message.Message):
+    """ImageChunk is a piece of a finished image. The chunks of an image come in
+    order and without others between them; it is whole when `offset` and the
+    length of `data` make `size`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_INDEX_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    image_index: _builtins.int
+    """Which image of the request, from 0."""
+    size: _builtins.int
+    """Bytes of the whole image; 0 if it was withheld."""
+    offset: _builtins.int
+    """Where `data` belongs."""
+    data: _builtins.bytes
+    """At most 512 KiB of the encoded image."""
+    @_builtins.property
+    def image(self) -> Global___Image:
+        """Everything but the data; in the first chunk of an image only."""
+
+    def __init__(
+        self,
+        *,
+        image_index: _builtins.int = ...,
+        image: Global___Image | None = ...,
+        size: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "image", b"image", "image_index", b"image_index", "offset", b"offset", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageChunk: _TypeAlias = ImageChunk  # noqa: Y015
+
+@_typing.final
+class Finished(_message.Message):
+    """Finished says that every image was sent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    MODEL_REVISION_FIELD_NUMBER: _builtins.int
+    reason: Global___FinishReason.ValueType
+    """How it ended."""
+    model: _builtins.str
+    """The model that drew the images."""
+    model_revision: _builtins.str
+    """The model's revision."""
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """Where the time went."""
+
+    def __init__(
+        self,
+        *,
+        reason: Global___FinishReason.ValueType = ...,
+        timings: Global___Timings | None = ...,
+        model: _builtins.str = ...,
+        model_revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "model_revision", b"model_revision", "reason", b"reason", "timings", b"timings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Finished: _TypeAlias = Finished  # noqa: Y015

@@ -40,6 +40,31 @@ class GenerationServiceStub(object):
                 request_serializer=darkroom_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=darkroom_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateStream = channel.unary_stream(
+                '/darkroom.v1.GenerationService/GenerateStream',
+                request_serializer=darkroom_dot_v1_dot_generation__pb2.GenerateStreamRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
+                _registered_method=True)
+        self.SubmitGeneration = channel.unary_unary(
+                '/darkroom.v1.GenerationService/SubmitGeneration',
+                request_serializer=darkroom_dot_v1_dot_generation__pb2.SubmitGenerationRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_generation__pb2.SubmitGenerationResponse.FromString,
+                _registered_method=True)
+        self.WatchGeneration = channel.unary_stream(
+                '/darkroom.v1.GenerationService/WatchGeneration',
+                request_serializer=darkroom_dot_v1_dot_generation__pb2.WatchGenerationRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_generation__pb2.WatchGenerationResponse.FromString,
+                _registered_method=True)
+        self.CancelGeneration = channel.unary_unary(
+                '/darkroom.v1.GenerationService/CancelGeneration',
+                request_serializer=darkroom_dot_v1_dot_generation__pb2.CancelGenerationRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_generation__pb2.CancelGenerationResponse.FromString,
+                _registered_method=True)
+        self.EstimateGeneration = channel.unary_unary(
+                '/darkroom.v1.GenerationService/EstimateGeneration',
+                request_serializer=darkroom_dot_v1_dot_generation__pb2.EstimateGenerationRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_generation__pb2.EstimateGenerationResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -55,6 +80,50 @@ class GenerationServiceServicer(object):
         the queue is full (with google.rpc.RetryInfo) or the request can never fit
         in memory, UNAVAILABLE while the model loads or the server drains,
         DEADLINE_EXCEEDED, and INTERNAL when the engine failed.
+
+        A request_id names a job within its caller: a second call with the same id
+        and the same fields joins the running job or gets its kept result; with
+        other fields it is ALREADY_EXISTS.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateStream(self, request, context):
+        """GenerateStream does the same, and tells what happens meanwhile. Errors are
+        those of Generate, as the stream's status.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitGeneration(self, request, context):
+        """SubmitGeneration answers as soon as the request is accepted, and leaves the
+        job running without a waiter. Its result is kept for a while.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchGeneration(self, request, context):
+        """WatchGeneration tells what happens to a job of the same caller, from its
+        acceptance on: finished images are sent again, progress is not. NOT_FOUND
+        for an id that is not known, or not known any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelGeneration(self, request, context):
+        """CancelGeneration ends a job of the same caller at the next step, whoever
+        waits for it. NOT_FOUND as in WatchGeneration.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateGeneration(self, request, context):
+        """EstimateGeneration tells what a request would take, without drawing it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -67,6 +136,31 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=darkroom_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=darkroom_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateStream,
+                    request_deserializer=darkroom_dot_v1_dot_generation__pb2.GenerateStreamRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_generation__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'SubmitGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitGeneration,
+                    request_deserializer=darkroom_dot_v1_dot_generation__pb2.SubmitGenerationRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_generation__pb2.SubmitGenerationResponse.SerializeToString,
+            ),
+            'WatchGeneration': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchGeneration,
+                    request_deserializer=darkroom_dot_v1_dot_generation__pb2.WatchGenerationRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_generation__pb2.WatchGenerationResponse.SerializeToString,
+            ),
+            'CancelGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelGeneration,
+                    request_deserializer=darkroom_dot_v1_dot_generation__pb2.CancelGenerationRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_generation__pb2.CancelGenerationResponse.SerializeToString,
+            ),
+            'EstimateGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateGeneration,
+                    request_deserializer=darkroom_dot_v1_dot_generation__pb2.EstimateGenerationRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_generation__pb2.EstimateGenerationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -97,6 +191,141 @@ class GenerationService(object):
             '/darkroom.v1.GenerationService/Generate',
             darkroom_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             darkroom_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/darkroom.v1.GenerationService/GenerateStream',
+            darkroom_dot_v1_dot_generation__pb2.GenerateStreamRequest.SerializeToString,
+            darkroom_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.GenerationService/SubmitGeneration',
+            darkroom_dot_v1_dot_generation__pb2.SubmitGenerationRequest.SerializeToString,
+            darkroom_dot_v1_dot_generation__pb2.SubmitGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/darkroom.v1.GenerationService/WatchGeneration',
+            darkroom_dot_v1_dot_generation__pb2.WatchGenerationRequest.SerializeToString,
+            darkroom_dot_v1_dot_generation__pb2.WatchGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.GenerationService/CancelGeneration',
+            darkroom_dot_v1_dot_generation__pb2.CancelGenerationRequest.SerializeToString,
+            darkroom_dot_v1_dot_generation__pb2.CancelGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.GenerationService/EstimateGeneration',
+            darkroom_dot_v1_dot_generation__pb2.EstimateGenerationRequest.SerializeToString,
+            darkroom_dot_v1_dot_generation__pb2.EstimateGenerationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,7 +42,30 @@ class GenerationServiceStub:
     the queue is full (with google.rpc.RetryInfo) or the request can never fit
     in memory, UNAVAILABLE while the model loads or the server drains,
     DEADLINE_EXCEEDED, and INTERNAL when the engine failed.
+
+    A request_id names a job within its caller: a second call with the same id
+    and the same fields joins the running job or gets its kept result; with
+    other fields it is ALREADY_EXISTS.
     """
+    GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]
+    """GenerateStream does the same, and tells what happens meanwhile. Errors are
+    those of Generate, as the stream's status.
+    """
+    SubmitGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.SubmitGenerationRequest, _generation_pb2.SubmitGenerationResponse]
+    """SubmitGeneration answers as soon as the request is accepted, and leaves the
+    job running without a waiter. Its result is kept for a while.
+    """
+    WatchGeneration: _grpc.UnaryStreamMultiCallable[_generation_pb2.WatchGenerationRequest, _generation_pb2.WatchGenerationResponse]
+    """WatchGeneration tells what happens to a job of the same caller, from its
+    acceptance on: finished images are sent again, progress is not. NOT_FOUND
+    for an id that is not known, or not known any more.
+    """
+    CancelGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelGenerationRequest, _generation_pb2.CancelGenerationResponse]
+    """CancelGeneration ends a job of the same caller at the next step, whoever
+    waits for it. NOT_FOUND as in WatchGeneration.
+    """
+    EstimateGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.EstimateGenerationRequest, _generation_pb2.EstimateGenerationResponse]
+    """EstimateGeneration tells what a request would take, without drawing it."""
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -58,7 +81,30 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     the queue is full (with google.rpc.RetryInfo) or the request can never fit
     in memory, UNAVAILABLE while the model loads or the server drains,
     DEADLINE_EXCEEDED, and INTERNAL when the engine failed.
+
+    A request_id names a job within its caller: a second call with the same id
+    and the same fields joins the running job or gets its kept result; with
+    other fields it is ALREADY_EXISTS.
     """
+    GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]  # type: ignore[assignment]
+    """GenerateStream does the same, and tells what happens meanwhile. Errors are
+    those of Generate, as the stream's status.
+    """
+    SubmitGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.SubmitGenerationRequest, _generation_pb2.SubmitGenerationResponse]  # type: ignore[assignment]
+    """SubmitGeneration answers as soon as the request is accepted, and leaves the
+    job running without a waiter. Its result is kept for a while.
+    """
+    WatchGeneration: _aio.UnaryStreamMultiCallable[_generation_pb2.WatchGenerationRequest, _generation_pb2.WatchGenerationResponse]  # type: ignore[assignment]
+    """WatchGeneration tells what happens to a job of the same caller, from its
+    acceptance on: finished images are sent again, progress is not. NOT_FOUND
+    for an id that is not known, or not known any more.
+    """
+    CancelGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelGenerationRequest, _generation_pb2.CancelGenerationResponse]  # type: ignore[assignment]
+    """CancelGeneration ends a job of the same caller at the next step, whoever
+    waits for it. NOT_FOUND as in WatchGeneration.
+    """
+    EstimateGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.EstimateGenerationRequest, _generation_pb2.EstimateGenerationResponse]  # type: ignore[assignment]
+    """EstimateGeneration tells what a request would take, without drawing it."""
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """GenerationService draws images from text."""
@@ -77,6 +123,59 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         the queue is full (with google.rpc.RetryInfo) or the request can never fit
         in memory, UNAVAILABLE while the model loads or the server drains,
         DEADLINE_EXCEEDED, and INTERNAL when the engine failed.
+
+        A request_id names a job within its caller: a second call with the same id
+        and the same fields joins the running job or gets its kept result; with
+        other fields it is ALREADY_EXISTS.
         """
+
+    @_abc_1.abstractmethod
+    def GenerateStream(
+        self,
+        request: _generation_pb2.GenerateStreamRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateStreamResponse], _abc.AsyncIterator[_generation_pb2.GenerateStreamResponse]]:
+        """GenerateStream does the same, and tells what happens meanwhile. Errors are
+        those of Generate, as the stream's status.
+        """
+
+    @_abc_1.abstractmethod
+    def SubmitGeneration(
+        self,
+        request: _generation_pb2.SubmitGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.SubmitGenerationResponse, _abc.Awaitable[_generation_pb2.SubmitGenerationResponse]]:
+        """SubmitGeneration answers as soon as the request is accepted, and leaves the
+        job running without a waiter. Its result is kept for a while.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchGeneration(
+        self,
+        request: _generation_pb2.WatchGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.WatchGenerationResponse], _abc.AsyncIterator[_generation_pb2.WatchGenerationResponse]]:
+        """WatchGeneration tells what happens to a job of the same caller, from its
+        acceptance on: finished images are sent again, progress is not. NOT_FOUND
+        for an id that is not known, or not known any more.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelGeneration(
+        self,
+        request: _generation_pb2.CancelGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.CancelGenerationResponse, _abc.Awaitable[_generation_pb2.CancelGenerationResponse]]:
+        """CancelGeneration ends a job of the same caller at the next step, whoever
+        waits for it. NOT_FOUND as in WatchGeneration.
+        """
+
+    @_abc_1.abstractmethod
+    def EstimateGeneration(
+        self,
+        request: _generation_pb2.EstimateGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.EstimateGenerationResponse, _abc.Awaitable[_generation_pb2.EstimateGenerationResponse]]:
+        """EstimateGeneration tells what a request would take, without drawing it."""
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

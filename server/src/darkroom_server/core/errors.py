@@ -3,11 +3,17 @@
 DarkroomError
 ├── InvalidRequest        mend the request
 ├── UnknownModel          name another model
+├── UnknownRequest        no job of that id is known, or known any more
+├── RequestConflict       that id is taken by another request of the same caller
+├── Unauthenticated       bring a valid token
+├── NotAllowed            this caller may not make this call
 ├── Refused               the request is fine, the moment or the machine is not
 │   ├── QueueFull         try again after `retry_after`
+│   ├── QuotaExceeded     this caller has its share; try again after `retry_after`
 │   ├── NotReady          try again after `retry_after`
 │   └── TooLarge          never fits this machine
 ├── DeadlineExceeded      give more time
+├── JobCancelled          somebody cancelled the job that the caller waited for
 └── GenerationFailed      accepted, and could not be finished; `reason` says why
 
 `rpc.errors` is the one module that knows both these and gRPC's status codes. The exceptions
@@ -23,12 +29,19 @@ class Reason(StrEnum):
 
     INVALID_REQUEST = "INVALID_REQUEST"
     UNKNOWN_MODEL = "UNKNOWN_MODEL"
+    UNKNOWN_REQUEST = "UNKNOWN_REQUEST"
+    REQUEST_CONFLICT = "REQUEST_CONFLICT"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
     REPLY_TOO_LARGE = "REPLY_TOO_LARGE"
     QUEUE_FULL = "QUEUE_FULL"
+    QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
     MODEL_LOADING = "MODEL_LOADING"
     DRAINING = "DRAINING"
     DOES_NOT_FIT = "DOES_NOT_FIT"
     DEADLINE_EXPIRED = "DEADLINE_EXPIRED"
+    DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"
+    CANCELLED = "CANCELLED"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     NON_FINITE = "NON_FINITE"
     SCHEDULER_FAILED = "SCHEDULER_FAILED"
@@ -88,6 +101,44 @@ class UnknownModel(DarkroomError):
         self.known = known
 
 
+class UnknownRequest(DarkroomError):
+    """No job of that id is known to this caller, or known any more."""
+
+    reason = Reason.UNKNOWN_REQUEST
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"no generation {request_id!r}: it was never asked for by this caller, or its result "
+            "is not kept any more"
+        )
+        self.request_id = request_id
+
+
+class RequestConflict(DarkroomError):
+    """The caller used this id for a request with other fields."""
+
+    reason = Reason.REQUEST_CONFLICT
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"request_id {request_id!r} names a generation with other fields; use a new id, or "
+            "the same fields"
+        )
+        self.request_id = request_id
+
+
+class Unauthenticated(DarkroomError):
+    """No token, or none that this server knows."""
+
+    reason = Reason.UNAUTHENTICATED
+
+
+class NotAllowed(DarkroomError):
+    """The caller is known, and may not make this call."""
+
+    reason = Reason.PERMISSION_DENIED
+
+
 class Refused(DarkroomError):
     """Refused before any work; ``retry_after`` in seconds, None where trying again is vain."""
 
@@ -107,6 +158,16 @@ class QueueFull(Refused):
     reason = Reason.QUEUE_FULL
 
 
+class QuotaExceeded(Refused):
+    """This caller has its share; ``subject`` and ``description`` say of what."""
+
+    reason = Reason.QUOTA_EXCEEDED
+
+    def __init__(self, subject: str, description: str, retry_after: float | None = None) -> None:
+        super().__init__(description, retry_after)
+        self.subject = subject
+
+
 class NotReady(Refused):
     """The model is still loading, or the server is going away (``reason`` tells)."""
 
@@ -124,7 +185,20 @@ class TooLarge(Refused):
 class DeadlineExceeded(DarkroomError):
     """The caller's deadline passed, or would pass before the job could finish."""
 
-    reason = Reason.DEADLINE_EXPIRED
+    def __init__(
+        self,
+        message: str,
+        reason: Reason = Reason.DEADLINE_EXPIRED,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, metadata)
+        self.reason = reason
+
+
+class JobCancelled(DarkroomError):
+    """The job was cancelled by somebody else than the one who waits for it."""
+
+    reason = Reason.CANCELLED
 
 
 class GenerationFailed(DarkroomError):

@@ -53,7 +53,8 @@ class Job:
 
     ``id`` is unique among the jobs of one server. Times are ``time.monotonic`` seconds, which on
     Linux all processes of a machine share. ``priority`` is higher for what is more urgent.
-    ``skip`` are the images, by index, that an earlier engine finished already.
+    ``skip`` are the images, by index, that an earlier engine finished already. ``caller`` is the
+    name of who asked. ``preview_every``: a preview each so many steps, 0 for none.
     """
 
     id: str
@@ -74,6 +75,9 @@ class Job:
     deadline: float | None = None
     priority: int = 0
     skip: frozenset[int] = frozenset()
+    caller: str = ""
+    preview_every: int = 0
+    preview_format: ImageFormat = ImageFormat.JPEG
 
     @property
     def image_indices(self) -> list[int]:

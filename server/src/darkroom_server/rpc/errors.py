@@ -14,12 +14,18 @@ from darkroom_server.core.errors import (
     DeadlineExceeded,
     GenerationFailed,
     InvalidRequest,
+    JobCancelled,
+    NotAllowed,
     NotReady,
     QueueFull,
+    QuotaExceeded,
     Reason,
     Refused,
+    RequestConflict,
     TooLarge,
+    Unauthenticated,
     UnknownModel,
+    UnknownRequest,
 )
 
 DOMAIN = "darkroom"
@@ -35,7 +41,13 @@ MAX_VIOLATIONS_BYTES = 4096
 CODES: dict[type[DarkroomError], int] = {
     InvalidRequest: code_pb2.INVALID_ARGUMENT,
     UnknownModel: code_pb2.NOT_FOUND,
+    UnknownRequest: code_pb2.NOT_FOUND,
+    RequestConflict: code_pb2.ALREADY_EXISTS,
+    Unauthenticated: code_pb2.UNAUTHENTICATED,
+    NotAllowed: code_pb2.PERMISSION_DENIED,
+    JobCancelled: code_pb2.CANCELLED,
     QueueFull: code_pb2.RESOURCE_EXHAUSTED,
+    QuotaExceeded: code_pb2.RESOURCE_EXHAUSTED,
     NotReady: code_pb2.UNAVAILABLE,
     TooLarge: code_pb2.RESOURCE_EXHAUSTED,
     DeadlineExceeded: code_pb2.DEADLINE_EXCEEDED,
@@ -94,6 +106,16 @@ def _details(error: DarkroomError) -> list[Message]:
                     description="this server does not hold it",
                 )
             ]
+        case UnknownRequest(request_id=request_id) | RequestConflict(request_id=request_id):
+            return [
+                error_details_pb2.ResourceInfo(
+                    resource_type="darkroom.v1.Generation", resource_name=request_id
+                )
+            ]
+        case QuotaExceeded():
+            quota = error_details_pb2.QuotaFailure()
+            quota.violations.add(subject=error.subject, description=str(error))
+            return [quota]
         case Refused(retry_after=float(seconds)):
             delay = Duration()
             delay.FromMilliseconds(max(1, round(seconds * 1000)))

@@ -8,8 +8,13 @@ from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
     InvalidRequest,
+    JobCancelled,
+    NotAllowed,
     Refused,
+    RequestConflict,
+    Unauthenticated,
     UnknownModel,
+    UnknownRequest,
 )
 from darkroom_server.core.events import StageSeconds
 
@@ -54,10 +59,12 @@ class RequestObserver(Protocol):
 def outcome_of(error: DarkroomError) -> Outcome:
     """The outcome of a request that ended with ``error``."""
     match error:
-        case InvalidRequest() | UnknownModel():
+        case InvalidRequest() | UnknownModel() | UnknownRequest() | RequestConflict():
             return Outcome.INVALID
-        case Refused():
+        case Refused() | Unauthenticated() | NotAllowed():
             return Outcome.REFUSED
+        case JobCancelled():
+            return Outcome.CANCELLED
         case DeadlineExceeded():
             return Outcome.EXPIRED
     return Outcome.FAILED

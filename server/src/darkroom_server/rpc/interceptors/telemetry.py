@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
-import grpc
-
 from darkroom_server.rpc.context import Context, code_name, has_expired
 from darkroom_server.rpc.interceptors.around import Around, Method
 
@@ -47,11 +45,9 @@ class Telemetry(Around):
         except (asyncio.CancelledError, GeneratorExit):
             code = "DEADLINE_EXCEEDED" if has_expired(context) else "CANCELLED"
             raise
-        except grpc.aio.AbortError:
-            code = code_name(context) or "UNKNOWN"
-            raise
         except BaseException:
-            code = "UNKNOWN"
+            # A status that was set counts, though it may have come too late to be sent.
+            code = code_name(context) or "UNKNOWN"
             raise
         finally:
             self._observer.call_handled(*named, code, time.monotonic() - began)
