@@ -14,7 +14,7 @@ from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.dispatch.admission import check_fits
 from darkroom_server.engine.arrange import denoiser_pass, measure_memory
 from darkroom_server.engine.decoder import Decoder
-from darkroom_server.engine.measure import Form, best_rows, fastest_form, peak_bytes
+from darkroom_server.engine.measure import Form, best_rows, fastest_form, measure_rows, peak_bytes
 from darkroom_server.engine.memory import PeakMemory, available_bytes
 from darkroom_server.engine.runtime import resolve
 
@@ -169,18 +169,18 @@ class Clock:
 )
 def test_best_rows(seconds: tuple[float, ...], best: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, *seconds)
-    assert best_rows(clock.run_pass, 16) == best
+    assert best_rows(measure_rows(clock.run_pass, 16)) == best
 
 
 def test_best_rows_keeps_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert best_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 5) == 4
-    assert best_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 1) == 2
+    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 5)) == 4
+    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 1)) == 2
 
 
 def test_a_slow_model_is_measured_by_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight seconds a pass, as Stable Diffusion 1.4 on two cores: four forms, no minutes."""
     clock = Clock(monkeypatch, 8.0)
-    best_rows(clock.run_pass, 64)
+    measure_rows(clock.run_pass, 64)
     assert clock.passes == [2]
     forms = [Form(d, c) for d in (torch.float32, torch.bfloat16) for c in (False, True)]
     fastest_form(torch.nn.Identity(), forms, lambda *_: clock.run_pass)

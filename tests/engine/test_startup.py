@@ -69,7 +69,9 @@ def test_a_settled_restart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         settled = (info,)
         for module, name in (
             (arrange, "fastest_form"),
+            (startup, "measure_rows"),
             (startup, "best_rows"),
+            (startup, "measure_decode"),
             (startup, "measure_memory"),
         ):
             monkeypatch.setattr(module, name, _never)

@@ -87,10 +87,25 @@ class SampleProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassDone:
-    """One pass of ``rows`` rows through the denoiser of ``model`` took ``seconds``."""
+    """One pass of ``rows`` rows through the denoiser of ``model`` took ``seconds``.
+
+    All its images are of ``width`` × ``height`` pixels.
+    """
 
     model: str
+    width: int
+    height: int
     rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeDone:
+    """Turning the latents of one image into pixels took ``seconds``."""
+
+    model: str
+    width: int
+    height: int
     seconds: float
 
 
@@ -146,6 +161,7 @@ Event = (
     | JobStarted
     | SampleProgress
     | PassDone
+    | DecodeDone
     | ImageReady
     | JobFinished
     | JobFailed

@@ -82,6 +82,17 @@ class MemoryNeeds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpeed:
+    """What warm-up measured at the default size, in seconds; nothing where it did not.
+
+    ``passes`` are pairs of rows and the seconds of a pass, ``decode`` is for one image.
+    """
+
+    passes: tuple[tuple[int, float], ...] = ()
+    decode: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """A model that is loaded and warmed up."""
 
@@ -93,6 +104,7 @@ class ModelInfo:
     schedulers: tuple[SchedulerOffer, ...]
     runtime: ModelRuntime
     memory: MemoryNeeds
+    speed: ModelSpeed = ModelSpeed()
 
     def offer(self, name: SchedulerName) -> SchedulerOffer | None:
         """The offer for scheduler ``name``, or None where this model does not offer it."""

@@ -8,7 +8,13 @@ from darkroom_server.core.config import Attention
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.engine.decoder import Decoder
-from darkroom_server.engine.measure import DenoiserPass, Form, fastest_form, peak_bytes
+from darkroom_server.engine.measure import (
+    DenoiserPass,
+    Form,
+    fastest_form,
+    fastest_of,
+    peak_bytes,
+)
 from darkroom_server.engine.memory import available_bytes
 from darkroom_server.engine.runtime import Runtime
 
@@ -73,17 +79,28 @@ def measure_memory(
     factor: int,
 ) -> MemoryNeeds:
     """What a pass and a decode take at the default size; ``factor`` pixels make one latent."""
-    latent = int(unet.config.sample_size)
-    shape = (1, int(unet.config.in_channels), latent, latent)
-    latents = torch.zeros(shape, dtype=form.dtype, device=runtime.device)
+    latents = _blank(unet, form, runtime)
     pass_peak = peak_bytes(runtime.device, lambda: run_pass(2))
     decode_peak = peak_bytes(runtime.device, lambda: decoder.decode(latents))
     return MemoryNeeds(
-        pixels=(latent * factor) ** 2,
+        pixels=(latents.shape[-1] * factor) ** 2,
         bytes_per_row=pass_peak // 2,
         bytes_per_decode=decode_peak,
         available_bytes=available_bytes(runtime.device),
     )
+
+
+def measure_decode(unet: Any, decoder: Decoder, form: Form, runtime: Runtime) -> float:
+    """Seconds of the decode of one image of the default size."""
+    latents = _blank(unet, form, runtime)
+    return fastest_of(2, lambda: decoder.decode(latents))
+
+
+def _blank(unet: Any, form: Form, runtime: Runtime) -> torch.Tensor:
+    """The latents of one image of the default size."""
+    latent = int(unet.config.sample_size)
+    shape = (1, int(unet.config.in_channels), latent, latent)
+    return torch.zeros(shape, dtype=form.dtype, device=runtime.device)
 
 
 def _slice_attention(pipeline: Any, size: str) -> None:

@@ -251,7 +251,16 @@ class FakeEngine:
                         seconds=seconds,
                     )
                 )
-        self._emit(PassDone(model=self.models[0].id, rows=rows, seconds=seconds))
+        first = next(iter(self._jobs.values()))
+        self._emit(
+            PassDone(
+                model=first.model,
+                width=first.width,
+                height=first.height,
+                rows=rows,
+                seconds=seconds,
+            )
+        )
         for job in list(self._jobs.values()):
             if self._steps[job.id] >= job.steps:
                 self._end_well(job)

@@ -9,6 +9,7 @@ import torch
 
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
+    DecodeDone,
     Event,
     JobCancelled,
     JobFailed,
@@ -132,12 +133,18 @@ class EngineLoop:
             resident = self._roster.get(sample.job.id)
             if resident is None:
                 continue  # Another image of its job could not be decoded.
-            model = self._models[sample.job.model]
+            job = sample.job
+            model = self._models[job.model]
+            began = time.monotonic()
             pixels = model.decoder.decode(sample.latents)
             if isinstance(pixels, Failure):
                 self._fail(resident, pixels)
                 continue
-            if resident.decoded(time.monotonic()):
+            now = time.monotonic()
+            self._emit(
+                DecodeDone(model=job.model, width=job.width, height=job.height, seconds=now - began)
+            )
+            if resident.decoded(now):
                 self._roster.remove(resident)  # What is left to do is the pool's.
             flagged = model.safety is not None and model.safety.flags(pixels)
             self._encoding.submit(resident, sample, model, pixels, flagged=flagged)
@@ -195,7 +202,16 @@ class EngineLoop:
         """Tell of the step, and charge each sample its rows' share of the pass."""
         rows = sum(sample.rows for sample in samples)
         if samples:
-            self._emit(PassDone(model=samples[0].job.model, rows=rows, seconds=seconds))
+            job = samples[0].job
+            self._emit(
+                PassDone(
+                    model=job.model,
+                    width=job.width,
+                    height=job.height,
+                    rows=rows,
+                    seconds=seconds,
+                )
+            )
         for sample in samples:
             sample.rows_in_last_pass = rows
             sample.engine_seconds += seconds * sample.rows / rows

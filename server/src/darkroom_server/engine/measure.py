@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +53,12 @@ def fastest_form(
     return best
 
 
-def best_rows(run_pass: DenoiserPass, most: int) -> int:
-    """The smallest row count, at most ``most``, at which doubling brings too little.
+def measure_rows(run_pass: DenoiserPass, most: int) -> dict[int, float]:
+    """Seconds of a pass by its rows, of which there are at most ``most``.
 
-    ``most`` is at least 2: an image with guidance must fit.
+    Ends once doubling brings too little. ``most`` is at least 2: an image with guidance must fit.
     """
-    seconds = {}
+    seconds: dict[int, float] = {}
     for rows in ROWS:
         if rows > max(2, most):
             break
@@ -68,6 +68,11 @@ def best_rows(run_pass: DenoiserPass, most: int) -> int:
             break
         if seconds[rows] > MAX_PASS_SECONDS:
             break
+    return seconds
+
+
+def best_rows(seconds: Mapping[int, float]) -> int:
+    """The smallest of the measured row counts at which doubling brings too little."""
     measured = list(seconds)
     best = measured[-1]
     if len(measured) > 1:

@@ -12,15 +12,21 @@ from darkroom_server.core.config import Dtype, EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineReady, Event
 from darkroom_server.core.job import SchedulerName
-from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelLimits, ModelRuntime
-from darkroom_server.engine.arrange import arrange, denoiser_pass, measure_memory
+from darkroom_server.core.model import (
+    ModelDefaults,
+    ModelInfo,
+    ModelLimits,
+    ModelRuntime,
+    ModelSpeed,
+)
+from darkroom_server.engine.arrange import arrange, denoiser_pass, measure_decode, measure_memory
 from darkroom_server.engine.decoder import Decoder
 from darkroom_server.engine.denoiser import Denoiser
 from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.folder import SUPPORTED
 from darkroom_server.engine.loading import load_pipeline
 from darkroom_server.engine.loop import EngineLoop
-from darkroom_server.engine.measure import ROWS, Form, best_rows
+from darkroom_server.engine.measure import ROWS, Form, best_rows, measure_rows
 from darkroom_server.engine.model import LoadedModel
 from darkroom_server.engine.prompts import PromptEncoder
 from darkroom_server.engine.revision import revision_of
@@ -82,9 +88,12 @@ def load_model(source: ModelSource, runtime: Runtime, config: EngineConfig) -> L
     if settled is None:
         memory = measure_memory(run_pass, pipeline.unet, decoder, form, runtime, factor)
         fit = memory.rows_that_fit(*[int(pipeline.unet.config.sample_size) * factor] * 2)
-        max_rows = best_rows(run_pass, min(fit, config.max_rows or max(ROWS)))
+        passes = measure_rows(run_pass, min(fit, config.max_rows or max(ROWS)))
+        max_rows = best_rows(passes)
+        decode = measure_decode(pipeline.unet, decoder, form, runtime)
+        speed = ModelSpeed(passes=tuple(passes.items()), decode=decode)
     else:
-        memory, max_rows = settled.memory, settled.limits.max_rows
+        memory, max_rows, speed = settled.memory, settled.limits.max_rows, settled.speed
         run_pass(2)
     info = ModelInfo(
         id=source.id,
@@ -95,6 +104,7 @@ def load_model(source: ModelSource, runtime: Runtime, config: EngineConfig) -> L
         schedulers=offers(dict(pipeline.scheduler.config)),
         runtime=_describe(runtime, form, safety_checker=config.safety_checker),
         memory=memory,
+        speed=speed,
     )
     log.info(
         "model loaded",
