@@ -24,7 +24,6 @@ PROMPTS = (
     "a small white square at the right on a red background",
 )
 SEED = 7
-GUIDANCE = 4.0  # What the demo model's card recommends.
 OUTPUT = Path("demo-output")
 STAGES = [field.name for field in dataclasses.fields(Timings)]
 METRICS = (
@@ -104,10 +103,7 @@ def wait_until_ready(client: Client, server: "subprocess.Popen[bytes]") -> str |
 
 def draw(client: Client) -> str | None:
     """Draw the prompts side by side and show where the time went; None, or what went wrong."""
-    requests = [
-        GenerationRequest(prompt=prompt, seed=SEED, guidance_scale=GUIDANCE, format="png")
-        for prompt in PROMPTS
-    ]
+    requests = [GenerationRequest(prompt=prompt, seed=SEED, format="png") for prompt in PROMPTS]
     with console.status(f"drawing {len(requests)} images"):
         answers = client.generate_many(requests, concurrency=len(requests))
     OUTPUT.mkdir(exist_ok=True)

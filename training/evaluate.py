@@ -17,6 +17,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from training.export import DEFAULTS
 from training.judge import LEAST_OVERLAP, Verdict, judge
 from training.model_card import write_model_card
 from training.prompts import prompt_for
@@ -26,8 +27,8 @@ GOALS = {"background": 0.98, "colour": 0.95, "shape": 0.90}
 """The least share of pictures that must be right, by what is judged."""
 
 PROMPTS = 200
-STEPS = (20, 8)
-GUIDANCE = 4.0
+STEPS = (int(DEFAULTS["steps"]), 8)
+GUIDANCE = DEFAULTS["guidance_scale"]
 _SEED = 2024
 _BATCH = 20
 

@@ -21,6 +21,9 @@ _M = TypeVar("_M", bound=torch.nn.Module)
 SIZE_LIMIT = 24_000_000
 """Bytes that all weights together may take: the model ships inside a Python package."""
 
+DEFAULTS = {"steps": 20, "guidance_scale": 4.0}
+"""What the server draws with where a request does not say."""
+
 
 def export_pipeline(
     folder: Path, tokenizer: CLIPTokenizer, denoiser: Denoiser, vae: AutoencoderKL
@@ -56,6 +59,8 @@ def export_pipeline(
         # The slow tokenizer's two files, for readers that know no tokenizer.json.
         for part in ("vocab.json", "merges.txt"):
             shutil.copyfile(Path(tokenizer.name_or_path) / part, fresh / "tokenizer" / part)
+        text = json.dumps(DEFAULTS, indent=2) + "\n"
+        (fresh / "darkroom.json").write_text(text, "utf-8")
         weights = sum(p.stat().st_size for p in fresh.rglob("*.safetensors"))
         if weights > SIZE_LIMIT:
             raise ValueError(f"weights take {weights} bytes, more than {SIZE_LIMIT}")

@@ -21,6 +21,7 @@ from darkroom_server.core.model import (
 )
 from darkroom_server.engine.arrange import arrange, denoiser_pass, measure_decode, measure_memory
 from darkroom_server.engine.decoder import Decoder
+from darkroom_server.engine.defaults import Defaults, read_defaults
 from darkroom_server.engine.denoiser import Denoiser
 from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.folder import SUPPORTED
@@ -35,9 +36,6 @@ from darkroom_server.engine.safety import SafetyChecker
 from darkroom_server.engine.schedulers import name_of, offers
 
 log = structlog.get_logger(__name__)
-
-DEFAULT_STEPS = 30
-DEFAULT_GUIDANCE = 7.5
 
 
 def start_loop(
@@ -99,7 +97,7 @@ def load_model(source: ModelSource, runtime: Runtime, config: EngineConfig) -> L
         id=source.id,
         revision=revision_of(source, pipeline),
         kind=SUPPORTED,
-        defaults=_defaults(pipeline, factor),
+        defaults=_defaults(read_defaults(source), pipeline, factor),
         limits=_limits(pipeline, factor, tokens, max_rows),
         schedulers=offers(dict(pipeline.scheduler.config)),
         runtime=_describe(runtime, form, safety_checker=config.safety_checker),
@@ -142,7 +140,7 @@ def _form_of(settled: ModelInfo | None) -> Form | None:
     return Form(DTYPES[Dtype(settled.runtime.dtype)], settled.runtime.channels_last)
 
 
-def _defaults(pipeline: Any, factor: int) -> ModelDefaults:
+def _defaults(given: Defaults, pipeline: Any, factor: int) -> ModelDefaults:
     scheduler = name_of(pipeline.scheduler)
     if scheduler is None:
         scheduler = SchedulerName.DDIM
@@ -155,8 +153,8 @@ def _defaults(pipeline: Any, factor: int) -> ModelDefaults:
     return ModelDefaults(
         width=size,
         height=size,
-        steps=DEFAULT_STEPS,
-        guidance_scale=DEFAULT_GUIDANCE,
+        steps=given.steps,
+        guidance_scale=float(given.guidance_scale),
         scheduler=scheduler,
     )
 

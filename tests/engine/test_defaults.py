@@ -1,0 +1,48 @@
+"""What a model's folder says of the requests that say little."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from darkroom_server.core.config import ModelSource
+from darkroom_server.core.errors import StartupError
+from darkroom_server.engine.defaults import Defaults, read_defaults
+
+
+def read(folder: Path) -> Defaults:
+    return read_defaults(ModelSource(id="m", location=str(folder)))
+
+
+def test_a_folder_without_the_file_has_our_own(tmp_path: Path) -> None:
+    assert read(tmp_path) == Defaults(steps=30, guidance_scale=7.5)
+    assert read(tmp_path / "owner" / "on-the-hub") == Defaults()
+
+
+def test_a_folder_may_say_one_of_them(tmp_path: Path) -> None:
+    (tmp_path / "darkroom.json").write_text(json.dumps({"guidance_scale": 1}))
+    assert read(tmp_path) == Defaults(steps=30, guidance_scale=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "may hold steps and guidance_scale"),
+        ('{"sampler": "ddim"}', "may hold steps and guidance_scale"),
+        ('{"steps": 0}', "steps in its darkroom.json must be 1 to 150"),
+        ('{"steps": true}', "steps in its darkroom.json must be 1 to 150"),
+        ('{"guidance_scale": "high"}', "guidance_scale in its darkroom.json must be 0 to 50"),
+        ('{"guidance_scale": NaN}', "guidance_scale in its darkroom.json must be 0 to 50"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, complaint: str) -> None:
+    (tmp_path / "darkroom.json").write_text(text)
+    with pytest.raises(StartupError, match=complaint):
+        read(tmp_path)
+
+
+def test_the_demo_model_asks_for_what_its_card_recommends() -> None:
+    folder = Path(str(files("darkroom_server") / "demo_model"))
+    assert read(folder) == Defaults(steps=20, guidance_scale=4.0)
