@@ -30,12 +30,15 @@ RUN groupadd --gid 10001 darkroom \
     && useradd --uid 10001 --gid darkroom --home-dir /var/lib/darkroom darkroom \
     && install -d -o darkroom -g darkroom /var/lib/darkroom /var/lib/darkroom/huggingface
 COPY --from=build /opt/darkroom /opt/darkroom
+# Plaintext for everybody, unless certificates and tokens are given: docs/security.md.
 ENV PATH=/opt/darkroom/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/var/lib/darkroom/huggingface \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
-    DARKROOM_SERVE_HOST=0.0.0.0
+    DARKROOM_SERVE_HOST=0.0.0.0 \
+    DARKROOM_SERVE_METRICS_HOST=0.0.0.0 \
+    DARKROOM_SERVE_INSECURE=true
 USER 10001:10001
 WORKDIR /var/lib/darkroom
 VOLUME /var/lib/darkroom/huggingface

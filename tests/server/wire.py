@@ -1,7 +1,7 @@
 """A whole server on port 0 with the fake engine, and a channel to it."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,9 +68,16 @@ class Wire:
 
 @asynccontextmanager
 async def serving(
-    *, wait: bool = True, fake: dict[str, Any] | None = None, **sections: Any
+    *,
+    wait: bool = True,
+    fake: dict[str, Any] | None = None,
+    channel: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
+    **sections: Any,
 ) -> AsyncIterator[Wire]:
-    """A running server; ``fake`` are its engine's arguments, ``sections`` those of ``Settings``."""
+    """A running server; ``fake`` are its engine's arguments, ``sections`` those of ``Settings``.
+
+    ``channel`` makes the channel of the ``Wire`` from the server's address.
+    """
     submitted: asyncio.Queue[Job] = asyncio.Queue()
     cancelled: asyncio.Queue[str] = asyncio.Queue()
     engine = FakeEngine(
@@ -80,8 +87,8 @@ async def serving(
     server = Server(settings, [engine])
     await server.startup()
     serve = asyncio.create_task(server.serve())
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        wire = Wire(server, engine, submitted, cancelled, channel, serve)
+    async with channel(server.address) as opened:
+        wire = Wire(server, engine, submitted, cancelled, opened, serve)
         try:
             if wait:
                 await wire.health_becomes(SERVING)

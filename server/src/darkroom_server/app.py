@@ -14,8 +14,12 @@ from darkroom_server.dispatch import Dispatcher
 from darkroom_server.engine.process import ProcessEngine
 from darkroom_server.engine.thread import ThreadEngine
 from darkroom_server.rpc.server import RpcServer
+from darkroom_server.security.exposure import check_exposure
+from darkroom_server.security.tls import server_credentials
+from darkroom_server.security.tokens import Tokens
 from darkroom_server.settings import Settings
 from darkroom_server.settings.sources import engine_configs, model_sources
+from darkroom_server.settings.tls import tls_files
 from darkroom_server.telemetry import Exporter, Metrics, Recorder
 
 log = structlog.get_logger(__name__)
@@ -40,7 +44,8 @@ class EngineLost(Exception):
 class Server:
     """One server's life: ``startup``, ``serve``, ``shutdown``.
 
-    ``address`` and ``metrics_address`` are known once ``startup`` is over.
+    ``address`` and ``metrics_address`` are known once ``startup`` is over. The constructor raises
+    ``StartupError`` for certificates and tokens that cannot be used.
     """
 
     def __init__(self, settings: Settings, engines: Sequence[Engine]) -> None:
@@ -62,11 +67,20 @@ class Server:
             on_ready=self._tell_health,
         )
         self._exporter = Exporter(self.metrics.registry)
+        certificates, tokens = tls_files(settings.security), settings.security.tokens
+        check_exposure(
+            settings.network.host,
+            tls=certificates is not None,
+            tokens=tokens is not None,
+            insecure=settings.security.insecure,
+        )
         self._rpc = RpcServer(
             self.dispatcher,
             recorder,
             reflect=settings.network.reflection,
             log_prompts=settings.logs.log_prompts,
+            tokens=Tokens(tokens) if tokens else None,
+            credentials=server_credentials(certificates) if certificates else None,
         )
 
     async def run(self) -> None:
@@ -81,7 +95,7 @@ class Server:
     async def startup(self) -> None:
         """Open the ports, alive and not ready, and let the engine load."""
         network = self._settings.network
-        self.metrics_address = self._exporter.start(network.host, network.metrics_port)
+        self.metrics_address = self._exporter.start(network.metrics_host, network.metrics_port)
         self.address = await self._rpc.start(network.host, network.port)
         log.info("loading", address=self.address, metrics=self.metrics_address)
         self.dispatcher.start()

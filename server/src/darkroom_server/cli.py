@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
                 _serve(given)
             case "healthcheck":
                 _healthcheck(**given)
+            case "token":
+                _token(**given)
             case _:
                 parser.print_help()
     except StartupError as error:
@@ -62,12 +64,27 @@ def _parser() -> Parser:
     _add_config(health)
     health.add_argument("--target", metavar="HOST:PORT", help="where the server is")
     health.add_argument(
+        "--ca", metavar="FILE", help="with --target: speak TLS, and trust these certificates (PEM)"
+    )
+    health.add_argument("--cert", metavar="FILE", help="with --ca: the certificate to show (PEM)")
+    health.add_argument("--key", metavar="FILE", help="with --cert: its private key (PEM)")
+    health.add_argument(
+        "--server-name", metavar="NAME", help="with --ca: the name in the server's certificate"
+    )
+    health.add_argument(
         "--service",
         metavar="NAME",
         default="",
         help="whose health: nothing for readiness, `liveness` for the process",
     )
     health.add_argument("--timeout", metavar="SECONDS", type=float, default=3.0, help="default: 3")
+    token = commands.add_parser(
+        "token",
+        help="make a token for a caller",
+        description="Print a fresh token, and the lines that let it in, for the file that "
+        "`serve --tokens` names. Nothing is kept: the file holds a hash.",
+    )
+    token.add_argument("name", metavar="NAME", help="who will call with it")
     return parser
 
 
@@ -101,14 +118,21 @@ def _serve(flags: dict[str, Any]) -> None:
         _exit(EXIT_FAILED, str(error))
 
 
-def _healthcheck(config: str | None, target: str | None, service: str, timeout: float) -> None:
-    from darkroom_server.healthcheck import healthcheck, target_of
+def _healthcheck(
+    config: str | None, target: str | None, service: str, timeout: float, **tls: str | None
+) -> None:
+    from darkroom_server.healthcheck import given_target, healthcheck, target_of
 
-    healthy, line = healthcheck(
-        target or target_of(_load(config, {}).settings.network), service, timeout
-    )
+    asked = given_target(target, **tls) if target else target_of(_load(config, {}).settings)
+    healthy, line = healthcheck(asked, service, timeout)
     print(line)
     raise SystemExit(0 if healthy else EXIT_FAILED)
+
+
+def _token(name: str) -> None:
+    from darkroom_server.security.minting import mint
+
+    print(mint(name))
 
 
 def _load(config: str | None, flags: dict[str, Any]) -> "Loaded":

@@ -1,30 +1,80 @@
 """Asks a server for its health, as a container's probe does."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from darkroom_server.settings import Network
+from darkroom_server.core.errors import StartupError
+from darkroom_server.security.tls import own_credentials, read_pem
+from darkroom_server.settings import Settings
+from darkroom_server.settings.tls import tls_files
 
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """What listens on every address is asked on this one."""
 
 
-def target_of(network: Network) -> str:
-    """The address of a server that runs with these settings."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A server to ask; without ``credentials`` in plaintext. ``name`` is what its certificate says.
+
+    ``name`` is None where the address says it.
+    """
+
+    address: str
+    credentials: grpc.ChannelCredentials | None = None
+    name: str | None = None
+
+
+def target_of(settings: Settings) -> Target:
+    """A server of this machine that runs with these settings; raises ``StartupError``."""
+    network, files = settings.network, tls_files(settings.security)
     host = LOOPBACK.get(network.host, network.host)
-    return f"[{host}]:{network.port}" if ":" in host else f"{host}:{network.port}"
+    address = f"[{host}]:{network.port}" if ":" in host else f"{host}:{network.port}"
+    if files is None:
+        return Target(address=address)
+    credentials, name = own_credentials(files)
+    return Target(address=address, credentials=credentials, name=name)
 
 
-def healthcheck(target: str, service: str, timeout: float) -> tuple[bool, str]:
+def given_target(
+    address: str,
+    ca: str | None = None,
+    cert: str | None = None,
+    key: str | None = None,
+    server_name: str | None = None,
+) -> Target:
+    """A server that the command line names; raises ``StartupError`` for files it cannot read."""
+    if ca is None:
+        if cert or key or server_name:
+            raise StartupError("healthcheck: --cert, --key and --server-name need --ca")
+        return Target(address=address)
+    if (cert is None) != (key is None):
+        raise StartupError("healthcheck: --cert and --key go together")
+    credentials = grpc.ssl_channel_credentials(
+        read_pem("--ca", ca),
+        read_pem("--key", key) if key else None,
+        read_pem("--cert", cert) if cert else None,
+    )
+    return Target(address=address, credentials=credentials, name=server_name)
+
+
+def healthcheck(target: Target, service: str, timeout: float) -> tuple[bool, str]:
     """Whether ``service`` is SERVING at ``target``, and a line that says so."""
-    with grpc.insecure_channel(target) as channel:
+    with _channel(target) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             status = stub.Check(request, timeout=timeout).status
         except grpc.RpcError as error:
-            return False, f"{target}: {error.code().name}: {error.details()}"
-    serving = status == health_pb2.HealthCheckResponse.SERVING
-    return serving, f"{target}: {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}"
+            return False, f"{target.address}: {error.code().name}: {error.details()}"
+    name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
+    return status == health_pb2.HealthCheckResponse.SERVING, f"{target.address}: {name}"
+
+
+def _channel(target: Target) -> grpc.Channel:
+    if target.credentials is None:
+        return grpc.insecure_channel(target.address)
+    options = [("grpc.ssl_target_name_override", target.name)] if target.name else []
+    return grpc.secure_channel(target.address, target.credentials, options)

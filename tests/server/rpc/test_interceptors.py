@@ -5,8 +5,11 @@ import pytest
 import structlog
 
 from darkroom.v1 import generation_pb2, model_pb2
+from darkroom_server.rpc.interceptors.traces import trace_id_of
 from darkroom_server.rpc.models import ModelService
 from tests.server.wire import refusal, serving
+
+ListModels = model_pb2.ListModelsRequest
 
 
 async def test_what_nobody_foresaw_is_logged_and_not_told(monkeypatch: Any) -> None:
@@ -48,9 +51,94 @@ async def test_unknown_methods_are_unimplemented() -> None:
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_a_request_of_more_than_16_mib_is_refused() -> None:
+async def test_a_request_of_more_than_1_mib_is_refused() -> None:
     async with serving(fake={"auto": True}) as wire:
-        request = generation_pb2.GenerateRequest(prompt="a" * (16 * 1024**2))
+        request = generation_pb2.GenerateRequest(prompt="a" * 1024**2)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await wire.generation.Generate(request)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def trailing_id(call: Any) -> str:
+    trailers = dict(await call.trailing_metadata())
+    id: str = trailers["darkroom-request-id"]
+    return id
+
+
+async def test_every_answer_names_its_call() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        request = generation_pb2.GenerateRequest(prompt="a star", request_id="mine")
+        call = wire.generation.Generate(request)
+        assert (await call).request_id == await trailing_id(call) == "mine"
+        call = wire.generation.Generate(generation_pb2.GenerateRequest(prompt="a star"))
+        assert (await call).request_id == await trailing_id(call)
+        ids = [await trailing_id(wire.models.ListModels(ListModels())) for _ in range(2)]
+        assert len({*ids}) == 2
+        assert all(len(id) == 32 for id in ids)
+        error = await refusal(wire.generate(width=1, request_id="wrong"))
+        assert error.trailers["darkroom-request-id"] == "wrong"
+        error = await refusal(wire.generate(request_id="not an id"))
+        assert len(error.trailers["darkroom-request-id"]) == 32
+        assert set(error.violations) == {"request_id"}
+
+
+async def test_an_id_in_the_metadata_names_call_and_job() -> None:
+    metadata = (("darkroom-request-id", "theirs"),)
+    async with serving(fake={"auto": True}) as wire:
+        call = wire.generation.Generate(
+            generation_pb2.GenerateRequest(prompt="a star"), metadata=metadata
+        )
+        assert (await call).request_id == await trailing_id(call) == "theirs"
+        assert (await wire.submitted.get()).id.startswith("theirs")
+        request = generation_pb2.GenerateRequest(prompt="a star", request_id="mine")
+        call = wire.generation.Generate(request, metadata=metadata)
+        assert (await call).request_id == await trailing_id(call) == "mine"
+        assert await trailing_id(wire.models.ListModels(ListModels(), metadata=metadata)) == (
+            "theirs"
+        )
+
+
+async def test_metadata_that_cannot_be_an_id_is_refused() -> None:
+    async with serving() as wire:
+        wrong = (("darkroom-request-id", "a b"),)
+        error = await refusal(wire.models.ListModels(ListModels(), metadata=wrong))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert set(error.violations) == {"darkroom-request-id"}
+    assert len(error.trailers["darkroom-request-id"]) == 32
+
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+async def test_the_log_names_the_trace(monkeypatch: Any) -> None:
+    async def fail(self: object, request: object, context: Any) -> None:
+        raise ValueError("for the log")
+
+    monkeypatch.setattr(ModelService, "ListModels", fail)
+    merge = [structlog.contextvars.merge_contextvars]
+    with structlog.testing.capture_logs(processors=merge) as logs:
+        async with serving() as wire:
+            for sent in (f"00-{TRACE}-00f067aa0ba902b7-01", "nonsense"):
+                metadata = (("traceparent", sent),)
+                await refusal(wire.models.ListModels(ListModels(), metadata=metadata))
+    first, second = [line for line in logs if line["event"] == "handler failed"]
+    assert first["trace_id"] == TRACE
+    assert "trace_id" not in second
+
+
+@pytest.mark.parametrize(
+    ("traceparent", "trace_id"),
+    [
+        (f"00-{TRACE}-00f067aa0ba902b7-01", TRACE),
+        (f"01-{TRACE}-00f067aa0ba902b7-01-more", TRACE),
+        (f"00-{TRACE}-00f067aa0ba902b7-01-more", None),
+        (f"ff-{TRACE}-00f067aa0ba902b7-01", None),
+        (f"00-{TRACE.upper()}-00f067aa0ba902b7-01", None),
+        (f"00-{'0' * 32}-00f067aa0ba902b7-01", None),
+        (f"00-{TRACE}-{'0' * 16}-01", None),
+        (f"00-{TRACE}-00f067aa0ba902b7", None),
+        ("", None),
+    ],
+)
+def test_traceparents(traceparent: str, trace_id: str | None) -> None:
+    assert trace_id_of(traceparent) == trace_id

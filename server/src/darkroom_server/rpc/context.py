@@ -20,6 +20,14 @@ def has_expired(context: Context) -> bool:
     return remaining is not None and remaining <= DEADLINE_SLACK_SECONDS
 
 
+def metadata_value(context: Context, key: str) -> str | None:
+    """The first value of ``key`` that came with the call, None where there is none."""
+    for name, value in context.invocation_metadata() or ():
+        if name == key:
+            return value.decode("ascii", "replace") if isinstance(value, bytes) else value
+    return None
+
+
 def code_name(context: Context) -> str | None:
     """The name of the status that was set, such as "NOT_FOUND"; None if none was."""
     code: Any = context.code()  # As it was set: a StatusCode, or its number.

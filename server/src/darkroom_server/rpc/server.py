@@ -12,23 +12,16 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.dispatch import Dispatcher
 from darkroom_server.rpc.generation import GenerationService
 from darkroom_server.rpc.health import Health
+from darkroom_server.rpc.interceptors.auth import Auth
 from darkroom_server.rpc.interceptors.errors import Errors
+from darkroom_server.rpc.interceptors.request_ids import RequestIds
 from darkroom_server.rpc.interceptors.running import Running
 from darkroom_server.rpc.interceptors.telemetry import CallObserver, Telemetry
+from darkroom_server.rpc.interceptors.traces import Traces
+from darkroom_server.rpc.limits import OPTIONS
 from darkroom_server.rpc.models import ModelService
 from darkroom_server.rpc.summary import RequestObserver
-
-OPTIONS = (
-    # Otherwise a second server on the same port would start, and take half of the calls.
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 16 * 1024**2),
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
-    # Lets clients behind a DNS name find servers that came later; running calls are not cut.
-    ("grpc.max_connection_age_ms", 600_000),
-)
+from darkroom_server.security.tokens import Tokens
 
 FLUSH_SECONDS = 1.0
 """Long enough to send what handlers have answered, once none of them runs any more."""
@@ -47,7 +40,10 @@ class Observer(RequestObserver, CallObserver, Protocol):
 
 
 class RpcServer:
-    """Serves the dispatcher's models; made and used on one event loop, and at most once."""
+    """Serves the dispatcher's models; made and used on one event loop, and at most once.
+
+    With ``tokens``, callers need one; with ``credentials``, the port speaks TLS only.
+    """
 
     def __init__(
         self,
@@ -56,10 +52,15 @@ class RpcServer:
         *,
         reflect: bool = True,
         log_prompts: bool = False,
+        tokens: Tokens | None = None,
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.health = Health()
+        self._credentials = credentials
         self._running = Running()
-        interceptors = [Telemetry(observer), self._running, Errors()]
+        interceptors = [Telemetry(observer), self._running, Errors(), RequestIds(), Traces()]
+        if tokens is not None:
+            interceptors.append(Auth(tokens))
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(dispatcher, observer, log_prompts=log_prompts), self._server
@@ -83,7 +84,7 @@ class RpcServer:
         try:
             _try(host, port)
             host = f"[{host}]" if ":" in host else host
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._bind(f"{host}:{port}")
         except (OSError, RuntimeError) as error:
             why = error.strerror if isinstance(error, OSError) else "gRPC cannot have it"
             raise StartupError(
@@ -92,6 +93,11 @@ class RpcServer:
         await self.health.alive()
         await self._server.start()
         return f"{host}:{bound}"
+
+    def _bind(self, address: str) -> int:
+        if self._credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, self._credentials)
 
     async def stop(self, grace: float) -> None:
         """Let running handlers answer for ``grace`` seconds at most, and close the port."""

@@ -1,11 +1,9 @@
 """From ``GenerateRequest`` to ``Job``: every violation at once, and no field left to a default."""
 
 import math
-import re
 import secrets
 import struct
 from dataclasses import dataclass, field
-from uuid import uuid4
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.core.errors import InvalidRequest, Violation
@@ -13,15 +11,14 @@ from darkroom_server.core.job import SEED_BOUND, ImageFormat, Job, SchedulerName
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.rpc.enums import FORMAT_FROM_WIRE, SCHEDULER_FROM_WIRE
 from darkroom_server.rpc.reply_size import reply_size_error
-
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+from darkroom_server.rpc.request_id import REQUEST_ID, RULE, current_request_id
 
 
 def request_id_of(request: generation_pb2.GenerateRequest) -> str:
-    """The request's id, one drawn where it has none, or an empty one where it must not be used."""
-    if not request.request_id:
-        return uuid4().hex
-    return request.request_id if REQUEST_ID.fullmatch(request.request_id) else ""
+    """The request's id; where it has none, or one that must not be used, that of the call."""
+    if not REQUEST_ID.fullmatch(request.request_id):
+        return current_request_id()
+    return request.request_id
 
 
 def as_float32(value: float) -> float:
@@ -99,7 +96,7 @@ class _Fields:
             if size > most:
                 self.wrong(name, f"must be at most {most} bytes of UTF-8, and has {size}")
         if self.request.request_id and not REQUEST_ID.fullmatch(self.request.request_id):
-            self.wrong("request_id", "must be at most 64 of A-Z a-z 0-9 . _ -")
+            self.wrong("request_id", RULE)
 
     def size(self, name: str, default: int) -> int:
         """Width or height, in pixels."""

@@ -7,9 +7,10 @@ pydantic check the values, by the same annotations.
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Predicate
+from annotated_types import Ge, Gt, Predicate
 
 from darkroom_server.core.config import Attention, Dtype, Preset
+from darkroom_server.settings.network import Network, Security
 from darkroom_server.settings.option import Setting
 
 
@@ -183,37 +184,6 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Network:
-    """Where the server listens."""
-
-    host: Annotated[
-        str,
-        Setting(
-            "The address to listen on, for calls and for metrics.",
-            choose="`0.0.0.0` or `::` lets other machines in. There is no authentication yet: "
-            "keep it behind something that has.",
-            metavar="ADDRESS",
-        ),
-    ] = "127.0.0.1"
-    port: Annotated[
-        int,
-        Ge(0),
-        Le(65535),
-        Setting("The port for gRPC; 0 picks a free one.", metavar="PORT"),
-    ] = 50051
-    metrics_port: Annotated[
-        int,
-        Ge(0),
-        Le(65535),
-        Setting("The port for Prometheus; 0 picks a free one.", metavar="PORT"),
-    ] = 9464
-    reflection: Annotated[
-        bool,
-        Setting("Let tools such as grpcurl ask what the server offers."),
-    ] = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatch:
     """How many jobs are taken."""
 
@@ -295,6 +265,7 @@ class Settings:
     models: Models = field(default_factory=Models)
     engine: Engine = field(default_factory=Engine)
     network: Network = field(default_factory=Network)
+    security: Security = field(default_factory=Security)
     dispatch: Dispatch = field(default_factory=Dispatch)
     shutdown: Shutdown = field(default_factory=Shutdown)
     logs: Logs = field(default_factory=Logs)

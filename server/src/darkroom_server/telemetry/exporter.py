@@ -26,7 +26,7 @@ class Exporter:
         except OSError as error:
             raise StartupError(
                 f"cannot serve metrics on {host}:{port}: {error.strerror}; choose another with "
-                "--metrics-port or --host"
+                "--metrics-port or --metrics-host"
             ) from None
         self._host, port = host, self._server.server_port
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

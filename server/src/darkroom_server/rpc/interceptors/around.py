@@ -28,8 +28,13 @@ class Around(grpc.aio.ServerInterceptor, ABC):
     """Lets a subclass's ``around`` surround each handler, on the handler's own task."""
 
     @abstractmethod
-    def around(self, method: Method, context: Context) -> AbstractAsyncContextManager[None]:
-        """Entered before the handler and left after it, with its exception if it raised one."""
+    def around(
+        self, method: Method, context: Context, request: Any
+    ) -> AbstractAsyncContextManager[None]:
+        """Entered before the handler and left after it, with its exception if it raised one.
+
+        ``request`` is the message, or an iterator where the caller streams them.
+        """
 
     async def intercept_service(
         self,
@@ -60,7 +65,7 @@ class Around(grpc.aio.ServerInterceptor, ABC):
             async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
                 # Closed at once when the caller goes away, and not when it is collected.
                 async with (
-                    self.around(method, context),
+                    self.around(method, context, request),
                     aclosing(behaviour(request, context)) as responses,
                 ):
                     async for response in responses:
@@ -69,7 +74,7 @@ class Around(grpc.aio.ServerInterceptor, ABC):
             return stream
 
         async def call(request: Any, context: Context) -> Any:
-            async with self.around(method, context):
+            async with self.around(method, context, request):
                 return await behaviour(request, context)
 
         return call

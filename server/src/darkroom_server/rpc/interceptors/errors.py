@@ -2,13 +2,15 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from typing import Any
 
 import grpc
 import structlog
 
 from darkroom_server.core.errors import DarkroomError
 from darkroom_server.rpc.context import Context
-from darkroom_server.rpc.errors import internal_error, status_of
+from darkroom_server.rpc.errors import ErrorStatus, internal_error, status_of
 from darkroom_server.rpc.interceptors.around import Around, Method
 
 log = structlog.get_logger(__name__)
@@ -17,7 +19,9 @@ log = structlog.get_logger(__name__)
 class Errors(Around):
     """Turns domain errors into statuses, and the rest into INTERNAL and a log entry."""
 
-    def around(self, method: Method, context: Context) -> AbstractAsyncContextManager[None]:
+    def around(
+        self, method: Method, context: Context, request: Any
+    ) -> AbstractAsyncContextManager[None]:
         """Catch what the handler raises."""
         return self._around(method, context)
 
@@ -28,8 +32,14 @@ class Errors(Around):
         except grpc.aio.AbortError:
             raise  # The handler chose its status itself.
         except DarkroomError as error:
-            await context.abort_with_status(status_of(error))
+            await context.abort_with_status(_beside_trailers(context, status_of(error)))
         except Exception:
             # gRPC would send the exception's text to the caller.
             log.exception("handler failed", service=method.service, method=method.name)
-            await context.abort_with_status(internal_error())
+            await context.abort_with_status(_beside_trailers(context, internal_error()))
+
+
+def _beside_trailers(context: Context, status: ErrorStatus) -> ErrorStatus:
+    """The status with the trailers that others have set, which an abort would throw away."""
+    trailers = (*context.trailing_metadata(), *status.trailing_metadata)
+    return replace(status, trailing_metadata=trailers)

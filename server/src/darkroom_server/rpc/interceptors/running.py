@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.interceptors.around import Around, Method
@@ -25,7 +26,9 @@ class Running(Around):
             return False
         return True
 
-    def around(self, method: Method, context: Context) -> AbstractAsyncContextManager[None]:
+    def around(
+        self, method: Method, context: Context, request: Any
+    ) -> AbstractAsyncContextManager[None]:
         """Count the call."""
         return self._around(method)
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from darkroom_server.rpc.context import Context, code_name, has_expired
 from darkroom_server.rpc.interceptors.around import Around, Method
@@ -29,7 +29,9 @@ class Telemetry(Around):
     def __init__(self, observer: CallObserver) -> None:
         self._observer = observer
 
-    def around(self, method: Method, context: Context) -> AbstractAsyncContextManager[None]:
+    def around(
+        self, method: Method, context: Context, request: Any
+    ) -> AbstractAsyncContextManager[None]:
         """Time the call."""
         return self._around(method, context)
 

@@ -1,0 +1,25 @@
+"""What gRPC holds against callers that send too much, too long or nothing at all."""
+
+LONGEST_CALL_SECONDS = 3600
+
+OPTIONS = (
+    # Otherwise a second server on the same port would start, and take half of the calls.
+    ("grpc.so_reuseport", 0),
+    # Requests are prompts and numbers: a few kilobytes at most.
+    ("grpc.max_receive_message_length", 1024**2),
+    # Refused from the first number on, always from the second: gRPC's own, written down.
+    ("grpc.max_metadata_size", 8 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
+    # A connection's calls at once; more wait in the client.
+    ("grpc.max_concurrent_streams", 1000),
+    # For TLS and HTTP/2 to begin; who only connects is gone after that.
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+    # Lets clients behind a DNS name find servers that came later. Running calls go on, if not for
+    # ever.
+    ("grpc.max_connection_age_ms", 600_000),
+    ("grpc.max_connection_age_grace_ms", LONGEST_CALL_SECONDS * 1000),
+)

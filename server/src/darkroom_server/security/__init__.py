@@ -1,0 +1,1 @@
+"""Who may come in: certificates, tokens, and where the server may listen without them."""

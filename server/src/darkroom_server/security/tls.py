@@ -1,0 +1,154 @@
+"""Certificates: read, tried out, and read again when they change."""
+
+import ssl
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+
+from darkroom_server.core.errors import StartupError
+from darkroom_server.security.reread import Reread
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """Paths of PEM files; ``client_ca`` is who may vouch for callers, None where nobody need."""
+
+    cert: str
+    key: str
+    client_ca: str | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """Those that there are."""
+        return [path for path in (self.cert, self.key, self.client_ca) if path]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What the files hold, tried out: ``names`` are those that the certificate is good for."""
+
+    cert: bytes
+    key: bytes
+    client_ca: bytes | None
+    names: tuple[str, ...]
+    expires: str
+
+
+def server_credentials(files: Files) -> grpc.ServerCredentials:
+    """Credentials that follow the files; raises ``StartupError`` where they cannot be used.
+
+    A pair that is broken later on is logged, and new connections go on with the one before.
+    """
+    pair = Reread("certificates", files.paths, lambda: read_pair(files))
+    served = pair.current()
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        # Asked at every handshake, on a thread of gRPC's; None means what it has already.
+        nonlocal served
+        current = pair.current()
+        if current is served:
+            return None
+        served = current
+        return _configuration(current)
+
+    log.info("tls", names=served.names, expires=served.expires, mutual=bool(served.client_ca))
+    credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
+        _configuration(served),
+        fetch,  # type: ignore[arg-type]  # The types do not know that None is allowed.
+        require_client_authentication=served.client_ca is not None,
+    )
+    return credentials
+
+
+def own_credentials(files: Files) -> tuple[grpc.ChannelCredentials, str]:
+    """For a probe on the server's own machine: it trusts the server's certificate, and no other.
+
+    Where callers need a certificate, it shows that one too. Returns the name to expect as well.
+    Raises ``StartupError``.
+    """
+    pair = read_pair(files)
+    shown = (pair.key, pair.cert) if pair.client_ca else (None, None)
+    return grpc.ssl_channel_credentials(pair.cert, *shown), pair.names[0].replace("*", "any")
+
+
+def _configuration(pair: Pair) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(pair.key, pair.cert)], pair.client_ca)
+
+
+def read_pair(files: Files) -> Pair:
+    """The files' bytes, once they are proved to work together; raises ``StartupError``."""
+    before = _read(files)
+    decoded = _handshake(files)
+    cert, key, client_ca = _read(files)
+    if before != (cert, key, client_ca):
+        raise StartupError(f"--tls-cert {files.cert}: changed while it was read")
+    names = tuple(str(name) for _, name in decoded.get("subjectAltName", ()))
+    if not names:
+        raise StartupError(f"--tls-cert {files.cert}: names no host (subjectAltName is empty)")
+    return Pair(cert, key, client_ca, names, str(decoded["notAfter"]))
+
+
+def _read(files: Files) -> tuple[bytes, bytes, bytes | None]:
+    return (
+        read_pem("--tls-cert", files.cert),
+        read_pem("--tls-key", files.key),
+        read_pem("--tls-client-ca", files.client_ca) if files.client_ca else None,
+    )
+
+
+def read_pem(flag: str, path: str) -> bytes:
+    """A file's bytes; raises ``StartupError``, which names the flag that named it."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise StartupError(f"{flag} {path}: cannot be read: {error.strerror}") from None
+
+
+def _handshake(files: Files) -> dict[str, Any]:
+    """The certificate, decoded, after a handshake in memory that trusts no other."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    try:
+        client.load_verify_locations(files.cert)
+    except (ssl.SSLError, OSError):
+        raise StartupError(f"--tls-cert {files.cert}: holds no certificate in PEM") from None
+    try:
+        server.load_cert_chain(files.cert, files.key, password="")
+    except (ssl.SSLError, OSError) as error:
+        raise StartupError(f"--tls-key {files.key}: {_why_no_pair(error)}") from None
+    if files.client_ca:
+        try:
+            server.load_verify_locations(files.client_ca)
+        except (ssl.SSLError, OSError):
+            wrong = f"--tls-client-ca {files.client_ca}: holds no certificate in PEM"
+            raise StartupError(wrong) from None
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ours = server.wrap_bio(to_server, to_client, server_side=True)
+    theirs = client.wrap_bio(to_client, to_server)
+    try:
+        for side in (theirs, ours, theirs, ours):
+            _advance(side)
+    except ssl.SSLCertVerificationError as error:
+        raise StartupError(f"--tls-cert {files.cert}: {error.verify_message}") from None
+    except ssl.SSLError as error:
+        raise StartupError(f"--tls-cert {files.cert}: cannot be served: {error.reason}") from None
+    return dict(theirs.getpeercert() or {})
+
+
+def _advance(side: ssl.SSLObject) -> None:
+    with suppress(ssl.SSLWantReadError):
+        side.do_handshake()
+
+
+def _why_no_pair(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
+        return "belongs to another certificate"
+    return "holds no private key in PEM without a password"

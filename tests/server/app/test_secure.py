@@ -1,0 +1,138 @@
+"""TLS, tokens and ``--insecure`` as an operator meets them: real processes, one clear line."""
+
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from darkroom.v1 import model_pb2, model_pb2_grpc
+from tests.server.app.process import start
+from tests.server.app.test_cli import complaint, run
+from tests.server.security.certificates import Authority
+
+TOKEN = "a-token-that-is-nowhere-to-be-seen"
+
+
+def minted(name: str) -> tuple[str, str]:
+    """A fresh token, and its lines for the file."""
+    lines = run("token", name).stdout.splitlines()
+    return lines[2], "\n".join(lines[lines.index("[[token]]") :])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_other_machines_are_not_let_in_without_tls(host: str) -> None:
+    line = complaint(run("serve", "--host", host))
+    assert line.startswith(f"--host {host} lets other machines in")
+    assert "--tls-cert" in line
+    assert "--insecure" in line
+
+
+def test_a_name_that_nobody_has() -> None:
+    assert "no such address" in complaint(run("serve", "--host", "nowhere.invalid"))
+
+
+def test_insecure_lets_them_in_and_says_so() -> None:
+    with start("--host", "0.0.0.0", "--insecure") as server:
+        warning = server.until("insecure")
+        assert warning["level"] == "warning"
+        assert warning["host"] == "0.0.0.0"
+        assert server.until("serving")["address"].startswith("0.0.0.0:")
+
+
+def test_loopback_needs_neither() -> None:
+    with start("--host", "localhost") as server:
+        assert server.until("serving")
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    cert, key = map(str, Authority(tmp_path).issue())
+    assert "--tls-cert /x: cannot be read" in complaint(
+        run("serve", "--tls-cert", "/x", "--tls-key", key)
+    )
+    assert "go together" in complaint(run("serve", "--tls-cert", cert))
+    assert "--tokens /x: cannot be read" in complaint(run("serve", "--tokens", "/x"))
+
+
+def health(target: str, *arguments: str, env: dict[str, str] | None = None) -> "tuple[int, str]":
+    result: subprocess.CompletedProcess[str] = run("healthcheck", *arguments, env=env)
+    assert len(result.stdout.splitlines()) == 1, result.stderr
+    return result.returncode, result.stdout.strip().removeprefix(f"{target}: ")
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_healthcheck_over_tls(tmp_path: Path, mutual: bool) -> None:
+    authority = Authority(tmp_path)
+    cert, key = map(str, authority.issue("*.darkroom.example", "darkroom.example"))
+    flags = ["--tls-cert", cert, "--tls-key", key]
+    env = {"DARKROOM_SERVE_TLS_CERT": cert, "DARKROOM_SERVE_TLS_KEY": key}
+    if mutual:
+        flags += ["--tls-client-ca", str(authority.file)]
+        env["DARKROOM_SERVE_TLS_CLIENT_CA"] = str(authority.file)
+    with start("--host", "0.0.0.0", *flags) as server:
+        port = server.until("serving")["address"].rpartition(":")[2]
+        target = f"127.0.0.1:{port}"
+        # In the server's own container, the environment says it all.
+        env |= {"DARKROOM_SERVE_PORT": port, "DARKROOM_SERVE_HOST": "0.0.0.0"}
+        assert health(target, env=env) == (0, "SERVING")
+        there = ["--target", target, "--ca", str(authority.file)]
+        shown = ["--cert", cert, "--key", key] if mutual else []
+        name = ["--server-name", "darkroom.example"]
+        assert health(target, *there, *shown, *name) == (0, "SERVING")
+        code, line = health(target, *there, *shown)  # The address is not in the certificate.
+        assert code == 1
+        assert line.startswith("UNAVAILABLE")
+        assert health(target, "--target", target)[0] == 1
+
+
+def test_healthcheck_with_half_of_what_it_needs() -> None:
+    line = complaint(run("healthcheck", "--target", "127.0.0.1:1", "--cert", "x"))
+    assert line == "healthcheck: --cert, --key and --server-name need --ca"
+    line = complaint(run("healthcheck", "--target", "127.0.0.1:1", "--ca", "/x"))
+    assert line == "--ca /x: cannot be read: No such file or directory"
+
+
+def test_a_name_that_no_token_can_have() -> None:
+    assert "1 to 64" in complaint(run("token", "no good"))
+
+
+def metrics(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
+        return str(answer.read().decode())
+
+
+def test_secrets_are_nowhere_to_be_seen(tmp_path: Path) -> None:
+    token, lines = minted("web")
+    file = tmp_path / "tokens.toml"
+    file.write_text(lines)
+    hub = "hf_a-token-for-the-hub"
+    flags = ["--tokens", str(file), "--log-level", "debug"]
+    with start(*flags, env={"HF_TOKEN": hub}) as server:
+        loading, serving = server.until("loading"), server.until("serving")
+        said = [str(loading), str(serving)]
+        with grpc.insecure_channel(serving["address"]) as channel:
+            models = model_pb2_grpc.ModelServiceStub(channel)
+            health = health_pb2_grpc.HealthStub(channel)
+            for sent in (token, TOKEN):
+                try:
+                    models.ListModels(
+                        model_pb2.ListModelsRequest(),
+                        metadata=(("authorization", f"Bearer {sent}"),),
+                    )
+                except grpc.RpcError as error:
+                    said += [str(error), str(error.trailing_metadata())]
+            # Broken from now on, by somebody who pasted the token in the wrong place.
+            file.write_text(f'[[token]]\nname = "web"\nsha256 = "{token}"\n')
+            models.ListModels(
+                model_pb2.ListModelsRequest(), metadata=(("authorization", f"Bearer {token}"),)
+            )
+            said.append(str(server.until("reread failed, the old ones stay")))
+            assert health.Check(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
+        said.append(metrics(loading["metrics"]))
+        said += [run("serve", *flags, "--help").stdout, run("token", "--help").stdout]
+    assert "UNAUTHENTICATED" in str(said)
+    assert "grpc_server_handled_total" in str(said)
+    for secret in (token, TOKEN, hub):
+        assert secret not in str(said)
