@@ -168,7 +168,7 @@ clean: ## delete what was built, the environments too
 	@echo "installing into .venv"
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -r requirements-dev.txt
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation \
-	    -e protos -e 'client[cli,pil,numpy]' -e server
+	    -e protos -e 'client[cli,pil,numpy]' -e 'server[otel]'
 	@touch $@
 
 $(GENERATOR)/.installed: protos/requirements-generate.txt

@@ -66,7 +66,7 @@ class Server:
             observer=recorder,
             on_ready=self._tell_health,
         )
-        self._exporter = Exporter(self.metrics.registry)
+        self._exporter = Exporter(self.metrics.registry, lambda: self.dispatcher.ready)
         certificates, tokens = tls_files(settings.security), settings.security.tokens
         check_exposure(
             settings.network.host,

@@ -1,4 +1,4 @@
-from darkroom_server.core.events import MemoryReport
+from darkroom_server.core.events import EngineCounts, MemoryReport, PassDone, PeakMeasured
 from darkroom_server.dispatch import Unobserved
 from tests.server.dispatch.desk import dispatching, settle
 from tests.server.jobs import make_job
@@ -14,8 +14,20 @@ class Recording(Unobserved):
     def jobs(self, model: str, queued: int, running: int) -> None:
         self.told.append((model, queued, running))
 
-    def pass_done(self, model: str, rows: int, seconds: float) -> None:
-        self.told.append(("pass", model, rows))
+    def pass_done(self, done: PassDone) -> None:
+        self.told.append(("pass", done.model, done.rows, done.samples))
+
+    def ended(self, model: str, end: str, phase: str) -> None:
+        self.told.append((model, end, phase))
+
+    def wasted(self, model: str, seconds: float) -> None:
+        self.told.append(("wasted", model, seconds))
+
+    def counted(self, counts: EngineCounts) -> None:
+        self.told.append(counts)
+
+    def peak(self, peak: PeakMeasured) -> None:
+        self.told.append(peak)
 
     def memory(self, report: MemoryReport) -> None:
         self.told.append(report)
@@ -35,9 +47,11 @@ async def test_the_observer_is_told_what_changes() -> None:
         ("demo", 1, 0),
         ("demo", 0, 1),
         ("demo", 1, 1),
-        ("pass", "demo", 2),
+        ("pass", "demo", 2, 1),
         ("demo", 1, 0),
+        ("demo", "finished", "decode"),
         ("demo", 0, 1),
         report,
         ("ready", False),
+        ("demo", "failed", "queue"),
     ]

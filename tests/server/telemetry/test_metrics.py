@@ -1,37 +1,26 @@
 import asyncio
 import subprocess
-import urllib.request
 from typing import Any
 
 import grpc
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from darkroom.v1 import generation_pb2, model_pb2
-from darkroom_server.core.events import MemoryReport
+from darkroom_server.core.events import (
+    Counted,
+    EngineCounts,
+    EngineReady,
+    MemoryReport,
+    ModelLoad,
+    PassDone,
+    PeakMeasured,
+    Sensors,
+)
 from darkroom_server.engine.fake import FLAGGED
 from darkroom_server.rpc.models import ModelService
 from darkroom_server.settings import Engine
-from tests.server.wire import Wire, refusal, serving
-
-
-async def scrape(wire: Wire) -> str:
-    def read() -> str:
-        with urllib.request.urlopen(f"http://{wire.server.metrics_address}/metrics") as page:
-            body: bytes = page.read()
-            return body.decode()
-
-    return await asyncio.to_thread(read)
-
-
-async def values(wire: Wire, name: str, *labels: str) -> dict[tuple[str, ...], float]:
-    """The samples called ``name``, by the values of ``labels``."""
-    return {
-        tuple(sample.labels[label] for label in labels): sample.value
-        for family in text_string_to_metric_families(await scrape(wire))
-        for sample in family.samples
-        if sample.name == name
-    }
+from tests.server.telemetry.scrape import scrape, values
+from tests.server.wire import SERVING, Wire, refusal, serving
 
 
 async def busy_day(wire: Wire) -> None:
@@ -60,6 +49,7 @@ async def test_requests_and_images_are_counted_by_outcome() -> None:
         await busy_day(wire)
         requests = await values(wire, "darkroom_request_seconds_count", "model", "outcome")
         assert requests == {
+            ("demo", "failed"): 0,
             ("demo", "finished"): 2,
             ("demo", "invalid"): 1,
             ("unknown", "invalid"): 1,
@@ -112,7 +102,8 @@ async def test_cancelled_and_expired_calls_have_their_codes() -> None:
         assert handled["Generate", "CANCELLED"] == 1
         assert handled["Generate", "DEADLINE_EXCEEDED"] == 1
         outcomes = await values(wire, "darkroom_request_seconds_count", "outcome")
-        assert outcomes == {("cancelled",): 1, ("expired",): 1}
+        assert outcomes["cancelled",] == 1
+        assert outcomes["expired",] == 1
 
 
 async def test_gauges_follow_the_jobs() -> None:
@@ -125,8 +116,10 @@ async def test_gauges_follow_the_jobs() -> None:
         wire.engine.advance(2)
         await call
         assert await values(wire, "darkroom_jobs_running", "model") == {("demo",): 0}
-        assert await values(wire, "darkroom_rows_per_pass_sum", "model") == {("demo",): 4}
-        assert await values(wire, "darkroom_pass_seconds_count", "model") == {("demo",): 2}
+        assert await values(wire, "darkroom_rows_per_step_sum", "model") == {("demo",): 4}
+        assert await values(wire, "darkroom_step_seconds_count", "model", "rows") == {
+            ("demo", "2"): 2
+        }
         wire.engine.die()
         await wire.health_becomes(2)
         assert await values(wire, "darkroom_ready") == {(): 0}
@@ -154,3 +147,88 @@ async def test_a_status_that_was_set_is_the_one_counted(monkeypatch: pytest.Monk
             await wire.models.GetModel(model_pb2.GetModelRequest())
         handled = await values(wire, "grpc_server_handled_total", "grpc_method", "grpc_code")
     assert handled["GetModel", "DATA_LOSS"] == 1
+
+
+async def test_jobs_given_up_are_counted_by_how_far_they_had_come() -> None:
+    async with serving() as wire:
+        request = generation_pb2.GenerateRequest(prompt="a star")
+        for passes in (0, 1):
+            call = wire.generation.Generate(request)
+            await wire.submitted.get()
+            wire.engine.advance(passes)
+            call.cancel()
+            await wire.cancelled.get()
+            wire.engine.advance(0)
+        cancels: dict[tuple[str, ...], float] = {}
+        while sum(cancels.values()) < 2:
+            cancels = await values(wire, "darkroom_cancels_total", "phase")
+    assert cancels == {("queue",): 1, ("denoise",): 1, ("decode",): 0}
+
+
+async def test_rejections_are_counted_by_reason() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        await busy_day(wire)
+        rejections = await values(wire, "darkroom_rejections_total", "model", "reason")
+    assert rejections == {("demo", "invalid_request"): 1, ("unknown", "unknown_model"): 1}
+
+
+async def test_what_the_engine_tells_is_added_up() -> None:
+    async with serving() as wire:
+        for _ in range(2):
+            wire.engine._emit(
+                EngineCounts("demo", {Counted.PROMPTS_CACHED: 2, Counted.OUT_OF_MEMORY_SPLIT: 1})
+            )
+        for rows, peak in ((3, 100), (4, 70), (0, 50)):
+            wire.engine._emit(
+                PeakMeasured(model="demo", width=60, height=70, rows=rows, peak_bytes=peak)
+            )
+        wire.engine._emit(
+            PassDone(
+                model="demo",
+                width=64,
+                height=64,
+                rows=4,
+                seconds=0.002,
+                samples=2,
+                joined=1,
+                max_rows=8,
+            )
+        )
+        await asyncio.sleep(0)
+        lookups = await values(wire, "darkroom_prompt_lookups_total", "result")
+        assert lookups == {("hit",): 4, ("miss",): 0}
+        splits = await values(wire, "darkroom_out_of_memory_total", "outcome")
+        assert splits == {("split",): 2, ("failed",): 0}
+        peaks = await values(wire, "darkroom_peak_memory_bytes", "model", "size_class", "rows")
+        assert peaks == {("demo", "128", "4"): 100}
+        assert await values(wire, "darkroom_decode_peak_memory_bytes") == {(): 50}
+        assert await values(wire, "darkroom_occupancy_ratio_sum") == {(): 0.5}
+        assert await values(wire, "darkroom_joins_total") == {(): 1}
+        assert await values(wire, "darkroom_steps_total") == {(): 2}
+
+
+async def test_loads_and_sensors_are_gauges() -> None:
+    async with serving(fake={"load": False}, wait=False) as wire:
+        load = ModelLoad(
+            model="demo", load_seconds=1.5, warm_up_seconds=2.5, bytes_by_component={"unet": 7}
+        )
+        wire.engine._emit(EngineReady(wire.engine.models, 4.0, (load,)))
+        sensors = Sensors(utilisation=0.5, power_watts=300.0)
+        wire.engine._emit(MemoryReport(device="cuda:0", by_kind={}, host_rss=1, sensors=sensors))
+        await wire.health_becomes(SERVING)
+        assert await values(wire, "darkroom_model_load_seconds") == {(): 1.5}
+        assert await values(wire, "darkroom_model_warm_up_seconds") == {(): 2.5}
+        assert await values(wire, "darkroom_model_memory_bytes", "component") == {("unet",): 7}
+        assert await values(wire, "darkroom_gpu_utilisation_ratio", "device") == {("cuda:0",): 0.5}
+        assert await values(wire, "darkroom_gpu_power_watts") == {(): 300}
+        assert await values(wire, "darkroom_gpu_temperature_celsius") == {}
+
+
+async def test_messages_are_measured() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        response = await wire.generate()
+        labels = ("grpc_method",)
+        sent = await values(wire, "grpc_server_sent_message_bytes_sum", *labels)
+        assert sent["Generate",] == response.ByteSize()
+        received = await values(wire, "grpc_server_received_message_bytes_sum", *labels)
+        assert received["Generate",] == len(b"\x12\x06a star")

@@ -4,7 +4,8 @@ Every job that was submitted ends in exactly one of ``JobFinished``, ``JobFailed
 ``JobCancelled``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.job import ImageFormat
@@ -48,12 +49,23 @@ class StageSeconds:
     encode_image: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLoad:
+    """How one model came into memory: seconds to load and to warm up, and its weights' bytes."""
+
+    model: str
+    load_seconds: float
+    warm_up_seconds: float
+    bytes_by_component: dict[str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineReady:
     """Every model is loaded and warmed up."""
 
     models: tuple[ModelInfo, ...]
     load_seconds: float
+    loads: tuple[ModelLoad, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +101,9 @@ class SampleProgress:
 class PassDone:
     """One pass of ``rows`` rows through the denoiser of ``model`` took ``seconds``.
 
-    All its images are of ``width`` × ``height`` pixels.
+    All its images are of ``width`` × ``height`` pixels. It was one step for each of ``samples``,
+    of which ``joined`` took their first in company. ``max_rows`` is what the pass could have held,
+    0 where nobody knows.
     """
 
     model: str
@@ -97,6 +111,40 @@ class PassDone:
     height: int
     rows: int
     seconds: float
+    samples: int = 0
+    joined: int = 0
+    max_rows: int = 0
+
+
+class Counted(StrEnum):
+    """What an engine counts, besides passes."""
+
+    PROMPTS_CACHED = "prompts_cached"
+    PROMPTS_ENCODED = "prompts_encoded"
+    PROMPTS_TRUNCATED = "prompts_truncated"
+    OUT_OF_MEMORY_SPLIT = "out_of_memory_split"
+    OUT_OF_MEMORY_FAILED = "out_of_memory_failed"
+    NON_FINITE_RECOVERED = "non_finite_recovered"
+    NON_FINITE_FAILED = "non_finite_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCounts:
+    """What happened in the engine with ``model`` since it last told."""
+
+    model: str
+    counts: dict[Counted, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeakMeasured:
+    """A pass of ``rows`` rows took ``peak_bytes`` besides the weights; 0 rows are a decode."""
+
+    model: str
+    width: int
+    height: int
+    rows: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,12 +195,22 @@ class JobCancelled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sensors:
+    """What a GPU's driver says of it; None where it does not know. ``utilisation`` is 0 to 1."""
+
+    utilisation: float | None = None
+    power_watts: float | None = None
+    temperature_celsius: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
     """Memory of the engine, in bytes, by kind (see ``telemetry``); sent about once a second."""
 
     device: str
     by_kind: dict[str, int]
     host_rss: int
+    sensors: Sensors = field(default_factory=Sensors)
 
 
 Event = (
@@ -162,6 +220,8 @@ Event = (
     | SampleProgress
     | PassDone
     | DecodeDone
+    | EngineCounts
+    | PeakMeasured
     | ImageReady
     | JobFinished
     | JobFailed

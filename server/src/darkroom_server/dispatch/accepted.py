@@ -32,14 +32,16 @@ class AcceptedJob:
     """The caller's hold on a job: leaving the ``with`` block gives the job up, unless it ended.
 
     ``job`` and ``images`` (those finished so far, by index) are all that a second run needs.
-    ``started`` says that an engine has begun with it, ``crashes`` how many engines died while
-    it ran, ``crashed_at`` when the last of them did (``time.monotonic`` seconds).
+    ``started`` says that an engine has begun with it, ``developed`` how many images took their
+    last step there, ``crashes`` how many engines died while it ran, ``crashed_at`` when the last
+    of them did (``time.monotonic`` seconds).
     """
 
     def __init__(self, job: Job, give_up: Callable[[str], None]) -> None:
         self.job = job
         self.place = Place.OUTSIDE
         self.started = False
+        self.developed = 0
         self.crashes = 0
         self.crashed_at: float | None = None
         self.images: dict[int, EncodedImage] = {}
@@ -58,6 +60,13 @@ class AcceptedJob:
     def ended(self) -> bool:
         """Nothing more will be told to the caller."""
         return self._ended.is_set()
+
+    @property
+    def phase(self) -> str:
+        """How far it is: "queue", "denoise" while an image has steps to take, or "decode"."""
+        if not self.started:
+            return "queue"
+        return "denoise" if self.developed < self.job.image_count else "decode"
 
     def key(self) -> OrderKey:
         """What the order needs to know.
@@ -78,6 +87,7 @@ class AcceptedJob:
             self.crashes += 1
             self.crashed_at = now
         self.started = False
+        self.developed = len(self.images)
 
     def remaining_job(self) -> Job:
         """The job, less the images that are finished."""

@@ -14,6 +14,7 @@ from darkroom_server.core.errors import (
     StartupError,
 )
 from darkroom_server.core.events import (
+    EngineCounts,
     EngineReady,
     Event,
     ImageReady,
@@ -23,6 +24,7 @@ from darkroom_server.core.events import (
     JobStarted,
     MemoryReport,
     PassDone,
+    PeakMeasured,
     SampleProgress,
     StageSeconds,
 )
@@ -233,6 +235,7 @@ class Dispatcher:
         accepted.end(outcome)
         self._deadlines.discard(accepted.job.id)
         self.counts.by_end[end] += 1
+        self._observer.ended(accepted.job.model, end, accepted.phase)
         if self.counts.live == 0:
             self._idle.set()
 
@@ -250,17 +253,23 @@ class Dispatcher:
         match event:
             case EngineReady(models):
                 self._admission.loaded(models)
+                self._observer.loaded(event)
                 self._loaded.set()
                 self._feed()
             case PassDone():
-                self._observer.pass_done(event.model, event.rows, event.seconds)
+                self._observer.pass_done(event)
+            case EngineCounts():
+                self._observer.counted(event)
+            case PeakMeasured():
+                self._observer.peak(event)
             case MemoryReport():
                 self._observer.memory(event)
             case JobStarted(job_id):
                 if accepted := self._roster.get(job_id):
                     accepted.started = True
             case SampleProgress():
-                pass
+                if (accepted := self._roster.get(event.job_id)) and event.step == event.steps:
+                    accepted.developed += 1
             case ImageReady():
                 if accepted := self._roster.get(event.job_id):
                     accepted.images[event.image_index] = event.image
@@ -272,6 +281,7 @@ class Dispatcher:
                     self._leave_engine(accepted, outcomes.failed(failure))
             case JobCancelled(job_id):
                 if accepted := self._roster.get(job_id):
+                    self._observer.wasted(accepted.job.model, event.wasted_seconds)
                     self._leave_engine(accepted, outcomes.dropped(event))
 
     def _leave_engine(self, accepted: AcceptedJob, outcome: outcomes.Outcome) -> None:

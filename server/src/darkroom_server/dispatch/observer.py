@@ -2,7 +2,13 @@
 
 from typing import Protocol
 
-from darkroom_server.core.events import MemoryReport
+from darkroom_server.core.events import (
+    EngineCounts,
+    EngineReady,
+    MemoryReport,
+    PassDone,
+    PeakMeasured,
+)
 
 
 class Observer(Protocol):
@@ -14,8 +20,17 @@ class Observer(Protocol):
     def jobs(self, model: str, queued: int, running: int) -> None:
         """So many jobs of ``model`` wait, and so many are in the engine."""
 
-    def pass_done(self, model: str, rows: int, seconds: float) -> None:
-        """One pass through the denoiser of ``model`` is done."""
+    def loaded(self, ready: EngineReady) -> None:
+        """An engine has loaded its models."""
+
+    def pass_done(self, done: PassDone) -> None:
+        """One pass through a denoiser is done."""
+
+    def counted(self, counts: EngineCounts) -> None:
+        """What an engine counted since it last told."""
+
+    def peak(self, peak: PeakMeasured) -> None:
+        """A pass or a decode was measured."""
 
     def memory(self, report: MemoryReport) -> None:
         """The engine's memory, about once a second."""
@@ -25,6 +40,21 @@ class Observer(Protocol):
 
     def engine_restarted(self) -> None:
         """An engine that died is started again."""
+
+    def ended(self, model: str, end: str, phase: str) -> None:
+        """An accepted job of ``model`` ended, as ``End`` says, in ``AcceptedJob.phase``."""
+
+    def wasted(self, model: str, seconds: float) -> None:
+        """A job of ``model`` left the engine unfinished, after ``seconds`` of its passes."""
+
+    def estimated(self, model: str, estimate: float, seconds: float) -> None:
+        """A job of ``model`` that was to take ``estimate`` seconds took ``seconds``."""
+
+    def previewed(self, model: str, seconds: float) -> None:
+        """The first preview of a job was there ``seconds`` after the job came."""
+
+    def retry_joined(self, model: str) -> None:
+        """A request came again, and joined the job that the first one began."""
 
 
 class Unobserved:
@@ -36,7 +66,16 @@ class Unobserved:
     def jobs(self, model: str, queued: int, running: int) -> None:
         """Ignore it."""
 
-    def pass_done(self, model: str, rows: int, seconds: float) -> None:
+    def loaded(self, ready: EngineReady) -> None:
+        """Ignore it."""
+
+    def pass_done(self, done: PassDone) -> None:
+        """Ignore it."""
+
+    def counted(self, counts: EngineCounts) -> None:
+        """Ignore it."""
+
+    def peak(self, peak: PeakMeasured) -> None:
         """Ignore it."""
 
     def memory(self, report: MemoryReport) -> None:
@@ -46,4 +85,19 @@ class Unobserved:
         """Ignore it."""
 
     def engine_restarted(self) -> None:
+        """Ignore it."""
+
+    def ended(self, model: str, end: str, phase: str) -> None:
+        """Ignore it."""
+
+    def wasted(self, model: str, seconds: float) -> None:
+        """Ignore it."""
+
+    def estimated(self, model: str, estimate: float, seconds: float) -> None:
+        """Ignore it."""
+
+    def previewed(self, model: str, seconds: float) -> None:
+        """Ignore it."""
+
+    def retry_joined(self, model: str) -> None:
         """Ignore it."""

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from darkroom_server.core.errors import Failure
+from darkroom_server.core.events import Counted
 from darkroom_server.engine.failures import (
     DECODE_FAILED,
     NON_FINITE,
@@ -17,6 +18,7 @@ from darkroom_server.engine.failures import (
     is_fatal,
     is_out_of_memory,
 )
+from darkroom_server.engine.tally import Counts
 
 log = structlog.get_logger(__name__)
 
@@ -25,6 +27,7 @@ class Decoder:
     """Decodes with a pipeline's VAE; values that are not finite are tried again in float32."""
 
     def __init__(self, vae: Any, precision: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.counts = Counts()
         self._vae = vae
         self._precision = precision
 
@@ -39,12 +42,15 @@ class Decoder:
                 log.warning("decode was not finite, trying float32")
                 image = self._decode_float32(latents)
                 if not torch.isfinite(image).all():
+                    self.counts[Counted.NON_FINITE_FAILED] += 1
                     return NON_FINITE
+                self.counts[Counted.NON_FINITE_RECOVERED] += 1
         except Exception as error:
             if is_fatal(error):
                 raise
             if is_out_of_memory(error):
                 log.warning("decode ran out of memory")
+                self.counts[Counted.OUT_OF_MEMORY_FAILED] += 1
                 return OUT_OF_MEMORY
             log.exception("decode failed")
             return DECODE_FAILED

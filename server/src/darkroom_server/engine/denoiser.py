@@ -8,6 +8,7 @@ import structlog
 import torch
 
 from darkroom_server.core.errors import Failure
+from darkroom_server.core.events import Counted
 from darkroom_server.engine.failures import (
     DENOISER_FAILED,
     OUT_OF_MEMORY,
@@ -15,6 +16,7 @@ from darkroom_server.engine.failures import (
     is_out_of_memory,
 )
 from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.tally import Counts
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +35,7 @@ class Denoiser:
         precision: Callable[[], AbstractContextManager[Any]],
         channels_last: bool = False,
     ) -> None:
+        self.counts = Counts()
         self.unet = unet
         self.max_rows = max_rows
         self._precision = precision
@@ -61,9 +64,13 @@ class Denoiser:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(samples) == 1:
-            return [OUT_OF_MEMORY if out_of_memory else DENOISER_FAILED]
+            if not out_of_memory:
+                return [DENOISER_FAILED]
+            self.counts[Counted.OUT_OF_MEMORY_FAILED] += 1
+            return [OUT_OF_MEMORY]
         half = len(samples) // 2
         if out_of_memory:
+            self.counts[Counted.OUT_OF_MEMORY_SPLIT] += 1
             rows = sum(sample.rows for sample in samples)
             self.max_rows = max(2, min(self.max_rows, rows // 2))
             log.warning("row limit lowered", max_rows=self.max_rows)

@@ -259,6 +259,8 @@ class FakeEngine:
                 height=first.height,
                 rows=rows,
                 seconds=seconds,
+                samples=sum(len(job.image_indices) for job in self._jobs.values()),
+                max_rows=self.models[0].limits.max_rows,
             )
         )
         for job in list(self._jobs.values()):

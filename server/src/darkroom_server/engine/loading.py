@@ -50,6 +50,16 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bo
         raise _failed(source, "the model", error) from error
 
 
+def weights_of(pipeline: Any) -> dict[str, int]:
+    """The bytes of each part's weights and buffers, as they lie in memory."""
+    parts = {name: getattr(pipeline, name, None) for name in (*PARTS, "safety_checker")}
+    return {
+        name: sum(t.numel() * t.element_size() for t in (*part.parameters(), *part.buffers()))
+        for name, part in parts.items()
+        if part is not None
+    }
+
+
 def _load_folder(
     source: ModelSource, folder: Path, dtype: torch.dtype, safety_checker: bool
 ) -> Any:

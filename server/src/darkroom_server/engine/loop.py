@@ -23,11 +23,13 @@ from darkroom_server.core.turns import Turns
 from darkroom_server.engine.commands import Cancel, Close
 from darkroom_server.engine.encoding import EncodingPool
 from darkroom_server.engine.failures import PROMPT_FAILED, SCHEDULER_FAILED, is_fatal
-from darkroom_server.engine.memory import MemoryReporter
 from darkroom_server.engine.model import LoadedModel
+from darkroom_server.engine.peaks import PeakWatch
+from darkroom_server.engine.reporter import MemoryReporter
 from darkroom_server.engine.resident import Resident
 from darkroom_server.engine.roster import Roster
 from darkroom_server.engine.sample import Group, Sample
+from darkroom_server.engine.tally import Tally
 
 log = structlog.get_logger(__name__)
 
@@ -47,7 +49,9 @@ class EngineLoop:
         self._roster = Roster(emit)
         self._turns: Turns[Group] = Turns()
         self._encoding = EncodingPool(abandon=self.cancel)
-        self._memory = MemoryReporter({model.device for model in models.values()}, emit)
+        self._tally = Tally({id: model.counts for id, model in models.items()}, emit)
+        self._peaks = PeakWatch(emit)
+        self._memory = MemoryReporter({m.device for m in models.values()}, self._peaks, emit)
 
     def submit(self, job: Job) -> None:
         """Let ``job`` join at the next step boundary."""
@@ -64,17 +68,19 @@ class EngineLoop:
     @torch.inference_mode()
     def run(self) -> None:
         """Work until ``close``; raises what means that the device is lost."""
+        self._memory.start()
         try:
             while self._listen():
                 chosen = self._schedule()
                 finished = self._run(chosen)
                 self._postprocess(finished)
+                self._tally.tell()
         finally:
+            self._memory.close()
             self._encoding.close()
 
     def _listen(self) -> bool:
         """Take in what callers want, waiting only when there is nothing else to do."""
-        self._memory.report()
         while True:
             try:
                 command = self._inbox.get(block=self._roster.idle)
@@ -115,12 +121,17 @@ class EngineLoop:
             if self._resident(sample).pass_begins(began):
                 self._emit(JobStarted(sample.job.id))
         model = self._models[samples[0].job.model]
-        stepped = self._step(samples, model.denoiser.predict(samples))
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        rows = sum(sample.rows for sample in samples)
+        company = any(sample.step for sample in samples)
+        joined = sum(not sample.step for sample in samples) if company else 0
+        job = samples[0].job
+        with self._peaks.watch(model.device, job.model, job.width, job.height, rows):
+            stepped = self._step(samples, model.denoiser.predict(samples))
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
         now = time.monotonic()
         self._turns.charge(samples[0].group, now - began)
-        self._account(stepped, now - began)
+        self._account(stepped, now - began, joined)
         finished = [sample for sample in stepped if sample.done]
         for sample in finished:
             self._roster.developed(sample)
@@ -136,7 +147,8 @@ class EngineLoop:
             job = sample.job
             model = self._models[job.model]
             began = time.monotonic()
-            pixels = model.decoder.decode(sample.latents)
+            with self._peaks.watch(model.device, job.model, job.width, job.height):
+                pixels = model.decoder.decode(sample.latents)
             if isinstance(pixels, Failure):
                 self._fail(resident, pixels)
                 continue
@@ -198,7 +210,7 @@ class EngineLoop:
                 self._fail(resident, SCHEDULER_FAILED)
         return [sample for sample in samples if self._roster.get(sample.job.id)]
 
-    def _account(self, samples: list[Sample], seconds: float) -> None:
+    def _account(self, samples: list[Sample], seconds: float, joined: int) -> None:
         """Tell of the step, and charge each sample its rows' share of the pass."""
         rows = sum(sample.rows for sample in samples)
         if samples:
@@ -210,6 +222,9 @@ class EngineLoop:
                     height=job.height,
                     rows=rows,
                     seconds=seconds,
+                    samples=len(samples),
+                    joined=joined,
+                    max_rows=self._models[job.model].max_rows(samples[0].group),
                 )
             )
         for sample in samples:

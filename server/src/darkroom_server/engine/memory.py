@@ -2,15 +2,11 @@
 
 import ctypes
 import re
-import time
-from collections.abc import Callable, Collection
 from pathlib import Path
 
 import psutil
 import structlog
 import torch
-
-from darkroom_server.core.events import Event, MemoryReport
 
 log = structlog.get_logger(__name__)
 
@@ -23,17 +19,20 @@ class PeakMemory:
 
     On CUDA it is the allocator's. On a CPU it is the process's resident set, by Linux's own
     high-water mark (proc(5), clear_refs), and so blind to memory that was in use before and is
-    used again.
+    used again. ``exact`` turns False where Linux does not let the mark be reset. ``highest`` is
+    the last peak with what was in use before.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.exact = True
+        self.highest = 0
         self._device = device
         self._base = 0
 
-    def reset(self) -> None:
-        """Begin a measurement."""
+    def reset(self) -> bool:
+        """Begin a measurement; returns ``exact``."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            # No waiting for the device: the allocator works, and counts, as work is launched.
             torch.cuda.reset_peak_memory_stats(self._device)
             self._base = torch.cuda.memory_allocated(self._device)
         else:
@@ -41,61 +40,21 @@ class PeakMemory:
             ctypes.CDLL(None).malloc_trim(0)
             try:
                 Path("/proc/self/clear_refs").write_text("5")
-                self._base = _status_bytes("VmRSS")
+                self._base = status_bytes("VmRSS")
             except OSError:
+                self.exact = False
                 # Some sandboxes lack it: only what goes beyond the highest mark so far is seen.
                 log.warning("the peak of memory cannot be reset, measurements may be too low")
-                self._base = _status_bytes("VmHWM")
+                self._base = status_bytes("VmHWM")
+        return self.exact
 
     def read(self) -> int:
         """The peak since ``reset``, above the level at ``reset``."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            return torch.cuda.max_memory_allocated(self._device) - self._base
-        return max(0, _status_bytes("VmHWM") - self._base)
-
-
-class MemoryReporter:
-    """Tells the memory of ``devices`` as an event, about once a second while passes run."""
-
-    INTERVAL_SECONDS = 1.0
-
-    def __init__(self, devices: Collection[torch.device], emit: Callable[[Event], None]) -> None:
-        self._devices = devices
-        self._emit = emit
-        self._next = 0.0
-
-    def report(self) -> None:
-        """Tell the memory, if the last time is long enough ago."""
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + self.INTERVAL_SECONDS
-        rss = _status_bytes("VmRSS")
-        for device in self._devices:
-            self._emit(
-                MemoryReport(device=str(device), by_kind=_bytes_by_kind(device, rss), host_rss=rss)
-            )
-
-
-def _bytes_by_kind(device: torch.device, rss: int) -> dict[str, int]:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return {
-            "allocated": torch.cuda.memory_allocated(device),
-            "reserved": torch.cuda.memory_reserved(device),
-            "peak": torch.cuda.max_memory_allocated(device),
-            "device_used": total - free,
-            "device_total": total,
-        }
-    system = psutil.virtual_memory()
-    return {
-        "allocated": rss,
-        "reserved": rss,
-        "peak": _status_bytes("VmHWM"),
-        "device_used": system.total - system.available,
-        "device_total": system.total,
-    }
+            self.highest = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self.highest = status_bytes("VmHWM")
+        return max(0, self.highest - self._base)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -112,7 +71,8 @@ def available_bytes(device: torch.device) -> int:
     return int(free * (1 - SAFETY_MARGIN))
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A size that Linux tells of this process, such as "VmRSS", in bytes; 0 if it does not."""
     status = Path("/proc/self/status").read_text()
     found = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.engine.decoder import Decoder
@@ -14,6 +15,7 @@ from darkroom_server.engine.prompts import Embedding, PromptEncoder
 from darkroom_server.engine.safety import SafetyChecker
 from darkroom_server.engine.sample import Group, Sample
 from darkroom_server.engine.schedulers import make_scheduler
+from darkroom_server.engine.tally import Counts
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +32,11 @@ class LoadedModel:
     latent_factor: int
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def counts(self) -> tuple[Counts, ...]:
+        """What the parts count."""
+        return (self.prompts.counts, self.denoiser.counts, self.decoder.counts)
 
     def prompts_of(self, job: Job) -> list[tuple[str, bool]]:
         """What must be encoded for each row of an image: (prompt, alone), in the rows' order."""
@@ -53,6 +60,8 @@ class LoadedModel:
             job.width // self.latent_factor,
         )
         rows = tuple(embeddings[key] for key in self.prompts_of(job))
+        if any(embedding.truncated for embedding in rows):
+            self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
         return [
             Sample(
                 job,

@@ -21,6 +21,7 @@ from darkroom_server.core.events import (
     JobCancelled,
     JobFailed,
     JobFinished,
+    MemoryReport,
 )
 from darkroom_server.core.job import Job
 from darkroom_server.engine.channel import Channel
@@ -148,7 +149,8 @@ class _Life:
                         break
                     continue
                 event = self._channel.receive()
-                self._last_heard = time.monotonic()
+                if not isinstance(event, MemoryReport):  # A thread of its own tells those.
+                    self._last_heard = time.monotonic()
                 if isinstance(event, JobFinished | JobFailed | JobCancelled):
                     self._working.discard(event.job_id)
                 if isinstance(event, EngineDied):

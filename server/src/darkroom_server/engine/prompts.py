@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from darkroom_server.core.events import Counted
+from darkroom_server.engine.tally import Counts
+
 MAX_CACHED = 256
 """Embeddings kept, least recently used dropped first: 118 kB each for SD 1.x in half precision."""
 
@@ -37,6 +40,7 @@ class PromptEncoder:
         dtype: torch.dtype,
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
+        self.counts = Counts()
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._dtype = dtype
@@ -53,6 +57,8 @@ class PromptEncoder:
         keys = list(dict.fromkeys(wanted))
         missing = [key for key in keys if key not in self._cache]
         found = {key: self._cache[key] for key in keys if key in self._cache}
+        self.counts[Counted.PROMPTS_CACHED] += len(found)
+        self.counts[Counted.PROMPTS_ENCODED] += len(missing)
         shared = [key for key in missing if not key[1]]
         batches = [shared[i : i + MAX_BATCH] for i in range(0, len(shared), MAX_BATCH)]
         batches += [[key] for key in missing if key[1]]

@@ -10,7 +10,7 @@ import torch
 
 from darkroom_server.core.config import Dtype, EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.events import EngineReady, Event
+from darkroom_server.core.events import EngineReady, Event, ModelLoad
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.core.model import (
     ModelDefaults,
@@ -25,7 +25,7 @@ from darkroom_server.engine.defaults import Defaults, read_defaults
 from darkroom_server.engine.denoiser import Denoiser
 from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.folder import SUPPORTED
-from darkroom_server.engine.loading import load_pipeline
+from darkroom_server.engine.loading import load_pipeline, weights_of
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.measure import ROWS, Form, best_rows, measure_rows
 from darkroom_server.engine.model import LoadedModel
@@ -49,11 +49,12 @@ def start_loop(
     runtime = resolve(config)
     if runtime.device.type == "cpu":
         torch.set_num_threads(config.threads or allowed_threads())
-    models = {}
+    models, loads = {}, []
     for source in config.models:
         try:
             with torch.inference_mode():
-                models[source.id] = load_model(source, runtime, config)
+                models[source.id], load = load_model(source, runtime, config)
+            loads.append(load)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -62,15 +63,20 @@ def start_loop(
                 "--preset tiny, or fewer models"
             ) from error
     infos = tuple(model.info for model in models.values())
-    return EngineLoop(models, emit), EngineReady(infos, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return EngineLoop(models, emit), EngineReady(infos, seconds, tuple(loads))
 
 
-def load_model(source: ModelSource, runtime: Runtime, config: EngineConfig) -> LoadedModel:
+def load_model(
+    source: ModelSource, runtime: Runtime, config: EngineConfig
+) -> tuple[LoadedModel, ModelLoad]:
     """The model of ``source``, on its device, warmed up and measured. Raises ``StartupError``."""
+    began = time.monotonic()
     settled = next((info for info in config.settled if info.id == source.id), None)
     pipeline = load_pipeline(
         source, runtime.dtype or torch.float32, safety_checker=config.safety_checker
     )
+    in_memory = time.monotonic()
     if pipeline.unet.config.time_cond_proj_dim is not None:
         raise StartupError(f"model {source.location!r} is guidance-distilled: not supported")
     safety = _safety_checker(pipeline, source) if config.safety_checker else None
@@ -115,7 +121,13 @@ def load_model(source: ModelSource, runtime: Runtime, config: EngineConfig) -> L
         bytes_per_row=memory.bytes_per_row,
         bytes_per_decode=memory.bytes_per_decode,
     )
-    return LoadedModel(
+    load = ModelLoad(
+        model=info.id,
+        load_seconds=in_memory - began,
+        warm_up_seconds=time.monotonic() - in_memory,
+        bytes_by_component=weights_of(pipeline),
+    )
+    loaded = LoadedModel(
         info=info,
         prompts=PromptEncoder(pipeline.tokenizer, pipeline.text_encoder, form.dtype, precision),
         denoiser=Denoiser(
@@ -132,6 +144,7 @@ def load_model(source: ModelSource, runtime: Runtime, config: EngineConfig) -> L
         device=runtime.device,
         dtype=form.dtype,
     )
+    return loaded, load
 
 
 def _form_of(settled: ModelInfo | None) -> Form | None:

@@ -1,33 +1,68 @@
-"""The HTTP port that Prometheus reads."""
+"""The HTTP port that Prometheus reads, and where probes without gRPC ask."""
 
 import socket
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from http import HTTPStatus
+from socketserver import ThreadingMixIn
 from threading import Thread
-from wsgiref.simple_server import WSGIServer
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from darkroom_server.core.errors import StartupError
 
+STALLED_SECONDS = 10.0
+"""A client that neither reads nor writes for so long is let go."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each connection: who stalls, stalls alone."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that went away in the middle is no news."""
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = STALLED_SECONDS
+
+    def log_message(self, *_: Any) -> None:
+        """Scrapes are not worth a line each."""
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
 
 class Exporter:
-    """Serves a registry on a thread of its own, so that a busy event loop does not hide it."""
+    """Serves a registry and the readiness, on threads that a busy event loop does not hide.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
+    ``ready`` is asked by ``/healthz``, from those threads.
+    """
+
+    def __init__(self, registry: CollectorRegistry, ready: Callable[[], bool]) -> None:
+        self._metrics = make_wsgi_app(registry, disable_compression=False)
+        self._ready = ready
         self._host = ""
         self._server: WSGIServer | None = None
         self._thread: Thread | None = None
 
     def start(self, host: str, port: int) -> str:
         """Open the port (0 picks one); returns the address. Raises ``StartupError``."""
+        kind = _Server6 if ":" in host else _Server
         try:
-            self._server, self._thread = start_http_server(port, host, registry=self._registry)
+            self._server = make_server(host, port, self._answer, kind, _Handler)
         except OSError as error:
             raise StartupError(
                 f"cannot serve metrics on {host}:{port}: {error.strerror}; choose another with "
                 "--metrics-port or --metrics-host"
             ) from None
+        self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
         self._host, port = host, self._server.server_port
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -39,7 +74,23 @@ class Exporter:
         shutdown = Thread(target=self._server.shutdown)
         shutdown.start()
         with suppress(OSError):
-            socket.create_connection((self._host, self._server.server_port), timeout=1.0).close()
+            port = self._server.server_port
+            socket.create_connection((self._host, port), timeout=1.0).close()
         shutdown.join()
         self._server.server_close()
         self._thread.join()
+
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        match environ.get("PATH_INFO"):
+            case "/metrics":
+                # It returns a list of bytes; its types say less.
+                return self._metrics(environ, start_response)  # type: ignore[no-any-return]
+            case "/healthz":
+                ready = self._ready()
+                status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
+                text = "ready\n" if ready else "not ready\n"
+            case _:
+                status, text = HTTPStatus.NOT_FOUND, "try /metrics or /healthz\n"
+        headers = [("Content-Type", "text/plain; charset=utf-8")]
+        start_response(f"{status.value} {status.phrase}", headers)
+        return [text.encode()]

@@ -1,11 +1,21 @@
 """Writes what dispatch and rpc tell into the metrics: the observer of both."""
 
+import platform
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 
-from darkroom_server.core.events import MemoryReport
-from darkroom_server.rpc.summary import RequestSummary
+from darkroom_server.core.classes import rows_class, size_class
+from darkroom_server.core.errors import Reason
+from darkroom_server.core.events import (
+    Counted,
+    EngineCounts,
+    EngineReady,
+    MemoryReport,
+    PassDone,
+    PeakMeasured,
+)
+from darkroom_server.rpc.summary import Outcome, RequestSummary
 from darkroom_server.telemetry.metrics import Metrics
 
 
@@ -13,57 +23,172 @@ class Recorder:
     """Implements ``dispatch.Observer``, and rpc's ``RequestObserver`` and ``CallObserver``."""
 
     def __init__(self, metrics: Metrics, model_ids: Iterable[str]) -> None:
-        self._metrics = metrics
-        metrics.build.info({"version": version("darkroom-server"), "grpcio": version("grpcio")})
-        metrics.ready.set(0)
-        for model in model_ids:  # So that dashboards see zeros before the first job.
-            self.jobs(model, queued=0, running=0)
+        self._calls = metrics.calls
+        self._requests = metrics.requests
+        self._engine = engine = metrics.engine
+        self._memory = metrics.memory
+        # Of each model and rows or size: the most so far.
+        self._peaks: dict[tuple[str, ...], int] = {}
+        self._counters = {
+            Counted.PROMPTS_CACHED: (engine.prompt_lookups, ("hit",)),
+            Counted.PROMPTS_ENCODED: (engine.prompt_lookups, ("miss",)),
+            Counted.PROMPTS_TRUNCATED: (engine.truncations, ()),
+            Counted.OUT_OF_MEMORY_SPLIT: (engine.out_of_memory, ("split",)),
+            Counted.OUT_OF_MEMORY_FAILED: (engine.out_of_memory, ("failed",)),
+            Counted.NON_FINITE_RECOVERED: (engine.non_finite, ("recovered",)),
+            Counted.NON_FINITE_FAILED: (engine.non_finite, ("failed",)),
+        }
+        engine.build.info(
+            {
+                "version": version("darkroom-server"),
+                "grpcio": version("grpcio"),
+                "python": platform.python_version(),
+            }
+        )
+        self._requests.ready.set(0)
+        for model in model_ids:
+            self._begin(model)
+
+    def _begin(self, model: str) -> None:
+        """Show zeros before the first job, so that rates see the first increase too."""
+        self.jobs(model, queued=0, running=0)
+        for counter, labels in self._counters.values():
+            counter.labels(model, *labels)
+        for phase in ("queue", "denoise", "decode"):
+            self._requests.cancels.labels(model, phase)
+            self._requests.deadline_misses.labels(model, phase)
+        self._requests.deadline_misses.labels(model, "admission")
+        for counter in (
+            self._requests.retries_joined,
+            self._requests.replays,
+            self._engine.steps,
+            self._engine.joins,
+            self._engine.wasted_seconds,
+        ):
+            counter.labels(model)
+        for outcome in (Outcome.FINISHED, Outcome.FAILED):
+            self._requests.seconds.labels(model, outcome.value)
+
+    # What dispatch tells.
 
     def ready(self, ready: bool) -> None:
         """New jobs are accepted from now on, or no longer."""
-        self._metrics.ready.set(ready)
+        self._requests.ready.set(ready)
 
     def jobs(self, model: str, queued: int, running: int) -> None:
         """So many jobs of ``model`` wait, and so many are in the engine."""
-        self._metrics.queue_depth.labels(model).set(queued)
-        self._metrics.jobs_running.labels(model).set(running)
+        self._requests.queue_depth.labels(model).set(queued)
+        self._requests.jobs_running.labels(model).set(running)
 
-    def pass_done(self, model: str, rows: int, seconds: float) -> None:
-        """One pass through the denoiser of ``model`` is done."""
-        self._metrics.pass_rows.labels(model).observe(rows)
-        self._metrics.pass_seconds.labels(model).observe(seconds)
+    def loaded(self, ready: EngineReady) -> None:
+        """An engine has loaded its models."""
+        for load in ready.loads:
+            self._engine.load_seconds.labels(load.model).set(load.load_seconds)
+            self._engine.warm_up_seconds.labels(load.model).set(load.warm_up_seconds)
+            for component, size in load.bytes_by_component.items():
+                self._memory.model.labels(load.model, component).set(size)
+
+    def pass_done(self, done: PassDone) -> None:
+        """One pass through a denoiser is done."""
+        engine, model = self._engine, done.model
+        engine.step_seconds.labels(model, rows_class(done.rows)).observe(done.seconds)
+        engine.rows_per_step.labels(model).observe(done.rows)
+        engine.steps.labels(model).inc(done.samples)
+        if done.max_rows:
+            engine.occupancy.labels(model).observe(min(1.0, done.rows / done.max_rows))
+        if done.joined:
+            engine.joins.labels(model).inc(done.joined)
+
+    def counted(self, counts: EngineCounts) -> None:
+        """What an engine counted since it last told."""
+        for counted, amount in counts.counts.items():
+            counter, labels = self._counters[counted]
+            counter.labels(counts.model, *labels).inc(amount)
+
+    def peak(self, peak: PeakMeasured) -> None:
+        """A pass or a decode was measured; the highest counts."""
+        key: tuple[str, ...] = (peak.model, size_class(peak.width, peak.height))
+        gauge = self._memory.decode_peak
+        if peak.rows:
+            key, gauge = (*key, rows_class(peak.rows)), self._memory.pass_peak
+        self._peaks[key] = max(peak.peak_bytes, self._peaks.get(key, 0))
+        gauge.labels(*key).set(self._peaks[key])
 
     def memory(self, report: MemoryReport) -> None:
         """The engine's memory, about once a second."""
+        device, sensors = report.device, report.sensors
         for kind, size in report.by_kind.items():
-            self._metrics.gpu_memory.labels(report.device, kind).set(size)
-        self._metrics.host_memory.labels("engine").set(report.host_rss)
+            self._memory.device.labels(device, kind).set(size)
+        self._memory.host.labels("engine", device).set(report.host_rss)
+        for gauge, value in (
+            (self._memory.utilisation, sensors.utilisation),
+            (self._memory.power, sensors.power_watts),
+            (self._memory.temperature, sensors.temperature_celsius),
+        ):
+            if value is not None:
+                gauge.labels(device).set(value)
 
     def replayed(self, model: str) -> None:
         """A job of ``model`` is run again, because its engine died."""
-        self._metrics.replays.labels(model).inc()
+        self._requests.replays.labels(model).inc()
 
     def engine_restarted(self) -> None:
         """An engine that died is started again."""
-        self._metrics.engine_restarts.inc()
+        self._engine.restarts.inc()
+
+    def ended(self, model: str, end: str, phase: str) -> None:
+        """An accepted job ended, in ``phase``."""
+        if end == "cancelled":
+            self._requests.cancels.labels(model, phase).inc()
+        elif end == "expired":
+            self._requests.deadline_misses.labels(model, phase).inc()
+
+    def wasted(self, model: str, seconds: float) -> None:
+        """A job left the engine unfinished, after ``seconds`` of its passes."""
+        self._engine.wasted_seconds.labels(model).inc(seconds)
+
+    def estimated(self, model: str, estimate: float, seconds: float) -> None:
+        """A job that was to take ``estimate`` seconds took ``seconds``."""
+        if estimate > 0:
+            self._requests.estimate_error.labels(model).observe(seconds / estimate)
+
+    def previewed(self, model: str, seconds: float) -> None:
+        """The first preview of a job was there ``seconds`` after the job came."""
+        self._requests.first_preview_seconds.labels(model).observe(seconds)
+
+    def retry_joined(self, model: str) -> None:
+        """A request came again, and joined the job that the first one began."""
+        self._requests.retries_joined.labels(model).inc()
+
+    # What rpc tells.
 
     def request_ended(self, summary: RequestSummary) -> None:
-        """One ``Generate`` call ended."""
-        model, outcome = summary.model, summary.outcome.value
-        self._metrics.request_seconds.labels(model, outcome).observe(summary.seconds)
+        """One request ended."""
+        requests, model, outcome = self._requests, summary.model, summary.outcome.value
+        requests.seconds.labels(model, outcome).observe(summary.seconds)
         if images := summary.images - summary.flagged:
-            self._metrics.images.labels(model, outcome).inc(images)
+            requests.images.labels(model, outcome).inc(images)
         if summary.flagged:
-            self._metrics.images.labels(model, "flagged").inc(summary.flagged)
+            requests.images.labels(model, "flagged").inc(summary.flagged)
         if summary.stages is not None:
             for stage, seconds in asdict(summary.stages).items():
-                self._metrics.stage_seconds.labels(model, stage).observe(seconds)
+                requests.stage_seconds.labels(model, stage).observe(seconds)
+        unreachable = summary.reason == Reason.DEADLINE_UNREACHABLE
+        if unreachable:
+            requests.deadline_misses.labels(model, "admission").inc()
+        if unreachable or summary.outcome in (Outcome.INVALID, Outcome.REFUSED):
+            requests.rejections.labels(model, summary.reason.lower()).inc()
 
     def call_started(self, service: str, method: str, kind: str) -> None:
         """A call begins."""
-        self._metrics.grpc_started.labels(kind, service, method).inc()
+        self._calls.started.labels(kind, service, method).inc()
 
     def call_handled(self, service: str, method: str, kind: str, code: str, seconds: float) -> None:
         """A call ended."""
-        self._metrics.grpc_handled.labels(kind, service, method, code).inc()
-        self._metrics.grpc_handling.labels(kind, service, method).observe(seconds)
+        self._calls.handled.labels(kind, service, method, code).inc()
+        self._calls.handling_seconds.labels(kind, service, method).observe(seconds)
+
+    def message(self, service: str, method: str, kind: str, size: int, *, sent: bool) -> None:
+        """A message of ``size`` bytes came, or was sent."""
+        sizes = self._calls.sent_bytes if sent else self._calls.received_bytes
+        sizes.labels(kind, service, method).observe(size)

@@ -13,6 +13,8 @@ from darkroom_server.rpc.context import Context
 
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
+    Deserializer = Callable[[bytes], Any] | None
+    Serializer = Callable[[Any], bytes] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,14 @@ class Around(grpc.aio.ServerInterceptor, ABC):
         ``request`` is the message, or an iterator where the caller streams them.
         """
 
+    def deserializer(self, method: Method, deserialize: "Deserializer") -> "Deserializer":
+        """What turns the bytes of a request into a message; a subclass may listen in."""
+        return deserialize
+
+    def serializer(self, method: Method, serialize: "Serializer") -> "Serializer":
+        """What turns a response into bytes; a subclass may listen in."""
+        return serialize
+
     async def intercept_service(
         self,
         # The types' brackets are in the stubs only.
@@ -54,8 +64,8 @@ class Around(grpc.aio.ServerInterceptor, ABC):
         method = Method(service, name, _KINDS[requests, responses])
         return make(
             self._wrapped(behaviour, method),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+            request_deserializer=self.deserializer(method, handler.request_deserializer),
+            response_serializer=self.serializer(method, handler.response_serializer),
         )
 
     def _wrapped(self, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:

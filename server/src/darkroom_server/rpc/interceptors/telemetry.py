@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
@@ -18,6 +18,9 @@ class CallObserver(Protocol):
 
     def call_handled(self, service: str, method: str, kind: str, code: str, seconds: float) -> None:
         """It ended with the status ``code``, such as "OK"."""
+
+    def message(self, service: str, method: str, kind: str, size: int, *, sent: bool) -> None:
+        """A message of ``size`` bytes came, or was ``sent``."""
 
 
 class Telemetry(Around):
@@ -35,10 +38,33 @@ class Telemetry(Around):
         """Time the call."""
         return self._around(method, context)
 
+    def deserializer(
+        self, method: Method, deserialize: Callable[[bytes], Any] | None
+    ) -> Callable[[bytes], Any]:
+        """Measure each message that comes."""
+
+        def measured(data: bytes) -> Any:
+            self._observer.message(*_named(method), len(data), sent=False)
+            return data if deserialize is None else deserialize(data)
+
+        return measured
+
+    def serializer(
+        self, method: Method, serialize: Callable[[Any], bytes] | None
+    ) -> Callable[[Any], bytes]:
+        """Measure each message that is sent."""
+
+        def measured(message: Any) -> bytes:
+            data: bytes = message if serialize is None else serialize(message)
+            self._observer.message(*_named(method), len(data), sent=True)
+            return data
+
+        return measured
+
     @asynccontextmanager
     async def _around(self, method: Method, context: Context) -> AsyncIterator[None]:
         began = time.monotonic()
-        named = (method.service, method.name, method.kind)
+        named = _named(method)
         self._observer.call_started(*named)
         code = "OK"
         try:
@@ -53,3 +79,7 @@ class Telemetry(Around):
             raise
         finally:
             self._observer.call_handled(*named, code, time.monotonic() - began)
+
+
+def _named(method: Method) -> tuple[str, str, str]:
+    return (method.service, method.name, method.kind)

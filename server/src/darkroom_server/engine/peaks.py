@@ -1,0 +1,65 @@
+"""The memory that passes and decodes take, measured while they serve."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from darkroom_server.core.classes import rows_class, size_class
+from darkroom_server.core.events import Event, PeakMeasured
+from darkroom_server.engine.memory import PeakMemory
+
+CPU_INTERVAL_SECONDS = 60.0
+"""On a CPU the C library must give back what it keeps, which takes longer than a small pass."""
+
+Key = tuple[str, str, str]
+
+
+class PeakWatch:
+    """Measures the work of the loop's thread, and tells of each new height.
+
+    On CUDA every pass and decode is measured: the allocator counts anyway. On a CPU each class of
+    work is, once a minute. ``highest`` is the most that was in use at once, in bytes.
+    """
+
+    def __init__(self, emit: Callable[[Event], None]) -> None:
+        self.highest = 0
+        self._emit = emit
+        self._told: dict[Key, int] = {}
+        self._next: dict[Key, float] = {}
+        self._memories: dict[torch.device, PeakMemory] = {}
+
+    @contextmanager
+    def watch(
+        self, device: torch.device, model: str, width: int, height: int, rows: int = 0
+    ) -> Iterator[None]:
+        """Measure what the block takes: a pass of ``rows`` rows, or a decode.
+
+        Nothing is told of a block that raises.
+        """
+        memory = self._memories.setdefault(device, PeakMemory(device))
+        key = (model, size_class(width, height), rows_class(rows) if rows else "")
+        if not memory.exact or not self._due(device, key):
+            yield
+            return
+        can_measure = memory.reset()
+        yield
+        if not can_measure:
+            return
+        peak = memory.read()
+        self.highest = max(self.highest, memory.highest)
+        if peak > self._told.get(key, -1):
+            self._told[key] = peak
+            self._emit(
+                PeakMeasured(model=model, width=width, height=height, rows=rows, peak_bytes=peak)
+            )
+
+    def _due(self, device: torch.device, key: Key) -> bool:
+        if device.type == "cuda":
+            return True
+        now = time.monotonic()
+        if now < self._next.get(key, 0.0):
+            return False
+        self._next[key] = now + CPU_INTERVAL_SECONDS
+        return True

@@ -1,0 +1,10 @@
+from pathlib import Path
+
+from darkroom_server.telemetry.document import document
+
+PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
+
+
+def test_the_page_is_current() -> None:
+    """`python -m darkroom_server.telemetry.document >docs/metrics.md` mends this."""
+    assert PAGE.read_text() == document()

@@ -1,0 +1,65 @@
+import asyncio
+import socket
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+
+from prometheus_client import CollectorRegistry
+
+from darkroom_server.telemetry import Exporter
+from tests.server.telemetry.scrape import OPENMETRICS, scrape
+from tests.server.wire import serving
+
+
+def get(address: str, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=60) as page:
+            return page.status, page.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+async def test_healthz_says_whether_jobs_are_accepted() -> None:
+    async with serving(fake={"load": False}, wait=False) as wire:
+        address = wire.server.metrics_address
+        assert await asyncio.to_thread(get, address, "/healthz") == (503, "not ready\n")
+        wire.engine.become_ready()
+        await wire.health_becomes(1)
+        assert await asyncio.to_thread(get, address, "/healthz") == (200, "ready\n")
+        status, text = await asyncio.to_thread(get, address, "/")
+        assert (status, text) == (404, "try /metrics or /healthz\n")
+
+
+async def test_a_scraper_may_ask_for_openmetrics() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        await wire.generate()
+        assert (await scrape(wire, OPENMETRICS)).endswith("# EOF\n")
+        assert not (await scrape(wire)).endswith("# EOF\n")
+
+
+def test_those_who_stall_stall_alone() -> None:
+    exporter = Exporter(CollectorRegistry(), lambda: True)
+    address = exporter.start("127.0.0.1", 0)
+    host, port = address.split(":")
+    try:
+        with ExitStack() as stalled:
+            for index in range(32):
+                client = stalled.enter_context(socket.create_connection((host, int(port))))
+                if index % 2:  # Asks, and never reads the answer.
+                    client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+                elif index % 4:  # Never ends its question.
+                    client.sendall(b"GET /metr")
+            assert get(address, "/metrics")[0] == 200
+            assert get(address, "/healthz") == (200, "ready\n")
+    finally:
+        exporter.stop()
+
+
+def test_the_port_is_free_again() -> None:
+    exporter = Exporter(CollectorRegistry(), lambda: True)
+    address = exporter.start("127.0.0.1", 0)
+    exporter.stop()
+    again = Exporter(CollectorRegistry(), lambda: True)
+    assert again.start("127.0.0.1", int(address.split(":")[1])) == address
+    again.stop()
