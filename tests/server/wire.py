@@ -51,6 +51,15 @@ class Wire:
     def generating(self, prompt: str = "a star", **fields: Any) -> "asyncio.Task[Any]":
         return asyncio.create_task(self.generate(prompt, **fields))
 
+    def stream(self, prompt: str = "a star", *, preview_every: int = 0, **fields: Any) -> Any:
+        """A call of ``GenerateStream``: an iterator over its responses."""
+        request = generation_pb2.GenerateStreamRequest(
+            generation=generation_pb2.GenerateRequest(prompt=prompt, **fields)
+        )
+        if preview_every:
+            request.preview.every_steps = preview_every
+        return self.generation.GenerateStream(request)
+
     async def health(self, service: str = "") -> int:
         stub: Any = health_pb2_grpc.HealthStub(self.channel)
         response = await stub.Check(health_pb2.HealthCheckRequest(service=service))

@@ -10,7 +10,7 @@ import structlog
 
 from darkroom_server.core.config import Preset
 from darkroom_server.core.engine import Engine
-from darkroom_server.dispatch import Dispatcher
+from darkroom_server.dispatch import Dispatcher, Requests
 from darkroom_server.engine.process import ProcessEngine
 from darkroom_server.engine.thread import ThreadEngine
 from darkroom_server.rpc.server import RpcServer
@@ -66,6 +66,12 @@ class Server:
             observer=recorder,
             on_ready=self._tell_health,
         )
+        self.requests = Requests(
+            self.dispatcher,
+            result_ttl=settings.results.result_ttl,
+            result_bytes=settings.results.result_bytes,
+            reattach_grace=settings.results.reattach_grace,
+        )
         self._exporter = Exporter(self.metrics.registry, lambda: self.dispatcher.ready)
         certificates, tokens = tls_files(settings.security), settings.security.tokens
         check_exposure(
@@ -76,6 +82,7 @@ class Server:
         )
         self._rpc = RpcServer(
             self.dispatcher,
+            self.requests,
             recorder,
             reflect=settings.network.reflection,
             log_prompts=settings.logs.log_prompts,
@@ -129,6 +136,7 @@ class Server:
         await self.dispatcher.drain(shutdown.grace)
         await self._rpc.stop(ANSWER_SECONDS)
         await self.dispatcher.close()
+        self.requests.close()
         self._exporter.stop()
 
     def _tell_health(self, ready: bool) -> None:

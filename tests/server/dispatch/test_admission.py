@@ -18,9 +18,9 @@ from tests.server.jobs import make_job
 
 async def test_a_job_is_drawn() -> None:
     async with dispatching() as (dispatcher, engine):
-        with dispatcher.submit(make_job(image_count=2, seed=2**63 - 1)) as accepted:
-            engine.advance(4)
-            finished = await accepted.result()
+        accepted = dispatcher.submit(make_job(image_count=2, seed=2**63 - 1))
+        engine.advance(4)
+        finished = await accepted.result()
         assert [image.seed for image in finished.images] == [2**63 - 1, 0]
         assert dispatcher.running_jobs == 0
 
@@ -92,16 +92,17 @@ async def test_an_image_that_never_fits_is_refused_with_numbers() -> None:
 
 async def test_ids_are_unique_among_the_jobs_that_are_here() -> None:
     async with dispatching() as (dispatcher, engine):
-        assert dispatcher.unused_id("a") == "a"
-        with dispatcher.submit(make_job("a")):
-            assert dispatcher.unused_id("a") == "a~2"
-            with pytest.raises(ValueError, match="still here"):
-                dispatcher.submit(make_job("a"))
+        waiter = dispatcher.submit(make_job("a")).waiter()
+        with waiter, pytest.raises(ValueError, match="still here"):
+            dispatcher.submit(make_job("a"))
         # Given up, but the engine has not let it go.
-        assert dispatcher.unused_id("a") == "a~2"
+        with pytest.raises(ValueError, match="still here"):
+            dispatcher.submit(make_job("a"))
         engine.advance(0)
         await settle()
-        assert dispatcher.unused_id("a") == "a"
+        assert dispatcher.new_job_id("a") == "a"
+        dispatcher.submit(make_job("a"))
+        assert len({"a", dispatcher.new_job_id("a"), dispatcher.new_job_id("a")}) == 3
 
 
 async def test_short_jobs_are_handed_over_first() -> None:

@@ -19,7 +19,7 @@ from tests.server.jobs import make_job
 
 def waiter(dispatcher: Dispatcher, accepted: AcceptedJob) -> "asyncio.Task[object]":
     async def wait() -> object:
-        with accepted:
+        with accepted.waiter():
             return await accepted.result()
 
     return asyncio.create_task(wait())
@@ -164,8 +164,7 @@ def test_the_engine_may_outlive_the_loop() -> None:
 
 async def test_a_caller_that_leaves_at_its_deadline_counts_as_expired() -> None:
     async with dispatching() as (dispatcher, _):
-        dispatcher.submit(make_job("a", deadline=time.monotonic() + 0.1))
-        dispatcher.submit(make_job("b", deadline=time.monotonic() + 60))
-        dispatcher.cancel("a")
-        dispatcher.cancel("b")
+        for id, seconds in (("a", 0.1), ("b", 60)):
+            with dispatcher.submit(make_job(id, deadline=time.monotonic() + seconds)).waiter():
+                pass
         assert dispatcher.counts.by_end == {End.EXPIRED: 1, End.CANCELLED: 1}

@@ -23,5 +23,8 @@ class Engine(Protocol):
     def cancel(self, job_id: str) -> None:
         """Drop a job at the next step boundary; unknown and ended jobs are ignored."""
 
+    def extend(self, job_id: str, deadline: float | None) -> None:
+        """Give a job until ``deadline`` instead; unknown and ended jobs are ignored."""
+
     def close(self) -> None:
         """Stop, and free what the engine holds; blocks until it has. Jobs end without an event."""

@@ -98,6 +98,19 @@ class SampleProgress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreviewReady:
+    """What one sample looks like after ``step`` of its denoiser calls, in small."""
+
+    job_id: str
+    image_index: int
+    step: int
+    data: bytes
+    format: ImageFormat
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PassDone:
     """One pass of ``rows`` rows through the denoiser of ``model`` took ``seconds``.
 
@@ -218,6 +231,7 @@ Event = (
     | EngineDied
     | JobStarted
     | SampleProgress
+    | PreviewReady
     | PassDone
     | DecodeDone
     | EngineCounts

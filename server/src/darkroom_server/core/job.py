@@ -88,6 +88,10 @@ class Job:
         """The seed that draws image ``image_index`` of this job alone."""
         return (self.seed + image_index) % SEED_BOUND
 
+    def wants_preview(self, step: int, steps: int) -> bool:
+        """Whether a preview is due after ``step`` of ``steps``; after the last comes the image."""
+        return self.preview_every > 0 and step % self.preview_every == 0 and step < steps
+
     @property
     def rows_per_image(self) -> int:
         """Rows that one image takes in a pass: two with classifier-free guidance, else one."""

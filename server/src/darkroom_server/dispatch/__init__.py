@@ -4,5 +4,23 @@ from darkroom_server.dispatch.accepted import AcceptedJob, Finished
 from darkroom_server.dispatch.counts import Counts, End
 from darkroom_server.dispatch.dispatcher import Dispatcher
 from darkroom_server.dispatch.observer import Observer, Unobserved
+from darkroom_server.dispatch.requests import Requests
+from darkroom_server.dispatch.story import ImageDone, JobEvent, Queued, Restarted, Started
+from darkroom_server.dispatch.waiter import Waiter
 
-__all__ = ["AcceptedJob", "Counts", "Dispatcher", "End", "Finished", "Observer", "Unobserved"]
+__all__ = [
+    "AcceptedJob",
+    "Counts",
+    "Dispatcher",
+    "End",
+    "Finished",
+    "ImageDone",
+    "JobEvent",
+    "Observer",
+    "Queued",
+    "Requests",
+    "Restarted",
+    "Started",
+    "Unobserved",
+    "Waiter",
+]

@@ -1,15 +1,18 @@
-"""A job that was accepted: where it is, what it has so far, and its one end."""
+"""A job that was accepted: where it is, what it has so far, who waits for it, and its one end."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import Self
 
 from darkroom_server.core.errors import DarkroomError
-from darkroom_server.core.events import EncodedImage, StageSeconds
+from darkroom_server.core.events import EncodedImage, SampleProgress, StageSeconds
 from darkroom_server.core.job import Job
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.order import OrderKey
+from darkroom_server.dispatch.story import ImageDone, JobEvent, Queued, Restarted, Started
+from darkroom_server.dispatch.waiter import Waiter
 
 
 class Place(Enum):
@@ -29,36 +32,44 @@ class Finished:
 
 
 class AcceptedJob:
-    """The caller's hold on a job: leaving the ``with`` block gives the job up, unless it ended.
+    """A job, from its acceptance to its end, shared by everybody who waits for it.
 
     ``job`` and ``images`` (those finished so far, by index) are all that a second run needs.
-    ``started`` says that an engine has begun with it, ``developed`` how many images took their
-    last step there, ``crashes`` how many engines died while it ran, ``crashed_at`` when the last
-    of them did (``time.monotonic`` seconds).
+    ``position`` says how many go before it, None where it does not wait. ``started`` says that an
+    engine has begun with it, ``developed`` how many images took their last step there,
+    ``previewed`` that there was a preview of one, ``crashes`` how many engines died while it ran,
+    ``crashed_at`` when the last of them did (``time.monotonic`` seconds). When its last waiter has
+    left, it is given up after ``linger`` seconds.
     """
 
-    def __init__(self, job: Job, give_up: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, model: ModelInfo, give_up: Callable[[str], None]) -> None:
         self.job = job
+        self.model = model
         self.place = Place.OUTSIDE
+        self.position: int | None = None
         self.started = False
         self.developed = 0
+        self.previewed = False
         self.crashes = 0
         self.crashed_at: float | None = None
         self.images: dict[int, EncodedImage] = {}
+        self.linger = 0.0
         self._give_up = give_up
+        self._waiters: set[Waiter] = set()
+        self._lingering: asyncio.TimerHandle | None = None
         # An event and not a future: a caller that is cancelled would cancel a future it awaits.
         self._ended = asyncio.Event()
         self._outcome: Finished | DarkroomError | None = None
+        self._when_ended: list[Callable[[], None]] = []
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._give_up(self.job.id)
+    @property
+    def finished(self) -> bool:
+        """Every image was drawn."""
+        return isinstance(self._outcome, Finished)
 
     @property
     def ended(self) -> bool:
-        """Nothing more will be told to the caller."""
+        """Nothing more will be told to the waiters."""
         return self._ended.is_set()
 
     @property
@@ -81,26 +92,98 @@ class AcceptedJob:
             deadline=None if self.crashes else self.job.deadline,
         )
 
+    def remaining_job(self) -> Job:
+        """The job, less the images that are finished."""
+        return replace(self.job, skip=frozenset(self.images))
+
+    # Who waits.
+
+    def waiter(self) -> Waiter:
+        """A new waiter: it is told where the job is, of the finished images, and what follows."""
+        waiter = Waiter(self._leave)
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+        if self.position is not None:
+            waiter.tell(Queued(self.position))
+        elif self.started:
+            waiter.tell(Started())
+        for index in self.images:
+            waiter.tell(ImageDone(index))
+        if self.ended:
+            waiter.end()
+        else:
+            self._waiters.add(waiter)
+        return waiter
+
+    async def result(self) -> Finished:
+        """Wait for the end; raises what it was, where the job was not finished."""
+        await self._ended.wait()
+        if isinstance(self._outcome, Finished):
+            return self._outcome
+        raise self._outcome or RuntimeError(f"job {self.job.id} has no end")
+
+    def when_ended(self, tell: Callable[[], None]) -> None:
+        """Call ``tell`` at the end, once the waiters know."""
+        self._when_ended.append(tell)
+
+    # What happens to it.
+
+    def tell(self, event: JobEvent) -> None:
+        """Let every waiter know."""
+        for waiter in self._waiters:
+            waiter.tell(event)
+
+    def waits(self, position: int) -> None:
+        """The job waits behind ``position`` others; told where that is news."""
+        if position != self.position:
+            self.position = position
+            self.tell(Queued(position))
+
+    def starts(self) -> None:
+        """An engine begins with it."""
+        self.started = True
+        self.tell(Started())
+
+    def steps(self, progress: SampleProgress) -> None:
+        """One of its images took a step."""
+        if progress.step == progress.steps:
+            self.developed += 1
+        self.tell(progress)
+
+    def draws(self, index: int, image: EncodedImage) -> None:
+        """Image ``index`` is finished; nobody wants it any more where the job has ended."""
+        if not self.ended:
+            self.images[index] = image
+            self.tell(ImageDone(index))
+
     def engine_died(self, now: float) -> None:
         """The engine that this job was in died, at ``now`` (``time.monotonic`` seconds)."""
         if self.started:
             self.crashes += 1
             self.crashed_at = now
+            self.tell(Restarted(self.crashes))
         self.started = False
         self.developed = len(self.images)
 
-    def remaining_job(self) -> Job:
-        """The job, less the images that are finished."""
-        return replace(self.job, skip=frozenset(self.images))
-
-    async def result(self) -> Finished:
-        """Wait for the end; raises ``DeadlineExceeded``, ``GenerationFailed`` or ``NotReady``."""
-        await self._ended.wait()
-        if isinstance(self._outcome, Finished):
-            return self._outcome
-        raise self._outcome or RuntimeError(f"job {self.job.id} was given up by its caller")
-
-    def end(self, outcome: Finished | DarkroomError | None) -> None:
-        """Wake the caller with ``outcome``; None where the caller is the one who left."""
+    def end(self, outcome: Finished | DarkroomError) -> None:
+        """Wake whoever waits, with ``outcome``."""
         self._outcome = outcome
         self._ended.set()
+        if self._lingering is not None:
+            self._lingering.cancel()
+        for waiter in self._waiters:
+            waiter.end()
+        self._waiters.clear()
+        for tell in self._when_ended:
+            tell()
+
+    def _leave(self, waiter: Waiter) -> None:
+        self._waiters.discard(waiter)
+        if self._waiters or self.ended or self.linger == math.inf:
+            return
+        if self.linger == 0.0:
+            self._give_up(self.job.id)
+            return
+        loop = asyncio.get_running_loop()
+        self._lingering = loop.call_later(self.linger, self._give_up, self.job.id)

@@ -1,8 +1,10 @@
 """Owns every accepted job, from admission to its end."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -25,6 +27,7 @@ from darkroom_server.core.events import (
     MemoryReport,
     PassDone,
     PeakMeasured,
+    PreviewReady,
     SampleProgress,
     StageSeconds,
 )
@@ -80,6 +83,7 @@ class Dispatcher:
             on_change=self._on_change,
             on_end=self._on_end,
         )
+        self._serial = itertools.count(1)
         self._deadlines = Deadlines(self._expire)
         self._pace = Pace()
         self._loaded = asyncio.Event()
@@ -159,26 +163,26 @@ class Dispatcher:
         """The loaded model ``model_id``; raises ``UnknownModel`` or ``NotReady``."""
         return self._admission.model(model_id)
 
-    def unused_id(self, wanted: str) -> str:
-        """``wanted``, or where a job of that id is still here, ``wanted`` with a suffix."""
-        id, count = wanted, 1
-        while id in self._roster:
-            count += 1
-            id = f"{wanted}~{count}"
-        return id
+    def new_job_id(self, request_id: str) -> str:
+        """An id for a job: the request's own, unless a job that is still here has it.
+
+        That one may be another caller's, or on its way out of the engine.
+        """
+        return f"{request_id}~{next(self._serial)}" if request_id in self._roster else request_id
 
     def submit(self, job: Job) -> AcceptedJob:
-        """Accept ``job``, whose id must be unused.
+        """Accept ``job``, whose id must be new.
 
         Raises ``UnknownModel``, ``NotReady``, ``TooLarge``, ``DeadlineExceeded`` or ``QueueFull``.
         """
-        check_fits(job, self._admission.model(job.model))
+        model = self._admission.model(job.model)
+        check_fits(job, model)
         if job.id in self._roster:
             raise ValueError(f"a job of id {job.id!r} is still here")
         now = time.monotonic()
         if job.deadline is not None and job.deadline <= now:
             raise DeadlineExceeded("the deadline passed before the request was accepted")
-        accepted = AcceptedJob(job, self.cancel)
+        accepted = AcceptedJob(job, model, self._abandon)
         if self.queued_jobs >= self._max_queued_jobs and not self._fleet.choose(accepted):
             raise QueueFull(
                 f"{self.queued_jobs} jobs are waiting, and no more are taken",
@@ -192,44 +196,70 @@ class Dispatcher:
         return accepted
 
     def cancel(self, job_id: str) -> None:
-        """Give a job up for its caller, wherever it is; unknown and ended ones are ignored."""
+        """Give a job up, wherever it is and whoever waits; unknown and ended ones are ignored."""
+        if (accepted := self._roster.get(job_id)) and not accepted.ended:
+            self._withdraw(accepted)
+            self._end(accepted, *outcomes.cancelled())
+
+    def join(self, accepted: AcceptedJob, deadline: float | None) -> None:
+        """Another call wants the same job, until ``deadline``; the later one counts, None most."""
+        job = accepted.job
+        self._observer.retry_joined(job.model)
+        if accepted.ended or job.deadline is None:
+            return
+        if deadline is None or deadline > job.deadline:
+            accepted.job = replace(job, deadline=deadline)
+            self._deadlines.discard(job.id)
+            self._deadlines.add(job.id, deadline)
+            self._fleet.extend(job.id, deadline)
+
+    # The way of a job.
+
+    def _abandon(self, job_id: str) -> None:
+        """Nobody waits for a job any more."""
         accepted = self._roster.get(job_id)
         if accepted is None or accepted.ended:
             return
-        self._withdraw(accepted)
         # gRPC ends a call whose deadline passed by cancelling it, and may be faster than we are.
         deadline = accepted.job.deadline
-        late = deadline is not None and deadline - DEADLINE_SLACK_SECONDS <= time.monotonic()
-        self._end(accepted, End.EXPIRED if late else End.CANCELLED, None)
-
-    # The way of a job.
+        if deadline is not None and deadline - DEADLINE_SLACK_SECONDS <= time.monotonic():
+            self._expire(job_id)
+        else:
+            self.cancel(job_id)
 
     def _live_jobs(self) -> list[AcceptedJob]:
         return [accepted for accepted in self._roster.all() if not accepted.ended]
 
     def _feed(self) -> None:
         """Hand waiting jobs to the engines while they have room, the most urgent first."""
-        waiting = {accepted.job.id: accepted for accepted in self._roster.waiting()}
-        for key in order(accepted.key() for accepted in waiting.values()):
-            accepted = waiting[key.id[0]]
+        for accepted in self._in_order():
             slot = self._fleet.choose(accepted)
             if slot is None:
                 # Nobody overtakes: what waits for an empty engine would wait for ever.
                 break
             self._roster.move(accepted, Place.ENGINE)
             self._fleet.hand_over(accepted, slot)
+        self._tell_positions()
+
+    def _in_order(self) -> list[AcceptedJob]:
+        """The jobs that wait, the most urgent first."""
+        waiting = {accepted.job.id: accepted for accepted in self._roster.waiting()}
+        return [waiting[key.id[0]] for key in order(a.key() for a in waiting.values())]
+
+    def _tell_positions(self) -> None:
+        for position, accepted in enumerate(self._in_order()):
+            accepted.waits(position)
 
     def _withdraw(self, accepted: AcceptedJob) -> None:
         """Take a job out of the queue, or tell the engine to let it go."""
         if accepted.place is Place.QUEUE:
             self._roster.move(accepted, Place.OUTSIDE)
+            self._tell_positions()
         elif accepted.place is Place.ENGINE:
             self._fleet.cancel(accepted.job.id)
 
-    def _end(
-        self, accepted: AcceptedJob, end: End, outcome: Finished | DarkroomError | None
-    ) -> None:
-        """The one end of a job for its caller; a second one is not told."""
+    def _end(self, accepted: AcceptedJob, end: End, outcome: Finished | DarkroomError) -> None:
+        """The one end of a job for its waiters; a second one is not told."""
         if accepted.ended:
             return
         accepted.end(outcome)
@@ -266,13 +296,16 @@ class Dispatcher:
                 self._observer.memory(event)
             case JobStarted(job_id):
                 if accepted := self._roster.get(job_id):
-                    accepted.started = True
+                    accepted.starts()
             case SampleProgress():
-                if (accepted := self._roster.get(event.job_id)) and event.step == event.steps:
-                    accepted.developed += 1
+                if accepted := self._roster.get(event.job_id):
+                    accepted.steps(event)
+            case PreviewReady():
+                if accepted := self._roster.get(event.job_id):
+                    self._previewed(accepted, event)
             case ImageReady():
                 if accepted := self._roster.get(event.job_id):
-                    accepted.images[event.image_index] = event.image
+                    accepted.draws(event.image_index, event.image)
             case JobFinished(job_id, stages):
                 if accepted := self._roster.get(job_id):
                     self._leave_engine(accepted, outcomes.finished(accepted, stages))
@@ -283,6 +316,13 @@ class Dispatcher:
                 if accepted := self._roster.get(job_id):
                     self._observer.wasted(accepted.job.model, event.wasted_seconds)
                     self._leave_engine(accepted, outcomes.dropped(event))
+
+    def _previewed(self, accepted: AcceptedJob, preview: PreviewReady) -> None:
+        if not accepted.previewed:
+            seconds = time.monotonic() - accepted.job.submitted_at
+            self._observer.previewed(accepted.job.model, seconds)
+        accepted.previewed = True
+        accepted.tell(preview)
 
     def _leave_engine(self, accepted: AcceptedJob, outcome: outcomes.Outcome) -> None:
         self._fleet.left(accepted.job.id)

@@ -130,6 +130,12 @@ class Fleet:
             if job_id in slot.jobs:
                 slot.engine.cancel(job_id)
 
+    def extend(self, job_id: str, deadline: float | None) -> None:
+        """Tell the engine that has this job of its new deadline."""
+        for slot in self._slots:
+            if job_id in slot.jobs:
+                slot.engine.extend(job_id, deadline)
+
     def left(self, job_id: str) -> None:
         """Note that the engine that had this job has let it go."""
         for slot in self._slots:

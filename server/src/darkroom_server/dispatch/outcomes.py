@@ -1,5 +1,6 @@
 """What a caller is told at the end of a job: which of the four ends it is, and the answer."""
 
+from darkroom_server.core import errors
 from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
@@ -33,6 +34,11 @@ def dropped(event: JobCancelled) -> Outcome:
     if event.expired:
         return expired("before it was finished")
     return _failed(Reason.ENGINE_FAILED, "the engine dropped the job; try again")
+
+
+def cancelled() -> Outcome:
+    """Nobody wants it any more, or somebody said so."""
+    return End.CANCELLED, errors.JobCancelled("the generation was cancelled")
 
 
 def expired(when: str) -> Outcome:

@@ -54,6 +54,7 @@ class Roster:
         job = accepted.job
         self._count(accepted, -1)
         accepted.place = place
+        accepted.position = None
         self._count(accepted, +1)
         if place is Place.OUTSIDE:
             del self._jobs[job.id]

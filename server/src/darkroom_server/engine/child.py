@@ -19,7 +19,7 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, Event
 from darkroom_server.core.job import Job
 from darkroom_server.engine.channel import Channel
-from darkroom_server.engine.commands import Cancel, Close
+from darkroom_server.engine.commands import Cancel, Close, Extend
 
 log = structlog.get_logger(__name__)
 
@@ -63,6 +63,8 @@ def run(channel: Channel) -> None:
                         loop.submit(job)
                     case Cancel(job_id):
                         loop.cancel(job_id)
+                    case Extend(job_id, deadline):
+                        loop.extend(job_id, deadline)
                     case Close():
                         loop.close()
         except (EOFError, OSError):

@@ -11,5 +11,13 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Extend:
+    """Give a job until another deadline, in ``time.monotonic`` seconds; None for ever."""
+
+    job_id: str
+    deadline: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """End at the next step boundary."""

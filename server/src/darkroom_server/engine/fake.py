@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from darkroom_server.core.events import (
     JobFinished,
     JobStarted,
     PassDone,
+    PreviewReady,
     Replay,
     SampleProgress,
     StageSeconds,
@@ -31,7 +33,7 @@ from darkroom_server.core.model import (
     ModelRuntime,
     SchedulerOffer,
 )
-from darkroom_server.engine.images import encode_image, sha256_of
+from darkroom_server.engine.images import PREVIEW_QUALITY, encode_image, sha256_of
 
 FLAGGED = "[flagged]"
 """A prompt that holds this draws an image that is withheld."""
@@ -80,8 +82,7 @@ def fake_model(id: str = "demo") -> ModelInfo:
 def fake_image(job: Job, index: int) -> EncodedImage:
     """Image ``index`` of ``job``: one flat colour, which its seed decides."""
     seed = job.seed_of(index)
-    colour = list(hashlib.sha256(str(seed).encode()).digest()[:3])
-    pixels = np.full((job.height, job.width, 3), colour, np.uint8)
+    pixels = np.full((job.height, job.width, 3), _colour(seed), np.uint8)
     flagged = FLAGGED in job.prompt
     return EncodedImage(
         data=b"" if flagged else encode_image(pixels, job.format, job.quality),
@@ -100,6 +101,25 @@ def fake_image(job: Job, index: int) -> EncodedImage:
             pixels_sha256=sha256_of(pixels),
         ),
     )
+
+
+def fake_preview(job: Job, index: int, step: int) -> PreviewReady:
+    """What image ``index`` of ``job`` looks like after ``step`` steps: an eighth of its size."""
+    height, width = job.height // 8, job.width // 8
+    pixels = np.full((height, width, 3), _colour(job.seed_of(index)), np.uint8)
+    return PreviewReady(
+        job_id=job.id,
+        image_index=index,
+        step=step,
+        data=encode_image(pixels, job.preview_format, PREVIEW_QUALITY),
+        format=job.preview_format,
+        width=width,
+        height=height,
+    )
+
+
+def _colour(seed: int) -> list[int]:
+    return list(hashlib.sha256(str(seed).encode()).digest()[:3])
 
 
 class FakeEngine:
@@ -172,6 +192,12 @@ class FakeEngine:
             if self._auto:
                 self.advance(0)
 
+    def extend(self, job_id: str, deadline: float | None) -> None:
+        """Note the deadline, which is never looked at: time stands still between passes."""
+        with self._lock:
+            if job := self._jobs.get(job_id):
+                self._jobs[job_id] = replace(job, deadline=deadline)
+
     def close(self) -> None:
         """Stop taking passes; jobs end without an event."""
         self.closed.set()
@@ -227,8 +253,9 @@ class FakeEngine:
 
     def _let_go(self) -> None:
         for job_id in self._leaving & self._jobs.keys():
+            wasted = self._steps[job_id] * (self._pass_seconds or 0.0)
             self._forget(job_id)
-            self._emit(JobCancelled(job_id, expired=False, wasted_seconds=0.0))
+            self._emit(JobCancelled(job_id, expired=False, wasted_seconds=wasted))
         self._leaving.clear()
 
     def _take_pass(self) -> None:
@@ -251,6 +278,8 @@ class FakeEngine:
                         seconds=seconds,
                     )
                 )
+                if job.wants_preview(self._steps[job.id], job.steps):
+                    self._emit(fake_preview(job, index, self._steps[job.id]))
         first = next(iter(self._jobs.values()))
         self._emit(
             PassDone(

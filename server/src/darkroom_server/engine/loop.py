@@ -20,7 +20,7 @@ from darkroom_server.core.events import (
 from darkroom_server.core.job import Job
 from darkroom_server.core.order import pick
 from darkroom_server.core.turns import Turns
-from darkroom_server.engine.commands import Cancel, Close
+from darkroom_server.engine.commands import Cancel, Close, Extend
 from darkroom_server.engine.encoding import EncodingPool
 from darkroom_server.engine.failures import PROMPT_FAILED, SCHEDULER_FAILED, is_fatal
 from darkroom_server.engine.model import LoadedModel
@@ -45,7 +45,7 @@ class EngineLoop:
     def __init__(self, models: Mapping[str, LoadedModel], emit: Callable[[Event], None]) -> None:
         self._models = models
         self._emit = emit
-        self._inbox: queue.SimpleQueue[Job | Cancel | Close] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Job | Cancel | Extend | Close] = queue.SimpleQueue()
         self._roster = Roster(emit)
         self._turns: Turns[Group] = Turns()
         self._encoding = EncodingPool(abandon=self.cancel)
@@ -60,6 +60,10 @@ class EngineLoop:
     def cancel(self, job_id: str) -> None:
         """Let a job leave at the next step boundary."""
         self._inbox.put(Cancel(job_id))
+
+    def extend(self, job_id: str, deadline: float | None) -> None:
+        """Give a job until ``deadline`` instead, from the next step boundary on."""
+        self._inbox.put(Extend(job_id, deadline))
 
     def close(self) -> None:
         """End ``run`` at the next step boundary; what is resident is dropped."""
@@ -92,6 +96,9 @@ class EngineLoop:
                 case Cancel():
                     if resident := self._roster.get(command.job_id):
                         self._drop(resident, expired=False)
+                case Extend(job_id, deadline):
+                    if resident := self._roster.get(job_id):
+                        resident.extend(deadline)
                 case Close():
                     return False
         now = time.monotonic()

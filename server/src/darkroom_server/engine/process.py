@@ -25,7 +25,7 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.core.job import Job
 from darkroom_server.engine.channel import Channel
-from darkroom_server.engine.commands import Cancel, Close
+from darkroom_server.engine.commands import Cancel, Close, Extend
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +71,11 @@ class ProcessEngine:
         """Drop a job at the next step boundary."""
         if self._life is not None:
             self._life.tell(Cancel(job_id))
+
+    def extend(self, job_id: str, deadline: float | None) -> None:
+        """Give a job until ``deadline`` instead."""
+        if self._life is not None:
+            self._life.tell(Extend(job_id, deadline))
 
     def close(self) -> None:
         """Stop after the current pass; a process that does not is killed."""

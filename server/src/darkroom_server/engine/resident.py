@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from darkroom_server.core.events import (
     EncodedImage,
@@ -43,6 +44,12 @@ class Resident:
     def prompt_encoded(self, seconds: float) -> None:
         """Note how long this job's prompts took."""
         self._encode_prompt = seconds
+
+    def extend(self, deadline: float | None) -> None:
+        """The job has until ``deadline`` instead."""
+        self.job = replace(self.job, deadline=deadline)
+        for sample in self.samples:
+            sample.job = self.job
 
     def pass_begins(self, now: float) -> bool:
         """Note that a pass begins with a sample of this job; True if it is the job's first."""

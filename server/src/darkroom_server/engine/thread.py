@@ -46,6 +46,11 @@ class ThreadEngine:
         if self._loop is not None:
             self._loop.cancel(job_id)
 
+    def extend(self, job_id: str, deadline: float | None) -> None:
+        """Give a job until ``deadline`` instead."""
+        if self._loop is not None:
+            self._loop.extend(job_id, deadline)
+
     def close(self) -> None:
         """Stop after the current pass, and wait until it has; a load in progress ends first."""
         self._closed.set()

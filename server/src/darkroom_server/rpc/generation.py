@@ -1,105 +1,154 @@
-"""GenerationService: one call, one job."""
+"""GenerationService: calls that ask for images, and those that ask what became of them."""
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any
-
-import structlog
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_server.core.errors import DarkroomError
-from darkroom_server.dispatch import Dispatcher
-from darkroom_server.rpc.context import Context, has_expired, remaining_seconds
+from darkroom_server.core.job import Job
+from darkroom_server.dispatch import AcceptedJob, Dispatcher, Requests
+from darkroom_server.rpc.asked import Asked, checked_id, deadline_after, time_limit
+from darkroom_server.rpc.caller import current_caller
+from darkroom_server.rpc.context import Context, remaining_seconds
 from darkroom_server.rpc.models import chosen_model
-from darkroom_server.rpc.reply_size import max_reply_bytes
+from darkroom_server.rpc.reply_size import max_reply_bytes, reply_size_error
 from darkroom_server.rpc.responses import response_of
-from darkroom_server.rpc.summary import Outcome, RequestObserver, RequestSummary, outcome_of
-from darkroom_server.rpc.validation import job_of, request_id_of
-
-log = structlog.get_logger(__name__)
+from darkroom_server.rpc.story import accepted_message, story
+from darkroom_server.rpc.summary import RequestObserver, RequestSummary, Summaries
+from darkroom_server.rpc.validation import job_of
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
-    """Draws images; every call leaves one line in the log and one record with ``observer``.
-
-    Two calls of the same ``request_id`` at once are two jobs.
-    """
+    """Draws images; every call that asks for some leaves one summary."""
 
     def __init__(
-        self, dispatcher: Dispatcher, observer: RequestObserver, *, log_prompts: bool = False
+        self,
+        dispatcher: Dispatcher,
+        requests: Requests,
+        observer: RequestObserver,
+        *,
+        log_prompts: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
-        self._observer = observer
-        self._log_prompts = log_prompts
+        self._requests = requests
+        self._summaries = Summaries(observer, log_prompts=log_prompts)
+        self._followed: set[asyncio.Task[None]] = set()
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
         """Draw the images of one request; raises ``DarkroomError``."""
+        asked = Asked(request, None, known=bool(request.request_id))
+        with self._summaries.of(request, context, asked.arrived) as summary:
+            limit = max_reply_bytes(context.invocation_metadata() or ())
+            deadline = deadline_after(remaining_seconds(context))
+            accepted, _ = self._accept(asked, summary, deadline, limit=limit)
+            # Leaving the block is leaving the job: a caller that goes away arrives here as a
+            # cancelled task.
+            with accepted.waiter():
+                if error := reply_size_error(accepted.job, limit):
+                    raise error  # Who began the job took it in pieces, or could take more.
+                finished = await accepted.result()
+            summary.finished(finished)
+            total = time.monotonic() - asked.arrived
+            return response_of(asked.id, accepted.job, accepted.model, finished, total)
+
+    async def GenerateStream(
+        self, request: generation_pb2.GenerateStreamRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
+        """Draw the images of one request, and tell the whole story; raises ``DarkroomError``."""
+        asked = Asked(request.generation, request.preview, known=True)
+        with self._summaries.of(asked.request, context, asked.arrived) as summary:
+            deadline = deadline_after(remaining_seconds(context))
+            accepted, joined = self._accept(asked, summary, deadline)
+            previews = request.preview.every_steps > 0
+            told = story(asked.id, accepted, asked.arrived, joined=joined, previews=previews)
+            async with aclosing(told):
+                async for event in told:
+                    yield generation_pb2.GenerateStreamResponse(event=event)
+            summary.finished(await accepted.result())
+
+    async def SubmitGeneration(
+        self, request: generation_pb2.SubmitGenerationRequest, context: Context
+    ) -> generation_pb2.SubmitGenerationResponse:
+        """Leave a request to be drawn while nobody waits; raises ``DarkroomError``."""
+        asked = Asked(request.generation, request.preview, known=True)
+        with self._summaries.of(asked.request, context, asked.arrived) as summary:
+            deadline = deadline_after(time_limit(request))
+            accepted, joined = self._accept(asked, summary, deadline)
+            self._requests.detach(accepted)
+            summary.goes_on = True
+        if not joined:
+            task = asyncio.create_task(self._follow(asked, accepted, context))
+            self._followed.add(task)
+            task.add_done_callback(self._followed.discard)
+        message = accepted_message(asked.id, accepted, joined=joined)
+        return generation_pb2.SubmitGenerationResponse(accepted=message)
+
+    async def WatchGeneration(
+        self, request: generation_pb2.WatchGenerationRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.WatchGenerationResponse]:
+        """Tell what happens to a job; raises ``UnknownRequest``, and what the job ended with."""
         arrived = time.monotonic()
-        request_id = request_id_of(request)
-        structlog.contextvars.bind_contextvars(request_id=request_id)
-        with self._summarised(request, context, arrived) as summary:
-            models = self._dispatcher.models
-            model_id = chosen_model(request.model, list(models))
+        id = checked_id(request.request_id)
+        accepted = self._requests.find(current_caller().name, id)
+        told = story(id, accepted, arrived, joined=True, previews=True)
+        async with aclosing(told):
+            async for event in told:
+                yield generation_pb2.WatchGenerationResponse(event=event)
+
+    async def CancelGeneration(
+        self, request: generation_pb2.CancelGenerationRequest, context: Context
+    ) -> generation_pb2.CancelGenerationResponse:
+        """End a job, whoever waits for it; raises ``UnknownRequest``."""
+        id = checked_id(request.request_id)
+        cancelled = self._requests.cancel(current_caller().name, id)
+        return generation_pb2.CancelGenerationResponse(cancelled=cancelled)
+
+    def _accept(
+        self,
+        asked: Asked,
+        summary: RequestSummary,
+        deadline: float | None,
+        *,
+        limit: int | None = None,
+    ) -> tuple[AcceptedJob, bool]:
+        """The job that is asked for, and whether it was there before."""
+        caller = current_caller()
+
+        def make_job() -> Job:
+            model_id = chosen_model(asked.request.model, list(self._dispatcher.models))
             summary.model = model_id
-            model = self._dispatcher.model(model_id)
-            remaining = remaining_seconds(context)
             job = job_of(
-                request,
-                model,
-                job_id=self._dispatcher.unused_id(request_id),
-                submitted_at=arrived,
-                deadline=None if remaining is None else time.monotonic() + remaining,
-                max_reply_bytes=max_reply_bytes(context.invocation_metadata() or ()),
+                asked.request,
+                self._dispatcher.model(model_id),
+                job_id=self._dispatcher.new_job_id(asked.id),
+                submitted_at=asked.arrived,
+                deadline=deadline,
+                caller=caller,
+                preview=asked.preview,
+                max_reply_bytes=limit,
             )
             summary.images = job.image_count
-            # Leaving the block gives the job up: a caller that goes away arrives here as a
-            # cancelled task.
-            with self._dispatcher.submit(job) as accepted:
-                finished = await accepted.result()
-            summary.outcome = Outcome.FINISHED
-            summary.stages = finished.stages
-            summary.flagged = sum(image.flagged for image in finished.images)
-            return response_of(request_id, job, model, finished, time.monotonic() - arrived)
+            return job
 
-    @contextmanager
-    def _summarised(
-        self, request: generation_pb2.GenerateRequest, context: Context, arrived: float
-    ) -> Iterator[RequestSummary]:
-        """Note how the block ends, whichever way it does."""
-        summary = RequestSummary()
-        try:
-            yield summary
-        except DarkroomError as error:
-            summary.outcome = outcome_of(error)
-            summary.reason = error.reason
-            raise
-        except asyncio.CancelledError:
-            summary.outcome = Outcome.EXPIRED if has_expired(context) else Outcome.CANCELLED
-            raise
-        finally:
-            summary.seconds = time.monotonic() - arrived
-            self._observer.request_ended(summary)
-            self._log(summary, request)
+        if not asked.known:
+            return self._dispatcher.submit(make_job()), False
+        accepted, joined = self._requests.begin(
+            caller.name, asked.id, asked.fingerprint(), deadline, make_job
+        )
+        summary.model = accepted.model.id
+        if asked.keep:
+            self._requests.keep(accepted)
+        return accepted, joined
 
-    def _log(self, summary: RequestSummary, request: generation_pb2.GenerateRequest) -> None:
-        fields: dict[str, Any] = {
-            "model": summary.model,
-            "outcome": summary.outcome.value,
-            "images": summary.images,
-            "seconds": round(summary.seconds, 4),
-        }
-        if summary.reason:
-            fields["reason"] = str(summary.reason)
-        if summary.flagged:
-            fields["flagged"] = summary.flagged
-        if summary.stages is not None:
-            fields["stages"] = {k: round(v, 4) for k, v in asdict(summary.stages).items()}
-        if self._log_prompts:
-            fields["prompt"] = request.prompt
-            fields["negative_prompt"] = request.negative_prompt
-        log.info("request", **fields)
+    async def _follow(self, asked: Asked, accepted: AcceptedJob, context: Context) -> None:
+        """Leave the summary of a job whose caller does not wait."""
+        with (
+            suppress(DarkroomError),
+            self._summaries.of(asked.request, context, asked.arrived) as summary,
+        ):
+            summary.model, summary.images = accepted.model.id, accepted.job.image_count
+            summary.finished(await accepted.result())

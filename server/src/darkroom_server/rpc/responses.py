@@ -16,16 +16,19 @@ def response_of(
     """The reply to ``request_id``; ``total`` in seconds since the request's arrival."""
     return generation_pb2.GenerateResponse(
         request_id=request_id,
-        images=[_image(job, model, image) for image in finished.images],
-        timings=_timings(finished.stages, total),
+        images=[image_message(job, model, image, data=image.data) for image in finished.images],
+        timings=timings_message(finished.stages, total),
         model=model.id,
         model_revision=model.revision,
     )
 
 
-def _image(job: Job, model: ModelInfo, image: EncodedImage) -> generation_pb2.Image:
+def image_message(
+    job: Job, model: ModelInfo, image: EncodedImage, *, data: bytes
+) -> generation_pb2.Image:
+    """``image`` of ``job`` on the wire, with ``data`` for its own."""
     return generation_pb2.Image(
-        data=image.data,
+        data=data,
         format=FORMAT_TO_WIRE[image.format],
         width=image.width,
         height=image.height,
@@ -66,18 +69,20 @@ def _replay_request(job: Job, seed: int) -> generation_pb2.GenerateRequest:
     )
 
 
-def _timings(stages: StageSeconds, total: float) -> generation_pb2.Timings:
+def timings_message(stages: StageSeconds, total: float) -> generation_pb2.Timings:
+    """Where the time went, in all ``total`` seconds."""
     return generation_pb2.Timings(
-        queue=_duration(stages.queue),
-        encode_prompt=_duration(stages.encode_prompt),
-        denoise=_duration(stages.denoise),
-        decode=_duration(stages.decode),
-        encode_image=_duration(stages.encode_image),
-        total=_duration(total),
+        queue=duration_message(stages.queue),
+        encode_prompt=duration_message(stages.encode_prompt),
+        denoise=duration_message(stages.denoise),
+        decode=duration_message(stages.decode),
+        encode_image=duration_message(stages.encode_image),
+        total=duration_message(total),
     )
 
 
-def _duration(seconds: float) -> Duration:
+def duration_message(seconds: float) -> Duration:
+    """``seconds`` on the wire."""
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration

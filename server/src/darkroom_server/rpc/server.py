@@ -9,7 +9,7 @@ from grpc_reflection.v1alpha import reflection
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from darkroom_server.core.errors import StartupError
-from darkroom_server.dispatch import Dispatcher
+from darkroom_server.dispatch import Dispatcher, Requests
 from darkroom_server.rpc.generation import GenerationService
 from darkroom_server.rpc.health import Health
 from darkroom_server.rpc.interceptors.auth import Auth
@@ -48,6 +48,7 @@ class RpcServer:
     def __init__(
         self,
         dispatcher: Dispatcher,
+        requests: Requests,
         observer: Observer,
         *,
         reflect: bool = True,
@@ -63,7 +64,8 @@ class RpcServer:
             interceptors.append(Auth(tokens))
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(dispatcher, observer, log_prompts=log_prompts), self._server
+            GenerationService(dispatcher, requests, observer, log_prompts=log_prompts),
+            self._server,
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(dispatcher), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)

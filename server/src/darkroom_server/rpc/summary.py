@@ -1,9 +1,16 @@
 """One request in one record: for the log, and for whoever counts."""
 
-from dataclasses import dataclass
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
+import structlog
+
+from darkroom.v1 import generation_pb2
 from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
@@ -17,6 +24,10 @@ from darkroom_server.core.errors import (
     UnknownRequest,
 )
 from darkroom_server.core.events import StageSeconds
+from darkroom_server.dispatch import Finished
+from darkroom_server.rpc.context import Context, has_expired
+
+log = structlog.get_logger(__name__)
 
 UNKNOWN_MODEL = "unknown"
 """Stands for whatever a caller wrote that is no model of ours."""
@@ -35,9 +46,10 @@ class Outcome(StrEnum):
 
 @dataclass(slots=True)
 class RequestSummary:
-    """What became of one ``Generate`` call; ``seconds`` from arrival to answer.
+    """What became of one call that asked for images; ``seconds`` from arrival to answer.
 
-    ``images`` were asked for (0 where that was not understood), ``flagged`` of them withheld.
+    ``images`` were asked for (0 where that was not understood, or another call asked before),
+    ``flagged`` of them withheld. ``goes_on``: the end is not known yet, and somebody else waits.
     """
 
     model: str = UNKNOWN_MODEL
@@ -46,7 +58,15 @@ class RequestSummary:
     images: int = 0
     flagged: int = 0
     seconds: float = 0.0
+    goes_on: bool = False
     stages: StageSeconds | None = None
+
+    def finished(self, finished: Finished) -> None:
+        """Every image was drawn."""
+        self.outcome = Outcome.FINISHED
+        if self.images:
+            self.stages = finished.stages
+            self.flagged = sum(image.flagged for image in finished.images)
 
 
 class RequestObserver(Protocol):
@@ -68,3 +88,50 @@ def outcome_of(error: DarkroomError) -> Outcome:
         case DeadlineExceeded():
             return Outcome.EXPIRED
     return Outcome.FAILED
+
+
+class Summaries:
+    """Leaves one line in the log and one record with ``observer`` for every call."""
+
+    def __init__(self, observer: RequestObserver, *, log_prompts: bool = False) -> None:
+        self._observer = observer
+        self._log_prompts = log_prompts
+
+    @contextmanager
+    def of(
+        self, request: generation_pb2.GenerateRequest, context: Context, arrived: float
+    ) -> Iterator[RequestSummary]:
+        """Note how the block ends, whichever way it does."""
+        summary = RequestSummary()
+        try:
+            yield summary
+        except DarkroomError as error:
+            summary.outcome = outcome_of(error)
+            summary.reason = error.reason
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            summary.outcome = Outcome.EXPIRED if has_expired(context) else Outcome.CANCELLED
+            raise
+        finally:
+            summary.seconds = time.monotonic() - arrived
+            if not summary.goes_on:
+                self._observer.request_ended(summary)
+                self._log(summary, request)
+
+    def _log(self, summary: RequestSummary, request: generation_pb2.GenerateRequest) -> None:
+        fields: dict[str, Any] = {
+            "model": summary.model,
+            "outcome": summary.outcome.value,
+            "images": summary.images,
+            "seconds": round(summary.seconds, 4),
+        }
+        if summary.reason:
+            fields["reason"] = str(summary.reason)
+        if summary.flagged:
+            fields["flagged"] = summary.flagged
+        if summary.stages is not None:
+            fields["stages"] = {k: round(v, 4) for k, v in asdict(summary.stages).items()}
+        if self._log_prompts:
+            fields["prompt"] = request.prompt
+            fields["negative_prompt"] = request.negative_prompt
+        log.info("request", **fields)

@@ -6,6 +6,7 @@ import struct
 from dataclasses import dataclass, field
 
 from darkroom.v1 import generation_pb2
+from darkroom_server.core.caller import ANYBODY, Caller
 from darkroom_server.core.errors import InvalidRequest, Violation
 from darkroom_server.core.job import SEED_BOUND, ImageFormat, Job, SchedulerName
 from darkroom_server.core.model import ModelInfo
@@ -38,14 +39,16 @@ def job_of(
     job_id: str,
     submitted_at: float,
     deadline: float | None,
-    max_reply_bytes: int,
+    caller: Caller = ANYBODY,
+    preview: generation_pb2.PreviewOptions | None = None,
+    max_reply_bytes: int | None = None,
 ) -> Job:
     """The job that ``request`` asks of ``model``; raises ``InvalidRequest``.
 
     ``submitted_at``, ``deadline``: ``time.monotonic`` seconds. ``max_reply_bytes``: what the caller
-    can take.
+    can take in one message, None where the images are sent in pieces.
     """
-    fields = _Fields(request, model)
+    fields = _Fields(request, preview or generation_pb2.PreviewOptions(), model)
     fields.check_texts()
     scheduler = fields.scheduler()
     format = fields.format()
@@ -66,10 +69,14 @@ def job_of(
         exact=request.exact,
         submitted_at=submitted_at,
         deadline=deadline,
+        priority=caller.priority,
+        caller=caller.name,
+        preview_every=fields.preview_every(),
+        preview_format=fields.preview_format(),
     )
     if fields.violations:
         raise InvalidRequest(fields.violations)
-    if error := reply_size_error(job, max_reply_bytes):
+    if max_reply_bytes is not None and (error := reply_size_error(job, max_reply_bytes)):
         raise error
     return job
 
@@ -79,6 +86,7 @@ class _Fields:
     """Reads one field after the other, and collects what is wrong with them."""
 
     request: generation_pb2.GenerateRequest
+    preview: generation_pb2.PreviewOptions
     model: ModelInfo
     violations: list[Violation] = field(default_factory=list)
 
@@ -175,6 +183,22 @@ class _Fields:
             self.wrong("quality", f"is for JPEG and WEBP only, not for {format.name}")
             return self.model.defaults.quality
         return self._number("quality", self.model.defaults.quality, 1, 100)
+
+    def preview_every(self) -> int:
+        """A preview each so many steps, 0 for none."""
+        if self.preview.every_steps < 0:
+            self.wrong("preview.every_steps", f"must be 0 or more, not {self.preview.every_steps}")
+        return self.preview.every_steps
+
+    def preview_format(self) -> ImageFormat:
+        """The previews' format, a lossy one."""
+        if not self.preview.format:
+            return ImageFormat.JPEG
+        name = FORMAT_FROM_WIRE.get(self.preview.format)
+        if name is None or not name.takes_quality:
+            self.wrong("preview.format", "must be JPEG or WEBP")
+            return ImageFormat.JPEG
+        return name
 
     def _number(self, name: str, default: int, low: int, high: int) -> int:
         if not self.request.HasField(name):  # type: ignore[arg-type]

@@ -1,6 +1,24 @@
 """What an operator may set: declared once, set by flag, environment or file."""
 
 from darkroom_server.settings.network import Network, Security
-from darkroom_server.settings.tree import Dispatch, Engine, Logs, Models, Settings, Shutdown
+from darkroom_server.settings.tree import (
+    Dispatch,
+    Engine,
+    Logs,
+    Models,
+    Results,
+    Settings,
+    Shutdown,
+)
 
-__all__ = ["Dispatch", "Engine", "Logs", "Models", "Network", "Security", "Settings", "Shutdown"]
+__all__ = [
+    "Dispatch",
+    "Engine",
+    "Logs",
+    "Models",
+    "Network",
+    "Results",
+    "Security",
+    "Settings",
+    "Shutdown",
+]

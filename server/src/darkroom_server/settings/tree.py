@@ -210,6 +210,42 @@ class Dispatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """How long the server remembers what nobody waits for."""
+
+    result_ttl: Annotated[
+        float,
+        Ge(0),
+        Setting(
+            "Seconds that the images of a job are kept once it has ended.",
+            choose="Longer than a caller takes to come back with the same `request_id`, or to "
+            "fetch what it submitted.",
+            metavar="SECONDS",
+        ),
+    ] = 300.0
+    result_bytes: Annotated[
+        int,
+        Ge(0),
+        Setting(
+            "Bytes that kept images take together; beyond, the oldest go first.",
+            choose="The bytes of an image, times the images of a second, times `--result-ttl`; or "
+            "what the machine can spare. 0 keeps none.",
+            metavar="BYTES",
+        ),
+    ] = 256 * 1024**2
+    reattach_grace: Annotated[
+        float,
+        Ge(0),
+        Setting(
+            "Seconds that a job lives without a waiter, where its request says `on_disconnect: "
+            "ON_DISCONNECT_KEEP`.",
+            choose="As long as your callers take to connect again.",
+            metavar="SECONDS",
+        ),
+    ] = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shutdown:
     """How the server goes away."""
 
@@ -267,5 +303,6 @@ class Settings:
     network: Network = field(default_factory=Network)
     security: Security = field(default_factory=Security)
     dispatch: Dispatch = field(default_factory=Dispatch)
+    results: Results = field(default_factory=Results)
     shutdown: Shutdown = field(default_factory=Shutdown)
     logs: Logs = field(default_factory=Logs)
