@@ -1,0 +1,17 @@
+"""Which metrics a PromQL expression names."""
+
+import re
+
+_STRINGS = re.compile(r'"[^"]*"')
+_NAMES = re.compile(r"\b(?:darkroom|grpc_server)[:_][a-z0-9_:]+\b")
+_SUFFIXES = re.compile(r"_(?:bucket|sum|count)$")
+
+
+def named(expression: str) -> set[str]:
+    """The names in ``expression`` that are ours, recording rules' too."""
+    return set(_NAMES.findall(_STRINGS.sub("", expression)))
+
+
+def family(name: str) -> str:
+    """The metric that a series called ``name`` belongs to, if it is a histogram's."""
+    return _SUFFIXES.sub("", name)

@@ -1,0 +1,1 @@
+"""The Grafana dashboards, built by code: ``python -m tools.dashboards`` writes them."""
