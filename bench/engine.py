@@ -19,7 +19,7 @@ from bench.results import RESULTS, Results, Run, model_facts, save, today
 from bench.sections import DOCS, write_section
 from bench.threaded import make_engine
 from bench.workload import Request, mixed, poisson
-from darkroom_server.core.config import EngineConfig
+from darkroom_server.core.config import EngineConfig, Preset
 
 CALLERS = 8
 LOADS = (0.7, 0.9)
@@ -30,9 +30,9 @@ LONE_STEPS = 16
 class Bench:
     """The contenders, and what they drew so far."""
 
-    def __init__(self, model: str | None) -> None:
+    def __init__(self, model: str | None, preset: Preset = Preset.AUTO) -> None:
         source = model_source(model)
-        config = EngineConfig(models=(source,), max_rows=2 * WIDEST)
+        config = EngineConfig(models=(source,), max_rows=2 * WIDEST, preset=preset)
         engine = Remote(partial(make_engine, config))
         if engine.info is None:
             raise RuntimeError("the engine told nothing of its model")
@@ -83,19 +83,26 @@ class Bench:
         drawn = self.remotes["serial"].draw(requests, callers=1).drawn
         return statistics.median(each.latency for each in drawn) / NOMINAL_STEPS
 
-    def capacity(self) -> float:
-        """Images/s of one call after another, in the closed loop."""
-        return images_per_second([r for r in self.runs if r.contender == "serial"])
+    def capacity(self, scenario: str = "closed") -> float:
+        """Images/s of one call after another, in a closed loop."""
+        return images_per_second(
+            [r for r in self.runs if (r.scenario, r.contender) == (scenario, "serial")]
+        )
 
-    def lone(self, pairs: int) -> list[dict[str, float]]:
+    def lone(self, pairs: int, steps: int = LONE_STEPS) -> list[dict[str, float]]:
         """Seconds of one request alone, in turns, the first turn changing too."""
         found = []
         for index, request in enumerate(mixed(pairs, seed=1)):
-            alone = [replace(request, steps=LONE_STEPS)]
+            alone = [replace(request, steps=steps)]
             names = ("engine", "serial") if index % 2 else ("serial", "engine")
             seconds = {n: self.remotes[n].draw(alone, callers=1).drawn[0].latency for n in names}
             found.append({"engine": seconds["engine"], "pipe": seconds["serial"]})
         return found
+
+    def close(self) -> None:
+        """End the contenders' processes."""
+        for remote in self.remotes.values():
+            remote.close()
 
     def pass_medians(self) -> list[dict[str, float]]:
         """The engine's passes by their rows; those met fewer than ten times are left out."""
@@ -121,8 +128,7 @@ def measure(options: argparse.Namespace) -> Results:
             requests = poisson(mixed(options.arrivals, seed), load * capacity, seed)
             bench.compete(f"open {load}", round, requests, rate=load * capacity)
     lone = bench.lone(options.pairs)
-    for remote in bench.remotes.values():
-        remote.close()
+    bench.close()
     return Results(
         bench="engine",
         date=today(),
