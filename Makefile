@@ -20,6 +20,8 @@ IMAGE ?= darkroom-server:latest
 IMAGE_FLAGS ?=
 
 PACKAGES := protos client server
+# The servers that Darkroom is measured beside; each has an environment in bench/work.
+PEERS := grpc litserve ray triton
 TYPED := $(wildcard client/src server/src tests examples training bench tools)
 NODE_LOCK := $(if $(shell command -v npm),$(wildcard examples/node/package-lock.json))
 NODE_MODULES := $(NODE_LOCK:package-lock.json=node_modules/.installed)
@@ -59,6 +61,18 @@ bench-engine: setup ## measure the engine beside diffusers' pipeline, on this ma
 .PHONY: bench-memory
 bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
 	@$(BIN)/python -m bench.memory $(BENCH_FLAGS)
+
+.PHONY: bench bench-full bench-gpu bench-peers-setup
+bench: bench-peers-setup ## measure Darkroom beside other servers, 15 minutes; options in BENCH_FLAGS
+	@$(BIN)/python -m bench.peers $(BENCH_FLAGS)
+
+bench-full: bench-peers-setup ## the same with every load, three times: hours
+	@$(BIN)/python -m bench.peers --full $(BENCH_FLAGS)
+
+bench-gpu: setup ## measure steps, decodes and load on the real SD 1.4 (needs CUDA)
+	@$(BIN)/python -m bench.gpu $(BENCH_FLAGS)
+
+bench-peers-setup: setup $(PEERS:%=bench/work/%/.installed) ## install the other servers, each into its own environment
 
 .PHONY: soak
 soak: setup ## mixed load with random cancels and kills, for MINUTES
@@ -155,7 +169,7 @@ constraints: setup ## write constraints.txt anew from what .venv holds, after an
 
 .PHONY: clean
 clean: ## delete what was built, the environments too
-	@rm -rf .venv .venv-protos dist demo-output examples/node/node_modules
+	@rm -rf .venv .venv-protos bench/work dist demo-output examples/node/node_modules
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
@@ -174,6 +188,16 @@ clean: ## delete what was built, the environments too
 $(GENERATOR)/.installed: protos/requirements-generate.txt
 	@[ -x $(GENERATOR)/python ] || { echo "making .venv-protos"; $(PYTHON) -m venv .venv-protos; }
 	@$(GENERATOR)/python $(PIP_INSTALL) -r $<
+	@touch $@
+
+# nvidia-pytriton brings a server that is linked against the system's own Python.
+bench/work/triton/.installed: PYTHON := /usr/bin/python3
+bench/work/%/.installed: bench/peers/requirements/%.txt
+	@mkdir -p bench/work
+	@[ -x bench/work/$*/bin/python ] || $(PYTHON) -m venv bench/work/$* \
+	    || { echo "needs $(PYTHON) with venv"; exit 1; }
+	@echo "installing into bench/work/$*"
+	@bench/work/$*/bin/python $(PIP_INSTALL) -r $<
 	@touch $@
 
 examples/node/node_modules/.installed: examples/node/package-lock.json

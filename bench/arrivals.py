@@ -3,9 +3,20 @@
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Self
 
 from bench.workload import Request
+
+
+class Outcome(StrEnum):
+    """How a request ended: with an image, or how else."""
+
+    IMAGE = "image"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    REFUSED = "refused"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,13 +24,17 @@ class Drawn:
     """A finished request; ``arrival`` and ``latency`` are seconds, the former since the start.
 
     The latency counts from the scheduled arrival, so that what a busy contender keeps waiting
-    before it looks is counted too (no coordinated omission).
+    before it looks is counted too (no coordinated omission). Where the outcome is no image, it
+    says when the caller knew. ``first_progress`` counts likewise, None where nobody told.
     """
 
     index: int
     steps: int
     arrival: float
     latency: float
+    outcome: Outcome = Outcome.IMAGE
+    deadline: float | None = None
+    first_progress: float | None = None
 
     @classmethod
     def of(cls, request: Request, arrival: float, now: float) -> Self:

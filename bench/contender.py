@@ -1,6 +1,7 @@
 """Who draws the workload: something that serves arrivals, in a process of its own."""
 
 import multiprocessing
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -29,10 +30,14 @@ class Contender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a contender drew, and its passes as (rows, seconds)."""
+    """What a contender drew, and its passes as (rows, seconds).
+
+    It ``began`` at that moment of the monotonic clock.
+    """
 
     drawn: list[Drawn]
     passes: list[tuple[int, float]]
+    began: float
 
 
 class Remote:
@@ -82,6 +87,7 @@ def _work(
     connection.send(info)
     while (wanted := connection.recv()) is not None:
         requests, callers = wanted
+        began = time.monotonic()
         drawn = contender.draw(Arrivals(requests, callers))
-        connection.send(Report(drawn, contender.passes()))
+        connection.send(Report(drawn, contender.passes(), began))
     contender.close()

@@ -2,6 +2,7 @@
 
 import io
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -74,16 +75,21 @@ class Pipelines:
     def close(self) -> None:
         """Nothing is left to stop."""
 
-    def _draw(self, batch: list[Request]) -> None:
+    def images(self, batch: Sequence[Request]) -> list[bytes]:
+        """The PNG files of requests with equal settings, by one call."""
         with self._precision():
             images = self._pipeline(
                 [request.prompt for request in batch],
                 num_inference_steps=batch[0].steps,
                 guidance_scale=batch[0].guidance_scale,
+                width=batch[0].width,
+                height=batch[0].height,
                 generator=[torch.Generator("cpu").manual_seed(r.seed) for r in batch],
             ).images
-        for image in images:
-            image.save(io.BytesIO(), "PNG", compress_level=PNG_COMPRESSION)
+        return [_png(image) for image in images]
+
+    def _draw(self, batch: list[Request]) -> None:
+        self.images(batch)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if not self._runtime.autocast:
@@ -93,6 +99,12 @@ class Pipelines:
         return torch.autocast(
             self._runtime.device.split(":")[0], half if weights == torch.float32 else weights
         )
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=PNG_COMPRESSION)
+    return buffer.getvalue()
 
 
 def make_pipelines(folder: str, runtime: ModelRuntime, most: int) -> tuple[Pipelines, None]:

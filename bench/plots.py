@@ -1,11 +1,12 @@
-"""The plots of the engine's bench."""
+"""The plots of the engine's bench, and what those of others share with them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt  # type: ignore[import-not-found,unused-ignore]
 
+from bench.arrivals import Drawn
 from bench.engine_page import pooled
 from bench.goals import of_class
 from bench.results import Results, Run
@@ -22,38 +23,56 @@ LOADS = ("open 0.7", "open 0.9")
 
 def plot(results: Results, folder: Path) -> list[Path]:
     """Write the box plots by class and the distributions, as PNG files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     return [
-        _save(_classes(results), folder / f"{results.name}-classes.png"),
-        _save(_latencies(results), folder / f"{results.name}-latencies.png"),
+        save(_classes(results), folder / f"{results.name}-classes.png"),
+        save(_latencies(results), folder / f"{results.name}-latencies.png"),
     ]
 
 
+def new_figure(panels: int, *, shared: bool = True) -> tuple[Any, Sequence[Any]]:
+    """An empty figure with ``panels`` side by side, which may share their vertical axis."""
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, panels, figsize=(10, 4.2), sharey=shared, squeeze=False)
+    return figure, list(axes[0])
+
+
+def class_boxes(
+    axis: Any, drawn: Mapping[str, Sequence[Drawn]], colours: Mapping[str, str]
+) -> None:
+    """Boxes from p25 to p75 with the median, whiskers from p5 to p95, a group for each class.
+
+    The keys of ``drawn`` become labels.
+    """
+    step = 0.78 / len(drawn)
+    for offset, (label, images) in enumerate(drawn.items()):
+        colour = colours[label]
+        axis.boxplot(
+            [of_class(images, steps) for steps in STEPS],
+            positions=[
+                group + (offset - (len(drawn) - 1) / 2) * step for group in range(len(STEPS))
+            ],
+            widths=0.77 * step,
+            whis=(5, 95),
+            showfliers=False,
+            patch_artist=True,
+            boxprops={"facecolor": colour, "edgecolor": colour},
+            medianprops={"color": "white", "linewidth": 1.8},
+            whiskerprops={"color": colour, "linewidth": 1.4},
+            capprops={"color": colour, "linewidth": 1.4},
+            label=label,
+        )
+    axis.set_xticks(range(len(STEPS)), [f"{steps} steps" for steps in STEPS])
+    axis.grid(axis="y", color="#e3e3e3")
+    axis.set_axisbelow(True)
+
+
 def _classes(results: Results) -> Any:
-    """Boxes from p25 to p75 with the median, whiskers from p5 to p95, a group for each class."""
-    figure, axes = plt.subplots(1, len(LOADS), figsize=(10, 4.2), sharey=True)
+    figure, axes = new_figure(len(LOADS))
+    colours = {LABELS[name]: colour for name, colour in COLOURS.items()}
     for axis, scenario in zip(axes, LOADS, strict=True):
         runs = pooled(results, scenario)
-        for offset, (name, colour) in enumerate(COLOURS.items()):
-            drawn = _drawn(runs[name])
-            axis.boxplot(
-                [of_class(drawn, steps) for steps in STEPS],
-                positions=[group + (offset - 1) * 0.26 for group in range(len(STEPS))],
-                widths=0.2,
-                whis=(5, 95),
-                showfliers=False,
-                patch_artist=True,
-                boxprops={"facecolor": colour, "edgecolor": colour},
-                medianprops={"color": "white", "linewidth": 1.8},
-                whiskerprops={"color": colour, "linewidth": 1.4},
-                capprops={"color": colour, "linewidth": 1.4},
-                label=LABELS[name],
-            )
-        axis.set_xticks(range(len(STEPS)), [f"{steps} steps" for steps in STEPS])
+        class_boxes(axis, {LABELS[name]: _drawn(runs[name]) for name in COLOURS}, colours)
         axis.set_title(_title(scenario), loc="left")
-        axis.grid(axis="y", color="#e3e3e3")
-        axis.set_axisbelow(True)
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("latency, seconds")
     axes[0].legend(frameon=False, loc="upper left")
@@ -62,7 +81,7 @@ def _classes(results: Results) -> Any:
 
 def _latencies(results: Results) -> Any:
     """The share of images that are there after so many seconds."""
-    figure, axes = plt.subplots(1, len(LOADS), figsize=(10, 4.2), sharey=True)
+    figure, axes = new_figure(len(LOADS))
     for axis, scenario in zip(axes, LOADS, strict=True):
         runs = pooled(results, scenario)
         for name, colour in COLOURS.items():
@@ -97,7 +116,9 @@ def _drawn(runs: Sequence[Run]) -> list[Any]:
     return [each for run in runs for each in run.drawn]
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Write ``figure``, and be done with it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -2,12 +2,12 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.arrivals import Drawn
+from bench.arrivals import Drawn, Outcome
 from bench.machine import MachineInfo
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +20,8 @@ class Run:
 
     ``rate`` is the mean of arrivals a second in an open loop, ``callers`` the size of a closed one.
     ``nominal_before`` and ``nominal_after`` are seconds of a step of a lone request, drawn by the
-    same pipeline each time: where they differ, the machine does.
+    same pipeline each time: where they differ, the machine does. ``figures`` are the bench's own,
+    in JSON's types.
     """
 
     scenario: str
@@ -31,6 +32,7 @@ class Run:
     drawn: list[Drawn]
     rate: float | None = None
     callers: int | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -79,15 +81,22 @@ def save(results: Results, folder: Path = RESULTS) -> Path:
     path = folder / f"{results.name}.json"
     fields = asdict(results)
     for run in fields["runs"]:
-        run["drawn"] = [
-            [each["index"], each["steps"], round(each["arrival"], 5), round(each["latency"], 5)]
-            for each in run["drawn"]
-        ]
+        run["drawn"] = [_short(each) for each in run["drawn"]]
     text = json.dumps(fields, indent=1)
     # What holds plain values only comes on one line, so that a person can read the file.
     text = re.sub(r"([\[{])\s+([^][{}]*?)\s+([\]}])", _on_one_line, text)
     path.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def _short(drawn: dict[str, Any]) -> list[Any]:
+    """The fields as a list, without those at its end that say what all others do."""
+    values = [round(v, 5) if isinstance(v, float) else v for v in drawn.values()]
+    usual = [Outcome.IMAGE, None, None]
+    while usual and values[-1] == usual[-1]:
+        values.pop()
+        usual.pop()
+    return values
 
 
 def _on_one_line(match: re.Match[str]) -> str:
@@ -99,9 +108,14 @@ def load(path: Path) -> Results:
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields["machine"] = MachineInfo(**fields["machine"])
     fields["runs"] = [
-        Run(**{**run, "drawn": [Drawn(*each) for each in run["drawn"]]}) for run in fields["runs"]
+        Run(**{**run, "drawn": [_long(each) for each in run["drawn"]]}) for run in fields["runs"]
     ]
     return Results(**fields)
+
+
+def _long(values: list[Any]) -> Drawn:
+    drawn = Drawn(*values)
+    return replace(drawn, outcome=Outcome(drawn.outcome))
 
 
 def newest(bench: str, folder: Path = RESULTS) -> Results | None:

@@ -15,7 +15,12 @@ GUIDANCE = (4.0, 7.5)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One image to draw; ``arrival`` is in seconds after the run begins."""
+    """One image to draw; ``arrival`` is in seconds after the run begins.
+
+    ``width`` and ``height`` are pixels, None for the model's own. ``deadline`` and
+    ``cancel_after`` are seconds after the arrival: from then on the image is worth nothing, or its
+    caller goes away.
+    """
 
     index: int
     prompt: str
@@ -23,11 +28,15 @@ class Request:
     guidance_scale: float
     seed: int
     arrival: float = 0.0
+    width: int | None = None
+    height: int | None = None
+    deadline: float | None = None
+    cancel_after: float | None = None
 
     @property
-    def settings(self) -> tuple[int, float]:
+    def settings(self) -> tuple[int, float, int | None, int | None]:
         """What requests must share to be drawn by one call of a pipeline."""
-        return self.steps, self.guidance_scale
+        return self.steps, self.guidance_scale, self.width, self.height
 
 
 def mixed(count: int, seed: int) -> list[Request]:
@@ -65,3 +74,46 @@ def poisson(requests: list[Request], rate: float, seed: int) -> list[Request]:
         now += draw.expovariate(rate)
         arriving.append(replace(request, arrival=now))
     return arriving
+
+
+def bursts(requests: list[Request], rate: float, seed: int, size: int = 8) -> list[Request]:
+    """``requests`` arriving ``size`` at once, the bursts by a Poisson process.
+
+    ``rate`` is the mean of single arrivals a second, as in ``poisson``.
+    """
+    heads = poisson(requests[::size], rate / size, seed)
+    return [replace(r, arrival=heads[place // size].arrival) for place, r in enumerate(requests)]
+
+
+def uniform(requests: list[Request], steps: int, guidance_scale: float) -> list[Request]:
+    """``requests`` that all ask for the same steps and guidance."""
+    return [replace(r, steps=steps, guidance_scale=guidance_scale) for r in requests]
+
+
+def sized(requests: list[Request], sides: tuple[int, ...], seed: int) -> list[Request]:
+    """``requests`` for squares, each of a side of ``sides`` that is drawn by lot."""
+    draw = random.Random(seed)
+    chosen = [draw.choice(sides) for _ in requests]
+    return [replace(r, width=s, height=s) for r, s in zip(requests, chosen, strict=True)]
+
+
+def with_deadlines(requests: list[Request], seconds_per_step: float) -> list[Request]:
+    """``requests`` that are worth something for so many seconds a step of theirs."""
+    return [replace(r, deadline=r.steps * seconds_per_step) for r in requests]
+
+
+def with_cancels(
+    requests: list[Request], share: float, seconds_per_step: float, seed: int
+) -> list[Request]:
+    """``requests`` of which exactly ``share``, drawn by lot, lose their callers.
+
+    Each of them does at a moment between its arrival and ``seconds_per_step`` for each step later.
+    """
+    draw = random.Random(seed)
+    leaving = set(draw.sample(range(len(requests)), round(share * len(requests))))
+    return [
+        replace(r, cancel_after=draw.uniform(0.0, r.steps * seconds_per_step))
+        if place in leaving
+        else r
+        for place, r in enumerate(requests)
+    ]

@@ -1,0 +1,1 @@
+"""Darkroom beside the servers that people would use instead, over the wire."""

@@ -1,0 +1,148 @@
+"""A peer's server as processes of this machine: its start, what it takes, its end."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from bench.peers.ready import is_ready
+from bench.peers.roster import WORK, Peer
+from bench.peers.serving import Serving
+from bench.results import ROOT
+
+START_SECONDS = 180
+"""The longest that a peer may take to be ready."""
+
+STOP_SECONDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Memory of all processes of a server, in bytes.
+
+    ``proportional`` shares out the pages that several processes map (PSS); ``resident`` counts
+    them for each (RSS).
+    """
+
+    processes: int
+    proportional: int
+    resident: int
+
+
+class PeerProcess:
+    """A server that is ready; ``ready_seconds`` after its process began."""
+
+    def __init__(self, peer: Peer, serving: Serving) -> None:
+        self.peer = peer
+        self.port = serving.port
+        self.trace = Path(serving.trace)
+        began = time.monotonic()
+        logs = WORK / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        self.log = logs / f"{peer.name}.log"
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    str(peer.python),
+                    *("-m", f"bench.peers.servers.{peer.module}"),
+                    *serving.arguments(),
+                ],
+                cwd=ROOT,
+                env=_environment(peer),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_ready(began + START_SECONDS)
+        except BaseException:
+            self.stop()
+            raise
+        self.ready_seconds = time.monotonic() - began
+
+    def footprint(self) -> Footprint:
+        """What its processes hold now."""
+        infos = []
+        for process in self._tree():
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                infos.append(process.memory_full_info())
+        return Footprint(len(infos), sum(i.pss for i in infos), sum(i.rss for i in infos))
+
+    def cpu_seconds(self) -> float:
+        """What its processes have used so far, those that ended and were waited for included."""
+        total = 0.0
+        for process in self._tree():
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
+        return total
+
+    def stop(self) -> None:
+        """Ask it to end, and kill what is left of it."""
+        tree = self._tree()
+        with suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+        _, alive = psutil.wait_procs(tree, timeout=2)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
+        self._process.wait(STOP_SECONDS)
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            main = psutil.Process(self._process.pid)
+            return [main, *main.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _wait_until_ready(self, deadline: float) -> None:
+        while not is_ready(self.peer.wire, self.port, self.log):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+                raise RuntimeError(f"{self.peer.label} did not start; the end of its log:\n{tail}")
+            time.sleep(0.05)
+
+
+@contextmanager
+def serving_peer(peer: Peer, serving: Serving) -> Iterator[PeerProcess]:
+    """A fresh server of ``peer`` on a free port, with a new trace."""
+    traces = WORK / "traces"
+    traces.mkdir(parents=True, exist_ok=True)
+    trace = traces / f"{peer.name}.jsonl"
+    trace.unlink(missing_ok=True)
+    process = PeerProcess(peer, replace(serving, port=_free_port(), trace=str(trace)))
+    try:
+        yield process
+    finally:
+        process.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _environment(peer: Peer) -> dict[str, str]:
+    """The caller's, without settings of Darkroom's, and with this repository's sources."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DARKROOM_", "PYTHON"))}
+    sources = (ROOT, ROOT / "server" / "src", ROOT / "protos" / "src")
+    return kept | {
+        "PYTHONPATH": os.pathsep.join(map(str, sources)),
+        "PATH": f"{peer.python.parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }

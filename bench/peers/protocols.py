@@ -1,0 +1,167 @@
+"""How to ask each peer: gRPC, HTTP and Triton's form of HTTP."""
+
+import json
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+import httpx2
+
+from bench.arrivals import Outcome
+from bench.peers.serving import to_wire
+from bench.workload import Request
+from darkroom.v1 import generation_pb2, generation_pb2_grpc, types_pb2
+
+OPTIONS = (("grpc.max_receive_message_length", 64 * 2**20),)
+
+
+class Ended(Exception):
+    """No image came: ``outcome`` says what did."""
+
+    def __init__(self, outcome: Outcome, message: str) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
+class Wire(StrEnum):
+    """What a peer speaks."""
+
+    GRPC = "grpc"
+    LITSERVE = "litserve"
+    RAY = "ray"
+    TRITON = "triton"
+
+
+class Asker(Protocol):
+    """Asks one peer; lives on one event loop."""
+
+    async def ask(self, request: Request, name: str, seconds: float | None) -> bytes:
+        """The PNG file of ``request``, called ``name``; raises ``Ended`` where none comes.
+
+        ``seconds`` are left until the deadline, None where there is none. To cancel the task that
+        awaits this is to leave.
+        """
+
+    async def close(self) -> None:
+        """Hang up."""
+
+
+class GrpcAsker:
+    """Darkroom's own service, which the usual gRPC service implements too."""
+
+    def __init__(self, port: int) -> None:
+        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS)
+        self._stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
+
+    async def ask(self, request: Request, name: str, seconds: float | None) -> bytes:
+        """See ``Asker``."""
+        try:
+            response = await self._stub.Generate(_message(request, name), timeout=seconds)
+        except grpc.aio.AioRpcError as error:
+            raise _ended(error) from error
+        data: bytes = response.images[0].data
+        return data
+
+    async def first_progress(self, request: Request, name: str) -> float:
+        """Seconds until the first step is told of; waits for the image."""
+        began = time.monotonic()
+        first = None
+        wanted = generation_pb2.GenerateStreamRequest(generation=_message(request, name))
+        try:
+            async for response in self._stub.GenerateStream(wanted):
+                if first is None and response.event.WhichOneof("event") == "progress":
+                    first = time.monotonic() - began
+        except grpc.aio.AioRpcError as error:
+            raise _ended(error) from error
+        if first is None:
+            raise Ended(Outcome.FAILED, "a stream ended without progress")
+        return first
+
+    async def close(self) -> None:
+        """See ``Asker``."""
+        await self._channel.close()
+
+
+class HttpAsker:
+    """JSON in, a PNG file out."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        self._client = httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False)
+
+    async def ask(self, request: Request, name: str, seconds: float | None) -> bytes:
+        """See ``Asker``. HTTP knows no deadlines: the caller leaves at its own."""
+        return await self._post(to_wire(request))
+
+    async def close(self) -> None:
+        """See ``Asker``."""
+        await self._client.aclose()
+
+    async def _post(self, body: dict[str, Any]) -> bytes:
+        try:
+            response = await self._client.post(self._url, json=body)
+        except httpx2.TransportError as error:
+            raise Ended(Outcome.FAILED, repr(error)) from error
+        if response.status_code == 200:
+            return self._image(response)
+        raise Ended(self._outcome(response), f"{response.status_code}: {response.text[:300]}")
+
+    def _image(self, response: httpx2.Response) -> bytes:
+        return response.content
+
+    def _outcome(self, response: httpx2.Response) -> Outcome:
+        return Outcome.REFUSED if response.status_code in (429, 503) else Outcome.FAILED
+
+
+class TritonAsker(HttpAsker):
+    """The KServe protocol, version 2, with the image in its binary extension."""
+
+    def __init__(self, port: int, model: str = "demo") -> None:
+        super().__init__(f"http://127.0.0.1:{port}/v2/models/{model}/infer")
+
+    async def ask(self, request: Request, name: str, seconds: float | None) -> bytes:
+        """See ``Asker``. A request that waits past its deadline is rejected."""
+        text = json.dumps(to_wire(request))
+        body: dict[str, Any] = {
+            "inputs": [{"name": "request", "shape": [1, 1], "datatype": "BYTES", "data": [text]}],
+            "outputs": [{"name": "image", "parameters": {"binary_data": True}}],
+        }
+        if seconds is not None:
+            body["parameters"] = {"timeout": round(max(0.001, seconds) * 1e6)}
+        return await self._post(body)
+
+    def _image(self, response: httpx2.Response) -> bytes:
+        # Four bytes of length come before each element of a BYTES tensor.
+        return response.content[int(response.headers["Inference-Header-Content-Length"]) + 4 :]
+
+    def _outcome(self, response: httpx2.Response) -> Outcome:
+        timeout = "timeout" in response.text.lower()
+        return Outcome.EXPIRED if timeout else super()._outcome(response)
+
+
+ASKERS: dict[Wire, Callable[[int], Asker]] = {
+    Wire.GRPC: GrpcAsker,
+    Wire.LITSERVE: lambda port: HttpAsker(f"http://127.0.0.1:{port}/predict"),
+    Wire.RAY: lambda port: HttpAsker(f"http://127.0.0.1:{port}/"),
+    Wire.TRITON: TritonAsker,
+}
+
+
+def _message(request: Request, name: str) -> generation_pb2.GenerateRequest:
+    fields = {key: value for key, value in to_wire(request).items() if key != "index"}
+    return generation_pb2.GenerateRequest(
+        request_id=f"{name}-{request.index}", format=types_pb2.IMAGE_FORMAT_PNG, **fields
+    )
+
+
+def _ended(error: grpc.aio.AioRpcError) -> Ended:
+    outcomes = {
+        grpc.StatusCode.DEADLINE_EXCEEDED: Outcome.EXPIRED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: Outcome.REFUSED,
+        grpc.StatusCode.UNAVAILABLE: Outcome.REFUSED,
+    }
+    return Ended(outcomes.get(error.code(), Outcome.FAILED), f"{error.code()}: {error.details()}")

@@ -1,0 +1,68 @@
+"""(e) Darkroom: ``darkroom-server serve`` as it is, with a note of each pass for the bench."""
+
+from collections.abc import Callable
+
+from bench.peers.serving import Serving
+from bench.peers.trace import Trace
+from darkroom_server import app, cli
+from darkroom_server.core.engine import Engine
+from darkroom_server.core.events import Event, PassDone, SampleProgress
+from darkroom_server.engine.process import ProcessEngine
+from darkroom_server.settings import Settings
+from darkroom_server.settings.sources import engine_configs
+
+
+class TracedEngine(ProcessEngine):
+    """Notes who shared each pass."""
+
+    trace: Trace
+
+    def start(self, emit: Callable[[Event], None]) -> None:
+        """Start the engine; see ``ProcessEngine``."""
+        passed: list[int] = []
+        rows = seconds = 0.0
+
+        def tap(event: Event) -> None:
+            nonlocal rows, seconds
+            match event:
+                case PassDone():
+                    rows, seconds = event.rows, event.seconds
+                    passed.clear()
+                case SampleProgress():
+                    # The samples of a pass follow it; with guidance, each has two of its rows.
+                    passed.append(int(event.job_id.rpartition("-")[2]))
+                    if 2 * len(passed) >= rows:
+                        self.trace.note(seconds, passed)
+            emit(event)
+
+        super().start(tap)
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    serving = Serving.of_command_line(__doc__)
+    trace = Trace(serving.trace)
+
+    def build_engines(settings: Settings) -> list[Engine]:
+        engines = [TracedEngine(config) for config in engine_configs(settings, None)]
+        for engine in engines:
+            engine.trace = trace
+        return list(engines)
+
+    app.build_engines = build_engines
+    runtime = serving.runtime
+    cli.main(
+        [
+            "serve",
+            *("--model", f"demo={serving.folder}"),
+            *("--port", str(serving.port), "--metrics-port", "0"),
+            # What this machine's engine chose by itself, so that all peers run the same.
+            *("--device", runtime.device, "--preset", runtime.preset, "--dtype", runtime.dtype),
+            "--channels-last" if runtime.channels_last else "--no-channels-last",
+            *("--max-rows", str(2 * serving.widest), "--log-format", "json"),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

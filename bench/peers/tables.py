@@ -1,0 +1,238 @@
+"""The tables of the peers' page."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from bench.arrivals import Outcome
+from bench.peers.figures import (
+    best_rival,
+    cpu_seconds_per_image,
+    goodput,
+    images,
+    images_per_second,
+    late_steps_per_cancel,
+    latency,
+    lone_ratios,
+    runs_of,
+    spread,
+)
+from bench.peers.roster import PEERS
+from bench.peers.scenarios import CALLERS, CLOSED, PATIENCE, SCENARIOS
+from bench.quantiles import bootstrap_median, quantile
+from bench.results import Results, Run
+from bench.sections import table
+
+GIB = 2**30
+
+
+def lone(results: Results) -> str:
+    """How long a request takes that is alone, and how soon it tells of progress."""
+    ratios = {name: found for name, found in lone_ratios(results).items() if found}
+    if not ratios:
+        return ""
+    rows = []
+    for name, found in ratios.items():
+        runs = runs_of(results, CLOSED.name)[name]
+        seconds = [pair["peer"] for run in runs for pair in run.figures["lone"]]
+        first = [s for run in runs for s in run.figures.get("first_progress", [])]
+        ratio = bootstrap_median(found)
+        rows.append(
+            [
+                PEERS[name].label,
+                f"{quantile(seconds, 0.5) * 1000:.0f}",
+                f"{ratio.value:.3f}",
+                f"{ratio.low:.3f}–{ratio.high:.3f}",
+                f"{quantile(first, 0.5) * 1000:.0f}" if first else "none",
+            ]
+        )
+    count = max(len(found) for found in ratios.values())
+    heads = ["", "ms", "over bare `pipe()`", "95 % interval", "first progress, ms"]
+    return (
+        f"### A lone request\n\n{count} interleaved pairs of {results.settings['lone_steps']} "
+        f"steps with a bare `pipe()`; medians.\n\n{table(heads, rows)}"
+    )
+
+
+def closed_loop(results: Results, scenario: str) -> str:
+    """A closed loop."""
+    runs = runs_of(results, scenario)
+    rates = {name: quantile([images_per_second(r) for r in rs], 0.5) for name, rs in runs.items()}
+    rows = [
+        [
+            PEERS[name].label,
+            spread([images_per_second(run) for run in each]),
+            _ratio(rates, name, most=True),
+            spread([run.figures["width"] for run in each]),
+            *_latencies(each),
+        ]
+        for name, each in runs.items()
+    ]
+    heads = ["", "images/s", "to the best peer", "images a call", *_heads(runs)]
+    mix = SCENARIOS[scenario].mix
+    return (
+        f"### Closed loop, {CALLERS} callers, {mix}\n\nEach caller asks for the next image when "
+        "it has its last one. p50 / p95 / p99 in seconds. Images a call: at the mean of the time "
+        f"that calls (passes) took.\n\n{table(heads, rows)}"
+    )
+
+
+def open_loop(results: Results, scenario: str) -> str:
+    """A load that comes by a schedule."""
+    what = SCENARIOS[scenario]
+    runs = runs_of(results, scenario)
+    first = next(iter(runs.values()))
+    arrivals = len(first[0].drawn)
+    rate = first[0].rate or 0.0
+    tails = {name: latency(each, None, 0.95) for name, each in runs.items() if images(each)}
+    columns: dict[str, Callable[[Run], float]] = {}
+    words = [f"{arrivals} arrivals a round at {rate:.2f} a second, {what.mix}"]
+    words.append("in bursts of 8" if what.bursts else "Poisson")
+    if what.deadlines:
+        columns["images/s in time"] = goodput
+        words.append(f"each with a deadline of {PATIENCE:g} times what it takes alone")
+    if what.cancels:
+        columns["steps after a cancel"] = late_steps_per_cancel
+        columns["seconds for those who left"] = lambda run: run.figures["waste"]["total"]
+        words.append("one caller in five leaves")
+    if what.stream:
+        words.append("streamed")
+    rows = [
+        [
+            PEERS[name].label,
+            *_latencies(each),
+            _ratio(tails, name, most=False),
+            *(spread([figure(run) for run in each]) for figure in columns.values()),
+            *([_first(each)] if what.stream else []),
+            _endings(each),
+        ]
+        for name, each in runs.items()
+        if name in tails
+    ]
+    heads = ["", *_heads(runs), "p95 to the best peer", *columns]
+    heads += ["first progress, p50 / p95", "no image"] if what.stream else ["no image"]
+    return (
+        f"### Open loop, {', '.join([what.mix, *scenario.split()[2:]])}, {what.load:.0%} of (a)'s "
+        "capacity\n\n"
+        f"{'; '.join(words)}. p50 / p95 / p99 in seconds.\n\n{table(heads, rows)}"
+    )
+
+
+def _ratio(figures: Mapping[str, float], name: str, *, most: bool) -> str:
+    rival = best_rival(figures, most=most)
+    return "" if rival is None else f"{figures[name] / figures[rival]:.2f}×"
+
+
+def _heads(runs: Mapping[str, Sequence[Run]]) -> list[str]:
+    return ["all", *(f"{steps} steps" for steps in _classes(next(iter(runs.values()))))]
+
+
+def _classes(runs: Sequence[Run]) -> list[int]:
+    steps = sorted({each.steps for run in runs for each in run.drawn})
+    return steps if len(steps) > 1 else []
+
+
+def _latencies(runs: Sequence[Run]) -> list[str]:
+    return [
+        " / ".join(f"{latency(runs, steps, share):.2f}" for share in (0.5, 0.95, 0.99))
+        if all(any(d.steps == steps or steps is None for d in images([r])) for r in runs)
+        else "none"
+        for steps in (None, *_classes(runs))
+    ]
+
+
+def _first(runs: Sequence[Run]) -> str:
+    first = [d.first_progress for d in images(runs) if d.first_progress is not None]
+    if not first:
+        return "none"
+    return " / ".join(f"{quantile(first, share):.2f}" for share in (0.5, 0.95))
+
+
+def _endings(runs: Sequence[Run]) -> str:
+    counts = {
+        outcome: sum(each.outcome is outcome for run in runs for each in run.drawn)
+        for outcome in Outcome
+        if outcome is not Outcome.IMAGE
+    }
+    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "0"
+
+
+def resources(results: Results) -> str:
+    """Starts, memory and CPU time."""
+    rows = []
+    for name in PEERS:
+        runs = [run for run in results.runs if run.contender == name and images([run])]
+        if not runs:
+            continue
+        prints = [run.figures["footprint"] for run in runs]
+        firsts = [
+            r.figures["first_image_seconds"] for r in runs if "first_image_seconds" in r.figures
+        ]
+        rows.append(
+            [
+                PEERS[name].label,
+                spread([run.figures["ready_seconds"] for run in runs], 1),
+                spread(firsts) if firsts else "",
+                spread([each["proportional"] / GIB for each in prints]),
+                spread([each["resident"] / GIB for each in prints]),
+                str(max(each["processes"] for each in prints)),
+                spread([cpu_seconds_per_image(run) for run in runs if run.scenario == CLOSED.name])
+                if any(run.scenario == CLOSED.name for run in runs)
+                else "",
+            ]
+        )
+    heads = ["", "ready, s", "first image, s", "PSS, GiB", "RSS, GiB", "processes", "CPU s/image"]
+    measured = sorted({r.figures["max_rows"] for r in results.runs if "max_rows" in r.figures})
+    return (
+        "### What they take\n\nFrom the start of the process until it is ready by its own word "
+        "(Darkroom has measured the model and warmed up by then), and the first image of 8 steps "
+        "after that; memory of all processes at the end of a run; CPU seconds of the mixed closed "
+        "loop. Over all runs. The rows of a pass that Darkroom found to be enough, at its starts: "
+        f"{', '.join(map(str, measured))}.\n\n{table(heads, rows)}"
+    )
+
+
+def equality(results: Results) -> str:
+    """How the pictures compare."""
+    rows = [
+        [
+            PEERS[name].label,
+            f"{found['identical']} of {found['alone']}",
+            str(found["largest"]),
+            _decibels(found["lowest_psnr"]),
+            f"{found['together_identical']} of {found['together']}",
+            _decibels(found["together_lowest_psnr"]),
+        ]
+        for name, found in results.figures["equality"].items()
+    ]
+    heads = ["", "files identical", "largest difference", "PSNR", "at once: identical", "PSNR"]
+    return (
+        "### The same pictures\n\nBefore all else each peer drew the same requests, compared with "
+        "a bare `pipe()`: one after another, and all at once, where batches change the last bits. "
+        f"The largest difference is of a channel, of 255; the PSNR is the lowest.\n\n"
+        f"{table(heads, rows)}"
+    )
+
+
+def _decibels(ratio: float | None) -> str:
+    return "equal" if ratio is None else f"{ratio:.1f} dB"
+
+
+def drift(results: Results) -> str:
+    """What the machine gave, around each run."""
+    rows = []
+    for name in PEERS:
+        steps = [
+            seconds * 1000
+            for run in results.runs
+            if run.contender == name
+            for seconds in (run.nominal_before, run.nominal_after)
+        ]
+        if steps:
+            middle = quantile(steps, 0.5)
+            rows.append(
+                [PEERS[name].label, f"{middle:.1f}", f"{min(steps):.1f}", f"{max(steps):.1f}"]
+            )
+    return (
+        "### The machine\n\nBefore and after each run a bare `pipe()` drew lone requests: "
+        "milliseconds of a step, by whose run it was.\n\n"
+        + table(["", "median", "least", "most"], rows)
+    )
