@@ -68,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench.run()
     finally:
         bench.close()
-    found = results()
-    print(save(found, options.results).name)
+    path = save(results(), options.results)
+    print(path.name)
+    found = load(path)
     publish(found, options.docs)
     for goal in goals(found):
         print(f"{'met' if goal.met else 'MISSED':7}{goal.name}: {goal.reached:.3f}")
