@@ -20,7 +20,7 @@ from darkroom_server.security.tokens import Tokens
 from darkroom_server.settings import Settings
 from darkroom_server.settings.sources import engine_configs, model_sources
 from darkroom_server.settings.tls import tls_files
-from darkroom_server.telemetry import Exporter, Metrics, Recorder
+from darkroom_server.telemetry import Exporter, Metrics, Recorder, open_traces
 
 log = structlog.get_logger(__name__)
 
@@ -56,7 +56,9 @@ class Server:
         self._stop = asyncio.Event()
         self._telling: set[asyncio.Future[None]] = set()
         model_ids = [source.id for source in model_sources(settings.models)]
-        recorder = Recorder(self.metrics, model_ids)
+        self._spans = open_traces(settings.logs.traces)
+        on_request = self._spans.request_ended if self._spans else lambda _: None
+        recorder = Recorder(self.metrics, model_ids, on_request)
         self.dispatcher = Dispatcher(
             engines,
             model_ids,
@@ -86,6 +88,7 @@ class Server:
             recorder,
             reflect=settings.network.reflection,
             log_prompts=settings.logs.log_prompts,
+            begin_traces=self._spans is not None,
             tokens=Tokens(tokens) if tokens else None,
             credentials=server_credentials(certificates) if certificates else None,
         )
@@ -138,6 +141,8 @@ class Server:
         await self.dispatcher.close()
         self.requests.close()
         self._exporter.stop()
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.close)
 
     def _tell_health(self, ready: bool) -> None:
         task = asyncio.ensure_future(self._rpc.health.ready(ready and not self.stopping))

@@ -5,8 +5,8 @@ import pytest
 import structlog
 
 from darkroom.v1 import generation_pb2, model_pb2
-from darkroom_server.rpc.interceptors.traces import trace_id_of
 from darkroom_server.rpc.models import ModelService
+from darkroom_server.rpc.trace_context import parse_traceparent
 from tests.server.wire import refusal, serving
 
 ListModels = model_pb2.ListModelsRequest
@@ -141,4 +141,5 @@ async def test_the_log_names_the_trace(monkeypatch: Any) -> None:
     ],
 )
 def test_traceparents(traceparent: str, trace_id: str | None) -> None:
-    assert trace_id_of(traceparent) == trace_id
+    trace = parse_traceparent(traceparent)
+    assert (trace.trace_id if trace else None) == trace_id

@@ -169,7 +169,11 @@ async def test_rejections_are_counted_by_reason() -> None:
     async with serving(fake={"auto": True}) as wire:
         await busy_day(wire)
         rejections = await values(wire, "darkroom_rejections_total", "model", "reason")
-    assert rejections == {("demo", "invalid_request"): 1, ("unknown", "unknown_model"): 1}
+    assert rejections == {
+        ("demo", "invalid_request"): 1,
+        ("demo", "queue_full"): 0,
+        ("unknown", "unknown_model"): 1,
+    }
 
 
 async def test_what_the_engine_tells_is_added_up() -> None:

@@ -131,7 +131,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 preview=asked.preview,
                 max_reply_bytes=limit,
             )
-            summary.images = job.image_count
+            summary.images, summary.steps = job.image_count, job.steps
             return job
 
         if not asked.known:
@@ -150,5 +150,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             suppress(DarkroomError),
             self._summaries.of(asked.request, context, asked.arrived) as summary,
         ):
-            summary.model, summary.images = accepted.model.id, accepted.job.image_count
+            job = accepted.job
+            summary.model, summary.images, summary.steps = job.model, job.image_count, job.steps
             summary.finished(await accepted.result())

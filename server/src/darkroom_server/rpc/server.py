@@ -53,13 +53,20 @@ class RpcServer:
         *,
         reflect: bool = True,
         log_prompts: bool = False,
+        begin_traces: bool = False,
         tokens: Tokens | None = None,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.health = Health()
         self._credentials = credentials
         self._running = Running()
-        interceptors = [Telemetry(observer), self._running, Errors(), RequestIds(), Traces()]
+        interceptors = [
+            Telemetry(observer),
+            self._running,
+            Errors(),
+            RequestIds(),
+            Traces(begin=begin_traces),
+        ]
         if tokens is not None:
             interceptors.append(Auth(tokens))
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -26,6 +26,8 @@ from darkroom_server.core.errors import (
 from darkroom_server.core.events import StageSeconds
 from darkroom_server.dispatch import Finished
 from darkroom_server.rpc.context import Context, has_expired
+from darkroom_server.rpc.request_id import current_request_id
+from darkroom_server.rpc.trace_context import TraceContext, current_trace
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +51,8 @@ class RequestSummary:
     """What became of one call that asked for images; ``seconds`` from arrival to answer.
 
     ``images`` were asked for (0 where that was not understood, or another call asked before),
-    ``flagged`` of them withheld. ``goes_on``: the end is not known yet, and somebody else waits.
+    ``flagged`` of them withheld, each of so many ``steps``; ``rows`` shared the last pass of the
+    one in most company. ``goes_on``: the end is not known yet, and somebody else waits.
     """
 
     model: str = UNKNOWN_MODEL
@@ -57,9 +60,13 @@ class RequestSummary:
     reason: str = ""
     images: int = 0
     flagged: int = 0
+    steps: int = 0
+    rows: int = 0
     seconds: float = 0.0
     goes_on: bool = False
     stages: StageSeconds | None = None
+    request_id: str = field(default_factory=current_request_id)
+    trace: TraceContext | None = field(default_factory=current_trace)
 
     def finished(self, finished: Finished) -> None:
         """Every image was drawn."""
@@ -67,6 +74,7 @@ class RequestSummary:
         if self.images:
             self.stages = finished.stages
             self.flagged = sum(image.flagged for image in finished.images)
+            self.rows = max(image.replay.rows_in_last_pass for image in finished.images)
 
 
 class RequestObserver(Protocol):
@@ -129,6 +137,8 @@ class Summaries:
             fields["reason"] = str(summary.reason)
         if summary.flagged:
             fields["flagged"] = summary.flagged
+        if summary.rows:
+            fields |= {"steps": summary.steps, "rows": summary.rows}
         if summary.stages is not None:
             fields["stages"] = {k: round(v, 4) for k, v in asdict(summary.stages).items()}
         if self._log_prompts:

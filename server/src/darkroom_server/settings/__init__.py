@@ -1,10 +1,10 @@
 """What an operator may set: declared once, set by flag, environment or file."""
 
+from darkroom_server.settings.logs import Logs
 from darkroom_server.settings.network import Network, Security
 from darkroom_server.settings.tree import (
     Dispatch,
     Engine,
-    Logs,
     Models,
     Results,
     Settings,

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Predicate
 
 from darkroom_server.core.config import Attention, Dtype, Preset
+from darkroom_server.settings.logs import Logs
 from darkroom_server.settings.network import Network, Security
 from darkroom_server.settings.option import Setting
 
@@ -268,30 +269,6 @@ class Shutdown:
             metavar="SECONDS",
         ),
     ] = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Logs:
-    """What the server writes on standard error."""
-
-    log_format: Annotated[
-        Literal["auto", "console", "json"],
-        Setting(
-            "How log lines look.",
-            choose="`auto` is `console` on a terminal and `json` elsewhere.",
-        ),
-    ] = "auto"
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
-        Setting("The least severe lines to write."),
-    ] = "info"
-    log_prompts: Annotated[
-        bool,
-        Setting(
-            "Write prompts into the log.",
-            choose="Prompts may be personal data. They are never written otherwise.",
-        ),
-    ] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Writes what dispatch and rpc tell into the metrics: the observer of both."""
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 
@@ -20,9 +20,18 @@ from darkroom_server.telemetry.metrics import Metrics
 
 
 class Recorder:
-    """Implements ``dispatch.Observer``, and rpc's ``RequestObserver`` and ``CallObserver``."""
+    """Implements ``dispatch.Observer``, and rpc's ``RequestObserver`` and ``CallObserver``.
 
-    def __init__(self, metrics: Metrics, model_ids: Iterable[str]) -> None:
+    ``on_request`` is told of each request too, once it is counted.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        model_ids: Iterable[str],
+        on_request: Callable[[RequestSummary], None] = lambda _: None,
+    ) -> None:
+        self._on_request = on_request
         self._calls = metrics.calls
         self._requests = metrics.requests
         self._engine = engine = metrics.engine
@@ -68,6 +77,7 @@ class Recorder:
             counter.labels(model)
         for outcome in (Outcome.FINISHED, Outcome.FAILED):
             self._requests.seconds.labels(model, outcome.value)
+        self._requests.rejections.labels(model, Reason.QUEUE_FULL.lower())
 
     # What dispatch tells.
 
@@ -165,7 +175,8 @@ class Recorder:
     def request_ended(self, summary: RequestSummary) -> None:
         """One request ended."""
         requests, model, outcome = self._requests, summary.model, summary.outcome.value
-        requests.seconds.labels(model, outcome).observe(summary.seconds)
+        exemplar = {"trace_id": summary.trace.trace_id} if summary.trace else None
+        requests.seconds.labels(model, outcome).observe(summary.seconds, exemplar)
         if images := summary.images - summary.flagged:
             requests.images.labels(model, outcome).inc(images)
         if summary.flagged:
@@ -178,6 +189,7 @@ class Recorder:
             requests.deadline_misses.labels(model, "admission").inc()
         if unreachable or summary.outcome in (Outcome.INVALID, Outcome.REFUSED):
             requests.rejections.labels(model, summary.reason.lower()).inc()
+        self._on_request(summary)
 
     def call_started(self, service: str, method: str, kind: str) -> None:
         """A call begins."""

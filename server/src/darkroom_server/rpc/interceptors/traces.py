@@ -1,6 +1,5 @@
 """Lets log entries of a call be found by the trace that the caller keeps of it."""
 
-import re
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -9,15 +8,19 @@ import structlog
 
 from darkroom_server.rpc.context import Context, metadata_value
 from darkroom_server.rpc.interceptors.around import Around, Method
+from darkroom_server.rpc.trace_context import new_trace, parse_traceparent, set_trace
 
 METADATA_KEY = "traceparent"
 
-TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
-"""https://www.w3.org/TR/trace-context/#traceparent-header; later versions may add to it."""
-
 
 class Traces(Around):
-    """Binds the caller's ``trace_id`` into the log; ignores what is none, as W3C says."""
+    """Binds the caller's ``trace_id`` into the log; ignores what is none, as W3C says.
+
+    With ``begin`` a call without a trace begins one.
+    """
+
+    def __init__(self, *, begin: bool = False) -> None:
+        self._begin = begin
 
     def around(
         self, method: Method, context: Context, request: Any
@@ -27,15 +30,10 @@ class Traces(Around):
 
     @asynccontextmanager
     async def _around(self, context: Context) -> AsyncIterator[None]:
-        trace_id = trace_id_of(metadata_value(context, METADATA_KEY) or "")
-        if trace_id is not None:
-            structlog.contextvars.bind_contextvars(trace_id=trace_id)
+        trace = parse_traceparent(metadata_value(context, METADATA_KEY) or "")
+        if trace is None and self._begin:
+            trace = new_trace()
+        if trace is not None:
+            set_trace(trace)
+            structlog.contextvars.bind_contextvars(trace_id=trace.trace_id)
         yield
-
-
-def trace_id_of(traceparent: str) -> str | None:
-    """The trace's id, 32 hexadecimal digits; None where the text is no valid traceparent."""
-    found = TRACEPARENT.fullmatch(traceparent)
-    if found is None or (traceparent.startswith("00") and found[3]):
-        return None
-    return found[1] if int(found[1], 16) and int(found[2], 16) else None

@@ -1,0 +1,22 @@
+"""Whether requests are traced, and what for: nothing is imported for it, or runs, when not."""
+
+from typing import TYPE_CHECKING
+
+from darkroom_server.core.errors import StartupError
+
+if TYPE_CHECKING:
+    from darkroom_server.telemetry.spans import SpanWriter
+
+
+def open_traces(wanted: str) -> "SpanWriter | None":
+    """What writes spans, None where ``wanted`` is "off". Raises ``StartupError``."""
+    if wanted == "off":
+        return None
+    try:
+        from darkroom_server.telemetry.spans import SpanWriter
+    except ImportError as error:
+        raise StartupError(
+            f"--traces {wanted} needs OpenTelemetry ({error.name} is missing): "
+            "pip install 'darkroom-server[otel]'"
+        ) from None
+    return SpanWriter()

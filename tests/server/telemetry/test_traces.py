@@ -1,0 +1,139 @@
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import grpc
+import pytest
+import structlog
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from darkroom.v1 import generation_pb2
+from darkroom_server import app
+from darkroom_server.core.errors import Failure, Reason, StartupError
+from darkroom_server.telemetry import open_traces
+from darkroom_server.telemetry.spans import SpanWriter
+from tests.server.telemetry.scrape import OPENMETRICS, scrape
+from tests.server.wire import Wire, serving
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+SPAN = "00f067aa0ba902b7"
+STAGES = ["queue", "encode_prompt", "denoise", "decode", "encode_image"]
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+    """Keeps the spans of servers that are made in the test."""
+    exporter = InMemorySpanExporter()
+    writer = SpanWriter(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(app, "open_traces", lambda _: writer)
+    yield exporter
+    writer.close()
+
+
+def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
+    return {span.name: span for span in exporter.get_finished_spans()}
+
+
+async def generate(wire: Wire, traceparent: str) -> Any:
+    return await wire.generation.Generate(
+        generation_pb2.GenerateRequest(prompt="hippopotamus", request_id="mine"),
+        metadata=(("traceparent", traceparent),),
+    )
+
+
+async def test_the_stages_are_spans_in_the_caller_s_trace(exporter: InMemorySpanExporter) -> None:
+    async with serving(fake={"auto": True}) as wire:
+        await generate(wire, f"00-{TRACE}-{SPAN}-01")
+    spans = by_name(exporter)
+    assert set(spans) == {"generate", *STAGES}
+    root = spans["generate"]
+    assert root.kind is SpanKind.SERVER
+    assert root.parent is not None
+    assert (root.parent.trace_id, root.parent.span_id) == (int(TRACE, 16), int(SPAN, 16))
+    assert dict(root.attributes or {})["darkroom.request_id"] == "mine"
+    assert "hippopotamus" not in root.to_json()
+    for stage in STAGES:
+        assert spans[stage].parent == root.get_span_context()
+    assert dict(spans["denoise"].attributes or {}) == {"darkroom.steps": 4}
+    for before, after in pairwise(STAGES):
+        assert spans[before].end_time == spans[after].start_time
+    assert spans["queue"].start_time == root.start_time
+
+
+async def test_a_caller_that_samples_nothing_is_obeyed(exporter: InMemorySpanExporter) -> None:
+    async with serving(fake={"auto": True}) as wire:
+        await generate(wire, f"00-{TRACE}-{SPAN}-00")
+    assert exporter.get_finished_spans() == ()
+
+
+async def test_without_a_caller_s_trace_one_begins_that_the_log_knows(
+    exporter: InMemorySpanExporter,
+) -> None:
+    with structlog.testing.capture_logs(
+        processors=[structlog.contextvars.merge_contextvars]
+    ) as logs:
+        async with serving(fake={"auto": True}) as wire:
+            await wire.generate()
+            await wire.generate()
+    lines = [line for line in logs if line["event"] == "request"]
+    roots = [span for span in exporter.get_finished_spans() if span.name == "generate"]
+    logged = [line["trace_id"] for line in lines]
+    assert logged == [f"{root.get_span_context().trace_id:032x}" for root in roots]
+    assert len(set(logged)) == 2
+    assert all(root.parent is None for root in roots)
+    assert all(line["request_id"] for line in lines)
+
+
+async def test_what_fails_is_an_error_with_its_reason(exporter: InMemorySpanExporter) -> None:
+    async with serving() as wire:
+        call = wire.generating()
+        job = await wire.submitted.get()
+        wire.engine.fail(job.id, Failure(Reason.OUT_OF_MEMORY, "too large"))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+    status = by_name(exporter)["generate"].status
+    assert (status.status_code, status.description) == (StatusCode.ERROR, "OUT_OF_MEMORY")
+
+
+async def test_the_trace_s_id_is_an_exemplar() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        await generate(wire, f"00-{TRACE}-{SPAN}-01")
+        text = await scrape(wire, OPENMETRICS)
+        assert TRACE not in await scrape(wire)
+    (line,) = [line for line in text.splitlines() if TRACE in line]
+    assert line.startswith('darkroom_request_seconds_bucket{le="')
+    assert f'# {{trace_id="{TRACE}"}} ' in line
+
+
+def test_nothing_of_it_is_imported_when_it_is_off() -> None:
+    code = (
+        "import sys; from darkroom_server import app, telemetry; "
+        "assert telemetry.open_traces('off') is None; "
+        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "darkroom_server.telemetry.spans", None)
+    with pytest.raises(StartupError, match=r"darkroom-server\[otel\]"):
+        open_traces("otlp")
+
+
+async def test_one_line_sums_a_request_up_without_its_prompt() -> None:
+    with structlog.testing.capture_logs(
+        processors=[structlog.contextvars.merge_contextvars]
+    ) as logs:
+        async with serving(fake={"auto": True}) as wire:
+            await generate(wire, f"00-{TRACE}-{SPAN}-01")
+    (line,) = [line for line in logs if line["event"] == "request"]
+    assert line["request_id"] == "mine"
+    assert line["trace_id"] == TRACE
+    assert (line["outcome"], line["rows"], line["steps"]) == ("finished", 2, 4)
+    assert list(line["stages"]) == STAGES
+    assert "hippopotamus" not in str(logs)
