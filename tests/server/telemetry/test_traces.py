@@ -39,6 +39,12 @@ def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
     return {span.name: span for span in exporter.get_finished_spans()}
 
 
+def trace_id(span: ReadableSpan) -> str:
+    context = span.get_span_context()
+    assert context is not None
+    return f"{context.trace_id:032x}"
+
+
 async def generate(wire: Wire, traceparent: str) -> Any:
     return await wire.generation.Generate(
         generation_pb2.GenerateRequest(prompt="hippopotamus", request_id="mine"),
@@ -83,7 +89,7 @@ async def test_without_a_caller_s_trace_one_begins_that_the_log_knows(
     lines = [line for line in logs if line["event"] == "request"]
     roots = [span for span in exporter.get_finished_spans() if span.name == "generate"]
     logged = [line["trace_id"] for line in lines]
-    assert logged == [f"{root.get_span_context().trace_id:032x}" for root in roots]
+    assert logged == [trace_id(root) for root in roots]
     assert len(set(logged)) == 2
     assert all(root.parent is None for root in roots)
     assert all(line["request_id"] for line in lines)
