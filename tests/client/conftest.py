@@ -3,33 +3,90 @@
 import asyncio
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
-from darkroom_client import AsyncClient, Client
+from darkroom_client import AsyncClient, Client, Retry
+from darkroom_client.testing import FakeServer
+from darkroom_client.testing.plugin import darkroom_server
 from tests.client.scripted import ScriptedServer
+
+__all__ = ["darkroom_server"]
 
 Connect = Callable[..., Any]
 
 
 class Blocking:
-    """An ``AsyncClient`` in an event loop of its own, with the face of a ``Client``."""
+    """An ``AsyncClient`` in a loop and a thread of its own, with the face of a ``Client``."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._runner = asyncio.Runner()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
         self._client = AsyncClient(*args, **options)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._client, name)
-        if not inspect.iscoroutinefunction(value):
+        if inspect.iscoroutinefunction(value):
+            return lambda *args, **options: self._run(value(*args, **options))
+        if not callable(value):
             return value
-        return lambda *args, **options: self._runner.run(value(*args, **options))
+        return lambda *args, **options: BlockingStream(self._run, value, args, options)
 
     def shut(self) -> None:
-        self._runner.run(self._client.close())
-        self._runner.close()
+        self._run(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, awaitable: Any) -> Any:
+        async def wait() -> Any:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(wait(), self._loop).result()
+
+
+class BlockingStream:
+    """An ``AsyncStream``, or any other asynchronous iterator, with a blocking face."""
+
+    def __init__(self, run: Any, make: Any, args: Any, options: Any) -> None:
+        async def made() -> Any:
+            return make(*args, **options)
+
+        self._run = run
+        self._stream = run(made())
+
+    def __enter__(self) -> Self:
+        self._run(self._stream.__aenter__())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._run(self._stream.__aexit__(*error))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return self._run(self._stream.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    @property
+    def request_id(self) -> str:
+        request_id: str = self._stream.request_id
+        return request_id
+
+    def result(self) -> Any:
+        return self._run(self._stream.result())
+
+    def close(self) -> None:
+        """Leave, or close an asynchronous generator."""
+        close = getattr(self._stream, "aclose", None) or self._stream.close
+        self._run(close())
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +121,15 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 def client(connect: Connect, server: ScriptedServer) -> Any:
     """A client of ``server``."""
     return connect(server.address)
+
+
+@pytest.fixture
+def fake(darkroom_server: FakeServer) -> FakeServer:
+    """A server that draws gradients, whole with streams and jobs."""
+    return darkroom_server
+
+
+@pytest.fixture
+def caller(connect: Connect, fake: FakeServer) -> Any:
+    """A client of ``fake`` that tries again at once."""
+    return connect(fake.target, retry=Retry(initial_backoff=0.01, max_backoff=0.05))

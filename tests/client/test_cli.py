@@ -5,24 +5,26 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
-import grpc
 import PIL.Image
 import pytest
 
 import darkroom_client
-from darkroom.v1 import model_pb2, types_pb2
-from darkroom_client import DarkroomError
+from darkroom.v1 import model_pb2
+from darkroom_client import DarkroomError, Estimate, GenerationFailed, Overloaded, ServerState
+from darkroom_client._wire.models import decode_model
 from darkroom_client.cli import main
 from darkroom_client.cli._exit_codes import exit_code
+from darkroom_client.cli._halfblocks import check_pillow
+from darkroom_client.cli._models import _row
 from darkroom_client.cli._names import distinct, slug
-from tests.client.scripted import ScriptedServer, changed, draw, fail, held
+from darkroom_client.testing import Behaviour, FakeServer, JobState
 
 Capture = pytest.CaptureFixture[str]
 
@@ -35,9 +37,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def target(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def target(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command finds the server in the environment."""
-    monkeypatch.setenv("DARKROOM_TARGET", server.address)
+    monkeypatch.setenv("DARKROOM_TARGET", fake.target)
 
 
 def files(folder: Path) -> list[str]:
@@ -53,36 +55,36 @@ def test_images_land_in_the_folder(capsys: Capture, here: Path) -> None:
         assert picture.format == "PNG"
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        f"{Path('out/a-large-yellow-star-7.png')}  seed 7  queue 0.001  encode_prompt 0.002  "
-        "denoise 1.500  decode 0.004  encode_image 0.005  total 1.600 s"
+        f"{Path('out/a-large-yellow-star-7.png')}  seed 7  queue 0.001  encode_prompt 0.001  "
+        "denoise 0.001  decode 0.001  encode_image 0.001  total 0.005 s"
     )
     assert len(lines) == 2
 
 
-def test_every_option_reaches_the_server(server: ScriptedServer, here: Path) -> None:
+def test_every_option_reaches_the_server(fake: FakeServer, here: Path) -> None:
     options = "--steps 9 --guidance 3.5 --seed 0 --size 64x32 --count 2 --scheduler heun"
-    options += " --format jpg --quality 80 --negative rain --model demo --exact"
+    options += " --format raw_rgb --quality 80 --negative rain --model demo --exact"
 
     assert main(["generate", "a star", *options.split()]) == 0
 
-    sent = server.requests[0]
+    sent = fake.requests[0]
     assert (sent.steps, sent.guidance_scale, sent.seed) == (9, 3.5, 0)
     assert (sent.width, sent.height, sent.image_count, sent.quality) == (64, 32, 2, 80)
     assert (sent.negative_prompt, sent.model, sent.exact) == ("rain", "demo", True)
-    assert files(here) == ["a-star-0.jpg", "a-star-1.jpg"]
+    assert files(here) == ["a-star-0.rgb", "a-star-1.rgb"]
 
 
 def test_prompts_from_everywhere(
-    server: ScriptedServer, here: Path, monkeypatch: pytest.MonkeyPatch
+    fake: FakeServer, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "prompts.txt").write_text("from a file\n\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin\n  and again \n"))
 
     assert main(["generate", "--file", "prompts.txt", "an argument", "-", "-o", "out"]) == 0
 
-    prompts = {request.prompt for request in server.requests}
+    prompts = {request.prompt for request in fake.requests}
     assert prompts == {"from a file", "an argument", "from stdin", "and again"}
-    assert all(request.HasField("seed") for request in server.requests)
+    assert len({request.seed for request in fake.requests}) == 4
     assert len(files(here / "out")) == 4
 
 
@@ -91,8 +93,9 @@ def test_no_prompt_is_a_mistake(capsys: Capture) -> None:
     assert "no prompt" in capsys.readouterr().err
 
 
-def test_json_is_one_object_a_line(capsys: Capture, server: ScriptedServer) -> None:
-    server.script.append(fail(grpc.StatusCode.INTERNAL, "NON_FINITE", "the image came out black"))
+def test_json_is_one_object_a_line(capsys: Capture, fake: FakeServer) -> None:
+    error = GenerationFailed("the image came out black", reason="NON_FINITE")
+    fake.script(Behaviour(error=error, error_at_step=1))
 
     code = main(["generate", "bad", "good", "--json", "--seed", "7", "--concurrency", "1"])
 
@@ -102,15 +105,13 @@ def test_json_is_one_object_a_line(capsys: Capture, server: ScriptedServer) -> N
     assert first["error"]["kind"] == "GenerationFailed"
     assert first["error"]["reason"] == "NON_FINITE"
     assert (second["path"], second["seed"]) == ("good-7.png", 7)
-    assert second["seconds"]["denoise"] == 1.5
+    assert second["seconds"]["denoise"] == 0.001
 
 
 def test_one_failure_costs_the_others_nothing(
-    capsys: Capture, server: ScriptedServer, here: Path
+    capsys: Capture, fake: FakeServer, here: Path
 ) -> None:
-    server.script.append(
-        fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full")
-    )
+    fake.script(Behaviour(error=Overloaded("the queue is full")))
 
     code = main(["generate", "bad", "good", "--seed", "7", "--concurrency", "1"])
 
@@ -120,28 +121,28 @@ def test_one_failure_costs_the_others_nothing(
 
 
 def test_existing_files_are_noticed_before_the_work(
-    capsys: Capture, server: ScriptedServer, here: Path
+    capsys: Capture, fake: FakeServer, here: Path
 ) -> None:
     (here / "a-star-8.png").write_text("precious")
 
     assert main(["generate", "a star", "--seed", "7", "--count", "2"]) == 8
     assert "a-star-8.png exists; --overwrite" in capsys.readouterr().err
-    assert server.requests == []
+    assert fake.requests == ()
 
     assert main(["generate", "a star", "--seed", "7", "--count", "2", "--overwrite"]) == 0
     assert (here / "a-star-8.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_withheld_image_is_a_failure(capsys: Capture, server: ScriptedServer, here: Path) -> None:
-    server.script.append(changed(flagged=True, data=b""))
+def test_a_withheld_image_is_a_failure(capsys: Capture, fake: FakeServer, here: Path) -> None:
+    fake.script(Behaviour(withheld=True))
 
     assert main(["generate", "a star"]) == 7
     assert "withheld" in capsys.readouterr().err
     assert files(here) == []
 
 
-def test_a_prompt_that_is_too_long_is_told(capsys: Capture, server: ScriptedServer) -> None:
-    server.script.append(changed(prompt_truncated=True))
+def test_a_prompt_that_is_too_long_is_told(capsys: Capture, fake: FakeServer) -> None:
+    fake.script(Behaviour(prompt_truncated=True))
 
     assert main(["generate", "a star"]) == 0
     assert "too long" in capsys.readouterr().out
@@ -162,28 +163,22 @@ def test_a_record_is_drawn_again_identically(capsys: Capture, here: Path) -> Non
     assert (here / "again.png").read_bytes() == (here / "a-star-7.png").read_bytes()
 
 
-def test_a_replay_that_differs_says_what(
-    capsys: Capture, server: ScriptedServer, here: Path
-) -> None:
+def test_a_replay_that_differs_says_what(capsys: Capture, here: Path) -> None:
     record()
-
-    def newer(request: Any, context: grpc.ServicerContext) -> Any:
-        answer = draw(request, context)
-        replay = answer.images[0].replay
-        replay.model_revision, replay.dtype, replay.pixels_sha256 = "r2", "float16", "0" * 64
-        replay.library_versions["torch"] = "2.14.0"
-        return answer
-
-    server.script.append(newer)
+    path = here / "a-star-7.json"
+    document = json.loads(path.read_text())
+    document.update(model_revision="r1", dtype="float16", pixels_sha256="0" * 64)
+    document["library_versions"]["torch"] = "2.12.0"
+    path.write_text(json.dumps(document))
     capsys.readouterr()
 
     assert main(["replay", "a-star-7.json"]) == 1
 
     out = capsys.readouterr().out
     assert "different  seed 7" in out
-    assert "model_revision: r1 -> r2" in out
-    assert "dtype: float32 -> float16" in out
-    assert "library_versions.torch: 2.13.0 -> 2.14.0" in out
+    assert "model_revision: r1 -> fake" in out
+    assert "dtype: float16 -> float32" in out
+    assert "library_versions.torch: 2.12.0 -> -" in out
     assert "without --exact" in out
     assert files(here) == ["a-star-7.json", "a-star-7.png"]
 
@@ -198,7 +193,7 @@ def test_a_replay_that_differs_says_what(
     ],
 )
 def test_replays_that_cannot_be(
-    capsys: Capture, server: ScriptedServer, arguments: list[str], code: int, words: str
+    capsys: Capture, fake: FakeServer, arguments: list[str], code: int, words: str
 ) -> None:
     record()
 
@@ -206,26 +201,30 @@ def test_replays_that_cannot_be(
 
     captured = capsys.readouterr()
     assert any(word in captured.err for word in words.split("|"))
-    assert len(server.requests) == 1
+    assert len(fake.requests) == 1
 
 
-def test_models_are_tab_separated_in_a_pipe(capsys: Capture, server: ScriptedServer) -> None:
-    server.models.append(model_pb2.Model(id="big", ready=False))
+def test_models_are_tab_separated_in_a_pipe(capsys: Capture, fake: FakeServer) -> None:
 
     assert main(["models"]) == 0
 
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.split("\t") == [
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.split("\t") == [
         "demo",
         "ready",
         "64x64",
-        "20",
-        "7.1",
+        "4",
+        "7.5",
         "euler",
-        "cpu float32 fast",
+        "fake float32 fast",
         "euler",
     ]
-    assert second.split("\t")[:3] == ["big", "loading", "-"]
+
+
+def test_a_model_that_loads_has_only_a_name() -> None:
+    message = model_pb2.Model(id="big", ready=False)
+
+    assert _row(decode_model(message))[:3] == ("big", "loading", "-")
 
 
 def test_models_as_json(capsys: Capture) -> None:
@@ -235,32 +234,30 @@ def test_models_as_json(capsys: Capture) -> None:
     assert (model["id"], model["limits"]["max_rows"]) == ("demo", 8)
 
 
-def test_waiting(capsys: Capture, server: ScriptedServer) -> None:
+def test_waiting(capsys: Capture, fake: FakeServer) -> None:
     assert main(["wait", "--timeout", "30"]) == 0
-    assert capsys.readouterr().out == f"ready: {server.address}\n"
+    assert capsys.readouterr().out == f"ready: {fake.target}\n"
 
-    server.ready = False
+    fake.state = ServerState.LOADING
     assert main(["wait", "--timeout", "0.2"]) == 3
-    assert server.address in capsys.readouterr().err
+    assert fake.target in capsys.readouterr().err
 
 
 def test_a_target_on_the_command_line_goes_first(capsys: Capture) -> None:
-    with ScriptedServer() as gone:
+    with FakeServer() as gone:
         pass
 
-    assert main(["models", "--target", gone.address]) == 3
-    assert gone.address in capsys.readouterr().err
+    assert main(["models", "--target", gone.target]) == 3
+    assert gone.target in capsys.readouterr().err
 
 
-def test_a_token_without_tls_is_a_mistake(
-    capsys: Capture, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DARKROOM_TOKEN", "secret")
-
-    assert main(["models"]) == 2
-    assert "insecure" in capsys.readouterr().err
-    assert main(["models", "--insecure"]) == 0
-    assert server.metadata[-1]["authorization"] == "Bearer secret"
+def test_a_token_without_tls_is_a_mistake(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeServer(token="secret") as strict:
+        assert main(["models", "--target", strict.target]) == 5
+        monkeypatch.setenv("DARKROOM_TOKEN", "secret")
+        assert main(["models", "--target", strict.target]) == 2
+        assert "insecure" in capsys.readouterr().err
+        assert main(["models", "--target", strict.target, "--insecure"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -294,27 +291,20 @@ def test_without_rich_a_line_helps(monkeypatch: pytest.MonkeyPatch, capsys: Capt
     assert "pip install 'darkroom-client[cli]'" in capsys.readouterr().err
 
 
-def test_an_interrupt_ends_with_130(server: ScriptedServer, here: Path) -> None:
-    arrived, released = threading.Event(), threading.Event()
-    behave = held(released)
-
-    def tell(request: Any, context: grpc.ServicerContext) -> Any:
-        arrived.set()
-        return behave(request, context)
-
-    server.script.append(tell)
-    command = [sys.executable, "-m", "darkroom_client.cli", "generate", "a star"]
+def test_an_interrupt_ends_with_130_and_the_servers_work(fake: FakeServer, here: Path) -> None:
+    fake.script(default=Behaviour(hold=threading.Event()))
+    command = [sys.executable, "-m", "darkroom_client.cli", "generate", "a star", "a circle"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=here, env=os.environ
     ) as running:
-        assert arrived.wait(60)
+        fake.wait_for(lambda: len(fake.jobs) == 2, timeout=60)
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=60)
-    released.set()
 
     assert running.returncode == 130
     assert (out, err) == (b"", b"darkroom: interrupted\n")
     assert files(here) == []
+    assert [job.state for job in fake.jobs] == [JobState.CANCELLED] * 2
 
 
 def on_a_terminal(here: Path, *arguments: str) -> str:
@@ -334,27 +324,82 @@ def on_a_terminal(here: Path, *arguments: str) -> str:
     return written.decode()
 
 
-def test_a_terminal_gets_a_bar_and_whole_lines(here: Path) -> None:
+def test_a_terminal_gets_bars_and_whole_lines(fake: FakeServer, here: Path) -> None:
+    fake.script(default=Behaviour(queue=1, step_seconds=0.15))
+
     written = on_a_terminal(here, "generate", "a star", "a circle", "--seed", "7")
 
-    assert "drawing" in written
-    assert "2/2" in written
+    for words in ("1 before", "it/s", "step", "/4", "2/2"):
+        assert words in written
     for name in ("a-star-7.png", "a-circle-7.png"):
-        # Nothing but the end of the style between the two: the bar did not break the line.
+        # Nothing but the end of the style between the two: the bars did not break the line.
         assert f"{name}\x1b[0m  seed 7  queue 0.001" in written
 
 
-def test_a_terminal_gets_whole_names(here: Path, server: ScriptedServer) -> None:
-    server.models[0].schedulers.extend(
-        model_pb2.SchedulerOffer(scheduler=number, min_steps=1, max_steps=9)
-        for number in types_pb2.Scheduler.values()
-        if number
-    )
+def test_a_terminal_shows_the_picture_forming(fake: FakeServer, here: Path) -> None:
+    fake.script(default=Behaviour(step_seconds=0.15))
 
+    written = on_a_terminal(here, "generate", "a star", "--preview")
+
+    assert "▀" * 2 in re.sub(r"\x1b\[[0-9;]*m", "", written)
+
+
+def test_a_preview_needs_a_terminal_and_pillow(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["generate", "a star", "--preview"]) == 2
+    assert "on a terminal" in capsys.readouterr().err
+
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ValueError, match=r"pip install 'darkroom-client\[cli,pil\]'"):
+        check_pillow()
+
+
+def test_a_terminal_gets_whole_names(here: Path) -> None:
     written = on_a_terminal(here, "models")
 
     assert "ready" in written
     assert "…" not in written
+
+
+def test_no_colour_in_a_pipe(capsys: Capture, here: Path) -> None:
+    for command in (["generate", "a star"], ["models"], ["status"], ["estimate"]):
+        assert main(command) == 0
+
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_an_estimate(capsys: Capture, fake: FakeServer) -> None:
+    fake.estimate = Estimate(
+        queue_wait=1.5, run_time=2.0, peak_bytes=3 * 2**30, available_bytes=2**20
+    )
+
+    assert main(["estimate", "a star", "--steps", "30"]) == 0
+
+    assert capsys.readouterr().out.splitlines() == [
+        "queue\t1.50 s",
+        "drawing\t2.00 s",
+        "total\t3.50 s",
+        "memory\t3.00 GiB",
+        "available\t1.0 MiB",
+    ]
+    assert main(["estimate", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run_time"] == 2.0
+
+
+def test_the_status(capsys: Capture, fake: FakeServer) -> None:
+    assert main(["generate", "a star"]) == 0
+    capsys.readouterr()
+
+    assert main(["status"]) == 0
+    rows = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert rows["state"] == "ready"
+    assert rows["accepted"] == "1 (1 finished)"
+    assert rows["engine 0"].startswith("fake, ready")
+
+    fake.state = ServerState.DRAINING
+    assert main(["status", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["state"] == "draining"
 
 
 @pytest.mark.parametrize(

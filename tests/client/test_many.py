@@ -1,18 +1,19 @@
 """Many calls: bounded, in order, and one failure costs the others nothing."""
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import pytest
 
 from darkroom_client import (
-    DarkroomError,
     GenerationFailed,
     GenerationRequest,
     GenerationResult,
     InvalidRequest,
 )
+from darkroom_client.testing import Behaviour, FakeServer, JobState
 from tests.client.scripted import ScriptedServer, draw, fail
 
 
@@ -28,9 +29,8 @@ def test_answers_come_in_order_errors_in_their_place(client: Any, server: Script
         GenerationRequest(prompt="two", scheduler="no such"),
         GenerationRequest(prompt="three", seed=7, request_id="r-3"),
     ]
-    done: dict[int, Any] = {}
 
-    answers = client.generate_many(requests, concurrency=2, on_done=done.__setitem__)
+    answers = client.generate_many(requests, concurrency=2)
 
     assert [type(answer) for answer in answers] == [
         GenerationResult,
@@ -40,7 +40,24 @@ def test_answers_come_in_order_errors_in_their_place(client: Any, server: Script
     ]
     assert answers[3].images[0].seed == 7
     assert answers[3].request_id == "r-3"
-    assert answers == [done[index] for index in range(4)]
+
+
+def test_answers_come_as_they_are_done(client: Any, server: ScriptedServer) -> None:
+    released = threading.Event()
+
+    def slow(request: Any, context: grpc.ServicerContext) -> Any:
+        assert request.prompt != "slow" or released.wait(60)
+        return draw(request, context)
+
+    server.script.extend([slow] * 3)
+    arrived = []
+    for index, answer in client.generate_as_completed(["slow", "quick", "quick"], concurrency=2):
+        arrived.append(index)
+        assert isinstance(answer, GenerationResult)
+        if len(arrived) == 2:
+            released.set()
+
+    assert arrived == [1, 2, 0]
 
 
 def test_never_more_than_concurrency_at_a_time(client: Any, server: ScriptedServer) -> None:
@@ -77,20 +94,25 @@ def test_concurrency_must_let_one_run(client: Any) -> None:
         client.generate_many(["a star"], concurrency=0)
 
 
-def test_an_error_of_the_callers_own_cancels_what_runs(client: Any, server: ScriptedServer) -> None:
-    cancelled = threading.Event()
+def test_leaving_the_loop_cancels_what_runs(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(hold=threading.Event()), Behaviour())
+    answers = caller.generate_as_completed(["one", "two"], concurrency=2)
 
-    def wait_for_cancel(request: Any, context: grpc.ServicerContext) -> Any:
-        context.add_callback(cancelled.set)
-        assert cancelled.wait(60)
-        return draw(request, context)
+    _, answer = next(answers)
+    answers.close()
 
-    server.script.extend([wait_for_cancel, draw])
+    assert answer.images
+    fake.wait_for(lambda: any(job.state is JobState.CANCELLED for job in fake.jobs))
 
-    def refuse(index: int, answer: GenerationResult | DarkroomError) -> None:
-        raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        client.generate_many(["one", "two"], concurrency=2, on_done=refuse)
+def test_a_prompt_that_cannot_be_drawn_ends_it(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(hold=threading.Event()))
 
-    assert cancelled.wait(60)
+    def prompts() -> Iterator[str]:
+        yield "one"
+        raise OSError("disk on fire")
+
+    with pytest.raises(OSError, match="on fire"):
+        caller.generate_many(prompts(), concurrency=2)
+
+    assert all(job.state is not JobState.FINISHED for job in fake.jobs)

@@ -7,6 +7,7 @@
 """
 
 from darkroom_client._async_client import AsyncClient
+from darkroom_client._async_stream import AsyncStream
 from darkroom_client._client import Client
 from darkroom_client._connection import TLS, Keepalive, Retry
 from darkroom_client._enums import ImageFormat, Scheduler
@@ -30,6 +31,18 @@ from darkroom_client._errors import (
     Unsupported,
     Violation,
 )
+from darkroom_client._events import (
+    Accepted,
+    Event,
+    Finished,
+    FinishReason,
+    ImageReady,
+    Preview,
+    Progress,
+    Queued,
+    Restarted,
+    Started,
+)
 from darkroom_client._image import Image
 from darkroom_client._model import (
     Model,
@@ -39,21 +52,39 @@ from darkroom_client._model import (
     SchedulerOffer,
 )
 from darkroom_client._replay import ReplayRecord
-from darkroom_client._request import GenerationRequest
+from darkroom_client._request import GenerationOptions, GenerationRequest
 from darkroom_client._result import GenerationResult, Timings
+from darkroom_client._status import (
+    EngineStatus,
+    Estimate,
+    ModelStatus,
+    PassTime,
+    ServerState,
+    ServerStatus,
+)
+from darkroom_client._stream import Stream
 
 __all__ = [
     "TLS",
+    "Accepted",
     "AsyncClient",
+    "AsyncStream",
     "Cancelled",
     "Client",
     "DarkroomError",
     "DeadlineExceeded",
+    "EngineStatus",
+    "Estimate",
+    "Event",
+    "FinishReason",
+    "Finished",
     "GenerationFailed",
+    "GenerationOptions",
     "GenerationRequest",
     "GenerationResult",
     "Image",
     "ImageFormat",
+    "ImageReady",
     "ImageWithheld",
     "InvalidRequest",
     "Keepalive",
@@ -62,15 +93,25 @@ __all__ = [
     "ModelLimits",
     "ModelNotFound",
     "ModelRuntime",
+    "ModelStatus",
     "Overloaded",
+    "PassTime",
     "PermissionDenied",
+    "Preview",
+    "Progress",
+    "Queued",
     "QuotaExceeded",
     "ReplayRecord",
     "ReplyTooLarge",
+    "Restarted",
     "Retry",
     "Scheduler",
     "SchedulerOffer",
     "ServerError",
+    "ServerState",
+    "ServerStatus",
+    "Started",
+    "Stream",
     "Timings",
     "TooLarge",
     "Unauthenticated",

@@ -1,26 +1,26 @@
 """The client for asyncio."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, Unpack
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 
-from darkroom.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
-from darkroom_client._call import GenerateCall, replayed
-from darkroom_client._channel import open_async_channel
+from darkroom_client._async_link import AsyncLink
+from darkroom_client._async_stream import AsyncStream
+from darkroom_client._calls import Calls, replayed
 from darkroom_client._connection import TLS, Keepalive, Retry
-from darkroom_client._enums import ImageFormat, Scheduler
+from darkroom_client._enums import ImageFormat
 from darkroom_client._errors import DarkroomError
-from darkroom_client._many import draw_many_async
+from darkroom_client._events import Accepted
+from darkroom_client._many import check_concurrency, draw_many_async, in_order
 from darkroom_client._model import Model
 from darkroom_client._readiness import REQUEST, Readiness
 from darkroom_client._replay import ReplayRecord
-from darkroom_client._request import GenerationRequest
+from darkroom_client._request import GenerationOptions, GenerationRequest, as_request
 from darkroom_client._result import GenerationResult
-from darkroom_client._rpc_errors import from_rpc_error
 from darkroom_client._settings import (
     DEFAULT_KEEPALIVE,
     DEFAULT_MAX_REPLY_BYTES,
@@ -28,8 +28,7 @@ from darkroom_client._settings import (
     DEFAULT_TIMEOUT,
     Settings,
 )
-from darkroom_client._wire.models import decode_model
-from darkroom_client._wire.results import decode_response
+from darkroom_client._status import Estimate, ServerStatus
 
 
 class AsyncClient:
@@ -61,8 +60,8 @@ class AsyncClient:
             retry=retry,
             max_reply_bytes=max_reply_bytes,
         )
-        self._stubs: _Stubs | None = None
-        self._closed = False
+        self._calls = Calls(self._settings)
+        self._link = AsyncLink(self._settings, self._calls)
 
     @property
     def target(self) -> str:
@@ -71,42 +70,31 @@ class AsyncClient:
 
     async def generate(
         self,
-        prompt: str,
+        prompt: str | GenerationRequest,
         *,
-        model: str = "",
-        negative_prompt: str = "",
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        seed: int | None = None,
-        image_count: int | None = None,
-        scheduler: Scheduler | str | None = None,
-        format: ImageFormat | str | None = None,
-        quality: int | None = None,
-        exact: bool = False,
-        request_id: str | None = None,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
         """As ``Client.generate``."""
-        request = GenerationRequest(
-            prompt=prompt,
-            model=model,
-            negative_prompt=negative_prompt,
-            width=width,
-            height=height,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            image_count=image_count,
-            scheduler=scheduler,
-            format=format,
-            quality=quality,
-            exact=exact,
-            request_id=request_id,
-        )
-        return await self._generate(request, timeout, metadata)
+        request = as_request(prompt, options)
+        return await self._link.ask(self._calls.generate(request, timeout, metadata))
+
+    def stream(
+        self,
+        prompt: str | GenerationRequest,
+        *,
+        preview_every: int = 0,
+        preview_format: ImageFormat | str = ImageFormat.JPEG,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> AsyncStream:
+        """As ``Client.stream``."""
+        self._link.check_open()
+        request = as_request(prompt, options)
+        following = self._calls.stream(request, preview_every, preview_format, timeout, metadata)
+        return AsyncStream(self._link, following)
 
     async def replay(
         self,
@@ -116,7 +104,7 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
     ) -> GenerationResult:
         """As ``Client.replay``."""
-        return await self._generate(replayed(record), timeout, metadata)
+        return await self._link.ask(self._calls.generate(replayed(record), timeout, metadata))
 
     async def generate_many(
         self,
@@ -125,45 +113,92 @@ class AsyncClient:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
-        on_done: Callable[[int, GenerationResult | DarkroomError], None] | None = None,
     ) -> list[GenerationResult | DarkroomError]:
         """As ``Client.generate_many``."""
+        answers = draw_many_async(
+            self._drawing(timeout, metadata), requests, check_concurrency(concurrency)
+        )
+        async with aclosing(answers):
+            return in_order([answer async for answer in answers])
 
-        async def draw(request: GenerationRequest) -> GenerationResult:
-            return await self._generate(request, timeout, metadata)
+    def generate_as_completed(
+        self,
+        requests: Iterable[GenerationRequest | str],
+        *,
+        concurrency: int = 8,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[tuple[int, GenerationResult | DarkroomError]]:
+        """As ``Client.generate_as_completed``."""
+        self._link.check_open()
+        return draw_many_async(
+            self._drawing(timeout, metadata), requests, check_concurrency(concurrency)
+        )
 
-        return await draw_many_async(draw, requests, concurrency, on_done)
+    async def submit(
+        self,
+        prompt: str | GenerationRequest,
+        *,
+        time_limit: float | None = None,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Accepted:
+        """As ``Client.submit``."""
+        request = as_request(prompt, options)
+        return await self._link.ask(self._calls.submit(request, time_limit, timeout, metadata))
+
+    def watch(
+        self,
+        request_id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> AsyncStream:
+        """As ``Client.watch``."""
+        self._link.check_open()
+        return AsyncStream(self._link, self._calls.watch(request_id, timeout, metadata))
+
+    async def cancel(
+        self,
+        request_id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> bool:
+        """As ``Client.cancel``."""
+        return await self._link.ask(self._calls.cancel(request_id, timeout, metadata))
+
+    async def estimate(
+        self,
+        prompt: str | GenerationRequest,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Estimate:
+        """As ``Client.estimate``."""
+        request = as_request(prompt, options)
+        return await self._link.ask(self._calls.estimate(request, timeout, metadata))
 
     async def models(self, *, timeout: float | None = None) -> list[Model]:
         """As ``Client.models``."""
-        stubs, limit = self._open(), self._settings.deadline(timeout)
-        try:
-            response = await stubs.models.ListModels(
-                model_pb2.ListModelsRequest(), timeout=limit, metadata=self._settings.metadata()
-            )
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, address=self.target, timeout=limit) from error
-        return [decode_model(model) for model in response.models]
+        return await self._link.ask(self._calls.models(timeout))
 
     async def model(self, id: str = "", *, timeout: float | None = None) -> Model:
         """As ``Client.model``."""
-        stubs, limit = self._open(), self._settings.deadline(timeout)
-        try:
-            response = await stubs.models.GetModel(
-                model_pb2.GetModelRequest(model=id),
-                timeout=limit,
-                metadata=self._settings.metadata(),
-            )
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, address=self.target, timeout=limit) from error
-        return decode_model(response.model)
+        return await self._link.ask(self._calls.model(id, timeout))
+
+    async def status(self, *, timeout: float | None = None) -> ServerStatus:
+        """As ``Client.status``."""
+        return await self._link.ask(self._calls.status(timeout))
 
     async def wait_until_ready(self, timeout: float | None = None) -> None:
         """As ``Client.wait_until_ready``."""
-        stubs = self._open()
+        self._link.check_open()
         wait = Readiness(self.target, self._settings.deadline(timeout))
         while True:
-            watch = stubs.health.Watch(
+            watch = self._link.stubs.health.Watch(
                 REQUEST, timeout=wait.left, metadata=self._settings.metadata(), wait_for_ready=True
             )
             try:
@@ -178,10 +213,8 @@ class AsyncClient:
             await asyncio.sleep(wait.pause)
 
     async def close(self) -> None:
-        """Cancel what still runs and close the connection; may be called again."""
-        self._closed = True
-        if self._stubs is not None:
-            await self._stubs.channel.close()
+        """Cancel what still runs, on the server too, and disconnect; may be called again."""
+        await self._link.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -197,41 +230,10 @@ class AsyncClient:
     def __repr__(self) -> str:
         return f"AsyncClient({self.target!r})"
 
-    async def _generate(
-        self, request: GenerationRequest, timeout: float | None, metadata: Mapping[str, str] | None
-    ) -> GenerationResult:
-        stubs = self._open()
-        call = GenerateCall.prepare(self._settings, request, timeout, metadata)
-        try:
-            response = await stubs.generation.Generate(
-                call.message, timeout=call.timeout, metadata=call.metadata
-            )
-        except grpc.RpcError as error:
-            raise call.failure(error) from error
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # Nobody cancelled this task: the channel was closed under the call.
-            raise call.cancelled() from None
-        return decode_response(response)
+    def _drawing(
+        self, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Callable[[GenerationRequest], Awaitable[GenerationResult]]:
+        async def draw(request: GenerationRequest) -> GenerationResult:
+            return await self._link.ask(self._calls.generate(request, timeout, metadata))
 
-    def _open(self) -> "_Stubs":
-        if self._closed:
-            raise RuntimeError("this client is closed")
-        if self._stubs is None:
-            self._stubs = _Stubs(self._settings)
-        if self._stubs.loop is not asyncio.get_running_loop():
-            raise RuntimeError("this client belongs to another event loop: make one in each")
-        return self._stubs
-
-
-class _Stubs:
-    """The channel and its stubs, which gRPC ties to the event loop that is running now."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.channel = open_async_channel(settings)
-        self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
-        self.models = model_pb2_grpc.ModelServiceStub(self.channel)
-        self.health: Any = health_pb2_grpc.HealthStub(self.channel)
+        return draw

@@ -9,7 +9,11 @@ import grpc.aio
 from darkroom_client._connection import TLS
 from darkroom_client._settings import Settings
 
-SERVICES = ("darkroom.v1.GenerationService", "darkroom.v1.ModelService")
+SERVICES = (
+    "darkroom.v1.GenerationService",
+    "darkroom.v1.ModelService",
+    "darkroom.v1.ServerService",
+)
 
 Options = tuple[tuple[str, str | int], ...]
 

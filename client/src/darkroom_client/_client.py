@@ -1,26 +1,24 @@
 """The blocking client."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, Unpack
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 
-from darkroom.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
-from darkroom_client._call import GenerateCall, replayed
-from darkroom_client._channel import open_channel
+from darkroom_client._calls import Calls, replayed
 from darkroom_client._connection import TLS, Keepalive, Retry
-from darkroom_client._enums import ImageFormat, Scheduler
+from darkroom_client._enums import ImageFormat
 from darkroom_client._errors import DarkroomError
-from darkroom_client._many import Running, draw_many
+from darkroom_client._events import Accepted
+from darkroom_client._link import Link, Pending
+from darkroom_client._many import check_concurrency, draw_many, in_order
 from darkroom_client._model import Model
 from darkroom_client._readiness import REQUEST, Readiness
 from darkroom_client._replay import ReplayRecord
-from darkroom_client._request import GenerationRequest
+from darkroom_client._request import GenerationOptions, GenerationRequest, as_request
 from darkroom_client._result import GenerationResult
-from darkroom_client._rpc_errors import from_rpc_error
 from darkroom_client._settings import (
     DEFAULT_KEEPALIVE,
     DEFAULT_MAX_REPLY_BYTES,
@@ -28,8 +26,8 @@ from darkroom_client._settings import (
     DEFAULT_TIMEOUT,
     Settings,
 )
-from darkroom_client._wire.models import decode_model
-from darkroom_client._wire.results import decode_response
+from darkroom_client._status import Estimate, ServerStatus
+from darkroom_client._stream import Stream
 
 
 class Client:
@@ -41,6 +39,10 @@ class Client:
     neither the connection is plaintext. ``timeout``: seconds that a call may take, retries
     included, 120 by default; None for no limit. ``max_reply_bytes``: the server refuses, before
     it draws, what would not fit into a reply of that size.
+
+    Every verb takes a ``timeout`` of its own, and those about generations ``metadata`` to send
+    along. What is to be drawn is a prompt with the fields of ``GenerationRequest`` as keyword
+    arguments, or such a request. Errors are ``DarkroomError``; their tree says what to do.
 
     The connection opens at the first call and comes back by itself when it breaks. Raises
     ``ValueError`` for settings that contradict each other.
@@ -68,11 +70,8 @@ class Client:
             retry=retry,
             max_reply_bytes=max_reply_bytes,
         )
-        self._channel = open_channel(self._settings)
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
-        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
-        self._closed = False
+        self._calls = Calls(self._settings)
+        self._link = Link(self._settings, self._calls)
 
     @property
     def target(self) -> str:
@@ -81,47 +80,40 @@ class Client:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | GenerationRequest,
         *,
-        model: str = "",
-        negative_prompt: str = "",
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        seed: int | None = None,
-        image_count: int | None = None,
-        scheduler: Scheduler | str | None = None,
-        format: ImageFormat | str | None = None,
-        quality: int | None = None,
-        exact: bool = False,
-        request_id: str | None = None,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
-        """Draw images of ``prompt`` and wait for them.
+        """Draw images and wait for them.
 
-        What each argument means is said at ``GenerationRequest``; unset means the model's
-        default. ``timeout``: seconds, retries included; unset, the client's. ``metadata``: sent
-        along. Raises a ``DarkroomError``, whose tree says what to do about it.
+        A try that meets an unavailable server or loses its connection is made again under the
+        same id and seed: it joins the first or draws the same picture. Who stops waiting (a
+        timeout, an interrupt) has the server stop drawing.
         """
-        request = GenerationRequest(
-            prompt=prompt,
-            model=model,
-            negative_prompt=negative_prompt,
-            width=width,
-            height=height,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            image_count=image_count,
-            scheduler=scheduler,
-            format=format,
-            quality=quality,
-            exact=exact,
-            request_id=request_id,
-        )
-        return self._generate(request, timeout, metadata)
+        request = as_request(prompt, options)
+        return self._link.ask(self._calls.generate(request, timeout, metadata))
+
+    def stream(
+        self,
+        prompt: str | GenerationRequest,
+        *,
+        preview_every: int = 0,
+        preview_format: ImageFormat | str = ImageFormat.JPEG,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Stream:
+        """Draw images and tell what happens meanwhile: ``with client.stream(...) as stream``.
+
+        The call begins with the first event that is read. ``preview_every``: a small picture of
+        each image every so many steps; 0 for none. Leaving the block cancels what is unfinished.
+        """
+        self._link.check_open()
+        request = as_request(prompt, options)
+        following = self._calls.stream(request, preview_every, preview_format, timeout, metadata)
+        return Stream(self._link, following)
 
     def replay(
         self,
@@ -134,7 +126,7 @@ class Client:
 
         It is the same image when ``pixels_sha256`` of both records agree.
         """
-        return self._generate(replayed(record), timeout, metadata)
+        return self._link.ask(self._calls.generate(replayed(record), timeout, metadata))
 
     def generate_many(
         self,
@@ -143,63 +135,117 @@ class Client:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
-        on_done: Callable[[int, GenerationResult | DarkroomError], None] | None = None,
     ) -> list[GenerationResult | DarkroomError]:
         """Draw many requests, at most ``concurrency`` at a time, and wait for all.
 
         The answers come in the order of ``requests``, a string being a prompt; one that failed
         is its error, and costs the others nothing. ``timeout`` counts for each request.
-        ``on_done`` is called with the index and the answer as each arrives.
+        """
+        answers = self.generate_as_completed(
+            requests, concurrency=concurrency, timeout=timeout, metadata=metadata
+        )
+        return in_order(answers)
+
+    def generate_as_completed(
+        self,
+        requests: Iterable[GenerationRequest | str],
+        *,
+        concurrency: int = 8,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[tuple[int, GenerationResult | DarkroomError]]:
+        """As ``generate_many``, each answer with its place in ``requests`` as soon as it is there.
+
+        Requests are drawn from the iterable on demand. Leaving the loop cancels what runs.
         """
 
-        def start(request: GenerationRequest) -> Running:
-            call = GenerateCall.prepare(self._settings, request, timeout, metadata)
-            future = self._generation.Generate.future(
-                call.message, timeout=call.timeout, metadata=call.metadata
-            )
-            return call, future
+        def start(request: GenerationRequest) -> Pending[GenerationResult]:
+            return self._link.start(self._calls.generate(request, timeout, metadata))
 
-        self._check_open()
-        return draw_many(start, requests, concurrency, on_done)
+        self._link.check_open()
+        return draw_many(start, requests, check_concurrency(concurrency))
+
+    def submit(
+        self,
+        prompt: str | GenerationRequest,
+        *,
+        time_limit: float | None = None,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Accepted:
+        """Have images drawn while nobody waits; ``watch`` fetches them by ``request_id``.
+
+        ``time_limit``: seconds from now after which the server gives up; ``timeout`` is that of
+        this call alone. The server keeps the result for a while.
+        """
+        request = as_request(prompt, options)
+        return self._link.ask(self._calls.submit(request, time_limit, timeout, metadata))
+
+    def watch(
+        self,
+        request_id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Stream:
+        """What happens to a generation of this caller, from its acceptance on.
+
+        Finished images come again, progress does not. Leaving the block leaves the generation
+        alone. Raises, at the first event, ``UnknownRequest`` for an id the server does not know.
+        """
+        self._link.check_open()
+        return Stream(self._link, self._calls.watch(request_id, timeout, metadata))
+
+    def cancel(
+        self,
+        request_id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> bool:
+        """End a generation of this caller at its next step, whoever waits for it.
+
+        False where it had ended before. Raises ``UnknownRequest`` for an id it does not know.
+        """
+        return self._link.ask(self._calls.cancel(request_id, timeout, metadata))
+
+    def estimate(
+        self,
+        prompt: str | GenerationRequest,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Estimate:
+        """What a request would take now, in seconds and bytes, without drawing it."""
+        request = as_request(prompt, options)
+        return self._link.ask(self._calls.estimate(request, timeout, metadata))
 
     def models(self, *, timeout: float | None = None) -> list[Model]:
         """Every model that the server was told to hold, in its order."""
-        self._check_open()
-        limit = self._settings.deadline(timeout)
-        try:
-            response = self._models.ListModels(
-                model_pb2.ListModelsRequest(), timeout=limit, metadata=self._settings.metadata()
-            )
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, address=self.target, timeout=limit) from error
-        return [decode_model(model) for model in response.models]
+        return self._link.ask(self._calls.models(timeout))
 
     def model(self, id: str = "", *, timeout: float | None = None) -> Model:
         """The model ``id``, which may stay empty where the server holds a single one.
 
         Raises ``ModelNotFound`` for a name that the server does not hold.
         """
-        self._check_open()
-        limit = self._settings.deadline(timeout)
-        try:
-            response = self._models.GetModel(
-                model_pb2.GetModelRequest(model=id),
-                timeout=limit,
-                metadata=self._settings.metadata(),
-            )
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, address=self.target, timeout=limit) from error
-        return decode_model(response.model)
+        return self._link.ask(self._calls.model(id, timeout))
+
+    def status(self, *, timeout: float | None = None) -> ServerStatus:
+        """How the server is doing: its state, queue, engines and memory."""
+        return self._link.ask(self._calls.status(timeout))
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Return once the server is up and its model loaded and warmed up.
 
         Raises ``Unavailable`` after ``timeout`` seconds (unset, the client's).
         """
-        self._check_open()
+        self._link.check_open()
         wait = Readiness(self.target, self._settings.deadline(timeout))
         while True:
-            watch = self._health.Watch(
+            watch = self._link.stubs.health.Watch(
                 REQUEST, timeout=wait.left, metadata=self._settings.metadata(), wait_for_ready=True
             )
             try:
@@ -213,9 +259,8 @@ class Client:
             time.sleep(wait.pause)
 
     def close(self) -> None:
-        """Cancel what still runs and close the connection; may be called again."""
-        self._closed = True
-        self._channel.close()
+        """Cancel what still runs, on the server too, and disconnect; may be called again."""
+        self._link.close()
 
     def __enter__(self) -> Self:
         return self
@@ -230,20 +275,3 @@ class Client:
 
     def __repr__(self) -> str:
         return f"Client({self.target!r})"
-
-    def _generate(
-        self, request: GenerationRequest, timeout: float | None, metadata: Mapping[str, str] | None
-    ) -> GenerationResult:
-        self._check_open()
-        call = GenerateCall.prepare(self._settings, request, timeout, metadata)
-        try:
-            response = self._generation.Generate(
-                call.message, timeout=call.timeout, metadata=call.metadata
-            )
-        except grpc.RpcError as error:
-            raise call.failure(error) from error
-        return decode_response(response)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("this client is closed")

@@ -9,7 +9,7 @@ DarkroomError
 ├── Overloaded          the same request works later: wait `retry_after` seconds
 ├── QuotaExceeded       this caller has used up its share
 ├── Unavailable         nobody answers, or the server is loading or going away: look, then retry
-├── DeadlineExceeded    give more `timeout`, or ask for less
+├── DeadlineExceeded    give more `timeout` (at least `estimate`), or ask for less
 ├── Unauthenticated     bring a valid token
 ├── PermissionDenied    ask the operator for leave
 ├── GenerationFailed    accepted, and could not be finished; `reason` says why
@@ -97,7 +97,26 @@ class Unavailable(DarkroomError):
 
 
 class DeadlineExceeded(DarkroomError):
-    """The deadline passed, or would have passed before the images were done."""
+    """The deadline passed, or would have passed before the images were done.
+
+    A server that can tell in advance refuses at once, and says what the request would take.
+    """
+
+    @property
+    def estimate(self) -> float | None:
+        """Seconds that the request would take in all, None where the server did not say."""
+        return self._figure("estimate_seconds")
+
+    @property
+    def queue_wait(self) -> float | None:
+        """Seconds of the estimate before the first step, None where the server did not say."""
+        return self._figure("queue_wait_seconds")
+
+    def _figure(self, key: str) -> float | None:
+        try:
+            return float(self.metadata[key])
+        except (KeyError, ValueError):
+            return None
 
 
 class Unauthenticated(DarkroomError):

@@ -1,6 +1,7 @@
 """What to draw, as plain data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from darkroom_client._enums import ImageFormat, Scheduler
 
@@ -35,3 +36,31 @@ class GenerationRequest:
     quality: int | None = None
     exact: bool = False
     request_id: str | None = None
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The keyword arguments of every call that draws: the fields of ``GenerationRequest``."""
+
+    model: str
+    negative_prompt: str
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance_scale: float | None
+    seed: int | None
+    image_count: int | None
+    scheduler: Scheduler | str | None
+    format: ImageFormat | str | None
+    quality: int | None
+    exact: bool
+    request_id: str | None
+
+
+def as_request(
+    prompt: str | GenerationRequest, options: GenerationOptions | None = None
+) -> GenerationRequest:
+    """A prompt with its options as a request; of a request, a copy with these options changed."""
+    given: GenerationOptions = options or {}
+    if isinstance(prompt, GenerationRequest):
+        return replace(prompt, **given)
+    return GenerationRequest(prompt=prompt, **given)

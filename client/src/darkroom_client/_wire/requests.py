@@ -31,8 +31,10 @@ def settled(request: GenerationRequest) -> GenerationRequest:
     )
 
 
-def encode_request(request: GenerationRequest) -> generation_pb2.GenerateRequest:
-    """``request`` as a message.
+def encode_request(
+    request: GenerationRequest, *, keep: bool = False
+) -> generation_pb2.GenerateRequest:
+    """``request`` as a message; ``keep``: its job outlives a lost connection for a while.
 
     Raises ``InvalidRequest`` for what the message cannot say (an unknown name, a number beyond
     its type) and ``TypeError`` for values of the wrong type. All other bounds are the server's.
@@ -60,6 +62,22 @@ def encode_request(request: GenerationRequest) -> generation_pb2.GenerateRequest
         quality=request.quality,
         request_id=request.request_id or "",
         exact=request.exact,
+        on_disconnect=(
+            generation_pb2.ON_DISCONNECT_KEEP if keep else generation_pb2.ON_DISCONNECT_CANCEL
+        ),
+    )
+
+
+def encode_preview(
+    every_steps: int, image_format: ImageFormat | str
+) -> generation_pb2.PreviewOptions | None:
+    """The previews wanted, None for none; raises ``ValueError`` for what makes no sense."""
+    if every_steps < 0:
+        raise ValueError(f"preview_every is {every_steps}, must be 0 (none) or more")
+    if not every_steps:
+        return None
+    return generation_pb2.PreviewOptions(
+        every_steps=every_steps, format=encode_format(image_format)
     )
 
 

@@ -2,46 +2,47 @@
 
 import json
 
-from google.protobuf.duration_pb2 import Duration
-
 from darkroom.v1 import generation_pb2
 from darkroom_client._errors import ServerError
 from darkroom_client._image import Image
 from darkroom_client._replay import ReplayRecord
 from darkroom_client._result import GenerationResult, Timings
 from darkroom_client._wire.requests import decode_request
-from darkroom_client._wire.values import decode_format
+from darkroom_client._wire.values import decode_format, decode_seconds
 
 
 def decode_response(response: generation_pb2.GenerateResponse) -> GenerationResult:
     """The plain result; raises ``ServerError`` for a reply that cannot be read."""
-    timings = response.timings
     return GenerationResult(
         request_id=response.request_id,
-        images=tuple(_decode_image(image, response.request_id) for image in response.images),
-        timings=Timings(
-            queue=_seconds(timings.queue),
-            encode_prompt=_seconds(timings.encode_prompt),
-            denoise=_seconds(timings.denoise),
-            decode=_seconds(timings.decode),
-            encode_image=_seconds(timings.encode_image),
-            total=_seconds(timings.total),
+        images=tuple(
+            decode_image(image, response.request_id, image.data) for image in response.images
         ),
+        timings=decode_timings(response.timings),
         model=response.model,
         model_revision=response.model_revision,
     )
 
 
-def _seconds(duration: Duration) -> float:
-    return duration.ToNanoseconds() / 1e9
+def decode_timings(timings: generation_pb2.Timings) -> Timings:
+    """The plain timings."""
+    return Timings(
+        queue=decode_seconds(timings.queue),
+        encode_prompt=decode_seconds(timings.encode_prompt),
+        denoise=decode_seconds(timings.denoise),
+        decode=decode_seconds(timings.decode),
+        encode_image=decode_seconds(timings.encode_image),
+        total=decode_seconds(timings.total),
+    )
 
 
-def _decode_image(image: generation_pb2.Image, request_id: str) -> Image:
+def decode_image(image: generation_pb2.Image, request_id: str, data: bytes) -> Image:
+    """The plain image with ``data``; raises ``ServerError`` where it cannot be read."""
     image_format = decode_format(image.format)
     if image_format is None:
-        raise _unreadable(f"an image in the unknown format {image.format}", request_id)
+        raise unreadable(f"an image in the unknown format {image.format}", request_id)
     return Image(
-        data=image.data,
+        data=data,
         format=image_format,
         width=image.width,
         height=image.height,
@@ -56,7 +57,7 @@ def _decode_replay(record: generation_pb2.ReplayRecord, request_id: str) -> Repl
     try:
         config = json.loads(record.scheduler_config_json or "{}")
     except ValueError as error:
-        raise _unreadable("a scheduler configuration that is not JSON", request_id) from error
+        raise unreadable("a scheduler configuration that is not JSON", request_id) from error
     return ReplayRecord(
         request=decode_request(record.request),
         model_revision=record.model_revision,
@@ -71,7 +72,8 @@ def _decode_replay(record: generation_pb2.ReplayRecord, request_id: str) -> Repl
     )
 
 
-def _unreadable(what: str, request_id: str) -> ServerError:
+def unreadable(what: str, request_id: str) -> ServerError:
+    """The error for a reply that holds ``what``."""
     return ServerError(
         f"the reply holds {what}: client and server may be of different versions",
         code="OK",

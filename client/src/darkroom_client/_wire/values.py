@@ -1,6 +1,8 @@
-"""Between names and the wire's numbers, and between decimals and its 32-bit floats."""
+"""Between names, seconds and decimals and what the wire has for them."""
 
 import struct
+
+from google.protobuf.duration_pb2 import Duration
 
 from darkroom.v1 import types_pb2
 from darkroom_client._enums import ImageFormat, Scheduler
@@ -40,3 +42,8 @@ def decode_float(value: float) -> float:
     bits = struct.pack("f", value)
     candidates = (float(f"{value:.{digits}g}") for digits in range(6, 10))
     return next((short for short in candidates if struct.pack("f", short) == bits), value)
+
+
+def decode_seconds(duration: Duration) -> float:
+    """A duration in seconds."""
+    return duration.ToNanoseconds() / 1e9

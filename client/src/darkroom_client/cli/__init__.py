@@ -1,4 +1,4 @@
-"""The command line: ``darkroom generate``, ``models``, ``replay`` and ``wait``."""
+"""The command line: ``darkroom generate``, ``models``, ``status`` and so on."""
 
 import importlib.util
 import sys

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from darkroom_client._enums import ImageFormat, Scheduler
 from darkroom_client._settings import DEFAULT_TARGET, DEFAULT_TIMEOUT
-from darkroom_client.cli import _generate, _models, _replay, _wait
+from darkroom_client.cli import _estimate, _generate, _models, _replay, _status, _wait
 from darkroom_client.cli._exit_codes import TABLE
 
 _EPILOG = f"""\
@@ -46,8 +46,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return added
 
     _add_generate(command("generate", "draw images of prompts", _generate.run, DEFAULT_TIMEOUT))
+    estimate = command("estimate", "tell what a request would take now", _estimate.run, 10.0)
+    estimate.add_argument("prompt", nargs="?", default="a picture", metavar="PROMPT")
+    estimate.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_request(estimate)
     _add_models(command("models", "tell which models the server holds", _models.run, 10.0))
     _add_replay(command("replay", "draw a recorded image again", _replay.run, DEFAULT_TIMEOUT))
+    status = command("status", "tell how the server is doing", _status.run, 10.0)
+    status.add_argument("--json", action="store_true", help="print one JSON object")
     command("wait", "wait until the server is ready", _wait.run, DEFAULT_TIMEOUT)
     return parser.parse_args(argv)
 
@@ -88,6 +94,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         default=8,
         help="prompts to have in work at a time (default: %(default)s)",
     )
+    add("--preview", action="store_true", help="show the pictures forming; needs Pillow")
+    _add_request(parser)
+
+
+def _add_request(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to draw").add_argument
     add("--model", metavar="ID", default="", help="one of `darkroom models`")
     add("--negative", metavar="TEXT", default="", help="what the images should not show")

@@ -1,10 +1,13 @@
 """What a command prints: coloured on a terminal, plain and never wrapped in a pipe."""
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import rich.console
     import rich.progress
+
+Row = Sequence[str]
 
 
 def open_console(*, stderr: bool = False) -> "rich.console.Console":
@@ -21,8 +24,8 @@ def print_line(console: "rich.console.Console", first: str, rest: str, style: st
     console.print(Text.assemble((first, style), rest))
 
 
-def progress_bar(console: "rich.console.Console", *, shown: bool) -> "rich.progress.Progress":
-    """A bar with done/total and the time left; silent where ``console`` is no terminal."""
+def progress_bar(console: "rich.console.Console") -> "rich.progress.Progress":
+    """Bars with done/total, a note and the time left; tasks have the fields note and unit."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -32,14 +35,33 @@ def progress_bar(console: "rich.console.Console", *, shown: bool) -> "rich.progr
     )
 
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        # A prompt is a text, never markup.
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[unit]}", style="dim"),
         MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="cyan"),
+        TimeRemainingColumn(compact=True),
         console=console,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-        disable=not (shown and console.is_terminal),
+        auto_refresh=False,
     )
+
+
+def tabulate(console: "rich.console.Console", names: Sequence[str], rows: Iterable[Row]) -> None:
+    """Print rows: a table on a terminal, tab-separated lines in a pipe."""
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(row))
+        return
+    from rich.table import Column, Table
+
+    # Folded, never shortened: a name that is cut off cannot be typed again.
+    table = Table(*(Column(name, overflow="fold") for name in names), box=None)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, soft_wrap=False)
+
+
+def readable_bytes(count: int) -> str:
+    """A number of bytes in MiB, or GiB from one on."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,179 +1,133 @@
 """``darkroom generate``: prompts in, image files out."""
 
 import argparse
+import asyncio
 import dataclasses
 import json
-import secrets
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from darkroom_client._async_client import AsyncClient
 from darkroom_client._errors import DarkroomError, ImageWithheld
+from darkroom_client._events import Finished, ImageReady
 from darkroom_client._files import write_atomically
 from darkroom_client._image import Image
-from darkroom_client._request import GenerationRequest
 from darkroom_client._result import GenerationResult
-from darkroom_client.cli._connect import connect
-from darkroom_client.cli._console import open_console, print_line, progress_bar
+from darkroom_client.cli._connect import connect_async
+from darkroom_client.cli._console import open_console
+from darkroom_client.cli._display import Display
 from darkroom_client.cli._exit_codes import exit_code
-from darkroom_client.cli._names import distinct, slug
+from darkroom_client.cli._plan import Drawing, plan
 
-if TYPE_CHECKING:
-    import rich.console
-
-# Short seeds, because they stand in file names and people type them again.
-_SEED_BOUND = 2**32
-
-
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """One prompt's request, and where its images go."""
-
-    request: GenerationRequest
-    paths: tuple[Path, ...]
+_PREVIEW_EVERY = 2
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw every prompt, save each image as it arrives, and report."""
-    drawings = _plan(arguments)
-    if not arguments.overwrite:
-        _refuse_existing(drawings, record=arguments.record)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.concurrency < 1:
+        raise ValueError(f"--concurrency is {arguments.concurrency}, must be at least 1")
+    drawings = plan(arguments)
     console = open_console()
-    failures: dict[int, DarkroomError] = {}
-    with connect(arguments) as client, progress_bar(console, shown=not arguments.json) as bar:
-        task = bar.add_task("drawing", total=sum(len(drawing.paths) for drawing in drawings))
-
-        def done(index: int, answer: GenerationResult | DarkroomError) -> None:
-            drawing = drawings[index]
-            try:
-                _save(drawing, answer, arguments, console)
-            except DarkroomError as error:
-                failures[index] = error
-                if arguments.json:
-                    _print_json({"prompt": drawing.request.prompt, "error": _plain(error)})
-            bar.advance(task, len(drawing.paths))
-
-        client.generate_many(
-            [drawing.request for drawing in drawings],
-            concurrency=arguments.concurrency,
-            on_done=done,
-        )
+    display = Display(
+        console,
+        images=sum(len(drawing.paths) for drawing in drawings),
+        shown=not arguments.json,
+        preview=arguments.preview,
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with display:
+        failures = asyncio.run(_draw_all(drawings, arguments, display))
     for index in sorted(failures):
         print(f"darkroom: {drawings[index].request.prompt!r}: {failures[index]}", file=sys.stderr)
     return exit_code(failures[min(failures)]) if failures else 0
 
 
-def _plan(arguments: argparse.Namespace) -> list[Drawing]:
-    prompts = list(_prompts(arguments))
-    if not prompts:
-        raise ValueError("no prompt: give some as arguments, --file FILE, or - for stdin")
-    if arguments.count < 1:
-        raise ValueError(f"--count is {arguments.count}, must be at least 1")
-    width, height = arguments.size
-    requests = [
-        GenerationRequest(
-            prompt=prompt,
-            model=arguments.model,
-            negative_prompt=arguments.negative,
-            width=width,
-            height=height,
-            steps=arguments.steps,
-            guidance_scale=arguments.guidance,
-            # Drawn here already: file names that are taken are noticed before the work is done.
-            seed=secrets.randbelow(_SEED_BOUND) if arguments.seed is None else arguments.seed,
-            image_count=arguments.count,
-            scheduler=arguments.scheduler,
-            format=arguments.format,
-            quality=arguments.quality,
-            exact=arguments.exact,
-        )
-        for prompt in prompts
-    ]
-    paths = iter(distinct(_paths(requests, arguments)))
-    return [
-        Drawing(request, tuple(next(paths) for _ in range(arguments.count))) for request in requests
-    ]
+async def _draw_all(
+    drawings: list[Drawing], arguments: argparse.Namespace, display: Display
+) -> dict[int, DarkroomError]:
+    """The failures, by the place of their prompts."""
+    failures: dict[int, DarkroomError] = {}
+    waiting = iter(enumerate(drawings))
+
+    async def work(client: AsyncClient) -> None:
+        for index, drawing in waiting:
+            try:
+                await _draw(client, drawing, arguments, display)
+            except DarkroomError as error:
+                failures[index] = error
+                if arguments.json:
+                    _print_json({"prompt": drawing.request.prompt, "error": _plain(error)})
+
+    try:
+        async with connect_async(arguments) as client, asyncio.TaskGroup() as workers:
+            for _ in range(min(arguments.concurrency, len(drawings))):
+                workers.create_task(work(client))
+    except ExceptionGroup as several:
+        # A disk that is full, say: to be told of it once is enough.
+        raise several.exceptions[0] from None
+    return failures
 
 
-def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
-    lines: list[str] = []
-    if arguments.file is not None:
-        lines = arguments.file.read_text(encoding="utf-8").splitlines()
-    for prompt in arguments.prompts:
-        lines.extend(sys.stdin.read().splitlines() if prompt == "-" else [prompt])
-    return (line.strip() for line in lines if line.strip())
-
-
-def _paths(requests: list[GenerationRequest], arguments: argparse.Namespace) -> Iterator[Path]:
-    suffix = arguments.format.suffixes[0]
-    for request in requests:
-        for index in range(arguments.count):
-            seed = ((request.seed or 0) + index) % 2**63
-            yield arguments.output / f"{slug(request.prompt)}-{seed}{suffix}"
-
-
-def _refuse_existing(drawings: list[Drawing], *, record: bool) -> None:
-    for drawing in drawings:
-        for path in drawing.paths:
-            for taken in (path, path.with_suffix(".json")) if record else (path,):
-                if taken.exists():
-                    raise FileExistsError(f"{taken} exists; --overwrite replaces it")
-
-
-def _save(
-    drawing: Drawing,
-    answer: GenerationResult | DarkroomError,
-    arguments: argparse.Namespace,
-    console: "rich.console.Console",
+async def _draw(
+    client: AsyncClient, drawing: Drawing, arguments: argparse.Namespace, display: Display
 ) -> None:
-    if isinstance(answer, DarkroomError):
-        raise answer
+    every = _PREVIEW_EVERY if arguments.preview else 0
     withheld: ImageWithheld | None = None
-    for path, image in zip(drawing.paths, answer.images, strict=True):
-        try:
-            image.save(path, overwrite=arguments.overwrite)
-        except ImageWithheld as error:
-            withheld = error
-            continue
-        if arguments.record:
-            record = image.replay.to_json().encode()
-            write_atomically(path.with_suffix(".json"), record, overwrite=arguments.overwrite)
-        _report(path, image, answer, arguments, console)
+    with display.follow(drawing.request.prompt, len(drawing.paths)) as followed:
+        async with client.stream(drawing.request, preview_every=every) as stream:
+            async for event in stream:
+                followed.show(event)
+                match event:
+                    case ImageReady(image_index=index, image=image):
+                        try:
+                            _save(drawing.paths[index], image, arguments)
+                        except ImageWithheld as error:
+                            withheld = error
+                    case Finished(result=result):
+                        _report(drawing.paths, result, arguments, display)
     if withheld is not None:
         raise withheld
 
 
+def _save(path: Path, image: Image, arguments: argparse.Namespace) -> None:
+    image.save(path, overwrite=arguments.overwrite)
+    if arguments.record:
+        record = image.replay.to_json().encode()
+        write_atomically(path.with_suffix(".json"), record, overwrite=arguments.overwrite)
+
+
 def _report(
-    path: Path,
-    image: Image,
+    paths: tuple[Path, ...],
     result: GenerationResult,
     arguments: argparse.Namespace,
-    console: "rich.console.Console",
+    display: Display,
 ) -> None:
-    stages = dataclasses.asdict(result.timings)
-    if arguments.json:
-        _print_json(
-            {
-                "path": str(path),
-                "prompt": image.replay.request.prompt,
-                "seed": image.seed,
-                "width": image.width,
-                "height": image.height,
-                "prompt_truncated": image.prompt_truncated,
-                "pixels_sha256": image.replay.pixels_sha256,
-                "request_id": result.request_id,
-                "model": result.model,
-                "model_revision": result.model_revision,
-                "seconds": stages,
-            },
-        )
-        return
-    seconds = "  ".join(f"{stage} {value:.3f}" for stage, value in stages.items())
-    cut = "  (the prompt's end was ignored: it is too long)" if image.prompt_truncated else ""
-    print_line(console, str(path), f"  seed {image.seed}  {seconds} s{cut}", "bold")
+    for path, image in zip(paths, result.images, strict=True):
+        if image.flagged:
+            continue
+        if arguments.json:
+            _print_json(_described(path, image, result))
+            continue
+        stages = dataclasses.asdict(result.timings)
+        seconds = "  ".join(f"{stage} {value:.3f}" for stage, value in stages.items())
+        cut = "  (the prompt's end was ignored: it is too long)" if image.prompt_truncated else ""
+        display.print(str(path), f"  seed {image.seed}  {seconds} s{cut}")
+
+
+def _described(path: Path, image: Image, result: GenerationResult) -> dict[str, object]:
+    return {
+        "path": str(path),
+        "prompt": image.replay.request.prompt,
+        "seed": image.seed,
+        "width": image.width,
+        "height": image.height,
+        "prompt_truncated": image.prompt_truncated,
+        "pixels_sha256": image.replay.pixels_sha256,
+        "request_id": result.request_id,
+        "model": result.model,
+        "model_revision": result.model_revision,
+        "seconds": dataclasses.asdict(result.timings),
+    }
 
 
 def _plain(error: DarkroomError) -> dict[str, object]:

@@ -6,7 +6,7 @@ import json
 
 from darkroom_client._model import Model
 from darkroom_client.cli._connect import connect
-from darkroom_client.cli._console import open_console
+from darkroom_client.cli._console import open_console, tabulate
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -16,19 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([dataclasses.asdict(model) for model in models], indent=2))
         return 0
-    console = open_console()
-    rows = [_row(model) for model in models]
-    if console.is_terminal:
-        from rich.table import Column, Table
-
-        # Folded, never shortened: a name that is cut off cannot be typed again.
-        table = Table(*(Column(name, overflow="fold") for name in _COLUMNS), box=None)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table, soft_wrap=False)
-    else:
-        for row in rows:
-            print("\t".join(row))
+    tabulate(open_console(), _COLUMNS, [_row(model) for model in models])
     return 0
 
 

@@ -1,0 +1,117 @@
+"""The asyncio client's I/O: one channel, and who waits for what over it."""
+
+import asyncio
+from typing import Any, TypeVar
+
+import grpc
+
+from darkroom_client._call import Call, closed_under
+from darkroom_client._calls import Calls
+from darkroom_client._channel import open_async_channel
+from darkroom_client._following import Attempt, Following
+from darkroom_client._link import FAREWELL_SECONDS
+from darkroom_client._settings import Settings
+from darkroom_client._stubs import Stubs
+
+A = TypeVar("A")
+
+
+class AsyncLink:
+    """As ``Link``, for the event loop of its first call, which gRPC ties it to."""
+
+    def __init__(self, settings: Settings, calls: Calls) -> None:
+        self.closed = False
+        self._settings = settings
+        self._calls = calls
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._stubs: Stubs | None = None
+        self._kept: set[str] = set()
+        self._farewells: set[asyncio.Future[None]] = set()
+
+    @property
+    def stubs(self) -> Stubs:
+        """The services; the channel opens here, at the first use."""
+        self.check_open()
+        if self._stubs is None:
+            self._loop = asyncio.get_running_loop()
+            self._channel = open_async_channel(self._settings)
+            self._stubs = Stubs(self._channel)
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError("this client belongs to another event loop: make one in each")
+        return self._stubs
+
+    async def ask(self, call: Call[A]) -> A:
+        """Make ``call`` and wait for its answer."""
+        method = call.method(self.stubs)
+        if call.keeps and call.request_id is not None:
+            self._kept.add(call.request_id)
+        leaves_work = True
+        try:
+            response = await method(call.message, timeout=call.timeout, metadata=call.metadata)
+            leaves_work = False
+        except grpc.RpcError as error:
+            failure = call.failure(error)
+            leaves_work = call.leaves_work(failure)
+            raise failure from error
+        except asyncio.CancelledError:
+            if being_cancelled():
+                raise
+            # Nobody cancelled this task: the channel was closed under the call.
+            raise closed_under(call.request_id) from None
+        finally:
+            self.settle(call.request_id, leaves_work=leaves_work)
+        return call.decode(response)
+
+    def follow(self, following: Following, attempt: Attempt) -> Any:
+        """Open the stream of ``attempt``."""
+        if self.closed:
+            raise closed_under(following.request_id)
+        self._kept.update([following.request_id] if following.leaves_work else [])
+        return attempt.method(self.stubs)(
+            attempt.message, timeout=attempt.timeout, metadata=following.metadata
+        )
+
+    def settle(self, request_id: str | None, *, leaves_work: bool) -> None:
+        """Nobody waits for this job any more; the server is told where it would not notice."""
+        if request_id is None or request_id not in self._kept:
+            return
+        self._kept.discard(request_id)
+        if leaves_work and not self.closed:
+            self._say_farewell(request_id)
+
+    def check_open(self) -> None:
+        """Raise ``RuntimeError`` for a client that is closed."""
+        if self.closed:
+            raise RuntimeError("this client is closed")
+
+    async def close(self) -> None:
+        """Tell the server which jobs nobody waits for any more, then close the channel."""
+        if not self.closed:
+            for request_id in tuple(self._kept):
+                self._say_farewell(request_id)
+            self.closed = True
+        # The server may be gone, and the job with it.
+        await asyncio.gather(*self._farewells, return_exceptions=True)
+        if self._channel is not None:
+            await self._channel.close()
+
+    def _say_farewell(self, request_id: str) -> None:
+        call = self._calls.farewell(request_id, FAREWELL_SECONDS)
+        running = call.method(self.stubs)(
+            call.message, timeout=call.timeout, metadata=call.metadata
+        )
+        farewell = asyncio.ensure_future(_finish(running))
+        self._farewells.add(farewell)
+        farewell.add_done_callback(self._farewells.discard)
+
+
+async def _finish(running: Any) -> None:
+    # Its status is read, never raised: there is nobody left to tell.
+    await running.code()
+
+
+def being_cancelled() -> bool:
+    """Whether somebody cancels the current task, rather than what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

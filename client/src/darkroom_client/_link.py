@@ -1,0 +1,134 @@
+"""The blocking client's I/O: one channel, and who waits for what over it."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from darkroom_client._call import Call, closed_under
+from darkroom_client._calls import Calls
+from darkroom_client._channel import open_channel
+from darkroom_client._errors import DarkroomError
+from darkroom_client._following import Attempt, Following
+from darkroom_client._settings import Settings
+from darkroom_client._stubs import Stubs
+
+FAREWELL_SECONDS = 2.0
+"""How long a server may take to hear that nobody waits for a job any more."""
+
+A = TypeVar("A")
+
+
+class Link:
+    """Makes calls; safe to share between threads."""
+
+    def __init__(self, settings: Settings, calls: Calls) -> None:
+        self.closed = False
+        self._calls = calls
+        self._channel = open_channel(settings)
+        self.stubs = Stubs(self._channel)
+        # Jobs that the server would go on with if this side just went away.
+        self._kept: set[str] = set()
+        self._farewells: set[Any] = set()
+
+    def ask(self, call: Call[A]) -> A:
+        """Make ``call`` and wait for its answer."""
+        pending = self.start(call)
+        try:
+            return pending.result()
+        finally:
+            pending.cancel()
+
+    def start(self, call: Call[A]) -> "Pending[A]":
+        """Make ``call`` and wait for nothing."""
+        self.check_open()
+        future = call.method(self.stubs).future(
+            call.message, timeout=call.timeout, metadata=call.metadata
+        )
+        if call.keeps and call.request_id is not None:
+            self._kept.add(call.request_id)
+        return Pending(self, call, future)
+
+    def follow(self, following: Following, attempt: Attempt) -> Any:
+        """Open the stream of ``attempt``."""
+        if self.closed:
+            raise closed_under(following.request_id)
+        self._kept.update([following.request_id] if following.leaves_work else [])
+        return attempt.method(self.stubs)(
+            attempt.message, timeout=attempt.timeout, metadata=following.metadata
+        )
+
+    def settle(self, request_id: str | None, *, leaves_work: bool) -> None:
+        """Nobody waits for this job any more; the server is told where it would not notice."""
+        if request_id is None or request_id not in self._kept:
+            return
+        self._kept.discard(request_id)
+        if leaves_work and not self.closed:
+            self._say_farewell(request_id)
+
+    def check_open(self) -> None:
+        """Raise ``RuntimeError`` for a client that is closed."""
+        if self.closed:
+            raise RuntimeError("this client is closed")
+
+    def close(self) -> None:
+        """Tell the server which jobs nobody waits for any more, then close the channel."""
+        if not self.closed:
+            for request_id in tuple(self._kept):
+                self._say_farewell(request_id)
+            self.closed = True
+        for farewell in tuple(self._farewells):
+            # The server may be gone, and the job with it.
+            with contextlib.suppress(grpc.RpcError, grpc.FutureCancelledError):
+                farewell.result()
+        self._channel.close()
+
+    def _say_farewell(self, request_id: str) -> None:
+        call = self._calls.farewell(request_id, FAREWELL_SECONDS)
+        future = call.method(self.stubs).future(
+            call.message, timeout=call.timeout, metadata=call.metadata
+        )
+        self._farewells.add(future)
+        future.add_done_callback(self._farewells.discard)
+
+
+class Pending(Generic[A]):
+    """A call that runs."""
+
+    def __init__(self, link: Link, call: Call[A], future: Any) -> None:
+        self._link = link
+        self._call = call
+        self._future = future
+
+    def result(self) -> A:
+        """The answer, waited for; raises the call's ``DarkroomError``."""
+        try:
+            response = self._future.result()
+        except grpc.FutureCancelledError:
+            raise closed_under(self._call.request_id) from None
+        except grpc.RpcError as error:
+            failure = self._call.failure(error)
+            self._settle(leaves_work=self._call.leaves_work(failure))
+            raise failure from error
+        self._settle(leaves_work=False)
+        return self._call.decode(response)
+
+    def outcome(self) -> A | DarkroomError:
+        """The answer, or what came in its place."""
+        try:
+            return self.result()
+        except DarkroomError as error:
+            return error
+
+    def when_done(self, tell: Callable[[], None]) -> None:
+        """Have ``tell`` called, in some thread, once the answer is there."""
+        self._future.add_done_callback(lambda _: tell())
+
+    def cancel(self) -> None:
+        """Leave, where there is no answer yet; the server stops drawing."""
+        self._settle(leaves_work=not self._future.done())
+        self._future.cancel()
+
+    def _settle(self, *, leaves_work: bool) -> None:
+        self._link.settle(self._call.request_id, leaves_work=leaves_work)

@@ -1,0 +1,109 @@
+"""A generation that is followed, for the blocking client."""
+
+import threading
+from collections import deque
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from darkroom_client._call import closed_under
+from darkroom_client._events import Event
+from darkroom_client._following import Following
+from darkroom_client._link import Link
+from darkroom_client._result import GenerationResult
+from darkroom_client._rpc_errors import from_rpc_error
+
+
+class Stream:
+    """What happens to a generation, as it happens: a context manager and an iterator of events.
+
+    Leaving the ``with`` block ends it: a generation that this stream asked for is cancelled on
+    the server, one that is only watched goes on. A connection that is lost is made again, within
+    the timeout, and no event but the server's progress is seen twice.
+    """
+
+    def __init__(self, link: Link, following: Following) -> None:
+        self._link = link
+        self._following = following
+        self._events: deque[Event] = deque()
+        self._call: Any = None
+        self._entered = False
+        self._left = threading.Event()
+
+    @property
+    def request_id(self) -> str:
+        """Names the generation, also for ``watch`` and ``cancel``."""
+        return self._following.request_id
+
+    def result(self) -> GenerationResult:
+        """Wait for the end and return the images; events that were not read are dropped."""
+        for _ in self:
+            pass
+        if self._following.result is None:
+            raise RuntimeError("this stream has failed before: it has no result")
+        return self._following.result
+
+    def close(self) -> None:
+        """Leave; may be called again, and from another thread than the reader's."""
+        if self._left.is_set():
+            return
+        self._left.set()
+        self._link.settle(self.request_id, leaves_work=self._following.leaves_work)
+        if (call := self._call) is not None:
+            call.cancel()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        if not self._entered:
+            raise RuntimeError("a stream is a context: with client.stream(...) as stream:")
+        while not self._events:
+            if self._following.ended:
+                raise StopIteration
+            if self._left.is_set():
+                raise RuntimeError("this stream was left before its end")
+            self._read()
+        return self._events.popleft()
+
+    def __enter__(self) -> Self:
+        self._entered = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _read(self) -> None:
+        """One message, or one end of a call and the wait after it."""
+        try:
+            if self._call is None:
+                attempt = self._following.next_call()
+                self._call = self._link.follow(self._following, attempt)
+            response = next(self._call)
+        except StopIteration:
+            failure = None
+        except grpc.RpcError as error:
+            failure = self._failure(error)
+        else:
+            self._events.extend(self._following.feed(response.event))
+            return
+        self._call = None
+        if not self._following.ended:
+            self._left.wait(self._following.hung_up(failure))
+
+    def _failure(self, error: grpc.RpcError) -> Any:
+        if self._link.closed or self._left.is_set():
+            self._following.ended = True
+            raise closed_under(self.request_id) from error
+        return from_rpc_error(
+            error,
+            address=self._following.address,
+            timeout=self._following.timeout,
+            request_id=self.request_id,
+        )

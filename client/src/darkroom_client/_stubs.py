@@ -1,0 +1,17 @@
+"""The services of a server, over one channel."""
+
+from typing import Any
+
+from grpc_health.v1 import health_pb2_grpc
+
+from darkroom.v1 import generation_pb2_grpc, model_pb2_grpc, server_pb2_grpc
+
+
+class Stubs:
+    """One stub of each service; which kind of call they make is the channel's choice."""
+
+    def __init__(self, channel: Any) -> None:
+        self.generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+        self.models: Any = model_pb2_grpc.ModelServiceStub(channel)
+        self.server: Any = server_pb2_grpc.ServerServiceStub(channel)
+        self.health: Any = health_pb2_grpc.HealthStub(channel)

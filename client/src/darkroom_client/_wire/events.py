@@ -1,0 +1,103 @@
+"""From the messages of a stream to events and whole images."""
+
+from darkroom.v1 import generation_pb2
+from darkroom_client._enums import ImageFormat
+from darkroom_client._events import Accepted, FinishReason, Preview, Progress
+from darkroom_client._image import Image
+from darkroom_client._wire.results import decode_image, unreadable
+from darkroom_client._wire.values import decode_format, decode_seconds
+
+
+class ImageAssembly:
+    """Puts the pieces of images together, one image at a time, and takes nothing on trust.
+
+    A new one for every stream: its pieces begin anew.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._head: generation_pb2.ImageChunk | None = None
+        self._pieces = bytearray()
+
+    def add(self, chunk: generation_pb2.ImageChunk) -> tuple[int, Image] | None:
+        """The index and the image that ``chunk`` completes, None while pieces are missing.
+
+        Raises ``ServerError`` for pieces that do not fit together.
+        """
+        if self._head is None:
+            if not chunk.HasField("image") or chunk.image.data:
+                raise unreadable("an image that begins without its description", self._request_id)
+            self._head = chunk
+        head = self._head
+        if chunk.image_index != head.image_index or chunk.offset != len(self._pieces):
+            raise unreadable("pieces of an image out of their order", self._request_id)
+        self._pieces += chunk.data
+        left = head.size - len(self._pieces)
+        if left < 0 or (left and not chunk.data):
+            raise unreadable("pieces that do not make an image of its size", self._request_id)
+        if left:
+            return None
+        message, data = head.image, bytes(self._pieces)
+        self._head = None
+        self._pieces.clear()
+        return head.image_index, decode_image(message, self._request_id, data)
+
+    @property
+    def busy(self) -> bool:
+        """An image has begun and is not whole."""
+        return self._head is not None
+
+
+def decode_accepted(accepted: generation_pb2.Accepted) -> Accepted:
+    """The plain event."""
+    return Accepted(
+        request_id=accepted.request_id,
+        seeds=tuple(accepted.seeds),
+        queue_position=accepted.queue_position,
+        estimated_start=(
+            decode_seconds(accepted.estimated_start)
+            if accepted.HasField("estimated_start")
+            else None
+        ),
+        estimated_finish=(
+            decode_seconds(accepted.estimated_finish)
+            if accepted.HasField("estimated_finish")
+            else None
+        ),
+        model=accepted.model,
+        model_revision=accepted.model_revision,
+        joined=accepted.joined,
+    )
+
+
+def decode_progress(progress: generation_pb2.Progress, first: int) -> Progress:
+    """The plain event; ``first`` is the index of the job's first image in the request."""
+    return Progress(
+        image_index=first + progress.image_index,
+        step=progress.step,
+        steps=progress.steps,
+        rows=progress.rows,
+        step_seconds=decode_seconds(progress.step_time),
+    )
+
+
+def decode_preview(preview: generation_pb2.Preview, first: int) -> Preview | None:
+    """The plain event, None for a picture in a format newer than this client."""
+    image_format: ImageFormat | None = decode_format(preview.format)
+    if image_format is None:
+        return None
+    return Preview(
+        image_index=first + preview.image_index,
+        step=preview.step,
+        data=preview.data,
+        format=image_format,
+        width=preview.width,
+        height=preview.height,
+    )
+
+
+def decode_reason(finished: generation_pb2.Finished) -> FinishReason:
+    """How the job ended; a reason newer than this client counts as COMPLETED."""
+    if finished.reason == generation_pb2.FINISH_REASON_WITHHELD:
+        return FinishReason.WITHHELD
+    return FinishReason.COMPLETED

@@ -1,0 +1,20 @@
+"""A server without a model, in your own process, for tests of code that calls Darkroom.
+
+>>> from darkroom_client import Client
+>>> from darkroom_client.testing import Behaviour, FakeServer
+>>> with FakeServer() as server, Client(server.target) as client:
+...     server.script(Behaviour(queue=2, crash_at_step=3))
+...     result = client.generate("a large yellow star", seed=7, steps=4)
+>>> result.images[0].seed
+7
+
+It talks over a real port and needs nothing but what the client needs. With pytest, put
+``pytest_plugins = ["darkroom_client.testing.plugin"]`` into your top ``conftest.py`` and ask for
+the fixture ``darkroom_server``.
+"""
+
+from darkroom_client.testing._behaviour import Behaviour
+from darkroom_client.testing._job import FakeJob, JobState
+from darkroom_client.testing._server import FakeServer
+
+__all__ = ["Behaviour", "FakeJob", "FakeServer", "JobState"]

@@ -1,0 +1,236 @@
+"""One request in the fake server, run by a thread of its own."""
+
+import threading
+import time
+from enum import StrEnum
+
+from google.protobuf.duration_pb2 import Duration
+
+from darkroom.v1 import generation_pb2, types_pb2
+from darkroom_client._errors import Cancelled, DarkroomError, DeadlineExceeded
+from darkroom_client._request import GenerationRequest
+from darkroom_client._wire.requests import decode_request
+from darkroom_client.testing._behaviour import Behaviour
+from darkroom_client.testing._pictures import (
+    REVISION,
+    draw_image,
+    encode,
+    gradient,
+    steps_of,
+)
+
+CHUNK = 16 * 1024
+PREVIEW_SIZE = 8
+POLL_SECONDS = 0.01
+
+Event = generation_pb2.GenerationEvent
+
+
+class JobState(StrEnum):
+    """How far a job is, or how it ended."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+class FakeJob:
+    """A request that the fake server accepted: its ``state``, and the steps it was paid for.
+
+    ``steps_done`` counts the steps of all its images, those before a crash included.
+    """
+
+    def __init__(
+        self,
+        message: generation_pb2.GenerateRequest,
+        behaviour: Behaviour,
+        changed: threading.Condition,
+        *,
+        preview_every: int,
+        time_limit: float | None,
+        kept: bool,
+    ) -> None:
+        self.request: GenerationRequest = decode_request(message)
+        self.state = JobState.RUNNING
+        self.steps_done = 0
+        self.message = message
+        self.error: DarkroomError | None = None
+        self.events: list[Event] = []
+        self.images: list[generation_pb2.Image] = []
+        self.waiters = 0
+        self.drops = 0
+        self.kept = kept
+        self.forgotten = False
+        self._behaviour = behaviour
+        self._changed = changed
+        self._preview_every = preview_every
+        self._ends_at = None if time_limit is None else time.monotonic() + time_limit
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def count(self) -> int:
+        """Images asked for."""
+        return self.message.image_count if self.message.HasField("image_count") else 1
+
+    def start(self) -> None:
+        """Run; called once."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the end."""
+        self._thread.join()
+
+    def cancel(self) -> bool:
+        """End at the next step; False where it had ended. The caller holds the condition."""
+        if self.state is not JobState.RUNNING:
+            return False
+        self._end(JobState.CANCELLED, Cancelled("the generation was cancelled"))
+        return True
+
+    def accepted(self, *, joined: bool) -> generation_pb2.Accepted:
+        """What its callers hear first."""
+        return generation_pb2.Accepted(
+            request_id=self.message.request_id,
+            seeds=[(self.message.seed + index) % 2**63 for index in range(self.count)],
+            queue_position=self._behaviour.queue,
+            model=self.message.model or "demo",
+            model_revision=REVISION,
+            joined=joined,
+        )
+
+    def response(self) -> generation_pb2.GenerateResponse:
+        """What its callers hear in the end."""
+        return generation_pb2.GenerateResponse(
+            request_id=self.message.request_id,
+            images=self.images,
+            timings=_timings(),
+            model=self.message.model or "demo",
+            model_revision=REVISION,
+        )
+
+    def _run(self) -> None:
+        behaviour = self._behaviour
+        for position in range(behaviour.queue, 0, -1):
+            self._tell(Event(queued=generation_pb2.Queued(position=position)))
+            self._pause(behaviour.step_seconds)
+        while behaviour.hold is not None and self._runs() and not behaviour.hold.is_set():
+            self._pause(POLL_SECONDS)
+        if self._develop(crash_at=behaviour.crash_at_step):
+            self._develop(crash_at=None)
+        with self._changed:
+            if self._runs():
+                self._deliver()
+
+    def _develop(self, crash_at: int | None) -> bool:
+        """Make every step; True where the engine died on the way."""
+        behaviour, steps = self._behaviour, steps_of(self.message)
+        self._tell(Event(started=generation_pb2.Started()))
+        for step in range(1, steps + 1):
+            self._pause(behaviour.step_seconds)
+            with self._changed:
+                if not self._runs():
+                    return False
+                self._step(step, steps)
+                if step == crash_at:
+                    self._tell(Event(restarted=generation_pb2.Restarted(crashes=1)))
+                    return True
+                if step == behaviour.drop_at_step:
+                    self.drops += 1
+                if step == behaviour.forget_at_step:
+                    self.forgotten = True
+                    self._end(JobState.CANCELLED, None)
+                if behaviour.error is not None and step == behaviour.error_at_step:
+                    self._end(JobState.FAILED, behaviour.error)
+        return False
+
+    def _step(self, step: int, steps: int) -> None:
+        for index in range(self.count):
+            self.steps_done += 1
+            progress = generation_pb2.Progress(
+                image_index=index,
+                step=step,
+                steps=steps,
+                rows=self.count,
+                step_time=Duration(nanos=int(self._behaviour.step_seconds * 1e9) % 10**9),
+            )
+            self._tell(Event(progress=progress))
+            if self._preview_every and step % self._preview_every == 0:
+                self._tell(Event(preview=self._preview(index, step)))
+
+    def _preview(self, index: int, step: int) -> generation_pb2.Preview:
+        side, png = PREVIEW_SIZE, types_pb2.IMAGE_FORMAT_PNG
+        data = encode(gradient(self.message.seed + index, side, side), side, side, png)
+        return generation_pb2.Preview(
+            image_index=index, step=step, data=data, format=png, width=side, height=side
+        )
+
+    def _deliver(self) -> None:
+        withheld = self._behaviour.withheld
+        for index in range(self.count):
+            image = draw_image(self.message, index)
+            image.prompt_truncated = self._behaviour.prompt_truncated
+            image.flagged = withheld
+            if withheld:
+                image.data = b""
+            self.images.append(image)
+            self._tell_image(index, image)
+        reason = (
+            generation_pb2.FINISH_REASON_WITHHELD
+            if withheld
+            else generation_pb2.FINISH_REASON_COMPLETED
+        )
+        finished = generation_pb2.Finished(
+            reason=reason, timings=_timings(), model=self.message.model, model_revision=REVISION
+        )
+        finished.model = self.message.model or "demo"
+        self._tell(Event(finished=finished))
+        self._end(JobState.FINISHED, None)
+
+    def _tell_image(self, index: int, image: generation_pb2.Image) -> None:
+        head = generation_pb2.Image()
+        head.CopyFrom(image)
+        head.data = b""
+        for offset in range(0, len(image.data) or 1, CHUNK):
+            chunk = generation_pb2.ImageChunk(
+                image_index=index,
+                size=len(image.data),
+                offset=offset,
+                data=image.data[offset : offset + CHUNK],
+            )
+            if offset == 0:
+                chunk.image.CopyFrom(head)
+            self._tell(Event(image=chunk))
+
+    def _tell(self, event: Event) -> None:
+        with self._changed:
+            self.events.append(event)
+            self._changed.notify_all()
+
+    def _pause(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._runs(), seconds)
+
+    def _runs(self) -> bool:
+        late = self._ends_at is not None and time.monotonic() > self._ends_at
+        if late and self.state is JobState.RUNNING:
+            self._end(JobState.EXPIRED, DeadlineExceeded("the deadline passed"))
+        return self.state is JobState.RUNNING
+
+    def _end(self, state: JobState, error: DarkroomError | None) -> None:
+        with self._changed:
+            self.state, self.error = state, error
+            self._changed.notify_all()
+
+
+def _timings() -> generation_pb2.Timings:
+    brief = Duration(nanos=1_000_000)
+    return generation_pb2.Timings(
+        queue=brief,
+        encode_prompt=brief,
+        denoise=brief,
+        decode=brief,
+        encode_image=brief,
+        total=Duration(nanos=5_000_000),
+    )

@@ -1,0 +1,88 @@
+"""Pictures without a library: a gradient whose colours are the seed's."""
+
+import hashlib
+import json
+import struct
+import zlib
+
+from darkroom.v1 import generation_pb2, types_pb2
+from darkroom_client._errors import InvalidRequest, Violation
+
+DEFAULT_SIZE = 64
+DEFAULT_STEPS = 4
+DEFAULT_GUIDANCE = 7.5
+REVISION = "fake"
+
+
+def draw_image(request: generation_pb2.GenerateRequest, index: int) -> generation_pb2.Image:
+    """Image ``index`` of ``request``, complete with its replay record."""
+    alone = generation_pb2.GenerateRequest()
+    alone.CopyFrom(request)
+    alone.seed, alone.image_count = (request.seed + index) % 2**63, 1
+    alone.width = request.width if request.HasField("width") else DEFAULT_SIZE
+    alone.height = request.height if request.HasField("height") else DEFAULT_SIZE
+    alone.steps = steps_of(request)
+    if not request.HasField("guidance_scale"):
+        alone.guidance_scale = DEFAULT_GUIDANCE
+    alone.format = request.format or types_pb2.IMAGE_FORMAT_PNG
+    alone.scheduler = request.scheduler or types_pb2.SCHEDULER_EULER
+    pixels = gradient(alone.seed, alone.width, alone.height)
+    return generation_pb2.Image(
+        data=encode(pixels, alone.width, alone.height, alone.format),
+        format=alone.format,
+        width=alone.width,
+        height=alone.height,
+        seed=alone.seed,
+        replay=generation_pb2.ReplayRecord(
+            request=alone,
+            model_revision=REVISION,
+            scheduler_class="EulerDiscreteScheduler",
+            scheduler_config_json=json.dumps({"steps_offset": 1}),
+            dtype="float32",
+            device="fake",
+            preset="fast",
+            rows_in_last_pass=1,
+            pixels_sha256=hashlib.sha256(pixels).hexdigest(),
+        ),
+    )
+
+
+def steps_of(request: generation_pb2.GenerateRequest) -> int:
+    """The denoiser calls of ``request``."""
+    return request.steps if request.HasField("steps") else DEFAULT_STEPS
+
+
+def gradient(seed: int, width: int, height: int) -> bytes:
+    """``height`` × ``width`` × 3 bytes of RGB."""
+    red, green, blue = hashlib.sha256(str(seed).encode()).digest()[:3]
+    row = b"".join(bytes([red, green * x // width, blue]) for x in range(width))
+    return row * height
+
+
+def encode(pixels: bytes, width: int, height: int, image_format: int) -> bytes:
+    """``pixels`` as a PNG, or as they are."""
+    if image_format == types_pb2.IMAGE_FORMAT_RAW_RGB:
+        return pixels
+    rows = (pixels[at : at + width * 3] for at in range(0, len(pixels), width * 3))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows), 1)
+    chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, body) for kind, body in chunks)
+
+
+def check_format(request: generation_pb2.GenerateRequest) -> None:
+    """Raise ``InvalidRequest`` for what only a library could encode."""
+    if request.format not in (
+        types_pb2.IMAGE_FORMAT_UNSPECIFIED,
+        types_pb2.IMAGE_FORMAT_PNG,
+        types_pb2.IMAGE_FORMAT_RAW_RGB,
+    ):
+        description = "the fake server draws png and raw_rgb only"
+        raise InvalidRequest(
+            f"format: {description}",
+            violations=(Violation(field="format", description=description),),
+        )
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

@@ -1,0 +1,206 @@
+"""The fake server's side of the wire."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+
+from darkroom.v1 import (
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+from darkroom_client._errors import DarkroomError, ModelNotFound, Unauthenticated
+from darkroom_client._status import Estimate
+from darkroom_client.testing._job import FakeJob, JobState
+from darkroom_client.testing._ledger import Ledger
+from darkroom_client.testing._models import describe_model
+from darkroom_client.testing._statuses import abort, drop
+
+_PASSING = ("progress", "preview")
+
+
+class Services(
+    generation_pb2_grpc.GenerationServiceServicer,
+    model_pb2_grpc.ModelServiceServicer,
+    server_pb2_grpc.ServerServiceServicer,
+):
+    """Every call of ``darkroom.v1``, over the jobs of a ledger."""
+
+    def __init__(self, ledger: Ledger, estimate: Callable[[], Estimate], token: str | None) -> None:
+        self._ledger = ledger
+        self._estimate = estimate
+        self._token = token
+
+    def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> Any:
+        job = self._admitted(request, context)[0]
+        for _ in self._told(job, context):
+            pass
+        return job.response()
+
+    def GenerateStream(
+        self, request: generation_pb2.GenerateStreamRequest, context: Any
+    ) -> Iterator[generation_pb2.GenerateStreamResponse]:
+        every = request.preview.every_steps
+        job, joined = self._admitted(request.generation, context, preview_every=every)
+        accepted = generation_pb2.GenerationEvent(accepted=job.accepted(joined=joined))
+        yield generation_pb2.GenerateStreamResponse(event=accepted)
+        for event in self._told(job, context, late=joined):
+            yield generation_pb2.GenerateStreamResponse(event=event)
+
+    def SubmitGeneration(
+        self, request: generation_pb2.SubmitGenerationRequest, context: Any
+    ) -> Any:
+        self._authenticate(context)
+        limit = request.time_limit.ToNanoseconds() / 1e9 if request.HasField("time_limit") else None
+        try:
+            job, joined = self._ledger.admit(
+                request.generation,
+                preview_every=request.preview.every_steps,
+                time_limit=limit,
+                submitted=True,
+            )
+        except DarkroomError as error:
+            abort(context, error)
+        return generation_pb2.SubmitGenerationResponse(accepted=job.accepted(joined=joined))
+
+    def WatchGeneration(
+        self, request: generation_pb2.WatchGenerationRequest, context: Any
+    ) -> Iterator[generation_pb2.WatchGenerationResponse]:
+        job = self._found(request.request_id, context)
+        accepted = generation_pb2.GenerationEvent(accepted=job.accepted(joined=True))
+        yield generation_pb2.WatchGenerationResponse(event=accepted)
+        for event in self._told(job, context, late=True):
+            yield generation_pb2.WatchGenerationResponse(event=event)
+
+    def CancelGeneration(
+        self, request: generation_pb2.CancelGenerationRequest, context: Any
+    ) -> Any:
+        job = self._found(request.request_id, context)
+        with self._ledger.changed:
+            return generation_pb2.CancelGenerationResponse(cancelled=job.cancel())
+
+    def EstimateGeneration(
+        self, request: generation_pb2.EstimateGenerationRequest, context: Any
+    ) -> Any:
+        self._authenticate(context)
+        estimate = self._estimate()
+        return generation_pb2.EstimateGenerationResponse(
+            queue_wait=_duration(estimate.queue_wait),
+            run_time=_duration(estimate.run_time),
+            peak_bytes=estimate.peak_bytes,
+            available_bytes=estimate.available_bytes,
+        )
+
+    def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> Any:
+        self._authenticate(context)
+        models = [describe_model(name) for name in self._ledger.models]
+        return model_pb2.ListModelsResponse(models=models)
+
+    def GetModel(self, request: model_pb2.GetModelRequest, context: Any) -> Any:
+        self._authenticate(context)
+        name = request.model or self._ledger.models[0]
+        if name not in self._ledger.models:
+            abort(context, ModelNotFound(f"no model {name!r}"))
+        return model_pb2.GetModelResponse(model=describe_model(name))
+
+    def GetStatus(self, request: server_pb2.GetStatusRequest, context: Any) -> Any:
+        self._authenticate(context)
+        ledger = self._ledger
+        with ledger.changed:
+            running = ledger.running()
+            ended = {
+                state.value: sum(job.state is state for job in ledger.jobs)
+                for state in JobState
+                if state is not JobState.RUNNING
+            }
+            state = f"SERVER_STATE_{ledger.state.name}"
+            return server_pb2.GetStatusResponse(
+                version="fake",
+                state=server_pb2.ServerState.Value(state),
+                models=[
+                    server_pb2.ModelStatus(id=name, ready=True, running_jobs=running)
+                    for name in ledger.models
+                ],
+                engines=[server_pb2.EngineStatus(device="fake", ready=True, jobs=running)],
+                running_jobs=running,
+                max_queued_jobs=64,
+                accepted_jobs=len(ledger.jobs),
+                ended_jobs=ended,
+            )
+
+    def _admitted(
+        self, request: generation_pb2.GenerateRequest, context: Any, preview_every: int = 0
+    ) -> tuple[FakeJob, bool]:
+        self._authenticate(context)
+        left = context.time_remaining()
+        try:
+            return self._ledger.admit(
+                request,
+                preview_every=preview_every,
+                # gRPC says "no limit" with a number of some hundred years.
+                time_limit=left if left is not None and left < 1e8 else None,
+            )
+        except DarkroomError as error:
+            abort(context, error)
+
+    def _found(self, request_id: str, context: Any) -> FakeJob:
+        self._authenticate(context)
+        try:
+            return self._ledger.find(request_id)
+        except DarkroomError as error:
+            abort(context, error)
+
+    def _told(
+        self, job: FakeJob, context: Any, *, late: bool = False
+    ) -> Iterator[generation_pb2.GenerationEvent]:
+        """The job's events until its end; ``late``: without the progress of the past."""
+        changed, told, drops = self._ledger.changed, 0, job.drops
+        with changed:
+            past = len(job.events) if late else 0
+            job.waiters += 1
+        if not context.add_callback(lambda: self._leave(job)):
+            self._leave(job)
+        while True:
+            with changed:
+                changed.wait_for(partial(self._has_news, job, context, told, drops))
+                if not context.is_active():
+                    return
+                if job.drops > drops or job.forgotten:
+                    drop(context)
+                fresh, told = job.events[told:], len(job.events)
+                ended, error = job.state is not JobState.RUNNING, job.error
+            for index, event in enumerate(fresh, told - len(fresh)):
+                if index >= past or event.WhichOneof("event") not in _PASSING:
+                    yield event
+            if ended:
+                if error is not None:
+                    abort(context, error)
+                return
+
+    @staticmethod
+    def _has_news(job: FakeJob, context: Any, told: int, drops: int) -> bool:
+        ended = job.state is not JobState.RUNNING or not context.is_active()
+        return ended or told < len(job.events) or job.drops > drops
+
+    def _leave(self, job: FakeJob) -> None:
+        with self._ledger.changed:
+            job.waiters -= 1
+            if job.waiters == 0 and not job.kept:
+                job.cancel()
+            self._ledger.changed.notify_all()
+
+    def _authenticate(self, context: Any) -> None:
+        given = dict(context.invocation_metadata()).get("authorization")
+        if self._token is not None and given != f"Bearer {self._token}":
+            abort(context, Unauthenticated("no token, or not the right one"))
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

@@ -1,0 +1,86 @@
+"""From the client's errors to the statuses that a Darkroom server sends for them."""
+
+from typing import NoReturn
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from darkroom_client import _errors as errors
+from darkroom_client._errors import DarkroomError
+
+PUSHBACK = "grpc-retry-pushback-ms"
+
+SENT: dict[type[DarkroomError], tuple[int, str]] = {
+    errors.InvalidRequest: (code_pb2.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    errors.ModelNotFound: (code_pb2.NOT_FOUND, "UNKNOWN_MODEL"),
+    errors.UnknownRequest: (code_pb2.NOT_FOUND, "UNKNOWN_REQUEST"),
+    errors.TooLarge: (code_pb2.RESOURCE_EXHAUSTED, "DOES_NOT_FIT"),
+    errors.ReplyTooLarge: (code_pb2.INVALID_ARGUMENT, "REPLY_TOO_LARGE"),
+    errors.Overloaded: (code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    errors.QuotaExceeded: (code_pb2.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
+    errors.Unavailable: (code_pb2.UNAVAILABLE, "DRAINING"),
+    errors.DeadlineExceeded: (code_pb2.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
+    errors.Unauthenticated: (code_pb2.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.PermissionDenied: (code_pb2.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    errors.GenerationFailed: (code_pb2.INTERNAL, "ENGINE_FAILED"),
+    errors.Cancelled: (code_pb2.CANCELLED, "CANCELLED"),
+    errors.ServerError: (code_pb2.INTERNAL, "INTERNAL"),
+}
+"""What each error is on the wire, where it does not name a reason of its own."""
+
+
+def abort(context: grpc.ServicerContext, error: DarkroomError) -> NoReturn:
+    """End the call with ``error``, as a Darkroom server would."""
+    code, reason = SENT[type(error)]
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason or reason, domain="darkroom", metadata=error.metadata
+    )
+    status = status_pb2.Status(code=code, message=str(error))
+    for detail in (info, *_details(error)):
+        status.details.add().Pack(detail)
+    plain = rpc_status.to_status(status)
+    trailers = [*(plain.trailing_metadata or ())]
+    if error.retry_after is not None:
+        trailers.append((PUSHBACK, str(round(error.retry_after * 1000))))
+    elif code == code_pb2.RESOURCE_EXHAUSTED:
+        trailers.append((PUSHBACK, "-1"))
+    context.abort_with_status(_Status(plain.code, plain.details, tuple(trailers)))
+    raise AssertionError("abort raises")
+
+
+def drop(context: grpc.ServicerContext) -> NoReturn:
+    """End the call as a connection that breaks does."""
+    context.abort(grpc.StatusCode.UNAVAILABLE, "the connection was dropped")
+    raise AssertionError("abort raises")
+
+
+class _Status(grpc.Status):
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        details: str,
+        trailing_metadata: tuple[tuple[str, str | bytes], ...],
+    ) -> None:
+        self.code = code
+        self.details = details
+        self.trailing_metadata = trailing_metadata
+
+
+def _details(error: DarkroomError) -> list[Message]:
+    if isinstance(error, errors.QuotaExceeded):
+        quota = error_details_pb2.QuotaFailure()
+        quota.violations.add(subject="caller", description=str(error))
+        return [quota]
+    if error.violations:
+        bad = error_details_pb2.BadRequest()
+        for violation in error.violations:
+            bad.field_violations.add(field=violation.field, description=violation.description)
+        return [bad]
+    if error.retry_after is not None:
+        delay = Duration()
+        delay.FromNanoseconds(round(error.retry_after * 1e9))
+        return [error_details_pb2.RetryInfo(retry_delay=delay)]
+    return []

@@ -1,0 +1,14 @@
+"""For pytest: ``pytest_plugins = ["darkroom_client.testing.plugin"]`` in the top conftest.py."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from darkroom_client.testing._server import FakeServer
+
+
+@pytest.fixture
+def darkroom_server() -> Iterator[FakeServer]:
+    """A ``FakeServer`` of this test's own, which ends with it."""
+    with FakeServer() as server:
+        yield server

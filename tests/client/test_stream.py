@@ -1,0 +1,317 @@
+"""Following a generation, through both clients and the real wire."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from darkroom_client import (
+    Accepted,
+    Cancelled,
+    DeadlineExceeded,
+    Finished,
+    FinishReason,
+    GenerationFailed,
+    GenerationRequest,
+    ImageReady,
+    InvalidRequest,
+    Overloaded,
+    Preview,
+    Progress,
+    Queued,
+    Restarted,
+    Retry,
+    ServerState,
+    Started,
+    Unavailable,
+    UnknownRequest,
+)
+from darkroom_client.testing import Behaviour, FakeServer, JobState
+from tests.client.conftest import Connect
+
+
+def kinds(events: list[Any]) -> list[str]:
+    """The events' names, what comes again and again only once."""
+    names = [type(event).__name__ for event in events]
+    return [name for at, name in enumerate(names) if at == 0 or names[at - 1] != name]
+
+
+def test_a_generation_is_told_from_beginning_to_end(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(queue=2))
+
+    with caller.stream(
+        "a star", seed=7, steps=4, image_count=2, width=200, height=200, preview_every=4
+    ) as stream:
+        events = list(stream)
+
+    assert kinds(events) == [
+        "Accepted",
+        "Queued",
+        "Started",
+        "Progress",
+        "Preview",
+        "Progress",
+        "Preview",
+        "ImageReady",
+        "Finished",
+    ]
+    accepted, *rest = events
+    assert isinstance(accepted, Accepted)
+    assert (accepted.seeds, accepted.queue_position, accepted.joined) == ((7, 8), 2, False)
+    assert accepted.request_id == stream.request_id
+    assert [event.position for event in rest if isinstance(event, Queued)] == [2, 1]
+    steps = [(e.image_index, e.step, e.steps) for e in rest if isinstance(e, Progress)]
+    assert steps == [(index, step, 4) for step in range(1, 5) for index in (0, 1)]
+    previews = [event for event in rest if isinstance(event, Preview)]
+    assert [(preview.image_index, preview.step) for preview in previews] == [(0, 4), (1, 4)]
+    assert previews[0].data.startswith(b"\x89PNG")
+    finished = rest[-1]
+    assert isinstance(finished, Finished)
+    assert finished.reason is FinishReason.COMPLETED
+    images = [event.image for event in rest if isinstance(event, ImageReady)]
+    assert finished.result.images == tuple(images)
+    # The pieces are as the server cut them: the image is what one call gives.
+    assert images[0].data == caller.generate("a star", seed=7, width=200, height=200).images[0].data
+    assert stream.result() is finished.result
+
+
+def test_a_request_goes_in_the_place_of_a_prompt(caller: Any, fake: FakeServer) -> None:
+    request = GenerationRequest(prompt="a star", seed=7, steps=2)
+
+    with caller.stream(request, steps=3) as stream:
+        assert stream.result().images[0].seed == 7
+    assert caller.generate(request).images[0].seed == 7
+
+    assert [sent.steps for sent in fake.requests] == [3, 2]
+
+
+def test_a_stream_is_a_context(caller: Any, fake: FakeServer) -> None:
+    stream = caller.stream("a star")
+
+    with pytest.raises(RuntimeError, match="is a context"):
+        next(iter(stream))
+    assert fake.jobs == ()
+
+
+def test_leaving_early_frees_the_server_within_one_step(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(step_seconds=0.05))
+
+    with caller.stream("a star", steps=1000) as stream:
+        for event in stream:
+            if isinstance(event, Progress) and event.step == 3:
+                break
+    fake.wait_for(lambda: fake.jobs[0].state is not JobState.RUNNING)
+
+    assert fake.jobs[0].state is JobState.CANCELLED
+    assert fake.jobs[0].steps_done < 1000
+    with pytest.raises(RuntimeError, match="left"):
+        next(iter(stream))
+
+
+def test_an_error_in_the_block_cancels(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(hold=threading.Event()))
+
+    def use() -> None:
+        with caller.stream("a star") as stream:
+            next(iter(stream))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        use()
+
+    fake.wait_for(lambda: fake.jobs[0].state is JobState.CANCELLED)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "kind"),
+    [
+        (Behaviour(error=InvalidRequest("no such size")), InvalidRequest),
+        (Behaviour(error=Overloaded("full", retry_after=2.5)), Overloaded),
+        (Behaviour(error=GenerationFailed("black"), error_at_step=2), GenerationFailed),
+    ],
+)
+def test_errors_are_the_servers(
+    caller: Any, fake: FakeServer, behaviour: Behaviour, kind: type[Exception]
+) -> None:
+    fake.script(behaviour)
+
+    with caller.stream("a star") as stream, pytest.raises(kind) as caught:
+        list(stream)
+
+    assert caught.value.request_id == stream.request_id  # type: ignore[attr-defined]
+    assert list(stream) == []
+    with pytest.raises(RuntimeError, match="no result"):
+        stream.result()
+
+
+def test_a_lost_connection_is_made_again(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(drop_at_step=2, step_seconds=0.01))
+
+    with caller.stream("a star", seed=7, steps=4, image_count=3) as stream:
+        events = list(stream)
+
+    assert len(fake.jobs) == 1
+    assert fake.jobs[0].steps_done == 12
+    assert sum(isinstance(event, Accepted | Started) for event in events) == 2
+    assert [e.image_index for e in events if isinstance(e, ImageReady)] == [0, 1, 2]
+
+
+def test_connections_that_really_break_are_made_again(caller: Any, fake: FakeServer) -> None:
+    released = threading.Event()
+    fake.script(Behaviour(hold=released))
+
+    with caller.stream("a star", seed=7) as stream:
+        assert isinstance(next(stream), Accepted)
+        fake.drop_connections()
+        released.set()
+        result = stream.result()
+
+    assert result.images[0].seed == 7
+    assert len(fake.jobs) == 1
+
+
+def test_a_server_that_forgot_is_asked_again(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(hold=threading.Event()))
+
+    with caller.stream("a star", steps=4) as stream:
+        accepted = next(stream)
+        fake.restart()
+        events = list(stream)
+
+    first, second = fake.jobs
+    assert isinstance(accepted, Accepted)
+    assert first.request == second.request
+    assert (first.state, second.state) == (JobState.CANCELLED, JobState.FINISHED)
+    assert events[0] == Restarted(times=1)
+    assert kinds(events) == ["Restarted", "Started", "Progress", "ImageReady", "Finished"]
+    assert events[-1].result.images[0].seed == accepted.seeds[0]
+
+
+def test_a_server_that_loads_after_its_restart_is_waited_for(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(hold=threading.Event()))
+
+    with caller.stream("a star") as stream:
+        next(stream)
+        fake.state = ServerState.LOADING
+        fake.restart()
+        timer = threading.Timer(0.5, lambda: setattr(fake, "state", ServerState.READY))
+        timer.start()
+        assert stream.result().images
+    timer.join()
+
+
+def test_a_dead_engine_starts_the_progress_over(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(crash_at_step=2))
+
+    with caller.stream("a star", steps=4) as stream:
+        events = list(stream)
+
+    assert Restarted(times=1) in events
+    assert [e.step for e in events if isinstance(e, Progress)] == [1, 2, 1, 2, 3, 4]
+
+
+def test_without_retries_a_lost_connection_is_the_end(connect: Connect, fake: FakeServer) -> None:
+    fake.script(Behaviour(drop_at_step=2, step_seconds=0.2))
+
+    client = connect(fake.target, retry=Retry(attempts=1))
+    with client.stream("a star", steps=50) as stream, pytest.raises(Unavailable):
+        list(stream)
+
+    # Nor is the server asked to keep the job of a caller that will not come back.
+    fake.wait_for(lambda: fake.jobs[0].state is JobState.CANCELLED)
+
+
+def test_a_server_that_stays_away_is_unavailable_within_the_timeout(
+    connect: Connect,
+) -> None:
+    with FakeServer() as fake:
+        client = connect(fake.target)
+        fake.script(Behaviour(hold=threading.Event()))
+        stream = client.stream("a star", timeout=1.0)
+        stream.__enter__()
+        next(stream)
+    with pytest.raises((Unavailable, DeadlineExceeded)):
+        list(stream)
+    stream.close()
+
+
+def test_the_timeout_ends_the_job_too(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(hold=threading.Event()))
+
+    with caller.stream("a star", timeout=0.3) as stream, pytest.raises(DeadlineExceeded):
+        list(stream)
+
+    fake.wait_for(lambda: fake.jobs[0].state in (JobState.EXPIRED, JobState.CANCELLED))
+
+
+def test_closing_the_client_ends_its_streams(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(hold=threading.Event()))
+    stream = caller.stream("a star")
+    with stream:
+        next(stream)
+        caller.close()
+        with pytest.raises(Cancelled):
+            next(stream)
+
+    fake.wait_for(lambda: fake.jobs[0].state is JobState.CANCELLED)
+
+
+def test_a_withheld_image_is_told(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(withheld=True))
+
+    with caller.stream("a star") as stream:
+        *_, ready, finished = stream
+
+    assert ready.image.flagged
+    assert ready.image.data == b""
+    assert finished.reason is FinishReason.WITHHELD
+
+
+def test_who_submits_may_watch_later(caller: Any, fake: FakeServer) -> None:
+    released = threading.Event()
+    fake.script(Behaviour(hold=released))
+    accepted = caller.submit("a star", seed=7, time_limit=60.0)
+
+    with caller.watch(accepted.request_id) as watch:
+        assert next(watch).joined
+    # Leaving a watch leaves the job alone.
+    assert fake.jobs[0].state is JobState.RUNNING
+    released.set()
+    with caller.watch(accepted.request_id) as watch:
+        assert watch.result().images[0].seed == 7
+    with caller.watch(accepted.request_id) as watch:
+        assert watch.result().images[0].seed == 7
+    assert len(fake.jobs) == 1
+
+
+def test_a_submitted_job_keeps_its_time_limit(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(hold=threading.Event()))
+
+    caller.submit("a star", time_limit=0.05)
+
+    fake.wait_for(lambda: fake.jobs[0].state is JobState.EXPIRED)
+    with pytest.raises(ValueError, match="above 0"):
+        caller.submit("a star", time_limit=0)
+
+
+def test_cancelling_by_id(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(hold=threading.Event()))
+    accepted = caller.submit("a star")
+
+    assert caller.cancel(accepted.request_id) is True
+    assert caller.cancel(accepted.request_id) is False
+
+    with caller.watch(accepted.request_id) as watch, pytest.raises(Cancelled):
+        list(watch)
+
+
+def test_unknown_ids(caller: Any) -> None:
+    with pytest.raises(UnknownRequest):
+        caller.cancel("never")
+    with caller.watch("never") as watch, pytest.raises(UnknownRequest):
+        list(watch)
+
+
+def test_previews_below_none_make_no_sense(caller: Any) -> None:
+    with pytest.raises(ValueError, match="preview_every"):
+        caller.stream("a star", preview_every=-1)
