@@ -161,6 +161,12 @@ class ScriptedServer(
         behave = self.script.popleft() if self.script else draw
         return behave(request, context)
 
+    def _unscripted(self, request: Any, context: Any) -> Any:
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "not in the script")
+
+    GenerateStream = SubmitGeneration = WatchGeneration = _unscripted
+    CancelGeneration = EstimateGeneration = _unscripted
+
     def ListModels(
         self, request: model_pb2.ListModelsRequest, context: Any
     ) -> model_pb2.ListModelsResponse:

@@ -119,7 +119,10 @@ def _without_reason(
             "or images"
         )
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        return kind, f"the server at {address} does not offer this call ({text}): is it Darkroom?"
+        return kind, (
+            f"the server at {address} does not offer this call ({text}): is it Darkroom, and no "
+            "older than this client?"
+        )
     return kind, text
 
 

@@ -69,6 +69,7 @@ class Ledger:
             self._known[request.request_id] = job
             self.jobs.append(job)
             job.start()
+            self.changed.notify_all()
             return job, False
 
     def find(self, request_id: str) -> FakeJob:
