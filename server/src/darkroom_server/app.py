@@ -63,6 +63,8 @@ class Server:
             engines,
             model_ids,
             max_queued_jobs=settings.dispatch.max_queued_jobs,
+            max_queued_megapixel_steps=settings.dispatch.max_queued_megapixel_steps,
+            early_refusal=settings.dispatch.early_refusal,
             max_resident_samples=settings.dispatch.max_resident_samples,
             max_restarts=settings.engine.engine_max_restarts,
             observer=recorder,

@@ -672,11 +672,11 @@ class EstimateGenerationResponse(_message.Message):
     """Memory that the device has for it."""
     @_builtins.property
     def queue_wait(self) -> _duration_pb2.Duration:
-        """From acceptance to the first step."""
+        """From acceptance to the first step; unset where it is not known yet."""
 
     @_builtins.property
     def run_time(self) -> _duration_pb2.Duration:
-        """From the first step to the last image."""
+        """From the first step to the last image; unset where it is not known yet."""
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from darkroom_server.core.events import EncodedImage, SampleProgress, StageSecon
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.order import OrderKey
+from darkroom_server.dispatch.estimate import Estimate
 from darkroom_server.dispatch.story import ImageDone, JobEvent, Queued, Restarted, Started
 from darkroom_server.dispatch.waiter import Waiter
 
@@ -35,11 +36,12 @@ class AcceptedJob:
     """A job, from its acceptance to its end, shared by everybody who waits for it.
 
     ``job`` and ``images`` (those finished so far, by index) are all that a second run needs.
-    ``position`` says how many go before it, None where it does not wait. ``started`` says that an
-    engine has begun with it, ``developed`` how many images took their last step there,
-    ``previewed`` that there was a preview of one, ``crashes`` how many engines died while it ran,
-    ``crashed_at`` when the last of them did (``time.monotonic`` seconds). When its last waiter has
-    left, it is given up after ``linger`` seconds.
+    ``estimate`` is what was expected at its acceptance. ``position`` says how many go before it,
+    None where it does not wait. ``started`` says that an engine has begun with it, ``developed``
+    how many images took their last step there, ``previewed`` that there was a preview of one,
+    ``crashes`` how many engines died while it ran, ``crashed_at`` when the last of them did
+    (``time.monotonic`` seconds). When its last waiter has left, it is given up after ``linger``
+    seconds.
     """
 
     def __init__(self, job: Job, model: ModelInfo, give_up: Callable[[str], None]) -> None:
@@ -47,6 +49,7 @@ class AcceptedJob:
         self.model = model
         self.place = Place.OUTSIDE
         self.position: int | None = None
+        self.estimate: Estimate | None = None
         self.started = False
         self.developed = 0
         self.previewed = False

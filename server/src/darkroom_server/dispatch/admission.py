@@ -1,16 +1,49 @@
 """Whether new jobs are accepted, and the error that says why not."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-from darkroom_server.core.errors import NotReady, Reason, TooLarge, UnknownModel
+from darkroom_server.core.errors import NotReady, QueueFull, Reason, TooLarge, UnknownModel
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.dispatch.work import megapixel_steps
 
 LOADING_RETRY_SECONDS = 2.0
 """Loading takes seconds to minutes; asking this often costs nothing."""
 
 AWAY_RETRY_SECONDS = 1.0
 """When this server is going away, another one may take the call at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueLimits:
+    """How much may wait: so many jobs, and together so many megapixel-steps."""
+
+    jobs: int
+    megapixel_steps: float = math.inf
+
+    def check(
+        self, job: Job, waiting: Sequence[Job], retry_after: Callable[[int, float], float]
+    ) -> None:
+        """Raise ``QueueFull`` where ``job`` cannot wait behind ``waiting``.
+
+        ``retry_after`` tells how long it takes until so many jobs and megapixel-steps are gone. A
+        job that is larger than the limit may wait alone.
+        """
+        if len(waiting) >= self.jobs:
+            raise QueueFull(
+                f"{len(waiting)} jobs are waiting, and no more are taken",
+                retry_after(len(waiting) - self.jobs + 1, 0.0),
+            )
+        work = sum(map(megapixel_steps, waiting))
+        over = work + megapixel_steps(job) - self.megapixel_steps
+        if waiting and over > 0:
+            raise QueueFull(
+                f"jobs of {work:.0f} megapixel-steps are waiting, of {self.megapixel_steps:g} that "
+                f"may, and this one has {megapixel_steps(job):.1f}",
+                retry_after(1, min(over, work)),
+            )
 
 
 class Admission:

@@ -2,19 +2,16 @@
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import structlog
 
+from darkroom_server.core.caller import ANYBODY, Caller
 from darkroom_server.core.engine import Engine
-from darkroom_server.core.errors import (
-    DarkroomError,
-    DeadlineExceeded,
-    QueueFull,
-    StartupError,
-)
+from darkroom_server.core.errors import DarkroomError, StartupError
 from darkroom_server.core.events import (
     EngineCounts,
     EngineReady,
@@ -36,12 +33,13 @@ from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.order import order
 from darkroom_server.dispatch import outcomes
 from darkroom_server.dispatch.accepted import AcceptedJob, Finished, Place
-from darkroom_server.dispatch.admission import Admission, check_fits, going_away
+from darkroom_server.dispatch.admission import Admission, QueueLimits, check_fits, going_away
 from darkroom_server.dispatch.counts import Counts, End
 from darkroom_server.dispatch.deadlines import Deadlines
+from darkroom_server.dispatch.estimate import Estimate
 from darkroom_server.dispatch.fleet import Fleet
+from darkroom_server.dispatch.gate import Gate
 from darkroom_server.dispatch.observer import Observer, Unobserved
-from darkroom_server.dispatch.pace import Pace
 from darkroom_server.dispatch.roster import Roster
 
 log = structlog.get_logger(__name__)
@@ -51,9 +49,11 @@ class Dispatcher:
     """Admits jobs, keeps those that wait in order, and feeds the engines.
 
     All methods belong to one event loop. ``model_ids`` are the models the server was told to hold,
-    in that order. ``max_queued_jobs`` bounds the jobs that wait. A job is handed over while fewer
-    than ``max_resident_samples`` images are in an engine. More than ``max_restarts`` deaths of
-    engines in ten minutes are the end. ``on_ready`` is told whether jobs can be drawn now.
+    in that order. ``max_queued_jobs`` and ``max_queued_megapixel_steps`` bound what waits. A job is
+    handed over while fewer than ``max_resident_samples`` images are in an engine. With
+    ``early_refusal`` jobs are refused that cannot be expected to meet their deadlines. More than
+    ``max_restarts`` deaths of engines in ten minutes are the end. ``on_ready`` is told whether jobs
+    can be drawn now.
     """
 
     def __init__(
@@ -63,13 +63,14 @@ class Dispatcher:
         *,
         max_queued_jobs: int,
         max_resident_samples: int,
+        max_queued_megapixel_steps: float = math.inf,
+        early_refusal: bool = True,
         max_restarts: int = 5,
         observer: Observer | None = None,
         on_ready: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self.counts = Counts()
         self._admission = Admission(model_ids)
-        self._max_queued_jobs = max_queued_jobs
         self._on_ready = on_ready
         self._observer = observer or Unobserved()
         self._roster = Roster(self._observer)
@@ -85,7 +86,8 @@ class Dispatcher:
         )
         self._serial = itertools.count(1)
         self._deadlines = Deadlines(self._expire)
-        self._pace = Pace()
+        limits = QueueLimits(jobs=max_queued_jobs, megapixel_steps=max_queued_megapixel_steps)
+        self._gate = Gate(self._fleet, self._roster, limits, early_refusal=early_refusal)
         self._loaded = asyncio.Event()
         self._died = asyncio.Event()
         self._death: str | None = None
@@ -170,24 +172,27 @@ class Dispatcher:
         """
         return f"{request_id}~{next(self._serial)}" if request_id in self._roster else request_id
 
-    def submit(self, job: Job) -> AcceptedJob:
-        """Accept ``job``, whose id must be new.
+    def estimate(self, job: Job) -> Estimate | None:
+        """What ``job`` would take if it came now; None while too little is known.
 
-        Raises ``UnknownModel``, ``NotReady``, ``TooLarge``, ``DeadlineExceeded`` or ``QueueFull``.
+        Raises ``UnknownModel``, ``NotReady`` or ``TooLarge``.
+        """
+        model = self._admission.model(job.model)
+        check_fits(job, model)
+        return self._gate.estimates.of(AcceptedJob(job, model, lambda _: None))
+
+    def submit(self, job: Job, caller: Caller = ANYBODY) -> AcceptedJob:
+        """Accept ``job`` of ``caller``, whose id must be unused.
+
+        Raises ``UnknownModel``, ``NotReady``, ``TooLarge``, ``DeadlineExceeded``, ``QuotaExceeded``
+        or ``QueueFull``.
         """
         model = self._admission.model(job.model)
         check_fits(job, model)
         if job.id in self._roster:
             raise ValueError(f"a job of id {job.id!r} is still here")
-        now = time.monotonic()
-        if job.deadline is not None and job.deadline <= now:
-            raise DeadlineExceeded("the deadline passed before the request was accepted")
         accepted = AcceptedJob(job, model, self._abandon)
-        if self.queued_jobs >= self._max_queued_jobs and not self._fleet.choose(accepted):
-            raise QueueFull(
-                f"{self.queued_jobs} jobs are waiting, and no more are taken",
-                self._pace.retry_after(now),
-            )
+        self._gate.let_in(accepted, caller)
         self.counts.accepted += 1
         self._idle.clear()
         self._roster.move(accepted, Place.QUEUE)
@@ -264,6 +269,7 @@ class Dispatcher:
             return
         accepted.end(outcome)
         self._deadlines.discard(accepted.job.id)
+        self._gate.ended(accepted)
         self.counts.by_end[end] += 1
         self._observer.ended(accepted.job.model, end, accepted.phase)
         if self.counts.live == 0:
@@ -308,6 +314,7 @@ class Dispatcher:
                     accepted.draws(event.image_index, event.image)
             case JobFinished(job_id, stages):
                 if accepted := self._roster.get(job_id):
+                    self._compare(accepted)
                     self._leave_engine(accepted, outcomes.finished(accepted, stages))
             case JobFailed(job_id, failure):
                 if accepted := self._roster.get(job_id):
@@ -324,10 +331,16 @@ class Dispatcher:
         accepted.previewed = True
         accepted.tell(preview)
 
+    def _compare(self, accepted: AcceptedJob) -> None:
+        """Tell how good the estimate of a finished job was; of one run again it says nothing."""
+        estimate = accepted.estimate
+        if estimate is not None and not (accepted.ended or accepted.crashes):
+            seconds = time.monotonic() - estimate.made_at
+            self._observer.estimated(accepted.job.model, estimate.total, seconds)
+
     def _leave_engine(self, accepted: AcceptedJob, outcome: outcomes.Outcome) -> None:
         self._fleet.left(accepted.job.id)
         self._leave(accepted, outcome)
-        self._pace.job_left(time.monotonic())
         self._feed()
 
     def _leave(self, accepted: AcceptedJob, outcome: outcomes.Outcome) -> None:

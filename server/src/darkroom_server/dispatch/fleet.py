@@ -1,6 +1,7 @@
 """The engines: which are there, what is in them, and how a dead one comes back."""
 
 import asyncio
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -9,10 +10,12 @@ from contextlib import suppress
 import structlog
 
 from darkroom_server.core.engine import Engine
-from darkroom_server.core.events import EngineDied, EngineReady, Event, PassDone
-from darkroom_server.core.job import Job
+from darkroom_server.core.events import EngineDied, EngineReady, Event
 from darkroom_server.dispatch.accepted import AcceptedJob
+from darkroom_server.dispatch.forecast import forecast
 from darkroom_server.dispatch.observer import Observer
+from darkroom_server.dispatch.slot import Slot
+from darkroom_server.dispatch.work import work_of
 
 log = structlog.get_logger(__name__)
 
@@ -20,41 +23,6 @@ FIRST_BACKOFF_SECONDS = 0.25
 LONGEST_BACKOFF_SECONDS = 30.0
 RESTART_WINDOW_SECONDS = 600.0
 """Deaths in this time are counted together."""
-
-SPEED_MEMORY = 0.9
-"""Part of an engine's measured speed that the next pass leaves as it was."""
-
-
-class Slot:
-    """One engine, and the jobs in it."""
-
-    def __init__(self, index: int, engine: Engine) -> None:
-        self.index = index
-        self.engine = engine
-        self.ready = False
-        self.jobs: dict[str, AcceptedJob] = {}
-        self._rows_per_second = 1.0
-
-    @property
-    def samples(self) -> int:
-        """Images in the engine."""
-        return sum(accepted.job.image_count for accepted in self.jobs.values())
-
-    @property
-    def quarantined(self) -> bool:
-        """A job is in it that was running when an engine died: nobody shares its fate."""
-        return any(accepted.crashes for accepted in self.jobs.values())
-
-    @property
-    def seconds_of_work(self) -> float:
-        """How long the jobs in it would take from their first step, at the speed of late."""
-        return sum(_row_steps(a.job) for a in self.jobs.values()) / self._rows_per_second
-
-    def passed(self, event: PassDone) -> None:
-        """Learn the engine's speed from a pass."""
-        if event.seconds > 0:
-            speed = event.rows / event.seconds
-            self._rows_per_second += (1 - SPEED_MEMORY) * (speed - self._rows_per_second)
 
 
 class Fleet:
@@ -77,8 +45,8 @@ class Fleet:
         on_change: Callable[[], None],
         on_end: Callable[[str], None],
     ) -> None:
-        self._slots = [Slot(index, engine) for index, engine in enumerate(engines)]
-        self._max_resident_samples = max_resident_samples
+        self.slots = [Slot(index, engine) for index, engine in enumerate(engines)]
+        self.max_resident_samples = max_resident_samples
         self._max_restarts = max_restarts
         self._observer = observer
         self._on_event = on_event
@@ -93,11 +61,11 @@ class Fleet:
     @property
     def ready(self) -> bool:
         """Whether an engine could take a job now."""
-        return any(slot.ready for slot in self._slots)
+        return any(slot.ready for slot in self.slots)
 
     def start(self) -> None:
         """Let every engine load."""
-        for slot in self._slots:
+        for slot in self.slots:
             self._start(slot)
 
     async def close(self) -> None:
@@ -105,41 +73,50 @@ class Fleet:
         self._closing = True
         for timer in self._restarts:
             timer.cancel()
-        await asyncio.gather(*(asyncio.to_thread(slot.engine.close) for slot in self._slots))
+        await asyncio.gather(*(asyncio.to_thread(slot.engine.close) for slot in self.slots))
 
     def choose(self, accepted: AcceptedJob) -> Slot | None:
         """The engine that would finish a job first, None where none has room for it.
 
         A job that may have killed an engine waits for one that is empty.
         """
-        able = [slot for slot in self._slots if slot.ready and not slot.quarantined]
+        able = [slot for slot in self.slots if slot.ready and not slot.quarantined]
         if accepted.crashes:
             able = [slot for slot in able if not slot.jobs]
         else:
-            able = [slot for slot in able if slot.samples < self._max_resident_samples]
-        return min(able, key=lambda slot: slot.seconds_of_work, default=None)
+            able = [slot for slot in able if slot.samples < self.max_resident_samples]
+        if len(able) < 2:
+            return able[0] if able else None
+        work = work_of(accepted)
+
+        def finish(slot: Slot) -> tuple[float, int]:
+            load = slot.load()
+            told = forecast([load], [work], sys.maxsize)
+            # Where it is as soon done in either, the one that is sooner empty.
+            return told.finishes.get(work.id, 0.0), sum(sum(job.passes) for job in load.jobs)
+
+        return min(able, key=finish)
 
     def hand_over(self, accepted: AcceptedJob, slot: Slot) -> None:
-        """Give a job to an engine, less the images that an earlier one finished."""
-        slot.jobs[accepted.job.id] = accepted
-        slot.engine.submit(accepted.remaining_job())
+        """Give a job to an engine."""
+        slot.take(accepted)
 
     def cancel(self, job_id: str) -> None:
         """Tell the engine that has this job to let it go."""
-        for slot in self._slots:
+        for slot in self.slots:
             if job_id in slot.jobs:
                 slot.engine.cancel(job_id)
 
     def extend(self, job_id: str, deadline: float | None) -> None:
         """Tell the engine that has this job of its new deadline."""
-        for slot in self._slots:
+        for slot in self.slots:
             if job_id in slot.jobs:
                 slot.engine.extend(job_id, deadline)
 
     def left(self, job_id: str) -> None:
         """Note that the engine that had this job has let it go."""
-        for slot in self._slots:
-            slot.jobs.pop(job_id, None)
+        for slot in self.slots:
+            slot.left(job_id)
 
     def _start(self, slot: Slot) -> None:
         loop = asyncio.get_running_loop()
@@ -151,6 +128,7 @@ class Fleet:
         slot.engine.start(emit)
 
     def _on_slot_event(self, slot: Slot, event: Event) -> None:
+        slot.learn(event)
         match event:
             case EngineReady():
                 self._was_ready = slot.ready = True
@@ -158,17 +136,13 @@ class Fleet:
                 self._on_change()
             case EngineDied(message):
                 self._on_death(slot, message)
-            case PassDone():
-                slot.passed(event)
-                self._on_event(event)
             case _:
                 self._on_event(event)
 
     def _on_death(self, slot: Slot, message: str) -> None:
         if self._closing:
             return
-        slot.ready = False
-        victims, slot.jobs = list(slot.jobs.values()), {}
+        victims = slot.lose()
         now = time.monotonic()
         self._deaths.append(now)
         while self._deaths[0] < now - RESTART_WINDOW_SECONDS:
@@ -190,12 +164,9 @@ class Fleet:
 
         def restart() -> None:
             self._restarts.discard(timer)
+            slot.restarts += 1
             self._observer.engine_restarted()
             self._start(slot)
 
         timer = asyncio.get_running_loop().call_later(delay, restart)
         self._restarts.add(timer)
-
-
-def _row_steps(job: Job) -> int:
-    return job.steps * job.rows_per_image * job.image_count

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import RequestConflict, UnknownRequest
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch.accepted import AcceptedJob
@@ -65,7 +66,7 @@ class Requests:
 
     def begin(
         self,
-        caller: str,
+        caller: Caller,
         request_id: str,
         body: bytes,
         deadline: float | None,
@@ -77,7 +78,7 @@ class Requests:
         too. One that ended unfinished is run anew. Raises ``RequestConflict`` where the id names
         another body, and what ``make_job`` and ``Dispatcher.submit`` raise.
         """
-        key = caller, request_id
+        key = caller.name, request_id
         entry = self._entries.get(key)
         if entry is not None:
             if entry.body != body:
@@ -85,7 +86,7 @@ class Requests:
             if entry.accepted.finished or not entry.accepted.ended:
                 self._dispatcher.join(entry.accepted, deadline)
                 return entry.accepted, True
-        accepted = self._dispatcher.submit(make_job())
+        accepted = self._dispatcher.submit(make_job(), caller)
         if entry is not None:
             self._forget(key)
         self._entries[key] = entry = _Entry(accepted, body)

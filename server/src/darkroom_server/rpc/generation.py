@@ -12,6 +12,7 @@ from darkroom_server.dispatch import AcceptedJob, Dispatcher, Requests
 from darkroom_server.rpc.asked import Asked, checked_id, deadline_after, time_limit
 from darkroom_server.rpc.caller import current_caller
 from darkroom_server.rpc.context import Context, remaining_seconds
+from darkroom_server.rpc.estimate import estimate_of
 from darkroom_server.rpc.models import chosen_model
 from darkroom_server.rpc.reply_size import max_reply_bytes, reply_size_error
 from darkroom_server.rpc.responses import response_of
@@ -107,6 +108,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         cancelled = self._requests.cancel(current_caller().name, id)
         return generation_pb2.CancelGenerationResponse(cancelled=cancelled)
 
+    async def EstimateGeneration(
+        self, request: generation_pb2.EstimateGenerationRequest, context: Context
+    ) -> generation_pb2.EstimateGenerationResponse:
+        """Tell what a request would take, without drawing it; raises ``DarkroomError``."""
+        return estimate_of(request.generation, current_caller(), self._dispatcher)
+
     def _accept(
         self,
         asked: Asked,
@@ -135,9 +142,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             return job
 
         if not asked.known:
-            return self._dispatcher.submit(make_job()), False
+            return self._dispatcher.submit(make_job(), caller), False
         accepted, joined = self._requests.begin(
-            caller.name, asked.id, asked.fingerprint(), deadline, make_job
+            caller, asked.id, asked.fingerprint(), deadline, make_job
         )
         summary.model = accepted.model.id
         if asked.keep:

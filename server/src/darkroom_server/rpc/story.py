@@ -49,9 +49,9 @@ async def story(
 def accepted_message(
     request_id: str, accepted: AcceptedJob, *, joined: bool
 ) -> generation_pb2.Accepted:
-    """What the server will draw."""
+    """What the server will draw, and when."""
     job = accepted.job
-    return generation_pb2.Accepted(
+    message = generation_pb2.Accepted(
         request_id=request_id,
         seeds=[job.seed_of(index) for index in range(job.image_count)],
         queue_position=accepted.position or 0,
@@ -59,6 +59,11 @@ def accepted_message(
         model_revision=accepted.model.revision,
         joined=joined,
     )
+    if (estimate := accepted.estimate) is not None:
+        now = time.monotonic()
+        message.estimated_start.CopyFrom(duration_message(max(0.0, estimate.start_at - now)))
+        message.estimated_finish.CopyFrom(duration_message(max(0.0, estimate.finish_at - now)))
+    return message
 
 
 def event_message(event: JobEvent) -> Event:

@@ -198,6 +198,25 @@ class Dispatch:
             metavar="N",
         ),
     ] = 128
+    max_queued_megapixel_steps: Annotated[
+        float,
+        Gt(0),
+        Setting(
+            "Work that may wait, in megapixel-steps: an image of a million pixels and 30 steps is "
+            "30 of them. More is refused.",
+            choose="A bound for many large jobs, where `max_queued_jobs` bounds many small ones. A "
+            "job that is larger by itself may wait alone.",
+            metavar="N",
+        ),
+    ] = 20_000.0
+    early_refusal: Annotated[
+        bool,
+        Setting(
+            "Refuse a request at once that cannot be expected to be finished by its deadline.",
+            choose="Without it such requests are tried until their deadline, and what they took "
+            "is lost to the others.",
+        ),
+    ] = True
     max_resident_samples: Annotated[
         int,
         Ge(1),

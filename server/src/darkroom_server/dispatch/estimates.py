@@ -1,0 +1,102 @@
+"""When a job would start and finish, and whether its deadline can be met."""
+
+import time
+
+from darkroom_server.core.errors import DeadlineExceeded, Reason
+from darkroom_server.core.job import Job
+from darkroom_server.core.order import order
+from darkroom_server.dispatch.accepted import AcceptedJob, Place
+from darkroom_server.dispatch.estimate import Estimate
+from darkroom_server.dispatch.fleet import Fleet
+from darkroom_server.dispatch.forecast import Forecast, forecast
+from darkroom_server.dispatch.roster import Roster
+from darkroom_server.dispatch.work import megapixel_steps, work_of
+
+IN_COMPANY = 1.2
+"""How many times its estimate a job must have until its deadline where others are here too.
+
+What comes later is more urgent now and then, and widens the passes. Accepted jobs that are not
+finished in time are work for nothing: in simulated overload, least of it was done with this.
+"""
+
+ALONE = 0.8
+"""The same for a job that would be alone: it gets the benefit of the doubt, and harms nobody."""
+
+UNKNOWN_RETRY_SECONDS = 1.0
+SHORTEST_RETRY_SECONDS = 0.25
+LONGEST_RETRY_SECONDS = 60.0
+
+
+class Estimates:
+    """Foretells from the engines' speeds and loads, and from what waits."""
+
+    def __init__(self, fleet: Fleet, roster: Roster) -> None:
+        self._fleet = fleet
+        self._roster = roster
+
+    def of(self, accepted: AcceptedJob) -> Estimate | None:
+        """For a job that is here, or would be from now on; None while too little is known."""
+        now = time.monotonic()
+        told = self._forecast(accepted)
+        id = accepted.job.id
+        if told is None or id not in told.finishes:
+            return None
+        start = min(told.starts.get(id, 0.0), told.finishes[id])
+        return Estimate(made_at=now, queue_wait=start, run_time=told.finishes[id] - start)
+
+    def check_deadline(self, job: Job, estimate: Estimate | None) -> None:
+        """Raise ``DeadlineExceeded`` where a newcomer cannot be expected to meet its deadline."""
+        if job.deadline is None or estimate is None:
+            return
+        company = any(not accepted.ended for accepted in self._roster.all())
+        needed = estimate.total * (IN_COMPANY if company else ALONE)
+        left = job.deadline - estimate.made_at
+        if needed <= left:
+            return
+        others = ", of what others may ask for meanwhile too" if company else ""
+        raise DeadlineExceeded(
+            f"this would be finished in about {estimate.total:.2f} s, {estimate.queue_wait:.2f} s "
+            f"of them waiting, and the deadline is in {left:.2f} s; give it at least {needed:.2f} s"
+            f"{others}, or ask for less",
+            Reason.DEADLINE_UNREACHABLE,
+            {
+                "estimate_seconds": f"{estimate.total:.3f}",
+                "queue_wait_seconds": f"{estimate.queue_wait:.3f}",
+                "run_seconds": f"{estimate.run_time:.3f}",
+                "remaining_seconds": f"{left:.3f}",
+                "needed_seconds": f"{needed:.3f}",
+            },
+        )
+
+    def retry_after(self, jobs: int, work: float) -> float:
+        """Seconds until so many jobs, and so many megapixel-steps, have left the queue."""
+        told = self._forecast()
+        if told is None:
+            return UNKNOWN_RETRY_SECONDS
+        waiting = {accepted.job.id: accepted.job for accepted in self._roster.waiting()}
+        # Without a queue, a place is free when a job is finished.
+        leave = {id: told.joins[id] for id in waiting if id in told.joins} or told.finishes
+        seconds = UNKNOWN_RETRY_SECONDS
+        for id in sorted(leave, key=leave.__getitem__):
+            seconds = leave[id]
+            jobs -= 1
+            work -= megapixel_steps(waiting[id]) if id in waiting else work
+            if jobs <= 0 and work <= 0.0:
+                break
+        return min(max(seconds, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS)
+
+    def _forecast(self, newcomer: AcceptedJob | None = None) -> Forecast | None:
+        """The forecast for all that is here, and ``newcomer``; None where it would be a guess."""
+        slots = [slot for slot in self._fleet.slots if slot.ready]
+        waiting = {accepted.job.id: accepted for accepted in self._roster.waiting()}
+        if newcomer is not None and newcomer.place is Place.OUTSIDE:
+            waiting[newcomer.job.id] = newcomer
+        inside = [accepted.job for slot in slots for accepted in slot.jobs.values()]
+        models = {job.model for job in inside} | {each.job.model for each in waiting.values()}
+        if not slots or not all(slot.speed.knows(model) for slot in slots for model in models):
+            return None
+        return forecast(
+            [slot.load() for slot in slots],
+            [work_of(waiting[key.id[0]]) for key in order(a.key() for a in waiting.values())],
+            self._fleet.max_resident_samples,
+        )

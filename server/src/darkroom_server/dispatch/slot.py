@@ -1,0 +1,99 @@
+"""One engine, the jobs in it, and how fast it is."""
+
+from darkroom_server.core.engine import Engine
+from darkroom_server.core.events import (
+    DecodeDone,
+    EngineReady,
+    Event,
+    JobFinished,
+    MemoryReport,
+    PassDone,
+    SampleProgress,
+)
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.dispatch.accepted import AcceptedJob
+from darkroom_server.dispatch.forecast import Load
+from darkroom_server.dispatch.speed import Group, Speed
+from darkroom_server.dispatch.work import work_of
+
+
+class Slot:
+    """One engine, and the jobs in it.
+
+    ``memory`` is what it told last, ``last_rows`` are those of its last pass.
+    """
+
+    def __init__(self, index: int, engine: Engine) -> None:
+        self.index = index
+        self.engine = engine
+        self.ready = False
+        self.restarts = 0
+        self.jobs: dict[str, AcceptedJob] = {}
+        self.models: dict[str, ModelInfo] = {}
+        self.speed = Speed()
+        self.memory: MemoryReport | None = None
+        self.last_rows = 0
+        self._left: dict[str, dict[int, int]] = {}
+
+    @property
+    def samples(self) -> int:
+        """Images in the engine."""
+        return sum(accepted.job.image_count for accepted in self.jobs.values())
+
+    @property
+    def quarantined(self) -> bool:
+        """A job is in it that was running when an engine died: nobody shares its fate."""
+        return any(accepted.crashes for accepted in self.jobs.values())
+
+    def load(self) -> Load:
+        """What the forecast needs to know."""
+        works = (work_of(a, self._left.get(id)) for id, a in self.jobs.items())
+        return Load(
+            speed=self.speed, max_rows=self._max_rows, jobs=[work for work in works if work.passes]
+        )
+
+    def take(self, accepted: AcceptedJob) -> None:
+        """Give the engine a job, less the images that an earlier one finished."""
+        self.jobs[accepted.job.id] = accepted
+        self.engine.submit(accepted.remaining_job())
+
+    def left(self, job_id: str) -> None:
+        """Note that the engine has let a job go."""
+        self.jobs.pop(job_id, None)
+        self._left.pop(job_id, None)
+
+    def lose(self) -> list[AcceptedJob]:
+        """Note that the engine died; returns the jobs that were in it."""
+        self.ready = False
+        victims, self.jobs = list(self.jobs.values()), {}
+        self._left.clear()
+        return victims
+
+    def learn(self, event: Event) -> None:
+        """Note how far the jobs are, and how long it took."""
+        match event:
+            case EngineReady(models):
+                self.models = {model.id: model for model in models}
+                for model in models:
+                    self.speed.start(model)
+            case PassDone():
+                self.last_rows = event.rows
+                self.speed.passed(event)
+            case DecodeDone():
+                self.speed.decoded(event)
+            case SampleProgress():
+                if event.job_id in self.jobs:
+                    left = self._left.setdefault(event.job_id, {})
+                    left[event.image_index] = event.steps - event.step
+            case JobFinished(job_id, stages):
+                if accepted := self.jobs.get(job_id):
+                    self.speed.finished(accepted.job, stages)
+            case MemoryReport():
+                self.memory = event
+
+    def _max_rows(self, group: Group) -> int:
+        """Rows that a pass may have, as the engine bounds it too."""
+        model = self.models.get(group.model)
+        if model is None:
+            return 2
+        return min(model.limits.max_rows, model.memory.rows_that_fit(group.width, group.height))

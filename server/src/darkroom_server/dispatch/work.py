@@ -1,0 +1,70 @@
+"""What is left to do of a job, as plain keys for the forecast."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.core.order import OrderKey
+from darkroom_server.dispatch.accepted import AcceptedJob
+from darkroom_server.dispatch.speed import Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A job as the forecast sees it: ``passes`` are those left for each of its images.
+
+    ``key`` is that of an image no pass of which is taken. ``begun``: its first pass is behind it.
+    """
+
+    id: str
+    group: Group
+    key: OrderKey
+    passes: tuple[int, ...]
+    begun: bool = False
+
+    def goal(self, passes: int) -> float:
+        """By when an image with so many passes left should be done; see ``core.order``."""
+        key = self.key
+        goal = key.submitted_at + key.patience * passes / key.remaining_steps
+        return goal if key.deadline is None else min(goal, key.deadline)
+
+
+def work_of(accepted: AcceptedJob, left: Mapping[int, int] | None = None) -> Work:
+    """What is left of a job; ``left`` are the passes of those images that took one, by index."""
+    job = accepted.job
+    calls = denoiser_calls(job)
+    passes = [
+        (left or {}).get(index, calls)
+        for index in job.image_indices
+        if index not in accepted.images
+    ]
+    return Work(
+        id=job.id,
+        group=Group.of(job),
+        key=OrderKey(
+            id=(job.id, 0),
+            submitted_at=job.submitted_at,
+            remaining_steps=calls,
+            priority=job.priority,
+            deadline=job.deadline,
+            rows=job.rows_per_image,
+            alone=job.exact,
+        ),
+        passes=tuple(each for each in passes if each > 0),
+        begun=accepted.started,
+    )
+
+
+def denoiser_calls(job: Job) -> int:
+    """Passes that an image of ``job`` takes: some schedulers make more than the steps asked for."""
+    match job.scheduler:
+        case SchedulerName.HEUN:
+            return 2 * job.steps - 1
+        case SchedulerName.PNDM:
+            return job.steps + 1
+    return job.steps
+
+
+def megapixel_steps(job: Job) -> float:
+    """The size of a job: a million pixels, one step, is one."""
+    return job.width * job.height * job.steps * job.image_count / 1e6

@@ -1,0 +1,207 @@
+"""Deadlines that cannot be met are refused, and full queues say when to come back."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from darkroom_server.core.caller import Caller
+from darkroom_server.core.errors import DeadlineExceeded, QueueFull, QuotaExceeded, Reason
+from darkroom_server.core.model import ModelInfo, ModelSpeed
+from darkroom_server.dispatch import Unobserved
+from darkroom_server.dispatch.quotas import Quotas
+from darkroom_server.engine.fake import FakeEngine, fake_model
+from tests.server.dispatch.desk import dispatching, settle
+from tests.server.jobs import make_job
+
+PASSES = ((2, 1.0), (4, 1.5), (8, 2.5))
+
+
+def timed_model() -> ModelInfo:
+    """Passes of 1 to 2.5 s, of 8 rows at most."""
+    return replace(fake_model(), speed=ModelSpeed(passes=PASSES, decode=0.5))
+
+
+def timed() -> FakeEngine:
+    return FakeEngine([timed_model()])
+
+
+async def test_a_job_alone_takes_its_passes_and_its_decode() -> None:
+    async with dispatching(timed()) as (dispatcher, _):
+        estimate = dispatcher.estimate(make_job(steps=4))
+        assert estimate is not None
+        assert estimate.queue_wait == 0.0
+        assert estimate.run_time == estimate.total == pytest.approx(4.5)
+        assert estimate.finish_at == pytest.approx(time.monotonic() + 4.5, abs=1.0)
+        assert dispatcher.counts.accepted == 0
+
+
+async def test_company_and_a_queue_take_longer() -> None:
+    async with dispatching(timed(), max_resident_samples=1) as (dispatcher, _):
+        dispatcher.submit(make_job("first", steps=4))
+        estimate = dispatcher.estimate(make_job("second", steps=4))
+        assert estimate is not None
+        assert estimate.queue_wait == pytest.approx(0.5 + 4.5)
+        accepted = dispatcher.submit(make_job("second", steps=4))
+        assert accepted.estimate is not None
+        assert accepted.estimate.total == pytest.approx(estimate.total)
+        # An accepted job's estimate is what is still expected of it.
+        again = dispatcher.estimate(make_job("third", steps=1))
+        assert again is not None
+        assert again.queue_wait == pytest.approx(5.0)
+
+
+async def test_progress_shortens_what_is_left() -> None:
+    async with dispatching(timed(), max_resident_samples=1) as (dispatcher, engine):
+        dispatcher.submit(make_job("first", steps=4))
+        engine.advance(3)
+        await settle()
+        estimate = dispatcher.estimate(make_job("second", steps=4))
+        assert estimate is not None
+        assert estimate.queue_wait == pytest.approx(0.5 + 1.5)
+
+
+async def test_nothing_is_foretold_of_an_engine_that_nobody_measured() -> None:
+    async with dispatching() as (dispatcher, _):
+        assert dispatcher.estimate(make_job()) is None
+        dispatcher.submit(make_job(deadline=time.monotonic() + 0.5, steps=1000))
+
+
+async def test_a_deadline_out_of_reach_is_refused_at_once() -> None:
+    async with dispatching(timed()) as (dispatcher, engine):
+        with pytest.raises(DeadlineExceeded, match=r"about 40.50 s, 0.00 s of them") as caught:
+            dispatcher.submit(make_job(steps=40, deadline=time.monotonic() + 20))
+        assert caught.value.reason is Reason.DEADLINE_UNREACHABLE
+        figures = {key: float(value) for key, value in caught.value.metadata.items()}
+        assert figures["estimate_seconds"] == pytest.approx(40.5)
+        assert figures["queue_wait_seconds"] == 0.0
+        assert figures["remaining_seconds"] == pytest.approx(20, abs=1)
+        assert dispatcher.counts.accepted == 0
+        assert not engine.jobs
+
+
+async def test_a_job_alone_gets_the_benefit_of_the_doubt() -> None:
+    async with dispatching(timed()) as (dispatcher, _):
+        # 4.5 s are expected: it may be as much faster.
+        dispatcher.submit(make_job("a", steps=4, deadline=time.monotonic() + 4.0))
+        # Together with the first, it may be slower: what comes later overtakes.
+        estimate = dispatcher.estimate(make_job("b", steps=4))
+        assert estimate is not None
+        with pytest.raises(DeadlineExceeded):
+            dispatcher.submit(
+                make_job("b", steps=4, deadline=time.monotonic() + estimate.total + 0.1)
+            )
+        dispatcher.submit(
+            make_job("b", steps=4, deadline=time.monotonic() + 1.2 * estimate.total + 1)
+        )
+
+
+async def test_early_refusal_can_be_turned_off() -> None:
+    async with dispatching(timed(), early_refusal=False) as (dispatcher, _):
+        dispatcher.submit(make_job(steps=40, deadline=time.monotonic() + 20))
+
+
+async def test_a_full_queue_says_when_a_place_is_free() -> None:
+    limits: dict[str, Any] = {"max_queued_jobs": 1, "max_resident_samples": 1}
+    async with dispatching(timed(), **limits) as (dispatcher, _):
+        dispatcher.submit(make_job("running", steps=4))
+        dispatcher.submit(make_job("waiting", steps=4))
+        with pytest.raises(QueueFull) as caught:
+            dispatcher.submit(make_job("c"))
+        assert caught.value.retry_after == pytest.approx(0.5 + 4.5)
+
+
+async def test_a_queue_is_bounded_in_work() -> None:
+    limits: dict[str, Any] = {
+        "max_queued_jobs": 9,
+        "max_resident_samples": 1,
+        "max_queued_megapixel_steps": 1.0,
+    }
+    async with dispatching(timed(), **limits) as (dispatcher, _):
+        dispatcher.submit(make_job("running", steps=4))
+        # A quarter of a million pixels, three steps.
+        big = make_job("big", width=512, height=512, steps=3)
+        dispatcher.submit(big)
+        with pytest.raises(QueueFull, match="megapixel-steps") as caught:
+            dispatcher.submit(replace(big, id="more"))
+        assert caught.value.retry_after == pytest.approx(5.0)
+        dispatcher.submit(make_job("small"))
+
+
+async def test_what_is_larger_than_the_queue_may_wait_alone() -> None:
+    limits: dict[str, Any] = {
+        "max_queued_jobs": 9,
+        "max_resident_samples": 1,
+        "max_queued_megapixel_steps": 1e-6,
+    }
+    async with dispatching(timed(), **limits) as (dispatcher, _):
+        dispatcher.submit(make_job("running"))
+        dispatcher.submit(make_job("alone"))
+        with pytest.raises(QueueFull):
+            dispatcher.submit(make_job("second"))
+
+
+async def test_estimates_are_compared_with_what_came_true() -> None:
+    told: list[tuple[str, float]] = []
+
+    class Listening(Unobserved):
+        def estimated(self, model: str, estimate: float, seconds: float) -> None:
+            assert seconds > 0
+            told.append((model, estimate))
+
+    async with dispatching(timed(), observer=Listening()) as (dispatcher, engine):
+        accepted = dispatcher.submit(make_job("a", steps=4))
+        dispatcher.submit(make_job("gone", steps=4))
+        dispatcher.cancel("gone")
+        engine.advance(4)
+        await accepted.result()
+    ((model, estimate),) = told
+    assert model == "demo"
+    assert estimate == pytest.approx(4.5)
+
+
+async def test_a_callers_jobs_are_bounded() -> None:
+    async with dispatching() as (dispatcher, engine):
+        caller = Caller(name="ann", max_jobs=1)
+        first = dispatcher.submit(make_job("a", caller="ann"), caller)
+        with pytest.raises(QuotaExceeded, match="wait until one has ended") as caught:
+            dispatcher.submit(make_job("b", caller="ann"), caller)
+        assert caught.value.subject == "caller:ann"
+        dispatcher.submit(make_job("b", caller="bob"), Caller(name="bob", max_jobs=1))
+        engine.finish("a")
+        await first.result()
+        dispatcher.submit(make_job("c", caller="ann"), caller)
+        dispatcher.cancel("c")
+        dispatcher.submit(make_job("d", caller="ann"), caller)
+
+
+def test_a_callers_rate_is_bounded() -> None:
+    quotas, caller = Quotas(), Caller(name="ann", jobs_per_minute=2)
+
+    def begins(now: float) -> bool:
+        try:
+            quotas.check(caller, now)
+        except QuotaExceeded:
+            quotas.check(Caller(name="bob", jobs_per_minute=1), now)
+            return False
+        quotas.accepted(caller.name)
+        quotas.ended(caller.name)
+        return True
+
+    assert [begins(0.0) for _ in range(3)] == [True, True, False]
+    assert not begins(29.0)
+    assert [begins(30.1) for _ in range(2)] == [True, False]
+    # A day's leisure saves up no more than a minute's jobs.
+    assert [begins(86400.0) for _ in range(3)] == [True, True, False]
+
+
+async def test_refusals_take_nothing_from_a_callers_rate() -> None:
+    async with dispatching(timed()) as (dispatcher, _):
+        caller = Caller(name="ann", jobs_per_minute=1)
+        for _ in range(3):
+            with pytest.raises(DeadlineExceeded):
+                dispatcher.submit(
+                    make_job(steps=40, deadline=time.monotonic() + 5, caller="ann"), caller
+                )
+        dispatcher.submit(make_job(caller="ann"), caller)
