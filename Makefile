@@ -92,6 +92,7 @@ lint: setup $(GENERATOR)/.installed ## check style, types, imports and protos
 .PHONY: types
 types: setup ## check types only
 	@$(BIN)/mypy $(TYPED)
+	@$(BIN)/basedpyright --level error
 
 .PHONY: lint-python lint-format lint-imports lint-protos lint-breaking lint-stubs
 lint-python: setup

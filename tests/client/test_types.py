@@ -1,0 +1,100 @@
+"""What a type checker makes of code that uses the client."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+RIGHT = """\
+from typing import assert_never, assert_type
+
+from darkroom_client import (
+    Accepted, AsyncClient, Client, DarkroomError, Event, Finished, GenerationRequest,
+    GenerationResult, ImageReady, Preview, Progress, Queued, Restarted, Started,
+)
+
+
+def told(event: Event) -> str:
+    match event:
+        case Accepted(seeds=seeds):
+            return str(seeds[0] + 1)
+        case Queued(position=position):
+            return str(position + 1)
+        case Started() | Restarted():
+            return ""
+        case Progress(step=step, steps=steps):
+            return f"{step / steps:.0%}"
+        case Preview(data=data) | ImageReady(image=data):
+            return str(data)
+        case Finished(result=result):
+            return result.model
+    assert_never(event)
+
+
+def use(client: Client) -> None:
+    assert_type(client.generate("a star", steps=20, scheduler="euler"), GenerationResult)
+    client.generate(GenerationRequest(prompt="a star"), seed=0)
+    with client.stream("a star", preview_every=2) as stream:
+        for event in stream:
+            told(event)
+        assert_type(stream.result(), GenerationResult)
+    for index, answer in client.generate_as_completed(["a star"]):
+        assert_type(index, int)
+        assert_type(answer, GenerationResult | DarkroomError)
+
+
+async def use_async(client: AsyncClient) -> None:
+    assert_type(await client.generate("a star"), GenerationResult)
+    async with client.stream("a star") as stream:
+        async for event in stream:
+            assert_type(event, Event)
+        assert_type(await stream.result(), GenerationResult)
+    assert_type(await client.cancel("r-1"), bool)
+"""
+
+WRONG = """\
+from darkroom_client import AsyncClient, Client, GenerationRequest
+
+
+async def use(client: Client, other: AsyncClient) -> None:
+    client.generate("a star", step=20)  # no such argument
+    client.generate("a star", steps="20")  # not a number
+    client.generate()  # no prompt
+    client.generate("a star", None, 20)  # options have names
+    client.generate("a star").image  # images
+    for event in client.stream("a star"):
+        event.step  # not every event has one
+    other.generate("a star").images  # not awaited
+    with other.stream("a star"):  # async with
+        pass
+    request = GenerationRequest(prompt="a star")
+    request.seed = 7  # frozen
+    client.submit("a star", time_limit="soon")  # not a number
+"""
+
+
+def check(tmp_path: Path, code: str, *tool: str) -> str:
+    path = tmp_path / "snippet.py"
+    path.write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", *tool, str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("tool", [("mypy", "--strict"), ("basedpyright", "--level", "error")])
+def test_right_calls_are_right_and_wrong_ones_wrong(tmp_path: Path, tool: tuple[str, ...]) -> None:
+    assert "error" not in check(tmp_path, RIGHT, *tool).replace("0 errors", "")
+
+    said = check(tmp_path, WRONG, *tool)
+
+    for number, line in enumerate(WRONG.splitlines(), 1):
+        if "#" in line:
+            assert f"snippet.py:{number}:" in said, f"{line}\n{said}"

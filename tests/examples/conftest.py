@@ -1,0 +1,3 @@
+from darkroom_client.testing.plugin import darkroom_server
+
+__all__ = ["darkroom_server"]

@@ -1,0 +1,81 @@
+"""The examples that are programs, as a reader runs them, against the fake server."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from darkroom_client.testing import Behaviour, FakeServer, JobState
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SECONDS = 120
+
+
+def environment(server: FakeServer) -> dict[str, str]:
+    return {**os.environ, "DARKROOM_TARGET": server.target}
+
+
+@pytest.mark.parametrize(
+    ("script", "pictures"), [("quickstart.py", ["star.png"]), ("async_many.py", None)]
+)
+def test_python(
+    darkroom_server: FakeServer, tmp_path: Path, script: str, pictures: list[str] | None
+) -> None:
+    # They name the usual address; a copy of each names the fake server's.
+    code = (EXAMPLES / script).read_text().replace("127.0.0.1:50051", darkroom_server.target)
+    (tmp_path / script).write_text(code)
+
+    subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        check=True,
+        timeout=SECONDS,
+        env=environment(darkroom_server),
+    )
+
+    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert drawn == pictures if pictures else len(drawn) == len(darkroom_server.jobs)
+
+
+def node(script: str, server: FakeServer, *arguments: str | Path) -> "subprocess.Popen[str]":
+    program = shutil.which("node")
+    assert program, "node is not installed"
+    return subprocess.Popen(
+        [program, EXAMPLES / "node" / script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(server),
+    )
+
+
+@pytest.mark.parametrize("script", ["generate.js", "stream.js"])
+def test_node(darkroom_server: FakeServer, tmp_path: Path, script: str) -> None:
+    picture = tmp_path / "star.png"
+
+    with node(script, darkroom_server, "a star", picture) as running:
+        out, errors = running.communicate(timeout=SECONDS)
+
+    assert running.returncode == 0, errors
+    assert json.loads(out.splitlines()[-1])["seed"] == "7"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    if script == "stream.js":
+        assert "step 4 of 4" in out
+
+
+def test_interrupting_node_cancels(darkroom_server: FakeServer, tmp_path: Path) -> None:
+    darkroom_server.script(Behaviour(hold=threading.Event()))
+
+    with node("stream.js", darkroom_server, "a star", tmp_path / "star.png") as running:
+        darkroom_server.wait_for(lambda: len(darkroom_server.jobs) == 1, SECONDS)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=SECONDS)
+
+    assert "CANCELLED" in errors
+    darkroom_server.wait_for(lambda: darkroom_server.jobs[0].state is JobState.CANCELLED)
