@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "seed": plan.seed,
                 "callers": CALLERS,
                 "widest": WIDEST,
-                "window_seconds": WINDOW,
+                "window_seconds": plan.window,
                 "lone_steps": LONE_STEPS,
             },
             figures={
@@ -95,6 +95,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arrivals", type=int, help="of each open loop and round")
     parser.add_argument("--closed", type=int, help="requests of each closed loop")
     parser.add_argument("--pairs", type=int, help="lone requests of each peer and round")
+    parser.add_argument(
+        "--window", type=float, default=WINDOW, help="seconds that a batch waits for company"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--note", default="", help="a sentence for the page, on the circumstances")
     parser.add_argument("--page", type=Path, metavar="RESULTS", help="only write the page anew")
@@ -118,7 +121,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _plan(options: argparse.Namespace) -> Plan:
     """What was asked for; what was not is for 15 minutes, or for as long as it takes."""
-    usual = {"rounds": 1, "closed": 96, "arrivals": 160, "pairs": 20}
+    usual = {"rounds": 1, "closed": 96, "arrivals": 200, "pairs": 50}
     if options.full:
         usual = {"rounds": 3, "closed": 160, "arrivals": 200, "pairs": 20}
     if options.smoke:
@@ -132,7 +135,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     # The loads are shares of the closed loop's capacity, which must come first.
     closed = [Scenario(mix=mix) for mix in dict.fromkeys(each.mix for each in scenarios)]
     scenarios = closed + [each for each in scenarios if each not in closed]
-    return Plan(peers=options.peers, scenarios=scenarios, seed=options.seed, **amounts)
+    return Plan(
+        peers=options.peers,
+        scenarios=scenarios,
+        seed=options.seed,
+        window=options.window,
+        **amounts,
+    )
 
 
 def _versions(peer: Peer) -> dict[str, str]:

@@ -39,7 +39,10 @@ SECONDS_PER_BIN = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How much: requests of a closed loop and of an open one, pairs of lone ones, rounds."""
+    """How much: requests of a closed loop and of an open one, pairs of lone ones, rounds.
+
+    ``window`` is that of the batching peers, in seconds.
+    """
 
     peers: Sequence[str]
     scenarios: Sequence[Scenario]
@@ -48,6 +51,7 @@ class Plan:
     arrivals: int
     pairs: int
     seed: int
+    window: float
 
 
 class PeersBench:
@@ -71,7 +75,7 @@ class PeersBench:
             port=0,
             trace="",
             widest=WIDEST,
-            window=WINDOW,
+            window=plan.window,
         )
         self._pipe = Remote(partial(make_pipelines, source.location, self.info.runtime, 1))
         self._pipe.warm_up()

@@ -24,8 +24,8 @@ UNIFORM = (16, 7.5)
 SIDES = (0.75, 1.0, 1.5)
 """Of the model's own size, where sizes are mixed."""
 
-PATIENCE = 8.0
-"""A deadline is so many times what a request takes alone."""
+PATIENCE = 5.0
+"""A deadline is so many times what a request takes alone, as in AlpaServe (OSDI 2023)."""
 
 CANCELS = 0.2
 """The share of callers that leave."""
