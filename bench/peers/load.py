@@ -4,6 +4,7 @@ It runs in a process of its own (``contender.Remote``), which does nothing else.
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -77,7 +78,8 @@ class Load:
             ((outcome, s) for outcome, s in ends.items() if s is not None), key=lambda end: end[1]
         )
         outcome, first = Outcome.IMAGE, None
-        name = str(self._run)
+        # A name is for one request of one server only, and several loads may ask the same server.
+        name = f"{os.getpid()}-{self._run}"
         try:
             # The loop's clock is the monotonic one.
             async with asyncio.timeout_at(due + seconds):
