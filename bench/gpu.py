@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 
 from bench import memory
 from bench.contender import WIDEST
@@ -22,11 +21,13 @@ from bench.denoise import FORMS, ROWS, decode_seconds, encode_seconds, pass_seco
 from bench.engine import CALLERS, Bench
 from bench.gpu_page import BUSY, LONE_STEPS, SATURATED, SATURATED_STEPS, goals, page
 from bench.machine import this_machine, versions
+from bench.pipelines import load_pipeline
 from bench.results import RESULTS, Results, model_facts, save, today
 from bench.sd14 import cached_sd14
 from bench.sections import DOCS, write_section
 from bench.workload import mixed, poisson, uniform
-from darkroom_server.core.config import Preset
+from darkroom_server.core.config import Attention, Preset
+from darkroom_server.core.model import ModelRuntime
 
 DECODES = (1, 2, 4, 8)
 LOAD = 0.7
@@ -81,8 +82,9 @@ def measure(options: argparse.Namespace) -> Results:
     folder = str(cached_sd14())
     steps: list[dict[str, Any]] = []
     for form in FORMS:
-        steps += apart(step_times, form, folder, options.rows)
-        print(*(f"{s['form']}, {s['rows']} rows: {s['seconds'] * 1e3:.1f} ms" for s in steps[-6:]))
+        found = apart(step_times, form, folder, options.rows)
+        print(f"{form}:", *(f"{s['rows']} rows {s['seconds'] * 1e3:.1f} ms" for s in found))
+        steps += found
     others = apart(other_times, folder)
     bench, lone = load_runs(folder, options)
     return Results(
@@ -130,12 +132,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _loaded(folder: str) -> Any:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float16 if device == "cuda" else torch.float32
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(
-        folder, dtype=dtype, safety_checker=None, requires_safety_checker=False
+    cuda = torch.cuda.is_available()
+    runtime = ModelRuntime(
+        device="cuda" if cuda else "cpu",
+        dtype="float16" if cuda else "float32",
+        preset=Preset.FAST,
+        attention=Attention.SDPA,
+        slice_size="",
+        autocast=False,
+        vae_tiling=False,
+        channels_last=False,
+        fp8_storage=False,
+        safety_checker=False,
     )
-    return pipeline.to(device)
+    return load_pipeline(folder, runtime)
 
 
 if __name__ == "__main__":
