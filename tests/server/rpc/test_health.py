@@ -54,6 +54,7 @@ async def test_reflection_lists_the_services() -> None:
         assert await reflected(wire) >= {
             "darkroom.v1.GenerationService",
             "darkroom.v1.ModelService",
+            "darkroom.v1.ServerService",
             "grpc.health.v1.Health",
         }
 

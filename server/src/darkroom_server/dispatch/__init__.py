@@ -3,8 +3,10 @@
 from darkroom_server.dispatch.accepted import AcceptedJob, Finished
 from darkroom_server.dispatch.counts import Counts, End
 from darkroom_server.dispatch.dispatcher import Dispatcher
+from darkroom_server.dispatch.estimate import Estimate
 from darkroom_server.dispatch.observer import Observer, Unobserved
 from darkroom_server.dispatch.requests import Requests
+from darkroom_server.dispatch.snapshot import EngineStatus, ModelStatus, Snapshot, State
 from darkroom_server.dispatch.story import ImageDone, JobEvent, Queued, Restarted, Started
 from darkroom_server.dispatch.waiter import Waiter
 
@@ -13,14 +15,19 @@ __all__ = [
     "Counts",
     "Dispatcher",
     "End",
+    "EngineStatus",
+    "Estimate",
     "Finished",
     "ImageDone",
     "JobEvent",
+    "ModelStatus",
     "Observer",
     "Queued",
     "Requests",
     "Restarted",
+    "Snapshot",
     "Started",
+    "State",
     "Unobserved",
     "Waiter",
 ]

@@ -63,6 +63,11 @@ class Admission:
         """Whether jobs are accepted."""
         return self._loaded and not (self._draining or self._dead)
 
+    @property
+    def closed(self) -> bool:
+        """Whether jobs will never be accepted again."""
+        return self._draining or self._dead
+
     def model(self, model_id: str) -> ModelInfo:
         """The loaded model ``model_id``; raises ``UnknownModel`` or ``NotReady``."""
         if model_id not in self.models:

@@ -41,6 +41,7 @@ from darkroom_server.dispatch.fleet import Fleet
 from darkroom_server.dispatch.gate import Gate
 from darkroom_server.dispatch.observer import Observer, Unobserved
 from darkroom_server.dispatch.roster import Roster
+from darkroom_server.dispatch.snapshot import Snapshot, engine_status, model_statuses, state_of
 
 log = structlog.get_logger(__name__)
 
@@ -115,6 +116,19 @@ class Dispatcher:
     def running_jobs(self) -> int:
         """Jobs in the engine, those included that are about to leave it."""
         return self._roster.running
+
+    def snapshot(self) -> Snapshot:
+        """The whole, as it is now."""
+        return Snapshot(
+            state=state_of(self._admission, engine_ready=self._fleet.ready),
+            models=model_statuses(self._admission, self._roster, self._fleet.slots),
+            engines=tuple(engine_status(slot) for slot in self._fleet.slots),
+            queued_jobs=self.queued_jobs,
+            max_queued_jobs=self._gate.limits.jobs,
+            running_jobs=self.running_jobs,
+            accepted_jobs=self.counts.accepted,
+            ended_jobs={end.value: self.counts.by_end[end] for end in End},
+        )
 
     # From start to end.
 

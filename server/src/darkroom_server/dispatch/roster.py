@@ -49,6 +49,10 @@ class Roster:
         """How many images are in the engine."""
         return self._resident_samples
 
+    def count(self, model: str, place: Place) -> int:
+        """How many jobs of ``model`` are in this place."""
+        return self._places[model, place]
+
     def move(self, accepted: AcceptedJob, place: Place) -> None:
         """Put a job where it is now."""
         job = accepted.job

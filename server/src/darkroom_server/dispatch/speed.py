@@ -58,7 +58,12 @@ class Curve:
         self.points = dict(sorted(points.items()))
         self.level = 0.0
         self._met = 1000 if measured else 0
-        self._points_met = dict.fromkeys(points, 1000)
+        self._points_met = dict.fromkeys(points, self._met)
+
+    @property
+    def met(self) -> list[int]:
+        """The row counts of which a pass was seen, or measured at warm-up."""
+        return [rows for rows, count in self._points_met.items() if count]
 
     def at(self, rows: float) -> float:
         """Seconds of a pass of ``rows``: on the line between neighbours, or prolonging the last.
@@ -182,7 +187,7 @@ class Speed:
     def measured(self) -> Iterator[tuple[Group, int, float]]:
         """Every group and row count met, with the seconds that a pass is expected to take now."""
         for group, curve in self._curves.items():
-            for rows in curve.points:
+            for rows in curve.met:
                 yield group, rows, self.pass_seconds(group, rows)
 
     def _nearest(self, group: Group) -> Group | None:

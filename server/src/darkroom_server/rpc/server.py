@@ -7,7 +7,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from darkroom.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+from darkroom.v1 import (
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
 from darkroom_server.core.errors import StartupError
 from darkroom_server.dispatch import Dispatcher, Requests
 from darkroom_server.rpc.generation import GenerationService
@@ -20,6 +27,7 @@ from darkroom_server.rpc.interceptors.telemetry import CallObserver, Telemetry
 from darkroom_server.rpc.interceptors.traces import Traces
 from darkroom_server.rpc.limits import OPTIONS
 from darkroom_server.rpc.models import ModelService
+from darkroom_server.rpc.status import ServerService
 from darkroom_server.rpc.summary import RequestObserver
 from darkroom_server.security.tokens import Tokens
 
@@ -75,11 +83,13 @@ class RpcServer:
             self._server,
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(dispatcher), self._server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(dispatcher), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
         if reflect:
             names = [
                 generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
                 model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+                server_pb2.DESCRIPTOR.services_by_name["ServerService"].full_name,
                 health.SERVICE_NAME,
                 reflection.SERVICE_NAME,
             ]

@@ -1,0 +1,78 @@
+"""ServerService: how the server is, for operators."""
+
+import time
+from importlib.metadata import version
+
+import psutil
+
+from darkroom.v1 import server_pb2, server_pb2_grpc
+from darkroom_server.dispatch import Dispatcher, EngineStatus, ModelStatus, State
+from darkroom_server.rpc.context import Context
+from darkroom_server.rpc.responses import duration_message
+
+STATES = {
+    State.LOADING: server_pb2.SERVER_STATE_LOADING,
+    State.READY: server_pb2.SERVER_STATE_READY,
+    State.RECOVERING: server_pb2.SERVER_STATE_RECOVERING,
+    State.DRAINING: server_pb2.SERVER_STATE_DRAINING,
+}
+
+
+class ServerService(server_pb2_grpc.ServerServiceServicer):
+    """Answers from what the engines told; never asks them. With tokens, for admins only."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._process = psutil.Process()
+
+    async def GetStatus(
+        self, request: server_pb2.GetStatusRequest, context: Context
+    ) -> server_pb2.GetStatusResponse:
+        """Everything, at this moment."""
+        now = self._dispatcher.snapshot()
+        return server_pb2.GetStatusResponse(
+            version=version("darkroom-server"),
+            uptime=duration_message(max(0.0, time.time() - self._process.create_time())),
+            state=STATES[now.state],
+            models=[_model(model) for model in now.models],
+            engines=[_engine(engine) for engine in now.engines],
+            queued_jobs=now.queued_jobs,
+            max_queued_jobs=now.max_queued_jobs,
+            running_jobs=now.running_jobs,
+            accepted_jobs=now.accepted_jobs,
+            ended_jobs=now.ended_jobs,
+            host_memory_bytes=self._process.memory_info().rss,
+        )
+
+
+def _model(model: ModelStatus) -> server_pb2.ModelStatus:
+    return server_pb2.ModelStatus(
+        id=model.id,
+        ready=model.ready,
+        queued_jobs=model.queued_jobs,
+        running_jobs=model.running_jobs,
+        pass_times=[
+            server_pb2.PassTime(
+                width=each.width,
+                height=each.height,
+                rows=each.rows,
+                time=duration_message(each.seconds),
+            )
+            for each in model.pass_times
+        ],
+    )
+
+
+def _engine(engine: EngineStatus) -> server_pb2.EngineStatus:
+    memory = engine.memory
+    return server_pb2.EngineStatus(
+        index=engine.index,
+        device=engine.device,
+        ready=engine.ready,
+        restarts=engine.restarts,
+        jobs=engine.jobs,
+        samples=engine.samples,
+        rows_in_use=engine.rows_in_use,
+        memory_bytes=memory.by_kind if memory else {},
+        host_memory_bytes=memory.host_rss if memory else 0,
+    )

@@ -1,0 +1,92 @@
+"""What an operator asks first."""
+
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from darkroom.v1 import server_pb2, server_pb2_grpc
+from darkroom_server.core.events import MemoryReport
+from darkroom_server.core.model import ModelSpeed
+from darkroom_server.engine.fake import fake_model
+from darkroom_server.settings import Dispatch, Engine, Security
+from tests.server.wire import NOT_SERVING, SERVING, Wire, refusal, serving
+
+SPEED = ModelSpeed(passes=((2, 1.0), (4, 1.5)), decode=0.5)
+TIMED: dict[str, Any] = {"models": [replace(fake_model(), speed=SPEED)]}
+
+
+async def status(wire: Wire, metadata: Any = ()) -> Any:
+    stub: Any = server_pb2_grpc.ServerServiceStub(wire.channel)
+    return await stub.GetStatus(server_pb2.GetStatusRequest(), metadata=metadata)
+
+
+async def test_a_server_at_work() -> None:
+    limits = Dispatch(max_queued_jobs=7, max_resident_samples=2)
+    async with serving(fake=TIMED, dispatch=limits) as wire:
+        idle = await status(wire)
+        call = wire.generating(image_count=2, steps=4)
+        await wire.submitted.get()
+        wire.engine._emit(MemoryReport(device="cpu", by_kind={"allocated": 5}, host_rss=9))
+        wire.engine.advance(1)
+        busy = await status(wire)
+        wire.engine.advance(3)
+        await call
+        done = await status(wire)
+    assert idle.state == server_pb2.SERVER_STATE_READY
+    assert idle.version
+    assert idle.uptime.ToMilliseconds() > 0
+    assert idle.host_memory_bytes > 0
+    assert idle.max_queued_jobs == 7
+    (model,) = idle.models
+    assert (model.id, model.ready) == ("demo", True)
+    times = {time.rows: time.time.ToMilliseconds() for time in model.pass_times}
+    assert times == {2: 1000, 4: 1500}
+    (engine,) = busy.engines
+    assert (engine.device, engine.ready, engine.restarts) == ("cpu", True, 0)
+    assert (engine.jobs, engine.samples, engine.rows_in_use) == (1, 2, 4)
+    assert dict(engine.memory_bytes) == {"allocated": 5}
+    assert engine.host_memory_bytes == 9
+    assert (busy.running_jobs, busy.models[0].running_jobs, busy.queued_jobs) == (1, 1, 0)
+    assert done.accepted_jobs == 1
+    assert dict(done.ended_jobs) == {"finished": 1, "failed": 0, "expired": 0, "cancelled": 0}
+    assert done.engines[0].rows_in_use == 0
+
+
+async def test_a_server_that_loads() -> None:
+    async with serving(fake={"load": False}, wait=False) as wire:
+        told = await status(wire)
+        assert told.state == server_pb2.SERVER_STATE_LOADING
+        assert not told.models[0].ready
+        assert not told.engines[0].ready
+        wire.engine.become_ready()
+        await wire.health_becomes(SERVING)
+        assert (await status(wire)).state == server_pb2.SERVER_STATE_READY
+
+
+async def test_a_server_that_recovers_and_one_that_goes_away() -> None:
+    async with serving(engine=Engine(engine_max_restarts=5)) as wire:
+        wire.engine.die()
+        await wire.health_becomes(NOT_SERVING)
+        assert (await status(wire)).state == server_pb2.SERVER_STATE_RECOVERING
+        await wire.health_becomes(SERVING)
+        assert (await status(wire)).engines[0].restarts == 1
+        wire.server.dispatcher.refuse_new_jobs()
+        assert (await status(wire)).state == server_pb2.SERVER_STATE_DRAINING
+
+
+async def test_with_tokens_the_status_is_for_admins(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(
+        "".join(
+            f'[[token]]\nname = "{name}"\nsha256 = "{sha256(name.encode()).hexdigest()}"\n{more}\n'
+            for name, more in (("web", ""), ("ops", "admin = true"))
+        )
+    )
+    async with serving(security=Security(tokens=str(tokens))) as wire:
+        error = await refusal(status(wire, (("authorization", "Bearer web"),)))
+        assert error.code is grpc.StatusCode.PERMISSION_DENIED
+        told = await status(wire, (("authorization", "Bearer ops"),))
+    assert told.state == server_pb2.SERVER_STATE_READY
