@@ -71,6 +71,11 @@ class AcceptedJob:
         return isinstance(self._outcome, Finished)
 
     @property
+    def waiters(self) -> int:
+        """How many wait for it."""
+        return len(self._waiters)
+
+    @property
     def ended(self) -> bool:
         """Nothing more will be told to the waiters."""
         return self._ended.is_set()

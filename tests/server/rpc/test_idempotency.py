@@ -1,0 +1,269 @@
+"""A request id names a job: to join it, to come back to it, to cancel it."""
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+from darkroom.v1 import generation_pb2
+from darkroom_server.core.caller import Caller
+from darkroom_server.core.errors import Failure, Reason
+from darkroom_server.dispatch import End
+from darkroom_server.rpc import generation as service
+from darkroom_server.settings import Results
+from tests.server.rpc.test_stream import assembled, kind, read, rest, until
+from tests.server.wire import Wire, refusal, serving
+
+
+def come_from(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(service, "current_caller", lambda: Caller(name=name))
+
+
+def watch(wire: Wire, request_id: str) -> Any:
+    return wire.generation.WatchGeneration(
+        generation_pb2.WatchGenerationRequest(request_id=request_id)
+    )
+
+
+async def submit(wire: Wire, prompt: str = "a star", **fields: Any) -> Any:
+    time_limit = fields.pop("time_limit", None)
+    request = generation_pb2.SubmitGenerationRequest(
+        generation=generation_pb2.GenerateRequest(prompt=prompt, **fields)
+    )
+    if time_limit is not None:
+        request.time_limit.FromMilliseconds(round(time_limit * 1000))
+    return (await wire.generation.SubmitGeneration(request)).accepted
+
+
+async def cancel(wire: Wire, request_id: str) -> bool:
+    request = generation_pb2.CancelGenerationRequest(request_id=request_id)
+    return bool((await wire.generation.CancelGeneration(request)).cancelled)
+
+
+async def test_two_calls_of_one_id_share_the_job_and_its_drawn_seed() -> None:
+    async with serving() as wire:
+        first = wire.generating(request_id="twin")
+        await wire.submitted.get()
+        call = wire.stream(request_id="twin")
+        (accepted,) = await read(call)
+        assert accepted.joined
+        wire.engine.advance(4)
+        told = await rest(call)
+        image = (await first).images[0]
+        assert image.seed == accepted.seeds[0]
+        chunks = [r.event.image for r in told if kind(r) == "image"]
+        assert assembled(chunks) == {0: image.data}
+        # And once more, from what is kept.
+        again = await wire.generate(request_id="twin")
+        assert again.images[0] == image
+        assert wire.submitted.empty()
+        assert wire.server.dispatcher.counts.accepted == 1
+
+
+async def test_other_fields_are_a_conflict() -> None:
+    async with serving() as wire:
+        first = wire.generating(request_id="mine", seed=1)
+        await wire.submitted.get()
+        for call in (wire.generate(request_id="mine", seed=2), wire.generate(request_id="mine")):
+            error = await refusal(call)
+            assert error.code is grpc.StatusCode.ALREADY_EXISTS
+            assert error.info.reason == "REQUEST_CONFLICT"
+        wire.engine.advance(4)
+        await first
+        error = await refusal(rest(wire.stream("other", request_id="mine")))
+        assert error.code is grpc.StatusCode.ALREADY_EXISTS
+
+
+async def test_what_a_disconnect_means_is_no_part_of_the_body() -> None:
+    async with serving() as wire:
+        first = wire.generating(request_id="mine", seed=1)
+        await wire.submitted.get()
+        keep = generation_pb2.ON_DISCONNECT_KEEP
+        call = wire.stream(request_id="mine", seed=1, on_disconnect=keep)
+        assert (await read(call))[0].joined
+        wire.engine.advance(4)
+        await first
+        await rest(call)
+
+
+async def test_without_an_id_nothing_is_shared() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        first, second = [await wire.generate(seed=1) for _ in range(2)]
+        assert first.request_id != second.request_id
+        assert wire.server.dispatcher.counts.accepted == 2
+        # Nobody can come back to them, so they take no room.
+        assert wire.server.requests.kept_bytes == 0
+
+
+async def test_a_reply_that_is_too_large_for_the_one_who_joins() -> None:
+    async with serving() as wire:
+        call = wire.stream(request_id="big", image_count=16, width=512, height=512)
+        await read(call)
+        error = await refusal(
+            wire.generate(request_id="big", image_count=16, width=512, height=512)
+        )
+        assert error.info.reason == "REPLY_TOO_LARGE"
+        wire.engine.advance(4)
+        assert kind((await rest(call))[-1]) == "finished"
+
+
+async def test_the_last_waiter_ends_the_job() -> None:
+    async with serving() as wire:
+        first, second = [wire.stream(request_id="shared", steps=1000) for _ in range(2)]
+        await read(first)
+        await read(second)
+        first.cancel()
+        await asyncio.wait([asyncio.ensure_future(first.code())])
+        wire.engine.advance()
+        await until(second, "progress")
+        assert wire.cancelled.empty()
+        second.cancel()
+        assert await wire.cancelled.get() == "shared"
+        wire.engine.advance(0)
+        await wire.counted(End.CANCELLED)
+
+
+async def test_a_kept_job_waits_for_its_caller_to_come_back() -> None:
+    async with serving() as wire:
+        keep = generation_pb2.ON_DISCONNECT_KEEP
+        call = wire.stream(request_id="kept", image_count=2, on_disconnect=keep)
+        (accepted,) = await read(call)
+        job = await wire.submitted.get()
+        wire.engine.advance(2)
+        wire.engine.deliver(job.id, 0)
+        await until(call, "image")
+        call.cancel()
+        await wire.waiters("kept", 0)
+        assert wire.cancelled.empty()
+        again = watch(wire, "kept")
+        first, _, chunk = await read(again, 3)
+        assert first.joined
+        assert list(first.seeds) == list(accepted.seeds)
+        # The image that was sent before is sent again.
+        assert (chunk.image_index, chunk.image.seed) == (0, accepted.seeds[0])
+        wire.engine.advance(2)
+        told = await rest(again)
+        assert kind(told[-1]) == "finished"
+        assert {r.event.image.image_index for r in told if kind(r) == "image"} >= {1}
+
+
+async def test_a_kept_job_that_nobody_comes_back_for_ends() -> None:
+    async with serving(results=Results(reattach_grace=0.05)) as wire:
+        keep = generation_pb2.ON_DISCONNECT_KEEP
+        call = wire.stream(request_id="kept", on_disconnect=keep)
+        await read(call)
+        call.cancel()
+        assert await wire.cancelled.get() == "kept"
+        error = await refusal(rest(watch(wire, "kept")))
+        assert error.code is grpc.StatusCode.CANCELLED
+        assert error.info.reason == "CANCELLED"
+
+
+async def test_a_submitted_job_runs_without_a_waiter() -> None:
+    async with serving() as wire:
+        accepted = await submit(wire, request_id="later", seed=3)
+        assert (accepted.request_id, list(accepted.seeds), accepted.joined) == ("later", [3], False)
+        await wire.submitted.get()
+        call = watch(wire, "later")
+        await read(call)
+        call.cancel()
+        await wire.waiters("later", 0)
+        wire.engine.advance(4)
+        await wire.counted(End.FINISHED)
+        told = await rest(watch(wire, "later"))
+        assert [kind(r) for r in told] == ["accepted", "started", "image", "finished"]
+        # Generate gets it too.
+        assert (await wire.generate(request_id="later", seed=3)).images[0].seed == 3
+        assert (await submit(wire, request_id="later", seed=3)).joined
+
+
+async def test_an_id_is_drawn_for_a_submitted_job_without_one() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        accepted = await submit(wire)
+        told = await rest(watch(wire, accepted.request_id))
+        assert kind(told[-1]) == "finished"
+
+
+async def test_a_time_limit_is_the_jobs_deadline() -> None:
+    async with serving() as wire:
+        await submit(wire, request_id="short", time_limit=0.05)
+        assert await wire.cancelled.get() == "short"
+        error = await refusal(rest(watch(wire, "short")))
+        assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        bad = await refusal(submit(wire, time_limit=-1.0))
+        assert set(bad.violations) == {"time_limit"}
+
+
+async def test_the_submitting_calls_own_deadline_is_not_the_jobs() -> None:
+    async with serving() as wire:
+        request = generation_pb2.SubmitGenerationRequest(
+            generation=generation_pb2.GenerateRequest(prompt="a star")
+        )
+        await wire.generation.SubmitGeneration(request, timeout=60)
+        assert (await wire.submitted.get()).deadline is None
+        wire.engine.advance(4)
+
+
+async def test_a_watcher_learns_why_a_job_failed() -> None:
+    async with serving() as wire:
+        await submit(wire, request_id="bad")
+        await wire.submitted.get()
+        wire.engine.fail("bad", Failure(Reason.NON_FINITE, "not a number"))
+        error = await refusal(rest(watch(wire, "bad")))
+        assert (error.code, error.info.reason) == (grpc.StatusCode.INTERNAL, "NON_FINITE")
+        # The same request is a new run.
+        call = wire.generating(request_id="bad")
+        await wire.submitted.get()
+        wire.engine.advance(4)
+        assert (await call).images
+
+
+async def test_cancelling_by_id_tells_everybody_who_waits() -> None:
+    async with serving() as wire:
+        call = wire.generating(request_id="gone")
+        await wire.submitted.get()
+        watcher = watch(wire, "gone")
+        await read(watcher)
+        assert await cancel(wire, "gone")
+        for waiting in (call, rest(watcher)):
+            error = await refusal(waiting)
+            assert error.code is grpc.StatusCode.CANCELLED
+            assert error.info.reason == "CANCELLED"
+        assert await wire.cancelled.get() == "gone"
+        assert not await cancel(wire, "gone")
+
+
+@pytest.mark.parametrize("id", ["never", "x" * 65, ""])
+async def test_an_unknown_id_is_not_found(id: str) -> None:
+    async with serving() as wire:
+        for call in (rest(watch(wire, id)), cancel(wire, id)):
+            error = await refusal(call)
+            if id == "never":
+                assert error.code is grpc.StatusCode.NOT_FOUND
+                assert error.info.reason == "UNKNOWN_REQUEST"
+            else:
+                assert set(error.violations) == {"request_id"}
+
+
+async def test_another_callers_id_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as wire:
+        come_from(monkeypatch, "ada")
+        await submit(wire, request_id="mine")
+        await wire.submitted.get()
+        come_from(monkeypatch, "bob")
+        for call in (rest(watch(wire, "mine")), cancel(wire, "mine")):
+            assert (await refusal(call)).code is grpc.StatusCode.NOT_FOUND
+        # Bob may use the same id for himself.
+        assert not (await submit(wire, "another", request_id="mine")).joined
+        jobs = {job.caller: job.prompt for job in wire.engine.jobs}
+        assert jobs == {"ada": "a star", "bob": "another"}
+        wire.engine.advance(4)
+
+
+async def test_results_are_kept_for_a_while_only() -> None:
+    async with serving(fake={"auto": True}, results=Results(result_ttl=0.0)) as wire:
+        first = await wire.generate(request_id="a")
+        second = await wire.generate(request_id="a")
+        assert first.images[0].seed != second.images[0].seed
+        assert (await refusal(rest(watch(wire, "a")))).code is grpc.StatusCode.NOT_FOUND
