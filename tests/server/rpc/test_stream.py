@@ -151,7 +151,7 @@ async def test_previews_come_every_so_many_steps() -> None:
         assert (preview.image_index, preview.step) == (0, 2)
         assert preview.format == types_pb2.IMAGE_FORMAT_JPEG
         picture = Image.open(io.BytesIO(preview.data))
-        assert picture.size == (preview.width, preview.height) == (8, 8)
+        assert picture.size == (preview.width, preview.height) == (64, 64)
         wire.engine.advance(4)
         # None after the last step: the image comes itself.
         assert (await until(call, "preview")).step == 4

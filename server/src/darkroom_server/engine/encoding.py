@@ -7,9 +7,9 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from darkroom_server.core.events import EncodedImage, JobFailed
+from darkroom_server.core.events import EncodedImage, JobFailed, PreviewReady
 from darkroom_server.engine.failures import ENCODE_FAILED
-from darkroom_server.engine.images import encode_image, sha256_of
+from darkroom_server.engine.images import encode_image, encode_preview, preview_size, sha256_of
 from darkroom_server.engine.model import LoadedModel
 from darkroom_server.engine.replay import replay_of
 from darkroom_server.engine.resident import Resident
@@ -42,9 +42,38 @@ class EncodingPool:
         """Encode ``pixels`` soon, and give the image to its job; a flagged one is withheld."""
         self._pool.submit(self._encode, resident, sample, model, pixels, flagged)
 
+    def submit_preview(self, resident: Resident, sample: Sample, pixels: NDArray[np.uint8]) -> None:
+        """Encode a preview soon, and give it to its job."""
+        sample.previewing = True
+        self._pool.submit(self._encode_preview, resident, sample, sample.step, pixels)
+
     def close(self) -> None:
         """Finish what is being encoded, drop what waits."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _encode_preview(
+        self, resident: Resident, sample: Sample, step: int, pixels: NDArray[np.uint8]
+    ) -> None:
+        job = sample.job
+        try:
+            size = preview_size(job.width, job.height)
+            data = encode_preview(pixels, size, job.preview_format)
+        except Exception:
+            log.exception("preview could not be encoded", job=job.id)
+            return
+        finally:
+            sample.previewing = False
+        resident.preview(
+            PreviewReady(
+                job_id=job.id,
+                image_index=sample.index,
+                step=step,
+                data=data,
+                format=job.preview_format,
+                width=size[0],
+                height=size[1],
+            )
+        )
 
     def _encode(
         self,

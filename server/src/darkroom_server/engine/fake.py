@@ -33,7 +33,7 @@ from darkroom_server.core.model import (
     ModelRuntime,
     SchedulerOffer,
 )
-from darkroom_server.engine.images import PREVIEW_QUALITY, encode_image, sha256_of
+from darkroom_server.engine.images import encode_image, encode_preview, preview_size, sha256_of
 
 FLAGGED = "[flagged]"
 """A prompt that holds this draws an image that is withheld."""
@@ -104,17 +104,17 @@ def fake_image(job: Job, index: int) -> EncodedImage:
 
 
 def fake_preview(job: Job, index: int, step: int) -> PreviewReady:
-    """What image ``index`` of ``job`` looks like after ``step`` steps: an eighth of its size."""
-    height, width = job.height // 8, job.width // 8
-    pixels = np.full((height, width, 3), _colour(job.seed_of(index)), np.uint8)
+    """What image ``index`` of ``job`` looks like after ``step`` steps: much the same."""
+    size = preview_size(job.width, job.height)
+    pixels = np.full((8, 8, 3), _colour(job.seed_of(index)), np.uint8)
     return PreviewReady(
         job_id=job.id,
         image_index=index,
         step=step,
-        data=encode_image(pixels, job.preview_format, PREVIEW_QUALITY),
+        data=encode_preview(pixels, size, job.preview_format),
         format=job.preview_format,
-        width=width,
-        height=height,
+        width=size[0],
+        height=size[1],
     )
 
 

@@ -15,6 +15,9 @@ PNG_COMPRESSION = 1
 PREVIEW_QUALITY = 75
 """Of a picture that is looked at for a moment; Pillow's own default for JPEG."""
 
+PREVIEW_SIDE = 256
+"""Pixels of a preview's longer side, at most."""
+
 
 def encode_image(pixels: NDArray[np.uint8], format: ImageFormat, quality: int) -> bytes:
     """``pixels`` [height, width, 3] in ``format``; ``quality`` 1 to 100, for JPEG and WebP."""
@@ -26,6 +29,20 @@ def encode_image(pixels: NDArray[np.uint8], format: ImageFormat, quality: int) -
         image.save(buffer, "PNG", compress_level=PNG_COMPRESSION)
     else:
         image.save(buffer, format.name, quality=quality)
+    return buffer.getvalue()
+
+
+def preview_size(width: int, height: int) -> tuple[int, int]:
+    """The size of a preview of an image of ``width`` × ``height`` pixels, in the same shape."""
+    shrink = min(1.0, PREVIEW_SIDE / max(width, height))
+    return max(1, round(width * shrink)), max(1, round(height * shrink))
+
+
+def encode_preview(pixels: NDArray[np.uint8], size: tuple[int, int], format: ImageFormat) -> bytes:
+    """``pixels`` [h, w, 3], which are few, smoothly drawn to ``size``, in ``format``."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    image.save(buffer, format.name, quality=PREVIEW_QUALITY)
     return buffer.getvalue()
 
 

@@ -139,6 +139,7 @@ class EngineLoop:
         now = time.monotonic()
         self._turns.charge(samples[0].group, now - began)
         self._account(stepped, now - began, joined)
+        self._preview(stepped)
         finished = [sample for sample in stepped if sample.done]
         for sample in finished:
             self._roster.developed(sample)
@@ -247,6 +248,19 @@ class EngineLoop:
                     seconds=seconds,
                 )
             )
+
+    def _preview(self, samples: list[Sample]) -> None:
+        """Paint the samples whose previews are due, unless their last is still being encoded.
+
+        What a safety checker may withhold in the end is not shown before.
+        """
+        for sample in samples:
+            clean, sample.clean = sample.clean, None
+            model = self._models[sample.job.model]
+            if clean is None or sample.previewing or model.safety is not None:
+                continue
+            if (pixels := model.previewer.paint(clean)) is not None:
+                self._encoding.submit_preview(self._resident(sample), sample, pixels)
 
     def _resident(self, sample: Sample) -> Resident:
         resident = self._roster.get(sample.job.id)

@@ -11,6 +11,7 @@ from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.engine.decoder import Decoder
 from darkroom_server.engine.denoiser import Denoiser
+from darkroom_server.engine.previews import Previewer
 from darkroom_server.engine.prompts import Embedding, PromptEncoder
 from darkroom_server.engine.safety import SafetyChecker
 from darkroom_server.engine.sample import Group, Sample
@@ -26,6 +27,7 @@ class LoadedModel:
     prompts: PromptEncoder
     denoiser: Denoiser
     decoder: Decoder
+    previewer: Previewer
     safety: SafetyChecker | None
     scheduler_config: dict[str, Any]
     latent_channels: int

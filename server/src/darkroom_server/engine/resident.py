@@ -10,6 +10,7 @@ from darkroom_server.core.events import (
     Event,
     ImageReady,
     JobFinished,
+    PreviewReady,
     StageSeconds,
 )
 from darkroom_server.core.job import Job
@@ -29,7 +30,7 @@ class Resident:
         self._emit = emit
         self._lock = threading.Lock()
         self._ended = False
-        self._delivered = 0
+        self._delivered: set[int] = set()
         self._encode_prompt = 0.0
         self._first_pass: float | None = None
         self._denoised = 0.0
@@ -77,14 +78,20 @@ class Resident:
             self._emit(event)
             return True
 
+    def preview(self, event: PreviewReady) -> None:
+        """Tell of a preview, unless it comes too late."""
+        with self._lock:
+            if not self._ended and event.image_index not in self._delivered:
+                self._emit(event)
+
     def deliver(self, index: int, image: EncodedImage) -> bool:
         """Tell of a finished image; True if it was the job's last, which ends the job."""
         with self._lock:
             if self._ended:
                 return False
             self._emit(ImageReady(job_id=self.job.id, image_index=index, image=image))
-            self._delivered += 1
-            if self._delivered < len(self.job.image_indices):
+            self._delivered.add(index)
+            if len(self._delivered) < len(self.job.image_indices):
                 return False
             self._ended = True
             self._emit(JobFinished(self.job.id, self._stages(time.monotonic())))

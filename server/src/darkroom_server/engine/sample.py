@@ -26,7 +26,8 @@ class Sample:
 
     ``embeddings`` are one per row: the prompt's alone, or the negative prompt's and the prompt's.
     The first latents, and all later noise, are drawn on the CPU from the sample's own generator,
-    so that a seed means the same on every device.
+    so that a seed means the same on every device. ``clean`` are the latents that the denoiser
+    expects in the end, where a preview is due; ``previewing`` says that one is being encoded.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class Sample:
         self.step = 0
         self.rows_in_last_pass = 0
         self.engine_seconds = 0.0
+        self.clean: torch.Tensor | None = None
+        self.previewing = False
         # On the CPU, so that looking a timestep up never waits for the device.
         scheduler.set_timesteps(job.steps, device="cpu")
         self._timesteps = scheduler.timesteps
@@ -111,7 +114,24 @@ class Sample:
             # Classifier-free guidance, Ho and Salimans 2022, as in diffusers' pipeline.
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + self.job.guidance_scale * (conditional - unconditional)
+        if self.job.wants_preview(self.step + 1, self.steps):
+            self.clean = self._expected(prediction)
         self.latents = self.scheduler.step(
             prediction, self.timestep, self.latents, **self._extra, return_dict=False
         )[0]
         self.step += 1
+
+    def _expected(self, prediction: torch.Tensor) -> torch.Tensor:
+        """What ``prediction`` says of the finished latents, the same for every scheduler.
+
+        The denoiser sees the latents with their variance kept, whatever the scheduler's own scale
+        is: so these are the equations of Song et al. 2020 (epsilon), Salimans and Ho 2022 (v).
+        """
+        noisy, predicted = self.denoiser_input().float(), prediction.float()
+        signal = float(self.scheduler.alphas_cumprod[round(float(self.timestep))])
+        kind = self.scheduler.config.prediction_type
+        if kind == "sample":
+            return predicted
+        if kind == "v_prediction":
+            return signal**0.5 * noisy - (1 - signal) ** 0.5 * predicted  # type: ignore[no-any-return]
+        return (noisy - (1 - signal) ** 0.5 * predicted) / max(signal, 1e-4) ** 0.5  # type: ignore[no-any-return]

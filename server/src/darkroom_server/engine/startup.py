@@ -29,6 +29,7 @@ from darkroom_server.engine.loading import load_pipeline, weights_of
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.measure import ROWS, Form, best_rows, measure_rows
 from darkroom_server.engine.model import LoadedModel
+from darkroom_server.engine.previews import Previewer
 from darkroom_server.engine.prompts import PromptEncoder
 from darkroom_server.engine.revision import revision_of
 from darkroom_server.engine.runtime import DTYPES, Runtime, allowed_threads, resolve
@@ -137,6 +138,7 @@ def load_model(
             channels_last=form.channels_last,
         ),
         decoder=decoder,
+        previewer=Previewer(pipeline.vae, precision, factor),
         safety=safety,
         scheduler_config=dict(pipeline.scheduler.config),
         latent_channels=int(pipeline.unet.config.in_channels),
