@@ -62,6 +62,7 @@ def class_boxes(
             label=label,
         )
     axis.set_xticks(range(len(STEPS)), [f"{steps} steps" for steps in STEPS])
+    axis.set_xlim(-0.5, len(STEPS) - 0.5)
     axis.grid(axis="y", color="#e3e3e3")
     axis.set_axisbelow(True)
 
@@ -91,9 +92,7 @@ def _latencies(results: Results) -> Any:
         axis.axhline(0.5, color="#cccccc", linewidth=0.8, zorder=0)
         axis.axhline(0.95, color="#cccccc", linewidth=0.8, zorder=0)
         axis.set_xscale("log")
-        ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if _within(axis, tick)]
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
+        seconds_ticks(axis.xaxis)
         axis.set_title(_title(scenario), loc="left")
         axis.set_xlabel("latency, seconds")
     axes[0].set_yticks([0, 0.25, 0.5, 0.75, 0.95, 1], ["0", "25 %", "50 %", "75 %", "95 %", ""])
@@ -103,9 +102,12 @@ def _latencies(results: Results) -> Any:
     return figure
 
 
-def _within(axis: Any, tick: float) -> bool:
-    low, high = axis.get_xlim()
-    return bool(low <= tick <= high)
+def seconds_ticks(axis: Any) -> None:
+    """Plain numbers on one logarithmic axis of seconds, as far as it goes."""
+    low, high = axis.get_view_interval()
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
 
 
 def _title(scenario: str) -> str:

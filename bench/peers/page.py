@@ -80,7 +80,7 @@ def _goals(found: Sequence[Goal]) -> str:
         ]
         for goal in found
     ]
-    return table(["Darkroom's ratio to the best peer", "goal", "reached", "met"], rows)
+    return table(["Darkroom's figure over the other's", "goal", "reached", "met"], rows)
 
 
 def _scenarios(results: Results, *, closed: bool) -> list[str]:

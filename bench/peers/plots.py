@@ -8,7 +8,7 @@ from bench.goals import SHORT
 from bench.peers.figures import images, latency, runs_of
 from bench.peers.roster import DARKROOM, PEERS
 from bench.peers.scenarios import BUSY, SCENARIOS, Mix
-from bench.plots import class_boxes, new_figure, save
+from bench.plots import class_boxes, new_figure, save, seconds_ticks
 from bench.results import Results
 
 COLOURS = {
@@ -27,13 +27,13 @@ def plot(results: Results, folder: Path) -> list[tuple[str, str]]:
             "load",
             _load,
             "Latency against load, mixed, Poisson arrivals: medians of the shortest class, and "
-            "p95 of all. The load is a share of what (a) can do.",
+            "p95 of all. The load is a share of what (a) can do; the seconds are logarithmic.",
         ),
         (
             "classes",
             _classes,
             "Latency by class at 90 % of (a)'s capacity. Boxes from p25 to p75, the white line is "
-            "the median; whiskers from p5 to p95.",
+            "the median; whiskers from p5 to p95; the seconds are logarithmic.",
         ),
         (
             "occupancy",
@@ -82,7 +82,8 @@ def _load(results: Results) -> Any:
         axis.set_xticks(sorted(plain), [f"{load:g}" for load in sorted(plain)])
         axis.set_title(title, loc="left")
         axis.set_xlabel("load")
-        axis.set_ylim(bottom=0)
+        axis.set_yscale("log")
+        seconds_ticks(axis.yaxis)
         axis.grid(axis="y", color="#e3e3e3")
     axes[0].set_ylabel("latency, seconds")
     axes[0].legend(frameon=False, loc="upper left")
@@ -95,9 +96,10 @@ def _classes(results: Results) -> Any:
         return None
     figure, axes = new_figure(1)
     class_boxes(axes[0], drawn, {PEERS[name].label: colour for name, colour in COLOURS.items()})
-    axes[0].set_ylim(bottom=0)
+    axes[0].set_yscale("log")
+    seconds_ticks(axes[0].yaxis)
     axes[0].set_ylabel("latency, seconds")
-    axes[0].legend(frameon=False, loc="upper left")
+    axes[0].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(drawn))
     return figure
 
 
@@ -106,6 +108,7 @@ def _occupancy(results: Results) -> Any:
     runs = runs_of(results, BUSY.name)
     if not runs:
         return None
+    longest = max(len(each[0].figures["occupancy"]) for each in runs.values())
     figure, axes = _stacked(len(runs))
     for axis, (name, each) in zip(axes, runs.items(), strict=True):
         occupied = each[0].figures["occupancy"]
@@ -116,7 +119,7 @@ def _occupancy(results: Results) -> Any:
         axis.set_title(f"{PEERS[name].label}: {mean:.1f} at the mean", loc="left", fontsize=9)
         axis.set_ylim(0, results.settings["widest"])
         axis.set_yticks([0, results.settings["widest"] // 2, results.settings["widest"]])
-        axis.grid(axis="y", color="#e3e3e3")
+        axis.set_xlim(0, longest)
     axes[-1].set_xlabel("seconds")
     return figure
 

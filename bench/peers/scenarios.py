@@ -41,6 +41,16 @@ class Mix(StrEnum):
     UNIFORM = "uniform"
     SIZES = "sizes"
 
+    @property
+    def text(self) -> str:
+        """In words, for a heading."""
+        steps, guidance = UNIFORM
+        return {
+            Mix.MIXED: "mixed",
+            Mix.UNIFORM: f"all alike ({steps} steps, guidance {guidance})",
+            Mix.SIZES: f"mixed, sizes too ({', '.join(f'{s:g}' for s in SIDES)} of the usual)",
+        }[self]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:

@@ -67,7 +67,7 @@ def closed_loop(results: Results, scenario: str) -> str:
         for name, each in runs.items()
     ]
     heads = ["", "images/s", "to the best peer", "images a call", *_heads(runs)]
-    mix = SCENARIOS[scenario].mix
+    mix = SCENARIOS[scenario].mix.text
     return (
         f"### Closed loop, {CALLERS} callers, {mix}\n\nEach caller asks for the next image when "
         "it has its last one. p50 / p95 / p99 in seconds. Images a call: at the mean of the time "
@@ -84,8 +84,10 @@ def open_loop(results: Results, scenario: str) -> str:
     rate = first[0].rate or 0.0
     tails = {name: latency(each, None, 0.95) for name, each in runs.items() if images(each)}
     columns: dict[str, Callable[[Run], float]] = {}
-    words = [f"{arrivals} arrivals a round at {rate:.2f} a second, {what.mix}"]
-    words.append("in bursts of 8" if what.bursts else "Poisson")
+    if len(first) > 1:
+        columns["p95 of all, over the rounds"] = lambda run: latency([run], None, 0.95)
+    kind = "in bursts of 8" if what.bursts else "Poisson"
+    words = [f"{arrivals} arrivals a round at {rate:.2f} a second, {kind}"]
     if what.deadlines:
         columns["images/s in time"] = goodput
         words.append(f"each with a deadline of {PATIENCE:g} times what it takes alone")
@@ -109,9 +111,9 @@ def open_loop(results: Results, scenario: str) -> str:
     ]
     heads = ["", *_heads(runs), "p95 to the best peer", *columns]
     heads += ["first progress, p50 / p95", "no image"] if what.stream else ["no image"]
+    title = ", ".join([what.mix.text, *scenario.split()[2:]])
     return (
-        f"### Open loop, {', '.join([what.mix, *scenario.split()[2:]])}, {what.load:.0%} of (a)'s "
-        "capacity\n\n"
+        f"### Open loop, {title}, {what.load:.0%} of (a)'s capacity\n\n"
         f"{'; '.join(words)}. p50 / p95 / p99 in seconds.\n\n{table(heads, rows)}"
     )
 
