@@ -40,7 +40,7 @@ def test_the_channel_is_told_everything() -> None:
     assert config["loadBalancingConfig"] == [{"round_robin": {}}]
     policy = config["methodConfig"][0]["retryPolicy"]
     assert policy["maxAttempts"] == 5
-    assert policy["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert policy["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
     assert config["retryThrottling"]["maxTokens"] > 0
 
 

@@ -69,7 +69,9 @@ def service_config(settings: Settings) -> dict[str, object]:
             "initialBackoff": f"{retry.initial_backoff}s",
             "maxBackoff": f"{retry.max_backoff}s",
             "backoffMultiplier": retry.multiplier,
-            "retryableStatusCodes": ["UNAVAILABLE"],
+            # A server that closes its port drops what arrives at that moment, as CANCELLED. A job
+            # that somebody cancelled is CANCELLED too, but with a trailer that forbids retries.
+            "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
         }
         names = [{"service": service} for service in SERVICES]
         config["methodConfig"] = [{"name": names, "retryPolicy": policy}]

@@ -27,6 +27,13 @@ log = structlog.get_logger(__name__)
 ANSWER_SECONDS = 5.0
 """For handlers to answer, once every job has ended."""
 
+REFUSE_SECONDS = 3.0
+"""How long a server that goes away tells callers so, before it closes its port.
+
+Callers that try again after a second, as they are told, may come back to it while the port is open;
+before their fifth and last try it is closed, and they find another server.
+"""
+
 
 def build_engines(settings: Settings) -> list[Engine]:
     """The engines that draw; torch is imported where they run, not here."""
@@ -138,7 +145,9 @@ class Server:
         if self.dispatcher.ready:
             log.info("draining", jobs=self.dispatcher.counts.live, grace=shutdown.grace)
             await asyncio.sleep(shutdown.drain_delay)
+        closing = asyncio.get_running_loop().call_later(REFUSE_SECONDS, self._rpc.close_port)
         await self.dispatcher.drain(shutdown.grace)
+        closing.cancel()
         await self._rpc.stop(ANSWER_SECONDS)
         await self.dispatcher.close()
         self.requests.close()

@@ -6,6 +6,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
+from darkroom_server import app
 from darkroom_server.settings import Dispatch, Shutdown
 from tests.server.app.process import start
 from tests.server.wire import NOT_SERVING, SERVING, refusal, serving
@@ -37,6 +38,31 @@ async def test_accepted_jobs_finish_and_new_ones_are_refused() -> None:
         await queued
         await shutdown
         assert wire.engine.closed.is_set()
+
+
+async def port_closes(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(host, int(port))
+        except ConnectionRefusedError:
+            return
+        writer.close()
+
+
+async def test_the_port_closes_before_the_last_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "REFUSE_SECONDS", 0.0)
+    async with serving() as wire:
+        running = wire.generating(request_id="a")
+        await wire.submitted.get()
+        wire.server.stop()
+        await wire.serve
+        shutdown = asyncio.create_task(wire.server.shutdown())
+        await port_closes(wire.server.address)
+        assert not shutdown.done()
+        wire.engine.finish("a")
+        assert (await running).images
+        await shutdown
 
 
 async def test_jobs_that_outlast_the_grace_fail_as_unavailable() -> None:

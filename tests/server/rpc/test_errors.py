@@ -39,7 +39,7 @@ EXAMPLES: list[tuple[DarkroomError, grpc.StatusCode, str | None, Outcome]] = [
     (RequestConflict("r"), grpc.StatusCode.ALREADY_EXISTS, None, Outcome.INVALID),
     (Unauthenticated("who?"), grpc.StatusCode.UNAUTHENTICATED, None, Outcome.REFUSED),
     (NotAllowed("no"), grpc.StatusCode.PERMISSION_DENIED, None, Outcome.REFUSED),
-    (JobCancelled("gone"), grpc.StatusCode.CANCELLED, None, Outcome.CANCELLED),
+    (JobCancelled("gone"), grpc.StatusCode.CANCELLED, "-1", Outcome.CANCELLED),
     (
         QuotaExceeded("jobs", "has 4 jobs, and may have 4"),
         grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -38,6 +38,9 @@ MAX_MESSAGE = 1000
 MAX_VIOLATIONS_BYTES = 4096
 """Of ``BadRequest``, for the same reason."""
 
+NOT_TO_BE_RETRIED = (code_pb2.RESOURCE_EXHAUSTED, code_pb2.CANCELLED)
+"""Unless after a delay; gRPC itself ends calls with these codes too, without a word on retries."""
+
 CODES: dict[type[DarkroomError], int] = {
     InvalidRequest: code_pb2.INVALID_ARGUMENT,
     UnknownModel: code_pb2.NOT_FOUND,
@@ -89,7 +92,7 @@ def _status(
     for detail in details:
         if isinstance(detail, error_details_pb2.RetryInfo):
             trailers.append((PUSHBACK, str(detail.retry_delay.ToMilliseconds())))
-    if code == code_pb2.RESOURCE_EXHAUSTED and len(trailers) == 1:
+    if code in NOT_TO_BE_RETRIED and len(trailers) == 1:
         trailers.append((PUSHBACK, "-1"))
     return ErrorStatus(status.code, status.details, tuple(trailers))
 

@@ -1,5 +1,6 @@
 """The gRPC server: its port, its services, its limits."""
 
+import asyncio
 import socket
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from darkroom_server.rpc.interceptors.request_ids import RequestIds
 from darkroom_server.rpc.interceptors.running import Running
 from darkroom_server.rpc.interceptors.telemetry import CallObserver, Telemetry
 from darkroom_server.rpc.interceptors.traces import Traces
-from darkroom_server.rpc.limits import OPTIONS
+from darkroom_server.rpc.limits import LONGEST_CALL_SECONDS, OPTIONS
 from darkroom_server.rpc.models import ModelService
 from darkroom_server.rpc.status import ServerService
 from darkroom_server.rpc.summary import RequestObserver
@@ -67,6 +68,7 @@ class RpcServer:
     ) -> None:
         self.health = Health()
         self._credentials = credentials
+        self._closing: asyncio.Task[None] | None = None
         self._running = Running()
         interceptors = [
             Telemetry(observer),
@@ -118,7 +120,16 @@ class RpcServer:
             return self._server.add_insecure_port(address)
         return self._server.add_secure_port(address, self._credentials)
 
+    def close_port(self) -> None:
+        """Take no more connections, and send the clients of those there are elsewhere.
+
+        What runs goes on, until ``stop``.
+        """
+        self._closing = asyncio.create_task(self._server.stop(LONGEST_CALL_SECONDS))
+
     async def stop(self, grace: float) -> None:
         """Let running handlers answer for ``grace`` seconds at most, and close the port."""
         await self._running.wait_for_none(grace)
         await self._server.stop(FLUSH_SECONDS)
+        if self._closing is not None:
+            await self._closing
