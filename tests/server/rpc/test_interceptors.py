@@ -51,6 +51,38 @@ async def test_unknown_methods_are_unimplemented() -> None:
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.parametrize("message", [b"\xff\xff\xff", b"\x0a\x02\xff\xfe"], ids=["garbage", "text"])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("darkroom.v1.GenerationService/Generate", "unary_unary"),
+        ("darkroom.v1.GenerationService/GenerateStream", "unary_stream"),
+        ("grpc.health.v1.Health/Check", "unary_unary"),
+        ("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "stream_stream"),
+    ],
+)
+async def test_what_is_no_message_is_the_callers_mistake(
+    message: bytes, method: str, kind: str
+) -> None:
+    async with serving(fake={"auto": True}) as wire:
+        call: Any = getattr(wire.channel, kind)(f"/{method}")
+        sent: Any = iter([message]) if kind.startswith("stream") else message
+        begun = call(sent)
+        error = await refusal(begun if kind == "unary_unary" else begun.read())
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.info.reason == "INVALID_REQUEST"
+    assert set(error.violations) == {"request"}
+    assert "Decode" not in str(error.status)
+
+
+async def test_metadata_that_fills_memory_is_refused() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await wire.models.ListModels(ListModels(), metadata=(("x-much", "a" * 20_000),))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await wire.generate()).images
+
+
 async def test_a_request_of_more_than_1_mib_is_refused() -> None:
     async with serving(fake={"auto": True}) as wire:
         request = generation_pb2.GenerateRequest(prompt="a" * 1024**2)

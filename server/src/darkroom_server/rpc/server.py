@@ -21,6 +21,7 @@ from darkroom_server.dispatch import Dispatcher, Requests
 from darkroom_server.rpc.generation import GenerationService
 from darkroom_server.rpc.health import Health
 from darkroom_server.rpc.interceptors.auth import Auth
+from darkroom_server.rpc.interceptors.decoding import Decoding
 from darkroom_server.rpc.interceptors.errors import Errors
 from darkroom_server.rpc.interceptors.request_ids import RequestIds
 from darkroom_server.rpc.interceptors.running import Running
@@ -79,6 +80,7 @@ class RpcServer:
         ]
         if tokens is not None:
             interceptors.append(Auth(tokens))
+        interceptors.append(Decoding())
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(dispatcher, requests, observer, log_prompts=log_prompts),
