@@ -13,6 +13,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+OBSERVE_FLAGS ?=
 MINUTES ?= 5
 # The commit whose protos the working tree's must stay compatible with.
 PROTOS_AGAINST ?= HEAD
@@ -73,6 +74,10 @@ bench-gpu: setup ## measure steps, decodes and load on the real SD 1.4 (needs CU
 	@$(BIN)/python -m bench.gpu $(BENCH_FLAGS)
 
 bench-peers-setup: setup $(PEERS:%=bench/work/%/.installed) ## install the other servers, each into its own environment
+
+.PHONY: observe
+observe: setup ## a server, a real Prometheus and a short load: what its rules say, and plots of it
+	@$(BIN)/python -m tools.observe $(OBSERVE_FLAGS)
 
 .PHONY: soak
 soak: setup ## mixed load with random cancels and kills, for MINUTES

@@ -1,0 +1,92 @@
+"""The pictures of one run: latency by stage, memory by rows, occupancy."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+from tools.observe.prometheus import Prometheus
+
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+STAGES = ("queue", "encode_prompt", "denoise", "decode", "encode_image")
+COLOURS = ("#9aa0a6", "#7fb069", "#c4442b", "#5b8db8", "#e6aa68")
+MIB = 2**20
+
+
+def draw(asked: Prometheus, begin: float, end: float, folder: Path = IMAGES) -> list[Path]:
+    """Write the plots of what happened from ``begin`` to ``end``, in ``time.time``'s seconds."""
+    mpl.use("Agg")
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        _save(_latency(asked), folder / "observe-latency.png"),
+        _save(_memory(asked), folder / "observe-memory.png"),
+        _save(_occupancy(asked, begin, end), folder / "observe-occupancy.png"),
+    ]
+
+
+def _latency(asked: Prometheus) -> Any:
+    """One bar of what callers waited for on the mean, cut into its stages."""
+    sums = asked.query("sum by (stage) (darkroom_stage_seconds_sum)")
+    counts = asked.query("sum by (stage) (darkroom_stage_seconds_count)")
+    figure, axis = plt.subplots(figsize=(8, 2.4))
+    left = 0.0
+    for stage, colour in zip(STAGES, COLOURS, strict=True):
+        key = (("stage", stage),)
+        mean = sums[key] / counts[key]
+        axis.barh(0, mean, left=left, color=colour, label=f"{stage} {mean * 1000:.1f} ms")
+        left += mean
+    axis.set_yticks([])
+    axis.set_xlabel("mean seconds of a finished request")
+    axis.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.45), frameon=False)
+    return figure
+
+
+def _memory(asked: Prometheus) -> Any:
+    """Weights by component, and the peaks of passes by rows and of decodes."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    weights = asked.query("darkroom_model_memory_bytes")
+    names = [dict(labels)["component"] for labels in weights]
+    left.bar(names, [size / MIB for size in weights.values()], color=COLOURS[3])
+    left.set_ylabel("MiB")
+    left.set_title("weights")
+    bars = []
+    for labels, size in asked.query("darkroom_peak_memory_bytes").items():
+        told = dict(labels)
+        bars.append((int(told["size_class"]), int(told["rows"]), size))
+    found = [(f"{edge} px\n{rows} rows", size / MIB) for edge, rows, size in sorted(bars)]
+    for labels, size in asked.query("darkroom_decode_peak_memory_bytes").items():
+        found.append((f"{dict(labels)['size_class']} px\ndecode", size / MIB))
+    right.bar(range(len(found)), [size for _, size in found], color=COLOURS[2])
+    right.set_xticks(range(len(found)), [name for name, _ in found], fontsize=7)
+    right.set_title("highest peak besides the weights")
+    return figure
+
+
+def _occupancy(asked: Prometheus, begin: float, end: float) -> Any:
+    """How full the passes were, and how busy the engine was, over the run."""
+    figure, axis = plt.subplots(figsize=(8, 3.2))
+    for expression, label, colour in (
+        (
+            "sum(rate(darkroom_occupancy_ratio_sum[10s]))"
+            " / sum(rate(darkroom_occupancy_ratio_count[10s]))",
+            "rows taken, of those that fit a pass",
+            COLOURS[2],
+        ),
+        ("sum(rate(darkroom_step_seconds_sum[10s]))", "engine busy with passes", COLOURS[3]),
+    ):
+        for points in asked.over_time(expression, begin, end).values():
+            axis.plot(*zip(*points, strict=True), color=colour, label=label)
+    axis.set_ylim(0, 1.05)
+    axis.set_xlabel("seconds of the run")
+    axis.set_ylabel("ratio, over 10 s")
+    axis.legend(frameon=False, loc="lower center")
+    return figure
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,67 @@
+"""A real server with the demo model, for as long as a block lasts."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+STOP_SECONDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Where the server is; ``pid`` is its own process, the engine's is a child of it."""
+
+    address: str
+    metrics: str
+    pid: int
+
+
+@contextmanager
+def server(*flags: str) -> Iterator[Running]:
+    """`darkroom-server serve` on free ports, ready when the block begins."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "darkroom_server", "serve", "--log-format", "json"),
+            *("--port", "0", "--metrics-port", "0", *flags),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    reader: threading.Thread | None = None
+    try:
+        entry = _until_serving(process)
+        reader = threading.Thread(target=_drain, args=(process,), daemon=True)
+        reader.start()
+        yield Running(entry["address"], entry["metrics"], process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        finally:
+            process.kill()
+        if reader is not None:
+            reader.join()
+
+
+def _until_serving(process: "subprocess.Popen[str]") -> dict[str, str]:
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("{"):
+            entry: dict[str, str] = json.loads(line)
+            if entry["event"] == "serving":
+                return entry
+    raise RuntimeError("the server did not start:\n" + "".join(lines[-20:]))
+
+
+def _drain(process: "subprocess.Popen[str]") -> None:
+    """Read what it logs, so that it never waits for a reader."""
+    assert process.stderr is not None
+    for _ in process.stderr:
+        pass
