@@ -30,7 +30,7 @@ def _latency(asked: Prometheus) -> Any:
     """One bar of what callers waited for on the mean, cut into its stages."""
     sums = asked.query("sum by (stage) (darkroom_stage_seconds_sum)")
     counts = asked.query("sum by (stage) (darkroom_stage_seconds_count)")
-    figure, axis = plt.subplots(figsize=(8, 2.4))
+    figure, axis = plt.subplots(figsize=(8, 2.2))
     left = 0.0
     for stage, colour in zip(STAGES, COLOURS, strict=True):
         key = (("stage", stage),)
@@ -39,7 +39,7 @@ def _latency(asked: Prometheus) -> Any:
         left += mean
     axis.set_yticks([])
     axis.set_xlabel("mean seconds of a finished request")
-    axis.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.45), frameon=False)
+    axis.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.9), frameon=False)
     return figure
 
 
@@ -56,8 +56,9 @@ def _memory(asked: Prometheus) -> Any:
         told = dict(labels)
         bars.append((int(told["size_class"]), int(told["rows"]), size))
     found = [(f"{edge} px\n{rows} rows", size / MIB) for edge, rows, size in sorted(bars)]
-    for labels, size in asked.query("darkroom_decode_peak_memory_bytes").items():
-        found.append((f"{dict(labels)['size_class']} px\ndecode", size / MIB))
+    decodes = asked.query("darkroom_decode_peak_memory_bytes").items()
+    for edge, size in sorted((int(dict(labels)["size_class"]), size) for labels, size in decodes):
+        found.append((f"{edge} px\ndecode", size / MIB))
     right.bar(range(len(found)), [size for _, size in found], color=COLOURS[2])
     right.set_xticks(range(len(found)), [name for name, _ in found], fontsize=7)
     right.set_title("highest peak besides the weights")
@@ -87,6 +88,6 @@ def _occupancy(asked: Prometheus, begin: float, end: float) -> Any:
 
 def _save(figure: Any, path: Path) -> Path:
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
     return path

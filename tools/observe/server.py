@@ -46,6 +46,8 @@ def server(*flags: str) -> Iterator[Running]:
             process.kill()
         if reader is not None:
             reader.join()
+        if process.stderr is not None:
+            process.stderr.close()
 
 
 def _until_serving(process: "subprocess.Popen[str]") -> dict[str, str]:
