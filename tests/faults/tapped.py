@@ -56,6 +56,17 @@ class Wire:
         self._channel: Any = channel
         self._stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
 
+    def stream(self, **fields: Any) -> Any:
+        """A call of ``GenerateStream``."""
+        usual = {"prompt": "a small heart", "steps": 6, "seed": 7, "exact": True}
+        generation = generation_pb2.GenerateRequest(**{**usual, **fields})
+        request = generation_pb2.GenerateStreamRequest(generation=generation)
+        return self._stub.GenerateStream(request, timeout=120)
+
+    async def cancel(self, request_id: str) -> bool:
+        request = generation_pb2.CancelGenerationRequest(request_id=request_id)
+        return bool((await self._stub.CancelGeneration(request)).cancelled)
+
     async def generate(self, **fields: Any) -> generation_pb2.GenerateResponse:
         usual = {"prompt": "a small heart", "steps": 6, "seed": 7, "exact": True}
         request = generation_pb2.GenerateRequest(**{**usual, **fields})

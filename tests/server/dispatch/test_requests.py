@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import (
     Failure,
     GenerationFailed,
@@ -48,7 +49,7 @@ class Desk:
                 **job,
             )
 
-        return self.requests.begin(caller, id, body, deadline, make)
+        return self.requests.begin(Caller(name=caller), id, body, deadline, make)
 
     async def drawn(self, id: str, **job: Any) -> AcceptedJob:
         accepted, _ = self.begin(id, **job)

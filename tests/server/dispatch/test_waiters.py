@@ -1,10 +1,12 @@
 """What a job's waiters are told, however slow they are and however many."""
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
-from darkroom_server.core.errors import JobCancelled
+from darkroom_server.core.errors import JobCancelled, UnknownRequest
 from darkroom_server.core.events import PreviewReady, SampleProgress
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import (
@@ -17,6 +19,7 @@ from darkroom_server.dispatch import (
     Started,
     Waiter,
 )
+from darkroom_server.dispatch import waiter as waiter_module
 from darkroom_server.engine.fake import FakeEngine
 from tests.server.dispatch.desk import dispatching, settle
 from tests.server.jobs import make_job
@@ -179,6 +182,39 @@ async def test_a_waiter_that_comes_back_in_time_keeps_the_job() -> None:
             engine.advance(4)
             assert brief(await everything(waiter))[-1] == 0
         assert isinstance(await accepted.result(), Finished)
+
+
+async def test_one_that_takes_nothing_lets_go_of_the_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(waiter_module, "STALL_SECONDS", 0.02)
+    async with dispatching() as (dispatcher, engine):
+        accepted = dispatcher.submit(make_job(image_count=2))
+        job = weakref.ref(accepted)
+        with accepted.waiter() as waiter:
+            engine.advance(4)
+            await accepted.result()
+            del accepted
+            async with asyncio.timeout(30):
+                while job() is not None:
+                    gc.collect()
+                    await asyncio.sleep(0.01)
+            # The events are still there, the images are not.
+            assert brief(await everything(waiter))[-2:] == [0, 1]
+            with pytest.raises(UnknownRequest):
+                waiter.image(0)
+
+
+async def test_one_that_is_slow_keeps_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiter_module, "STALL_SECONDS", 0.2)
+    async with dispatching() as (dispatcher, engine):
+        accepted = dispatcher.submit(make_job())
+        with accepted.waiter() as waiter:
+            engine.advance(4)
+            await accepted.result()
+            for _ in range(10):
+                assert waiter.image(0).data
+                await asyncio.sleep(0.03)
 
 
 async def test_a_cancelled_job_tells_those_who_wait() -> None:

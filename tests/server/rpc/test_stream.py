@@ -1,7 +1,9 @@
 """One stream that tells the whole story."""
 
 import asyncio
+import gc
 import io
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +15,9 @@ from darkroom.v1 import generation_pb2, types_pb2
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.dispatch import End
+from darkroom_server.dispatch import waiter as waiter_module
 from darkroom_server.engine.fake import fake_image, fake_model
-from darkroom_server.settings import Dispatch
+from darkroom_server.settings import Dispatch, Results
 from tests.server.wire import refusal, serving
 
 AUTO = {"auto": True}
@@ -225,3 +228,33 @@ async def test_a_reader_that_leaves_frees_the_job(how: str) -> None:
         wire.engine.advance(4)
         await other
         assert wire.server.dispatcher.counts.by_end == {End.CANCELLED: 1, End.FINISHED: 1}
+
+
+async def test_readers_that_never_read_harm_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiter_module, "STALL_SECONDS", 0.2)
+    none_kept = Results(result_bytes=0)
+    room = Dispatch(max_resident_samples=100)
+    fake = {"models": [roomy_model()]}
+    async with serving(fake=fake, results=none_kept, dispatch=room) as wire:
+        size: dict[str, Any] = {"width": 2048, "height": 2048, "steps": 1000}
+        raw = types_pb2.IMAGE_FORMAT_RAW_RGB
+        stuck = [wire.stream(preview_every=1, format=raw, **size) for _ in range(4)]
+        ids = [(await wire.submitted.get()).id for _ in stuck]
+        jobs = [weakref.ref(wire.server.dispatcher._roster.get(id)) for id in ids]
+        for _ in range(999):
+            wire.engine.advance()
+            await asyncio.sleep(0)
+        for job in jobs:
+            for waiter in job()._waiters:  # type: ignore[union-attr]
+                # However much there was to tell, no more is waiting than one of each kind.
+                assert len(waiter._slots) <= 3
+        # Others are served, and those who read get all that was drawn.
+        other = wire.stream(steps=1)
+        await wire.submitted.get()
+        wire.engine.advance()
+        assert kind((await rest(other))[-1]) == "finished"
+        # The stuck ones are finished too, and their images, 12 MB each, are let go of.
+        await wire.becomes(lambda: gc.collect() >= 0 and not any(job() for job in jobs))
+        for call in stuck:
+            call.cancel()
+        assert wire.server.dispatcher.counts.by_end == {End.FINISHED: 5}

@@ -108,7 +108,7 @@ class AcceptedJob:
 
     def waiter(self) -> Waiter:
         """A new waiter: it is told where the job is, of the finished images, and what follows."""
-        waiter = Waiter(self._leave)
+        waiter = Waiter(self)
         if self._lingering is not None:
             self._lingering.cancel()
             self._lingering = None
@@ -186,7 +186,8 @@ class AcceptedJob:
         for tell in self._when_ended:
             tell()
 
-    def _leave(self, waiter: Waiter) -> None:
+    def leave(self, waiter: Waiter) -> None:
+        """``waiter`` waits no longer."""
         self._waiters.discard(waiter)
         if self._waiters or self.ended or self.linger == math.inf:
             return

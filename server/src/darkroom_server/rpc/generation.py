@@ -64,12 +64,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         with self._summaries.of(asked.request, context, asked.arrived) as summary:
             deadline = deadline_after(remaining_seconds(context))
             accepted, joined = self._accept(asked, summary, deadline)
+            waiter = accepted.waiter()
+            del accepted  # A waiter lets go of a job whose reader has stalled; so must we.
             previews = request.preview.every_steps > 0
-            told = story(asked.id, accepted, asked.arrived, joined=joined, previews=previews)
-            async with aclosing(told):
-                async for event in told:
-                    yield generation_pb2.GenerateStreamResponse(event=event)
-            summary.finished(await accepted.result())
+            told = story(asked.id, waiter, asked.arrived, joined=joined, previews=previews)
+            with waiter:
+                async with aclosing(told):
+                    async for event in told:
+                        yield generation_pb2.GenerateStreamResponse(event=event)
+                summary.finished(await waiter.accepted.result())
 
     async def SubmitGeneration(
         self, request: generation_pb2.SubmitGenerationRequest, context: Context
@@ -94,11 +97,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Tell what happens to a job; raises ``UnknownRequest``, and what the job ended with."""
         arrived = time.monotonic()
         id = checked_id(request.request_id)
-        accepted = self._requests.find(current_caller().name, id)
-        told = story(id, accepted, arrived, joined=True, previews=True)
-        async with aclosing(told):
-            async for event in told:
-                yield generation_pb2.WatchGenerationResponse(event=event)
+        with self._requests.find(current_caller().name, id).waiter() as waiter:
+            told = story(id, waiter, arrived, joined=True, previews=True)
+            async with aclosing(told):
+                async for event in told:
+                    yield generation_pb2.WatchGenerationResponse(event=event)
 
     async def CancelGeneration(
         self, request: generation_pb2.CancelGenerationRequest, context: Context

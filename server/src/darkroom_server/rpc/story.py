@@ -7,12 +7,12 @@ from darkroom.v1 import generation_pb2
 from darkroom_server.core.events import PreviewReady, SampleProgress
 from darkroom_server.dispatch import (
     AcceptedJob,
-    Finished,
     ImageDone,
     JobEvent,
     Queued,
     Restarted,
     Started,
+    Waiter,
 )
 from darkroom_server.rpc.enums import FORMAT_TO_WIRE
 from darkroom_server.rpc.responses import duration_message, image_message, timings_message
@@ -24,26 +24,24 @@ Event = generation_pb2.GenerationEvent
 
 
 async def story(
-    request_id: str, accepted: AcceptedJob, arrived: float, *, joined: bool, previews: bool
+    request_id: str, waiter: Waiter, arrived: float, *, joined: bool, previews: bool
 ) -> AsyncGenerator[Event]:
     """All that happens to a job, for a waiter that came at ``arrived``.
 
-    The job is held from the first event until the generator is closed. Raises what the job ends
-    with, where that is no image. No image is held while the reader takes its time: each piece is
-    fetched when it is wanted.
+    Raises what the job ends with, where it was not finished. Neither an image nor the job is held
+    here while the reader takes its time: each piece is fetched when it is wanted.
     """
-    with accepted.waiter() as waiter:
-        yield Event(accepted=accepted_message(request_id, accepted, joined=joined))
-        async for event in waiter:
-            match event:
-                case ImageDone(index):
-                    for chunk in image_chunks(accepted, index):
-                        yield chunk
-                case PreviewReady() if not previews:
-                    pass
-                case _:
-                    yield event_message(event)
-        yield finished_event(accepted, await accepted.result(), arrived)
+    yield Event(accepted=accepted_message(request_id, waiter.accepted, joined=joined))
+    async for event in waiter:
+        match event:
+            case ImageDone(index):
+                for chunk in image_chunks(waiter, index):
+                    yield chunk
+            case PreviewReady() if not previews:
+                pass
+            case _:
+                yield event_message(event)
+    yield await finished_event(waiter.accepted, arrived)
 
 
 def accepted_message(
@@ -99,25 +97,32 @@ def event_message(event: JobEvent) -> Event:
     raise TypeError(f"no message for {event}")
 
 
-def image_chunks(accepted: AcceptedJob, index: int) -> Iterator[Event]:
+def image_chunks(waiter: Waiter, index: int) -> Iterator[Event]:
     """Image ``index`` in pieces; a withheld one is a single piece without data."""
-    size = len(accepted.images[index].data)
+    size = len(waiter.image(index).data)
     for offset in range(0, max(size, 1), CHUNK_BYTES):
-        image = accepted.images[index]
-        chunk = generation_pb2.ImageChunk(
-            image_index=index,
-            size=size,
-            offset=offset,
-            data=image.data[offset : offset + CHUNK_BYTES],
-        )
-        if offset == 0:
-            chunk.image.CopyFrom(image_message(accepted.job, accepted.model, image, data=b""))
-        del image
-        yield Event(image=chunk)
+        yield Event(image=_image_chunk(waiter.accepted, index, offset))
 
 
-def finished_event(accepted: AcceptedJob, finished: Finished, arrived: float) -> Event:
-    """The last event, for a call that arrived at ``arrived`` (``time.monotonic`` seconds)."""
+def _image_chunk(accepted: AcceptedJob, index: int, offset: int) -> generation_pb2.ImageChunk:
+    image = accepted.images[index]
+    chunk = generation_pb2.ImageChunk(
+        image_index=index,
+        size=len(image.data),
+        offset=offset,
+        data=image.data[offset : offset + CHUNK_BYTES],
+    )
+    if offset == 0:
+        chunk.image.CopyFrom(image_message(accepted.job, accepted.model, image, data=b""))
+    return chunk
+
+
+async def finished_event(accepted: AcceptedJob, arrived: float) -> Event:
+    """The last event, for a call that arrived at ``arrived`` (``time.monotonic`` seconds).
+
+    Raises what the job ended with, where it was not finished.
+    """
+    finished = await accepted.result()
     withheld = any(image.flagged for image in finished.images)
     return Event(
         finished=generation_pb2.Finished(
