@@ -33,7 +33,8 @@ class _OnDisconnectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnDiscon
     """The job is cancelled at the next step."""
     ON_DISCONNECT_KEEP: _OnDisconnect.ValueType  # 2
     """The job lives on for the server's grace time, so that the caller can come
-    back with the same request_id.
+    back with its request_id. A Generate call without one cannot come back: its
+    job is cancelled.
     """
 
 class OnDisconnect(_OnDisconnect, metaclass=_OnDisconnectEnumTypeWrapper):
@@ -45,7 +46,8 @@ ON_DISCONNECT_CANCEL: OnDisconnect.ValueType  # 1
 """The job is cancelled at the next step."""
 ON_DISCONNECT_KEEP: OnDisconnect.ValueType  # 2
 """The job lives on for the server's grace time, so that the caller can come
-back with the same request_id.
+back with its request_id. A Generate call without one cannot come back: its
+job is cancelled.
 """
 Global___OnDisconnect: _TypeAlias = OnDisconnect  # noqa: Y015
 
@@ -696,14 +698,19 @@ Global___EstimateGenerationResponse: _TypeAlias = EstimateGenerationResponse  # 
 
 @_typing.final
 class PreviewOptions(_message.Message):
-    """PreviewOptions asks for small pictures of what is being developed."""
+    """PreviewOptions asks for small pictures of what is being developed. A job that
+    was joined shows what its first call asked for. There are none where images
+    are checked for safety: they would show what is withheld.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
-    """A preview every so many steps of an image, at least 1; 0 means none."""
+    """A preview every so many steps of an image, at least 1, and none after the
+    last; 0 means no previews.
+    """
     format: _types_pb2.ImageFormat.ValueType
     """JPEG or WEBP; JPEG if unset."""
     def __init__(

@@ -83,7 +83,11 @@ class GenerationServiceServicer(object):
 
         A request_id names a job within its caller: a second call with the same id
         and the same fields joins the running job or gets its kept result; with
-        other fields it is ALREADY_EXISTS.
+        other fields it is ALREADY_EXISTS. The fields are compared as they were
+        sent, all but request_id and on_disconnect; an unset seed equals an unset
+        seed. A job that was cancelled, expired or failed is run anew, with another
+        seed where none is set. A job that was joined ends at the latest of the
+        deadlines of the calls that asked for it, and with its last waiter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,8 +111,9 @@ class GenerationServiceServicer(object):
 
     def WatchGeneration(self, request, context):
         """WatchGeneration tells what happens to a job of the same caller, from its
-        acceptance on: finished images are sent again, progress is not. NOT_FOUND
-        for an id that is not known, or not known any more.
+        acceptance on: finished images are sent again, progress is not. A job that
+        was not finished ends the stream with the status that it ended with.
+        NOT_FOUND for an id that is not known, or not known any more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

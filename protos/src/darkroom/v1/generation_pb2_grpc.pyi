@@ -45,7 +45,11 @@ class GenerationServiceStub:
 
     A request_id names a job within its caller: a second call with the same id
     and the same fields joins the running job or gets its kept result; with
-    other fields it is ALREADY_EXISTS.
+    other fields it is ALREADY_EXISTS. The fields are compared as they were
+    sent, all but request_id and on_disconnect; an unset seed equals an unset
+    seed. A job that was cancelled, expired or failed is run anew, with another
+    seed where none is set. A job that was joined ends at the latest of the
+    deadlines of the calls that asked for it, and with its last waiter.
     """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]
     """GenerateStream does the same, and tells what happens meanwhile. Errors are
@@ -57,8 +61,9 @@ class GenerationServiceStub:
     """
     WatchGeneration: _grpc.UnaryStreamMultiCallable[_generation_pb2.WatchGenerationRequest, _generation_pb2.WatchGenerationResponse]
     """WatchGeneration tells what happens to a job of the same caller, from its
-    acceptance on: finished images are sent again, progress is not. NOT_FOUND
-    for an id that is not known, or not known any more.
+    acceptance on: finished images are sent again, progress is not. A job that
+    was not finished ends the stream with the status that it ended with.
+    NOT_FOUND for an id that is not known, or not known any more.
     """
     CancelGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelGenerationRequest, _generation_pb2.CancelGenerationResponse]
     """CancelGeneration ends a job of the same caller at the next step, whoever
@@ -84,7 +89,11 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     A request_id names a job within its caller: a second call with the same id
     and the same fields joins the running job or gets its kept result; with
-    other fields it is ALREADY_EXISTS.
+    other fields it is ALREADY_EXISTS. The fields are compared as they were
+    sent, all but request_id and on_disconnect; an unset seed equals an unset
+    seed. A job that was cancelled, expired or failed is run anew, with another
+    seed where none is set. A job that was joined ends at the latest of the
+    deadlines of the calls that asked for it, and with its last waiter.
     """
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """GenerateStream does the same, and tells what happens meanwhile. Errors are
@@ -96,8 +105,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """
     WatchGeneration: _aio.UnaryStreamMultiCallable[_generation_pb2.WatchGenerationRequest, _generation_pb2.WatchGenerationResponse]  # type: ignore[assignment]
     """WatchGeneration tells what happens to a job of the same caller, from its
-    acceptance on: finished images are sent again, progress is not. NOT_FOUND
-    for an id that is not known, or not known any more.
+    acceptance on: finished images are sent again, progress is not. A job that
+    was not finished ends the stream with the status that it ended with.
+    NOT_FOUND for an id that is not known, or not known any more.
     """
     CancelGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelGenerationRequest, _generation_pb2.CancelGenerationResponse]  # type: ignore[assignment]
     """CancelGeneration ends a job of the same caller at the next step, whoever
@@ -126,7 +136,11 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A request_id names a job within its caller: a second call with the same id
         and the same fields joins the running job or gets its kept result; with
-        other fields it is ALREADY_EXISTS.
+        other fields it is ALREADY_EXISTS. The fields are compared as they were
+        sent, all but request_id and on_disconnect; an unset seed equals an unset
+        seed. A job that was cancelled, expired or failed is run anew, with another
+        seed where none is set. A job that was joined ends at the latest of the
+        deadlines of the calls that asked for it, and with its last waiter.
         """
 
     @_abc_1.abstractmethod
@@ -156,8 +170,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.WatchGenerationResponse], _abc.AsyncIterator[_generation_pb2.WatchGenerationResponse]]:
         """WatchGeneration tells what happens to a job of the same caller, from its
-        acceptance on: finished images are sent again, progress is not. NOT_FOUND
-        for an id that is not known, or not known any more.
+        acceptance on: finished images are sent again, progress is not. A job that
+        was not finished ends the stream with the status that it ended with.
+        NOT_FOUND for an id that is not known, or not known any more.
         """
 
     @_abc_1.abstractmethod
