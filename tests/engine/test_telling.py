@@ -1,8 +1,9 @@
 """What the engine tells of itself: loads, counts, peaks, memory."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -16,11 +17,14 @@ from darkroom_server.core.events import (
     PassDone,
     PeakMeasured,
     Sensors,
+    StageSeconds,
 )
 from darkroom_server.engine.peaks import PeakWatch
 from darkroom_server.engine.reporter import MemoryReporter
+from darkroom_server.engine.resident import Resident
 from darkroom_server.engine.sensors import GpuSensors
 from darkroom_server.engine.startup import start_loop
+from darkroom_server.engine.stopwatch import Stopwatch
 
 from .conftest import LoopUnderTest, config_for, make_job
 
@@ -199,3 +203,61 @@ def test_a_machine_without_the_driver_tells_nothing() -> None:
     sensors = GpuSensors("1234", FakeNvml(driver=False))
     assert sensors.read() == Sensors()
     assert sensors.memory() is None
+
+
+def test_the_stages_add_up_though_the_device_encodes_while_the_pass_is_launched() -> None:
+    told: list[Event] = []
+    resident = Resident(make_job("a", submitted_at=100.0), told.append)
+    # Launched in 1 s, done after 3: the first pass was launched in between.
+    watch = cast(Stopwatch, SimpleNamespace(began=101.0, seconds=lambda: 3.0))
+    resident.prompt_encoded(watch)
+    resident.pass_begins(102.0)
+    resident.denoised(110.0)
+    resident.decoded(111.0)
+    stages = resident._stages(111.5)
+    assert stages == StageSeconds(
+        queue=1.0, encode_prompt=3.0, denoise=6.0, decode=1.0, encode_image=0.5
+    )
+
+
+def test_a_stopwatch_on_a_cpu_is_a_clock() -> None:
+    with Stopwatch(CPU) as watch:
+        began = time.monotonic()
+        while time.monotonic() < began + 0.01:
+            pass
+    assert watch.began <= began
+    assert 0.01 <= watch.seconds() <= time.monotonic() - watch.began
+
+
+@pytest.mark.gpu
+def test_a_stopwatch_on_a_gpu_counts_what_was_launched() -> None:
+    device = torch.device("cuda")
+    matrix = torch.randn(8192, 8192, device=device)
+    torch.cuda.synchronize()
+    with Stopwatch(device) as watch:
+        for _ in range(20):
+            matrix = matrix @ matrix
+    launched = time.monotonic() - watch.began
+    torch.cuda.synchronize()
+    assert watch.seconds() > launched
+    assert watch.seconds() <= time.monotonic() - watch.began
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu_is_what_torch_says() -> None:
+    device = torch.device("cuda", 0)
+    told: list[Event] = []
+    watch = PeakWatch(told.append)
+    ballast = torch.ones(64 * MIB, dtype=torch.uint8, device=device)
+    with watch.watch(device, "tiny", 64, 64, rows=2):
+        torch.ones(32 * MIB, dtype=torch.uint8, device=device)
+    (peak,) = told
+    assert isinstance(peak, PeakMeasured)
+    assert peak.peak_bytes == 32 * MIB
+    MemoryReporter([device], watch, told.append).report()
+    report = told[-1]
+    assert isinstance(report, MemoryReport)
+    assert report.by_kind["allocated"] == torch.cuda.memory_allocated(device)
+    assert report.by_kind["reserved"] == torch.cuda.memory_reserved(device)
+    assert report.by_kind["peak"] >= len(ballast) + 32 * MIB
+    assert 0 < report.by_kind["device_used"] <= report.by_kind["device_total"]

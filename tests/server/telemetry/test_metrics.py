@@ -19,6 +19,7 @@ from darkroom_server.core.events import (
 from darkroom_server.engine.fake import FLAGGED
 from darkroom_server.rpc.models import ModelService
 from darkroom_server.settings import Engine
+from darkroom_server.telemetry import Metrics, Recorder
 from tests.server.telemetry.scrape import scrape, values
 from tests.server.wire import SERVING, Wire, refusal, serving
 
@@ -236,3 +237,58 @@ async def test_messages_are_measured() -> None:
         assert sent["Generate",] == response.ByteSize()
         received = await values(wire, "grpc_server_received_message_bytes_sum", *labels)
         assert received["Generate",] == len(b"\x12\x06a star")
+
+
+async def test_deadlines_are_missed_by_phase() -> None:
+    async with serving() as wire:
+        request = generation_pb2.GenerateRequest(prompt="a star")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await wire.generation.Generate(request, timeout=0.3)
+        misses: dict[tuple[str, ...], float] = {}
+        while not sum(misses.values()):
+            misses = await values(wire, "darkroom_deadline_misses_total", "phase")
+    assert sum(misses.values()) == 1
+    assert misses["queue",] + misses["admission",] == 1
+
+
+async def test_retries_that_join_are_counted() -> None:
+    async with serving() as wire:
+        request = generation_pb2.GenerateRequest(prompt="a star", request_id="mine")
+        first = wire.generation.Generate(request)
+        await wire.submitted.get()
+        again = wire.generation.Generate(request)
+        joined: dict[tuple[str, ...], float] = {("demo",): 0}
+        while not joined["demo",]:
+            joined = await values(wire, "darkroom_retries_joined_total", "model")
+        wire.engine.advance(4)
+        await first
+        await again
+        assert joined == {("demo",): 1}
+        assert await values(wire, "darkroom_steps_total") == {(): 4}
+
+
+def test_estimates_and_previews_are_held_against_the_clock() -> None:
+    metrics = Metrics()
+    recorder = Recorder(metrics, ["demo"])
+    recorder.estimated("demo", 2.0, 3.0)
+    recorder.estimated("demo", 0.0, 3.0)  # Nothing was promised.
+    recorder.previewed("demo", 0.25)
+    told = metrics.registry.get_sample_value
+    demo = {"model": "demo"}
+    assert told("darkroom_estimate_error_ratio_sum", demo) == 1.5
+    assert told("darkroom_estimate_error_ratio_count", demo) == 1
+    assert told("darkroom_time_to_first_preview_seconds_sum", demo) == 0.25
+
+
+async def test_counters_do_not_fall_when_an_engine_dies() -> None:
+    async with serving() as wire:
+        call = wire.generating()
+        await wire.submitted.get()
+        wire.engine.advance(3)
+        wire.engine.die()
+        await wire.submitted.get()
+        wire.engine.advance(4)
+        await call
+        assert await values(wire, "darkroom_steps_total") == {(): 7}
+        assert await values(wire, "darkroom_engine_restarts_total") == {(): 1}
+        assert await values(wire, "darkroom_job_replays_total", "model") == {("demo",): 1}

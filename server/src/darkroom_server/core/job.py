@@ -55,6 +55,7 @@ class Job:
     Linux all processes of a machine share. ``priority`` is higher for what is more urgent.
     ``skip`` are the images, by index, that an earlier engine finished already. ``caller`` is the
     name of who asked. ``preview_every``: a preview each so many steps, 0 for none.
+    ``request_id`` and ``trace_id`` are for the log.
     """
 
     id: str
@@ -78,6 +79,14 @@ class Job:
     caller: str = ""
     preview_every: int = 0
     preview_format: ImageFormat = ImageFormat.JPEG
+    request_id: str = ""
+    trace_id: str = ""
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log line that is about this job says of it."""
+        fields = {"job": self.id, "request_id": self.request_id, "trace_id": self.trace_id}
+        return {name: value for name, value in fields.items() if value}
 
     @property
     def image_indices(self) -> list[int]:

@@ -91,6 +91,7 @@ def log_lines() -> None:
     """Write the log as JSON lines, for the parent to put into its own."""
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,

@@ -55,6 +55,7 @@ class Denoiser:
             out_of_memory = is_out_of_memory(error)
             log.warning(
                 "pass failed",
+                request_ids=sorted({sample.job.request_id for sample in samples}),
                 samples=len(samples),
                 rows=sum(sample.rows for sample in samples),
                 out_of_memory=out_of_memory,

@@ -59,7 +59,7 @@ class EncodingPool:
             size = preview_size(job.width, job.height)
             data = encode_preview(pixels, size, job.preview_format)
         except Exception:
-            log.exception("preview could not be encoded", job=job.id)
+            log.exception("preview could not be encoded", **job.log_fields)
             return
         finally:
             sample.previewing = False
@@ -96,7 +96,7 @@ class EncodingPool:
                 replay=replay_of(sample, model, "" if flagged else sha256_of(pixels)),
             )
         except Exception:
-            log.exception("image could not be encoded", job=job.id)
+            log.exception("image could not be encoded", **job.log_fields)
             resident.end(JobFailed(job.id, ENCODE_FAILED))
             self._abandon(job.id)
             return

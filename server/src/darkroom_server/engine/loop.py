@@ -29,6 +29,7 @@ from darkroom_server.engine.reporter import MemoryReporter
 from darkroom_server.engine.resident import Resident
 from darkroom_server.engine.roster import Roster
 from darkroom_server.engine.sample import Group, Sample
+from darkroom_server.engine.stopwatch import Stopwatch
 from darkroom_server.engine.tally import Tally
 
 log = structlog.get_logger(__name__)
@@ -155,7 +156,10 @@ class EngineLoop:
             job = sample.job
             model = self._models[job.model]
             began = time.monotonic()
-            with self._peaks.watch(model.device, job.model, job.width, job.height):
+            with (
+                structlog.contextvars.bound_contextvars(**job.log_fields),
+                self._peaks.watch(model.device, job.model, job.width, job.height),
+            ):
                 pixels = model.decoder.decode(sample.latents)
             if isinstance(pixels, Failure):
                 self._fail(resident, pixels)
@@ -173,11 +177,11 @@ class EngineLoop:
         """Encode the newcomers' prompts together and turn the newcomers into samples."""
         for model_id, residents in self._roster.take_newcomers().items():
             model = self._models[model_id]
-            began = time.monotonic()
             try:
-                embeddings = model.prompts.encode(
-                    key for resident in residents for key in model.prompts_of(resident.job)
-                )
+                with Stopwatch(model.device) as watch:
+                    embeddings = model.prompts.encode(
+                        key for resident in residents for key in model.prompts_of(resident.job)
+                    )
             except Exception as error:
                 if is_fatal(error):
                     raise
@@ -185,15 +189,14 @@ class EngineLoop:
                 for resident in residents:
                     self._fail(resident, PROMPT_FAILED)
                 continue
-            seconds = time.monotonic() - began
             for resident in residents:
-                resident.prompt_encoded(seconds)
+                resident.prompt_encoded(watch)
                 try:
                     samples = model.new_samples(resident.job, embeddings)
                 except Exception as error:
                     if is_fatal(error):
                         raise
-                    log.exception("samples could not be made", job=resident.job.id)
+                    log.exception("samples could not be made", **resident.job.log_fields)
                     self._fail(resident, SCHEDULER_FAILED)
                     continue
                 self._roster.develop(resident, samples)
@@ -214,7 +217,7 @@ class EngineLoop:
             except Exception as error:
                 if is_fatal(error):
                     raise
-                log.exception("scheduler failed", job=sample.job.id)
+                log.exception("scheduler failed", **sample.job.log_fields)
                 self._fail(resident, SCHEDULER_FAILED)
         return [sample for sample in samples if self._roster.get(sample.job.id)]
 

@@ -15,6 +15,7 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.core.job import Job
 from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.stopwatch import Stopwatch
 
 
 class Resident:
@@ -31,7 +32,7 @@ class Resident:
         self._lock = threading.Lock()
         self._ended = False
         self._delivered: set[int] = set()
-        self._encode_prompt = 0.0
+        self._prompts: Stopwatch | None = None
         self._first_pass: float | None = None
         self._denoised = 0.0
         self._decoded = 0.0
@@ -42,9 +43,9 @@ class Resident:
         """Seconds of passes spent on this job, each pass shared among its rows."""
         return sum(sample.engine_seconds for sample in self.samples)
 
-    def prompt_encoded(self, seconds: float) -> None:
-        """Note how long this job's prompts took."""
-        self._encode_prompt = seconds
+    def prompt_encoded(self, watch: Stopwatch) -> None:
+        """Note what timed this job's prompts."""
+        self._prompts = watch
 
     def extend(self, deadline: float | None) -> None:
         """The job has until ``deadline`` instead."""
@@ -100,9 +101,14 @@ class Resident:
     def _stages(self, now: float) -> StageSeconds:
         """The critical path, cut at the job's own milestones: the stages add up to its stay."""
         first_pass = self._first_pass or now
+        encode_prompt = 0.0
+        if self._prompts is not None:
+            encode_prompt = self._prompts.seconds()
+            # The first pass is launched while a GPU still encodes, and begins there afterwards.
+            first_pass = max(first_pass, self._prompts.began + encode_prompt)
         return StageSeconds(
-            queue=max(0.0, first_pass - self.job.submitted_at - self._encode_prompt),
-            encode_prompt=self._encode_prompt,
+            queue=max(0.0, first_pass - self.job.submitted_at - encode_prompt),
+            encode_prompt=encode_prompt,
             denoise=self._denoised - first_pass,
             decode=self._decoded - self._denoised,
             encode_image=now - self._decoded,

@@ -13,6 +13,7 @@ from darkroom_server.core.model import ModelInfo
 from darkroom_server.rpc.enums import FORMAT_FROM_WIRE, SCHEDULER_FROM_WIRE
 from darkroom_server.rpc.reply_size import reply_size_error
 from darkroom_server.rpc.request_id import REQUEST_ID, RULE, current_request_id
+from darkroom_server.rpc.trace_context import current_trace
 
 
 def request_id_of(request: generation_pb2.GenerateRequest) -> str:
@@ -52,6 +53,7 @@ def job_of(
     fields.check_texts()
     scheduler = fields.scheduler()
     format = fields.format()
+    trace = current_trace()
     job = Job(
         id=job_id,
         model=model.id,
@@ -73,6 +75,8 @@ def job_of(
         caller=caller.name,
         preview_every=fields.preview_every(),
         preview_format=fields.preview_format(),
+        request_id=request_id_of(request),
+        trace_id=trace.trace_id if trace else "",
     )
     if fields.violations:
         raise InvalidRequest(fields.violations)
