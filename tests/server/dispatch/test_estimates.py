@@ -1,5 +1,6 @@
 """Deadlines that cannot be met are refused, and full queues say when to come back."""
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import DeadlineExceeded, QueueFull, QuotaExceeded, Reason
 from darkroom_server.core.model import ModelInfo, ModelSpeed
 from darkroom_server.dispatch import Unobserved
+from darkroom_server.dispatch.calibration import Calibration
 from darkroom_server.dispatch.quotas import Quotas
 from darkroom_server.engine.fake import FakeEngine, fake_model
 from tests.server.dispatch.desk import dispatching, settle
@@ -205,3 +207,30 @@ async def test_refusals_take_nothing_from_a_callers_rate() -> None:
                     make_job(steps=40, deadline=time.monotonic() + 5, caller="ann"), caller
                 )
         dispatcher.submit(make_job(caller="ann"), caller)
+
+
+def test_forecasts_are_corrected_by_how_they_were_off() -> None:
+    calibration = Calibration()
+    assert calibration.factor(3.0) == 1.0
+    calibration.learn(3.0, 6.0)
+    assert 1.0 < calibration.factor(3.0) < 1.2  # One is no habit.
+    for _ in range(200):
+        calibration.learn(3.0, 6.0)
+    assert calibration.factor(2.5) == pytest.approx(2.0, rel=0.01)
+    assert calibration.factor(0.5) == 1.0
+    for seconds, real in ((0.0, 1.0), (1.0, 0.0), (1e-300, 1e300), (math.inf, 1.0)):
+        calibration.learn(seconds, real)
+    assert all(math.isfinite(calibration.factor(s)) for s in (0.0, 1e-300, 1.0, 1e300))
+
+
+async def test_estimates_learn_from_what_came_true() -> None:
+    async with dispatching(timed()) as (dispatcher, engine):
+        # The fake engine needs no time, and so is far faster than it was measured.
+        for index in range(20):
+            accepted = dispatcher.submit(make_job(str(index), steps=4))
+            engine.advance(4)
+            await accepted.result()
+        estimate = dispatcher.estimate(make_job(steps=4))
+    assert estimate is not None
+    assert estimate.forecast == pytest.approx(4.5)
+    assert estimate.total < 3.0

@@ -350,6 +350,7 @@ class Dispatcher:
         estimate = accepted.estimate
         if estimate is not None and not (accepted.ended or accepted.crashes):
             seconds = time.monotonic() - estimate.made_at
+            self._gate.estimates.came_true(estimate, seconds)
             self._observer.estimated(accepted.job.model, estimate.total, seconds)
 
     def _leave_engine(self, accepted: AcceptedJob, outcome: outcomes.Outcome) -> None:

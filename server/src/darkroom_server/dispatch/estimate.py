@@ -8,11 +8,13 @@ class Estimate:
     """What a job would take, in seconds: until its first pass, and from there to its last image.
 
     ``made_at`` is in ``time.monotonic`` seconds, as ``start_at`` and ``finish_at`` are.
+    ``forecast`` is the total before it was corrected by how forecasts were off of late.
     """
 
     made_at: float
     queue_wait: float
     run_time: float
+    forecast: float
 
     @property
     def total(self) -> float:

@@ -6,6 +6,7 @@ from darkroom_server.core.errors import DeadlineExceeded, Reason
 from darkroom_server.core.job import Job
 from darkroom_server.core.order import order
 from darkroom_server.dispatch.accepted import AcceptedJob, Place
+from darkroom_server.dispatch.calibration import Calibration
 from darkroom_server.dispatch.estimate import Estimate
 from darkroom_server.dispatch.fleet import Fleet
 from darkroom_server.dispatch.forecast import Forecast, forecast
@@ -33,6 +34,7 @@ class Estimates:
     def __init__(self, fleet: Fleet, roster: Roster) -> None:
         self._fleet = fleet
         self._roster = roster
+        self._calibration = Calibration()
 
     def of(self, accepted: AcceptedJob) -> Estimate | None:
         """For a job that is here, or would be from now on; None while too little is known."""
@@ -41,8 +43,19 @@ class Estimates:
         id = accepted.job.id
         if told is None or id not in told.finishes:
             return None
-        start = min(told.starts.get(id, 0.0), told.finishes[id])
-        return Estimate(made_at=now, queue_wait=start, run_time=told.finishes[id] - start)
+        finish = told.finishes[id]
+        start = min(told.starts.get(id, 0.0), finish)
+        factor = self._calibration.factor(finish)
+        return Estimate(
+            made_at=now,
+            queue_wait=start * factor,
+            run_time=(finish - start) * factor,
+            forecast=finish,
+        )
+
+    def came_true(self, estimate: Estimate, seconds: float) -> None:
+        """A job took so many seconds from its estimate on."""
+        self._calibration.learn(estimate.forecast, seconds)
 
     def check_deadline(self, job: Job, estimate: Estimate | None) -> None:
         """Raise ``DeadlineExceeded`` where a newcomer cannot be expected to meet its deadline."""

@@ -50,14 +50,15 @@ class Group(NamedTuple):
 class Curve:
     """Seconds of a pass over its rows, for one group: a line through what was met, and beyond.
 
-    ``points`` are rows and seconds; not empty. Those that are ``measured`` are believed, of others
-    the first few passes are believed more.
+    ``points`` are rows and seconds, not empty, and believed to be right beside each other. Where
+    they were not ``measured``, the first few passes say how slow the whole is.
     """
 
     def __init__(self, points: dict[int, float], *, measured: bool) -> None:
         self.points = dict(sorted(points.items()))
         self.level = 0.0
         self._met = 1000 if measured else 0
+        self._given = frozenset(points)
         self._points_met = dict.fromkeys(points, self._met)
 
     @property
@@ -92,7 +93,8 @@ class Curve:
             self._points_met[rows] = 0
         self._met += 1
         self._points_met[rows] += 1
-        part = max(POINT_LEARNING, 1 / (self._points_met[rows] + 1))
+        first = 0.0 if rows in self._given else 1 / (self._points_met[rows] + 1)
+        part = max(POINT_LEARNING, first)
         self.points[rows] *= math.exp(surprise * part)
         self.level += surprise * max(LEARNING, 1 / (self._met + 1))
 
