@@ -5,6 +5,7 @@ The peers' environments are made by ``make bench``. Writes results, plots and
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.page:
         publish(load(options.page), options.docs)
         return
+    # So that a bench that is told to end takes its servers with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     plan = _plan(options)
     bench = PeersBench(model_source(options.model), plan, lambda: keep())
 
