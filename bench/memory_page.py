@@ -16,6 +16,9 @@ CLAIMS = {
 
 GB = 1e9
 
+FLOOR = 2.36 * 2**30
+"""Bytes of the float16 weights and the least activations of one image, all on the device."""
+
 
 def goals(costs: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
     """The bounds of the presets' peaks in GB by the allocator, and of ``fast``'s speed."""
@@ -38,11 +41,21 @@ def page(results: Results) -> str:
             f"{cost['seconds']:.2f}",
             f"{plain / cost['seconds']:.2f}×",
             *(f"{cost[kind] / GB:.2f}" for kind in ("allocated", "reserved", "device")),
+            f"{cost['allocated'] / FLOOR:.2f}×",
             CLAIMS.get(name, ""),
         ]
         for name, cost in costs.items()
     ]
-    heads = ["setting", "seconds", "speed", "peak, GB", "reserved, GB", "device, GB", "claim"]
+    heads = [
+        "setting",
+        "seconds",
+        "speed",
+        "peak, GB",
+        "reserved, GB",
+        "device, GB",
+        "over floor",
+        "claim",
+    ]
     reached = [
         [
             goal.name,
@@ -60,7 +73,8 @@ def page(results: Results) -> str:
         f"weights, 512×512, {results.settings['steps']} steps, guidance 7.5, one image, median of "
         f"{results.settings['images']}. A GB is 10⁹ bytes. The peak is the allocator's while "
         'drawing, weights included; "reserved" is what it kept from the driver; "device" is '
-        "what the driver counts as in use, CUDA's context included. The claims are those of "
+        "what the driver counts as in use, CUDA's context included. The floor of the peak is "
+        f"{FLOOR / 2**30:.2f} GiB, float16 weights and one image. The claims are those of "
         '"Memory and speed" in the documentation of diffusers 0.3.0. Made by '
         f"`python -m bench.memory`.{note}\n\n"
         f"{table(heads, rows)}\n\n{table(['', 'goal', 'reached', 'met'], reached)}"
