@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from darkroom_server.core.errors import JobCancelled, UnknownRequest
+from darkroom_server.core.errors import GenerationFailed, JobCancelled, UnknownRequest
 from darkroom_server.core.events import PreviewReady, SampleProgress
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import (
@@ -121,6 +121,21 @@ async def test_a_crash_starts_the_progress_over_and_keeps_the_images() -> None:
         engine.advance(4)
         told = brief([e for e in await everything(waiter) if not isinstance(e, Queued)])
         assert told == [Started(), (1, 4), 1]
+
+
+async def test_a_job_that_is_given_up_is_not_told_to_be_run_again() -> None:
+    given: asyncio.Queue[Job] = asyncio.Queue()
+    async with dispatching(FakeEngine(on_submit=given.put_nowait)) as (dispatcher, engine):
+        accepted = dispatcher.submit(make_job())
+        waiter = accepted.waiter()
+        for _ in range(2):
+            await given.get()
+            engine.advance()
+            engine.die()
+        restarts = [e for e in await everything(waiter) if isinstance(e, Restarted)]
+        assert restarts == [Restarted(1)]
+        with pytest.raises(GenerationFailed, match="crashed twice"):
+            await accepted.result()
 
 
 async def test_one_that_comes_later_is_told_where_it_is_and_every_image() -> None:

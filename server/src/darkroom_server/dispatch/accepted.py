@@ -170,9 +170,13 @@ class AcceptedJob:
         if self.started:
             self.crashes += 1
             self.crashed_at = now
-            self.tell(Restarted(self.crashes))
         self.started = False
         self.developed = len(self.images)
+
+    def restarts(self) -> None:
+        """It waits to be run again, though it may not have begun."""
+        if self.crashes:
+            self.tell(Restarted(self.crashes))
 
     def end(self, outcome: Finished | DarkroomError) -> None:
         """Wake whoever waits, with ``outcome``."""

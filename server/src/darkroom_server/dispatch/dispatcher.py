@@ -12,25 +12,9 @@ import structlog
 from darkroom_server.core.caller import ANYBODY, Caller
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.errors import DarkroomError, StartupError
-from darkroom_server.core.events import (
-    EngineCounts,
-    EngineReady,
-    Event,
-    ImageReady,
-    JobCancelled,
-    JobFailed,
-    JobFinished,
-    JobStarted,
-    MemoryReport,
-    PassDone,
-    PeakMeasured,
-    PreviewReady,
-    SampleProgress,
-    StageSeconds,
-)
+from darkroom_server.core.events import EngineReady, Event, StageSeconds
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, Job
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.core.order import order
 from darkroom_server.dispatch import outcomes
 from darkroom_server.dispatch.accepted import AcceptedJob, Finished, Place
 from darkroom_server.dispatch.admission import Admission, QueueLimits, check_fits, going_away
@@ -40,6 +24,7 @@ from darkroom_server.dispatch.estimate import Estimate
 from darkroom_server.dispatch.fleet import Fleet
 from darkroom_server.dispatch.gate import Gate
 from darkroom_server.dispatch.observer import Observer, Unobserved
+from darkroom_server.dispatch.reports import Reports
 from darkroom_server.dispatch.roster import Roster
 from darkroom_server.dispatch.snapshot import Snapshot, engine_status, model_statuses, state_of
 
@@ -89,6 +74,9 @@ class Dispatcher:
         self._deadlines = Deadlines(self._expire)
         limits = QueueLimits(jobs=max_queued_jobs, megapixel_steps=max_queued_megapixel_steps)
         self._gate = Gate(self._fleet, self._roster, limits, early_refusal=early_refusal)
+        self._reports = Reports(
+            self._roster, self._observer, self._gate.estimates, self._leave_engine
+        )
         self._loaded = asyncio.Event()
         self._died = asyncio.Event()
         self._death: str | None = None
@@ -251,29 +239,20 @@ class Dispatcher:
 
     def _feed(self) -> None:
         """Hand waiting jobs to the engines while they have room, the most urgent first."""
-        for accepted in self._in_order():
+        for accepted in self._roster.in_order():
             slot = self._fleet.choose(accepted)
             if slot is None:
                 # Nobody overtakes: what waits for an empty engine would wait for ever.
                 break
             self._roster.move(accepted, Place.ENGINE)
             self._fleet.hand_over(accepted, slot)
-        self._tell_positions()
-
-    def _in_order(self) -> list[AcceptedJob]:
-        """The jobs that wait, the most urgent first."""
-        waiting = {accepted.job.id: accepted for accepted in self._roster.waiting()}
-        return [waiting[key.id[0]] for key in order(a.key() for a in waiting.values())]
-
-    def _tell_positions(self) -> None:
-        for position, accepted in enumerate(self._in_order()):
-            accepted.waits(position)
+        self._roster.tell_positions()
 
     def _withdraw(self, accepted: AcceptedJob) -> None:
         """Take a job out of the queue, or tell the engine to let it go."""
         if accepted.place is Place.QUEUE:
             self._roster.move(accepted, Place.OUTSIDE)
-            self._tell_positions()
+            self._roster.tell_positions()
         elif accepted.place is Place.ENGINE:
             self._fleet.cancel(accepted.job.id)
 
@@ -306,52 +285,8 @@ class Dispatcher:
                 self._observer.loaded(event)
                 self._loaded.set()
                 self._feed()
-            case PassDone():
-                self._observer.pass_done(event)
-            case EngineCounts():
-                self._observer.counted(event)
-            case PeakMeasured():
-                self._observer.peak(event)
-            case MemoryReport():
-                self._observer.memory(event)
-            case JobStarted(job_id):
-                if accepted := self._roster.get(job_id):
-                    accepted.starts()
-            case SampleProgress():
-                if accepted := self._roster.get(event.job_id):
-                    accepted.steps(event)
-            case PreviewReady():
-                if accepted := self._roster.get(event.job_id):
-                    self._previewed(accepted, event)
-            case ImageReady():
-                if accepted := self._roster.get(event.job_id):
-                    accepted.draws(event.image_index, event.image)
-            case JobFinished(job_id, stages):
-                if accepted := self._roster.get(job_id):
-                    self._compare(accepted)
-                    self._leave_engine(accepted, outcomes.finished(accepted, stages))
-            case JobFailed(job_id, failure):
-                if accepted := self._roster.get(job_id):
-                    self._leave_engine(accepted, outcomes.failed(failure))
-            case JobCancelled(job_id):
-                if accepted := self._roster.get(job_id):
-                    self._observer.wasted(accepted.job.model, event.wasted_seconds)
-                    self._leave_engine(accepted, outcomes.dropped(event))
-
-    def _previewed(self, accepted: AcceptedJob, preview: PreviewReady) -> None:
-        if not accepted.previewed:
-            seconds = time.monotonic() - accepted.job.submitted_at
-            self._observer.previewed(accepted.job.model, seconds)
-        accepted.previewed = True
-        accepted.tell(preview)
-
-    def _compare(self, accepted: AcceptedJob) -> None:
-        """Tell how good the estimate of a finished job was; of one run again it says nothing."""
-        estimate = accepted.estimate
-        if estimate is not None and not (accepted.ended or accepted.crashes):
-            seconds = time.monotonic() - estimate.made_at
-            self._gate.estimates.came_true(estimate, seconds)
-            self._observer.estimated(accepted.job.model, estimate.total, seconds)
+            case _:
+                self._reports.hear(event)
 
     def _leave_engine(self, accepted: AcceptedJob, outcome: outcomes.Outcome) -> None:
         self._fleet.left(accepted.job.id)
@@ -380,6 +315,7 @@ class Dispatcher:
                 self._leave(accepted, outcomes.finished(accepted, StageSeconds()))
             else:
                 self._roster.move(accepted, Place.QUEUE)
+                accepted.restarts()
                 self._observer.replayed(accepted.job.model)
         self._feed()
 

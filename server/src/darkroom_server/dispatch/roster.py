@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from darkroom_server.core.order import order
 from darkroom_server.dispatch.accepted import AcceptedJob, Place
 from darkroom_server.dispatch.observer import Observer
 
@@ -33,6 +34,16 @@ class Roster:
     def waiting(self) -> list[AcceptedJob]:
         """The jobs that wait for a place in the engine, in the order of their arrival."""
         return [accepted for accepted in self._jobs.values() if accepted.place is Place.QUEUE]
+
+    def in_order(self) -> list[AcceptedJob]:
+        """The jobs that wait, the most urgent first."""
+        waiting = {accepted.job.id: accepted for accepted in self.waiting()}
+        return [waiting[key.id[0]] for key in order(a.key() for a in waiting.values())]
+
+    def tell_positions(self) -> None:
+        """Let the jobs that wait know how many go before each."""
+        for position, accepted in enumerate(self.in_order()):
+            accepted.waits(position)
 
     @property
     def queued(self) -> int:

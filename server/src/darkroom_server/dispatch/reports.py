@@ -1,0 +1,97 @@
+"""What engines tell, passed on: their counts to the observer, the rest to the jobs it is about."""
+
+import time
+from collections.abc import Callable
+
+from darkroom_server.core.events import (
+    DecodeDone,
+    EngineCounts,
+    EngineDied,
+    EngineReady,
+    Event,
+    ImageReady,
+    JobCancelled,
+    JobFailed,
+    JobFinished,
+    JobStarted,
+    MemoryReport,
+    PassDone,
+    PeakMeasured,
+    PreviewReady,
+    SampleProgress,
+)
+from darkroom_server.dispatch import outcomes
+from darkroom_server.dispatch.accepted import AcceptedJob
+from darkroom_server.dispatch.estimates import Estimates
+from darkroom_server.dispatch.observer import Observer
+from darkroom_server.dispatch.roster import Roster
+
+
+class Reports:
+    """Hears the engines, on the event loop; what is told of a job that has left is dropped.
+
+    ``on_leave`` is told of each job that its engine has let go, and how it ended there.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        observer: Observer,
+        estimates: Estimates,
+        on_leave: Callable[[AcceptedJob, outcomes.Outcome], None],
+    ) -> None:
+        self._roster = roster
+        self._observer = observer
+        self._estimates = estimates
+        self._on_leave = on_leave
+
+    def hear(self, event: Event) -> None:
+        """Pass ``event`` on."""
+        match event:
+            case PassDone():
+                self._observer.pass_done(event)
+            case EngineCounts():
+                self._observer.counted(event)
+            case PeakMeasured():
+                self._observer.peak(event)
+            case MemoryReport():
+                self._observer.memory(event)
+            case EngineReady() | EngineDied() | DecodeDone():
+                pass  # The fleet's.
+            case _:
+                if accepted := self._roster.get(event.job_id):
+                    self._hear_of(accepted, event)
+
+    def _hear_of(self, accepted: AcceptedJob, event: Event) -> None:
+        match event:
+            case JobStarted():
+                accepted.starts()
+            case SampleProgress():
+                accepted.steps(event)
+            case PreviewReady():
+                self._previewed(accepted, event)
+            case ImageReady():
+                accepted.draws(event.image_index, event.image)
+            case JobFinished(_, stages):
+                self._compare(accepted)
+                self._on_leave(accepted, outcomes.finished(accepted, stages))
+            case JobFailed(_, failure):
+                self._on_leave(accepted, outcomes.failed(failure))
+            case JobCancelled():
+                self._observer.wasted(accepted.job.model, event.wasted_seconds)
+                self._on_leave(accepted, outcomes.dropped(event))
+
+    def _previewed(self, accepted: AcceptedJob, preview: PreviewReady) -> None:
+        if not accepted.previewed:
+            seconds = time.monotonic() - accepted.job.submitted_at
+            self._observer.previewed(accepted.job.model, seconds)
+        accepted.previewed = True
+        accepted.tell(preview)
+
+    def _compare(self, accepted: AcceptedJob) -> None:
+        """Tell how good the estimate of a finished job was; of one run again it says nothing."""
+        estimate = accepted.estimate
+        if estimate is not None and not (accepted.ended or accepted.crashes):
+            seconds = time.monotonic() - estimate.made_at
+            self._estimates.came_true(estimate, seconds)
+            self._observer.estimated(accepted.job.model, estimate.total, seconds)
