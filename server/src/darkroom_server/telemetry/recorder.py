@@ -17,6 +17,7 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.rpc.summary import Outcome, RequestSummary
 from darkroom_server.telemetry.metrics import Metrics
+from darkroom_server.telemetry.passes import SeriesOfPasses
 
 
 class Recorder:
@@ -36,6 +37,7 @@ class Recorder:
         self._requests = metrics.requests
         self._engine = engine = metrics.engine
         self._memory = metrics.memory
+        self._series_of_passes: dict[tuple[str, str], SeriesOfPasses] = {}
         # Of each model and rows or size: the most so far.
         self._peaks: dict[tuple[str, ...], int] = {}
         self._counters = {
@@ -100,14 +102,12 @@ class Recorder:
 
     def pass_done(self, done: PassDone) -> None:
         """One pass through a denoiser is done."""
-        engine, model = self._engine, done.model
-        engine.step_seconds.labels(model, rows_class(done.rows)).observe(done.seconds)
-        engine.rows_per_step.labels(model).observe(done.rows)
-        engine.steps.labels(model).inc(done.samples)
-        if done.max_rows:
-            engine.occupancy.labels(model).observe(min(1.0, done.rows / done.max_rows))
-        if done.joined:
-            engine.joins.labels(model).inc(done.joined)
+        key = done.model, rows_class(done.rows)
+        series = self._series_of_passes.get(key)
+        if series is None:
+            # Looking series up by their labels takes longer than counting.
+            series = self._series_of_passes[key] = SeriesOfPasses(self._engine, *key)
+        series.count(done)
 
     def counted(self, counts: EngineCounts) -> None:
         """What an engine counted since it last told."""
