@@ -30,7 +30,7 @@ def _latency(asked: Prometheus) -> Any:
     """One bar of what callers waited for on the mean, cut into its stages."""
     sums = asked.query("sum by (stage) (darkroom_stage_seconds_sum)")
     counts = asked.query("sum by (stage) (darkroom_stage_seconds_count)")
-    figure, axis = plt.subplots(figsize=(8, 2.2))
+    figure, axis = plt.subplots(figsize=(8, 2.2), layout="constrained")
     left = 0.0
     for stage, colour in zip(STAGES, COLOURS, strict=True):
         key = (("stage", stage),)
@@ -39,13 +39,13 @@ def _latency(asked: Prometheus) -> Any:
         left += mean
     axis.set_yticks([])
     axis.set_xlabel("mean seconds of a finished request")
-    axis.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.9), frameon=False)
+    figure.legend(ncols=3, loc="outside upper center", frameon=False)
     return figure
 
 
 def _memory(asked: Prometheus) -> Any:
     """Weights by component, and the peaks of passes by rows and of decodes."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     weights = asked.query("darkroom_model_memory_bytes")
     names = [dict(labels)["component"] for labels in weights]
     left.bar(names, [size / MIB for size in weights.values()], color=COLOURS[3])
@@ -67,7 +67,7 @@ def _memory(asked: Prometheus) -> Any:
 
 def _occupancy(asked: Prometheus, begin: float, end: float) -> Any:
     """How full the passes were, and how busy the engine was, over the run."""
-    figure, axis = plt.subplots(figsize=(8, 3.2))
+    figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
     for expression, label, colour in (
         (
             "sum(rate(darkroom_occupancy_ratio_sum[10s]))"
@@ -79,7 +79,7 @@ def _occupancy(asked: Prometheus, begin: float, end: float) -> Any:
     ):
         for points in asked.over_time(expression, begin, end).values():
             axis.plot(*zip(*points, strict=True), color=colour, label=label)
-    axis.set_ylim(0, 1.05)
+    axis.set_ylim(0, 1.25)
     axis.set_xlabel("seconds of the run")
     axis.set_ylabel("ratio, over 10 s")
     axis.legend(frameon=False, loc="lower center")
@@ -87,7 +87,6 @@ def _occupancy(asked: Prometheus, begin: float, end: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

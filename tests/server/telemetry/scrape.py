@@ -30,3 +30,8 @@ async def values(wire: Wire, name: str, *labels: str) -> dict[tuple[str, ...], f
         for sample in family.samples
         if sample.name == name
     }
+
+
+async def counted(wire: Wire, name: str, *labels: str) -> dict[tuple[str, ...], float]:
+    """The same, without the zeros."""
+    return {key: value for key, value in (await values(wire, name, *labels)).items() if value}

@@ -19,6 +19,16 @@ from darkroom_server.rpc.summary import Outcome, RequestSummary
 from darkroom_server.telemetry.metrics import Metrics
 from darkroom_server.telemetry.passes import SeriesOfPasses
 
+REJECTIONS = (
+    Reason.INVALID_REQUEST,
+    Reason.MODEL_LOADING,
+    Reason.DRAINING,
+    Reason.DOES_NOT_FIT,
+    Reason.QUEUE_FULL,
+    Reason.QUOTA_EXCEEDED,
+    Reason.DEADLINE_UNREACHABLE,
+)
+
 
 class Recorder:
     """Implements ``dispatch.Observer``, and rpc's ``RequestObserver`` and ``CallObserver``.
@@ -77,9 +87,10 @@ class Recorder:
             self._engine.wasted_seconds,
         ):
             counter.labels(model)
-        for outcome in (Outcome.FINISHED, Outcome.FAILED):
+        for outcome in Outcome:
             self._requests.seconds.labels(model, outcome.value)
-        self._requests.rejections.labels(model, Reason.QUEUE_FULL.lower())
+        for reason in REJECTIONS:
+            self._requests.rejections.labels(model, reason.lower())
 
     # What dispatch tells.
 

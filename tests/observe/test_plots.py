@@ -1,0 +1,45 @@
+"""The plots can be drawn from what Prometheus answers."""
+
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image
+
+from tools.observe.plots import STAGES, draw
+from tools.observe.prometheus import Prometheus
+
+ANSWERS: dict[str, Any] = {
+    "sum by (stage) (darkroom_stage_seconds_sum)": {
+        (("stage", stage),): seconds
+        for stage, seconds in zip(STAGES, (4.0, 0.1, 9.0, 0.8, 0.05), strict=True)
+    },
+    "sum by (stage) (darkroom_stage_seconds_count)": {(("stage", s),): 10.0 for s in STAGES},
+    "darkroom_model_memory_bytes": {
+        (("component", name), ("model", "demo")): size
+        for name, size in (("unet", 18e6), ("vae", 2e6), ("text_encoder", 4e5))
+    },
+    "darkroom_peak_memory_bytes": {
+        (("model", "demo"), ("rows", rows), ("size_class", "64")): float(rows) * 2e6
+        for rows in ("2", "4", "8")
+    },
+    "darkroom_decode_peak_memory_bytes": {(("model", "demo"), ("size_class", "64")): 3e6},
+}
+
+
+class Canned:
+    """Answers as Prometheus would."""
+
+    def query(self, expression: str) -> Any:
+        return ANSWERS[expression]
+
+    def over_time(self, expression: str, begin: float, end: float) -> Any:
+        return {(): [(float(at), 0.5 + at / 100) for at in range(30)]}
+
+
+def test_every_plot_is_drawn(tmp_path: Path) -> None:
+    paths = draw(cast(Prometheus, Canned()), 0.0, 30.0, tmp_path)
+    assert len(paths) == 3
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.width > 600
+            assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10
