@@ -141,12 +141,20 @@ def test_images_that_have_arrived_are_neither_told_nor_asked_for_twice() -> None
     assert len(follow.result.images) == 4
 
 
-def test_before_acceptance_an_error_is_the_end() -> None:
-    follow = following()
-    follow.next_call()
+def test_before_acceptance_there_are_so_many_attempts() -> None:
+    follow = following(attempts=3)
 
+    for _ in range(2):
+        assert isinstance(follow.next_call().message, generation_pb2.GenerateStreamRequest)
+        assert follow.hung_up(LOST) > 0
+    follow.next_call()
     with pytest.raises(Unavailable):
         follow.hung_up(LOST)
+
+    once = following(attempts=1)
+    once.next_call()
+    with pytest.raises(Unavailable):
+        once.hung_up(LOST)
 
 
 def test_waits_grow_and_begin_anew_with_news() -> None:

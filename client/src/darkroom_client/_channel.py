@@ -9,11 +9,18 @@ import grpc.aio
 from darkroom_client._connection import TLS
 from darkroom_client._settings import Settings
 
-SERVICES = (
-    "darkroom.v1.GenerationService",
-    "darkroom.v1.ModelService",
-    "darkroom.v1.ServerService",
+RETRIED = (
+    ("darkroom.v1.GenerationService", "Generate"),
+    ("darkroom.v1.GenerationService", "SubmitGeneration"),
+    ("darkroom.v1.GenerationService", "CancelGeneration"),
+    ("darkroom.v1.GenerationService", "EstimateGeneration"),
+    ("darkroom.v1.ModelService", "ListModels"),
+    ("darkroom.v1.ModelService", "GetModel"),
+    ("darkroom.v1.ServerService", "GetStatus"),
 )
+"""Calls that gRPC tries again. Not streams: ``Following`` does that, knowing what they told before.
+(And a stream that meets a server which is going away was seen to hang in gRPC's own retries until
+its deadline, with grpcio 1.85.)"""
 
 Options = tuple[tuple[str, str | int], ...]
 
@@ -73,7 +80,7 @@ def service_config(settings: Settings) -> dict[str, object]:
             # that somebody cancelled is CANCELLED too, but with a trailer that forbids retries.
             "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
         }
-        names = [{"service": service} for service in SERVICES]
+        names = [{"service": service, "method": method} for service, method in RETRIED]
         config["methodConfig"] = [{"name": names, "retryPolicy": policy}]
         # After 50 failures more than successes, retries stop: a fleet that is down is left alone.
         config["retryThrottling"] = {"maxTokens": 100, "tokenRatio": 0.5}

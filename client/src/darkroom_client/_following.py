@@ -166,19 +166,20 @@ class Following:
         return self._pause(error)
 
     def _may_go_on(self, error: DarkroomError) -> bool:
-        """Whether the job may be followed further: once accepted, until the time is up."""
-        if self._retry.attempts == 1 or self._accepted is None:
+        """Whether to call again: a few times, and for an accepted job until the time is up."""
+        if self.timeout is None and time.monotonic() - self._heard_at > LONGEST_OUTAGE:
             return False
-        if time.monotonic() - self._heard_at > LONGEST_OUTAGE and self.timeout is None:
-            return False
-        if isinstance(error, Unavailable):
+        accepted = self._accepted is not None
+        if isinstance(error, Unavailable) and accepted and self._retry.attempts > 1:
             return True
         if isinstance(error, Overloaded):
             # The place in the queue went with the server that has forgotten the job.
             return self._losses > 0 and not self._joinable
         # gRPC's own words for a connection that broke in the middle, such as "Stream removed".
-        broken = not error.reason and isinstance(error, Cancelled | ServerError)
-        return broken and self._failures < self._retry.attempts
+        # A server that ends before it has accepted anything says CANCELLED.
+        kinds = Unavailable | Cancelled | ServerError if accepted else Unavailable | Cancelled
+        lost = isinstance(error, Unavailable) or (not error.reason and isinstance(error, kinds))
+        return lost and self._failures < self._retry.attempts
 
     def _pause(self, error: DarkroomError) -> float:
         grown = self._retry.initial_backoff * self._retry.multiplier ** (self._failures - 1)
