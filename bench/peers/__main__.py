@@ -33,12 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # So that a bench that is told to end takes its servers with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     plan = _plan(options)
+    # Of the beginning: a long bench passes midnight.
+    date = today()
+    peer_versions = {name: _versions(PEERS[name]) for name in plan.peers}
     bench = PeersBench(model_source(options.model), plan, lambda: keep())
 
     def results() -> Results:
         return Results(
             bench="everything" if options.full else "peers",
-            date=today(),
+            date=date,
             machine=this_machine(),
             versions=versions(),
             model=model_facts(bench.info),
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "lone_steps": LONE_STEPS,
             },
             figures={
-                "versions": {name: _versions(PEERS[name]) for name in bench.equality},
+                "versions": {name: peer_versions[name] for name in bench.equality},
                 "equality": bench.equality,
                 "lost": bench.lost,
             },
