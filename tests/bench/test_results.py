@@ -122,7 +122,9 @@ def test_the_memory_page() -> None:
     ]
     settings = {"images": 3, "steps": 50}
     page = memory_page.page(replace(RESULTS, figures={"costs": costs}, settings=settings))
-    assert "| preset frugal | 2.00 | 2.00× | 2.50 | 3.00 | 4.00 | 0.99× | Stable Diffusion in" in page
+    assert (
+        "| preset frugal | 2.00 | 2.00× | 2.50 | 3.00 | 4.00 | 0.99× | Stable Diffusion in" in page
+    )
     assert "| fast's speed over frugal's | ≥ 1.3 | 2.00 | yes |" in page
     assert "| tiny's peak, GB | ≤ 1.7 | 2.50 | **no** |" in page
 
