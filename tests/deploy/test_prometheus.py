@@ -58,6 +58,6 @@ def test_every_alert_says_what_is_wrong_and_what_to_do(alert: dict[str, Any]) ->
     assert alert["annotations"]["summary"]
     assert alert["labels"]["severity"] in ("critical", "warning")
     page = (ROOT / "docs" / "operations.md").read_text()
-    section = re.search(rf"^## {alert['alert']}\n\n(.+?)(?=\n## |\Z)", page, re.M | re.S)
+    section = re.search(rf"^### {alert['alert']}\n\n(.+?)(?=\n##|\Z)", page, re.M | re.S)
     assert section, f"docs/operations.md has no section {alert['alert']}"
     assert len(section[1]) > 80

@@ -4,9 +4,11 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from darkroom_server.telemetry import Exporter
+from darkroom_server.telemetry import exporter as exporter_module
 from tests.server.telemetry.scrape import OPENMETRICS, scrape
 from tests.server.wire import serving
 
@@ -52,6 +54,18 @@ def test_those_who_stall_stall_alone() -> None:
                     client.sendall(b"GET /metr")
             assert get(address, "/metrics")[0] == 200
             assert get(address, "/healthz") == (200, "ready\n")
+    finally:
+        exporter.stop()
+
+
+def test_who_trickles_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter_module, "CONNECTION_SECONDS", 0.2)
+    exporter = Exporter(CollectorRegistry(), lambda: True)
+    host, port = exporter.start("127.0.0.1", 0).split(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=60) as client:
+            client.sendall(b"GET /metr")
+            assert client.recv(1) == b""
     finally:
         exporter.stop()
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http import HTTPStatus
 from socketserver import ThreadingMixIn
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -16,6 +16,9 @@ from darkroom_server.core.errors import StartupError
 STALLED_SECONDS = 10.0
 """A client that neither reads nor writes for so long is let go."""
 
+CONNECTION_SECONDS = 60.0
+"""The most that one answer may take, for those who read or write a byte now and then."""
+
 
 class _Server(ThreadingMixIn, WSGIServer):
     """A thread for each connection: who stalls, stalls alone."""
@@ -23,8 +26,23 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     request_queue_size = 64
 
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer one client, and hang up on it when its time is over."""
+        timer = Timer(CONNECTION_SECONDS, _hang_up, [request])
+        timer.daemon = True
+        timer.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            timer.cancel()
+
     def handle_error(self, *_: Any) -> None:
         """A client that went away in the middle is no news."""
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(WSGIRequestHandler):
