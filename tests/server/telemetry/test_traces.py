@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from darkroom.v1 import generation_pb2
 from darkroom_server import app
 from darkroom_server.core.errors import Failure, Reason, StartupError
-from darkroom_server.telemetry import open_traces
+from darkroom_server.telemetry import open_traces, spans
 from darkroom_server.telemetry.spans import SpanWriter
 from tests.server.telemetry.scrape import OPENMETRICS, scrape
 from tests.server.wire import Wire, serving
@@ -55,20 +56,20 @@ async def generate(wire: Wire, traceparent: str) -> Any:
 async def test_the_stages_are_spans_in_the_caller_s_trace(exporter: InMemorySpanExporter) -> None:
     async with serving(fake={"auto": True}) as wire:
         await generate(wire, f"00-{TRACE}-{SPAN}-01")
-    spans = by_name(exporter)
-    assert set(spans) == {"generate", *STAGES}
-    root = spans["generate"]
+    found = by_name(exporter)
+    assert set(found) == {"generate", *STAGES}
+    root = found["generate"]
     assert root.kind is SpanKind.SERVER
     assert root.parent is not None
     assert (root.parent.trace_id, root.parent.span_id) == (int(TRACE, 16), int(SPAN, 16))
     assert dict(root.attributes or {})["darkroom.request_id"] == "mine"
     assert "hippopotamus" not in root.to_json()
     for stage in STAGES:
-        assert spans[stage].parent == root.get_span_context()
-    assert dict(spans["denoise"].attributes or {}) == {"darkroom.steps": 4}
+        assert found[stage].parent == root.get_span_context()
+    assert dict(found["denoise"].attributes or {}) == {"darkroom.steps": 4}
     for before, after in pairwise(STAGES):
-        assert spans[before].end_time == spans[after].start_time
-    assert spans["queue"].start_time == root.start_time
+        assert found[before].end_time == found[after].start_time
+    assert found["queue"].start_time == root.start_time
 
 
 async def test_a_caller_that_samples_nothing_is_obeyed(exporter: InMemorySpanExporter) -> None:
@@ -114,6 +115,21 @@ async def test_the_trace_s_id_is_an_exemplar() -> None:
     (line,) = [line for line in text.splitlines() if TRACE in line]
     assert line.startswith('darkroom_request_seconds_bucket{le="')
     assert f'# {{trace_id="{TRACE}"}} ' in line
+
+
+def test_a_collector_that_is_gone_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(spans, "FLUSH_SECONDS", 0.05)
+    collector = threading.Event()
+
+    class Stuck(InMemorySpanExporter):
+        def shutdown(self) -> None:
+            collector.wait()
+
+    SpanWriter(SimpleSpanProcessor(Stuck())).close()
+    assert not collector.is_set()
+    collector.set()
 
 
 def test_nothing_of_it_is_imported_when_it_is_off() -> None:

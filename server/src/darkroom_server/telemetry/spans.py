@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import asdict
+from threading import Thread
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -18,7 +19,7 @@ from darkroom_server.core.events import StageSeconds
 from darkroom_server.rpc.summary import Outcome, RequestSummary
 from darkroom_server.rpc.trace_context import TraceContext
 
-FLUSH_MILLISECONDS = 5000
+FLUSH_SECONDS = 5.0
 """For what is left when the server stops; a collector that is gone must not hold it up."""
 
 
@@ -39,15 +40,19 @@ class SpanWriter:
         self._ids = _Ids()
         name = os.environ.get("OTEL_SERVICE_NAME", "darkroom-server")
         self._provider = TracerProvider(
-            resource=Resource.create({SERVICE_NAME: name}), id_generator=self._ids
+            resource=Resource.create({SERVICE_NAME: name}),
+            id_generator=self._ids,
+            shutdown_on_exit=False,
         )
         self._provider.add_span_processor(processor or BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("darkroom_server")
 
     def close(self) -> None:
-        """Send what is left; blocks for ``FLUSH_MILLISECONDS`` at most."""
-        self._provider.force_flush(FLUSH_MILLISECONDS)
-        self._provider.shutdown()
+        """Send what is left; blocks for ``FLUSH_SECONDS`` at most."""
+        # On a thread to walk away from: the exporter tries again for longer than it is told.
+        last = Thread(target=self._provider.shutdown, name="flush-spans", daemon=True)
+        last.start()
+        last.join(FLUSH_SECONDS)
 
     def request_ended(self, summary: RequestSummary) -> None:
         """Write one span for the request, and one below it for each of its stages."""
