@@ -1,0 +1,191 @@
+"""Requests that no client would send: `python -m tests.server.hostile.fuzz --inputs 100000`.
+
+Half of them are messages with every field drawn at random, at its bounds or beyond; half are such
+messages with their bytes damaged. Each must end in an answer or in an error that blames the caller.
+"""
+
+import argparse
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from darkroom.v1 import generation_pb2, model_pb2, server_pb2
+from darkroom_server.settings import Dispatch, Results
+from tests.server.wire import Wire, serving
+
+AT_ONCE = 64
+HONEST = {
+    "OK",
+    "INVALID_ARGUMENT",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "RESOURCE_EXHAUSTED",  # What does not fit.
+    "DEADLINE_EXCEEDED",  # A time limit of nanoseconds.
+    "CANCELLED",  # One input watches what another one cancels.
+}
+"""Nothing else may come of any input."""
+
+WHOLE = (0, 1, -1, 2, 3, 63, 64, 65, 100, 101, 2048, 2049, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63))
+REAL = (0.0, -0.0, 1.0, 1.5, -1.0, 30.0, 30.1, 1e-45, 3.4e38, float("inf"), float("nan"))
+TEXTS = (
+    "",
+    "a",
+    "demo",
+    "a star",
+    "[flagged]",
+    "\0",
+    "★" * 3,
+    "x" * 65,
+    "x" * 8193,
+    "../../x",
+    "a\n",
+)
+
+METHODS: dict[str, type[Message]] = {
+    "GenerationService/Generate": generation_pb2.GenerateRequest,
+    "GenerationService/GenerateStream": generation_pb2.GenerateStreamRequest,
+    "GenerationService/SubmitGeneration": generation_pb2.SubmitGenerationRequest,
+    "GenerationService/WatchGeneration": generation_pb2.WatchGenerationRequest,
+    "GenerationService/CancelGeneration": generation_pb2.CancelGenerationRequest,
+    "GenerationService/EstimateGeneration": generation_pb2.EstimateGenerationRequest,
+    "ModelService/GetModel": model_pb2.GetModelRequest,
+    "ServerService/GetStatus": server_pb2.GetStatusRequest,
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One call: the method's name and the bytes of its message."""
+
+    method: str
+    message: bytes
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream."""
+        return self.method.endswith(("GenerateStream", "WatchGeneration"))
+
+
+def inputs(count: int, seed: int) -> Iterator[Input]:
+    """So many inputs, the same ones for the same seed."""
+    dice = random.Random(seed)
+    names = list(METHODS)
+    for number in range(count):
+        method = dice.choice(names[:3]) if dice.random() < 0.7 else dice.choice(names)
+        message = METHODS[method]()
+        fill(message, dice)
+        data = message.SerializeToString()
+        yield Input(method, damaged(data, dice) if number % 2 else data)
+
+
+def fill(message: Message, dice: random.Random) -> None:
+    """Set some fields, to values that are seldom wanted."""
+    for field in message.DESCRIPTOR.fields:
+        if dice.random() < 0.6:
+            continue
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            inner: Message = getattr(message, field.name)
+            inner.SetInParent()
+            fill(inner, dice)
+        else:
+            try:
+                setattr(message, field.name, value_of(field, dice))
+            except ValueError:
+                continue  # Out of the type's range.
+
+
+def value_of(field: FieldDescriptor, dice: random.Random) -> Any:
+    """Something for ``field``."""
+    match field.cpp_type:
+        case FieldDescriptor.CPPTYPE_STRING:
+            return dice.choice(TEXTS)
+        case FieldDescriptor.CPPTYPE_BOOL:
+            return dice.random() < 0.5
+        case FieldDescriptor.CPPTYPE_FLOAT | FieldDescriptor.CPPTYPE_DOUBLE:
+            return dice.choice(REAL)
+        case FieldDescriptor.CPPTYPE_ENUM:
+            return dice.choice((0, 1, 2, 3, 99))
+    return dice.choice(WHOLE) if dice.random() < 0.5 else dice.randrange(1, 100)
+
+
+def damaged(data: bytes, dice: random.Random) -> bytes:
+    """``data`` with bytes changed, put in, taken out, repeated or cut off."""
+    broken = bytearray(data)
+    for _ in range(dice.randrange(1, 6)):
+        at = dice.randrange(len(broken) + 1)
+        match dice.randrange(4):
+            case 0:
+                broken[at : at + 1] = dice.randbytes(1)
+            case 1:
+                broken[at:at] = dice.randbytes(dice.randrange(1, 9))
+            case 2:
+                del broken[at : at + dice.randrange(1, 9)]
+            case 3:
+                broken += broken[at : at + 64]
+    return bytes(broken)
+
+
+async def fuzz(wire: Wire, count: int, seed: int) -> Counter[str]:
+    """Send the inputs; returns how many ended in which status, and raises at a dishonest one."""
+    queue = inputs(count, seed)
+    statuses: Counter[str] = Counter()
+
+    async def caller() -> None:
+        for one in queue:  # Shared by all callers: each input is sent once.
+            status = await send(wire, one)
+            statuses[status] += 1
+            assert status in HONEST, f"{status} for {one}"
+
+    async with asyncio.TaskGroup() as callers:
+        for _ in range(AT_ONCE):
+            callers.create_task(caller())
+    return statuses
+
+
+async def send(wire: Wire, one: Input) -> str:
+    """The status that an input ends with, in words."""
+    path = f"/darkroom.v1.{one.method}"
+    channel: Any = wire.channel  # The types want to be told how to serialise bytes.
+    try:
+        if one.streams:
+            async for _ in channel.unary_stream(path)(one.message, timeout=60):
+                pass
+        else:
+            await channel.unary_unary(path)(one.message, timeout=60)
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    return "OK"
+
+
+def fuzzed() -> Any:
+    """A server to send the inputs to: with room for all callers, and little for results."""
+    return serving(
+        fake={"auto": True},
+        dispatch=Dispatch(max_queued_jobs=4 * AT_ONCE),
+        results=Results(result_ttl=1.0),
+    )
+
+
+async def run(count: int, seed: int) -> None:
+    """Fuzz a server of its own, and say what came of it."""
+    async with fuzzed() as wire:
+        statuses = await fuzz(wire, count, seed)
+        assert (await wire.generate()).images
+        assert wire.server.dispatcher.counts.live == 0
+    for status, number in statuses.most_common():
+        print(f"{number:9}  {status}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    asyncio.run(run(options.inputs, options.seed))
