@@ -15,6 +15,7 @@ PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 OBSERVE_FLAGS ?=
 MINUTES ?= 5
+INPUTS ?= 100000
 # The commit whose protos the working tree's must stay compatible with.
 PROTOS_AGAINST ?= HEAD
 IMAGE ?= darkroom-server:latest
@@ -89,6 +90,10 @@ observe: setup ## a server, a real Prometheus and a short load: what its rules s
 .PHONY: soak
 soak: setup ## mixed load with random cancels and kills, for MINUTES
 	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
+.PHONY: fuzz
+fuzz: setup ## send INPUTS requests that no client would send to a server, over the wire
+	@$(BIN)/python -m tests.server.hostile.fuzz --inputs $(INPUTS)
 
 CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs
 

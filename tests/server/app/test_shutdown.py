@@ -3,7 +3,9 @@ import signal
 
 import grpc
 import pytest
+from google.rpc import code_pb2, error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_server import app
@@ -31,6 +33,7 @@ async def test_accepted_jobs_finish_and_new_ones_are_refused() -> None:
         assert error.code is grpc.StatusCode.UNAVAILABLE
         assert error.info.reason == "DRAINING"
         assert error.trailers["grpc-retry-pushback-ms"] == "1000"
+        assert error.detail(error_details_pb2.RetryInfo).retry_delay.seconds == 1
         wire.engine.finish("a")
         await running
         assert not shutdown.done()
@@ -128,6 +131,54 @@ def test_a_signal_lets_running_jobs_finish() -> None:
             assert call.result().images
         assert server.wait() == 0
         assert '"stopped"' in server.rest()[-1]
+
+
+STREAM = generation_pb2.GenerateStreamRequest(generation=REQUEST)
+SUBMIT = generation_pb2.SubmitGenerationRequest(
+    generation=generation_pb2.GenerateRequest(prompt="a star", request_id="left")
+)
+
+
+def test_streams_and_submitted_jobs_finish_too() -> None:
+    with start() as server:
+        address = server.until("serving")["address"]
+        with grpc.insecure_channel(address) as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            stub.SubmitGeneration(SUBMIT)
+            stream = stub.GenerateStream(STREAM)
+            watch = stub.WatchGeneration(generation_pb2.WatchGenerationRequest(request_id="left"))
+            for call in (stream, watch):
+                assert next(call).event.WhichOneof("event") == "accepted"
+            server.send(signal.SIGTERM)
+            assert server.until("draining")["jobs"] == 2
+            server.send(signal.SIGUSR1)
+            for call in (stream, watch):
+                assert [*call][-1].event.WhichOneof("event") == "finished"
+        assert server.wait() == 0
+
+
+def test_what_outlasts_the_grace_is_told_so() -> None:
+    with start("--grace", "0.1") as server:
+        address = server.until("serving")["address"]
+        with grpc.insecure_channel(address) as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            stub.SubmitGeneration(SUBMIT)
+            stream = stub.GenerateStream(STREAM)  # Nobody takes the passes of either.
+            watch = stub.WatchGeneration(generation_pb2.WatchGenerationRequest(request_id="left"))
+            for call in (stream, watch):
+                assert next(call).event.WhichOneof("event") == "accepted"
+            server.send(signal.SIGTERM)
+            for call in (stream, watch):
+                with pytest.raises(grpc.RpcError) as caught:
+                    list(call)
+                # The types do not know that the error is the call as well.
+                status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
+                assert status is not None
+                info = error_details_pb2.ErrorInfo()
+                assert any(detail.Unpack(info) for detail in status.details)
+                assert (status.code, info.reason) == (code_pb2.UNAVAILABLE, "DRAINING")
+        assert server.until("drain ends jobs unfinished")["jobs"] == 2
+        assert server.wait() == 0
 
 
 def test_a_signal_while_loading_stops() -> None:

@@ -5,6 +5,7 @@ import pytest
 import structlog
 
 from darkroom.v1 import generation_pb2, model_pb2
+from darkroom_server.rpc.generation import GenerationService
 from darkroom_server.rpc.models import ModelService
 from darkroom_server.rpc.trace_context import parse_traceparent
 from tests.server.wire import refusal, serving
@@ -30,6 +31,22 @@ async def test_what_nobody_foresaw_is_logged_and_not_told(monkeypatch: Any) -> N
     (entry,) = [line for line in logs if line["event"] == "handler failed"]
     assert entry["request_id"] == "mine"
     assert entry["exc_info"]
+
+
+async def test_a_stream_that_breaks_says_nothing_either(monkeypatch: Any) -> None:
+    async def fail(self: object, request: object, context: object) -> Any:
+        yield generation_pb2.GenerateStreamResponse()
+        raise ValueError("a secret path")
+
+    monkeypatch.setattr(GenerationService, "GenerateStream", fail)
+    async with serving() as wire:
+        call = wire.stream()
+        await call.read()
+        error = await refusal(call.read())
+    assert error.code is grpc.StatusCode.INTERNAL
+    assert error.message == "internal error"
+    assert error.trailers["darkroom-request-id"]
+    assert "secret" not in str(error.status)
 
 
 async def test_a_status_that_a_handler_chose_is_left_alone(monkeypatch: Any) -> None:
