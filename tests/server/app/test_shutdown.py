@@ -1,5 +1,6 @@
 import asyncio
 import signal
+from typing import Any
 
 import grpc
 import pytest
@@ -147,12 +148,13 @@ def test_streams_and_submitted_jobs_finish_too() -> None:
             stub.SubmitGeneration(SUBMIT)
             stream = stub.GenerateStream(STREAM)
             watch = stub.WatchGeneration(generation_pb2.WatchGenerationRequest(request_id="left"))
-            for call in (stream, watch):
+            calls: tuple[Any, ...] = (stream, watch)
+            for call in calls:
                 assert next(call).event.WhichOneof("event") == "accepted"
             server.send(signal.SIGTERM)
             assert server.until("draining")["jobs"] == 2
             server.send(signal.SIGUSR1)
-            for call in (stream, watch):
+            for call in calls:
                 assert [*call][-1].event.WhichOneof("event") == "finished"
         assert server.wait() == 0
 
@@ -165,10 +167,11 @@ def test_what_outlasts_the_grace_is_told_so() -> None:
             stub.SubmitGeneration(SUBMIT)
             stream = stub.GenerateStream(STREAM)  # Nobody takes the passes of either.
             watch = stub.WatchGeneration(generation_pb2.WatchGenerationRequest(request_id="left"))
-            for call in (stream, watch):
+            calls: tuple[Any, ...] = (stream, watch)
+            for call in calls:
                 assert next(call).event.WhichOneof("event") == "accepted"
             server.send(signal.SIGTERM)
-            for call in (stream, watch):
+            for call in calls:
                 with pytest.raises(grpc.RpcError) as caught:
                     list(call)
                 # The types do not know that the error is the call as well.

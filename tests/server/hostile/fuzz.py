@@ -101,8 +101,8 @@ def fill(message: Message, dice: random.Random) -> None:
                 continue  # Out of the type's range.
 
 
-def value_of(field: FieldDescriptor, dice: random.Random) -> Any:
-    """Something for ``field``."""
+def value_of(field: Any, dice: random.Random) -> Any:
+    """Something for ``field``, a descriptor."""
     match field.cpp_type:
         case FieldDescriptor.CPPTYPE_STRING:
             return dice.choice(TEXTS)

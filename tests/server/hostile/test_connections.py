@@ -4,6 +4,7 @@ import asyncio
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,9 @@ async def test_half_open_connections_harm_nobody(opening: bytes) -> None:
 @pytest.mark.parametrize("tls", [False, True], ids=["plaintext", "tls"])
 async def test_garbage_harms_nobody(tls: bool, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
-    secured = {"security": authority.security(), "channel": authority.channel()} if tls else {}
+    secured: dict[str, Any] = (
+        {"security": authority.security(), "channel": authority.channel()} if tls else {}
+    )
     dice = random.Random(7)
     async with serving(fake=AUTO, **secured) as wire:
         await wire.generate()
