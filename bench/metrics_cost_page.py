@@ -20,6 +20,7 @@ def page(results: Results) -> str:
         f"a lone request, {step / 1000:.1f} ms, and {verdict} the goal of {GOAL:.1%}. A request "
         f"costs {results.figures['of_a_request']:.1f} µs besides. The fastest of "
         f"{results.settings['rounds']} rounds of {results.settings['times']} calls each. Once a "
-        "minute a CPU's engine measures the peak of a pass as well, which is left out. Made by "
+        "minute (on a GPU: once a second) the engine measures the peak of a pass as well, which is "
+        "left out. Made by "
         f"`python -m bench.metrics_cost`.{note}"
     )

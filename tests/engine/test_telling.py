@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import psutil
 import pytest
+import structlog
 import torch
 
 from darkroom_server.core.events import (
@@ -261,3 +262,16 @@ def test_memory_on_a_gpu_is_what_torch_says() -> None:
     assert report.by_kind["reserved"] == torch.cuda.memory_reserved(device)
     assert report.by_kind["peak"] >= len(ballast) + 32 * MIB
     assert 0 < report.by_kind["device_used"] <= report.by_kind["device_total"]
+
+
+def test_lines_about_an_image_name_its_request(own_loop: LoopUnderTest) -> None:
+    def break_down(*_: object) -> None:
+        raise ValueError("no such latents")
+
+    own_loop.models["tiny"].decoder._decode = break_down  # type: ignore[assignment]
+    with structlog.testing.capture_logs(
+        processors=[structlog.contextvars.merge_contextvars]
+    ) as logs:
+        own_loop.run(make_job("mine#1", request_id="mine", trace_id="4bf9", steps=1))
+    (line,) = [line for line in logs if line["event"] == "decode failed"]
+    assert (line["job"], line["request_id"], line["trace_id"]) == ("mine#1", "mine", "4bf9")

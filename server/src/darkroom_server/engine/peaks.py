@@ -10,8 +10,9 @@ from darkroom_server.core.classes import rows_class, size_class
 from darkroom_server.core.events import Event, PeakMeasured
 from darkroom_server.engine.memory import PeakMemory
 
-CPU_INTERVAL_SECONDS = 60.0
-"""On a CPU the C library must give back what it keeps, which takes longer than a small pass."""
+INTERVAL_SECONDS = {"cuda": 1.0, "cpu": 60.0}
+"""Reading the allocator's statistics takes longer than all other metrics of a step together; on a
+CPU the C library must even give back what it keeps, which takes longer than a small pass."""
 
 Key = tuple[str, str, str]
 
@@ -19,8 +20,8 @@ Key = tuple[str, str, str]
 class PeakWatch:
     """Measures the work of the loop's thread, and tells of each new height.
 
-    On CUDA every pass and decode is measured: the allocator counts anyway. On a CPU each class of
-    work is, once a minute. ``highest`` is the most that was in use at once, in bytes.
+    Each class of work is measured once in ``INTERVAL_SECONDS``. ``highest`` is the most that was in
+    use at once, in bytes.
     """
 
     def __init__(self, emit: Callable[[Event], None]) -> None:
@@ -56,10 +57,8 @@ class PeakWatch:
             )
 
     def _due(self, device: torch.device, key: Key) -> bool:
-        if device.type == "cuda":
-            return True
         now = time.monotonic()
         if now < self._next.get(key, 0.0):
             return False
-        self._next[key] = now + CPU_INTERVAL_SECONDS
+        self._next[key] = now + INTERVAL_SECONDS[device.type]
         return True

@@ -18,9 +18,9 @@ restarted: its numbers travel with its events to the serving process, which keep
 What is measured: on a GPU, the engine waits for the device once a pass, as it must to go on, and
 the times of steps and stages are taken there, on the host's clock. A decode ends with its pixels
 on the host. Prompts are encoded without waiting: two events in the device's queue, read after the
-pass, say how long that took. Peaks are the allocator's, of each pass and decode. On a CPU they
-are of the process's resident memory, which counts pages and not tensors, and are measured once a
-minute for each class of work: small work may show less than it takes, and the first of its class
+pass, say how long that took. Peaks are the allocator's, measured once a second for each class of
+work. On a CPU they are of the process's resident memory, which counts pages and not tensors, and
+are measured once a minute: small work may show less than it takes, and the first of its class
 more.
 
 What to look at first, and the alerts: [operations](operations.md).
