@@ -1,0 +1,188 @@
+"""The fake server itself: what it promises to those who test their own code with it."""
+
+import doctest
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import darkroom_client
+from darkroom_client import (
+    DarkroomError,
+    Estimate,
+    GenerationRequest,
+    ImageFormat,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    ReplayRecord,
+    Retry,
+    ServerState,
+    Unauthenticated,
+    Unavailable,
+    Violation,
+    testing,
+)
+from darkroom_client.testing import Behaviour, FakeServer, JobState
+from darkroom_client.testing._statuses import SENT
+from tests.client.conftest import Connect
+
+LOCAL = {"ImageWithheld", "Unsupported", "DarkroomError"}
+"""Errors that no server sends."""
+
+
+def test_its_documentation_is_true() -> None:
+    assert doctest.testmod(testing).failed == 0
+
+
+def test_every_error_can_be_scripted() -> None:
+    kinds = [getattr(darkroom_client, name) for name in darkroom_client.__all__]
+    errors = {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, DarkroomError)}
+
+    assert {kind.__name__ for kind in errors - SENT.keys()} == LOCAL
+
+
+@pytest.mark.parametrize("kind", SENT)
+def test_a_scripted_error_arrives_as_it_is(
+    connect: Connect, fake: FakeServer, kind: type[DarkroomError]
+) -> None:
+    client = connect(fake.target, retry=Retry(attempts=1))
+    violations = (Violation(field="steps", description="is 0"),) if "Invalid" in str(kind) else ()
+    error = kind("because of this", violations=violations, metadata={"needed": "9"})
+    fake.script(Behaviour(error=error), Behaviour(error=error, error_at_step=1))
+
+    for _ in range(2):
+        with pytest.raises(kind, match="because of this") as caught:
+            client.generate("a star")
+        assert type(caught.value) is kind
+        assert caught.value.violations == violations
+        assert caught.value.metadata == {"needed": "9"}
+
+
+def test_the_time_to_come_back_arrives(connect: Connect, fake: FakeServer) -> None:
+    client = connect(fake.target)
+    fake.script(Behaviour(error=Overloaded("full", retry_after=1.5)))
+
+    with pytest.raises(Overloaded) as caught:
+        client.generate("a star")
+
+    assert caught.value.retry_after == 1.5
+
+
+def test_a_refusal_that_is_retried_takes_one_behaviour_a_try(caller: Any, fake: FakeServer) -> None:
+    gone = Behaviour(error=Unavailable("restarting", retry_after=0.01))
+
+    fake.script(gone, gone)
+    assert caller.generate("a star").images
+
+    fake.script(*[gone] * 5)
+    with pytest.raises(Unavailable):
+        caller.generate("a star")
+
+
+def test_a_token_is_asked_for(connect: Connect) -> None:
+    with FakeServer(token="secret") as strict:
+        with pytest.raises(Unauthenticated):
+            connect(strict.target).generate("a star")
+        assert connect(strict.target, token="secret", insecure=True).generate("a star").images
+
+
+def test_capacity_is_kept(connect: Connect) -> None:
+    with FakeServer(capacity=1) as small:
+        client = connect(small.target)
+        released = threading.Event()
+        small.script(Behaviour(hold=released))
+        accepted = client.submit("a star")
+        with pytest.raises(Overloaded) as caught:
+            client.generate("a circle")
+        released.set()
+        with client.watch(accepted.request_id) as watch:
+            watch.result()
+
+        assert caught.value.retry_after
+        assert client.generate("a circle").images
+
+
+def test_its_state_is_what_health_and_status_say(connect: Connect, fake: FakeServer) -> None:
+    client = connect(fake.target, retry=Retry(attempts=1))
+    client.wait_until_ready(timeout=30)
+    assert client.status().state is ServerState.READY
+
+    for state, reason in (
+        (ServerState.LOADING, "MODEL_LOADING"),
+        (ServerState.DRAINING, "DRAINING"),
+    ):
+        fake.state = state
+        assert client.status().state is state
+        with pytest.raises(Unavailable) as caught:
+            client.generate("a star")
+        assert caught.value.reason == reason
+        with pytest.raises(Unavailable, match="not ready"):
+            client.wait_until_ready(timeout=0.1)
+
+
+def test_status_counts_jobs(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(), Behaviour(error=InvalidRequest("no")), Behaviour(withheld=True))
+    caller.generate_many(["a", "b", "c"])
+
+    status = caller.status()
+
+    assert status.accepted_jobs == 2
+    assert status.ended_jobs["finished"] == 2
+    assert [job.state for job in fake.jobs] == [JobState.FINISHED] * 2
+
+
+def test_an_estimate_is_what_was_set(caller: Any, fake: FakeServer) -> None:
+    fake.estimate = Estimate(queue_wait=1.5, run_time=2.5, peak_bytes=3, available_bytes=4)
+
+    assert caller.estimate("a star", steps=50) == fake.estimate
+    assert fake.estimate.total == 4.0
+
+
+def test_its_pictures_are_pictures(caller: Any) -> None:
+    png = caller.generate("a star", seed=7, width=40, height=24).images[0]
+    raw = caller.generate("a star", seed=7, width=40, height=24, format="raw_rgb").images[0]
+
+    assert png.to_pil().size == (40, 24)
+    assert png.to_pil().tobytes() == raw.data
+    assert raw.format is ImageFormat.RAW_RGB
+    assert png.replay.pixels_sha256 == raw.replay.pixels_sha256
+    assert ReplayRecord.from_json(png.replay.to_json()) == png.replay
+    with pytest.raises(InvalidRequest) as caught:
+        caller.generate("a star", format="webp")
+    assert caught.value.violations[0].field == "format"
+
+
+def test_requests_are_those_of_the_caller(caller: Any, fake: FakeServer) -> None:
+    request = GenerationRequest(prompt="a star", seed=7, steps=3, request_id="r-1")
+
+    caller.generate(request)
+
+    assert fake.requests == (request,)
+    with pytest.raises(InvalidRequest, match="another request"):
+        caller.generate(request, steps=4)
+    with pytest.raises(ModelNotFound):
+        caller.generate("a star", model="other")
+
+
+def test_waiting_in_vain_says_so(fake: FakeServer) -> None:
+    with pytest.raises(TimeoutError):
+        fake.wait_for(lambda: bool(fake.jobs), timeout=0.01)
+
+
+def test_the_fixture(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["darkroom_client.testing.plugin"]\n')
+    (tmp_path / "test_mine.py").write_text(
+        "from darkroom_client import Client\n"
+        "def test_mine(darkroom_server):\n"
+        "    with Client(darkroom_server.target) as client:\n"
+        "        assert client.generate('a star').images\n"
+    )
+
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    assert "1 passed" in done.stdout, done.stdout

@@ -1,0 +1,72 @@
+"""The Python client against a real server with the demo model: everything but one whole picture."""
+
+from darkroom_client import (
+    Accepted,
+    Cancelled,
+    Client,
+    Finished,
+    ImageReady,
+    Preview,
+    Progress,
+    ServerState,
+    UnknownRequest,
+)
+
+PROMPT = "a large yellow star on a blue background"
+SECONDS = 240.0
+
+
+def test_a_stream_with_previews(address: str) -> None:
+    with (
+        Client(address, timeout=SECONDS) as client,
+        client.stream(PROMPT, seed=7, steps=4, preview_every=2) as stream,
+    ):
+        events = list(stream)
+        alone = client.generate(PROMPT, seed=7, steps=4)
+
+    assert isinstance(events[0], Accepted)
+    assert isinstance(events[-1], Finished)
+    assert [event.step for event in events if isinstance(event, Progress)][-1] == 4
+    (ready,) = [event for event in events if isinstance(event, ImageReady)]
+    assert ready.image.replay.pixels_sha256 == alone.images[0].replay.pixels_sha256
+    assert any(event.data for event in events if isinstance(event, Preview))
+
+
+def test_submit_watch_and_cancel(address: str) -> None:
+    with Client(address, timeout=SECONDS) as client:
+        accepted = client.submit(PROMPT, seed=7, steps=4, time_limit=SECONDS)
+        with client.watch(accepted.request_id) as watch:
+            assert watch.result().images[0].seed == 7
+        assert client.cancel(accepted.request_id) is False
+
+        long = client.submit(PROMPT, steps=150)
+        assert client.cancel(long.request_id) is True
+
+
+def test_leaving_a_stream_ends_its_job(address: str) -> None:
+    with Client(address, timeout=SECONDS) as client:
+        with client.stream(PROMPT, steps=150) as stream:
+            for event in stream:
+                if isinstance(event, Progress):
+                    break
+        try:
+            with client.watch(stream.request_id) as watch:
+                steps = [event.step for event in watch if isinstance(event, Progress)]
+        except (Cancelled, UnknownRequest):
+            steps = []
+
+    assert len(steps) < 5
+
+
+def test_estimate_and_status(address: str) -> None:
+    with Client(address, timeout=SECONDS) as client:
+        client.generate(PROMPT, steps=2)
+        few, many = (client.estimate(PROMPT, steps=steps) for steps in (5, 50))
+        status = client.status()
+
+    assert 0 < few.run_time < many.run_time
+    assert few.available_bytes > 0
+    assert status.state is ServerState.READY
+    assert status.models[0].ready
+    assert status.ended_jobs["finished"] >= 1
+    assert status.engines[0].ready
