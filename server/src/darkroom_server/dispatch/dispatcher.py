@@ -12,7 +12,7 @@ import structlog
 from darkroom_server.core.caller import ANYBODY, Caller
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.errors import DarkroomError, StartupError
-from darkroom_server.core.events import EngineReady, Event, StageSeconds
+from darkroom_server.core.events import EngineReady, Event
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import outcomes
@@ -26,7 +26,7 @@ from darkroom_server.dispatch.gate import Gate
 from darkroom_server.dispatch.observer import Observer, Unobserved
 from darkroom_server.dispatch.reports import Reports
 from darkroom_server.dispatch.roster import Roster
-from darkroom_server.dispatch.snapshot import Snapshot, engine_status, model_statuses, state_of
+from darkroom_server.dispatch.snapshot import Snapshot, snapshot_of
 
 log = structlog.get_logger(__name__)
 
@@ -107,15 +107,8 @@ class Dispatcher:
 
     def snapshot(self) -> Snapshot:
         """The whole, as it is now."""
-        return Snapshot(
-            state=state_of(self._admission, engine_ready=self._fleet.ready),
-            models=model_statuses(self._admission, self._roster, self._fleet.slots),
-            engines=tuple(engine_status(slot) for slot in self._fleet.slots),
-            queued_jobs=self.queued_jobs,
-            max_queued_jobs=self._gate.limits.jobs,
-            running_jobs=self.running_jobs,
-            accepted_jobs=self.counts.accepted,
-            ended_jobs={end.value: self.counts.by_end[end] for end in End},
+        return snapshot_of(
+            self._admission, self._roster, self._fleet, self.counts, self._gate.limits
         )
 
     # From start to end.
@@ -272,9 +265,9 @@ class Dispatcher:
         accepted = self._roster.get(job_id)
         if accepted is None:
             return
-        when = "before it was begun" if accepted.place is Place.QUEUE else "before it was finished"
+        outcome = outcomes.expired(begun=accepted.place is not Place.QUEUE)
         self._withdraw(accepted)
-        self._end(accepted, *outcomes.expired(when))
+        self._end(accepted, *outcome)
 
     # What the engine tells.
 
@@ -306,13 +299,8 @@ class Dispatcher:
         """Queue the jobs again that were in an engine when it died, or end them."""
         for accepted in victims:
             accepted.engine_died(time.monotonic())
-            if accepted.ended or self._death is not None:
-                self._leave(accepted, outcomes.stopped())
-            elif accepted.crashes > 1:
-                self._leave(accepted, outcomes.crashed())
-            elif len(accepted.images) == accepted.job.image_count:
-                # It died with nothing left to draw; where the time went, it took along.
-                self._leave(accepted, outcomes.finished(accepted, StageSeconds()))
+            if outcome := outcomes.after_crash(accepted, last=self._death is not None):
+                self._leave(accepted, outcome)
             else:
                 self._roster.move(accepted, Place.QUEUE)
                 accepted.restarts()

@@ -32,7 +32,7 @@ def failed(failure: Failure) -> Outcome:
 def dropped(event: JobCancelled) -> Outcome:
     """The engine let go of a job that its caller still wants."""
     if event.expired:
-        return expired("before it was finished")
+        return expired(begun=True)
     return _failed(Reason.ENGINE_FAILED, "the engine dropped the job; try again")
 
 
@@ -41,17 +41,26 @@ def cancelled() -> Outcome:
     return End.CANCELLED, errors.JobCancelled("the generation was cancelled")
 
 
-def expired(when: str) -> Outcome:
-    """The deadline passed; ``when`` goes on from there."""
-    return End.EXPIRED, DeadlineExceeded(f"the deadline passed {when}")
+def expired(*, begun: bool) -> Outcome:
+    """The deadline passed, and an engine had it by then or not."""
+    when = "finished" if begun else "begun"
+    return End.EXPIRED, DeadlineExceeded(f"the deadline passed before it was {when}")
 
 
-def crashed() -> Outcome:
-    """Two engines died while they drew this."""
-    return _failed(
-        Reason.ENGINE_CRASHED,
-        "the engine crashed twice while it drew this, and does not try again; change the request",
-    )
+def after_crash(accepted: AcceptedJob, *, last: bool) -> Outcome | None:
+    """The end of a job whose engine died, None where it is run again; ``last``: none is left."""
+    if accepted.ended or last:
+        return stopped()
+    if accepted.crashes > 1:
+        return _failed(
+            Reason.ENGINE_CRASHED,
+            "the engine crashed twice while it drew this, and does not try again; change the "
+            "request",
+        )
+    if len(accepted.images) == accepted.job.image_count:
+        # It died with nothing left to draw; where the time went, it took along.
+        return finished(accepted, StageSeconds())
+    return None
 
 
 def stopped() -> Outcome:

@@ -7,7 +7,9 @@ from enum import Enum, auto
 
 from darkroom_server.core.events import MemoryReport
 from darkroom_server.dispatch.accepted import Place
-from darkroom_server.dispatch.admission import Admission
+from darkroom_server.dispatch.admission import Admission, QueueLimits
+from darkroom_server.dispatch.counts import Counts, End
+from darkroom_server.dispatch.fleet import Fleet
 from darkroom_server.dispatch.roster import Roster
 from darkroom_server.dispatch.slot import Slot
 from darkroom_server.dispatch.speed import Group
@@ -71,18 +73,32 @@ class Snapshot:
     ended_jobs: dict[str, int]
 
 
-def state_of(admission: Admission, *, engine_ready: bool) -> State:
+def snapshot_of(
+    admission: Admission, roster: Roster, fleet: Fleet, counts: Counts, limits: QueueLimits
+) -> Snapshot:
+    """The whole, as it is now."""
+    return Snapshot(
+        state=_state(admission, fleet),
+        models=_models(admission, roster, fleet.slots),
+        engines=tuple(_engine(slot) for slot in fleet.slots),
+        queued_jobs=roster.queued,
+        max_queued_jobs=limits.jobs,
+        running_jobs=roster.running,
+        accepted_jobs=counts.accepted,
+        ended_jobs={end.value: counts.by_end[end] for end in End},
+    )
+
+
+def _state(admission: Admission, fleet: Fleet) -> State:
     """The state; a server whose engines are gone for good is on its way out, too."""
     if admission.closed:
         return State.DRAINING
     if not admission.open:
         return State.LOADING
-    return State.READY if engine_ready else State.RECOVERING
+    return State.READY if fleet.ready else State.RECOVERING
 
 
-def model_statuses(
-    admission: Admission, roster: Roster, slots: Sequence[Slot]
-) -> tuple[ModelStatus, ...]:
+def _models(admission: Admission, roster: Roster, slots: Sequence[Slot]) -> tuple[ModelStatus, ...]:
     """Every model, in the order in which the server was told of them."""
     seconds: dict[tuple[Group, int], list[float]] = defaultdict(list)
     for slot in slots:
@@ -109,7 +125,7 @@ def model_statuses(
     )
 
 
-def engine_status(slot: Slot) -> EngineStatus:
+def _engine(slot: Slot) -> EngineStatus:
     """What is known of one engine without asking it."""
     device = next((model.runtime.device for model in slot.models.values()), "")
     return EngineStatus(
