@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
 from darkroom_server.core.events import EngineDied, EngineReady, ImageReady, JobStarted
 from darkroom_server.engine.process import ProcessEngine
@@ -52,6 +54,37 @@ def test_a_killed_process_is_told_of_and_can_be_started_again(tiny_folder: Path)
     assert before.data == after.data
     engine.close()
     assert open_files() == files
+
+
+HANGING = """
+import sys, time
+from darkroom_server.core.events import EngineReady, MemoryReport
+from darkroom_server.engine.channel import Channel
+
+channel = Channel(int(sys.argv[1]))
+channel.receive()
+channel.send(EngineReady((), 0.0))
+while True:
+    channel.send(MemoryReport(device="cpu", by_kind={}, host_rss=1))
+    time.sleep(0.02)
+"""
+
+
+def test_telling_of_memory_is_no_sign_of_life(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+        return popen([sys.executable, "-c", HANGING, command[-1]], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    engine, listener, _ = started(tiny_folder, timeout=0.5)
+    engine.submit(make_job("stuck"))
+    died = listener.until(lambda e: isinstance(e, EngineDied))
+    assert isinstance(died, EngineDied)
+    assert "silent for 0.5 s" in died.message
+    engine.close()
 
 
 def test_a_process_that_hangs_at_work_is_killed(tiny_folder: Path) -> None:
