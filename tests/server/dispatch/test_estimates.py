@@ -11,6 +11,7 @@ from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import DeadlineExceeded, QueueFull, QuotaExceeded, Reason
 from darkroom_server.core.model import ModelInfo, ModelSpeed
 from darkroom_server.dispatch import Unobserved
+from darkroom_server.dispatch.accepted import Place
 from darkroom_server.dispatch.calibration import Calibration
 from darkroom_server.dispatch.quotas import Quotas
 from darkroom_server.engine.fake import FakeEngine, fake_model
@@ -234,3 +235,20 @@ async def test_estimates_learn_from_what_came_true() -> None:
     assert estimate is not None
     assert estimate.forecast == pytest.approx(4.5)
     assert estimate.total < 3.0
+
+
+async def test_a_waiting_job_is_not_overtaken_for_ever() -> None:
+    """A stream of short jobs, one with each pass, beside a long one and a place for one."""
+    limits: dict[str, Any] = {"max_queued_jobs": 500, "max_resident_samples": 1}
+    async with dispatching(timed(), **limits) as (dispatcher, engine):
+        now = time.monotonic()
+        dispatcher.submit(make_job("first", steps=1, submitted_at=now))
+        long = dispatcher.submit(make_job("long", steps=40, submitted_at=now))
+        for index in range(100):
+            # A second goes by with each pass: a long job's patience is ten.
+            dispatcher.submit(make_job(str(index), steps=1, submitted_at=now + index))
+            engine.advance()
+            await settle()
+            if long.place is not Place.QUEUE:
+                break
+        assert 5 < index < 15
