@@ -50,9 +50,13 @@ class Load:
     stopped: bool = False
 
     async def caller(self, number: int) -> None:
-        steps = STEPS_OF_LONG_JOBS if number == 0 else 4
+        steps = STEPS_OF_LONG_JOBS if number < 2 else 4
         while not self.stopped:
-            result = await self.client.generate("a star", steps=steps)
+            if number % 3:
+                result = await self.client.generate("a star", steps=steps)
+            else:
+                async with self.client.stream("a star", steps=steps) as stream:
+                    result = await stream.result()
             assert result.images[0].data
             self.drawn += 1
 

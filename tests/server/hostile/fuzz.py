@@ -17,7 +17,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from darkroom.v1 import generation_pb2, model_pb2, server_pb2
-from darkroom_server.settings import Dispatch, Results
+from darkroom_server.logs import configure_logs
+from darkroom_server.settings import Dispatch, Logs, Results
 from tests.server.wire import Wire, serving
 
 AT_ONCE = 64
@@ -80,20 +81,20 @@ def inputs(count: int, seed: int) -> Iterator[Input]:
     for number in range(count):
         method = dice.choice(names[:3]) if dice.random() < 0.7 else dice.choice(names)
         message = METHODS[method]()
-        fill(message, dice)
+        fill(message, dice, chance=dice.choice((0.1, 0.2, 0.4)))
         data = message.SerializeToString()
         yield Input(method, damaged(data, dice) if number % 2 else data)
 
 
-def fill(message: Message, dice: random.Random) -> None:
-    """Set some fields, to values that are seldom wanted."""
+def fill(message: Message, dice: random.Random, *, chance: float) -> None:
+    """Set each field with that chance, to values that are seldom wanted; a prompt more often."""
     for field in message.DESCRIPTOR.fields:
-        if dice.random() < 0.6:
+        if dice.random() > (0.9 if field.name in ("generation", "prompt") else chance):
             continue
         if field.type == FieldDescriptor.TYPE_MESSAGE:
             inner: Message = getattr(message, field.name)
             inner.SetInParent()
-            fill(inner, dice)
+            fill(inner, dice, chance=chance)
         else:
             try:
                 setattr(message, field.name, value_of(field, dice))
@@ -188,4 +189,5 @@ if __name__ == "__main__":
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    configure_logs(Logs(log_level="warning"))
     asyncio.run(run(options.inputs, options.seed))

@@ -10,7 +10,7 @@ import pytest
 import structlog
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from darkroom.v1 import generation_pb2, model_pb2
+from darkroom.v1 import generation_pb2, model_pb2, server_pb2, server_pb2_grpc
 from darkroom_server.core.caller import ANYBODY, Caller
 from darkroom_server.core.errors import StartupError, Unauthenticated
 from darkroom_server.rpc.caller import current_caller
@@ -116,6 +116,11 @@ async def test_reflection_and_status_are_for_admins(file: Path) -> None:
         assert (await refusal(reflect(wire, ()))).code is grpc.StatusCode.UNAUTHENTICATED
         answer = await reflect(wire, bearing("ops-1"))
         assert answer.list_services_response.service
+        status = server_pb2_grpc.ServerServiceStub(wire.channel)
+        asked = server_pb2.GetStatusRequest()
+        error = await refusal(status.GetStatus(asked, metadata=bearing("web-1")))
+        assert error.code is grpc.StatusCode.PERMISSION_DENIED
+        assert (await status.GetStatus(asked, metadata=bearing("ops-1"))).version
 
 
 async def test_the_file_is_read_again_when_it_changes(file: Path) -> None:

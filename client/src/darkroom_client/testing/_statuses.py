@@ -45,7 +45,7 @@ def abort(context: grpc.ServicerContext, error: DarkroomError) -> NoReturn:
     trailers = [*(plain.trailing_metadata or ())]
     if error.retry_after is not None:
         trailers.append((PUSHBACK, str(round(error.retry_after * 1000))))
-    elif code == code_pb2.RESOURCE_EXHAUSTED:
+    elif code in (code_pb2.RESOURCE_EXHAUSTED, code_pb2.CANCELLED):
         trailers.append((PUSHBACK, "-1"))
     context.abort_with_status(_Status(plain.code, plain.details, tuple(trailers)))
     raise AssertionError("abort raises")
