@@ -17,9 +17,18 @@ import pytest
 
 import darkroom_client
 from darkroom.v1 import model_pb2
-from darkroom_client import DarkroomError, Estimate, GenerationFailed, Overloaded, ServerState
+from darkroom_client import (
+    TLS,
+    DarkroomError,
+    Estimate,
+    GenerationFailed,
+    Overloaded,
+    ServerState,
+)
 from darkroom_client._wire.models import decode_model
 from darkroom_client.cli import main
+from darkroom_client.cli._arguments import parse
+from darkroom_client.cli._connect import _options
 from darkroom_client.cli._exit_codes import exit_code
 from darkroom_client.cli._halfblocks import check_pillow
 from darkroom_client.cli._models import _row
@@ -258,6 +267,20 @@ def test_a_token_without_tls_is_a_mistake(capsys: Capture, monkeypatch: pytest.M
         assert main(["models", "--target", strict.target]) == 2
         assert "insecure" in capsys.readouterr().err
         assert main(["models", "--target", strict.target, "--insecure"]) == 0
+
+
+def test_certificates_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_CA", "env.pem")
+
+    def tls(*flags: str) -> TLS | None:
+        found: TLS | None = _options(parse(["models", *flags]))["tls"]
+        return found
+
+    assert tls() is None  # the environment is the client's to read
+    assert tls("--ca", "ca.pem") == TLS(ca=Path("ca.pem"))
+    both = tls("--cert", "me.pem", "--key", "me.key")
+    assert both == TLS(ca="env.pem", cert=Path("me.pem"), key=Path("me.key"))
+    assert main(["models", "--cert", "me.pem"]) == 2
 
 
 @pytest.mark.parametrize(

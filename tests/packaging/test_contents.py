@@ -1,6 +1,7 @@
 """What is in the wheels."""
 
 import pytest
+from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 
 from tests.packaging.distributions import ROOT, Distributions, Wheel
@@ -78,3 +79,20 @@ def test_the_client_needs_nothing_heavy(distributions: Distributions) -> None:
         "grpcio-status",
         "protobuf",
     }
+
+
+@pytest.mark.parametrize("package", ["protos", "client", "server"])
+def test_the_page_of_a_package_renders(package: str, distributions: Distributions) -> None:
+    wheel: Wheel = getattr(distributions, package)
+    metadata = wheel.metadata
+    page = str(metadata.get_payload())
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert page.strip() == (ROOT / package / "README.md").read_text().strip()
+    tokens = MarkdownIt("commonmark").enable("table").parse(page)
+    assert tokens[0].tag == "h1"
+    if package == "client":
+        assert any(token.type == "table_open" for token in tokens)
+    # Shown by an index, a page has no neighbours.
+    inner = [child for token in tokens for child in token.children or ()]
+    links = [str(child.attrs["href"]) for child in inner if child.tag == "a" and child.attrs]
+    assert all("://" in link for link in links), links

@@ -62,6 +62,8 @@ def _add_connection(parser: argparse.ArgumentParser, timeout: float) -> None:
     add = parser.add_argument_group("connection").add_argument
     add("--target", metavar="HOST:PORT", help="the server's address")
     add("--ca", metavar="FILE", type=Path, help="PEM file of who may vouch for the server; TLS on")
+    add("--cert", metavar="FILE", type=Path, help="PEM file of who this client is; with --key")
+    add("--key", metavar="FILE", type=Path, help="PEM file of the key that goes with --cert")
     add("--insecure", action="store_true", help="no TLS, and send a token all the same")
     add(
         "--timeout",

@@ -1,6 +1,7 @@
 """From a command's arguments to a client."""
 
 import argparse
+import os
 from typing import Any
 
 from darkroom_client._async_client import AsyncClient
@@ -19,8 +20,12 @@ def connect_async(arguments: argparse.Namespace) -> AsyncClient:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    tls = None
+    if arguments.ca or arguments.cert or arguments.key:
+        ca = arguments.ca or os.environ.get("DARKROOM_CA") or None
+        tls = TLS(ca=ca, cert=arguments.cert, key=arguments.key)
     return {
-        "tls": TLS(ca=arguments.ca) if arguments.ca else None,
+        "tls": tls,
         "insecure": arguments.insecure,
         "timeout": arguments.timeout,
     }
