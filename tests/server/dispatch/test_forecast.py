@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from darkroom_server.core.model import ModelSpeed
 from darkroom_server.core.order import OrderKey, pick
+from darkroom_server.dispatch.accepted import AcceptedJob
 from darkroom_server.dispatch.forecast import MAX_IMAGES, Load, forecast
 from darkroom_server.dispatch.speed import Group, Speed
-from darkroom_server.dispatch.work import Work
-from darkroom_server.engine.fake import fake_model
+from darkroom_server.dispatch.work import Work, Works
+from darkroom_server.engine.fake import fake_image, fake_model
+from tests.server.jobs import make_job
 
 PASSES = {2: 1.0, 4: 1.5, 8: 2.5}
 SMALL, LARGE = Group("demo", 64, 64), Group("demo", 128, 128)
@@ -170,3 +172,20 @@ def test_what_is_beyond_the_horizon_is_extrapolated() -> None:
     finishes = [told.finishes[job.id] for job in jobs]
     assert finishes == sorted(finishes)
     assert finishes[-1] == pytest.approx(len(jobs) / 4 * 4 * 2.5, rel=0.1)
+
+
+def test_what_is_left_is_worked_out_anew_where_something_happened() -> None:
+    works = Works()
+    jobs = {
+        id: AcceptedJob(make_job(id, image_count=2), fake_model(), lambda _: None) for id in "ab"
+    }
+    first = works.of(jobs.values(), {})
+    assert [work.passes for work in first] == [(4, 4), (4, 4)]
+    again = works.of(jobs.values(), {"b": {1: 3}})
+    assert again[0] is first[0]
+    assert again[1].passes == (4, 3)
+    jobs["a"].started = True
+    jobs["a"].images[0] = fake_image(jobs["a"].job, 0)
+    (later,) = works.of([jobs["a"]], {})
+    assert later.begun
+    assert later.passes == (4,)

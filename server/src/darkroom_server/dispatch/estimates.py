@@ -11,7 +11,7 @@ from darkroom_server.dispatch.estimate import Estimate
 from darkroom_server.dispatch.fleet import Fleet
 from darkroom_server.dispatch.forecast import Forecast, forecast
 from darkroom_server.dispatch.roster import Roster
-from darkroom_server.dispatch.work import megapixel_steps, work_of
+from darkroom_server.dispatch.work import Works, megapixel_steps
 
 IN_COMPANY = 1.2
 """How many times its estimate a job must have until its deadline where others are here too.
@@ -35,6 +35,7 @@ class Estimates:
         self._fleet = fleet
         self._roster = roster
         self._calibration = Calibration()
+        self._works = Works()
 
     def of(self, accepted: AcceptedJob) -> Estimate | None:
         """For a job that is here, or would be from now on; None while too little is known."""
@@ -66,11 +67,11 @@ class Estimates:
         left = job.deadline - estimate.made_at
         if needed <= left:
             return
-        others = ", of what others may ask for meanwhile too" if company else ""
+        why = ", since others may come between" if company else ""
         raise DeadlineExceeded(
             f"this would be finished in about {estimate.total:.2f} s, {estimate.queue_wait:.2f} s "
             f"of them waiting, and the deadline is in {left:.2f} s; give it at least {needed:.2f} s"
-            f"{others}, or ask for less",
+            f"{why}, or ask for less",
             Reason.DEADLINE_UNREACHABLE,
             {
                 "estimate_seconds": f"{estimate.total:.3f}",
@@ -96,6 +97,7 @@ class Estimates:
             work -= megapixel_steps(waiting[id]) if id in waiting else work
             if jobs <= 0 and work <= 0.0:
                 break
+        seconds *= self._calibration.factor(seconds)
         return min(max(seconds, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS)
 
     def _forecast(self, newcomer: AcceptedJob | None = None) -> Forecast | None:
@@ -108,8 +110,9 @@ class Estimates:
         models = {job.model for job in inside} | {each.job.model for each in waiting.values()}
         if not slots or not all(slot.speed.knows(model) for slot in slots for model in models):
             return None
+        in_order = [waiting[key.id[0]] for key in order(a.key() for a in waiting.values())]
         return forecast(
             [slot.load() for slot in slots],
-            [work_of(waiting[key.id[0]]) for key in order(a.key() for a in waiting.values())],
+            self._works.of(in_order, {}),
             self._fleet.max_resident_samples,
         )

@@ -14,7 +14,7 @@ from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.accepted import AcceptedJob
 from darkroom_server.dispatch.forecast import Load
 from darkroom_server.dispatch.speed import Group, Speed
-from darkroom_server.dispatch.work import work_of
+from darkroom_server.dispatch.work import Works
 
 
 class Slot:
@@ -34,6 +34,7 @@ class Slot:
         self.memory: MemoryReport | None = None
         self.last_rows = 0
         self._left: dict[str, dict[int, int]] = {}
+        self._works = Works()
 
     @property
     def samples(self) -> int:
@@ -47,7 +48,7 @@ class Slot:
 
     def load(self) -> Load:
         """What the forecast needs to know."""
-        works = (work_of(a, self._left.get(id)) for id, a in self.jobs.items())
+        works = self._works.of(self.jobs.values(), self._left)
         return Load(
             speed=self.speed, max_rows=self._max_rows, jobs=[work for work in works if work.passes]
         )

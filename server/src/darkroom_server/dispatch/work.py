@@ -1,6 +1,6 @@
 """What is left to do of a job, as plain keys for the forecast."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from darkroom_server.core.job import Job, SchedulerName
@@ -53,6 +53,26 @@ def work_of(accepted: AcceptedJob, left: Mapping[int, int] | None = None) -> Wor
         passes=tuple(each for each in passes if each > 0),
         begun=accepted.started,
     )
+
+
+class Works:
+    """What is left of jobs, worked out anew only where something happened to one."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[object, ...], Work]] = {}
+
+    def of(self, jobs: Iterable[AcceptedJob], left: Mapping[str, Mapping[int, int]]) -> list[Work]:
+        """``work_of`` each of ``jobs``; those that were there the last time only are forgotten."""
+        before, self._known = self._known, {}
+        for accepted in jobs:
+            id = accepted.job.id
+            mine = left.get(id, {})
+            state = accepted.job, accepted.started, len(accepted.images), tuple(mine.values())
+            known = before.get(id)
+            if known is None or known[0] != state:
+                known = state, work_of(accepted, mine)
+            self._known[id] = known
+        return [work for _, work in self._known.values()]
 
 
 def denoiser_calls(job: Job) -> int:
