@@ -20,7 +20,7 @@ from darkroom_client import (
     Unavailable,
     UnknownRequest,
 )
-from darkroom_client._following import Following
+from darkroom_client._following import PLACES, Following
 
 LOST = Unavailable("lost", code="UNAVAILABLE")
 GONE = UnknownRequest("unknown", code="NOT_FOUND", reason="UNKNOWN_REQUEST")
@@ -57,6 +57,27 @@ FINISHED = event(finished=generation_pb2.Finished(reason=generation_pb2.FINISH_R
 
 def fed(follow: Following, *events: generation_pb2.GenerationEvent) -> list[Event]:
     return [told for message in events for told in follow.feed(message)]
+
+
+def forgotten(follow: Following) -> None:
+    """No server knows the job, wherever it is looked for."""
+    for _ in range(PLACES):
+        assert isinstance(follow.next_call().message, generation_pb2.WatchGenerationRequest)
+        assert follow.hung_up(GONE) == 0.0
+
+
+def test_a_job_is_looked_for_on_every_server() -> None:
+    follow = following()
+    follow.next_call()
+    fed(follow, accepted())
+    follow.hung_up(LOST)
+    for _ in range(PLACES - 1):
+        follow.next_call()
+        follow.hung_up(GONE)
+
+    assert fed(follow, accepted(joined=True)) == []
+    forgotten(follow)
+    assert isinstance(follow.next_call().message, generation_pb2.GenerateStreamRequest)
 
 
 def test_pieces_make_an_image() -> None:
@@ -125,7 +146,7 @@ def test_images_that_have_arrived_are_neither_told_nor_asked_for_twice() -> None
 
     follow.hung_up(LOST)
     follow.next_call()
-    assert follow.hung_up(GONE) == 0.0
+    forgotten(follow)
     message: Any = follow.next_call().message
     rest = message.generation
     # Image 2 of the seed 2^63 - 2 is drawn from the seed 0.
@@ -189,7 +210,7 @@ def test_a_full_queue_is_waited_for_only_where_a_place_was_lost() -> None:
     follow.next_call()
     fed(follow, accepted())
     follow.hung_up(LOST)
-    follow.hung_up(GONE)
+    forgotten(follow)
 
     assert follow.hung_up(full) == 2.0
 

@@ -1,6 +1,7 @@
 """Following a generation, through both clients and the real wire."""
 
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -315,3 +316,37 @@ def test_unknown_ids(caller: Any) -> None:
 def test_previews_below_none_make_no_sense(caller: Any) -> None:
     with pytest.raises(ValueError, match="preview_every"):
         caller.stream("a star", preview_every=-1)
+
+
+def all_cancelled(server: FakeServer) -> bool:
+    return all(job.state is JobState.CANCELLED for job in server.jobs)
+
+
+def test_leaving_finds_the_server_that_draws(connect: Connect) -> None:
+    with FakeServer() as one, FakeServer() as two:
+        servers = (one, two)
+        for server in servers:
+            server.script(default=Behaviour(hold=threading.Event()))
+        targets = ",".join(server.target for server in servers)
+        client = connect(f"ipv4:{targets}")
+        for _ in range(4):
+            with client.stream("a star") as stream:
+                next(stream)
+        for server in servers:
+            server.wait_for(partial(all_cancelled, server))
+
+        assert sum(len(server.jobs) for server in servers) == 4
+
+
+def test_a_job_is_joined_again_on_the_server_that_has_it(connect: Connect) -> None:
+    with FakeServer() as one, FakeServer() as two:
+        servers = (one, two)
+        for server in servers:
+            server.script(default=Behaviour(drop_at_step=2, step_seconds=0.01))
+        targets = ",".join(server.target for server in servers)
+        client = connect(f"ipv4:{targets}", retry=Retry(initial_backoff=0.01, max_backoff=0.05))
+        for seed in range(4):
+            with client.stream("a star", seed=seed) as stream:
+                assert stream.result().images[0].seed == seed
+
+        assert sum(len(server.jobs) for server in servers) == 4

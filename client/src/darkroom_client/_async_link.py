@@ -97,18 +97,17 @@ class AsyncLink:
             await self._channel.close()
 
     def _say_farewell(self, request_id: str) -> None:
-        call = self._calls.farewell(request_id, FAREWELL_SECONDS)
-        running = call.method(self.stubs)(
-            call.message, timeout=call.timeout, metadata=call.metadata
-        )
-        farewell = asyncio.ensure_future(_finish(running))
+        farewell = asyncio.ensure_future(self._cancel_somewhere(request_id, self.stubs))
         self._farewells.add(farewell)
         farewell.add_done_callback(self._farewells.discard)
 
-
-async def _finish(running: Any) -> None:
-    # Its status is read, never raised: there is nobody left to tell.
-    await running.code()
+    async def _cancel_somewhere(self, request_id: str, stubs: Stubs) -> None:
+        """Cancel a job at whichever of the servers behind the target has it."""
+        for call in self._calls.farewells(request_id, FAREWELL_SECONDS):
+            running = call.method(stubs)(call.message, timeout=call.timeout, metadata=call.metadata)
+            # Any other answer is the end: it is cancelled, or the server is gone, and the job too.
+            if await running.code() is not grpc.StatusCode.NOT_FOUND:
+                return
 
 
 def being_cancelled() -> bool:

@@ -44,6 +44,10 @@ from darkroom_client._wire.results import decode_timings, unreadable
 LONGEST_OUTAGE = 120.0
 """Seconds without any server after which a stream that has no timeout gives up."""
 
+PLACES = 4
+"""How many times in a row a job must be unknown to count as lost: servers behind one name do not
+know each other's jobs, and a balanced connection takes each call to the next of them."""
+
 _SEED_BOUND = 2**63
 
 
@@ -88,6 +92,7 @@ class Following:
         self._ends_at: float | None = None
         self._heard_at = 0.0
         self._failures = 0
+        self._unknown = 0
         self._sent = False
         self._settled = False
         # Whether the server, as far as is known, has the job.
@@ -133,7 +138,7 @@ class Following:
 
     def feed(self, event: generation_pb2.GenerationEvent) -> list[Event]:
         """What ``event`` means to the caller; raises ``ServerError`` for what cannot be read."""
-        self._failures = 0
+        self._failures = self._unknown = 0
         self._heard_at = time.monotonic()
         try:
             return list(self._decode(event))
@@ -151,12 +156,9 @@ class Following:
             code="UNAVAILABLE",
             request_id=self.request_id,
         )
-        self._failures += 1
-        if isinstance(error, UnknownRequest) and self._request is not None and self._joinable:
-            # A server that was started anew, or another one behind the same name.
-            self._joinable = False
-            self._losses += 1
+        if isinstance(error, UnknownRequest) and self._joinable and self._look_elsewhere():
             return 0.0
+        self._failures += 1
         if not self._may_go_on(error):
             self.ended = True
             # A bare deadline is this side's own; every other end but a lost connection is the
@@ -164,6 +166,19 @@ class Following:
             self._settled = bool(error.reason) and not isinstance(error, Unavailable)
             raise error
         return self._pause(error)
+
+    def _look_elsewhere(self) -> bool:
+        """Whether to call again at once for a job that is unknown where it was looked for."""
+        self._unknown += 1
+        if self._unknown < PLACES:
+            return True
+        self._unknown = 0
+        if self._request is None:
+            return False
+        # Its server was started anew: the job is asked for again.
+        self._joinable = False
+        self._losses += 1
+        return True
 
     def _may_go_on(self, error: DarkroomError) -> bool:
         """Whether to call again: a few times, and for an accepted job until the time is up."""

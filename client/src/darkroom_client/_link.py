@@ -1,6 +1,6 @@
 """The blocking client's I/O: one channel, and who waits for what over it."""
 
-import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -30,7 +30,7 @@ class Link:
         self.stubs = Stubs(self._channel)
         # Jobs that the server would go on with if this side just went away.
         self._kept: set[str] = set()
-        self._farewells: set[Any] = set()
+        self._farewells: set[threading.Thread] = set()
 
     def ask(self, call: Call[A]) -> A:
         """Make ``call`` and wait for its answer."""
@@ -79,18 +79,30 @@ class Link:
                 self._say_farewell(request_id)
             self.closed = True
         for farewell in tuple(self._farewells):
-            # The server may be gone, and the job with it.
-            with contextlib.suppress(grpc.RpcError, grpc.FutureCancelledError):
-                farewell.result()
+            farewell.join()
         self._channel.close()
 
     def _say_farewell(self, request_id: str) -> None:
-        call = self._calls.farewell(request_id, FAREWELL_SECONDS)
-        future = call.method(self.stubs).future(
-            call.message, timeout=call.timeout, metadata=call.metadata
-        )
-        self._farewells.add(future)
-        future.add_done_callback(self._farewells.discard)
+        # A thread, for it may take several calls, and whoever leaves should not wait for them.
+        farewell = threading.Thread(target=self._cancel_somewhere, args=(request_id,))
+        self._farewells.add(farewell)
+        farewell.start()
+
+    def _cancel_somewhere(self, request_id: str) -> None:
+        """Cancel a job at whichever of the servers behind the target has it."""
+        try:
+            for call in self._calls.farewells(request_id, FAREWELL_SECONDS):
+                try:
+                    call.method(self.stubs)(
+                        call.message, timeout=call.timeout, metadata=call.metadata
+                    )
+                except grpc.RpcError as error:
+                    if error.code() is not grpc.StatusCode.NOT_FOUND:
+                        return  # The server is gone, and the job with it.
+                else:
+                    return
+        finally:
+            self._farewells.discard(threading.current_thread())
 
 
 class Pending(Generic[A]):
