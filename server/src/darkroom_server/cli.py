@@ -11,6 +11,10 @@ from darkroom_server.settings.flags import PROGRAM, Parser, add_flags
 if TYPE_CHECKING:
     from darkroom_server.settings.load import Loaded
 
+# gRPC reads it while it is imported. It would log each handshake that fails, in a form of its own,
+# and strangers could fill the log.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 EXIT_FAILED = 1
 EXIT_MISUSED = 2
 """Wrong settings, a port in use, a model that cannot be loaded: a restart does not help."""

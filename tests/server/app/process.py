@@ -17,7 +17,7 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 MAIN = """
 import json, signal, sys
 import structlog
-from darkroom_server import app, cli
+from darkroom_server import cli, app  # In the order of the real command.
 from darkroom_server.engine.fake import FakeEngine
 
 log = structlog.get_logger()

@@ -1,5 +1,8 @@
 """TLS, tokens and ``--insecure`` as an operator meets them: real processes, one clear line."""
 
+import json
+import signal
+import socket
 import subprocess
 import urllib.request
 from pathlib import Path
@@ -85,6 +88,23 @@ def test_healthcheck_over_tls(tmp_path: Path, mutual: bool) -> None:
         assert code == 1
         assert line.startswith("UNAVAILABLE")
         assert health(target, "--target", target)[0] == 1
+
+
+def test_strangers_do_not_fill_the_log(tmp_path: Path) -> None:
+    cert, key = map(str, Authority(tmp_path).issue())
+    with start("--tls-cert", cert, "--tls-key", key) as server:
+        host, _, port = server.until("serving")["address"].rpartition(":")
+        for _ in range(3):
+            with socket.create_connection((host, int(port))) as stranger:
+                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                assert stranger.recv(1024) is not None  # The server has hung up.
+        server.send(signal.SIGTERM)
+        assert server.wait() == 0
+        assert [json.loads(line)["event"] for line in server.rest()] == [
+            "signal",
+            "draining",
+            "stopped",
+        ]
 
 
 def test_healthcheck_with_half_of_what_it_needs() -> None:
