@@ -21,7 +21,11 @@ finished in time are work for nothing: in simulated overload, least of it was do
 """
 
 ALONE = 0.8
-"""The same for a job that would be alone: it gets the benefit of the doubt, and harms nobody."""
+"""The same for a job that would be alone: it gets the benefit of the doubt, and harms nobody.
+
+Each such refusal halves it until a pass is seen again: what was measured while something else had
+the machine must not keep the door shut for good.
+"""
 
 UNKNOWN_RETRY_SECONDS = 1.0
 SHORTEST_RETRY_SECONDS = 0.25
@@ -36,6 +40,8 @@ class Estimates:
         self._roster = roster
         self._calibration = Calibration()
         self._works = Works()
+        self._passes = 0
+        self._refusals = 0
 
     def of(self, accepted: AcceptedJob) -> Estimate | None:
         """For a job that is here, or would be from now on; None while too little is known."""
@@ -63,10 +69,12 @@ class Estimates:
         if job.deadline is None or estimate is None:
             return
         company = any(not accepted.ended for accepted in self._roster.all())
-        needed = estimate.total * (IN_COMPANY if company else ALONE)
+        needed = estimate.total * (IN_COMPANY if company else self._alone())
         left = job.deadline - estimate.made_at
         if needed <= left:
             return
+        if not company:
+            self._refusals += 1
         why = ", since others may come between" if company else ""
         raise DeadlineExceeded(
             f"this would be finished in about {estimate.total:.2f} s, {estimate.queue_wait:.2f} s "
@@ -81,6 +89,12 @@ class Estimates:
                 "needed_seconds": f"{needed:.3f}",
             },
         )
+
+    def _alone(self) -> float:
+        passes = sum(slot.passes for slot in self._fleet.slots)
+        if passes != self._passes:
+            self._passes, self._refusals = passes, 0
+        return ALONE / 2.0 ** min(self._refusals, 64)
 
     def retry_after(self, jobs: int, work: float) -> float:
         """Seconds until so many jobs, and so many megapixel-steps, have left the queue."""

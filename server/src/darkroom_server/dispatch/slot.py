@@ -20,7 +20,8 @@ from darkroom_server.dispatch.work import Works
 class Slot:
     """One engine, and the jobs in it.
 
-    ``memory`` is what it told last, ``last_rows`` are those of its last pass.
+    ``memory`` is what it told last, ``passes`` are how many it took, ``last_rows`` those of the
+    last one.
     """
 
     def __init__(self, index: int, engine: Engine) -> None:
@@ -32,6 +33,7 @@ class Slot:
         self.models: dict[str, ModelInfo] = {}
         self.speed = Speed()
         self.memory: MemoryReport | None = None
+        self.passes = 0
         self.last_rows = 0
         self._left: dict[str, dict[int, int]] = {}
         self._works = Works()
@@ -78,6 +80,7 @@ class Slot:
                 for model in models:
                     self.speed.start(model)
             case PassDone():
+                self.passes += 1
                 self.last_rows = event.rows
                 self.speed.passed(event)
             case DecodeDone():
