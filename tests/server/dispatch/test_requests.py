@@ -215,6 +215,23 @@ async def test_a_detached_job_needs_no_waiter() -> None:
         assert (await accepted.result()).images
 
 
+async def test_detaching_saves_a_job_that_nobody_waits_for() -> None:
+    async with desk(reattach_grace=0.05) as it:
+        accepted, _ = it.begin("a")
+        it.requests.keep(accepted)
+        other, _ = it.begin("b")
+        it.requests.keep(other)
+        for job in (accepted, other):
+            with job.waiter():
+                pass
+        it.requests.detach(accepted)
+        with pytest.raises(JobCancelled):
+            await other.result()
+        assert not accepted.ended
+        it.engine.advance(4)
+        assert (await accepted.result()).images
+
+
 async def test_cancelling_by_name() -> None:
     async with desk() as it:
         accepted, _ = it.begin("a")

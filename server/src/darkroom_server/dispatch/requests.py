@@ -114,7 +114,8 @@ class Requests:
 
     def detach(self, accepted: AcceptedJob) -> None:
         """Let a job run whether or not somebody waits."""
-        accepted.linger = math.inf
+        with accepted.waiter():  # Nobody may have waited for a while, and its time be running out.
+            accepted.linger = math.inf
 
     def _on_end(self, key: Key, entry: _Entry) -> None:
         if self._entries.get(key) is not entry:
