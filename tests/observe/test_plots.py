@@ -5,6 +5,9 @@ from typing import Any, cast
 
 from PIL import Image
 
+from bench.sections import write_section
+from tools.observe.__main__ import section
+from tools.observe.load import Seen
 from tools.observe.plots import STAGES, draw
 from tools.observe.prometheus import Prometheus
 
@@ -43,3 +46,14 @@ def test_every_plot_is_drawn(tmp_path: Path) -> None:
         with Image.open(path) as image:
             assert image.width > 600
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10
+
+
+def test_the_page_shows_the_plots(tmp_path: Path) -> None:
+    page = tmp_path / "operations.md"
+    page.write_text("# Operations\n\n<!-- bench:observe -->\n<!-- /bench:observe -->\n\n## Logs\n")
+    text = section("2026-01-01", "2 cores", 4, Seen(images=9), [Path("observe-latency.png")])
+    write_section("operations.md", "Operations", "observe", text, tmp_path)
+    written = page.read_text()
+    assert "4 callers of mixed wishes, 9 images" in written
+    assert "![observe-latency](images/observe-latency.png)" in written
+    assert written.endswith("<!-- /bench:observe -->\n\n## Logs\n")

@@ -1,4 +1,7 @@
-"""What `make observe` runs: a server, Prometheus, a load, and what Prometheus says of it."""
+"""What `make observe` runs: a server, Prometheus, a load, and what Prometheus says of it.
+
+Its plots go to ``docs/images``, and a section that shows them to ``docs/operations.md``.
+"""
 
 import argparse
 import sys
@@ -8,8 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from tools.observe.load import run_load
-from tools.observe.plots import IMAGES, draw
+from bench.machine import this_machine
+from bench.results import today
+from bench.sections import DOCS, write_section
+from tools.observe.load import Seen, run_load
+from tools.observe.plots import draw
 from tools.observe.prometheus import RULES, Missing, Prometheus, prometheus
 from tools.observe.server import server
 
@@ -23,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tools.observe", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="of load; default: 60")
     parser.add_argument("--callers", type=int, default=4, help="at once; default: 4")
-    parser.add_argument("--images", type=Path, default=IMAGES, help="where the plots go")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where the plots go")
     options = parser.parse_args(arguments)
     try:
         print("a server loads the demo model", flush=True)
@@ -38,10 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{failed or 'no failures'}\n"
             )
             tell(asked)
-            for path in draw(asked, begin, time.time(), options.images):
-                print(path)
+            paths = draw(asked, begin, time.time(), options.docs / "images")
+            text = section(today(), this_machine().text, options.callers, seen, paths)
+            print(write_section("operations.md", "Operations", "observe", text, options.docs))
     except Missing as error:
         sys.exit(str(error))
+
+
+def section(date: str, machine: str, callers: int, seen: Seen, paths: Sequence[Path]) -> str:
+    """What the page shows of the run."""
+    pictures = "\n\n".join(f"![{path.stem}](images/{path.name})" for path in paths)
+    return (
+        f"A run of `make observe`: {date}, {machine}, the demo model, {callers} callers of mixed "
+        f"wishes, {seen.images} images.\n\n{pictures}"
+    )
 
 
 def tell(asked: Prometheus) -> None:

@@ -8,13 +8,12 @@ import matplotlib.pyplot as plt
 
 from tools.observe.prometheus import Prometheus
 
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 STAGES = ("queue", "encode_prompt", "denoise", "decode", "encode_image")
 COLOURS = ("#9aa0a6", "#7fb069", "#c4442b", "#5b8db8", "#e6aa68")
 MIB = 2**20
 
 
-def draw(asked: Prometheus, begin: float, end: float, folder: Path = IMAGES) -> list[Path]:
+def draw(asked: Prometheus, begin: float, end: float, folder: Path) -> list[Path]:
     """Write the plots of what happened from ``begin`` to ``end``, in ``time.time``'s seconds."""
     mpl.use("Agg")
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
