@@ -1,5 +1,9 @@
 """Following a generation, through both clients and the real wire."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 from functools import partial
 from typing import Any
@@ -350,3 +354,21 @@ def test_a_job_is_joined_again_on_the_server_that_has_it(connect: Connect) -> No
                 assert stream.result().images[0].seed == seed
 
         assert sum(len(server.jobs) for server in servers) == 4
+
+
+@pytest.mark.parametrize("verb", ["generate('a star')", "stream('a star').__enter__().result()"])
+def test_an_interrupt_reaches_the_server(fake: FakeServer, verb: str) -> None:
+    fake.script(Behaviour(hold=threading.Event()))
+    code = f"from darkroom_client import Client\nwith Client() as c:\n    c.{verb}\n"
+
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "DARKROOM_TARGET": fake.target},
+    ) as program:
+        fake.wait_for(lambda: len(fake.jobs) == 1, timeout=60)
+        program.send_signal(signal.SIGINT)
+        _, errors = program.communicate(timeout=60)
+
+    assert b"KeyboardInterrupt" in errors
+    fake.wait_for(lambda: fake.jobs[0].state is JobState.CANCELLED)
