@@ -219,3 +219,22 @@ def test_errors_survive_a_process_boundary() -> None:
         "QUEUE_FULL",
         2.0,
     )
+
+
+def test_a_deadline_that_cannot_be_met_comes_with_the_estimate(
+    impatient: Any, server: ScriptedServer
+) -> None:
+    figures = {"estimate_seconds": "80.000", "queue_wait_seconds": "2.5"}
+    server.script.extend(
+        [
+            fail(CODE.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE", metadata=figures),
+            fail(CODE.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED", metadata={"estimate_seconds": "soon"}),
+        ]
+    )
+
+    told, untold = caught(impatient), caught(impatient)
+
+    assert isinstance(told, DeadlineExceeded)
+    assert (told.estimate, told.queue_wait) == (80.0, 2.5)
+    assert isinstance(untold, DeadlineExceeded)
+    assert (untold.estimate, untold.queue_wait) == (None, None)
