@@ -63,7 +63,7 @@ def forgotten(follow: Following) -> None:
     """No server knows the job, wherever it is looked for."""
     for _ in range(PLACES):
         assert isinstance(follow.next_call().message, generation_pb2.WatchGenerationRequest)
-        assert follow.hung_up(GONE) == 0.0
+        assert follow.hung_up(GONE) < 0.1
 
 
 def test_a_job_is_looked_for_on_every_server() -> None:

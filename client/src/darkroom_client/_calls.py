@@ -1,7 +1,6 @@
 """From the arguments of a client's verbs to calls and followings."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,7 +11,7 @@ from darkroom.v1 import generation_pb2, model_pb2, server_pb2
 from darkroom_client._call import Call
 from darkroom_client._enums import ImageFormat
 from darkroom_client._events import Accepted
-from darkroom_client._following import PLACES, Following
+from darkroom_client._following import Following
 from darkroom_client._model import Model
 from darkroom_client._replay import ReplayRecord
 from darkroom_client._request import GenerationRequest
@@ -162,15 +161,9 @@ class Calls:
             timeout,
         )
 
-    def farewells(self, request_id: str, timeout: float) -> Iterator[Call[bool]]:
-        """End a job whose caller goes away: calls to make until one finds it, within ``timeout``.
-
-        A balanced connection takes each call to the next server.
-        """
-        ends_at = time.monotonic() + timeout
-        for _ in range(PLACES):
-            if (left := ends_at - time.monotonic()) > 0:
-                yield self.cancel(request_id, left, None)
+    def farewell(self, request_id: str, timeout: float) -> Call[bool]:
+        """End a job whose caller goes away."""
+        return self.cancel(request_id, timeout, None)
 
     def _call(
         self,

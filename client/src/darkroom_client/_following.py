@@ -44,7 +44,7 @@ from darkroom_client._wire.results import decode_timings, unreadable
 LONGEST_OUTAGE = 120.0
 """Seconds without any server after which a stream that has no timeout gives up."""
 
-PLACES = 4
+PLACES = 6
 """How many times in a row a job must be unknown to count as lost: servers behind one name do not
 know each other's jobs, and a balanced connection takes each call to the next of them."""
 
@@ -157,7 +157,8 @@ class Following:
             request_id=self.request_id,
         )
         if isinstance(error, UnknownRequest) and self._joinable and self._look_elsewhere():
-            return 0.0
+            # Not in step with others that look, or each would always meet the same server.
+            return random.uniform(0.0, 0.02)
         self._failures += 1
         if not self._may_go_on(error):
             self.ended = True

@@ -10,7 +10,7 @@ from darkroom_client._call import Call, closed_under
 from darkroom_client._calls import Calls
 from darkroom_client._channel import open_channel
 from darkroom_client._errors import DarkroomError
-from darkroom_client._following import Attempt, Following
+from darkroom_client._following import PLACES, Attempt, Following
 from darkroom_client._settings import Settings
 from darkroom_client._stubs import Stubs
 
@@ -90,16 +90,19 @@ class Link:
 
     def _cancel_somewhere(self, request_id: str) -> None:
         """Cancel a job at whichever of the servers behind the target has it."""
+        call = self._calls.farewell(request_id, FAREWELL_SECONDS)
         try:
-            for call in self._calls.farewells(request_id, FAREWELL_SECONDS):
-                try:
-                    call.method(self.stubs)(
+            # All at once the second time: a balanced connection takes calls in a row to one server
+            # after the other, unless somebody else's come between.
+            for count in (1, PLACES):
+                running = [
+                    call.method(self.stubs).future(
                         call.message, timeout=call.timeout, metadata=call.metadata
                     )
-                except grpc.RpcError as error:
-                    if error.code() is not grpc.StatusCode.NOT_FOUND:
-                        return  # The server is gone, and the job with it.
-                else:
+                    for _ in range(count)
+                ]
+                # Any other answer is the end: it is cancelled, or the server is gone, and the job.
+                if {each.code() for each in running} != {grpc.StatusCode.NOT_FOUND}:
                     return
         finally:
             self._farewells.discard(threading.current_thread())
