@@ -43,11 +43,12 @@ class Link:
     def start(self, call: Call[A]) -> "Pending[A]":
         """Make ``call`` and wait for nothing."""
         self.check_open()
+        # Before the call, for an interrupt may come at any moment after it.
+        if call.keeps and call.request_id is not None:
+            self._kept.add(call.request_id)
         future = call.method(self.stubs).future(
             call.message, timeout=call.timeout, metadata=call.metadata
         )
-        if call.keeps and call.request_id is not None:
-            self._kept.add(call.request_id)
         return Pending(self, call, future)
 
     def follow(self, following: Following, attempt: Attempt) -> Any:
