@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from training.export import DEFAULTS
-from training.judge import LEAST_OVERLAP, Verdict, judge
+from training.judge import CRISP_OVERLAP, LEAST_OVERLAP, Verdict, judge
 from training.model_card import write_model_card
 from training.prompts import prompt_for
 from training.scenes import POSITIONS, SIZES, Scene, held_out_triples
@@ -61,7 +61,7 @@ def develop(
 
 def summarise(verdicts: list[Verdict]) -> dict[str, float]:
     """The share of pictures that are right, by what is judged, and the mean overlap."""
-    keys = ("background", "colour", "shape", "size", "position")
+    keys = ("background", "colour", "shape", "crisp", "size", "position")
     shares = {key: sum(getattr(v, key) for v in verdicts) / len(verdicts) for key in keys}
     shares["mean_overlap"] = round(sum(v.overlap for v in verdicts) / len(verdicts), 4)
     return shares
@@ -102,6 +102,7 @@ def main() -> None:
         "scheduler": type(pipeline.scheduler).__name__,
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         "least_overlap": LEAST_OVERLAP,
+        "crisp_overlap": CRISP_OVERLAP,
         "goals": GOALS,
         "steps": {},
     }

@@ -10,8 +10,11 @@ from torch import Tensor
 from training.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Placement, Scene
 from training.shapes import coverage
 
-LEAST_OVERLAP = 0.8
-"""Intersection over union below which a shape counts as wrong, whichever it resembles most."""
+LEAST_OVERLAP = 0.5
+"""Intersection over union below which there is no shape, whichever it resembles most."""
+
+CRISP_OVERLAP = 0.8
+"""Intersection over union from which an outline counts as crisp."""
 
 _CORNER = 6
 _GRID = 64
@@ -19,11 +22,15 @@ _GRID = 64
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is right in a picture; `overlap` is the best intersection over union, 0..1."""
+    """What is right in a picture; `overlap` is the best intersection over union, 0..1.
+
+    `crisp`: the shape is right, and its outline sharp and in form.
+    """
 
     background: bool
     colour: bool
     shape: bool
+    crisp: bool
     size: bool
     position: bool
     overlap: float
@@ -48,7 +55,7 @@ def judge(picture: Tensor, scene: Scene) -> Verdict:
     far = distance.flatten().quantile(0.985)
     if far < 1:
         seen = Scene("circle", names[0], names[0])
-        return Verdict(set(names) == {scene.background}, False, False, False, False, 0.0, seen)
+        return Verdict(set(names) == {scene.background}, *[False] * 5, 0.0, seen)
     # Normalised so that a pixel half covered by the object gives one half.
     mask = (distance / far).clamp(0, 1)
     inner = distance > 0.8 * far
@@ -58,10 +65,12 @@ def judge(picture: Tensor, scene: Scene) -> Verdict:
     overlap, placement = fits[shape]
     size = min(SIZES, key=lambda name: abs(SIZES[name] - placement.radius))
     seen = Scene(shape, colour, names[0], size, _position(placement))
+    right = shape == scene.shape and overlap >= LEAST_OVERLAP
     return Verdict(
         background=set(names) == {scene.background},
         colour=colour == scene.colour,
-        shape=shape == scene.shape and overlap >= LEAST_OVERLAP,
+        shape=right,
+        crisp=right and overlap >= CRISP_OVERLAP,
         size=size == scene.size,
         position=seen.position == scene.position,
         overlap=overlap,

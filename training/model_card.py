@@ -13,6 +13,7 @@ _JUDGED = {
     "background": "background colour right",
     "colour": "object colour right",
     "shape": "shape right",
+    "crisp": "shape right and crisp",
     "size": "size right",
     "position": "position right",
 }
@@ -75,7 +76,8 @@ to the model. How well such prompts are followed was not measured. Prompts are c
 {evaluation["prompts"]} prompts whose combination of shape, colour and background was held out of
 training ({len(held_out_triples())} combinations of {len(triples())}), one fixed seed each, guidance
 scale {guidance}, {evaluation["dtype"]}. A shape is right if, of all six, it fits the picture
-best, with an intersection over union of at least {evaluation["least_overlap"]}.
+best, with an intersection over union of at least {evaluation["least_overlap"]}; it is crisp if that
+is at least {evaluation["crisp_overlap"]}.
 
 {_table(evaluation)}
 

@@ -105,6 +105,7 @@ def test_judge_finds_every_perfect_picture_right() -> None:
         assert verdict.seen == scene
         assert verdict.background
         assert verdict.shape
+        assert verdict.crisp
         assert verdict.overlap > 0.95
 
 
@@ -115,6 +116,15 @@ def test_judge_finds_wrong_pictures_wrong() -> None:
     assert not any(
         (verdict.background, verdict.colour, verdict.shape, verdict.size, verdict.position)
     )
+    assert not verdict.crisp
+
+
+def test_judge_tells_a_blurred_shape_from_a_crisp_one() -> None:
+    scene = Scene("star", "yellow", "blue", "small")
+    pictures, _ = draw_randomly([scene], np.random.default_rng(1), 128, 128)
+    blurred = torch.nn.functional.avg_pool2d(pictures, 13, 1, 6, count_include_pad=False)
+    verdict = judge((blurred[0] + 1) * 127.5, scene)
+    assert not verdict.crisp
 
 
 def test_judge_finds_no_object_in_a_flat_picture() -> None:
