@@ -55,7 +55,9 @@ def judge(picture: Tensor, scene: Scene) -> Verdict:
     far = distance.flatten().quantile(0.985)
     if far < 1:
         seen = Scene("circle", names[0], names[0])
-        return Verdict(set(names) == {scene.background}, *[False] * 5, 0.0, seen)
+        return Verdict(
+            set(names) == {scene.background}, False, False, False, False, False, 0.0, seen
+        )
     # Normalised so that a pixel half covered by the object gives one half.
     mask = (distance / far).clamp(0, 1)
     inner = distance > 0.8 * far
