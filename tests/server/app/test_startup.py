@@ -5,7 +5,7 @@ import pytest
 import structlog
 
 from darkroom_server.core.errors import StartupError
-from darkroom_server.engine.fake import FLAGGED
+from darkroom_server.engine.fake_model import FLAGGED
 from darkroom_server.settings import Logs
 from tests.server.app.process import start
 from tests.server.wire import refusal, serving

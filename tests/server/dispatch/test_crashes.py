@@ -10,7 +10,8 @@ from darkroom_server.core.errors import Failure, GenerationFailed, Reason
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import Dispatcher
 from darkroom_server.dispatch.accepted import Finished
-from darkroom_server.engine.fake import FakeEngine, fake_image
+from darkroom_server.engine.fake import FakeEngine
+from darkroom_server.engine.fake_model import fake_image
 from tests.server.jobs import make_job
 
 from .desk import settle

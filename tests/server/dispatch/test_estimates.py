@@ -14,7 +14,8 @@ from darkroom_server.dispatch import Unobserved
 from darkroom_server.dispatch.accepted import Place
 from darkroom_server.dispatch.calibration import Calibration
 from darkroom_server.dispatch.quotas import Quotas
-from darkroom_server.engine.fake import FakeEngine, fake_model
+from darkroom_server.engine.fake import FakeEngine
+from darkroom_server.engine.fake_model import fake_model
 from tests.server.dispatch.desk import dispatching, settle
 from tests.server.jobs import make_job
 

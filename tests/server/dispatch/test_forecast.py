@@ -14,7 +14,7 @@ from darkroom_server.dispatch.accepted import AcceptedJob
 from darkroom_server.dispatch.forecast import MAX_IMAGES, Load, forecast
 from darkroom_server.dispatch.speed import Group, Speed
 from darkroom_server.dispatch.work import Work, Works
-from darkroom_server.engine.fake import fake_image, fake_model
+from darkroom_server.engine.fake_model import fake_image, fake_model
 from tests.server.jobs import make_job
 
 PASSES = {2: 1.0, 4: 1.5, 8: 2.5}

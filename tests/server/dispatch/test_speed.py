@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from darkroom_server.core.events import DecodeDone, PassDone, StageSeconds
 from darkroom_server.core.model import ModelSpeed
 from darkroom_server.dispatch.speed import MAX_GROUPS, Group, Speed
-from darkroom_server.engine.fake import fake_model
+from darkroom_server.engine.fake_model import fake_model
 from tests.server.jobs import make_job
 
 PASSES = ((2, 0.025), (4, 0.036), (8, 0.060), (16, 0.106))

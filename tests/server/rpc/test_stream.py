@@ -16,7 +16,7 @@ from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.dispatch import End
 from darkroom_server.dispatch import waiter as waiter_module
-from darkroom_server.engine.fake import fake_image, fake_model
+from darkroom_server.engine.fake_model import fake_image, fake_model
 from darkroom_server.settings import Dispatch, Results
 from tests.server.wire import refusal, serving
 

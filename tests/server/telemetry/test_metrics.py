@@ -16,7 +16,7 @@ from darkroom_server.core.events import (
     PeakMeasured,
     Sensors,
 )
-from darkroom_server.engine.fake import FLAGGED
+from darkroom_server.engine.fake_model import FLAGGED
 from darkroom_server.rpc.models import ModelService
 from darkroom_server.settings import Engine
 from darkroom_server.telemetry import Metrics, Recorder
