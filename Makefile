@@ -194,7 +194,7 @@ clean: ## delete what was built, the environments too
 # ---- environments ----
 
 # The build backend comes first and from our constraints: pip would fetch the newest one otherwise.
-.venv/.installed: constraints.txt requirements-dev.txt $(PACKAGES:=/pyproject.toml)
+.venv/.installed: constraints.txt requirements-dev.txt requirements-bench.txt $(PACKAGES:=/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("needs Python 3.11 or newer")'
 	@[ -x $(BIN)/python ] || { echo "making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "installing into .venv"

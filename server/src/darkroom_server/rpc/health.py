@@ -5,7 +5,7 @@ from grpc_health.v1 import health, health_pb2
 from darkroom.v1 import generation_pb2
 
 READINESS = ("", generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name)
-"""SERVING while new requests are accepted."""
+"""SERVING while jobs are accepted and an engine can draw them."""
 
 LIVENESS = "liveness"
 """SERVING as long as the process turns, draining included: an orchestrator kills on this one."""

@@ -9,7 +9,7 @@ HEAD = """# Metrics
 
 Prometheus reads `http://127.0.0.1:9464/metrics` (`--metrics-host`, `--metrics-port`); scrapers
 that ask for OpenMetrics get exemplars with the trace id of a request. `/healthz` on the same port
-answers 200 while new jobs are accepted, and 503 otherwise.
+answers 200 while `darkroom_ready` is 1, and 503 otherwise.
 
 Units are seconds and bytes. Labels are bounded: no prompt, no seed and no name of a caller is ever
 in one; a model that the server does not hold is `unknown`. Counters do not fall when an engine is

@@ -16,7 +16,9 @@ class RequestMetrics:
     """One attribute for each metric."""
 
     def __init__(self, declare: Catalogue) -> None:
-        self.ready = declare.gauge("darkroom_ready", "1 while new jobs are accepted.")
+        self.ready = declare.gauge(
+            "darkroom_ready", "1 while jobs are accepted and an engine can draw them."
+        )
         self.seconds = declare.histogram(
             "darkroom_request_seconds",
             "From a request's arrival to its answer, by how it ended.",
