@@ -96,7 +96,8 @@ def test_the_weights_are_those_of_the_files(seen: Seen) -> None:
 
 
 def test_the_rules_are_evaluated(seen: Seen) -> None:
-    seen.asked.wait_for("darkroom:occupancy:ratio5m")
+    # Not before two scrapes have seen the load: until then it is nought over nought.
+    seen.asked.wait_for("darkroom:occupancy:ratio5m > 0")
     assert 0 < seen.asked.total("darkroom:occupancy:ratio5m") <= 1
     stages = seen.asked.query("darkroom:stage_seconds:mean5m")
     assert {dict(labels)["stage"] for labels in stages} == {

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 
 from darkroom_server.core.classes import rows_class, size_class
@@ -14,6 +14,7 @@ from darkroom_server.core.events import (
     MemoryReport,
     PassDone,
     PeakMeasured,
+    StageSeconds,
 )
 from darkroom_server.rpc.summary import Outcome, RequestSummary
 from darkroom_server.telemetry.metrics import Metrics
@@ -28,6 +29,8 @@ REJECTIONS = (
     Reason.QUOTA_EXCEEDED,
     Reason.DEADLINE_UNREACHABLE,
 )
+
+STAGES = [stage.name for stage in fields(StageSeconds)]
 
 
 class Recorder:
@@ -79,14 +82,18 @@ class Recorder:
             self._requests.cancels.labels(model, phase)
             self._requests.deadline_misses.labels(model, phase)
         self._requests.deadline_misses.labels(model, "admission")
-        for counter in (
+        for metric in (
             self._requests.retries_joined,
             self._requests.replays,
             self._engine.steps,
             self._engine.joins,
             self._engine.wasted_seconds,
+            self._engine.rows_per_step,
+            self._engine.occupancy,
         ):
-            counter.labels(model)
+            metric.labels(model)
+        for stage in STAGES:
+            self._requests.stage_seconds.labels(model, stage)
         for outcome in Outcome:
             self._requests.seconds.labels(model, outcome.value)
         for reason in REJECTIONS:
