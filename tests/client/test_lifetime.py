@@ -144,7 +144,7 @@ def test_a_wait_for_a_model_that_never_loads_says_so(client: Any, server: Script
     server.ready = False
 
     with pytest.raises(Unavailable, match="answers, and is still not ready"):
-        client.wait_until_ready(timeout=0.3)
+        client.wait_until_ready(timeout=2.0)
 
 
 def test_waiting_does_not_hide_a_refusal(connect: Connect, server: ScriptedServer) -> None:

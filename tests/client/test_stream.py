@@ -243,7 +243,7 @@ def test_a_server_that_stays_away_is_unavailable_within_the_timeout(
 def test_the_timeout_ends_the_job_too(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(hold=threading.Event()))
 
-    with caller.stream("a star", timeout=0.3) as stream, pytest.raises(DeadlineExceeded):
+    with caller.stream("a star", timeout=2.0) as stream, pytest.raises(DeadlineExceeded):
         list(stream)
 
     fake.wait_for(lambda: fake.jobs[0].state in (JobState.EXPIRED, JobState.CANCELLED))

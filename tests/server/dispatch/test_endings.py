@@ -11,8 +11,10 @@ from darkroom_server.core.errors import (
     Reason,
 )
 from darkroom_server.core.events import JobFinished, StageSeconds
+from darkroom_server.core.job import DEADLINE_SLACK_SECONDS
 from darkroom_server.dispatch import AcceptedJob, Dispatcher, End
 from darkroom_server.engine.fake import FakeEngine
+from tests.server.clock import Clock
 from tests.server.dispatch.desk import dispatching, settle
 from tests.server.jobs import make_job
 
@@ -25,10 +27,11 @@ def waiter(dispatcher: Dispatcher, accepted: AcceptedJob) -> "asyncio.Task[objec
     return asyncio.create_task(wait())
 
 
-async def test_a_queued_job_whose_deadline_passes_never_reaches_the_engine() -> None:
+async def test_a_queued_job_whose_deadline_passes_never_reaches_the_engine(clock: Clock) -> None:
     async with dispatching(max_resident_samples=1) as (dispatcher, engine):
         dispatcher.submit(make_job("running"))
-        late = dispatcher.submit(make_job("late", deadline=time.monotonic() + 0.02))
+        late = dispatcher.submit(make_job("late", deadline=time.monotonic() + 300))
+        clock.skip(300)
         with pytest.raises(DeadlineExceeded, match="before it was begun"):
             await late.result()
         assert dispatcher.queued_jobs == 0
@@ -38,10 +41,11 @@ async def test_a_queued_job_whose_deadline_passes_never_reaches_the_engine() -> 
         assert not engine.jobs
 
 
-async def test_a_running_job_whose_deadline_passes_leaves_the_engine() -> None:
+async def test_a_running_job_whose_deadline_passes_leaves_the_engine(clock: Clock) -> None:
     async with dispatching() as (dispatcher, engine):
-        late = dispatcher.submit(make_job("late", deadline=time.monotonic() + 0.02))
-        dispatcher.submit(make_job("other", deadline=time.monotonic() + 60))
+        late = dispatcher.submit(make_job("late", deadline=time.monotonic() + 300))
+        dispatcher.submit(make_job("other", deadline=time.monotonic() + 900))
+        clock.skip(300)
         with pytest.raises(DeadlineExceeded, match="before it was finished"):
             await late.result()
         engine.advance()
@@ -162,9 +166,9 @@ def test_the_engine_may_outlive_the_loop() -> None:
     asyncio.run(live()).become_ready()
 
 
-async def test_a_caller_that_leaves_at_its_deadline_counts_as_expired() -> None:
+async def test_a_caller_that_leaves_at_its_deadline_counts_as_expired(clock: Clock) -> None:
     async with dispatching() as (dispatcher, _):
-        for id, seconds in (("a", 0.1), ("b", 60)):
-            with dispatcher.submit(make_job(id, deadline=time.monotonic() + seconds)).waiter():
-                pass
+        for id, passes in (("a", 300 - DEADLINE_SLACK_SECONDS), ("b", 0)):
+            with dispatcher.submit(make_job(id, deadline=time.monotonic() + 300)).waiter():
+                clock.skip(passes)
         assert dispatcher.counts.by_end == {End.EXPIRED: 1, End.CANCELLED: 1}

@@ -19,8 +19,9 @@ from darkroom_server.dispatch import (
     Started,
     Waiter,
 )
-from darkroom_server.dispatch import waiter as waiter_module
+from darkroom_server.dispatch.waiter import STALL_SECONDS
 from darkroom_server.engine.fake import FakeEngine
+from tests.server.clock import Clock
 from tests.server.dispatch.desk import dispatching, settle
 from tests.server.jobs import make_job
 
@@ -199,10 +200,7 @@ async def test_a_waiter_that_comes_back_in_time_keeps_the_job() -> None:
         assert isinstance(await accepted.result(), Finished)
 
 
-async def test_one_that_takes_nothing_lets_go_of_the_images(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(waiter_module, "STALL_SECONDS", 0.02)
+async def test_one_that_takes_nothing_lets_go_of_the_images(clock: Clock) -> None:
     async with dispatching() as (dispatcher, engine):
         accepted = dispatcher.submit(make_job(image_count=2))
         job = weakref.ref(accepted)
@@ -210,18 +208,17 @@ async def test_one_that_takes_nothing_lets_go_of_the_images(
             engine.advance(4)
             await accepted.result()
             del accepted
-            async with asyncio.timeout(30):
-                while job() is not None:
-                    gc.collect()
-                    await asyncio.sleep(0.01)
+            clock.skip(STALL_SECONDS)
+            await settle()
+            gc.collect()
+            assert job() is None
             # The events are still there, the images are not.
             assert brief(await everything(waiter))[-2:] == [0, 1]
             with pytest.raises(UnknownRequest):
                 waiter.image(0)
 
 
-async def test_one_that_is_slow_keeps_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiter_module, "STALL_SECONDS", 0.2)
+async def test_one_that_is_slow_keeps_the_images(clock: Clock) -> None:
     async with dispatching() as (dispatcher, engine):
         accepted = dispatcher.submit(make_job())
         with accepted.waiter() as waiter:
@@ -229,7 +226,8 @@ async def test_one_that_is_slow_keeps_the_images(monkeypatch: pytest.MonkeyPatch
             await accepted.result()
             for _ in range(10):
                 assert waiter.image(0).data
-                await asyncio.sleep(0.03)
+                clock.skip(STALL_SECONDS / 2)
+                await settle()
 
 
 async def test_a_cancelled_job_tells_those_who_wait() -> None:

@@ -231,7 +231,7 @@ async def test_a_reader_that_leaves_frees_the_job(how: str) -> None:
 
 
 async def test_readers_that_never_read_harm_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiter_module, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(waiter_module, "STALL_SECONDS", 2.0)
     none_kept = Results(result_bytes=0)
     room = Dispatch(max_resident_samples=100)
     fake = {"models": [roomy_model()]}

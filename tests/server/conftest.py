@@ -1,0 +1,9 @@
+import pytest
+
+from tests.server.clock import Clock
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the test, which may let time pass."""
+    return Clock(monkeypatch)
