@@ -48,6 +48,24 @@ def test_one_attempt_is_no_retry_policy() -> None:
     assert "methodConfig" not in service_config(settings(retry=Retry(attempts=1)))
 
 
+def test_backoffs_have_no_more_digits_than_grpc_reads() -> None:
+    config: Any = service_config(settings(retry=Retry(initial_backoff=0.1 + 0.2, max_backoff=1e17)))
+
+    policy = config["methodConfig"][0]["retryPolicy"]
+    assert policy["initialBackoff"] == "0.300000000s"
+    assert "e" not in policy["maxBackoff"]
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_only_finite_numbers(number: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        Retry(max_backoff=number)
+    with pytest.raises(ValueError, match="finite"):
+        Retry(multiplier=number)
+    with pytest.raises(ValueError, match="finite"):
+        Keepalive(interval=number)
+
+
 @pytest.mark.parametrize(
     ("target", "dialled"),
     [

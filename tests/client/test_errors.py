@@ -7,6 +7,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.rpc import status_pb2
 from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
 
 import darkroom_client
@@ -29,7 +30,7 @@ from darkroom_client import (
     Unsupported,
     Violation,
 )
-from darkroom_client._rpc_errors import CODES, REASONS
+from darkroom_client._rpc_errors import CODES, REASONS, from_rpc_error
 from darkroom_server.core.errors import Reason
 from tests.client.conftest import Connect
 from tests.client.scripted import ScriptedServer, fail
@@ -51,6 +52,7 @@ WITH_REASON = [
     (CODE.INTERNAL, "ENGINE_FAILED", GenerationFailed),
     (CODE.INTERNAL, "ENGINE_CRASHED", GenerationFailed),
     (CODE.INTERNAL, "INTERNAL", ServerError),
+    (CODE.UNAVAILABLE, "ENGINE_FAILED", Unavailable),
     (CODE.UNAVAILABLE, "A_NEWER_REASON", Unavailable),
 ]
 
@@ -238,3 +240,33 @@ def test_a_deadline_that_cannot_be_met_comes_with_the_estimate(
     assert (told.estimate, told.queue_wait) == (80.0, 2.5)
     assert isinstance(untold, DeadlineExceeded)
     assert (untold.estimate, untold.queue_wait) == (None, None)
+
+
+class Garbled(grpc.RpcError):
+    """An error whose details cannot be read."""
+
+    def __init__(self, details: bytes) -> None:
+        self._trailers = (("grpc-status-details-bin", details),)
+
+    def code(self) -> grpc.StatusCode:
+        return CODE.INTERNAL
+
+    def details(self) -> str:
+        return "broken"
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return self._trailers
+
+
+def test_garbled_details_count_as_none() -> None:
+    inner = status_pb2.Status(code=13, message="broken")
+    inner.details.add(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")
+
+    for details in (b"\xff\xff", inner.SerializeToString()):
+        error = from_rpc_error(Garbled(details), address="a:1", timeout=None)
+        assert (type(error), error.reason, str(error)) == (ServerError, "", "broken")
+
+
+def test_a_refused_deadline_says_what_it_needs() -> None:
+    assert DeadlineExceeded("late", metadata={"needed_seconds": "4.5"}).needed == 4.5
+    assert DeadlineExceeded("late").needed is None

@@ -73,8 +73,8 @@ def service_config(settings: Settings) -> dict[str, object]:
     if retry.attempts > 1:
         policy = {
             "maxAttempts": retry.attempts,
-            "initialBackoff": f"{retry.initial_backoff}s",
-            "maxBackoff": f"{retry.max_backoff}s",
+            "initialBackoff": f"{retry.initial_backoff:.9f}s",
+            "maxBackoff": f"{retry.max_backoff:.9f}s",
             "backoffMultiplier": retry.multiplier,
             # A server that closes its port drops what arrives at that moment, as CANCELLED. A job
             # that somebody cancelled is CANCELLED too, but with a trailer that forbids retries.

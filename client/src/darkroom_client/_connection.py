@@ -1,5 +1,6 @@
 """How to reach a server, one small dataclass per concern."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ class Keepalive:
     timeout: float = 20.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.interval) and math.isfinite(self.timeout)):
+            raise ValueError("Keepalive: interval and timeout must be finite")
         if self.interval <= 0 or self.timeout <= 0:
             raise ValueError("Keepalive: interval and timeout must be above 0")
 
@@ -41,6 +44,9 @@ class Retry:
         # gRPC itself caps the attempts at 5, silently.
         if not 1 <= self.attempts <= 5:
             raise ValueError("Retry: attempts must be 1 to 5")
+        numbers = (self.initial_backoff, self.max_backoff, self.multiplier)
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError("Retry: initial_backoff, max_backoff and multiplier must be finite")
         # Below 2 ms calls hang in gRPC until their deadline, and beyond (grpc/grpc#41036).
         if not 0.01 <= self.initial_backoff <= self.max_backoff or self.multiplier < 1:
             raise ValueError(

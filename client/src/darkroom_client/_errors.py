@@ -9,7 +9,7 @@ DarkroomError
 ├── Overloaded          the same request works later: wait `retry_after` seconds
 ├── QuotaExceeded       this caller has used up its share
 ├── Unavailable         nobody answers, or the server is loading or going away: look, then retry
-├── DeadlineExceeded    give more `timeout` (at least `estimate`), or ask for less
+├── DeadlineExceeded    give more `timeout` (at least `needed`), or ask for less
 ├── Unauthenticated     bring a valid token
 ├── PermissionDenied    ask the operator for leave
 ├── GenerationFailed    accepted, and could not be finished; `reason` says why
@@ -101,6 +101,11 @@ class DeadlineExceeded(DarkroomError):
 
     A server that can tell in advance refuses at once, and says what the request would take.
     """
+
+    @property
+    def needed(self) -> float | None:
+        """Seconds of ``timeout`` that would be let in, None where the server did not say."""
+        return self._figure("needed_seconds")
 
     @property
     def estimate(self) -> float | None:

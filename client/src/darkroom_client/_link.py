@@ -31,6 +31,8 @@ class Link:
         # Jobs that the server would go on with if this side just went away.
         self._kept: set[str] = set()
         self._farewells: set[threading.Thread] = set()
+        # Held while a farewell starts, for a thread that has not started cannot be joined.
+        self._starting = threading.Lock()
 
     def ask(self, call: Call[A]) -> A:
         """Make ``call`` and wait for its answer."""
@@ -79,15 +81,18 @@ class Link:
             for request_id in tuple(self._kept):
                 self._say_farewell(request_id)
             self.closed = True
-        for farewell in tuple(self._farewells):
+        with self._starting:
+            farewells = tuple(self._farewells)
+        for farewell in farewells:
             farewell.join()
         self._channel.close()
 
     def _say_farewell(self, request_id: str) -> None:
         # A thread, for it may take several calls, and whoever leaves should not wait for them.
         farewell = threading.Thread(target=self._cancel_somewhere, args=(request_id,))
-        self._farewells.add(farewell)
-        farewell.start()
+        with self._starting:
+            self._farewells.add(farewell)
+            farewell.start()
 
     def _cancel_somewhere(self, request_id: str) -> None:
         """Cancel a job at whichever of the servers behind the target has it."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TypeVar, cast
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import (
     BadRequest,
     ErrorInfo,
@@ -79,6 +79,10 @@ def from_rpc_error(
     retry = details.first(RetryInfo)
     bad = details.first(BadRequest)
     kind = REASONS.get(reason) or CODES.get(code, DarkroomError)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        # Nothing was begun, whatever the reason: an engine that is gone fails the jobs it had,
+        # and turns new ones away.
+        kind = errors.Unavailable
     if not reason:
         kind, text = _without_reason(kind, code, text, address, timeout)
         if details.first(QuotaFailure) is not None:
@@ -141,8 +145,8 @@ class _Details:
     def __init__(self, error: grpc.RpcError) -> None:
         try:
             self._status = rpc_status.from_call(cast(grpc.Call, error))
-        except ValueError:
-            # A proxy changed code or text on the way; what it says now is what holds.
+        except (ValueError, DecodeError):
+            # A proxy changed code, text or details on the way; what it says now is what holds.
             self._status = None
 
     def first(self, kind: type[M]) -> M | None:
@@ -152,5 +156,9 @@ class _Details:
     def _all(self, kind: type[M]) -> Iterator[M]:
         for packed in self._status.details if self._status is not None else ():
             message = kind()
-            if packed.Unpack(message):
+            try:
+                matches = packed.Unpack(message)
+            except DecodeError:
+                continue
+            if matches:
                 yield message

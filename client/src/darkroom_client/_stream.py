@@ -85,6 +85,11 @@ class Stream:
             if self._call is None:
                 attempt = self._following.next_call()
                 self._call = self._link.follow(self._following, attempt)
+                if self._left.is_set():
+                    # Left meanwhile, when there was no call to cancel yet.
+                    leaves_work = self._following.leaves_work
+                    self._link.settle(self.request_id, leaves_work=leaves_work)
+                    self._call.cancel()
             response = next(self._call)
         except StopIteration:
             failure = None
