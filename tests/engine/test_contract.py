@@ -18,6 +18,7 @@ from darkroom_server.core.events import (
     JobCancelled,
     JobFinished,
     JobStarted,
+    JobTaken,
     SampleProgress,
 )
 from darkroom_server.engine.fake import FakeEngine
@@ -87,7 +88,7 @@ def test_a_job_is_told_from_start_to_end(listener: Listener) -> None:
     listener.engine.submit(job)
     listener.until_end_of("whole")
     told = listener.of("whole")
-    assert isinstance(told[0], JobStarted)
+    assert [type(event) for event in told[:2]] == [JobTaken, JobStarted]
     assert isinstance(told[-1], JobFinished)
     assert len(listener.of("whole", JobStarted)) == 1
     for index in range(2):

@@ -1,12 +1,13 @@
 """An engine dies, and nothing that was accepted is lost."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
 from darkroom_server.core.errors import Failure, GenerationFailed, Reason
+from darkroom_server.core.events import Event, PassDone
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import Dispatcher
 from darkroom_server.dispatch.accepted import Finished
@@ -134,6 +135,112 @@ async def test_what_had_not_begun_is_no_suspect() -> None:
         await it.given.get()
         it.engines[0].advance(4)
         await accepted.result()
+
+
+async def test_what_kills_the_engine_as_it_is_encoded_is_a_suspect() -> None:
+    async with crew() as it:
+        engine = it.engines[0]
+        drawn = it.dispatcher.submit(make_job("drawn", steps=9))
+        await it.given.get()
+        engine.advance()
+        poison = it.dispatcher.submit(make_job("poison"))
+        await it.given.get()
+        engine.take_newcomers()
+        engine.die()
+        for _ in range(2):  # Each alone; both were in when it died.
+            _, alone = await it.given.get()
+            assert [job.id for job in engine.jobs] == [alone.id]
+            if alone.id == "poison":
+                engine.take_newcomers()
+                engine.die()
+            else:
+                engine.advance(9)
+        with pytest.raises(GenerationFailed) as caught:
+            await poison.result()
+        assert caught.value.reason is Reason.ENGINE_CRASHED
+        await drawn.result()
+
+
+async def test_what_is_encoded_and_waits_for_its_first_pass_is_no_suspect() -> None:
+    async with crew() as it:
+        accepted = it.dispatcher.submit(make_job("encoded"))
+        await it.given.get()
+        it.engines[0].take_newcomers()
+        await settle()
+        assert accepted.suspect
+        # A pass of others comes first.
+        it.dispatcher._fleet.slots[0].learn(
+            PassDone(model="demo", width=64, height=64, rows=2, seconds=0.1)
+        )
+        assert not accepted.suspect
+
+
+async def poisoned(it: Crew, id: str) -> None:
+    """A job that kills the engine twice."""
+    accepted = it.dispatcher.submit(make_job(id))
+    for _ in range(2):
+        await it.given.get()
+        it.engines[0].advance()
+        it.engines[0].die()
+    with pytest.raises(GenerationFailed) as caught:
+        await accepted.result()
+    assert caught.value.reason is Reason.ENGINE_CRASHED
+    await it.comes_back()
+
+
+async def test_deaths_that_one_job_explains_are_not_the_end() -> None:
+    async with crew(max_restarts=3) as it:
+        for index in range(3):
+            await poisoned(it, f"poison {index}")
+            good = it.dispatcher.submit(make_job(f"good {index}"))
+            await it.given.get()
+            it.engines[0].advance(4)
+            await good.result()
+
+
+async def test_an_engine_that_draws_nothing_is_to_blame_itself() -> None:
+    async with crew(max_restarts=2) as it:
+        await poisoned(it, "first")
+        it.dispatcher.submit(make_job("second"))
+        for _ in range(2):
+            await it.given.get()
+            it.engines[0].advance()
+            it.engines[0].die()
+        assert "3 times in ten minutes" in await it.dispatcher.died()
+
+
+async def test_an_engine_that_cannot_be_started_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with crew() as it:
+        engine = it.engines[0]
+        start, tries = engine.start, iter([OSError("Cannot allocate memory"), None])
+
+        def reluctant(emit: Callable[[Event], None]) -> None:
+            if error := next(tries):
+                raise error
+            start(emit)
+
+        monkeypatch.setattr(engine, "start", reluctant)
+        accepted = it.dispatcher.submit(make_job("patient"))
+        await it.given.get()
+        engine.die()
+        await it.given.get()
+        engine.advance(4)
+        await accepted.result()
+
+
+async def test_an_engine_that_can_never_be_started_is_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with crew(max_restarts=2) as it:
+
+        def never(emit: Callable[[Event], None]) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(it.engines[0], "start", never)
+        it.engines[0].die()
+        assert "cannot be started: can't start new thread" in await it.dispatcher.died()
 
 
 async def test_too_many_deaths_are_the_end() -> None:

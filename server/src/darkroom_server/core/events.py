@@ -76,6 +76,13 @@ class EngineDied:
 
 
 @dataclass(frozen=True, slots=True)
+class JobTaken:
+    """The engine turns to a job for the first time: its prompts are encoded next."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class JobStarted:
     """The first pass of a job begins."""
 
@@ -229,6 +236,7 @@ class MemoryReport:
 Event = (
     EngineReady
     | EngineDied
+    | JobTaken
     | JobStarted
     | SampleProgress
     | PreviewReady

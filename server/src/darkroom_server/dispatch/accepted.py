@@ -37,11 +37,11 @@ class AcceptedJob:
 
     ``job`` and ``images`` (those finished so far, by index) are all that a second run needs.
     ``estimate`` is what was expected at its acceptance. ``position`` says how many go before it,
-    None where it does not wait. ``started`` says that an engine has begun with it, ``developed``
-    how many images took their last step there, ``previewed`` that there was a preview of one,
-    ``crashes`` how many engines died while it ran, ``crashed_at`` when the last of them did
-    (``time.monotonic`` seconds). When its last waiter has left, it is given up after ``linger``
-    seconds.
+    None where it does not wait. ``taken`` says that an engine encodes its prompts, ``started`` that
+    one has begun with its passes, ``developed`` how many images took their last step there,
+    ``previewed`` that there was a preview of one, ``crashes`` how many engines died while it ran,
+    ``crashed_at`` when the last of them did (``time.monotonic`` seconds). When its last waiter has
+    left, it is given up after ``linger`` seconds.
     """
 
     def __init__(self, job: Job, model: ModelInfo, give_up: Callable[[str], None]) -> None:
@@ -50,6 +50,7 @@ class AcceptedJob:
         self.place = Place.OUTSIDE
         self.position: int | None = None
         self.estimate: Estimate | None = None
+        self.taken = False
         self.started = False
         self.developed = 0
         self.previewed = False
@@ -79,6 +80,11 @@ class AcceptedJob:
     def ended(self) -> bool:
         """Nothing more will be told to the waiters."""
         return self._ended.is_set()
+
+    @property
+    def suspect(self) -> bool:
+        """It may be what kills the engine, should that die now."""
+        return self.taken or self.started
 
     @property
     def phase(self) -> str:
@@ -167,10 +173,14 @@ class AcceptedJob:
 
     def engine_died(self, now: float) -> None:
         """The engine that this job was in died, at ``now`` (``time.monotonic`` seconds)."""
-        if self.started:
+        if self.suspect:
             self.crashes += 1
             self.crashed_at = now
-        self.started = False
+        self.starts_over()
+
+    def starts_over(self) -> None:
+        """It has left its engine unfinished, to be run again."""
+        self.taken = self.started = False
         self.developed = len(self.images)
 
     def restarts(self) -> None:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import structlog
 
@@ -55,7 +56,7 @@ class Fleet:
         self._on_end = on_end
         self._was_ready = False
         self._closing = False
-        self._deaths: deque[float] = deque()
+        self._deaths: deque[_Death] = deque()
         self._restarts: set[asyncio.TimerHandle] = set()
 
     @property
@@ -144,14 +145,15 @@ class Fleet:
             return
         victims = slot.lose()
         now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - RESTART_WINDOW_SECONDS:
+        self._deaths.append(_Death(now, explained=_explained(slot, victims)))
+        while self._deaths[0].at < now - RESTART_WINDOW_SECONDS:
             self._deaths.popleft()
+        unexplained = sum(not death.explained for death in self._deaths)
         if not self._was_ready:
             # It never loaded: trying again would only say the same more often.
             self._on_end(message)
-        elif len(self._deaths) > self._max_restarts:
-            self._on_end(f"the engine died {len(self._deaths)} times in ten minutes: {message}")
+        elif unexplained > self._max_restarts:
+            self._on_end(f"the engine died {unexplained} times in ten minutes: {message}")
         else:
             self._restart_later(slot, message)
         self._on_change()
@@ -166,7 +168,28 @@ class Fleet:
             self._restarts.discard(timer)
             slot.restarts += 1
             self._observer.engine_restarted()
-            self._start(slot)
+            try:
+                self._start(slot)
+            except (OSError, RuntimeError) as error:  # No memory, files or threads to spare.
+                self._on_death(slot, f"the engine cannot be started: {error}")
 
         timer = asyncio.get_running_loop().call_later(delay, restart)
         self._restarts.add(timer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Death:
+    at: float
+    explained: bool
+
+
+def _explained(slot: Slot, victims: list[AcceptedJob]) -> bool:
+    """Whether an engine died of a job, so that it says nothing of the engine itself.
+
+    That is one which was alone in it, and had been in another that died. Where the engine has
+    finished nothing since the last such job, the engine is to blame after all.
+    """
+    if len(victims) != 1 or not (victims[0].crashes and victims[0].suspect and slot.proven):
+        return False
+    slot.proven = False
+    return True

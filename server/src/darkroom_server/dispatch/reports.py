@@ -14,6 +14,7 @@ from darkroom_server.core.events import (
     JobFailed,
     JobFinished,
     JobStarted,
+    JobTaken,
     MemoryReport,
     PassDone,
     PeakMeasured,
@@ -64,6 +65,8 @@ class Reports:
 
     def _hear_of(self, accepted: AcceptedJob, event: Event) -> None:
         match event:
+            case JobTaken():
+                accepted.taken = True
             case JobStarted():
                 accepted.starts()
             case SampleProgress():

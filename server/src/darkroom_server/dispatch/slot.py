@@ -21,7 +21,7 @@ class Slot:
     """One engine, and the jobs in it.
 
     ``memory`` is what it told last, ``passes`` are how many it took, ``last_rows`` those of the
-    last one.
+    last one. ``proven`` says that it has finished a job since a death was last blamed on one.
     """
 
     def __init__(self, index: int, engine: Engine) -> None:
@@ -29,6 +29,7 @@ class Slot:
         self.engine = engine
         self.ready = False
         self.restarts = 0
+        self.proven = True
         self.jobs: dict[str, AcceptedJob] = {}
         self.models: dict[str, ModelInfo] = {}
         self.speed = Speed()
@@ -83,6 +84,9 @@ class Slot:
                 self.passes += 1
                 self.last_rows = event.rows
                 self.speed.passed(event)
+                # The prompts of whoever is in are encoded by now.
+                for encoded in self.jobs.values():
+                    encoded.taken = False
             case DecodeDone():
                 self.speed.decoded(event)
             case SampleProgress():
@@ -90,6 +94,7 @@ class Slot:
                     left = self._left.setdefault(event.job_id, {})
                     left[event.image_index] = event.steps - event.step
             case JobFinished(job_id, stages):
+                self.proven = True
                 if accepted := self.jobs.get(job_id):
                     self.speed.finished(accepted.job, stages)
             case MemoryReport():

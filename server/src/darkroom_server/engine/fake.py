@@ -14,6 +14,7 @@ from darkroom_server.core.events import (
     JobFailed,
     JobFinished,
     JobStarted,
+    JobTaken,
     PassDone,
     SampleProgress,
     StageSeconds,
@@ -62,6 +63,7 @@ class FakeEngine:
         self._steps: dict[str, int] = {}
         self._jobs: dict[str, Job] = {}
         self._leaving: set[str] = set()
+        self._taken: set[str] = set()
         self._lock = threading.RLock()
 
     def start(self, emit: Callable[[Event], None]) -> None:
@@ -125,6 +127,14 @@ class FakeEngine:
                 self._take_pass()
                 self._let_go()
 
+    def take_newcomers(self) -> None:
+        """Turn to the jobs that came since the last pass, which are about to be encoded."""
+        with self._lock:
+            for job_id in self._jobs:
+                if job_id not in self._taken:
+                    self._taken.add(job_id)
+                    self._emit(JobTaken(job_id))
+
     def finish(self, job_id: str) -> None:
         """Take, for one job alone, all the passes that it still needs."""
         with self._lock:
@@ -142,12 +152,19 @@ class FakeEngine:
             self._forget(job_id)
             self._emit(JobFailed(job_id, failure))
 
+    def expire(self, job_id: str) -> None:
+        """Drop a job because its deadline, as far as the engine knows, has passed."""
+        with self._lock:
+            self._forget(job_id)
+            self._emit(JobCancelled(job_id, expired=True, wasted_seconds=0.0))
+
     def die(self, message: str = "the fake engine was told to die") -> None:
         """Die with every job inside; ``start`` brings it back, empty."""
         with self._lock:
             self._jobs.clear()
             self._steps.clear()
             self._leaving.clear()
+            self._taken.clear()
             self._emit(EngineDied(message))
 
     def _run(self) -> None:
@@ -166,6 +183,7 @@ class FakeEngine:
             return
         rows = sum(job.rows_per_image * job.image_count for job in self._jobs.values())
         seconds = self._pass_seconds or 0.0
+        self.take_newcomers()
         for job in self._jobs.values():
             if self._steps[job.id] == 0:
                 self._emit(JobStarted(job.id))
@@ -210,3 +228,4 @@ class FakeEngine:
     def _forget(self, job_id: str) -> None:
         del self._jobs[job_id]
         del self._steps[job_id]
+        self._taken.discard(job_id)

@@ -14,6 +14,7 @@ from darkroom_server.core.events import (
     JobCancelled,
     JobFailed,
     JobStarted,
+    JobTaken,
     PassDone,
     SampleProgress,
 )
@@ -177,6 +178,9 @@ class EngineLoop:
         """Encode the newcomers' prompts together and turn the newcomers into samples."""
         for model_id, residents in self._roster.take_newcomers().items():
             model = self._models[model_id]
+            # Told before: should it kill the engine, it is known what it was about.
+            for resident in residents:
+                self._emit(JobTaken(resident.job.id))
             try:
                 with Stopwatch(model.device) as watch:
                     embeddings = model.prompts.encode(

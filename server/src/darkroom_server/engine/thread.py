@@ -27,12 +27,13 @@ class ThreadEngine:
         self._config = config
         self._loop: EngineLoop | None = None
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread: threading.Thread | None = None
         self._emit: Callable[[Event], None] = lambda _: None
 
     def start(self, emit: Callable[[Event], None]) -> None:
         """Begin to load; ``EngineReady`` or ``EngineDied`` follows."""
         self._emit = emit
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
@@ -56,7 +57,7 @@ class ThreadEngine:
         self._closed.set()
         if self._loop is not None:
             self._loop.close()
-        if self._thread.is_alive():
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
