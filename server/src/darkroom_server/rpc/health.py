@@ -8,7 +8,10 @@ READINESS = ("", generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
 """SERVING while jobs are accepted and an engine can draw them."""
 
 LIVENESS = "liveness"
-"""SERVING as long as the process turns, draining included: an orchestrator kills on this one."""
+"""SERVING as long as the process turns: an orchestrator kills on this one.
+
+It can be asked until the port is closed, some seconds into the drain.
+"""
 
 
 class Health:
