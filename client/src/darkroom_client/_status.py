@@ -98,5 +98,5 @@ class Estimate:
 
     @property
     def total(self) -> float:
-        """Seconds until the last image: a ``timeout`` below this is refused."""
+        """Seconds until the last image; a ``timeout`` leaves some room for what comes later."""
         return self.queue_wait + self.run_time
