@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from darkroom_server.core.events import EngineDied, EngineReady, ImageReady, JobStarted
+from darkroom_server.engine import process
 from darkroom_server.engine.process import ProcessEngine
 
 from .conftest import config_for, make_job
@@ -99,6 +100,32 @@ def test_a_process_that_hangs_at_work_is_killed(tiny_folder: Path) -> None:
     engine.close()
 
 
+HALF_A_MESSAGE = """
+import os, struct, sys, time
+from darkroom_server.core.events import EngineReady
+from darkroom_server.engine.channel import Channel
+
+channel = Channel(int(sys.argv[1]))
+channel.receive()
+channel.send(EngineReady((), 0.0))
+channel.receive()
+os.write(int(sys.argv[1]), struct.pack("!i", 1000) + b"half")
+time.sleep(600)
+"""
+
+
+def test_a_process_that_hangs_in_the_middle_of_a_message_is_killed(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "CHILD", ("-c", HALF_A_MESSAGE))
+    engine, listener, pid = started(tiny_folder, timeout=0.5)
+    engine.submit(make_job("stuck"))
+    died = listener.until(lambda e: isinstance(e, EngineDied))
+    assert died == EngineDied("the engine was silent for 0.5 s, and was killed")
+    assert not psutil.pid_exists(pid)
+    engine.close()
+
+
 def test_a_stopped_process_does_not_block_its_callers(tiny_folder: Path) -> None:
     engine, listener, pid = started(tiny_folder)
     os.kill(pid, signal.SIGSTOP)
@@ -115,6 +142,7 @@ import sys, time
 import structlog
 from darkroom_server.core.config import Attention, Dtype, EngineConfig, ModelSource
 from darkroom_server.core.events import EngineReady
+from darkroom_server.engine import process
 from darkroom_server.engine.process import ProcessEngine
 
 engine = ProcessEngine(EngineConfig(

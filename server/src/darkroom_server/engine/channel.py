@@ -30,10 +30,6 @@ class Channel:
             else:
                 self._connection.send(message)
 
-    def wait(self, seconds: float) -> bool:
-        """True once something can be received, False if nothing came in ``seconds``."""
-        return self._connection.poll(seconds)
-
     def receive(self) -> Any:
         """The next message; raises EOFError or OSError where the other end is gone."""
         message = self._connection.recv()

@@ -29,6 +29,9 @@ from darkroom_server.engine.commands import Cancel, Close, Extend
 
 log = structlog.get_logger(__name__)
 
+CHILD = ("-m", "darkroom_server.engine.child")
+"""What Python runs in the engine's process."""
+
 CLOSE_SECONDS = 10.0
 """How long a pass may take to end on ``close``, before its process is killed."""
 
@@ -94,10 +97,12 @@ class _Life:
         self._working: set[str] = set()
         self._last_heard = time.monotonic()
         self._closing = False
+        self._silent = False
+        self._over = threading.Event()
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "darkroom_server.engine.child", str(theirs.fileno())],
+                [sys.executable, *CHILD, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -106,7 +111,7 @@ class _Life:
         self._channel = Channel(ours.detach())
         self._threads = [
             threading.Thread(target=target, name="engine-process", daemon=True)
-            for target in (self._send, self._listen, self._log)
+            for target in (self._send, self._listen, self._watch, self._log)
         ]
         self.tell(config)
         for thread in self._threads:
@@ -126,6 +131,7 @@ class _Life:
     def close(self) -> None:
         """End the process, by its own will where that takes no longer than ``CLOSE_SECONDS``."""
         self._closing = True
+        self._over.set()
         self.tell(Close())
         try:
             self.process.wait(CLOSE_SECONDS)
@@ -144,15 +150,21 @@ class _Life:
             except OSError:
                 return  # The process is gone; the listening thread tells of it.
 
+    def _watch(self) -> None:
+        """Kill an engine that has work and is silent for too long.
+
+        On a thread of its own: those that send and listen may both be in the middle of a message.
+        """
+        while not self._over.wait(self._silence_left()):
+            if self._working and self._silence_left() <= 0:
+                self._silent = True
+                self.process.kill()
+                return
+
     def _listen(self) -> None:
         died = "the engine's process died"
         try:
             while True:
-                if not self._channel.wait(self._silence_left()):
-                    if self._working and self._silence_left() <= 0:
-                        died = f"the engine was silent for {self._timeout:g} s, and was killed"
-                        break
-                    continue
                 event = self._channel.receive()
                 if not isinstance(event, MemoryReport):  # A thread of its own tells those.
                     self._last_heard = time.monotonic()
@@ -164,6 +176,7 @@ class _Life:
                 self._emit(event)
         except (EOFError, OSError):
             pass  # The other end is gone: said below, with how the process ended.
+        self._over.set()
         if self._closing:
             return
         # It may hang on its way out, with a device that is lost.
@@ -171,6 +184,8 @@ class _Life:
         code = self.process.wait()
         self._outbox.put(None)
         self._channel.close()
+        if self._silent:
+            died = f"the engine was silent for {self._timeout:g} s, and was killed"
         log.error("engine died", message=died, exit_code=code)
         self._emit(EngineDied(died))
 
