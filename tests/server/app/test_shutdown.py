@@ -51,6 +51,8 @@ async def port_closes(address: str) -> None:
             _, writer = await asyncio.open_connection(host, int(port))
         except ConnectionRefusedError:
             return
+        except ConnectionError:
+            continue  # It was closed just while it let this one in.
         writer.close()
 
 
