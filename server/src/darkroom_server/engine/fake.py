@@ -152,12 +152,6 @@ class FakeEngine:
             self._forget(job_id)
             self._emit(JobFailed(job_id, failure))
 
-    def expire(self, job_id: str) -> None:
-        """Drop a job because its deadline, as far as the engine knows, has passed."""
-        with self._lock:
-            self._forget(job_id)
-            self._emit(JobCancelled(job_id, expired=True, wasted_seconds=0.0))
-
     def die(self, message: str = "the fake engine was told to die") -> None:
         """Die with every job inside; ``start`` brings it back, empty."""
         with self._lock:
