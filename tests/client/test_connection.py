@@ -112,6 +112,8 @@ def test_the_environment_fills_what_is_not_given(monkeypatch: pytest.MonkeyPatch
         ({"token": "two\nlines", "insecure": True}, "printable"),
         ({"timeout": 0}, "above 0"),
         ({"timeout": float("nan")}, "above 0"),
+        ({"timeout": float("inf")}, "above 0 and at most"),
+        ({"timeout": 1e10}, "above 0 and at most"),
         ({"max_reply_bytes": 0}, "at least 1"),
     ],
 )
@@ -142,11 +144,37 @@ def test_a_token_goes_along_with_every_call(connect: Connect, server: ScriptedSe
         ({"Grpc-Timeout": "1"}, "belongs to the client"),
         ({"darkroom-max-reply-bytes": "1"}, "belongs to the client"),
         ({"x": "ä"}, "printable ASCII"),
+        ({"Authorization": "Bearer secret"}, "a token would travel readable"),
     ],
 )
 def test_metadata_that_cannot_be_sent(client: Any, metadata: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         client.generate("a star", metadata=metadata)
+
+
+@pytest.mark.parametrize("metadata", [{"x": 1}, {1: "x"}, {"x": b"1"}, {"x": None}])
+def test_metadata_is_text(client: Any, server: ScriptedServer, metadata: dict[Any, Any]) -> None:
+    with pytest.raises(TypeError, match="must be a str"):
+        client.generate("a star", metadata=metadata)
+
+    assert not server.requests
+
+
+def test_a_token_of_one_call_goes_where_the_network_is_private(
+    connect: Connect, server: ScriptedServer
+) -> None:
+    client = connect(server.address, insecure=True)
+
+    client.generate("a star", metadata={"Authorization": "Bearer secret"})
+
+    assert server.metadata[0]["authorization"] == "Bearer secret"
+
+
+def test_the_token_of_the_client_is_not_replaced(connect: Connect, server: ScriptedServer) -> None:
+    client = connect(server.address, token="secret", insecure=True)
+
+    with pytest.raises(ValueError, match="belongs to the client"):
+        client.generate("a star", metadata={"authorization": "Bearer other"})
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,19 @@ def test_previews_below_none_make_no_sense(caller: Any) -> None:
         caller.stream("a star", preview_every=-1)
 
 
+@pytest.mark.parametrize("leave", ["stream", "client"])
+def test_the_token_of_a_call_comes_along_when_it_is_left(connect: Connect, leave: str) -> None:
+    with FakeServer(token="secret") as strict:
+        strict.script(Behaviour(hold=threading.Event()))
+        client = connect(strict.target, insecure=True)
+        with client.stream("a star", metadata={"authorization": "Bearer secret"}) as stream:
+            next(stream)
+            if leave == "client":
+                client.close()
+
+        strict.wait_for(lambda: strict.jobs[0].state is JobState.CANCELLED)
+
+
 def all_cancelled(server: FakeServer) -> bool:
     return all(job.state is JobState.CANCELLED for job in server.jobs)
 

@@ -15,7 +15,7 @@ from darkroom_client._connection import TLS, Keepalive, Retry
 from darkroom_client._enums import ImageFormat
 from darkroom_client._errors import DarkroomError
 from darkroom_client._events import Accepted
-from darkroom_client._many import check_concurrency, draw_many_async, in_order
+from darkroom_client._many import check_concurrency, check_requests, draw_many_async, in_order
 from darkroom_client._model import Model
 from darkroom_client._readiness import REQUEST, Readiness
 from darkroom_client._replay import ReplayRecord
@@ -116,7 +116,9 @@ class AsyncClient:
     ) -> list[GenerationResult | DarkroomError]:
         """As ``Client.generate_many``."""
         answers = draw_many_async(
-            self._drawing(timeout, metadata), requests, check_concurrency(concurrency)
+            self._drawing(timeout, metadata),
+            check_requests(requests),
+            check_concurrency(concurrency),
         )
         async with aclosing(answers):
             return in_order([answer async for answer in answers])
@@ -132,7 +134,9 @@ class AsyncClient:
         """As ``Client.generate_as_completed``."""
         self._link.check_open()
         return draw_many_async(
-            self._drawing(timeout, metadata), requests, check_concurrency(concurrency)
+            self._drawing(timeout, metadata),
+            check_requests(requests),
+            check_concurrency(concurrency),
         )
 
     async def submit(

@@ -10,7 +10,7 @@ from darkroom_client._calls import Calls
 from darkroom_client._channel import open_async_channel
 from darkroom_client._following import PLACES, Attempt, Following
 from darkroom_client._link import FAREWELL_SECONDS
-from darkroom_client._settings import Settings
+from darkroom_client._settings import Metadata, Settings
 from darkroom_client._stubs import Stubs
 
 A = TypeVar("A")
@@ -26,7 +26,7 @@ class AsyncLink:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: grpc.aio.Channel | None = None
         self._stubs: Stubs | None = None
-        self._kept: set[str] = set()
+        self._kept: dict[str, Metadata] = {}
         self._farewells: set[asyncio.Future[None]] = set()
 
     @property
@@ -45,7 +45,7 @@ class AsyncLink:
         """Make ``call`` and wait for its answer."""
         method = call.method(self.stubs)
         if call.keeps and call.request_id is not None:
-            self._kept.add(call.request_id)
+            self._kept[call.request_id] = call.metadata
         leaves_work = True
         try:
             response = await method(call.message, timeout=call.timeout, metadata=call.metadata)
@@ -67,18 +67,17 @@ class AsyncLink:
         """Open the stream of ``attempt``."""
         if self.closed:
             raise closed_under(following.request_id)
-        self._kept.update([following.request_id] if following.leaves_work else [])
+        if following.leaves_work:
+            self._kept[following.request_id] = following.metadata
         return attempt.method(self.stubs)(
             attempt.message, timeout=attempt.timeout, metadata=following.metadata
         )
 
     def settle(self, request_id: str | None, *, leaves_work: bool) -> None:
         """Nobody waits for this job any more; the server is told where it would not notice."""
-        if request_id is None or request_id not in self._kept:
-            return
-        self._kept.discard(request_id)
-        if leaves_work and not self.closed:
-            self._say_farewell(request_id)
+        metadata = self._kept.pop(request_id, None) if request_id is not None else None
+        if request_id is not None and metadata is not None and leaves_work and not self.closed:
+            self._say_farewell(request_id, metadata)
 
     def check_open(self) -> None:
         """Raise ``RuntimeError`` for a client that is closed."""
@@ -88,22 +87,22 @@ class AsyncLink:
     async def close(self) -> None:
         """Tell the server which jobs nobody waits for any more, then close the channel."""
         if not self.closed:
-            for request_id in tuple(self._kept):
-                self._say_farewell(request_id)
+            for request_id, metadata in tuple(self._kept.items()):
+                self._say_farewell(request_id, metadata)
             self.closed = True
         # The server may be gone, and the job with it.
         await asyncio.gather(*self._farewells, return_exceptions=True)
         if self._channel is not None:
             await self._channel.close()
 
-    def _say_farewell(self, request_id: str) -> None:
-        farewell = asyncio.ensure_future(self._cancel_somewhere(request_id, self.stubs))
+    def _say_farewell(self, request_id: str, metadata: Metadata) -> None:
+        farewell = asyncio.ensure_future(self._cancel_somewhere(request_id, metadata, self.stubs))
         self._farewells.add(farewell)
         farewell.add_done_callback(self._farewells.discard)
 
-    async def _cancel_somewhere(self, request_id: str, stubs: Stubs) -> None:
+    async def _cancel_somewhere(self, request_id: str, metadata: Metadata, stubs: Stubs) -> None:
         """Cancel a job at whichever of the servers behind the target has it."""
-        call = self._calls.farewell(request_id, FAREWELL_SECONDS)
+        call = self._calls.farewell(request_id, FAREWELL_SECONDS, metadata)
         # As in ``Link``: all at once the second time.
         for count in (1, PLACES):
             running = [

@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 
 from darkroom_client._errors import Cancelled, DarkroomError, DeadlineExceeded
 from darkroom_client._rpc_errors import from_rpc_error
+from darkroom_client._settings import Metadata
 from darkroom_client._stubs import Stubs
 
 A = TypeVar("A", covariant=True)
@@ -27,7 +28,7 @@ class Call(Generic[A]):
     decode: Callable[[Any], A]
     address: str
     timeout: float | None
-    metadata: tuple[tuple[str, str], ...]
+    metadata: Metadata
     request_id: str | None = None
     keeps: bool = False
 

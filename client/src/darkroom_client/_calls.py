@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 
 from darkroom.v1 import generation_pb2, model_pb2, server_pb2
 from darkroom_client._call import Call
+from darkroom_client._checks import check_seconds, check_text, is_unicode
 from darkroom_client._enums import ImageFormat
 from darkroom_client._events import Accepted
 from darkroom_client._following import Following
@@ -16,6 +17,7 @@ from darkroom_client._model import Model
 from darkroom_client._replay import ReplayRecord
 from darkroom_client._request import GenerationRequest
 from darkroom_client._result import GenerationResult
+from darkroom_client._settings import Metadata as SentMetadata
 from darkroom_client._settings import Settings
 from darkroom_client._status import Estimate, ServerStatus
 from darkroom_client._stubs import Stubs
@@ -78,6 +80,7 @@ class Calls:
 
     def watch(self, request_id: str, timeout: float | None, metadata: Metadata) -> Following:
         """Tell what happens to a job that somebody asked for before."""
+        _check_name("request_id", request_id)
         return Following(
             request_id,
             address=self._settings.target,
@@ -96,11 +99,10 @@ class Calls:
         """Draw, while nobody waits."""
         generation = encode_request(settled(request))
         message = generation_pb2.SubmitGenerationRequest(generation=generation)
-        if time_limit is not None:
-            if not time_limit > 0:
-                raise ValueError(f"time_limit is {time_limit}, must be above 0 seconds")
+        limited = check_seconds("time_limit", time_limit)
+        if limited is not None:
             limit = Duration()
-            limit.FromNanoseconds(round(time_limit * 1e9))
+            limit.FromNanoseconds(round(limited * 1e9))
             message.time_limit.CopyFrom(limit)
         return self._call(
             lambda stubs: stubs.generation.SubmitGeneration,
@@ -113,6 +115,7 @@ class Calls:
 
     def cancel(self, request_id: str, timeout: float | None, metadata: Metadata) -> Call[bool]:
         """End a job."""
+        _check_name("request_id", request_id)
         return self._call(
             lambda stubs: stubs.generation.CancelGeneration,
             generation_pb2.CancelGenerationRequest(request_id=request_id),
@@ -145,6 +148,7 @@ class Calls:
 
     def model(self, id: str, timeout: float | None) -> Call[Model]:
         """One model."""
+        _check_name("id", id)
         return self._call(
             lambda stubs: stubs.models.GetModel,
             model_pb2.GetModelRequest(model=id),
@@ -161,9 +165,9 @@ class Calls:
             timeout,
         )
 
-    def farewell(self, request_id: str, timeout: float) -> Call[bool]:
-        """End a job whose caller goes away."""
-        return self.cancel(request_id, timeout, None)
+    def farewell(self, request_id: str, timeout: float, metadata: SentMetadata) -> Call[bool]:
+        """End a job whose caller goes away, as that caller: ``metadata`` is what its call sent."""
+        return replace(self.cancel(request_id, timeout, None), metadata=metadata)
 
     def _call(
         self,
@@ -186,6 +190,12 @@ class Calls:
             request_id=request_id,
             keeps=keeps,
         )
+
+
+def _check_name(name: str, value: str) -> None:
+    check_text(name, value)
+    if not is_unicode(value):
+        raise ValueError(f"{name} is {value!r}, no valid Unicode text")
 
 
 def replayed(record: ReplayRecord) -> GenerationRequest:

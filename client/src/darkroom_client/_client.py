@@ -13,7 +13,7 @@ from darkroom_client._enums import ImageFormat
 from darkroom_client._errors import DarkroomError
 from darkroom_client._events import Accepted
 from darkroom_client._link import Link, Pending
-from darkroom_client._many import check_concurrency, draw_many, in_order
+from darkroom_client._many import check_concurrency, check_requests, draw_many, in_order
 from darkroom_client._model import Model
 from darkroom_client._readiness import REQUEST, Readiness
 from darkroom_client._replay import ReplayRecord
@@ -163,7 +163,7 @@ class Client:
             return self._link.start(self._calls.generate(request, timeout, metadata))
 
         self._link.check_open()
-        return draw_many(start, requests, check_concurrency(concurrency))
+        return draw_many(start, check_requests(requests), check_concurrency(concurrency))
 
     def submit(
         self,

@@ -31,6 +31,7 @@ from darkroom_client._events import (
 )
 from darkroom_client._image import Image
 from darkroom_client._result import GenerationResult
+from darkroom_client._settings import Metadata
 from darkroom_client._stubs import Stubs
 from darkroom_client._wire.events import (
     ImageAssembly,
@@ -75,7 +76,7 @@ class Following:
         *,
         address: str,
         timeout: float | None,
-        metadata: tuple[tuple[str, str], ...],
+        metadata: Metadata,
         retry: Retry,
         request: generation_pb2.GenerateRequest | None = None,
         preview: generation_pb2.PreviewOptions | None = None,

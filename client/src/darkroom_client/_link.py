@@ -11,7 +11,7 @@ from darkroom_client._calls import Calls
 from darkroom_client._channel import open_channel
 from darkroom_client._errors import DarkroomError
 from darkroom_client._following import PLACES, Attempt, Following
-from darkroom_client._settings import Settings
+from darkroom_client._settings import Metadata, Settings
 from darkroom_client._stubs import Stubs
 
 FAREWELL_SECONDS = 2.0
@@ -29,7 +29,7 @@ class Link:
         self._channel = open_channel(settings)
         self.stubs = Stubs(self._channel)
         # Jobs that the server would go on with if this side just went away.
-        self._kept: set[str] = set()
+        self._kept: dict[str, Metadata] = {}
         self._farewells: set[threading.Thread] = set()
         # Held while a farewell starts, for a thread that has not started cannot be joined.
         self._starting = threading.Lock()
@@ -47,7 +47,7 @@ class Link:
         self.check_open()
         # Before the call, for an interrupt may come at any moment after it.
         if call.keeps and call.request_id is not None:
-            self._kept.add(call.request_id)
+            self._kept[call.request_id] = call.metadata
         future = call.method(self.stubs).future(
             call.message, timeout=call.timeout, metadata=call.metadata
         )
@@ -57,18 +57,17 @@ class Link:
         """Open the stream of ``attempt``."""
         if self.closed:
             raise closed_under(following.request_id)
-        self._kept.update([following.request_id] if following.leaves_work else [])
+        if following.leaves_work:
+            self._kept[following.request_id] = following.metadata
         return attempt.method(self.stubs)(
             attempt.message, timeout=attempt.timeout, metadata=following.metadata
         )
 
     def settle(self, request_id: str | None, *, leaves_work: bool) -> None:
         """Nobody waits for this job any more; the server is told where it would not notice."""
-        if request_id is None or request_id not in self._kept:
-            return
-        self._kept.discard(request_id)
-        if leaves_work and not self.closed:
-            self._say_farewell(request_id)
+        metadata = self._kept.pop(request_id, None) if request_id is not None else None
+        if request_id is not None and metadata is not None and leaves_work and not self.closed:
+            self._say_farewell(request_id, metadata)
 
     def check_open(self) -> None:
         """Raise ``RuntimeError`` for a client that is closed."""
@@ -78,8 +77,8 @@ class Link:
     def close(self) -> None:
         """Tell the server which jobs nobody waits for any more, then close the channel."""
         if not self.closed:
-            for request_id in tuple(self._kept):
-                self._say_farewell(request_id)
+            for request_id, metadata in tuple(self._kept.items()):
+                self._say_farewell(request_id, metadata)
             self.closed = True
         with self._starting:
             farewells = tuple(self._farewells)
@@ -87,16 +86,16 @@ class Link:
             farewell.join()
         self._channel.close()
 
-    def _say_farewell(self, request_id: str) -> None:
+    def _say_farewell(self, request_id: str, metadata: Metadata) -> None:
         # A thread, for it may take several calls, and whoever leaves should not wait for them.
-        farewell = threading.Thread(target=self._cancel_somewhere, args=(request_id,))
+        farewell = threading.Thread(target=self._cancel_somewhere, args=(request_id, metadata))
         with self._starting:
             self._farewells.add(farewell)
             farewell.start()
 
-    def _cancel_somewhere(self, request_id: str) -> None:
+    def _cancel_somewhere(self, request_id: str, metadata: Metadata) -> None:
         """Cancel a job at whichever of the servers behind the target has it."""
-        call = self._calls.farewell(request_id, FAREWELL_SECONDS)
+        call = self._calls.farewell(request_id, FAREWELL_SECONDS, metadata)
         try:
             # All at once the second time: a balanced connection takes calls in a row to one server
             # after the other, unless somebody else's come between.

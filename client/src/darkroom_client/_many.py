@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Itera
 from functools import partial
 from queue import SimpleQueue
 
+from darkroom_client._checks import check_integer
 from darkroom_client._errors import DarkroomError
 from darkroom_client._link import Pending
 from darkroom_client._request import GenerationRequest, as_request
@@ -78,9 +79,21 @@ async def draw_many_async(
 
 def check_concurrency(concurrency: int) -> int:
     """``concurrency``; raises ``ValueError`` where not one call could run."""
+    check_integer("concurrency", concurrency)
     if concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}, must be at least 1")
     return concurrency
+
+
+def check_requests(
+    requests: Iterable[GenerationRequest | str],
+) -> Iterable[GenerationRequest | str]:
+    """``requests``; raises ``TypeError`` for a single one, which would be read by letters."""
+    if isinstance(requests, str | GenerationRequest):
+        raise TypeError(
+            f"requests is one {type(requests).__name__}, must be many: put it in a list"
+        )
+    return requests
 
 
 def in_order(answers: Iterable[tuple[int, Answer]]) -> list[Answer]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
+from darkroom_client._checks import check_text
 from darkroom_client._enums import ImageFormat, Scheduler
 
 
@@ -63,4 +64,5 @@ def as_request(
     given: GenerationOptions = options or {}
     if isinstance(prompt, GenerationRequest):
         return replace(prompt, **given)
+    check_text("prompt", prompt)
     return GenerationRequest(prompt=prompt, **given)

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
+from darkroom_client._checks import check_seconds, check_text
 from darkroom_client._connection import TLS, Keepalive, Retry
+
+Metadata = tuple[tuple[str, str], ...]
+"""What goes along with a call, in gRPC's form."""
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 120.0
@@ -17,6 +21,10 @@ DEFAULT_MAX_REPLY_BYTES = 64 * 2**20
 _SCHEME = re.compile(r"(dns|unix|unix-abstract|vsock|ipv4|ipv6|xds):")
 _HOST_PORT = re.compile(r"(\[[^]]+\]|[^][:/]+):[0-9]+")
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
+_READABLE = (
+    "a token would travel readable for everyone on the way: pass tls=TLS(...) (or set "
+    "DARKROOM_CA), or insecure=True if you know the network to be private"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +34,7 @@ class Settings:
     target: str
     tls: TLS | None
     token: str | None = field(repr=False)
+    insecure: bool
     timeout: float | None
     keepalive: Keepalive
     retry: Retry
@@ -54,19 +63,17 @@ class Settings:
             tls = TLS(ca=ca)
         token = token or os.environ.get("DARKROOM_TOKEN") or None
         if token and tls is None and not insecure:
-            raise ValueError(
-                "a token would travel readable for everyone on the way: pass tls=TLS(...) "
-                "(or set DARKROOM_CA), or insecure=True if you know the network to be private"
-            )
+            raise ValueError(_READABLE)
         if token and not (token.isascii() and token.isprintable()):
             raise ValueError("the token must be printable ASCII, without a line's end")
-        _check_timeout(timeout)
+        check_seconds("timeout", timeout)
         if max_reply_bytes < 1:
             raise ValueError("max_reply_bytes must be at least 1")
         return cls(
             target=_check_target(target or os.environ.get("DARKROOM_TARGET") or DEFAULT_TARGET),
             tls=tls,
             token=token,
+            insecure=insecure,
             timeout=timeout,
             keepalive=keepalive,
             retry=retry,
@@ -75,15 +82,21 @@ class Settings:
 
     def deadline(self, timeout: float | None) -> float | None:
         """Seconds that a call may take: its own ``timeout``, else the client's."""
-        _check_timeout(timeout)
+        check_seconds("timeout", timeout)
         return self.timeout if timeout is None else timeout
 
-    def metadata(self, extra: Mapping[str, str] | None = None) -> tuple[tuple[str, str], ...]:
-        """What goes along with every call, and ``extra``; raises ``ValueError`` for a bad key."""
+    def metadata(self, extra: Mapping[str, str] | None = None) -> Metadata:
+        """What goes along with every call, and ``extra``.
+
+        Raises ``TypeError`` for what is no text, and ``ValueError`` for what cannot be sent or,
+        as a token, would be sent readable.
+        """
         pairs = {"darkroom-max-reply-bytes": str(self.max_reply_bytes)}
         if self.token:
             pairs["authorization"] = f"Bearer {self.token}"
         for key, value in (extra or {}).items():
+            check_text("a key of metadata", key)
+            check_text(f"metadata {key!r}", value)
             name = key.lower()
             if not _METADATA_KEY.fullmatch(name) or name.endswith("-bin"):
                 raise ValueError(f"metadata {key!r}: a key is made of a-z 0-9 . _ - and no '-bin'")
@@ -91,13 +104,10 @@ class Settings:
                 raise ValueError(f"metadata {key!r}: this name belongs to the client itself")
             if not (value.isascii() and value.isprintable()):
                 raise ValueError(f"metadata {key!r}: a value must be printable ASCII")
+            if name == "authorization" and self.tls is None and not self.insecure:
+                raise ValueError(f"metadata {key!r}: {_READABLE}")
             pairs[name] = value
         return tuple(pairs.items())
-
-
-def _check_timeout(timeout: float | None) -> None:
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout is {timeout}, must be above 0 seconds")
 
 
 def _check_target(target: str) -> str:

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from darkroom.v1 import generation_pb2
+from darkroom_client._checks import (
+    check_flag,
+    check_integer,
+    check_number,
+    check_text,
+    is_unicode,
+)
 from darkroom_client._enums import ImageFormat, Scheduler
 from darkroom_client._errors import InvalidRequest, Violation
 from darkroom_client._request import GenerationRequest
@@ -20,6 +27,10 @@ from darkroom_client._wire.values import (
 
 _SEED_BOUND = 2**63
 _INT32_BOUND = 2**31
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+
+_TEXTS = ("prompt", "negative_prompt", "model")
+_INTEGERS = ("width", "height", "steps", "image_count", "quality")
 
 
 def settled(request: GenerationRequest) -> GenerationRequest:
@@ -39,6 +50,7 @@ def encode_request(
     Raises ``InvalidRequest`` for what the message cannot say (an unknown name, a number beyond
     its type) and ``TypeError`` for values of the wrong type. All other bounds are the server's.
     """
+    _check_types(request)
     if violations := tuple(_violations(request)):
         raise InvalidRequest(
             "; ".join(f"{v.field}: {v.description}" for v in violations),
@@ -72,8 +84,9 @@ def encode_preview(
     every_steps: int, image_format: ImageFormat | str
 ) -> generation_pb2.PreviewOptions | None:
     """The previews wanted, None for none; raises ``ValueError`` for what makes no sense."""
-    if every_steps < 0:
-        raise ValueError(f"preview_every is {every_steps}, must be 0 (none) or more")
+    check_integer("preview_every", every_steps)
+    if not 0 <= every_steps < _INT32_BOUND:
+        raise ValueError(f"preview_every is {every_steps}, must be 0 (none) to 2^31 - 1")
     if not every_steps:
         return None
     return generation_pb2.PreviewOptions(
@@ -103,18 +116,34 @@ def decode_request(request: generation_pb2.GenerateRequest) -> GenerationRequest
     )
 
 
+def _check_types(request: GenerationRequest) -> None:
+    for field in _TEXTS:
+        check_text(field, getattr(request, field))
+    if request.request_id is not None:
+        check_text("request_id", request.request_id)
+    for field in (*_INTEGERS, "seed"):
+        if (value := getattr(request, field)) is not None:
+            check_integer(field, value)
+    if request.guidance_scale is not None:
+        check_number("guidance_scale", request.guidance_scale)
+    check_flag("exact", request.exact)
+
+
 def _violations(request: GenerationRequest) -> Iterator[Violation]:
     for field, kind in (("scheduler", Scheduler), ("format", ImageFormat)):
         value = getattr(request, field)
         if value is not None and not _is_member(kind, value):
             names = ", ".join(kind)
             yield Violation(field=field, description=f"is {value!r}, must be one of {names}")
-    for field in ("width", "height", "steps", "image_count", "quality"):
+    for field in _INTEGERS:
         value = getattr(request, field)
         if value is not None and not -_INT32_BOUND <= operator.index(value) < _INT32_BOUND:
             yield Violation(field=field, description=f"is {value}, beyond 32 bits")
-    for field in ("prompt", "negative_prompt", "model", "request_id"):
-        if not _is_unicode(getattr(request, field) or ""):
+    scale = request.guidance_scale
+    if scale is not None and not abs(scale) <= _FLOAT32_MAX:
+        yield Violation(field="guidance_scale", description=f"is {scale}, no finite 32-bit number")
+    for field in (*_TEXTS, "request_id"):
+        if not is_unicode(getattr(request, field) or ""):
             yield Violation(field=field, description="is no valid Unicode text")
     if request.seed is not None and not 0 <= operator.index(request.seed) < _SEED_BOUND:
         yield Violation(field="seed", description=f"is {request.seed}, must be 0 to 2^63 - 1")
@@ -124,14 +153,5 @@ def _is_member(kind: type[Scheduler] | type[ImageFormat], value: str) -> bool:
     try:
         kind(value)
     except ValueError:
-        return False
-    return True
-
-
-def _is_unicode(text: str) -> bool:
-    # Command-line arguments that are no UTF-8 arrive as lone surrogates.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
         return False
     return True

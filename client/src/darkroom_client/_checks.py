@@ -1,0 +1,58 @@
+"""Checks of arguments, made before anything is sent, whose errors name what is wrong."""
+
+import operator
+from numbers import Real
+
+LONGEST_SECONDS = 1e9
+"""About thirty years. gRPC counts in integers, and turns much larger times into the past."""
+
+
+def check_seconds(name: str, value: float | None) -> float | None:
+    """A span of time, None for none; raises ``ValueError`` where no clock could keep it."""
+    if value is None:
+        return None
+    check_number(name, value)
+    if not 0 < value <= LONGEST_SECONDS:
+        raise ValueError(
+            f"{name} is {value}, must be above 0 and at most {LONGEST_SECONDS:g} seconds"
+        )
+    return float(value)
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise ``TypeError`` for what is no real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {_shown(value)}, must be a number")
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raise ``TypeError`` for what is no integer, of Python or of another library."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {_shown(value)}, must be an integer")
+    operator.index(value)
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise ``TypeError`` for what is no text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {_shown(value)}, must be a str")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ``TypeError`` for what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {_shown(value)}, must be True or False")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be sent. Command-line arguments may not: lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"

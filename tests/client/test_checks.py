@@ -1,0 +1,128 @@
+"""Arguments that make no sense: each is named in a plain error, and nothing is sent."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from darkroom_client import GenerationRequest, InvalidRequest
+from darkroom_client.testing import FakeServer
+
+SECONDS = [math.inf, -math.inf, math.nan, 0, -1, 1e10]
+
+
+@pytest.mark.parametrize("seconds", SECONDS)
+def test_a_time_is_one_that_a_clock_can_keep(caller: Any, fake: FakeServer, seconds: float) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: caller.generate("a star", timeout=seconds),
+        lambda: caller.generate_many(["a star"], timeout=seconds),
+        lambda: caller.stream("a star", timeout=seconds),
+        lambda: caller.watch("r-1", timeout=seconds),
+        lambda: caller.submit("a star", timeout=seconds),
+        lambda: caller.cancel("r-1", timeout=seconds),
+        lambda: caller.estimate("a star", timeout=seconds),
+        lambda: caller.models(timeout=seconds),
+        lambda: caller.model(timeout=seconds),
+        lambda: caller.status(timeout=seconds),
+        lambda: caller.wait_until_ready(timeout=seconds),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"timeout is .*, must be above 0 and at most"):
+            call()
+    with pytest.raises(ValueError, match=r"time_limit is .*, must be above 0 and at most"):
+        caller.submit("a star", time_limit=seconds)
+
+    assert fake.jobs == ()
+
+
+def test_a_time_is_a_number(caller: Any, fake: FakeServer) -> None:
+    for wrong in ("5", True, [1.0]):
+        with pytest.raises(TypeError, match=r"timeout is .*, must be a number"):
+            caller.generate("a star", timeout=wrong)
+        with pytest.raises(TypeError, match=r"time_limit is .*, must be a number"):
+            caller.submit("a star", time_limit=wrong)
+
+    assert fake.jobs == ()
+
+
+def test_a_long_time_is_kept(caller: Any) -> None:
+    assert caller.generate("a star", timeout=1e9).images
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"a star", ["a star"]])
+def test_a_prompt_is_text(caller: Any, fake: FakeServer, prompt: Any) -> None:
+    words = r"prompt is .*, must be a str"
+    for verb in (caller.generate, caller.stream, caller.submit, caller.estimate):
+        with pytest.raises(TypeError, match=words):
+            verb(prompt)
+    for wrong in (prompt, GenerationRequest(prompt=prompt)):
+        with pytest.raises(TypeError, match=words):
+            caller.generate_many([wrong])
+
+    assert fake.jobs == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("negative_prompt", None, "must be a str"),
+        ("model", 3, "must be a str"),
+        ("request_id", 5, "must be a str"),
+        ("steps", "20", "must be an integer"),
+        ("width", 64.0, "must be an integer"),
+        ("seed", True, "must be an integer"),
+        ("guidance_scale", "7", "must be a number"),
+        ("exact", "yes", "must be True or False"),
+    ],
+)
+def test_a_field_of_another_type_is_named(
+    caller: Any, fake: FakeServer, field: str, value: object, words: str
+) -> None:
+    with pytest.raises(TypeError, match=f"{field} is .*, {words}"):
+        caller.generate("a star", **{field: value})
+
+    assert fake.jobs == ()
+
+
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan, 1e39])
+def test_a_guidance_that_is_no_number_is_a_violation(
+    caller: Any, fake: FakeServer, scale: float
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        caller.generate("a star", guidance_scale=scale)
+
+    assert [violation.field for violation in caught.value.violations] == ["guidance_scale"]
+    assert fake.jobs == ()
+
+
+@pytest.mark.parametrize("requests", ["a star", GenerationRequest(prompt="a star")])
+def test_one_request_is_not_many(caller: Any, fake: FakeServer, requests: Any) -> None:
+    for verb in (caller.generate_many, caller.generate_as_completed):
+        with pytest.raises(TypeError, match="put it in a list"):
+            verb(requests)
+
+    assert fake.jobs == ()
+
+
+def test_names_are_text(caller: Any) -> None:
+    for name in (None, 5):
+        with pytest.raises(TypeError, match="request_id"):
+            caller.watch(name)
+        with pytest.raises(TypeError, match="request_id"):
+            caller.cancel(name)
+        with pytest.raises(TypeError, match="id is"):
+            caller.model(name)
+    with pytest.raises(ValueError, match="no valid Unicode"):
+        caller.cancel("\udc80")
+
+
+@pytest.mark.parametrize("every", [1.5, "2", True])
+def test_previews_come_after_whole_steps(caller: Any, every: Any) -> None:
+    with pytest.raises(TypeError, match="preview_every"):
+        caller.stream("a star", preview_every=every)
+
+
+def test_previews_have_a_bound(caller: Any) -> None:
+    with pytest.raises(ValueError, match="preview_every"):
+        caller.stream("a star", preview_every=2**31)
