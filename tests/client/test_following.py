@@ -204,6 +204,45 @@ def test_no_wait_is_longer_than_the_time_left() -> None:
         follow.next_call()
 
 
+LOADING = Unavailable("loading", code="UNAVAILABLE", reason="MODEL_LOADING", retry_after=2.0)
+CUT_SHORT = DeadlineExceeded("no answer", code="DEADLINE_EXCEEDED")
+
+
+def test_a_server_that_loads_is_asked_again_when_it_says() -> None:
+    follow = following(timeout=60.0)
+
+    for _ in range(4):
+        follow.next_call()
+        assert follow.hung_up(LOADING) == 2.0
+
+
+def test_a_job_that_no_server_took_in_time_ends_with_the_reason() -> None:
+    follow = following(timeout=1.0)
+    follow.next_call()
+
+    with pytest.raises(Unavailable) as caught:
+        follow.hung_up(LOADING)
+
+    assert caught.value is LOADING
+    assert follow.ended
+
+
+def test_a_try_that_is_cut_short_ends_with_the_reason_of_the_one_before() -> None:
+    follow = following(timeout=1.0, attempts=2, initial_backoff=0.01)
+    follow.next_call()
+    assert follow.hung_up(LOST) < 1.0
+    follow.next_call()
+
+    with pytest.raises(Unavailable) as caught:
+        follow.hung_up(CUT_SHORT)
+    assert caught.value is LOST
+
+    once = following(timeout=60.0)
+    once.next_call()
+    with pytest.raises(DeadlineExceeded):
+        once.hung_up(CUT_SHORT)
+
+
 def test_a_full_queue_is_waited_for_only_where_a_place_was_lost() -> None:
     full = Overloaded("full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL", retry_after=2.0)
     follow = following()

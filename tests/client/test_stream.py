@@ -205,6 +205,19 @@ def test_a_server_that_loads_after_its_restart_is_waited_for(caller: Any, fake: 
     timer.join()
 
 
+def test_a_server_that_loads_for_longer_than_the_timeout_says_so(
+    caller: Any, fake: FakeServer
+) -> None:
+    loading = Unavailable("the model is loading", reason="MODEL_LOADING", retry_after=60.0)
+    fake.script(Behaviour(error=loading))
+
+    with caller.stream("a star", timeout=20.0) as stream, pytest.raises(Unavailable) as caught:
+        list(stream)
+
+    assert (caught.value.reason, caught.value.retry_after) == ("MODEL_LOADING", 60.0)
+    assert list(stream) == []
+
+
 def test_a_dead_engine_starts_the_progress_over(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(crash_at_step=2))
 

@@ -99,6 +99,8 @@ class Following:
         # Whether the server, as far as is known, has the job.
         self._joinable = request is None
         self._accepted: Accepted | None = None
+        # Why the server that was asked last did not take the job.
+        self._refusal: Unavailable | None = None
         self._started = False
         self._crashes = 0
         self._losses = 0
@@ -114,7 +116,7 @@ class Following:
         return keeps and self._sent and not self._settled
 
     def next_call(self) -> Attempt:
-        """The call to make now; raises ``DeadlineExceeded`` where the time is up."""
+        """The call to make now; raises what the caller is told where the time is up."""
         now = time.monotonic()
         if self._ends_at is None:
             self._ends_at = math.inf if self.timeout is None else now + self.timeout
@@ -122,7 +124,7 @@ class Following:
         left = self._ends_at - now
         if left <= 0:
             self.ended = True
-            raise self._late()
+            raise self._refusal or self._late()
         self._assembly = ImageAssembly(self.request_id)
         timeout = None if math.isinf(left) else left
         if self._joinable or self._request is None:
@@ -140,6 +142,7 @@ class Following:
     def feed(self, event: generation_pb2.GenerationEvent) -> list[Event]:
         """What ``event`` means to the caller; raises ``ServerError`` for what cannot be read."""
         self._failures = self._unknown = 0
+        self._refusal = None
         self._heard_at = time.monotonic()
         try:
             return list(self._decode(event))
@@ -161,6 +164,11 @@ class Following:
             # Not in step with others that look, or each would always meet the same server.
             return random.uniform(0.0, 0.02)
         self._failures += 1
+        if self._accepted is None and isinstance(error, Unavailable):
+            self._refusal = error
+        elif self._refusal is not None and _is_bare_deadline(error):
+            # Cut short on its way to a server that has not taken the job: the reason stays.
+            error = self._refusal
         if not self._may_go_on(error):
             self.ended = True
             # A bare deadline is this side's own; every other end but a lost connection is the
@@ -199,10 +207,15 @@ class Following:
         return lost and self._failures < self._retry.attempts
 
     def _pause(self, error: DarkroomError) -> float:
+        """Seconds until the next call; raises ``error`` where there is no time for one."""
         grown = self._retry.initial_backoff * self._retry.multiplier ** (self._failures - 1)
         backoff = min(grown, self._retry.max_backoff) * random.uniform(0.8, 1.2)
+        wait = error.retry_after or backoff
         left = (self._ends_at or math.inf) - time.monotonic()
-        return max(0.0, min(error.retry_after or backoff, left))
+        if wait >= left and self._accepted is None:
+            self.ended = True
+            raise error
+        return max(0.0, min(wait, left))
 
     def _late(self) -> DarkroomError:
         return DeadlineExceeded(
@@ -290,3 +303,7 @@ class Following:
         )
         self.ended = self._settled = True
         return Finished(reason=decode_reason(finished), result=self.result)
+
+
+def _is_bare_deadline(error: DarkroomError) -> bool:
+    return isinstance(error, DeadlineExceeded) and not error.reason

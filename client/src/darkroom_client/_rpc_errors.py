@@ -119,8 +119,8 @@ def _without_reason(
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         limit = f" within {timeout:g} s" if timeout is not None else " in time"
         return kind, (
-            f"no answer from {address}{limit}: pass a longer timeout, or ask for fewer steps "
-            "or images"
+            f"no answer from {address}{limit}: is it ready, and not loading (its status says)? "
+            "Then pass a longer timeout, or ask for fewer steps or images"
         )
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return kind, (
