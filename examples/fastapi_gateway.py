@@ -14,11 +14,12 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 import darkroom_client
 from darkroom_client import (
@@ -81,14 +82,15 @@ async def events(
 ) -> Response:
     """Draw one PNG, and tell about it as server-sent events."""
     client: AsyncClient = request.app.state.client
-    stream = client.stream(prompt, seed=seed, format="png", timeout=x_timeout)
-    await stream.__aenter__()
-    # The first event before the headers, so that a refusal has its own status.
-    first = await unless_hung_up(request, anext(stream))
-    if first is None:
-        await stream.close()
-        return Response(status_code=HUNG_UP)
-    return StreamingResponse(told(stream, first), media_type="text/event-stream")
+    async with AsyncExitStack() as stack:
+        drawing = client.stream(prompt, seed=seed, format="png", timeout=x_timeout)
+        stream = await stack.enter_async_context(drawing)
+        # The first event before the headers, so that a refusal has its own status.
+        first = await unless_hung_up(request, anext(stream))
+        if first is None:
+            return Response(status_code=HUNG_UP)
+        stack.pop_all()  # From here on the answer leaves the stream.
+        return EventsResponse(request, stream, first)
 
 
 @app.exception_handler(DarkroomError)
@@ -102,16 +104,32 @@ async def explain(request: Request, error: DarkroomError) -> Response:
     )
 
 
+class EventsResponse(StreamingResponse):
+    """The stream as server-sent events. It is left with the answer, which cancels what is undone.
+
+    The caller may be gone before the first byte is sent, and then nobody iterates over the body.
+    """
+
+    def __init__(self, request: Request, stream: AsyncStream, first: Event) -> None:
+        super().__init__(told(stream, first), media_type="text/event-stream")
+        self._request = request
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, until all is told or the caller has hung up."""
+        async with self._stream:
+            await unless_hung_up(self._request, super().__call__(scope, receive, send))
+
+
 async def told(stream: AsyncStream, first: Event) -> AsyncIterator[str]:
-    """The stream as server-sent events; closing this iterator cancels the generation."""
-    async with stream:
-        yield sent(first)
-        try:
-            async for event in stream:
-                yield sent(event)
-        except DarkroomError as error:
-            # The headers are out: the error is the last event.
-            yield f"event: error\ndata: {json.dumps(described(error))}\n\n"
+    """Each event on the wire."""
+    yield sent(first)
+    try:
+        async for event in stream:
+            yield sent(event)
+    except DarkroomError as error:
+        # The headers are out: the error is the last event.
+        yield f"event: error\ndata: {json.dumps(described(error))}\n\n"
 
 
 def sent(event: Event) -> str:
@@ -147,6 +165,7 @@ async def unless_hung_up(request: Request, work: Coroutine[Any, Any, T]) -> T | 
     finally:
         for task in (working, waiting):
             task.cancel()
+        await asyncio.gather(working, waiting, return_exceptions=True)
 
 
 async def hung_up(request: Request) -> None:

@@ -1,13 +1,17 @@
 """The web service: what passes through it, in both directions."""
 
 import asyncio
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
+from starlette.requests import ClientDisconnect
 
 from darkroom_client import GenerationFailed, InvalidRequest, Overloaded, Violation
 from darkroom_client.testing import Behaviour, FakeServer, JobState
@@ -80,13 +84,43 @@ def test_the_deadline_passes_through(web: TestClient, darkroom_server: FakeServe
 
 
 @pytest.mark.parametrize("path", ["/image", "/events"])
-async def test_hanging_up_cancels(
+async def test_hanging_up_on_a_real_connection_cancels(
     darkroom_server: FakeServer, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setenv("DARKROOM_TARGET", darkroom_server.target)
     darkroom_server.script(Behaviour(hold=threading.Event()))
-    gone = asyncio.Event()
-    sent: list[dict[str, Any]] = []
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        serving = asyncio.ensure_future(server.serve([port]))
+        reader, writer = await asyncio.open_connection(*port.getsockname())
+        writer.write(f"GET {path}?prompt=star HTTP/1.1\r\nHost: web\r\n\r\n".encode())
+        await asyncio.to_thread(darkroom_server.wait_for, lambda: len(darkroom_server.jobs) == 1)
+        job = darkroom_server.jobs[0]
+        if path == "/events":
+            await reader.readuntil(b"event: accepted")
+        # No event comes that could not be sent: the caller is missed all the same.
+        writer.transport.abort()
+        await asyncio.to_thread(darkroom_server.wait_for, lambda: job.state is JobState.CANCELLED)
+        server.should_exit = True
+        await serving
+
+    assert job.steps_done == 0
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+@pytest.mark.parametrize("path", ["/image", "/events"])
+async def test_hanging_up_cancels(
+    darkroom_server: FakeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    spec_version: str,
+    early: bool,
+) -> None:
+    """``early``: before any byte of the answer is sent."""
+    monkeypatch.setenv("DARKROOM_TARGET", darkroom_server.target)
+    darkroom_server.script(Behaviour(hold=threading.Event()))
+    begun, gone = asyncio.Event(), asyncio.Event()
     messages = iter([{"type": "http.request", "body": b"", "more_body": False}])
 
     async def receive() -> dict[str, Any]:
@@ -96,10 +130,15 @@ async def test_hanging_up_cancels(
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
-        sent.append(message)
+        begun.set()
+        if early:
+            gone.set()
+        if gone.is_set():
+            raise OSError("the caller is gone")
 
     scope = {
         "type": "http",
+        "asgi": {"version": "3.0", "spec_version": spec_version},
         "method": "GET",
         "path": path,
         "raw_path": path.encode(),
@@ -110,8 +149,12 @@ async def test_hanging_up_cancels(
     async with app.router.lifespan_context(app):
         request = asyncio.ensure_future(app(scope, receive, send))
         await asyncio.to_thread(darkroom_server.wait_for, lambda: len(darkroom_server.jobs) == 1)
+        if path == "/events":
+            await begun.wait()
         gone.set()
-        await request
+        # A server's own error, of which it knows what to make.
+        with contextlib.suppress(OSError, ClientDisconnect):
+            await request
         job = darkroom_server.jobs[0]
         await asyncio.to_thread(darkroom_server.wait_for, lambda: job.state is JobState.CANCELLED)
 
