@@ -10,7 +10,7 @@ import structlog
 
 from darkroom_server.core.config import Preset
 from darkroom_server.core.engine import Engine
-from darkroom_server.dispatch import Dispatcher, Requests
+from darkroom_server.dispatch import Dispatcher, Requests, State
 from darkroom_server.engine.process import ProcessEngine
 from darkroom_server.engine.thread import ThreadEngine
 from darkroom_server.rpc.server import RpcServer
@@ -75,7 +75,7 @@ class Server:
             max_resident_samples=settings.dispatch.max_resident_samples,
             max_restarts=settings.engine.engine_max_restarts,
             observer=recorder,
-            on_ready=self._tell_health,
+            on_state=self._tell_health,
         )
         self.requests = Requests(
             self.dispatcher,
@@ -125,7 +125,7 @@ class Server:
         if await self._unless_stopped(self.dispatcher.loaded()):
             self._log_serving(time.monotonic() - began)
         if await self._unless_stopped(self.dispatcher.died()):
-            await self._rpc.health.ready(False)
+            await self._rpc.health.tell(State.DRAINING)
             raise EngineLost(await self.dispatcher.died())
 
     @property
@@ -140,7 +140,7 @@ class Server:
     async def shutdown(self) -> None:
         """Refuse new jobs, let accepted ones finish, and stop the engine."""
         shutdown = self._settings.shutdown
-        await self._rpc.health.ready(False)
+        await self._rpc.health.tell(State.DRAINING)
         self._stop.set()
         if self.dispatcher.ready:
             log.info("draining", jobs=self.dispatcher.counts.live, grace=shutdown.grace)
@@ -155,8 +155,10 @@ class Server:
         if self._spans is not None:
             await asyncio.to_thread(self._spans.close)
 
-    def _tell_health(self, ready: bool) -> None:
-        task = asyncio.ensure_future(self._rpc.health.ready(ready and not self.stopping))
+    def _tell_health(self, state: State) -> None:
+        # Told before jobs are refused, so that callers are elsewhere by then.
+        told = State.DRAINING if self.stopping else state
+        task = asyncio.ensure_future(self._rpc.health.tell(told))
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 

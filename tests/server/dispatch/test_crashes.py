@@ -9,7 +9,7 @@ import pytest
 from darkroom_server.core.errors import Failure, GenerationFailed, Reason
 from darkroom_server.core.events import Event, PassDone
 from darkroom_server.core.job import Job
-from darkroom_server.dispatch import Dispatcher
+from darkroom_server.dispatch import Dispatcher, State
 from darkroom_server.dispatch.accepted import Finished
 from darkroom_server.engine.fake import FakeEngine
 from darkroom_server.engine.fake_model import fake_image
@@ -23,7 +23,7 @@ class Crew:
 
     def __init__(self, count: int, max_restarts: int = 5) -> None:
         self.given: asyncio.Queue[tuple[int, Job]] = asyncio.Queue()
-        self.ready: asyncio.Queue[bool] = asyncio.Queue()
+        self.states: asyncio.Queue[State] = asyncio.Queue()
         self.engines = [self._engine(index) for index in range(count)]
         self.dispatcher = Dispatcher(
             self.engines,
@@ -31,14 +31,14 @@ class Crew:
             max_queued_jobs=20,
             max_resident_samples=4,
             max_restarts=max_restarts,
-            on_ready=self.ready.put_nowait,
+            on_state=self.states.put_nowait,
         )
 
     def _engine(self, index: int) -> FakeEngine:
         return FakeEngine(on_submit=lambda job: self.given.put_nowait((index, job)))
 
     async def comes_back(self) -> None:
-        while not await self.ready.get():
+        while await self.states.get() is not State.READY:
             pass
 
 

@@ -1,14 +1,16 @@
+import asyncio
 from typing import Any
 
 import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from darkroom_server.settings import Engine, Network
+from darkroom_server.settings import Engine, Network, Shutdown
 from tests.server.wire import NOT_SERVING, SERVING, Wire, serving
 
 ONE_LIFE = Engine(engine_max_restarts=0)
-READY = ["", "darkroom.v1.GenerationService"]
+ACCEPTING = "darkroom.v1.GenerationService"
+READY = ["", ACCEPTING]
 
 
 async def test_readiness_follows_the_engine_and_liveness_does_not() -> None:
@@ -31,6 +33,31 @@ async def test_readiness_comes_back_with_the_engine() -> None:
         await wire.health_becomes(NOT_SERVING)
         assert await wire.health("liveness") == SERVING
         await wire.health_becomes(SERVING)
+
+
+async def test_jobs_that_wait_for_an_engine_are_accepted() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        wire.engine.die()
+        await wire.health_becomes(NOT_SERVING)
+        assert await wire.health(ACCEPTING) == SERVING
+        assert (await wire.generate()).images
+
+
+async def test_a_server_that_goes_away_says_so_before_it_refuses_jobs() -> None:
+    async with serving(fake={"auto": True}, shutdown=Shutdown(drain_delay=60)) as wire:
+        wire.server.stop()
+        await wire.serve
+        shutdown = asyncio.create_task(wire.server.shutdown())
+        for service in READY:
+            await wire.health_becomes(NOT_SERVING, service)
+        wire.engine.die()
+        assert (await wire.generate()).images  # An engine that comes back brings no callers back.
+        for service in READY:
+            assert await wire.health(service) == NOT_SERVING
+        shutdown.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await shutdown
+        await wire.server.dispatcher.drain(0)
 
 
 async def test_unknown_services_are_not_found() -> None:

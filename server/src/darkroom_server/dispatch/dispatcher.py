@@ -26,7 +26,7 @@ from darkroom_server.dispatch.gate import Gate
 from darkroom_server.dispatch.observer import Observer, Unobserved
 from darkroom_server.dispatch.reports import Reports
 from darkroom_server.dispatch.roster import Roster
-from darkroom_server.dispatch.snapshot import Snapshot, snapshot_of
+from darkroom_server.dispatch.snapshot import Snapshot, State, snapshot_of, state_of
 
 log = structlog.get_logger(__name__)
 
@@ -38,8 +38,8 @@ class Dispatcher:
     in that order. ``max_queued_jobs`` and ``max_queued_megapixel_steps`` bound what waits. A job is
     handed over while fewer than ``max_resident_samples`` images are in an engine. With
     ``early_refusal`` jobs are refused that cannot be expected to meet their deadlines. More than
-    ``max_restarts`` deaths of engines in ten minutes are the end. ``on_ready`` is told whether jobs
-    can be drawn now.
+    ``max_restarts`` deaths of engines in ten minutes are the end. ``on_state`` is told of each
+    change of ``state``, and now and then of none.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Dispatcher:
         early_refusal: bool = True,
         max_restarts: int = 5,
         observer: Observer | None = None,
-        on_ready: Callable[[bool], None] = lambda _: None,
+        on_state: Callable[[State], None] = lambda _: None,
     ) -> None:
         self.counts = Counts()
         self._admission = Admission(model_ids)
-        self._on_ready = on_ready
+        self._on_state = on_state
         self._observer = observer or Unobserved()
         self._roster = Roster(self._observer)
         self._fleet = Fleet(
@@ -91,9 +91,14 @@ class Dispatcher:
         return dict(self._admission.models)
 
     @property
+    def state(self) -> State:
+        """Whether jobs are accepted, and drawn."""
+        return state_of(self._admission, self._fleet)
+
+    @property
     def ready(self) -> bool:
         """Whether jobs are accepted, and an engine is there to draw them."""
-        return self._admission.open and self._fleet.ready
+        return self.state is State.READY
 
     @property
     def queued_jobs(self) -> int:
@@ -293,7 +298,7 @@ class Dispatcher:
     def _on_change(self) -> None:
         """An engine came or went, or the server goes away."""
         self._observer.ready(self.ready)
-        self._on_ready(self.ready)
+        self._on_state(self.state)
 
     def _on_crash(self, victims: list[AcceptedJob]) -> None:
         """Queue the jobs again that were in an engine when it died, or end them."""

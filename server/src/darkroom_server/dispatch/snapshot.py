@@ -78,7 +78,7 @@ def snapshot_of(
 ) -> Snapshot:
     """The whole, as it is now."""
     return Snapshot(
-        state=_state(admission, fleet),
+        state=state_of(admission, fleet),
         models=_models(admission, roster, fleet.slots),
         engines=tuple(_engine(slot) for slot in fleet.slots),
         queued_jobs=roster.queued,
@@ -89,7 +89,7 @@ def snapshot_of(
     )
 
 
-def _state(admission: Admission, fleet: Fleet) -> State:
+def state_of(admission: Admission, fleet: Fleet) -> State:
     """The state; a server whose engines are gone for good is on its way out, too."""
     if admission.closed:
         return State.DRAINING

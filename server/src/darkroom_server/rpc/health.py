@@ -3,9 +3,18 @@
 from grpc_health.v1 import health, health_pb2
 
 from darkroom.v1 import generation_pb2
+from darkroom_server.dispatch import State
 
-READINESS = ("", generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name)
-"""SERVING while jobs are accepted and an engine can draw them."""
+READY = ""
+"""SERVING while jobs are accepted and an engine can draw them: a load balancer asks this one."""
+
+ACCEPTING = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+"""SERVING while jobs are accepted, though they may have to wait for an engine that comes back.
+
+A client that picks servers itself asks this one: it would cut off its calls where it is not so.
+"""
+
+SERVING_IN = {READY: {State.READY}, ACCEPTING: {State.READY, State.RECOVERING}}
 
 LIVENESS = "liveness"
 """SERVING as long as the process turns: an orchestrator kills on this one.
@@ -26,11 +35,12 @@ class Health:
 
     async def alive(self) -> None:
         """Before the port opens: alive, and not ready. The servicer starts out as ready."""
-        await self.ready(False)
+        await self.tell(State.LOADING)
         await self.servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
 
-    async def ready(self, ready: bool) -> None:
-        """New requests are accepted from now on, or no longer."""
+    async def tell(self, state: State) -> None:
+        """The server is in ``state`` from now on."""
         status = health_pb2.HealthCheckResponse
-        for service in READINESS:
-            await self.servicer.set(service, status.SERVING if ready else status.NOT_SERVING)
+        for name, states in SERVING_IN.items():
+            served = status.SERVING if state in states else status.NOT_SERVING
+            await self.servicer.set(name, served)
