@@ -46,7 +46,7 @@ WITH_REASON = [
     (CODE.UNAVAILABLE, "MODEL_LOADING", Unavailable),
     (CODE.UNAVAILABLE, "DRAINING", Unavailable),
     (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED", DeadlineExceeded),
-    (CODE.INTERNAL, "OUT_OF_MEMORY", GenerationFailed),
+    (CODE.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", GenerationFailed),
     (CODE.INTERNAL, "NON_FINITE", GenerationFailed),
     (CODE.INTERNAL, "SCHEDULER_FAILED", GenerationFailed),
     (CODE.INTERNAL, "ENGINE_FAILED", GenerationFailed),

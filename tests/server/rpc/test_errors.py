@@ -62,6 +62,12 @@ EXAMPLES: list[tuple[DarkroomError, grpc.StatusCode, str | None, Outcome]] = [
     (DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED, None, Outcome.EXPIRED),
     (
         GenerationFailed(Failure(Reason.OUT_OF_MEMORY, "no memory")),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "-1",
+        Outcome.FAILED,
+    ),
+    (
+        GenerationFailed(Failure(Reason.NON_FINITE, "not numbers")),
         grpc.StatusCode.INTERNAL,
         None,
         Outcome.FAILED,
@@ -79,7 +85,9 @@ def test_every_error_has_a_code_and_an_example() -> None:
     assert {type(example[0]) for example in EXAMPLES} == set(CODES)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example[0]).__name__)
+@pytest.mark.parametrize(
+    "example", EXAMPLES, ids=lambda example: f"{type(example[0]).__name__}-{example[0].reason}"
+)
 def test_statuses_carry_reason_and_pushback(
     example: tuple[DarkroomError, grpc.StatusCode, str | None, Outcome],
 ) -> None:

@@ -35,6 +35,10 @@ SCHEDULER_FAILED = Failure(
     Reason.SCHEDULER_FAILED,
     "the scheduler failed on this image; try another scheduler or number of steps",
 )
+PROMPT_OUT_OF_MEMORY = Failure(
+    Reason.OUT_OF_MEMORY,
+    "the device's memory is too full to encode this prompt, even alone; try again later",
+)
 PROMPT_FAILED = Failure(Reason.ENGINE_FAILED, "the prompt could not be encoded")
 DECODE_FAILED = Failure(Reason.ENGINE_FAILED, "the image could not be decoded")
 ENCODE_FAILED = Failure(Reason.ENGINE_FAILED, "the image could not be encoded in its format")

@@ -23,7 +23,7 @@ from darkroom_server.core.order import pick
 from darkroom_server.core.turns import Turns
 from darkroom_server.engine.commands import Cancel, Close, Extend
 from darkroom_server.engine.encoding import EncodingPool
-from darkroom_server.engine.failures import PROMPT_FAILED, SCHEDULER_FAILED, is_fatal
+from darkroom_server.engine.failures import SCHEDULER_FAILED, is_fatal
 from darkroom_server.engine.model import LoadedModel
 from darkroom_server.engine.peaks import PeakWatch
 from darkroom_server.engine.reporter import MemoryReporter
@@ -181,19 +181,12 @@ class EngineLoop:
             # Told before: should it kill the engine, it is known what it was about.
             for resident in residents:
                 self._emit(JobTaken(resident.job.id))
-            try:
-                with Stopwatch(model.device) as watch:
-                    embeddings = model.prompts.encode(
-                        key for resident in residents for key in model.prompts_of(resident.job)
-                    )
-            except Exception as error:
-                if is_fatal(error):
-                    raise
-                log.exception("prompts could not be encoded")
-                for resident in residents:
-                    self._fail(resident, PROMPT_FAILED)
-                continue
-            for resident in residents:
+            with Stopwatch(model.device) as watch:
+                encoded = model.encode_prompts([resident.job for resident in residents])
+            for resident, embeddings in zip(residents, encoded, strict=True):
+                if isinstance(embeddings, Failure):
+                    self._fail(resident, embeddings)
+                    continue
                 resident.prompt_encoded(watch)
                 try:
                     samples = model.new_samples(resident.job, embeddings)

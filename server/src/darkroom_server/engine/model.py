@@ -1,22 +1,35 @@
 """A model in memory: the parts of a diffusers pipeline that the loop calls."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
 import torch
 
+from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.engine.decoder import Decoder
 from darkroom_server.engine.denoiser import Denoiser
+from darkroom_server.engine.failures import (
+    PROMPT_FAILED,
+    PROMPT_OUT_OF_MEMORY,
+    is_fatal,
+    is_out_of_memory,
+)
 from darkroom_server.engine.previews import Previewer
 from darkroom_server.engine.prompts import Embedding, PromptEncoder
 from darkroom_server.engine.safety import SafetyChecker
 from darkroom_server.engine.sample import Group, Sample
 from darkroom_server.engine.schedulers import make_scheduler
 from darkroom_server.engine.tally import Counts
+
+log = structlog.get_logger(__name__)
+
+Embeddings = Mapping[tuple[str, bool], Embedding]
+"""By (prompt, alone)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +58,38 @@ class LoadedModel:
         texts = [job.negative_prompt] if job.rows_per_image == 2 else []
         return [(text, job.exact) for text in [*texts, job.prompt]]
 
+    def encode_prompts(self, jobs: Sequence[Job]) -> list[Embeddings | Failure]:
+        """What ``prompts_of`` names for each job, encoded together, or why there is none.
+
+        What fails is split and its halves are tried, down to single jobs, so that only what fails
+        alone fails. Raises what means that the device is lost.
+        """
+        try:
+            found = self.prompts.encode(key for job in jobs for key in self.prompts_of(job))
+            return [found] * len(jobs)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            out_of_memory = is_out_of_memory(error)
+            log.warning(
+                "prompts could not be encoded",
+                request_ids=sorted({job.request_id for job in jobs}),
+                jobs=len(jobs),
+                out_of_memory=out_of_memory,
+                exc_info=not out_of_memory,
+            )
+        # Outside the handler, whose traceback would keep the failed batch's tensors alive.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        alone = len(jobs) == 1
+        if out_of_memory:
+            outcome = Counted.OUT_OF_MEMORY_FAILED if alone else Counted.OUT_OF_MEMORY_SPLIT
+            self.prompts.counts[outcome] += 1
+        if alone:
+            return [PROMPT_OUT_OF_MEMORY if out_of_memory else PROMPT_FAILED]
+        half = len(jobs) // 2
+        return self.encode_prompts(jobs[:half]) + self.encode_prompts(jobs[half:])
+
     def max_rows(self, group: Group) -> int:
         """Rows that a pass of ``group`` may have, by its size and by what passes showed."""
         fit = self.info.memory.rows_that_fit(
@@ -52,9 +97,7 @@ class LoadedModel:
         )
         return min(self.denoiser.max_rows, fit)
 
-    def new_samples(
-        self, job: Job, embeddings: Mapping[tuple[str, bool], Embedding]
-    ) -> list[Sample]:
+    def new_samples(self, job: Job, embeddings: Embeddings) -> list[Sample]:
         """The images of ``job``, all noise; ``embeddings`` hold what ``prompts_of`` names."""
         shape = (
             self.latent_channels,

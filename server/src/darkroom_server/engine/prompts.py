@@ -58,17 +58,18 @@ class PromptEncoder:
         missing = [key for key in keys if key not in self._cache]
         found = {key: self._cache[key] for key in keys if key in self._cache}
         self.counts[Counted.PROMPTS_CACHED] += len(found)
-        self.counts[Counted.PROMPTS_ENCODED] += len(missing)
+        for key in found:
+            self._cache.move_to_end(key)
         shared = [key for key in missing if not key[1]]
         batches = [shared[i : i + MAX_BATCH] for i in range(0, len(shared), MAX_BATCH)]
         batches += [[key] for key in missing if key[1]]
         for batch in batches:
-            found.update(zip(batch, self._encode([text for text, _ in batch]), strict=True))
-        for key in keys:
-            self._cache[key] = found[key]
-            self._cache.move_to_end(key)
-        while len(self._cache) > MAX_CACHED:
-            self._cache.popitem(last=False)
+            encoded = dict(zip(batch, self._encode([text for text, _ in batch]), strict=True))
+            self.counts[Counted.PROMPTS_ENCODED] += len(batch)
+            found.update(encoded)
+            self._cache.update(encoded)  # At once: the next batch may fail.
+            while len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
         return found
 
     def _encode(self, texts: list[str]) -> list[Embedding]:

@@ -57,6 +57,9 @@ CODES: dict[type[DarkroomError], int] = {
     GenerationFailed: code_pb2.INTERNAL,
 }
 
+CODES_OF_REASONS: dict[Reason, int] = {Reason.OUT_OF_MEMORY: code_pb2.RESOURCE_EXHAUSTED}
+"""Where the reason says more than the type."""
+
 
 @dataclass(frozen=True, slots=True)
 class ErrorStatus(grpc.Status):
@@ -72,7 +75,8 @@ def status_of(error: DarkroomError) -> ErrorStatus:
     message = str(error)
     if len(message) > MAX_MESSAGE:
         message = message[: MAX_MESSAGE - 1] + "…"
-    return _status(CODES[type(error)], message, error.reason, error.metadata, _details(error))
+    code = CODES_OF_REASONS.get(error.reason, CODES[type(error)])
+    return _status(code, message, error.reason, error.metadata, _details(error))
 
 
 def internal_error() -> ErrorStatus:

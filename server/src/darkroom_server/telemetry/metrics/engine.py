@@ -59,8 +59,8 @@ class EngineMetrics:
         )
         self.out_of_memory = declare.counter(
             "darkroom_out_of_memory_total",
-            "Passes and decodes that ran out of memory: split passes were tried again in halves, "
-            "failed ones were a single image.",
+            "Passes, decodes and encodings of prompts that ran out of memory: split ones were "
+            "tried again in halves, failed ones were of a single image or job.",
             ("model", "outcome"),
         )
         self.non_finite = declare.counter(
