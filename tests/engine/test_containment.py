@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from darkroom_server.core.errors import Reason
-from darkroom_server.core.events import JobCancelled, JobFailed, JobFinished
+from darkroom_server.core.events import JobCancelled, JobFailed, JobFinished, StageSeconds
 from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine.resident import Resident
 from darkroom_server.engine.sample import Sample
 
 from .conftest import LoopUnderTest, make_job
@@ -151,6 +152,24 @@ def test_one_failed_image_ends_its_job_once(own_loop: LoopUnderTest) -> None:
     ends = own_loop.run(make_job("three", image_count=3), make_job("after", steps=20))
     assert isinstance(ends["three"], JobFailed)
     assert isinstance(ends["after"], JobFinished)
+
+
+def test_an_image_that_cannot_be_delivered_ends_its_job(
+    own_loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = Resident._stages
+
+    def raises(self: Resident, now: float) -> StageSeconds:
+        if self.job.id == "doomed":
+            raise RuntimeError("injected: no such event")
+        return stages(self, now)
+
+    monkeypatch.setattr(Resident, "_stages", raises)
+    ends = own_loop.run(make_job("doomed"), make_job("other"))
+    failed = ends["doomed"]
+    assert isinstance(failed, JobFailed)
+    assert failed.failure.reason is Reason.ENGINE_FAILED
+    assert isinstance(ends["other"], JobFinished)
 
 
 def test_a_lost_device_ends_the_loop(own_loop: LoopUnderTest) -> None:

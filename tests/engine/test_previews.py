@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -108,6 +109,21 @@ def test_a_model_that_cannot_be_painted_draws_all_the_same(own_loop: LoopUnderTe
     ends = own_loop.run(make_job("blind", preview_every=1), make_job("other", preview_every=1))
     assert all(isinstance(end, JobFinished) for end in ends.values())
     assert not previews(own_loop, "blind")
+
+
+def test_running_out_of_memory_once_costs_one_preview(own_loop: LoopUnderTest) -> None:
+    previewer = own_loop.models["tiny"].previewer
+    fit = previewer._fit
+
+    def too_much() -> torch.Tensor:
+        previewer._fit = fit  # type: ignore[method-assign]
+        raise torch.OutOfMemoryError("injected")
+
+    previewer._fit = too_much  # type: ignore[method-assign]
+    own_loop.run(make_job("first", preview_every=3, steps=6))
+    assert not previews(own_loop, "first")
+    own_loop.run(make_job("second", preview_every=3, steps=6))
+    assert [e.step for e in previews(own_loop, "second")] == [3]
 
 
 def test_what_may_be_withheld_is_not_shown(own_loop: LoopUnderTest) -> None:

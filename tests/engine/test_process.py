@@ -10,8 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
+import structlog
 
-from darkroom_server.core.events import EngineDied, EngineReady, ImageReady, JobStarted
+from darkroom_server.core.events import EngineDied, EngineReady, Event, ImageReady, JobStarted
 from darkroom_server.engine import process
 from darkroom_server.engine.process import ProcessEngine
 
@@ -135,6 +136,83 @@ def test_a_stopped_process_does_not_block_its_callers(tiny_folder: Path) -> None
     os.kill(pid, signal.SIGCONT)
     listener.until_end_of(*(f"heap-{i}" for i in range(300)))
     engine.close()
+
+
+STARTED_BY = """
+import darkroom_server.engine.startup
+
+def start_loop(*_):
+    raise OSError("the device's file is gone")
+
+darkroom_server.engine.startup.start_loop = start_loop
+from darkroom_server.engine.child import main
+main()
+"""
+
+
+def test_an_error_of_the_system_is_no_end_of_the_channel(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "CHILD", ("-c", STARTED_BY))
+    engine = ProcessEngine(config_for(tiny_folder))
+    with structlog.testing.capture_logs() as lines:
+        listener = Listener(engine)
+        died = listener.until(lambda e: isinstance(e, EngineDied))
+        engine.close()  # And with it the thread that reads the log.
+    assert died == EngineDied("the engine died; the log above says why")
+    said = [line["exception"] for line in lines if "exception" in line]
+    assert [text.splitlines()[-1] for text in said] == ["OSError: the device's file is gone"]
+
+
+GARBLING = """
+import sys, time
+from darkroom_server.core.events import EngineReady
+from darkroom_server.engine.channel import Channel
+
+channel = Channel(int(sys.argv[1]))
+channel.receive()
+channel.send(EngineReady((), 0.0))
+channel._connection.send_bytes(b"no pickle")
+time.sleep(600)
+"""
+
+
+def test_a_process_that_cannot_be_understood_is_killed(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "CHILD", ("-c", GARBLING))
+    engine, listener, pid = started(tiny_folder)
+    died = listener.until(lambda e: isinstance(e, EngineDied))
+    assert died == EngineDied("the engine's process died")
+    assert not psutil.pid_exists(pid)
+    engine.close()
+
+
+@pytest.mark.parametrize("spare", range(4))
+def test_without_a_thread_to_spare_nothing_is_left_behind(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    files, children = open_files(), psutil.Process().children()
+    left = [True] * spare
+
+    class Scarce(threading.Thread):
+        def start(self) -> None:
+            if not left:
+                raise RuntimeError("can't start new thread")
+            left.pop()
+            super().start()
+
+    monkeypatch.setattr(process, "CHILD", ("-c", "import time; time.sleep(600)"))
+    monkeypatch.setattr(threading, "Thread", Scarce)
+    told: list[Event] = []
+    engine = ProcessEngine(config_for(tiny_folder))
+    with pytest.raises(RuntimeError, match="new thread"):
+        engine.start(told.append)
+    monkeypatch.undo()
+    assert engine.pid is None
+    assert not told
+    assert psutil.Process().children() == children
+    assert open_files() == files
 
 
 PARENT = """

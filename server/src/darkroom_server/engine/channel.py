@@ -1,11 +1,17 @@
 """Typed messages between the serving process and an engine's."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from darkroom_server.core.events import ImageReady
+
+
+class ChannelClosed(ConnectionError):
+    """The other end is gone, or this one was closed."""
 
 
 class Channel:
@@ -20,8 +26,8 @@ class Channel:
         self._sending = threading.Lock()
 
     def send(self, message: object) -> None:
-        """Send ``message``; blocks while the pipe is full. Raises OSError if nobody listens."""
-        with self._sending:
+        """Send ``message``; blocks while the pipe is full. Raises ``ChannelClosed``."""
+        with self._sending, _open():
             if isinstance(message, ImageReady):
                 data = message.image.data
                 bare = replace(message, image=replace(message.image, data=b""))
@@ -31,13 +37,26 @@ class Channel:
                 self._connection.send(message)
 
     def receive(self) -> Any:
-        """The next message; raises EOFError or OSError where the other end is gone."""
-        message = self._connection.recv()
-        if isinstance(message, ImageReady):
-            data = self._connection.recv_bytes()
-            return replace(message, image=replace(message.image, data=data))
-        return message
+        """The next message. Raises ``ChannelClosed``."""
+        with _open():
+            message = self._connection.recv()
+            if isinstance(message, ImageReady):
+                data = self._connection.recv_bytes()
+                return replace(message, image=replace(message.image, data=data))
+            return message
 
     def close(self) -> None:
-        """Let go of this end; the other end then reads an EOFError."""
-        self._connection.close()
+        """Let go of this end, once no message is being sent; the other end reads of it.
+
+        Whoever sends to a process that reads nothing is waited for: end that process first.
+        """
+        with self._sending:  # Its number may soon be another file's.
+            self._connection.close()
+
+
+@contextmanager
+def _open() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise ChannelClosed("the channel is closed") from error

@@ -18,7 +18,7 @@ from darkroom_server.core.config import EngineConfig
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, Event
 from darkroom_server.core.job import Job
-from darkroom_server.engine.channel import Channel
+from darkroom_server.engine.channel import Channel, ChannelClosed
 from darkroom_server.engine.commands import Cancel, Close, Extend
 
 log = structlog.get_logger(__name__)
@@ -36,8 +36,11 @@ def main() -> None:
     channel = Channel(int(sys.argv[1]))
     try:
         run(channel)
-    except (EOFError, OSError):
+    except ChannelClosed:
         os._exit(1)  # The parent is gone; nothing is left to do, and threads may hang.
+    except Exception:
+        log.exception("engine died")
+        channel.send(EngineDied("the engine died; the log above says why"))
 
 
 def run(channel: Channel) -> None:
@@ -67,17 +70,11 @@ def run(channel: Channel) -> None:
                         loop.extend(job_id, deadline)
                     case Close():
                         loop.close()
-        except (EOFError, OSError):
+        except ChannelClosed:
             os._exit(1)  # The parent died, and a pass of a large model may take long.
 
     threading.Thread(target=listen, name="listen", daemon=True).start()
-    try:
-        loop.run()
-    except OSError:
-        raise
-    except Exception:
-        log.exception("engine died")
-        emit(EngineDied("the engine died; the log above says why"))
+    loop.run()
 
 
 def die_with_parent() -> None:

@@ -95,9 +95,8 @@ class EncodingPool:
                 flagged=flagged,
                 replay=replay_of(sample, model, "" if flagged else sha256_of(pixels)),
             )
+            resident.deliver(sample.index, image)
         except Exception:
             log.exception("image could not be encoded", **job.log_fields)
             resident.end(JobFailed(job.id, ENCODE_FAILED))
             self._abandon(job.id)
-            return
-        resident.deliver(sample.index, image)

@@ -14,7 +14,7 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from darkroom_server.engine.failures import is_fatal
+from darkroom_server.engine.failures import is_fatal, is_out_of_memory
 
 log = structlog.get_logger(__name__)
 
@@ -41,8 +41,8 @@ class Previewer:
     def paint(self, latents: torch.Tensor) -> NDArray[np.uint8] | None:
         """The colours of ``latents`` [1, channels, h, w]: [h, w, 3], 0 to 255.
 
-        None where they cannot be told: no image depends on it. Raises what means that the device
-        is lost.
+        None where they cannot be told, for want of memory this once: no image depends on it. Raises
+        what means that the device is lost.
         """
         if self._failed:
             return None
@@ -53,6 +53,9 @@ class Previewer:
         except Exception as error:
             if is_fatal(error):
                 raise
+            if is_out_of_memory(error):
+                log.warning("a preview ran out of memory and is left out")
+                return None
             log.exception("no previews from now on")
             self._failed = True
             return None

@@ -24,7 +24,7 @@ from darkroom_server.core.events import (
     MemoryReport,
 )
 from darkroom_server.core.job import Job
-from darkroom_server.engine.channel import Channel
+from darkroom_server.engine.channel import Channel, ChannelClosed
 from darkroom_server.engine.commands import Cancel, Close, Extend
 
 log = structlog.get_logger(__name__)
@@ -100,7 +100,7 @@ class _Life:
         self._silent = False
         self._over = threading.Event()
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             self.process = subprocess.Popen(
                 [sys.executable, *CHILD, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -108,14 +108,19 @@ class _Life:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
             )
-        self._channel = Channel(ours.detach())
-        self._threads = [
-            threading.Thread(target=target, name="engine-process", daemon=True)
-            for target in (self._send, self._listen, self._watch, self._log)
-        ]
+            self._channel = Channel(ours.detach())
+        self._threads: list[threading.Thread] = []
         self.tell(config)
-        for thread in self._threads:
-            thread.start()
+        try:
+            for target in (self._log, self._send, self._listen, self._watch):
+                thread = threading.Thread(target=target, name="engine-process", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError:  # No thread to spare.
+            self._closing = True
+            self.process.kill()
+            self.close()
+            raise
 
     def submit(self, job: Job) -> None:
         """Send a job; from now on silence is counted."""
@@ -142,12 +147,14 @@ class _Life:
         for thread in self._threads:
             thread.join()
         self._channel.close()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
 
     def _send(self) -> None:
         while (message := self._outbox.get()) is not None:
             try:
                 self._channel.send(message)
-            except OSError:
+            except ChannelClosed:
                 return  # The process is gone; the listening thread tells of it.
 
     def _watch(self) -> None:
@@ -174,8 +181,11 @@ class _Life:
                     died = event.message
                     break
                 self._emit(event)
-        except (EOFError, OSError):
-            pass  # The other end is gone: said below, with how the process ended.
+        except ChannelClosed:
+            pass  # Said below, with how the process ended.
+        except Exception:
+            # What cannot be read, or told: this thread must not end without a word on it.
+            log.exception("the engine's events cannot be taken")
         self._over.set()
         if self._closing:
             return

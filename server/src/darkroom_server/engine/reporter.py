@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from darkroom_server.core.events import Event, MemoryReport, Sensors
+from darkroom_server.engine.channel import ChannelClosed
 from darkroom_server.engine.memory import status_bytes
 from darkroom_server.engine.peaks import PeakWatch
 from darkroom_server.engine.sensors import GpuSensors
@@ -62,7 +63,7 @@ class MemoryReporter:
             while not self._closed.is_set():
                 self.report()
                 self._closed.wait(self.INTERVAL_SECONDS)
-        except OSError:
+        except ChannelClosed:
             return  # The serving process is gone; the engine's main thread ends this one's.
 
     def _of_gpu(self, device: torch.device, sensors: GpuSensors) -> dict[str, int]:

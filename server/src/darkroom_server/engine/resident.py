@@ -94,8 +94,9 @@ class Resident:
             self._delivered.add(index)
             if len(self._delivered) < len(self.job.image_indices):
                 return False
+            finished = JobFinished(self.job.id, self._stages(time.monotonic()))
             self._ended = True
-            self._emit(JobFinished(self.job.id, self._stages(time.monotonic())))
+            self._emit(finished)
             return True
 
     def _stages(self, now: float) -> StageSeconds:
