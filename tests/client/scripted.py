@@ -151,7 +151,8 @@ class ScriptedServer(
         status = health_pb2.HealthCheckResponse.ServingStatus.Value(
             "SERVING" if ready else "NOT_SERVING"
         )
-        self._health.set(SERVICE, status)
+        for service in ("", SERVICE):
+            self._health.set(service, status)
 
     def Generate(
         self, request: generation_pb2.GenerateRequest, context: Any

@@ -7,17 +7,24 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 import darkroom_client
+from darkroom.v1.generation_pb2 import GenerateRequest
+from darkroom.v1.generation_pb2_grpc import GenerationServiceStub
 from darkroom_client import (
     DarkroomError,
     Estimate,
+    GenerationFailed,
     GenerationRequest,
     ImageFormat,
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    QuotaExceeded,
     ReplayRecord,
     Retry,
     ServerState,
@@ -60,6 +67,90 @@ def test_a_scripted_error_arrives_as_it_is(
         assert type(caught.value) is kind
         assert caught.value.violations == violations
         assert caught.value.metadata == {"needed": "9"}
+
+
+@pytest.mark.parametrize("name", sorted(LOCAL))
+def test_an_error_that_no_server_sends_cannot_be_scripted(name: str) -> None:
+    error = getattr(darkroom_client, name)("because of this")
+
+    with pytest.raises(TypeError, match=f"no server sends {name}"):
+        Behaviour(error=error)
+
+
+def test_an_error_of_the_users_own_goes_as_what_it_is_made_from(
+    caller: Any, fake: FakeServer
+) -> None:
+    class Broke(QuotaExceeded):
+        pass
+
+    fake.script(Behaviour(error=Broke("nothing left")))
+
+    with pytest.raises(QuotaExceeded, match="nothing left"):
+        caller.generate("a star")
+
+
+def test_a_quota_is_not_waited_for(fake: FakeServer) -> None:
+    fake.script(Behaviour(error=QuotaExceeded("nothing left", retry_after=1.5)))
+
+    with (
+        grpc.insecure_channel(fake.target) as channel,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        GenerationServiceStub(channel).Generate(GenerateRequest(prompt="a star", request_id="r-1"))
+
+    call: Any = caught.value
+    trailers = dict(call.trailing_metadata())
+    assert trailers["grpc-retry-pushback-ms"] == "-1"
+
+
+def test_a_job_that_failed_is_run_anew(caller: Any, fake: FakeServer) -> None:
+    failed = GenerationFailed("black")
+    fake.script(Behaviour(error=failed, error_at_step=1))
+    request = GenerationRequest(prompt="a star", seed=7, request_id="r-1")
+    with pytest.raises(GenerationFailed):
+        caller.generate(request)
+
+    with pytest.raises(InvalidRequest, match="another request") as caught:
+        caller.generate(request, steps=9)
+    assert caught.value.code == "ALREADY_EXISTS"
+    assert caller.generate(request).images
+    assert caller.generate(request).images
+
+    assert [job.state for job in fake.jobs] == [JobState.FAILED, JobState.FINISHED]
+
+
+def test_who_joins_a_job_may_wait_longer_for_it(connect: Connect, fake: FakeServer) -> None:
+    fake.script(Behaviour(step_seconds=1.0))
+    request = GenerationRequest(prompt="a star", seed=7, steps=4, request_id="r-1")
+    connect(fake.target).submit(request, time_limit=3.0)
+
+    # Nor does it matter that this one would not have it kept.
+    with connect(fake.target, retry=Retry(attempts=1)).stream(request, timeout=60.0) as stream:
+        assert next(stream).joined
+        assert stream.result().images
+
+    assert [job.state for job in fake.jobs] == [JobState.FINISHED]
+
+
+@pytest.mark.parametrize(
+    ("state", "draws", "takes"),
+    [
+        (ServerState.LOADING, False, False),
+        (ServerState.READY, True, True),
+        (ServerState.RECOVERING, False, True),
+        (ServerState.DRAINING, False, False),
+    ],
+)
+def test_health_checks_say_what_the_real_servers_do(
+    fake: FakeServer, state: ServerState, draws: bool, takes: bool
+) -> None:
+    fake.state = state
+
+    with grpc.insecure_channel(fake.target) as channel:
+        stub: Any = HealthStub(channel)
+        for service, expected in (("", draws), ("darkroom.v1.GenerationService", takes)):
+            status = stub.Check(HealthCheckRequest(service=service), timeout=60).status
+            assert (status == HealthCheckResponse.SERVING) is expected
 
 
 def test_the_time_to_come_back_arrives(connect: Connect, fake: FakeServer) -> None:
@@ -122,6 +213,11 @@ def test_its_state_is_what_health_and_status_say(connect: Connect, fake: FakeSer
         assert caught.value.reason == reason
         with pytest.raises(Unavailable, match="not ready"):
             client.wait_until_ready(timeout=2.0)
+
+    fake.state = ServerState.RECOVERING
+    with pytest.raises(Unavailable, match="not ready"):
+        client.wait_until_ready(timeout=2.0)
+    assert client.generate("a star").images
 
 
 def test_status_counts_jobs(caller: Any, fake: FakeServer) -> None:

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2
 from darkroom_client._errors import DarkroomError, Unavailable
 from darkroom_client._rpc_errors import from_rpc_error, unreachable
 
-REQUEST = health_pb2.HealthCheckRequest(service="darkroom.v1.GenerationService")
+REQUEST = health_pb2.HealthCheckRequest(service="")
 
 PAUSE = 0.25
 """Seconds between two looks at a server that hangs up at once."""

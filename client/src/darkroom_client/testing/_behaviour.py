@@ -4,6 +4,7 @@ import threading
 from dataclasses import dataclass
 
 from darkroom_client._errors import DarkroomError
+from darkroom_client.testing._statuses import sent_as
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,8 @@ class Behaviour:
     ``forget_at_step``: as if the server were replaced by a new one after that step.
     ``withheld``: the safety checker keeps the pixels back. ``prompt_truncated``: the prompt was
     too long.
+
+    Raises ``TypeError`` for an error that no server sends.
     """
 
     error: DarkroomError | None = None
@@ -32,3 +35,7 @@ class Behaviour:
     forget_at_step: int | None = None
     withheld: bool = False
     prompt_truncated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.error is not None:
+            sent_as(self.error)

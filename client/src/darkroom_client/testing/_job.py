@@ -1,5 +1,6 @@
 """One request in the fake server, run by a thread of its own."""
 
+import math
 import threading
 import time
 from enum import StrEnum
@@ -66,13 +67,25 @@ class FakeJob:
         self._behaviour = behaviour
         self._changed = changed
         self._preview_every = preview_every
-        self._ends_at = None if time_limit is None else time.monotonic() + time_limit
+        self._ends_at = _end(time_limit)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     @property
     def count(self) -> int:
         """Images asked for."""
         return self.message.image_count if self.message.HasField("image_count") else 1
+
+    def asks_for(self, message: generation_pb2.GenerateRequest) -> bool:
+        """Whether ``message`` asks for the same, whatever becomes of it when its caller is gone."""
+        same = generation_pb2.GenerateRequest()
+        same.CopyFrom(message)
+        same.on_disconnect = self.message.on_disconnect
+        return same == self.message
+
+    def join_in(self, *, time_limit: float | None, kept: bool) -> None:
+        """One more waits for it. The caller holds the condition."""
+        self._ends_at = max(self._ends_at, _end(time_limit))
+        self.kept = self.kept or kept
 
     def start(self) -> None:
         """Run; called once."""
@@ -213,8 +226,7 @@ class FakeJob:
             self._changed.wait_for(lambda: not self._runs(), seconds)
 
     def _runs(self) -> bool:
-        late = self._ends_at is not None and time.monotonic() > self._ends_at
-        if late and self.state is JobState.RUNNING:
+        if time.monotonic() > self._ends_at and self.state is JobState.RUNNING:
             self._end(JobState.EXPIRED, DeadlineExceeded("the deadline passed"))
         return self.state is JobState.RUNNING
 
@@ -222,6 +234,10 @@ class FakeJob:
         with self._changed:
             self.state, self.error = state, error
             self._changed.notify_all()
+
+
+def _end(time_limit: float | None) -> float:
+    return math.inf if time_limit is None else time.monotonic() + time_limit
 
 
 def _timings() -> generation_pb2.Timings:

@@ -44,20 +44,23 @@ class Ledger:
     ) -> tuple[FakeJob, bool]:
         """The job of ``request`` and whether it was there before; raises what it is refused for."""
         with self.changed:
+            kept = submitted or request.on_disconnect == generation_pb2.ON_DISCONNECT_KEEP
             known = self._known.get(request.request_id)
             if known is not None and not known.forgotten:
-                if known.message != request:
+                if not known.asks_for(request):
                     raise InvalidRequest(
                         f"request_id {request.request_id!r} names another request",
                         reason="REQUEST_CONFLICT",
                     )
-                return known, True
+                # As the real server does: what ended unfinished is run anew.
+                if known.state in (JobState.RUNNING, JobState.FINISHED):
+                    known.join_in(time_limit=time_limit, kept=kept)
+                    return known, True
             try:
                 behaviour = self._behaviour(request)
             except DarkroomError as error:
                 self.refusals[type(error).__name__] += 1
                 raise
-            kept = submitted or request.on_disconnect == generation_pb2.ON_DISCONNECT_KEEP
             job = FakeJob(
                 request,
                 behaviour,

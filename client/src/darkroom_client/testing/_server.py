@@ -16,7 +16,12 @@ from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._ledger import Ledger
 from darkroom_client.testing._services import Services
 
-SERVICES = ("", "darkroom.v1.GenerationService")
+SERVING = {
+    "": (ServerState.READY,),
+    "darkroom.v1.GenerationService": (ServerState.READY, ServerState.RECOVERING),
+}
+"""The names of health checks: whether requests can be drawn, and whether they are taken."""
+
 HANDLERS = 256
 
 
@@ -55,9 +60,8 @@ class FakeServer:
     @state.setter
     def state(self, state: ServerState) -> None:
         self._ledger.state = state
-        serving = state in (ServerState.READY, ServerState.RECOVERING)
-        status = "SERVING" if serving else "NOT_SERVING"
-        for service in SERVICES:
+        for service, states in SERVING.items():
+            status = "SERVING" if state in states else "NOT_SERVING"
             number = health_pb2.HealthCheckResponse.ServingStatus.Value(status)
             self._health.set(service, number)
 

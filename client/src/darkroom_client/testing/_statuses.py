@@ -32,19 +32,35 @@ SENT: dict[type[DarkroomError], tuple[int, str]] = {
 """What each error is on the wire, where it does not name a reason of its own."""
 
 
+def sent_as(error: DarkroomError) -> tuple[int, str]:
+    """The status code and the reason of ``error``; raises ``TypeError`` for what no server sends.
+
+    A class of the user's own goes as the class of the client that it is made from.
+    """
+    if error.reason == "REQUEST_CONFLICT":
+        return code_pb2.ALREADY_EXISTS, error.reason
+    for kind in type(error).__mro__:
+        if kind in SENT:
+            return SENT[kind]
+    names = ", ".join(kind.__name__ for kind in SENT)
+    raise TypeError(f"no server sends {type(error).__name__}; it may be one of {names}")
+
+
 def abort(context: grpc.ServicerContext, error: DarkroomError) -> NoReturn:
     """End the call with ``error``, as a Darkroom server would."""
-    code, reason = SENT[type(error)]
+    code, reason = sent_as(error)
     info = error_details_pb2.ErrorInfo(
         reason=error.reason or reason, domain="darkroom", metadata=error.metadata
     )
     status = status_pb2.Status(code=code, message=str(error))
-    for detail in (info, *_details(error)):
+    details = _details(error)
+    for detail in (info, *details):
         status.details.add().Pack(detail)
     plain = rpc_status.to_status(status)
     trailers = [*(plain.trailing_metadata or ())]
-    if error.retry_after is not None:
-        trailers.append((PUSHBACK, str(round(error.retry_after * 1000))))
+    waits = [each for each in details if isinstance(each, error_details_pb2.RetryInfo)]
+    if waits:
+        trailers.append((PUSHBACK, str(waits[0].retry_delay.ToMilliseconds())))
     elif code in (code_pb2.RESOURCE_EXHAUSTED, code_pb2.CANCELLED):
         trailers.append((PUSHBACK, "-1"))
     context.abort_with_status(_Status(plain.code, plain.details, tuple(trailers)))
