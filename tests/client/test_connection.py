@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from darkroom_client import TLS, Client, Keepalive, Retry
-from darkroom_client._channel import channel_options, dial_target, service_config
+from darkroom_client._channel import channel_options, dial_target, is_loopback, service_config
 from darkroom_client._settings import Settings
 from tests.client.conftest import Connect
 from tests.client.scripted import ScriptedServer
@@ -80,6 +80,42 @@ def test_only_finite_numbers(number: float) -> None:
 )
 def test_targets(target: str, dialled: str) -> None:
     assert dial_target(settings(target=target).target) == dialled
+
+
+@pytest.mark.parametrize(
+    ("target", "local"),
+    [
+        ("127.0.0.1:50051", True),
+        ("127.1.2.3:50051", True),
+        ("localhost:50051", True),
+        ("[::1]:50051", True),
+        ("dns:///localhost:50051", True),
+        ("dns:localhost:50051", True),
+        ("ipv4:127.0.0.1:50051,127.0.0.2:50051", True),
+        ("ipv6:[::1]:50051", True),
+        ("ipv4:127.0.0.1:50051,10.0.0.1:50051", False),
+        ("10.0.0.1:50051", False),
+        ("localhost.example:50051", False),
+        ("[2001:db8::1]:50051", False),
+        ("xds:///darkroom", False),
+    ],
+)
+def test_what_is_this_machine_alone(target: str, local: bool) -> None:
+    assert is_loopback(target) is local
+    assert ("grpc.enable_http_proxy" in dict(channel_options(settings(target=target)))) is local
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_proxy_stands_between_this_machine_and_itself(
+    connect: Connect, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    port = server.address.rpartition(":")[2]
+
+    assert connect(f"{host}:{port}", retry=Retry(attempts=1)).generate("a star").images
 
 
 @pytest.mark.parametrize("target", ["http://127.0.0.1:50051", "darkroom.example", "::1"])

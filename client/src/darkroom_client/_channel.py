@@ -1,5 +1,6 @@
 """From a client's settings to a gRPC channel."""
 
+import ipaddress
 import json
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def dial_target(target: str) -> str:
     return f"dns:///{target}" if plain else target
 
 
+def is_loopback(target: str) -> bool:
+    """Whether every address of ``target`` is one of this machine alone."""
+    rest = dial_target(target)
+    for scheme in ("dns:", "ipv4:", "ipv6:"):
+        rest = rest.removeprefix(scheme)
+    hosts = [each.rpartition(":")[0].strip("[]") for each in rest.rpartition("/")[2].split(",")]
+    return all(host == "localhost" or _is_loopback_ip(host) for host in hosts)
+
+
+def _is_loopback_ip(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def channel_options(settings: Settings) -> Options:
     """What gRPC is told about every connection of a client."""
     options: Options = (
@@ -61,6 +78,9 @@ def channel_options(settings: Settings) -> Options:
         # How long one attempt to connect may take, its name notwithstanding.
         ("grpc.min_reconnect_backoff_ms", 5000),
     )
+    if is_loopback(settings.target):
+        # The proxy that the environment may name means itself by this address.
+        options += (("grpc.enable_http_proxy", 0),)
     if settings.tls is not None and settings.tls.server_name:
         options += (("grpc.ssl_target_name_override", settings.tls.server_name),)
     return options

@@ -1,5 +1,6 @@
 """Asks a server for its health, as a container's probe does."""
 
+import ipaddress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,14 @@ LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 class Target:
     """A server to ask; without ``credentials`` in plaintext. ``name`` is what its certificate says.
 
-    ``name`` is None where the address says it.
+    ``name`` is None where the address says it. One that is ``local`` is asked without the proxy
+    that the environment may name.
     """
 
     address: str
     credentials: grpc.ChannelCredentials | None = None
     name: str | None = None
+    local: bool = False
 
 
 def target_of(settings: Settings) -> Target:
@@ -33,9 +36,9 @@ def target_of(settings: Settings) -> Target:
     host = LOOPBACK.get(network.host, network.host)
     address = f"[{host}]:{network.port}" if ":" in host else f"{host}:{network.port}"
     if files is None:
-        return Target(address=address)
+        return Target(address=address, local=True)
     credentials, name = own_credentials(files)
-    return Target(address=address, credentials=credentials, name=name)
+    return Target(address=address, credentials=credentials, name=name, local=True)
 
 
 def given_target(
@@ -49,7 +52,7 @@ def given_target(
     if ca is None:
         if cert or key or server_name:
             raise StartupError("healthcheck: --cert, --key and --server-name need --ca")
-        return Target(address=address)
+        return Target(address=address, local=_is_loopback(address))
     if (cert is None) != (key is None):
         raise StartupError("healthcheck: --cert and --key go together")
     credentials = grpc.ssl_channel_credentials(
@@ -57,7 +60,9 @@ def given_target(
         read_pem("--key", key) if key else None,
         read_pem("--cert", cert) if cert else None,
     )
-    return Target(address=address, credentials=credentials, name=server_name)
+    return Target(
+        address=address, credentials=credentials, name=server_name, local=_is_loopback(address)
+    )
 
 
 def healthcheck(target: Target, service: str, timeout: float) -> tuple[bool, str]:
@@ -73,8 +78,20 @@ def healthcheck(target: Target, service: str, timeout: float) -> tuple[bool, str
     return status == health_pb2.HealthCheckResponse.SERVING, f"{target.address}: {name}"
 
 
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].rpartition("/")[2].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _channel(target: Target) -> grpc.Channel:
+    options: list[tuple[str, str | int]] = []
+    if target.local:
+        options.append(("grpc.enable_http_proxy", 0))
     if target.credentials is None:
-        return grpc.insecure_channel(target.address)
-    options = [("grpc.ssl_target_name_override", target.name)] if target.name else []
+        return grpc.insecure_channel(target.address, options)
+    if target.name:
+        options.append(("grpc.ssl_target_name_override", target.name))
     return grpc.secure_channel(target.address, target.credentials, options)

@@ -128,6 +128,20 @@ async def test_healthcheck_says_whether_a_server_is_ready() -> None:
         assert await check(**env) == (0, f"127.0.0.1:{port}: SERVING")
 
 
+async def test_healthcheck_of_this_machine_goes_through_no_proxy() -> None:
+    proxied = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    proxied["no_proxy"] = ""
+    async with serving() as wire:
+        port = wire.server.address.rpartition(":")[2]
+        for arguments, env in (
+            (("--target", f"127.0.0.1:{port}"), proxied),
+            (("--target", f"localhost:{port}"), proxied),
+            ((), {**proxied, "DARKROOM_SERVE_PORT": port, "DARKROOM_SERVE_HOST": "0.0.0.0"}),
+        ):
+            result = await asyncio.to_thread(run, "healthcheck", *arguments, env=env)
+            assert result.returncode == 0, result.stdout
+
+
 def test_healthcheck_where_nothing_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         target = f"127.0.0.1:{taken.getsockname()[1]}"
