@@ -34,6 +34,16 @@ async def test_a_client_that_can_take_it_says_so() -> None:
         assert error.info.reason == "REPLY_TOO_LARGE"
 
 
+async def test_no_caller_can_take_more_than_the_server_sends() -> None:
+    large = generation_pb2.GenerateRequest(prompt="a star", width=2048, height=2048, image_count=6)
+    async with serving(fake={"auto": True}) as wire:
+        metadata = (("darkroom-max-reply-bytes", str(10**12)),)
+        error = await refusal(wire.generation.Generate(large, metadata=metadata))
+        assert wire.submitted.empty()
+    assert error.info.reason == "REPLY_TOO_LARGE"
+    assert "no reply has more than 67108864" in error.violations["image_count"]
+
+
 @pytest.mark.parametrize("text", ["", "-1", "1e6", "much", "9" * 19])
 async def test_what_it_says_must_be_a_number(text: str) -> None:
     async with serving(fake={"auto": True}) as wire:

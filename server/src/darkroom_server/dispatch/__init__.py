@@ -6,6 +6,7 @@ from darkroom_server.dispatch.dispatcher import Dispatcher
 from darkroom_server.dispatch.estimate import Estimate
 from darkroom_server.dispatch.observer import Observer, Unobserved
 from darkroom_server.dispatch.requests import Requests
+from darkroom_server.dispatch.seats import Seats
 from darkroom_server.dispatch.snapshot import EngineStatus, ModelStatus, Snapshot, State
 from darkroom_server.dispatch.story import ImageDone, JobEvent, Queued, Restarted, Started
 from darkroom_server.dispatch.waiter import Waiter
@@ -25,6 +26,7 @@ __all__ = [
     "Queued",
     "Requests",
     "Restarted",
+    "Seats",
     "Snapshot",
     "Started",
     "State",

@@ -101,6 +101,11 @@ class Dispatcher:
         return self.state is State.READY
 
     @property
+    def max_jobs(self) -> int:
+        """The most jobs that can be here at once: those that wait, and those in the engines."""
+        return self._gate.limits.jobs + self._fleet.max_resident_samples * len(self._fleet.slots)
+
+    @property
     def queued_jobs(self) -> int:
         """Jobs that wait for a place in the engine."""
         return self._roster.queued

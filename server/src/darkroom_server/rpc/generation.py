@@ -8,7 +8,7 @@ from contextlib import aclosing, suppress
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_server.core.errors import DarkroomError
 from darkroom_server.core.job import Job
-from darkroom_server.dispatch import AcceptedJob, Dispatcher, Requests
+from darkroom_server.dispatch import AcceptedJob, Dispatcher, Requests, Seats
 from darkroom_server.rpc.asked import Asked, checked_id, deadline_after, time_limit
 from darkroom_server.rpc.caller import current_caller
 from darkroom_server.rpc.context import Context, remaining_seconds
@@ -34,6 +34,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         self._dispatcher = dispatcher
         self._requests = requests
+        self._seats = Seats(dispatcher.max_jobs)
         self._summaries = Summaries(observer, log_prompts=log_prompts)
         self._followed: set[asyncio.Task[None]] = set()
 
@@ -44,6 +45,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         asked = Asked(request, None, known=bool(request.request_id))
         with self._summaries.of(request, context, asked.arrived) as summary:
             limit = max_reply_bytes(context.invocation_metadata() or ())
+            self._sit(asked.id, context)
             deadline = deadline_after(remaining_seconds(context))
             accepted, _ = self._accept(asked, summary, deadline, limit=limit)
             # Leaving the block is leaving the job: a caller that goes away arrives here as a
@@ -62,6 +64,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Draw the images of one request, and tell the whole story; raises ``DarkroomError``."""
         asked = Asked(request.generation, request.preview, known=True)
         with self._summaries.of(asked.request, context, asked.arrived) as summary:
+            self._sit(asked.id, context)
             deadline = deadline_after(remaining_seconds(context))
             accepted, joined = self._accept(asked, summary, deadline)
             waiter = accepted.waiter()
@@ -97,6 +100,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Tell what happens to a job; raises ``UnknownRequest``, and what the job ended with."""
         arrived = time.monotonic()
         id = checked_id(request.request_id)
+        self._sit(id, context)
         with self._requests.find(current_caller().name, id).waiter() as waiter:
             told = story(id, waiter, arrived, joined=True, previews=True)
             async with aclosing(told):
@@ -116,6 +120,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.EstimateGenerationResponse:
         """Tell what a request would take, without drawing it; raises ``DarkroomError``."""
         return estimate_of(request.generation, current_caller(), self._dispatcher)
+
+    def _sit(self, id: str, context: Context) -> None:
+        """Count a call that waits for the job ``id``, to its very end; raises ``QuotaExceeded``."""
+        # Not a block around the handler: a reply that nobody reads is there when that is over.
+        leave = self._seats.take(current_caller().name, id)
+        # The types know no callback but one of a class of their own.
+        context.add_done_callback(lambda _: leave())  # type: ignore[arg-type]
 
     def _accept(
         self,
