@@ -93,7 +93,8 @@ class JobStarted:
 class SampleProgress:
     """One sample took a step: ``step`` of ``steps`` denoiser calls are done.
 
-    ``rows`` shared the pass, which took ``seconds``.
+    ``rows`` shared the pass, which took ``seconds``. The steps of a pass are told right before its
+    ``PassDone``, from the same thread.
     """
 
     job_id: str

@@ -122,9 +122,27 @@ class Fleet:
     def _start(self, slot: Slot) -> None:
         loop = asyncio.get_running_loop()
 
+        told: deque[Event] = deque()
+        waking = False
+
         def emit(event: Event) -> None:
-            with suppress(RuntimeError):  # The loop is closed, and nobody is left to tell.
-                loop.call_soon_threadsafe(self._on_slot_event, slot, event)
+            # Events come in bursts, and to wake the loop takes longer than most of them.
+            nonlocal waking
+            told.append(event)
+            if not waking:
+                waking = True
+                with suppress(RuntimeError):  # The loop is closed, and nobody is left to tell.
+                    loop.call_soon_threadsafe(hear)
+
+        def hear() -> None:
+            nonlocal waking
+            waking = False  # First, so that what is told from here on wakes the loop again.
+            try:
+                while told:
+                    self._on_slot_event(slot, told.popleft())
+            finally:
+                if told:
+                    loop.call_soon(hear)
 
         slot.engine.start(emit)
 

@@ -16,10 +16,11 @@ import structlog
 
 from darkroom_server.core.config import EngineConfig
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.events import EngineDied, Event
+from darkroom_server.core.events import EngineDied
 from darkroom_server.core.job import Job
 from darkroom_server.engine.channel import Channel, ChannelClosed
 from darkroom_server.engine.commands import Cancel, Close, Extend
+from darkroom_server.engine.outbox import Outbox
 
 log = structlog.get_logger(__name__)
 
@@ -48,9 +49,7 @@ def run(channel: Channel) -> None:
     config: EngineConfig = channel.receive()
     from darkroom_server.engine.startup import start_loop
 
-    def emit(event: Event) -> None:
-        channel.send(event)
-
+    emit = Outbox(channel).tell
     try:
         loop, ready = start_loop(config, emit)
     except StartupError as error:

@@ -219,8 +219,21 @@ class EngineLoop:
         return [sample for sample in samples if self._roster.get(sample.job.id)]
 
     def _account(self, samples: list[Sample], seconds: float, joined: int) -> None:
-        """Tell of the step, and charge each sample its rows' share of the pass."""
+        """Tell of the steps and of their pass, and charge each sample its rows' share of it."""
         rows = sum(sample.rows for sample in samples)
+        for sample in samples:
+            sample.rows_in_last_pass = rows
+            sample.engine_seconds += seconds * sample.rows / rows
+            self._emit(
+                SampleProgress(
+                    job_id=sample.job.id,
+                    image_index=sample.index,
+                    step=sample.step,
+                    steps=sample.steps,
+                    rows=rows,
+                    seconds=seconds,
+                )
+            )
         if samples:
             job = samples[0].job
             self._emit(
@@ -233,19 +246,6 @@ class EngineLoop:
                     samples=len(samples),
                     joined=joined,
                     max_rows=self._models[job.model].max_rows(samples[0].group),
-                )
-            )
-        for sample in samples:
-            sample.rows_in_last_pass = rows
-            sample.engine_seconds += seconds * sample.rows / rows
-            self._emit(
-                SampleProgress(
-                    job_id=sample.job.id,
-                    image_index=sample.index,
-                    step=sample.step,
-                    steps=sample.steps,
-                    rows=rows,
-                    seconds=seconds,
                 )
             )
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import IO
 
@@ -171,8 +171,7 @@ class _Life:
     def _listen(self) -> None:
         died = "the engine's process died"
         try:
-            while True:
-                event = self._channel.receive()
+            for event in self._told():
                 if not isinstance(event, MemoryReport):  # A thread of its own tells those.
                     self._last_heard = time.monotonic()
                 if isinstance(event, JobFinished | JobFailed | JobCancelled):
@@ -198,6 +197,12 @@ class _Life:
             died = f"the engine was silent for {self._timeout:g} s, and was killed"
         log.error("engine died", message=died, exit_code=code)
         self._emit(EngineDied(died))
+
+    def _told(self) -> Iterator[Event]:
+        """What the process tells, until it is gone: then EOFError or OSError."""
+        while True:
+            message = self._channel.receive()
+            yield from message if isinstance(message, tuple) else (message,)
 
     def _silence_left(self) -> float:
         if not self._working:
