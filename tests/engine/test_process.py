@@ -6,13 +6,19 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import structlog
 
-from darkroom_server.core.events import EngineDied, EngineReady, Event, ImageReady, JobStarted
+from darkroom_server.core.events import (
+    EngineDied,
+    EngineReady,
+    Event,
+    ImageReady,
+    JobStarted,
+    MemoryReport,
+)
 from darkroom_server.engine import process
 from darkroom_server.engine.process import ProcessEngine
 
@@ -59,33 +65,29 @@ def test_a_killed_process_is_told_of_and_can_be_started_again(tiny_folder: Path)
 
 
 HANGING = """
-import sys, time
+import sys
 from darkroom_server.core.events import EngineReady, MemoryReport
 from darkroom_server.engine.channel import Channel
 
 channel = Channel(int(sys.argv[1]))
 channel.receive()
 channel.send(EngineReady((), 0.0))
-while True:
+while channel.receive():
     channel.send(MemoryReport(device="cpu", by_kind={}, host_rss=1))
-    time.sleep(0.02)
 """
 
 
 def test_telling_of_memory_is_no_sign_of_life(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    popen = subprocess.Popen
-
-    def start(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
-        return popen([sys.executable, "-c", HANGING, command[-1]], **options)
-
-    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(process, "CHILD", ("-c", HANGING))
     engine, listener, _ = started(tiny_folder, timeout=0.5)
     engine.submit(make_job("stuck"))
-    died = listener.until(lambda e: isinstance(e, EngineDied))
-    assert isinstance(died, EngineDied)
-    assert "silent for 0.5 s" in died.message
+    while isinstance(
+        event := listener.until(lambda e: isinstance(e, MemoryReport | EngineDied)), MemoryReport
+    ):
+        engine.cancel("nobody")  # It tells again whenever it is spoken to.
+    assert event == EngineDied("the engine was silent for 0.5 s, and was killed")
     engine.close()
 
 
