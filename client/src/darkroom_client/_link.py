@@ -31,8 +31,10 @@ class Link:
         # Jobs that the server would go on with if this side just went away.
         self._kept: dict[str, Metadata] = {}
         self._farewells: set[threading.Thread] = set()
-        # Held while a farewell starts, for a thread that has not started cannot be joined.
-        self._starting = threading.Lock()
+        # Held while a job changes hands, so that either its caller or ``close`` says farewell, and
+        # while that starts, for a thread that has not started cannot be joined.
+        # May be taken twice: an iterator that is dropped leaves its jobs at any moment.
+        self._leaving = threading.RLock()
 
     def ask(self, call: Call[A]) -> A:
         """Make ``call`` and wait for its answer."""
@@ -47,10 +49,15 @@ class Link:
         self.check_open()
         # Before the call, for an interrupt may come at any moment after it.
         if call.keeps and call.request_id is not None:
-            self._kept[call.request_id] = call.metadata
-        future = call.method(self.stubs).future(
-            call.message, timeout=call.timeout, metadata=call.metadata
-        )
+            self._keep(call.request_id, call.metadata)
+        try:
+            future = call.method(self.stubs).future(
+                call.message, timeout=call.timeout, metadata=call.metadata
+            )
+        except ValueError:
+            if self.closed:
+                raise closed_under(call.request_id) from None
+            raise
         return Pending(self, call, future)
 
     def follow(self, following: Following, attempt: Attempt) -> Any:
@@ -58,16 +65,29 @@ class Link:
         if self.closed:
             raise closed_under(following.request_id)
         if following.leaves_work:
-            self._kept[following.request_id] = following.metadata
-        return attempt.method(self.stubs)(
-            attempt.message, timeout=attempt.timeout, metadata=following.metadata
-        )
+            self._keep(following.request_id, following.metadata)
+        try:
+            opened = attempt.method(self.stubs)(
+                attempt.message, timeout=attempt.timeout, metadata=following.metadata
+            )
+        except ValueError:
+            if self.closed:
+                raise closed_under(following.request_id) from None
+            raise
+        # Again, for whoever left meanwhile said farewell to a job that was not there yet.
+        if following.leaves_work:
+            self._keep(following.request_id, following.metadata)
+        return opened
 
     def settle(self, request_id: str | None, *, leaves_work: bool) -> None:
         """Nobody waits for this job any more; the server is told where it would not notice."""
-        metadata = self._kept.pop(request_id, None) if request_id is not None else None
-        if request_id is not None and metadata is not None and leaves_work and not self.closed:
-            self._say_farewell(request_id, metadata)
+        if request_id is None:
+            return
+        with self._leaving:
+            # A client that closes says farewell to all that is left.
+            metadata = None if self.closed else self._kept.pop(request_id, None)
+            if metadata is not None and leaves_work:
+                self._say_farewell(request_id, metadata)
 
     def check_open(self) -> None:
         """Raise ``RuntimeError`` for a client that is closed."""
@@ -76,22 +96,26 @@ class Link:
 
     def close(self) -> None:
         """Tell the server which jobs nobody waits for any more, then close the channel."""
-        if not self.closed:
-            for request_id, metadata in tuple(self._kept.items()):
-                self._say_farewell(request_id, metadata)
-            self.closed = True
-        with self._starting:
+        with self._leaving:
+            if not self.closed:
+                self.closed = True
+                for request_id, metadata in tuple(self._kept.items()):
+                    self._say_farewell(request_id, metadata)
+                self._kept.clear()
             farewells = tuple(self._farewells)
         for farewell in farewells:
             farewell.join()
         self._channel.close()
 
+    def _keep(self, request_id: str, metadata: Metadata) -> None:
+        with self._leaving:
+            self._kept[request_id] = metadata
+
     def _say_farewell(self, request_id: str, metadata: Metadata) -> None:
         # A thread, for it may take several calls, and whoever leaves should not wait for them.
         farewell = threading.Thread(target=self._cancel_somewhere, args=(request_id, metadata))
-        with self._starting:
-            self._farewells.add(farewell)
-            farewell.start()
+        self._farewells.add(farewell)
+        farewell.start()
 
     def _cancel_somewhere(self, request_id: str, metadata: Metadata) -> None:
         """Cancel a job at whichever of the servers behind the target has it."""

@@ -1,0 +1,138 @@
+"""Streams and clients that are closed while others use them: nothing hangs, nobody is forgotten."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from darkroom_client import Cancelled, Client, Unavailable
+from darkroom_client._following import Attempt
+from darkroom_client.testing import Behaviour, FakeServer, JobState
+from tests.client.conftest import Connect
+
+SECONDS = 60.0
+HELD = Behaviour(hold=threading.Event())
+
+
+def cancelled(fake: FakeServer) -> list[bool]:
+    return [job.state is JobState.CANCELLED for job in fake.jobs]
+
+
+def test_closing_ends_the_read_of_another(caller: Any, fake: FakeServer) -> None:
+    fake.script(HELD)
+
+    with ThreadPoolExecutor(1) as reader, caller.stream("a star") as stream:
+        next(stream)
+        reading = reader.submit(list, stream)
+        stream.close()
+        with pytest.raises((Cancelled, RuntimeError)):
+            reading.result(SECONDS)
+
+    fake.wait_for(lambda: all(cancelled(fake)), SECONDS)
+
+
+def told(make: Callable[..., Any], event: threading.Event) -> Callable[..., Any]:
+    """``make``, and ``event`` set once it has made its result."""
+
+    def made(*args: Any) -> Any:
+        result = make(*args)
+        event.set()
+        return result
+
+    return made
+
+
+def test_closing_ends_the_wait_before_another_try(caller: Any, fake: FakeServer) -> None:
+    fake.script(Behaviour(error=Unavailable("loading", retry_after=3600.0)))
+    stream = caller.stream("a star", timeout=7200.0)
+    waits = threading.Event()
+    following = getattr(stream, "_stream", stream)._following
+    following.hung_up = told(following.hung_up, waits)
+
+    with ThreadPoolExecutor(1) as reader, stream:
+        reading = reader.submit(list, stream)
+        assert waits.wait(SECONDS)
+        stream.close()
+        with pytest.raises(RuntimeError, match="left before its end"):
+            reading.result(SECONDS)
+
+    assert fake.jobs == ()
+
+
+def test_a_job_that_begins_while_its_stream_is_left_is_cancelled(fake: FakeServer) -> None:
+    fake.script(HELD)
+    with Client(fake.target) as client, client.stream("a star") as stream:
+        next_call = stream._following.next_call
+
+        def left_meanwhile() -> Attempt:
+            attempt = next_call()
+
+            def method(stubs: Any) -> Any:
+                # The farewell goes out, and finds no job.
+                stream.close()
+                for farewell in tuple(client._link._farewells):
+                    farewell.join(SECONDS)
+
+                def opened(*args: Any, **options: Any) -> Any:
+                    call = attempt.method(stubs)(*args, **options)
+                    fake.wait_for(lambda: len(fake.jobs) == 1, SECONDS)
+                    return call
+
+                return opened
+
+            return replace(attempt, method=method)
+
+        stream._following.next_call = left_meanwhile  # type: ignore[method-assign]
+        with pytest.raises(Cancelled):
+            next(stream)
+
+        fake.wait_for(lambda: all(cancelled(fake)), SECONDS)
+
+
+@pytest.mark.parametrize("first", ["streams", "client"])
+def test_a_closed_client_has_said_every_farewell(
+    connect: Connect, fake: FakeServer, first: str
+) -> None:
+    fake.script(default=HELD)
+    client = connect(fake.target)
+    streams = [client.stream("a star").__enter__() for _ in range(16)]
+    for stream in streams:
+        next(stream)
+    closes = [stream.close for stream in streams]
+
+    with ThreadPoolExecutor(17) as pool:
+        at_once = [*closes, client.close] if first == "streams" else [client.close, *closes]
+        done = [pool.submit(close) for close in at_once]
+        for each in done:
+            each.result(SECONDS)
+
+    assert cancelled(fake) == [True] * 16
+    assert not client._link._kept
+    assert not client._link._farewells
+
+
+def test_a_farewell_to_a_server_that_is_gone_ends(connect: Connect) -> None:
+    with FakeServer() as fake:
+        fake.script(HELD)
+        client = connect(fake.target)
+        stream = client.stream("a star").__enter__()
+        next(stream)
+    stream.close()
+    client.close()
+
+    assert not client._link._farewells
+
+
+def test_a_call_that_meets_a_channel_closed_meanwhile_is_cancelled(fake: FakeServer) -> None:
+    client = Client(fake.target)
+    stream = client.stream("a star").__enter__()
+    client.close()
+    client._link.check_open = lambda: None  # type: ignore[method-assign]
+
+    with pytest.raises(Cancelled):
+        client.generate("a star")
+    with pytest.raises(Cancelled):
+        next(stream)
