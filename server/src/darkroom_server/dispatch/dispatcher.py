@@ -3,27 +3,24 @@
 import asyncio
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import structlog
 
 from darkroom_server.core.caller import ANYBODY, Caller
 from darkroom_server.core.engine import Engine
-from darkroom_server.core.errors import DarkroomError, StartupError
+from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineReady, Event
-from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, Job
+from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.dispatch import outcomes
-from darkroom_server.dispatch.accepted import AcceptedJob, Finished, Place
+from darkroom_server.dispatch.accepted import AcceptedJob
 from darkroom_server.dispatch.admission import Admission, QueueLimits, check_fits, going_away
-from darkroom_server.dispatch.counts import Counts, End
-from darkroom_server.dispatch.deadlines import Deadlines
+from darkroom_server.dispatch.counts import End
 from darkroom_server.dispatch.estimate import Estimate
 from darkroom_server.dispatch.fleet import Fleet
 from darkroom_server.dispatch.gate import Gate
 from darkroom_server.dispatch.observer import Observer, Unobserved
+from darkroom_server.dispatch.passage import Passage
 from darkroom_server.dispatch.reports import Reports
 from darkroom_server.dispatch.roster import Roster
 from darkroom_server.dispatch.snapshot import Snapshot, State, snapshot_of, state_of
@@ -55,7 +52,6 @@ class Dispatcher:
         observer: Observer | None = None,
         on_state: Callable[[State], None] = lambda _: None,
     ) -> None:
-        self.counts = Counts()
         self._admission = Admission(model_ids)
         self._on_state = on_state
         self._observer = observer or Unobserved()
@@ -71,17 +67,16 @@ class Dispatcher:
             on_end=self._on_end,
         )
         self._serial = itertools.count(1)
-        self._deadlines = Deadlines(self._expire)
         limits = QueueLimits(jobs=max_queued_jobs, megapixel_steps=max_queued_megapixel_steps)
         self._gate = Gate(self._fleet, self._roster, limits, early_refusal=early_refusal)
+        self._passage = Passage(self._roster, self._fleet, self._gate, self._observer)
+        self.counts = self._passage.counts
         self._reports = Reports(
-            self._roster, self._observer, self._gate.estimates, self._leave_engine
+            self._roster, self._observer, self._gate.estimates, self._passage.left_engine
         )
         self._loaded = asyncio.Event()
         self._died = asyncio.Event()
         self._death: str | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     # What is so.
 
@@ -151,17 +146,15 @@ class Dispatcher:
         self.refuse_new_jobs()
         try:
             async with asyncio.timeout(grace):
-                await self._idle.wait()
+                await self._passage.idle.wait()
         except TimeoutError:
             log.warning("drain ends jobs unfinished", jobs=self.counts.live, grace=grace)
-        for accepted in self._live_jobs():
-            self._withdraw(accepted)
-            self._end(accepted, End.FAILED, going_away())
+        self._passage.withdraw_all(End.FAILED, going_away())
 
     async def close(self) -> None:
         """End what is left, and the engines; waits until they have stopped."""
         await self.drain(0.0)
-        self._deadlines.close()
+        self._passage.close()
         await self._fleet.close()
 
     # What callers want.
@@ -196,88 +189,19 @@ class Dispatcher:
         check_fits(job, model)
         if job.id in self._roster:
             raise ValueError(f"a job of id {job.id!r} is still here")
-        accepted = AcceptedJob(job, model, self._abandon)
+        accepted = AcceptedJob(job, model, self._passage.abandon)
         self._gate.let_in(accepted, caller)
-        self.counts.accepted += 1
-        self._idle.clear()
-        self._roster.move(accepted, Place.QUEUE)
-        self._deadlines.add(job.id, job.deadline)
-        self._feed()
+        self._passage.enter(accepted)
         return accepted
 
     def cancel(self, job_id: str) -> None:
         """Give a job up, wherever it is and whoever waits; unknown and ended ones are ignored."""
-        if (accepted := self._roster.get(job_id)) and not accepted.ended:
-            self._withdraw(accepted)
-            self._end(accepted, *outcomes.cancelled())
+        self._passage.cancel(job_id)
 
     def join(self, accepted: AcceptedJob, deadline: float | None) -> None:
         """Another call wants the same job, until ``deadline``; the later one counts, None most."""
-        job = accepted.job
-        self._observer.retry_joined(job.model)
-        if accepted.ended or job.deadline is None:
-            return
-        if deadline is None or deadline > job.deadline:
-            accepted.job = replace(job, deadline=deadline)
-            self._deadlines.discard(job.id)
-            self._deadlines.add(job.id, deadline)
-            self._fleet.extend(job.id, deadline)
-
-    # The way of a job.
-
-    def _abandon(self, job_id: str) -> None:
-        """Nobody waits for a job any more."""
-        accepted = self._roster.get(job_id)
-        if accepted is None or accepted.ended:
-            return
-        # gRPC ends a call whose deadline passed by cancelling it, and may be faster than we are.
-        deadline = accepted.job.deadline
-        if deadline is not None and deadline - DEADLINE_SLACK_SECONDS <= time.monotonic():
-            self._expire(job_id)
-        else:
-            self.cancel(job_id)
-
-    def _live_jobs(self) -> list[AcceptedJob]:
-        return [accepted for accepted in self._roster.all() if not accepted.ended]
-
-    def _feed(self) -> None:
-        """Hand waiting jobs to the engines while they have room, the most urgent first."""
-        for accepted in self._roster.in_order():
-            slot = self._fleet.choose(accepted)
-            if slot is None:
-                # Nobody overtakes: what waits for an empty engine would wait for ever.
-                break
-            self._roster.move(accepted, Place.ENGINE)
-            self._fleet.hand_over(accepted, slot)
-        self._roster.tell_positions()
-
-    def _withdraw(self, accepted: AcceptedJob) -> None:
-        """Take a job out of the queue, or tell the engine to let it go."""
-        if accepted.place is Place.QUEUE:
-            self._roster.move(accepted, Place.OUTSIDE)
-            self._roster.tell_positions()
-        elif accepted.place is Place.ENGINE:
-            self._fleet.cancel(accepted.job.id)
-
-    def _end(self, accepted: AcceptedJob, end: End, outcome: Finished | DarkroomError) -> None:
-        """The one end of a job for its waiters; a second one is not told."""
-        if accepted.ended:
-            return
-        accepted.end(outcome)
-        self._deadlines.discard(accepted.job.id)
-        self._gate.ended(accepted)
-        self.counts.by_end[end] += 1
-        self._observer.ended(accepted.job.model, end, accepted.phase)
-        if self.counts.live == 0:
-            self._idle.set()
-
-    def _expire(self, job_id: str) -> None:
-        accepted = self._roster.get(job_id)
-        if accepted is None:
-            return
-        outcome = outcomes.expired(begun=accepted.place is not Place.QUEUE)
-        self._withdraw(accepted)
-        self._end(accepted, *outcome)
+        self._observer.retry_joined(accepted.job.model)
+        self._passage.extend(accepted, deadline)
 
     # What the engine tells.
 
@@ -287,18 +211,9 @@ class Dispatcher:
                 self._admission.loaded(models)
                 self._observer.loaded(event)
                 self._loaded.set()
-                self._feed()
+                self._passage.feed()
             case _:
                 self._reports.hear(event)
-
-    def _leave_engine(self, accepted: AcceptedJob, outcome: outcomes.Outcome) -> None:
-        self._fleet.left(accepted.job.id)
-        self._leave(accepted, outcome)
-        self._feed()
-
-    def _leave(self, accepted: AcceptedJob, outcome: outcomes.Outcome) -> None:
-        self._roster.move(accepted, Place.OUTSIDE)
-        self._end(accepted, *outcome)
 
     def _on_change(self) -> None:
         """An engine came or went, or the server goes away."""
@@ -306,23 +221,11 @@ class Dispatcher:
         self._on_state(self.state)
 
     def _on_crash(self, victims: list[AcceptedJob]) -> None:
-        """Queue the jobs again that were in an engine when it died, or end them."""
-        for accepted in victims:
-            accepted.engine_died(time.monotonic())
-            if outcome := outcomes.after_crash(accepted, last=self._death is not None):
-                self._leave(accepted, outcome)
-            else:
-                self._roster.move(accepted, Place.QUEUE)
-                accepted.restarts()
-                self._observer.replayed(accepted.job.model)
-        self._feed()
+        self._passage.crashed(victims, last=self._death is not None)
 
     def _on_end(self, message: str) -> None:
         self._death = message
         self._admission.died()
         self._loaded.set()
         self._died.set()
-        for accepted in self._roster.waiting():
-            self._leave(accepted, outcomes.stopped())
-        for accepted in self._live_jobs():
-            self._end(accepted, *outcomes.stopped())
+        self._passage.no_engine_left()
