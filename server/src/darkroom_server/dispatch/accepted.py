@@ -36,12 +36,13 @@ class AcceptedJob:
     """A job, from its acceptance to its end, shared by everybody who waits for it.
 
     ``job`` and ``images`` (those finished so far, by index) are all that a second run needs.
-    ``estimate`` is what was expected at its acceptance. ``position`` says how many go before it,
-    None where it does not wait. ``taken`` says that an engine encodes its prompts, ``started`` that
-    one has begun with its passes, ``developed`` how many images took their last step there,
-    ``previewed`` that there was a preview of one, ``crashes`` how many engines died while it ran,
-    ``crashed_at`` when the last of them did (``time.monotonic`` seconds). When its last waiter has
-    left, it is given up after ``linger`` seconds.
+    ``estimate`` is what was expected at its acceptance, None for one that is run again.
+    ``position`` says how many go before it, None where it does not wait. ``taken`` says that an
+    engine encodes its prompts, ``started`` that one has begun with its passes, ``developed`` how
+    many images took their last step there, ``previewed`` that there was a preview of one,
+    ``crashes`` how many engines died while it ran, ``crashed_at`` when the last of them did
+    (``time.monotonic`` seconds). When its last waiter has left, it is given up after ``linger``
+    seconds.
     """
 
     def __init__(self, job: Job, model: ModelInfo, give_up: Callable[[str], None]) -> None:
@@ -181,6 +182,7 @@ class AcceptedJob:
     def starts_over(self) -> None:
         """It has left its engine unfinished, to be run again."""
         self.taken = self.started = False
+        self.estimate = None  # It was for a run that did not come to its end.
         self.developed = len(self.images)
 
     def restarts(self) -> None:

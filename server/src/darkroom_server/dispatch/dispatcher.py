@@ -72,7 +72,11 @@ class Dispatcher:
         self._passage = Passage(self._roster, self._fleet, self._gate, self._observer)
         self.counts = self._passage.counts
         self._reports = Reports(
-            self._roster, self._observer, self._gate.estimates, self._passage.left_engine
+            self._roster,
+            self._observer,
+            self._gate.estimates,
+            on_leave=self._passage.left_engine,
+            on_return=self._passage.came_back,
         )
         self._loaded = asyncio.Event()
         self._died = asyncio.Event()

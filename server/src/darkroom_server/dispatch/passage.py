@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 from darkroom_server.core.errors import DarkroomError
+from darkroom_server.core.events import StageSeconds
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS
 from darkroom_server.dispatch import outcomes
 from darkroom_server.dispatch.accepted import AcceptedJob, Finished, Place
@@ -67,6 +68,16 @@ class Passage:
             self._deadlines.discard(job.id)
             self._deadlines.add(job.id, deadline)
             self._fleet.extend(job.id, deadline)
+
+    def came_back(self, accepted: AcceptedJob) -> None:
+        """Queue a job again that its engine has let go unfinished; what is drawn of it stays."""
+        if len(accepted.images) == accepted.job.image_count:
+            self.left_engine(accepted, outcomes.finished(accepted, StageSeconds()))
+            return
+        self._fleet.left(accepted.job.id)
+        accepted.starts_over()
+        self._roster.move(accepted, Place.QUEUE)
+        self.feed()
 
     # Out.
 

@@ -31,7 +31,8 @@ from darkroom_server.dispatch.roster import Roster
 class Reports:
     """Hears the engines, on the event loop; what is told of a job that has left is dropped.
 
-    ``on_leave`` is told of each job that its engine has let go, and how it ended there.
+    ``on_leave`` is told of each job that its engine has let go, and how it ended there;
+    ``on_return`` of one that was let go too early, and is to be run again.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class Reports:
         observer: Observer,
         estimates: Estimates,
         on_leave: Callable[[AcceptedJob, outcomes.Outcome], None],
+        on_return: Callable[[AcceptedJob], None],
     ) -> None:
         self._roster = roster
         self._observer = observer
         self._estimates = estimates
         self._on_leave = on_leave
+        self._on_return = on_return
 
     def hear(self, event: Event) -> None:
         """Pass ``event`` on."""
@@ -82,7 +85,10 @@ class Reports:
                 self._on_leave(accepted, outcomes.failed(failure))
             case JobCancelled():
                 self._observer.wasted(accepted.job.model, event.wasted_seconds)
-                self._on_leave(accepted, outcomes.dropped(event))
+                if event.expired and _has_time(accepted):
+                    self._on_return(accepted)
+                else:
+                    self._on_leave(accepted, outcomes.dropped(event))
 
     def _previewed(self, accepted: AcceptedJob, preview: PreviewReady) -> None:
         if not accepted.previewed:
@@ -94,7 +100,16 @@ class Reports:
     def _compare(self, accepted: AcceptedJob) -> None:
         """Tell how good the estimate of a finished job was; of one run again it says nothing."""
         estimate = accepted.estimate
-        if estimate is not None and not (accepted.ended or accepted.crashes):
+        if estimate is not None and not accepted.ended:
             seconds = time.monotonic() - estimate.made_at
             self._estimates.came_true(estimate, seconds)
             self._observer.estimated(accepted.job.model, estimate.total, seconds)
+
+
+def _has_time(accepted: AcceptedJob) -> bool:
+    """Whether the job may go on: a caller that joined it brought a deadline later than its own.
+
+    The engine may hear of that when it has let the job go already.
+    """
+    deadline = accepted.job.deadline
+    return not accepted.ended and (deadline is None or deadline > time.monotonic())

@@ -152,6 +152,12 @@ class FakeEngine:
             self._forget(job_id)
             self._emit(JobFailed(job_id, failure))
 
+    def expire(self, job_id: str) -> None:
+        """Let a job go because of its deadline, which is never looked at otherwise."""
+        with self._lock:
+            self._forget(job_id)
+            self._emit(JobCancelled(job_id, expired=True, wasted_seconds=0.0))
+
     def die(self, message: str = "the fake engine was told to die") -> None:
         """Die with every job inside; ``start`` brings it back, empty."""
         with self._lock:
