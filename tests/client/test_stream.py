@@ -382,6 +382,26 @@ def test_a_job_is_joined_again_on_the_server_that_has_it(connect: Connect) -> No
         assert sum(len(server.jobs) for server in servers) == 4
 
 
+def test_a_server_that_drains_costs_nobody_a_job(connect: Connect) -> None:
+    with FakeServer() as leaving, FakeServer() as staying:
+        released = threading.Event()
+        leaving.script(Behaviour(hold=released))
+        client = connect(f"ipv4:{leaving.target},{staying.target}")
+        kept = connect(leaving.target).submit("a star", seed=7)
+        leaving.state = ServerState.DRAINING
+
+        for seed in range(4):
+            assert client.generate("a star", seed=seed).images[0].seed == seed
+            with client.stream("a star", seed=seed) as stream:
+                assert stream.result().images[0].seed == seed
+        with client.watch(kept.request_id) as watch:
+            assert next(watch).joined
+            released.set()
+            assert watch.result().images[0].seed == 7
+
+        assert (len(leaving.jobs), len(staying.jobs)) == (1, 8)
+
+
 @pytest.mark.parametrize("verb", ["generate('a star')", "stream('a star').__enter__().result()"])
 def test_an_interrupt_reaches_the_server(fake: FakeServer, verb: str) -> None:
     fake.script(Behaviour(hold=threading.Event()))

@@ -89,8 +89,8 @@ def channel_options(settings: Settings) -> Options:
 def service_config(settings: Settings) -> dict[str, object]:
     """How calls are spread over the servers behind a name, and when they are tried again."""
     retry = settings.retry
-    # Not by health: a server whose engine is started again is not ready, and still takes jobs, and
-    # one that drains must be reached to follow a job or to cancel it.
+    # Not by health: gRPC would fail every call where no server is healthy, without the reason that
+    # the server has, and one that drains must be reached to follow a job or to cancel it.
     config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if retry.attempts > 1:
         policy = {
