@@ -151,6 +151,18 @@ async def test_the_oldest_results_go_first() -> None:
         assert not it.begin("a")[1]
 
 
+async def test_a_caller_with_many_results_pushes_out_its_own_only() -> None:
+    async with desk(result_bytes=3 * (ENTRY_BYTES + IMAGE_BYTES + 200)) as it:
+        await it.drawn("a", caller="bob")
+        for id in "abcd":
+            await it.drawn(id)
+        assert it.knows("a", caller="bob")
+        assert [it.knows(id) for id in "abcd"] == [False, False, True, True]
+        await it.drawn("b", caller="bob")
+        assert [it.knows(id, caller="bob") for id in "ab"] == [False, True]
+        assert [it.knows(id) for id in "cd"] == [True, True]
+
+
 async def test_what_is_larger_than_all_the_room_is_not_kept() -> None:
     async with desk(result_bytes=0) as it:
         accepted = await it.drawn("a")
@@ -158,6 +170,14 @@ async def test_what_is_larger_than_all_the_room_is_not_kept() -> None:
         assert it.requests.kept_bytes == 0
         # Those who waited have it all the same.
         assert (await accepted.result()).images
+
+
+async def test_a_result_too_large_to_keep_costs_no_other_caller_its_own() -> None:
+    async with desk(result_bytes=ENTRY_BYTES + IMAGE_BYTES + 200) as it:
+        await it.drawn("a", caller="bob")
+        await it.drawn("b", image_count=3)
+        assert it.knows("a", caller="bob")
+        assert not it.knows("b")
 
 
 async def test_results_are_forgotten_in_time(clock: Clock) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,8 +32,8 @@ class Requests:
     """Finds the job that a caller's request id names: a running one, or one that ended of late.
 
     An ended job is remembered for ``result_ttl`` seconds, with its images; all of them together
-    take ``result_bytes`` at most, and the oldest go first. A job that its callers want kept lives
-    for ``reattach_grace`` seconds without a waiter.
+    take ``result_bytes`` at most, and the oldest of the caller that has most go first. A job that
+    its callers want kept lives for ``reattach_grace`` seconds without a waiter.
     """
 
     def __init__(
@@ -49,13 +50,15 @@ class Requests:
         self._reattach_grace = reattach_grace
         self._entries: dict[Key, _Entry] = {}
         self._ended: dict[Key, _Entry] = {}
-        self._size = 0
+        """In the order of their ends; ``_callers`` has them too, by caller."""
+        self._callers: defaultdict[str, dict[Key, _Entry]] = defaultdict(dict)
+        self._sizes: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def kept_bytes(self) -> int:
         """What the jobs take that have ended and are remembered."""
-        return self._size
+        return self._sizes.total()
 
     def close(self) -> None:
         """Forget everything."""
@@ -63,6 +66,8 @@ class Requests:
             self._timer.cancel()
         self._entries.clear()
         self._ended.clear()
+        self._callers.clear()
+        self._sizes.clear()
 
     def begin(
         self,
@@ -125,21 +130,32 @@ class Requests:
         prompts = len(job.prompt) + len(job.negative_prompt)
         entry.size = ENTRY_BYTES + 4 * prompts + images
         entry.ended_at = time.monotonic()
-        self._ended[key] = entry
-        self._size += entry.size
+        self._ended[key] = self._callers[key[0]][key] = entry
+        self._sizes[key[0]] += entry.size
+        while self.kept_bytes > self._result_bytes:
+            self._forget(self._one_too_many(key[0]))
         self._evict()
+
+    def _one_too_many(self, newest: str) -> Key:
+        """The oldest of the caller that has most; where two have the same, of ``newest``."""
+        most = max(self._sizes, key=lambda caller: (self._sizes[caller], caller == newest))
+        return next(iter(self._callers[most]))
 
     def _forget(self, key: Key) -> None:
         self._entries.pop(key, None)
         if entry := self._ended.pop(key, None):
-            self._size -= entry.size
+            caller = key[0]
+            del self._callers[caller][key]
+            self._sizes[caller] -= entry.size
+            if not self._callers[caller]:
+                del self._callers[caller], self._sizes[caller]
 
     def _evict(self) -> None:
-        """Forget what is too old, or too much; come back when the next is too old."""
+        """Forget what is too old; come back when the next is too old."""
         now = time.monotonic()
         while self._ended:
             key, oldest = next(iter(self._ended.items()))
-            if self._size <= self._result_bytes and oldest.ended_at + self._result_ttl > now:
+            if oldest.ended_at + self._result_ttl > now:
                 break
             self._forget(key)
         if self._timer is not None:

@@ -26,7 +26,8 @@ class Results:
         int,
         Ge(0),
         Setting(
-            "Bytes that kept images take together; beyond, the oldest go first.",
+            "Bytes that kept images take together; beyond, the oldest of the caller that has most "
+            "go first.",
             choose="The bytes of an image, times the images of a second, times `--result-ttl`; or "
             "what the machine can spare. 0 keeps none.",
             metavar="BYTES",
