@@ -19,6 +19,7 @@ from darkroom_server.security.minting import mint
 from darkroom_server.security.token_file import read_tokens
 from darkroom_server.security.tokens import Tokens
 from darkroom_server.settings import Security
+from tests.server.telemetry.scrape import counted, values
 from tests.server.wire import SERVING, Wire, refusal, serving
 
 AUTO = {"auto": True}
@@ -193,3 +194,18 @@ def test_a_minted_token_is_let_in_by_the_lines_below_it(tmp_path: Path) -> None:
         tokens.caller(token[:-1])
     with pytest.raises(StartupError):
         mint("no good")
+
+
+async def test_who_is_not_let_in_is_counted_by_reason(file: Path) -> None:
+    async with serving(fake=AUTO, security=Security(tokens=str(file))) as wire:
+        status: Any = server_pb2_grpc.ServerServiceStub(wire.channel)
+        before = await values(wire, "darkroom_rejections_total", "model", "reason")
+        assert before["unknown", "unauthenticated"] == before["unknown", "permission_denied"] == 0
+        for token in ("", "guessed", "old-1"):
+            await refusal(list_models(wire, bearing(token)))
+        await refusal(status.GetStatus(server_pb2.GetStatusRequest(), metadata=bearing("web-1")))
+        await list_models(wire, bearing("web-1"))
+        assert await counted(wire, "darkroom_rejections_total", "model", "reason") == {
+            ("unknown", "unauthenticated"): 3,
+            ("unknown", "permission_denied"): 1,
+        }

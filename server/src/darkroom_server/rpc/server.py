@@ -20,7 +20,7 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.dispatch import Dispatcher, Requests
 from darkroom_server.rpc.generation import GenerationService
 from darkroom_server.rpc.health import Health
-from darkroom_server.rpc.interceptors.auth import Auth
+from darkroom_server.rpc.interceptors.auth import Auth, AuthObserver
 from darkroom_server.rpc.interceptors.decoding import Decoding
 from darkroom_server.rpc.interceptors.errors import Errors
 from darkroom_server.rpc.interceptors.request_ids import RequestIds
@@ -45,8 +45,8 @@ def _try(host: str, port: int) -> None:
         probe.bind(address)
 
 
-class Observer(RequestObserver, CallObserver, Protocol):
-    """Is told of requests and of calls."""
+class Observer(RequestObserver, CallObserver, AuthObserver, Protocol):
+    """Is told of requests, of calls, and of those that are not let in."""
 
 
 class RpcServer:
@@ -79,7 +79,7 @@ class RpcServer:
             Traces(begin=begin_traces),
         ]
         if tokens is not None:
-            interceptors.append(Auth(tokens))
+            interceptors.append(Auth(tokens, observer))
         interceptors.append(Decoding())
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(

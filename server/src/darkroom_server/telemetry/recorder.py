@@ -16,7 +16,7 @@ from darkroom_server.core.events import (
     PeakMeasured,
     StageSeconds,
 )
-from darkroom_server.rpc.summary import Outcome, RequestSummary
+from darkroom_server.rpc.summary import UNKNOWN_MODEL, Outcome, RequestSummary
 from darkroom_server.telemetry.metrics import Metrics
 from darkroom_server.telemetry.passes import SeriesOfPasses
 
@@ -30,11 +30,14 @@ REJECTIONS = (
     Reason.DEADLINE_UNREACHABLE,
 )
 
+NOT_LET_IN = (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED)
+"""Whatever call it was: of these, no model is known."""
+
 STAGES = [stage.name for stage in fields(StageSeconds)]
 
 
 class Recorder:
-    """Implements ``dispatch.Observer``, and rpc's ``RequestObserver`` and ``CallObserver``.
+    """Implements ``dispatch.Observer``, and rpc's ``Observer``.
 
     ``on_request`` is told of each request too, once it is counted.
     """
@@ -72,6 +75,8 @@ class Recorder:
         self._requests.ready.set(0)
         for model in model_ids:
             self._begin(model)
+        for reason in NOT_LET_IN:
+            self._requests.rejections.labels(UNKNOWN_MODEL, reason.lower())
 
     def _begin(self, model: str) -> None:
         """Show zeros before the first job, so that rates see the first increase too."""
@@ -208,6 +213,10 @@ class Recorder:
         if unreachable or summary.outcome in (Outcome.INVALID, Outcome.REFUSED):
             requests.rejections.labels(model, summary.reason.lower()).inc()
         self._on_request(summary)
+
+    def call_refused(self, reason: Reason) -> None:
+        """A call was not let in."""
+        self._requests.rejections.labels(UNKNOWN_MODEL, reason.lower()).inc()
 
     def call_started(self, service: str, method: str, kind: str) -> None:
         """A call begins."""

@@ -2,11 +2,12 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
-from darkroom_server.core.errors import NotAllowed
+from darkroom_server.core.caller import Caller
+from darkroom_server.core.errors import NotAllowed, Reason, Unauthenticated
 from darkroom_server.rpc.caller import set_caller
 from darkroom_server.rpc.context import Context, metadata_value
 from darkroom_server.rpc.interceptors.around import Around, Method
@@ -26,11 +27,19 @@ ADMIN = frozenset(
 )
 
 
+class AuthObserver(Protocol):
+    """Is told of each call that is not let in, on the event loop."""
+
+    def call_refused(self, reason: Reason) -> None:
+        """Count it; returns at once and never raises."""
+
+
 class Auth(Around):
     """Lets in who has a token, and to what is for admins only who is one. Inside ``Errors``."""
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, observer: AuthObserver) -> None:
         self._tokens = tokens
+        self._observer = observer
 
     def around(
         self, method: Method, context: Context, request: Any
@@ -41,15 +50,22 @@ class Auth(Around):
     @asynccontextmanager
     async def _around(self, method: Method, context: Context) -> AsyncIterator[None]:
         if method.service not in OPEN:
-            caller = self._tokens.caller(_bearer_of(context))
-            structlog.contextvars.bind_contextvars(caller=caller.name)
-            if method.service in ADMIN and not caller.admin:
-                raise NotAllowed(
-                    f"{method.service} is for callers whose token says admin = true, and that of "
-                    f"{caller.name!r} does not"
-                )
-            set_caller(caller)
+            try:
+                set_caller(self._let_in(method, context))
+            except (Unauthenticated, NotAllowed) as error:
+                self._observer.call_refused(error.reason)
+                raise
         yield
+
+    def _let_in(self, method: Method, context: Context) -> Caller:
+        caller = self._tokens.caller(_bearer_of(context))
+        structlog.contextvars.bind_contextvars(caller=caller.name)
+        if method.service in ADMIN and not caller.admin:
+            raise NotAllowed(
+                f"{method.service} is for callers whose token says admin = true, and that of "
+                f"{caller.name!r} does not"
+            )
+        return caller
 
 
 def _bearer_of(context: Context) -> str | None:

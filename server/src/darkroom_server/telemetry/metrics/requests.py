@@ -63,7 +63,8 @@ class RequestMetrics:
         )
         self.rejections = declare.counter(
             "darkroom_rejections_total",
-            "Requests that no job came of, by the reason that the caller was told.",
+            "Requests that no job came of, and calls of any method without a token that allows "
+            "them, by the reason that the caller was told.",
             ("model", "reason"),
         )
         self.cancels = declare.counter(
