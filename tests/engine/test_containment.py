@@ -2,19 +2,31 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
+from darkroom_server.core.config import Dtype
 from darkroom_server.core.errors import Reason
-from darkroom_server.core.events import JobCancelled, JobFailed, JobFinished, StageSeconds
+from darkroom_server.core.events import (
+    Counted,
+    JobCancelled,
+    JobFailed,
+    JobFinished,
+    PassDone,
+    SampleProgress,
+    StageSeconds,
+)
 from darkroom_server.core.job import Job, SchedulerName
 from darkroom_server.engine.resident import Resident
 from darkroom_server.engine.sample import Sample
 
-from .conftest import LoopUnderTest, make_job
+from .conftest import LoopUnderTest, config_for, make_job
+from .test_telling import counted
 
 
 def crowd(count: int, prefix: str, **fields: Any) -> list[Job]:
@@ -53,8 +65,27 @@ def test_out_of_memory_splits_the_pass(own_loop: LoopUnderTest, shared_loop: Loo
     ends = own_loop.run(*jobs)
     assert all(isinstance(end, JobFinished) for end in ends.values())
     assert max(widest) <= 4
-    assert own_loop.models["tiny"].denoiser.max_rows <= 4
+    passes = [event for event in own_loop.events if isinstance(event, PassDone)]
+    assert passes[-1].max_rows <= 4
     assert_same_pictures(own_loop, shared_loop, jobs)
+
+
+def test_large_images_that_do_not_fit_leave_small_ones_their_passes(
+    own_loop: LoopUnderTest,
+) -> None:
+    def large_in_fours(original: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if latents.shape[-1] > 8 and latents.shape[0] > 4:
+            raise torch.OutOfMemoryError("injected")
+        return original(latents, *args, **kwargs)
+
+    replace_unet(own_loop, large_in_fours)
+    own_loop.models["tiny"].denoiser.max_rows = 16
+    own_loop.run(make_job("large", width=128, image_count=4), make_job("small", image_count=4))
+    passes = [event for event in own_loop.events if isinstance(event, PassDone)]
+    of_size = {width: [p for p in passes if p.width == width] for width in (64, 128)}
+    assert {p.rows for p in of_size[64]} == {8}
+    assert {p.max_rows for p in of_size[64]} == {16}
+    assert of_size[128][-1].max_rows == 4
 
 
 def test_out_of_memory_alone_fails_alone(
@@ -118,25 +149,81 @@ def test_a_scheduler_that_raises_fails_its_sample(
     assert_same_pictures(own_loop, shared_loop, others)
 
 
-def test_non_finite_decode_is_tried_in_float32(own_loop: LoopUnderTest) -> None:
+def test_a_scheduler_without_memory_says_so(
+    own_loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = Sample.advance
+
+    def does_not_fit(self: Sample, prediction: torch.Tensor) -> None:
+        if self.job.id == "doomed":
+            raise torch.OutOfMemoryError("injected")
+        advance(self, prediction)
+
+    monkeypatch.setattr(Sample, "advance", does_not_fit)
+    ends = own_loop.run(make_job("doomed", image_count=2), make_job("other"))
+    failed = ends["doomed"]
+    assert isinstance(failed, JobFailed)
+    assert failed.failure.reason is Reason.OUT_OF_MEMORY
+    assert isinstance(ends["other"], JobFinished)
+    assert counted(own_loop)[Counted.OUT_OF_MEMORY_FAILED] == 1
+
+
+def test_non_finite_decode_is_tried_in_float32(
+    own_loop: LoopUnderTest, shared_loop: LoopUnderTest
+) -> None:
     decoder = own_loop.models["tiny"].decoder
     decode = decoder._decode
     decoder._decode = lambda latents: decode(latents) * float("nan")  # type: ignore[method-assign]
     job = make_job("recovered")
-    ends = own_loop.run(job)
-    assert isinstance(ends[job.id], JobFinished)
-    assert pixels(own_loop, job).std() > 1
+    assert isinstance(own_loop.run(job)[job.id], JobFinished)
+    assert_same_pictures(own_loop, shared_loop, [job])
 
 
-def test_non_finite_latents_are_no_black_picture(own_loop: LoopUnderTest) -> None:
-    def poisons_the_first(original: Any, *args: Any, **kwargs: Any) -> Any:
-        (predicted,) = original(*args, **kwargs)
-        return (torch.full_like(predicted, float("nan")),)
+def test_no_memory_for_float32_leaves_the_weights_alone(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = LoopUnderTest(config_for(tiny_folder, dtype=Dtype.BFLOAT16))
+    try:
+        decoder = loop.models["tiny"].decoder
+        decode = decoder._decode
 
-    replace_unet(own_loop, poisons_the_first)
-    end = own_loop.run(make_job("nan"))["nan"]
+        def to_half_of_it(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.encoder.to(*args, **kwargs)
+            raise torch.OutOfMemoryError("injected")
+
+        decoder._decode = lambda latents: decode(latents) * float("nan")  # type: ignore[method-assign]
+        monkeypatch.setattr(AutoencoderKL, "to", to_half_of_it)
+        failed = loop.run(make_job("first"))["first"]
+        assert isinstance(failed, JobFailed)
+        assert failed.failure.reason is Reason.OUT_OF_MEMORY
+        assert {weight.dtype for weight in decoder._vae.parameters()} == {torch.bfloat16}
+        monkeypatch.undo()
+        assert isinstance(loop.run(make_job("second"))["second"], JobFinished)
+        assert {weight.dtype for weight in decoder._vae.parameters()} == {torch.bfloat16}
+    finally:
+        loop.close()
+
+
+def test_non_finite_latents_are_no_black_picture(
+    own_loop: LoopUnderTest, shared_loop: LoopUnderTest
+) -> None:
+    poison = ("not a number", False)
+
+    def poisons_its_rows(original: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = own_loop.models["tiny"].prompts.encode([poison])[poison].hidden[0]
+        predicted = original(*args, **kwargs)[0].clone()
+        for row, context in zip(predicted, kwargs["encoder_hidden_states"], strict=True):
+            if torch.equal(context, hidden):
+                row.fill_(float("nan"))
+        return (predicted,)
+
+    replace_unet(own_loop, poisons_its_rows)
+    others = crowd(4, "finite")
+    ends = own_loop.run(make_job("nan", prompt="not a number"), *others)
+    end = ends["nan"]
     assert isinstance(end, JobFailed)
     assert end.failure.reason is Reason.NON_FINITE
+    assert_same_pictures(own_loop, shared_loop, others)
 
 
 def test_one_failed_image_ends_its_job_once(own_loop: LoopUnderTest) -> None:
@@ -201,10 +288,16 @@ def test_cancelling_one_of_eight(own_loop: LoopUnderTest, shared_loop: LoopUnder
 
 
 def test_an_expired_sample_leaves(own_loop: LoopUnderTest) -> None:
-    end = own_loop.run(make_job("late", steps=150, deadline=time.monotonic() + 0.2))["late"]
+    def expire_at_the_third_step(event: object) -> None:
+        if isinstance(event, SampleProgress) and event.step == 3:
+            own_loop.loop.extend("late", time.monotonic())
+
+    own_loop.on_event = expire_at_the_third_step
+    late = make_job("late", steps=150, deadline=time.monotonic() + 600)
+    end = own_loop.run(late)["late"]
     assert isinstance(end, JobCancelled)
     assert end.expired
-    assert len(own_loop.progress("late")) < 150
+    assert len(own_loop.progress("late")) == 3
 
 
 def test_a_cut_prompt_is_told(shared_loop: LoopUnderTest) -> None:

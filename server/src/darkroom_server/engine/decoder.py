@@ -1,5 +1,6 @@
 """Latents to pixels, one image at a time."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -65,11 +66,8 @@ class Decoder:
             return self._vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
 
     def _decode_float32(self, latents: torch.Tensor) -> torch.Tensor:
-        dtype = self._vae.dtype
-        self._vae.to(dtype=torch.float32)
-        try:
-            with torch.autocast(latents.device.type, enabled=False):
-                scaled = latents.float() / self._vae.config.scaling_factor
-                return self._vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
-        finally:
-            self._vae.to(dtype=dtype)
+        # A copy: without the memory for it, the weights of all others would be left half converted.
+        vae = copy.deepcopy(self._vae).to(dtype=torch.float32)
+        with torch.autocast(latents.device.type, enabled=False):
+            scaled = latents.float() / vae.config.scaling_factor
+            return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from darkroom_server.engine.failures import (
     is_fatal,
     is_out_of_memory,
 )
-from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.sample import Group, Sample
 from darkroom_server.engine.tally import Counts
 
 log = structlog.get_logger(__name__)
@@ -24,7 +24,8 @@ log = structlog.get_logger(__name__)
 class Denoiser:
     """Packs samples into rows, calls the UNet once, and hands each sample its prediction.
 
-    ``max_rows`` bounds a pass; it falls when a pass runs out of memory.
+    ``max_rows`` bounds every pass. Where one runs out of memory, those of its size are bounded
+    further, and only those: who asks for large images does not make small ones slow.
     """
 
     def __init__(
@@ -38,8 +39,13 @@ class Denoiser:
         self.counts = Counts()
         self.unet = unet
         self.max_rows = max_rows
+        self._lowered: dict[Group, int] = {}
         self._precision = precision
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def max_rows_of(self, group: Group) -> int:
+        """Rows that a pass of ``group`` may have."""
+        return min(self.max_rows, self._lowered.get(group, self.max_rows))
 
     def predict(self, samples: Sequence[Sample]) -> list[torch.Tensor | Failure]:
         """The prediction for each sample, one row per embedding, or why there is none.
@@ -72,9 +78,10 @@ class Denoiser:
         half = len(samples) // 2
         if out_of_memory:
             self.counts[Counted.OUT_OF_MEMORY_SPLIT] += 1
-            rows = sum(sample.rows for sample in samples)
-            self.max_rows = max(2, min(self.max_rows, rows // 2))
-            log.warning("row limit lowered", max_rows=self.max_rows)
+            group, rows = samples[0].group, sum(sample.rows for sample in samples)
+            max_rows = max(2, min(self.max_rows_of(group), rows // 2))
+            self._lowered[group] = max_rows
+            log.warning("row limit lowered", group=str(group), max_rows=max_rows)
         return self.predict(samples[:half]) + self.predict(samples[half:])
 
     def _forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, ...]:

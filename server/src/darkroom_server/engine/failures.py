@@ -4,20 +4,31 @@ import torch
 
 from darkroom_server.core.errors import Failure, Reason
 
-_CPU_ALLOCATION = ("not enough memory", "can't allocate memory", "alloc_cpu")
+_ALLOCATION = (
+    "not enough memory",
+    "can't allocate memory",
+    "alloc_cpu",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """True where an allocation failed; on a CPU torch says so in a plain RuntimeError's text."""
+    """True where an allocation failed.
+
+    Only torch's allocator for GPUs has a type of its own for that: on a CPU, and where CUDA or one
+    of its libraries allocates, the text of a RuntimeError tells.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(t in str(error) for t in _CPU_ALLOCATION)
+    return isinstance(error, RuntimeError) and any(t in str(error) for t in _ALLOCATION)
 
 
 def is_fatal(error: Exception) -> bool:
     """True where the device is lost, and with it every later call: the engine must end."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+        return False  # CUDA's own errors are RuntimeErrors; the text of others may be a caller's.
     return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
+    Counted,
     DecodeDone,
     Event,
     JobCancelled,
@@ -23,7 +24,12 @@ from darkroom_server.core.order import pick
 from darkroom_server.core.turns import Turns
 from darkroom_server.engine.commands import Cancel, Close, Extend
 from darkroom_server.engine.encoding import EncodingPool
-from darkroom_server.engine.failures import SCHEDULER_FAILED, is_fatal
+from darkroom_server.engine.failures import (
+    OUT_OF_MEMORY,
+    SCHEDULER_FAILED,
+    is_fatal,
+    is_out_of_memory,
+)
 from darkroom_server.engine.model import LoadedModel
 from darkroom_server.engine.peaks import PeakWatch
 from darkroom_server.engine.reporter import MemoryReporter
@@ -193,8 +199,7 @@ class EngineLoop:
                 except Exception as error:
                     if is_fatal(error):
                         raise
-                    log.exception("samples could not be made", **resident.job.log_fields)
-                    self._fail(resident, SCHEDULER_FAILED)
+                    self._scheduler_failed(resident, error)
                     continue
                 self._roster.develop(resident, samples)
 
@@ -214,9 +219,19 @@ class EngineLoop:
             except Exception as error:
                 if is_fatal(error):
                     raise
-                log.exception("scheduler failed", **sample.job.log_fields)
-                self._fail(resident, SCHEDULER_FAILED)
+                self._scheduler_failed(resident, error)
         return [sample for sample in samples if self._roster.get(sample.job.id)]
+
+    def _scheduler_failed(self, resident: Resident, error: Exception) -> None:
+        """Fail a job whose own scheduler raised ``error``."""
+        job = resident.job
+        if is_out_of_memory(error):
+            log.warning("scheduler ran out of memory", **job.log_fields)
+            self._models[job.model].denoiser.counts[Counted.OUT_OF_MEMORY_FAILED] += 1
+            self._fail(resident, OUT_OF_MEMORY)
+        else:
+            log.error("scheduler failed", exc_info=error, **job.log_fields)
+            self._fail(resident, SCHEDULER_FAILED)
 
     def _account(self, samples: list[Sample], seconds: float, joined: int) -> None:
         """Tell of the steps and of their pass, and charge each sample its rows' share of it."""

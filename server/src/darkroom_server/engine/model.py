@@ -95,7 +95,7 @@ class LoadedModel:
         fit = self.info.memory.rows_that_fit(
             group.latent_width * self.latent_factor, group.latent_height * self.latent_factor
         )
-        return min(self.denoiser.max_rows, fit)
+        return min(self.denoiser.max_rows_of(group), fit)
 
     def new_samples(self, job: Job, embeddings: Embeddings) -> list[Sample]:
         """The images of ``job``, all noise; ``embeddings`` hold what ``prompts_of`` names."""
