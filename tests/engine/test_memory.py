@@ -2,8 +2,10 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -12,13 +14,14 @@ from darkroom_server.core.config import EngineConfig
 from darkroom_server.core.errors import Reason, TooLarge
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.dispatch.admission import check_fits
+from darkroom_server.engine import memory
 from darkroom_server.engine.arrange import denoiser_pass, measure_memory
 from darkroom_server.engine.decoder import Decoder
 from darkroom_server.engine.measure import Form, best_rows, fastest_form, measure_rows, peak_bytes
 from darkroom_server.engine.memory import PeakMemory, available_bytes
 from darkroom_server.engine.runtime import resolve
 
-from .conftest import LoopUnderTest, config_for, make_job
+from .conftest import LoopUnderTest, make_job
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -74,13 +77,26 @@ def test_a_sandbox_that_cannot_reset_the_peak(monkeypatch: pytest.MonkeyPatch) -
         raise PermissionError
 
     monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(memory, "status_bytes", {"VmHWM": 700, "VmRSS": 500}.__getitem__)
     peak = PeakMemory(CPU)
-    peak.reset()
-    assert peak.read() >= 0
+    assert not peak.reset()
+    assert not peak.exact
+    monkeypatch.setattr(memory, "status_bytes", {"VmHWM": 900, "VmRSS": 500}.__getitem__)
+    assert peak.read() == 200, "what goes beyond the highest mark so far"
 
 
-def test_some_memory_is_left_alone() -> None:
-    assert available_bytes(CPU) > 0
+@pytest.mark.parametrize(
+    ("limit", "used", "available"),
+    [(None, None, 900), ("max", None, 900), ("500", "300", 180), ("5000", "300", 900)],
+)
+def test_some_memory_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, limit: str | None, used: str | None, available: int
+) -> None:
+    files = {"/sys/fs/cgroup/memory.max": limit, "/sys/fs/cgroup/memory.current": used}
+    monkeypatch.setattr(Path, "exists", lambda path: files[str(path)] is not None)
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert available_bytes(CPU) == available
 
 
 def test_a_pass_and_a_decode_are_measured() -> None:
@@ -118,10 +134,10 @@ def test_a_pass_and_a_decode_are_measured() -> None:
 
 def test_a_job_that_never_fits_is_refused(shared_loop: LoopUnderTest) -> None:
     info = shared_loop.models["tiny"].info
-    memory = MemoryNeeds(
+    needs = MemoryNeeds(
         pixels=64 * 64, bytes_per_row=3 * MIB, bytes_per_decode=MIB, available_bytes=10 * MIB
     )
-    info = dataclasses.replace(info, memory=memory)
+    info = dataclasses.replace(info, memory=needs)
     check_fits(make_job("fits"), info)
     with pytest.raises(TooLarge) as caught:
         check_fits(make_job("large", width=128, height=128), info)
@@ -135,13 +151,14 @@ def test_a_job_that_never_fits_is_refused(shared_loop: LoopUnderTest) -> None:
     assert "10 MiB" in str(caught.value)
 
 
-def test_what_fits_bounds_a_pass(tiny_folder: Path) -> None:
-    loop = LoopUnderTest(config_for(tiny_folder, max_rows=4))
-    try:
-        loop.run(make_job("four", image_count=4))
-        assert max(step.rows for step in loop.progress("four")) <= 4
-    finally:
-        loop.close()
+def test_what_fits_bounds_a_pass(own_loop: LoopUnderTest) -> None:
+    model = own_loop.models["tiny"]
+    model.denoiser.max_rows = 16
+    needs = MemoryNeeds(pixels=64 * 64, bytes_per_row=1, bytes_per_decode=1, available_bytes=4)
+    model.info = dataclasses.replace(model.info, memory=needs)
+    own_loop.run(make_job("small", image_count=4), make_job("large", width=128, image_count=2))
+    assert max(step.rows for step in own_loop.progress("small")) == 4
+    assert max(step.rows for step in own_loop.progress("large")) == 2
 
 
 class Clock:

@@ -1,6 +1,7 @@
 """What the knobs mean: the presets' table of docs/models.md, and each knob alone."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -135,5 +136,14 @@ def test_what_means_nothing_here(fields: dict[str, Any], line: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_threads_are_at_least_one() -> None:
-    assert allowed_threads() >= 1
+@pytest.mark.parametrize(
+    ("quota", "threads"),
+    [(None, 4), ("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 4)],
+)
+def test_threads_are_as_many_as_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, quota: str | None, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3, 5})
+    monkeypatch.setattr(Path, "exists", lambda _: quota is not None)
+    monkeypatch.setattr(Path, "read_text", lambda _: quota)
+    assert allowed_threads() == threads

@@ -28,23 +28,30 @@ def hashes(response: generation_pb2.GenerateResponse) -> list[str]:
     return [image.replay.pixels_sha256 for image in response.images]
 
 
-def once(wire: Wire, moment: Callable[[Event], bool], number: signal.Signals) -> None:
-    """Send the engine a signal at the first ``moment``."""
-    done: list[bool] = []
+def once(wire: Wire, moment: Callable[[Event], bool], number: signal.Signals) -> list[Event]:
+    """Send the engine a signal at the first ``moment``, which is then in what is returned."""
+    done: list[Event] = []
 
     def act(event: Event) -> None:
         if not done and moment(event):
-            done.append(True)
+            done.append(event)
             wire.engine.kill(number)
 
     wire.engine.on_event = act
+    return done
+
+
+def restarts(wire: Wire) -> int:
+    (engine,) = wire.server.dispatcher.snapshot().engines
+    return engine.restarts
 
 
 async def test_killed_during_denoising(tiny_folder: Path) -> None:
     async with serving(tiny_folder) as wire:
         undisturbed = await wire.generate(image_count=2)
-        once(wire, lambda e: isinstance(e, SampleProgress) and e.step == 3, signal.SIGKILL)
+        done = once(wire, lambda e: isinstance(e, SampleProgress) and e.step == 3, signal.SIGKILL)
         again = await wire.generate(image_count=2)
+        assert (len(done), restarts(wire)) == (1, 1)
         assert hashes(again) == hashes(undisturbed)
         assert [i.data for i in again.images] == [i.data for i in undisturbed.images]
 
@@ -52,8 +59,11 @@ async def test_killed_during_denoising(tiny_folder: Path) -> None:
 async def test_killed_during_decoding(tiny_folder: Path) -> None:
     async with serving(tiny_folder) as wire:
         undisturbed = await wire.generate(image_count=3)
-        once(wire, lambda e: isinstance(e, SampleProgress) and e.step == e.steps, signal.SIGKILL)
+        done = once(
+            wire, lambda e: isinstance(e, SampleProgress) and e.step == e.steps, signal.SIGKILL
+        )
         assert hashes(await wire.generate(image_count=3)) == hashes(undisturbed)
+        assert (len(done), restarts(wire)) == (1, 1)
 
 
 async def test_killed_while_idle(tiny_folder: Path) -> None:
@@ -69,8 +79,9 @@ async def test_killed_while_idle(tiny_folder: Path) -> None:
 async def test_a_hang_is_noticed(tiny_folder: Path) -> None:
     async with serving(tiny_folder, engine_timeout=1.0) as wire:
         undisturbed = await wire.generate()
-        once(wire, lambda e: isinstance(e, SampleProgress) and e.step == 2, signal.SIGSTOP)
+        done = once(wire, lambda e: isinstance(e, SampleProgress) and e.step == 2, signal.SIGSTOP)
         assert hashes(await wire.generate()) == hashes(undisturbed)
+        assert (len(done), restarts(wire)) == (1, 1)
 
 
 async def test_sixteen_jobs_survive_three_kills(tiny_folder: Path) -> None:
