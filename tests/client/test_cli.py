@@ -330,6 +330,20 @@ def test_an_interrupt_ends_with_130_and_the_servers_work(fake: FakeServer, here:
     assert [job.state for job in fake.jobs] == [JobState.CANCELLED] * 2
 
 
+@pytest.mark.parametrize("arguments", [["models"], ["generate", "a star", "--json"]])
+def test_a_reader_who_has_enough_is_no_mistake(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "darkroom_client.cli", *arguments]
+
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, env=os.environ, timeout=60, check=False
+    )
+    os.close(writer)
+
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def on_a_terminal(here: Path, *arguments: str) -> str:
     """What a command writes to a terminal of 80 columns."""
     reader, writer = os.openpty()

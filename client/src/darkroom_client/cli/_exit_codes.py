@@ -12,6 +12,7 @@ TOO_LARGE = 6
 FAILED = 7
 FILE = 8
 INTERRUPTED = 130
+PIPE = 141
 
 TABLE = """\
 exit codes:
@@ -25,6 +26,7 @@ exit codes:
   7    the server failed, withheld the image, or is of another version
   8    a file is missing, exists already or cannot be written
   130  interrupted
+  141  whoever read the output has closed it
 With several prompts, the code is that of the first one that failed.
 """
 
