@@ -89,6 +89,17 @@ def test_an_error_of_the_users_own_goes_as_what_it_is_made_from(
         caller.generate("a star")
 
 
+def test_who_names_no_request_gets_a_name(fake: FakeServer) -> None:
+    with grpc.insecure_channel(fake.target) as channel:
+        draw = GenerationServiceStub(channel).Generate
+        answers = [draw(GenerateRequest(prompt=prompt)) for prompt in ("a star", "a circle")]
+
+    assert [answer.request_id for answer in answers] == [
+        job.request.request_id for job in fake.jobs
+    ]
+    assert len({answer.request_id for answer in answers} - {""}) == 2
+
+
 def test_a_quota_is_not_waited_for(fake: FakeServer) -> None:
     fake.script(Behaviour(error=QuotaExceeded("nothing left", retry_after=1.5)))
 

@@ -1,6 +1,7 @@
 """The jobs of the fake server: who is accepted, who joins, who is forgotten."""
 
 import threading
+import uuid
 from collections import Counter, deque
 
 from darkroom.v1 import generation_pb2
@@ -43,6 +44,10 @@ class Ledger:
         submitted: bool = False,
     ) -> tuple[FakeJob, bool]:
         """The job of ``request`` and whether it was there before; raises what it is refused for."""
+        if not request.request_id:
+            named = generation_pb2.GenerateRequest(request_id=uuid.uuid4().hex)
+            named.MergeFrom(request)
+            request = named
         with self.changed:
             kept = submitted or request.on_disconnect == generation_pb2.ON_DISCONNECT_KEEP
             known = self._known.get(request.request_id)
