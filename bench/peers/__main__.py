@@ -33,10 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # So that a bench that is told to end takes its servers with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     plan = _plan(options)
+    earlier = _earlier(options, plan)
     # Of the beginning: a long bench passes midnight.
-    date = today()
+    date = earlier.date if earlier else today()
     peer_versions = {name: _versions(PEERS[name]) for name in plan.peers}
-    bench = PeersBench(model_source(options.model), plan, lambda: keep())
+    runs = earlier.runs if earlier else []
+    bench = PeersBench(model_source(options.model), plan, lambda: keep(), runs)
 
     def results() -> Results:
         return Results(
@@ -45,17 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             machine=this_machine(),
             versions=versions(),
             model=model_facts(bench.info),
-            settings={
-                "rounds": plan.rounds,
-                "closed": plan.closed,
-                "arrivals": plan.arrivals,
-                "pairs": plan.pairs,
-                "seed": plan.seed,
-                "callers": CALLERS,
-                "widest": WIDEST,
-                "window_seconds": plan.window,
-                "lone_steps": LONE_STEPS,
-            },
+            settings=_settings(plan),
             figures={
                 "versions": {name: peer_versions[name] for name in bench.equality},
                 "equality": bench.equality,
@@ -90,6 +82,31 @@ def publish(results: Results, docs: Path) -> None:
     write_section("benchmarks.md", "Benchmarks", "peers", page(results, "images", plots), docs)
 
 
+def _settings(plan: Plan) -> dict[str, float]:
+    """What all runs of a bench have in common."""
+    return {
+        "rounds": plan.rounds,
+        "closed": plan.closed,
+        "arrivals": plan.arrivals,
+        "pairs": plan.pairs,
+        "seed": plan.seed,
+        "callers": CALLERS,
+        "widest": WIDEST,
+        "window_seconds": plan.window,
+        "lone_steps": LONE_STEPS,
+    }
+
+
+def _earlier(options: argparse.Namespace, plan: Plan) -> Results | None:
+    """What is to be gone on with; ends the program where it does not fit."""
+    if options.resume is None:
+        return None
+    earlier = load(options.resume)
+    if (earlier.settings, earlier.machine) != (_settings(plan), this_machine()):
+        sys.exit(f"{options.resume} was made with other settings, or on another machine")
+    return earlier
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.peers", description=__doc__)
     parser.add_argument("--full", action="store_true", help="every scenario, three rounds: hours")
@@ -106,6 +123,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--note", default="", help="a sentence for the page, on the circumstances")
+    parser.add_argument("--resume", type=Path, metavar="RESULTS", help="go on where these end")
     parser.add_argument("--page", type=Path, metavar="RESULTS", help="only write the page anew")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--docs", type=Path)

@@ -58,15 +58,20 @@ class PeersBench:
     """The peers, and what was measured of them so far.
 
     ``lost`` has a line for each peer or run that came to nothing. ``keep`` is called after each
-    run.
+    run. ``runs`` are those that an earlier bench of the same plan made before it was cut short.
     """
 
-    def __init__(self, source: ModelSource, plan: Plan, keep: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        plan: Plan,
+        keep: Callable[[], None],
+        runs: Sequence[Run] = (),
+    ) -> None:
         self.plan = plan
-        self.runs: list[Run] = []
+        self.runs = list(runs)
         self.lost: list[str] = []
         self.equality: dict[str, dict[str, Any]] = {}
-        self.capacity: dict[Mix, float] = {}
         self._keep = keep
         self.info = _info_of(source)
         self._serving = Serving(
@@ -81,7 +86,6 @@ class PeersBench:
         self._pipe.warm_up()
         self._peers = [PEERS[name] for name in plan.peers]
         self._turn = 0
-        self.seconds_per_step = self.nominal()
 
     def check(self) -> None:
         """Start each peer once, and compare its pictures; those that fail are left out."""
@@ -105,21 +109,12 @@ class PeersBench:
             raise RuntimeError("without (a) there is no capacity to take shares of")
 
     def run(self) -> None:
-        """Every closed loop first, for the capacities, then the open ones; round by round."""
-        closed = [scenario for scenario in self.plan.scenarios if scenario.load is None]
-        loaded = [scenario for scenario in self.plan.scenarios if scenario.load is not None]
+        """Round by round: the closed loops, for the capacities, then the open ones.
+
+        So the loads of a round fit the machine as it is then, be it another day.
+        """
         for round in range(self.plan.rounds):
-            for scenario in closed:
-                self._compete(scenario, round)
-        for mix in {scenario.mix for scenario in closed}:
-            runs = [
-                r for r in self.runs if (r.scenario, r.contender) == (str(mix) + " closed", SERIAL)
-            ]
-            self.capacity[mix] = sum(r.drawn_while_busy for r in runs) / sum(
-                r.busy_seconds for r in runs
-            )
-        for round in range(self.plan.rounds):
-            for scenario in loaded:
+            for scenario in sorted(self.plan.scenarios, key=lambda each: each.load is not None):
                 self._compete(scenario, round)
 
     def close(self) -> None:
@@ -137,7 +132,10 @@ class PeersBench:
         peers = [p for p in self._peers if not scenario.stream or p.name == DARKROOM]
         self._turn += 1
         turn = self._turn % len(peers)
+        done = {(r.contender, r.scenario, r.round) for r in self.runs}
         for peer in peers[turn:] + peers[:turn]:
+            if (peer.name, scenario.name, round) in done:
+                continue
             try:
                 run = self._go(peer, scenario, round)
             except (RuntimeError, OSError) as error:
@@ -159,12 +157,13 @@ class PeersBench:
     def _go(self, peer: Peer, scenario: Scenario, round: int) -> Run:
         open_loop = scenario.load is not None
         count = self.plan.arrivals if open_loop else self.plan.closed
-        capacity = self.capacity.get(scenario.mix, 0.0)
+        serial = self._serial(scenario.mix, round) if open_loop else None
+        capacity = serial.drawn_while_busy / serial.busy_seconds if serial else 0.0
         requests = scenario.requests(
             count,
             self.plan.seed + 100 * open_loop + round,
             capacity,
-            self.seconds_per_step,
+            serial.nominal_before if serial else 0.0,
             self.info.defaults.width,
         )
         with serving_peer(peer, self._serving) as process:
@@ -190,6 +189,14 @@ class PeersBench:
             finally:
                 load.close()
         return run
+
+    def _serial(self, mix: Mix, round: int) -> Run:
+        """How (a) fared in the closed loop: the loads are shares of what it could do."""
+        wanted = (Scenario(mix=mix).name, SERIAL, round)
+        for run in self.runs:
+            if (run.scenario, run.contender, run.round) == wanted:
+                return run
+        raise RuntimeError(f"(a) came to nothing in the closed loop, so there is no load for {mix}")
 
     def _before(
         self, process: PeerProcess, load: Remote, scenario: Scenario, requests: Sequence[Request]

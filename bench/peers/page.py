@@ -44,7 +44,8 @@ def _setting(results: Results) -> str:
     )
     lost = "".join(f"\n\n{line}." for line in results.figures["lost"])
     note = f"\n\n{results.note}" if results.note else ""
-    rounds = settings["rounds"]
+    # Not those that were planned: a bench may have been cut short.
+    rounds = 1 + max((run.round for run in results.runs), default=0)
     times = "one round" if rounds == 1 else f"{rounds} rounds: medians of them (least–greatest)"
     return (
         f"{results.date}, {results.machine.text}; {versions_text(results.versions)}. Model "

@@ -31,12 +31,13 @@ class Trace:
     def __init__(self, path: str) -> None:
         self._path = Path(path)
 
-    def note(self, seconds: float, indexes: Sequence[int]) -> None:
-        """What took ``seconds`` is done just now."""
-        now = time.monotonic()
+    def note(self, seconds: float, indexes: Sequence[int], ended: float | None = None) -> None:
+        """What took ``seconds`` is done: just now, unless it ``ended`` before."""
+        if ended is None:
+            ended = time.monotonic()
         # Written out each time: the process may be killed.
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([now - seconds, now, list(indexes)]) + "\n")
+            file.write(json.dumps([ended - seconds, ended, list(indexes)]) + "\n")
 
 
 def read_trace(path: Path, since: float) -> list[Work]:

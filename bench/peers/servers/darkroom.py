@@ -19,20 +19,15 @@ class TracedEngine(ProcessEngine):
 
     def start(self, emit: Callable[[Event], None]) -> None:
         """Start the engine; see ``ProcessEngine``."""
-        passed: list[int] = []
-        rows = seconds = 0.0
+        stepped: list[int] = []
 
         def tap(event: Event) -> None:
-            nonlocal rows, seconds
             match event:
-                case PassDone():
-                    rows, seconds = event.rows, event.seconds
-                    passed.clear()
                 case SampleProgress():
-                    # The samples of a pass follow it; with guidance, each has two of its rows.
-                    passed.append(int(event.job_id.rpartition("-")[2]))
-                    if 2 * len(passed) >= rows:
-                        self.trace.note(seconds, passed)
+                    stepped.append(int(event.job_id.rpartition("-")[2]))
+                case PassDone():
+                    self.trace.note(event.seconds, stepped, event.ended_at)
+                    stepped.clear()
             emit(event)
 
         super().start(tap)

@@ -124,7 +124,7 @@ class PassDone:
 
     All its images are of ``width`` × ``height`` pixels. It was one step for each of ``samples``,
     of which ``joined`` took their first in company. ``max_rows`` is what the pass could have held,
-    0 where nobody knows.
+    0 where nobody knows. ``ended_at`` is in ``time.monotonic`` seconds.
     """
 
     model: str
@@ -135,6 +135,7 @@ class PassDone:
     samples: int = 0
     joined: int = 0
     max_rows: int = 0
+    ended_at: float = 0.0
 
 
 class Counted(StrEnum):

@@ -146,7 +146,7 @@ class EngineLoop:
                 torch.cuda.synchronize(model.device)
         now = time.monotonic()
         self._turns.charge(samples[0].group, now - began)
-        self._account(stepped, now - began, joined)
+        self._account(stepped, began, now, joined)
         self._preview(stepped)
         finished = [sample for sample in stepped if sample.done]
         for sample in finished:
@@ -233,8 +233,9 @@ class EngineLoop:
             log.error("scheduler failed", exc_info=error, **job.log_fields)
             self._fail(resident, SCHEDULER_FAILED)
 
-    def _account(self, samples: list[Sample], seconds: float, joined: int) -> None:
+    def _account(self, samples: list[Sample], began: float, ended: float, joined: int) -> None:
         """Tell of the steps and of their pass, and charge each sample its rows' share of it."""
+        seconds = ended - began
         rows = sum(sample.rows for sample in samples)
         for sample in samples:
             sample.rows_in_last_pass = rows
@@ -261,6 +262,7 @@ class EngineLoop:
                     samples=len(samples),
                     joined=joined,
                     max_rows=self._models[job.model].max_rows(samples[0].group),
+                    ended_at=ended,
                 )
             )
 
