@@ -2,6 +2,7 @@
 
 import operator
 from numbers import Real
+from typing import SupportsIndex
 
 LONGEST_SECONDS = 1e9
 """About thirty years. gRPC counts in integers, and turns much larger times into the past."""
@@ -27,7 +28,7 @@ def check_number(name: str, value: object) -> None:
 
 def check_integer(name: str, value: object) -> None:
     """Raise ``TypeError`` for what is no integer, of Python or of another library."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} is {_shown(value)}, must be an integer")
     operator.index(value)
 
