@@ -74,13 +74,15 @@ async def test_nothing_is_foretold_of_an_engine_that_nobody_measured() -> None:
 
 async def test_a_deadline_out_of_reach_is_refused_at_once() -> None:
     async with dispatching(timed()) as (dispatcher, engine):
-        with pytest.raises(DeadlineExceeded, match=r"about 40.50 s, 0.00 s of them") as caught:
+        with pytest.raises(DeadlineExceeded, match=r"40.50 s, 0.00 s of them") as caught:
             dispatcher.submit(make_job(steps=40, deadline=time.monotonic() + 20))
         assert caught.value.reason is Reason.DEADLINE_UNREACHABLE
         figures = {key: float(value) for key, value in caught.value.metadata.items()}
         assert figures["estimate_seconds"] == pytest.approx(40.5)
         assert figures["queue_wait_seconds"] == 0.0
         assert figures["remaining_seconds"] == pytest.approx(20, abs=1)
+        assert figures["needed_seconds"] == pytest.approx(40.5)
+        assert "give it at least 40.50 s or ask for fewer steps" in str(caught.value)
         assert dispatcher.counts.accepted == 0
         assert not engine.jobs
 

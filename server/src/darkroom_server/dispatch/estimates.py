@@ -1,5 +1,6 @@
 """When a job would start and finish, and whether its deadline can be met."""
 
+import math
 import time
 
 from darkroom_server.core.errors import DeadlineExceeded, Reason
@@ -69,17 +70,18 @@ class Estimates:
         if job.deadline is None or estimate is None:
             return
         company = any(not accepted.ended for accepted in self._roster.all())
-        needed = estimate.total * (IN_COMPANY if company else self._alone())
         left = job.deadline - estimate.made_at
-        if needed <= left:
+        if estimate.total * (IN_COMPANY if company else self._alone()) <= left:
             return
         if not company:
             self._refusals += 1
-        why = ", since others may come between" if company else ""
+        # Who is alone may be let in with less than the estimate, as a try: nobody is advised to.
+        needed = _rounded_up(estimate.total * (IN_COMPANY if company else 1.0))
+        why = ", since others may come between," if company else ""
         raise DeadlineExceeded(
-            f"this would be finished in about {estimate.total:.2f} s, {estimate.queue_wait:.2f} s "
-            f"of them waiting, and the deadline is in {left:.2f} s; give it at least {needed:.2f} s"
-            f"{why}, or ask for less",
+            f"the deadline is in {left:.2f} s, and this would take about {estimate.total:.2f} s, "
+            f"{estimate.queue_wait:.2f} s of them waiting; give it at least {needed:.2f} s{why} or ask for "
+            "fewer steps, fewer images or smaller ones",
             Reason.DEADLINE_UNREACHABLE,
             {
                 "estimate_seconds": f"{estimate.total:.3f}",
@@ -130,3 +132,8 @@ class Estimates:
             self._works.of(in_order, {}),
             self._fleet.max_resident_samples,
         )
+
+
+def _rounded_up(seconds: float) -> float:
+    """To a hundredth, so that who gives as much as was said has given enough."""
+    return math.ceil(seconds * 100.0) / 100.0
