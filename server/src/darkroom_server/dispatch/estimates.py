@@ -73,6 +73,7 @@ class Estimates:
         left = job.deadline - estimate.made_at
         if estimate.total * (IN_COMPANY if company else self._alone()) <= left:
             return
+        self._calibration.refused(estimate.forecast)
         if not company:
             self._refusals += 1
         # Who is alone may be let in with less than the estimate, as a try: nobody is advised to.
@@ -80,8 +81,8 @@ class Estimates:
         why = ", since others may come between," if company else ""
         raise DeadlineExceeded(
             f"the deadline is in {left:.2f} s, and this would take about {estimate.total:.2f} s, "
-            f"{estimate.queue_wait:.2f} s of them waiting; give it at least {needed:.2f} s{why} or ask for "
-            "fewer steps, fewer images or smaller ones",
+            f"{estimate.queue_wait:.2f} s of them waiting; give it at least {needed:.2f} s{why} or "
+            "ask for fewer steps, fewer images or smaller ones",
             Reason.DEADLINE_UNREACHABLE,
             {
                 "estimate_seconds": f"{estimate.total:.3f}",
