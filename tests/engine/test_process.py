@@ -190,6 +190,24 @@ def test_a_process_that_cannot_be_understood_is_killed(
     engine.close()
 
 
+class Unreadable:
+    """Can be sent, and not received."""
+
+    def __reduce__(self) -> tuple[type[int], tuple[str]]:
+        return int, ("no number",)
+
+
+def test_a_process_that_cannot_understand_ends(tiny_folder: Path) -> None:
+    engine, listener, _ = started(tiny_folder)
+    assert engine._life is not None
+    with structlog.testing.capture_logs() as lines:
+        engine._life.tell(Unreadable())
+        died = listener.until(lambda e: isinstance(e, EngineDied), timeout=60)
+        engine.close()
+    assert died == EngineDied("the engine's process died")
+    assert "a message of the server cannot be read" in [line["event"] for line in lines]
+
+
 @pytest.mark.parametrize("spare", range(4))
 def test_without_a_thread_to_spare_nothing_is_left_behind(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, spare: int

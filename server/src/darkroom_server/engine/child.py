@@ -71,6 +71,10 @@ def run(channel: Channel) -> None:
                         loop.close()
         except ChannelClosed:
             os._exit(1)  # The parent died, and a pass of a large model may take long.
+        except Exception:
+            # Deaf, it would let every later job wait for nothing.
+            log.exception("a message of the server cannot be read")
+            os._exit(1)
 
     threading.Thread(target=listen, name="listen", daemon=True).start()
     loop.run()
