@@ -25,7 +25,7 @@ def page(results: Results) -> str:
 def _dtype(figures: dict[str, Any]) -> str:
     rows = [[str(each["images"]), *_cells(each)] for each in figures["widths"]]
     rows.append(["alone once more", *_cells(figures["again"])])
-    rows.append(["`exact`, among 3 others", *_cells(figures["exact"])])
+    rows.append([f"`exact`, among {figures['others']} others", *_cells(figures["exact"])])
     heads = ["images in each pass", "identical", "PSNR, median", "lowest", "largest difference"]
     return f"### {figures['dtype']}\n\n{table(heads, rows)}"
 

@@ -107,6 +107,7 @@ def test_the_exactness_page() -> None:
         "widths": [{"images": 1, **equal}, {"images": 2, **near}],
         "again": equal,
         "exact": equal,
+        "others": 3,
     }
     settings = {"images": 2, "steps": 20}
     page = exactness_page.page(replace(RESULTS, figures={"dtypes": [dtype]}, settings=settings))
