@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,6 +107,11 @@ def test_short_work_overtakes_long_work() -> None:
 def test_waiting_makes_urgent() -> None:
     long, short = key("long", 50), key("short", 8, submitted_at=30.0)
     assert order([long, short])[0] is long
+
+
+def test_what_has_a_deadline_is_to_be_done_a_little_before() -> None:
+    assert key("pressed", 20, submitted_at=10.0, deadline=12.0).goal == pytest.approx(11.8)
+    assert key("relaxed", 20, submitted_at=10.0, deadline=1000.0).goal == pytest.approx(15.0)
 
 
 def test_a_near_deadline_makes_urgent() -> None:

@@ -27,6 +27,32 @@ def test_forecasts_are_corrected_by_how_they_were_off() -> None:
     assert all(math.isfinite(calibration.factor(s)) for s in (0.0, 1e-300, 1.0, 1e300))
 
 
+def test_what_expires_is_learnt_from_too() -> None:
+    calibration = Calibration()
+    for _ in range(200):
+        calibration.learn(3.0, 3.0)
+    calibration.expired(3.0, had=2.0)  # Its deadline was nearer: it says nothing of the forecast.
+    assert calibration.factor(3.0) == pytest.approx(1.0)
+    for _ in range(200):
+        calibration.expired(3.0, had=6.0)
+    assert calibration.factor(3.0) > 2.0
+
+
+async def test_a_job_that_expires_lets_its_like_be_expected_later(clock: Clock) -> None:
+    async with dispatching(timed(), max_resident_samples=2) as (dispatcher, engine):
+        before = dispatcher.estimate(make_job(steps=8))
+        assert before is not None
+        deadline = time.monotonic() + 2 * before.total
+        late = dispatcher.submit(make_job("late", steps=8, deadline=deadline))
+        clock.skip(3 * before.total)
+        with pytest.raises(DeadlineExceeded):
+            await late.result()
+        engine.advance()  # It lets go.
+        after = dispatcher.estimate(make_job(steps=8))
+        assert after is not None
+        assert after.total / after.forecast > before.total / before.forecast
+
+
 def test_what_keeps_all_jobs_of_a_length_out_is_forgotten() -> None:
     calibration = Calibration()
 

@@ -1,3 +1,4 @@
+import asyncio
 from typing import Any
 
 import grpc
@@ -5,7 +6,10 @@ import pytest
 import structlog
 
 from darkroom.v1 import generation_pb2, model_pb2
+from darkroom_server.core.errors import UnknownRequest
 from darkroom_server.rpc.generation import GenerationService
+from darkroom_server.rpc.interceptors.around import Method
+from darkroom_server.rpc.interceptors.errors import Errors
 from darkroom_server.rpc.models import ModelService
 from darkroom_server.rpc.trace_context import parse_traceparent
 from tests.server.wire import refusal, serving
@@ -58,6 +62,22 @@ async def test_a_status_that_a_handler_chose_is_left_alone(monkeypatch: Any) -> 
         with pytest.raises(grpc.aio.AioRpcError, match="chosen") as caught:
             await wire.models.ListModels(model_pb2.ListModelsRequest())
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+
+
+async def test_a_caller_that_is_gone_is_no_error_of_ours() -> None:
+    class Gone:
+        def trailing_metadata(self) -> tuple[()]:
+            return ()
+
+        async def abort_with_status(self, status: Any) -> None:
+            raise grpc.aio.InternalError("nobody is there")
+
+    method = Method("darkroom.v1.GenerationService", "Generate", "unary")
+    context: Any = Gone()
+    with structlog.testing.capture_logs() as logs, pytest.raises(asyncio.CancelledError):
+        async with Errors().around(method, context, None):
+            raise UnknownRequest("star")
+    assert logs == []
 
 
 async def test_unknown_methods_are_unimplemented() -> None:

@@ -1,9 +1,9 @@
 """Who goes first: one pure function, for jobs that wait and for the rows of the next pass.
 
 Each key has a goal, the moment by which it should be done: its arrival, plus patience in
-proportion to the work that remains, or the caller's deadline where that is nearer. The nearest
-goal goes first. So short work overtakes long work, what is nearly done is finished, and nobody
-starves: whatever arrives later than ``patience`` seconds after a key comes behind it.
+proportion to the work that remains, or a little before the caller's deadline where that is nearer.
+The nearest goal goes first. So short work overtakes long work, what is nearly done is finished, and
+nobody starves: whatever arrives later than ``patience`` seconds after a key comes behind it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 SECONDS_PER_STEP = 0.25
 """Patience for one step; 40 steps let an 8-step job pass that comes up to 8 seconds later."""
+
+SHARE_OF_DEADLINE = 0.9
+"""Of the time until its deadline a job shall take this much: what is finished a moment too late is
+work for nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +42,10 @@ class OrderKey:
     @property
     def goal(self) -> float:
         """The moment by which the work should be done."""
-        goal = self.submitted_at + self.patience
-        return goal if self.deadline is None else min(goal, self.deadline)
+        patience = self.patience
+        if self.deadline is not None:
+            patience = min(patience, SHARE_OF_DEADLINE * (self.deadline - self.submitted_at))
+        return self.submitted_at + patience
 
 
 def order(keys: Iterable[OrderKey]) -> list[OrderKey]:

@@ -9,11 +9,14 @@ LEARNING = 0.05
 DOUBTS = 5
 """A correction begins as if so many forecasts had come true exactly."""
 
-REFUSALS = 20
+REFUSALS = 200
 """So many refusals in a row, and nothing finished, and half of what was learnt is forgotten."""
 
-LARGEST = 1.0
+LARGEST = 2.0
 """In natural logarithms: a forecast that was off by more is believed to be off by this."""
+
+LONGER = 2.0
+"""A job that expired is believed to have wanted so many times what it had: nobody saw its end."""
 
 SHORTEST, LONGEST = -3, 8
 """Classes of forecasts, by their power of two: an eighth of a second, and four minutes."""
@@ -48,6 +51,14 @@ class Calibration:
         part = max(LEARNING, 1 / (self._learned[which] + DOUBTS))
         off = math.log(min(max(real / seconds, math.exp(-LARGEST)), math.exp(LARGEST)))
         self._corrections[which] += part * (off - self._corrections[which])
+
+    def expired(self, seconds: float, had: float) -> None:
+        """A job that was forecast to take ``seconds`` was not finished in the ``had`` it had.
+
+        Else only those that others did not get before would be learnt from.
+        """
+        if had > seconds:
+            self.learn(seconds, LONGER * had)
 
     def refused(self, seconds: float) -> None:
         """A job that was forecast to take ``seconds`` was not let in, because that is too long."""

@@ -152,6 +152,8 @@ class Passage:
         """The one end of a job for its waiters; a second one is not told."""
         if accepted.ended:
             return
+        if end is End.EXPIRED:
+            self._gate.estimates.expired(accepted)
         accepted.end(outcome)
         self._deadlines.discard(accepted.job.id)
         self._gate.ended(accepted)

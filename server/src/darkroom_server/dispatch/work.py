@@ -1,7 +1,7 @@
 """What is left to do of a job, as plain keys for the forecast."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from darkroom_server.core.job import Job, SchedulerName
 from darkroom_server.core.order import OrderKey
@@ -24,9 +24,7 @@ class Work:
 
     def goal(self, passes: int) -> float:
         """By when an image with so many passes left should be done; see ``core.order``."""
-        key = self.key
-        goal = key.submitted_at + key.patience * passes / key.remaining_steps
-        return goal if key.deadline is None else min(goal, key.deadline)
+        return replace(self.key, remaining_steps=passes).goal
 
 
 def work_of(accepted: AcceptedJob, left: Mapping[int, int] | None = None) -> Work:

@@ -1,5 +1,6 @@
 """No call ends with a status that nobody chose."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -32,11 +33,19 @@ class Errors(Around):
         except grpc.aio.AbortError:
             raise  # The handler chose its status itself.
         except DarkroomError as error:
-            await context.abort_with_status(_beside_trailers(context, status_of(error)))
+            await _end(context, status_of(error))
         except Exception:
             # gRPC would send the exception's text to the caller.
             log.exception("handler failed", service=method.service, method=method.name)
-            await context.abort_with_status(_beside_trailers(context, internal_error()))
+            await _end(context, internal_error())
+
+
+async def _end(context: Context, status: ErrorStatus) -> None:
+    try:
+        await context.abort_with_status(_beside_trailers(context, status))
+    except grpc.aio.InternalError:
+        # The caller is gone, and gRPC does not know yet: nobody is left to tell.
+        raise asyncio.CancelledError from None
 
 
 def _beside_trailers(context: Context, status: ErrorStatus) -> ErrorStatus:
