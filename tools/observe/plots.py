@@ -44,7 +44,7 @@ def _latency(asked: Prometheus) -> Any:
 
 def _memory(asked: Prometheus) -> Any:
     """Weights by component, and the peaks of passes by rows and of decodes."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     weights = asked.query("darkroom_model_memory_bytes")
     names = [dict(labels)["component"] for labels in weights]
     left.bar(names, [size / MIB for size in weights.values()], color=COLOURS[3])
@@ -54,12 +54,14 @@ def _memory(asked: Prometheus) -> Any:
     for labels, size in asked.query("darkroom_peak_memory_bytes").items():
         told = dict(labels)
         bars.append((int(told["size_class"]), int(told["rows"]), size))
-    found = [(f"{edge} px\n{rows} rows", size / MIB) for edge, rows, size in sorted(bars)]
+    found = [(f"{edge} px, {rows} rows", size / MIB) for edge, rows, size in sorted(bars)]
     decodes = asked.query("darkroom_decode_peak_memory_bytes").items()
     for edge, size in sorted((int(dict(labels)["size_class"]), size) for labels, size in decodes):
-        found.append((f"{edge} px\ndecode", size / MIB))
-    right.bar(range(len(found)), [size for _, size in found], color=COLOURS[2])
-    right.set_xticks(range(len(found)), [name for name, _ in found], fontsize=7)
+        found.append((f"{edge} px, decode", size / MIB))
+    right.barh(range(len(found)), [size for _, size in found], color=COLOURS[2])
+    right.set_yticks(range(len(found)), [name for name, _ in found])
+    right.invert_yaxis()
+    right.set_xlabel("MiB")
     right.set_title("highest peak besides the weights")
     return figure
 
@@ -78,10 +80,10 @@ def _occupancy(asked: Prometheus, begin: float, end: float) -> Any:
     ):
         for points in asked.over_time(expression, begin, end).values():
             axis.plot(*zip(*points, strict=True), color=colour, label=label)
-    axis.set_ylim(0, 1.25)
+    axis.set_ylim(0, 1.05)
     axis.set_xlabel("seconds of the run")
     axis.set_ylabel("ratio, over 10 s")
-    axis.legend(frameon=False, loc="lower center")
+    figure.legend(ncols=2, loc="outside upper center", frameon=False)
     return figure
 
 
