@@ -107,7 +107,7 @@ class ScriptedServer(
 ):
     """Answers each ``Generate`` with the next behaviour of ``script``, and draws when it is empty.
 
-    ``requests`` and ``metadata`` hold what arrived, every try of it.
+    ``requests`` and ``metadata`` hold what arrived, every try of it; ``peers`` who sent it.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class ScriptedServer(
         self.script: deque[Behaviour] = deque()
         self.requests: list[generation_pb2.GenerateRequest] = []
         self.metadata: list[dict[str, str | bytes]] = []
+        self.peers: set[str] = set()
         self.models = [demo_model()]
         self._pool = futures.ThreadPoolExecutor(8)
         self.refuse_health = False
@@ -188,6 +189,7 @@ class ScriptedServer(
 
     def _note(self, context: grpc.ServicerContext) -> None:
         self.metadata.append(dict(context.invocation_metadata()))
+        self.peers.add(context.peer())
 
     def __enter__(self) -> Self:
         self._server.start()

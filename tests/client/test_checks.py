@@ -126,3 +126,10 @@ def test_previews_come_after_whole_steps(caller: Any, every: Any) -> None:
 def test_previews_have_a_bound(caller: Any) -> None:
     with pytest.raises(ValueError, match="preview_every"):
         caller.stream("a star", preview_every=2**31)
+
+
+def test_a_preview_has_a_format_that_there_is(caller: Any) -> None:
+    with pytest.raises(ValueError, match="preview_format is 'bmp', must be one of png, jpeg"):
+        caller.stream("a star", preview_every=5, preview_format="bmp")
+    with pytest.raises(TypeError, match="preview_format is 5, must be a str"):
+        caller.stream("a star", preview_format=5)

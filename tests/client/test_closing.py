@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from darkroom_client import Cancelled, Client, Unavailable
-from darkroom_client._following import Attempt
+from darkroom_client._attempt import Attempt
 from darkroom_client.testing import Behaviour, FakeServer, JobState
 from tests.client.conftest import Connect
 
@@ -37,8 +37,8 @@ def test_closing_ends_the_read_of_another(caller: Any, fake: FakeServer) -> None
 def told(make: Callable[..., Any], event: threading.Event) -> Callable[..., Any]:
     """``make``, and ``event`` set once it has made its result."""
 
-    def made(*args: Any) -> Any:
-        result = make(*args)
+    def made(*args: Any, **options: Any) -> Any:
+        result = make(*args, **options)
         event.set()
         return result
 

@@ -31,25 +31,47 @@ def settings(**changes: Any) -> Settings:
 
 
 def test_the_channel_is_told_everything() -> None:
-    options = dict(channel_options(settings()))
+    options = dict(channel_options(settings(), checked=False))
 
     assert options["grpc.keepalive_time_ms"] == 60_000
     assert options["grpc.keepalive_timeout_ms"] == 20_000
     assert options["grpc.max_receive_message_length"] == 64 * 2**20
     config = json.loads(str(options["grpc.service_config"]))
     assert config["loadBalancingConfig"] == [{"round_robin": {}}]
-    policy = config["methodConfig"][0]["retryPolicy"]
-    assert policy["maxAttempts"] == 5
-    assert policy["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
+    assert "healthCheckConfig" not in config
+    others, beginning = (method["retryPolicy"] for method in config["methodConfig"])
+    assert others["maxAttempts"] == 5
+    assert others["initialBackoff"] == "0.200000000s"
+    assert others["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
+    # The first try went over the other channel.
+    assert (beginning["maxAttempts"], beginning["initialBackoff"]) == (4, "0.400000000s")
     assert config["retryThrottling"]["maxTokens"] > 0
 
 
-def test_one_attempt_is_no_retry_policy() -> None:
-    assert "methodConfig" not in service_config(settings(retry=Retry(attempts=1)))
+def test_the_checked_channel_goes_by_health_and_tries_once() -> None:
+    options = dict(channel_options(settings(), checked=True))
+    plain = dict(channel_options(settings(), checked=False))
+
+    config = json.loads(str(options.pop("grpc.service_config")))
+    assert config == {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        "healthCheckConfig": {"serviceName": "darkroom.v1.GenerationService"},
+    }
+    # Or each channel would have a connection of its own.
+    del plain["grpc.service_config"]
+    assert options == plain
+
+
+@pytest.mark.parametrize(("attempts", "policies"), [(1, None), (2, 1), (3, 2)])
+def test_one_attempt_is_no_retry_policy(attempts: int, policies: int | None) -> None:
+    config: Any = service_config(settings(retry=Retry(attempts=attempts)), checked=False)
+
+    assert (len(config["methodConfig"]) if "methodConfig" in config else None) == policies
 
 
 def test_backoffs_have_no_more_digits_than_grpc_reads() -> None:
-    config: Any = service_config(settings(retry=Retry(initial_backoff=0.1 + 0.2, max_backoff=1e17)))
+    retry = Retry(initial_backoff=0.1 + 0.2, max_backoff=1e17)
+    config: Any = service_config(settings(retry=retry), checked=False)
 
     policy = config["methodConfig"][0]["retryPolicy"]
     assert policy["initialBackoff"] == "0.300000000s"
@@ -102,7 +124,9 @@ def test_targets(target: str, dialled: str) -> None:
 )
 def test_what_is_this_machine_alone(target: str, local: bool) -> None:
     assert is_loopback(target) is local
-    assert ("grpc.enable_http_proxy" in dict(channel_options(settings(target=target)))) is local
+    assert (
+        "grpc.enable_http_proxy" in dict(channel_options(settings(target=target), checked=True))
+    ) is local
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

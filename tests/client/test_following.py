@@ -1,6 +1,7 @@
 """What one generation's messages mean: no wire, message by message."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -292,3 +293,49 @@ def test_what_is_newer_than_the_client_is_left_out() -> None:
     preview = generation_pb2.Preview(format=types_pb2.ImageFormat.ValueType(99))
 
     assert fed(follow, event(), event(preview=preview)) == []
+
+
+class Stubs:
+    """Says which of the stubs a call goes to."""
+
+    beginning = SimpleNamespace(GenerateStream="checked")
+    generation = SimpleNamespace(GenerateStream="plain", WatchGeneration="watch")
+
+
+def way(follow: Following) -> str:
+    """Where the next call goes."""
+    stubs: Any = Stubs
+    return str(follow.next_call().method(stubs))
+
+
+def test_where_no_server_takes_jobs_any_is_asked_at_once_but_once() -> None:
+    follow = following(attempts=2)
+
+    assert way(follow) == "checked"
+    assert follow.hung_up(LOST, sent=False) == 0.0
+    assert way(follow) == "plain"
+    assert follow.hung_up(LOST, sent=False) > 0.0
+    assert way(follow) == "checked"
+    assert follow.hung_up(LOST, sent=False) == 0.0
+    assert way(follow) == "plain"
+    with pytest.raises(Unavailable):
+        follow.hung_up(LOST, sent=False)
+
+
+def test_a_lost_try_counts_and_the_next_goes_anywhere() -> None:
+    follow = following(attempts=2)
+
+    assert way(follow) == "checked"
+    assert follow.hung_up(LOST) > 0.0
+    assert way(follow) == "plain"
+    fed(follow, accepted())
+    follow.hung_up(LOST)
+    assert way(follow) == "watch"
+
+
+def test_a_server_that_gives_its_reason_was_the_right_one_to_ask() -> None:
+    follow = following()
+
+    assert way(follow) == "checked"
+    follow.hung_up(LOADING)
+    assert way(follow) == "checked"

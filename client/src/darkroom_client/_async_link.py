@@ -1,14 +1,15 @@
-"""The asyncio client's I/O: one channel, and who waits for what over it."""
+"""The asyncio client's I/O: its channels, and who waits for what over them."""
 
 import asyncio
 from typing import Any, TypeVar
 
 import grpc
 
+from darkroom_client._attempt import Attempt
 from darkroom_client._call import Call, closed_under
 from darkroom_client._calls import Calls
-from darkroom_client._channel import open_async_channel
-from darkroom_client._following import PLACES, Attempt, Following
+from darkroom_client._channel import open_async_channels
+from darkroom_client._following import PLACES, Following
 from darkroom_client._link import FAREWELL_SECONDS
 from darkroom_client._settings import Metadata, Settings
 from darkroom_client._stubs import Stubs
@@ -24,31 +25,32 @@ class AsyncLink:
         self._settings = settings
         self._calls = calls
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._channel: grpc.aio.Channel | None = None
+        self._channels: tuple[grpc.aio.Channel, ...] = ()
         self._stubs: Stubs | None = None
         self._kept: dict[str, Metadata] = {}
         self._farewells: set[asyncio.Future[None]] = set()
 
     @property
     def stubs(self) -> Stubs:
-        """The services; the channel opens here, at the first use."""
+        """The services; the channels open here, at the first use."""
         self.check_open()
         if self._stubs is None:
             self._loop = asyncio.get_running_loop()
-            self._channel = open_async_channel(self._settings)
-            self._stubs = Stubs(self._channel)
+            checked, plain = open_async_channels(self._settings)
+            self._channels = (checked, plain)
+            self._stubs = Stubs(checked, plain)
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError("this client belongs to another event loop: make one in each")
         return self._stubs
 
     async def ask(self, call: Call[A]) -> A:
         """Make ``call`` and wait for its answer."""
-        method = call.method(self.stubs)
+        stubs = self.stubs
         if call.keeps and call.request_id is not None:
             self._kept[call.request_id] = call.metadata
         leaves_work = True
         try:
-            response = await method(call.message, timeout=call.timeout, metadata=call.metadata)
+            response = await self._answer(call, stubs)
             leaves_work = False
         except grpc.RpcError as error:
             failure = call.failure(error)
@@ -62,6 +64,17 @@ class AsyncLink:
         finally:
             self.settle(call.request_id, leaves_work=leaves_work)
         return call.decode(response)
+
+    async def _answer(self, call: Call[Any], stubs: Stubs) -> Any:
+        """What one try of ``call`` brings, or two."""
+        ends_at = call.ends_at()
+        try:
+            return await _try(call, stubs)
+        except grpc.RpcError as error:
+            again = call.again(error, ends_at)
+            if again is None or self.closed:
+                raise
+        return await _try(again, stubs)
 
     def follow(self, following: Following, attempt: Attempt) -> Any:
         """Open the stream of ``attempt``."""
@@ -85,15 +98,15 @@ class AsyncLink:
             raise RuntimeError("this client is closed")
 
     async def close(self) -> None:
-        """Tell the server which jobs nobody waits for any more, then close the channel."""
+        """Tell the server which jobs nobody waits for any more, then close the channels."""
         if not self.closed:
             for request_id, metadata in tuple(self._kept.items()):
                 self._say_farewell(request_id, metadata)
             self.closed = True
         # The server may be gone, and the job with it.
         await asyncio.gather(*self._farewells, return_exceptions=True)
-        if self._channel is not None:
-            await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     def _say_farewell(self, request_id: str, metadata: Metadata) -> None:
         farewell = asyncio.ensure_future(self._cancel_somewhere(request_id, metadata, self.stubs))
@@ -105,13 +118,14 @@ class AsyncLink:
         call = self._calls.farewell(request_id, FAREWELL_SECONDS, metadata)
         # As in ``Link``: all at once the second time.
         for count in (1, PLACES):
-            running = [
-                call.method(stubs)(call.message, timeout=call.timeout, metadata=call.metadata)
-                for _ in range(count)
-            ]
+            running = [_try(call, stubs) for _ in range(count)]
             codes = await asyncio.gather(*(each.code() for each in running))
             if any(code is not grpc.StatusCode.NOT_FOUND for code in codes):
                 return
+
+
+def _try(call: Call[Any], stubs: Stubs) -> Any:
+    return call.method(stubs)(call.message, timeout=call.timeout, metadata=call.metadata)
 
 
 def being_cancelled() -> bool:

@@ -13,7 +13,7 @@ from darkroom_client._errors import DarkroomError
 from darkroom_client._events import Event
 from darkroom_client._following import Following
 from darkroom_client._result import GenerationResult
-from darkroom_client._rpc_errors import from_rpc_error
+from darkroom_client._rpc_errors import from_rpc_error, was_sent
 
 
 class AsyncStream:
@@ -78,13 +78,14 @@ class AsyncStream:
     async def _read(self) -> None:
         """One message, or one end of a call and the wait after it."""
         failure: DarkroomError | None = None
+        sent = True
         try:
             if self._call is None:
                 attempt = self._following.next_call()
                 self._call = self._link.follow(self._following, attempt)
             response = await self._call.read()
         except grpc.RpcError as error:
-            failure = self._failure(error)
+            failure, sent = self._failure(error), was_sent(error)
         except asyncio.CancelledError:
             if being_cancelled():
                 raise
@@ -97,7 +98,7 @@ class AsyncStream:
                 return
         self._call = None
         if not self._following.ended:
-            await self._pause(self._following.hung_up(failure))
+            await self._pause(self._following.hung_up(failure, sent=sent))
 
     async def _pause(self, seconds: float) -> None:
         try:

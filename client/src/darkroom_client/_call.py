@@ -1,14 +1,16 @@
 """One call with one answer, prepared: all that both clients share before and after the wire."""
 
+import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Self, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from darkroom_client._errors import Cancelled, DarkroomError, DeadlineExceeded
-from darkroom_client._rpc_errors import from_rpc_error
+from darkroom_client._rpc_errors import from_rpc_error, may_retry, was_sent
 from darkroom_client._settings import Metadata
 from darkroom_client._stubs import Stubs
 
@@ -19,8 +21,9 @@ A = TypeVar("A", covariant=True)
 class Call(Generic[A]):
     """What to send, where, and how to read the answer.
 
-    ``keeps``: the server goes on with ``request_id`` when the connection is lost, so that
-    somebody who leaves must say so.
+    ``instead``: how to ask again where ``method`` found no server, or, where the call is
+    ``retried``, lost it or was turned away. ``keeps``: the server goes on with ``request_id`` when
+    the connection is lost, so that somebody who leaves must say so.
     """
 
     method: Callable[[Stubs], Any]
@@ -31,6 +34,21 @@ class Call(Generic[A]):
     metadata: Metadata
     request_id: str | None = None
     keeps: bool = False
+    instead: Callable[[Stubs], Any] | None = None
+    retried: bool = False
+
+    def ends_at(self) -> float:
+        """When the call must have ended if it begins now, by ``time.monotonic``."""
+        return math.inf if self.timeout is None else time.monotonic() + self.timeout
+
+    def again(self, error: grpc.RpcError, ends_at: float) -> Self | None:
+        """The call to make after ``error``, to end in time; None where there is none."""
+        left = ends_at - time.monotonic()
+        asks = not was_sent(error) or (self.retried and may_retry(error))
+        if self.instead is None or not asks or left <= 0:
+            return None
+        timeout = None if math.isinf(left) else left
+        return replace(self, method=self.instead, instead=None, timeout=timeout)
 
     def failure(self, error: grpc.RpcError) -> DarkroomError:
         """What ``error`` means to the caller."""

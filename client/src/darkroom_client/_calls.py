@@ -49,13 +49,14 @@ class Calls:
         """Draw, and answer when all is done."""
         message = encode_request(settled(request), keep=self._keep)
         return self._call(
-            lambda stubs: stubs.generation.Generate,
+            lambda stubs: stubs.beginning.Generate,
             message,
             decode_response,
             timeout,
             metadata,
             request_id=message.request_id,
             keeps=self._keep,
+            instead=lambda stubs: stubs.generation.Generate,
         )
 
     def stream(
@@ -105,12 +106,13 @@ class Calls:
             limit.FromNanoseconds(round(limited * 1e9))
             message.time_limit.CopyFrom(limit)
         return self._call(
-            lambda stubs: stubs.generation.SubmitGeneration,
+            lambda stubs: stubs.beginning.SubmitGeneration,
             message,
             lambda response: decode_accepted(response.accepted),
             timeout,
             metadata,
             request_id=generation.request_id,
+            instead=lambda stubs: stubs.generation.SubmitGeneration,
         )
 
     def cancel(self, request_id: str, timeout: float | None, metadata: Metadata) -> Call[bool]:
@@ -179,6 +181,7 @@ class Calls:
         *,
         request_id: str | None = None,
         keeps: bool = False,
+        instead: Callable[[Stubs], Any] | None = None,
     ) -> Call[A]:
         return Call(
             method=method,
@@ -189,6 +192,8 @@ class Calls:
             metadata=self._settings.metadata(metadata),
             request_id=request_id,
             keeps=keeps,
+            instead=instead,
+            retried=self._settings.retry.attempts > 1,
         )
 
 

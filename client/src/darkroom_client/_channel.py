@@ -1,18 +1,32 @@
-"""From a client's settings to a gRPC channel."""
+"""From a client's settings to its gRPC channels.
+
+There are two. Calls that begin jobs go over the checked one, to servers whose health says that they
+take jobs; gRPC fails them itself where there is none, and then they go over the plain one, to hear
+the server's own reason. All other calls go over the plain one, for a server that drains is still
+asked about its jobs. The channels differ in nothing that matters to a connection, so that gRPC
+makes one to each server for both.
+"""
 
 import ipaddress
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import grpc.aio
 
-from darkroom_client._connection import TLS
+from darkroom_client._connection import TLS, Retry
+from darkroom_client._rpc_errors import RETRIED
 from darkroom_client._settings import Settings
 
-RETRIED = (
+ACCEPTING = "darkroom.v1.GenerationService"
+"""The name of health checks that says whether a server takes jobs."""
+
+BEGINNING = (
     ("darkroom.v1.GenerationService", "Generate"),
     ("darkroom.v1.GenerationService", "SubmitGeneration"),
+)
+OTHERS = (
     ("darkroom.v1.GenerationService", "CancelGeneration"),
     ("darkroom.v1.GenerationService", "EstimateGeneration"),
     ("darkroom.v1.ModelService", "ListModels"),
@@ -24,22 +38,33 @@ RETRIED = (
 its deadline, with grpcio 1.85.)"""
 
 Options = tuple[tuple[str, str | int], ...]
+Methods = tuple[tuple[str, str], ...]
 
 
-def open_channel(settings: Settings) -> grpc.Channel:
-    """A channel for blocking calls; it connects at the first one."""
-    target, options = dial_target(settings.target), channel_options(settings)
-    if settings.tls is None:
-        return grpc.insecure_channel(target, options)
-    return grpc.secure_channel(target, _credentials(settings.tls), options)
+def open_channels(settings: Settings) -> tuple[grpc.Channel, grpc.Channel]:
+    """The checked and the plain channel for blocking calls; each connects at its first one."""
+    target, credentials = dial_target(settings.target), _credentials(settings.tls)
+
+    def channel(*, checked: bool) -> grpc.Channel:
+        options = channel_options(settings, checked=checked)
+        if credentials is None:
+            return grpc.insecure_channel(target, options)
+        return grpc.secure_channel(target, credentials, options)
+
+    return channel(checked=True), channel(checked=False)
 
 
-def open_async_channel(settings: Settings) -> grpc.aio.Channel:
-    """A channel that belongs to the running event loop; it connects at the first call."""
-    target, options = dial_target(settings.target), channel_options(settings)
-    if settings.tls is None:
-        return grpc.aio.insecure_channel(target, options)
-    return grpc.aio.secure_channel(target, _credentials(settings.tls), options)
+def open_async_channels(settings: Settings) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
+    """As ``open_channels``, for the running event loop, which they belong to."""
+    target, credentials = dial_target(settings.target), _credentials(settings.tls)
+
+    def channel(*, checked: bool) -> grpc.aio.Channel:
+        options = channel_options(settings, checked=checked)
+        if credentials is None:
+            return grpc.aio.insecure_channel(target, options)
+        return grpc.aio.secure_channel(target, credentials, options)
+
+    return channel(checked=True), channel(checked=False)
 
 
 def dial_target(target: str) -> str:
@@ -65,13 +90,13 @@ def _is_loopback_ip(host: str) -> bool:
         return False
 
 
-def channel_options(settings: Settings) -> Options:
-    """What gRPC is told about every connection of a client."""
+def channel_options(settings: Settings, *, checked: bool) -> Options:
+    """What gRPC is told about every connection of a client, and how one channel uses them."""
     options: Options = (
         ("grpc.keepalive_time_ms", round(settings.keepalive.interval * 1000)),
         ("grpc.keepalive_timeout_ms", round(settings.keepalive.timeout * 1000)),
         ("grpc.max_receive_message_length", settings.max_reply_bytes),
-        ("grpc.service_config", json.dumps(service_config(settings))),
+        ("grpc.service_config", json.dumps(service_config(settings, checked=checked))),
         # A server that comes up is noticed within seconds; gRPC's own waits grow to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 250),
         ("grpc.max_reconnect_backoff_ms", 5000),
@@ -86,30 +111,43 @@ def channel_options(settings: Settings) -> Options:
     return options
 
 
-def service_config(settings: Settings) -> dict[str, object]:
+def service_config(settings: Settings, *, checked: bool) -> dict[str, object]:
     """How calls are spread over the servers behind a name, and when they are tried again."""
     retry = settings.retry
-    # Not by health: gRPC would fail every call where no server is healthy, without the reason that
-    # the server has, and one that drains must be reached to follow a job or to cancel it.
     config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
-    if retry.attempts > 1:
-        policy = {
-            "maxAttempts": retry.attempts,
-            "initialBackoff": f"{retry.initial_backoff:.9f}s",
-            "maxBackoff": f"{retry.max_backoff:.9f}s",
-            "backoffMultiplier": retry.multiplier,
-            # A server that closes its port drops what arrives at that moment, as CANCELLED. A job
-            # that somebody cancelled is CANCELLED too, but with a trailer that forbids retries.
-            "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-        }
-        names = [{"service": service, "method": method} for service, method in RETRIED]
-        config["methodConfig"] = [{"name": names, "retryPolicy": policy}]
+    if checked:
+        # No retries here: gRPC would spend them all on finding that no server is healthy. A call
+        # that fails has its further tries over the plain channel.
+        config["healthCheckConfig"] = {"serviceName": ACCEPTING}
+    elif retry.attempts > 1:
+        # What begins a job has had its first try over the checked channel.
+        later = replace(
+            retry,
+            attempts=retry.attempts - 1,
+            initial_backoff=min(retry.initial_backoff * retry.multiplier, retry.max_backoff),
+        )
+        kinds = [(OTHERS, retry), (BEGINNING, later)]
+        config["methodConfig"] = [_method_config(*kind) for kind in kinds if kind[1].attempts > 1]
         # After 50 failures more than successes, retries stop: a fleet that is down is left alone.
         config["retryThrottling"] = {"maxTokens": 100, "tokenRatio": 0.5}
     return config
 
 
-def _credentials(tls: TLS) -> grpc.ChannelCredentials:
+def _method_config(methods: Methods, retry: Retry) -> dict[str, object]:
+    policy = {
+        "maxAttempts": retry.attempts,
+        "initialBackoff": f"{retry.initial_backoff:.9f}s",
+        "maxBackoff": f"{retry.max_backoff:.9f}s",
+        "backoffMultiplier": retry.multiplier,
+        "retryableStatusCodes": [code.name for code in RETRIED],
+    }
+    names = [{"service": service, "method": method} for service, method in methods]
+    return {"name": names, "retryPolicy": policy}
+
+
+def _credentials(tls: TLS | None) -> grpc.ChannelCredentials | None:
+    if tls is None:
+        return None
     return grpc.ssl_channel_credentials(
         root_certificates=Path(tls.ca).read_bytes() if tls.ca else None,
         private_key=Path(tls.key).read_bytes() if tls.key else None,

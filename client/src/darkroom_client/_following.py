@@ -3,13 +3,10 @@
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
-
-from google.protobuf.message import Message
+from collections.abc import Iterator
 
 from darkroom.v1 import generation_pb2
+from darkroom_client._attempt import Attempt, beginning, watching
 from darkroom_client._connection import Retry
 from darkroom_client._errors import (
     Cancelled,
@@ -32,7 +29,6 @@ from darkroom_client._events import (
 from darkroom_client._image import Image
 from darkroom_client._result import GenerationResult
 from darkroom_client._settings import Metadata
-from darkroom_client._stubs import Stubs
 from darkroom_client._wire.events import (
     ImageAssembly,
     decode_accepted,
@@ -50,15 +46,6 @@ PLACES = 6
 know each other's jobs, and a balanced connection takes each call to the next of them."""
 
 _SEED_BOUND = 2**63
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """The next call to make."""
-
-    method: Callable[[Stubs], Any]
-    message: Message
-    timeout: float | None
 
 
 class Following:
@@ -98,6 +85,8 @@ class Following:
         self._settled = False
         # Whether the server, as far as is known, has the job.
         self._joinable = request is None
+        # Whether to ask servers for it that take no jobs.
+        self._anywhere = False
         self._accepted: Accepted | None = None
         # Why the server that was asked last did not take the job.
         self._refusal: Unavailable | None = None
@@ -128,16 +117,12 @@ class Following:
         self._assembly = ImageAssembly(self.request_id)
         timeout = None if math.isinf(left) else left
         if self._joinable or self._request is None:
-            return Attempt(
-                lambda stubs: stubs.generation.WatchGeneration,
-                generation_pb2.WatchGenerationRequest(request_id=self.request_id),
-                timeout,
-            )
+            return watching(self.request_id, timeout)
         self._sent = True
         message = generation_pb2.GenerateStreamRequest(
             generation=self._missing(self._request), preview=self._preview
         )
-        return Attempt(lambda stubs: stubs.generation.GenerateStream, message, timeout)
+        return beginning(message, timeout, anywhere=self._anywhere)
 
     def feed(self, event: generation_pb2.GenerationEvent) -> list[Event]:
         """What ``event`` means to the caller; raises ``ServerError`` for what cannot be read."""
@@ -150,16 +135,24 @@ class Following:
             self.ended = True
             raise
 
-    def hung_up(self, error: DarkroomError | None) -> float:
+    def hung_up(self, error: DarkroomError | None, *, sent: bool = True) -> float:
         """How many seconds to wait before ``next_call``; raises ``error`` where it is the end.
 
-        None: the call ended well, though the generation did not.
+        None: the call ended well, though the generation did not. ``sent``: there was a server that
+        the call could be sent to.
         """
         error = error or Unavailable(
             f"the server at {self.address} ended the stream before the generation",
             code="UNAVAILABLE",
             request_id=self.request_id,
         )
+        asked_anywhere, self._anywhere = self._anywhere, False
+        bare = isinstance(error, Unavailable) and not error.reason
+        if bare and not self._joinable and not asked_anywhere:
+            # No server takes jobs, or it was lost: any other says why, or does it after all.
+            self._anywhere = True
+            if not sent:
+                return 0.0
         if isinstance(error, UnknownRequest) and self._joinable and self._look_elsewhere():
             # Not in step with others that look, or each would always meet the same server.
             return random.uniform(0.0, 0.02)

@@ -1,4 +1,4 @@
-"""The blocking client's I/O: one channel, and who waits for what over it."""
+"""The blocking client's I/O: its channels, and who waits for what over them."""
 
 import threading
 from collections.abc import Callable
@@ -6,11 +6,12 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
+from darkroom_client._attempt import Attempt
 from darkroom_client._call import Call, closed_under
 from darkroom_client._calls import Calls
-from darkroom_client._channel import open_channel
+from darkroom_client._channel import open_channels
 from darkroom_client._errors import DarkroomError
-from darkroom_client._following import PLACES, Attempt, Following
+from darkroom_client._following import PLACES, Following
 from darkroom_client._settings import Metadata, Settings
 from darkroom_client._stubs import Stubs
 
@@ -26,8 +27,8 @@ class Link:
     def __init__(self, settings: Settings, calls: Calls) -> None:
         self.closed = False
         self._calls = calls
-        self._channel = open_channel(settings)
-        self.stubs = Stubs(self._channel)
+        self._channels = open_channels(settings)
+        self.stubs = Stubs(*self._channels)
         # Jobs that the server would go on with if this side just went away.
         self._kept: dict[str, Metadata] = {}
         self._farewells: set[threading.Thread] = set()
@@ -50,15 +51,18 @@ class Link:
         # Before the call, for an interrupt may come at any moment after it.
         if call.keeps and call.request_id is not None:
             self._keep(call.request_id, call.metadata)
+        return Pending(self, call)
+
+    def open(self, call: Call[A]) -> Any:
+        """Make one try of ``call``: a future of gRPC's."""
         try:
-            future = call.method(self.stubs).future(
+            return call.method(self.stubs).future(
                 call.message, timeout=call.timeout, metadata=call.metadata
             )
         except ValueError:
             if self.closed:
                 raise closed_under(call.request_id) from None
             raise
-        return Pending(self, call, future)
 
     def follow(self, following: Following, attempt: Attempt) -> Any:
         """Open the stream of ``attempt``."""
@@ -95,7 +99,7 @@ class Link:
             raise RuntimeError("this client is closed")
 
     def close(self) -> None:
-        """Tell the server which jobs nobody waits for any more, then close the channel."""
+        """Tell the server which jobs nobody waits for any more, then close the channels."""
         with self._leaving:
             if not self.closed:
                 self.closed = True
@@ -105,7 +109,8 @@ class Link:
             farewells = tuple(self._farewells)
         for farewell in farewells:
             farewell.join()
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def _keep(self, request_id: str, metadata: Metadata) -> None:
         with self._leaving:
@@ -138,23 +143,33 @@ class Link:
 
 
 class Pending(Generic[A]):
-    """A call that runs."""
+    """A call that runs, in one try or two."""
 
-    def __init__(self, link: Link, call: Call[A], future: Any) -> None:
+    def __init__(self, link: Link, call: Call[A]) -> None:
         self._link = link
         self._call = call
-        self._future = future
+        self._ends_at = call.ends_at()
+        self._left = False
+        # Held while one try follows another. May be taken twice, as the link's own.
+        self._turning = threading.RLock()
+        self._try = call
+        self._future = link.open(call)
 
     def result(self) -> A:
         """The answer, waited for; raises the call's ``DarkroomError``."""
-        try:
-            response = self._future.result()
-        except grpc.FutureCancelledError:
-            raise closed_under(self._call.request_id) from None
-        except grpc.RpcError as error:
-            failure = self._call.failure(error)
-            self._settle(leaves_work=self._call.leaves_work(failure))
-            raise failure from error
+        while True:
+            future = self._future
+            try:
+                response = future.result()
+                break
+            except grpc.FutureCancelledError:
+                raise closed_under(self._call.request_id) from None
+            except grpc.RpcError as error:
+                if self._goes_on(future):
+                    continue
+                failure = self._call.failure(error)
+                self._settle(leaves_work=self._call.leaves_work(failure))
+                raise failure from error
         self._settle(leaves_work=False)
         return self._call.decode(response)
 
@@ -167,12 +182,47 @@ class Pending(Generic[A]):
 
     def when_done(self, tell: Callable[[], None]) -> None:
         """Have ``tell`` called, in some thread, once the answer is there."""
-        self._future.add_done_callback(lambda _: tell())
+
+        def done(future: Any) -> None:
+            goes_on = False
+            try:
+                goes_on = self._goes_on(future)
+            finally:
+                # Were it not told, for whatever reason, its reader would wait for ever.
+                if not goes_on:
+                    tell()
+            if goes_on:
+                self._future.add_done_callback(done)
+
+        self._future.add_done_callback(done)
 
     def cancel(self) -> None:
         """Leave, where there is no answer yet; the server stops drawing."""
-        self._settle(leaves_work=not self._future.done())
+        with self._turning:
+            leaves_work = not self._future.done() or self._again() is not None
+            self._left = True
+        self._settle(leaves_work=leaves_work)
         self._future.cancel()
+
+    def _goes_on(self, future: Any) -> bool:
+        """Whether there is another try after ``future``, which has ended; begins it."""
+        with self._turning:
+            if self._future is future:
+                again = self._again()
+                if again is None:
+                    return False
+                self._try, self._future = again, self._link.open(again)
+                if self._left:
+                    # By an iterator that was dropped in this very moment.
+                    self._future.cancel()
+            return True
+
+    def _again(self) -> Call[A] | None:
+        """The try to make after the one that ended; None where that was the last."""
+        if self._left or self._link.closed or self._future.cancelled():
+            return None
+        error = self._future.exception()
+        return None if error is None else self._try.again(error, self._ends_at)
 
     def _settle(self, *, leaves_work: bool) -> None:
         self._link.settle(self._call.request_id, leaves_work=leaves_work)

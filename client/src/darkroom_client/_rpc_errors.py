@@ -62,8 +62,16 @@ CODES: dict[grpc.StatusCode, type[DarkroomError]] = {
     grpc.StatusCode.DATA_LOSS: errors.ServerError,
 }
 
+RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""What another try may mend. A server that closes its port drops what arrives at that moment, as
+CANCELLED; a job that somebody cancelled is CANCELLED too, but with a trailer that forbids retries.
+"""
+
 # gRPC's own words, which no detail message accompanies, from either end of the connection.
 _OVERSIZE = "message larger than max"
+_NO_SERVER = "connections to all backends failing"
+
+_PUSHBACK = "grpc-retry-pushback-ms"
 
 M = TypeVar("M", bound=Message)
 
@@ -128,6 +136,20 @@ def _without_reason(
             "older than this client?"
         )
     return kind, text
+
+
+def was_sent(error: grpc.RpcError) -> bool:
+    """False where gRPC knew of no server that it could have sent the call to."""
+    return error.code() is not grpc.StatusCode.UNAVAILABLE or _NO_SERVER not in (
+        error.details() or ""
+    )
+
+
+def may_retry(error: grpc.RpcError) -> bool:
+    """Whether gRPC itself would try again after ``error``."""
+    trailers = cast(grpc.Call, error).trailing_metadata() or ()
+    forbidden = any(key == _PUSHBACK and str(value).startswith("-") for key, value in trailers)
+    return error.code() in RETRIED and not forbidden
 
 
 def unreachable(address: str, cause: str) -> str:

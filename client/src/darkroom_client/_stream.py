@@ -12,7 +12,7 @@ from darkroom_client._events import Event
 from darkroom_client._following import Following
 from darkroom_client._link import Link
 from darkroom_client._result import GenerationResult
-from darkroom_client._rpc_errors import from_rpc_error
+from darkroom_client._rpc_errors import from_rpc_error, was_sent
 
 
 class Stream:
@@ -81,6 +81,7 @@ class Stream:
 
     def _read(self) -> None:
         """One message, or one end of a call and the wait after it."""
+        failure, sent = None, True
         try:
             if self._call is None:
                 attempt = self._following.next_call()
@@ -92,15 +93,15 @@ class Stream:
                     self._call.cancel()
             response = next(self._call)
         except StopIteration:
-            failure = None
+            pass
         except grpc.RpcError as error:
-            failure = self._failure(error)
+            failure, sent = self._failure(error), was_sent(error)
         else:
             self._events.extend(self._following.feed(response.event))
             return
         self._call = None
         if not self._following.ended:
-            self._left.wait(self._following.hung_up(failure))
+            self._left.wait(self._following.hung_up(failure, sent=sent))
 
     def _failure(self, error: grpc.RpcError) -> Any:
         if self._link.closed or self._left.is_set():

@@ -1,4 +1,4 @@
-"""The services of a server, over one channel."""
+"""The services of a server, over the two channels of a client."""
 
 from typing import Any
 
@@ -8,9 +8,13 @@ from darkroom.v1 import generation_pb2_grpc, model_pb2_grpc, server_pb2_grpc
 
 
 class Stubs:
-    """One stub of each service; which kind of call they make is the channel's choice."""
+    """One stub of each service; which kind of call they make is the channels' choice.
 
-    def __init__(self, channel: Any) -> None:
+    ``beginning``: for calls that begin jobs, by a channel that goes to servers that take them.
+    """
+
+    def __init__(self, checked: Any, channel: Any) -> None:
+        self.beginning: Any = generation_pb2_grpc.GenerationServiceStub(checked)
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)
         self.models: Any = model_pb2_grpc.ModelServiceStub(channel)
         self.server: Any = server_pb2_grpc.ServerServiceStub(channel)

@@ -87,6 +87,10 @@ def encode_preview(
     check_integer("preview_every", every_steps)
     if not 0 <= every_steps < _INT32_BOUND:
         raise ValueError(f"preview_every is {every_steps}, must be 0 (none) to 2^31 - 1")
+    check_text("preview_format", image_format)
+    if not _is_member(ImageFormat, image_format):
+        names = ", ".join(ImageFormat)
+        raise ValueError(f"preview_format is {image_format!r}, must be one of {names}")
     if not every_steps:
         return None
     return generation_pb2.PreviewOptions(

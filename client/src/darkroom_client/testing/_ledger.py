@@ -65,6 +65,7 @@ class Ledger:
                 behaviour = self._behaviour(request)
             except DarkroomError as error:
                 self.refusals[type(error).__name__] += 1
+                self.changed.notify_all()
                 raise
             job = FakeJob(
                 request,

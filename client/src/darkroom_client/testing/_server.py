@@ -84,7 +84,7 @@ class FakeServer:
                 self._ledger.default = default
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 30.0) -> None:
-        """Return once ``condition`` holds; it is asked whenever a job changes.
+        """Return once ``condition`` holds; it is asked whenever a job changes or is refused.
 
         Raises ``TimeoutError`` after ``timeout`` seconds.
         """
