@@ -30,7 +30,8 @@ class Retry:
 
     A call is tried at most ``attempts`` times (1 to 5; 1 means no retry). The wait between two
     tries is ``initial_backoff`` seconds (0.01 and more) at first, give or take a fifth, and grows
-    by ``multiplier`` up to ``max_backoff``; a wait that the server names goes before it. When many
+    by ``multiplier`` up to ``max_backoff``; a wait that the server names goes before it. The
+    second try of ``generate`` and ``submit`` is made at once, at any server. When many
     calls fail, retries stop until some succeed. Every try carries the same seed and request id,
     so that a retry draws the same picture.
     """
