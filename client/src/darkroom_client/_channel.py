@@ -4,7 +4,8 @@ There are two. Calls that begin jobs go over the checked one, to servers whose h
 take jobs; gRPC fails them itself where there is none, and then they go over the plain one, to hear
 the server's own reason. All other calls go over the plain one, for a server that drains is still
 asked about its jobs. The channels differ in nothing that matters to a connection, so that gRPC
-makes one to each server for both.
+makes one to each server for both; with TLS, where it never does, the plain one has its own, made at
+its first call.
 """
 
 import ipaddress
