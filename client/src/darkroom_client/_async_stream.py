@@ -93,6 +93,9 @@ class AsyncStream:
             self._following.ended = True
             raise closed_under(self.request_id) from None
         else:
+            if self._link.closed:  # What was on its way may still arrive.
+                self._following.ended = True
+                raise closed_under(self.request_id)
             if response is not grpc.aio.EOF:
                 self._events.extend(self._following.feed(response.event))
                 return
