@@ -231,6 +231,32 @@ def test_its_state_is_what_health_and_status_say(connect: Connect, fake: FakeSer
     assert client.generate("a star").images
 
 
+def test_its_state_can_be_set_while_watchers_of_its_health_leave(fake: FakeServer) -> None:
+    done = threading.Event()
+
+    def come_and_go() -> None:
+        while not done.is_set():
+            with grpc.insecure_channel(fake.target) as channel:
+                stub: Any = HealthStub(channel)
+                watch = stub.Watch(HealthCheckRequest(), timeout=60)
+                next(watch)
+                watch.cancel()
+
+    def change() -> None:
+        for _ in range(500):
+            fake.state = ServerState.DRAINING
+            fake.state = ServerState.READY
+        done.set()
+
+    threads = [threading.Thread(target=come_and_go, daemon=True) for _ in range(4)]
+    threads.append(threading.Thread(target=change, daemon=True))
+    for thread in threads:
+        thread.start()
+    assert done.wait(60.0)
+    for thread in threads:
+        thread.join()
+
+
 def test_status_counts_jobs(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(), Behaviour(error=InvalidRequest("no")), Behaviour(withheld=True))
     caller.generate_many(["a", "b", "c"])

@@ -25,6 +25,21 @@ SERVING = {
 HANDLERS = 256
 
 
+class _Health(health.HealthServicer):
+    """Watches on threads of their own.
+
+    Without, the servicer sends under its lock, for which the end of a watch waits: a state that is
+    set while a watcher leaves would then be set for ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(experimental_non_blocking=False)
+
+    def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:
+        """See ``HealthServicer``, which notes the above at this very method."""
+        return super().Watch(request, context)
+
+
 class FakeServer:
     """Draws gradients at once, or does what its script says; a context manager.
 
@@ -41,7 +56,7 @@ class FakeServer:
         self.estimate = Estimate(queue_wait=0.0, run_time=1.0, peak_bytes=0, available_bytes=2**30)
         self._ledger = Ledger(capacity)
         self._services = Services(self._ledger, lambda: self.estimate, token)
-        self._health = health.HealthServicer()
+        self._health = _Health()
         self._port = port
         self._server: grpc.Server | None = None
         self._handlers: ThreadPoolExecutor | None = None
