@@ -82,6 +82,15 @@ def test_quick_passes_go_together(rig: Rig) -> None:
     ]
 
 
+def test_a_last_step_is_told_at_once(rig: Rig) -> None:
+    for number in (18, 19, 20):
+        rig.step(number)
+    assert rig.messages() == [
+        (step(18), passed(18)),
+        (step(19), passed(19), step(20), passed(20)),
+    ]
+
+
 def test_slow_passes_are_told_one_by_one(rig: Rig) -> None:
     for number in (1, 2):
         rig.step(number)

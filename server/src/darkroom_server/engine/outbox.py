@@ -18,13 +18,15 @@ this takes half a millisecond from it.
 class Outbox:
     """Tells the serving process; the steps of quick passes together, all else at once.
 
-    Any thread may tell. What was told first is sent first.
+    An image's last step is told at once too, for what comes next may take long. Any thread may
+    tell. What was told first is sent first.
     """
 
     def __init__(self, channel: Channel, now: Callable[[], float] = time.monotonic) -> None:
         self._channel = channel
         self._now = now
         self._held: list[Event] = []
+        self._last_step = False
         self._sent_at = -TOGETHER_SECONDS
         self._lock = threading.Lock()
 
@@ -33,12 +35,14 @@ class Outbox:
         with self._lock:
             if isinstance(event, SampleProgress):
                 self._held.append(event)
+                self._last_step |= event.step == event.steps
                 return  # Its pass is told next.
             now = self._now()
-            if isinstance(event, PassDone) and now - self._sent_at < TOGETHER_SECONDS:
+            soon = now - self._sent_at < TOGETHER_SECONDS
+            if isinstance(event, PassDone) and soon and not self._last_step:
                 self._held.append(event)
                 return
-            self._sent_at = now
+            self._sent_at, self._last_step = now, False
             held, self._held = self._held, []
             if isinstance(event, ImageReady):  # Its bytes follow it, so it goes alone.
                 if held:
