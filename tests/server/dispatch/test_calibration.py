@@ -93,9 +93,9 @@ async def test_company_does_not_keep_all_jobs_of_a_length_out_for_good(clock: Cl
         dispatcher.submit(make_job("company", steps=1000))
         estimate = dispatcher.estimate(make_job(steps=8))
         assert estimate is not None
-        deadline = 1.3 * estimate.forecast
+        deadline = 1.7 * estimate.forecast
         refused = 0
-        while refused < 200:
+        while refused <= 5 * REFUSALS:
             try:
                 dispatcher.submit(make_job(steps=8, deadline=time.monotonic() + deadline))
                 break

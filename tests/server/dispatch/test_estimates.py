@@ -100,9 +100,9 @@ async def test_a_job_alone_gets_the_benefit_of_the_doubt() -> None:
         assert estimate is not None
         with pytest.raises(DeadlineExceeded):
             dispatcher.submit(
-                make_job("b", steps=4, deadline=time.monotonic() + 1.19 * estimate.total)
+                make_job("b", steps=4, deadline=time.monotonic() + 1.49 * estimate.total)
             )
-        dispatcher.submit(make_job("b", steps=4, deadline=time.monotonic() + 1.21 * estimate.total))
+        dispatcher.submit(make_job("b", steps=4, deadline=time.monotonic() + 1.51 * estimate.total))
 
 
 async def test_a_wrong_measurement_does_not_shut_the_door_for_good() -> None:
