@@ -26,7 +26,6 @@ class Outbox:
         self._channel = channel
         self._now = now
         self._held: list[Event] = []
-        self._last_step = False
         self._sent_at = -TOGETHER_SECONDS
         self._lock = threading.Lock()
 
@@ -35,14 +34,13 @@ class Outbox:
         with self._lock:
             if isinstance(event, SampleProgress):
                 self._held.append(event)
-                self._last_step |= event.step == event.steps
                 return  # Its pass is told next.
             now = self._now()
             soon = now - self._sent_at < TOGETHER_SECONDS
-            if isinstance(event, PassDone) and soon and not self._last_step:
+            if isinstance(event, PassDone) and soon and not any(map(_is_last, self._held)):
                 self._held.append(event)
                 return
-            self._sent_at, self._last_step = now, False
+            self._sent_at = now
             held, self._held = self._held, []
             if isinstance(event, ImageReady):  # Its bytes follow it, so it goes alone.
                 if held:
@@ -50,3 +48,7 @@ class Outbox:
                 self._channel.send(event)
             else:
                 self._channel.send((*held, event))
+
+
+def _is_last(event: Event) -> bool:
+    return isinstance(event, SampleProgress) and event.step == event.steps

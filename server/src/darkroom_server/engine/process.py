@@ -199,7 +199,7 @@ class _Life:
         self._emit(EngineDied(died))
 
     def _told(self) -> Iterator[Event]:
-        """What the process tells, until it is gone: then EOFError or OSError."""
+        """What the process tells, until it is gone: then ``ChannelClosed``."""
         while True:
             message = self._channel.receive()
             yield from message if isinstance(message, tuple) else (message,)
