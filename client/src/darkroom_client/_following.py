@@ -147,8 +147,7 @@ class Following:
             request_id=self.request_id,
         )
         asked_anywhere, self._anywhere = self._anywhere, False
-        bare = isinstance(error, Unavailable) and not error.reason
-        if bare and not self._joinable and not asked_anywhere:
+        if _is_bare(error, Unavailable) and not self._joinable and not asked_anywhere:
             # No server takes jobs, or it was lost: any other says why, or does it after all.
             self._anywhere = True
             if not sent:
@@ -159,7 +158,7 @@ class Following:
         self._failures += 1
         if self._accepted is None and isinstance(error, Unavailable):
             self._refusal = error
-        elif self._refusal is not None and _is_bare_deadline(error):
+        elif self._refusal is not None and _is_bare(error, DeadlineExceeded):
             # Cut short on its way to a server that has not taken the job: the reason stays.
             error = self._refusal
         if not self._may_go_on(error):
@@ -195,8 +194,8 @@ class Following:
             return self._losses > 0 and not self._joinable
         # gRPC's own words for a connection that broke in the middle, such as "Stream removed".
         # A server that ends before it has accepted anything says CANCELLED.
-        kinds = Unavailable | Cancelled | ServerError if accepted else Unavailable | Cancelled
-        lost = isinstance(error, Unavailable) or (not error.reason and isinstance(error, kinds))
+        lost = isinstance(error, Unavailable) or _is_bare(error, Cancelled)
+        lost = lost or (accepted and _is_bare(error, ServerError))
         return lost and self._failures < self._retry.attempts
 
     def _pause(self, error: DarkroomError) -> float:
@@ -298,5 +297,5 @@ class Following:
         return Finished(reason=decode_reason(finished), result=self.result)
 
 
-def _is_bare_deadline(error: DarkroomError) -> bool:
-    return isinstance(error, DeadlineExceeded) and not error.reason
+def _is_bare(error: DarkroomError, kind: type[DarkroomError]) -> bool:
+    return isinstance(error, kind) and not error.reason
