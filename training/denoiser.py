@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models import Transformer2DModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.latents import LatentSource
-from training.rates import rate_at
+from training.rates import ease_at, rate_at
 from training.tokenizer import MAX_TOKENS
 from training.workers import is_first, share
 
@@ -63,6 +64,9 @@ def new_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
         norm_num_groups=16,
     )
     _quieten(unet)
+    # On a CPU a batch takes a sixth less time than with the fused attention, whose backward pass
+    # is slow there.
+    unet.set_attn_processor(AttnProcessor())
     return Denoiser(CLIPTextModel(text_config), unet)
 
 
@@ -100,18 +104,12 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def sample_timesteps(count: int, device: torch.device) -> Tensor:
-    """Timesteps (count,) in 0..999: half gathered round 730, a quarter of all, a quarter above 900.
+    """Timesteps (count,) in 0..999, the more often the higher: half are above 700.
 
     Above about 700 the words alone say which shape it is: a shape covers dozens of latent pixels,
-    so at lower noise it shows. Gathering (a logit-normal draw, after Esser et al. 2024, "Scaling
-    rectified flow transformers") gives the words more to do. Where the shape is shows even above
-    900, and is settled there: with few of these, left and top, or right and bottom, stay confused.
+    so at lower noise it shows. Where it is shows even above 900, and is settled there.
     """
-    kind = torch.rand(count)
-    gathered = torch.sigmoid(torch.randn(count) + 1.0)
-    anywhere, last = torch.rand(count), 0.9 + 0.1 * torch.rand(count)
-    share = torch.where(kind < 0.5, gathered, torch.where(kind < 0.75, anywhere, last))
-    return (share * 1000).long().clamp(0, 999).to(device)
+    return (torch.rand(count).sqrt() * 1000).long().clamp(0, 999).to(device)
 
 
 def train_denoiser(
@@ -143,6 +141,7 @@ def train_denoiser(
     step, progress = 0, 0.0
     while progress < 1:
         step += 1
+        source.ease = ease_at(progress)
         latents, tokens = source.batch()
         noise = torch.randn_like(latents)
         times = sample_timesteps(len(latents), device)

@@ -24,6 +24,9 @@ class LatentSource:
     pool: every batch replaces `fresh` of its pictures by new ones and draws from the rest.
     Each picture is met a few times, every time with other noise and other words. Every tenth
     batch has another size, and is always fresh.
+
+    The source starts with easy scenes and plain prompts alone; `ease` is the share of them in
+    what is drawn from now on.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class LatentSource:
         self._device = device
         self._batch_size = batch_size
         self._fresh = fresh
+        self.ease = 1.0
         self._oldest = 0
         self._count = 0
         self._scenes: list[Scene] = []
@@ -65,7 +69,7 @@ class LatentSource:
             self._refresh()
             rows = self._rng.integers(len(self._scenes), size=self._batch_size)
             scenes, latents = [self._scenes[i] for i in rows], self._pool[rows.tolist()]
-        prompts = [random_prompt(scene, self._rng) for scene in scenes]
+        prompts = [random_prompt(scene, self._rng, self.ease) for scene in scenes]
         return latents, self._tokens(prompts)
 
     def _refresh(self) -> None:
@@ -77,7 +81,7 @@ class LatentSource:
 
     @torch.no_grad()
     def _draw(self, count: int, height: int, width: int) -> tuple[list[Scene], Tensor]:
-        scenes = [random_scene(self._rng) for _ in range(count)]
+        scenes = [random_scene(self._rng, self.ease) for _ in range(count)]
         pictures, _ = draw_randomly(scenes, self._rng, height, width)
         with torch.autocast(self._device.type, torch.bfloat16):
             latents = self._vae.encode(pictures.to(self._device)).latent_dist.mean

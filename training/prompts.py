@@ -48,10 +48,15 @@ def prompt_for(scene: Scene) -> str:
     return _with_articles(" ".join(part for part in parts if part))
 
 
-def random_prompt(scene: Scene, rng: np.random.Generator) -> str:
-    """A prompt for a scene in one of many phrasings; about one in eight is empty."""
+def random_prompt(scene: Scene, rng: np.random.Generator, ease: float = 0.0) -> str:
+    """A prompt for a scene in one of many phrasings; about one in eight is empty.
+
+    A share `ease`, 0..1, of the others is the plain prompt.
+    """
     if rng.random() < _EMPTY:
         return ""
+    if rng.random() < ease:
+        return prompt_for(scene)
     prompt = _open_prompt(scene, rng) if rng.random() < _OPEN else _full_prompt(scene, rng)
     if rng.random() < 0.8:
         prompt = _with_articles(prompt)

@@ -78,12 +78,17 @@ def held_out_triples() -> list[tuple[str, str, str]]:
     return [t for t in triples() if is_held_out(*t)]
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-    """Draw a training scene; small shapes and named positions come more often."""
+def random_scene(rng: np.random.Generator, ease: float = 0.0) -> Scene:
+    """Draw a training scene; small shapes and named positions come more often.
+
+    A share `ease`, 0..1, of the scenes is easy: the shape is large, and in the middle.
+    """
     choices = _TRAINING_TRIPLES
     shape, colour, background = choices[int(rng.integers(len(choices)))]
     size = ("small", "medium", "large")[int(rng.choice(3, p=(0.36, 0.38, 0.26)))]
     position = POSITIONS[int(rng.choice(5, p=(0.28, 0.18, 0.18, 0.18, 0.18)))]
+    if rng.random() < ease:
+        size, position = "large", POSITIONS[0]
     return Scene(shape, colour, background, size, position)
 
 

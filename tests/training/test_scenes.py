@@ -44,6 +44,14 @@ def test_training_never_draws_what_is_held_out() -> None:
     assert {s.position for s in scenes} == set(POSITIONS)
 
 
+def test_easy_scenes_are_large_and_in_the_middle_and_otherwise_vary() -> None:
+    rng = np.random.default_rng(0)
+    scenes = [random_scene(rng, ease=1.0) for _ in range(500)]
+    assert {(s.size, s.position) for s in scenes} == {("large", "centre")}
+    assert {s.shape for s in scenes} == set(SHAPES)
+    assert {s.colour for s in scenes} == set(COLOURS)
+
+
 def test_evaluation_uses_only_what_is_held_out() -> None:
     scenes = held_out_scenes(200)
     assert len(set(scenes)) == 200

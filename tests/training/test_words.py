@@ -61,3 +61,10 @@ def test_random_prompts_vary_and_some_are_empty(tokenizer: Any) -> None:
     assert len(set(prompts)) > 1000
     lengths = [len(tokenizer.tokenize(p)) for p in prompts]
     assert np.mean([n <= MAX_TOKENS - 2 for n in lengths]) > 0.99
+
+
+def test_easy_prompts_are_plain_or_empty() -> None:
+    rng = np.random.default_rng(0)
+    scene = random_scene(rng)
+    prompts = {random_prompt(scene, rng, ease=1.0) for _ in range(200)}
+    assert prompts == {"", prompt_for(scene)}
