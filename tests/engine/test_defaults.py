@@ -1,6 +1,7 @@
 """What a model's folder says of the requests that say little."""
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -45,4 +46,8 @@ def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, complaint: st
 
 def test_the_demo_model_asks_for_what_its_card_recommends() -> None:
     folder = Path(str(files("darkroom_server") / "demo_model"))
-    assert read(folder) == Defaults(steps=20, guidance_scale=4.0)
+    card = (folder / "README.md").read_text("utf-8")
+    recommended = re.search(r"Recommended: (\d+) steps, guidance scale ([\d.]+)", card)
+    assert recommended is not None
+    steps, guidance = int(recommended[1]), float(recommended[2])
+    assert read(folder) == Defaults(steps=steps, guidance_scale=guidance)
