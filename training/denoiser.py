@@ -64,8 +64,7 @@ def new_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
         norm_num_groups=16,
     )
     _quieten(unet)
-    # On a CPU a batch takes a sixth less time than with the fused attention, whose backward pass
-    # is slow there.
+    # Faster on a CPU than the fused attention, whose backward pass is slow there.
     unet.set_attn_processor(AttnProcessor())
     return Denoiser(CLIPTextModel(text_config), unet)
 
@@ -124,6 +123,8 @@ def train_denoiser(
 ) -> tuple[Denoiser, int]:
     """Train for `steps` batches or `minutes`, whichever ends first.
 
+    The source's ease falls by `ease_at`, and never rises.
+
     The learning rate falls to zero towards that end. Returns the moving average of the weights
     and the steps done. `checkpoint` is called with both, every `checkpoint_every` steps.
     """
@@ -141,7 +142,7 @@ def train_denoiser(
     step, progress = 0, 0.0
     while progress < 1:
         step += 1
-        source.ease = ease_at(progress)
+        source.ease = min(source.ease, ease_at(progress))
         latents, tokens = source.batch()
         noise = torch.randn_like(latents)
         times = sample_timesteps(len(latents), device)

@@ -25,8 +25,7 @@ class LatentSource:
     Each picture is met a few times, every time with other noise and other words. Every tenth
     batch has another size, and is always fresh.
 
-    The source starts with easy scenes and plain prompts alone; `ease` is the share of them in
-    what is drawn from now on.
+    `ease`, 0..1, is the share of easy scenes and of plain prompts in what is drawn from now on.
     """
 
     def __init__(
@@ -38,6 +37,7 @@ class LatentSource:
         batch_size: int = 32,
         pool_size: int = 3072,
         fresh: int = 10,
+        ease: float = 1.0,
     ) -> None:
         self._vae = vae.to(device).eval()
         self._tokenizer = tokenizer
@@ -47,7 +47,7 @@ class LatentSource:
         self._device = device
         self._batch_size = batch_size
         self._fresh = fresh
-        self.ease = 1.0
+        self.ease = ease
         self._oldest = 0
         self._count = 0
         self._scenes: list[Scene] = []

@@ -82,6 +82,7 @@ def denoise(rank: int, workers: int, options: argparse.Namespace) -> None:
         batch_size=options.batch // workers,
         pool_size=96 * options.batch // workers,
         fresh=options.batch // (3 * workers),
+        ease=1.0 if options.resume is None else 0.0,
     )
     started = time.monotonic()
 

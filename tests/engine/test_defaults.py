@@ -1,7 +1,6 @@
 """What a model's folder says of the requests that say little."""
 
 import json
-import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -47,7 +46,5 @@ def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, complaint: st
 def test_the_demo_model_asks_for_what_its_card_recommends() -> None:
     folder = Path(str(files("darkroom_server") / "demo_model"))
     card = (folder / "README.md").read_text("utf-8")
-    recommended = re.search(r"Recommended: (\d+) steps, guidance scale ([\d.]+)", card)
-    assert recommended is not None
-    steps, guidance = int(recommended[1]), float(recommended[2])
-    assert read(folder) == Defaults(steps=steps, guidance_scale=guidance)
+    assert "* Recommended: 20 steps, guidance scale 2.0," in card
+    assert read(folder) == Defaults(steps=20, guidance_scale=2.0)

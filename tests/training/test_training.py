@@ -77,6 +77,13 @@ def test_a_source_follows_its_ease(tokenizer: Any) -> None:
     assert not all(ids[: len(plain) - 1].tolist() == plain[:-1] for ids in _worded(source))
 
 
+def test_going_on_from_a_trained_model_meets_no_easy_scenes(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    source = LatentSource(new_autoencoder(), tokenizer, 0, CPU, 2, 32, 2, ease=0.0)
+    train_denoiser(new_denoiser(tokenizer), source, 2, 10, 1e-3, CPU, lambda *_: None)
+    assert source.ease == 0.0
+
+
 def _worded(source: LatentSource) -> Tensor:
     """The token ids of 20 batches, without the empty prompts."""
     tokens = torch.cat([source.batch()[1] for _ in range(20)])
@@ -89,6 +96,7 @@ def test_timesteps_cover_all_noise_levels() -> None:
     assert times.min() < 20
     assert times.max() > 980
     assert 0.45 < (times > 700).float().mean() < 0.57
+    assert (times >= 900).float().mean() > 0.15
 
 
 def test_training_moves_the_weights_and_exports(tokenizer: Any, tmp_path: Path) -> None:
@@ -100,6 +108,7 @@ def test_training_moves_the_weights_and_exports(tokenizer: Any, tmp_path: Path) 
         denoiser, source, 2, 10, 1e-3, CPU, lambda _, step: reached.append(step), 1
     )
     assert (steps, reached) == (2, [1, 2])
+    assert source.ease == ease_at(0.5)
     # The output starts at exactly zero.
     assert average.unet.conv_out.weight.abs().max() > 0
     export_pipeline(tmp_path / "model", tokenizer, average, vae)
