@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import Message
 
 from darkroom_client._errors import Cancelled, DarkroomError, DeadlineExceeded
-from darkroom_client._rpc_errors import from_rpc_error, may_retry, was_sent
+from darkroom_client._rpc_errors import from_rpc_error, is_bare, may_retry, was_sent
 from darkroom_client._settings import Metadata
 from darkroom_client._stubs import Stubs
 
@@ -58,7 +58,7 @@ class Call(Generic[A]):
 
     def leaves_work(self, failure: DarkroomError) -> bool:
         """Whether the server may still draw after ``failure``, which is this side's own doing."""
-        return self.keeps and not failure.reason and isinstance(failure, DeadlineExceeded)
+        return self.keeps and is_bare(failure, DeadlineExceeded)
 
 
 def closed_under(request_id: str | None) -> DarkroomError:

@@ -28,6 +28,7 @@ from darkroom_client._events import (
 )
 from darkroom_client._image import Image
 from darkroom_client._result import GenerationResult
+from darkroom_client._rpc_errors import is_bare
 from darkroom_client._settings import Metadata
 from darkroom_client._wire.events import (
     ImageAssembly,
@@ -147,7 +148,7 @@ class Following:
             request_id=self.request_id,
         )
         asked_anywhere, self._anywhere = self._anywhere, False
-        if _is_bare(error, Unavailable) and not self._joinable and not asked_anywhere:
+        if is_bare(error, Unavailable) and not self._joinable and not asked_anywhere:
             # No server takes jobs, or it was lost: any other says why, or does it after all.
             self._anywhere = True
             if not sent:
@@ -158,7 +159,7 @@ class Following:
         self._failures += 1
         if self._accepted is None and isinstance(error, Unavailable):
             self._refusal = error
-        elif self._refusal is not None and _is_bare(error, DeadlineExceeded):
+        elif self._refusal is not None and is_bare(error, DeadlineExceeded):
             # Cut short on its way to a server that has not taken the job: the reason stays.
             error = self._refusal
         if not self._may_go_on(error):
@@ -194,8 +195,8 @@ class Following:
             return self._losses > 0 and not self._joinable
         # gRPC's own words for a connection that broke in the middle, such as "Stream removed".
         # A server that ends before it has accepted anything says CANCELLED.
-        lost = isinstance(error, Unavailable) or _is_bare(error, Cancelled)
-        lost = lost or (accepted and _is_bare(error, ServerError))
+        lost = isinstance(error, Unavailable) or is_bare(error, Cancelled)
+        lost = lost or (accepted and is_bare(error, ServerError))
         return lost and self._failures < self._retry.attempts
 
     def _pause(self, error: DarkroomError) -> float:
@@ -295,7 +296,3 @@ class Following:
         )
         self.ended = self._settled = True
         return Finished(reason=decode_reason(finished), result=self.result)
-
-
-def _is_bare(error: DarkroomError, kind: type[DarkroomError]) -> bool:
-    return isinstance(error, kind) and not error.reason

@@ -145,6 +145,11 @@ def was_sent(error: grpc.RpcError) -> bool:
     )
 
 
+def is_bare(error: DarkroomError, kind: type[DarkroomError]) -> bool:
+    """Whether it is a ``kind`` without a reason: gRPC's own words, and no server's."""
+    return isinstance(error, kind) and not error.reason
+
+
 def may_retry(error: grpc.RpcError) -> bool:
     """Whether gRPC itself would try again after ``error``."""
     trailers = cast(grpc.Call, error).trailing_metadata() or ()
