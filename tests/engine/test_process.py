@@ -267,3 +267,16 @@ def test_the_parents_death_ends_the_process(tiny_folder: Path) -> None:
             parent.kill()
     _, alive = psutil.wait_procs([child], timeout=20)
     assert not alive
+
+
+def test_a_process_that_still_loads_is_not_waited_for(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "CHILD", ("-c", "import time; time.sleep(600)"))
+    monkeypatch.setattr(process, "CLOSE_SECONDS", 500.0)
+    engine = ProcessEngine(config_for(tiny_folder))
+    Listener(engine)
+    pid = engine.pid
+    assert pid is not None
+    engine.close()
+    assert not psutil.pid_exists(pid)

@@ -37,7 +37,8 @@ before their fifth and last try it is closed, and they find another server.
 
 def build_engines(settings: Settings) -> list[Engine]:
     """The engines that draw; torch is imported where they run, not here."""
-    configs = engine_configs(settings, os.environ.get("HF_TOKEN"))
+    # Compose files make it an empty one, and secrets made by echo end with a newline.
+    configs = engine_configs(settings, os.environ.get("HF_TOKEN", "").strip() or None)
     if settings.engine.engine == "thread":
         return [ThreadEngine(config) for config in configs]
     timeout = settings.engine.engine_timeout
@@ -211,6 +212,7 @@ async def _run(settings: Settings, engines: Sequence[Engine]) -> None:
         log.warning("forced", signal=number.name)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
+        os._exit(128 + number)  # Process 1 of a container outlives that.
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)

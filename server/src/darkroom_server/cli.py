@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -107,6 +108,9 @@ class _Version(argparse.Action):
 
 
 def _serve(flags: dict[str, Any]) -> None:
+    # Process 1 of a container has no default action: until the server listens to signals itself,
+    # one would be dropped.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     loaded = _load(flags.pop("config"), flags)
     import structlog
 

@@ -1,7 +1,8 @@
 """What the engine is told at start: plain data that crosses process boundaries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Self
 
 from darkroom_server.core.model import ModelInfo
 
@@ -75,3 +76,12 @@ class EngineConfig:
     max_rows: int | None = None
     safety_checker: bool = False
     settled: tuple[ModelInfo, ...] = ()
+
+    def settled_by(self, models: tuple[ModelInfo, ...]) -> Self:
+        """For an engine that follows one that ran ``models``.
+
+        It runs where that one did or not at all: "auto" would make a lost GPU a CPU engine, with
+        what was measured on the GPU.
+        """
+        device = models[0].runtime.device if models else self.device
+        return replace(self, device=device, settled=models)

@@ -1,8 +1,8 @@
 """The engine's own process: what runs in it, and how it ends.
 
-Started as ``python -m darkroom_server.engine.child DESCRIPTOR``, where the descriptor is its end
-of a pipe to the serving process. Torch is imported inside ``run`` alone, so that nobody who needs
-a name of this module gets it too.
+Started as ``python -m darkroom_server.engine.child DESCRIPTOR PARENT``, where the descriptor is
+its end of a pipe to the serving process, and the other its process id. Torch is imported inside
+``run`` alone, so that nobody who needs a name of this module gets it too.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ def main() -> None:
     # The parent coordinates the end: Ctrl-C and a supervisor's SIGTERM reach both processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    die_with_parent()
+    die_with(parent=int(sys.argv[2]))
     log_lines()
     channel = Channel(int(sys.argv[1]))
     try:
@@ -80,10 +80,14 @@ def run(channel: Channel) -> None:
     loop.run()
 
 
-def die_with_parent() -> None:
-    """Let the kernel end this process with the thread that spawned it, be it ever so stuck."""
+def die_with(parent: int) -> None:
+    """Let the kernel end this process with the thread that spawned it, be it ever so stuck.
+
+    ``parent`` is that thread's process. In a container it may well be process 1, which is also
+    where orphans go: so it is named, not guessed.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
+    if os.getppid() != parent:
         os._exit(1)  # The parent died before the call above.
 
 

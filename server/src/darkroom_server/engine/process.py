@@ -1,6 +1,7 @@
 """The engine in a process of its own, seen from the serving process, which has no torch."""
 
 import json
+import os
 import queue
 import socket
 import subprocess
@@ -8,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import IO
 
 import structlog
@@ -29,8 +29,8 @@ from darkroom_server.engine.commands import Cancel, Close, Extend
 
 log = structlog.get_logger(__name__)
 
-CHILD = ("-m", "darkroom_server.engine.child")
-"""What Python runs in the engine's process."""
+CHILD = ("-P", "-m", "darkroom_server.engine.child")
+"""What Python runs in the engine's process; -P: no modules from the folder it is started in."""
 
 CLOSE_SECONDS = 10.0
 """How long a pass may take to end on ``close``, before its process is killed."""
@@ -59,7 +59,7 @@ class ProcessEngine:
 
         def settle(event: Event) -> None:
             if isinstance(event, EngineReady):
-                self._config = replace(self._config, settled=event.models)
+                self._config = self._config.settled_by(event.models)
             emit(event)
 
         self._life = _Life(self._config, self._timeout, settle)
@@ -97,12 +97,13 @@ class _Life:
         self._working: set[str] = set()
         self._last_heard = time.monotonic()
         self._closing = False
+        self._ready = False
         self._silent = False
         self._over = threading.Event()
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self.process = subprocess.Popen(
-                [sys.executable, *CHILD, str(theirs.fileno())],
+                [sys.executable, *CHILD, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -134,9 +135,14 @@ class _Life:
         self._outbox.put(message)
 
     def close(self) -> None:
-        """End the process, by its own will where that takes no longer than ``CLOSE_SECONDS``."""
+        """End the process, by its own will where that takes no longer than ``CLOSE_SECONDS``.
+
+        One that still loads hears nothing, and has nothing to lose.
+        """
         self._closing = True
         self._over.set()
+        if not self._ready:
+            self.process.kill()
         self.tell(Close())
         try:
             self.process.wait(CLOSE_SECONDS)
@@ -174,6 +180,8 @@ class _Life:
             for event in self._told():
                 if not isinstance(event, MemoryReport):  # A thread of its own tells those.
                     self._last_heard = time.monotonic()
+                if isinstance(event, EngineReady):
+                    self._ready = True
                 if isinstance(event, JobFinished | JobFailed | JobCancelled):
                     self._working.discard(event.job_id)
                 if isinstance(event, EngineDied):
