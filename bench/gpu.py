@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> Results:
     """Everything but the memory."""
     folder = str(cached_sd14())
     steps: list[dict[str, Any]] = []
-    for form in FORMS:
+    for form in options.forms:
         found = apart(step_times, form, folder, options.rows)
         print(f"{form}:", *(f"{s['rows']} rows {s['seconds'] * 1e3:.1f} ms" for s in found))
         steps += found
@@ -111,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, then write the results and the page."""
     parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="of a pass")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="FORM")
     parser.add_argument("--arrivals", type=int, default=300, help="of the open loop and round")
     parser.add_argument("--closed", type=int, default=96, help="requests of each closed loop")
     parser.add_argument("--pairs", type=int, default=10, help="lone requests of each")

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import multiprocessing
 import statistics
 import sys
@@ -24,6 +25,7 @@ from bench.sections import DOCS, write_section
 from bench.threaded import EngineContender
 from bench.workload import Request
 from darkroom_server.core.config import Attention, Dtype, EngineConfig, ModelSource, Preset
+from darkroom_server.engine.peaks import INTERVAL_SECONDS
 from darkroom_server.engine.thread import ThreadEngine
 
 STEPS = 50
@@ -72,6 +74,8 @@ class Cost:
 
 def measure(setting: str, folder: str, images: int) -> tuple[Cost, dict[str, object]]:
     """Draw ``images`` and one to warm up, in this process."""
+    # The engine's own measurements would reset the peak in the middle of an image.
+    INTERVAL_SECONDS["cuda"] = math.inf
     config = replace(SETTINGS[setting], models=(ModelSource(id="sd14", location=folder),))
     contender = EngineContender(ThreadEngine(config))
     contender.draw(Arrivals([REQUEST]))

@@ -22,6 +22,7 @@ from darkroom_server.core.events import (
     StageSeconds,
 )
 from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine import denoiser as denoiser_module
 from darkroom_server.engine.resident import Resident
 from darkroom_server.engine.sample import Sample
 
@@ -68,6 +69,27 @@ def test_out_of_memory_splits_the_pass(own_loop: LoopUnderTest, shared_loop: Loo
     passes = [event for event in own_loop.events if isinstance(event, PassDone)]
     assert passes[-1].max_rows <= 4
     assert_same_pictures(own_loop, shared_loop, jobs)
+
+
+def test_a_lowered_limit_is_tried_again_after_a_while(
+    own_loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoiser_module, "RECOVERY_PASSES", 3)
+    full = True
+
+    def above_two_rows(original: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if full and latents.shape[0] > 2:
+            raise torch.OutOfMemoryError("injected")
+        return original(latents, *args, **kwargs)
+
+    replace_unet(own_loop, above_two_rows)
+    own_loop.models["tiny"].denoiser.max_rows = 8
+    own_loop.run(make_job("while it is full", image_count=4, steps=2))
+    full = False
+    own_loop.run(make_job("later", image_count=4, steps=20))
+    limits = [e.max_rows for e in own_loop.events if isinstance(e, PassDone)]
+    assert sorted(set(limits)) == [2, 4, 8]
+    assert limits[-1] == 8
 
 
 def test_large_images_that_do_not_fit_leave_small_ones_their_passes(
@@ -188,7 +210,7 @@ def test_no_memory_for_float32_leaves_the_weights_alone(
         decode = decoder._decode
 
         def to_half_of_it(self: Any, *args: Any, **kwargs: Any) -> Any:
-            self.encoder.to(*args, **kwargs)
+            self.decoder.to(*args, **kwargs)
             raise torch.OutOfMemoryError("injected")
 
         decoder._decode = lambda latents: decode(latents) * float("nan")  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import structlog
 import torch
 from safetensors.torch import load_file
 
@@ -137,13 +138,39 @@ def test_a_hub_that_cannot_be_reached(location: str, offline_hub: Path) -> None:
     assert "hf_secret" not in line
 
 
-def test_a_hub_id_from_the_cache(offline_hub: Path, tiny_folder: Path) -> None:
+@pytest.fixture
+def cached_hub(offline_hub: Path, tiny_folder: Path) -> Path:
+    """The same with one model in the cache."""
     repository = offline_hub / "models--owner--name"
     shutil.copytree(tiny_folder, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
-    source = ModelSource(id="model", location="owner/name")
-    assert revision_of(source, load("owner/name")) == COMMIT
+    return offline_hub
+
+
+@pytest.mark.usefixtures("cached_hub")
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_a_hub_id_from_the_cache(revision: str | None) -> None:
+    source = ModelSource(id="model", location="owner/name", revision=revision)
+    assert revision_of(source, load("owner/name", revision=revision)) == COMMIT
+
+
+@pytest.mark.usefixtures("cached_hub")
+def test_a_hub_that_does_not_answer_leaves_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    download = huggingface_hub.hf_hub_download
+
+    def silent(*args: Any, local_files_only: bool, **fields: Any) -> str:
+        if not local_files_only:
+            raise TimeoutError("the hub said nothing for 10 s")
+        return str(download(*args, local_files_only=True, **fields))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", silent)
+    with structlog.testing.capture_logs() as lines:
+        load("owner/name")
+    assert [(line["event"], line["hub"]) for line in lines if "hub" in line] == [
+        ("the hub's cache is used", "the hub said nothing for 10 s")
+    ]
+    assert "(the hub said nothing for 10 s); check its name" in line_of("owner/other")
 
 
 def test_a_revision_is_of_what_is_loaded(tiny_folder: Path, tmp_path: Path) -> None:
@@ -167,6 +194,8 @@ def test_two_models_in_one_engine(tiny_folder: Path, tmp_path: Path) -> None:
         loop.run(*jobs)
     finally:
         loop.close()
+    left = {model.info.memory.available_bytes for model in loop.models.values()}
+    assert len(left) == 1, "what the second takes, the first has not"
     references = {id: Reference(folder) for id, folder in folders.items()}
     for job in jobs:
         wanted = references[job.model].latents(job)

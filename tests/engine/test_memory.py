@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -10,13 +11,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from darkroom_server.core.config import EngineConfig
-from darkroom_server.core.errors import Reason, TooLarge
+from darkroom_server.core.config import Attention, EngineConfig
+from darkroom_server.core.errors import Failure, Reason, StartupError, TooLarge
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.dispatch.admission import check_fits
-from darkroom_server.engine import memory
+from darkroom_server.engine import arrange, cgroup, memory
 from darkroom_server.engine.arrange import denoiser_pass, measure_memory
 from darkroom_server.engine.decoder import Decoder
+from darkroom_server.engine.failures import DECODE_FAILED, OUT_OF_MEMORY
 from darkroom_server.engine.measure import Form, best_rows, fastest_form, measure_rows, peak_bytes
 from darkroom_server.engine.memory import PeakMemory, available_bytes
 from darkroom_server.engine.runtime import resolve
@@ -48,6 +50,19 @@ def test_what_an_image_needs(width: int, height: int, rows: int, needed: int) ->
 )
 def test_rows_that_fit(width: int, height: int, rows: int) -> None:
     assert NEEDS.rows_that_fit(width, height) == rows
+
+
+SLICED = dataclasses.replace(NEEDS, bytes_per_pass=50, decodes_tiles=True)
+
+
+def test_slices_grow_by_the_square_and_tiles_do_not() -> None:
+    assert SLICED.needed(512, 512, 2) == 250
+    assert SLICED.needed(1024, 1024, 2) == 800 + 50 * 16
+    assert SLICED.rows_that_fit(512, 512) == 9
+    assert SLICED.rows_that_fit(724, 724) == 4
+    tiled = dataclasses.replace(SLICED, bytes_per_row=1, bytes_per_pass=0)
+    assert tiled.needed(1024, 1024, 2) == 150
+    assert tiled.needed(256, 256, 2) == 38
 
 
 def test_rows_that_fit_where_a_row_takes_nothing() -> None:
@@ -85,16 +100,11 @@ def test_a_sandbox_that_cannot_reset_the_peak(monkeypatch: pytest.MonkeyPatch) -
     assert peak.read() == 200, "what goes beyond the highest mark so far"
 
 
-@pytest.mark.parametrize(
-    ("limit", "used", "available"),
-    [(None, None, 900), ("max", None, 900), ("500", "300", 180), ("5000", "300", 900)],
-)
+@pytest.mark.parametrize(("left", "available"), [(None, 900), (200, 180), (4700, 900)])
 def test_some_memory_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, limit: str | None, used: str | None, available: int
+    monkeypatch: pytest.MonkeyPatch, left: int | None, available: int
 ) -> None:
-    files = {"/sys/fs/cgroup/memory.max": limit, "/sys/fs/cgroup/memory.current": used}
-    monkeypatch.setattr(Path, "exists", lambda path: files[str(path)] is not None)
-    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    monkeypatch.setattr(cgroup, "free_memory", lambda: left)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     assert available_bytes(CPU) == available
 
@@ -130,6 +140,44 @@ def test_a_pass_and_a_decode_are_measured() -> None:
     assert needs.bytes_per_row > activation
     assert needs.bytes_per_decode > 4 * 8 * 128 * 128
     assert needs.available_bytes > 0
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_what_comes_once_in_a_pass_is_told_from_what_comes_for_each_row(
+    sliced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = Attention.SLICED if sliced else Attention.SDPA
+    runtime = resolve(EngineConfig(models=(), device="cpu", attention=attention))
+    taken: list[int] = []
+    monkeypatch.setattr(arrange, "peak_bytes", lambda _, work: work() or taken.pop())
+    decoder: Any = SimpleNamespace(decode=lambda _: taken.append(7))
+    unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
+    needs = measure_memory(
+        lambda rows: taken.append(1000 + 300 * rows),
+        unet,
+        decoder,
+        Form(torch.float32, channels_last=False),
+        runtime,
+        factor=8,
+    )
+    assert (needs.bytes_per_row, needs.bytes_per_pass) == ((300, 1000) if sliced else (800, 0))
+    assert needs.bytes_per_decode == 7
+    assert needs.needed(64, 64, 2) == 1600
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "words"),
+    [(OUT_OF_MEMORY, MemoryError, "does not fit"), (DECODE_FAILED, StartupError, "cannot decode")],
+)
+def test_a_decode_that_fails_at_warm_up_is_no_measurement(
+    failure: Failure, error: type[Exception], words: str
+) -> None:
+    runtime = resolve(EngineConfig(models=(), device="cpu"))
+    decoder: Any = SimpleNamespace(decode=lambda _: failure)
+    unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
+    form = Form(torch.float32, channels_last=False)
+    with pytest.raises(error, match=words):
+        arrange.measure_decode(unet, decoder, form, runtime)
 
 
 def test_a_job_that_never_fits_is_refused(shared_loop: LoopUnderTest) -> None:
@@ -213,3 +261,18 @@ def test_a_slow_model_is_measured_by_one_pass(monkeypatch: pytest.MonkeyPatch) -
     forms = [Form(d, c) for d in (torch.float32, torch.bfloat16) for c in (False, True)]
     fastest_form(torch.nn.Identity(), forms, lambda *_: clock.run_pass)
     assert clock.passes == [2] * 5
+
+
+def test_wider_passes_for_which_there_is_no_memory_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch, 1.0, 1.0, 1.0, 1.0)
+
+    def run_pass(rows: int) -> None:
+        if rows > 4:
+            raise torch.OutOfMemoryError("injected")
+        clock.run_pass(rows)
+
+    assert list(measure_rows(run_pass, 64)) == [2, 4]
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_rows(lambda rows: run_pass(rows + 4), 64)

@@ -10,6 +10,7 @@ import torch
 
 from darkroom_server.core.config import Attention, Dtype, EngineConfig, Preset
 from darkroom_server.core.errors import StartupError
+from darkroom_server.engine import cgroup
 from darkroom_server.engine.runtime import Runtime, allowed_threads, resolve
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -138,12 +139,11 @@ def test_what_means_nothing_here(fields: dict[str, Any], line: str) -> None:
 
 @pytest.mark.parametrize(
     ("quota", "threads"),
-    [(None, 4), ("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 4)],
+    [(None, 4), (2.5, 2), (0.5, 1), (9.0, 4)],
 )
 def test_threads_are_as_many_as_the_process_may_use(
-    monkeypatch: pytest.MonkeyPatch, quota: str | None, threads: int
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, threads: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3, 5})
-    monkeypatch.setattr(Path, "exists", lambda _: quota is not None)
-    monkeypatch.setattr(Path, "read_text", lambda _: quota)
+    monkeypatch.setattr(cgroup, "cores", lambda: quota)
     assert allowed_threads() == threads

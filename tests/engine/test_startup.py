@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from darkroom_server.core.config import Attention, Dtype, Preset
+from darkroom_server.core.config import Attention, Dtype, ModelSource, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.engine import arrange, startup
+from darkroom_server.engine.loading import load_pipeline
 from darkroom_server.engine.measure import Form
+from darkroom_server.engine.runtime import Runtime, resolve
 
 from .conftest import LoopUnderTest, config_for, make_job
 
@@ -66,7 +68,9 @@ def test_a_settled_restart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         finally:
             loop.close()
         found.append((info, loop.image(job.id).image.data))
-        settled = (info,)
+        following = dataclasses.replace(config, device="auto").settled_by((info,))
+        assert following.device == "cpu", "not what auto would make of a lost GPU"
+        settled = following.settled
         for module, name in (
             (arrange, "fastest_form"),
             (startup, "measure_rows"),
@@ -112,3 +116,46 @@ def test_frugal_equals_diffusers(scheduler: SchedulerName, tiny_folder: Path) ->
     data = loop.image(job.id).image.data
     found = np.frombuffer(data, np.uint8).reshape(job.height, job.width, 3)
     assert np.abs(found.astype(int) - np.asarray(wanted).astype(int)).max() == 0
+
+
+def arranged(folder: Path, **fields: Any) -> tuple[Any, Runtime]:
+    """A pipeline in the form of ``tiny``, with ``fields`` decided otherwise."""
+    runtime = resolve(config_for(folder, preset=Preset.TINY, **OWN, vae_tiling=None))
+    runtime = dataclasses.replace(runtime, **fields)
+    source = ModelSource(id="tiny", location=str(folder))
+    pipeline = load_pipeline(source, torch.bfloat16, safety_checker=False)
+    arrange.arrange(pipeline, runtime, 77, None)
+    return pipeline, runtime
+
+
+def test_weights_in_eight_bits_draw_nearly_the_same(tiny_folder: Path) -> None:
+    unets = [arranged(tiny_folder, fp8_storage=stored)[0].unet for stored in (False, True)]
+    weight = unets[1].conv_in.weight, unets[1].mid_block.resnets[0].conv1.weight
+    config = unets[0].config
+    size = config.sample_size
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, config.in_channels, size, size, generator=generator).bfloat16()
+    context = torch.randn(2, 77, config.cross_attention_dim, generator=generator).bfloat16()
+    with torch.inference_mode():
+        plain, stored = (
+            unet(latents, torch.tensor([500, 20]), encoder_hidden_states=context).sample.float()
+            for unet in unets
+        )
+    assert torch.float8_e4m3fn in {each.dtype for each in weight}
+    assert 0 < (plain - stored).norm() / plain.norm() < 0.1
+
+
+def test_an_image_of_the_usual_size_is_decoded_by_tiles(tiny_folder: Path) -> None:
+    pipeline, runtime = arranged(tiny_folder)
+    assert runtime.vae_tiling
+    size = pipeline.unet.config.sample_size
+    latents = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    seen: list[int] = []
+    pipeline.vae.decoder.register_forward_pre_hook(lambda _, z: seen.append(z[0].shape[-1]))
+    with torch.inference_mode():
+        tiled = pipeline.vae.decode(latents).sample
+        pipeline.vae.disable_tiling()
+        whole = pipeline.vae.decode(latents).sample
+    assert tiled.shape == whole.shape
+    assert max(seen[:-1]) == size // 2, "the largest multiple of four in three quarters of eight"
+    assert seen[-1] == size

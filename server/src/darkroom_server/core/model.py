@@ -62,23 +62,30 @@ class MemoryNeeds:
     """What passes and decodes take besides the weights, measured at warm-up, in bytes.
 
     ``bytes_per_row`` and ``bytes_per_decode`` are for an image of ``pixels``, and grow in
-    proportion; ``available_bytes`` is what the device had left, less a safety margin.
+    proportion; but where the decode goes by tiles, it takes no more for a larger image.
+    ``bytes_per_pass`` comes once for all rows, and grows by the square: the scores of sliced
+    attention. ``available_bytes`` is what the device had left, less a safety margin.
     """
 
     pixels: int
     bytes_per_row: int
     bytes_per_decode: int
     available_bytes: int
+    bytes_per_pass: int = 0
+    decodes_tiles: bool = False
 
     def needed(self, width: int, height: int, rows: int) -> int:
         """The peak of one image of ``rows`` rows: its decode comes after its last pass."""
-        at_once = max(rows * self.bytes_per_row, self.bytes_per_decode)
-        return round(at_once * (width * height / self.pixels))
+        scale = width * height / self.pixels
+        passes = rows * self.bytes_per_row * scale + self.bytes_per_pass * scale**2
+        decode = self.bytes_per_decode * (min(scale, 1.0) if self.decodes_tiles else scale)
+        return round(max(passes, decode))
 
     def rows_that_fit(self, width: int, height: int) -> int:
         """Rows of one pass at this size, at least 2: what fails alone is refused elsewhere."""
-        per_row = max(1.0, self.bytes_per_row * (width * height / self.pixels))
-        return max(2, int(self.available_bytes / per_row))
+        scale = width * height / self.pixels
+        left = self.available_bytes - self.bytes_per_pass * scale**2
+        return max(2, int(left / max(1.0, self.bytes_per_row * scale)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from darkroom_server.core.config import Attention
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.engine.decoder import Decoder
+from darkroom_server.engine.failures import DECODE_FAILED, OUT_OF_MEMORY
 from darkroom_server.engine.measure import (
     DenoiserPass,
     Form,
@@ -27,7 +28,7 @@ def arrange(pipeline: Any, runtime: Runtime, tokens: int, settled: Form | None) 
     if runtime.attention is Attention.SLICED:
         _slice_attention(pipeline, runtime.slice_size)
     if runtime.vae_tiling:
-        pipeline.vae.enable_tiling()
+        _tile(pipeline.vae)
     # Never float16 where nothing was said: on a CPU it is hundreds of times slower.
     dtypes = [runtime.dtype] if runtime.dtype else [torch.float32, torch.bfloat16]
     layouts = [False, True] if runtime.channels_last is None else [runtime.channels_last]
@@ -36,7 +37,7 @@ def arrange(pipeline: Any, runtime: Runtime, tokens: int, settled: Form | None) 
         [Form(dtype, layout) for dtype in dtypes for layout in layouts],
         lambda unet, form: denoiser_pass(unet, form, runtime, tokens),
     )
-    pipeline.to(device=runtime.device, dtype=form.dtype)
+    pipeline.to(dtype=form.dtype)
     if form.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
@@ -44,6 +45,8 @@ def arrange(pipeline: Any, runtime: Runtime, tokens: int, settled: Form | None) 
         pipeline.unet.enable_layerwise_casting(
             storage_dtype=torch.float8_e4m3fn, compute_dtype=form.dtype
         )
+    # Last: the smallest devices have room for the smallest form only.
+    pipeline.to(device=runtime.device)
     return form
 
 
@@ -80,12 +83,20 @@ def measure_memory(
 ) -> MemoryNeeds:
     """What a pass and a decode take at the default size; ``factor`` pixels make one latent."""
     latents = _blank(unet, form, runtime)
-    pass_peak = peak_bytes(runtime.device, lambda: run_pass(2))
-    decode_peak = peak_bytes(runtime.device, lambda: decoder.decode(latents))
+    run_pass(1)  # The first one has libraries take memory that they keep.
+    two_rows = peak_bytes(runtime.device, lambda: run_pass(2))
+    once = 0
+    if runtime.attention is Attention.SLICED:
+        # Slices are of the same size for any number of rows.
+        one_row = peak_bytes(runtime.device, lambda: run_pass(1))
+        once = min(max(0, 2 * one_row - two_rows), two_rows)
+    decode_peak = peak_bytes(runtime.device, lambda: _decode(decoder, latents))
     return MemoryNeeds(
         pixels=(latents.shape[-1] * factor) ** 2,
-        bytes_per_row=pass_peak // 2,
+        bytes_per_row=(two_rows - once) // 2,
+        bytes_per_pass=once,
         bytes_per_decode=decode_peak,
+        decodes_tiles=runtime.vae_tiling,
         available_bytes=available_bytes(runtime.device),
     )
 
@@ -93,7 +104,16 @@ def measure_memory(
 def measure_decode(unet: Any, decoder: Decoder, form: Form, runtime: Runtime) -> float:
     """Seconds of the decode of one image of the default size."""
     latents = _blank(unet, form, runtime)
-    return fastest_of(2, lambda: decoder.decode(latents))
+    return fastest_of(2, lambda: _decode(decoder, latents))
+
+
+def _decode(decoder: Decoder, latents: torch.Tensor) -> None:
+    """Decode what is to be measured: an attempt that failed says nothing of others."""
+    found = decoder.decode(latents)
+    if found is OUT_OF_MEMORY:
+        raise MemoryError(OUT_OF_MEMORY.message)
+    if found is DECODE_FAILED:
+        raise StartupError("the model's VAE cannot decode; the log above says why")
 
 
 def _blank(unet: Any, form: Form, runtime: Runtime) -> torch.Tensor:
@@ -101,6 +121,18 @@ def _blank(unet: Any, form: Form, runtime: Runtime) -> torch.Tensor:
     latent = int(unet.config.sample_size)
     shape = (1, int(unet.config.in_channels), latent, latent)
     return torch.zeros(shape, dtype=form.dtype, device=runtime.device)
+
+
+def _tile(vae: Any) -> None:
+    """Decode by tiles of about three quarters of the model's own size, each side.
+
+    diffusers' tiles are as large as that: an image of the usual size would not be tiled at all.
+    """
+    vae.enable_tiling()
+    factor = vae.tile_sample_min_size // vae.tile_latent_min_size
+    # A multiple of four: a quarter overlaps, or the tiles would not meet.
+    vae.tile_latent_min_size = max(4, vae.tile_latent_min_size * 3 // 16 * 4)
+    vae.tile_sample_min_size = vae.tile_latent_min_size * factor
 
 
 def _slice_attention(pipeline: Any, size: str) -> None:

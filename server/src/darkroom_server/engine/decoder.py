@@ -46,6 +46,9 @@ class Decoder:
                     self.counts[Counted.NON_FINITE_FAILED] += 1
                     return NON_FINITE
                 self.counts[Counted.NON_FINITE_RECOVERED] += 1
+            # As diffusers' VaeImageProcessor does it, so that not one value differs.
+            unit = (image * 0.5 + 0.5).clamp(0, 1)
+            pixels = unit[0].permute(1, 2, 0).float().cpu().numpy()
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -55,9 +58,6 @@ class Decoder:
                 return OUT_OF_MEMORY
             log.exception("decode failed")
             return DECODE_FAILED
-        # As diffusers' VaeImageProcessor does it, so that not one value differs.
-        unit = (image * 0.5 + 0.5).clamp(0, 1)
-        pixels = unit[0].permute(1, 2, 0).float().cpu().numpy()
         return (pixels * 255).round().astype(np.uint8)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,9 @@ class Decoder:
 
     def _decode_float32(self, latents: torch.Tensor) -> torch.Tensor:
         # A copy: without the memory for it, the weights of all others would be left half converted.
-        vae = copy.deepcopy(self._vae).to(dtype=torch.float32)
+        # The encoder is a third of them, and not needed.
+        parts = {id(self._vae.encoder): torch.nn.Identity()}
+        vae = copy.deepcopy(self._vae, parts).to(dtype=torch.float32)
         with torch.autocast(latents.device.type, enabled=False):
             scaled = latents.float() / vae.config.scaling_factor
             return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -20,12 +21,23 @@ from darkroom_server.engine.tally import Counts
 
 log = structlog.get_logger(__name__)
 
+RECOVERY_PASSES = 1000
+"""Passes that must go well until their lowered limit doubles: what took the memory may be gone."""
+
+
+@dataclass(slots=True)
+class _Lowered:
+    """A limit on rows, and the passes that went well with it."""
+
+    rows: int
+    passes: int = 0
+
 
 class Denoiser:
     """Packs samples into rows, calls the UNet once, and hands each sample its prediction.
 
     ``max_rows`` bounds every pass. Where one runs out of memory, those of its size are bounded
-    further, and only those: who asks for large images does not make small ones slow.
+    further for a while, and only those: who asks for large images does not make small ones slow.
     """
 
     def __init__(
@@ -39,13 +51,14 @@ class Denoiser:
         self.counts = Counts()
         self.unet = unet
         self.max_rows = max_rows
-        self._lowered: dict[Group, int] = {}
+        self._lowered: dict[Group, _Lowered] = {}
         self._precision = precision
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def max_rows_of(self, group: Group) -> int:
         """Rows that a pass of ``group`` may have."""
-        return min(self.max_rows, self._lowered.get(group, self.max_rows))
+        lowered = self._lowered.get(group)
+        return min(self.max_rows, lowered.rows) if lowered else self.max_rows
 
     def predict(self, samples: Sequence[Sample]) -> list[torch.Tensor | Failure]:
         """The prediction for each sample, one row per embedding, or why there is none.
@@ -54,7 +67,9 @@ class Denoiser:
         what fails alone fails. Raises what means that the device is lost.
         """
         try:
-            return list(self._forward(samples))
+            predictions = self._forward(samples)
+            self._went_well(samples[0].group)
+            return list(predictions)
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -80,9 +95,21 @@ class Denoiser:
             self.counts[Counted.OUT_OF_MEMORY_SPLIT] += 1
             group, rows = samples[0].group, sum(sample.rows for sample in samples)
             max_rows = max(2, min(self.max_rows_of(group), rows // 2))
-            self._lowered[group] = max_rows
+            self._lowered[group] = _Lowered(max_rows)
             log.warning("row limit lowered", group=str(group), max_rows=max_rows)
         return self.predict(samples[:half]) + self.predict(samples[half:])
+
+    def _went_well(self, group: Group) -> None:
+        lowered = self._lowered.get(group)
+        if lowered is None:
+            return
+        lowered.passes += 1
+        if lowered.passes < RECOVERY_PASSES:
+            return
+        lowered.rows, lowered.passes = lowered.rows * 2, 0
+        log.info("row limit raised", group=str(group), max_rows=min(lowered.rows, self.max_rows))
+        if lowered.rows >= self.max_rows:
+            del self._lowered[group]
 
     def _forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, ...]:
         counts = [sample.rows for sample in samples]

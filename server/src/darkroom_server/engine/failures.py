@@ -1,5 +1,7 @@
 """Which exceptions of torch mean what."""
 
+from typing import Any
+
 import torch
 
 from darkroom_server.core.errors import Failure, Reason
@@ -11,7 +13,12 @@ _ALLOCATION = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    # What becomes of a convolution for whose workspace there is no memory.
+    "unable to find an engine to execute",
 )
+
+# Before torch 2.8 there is no such type, and the text alone tells.
+_DEVICE_ERROR: Any = getattr(torch, "AcceleratorError", ())
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -29,7 +36,7 @@ def is_fatal(error: Exception) -> bool:
     """True where the device is lost, and with it every later call: the engine must end."""
     if not isinstance(error, RuntimeError) or is_out_of_memory(error):
         return False  # CUDA's own errors are RuntimeErrors; the text of others may be a caller's.
-    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    return isinstance(error, _DEVICE_ERROR) or "CUDA error" in str(error)
 
 
 OUT_OF_MEMORY = Failure(

@@ -1,5 +1,7 @@
 """From a folder, a single file or a hub id to a diffusers pipeline in memory."""
 
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,28 +135,39 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
         )
     unwanted = [part for part in OPTIONAL if not safety_checker or part == "image_encoder"]
     try:
-        index = huggingface_hub.hf_hub_download(
-            name, INDEX, revision=source.revision, token=source.token
-        )
-        read_index(Path(index).parent, name)
-        return Path(
-            diffusers.StableDiffusionPipeline.download(
-                name,
-                revision=source.revision,
-                variant=source.variant,
-                token=source.token,
-                use_safetensors=True,
-                **dict.fromkeys(unwanted),
-            )
-        )
+        return _snapshot(source, unwanted, local_files_only=False)
     except StartupError:
         raise
     except Exception as error:
         log.debug("hub failed", exc_info=True)
+        # What was downloaded before outlives the hub, the network and the token.
+        with suppress(OSError):
+            folder = _snapshot(source, unwanted, local_files_only=True)
+            log.warning("the hub's cache is used", model=name, hub=_one_line(error))
+            return folder
         raise StartupError(
             f"model {name!r} is not here, and the hub does not give it ({_one_line(error)}); check "
             "its name, HF_TOKEN and the network, or give a folder"
         ) from error
+
+
+def _snapshot(source: ModelSource, unwanted: Iterable[str], *, local_files_only: bool) -> Path:
+    """The folder in the hub's cache; the hub is asked unless ``local_files_only``."""
+    common: dict[str, Any] = {
+        "revision": source.revision,
+        "token": source.token,
+        "local_files_only": local_files_only,
+    }
+    index = huggingface_hub.hf_hub_download(source.location, INDEX, **common)
+    read_index(Path(index).parent, source.location)
+    folder = diffusers.StableDiffusionPipeline.download(
+        source.location,
+        variant=source.variant,
+        use_safetensors=True,
+        **common,
+        **dict.fromkeys(unwanted),
+    )
+    return Path(folder)
 
 
 def _load_single_file(source: ModelSource, path: Path, dtype: torch.dtype) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 import torch
 
+from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.memory import PeakMemory
 
 log = structlog.get_logger(__name__)
@@ -67,7 +68,13 @@ def measure_rows(run_pass: DenoiserPass, most: int) -> dict[int, float]:
     for rows in ROWS:
         if rows > max(2, most):
             break
-        measure(rows)
+        try:
+            measure(rows)
+        except Exception as error:
+            if not seconds or not is_out_of_memory(error):
+                raise
+            log.warning("no memory for wider passes", rows=rows)
+            break
         if _brings_too_little(rows, seconds):
             # It holds for the server's life: not on the word of one moment, which may be noisy.
             measure(rows)

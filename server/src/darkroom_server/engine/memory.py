@@ -8,6 +8,8 @@ import psutil
 import structlog
 import torch
 
+from darkroom_server.engine import cgroup
+
 log = structlog.get_logger(__name__)
 
 SAFETY_MARGIN = 0.1
@@ -20,7 +22,7 @@ class PeakMemory:
     On CUDA it is the allocator's. On a CPU it is the process's resident set, by Linux's own
     high-water mark (proc(5), clear_refs), and so blind to memory that was in use before and is
     used again. ``exact`` turns False where Linux does not let the mark be reset. ``highest`` is
-    the last peak with what was in use before.
+    the most that was in use at once since the process began, however often it is reset.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,6 +33,7 @@ class PeakMemory:
 
     def reset(self) -> bool:
         """Begin a measurement; returns ``exact``."""
+        self.highest = max(self.highest, self._peak())
         if self._device.type == "cuda":
             # No waiting for the device: the allocator works, and counts, as work is launched.
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -50,11 +53,15 @@ class PeakMemory:
 
     def read(self) -> int:
         """The peak since ``reset``, above the level at ``reset``."""
+        peak = self._peak()
+        self.highest = max(self.highest, peak)
+        return max(0, peak - self._base)
+
+    def _peak(self) -> int:
+        """What torch, or Linux, has marked since the last reset by whomever."""
         if self._device.type == "cuda":
-            self.highest = torch.cuda.max_memory_allocated(self._device)
-        else:
-            self.highest = status_bytes("VmHWM")
-        return max(0, self.highest - self._base)
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return status_bytes("VmHWM")
 
 
 def available_bytes(device: torch.device) -> int:
@@ -64,11 +71,8 @@ def available_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int((free + unused) * (1 - SAFETY_MARGIN))
     free = psutil.virtual_memory().available
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, int(text) - used)
-    return int(free * (1 - SAFETY_MARGIN))
+    left = cgroup.free_memory()
+    return int((free if left is None else min(free, left)) * (1 - SAFETY_MARGIN))
 
 
 def status_bytes(field: str) -> int:

@@ -45,6 +45,7 @@ class PeakWatch:
             yield
             return
         can_measure = memory.reset()
+        self.highest = max(self.highest, memory.highest)
         yield
         if not can_measure:
             return

@@ -8,6 +8,8 @@ from typing import Any
 from darkroom_server.core.config import ModelSource
 from darkroom_server.engine.folder import INDEX
 
+UNKNOWN = "unknown"
+
 
 def revision_of(source: ModelSource, pipeline: Any) -> str:
     """The hub's commit, or a fingerprint of the files where the model is local."""
@@ -22,7 +24,7 @@ def revision_of(source: ModelSource, pipeline: Any) -> str:
     folder = Path(str(pipeline.unet.config.get("_name_or_path", "")))
     if folder.parent.name == "snapshots":
         return folder.name
-    return source.revision or "unknown"
+    return source.revision or UNKNOWN
 
 
 def _fingerprint(files: Iterable[Path], root: Path) -> str:

@@ -3,13 +3,13 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from darkroom_server.core.config import Attention, Dtype, EngineConfig, Preset
 from darkroom_server.core.errors import StartupError
+from darkroom_server.engine import cgroup
 
 DTYPES = {
     Dtype.FLOAT16: torch.float16,
@@ -80,13 +80,8 @@ def resolve(config: EngineConfig) -> Runtime:
 
 def allowed_threads() -> int:
     """The CPU cores that the cgroup and the affinity mask leave to this process, at least 1."""
-    cores = len(os.sched_getaffinity(0))
-    quota_file = Path("/sys/fs/cgroup/cpu.max")
-    if quota_file.exists():
-        quota, period = quota_file.read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+    cores, quota = len(os.sched_getaffinity(0)), cgroup.cores()
+    return cores if quota is None else min(cores, max(1, int(quota)))
 
 
 def _device(name: str) -> torch.device:

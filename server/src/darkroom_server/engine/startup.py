@@ -1,8 +1,9 @@
 """From a configuration to a loop that is ready to run: load, arrange, warm up, measure."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -28,10 +29,11 @@ from darkroom_server.engine.folder import SUPPORTED
 from darkroom_server.engine.loading import load_pipeline, weights_of
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.measure import ROWS, Form, best_rows, measure_rows
+from darkroom_server.engine.memory import available_bytes
 from darkroom_server.engine.model import LoadedModel
 from darkroom_server.engine.previews import Previewer
 from darkroom_server.engine.prompts import PromptEncoder
-from darkroom_server.engine.revision import revision_of
+from darkroom_server.engine.revision import UNKNOWN, revision_of
 from darkroom_server.engine.runtime import DTYPES, Runtime, allowed_threads, resolve
 from darkroom_server.engine.safety import SafetyChecker
 from darkroom_server.engine.schedulers import name_of, offers
@@ -50,6 +52,9 @@ def start_loop(
     runtime = resolve(config)
     if runtime.device.type == "cpu":
         torch.set_num_threads(config.threads or allowed_threads())
+    else:
+        # Events go to the current device: left at the first, this engine would use that one too.
+        torch.cuda.set_device(runtime.device)
     models, loads = {}, []
     for source in config.models:
         try:
@@ -63,9 +68,21 @@ def start_loop(
                 f"model {source.location!r} does not fit the memory of {runtime.device}: use "
                 "--preset tiny, or fewer models"
             ) from error
+    if len(models) > 1:
+        _share_memory(models.values(), config, runtime)
     infos = tuple(model.info for model in models.values())
     seconds = time.monotonic() - began
     return EngineLoop(models, emit), EngineReady(infos, seconds, tuple(loads))
+
+
+def _share_memory(models: Iterable[LoadedModel], config: EngineConfig, runtime: Runtime) -> None:
+    """Let each model know of the memory that those that were loaded after it take."""
+    settled = {info.id for info in config.settled}
+    available = available_bytes(runtime.device)
+    for model in models:
+        if model.info.id not in settled:
+            memory = replace(model.info.memory, available_bytes=available)
+            model.info = replace(model.info, memory=memory)
 
 
 def load_model(
@@ -74,6 +91,8 @@ def load_model(
     """The model of ``source``, on its device, warmed up and measured. Raises ``StartupError``."""
     began = time.monotonic()
     settled = next((info for info in config.settled if info.id == source.id), None)
+    if settled is not None and settled.revision != UNKNOWN:
+        source = replace(source, revision=settled.revision)  # The hub may have moved on.
     pipeline = load_pipeline(
         source, runtime.dtype or torch.float32, safety_checker=config.safety_checker
     )
