@@ -26,13 +26,15 @@ COPY server server
 RUN /opt/darkroom/bin/pip install ./protos ./server
 
 FROM ${BASE}
+# The home is of group 0: a user that the image does not know, as OpenShift makes them up, is in it.
 RUN groupadd --gid 10001 darkroom \
     && useradd --uid 10001 --gid darkroom --home-dir /var/lib/darkroom darkroom \
-    && install -d -o darkroom -g darkroom /var/lib/darkroom /var/lib/darkroom/huggingface
+    && install -d -o darkroom -g 0 -m 0775 /var/lib/darkroom /var/lib/darkroom/huggingface
 COPY --from=build /opt/darkroom /opt/darkroom
 # Plaintext for everybody, unless certificates and tokens are given: docs/security.md.
 ENV PATH=/opt/darkroom/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    HOME=/var/lib/darkroom \
     HF_HOME=/var/lib/darkroom/huggingface \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \

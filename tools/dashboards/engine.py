@@ -69,6 +69,7 @@ def engine() -> Dashboard:
                 graph(
                     "Engines restarted, jobs run again",
                     Query("increase(darkroom_engine_restarts_total[5m])", "restarts"),
+                    Query("darkroom_engines_given_up", "given up"),
                     Query(
                         "sum by (model) (increase(darkroom_job_replays_total[5m]))",
                         "{{model}} run again",

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from darkroom_server.core.errors import Failure, GenerationFailed, Reason
+from darkroom_server.core.errors import Failure, GenerationFailed, Reason, StartupError
 from darkroom_server.core.events import Event, PassDone
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import Dispatcher, State
@@ -21,10 +21,10 @@ from .desk import settle
 class Crew:
     """Fake engines, a dispatcher, and what each engine was given."""
 
-    def __init__(self, count: int, max_restarts: int = 5) -> None:
+    def __init__(self, count: int, max_restarts: int = 5, *, load: bool = True) -> None:
         self.given: asyncio.Queue[tuple[int, Job]] = asyncio.Queue()
         self.states: asyncio.Queue[State] = asyncio.Queue()
-        self.engines = [self._engine(index) for index in range(count)]
+        self.engines = [self._engine(index, load) for index in range(count)]
         self.dispatcher = Dispatcher(
             self.engines,
             ["demo"],
@@ -34,8 +34,8 @@ class Crew:
             on_state=self.states.put_nowait,
         )
 
-    def _engine(self, index: int) -> FakeEngine:
-        return FakeEngine(on_submit=lambda job: self.given.put_nowait((index, job)))
+    def _engine(self, index: int, load: bool) -> FakeEngine:
+        return FakeEngine(load=load, on_submit=lambda job: self.given.put_nowait((index, job)))
 
     async def comes_back(self) -> None:
         while await self.states.get() is not State.READY:
@@ -241,6 +241,52 @@ async def test_an_engine_that_can_never_be_started_is_the_end(
         monkeypatch.setattr(it.engines[0], "start", never)
         it.engines[0].die()
         assert "cannot be started: can't start new thread" in await it.dispatcher.died()
+
+
+async def test_an_engine_that_dies_too_often_is_given_up_and_others_go_on() -> None:
+    async with crew(2, max_restarts=0) as it:
+        accepted = it.dispatcher.submit(make_job("moved"))
+        first, _ = await it.given.get()
+        it.engines[first].die()
+        second, _ = await it.given.get()
+        assert second != first
+        it.engines[second].advance(4)
+        await accepted.result()
+        assert it.dispatcher.ready
+        last = it.dispatcher.submit(make_job("last"))
+        assert (await it.given.get())[0] == second
+        it.engines[second].die()
+        assert "1 times in ten minutes" in await it.dispatcher.died()
+        with pytest.raises(GenerationFailed) as caught:
+            await last.result()
+        assert caught.value.reason is Reason.ENGINE_FAILED
+
+
+async def test_one_engine_that_loads_is_enough() -> None:
+    it = Crew(3, load=False)
+    it.dispatcher.start()
+    it.engines[0].die()
+    await settle()
+    it.engines[1].become_ready()
+    await it.dispatcher.loaded()
+    it.engines[2].die()
+    await settle()
+    accepted = it.dispatcher.submit(make_job("alone"))
+    assert (await it.given.get())[0] == 1
+    it.engines[1].advance(4)
+    await accepted.result()
+    await it.dispatcher.close()
+
+
+async def test_engines_of_which_none_loads_are_the_end() -> None:
+    it = Crew(2, load=False)
+    it.dispatcher.start()
+    it.engines[0].die()
+    await settle()
+    it.engines[1].die()
+    with pytest.raises(StartupError, match="told to die"):
+        await it.dispatcher.loaded()
+    await it.dispatcher.close()
 
 
 async def test_too_many_deaths_are_the_end() -> None:

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import socket
 import urllib.error
 import urllib.request
@@ -77,3 +78,23 @@ def test_the_port_is_free_again() -> None:
     again = Exporter(CollectorRegistry(), lambda: True)
     assert again.start("127.0.0.1", int(address.split(":")[1])) == address
     again.stop()
+
+
+def has_ipv6() -> bool:
+    """Whether this machine reaches itself so."""
+    with socket.socket(socket.AF_INET6) as probe:
+        return probe.connect_ex(("::1", 9)) == errno.ECONNREFUSED
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_every_address_is_of_both_families(host: str) -> None:
+    exporter = Exporter(CollectorRegistry(), lambda: True)
+    address = exporter.start(host, 0)
+    port = address.rpartition(":")[2]
+    try:
+        assert address.rpartition(":")[0].strip("[]") == host
+        for mine in ("127.0.0.1", "[::1]"):
+            assert get(f"{mine}:{port}", "/healthz") == (200, "ready\n")
+    finally:
+        exporter.stop()

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 import structlog
 
@@ -15,7 +14,7 @@ from darkroom_server.core.events import EngineDied, EngineReady, Event
 from darkroom_server.dispatch.accepted import AcceptedJob
 from darkroom_server.dispatch.forecast import forecast
 from darkroom_server.dispatch.observer import Observer
-from darkroom_server.dispatch.slot import Slot
+from darkroom_server.dispatch.slot import Death, Slot
 from darkroom_server.dispatch.work import work_of
 
 log = structlog.get_logger(__name__)
@@ -32,6 +31,7 @@ class Fleet:
     ``on_event`` is told what engines say of jobs and of themselves, ``on_crash`` the jobs that
     were in an engine when it died, ``on_change`` that an engine came or went, and ``on_end`` that
     no engine will ever come back, with one line for the operator. All on the event loop.
+    One that dies more than ``max_restarts`` times in ten minutes, or never loads, is given up.
     """
 
     def __init__(
@@ -54,9 +54,7 @@ class Fleet:
         self._on_crash = on_crash
         self._on_change = on_change
         self._on_end = on_end
-        self._was_ready = False
         self._closing = False
-        self._deaths: deque[_Death] = deque()
         self._restarts: set[asyncio.TimerHandle] = set()
 
     @property
@@ -150,7 +148,7 @@ class Fleet:
         slot.learn(event)
         match event:
             case EngineReady():
-                self._was_ready = slot.ready = True
+                slot.ready = slot.loaded = True
                 self._on_event(event)
                 self._on_change()
             case EngineDied(message):
@@ -163,22 +161,31 @@ class Fleet:
             return
         victims = slot.lose()
         now = time.monotonic()
-        self._deaths.append(_Death(now, explained=_explained(slot, victims)))
-        while self._deaths[0].at < now - RESTART_WINDOW_SECONDS:
-            self._deaths.popleft()
-        unexplained = sum(not death.explained for death in self._deaths)
-        if not self._was_ready:
-            # It never loaded: trying again would only say the same more often.
-            self._on_end(message)
+        slot.deaths.append(Death(now, explained=_explained(slot, victims)))
+        while slot.deaths[0].at < now - RESTART_WINDOW_SECONDS:
+            slot.deaths.popleft()
+        unexplained = sum(not death.explained for death in slot.deaths)
+        if not slot.loaded:
+            # Trying again would only say the same more often.
+            self._give_up(slot, message)
         elif unexplained > self._max_restarts:
-            self._on_end(f"the engine died {unexplained} times in ten minutes: {message}")
+            self._give_up(slot, f"the engine died {unexplained} times in ten minutes: {message}")
         else:
             self._restart_later(slot, message)
         self._on_change()
         self._on_crash(victims)
 
+    def _give_up(self, slot: Slot, message: str) -> None:
+        """Do without an engine; where it was the last, that is the end."""
+        slot.given_up = True
+        if all(each.given_up for each in self.slots):
+            self._on_end(message)
+            return
+        log.error("engine given up", engine=slot.index, why=message)
+        self._observer.engine_given_up()
+
     def _restart_later(self, slot: Slot, message: str) -> None:
-        doublings = len(self._deaths) - 1
+        doublings = len(slot.deaths) - 1
         delay = min(FIRST_BACKOFF_SECONDS * 2.0**doublings, LONGEST_BACKOFF_SECONDS)
         log.warning("engine restarts", engine=slot.index, why=message, seconds=delay)
 
@@ -193,12 +200,6 @@ class Fleet:
 
         timer = asyncio.get_running_loop().call_later(delay, restart)
         self._restarts.add(timer)
-
-
-@dataclass(frozen=True, slots=True)
-class _Death:
-    at: float
-    explained: bool
 
 
 def _explained(slot: Slot, victims: list[AcceptedJob]) -> bool:

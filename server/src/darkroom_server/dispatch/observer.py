@@ -41,6 +41,9 @@ class Observer(Protocol):
     def engine_restarted(self) -> None:
         """An engine that died is started again."""
 
+    def engine_given_up(self) -> None:
+        """An engine is never started again; others go on."""
+
     def ended(self, model: str, end: str, phase: str) -> None:
         """An accepted job of ``model`` ended, as ``End`` says, in ``AcceptedJob.phase``."""
 
@@ -85,6 +88,9 @@ class Unobserved:
         """Ignore it."""
 
     def engine_restarted(self) -> None:
+        """Ignore it."""
+
+    def engine_given_up(self) -> None:
         """Ignore it."""
 
     def ended(self, model: str, end: str, phase: str) -> None:

@@ -1,5 +1,8 @@
 """One engine, the jobs in it, and how fast it is."""
 
+from collections import deque
+from dataclasses import dataclass
+
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.events import (
     DecodeDone,
@@ -17,18 +20,30 @@ from darkroom_server.dispatch.speed import Group, Speed
 from darkroom_server.dispatch.work import Works
 
 
+@dataclass(frozen=True, slots=True)
+class Death:
+    """When an engine died, by the monotonic clock; ``explained`` by one of its jobs."""
+
+    at: float
+    explained: bool
+
+
 class Slot:
     """One engine, and the jobs in it.
 
     ``memory`` is what it told last, ``passes`` are how many it took, ``last_rows`` those of the
     last one. ``proven`` says that it has finished a job since a death was last blamed on one.
+    ``loaded`` says that it was ready once, ``given_up`` that it is never started again.
     """
 
     def __init__(self, index: int, engine: Engine) -> None:
         self.index = index
         self.engine = engine
         self.ready = False
+        self.loaded = False
+        self.given_up = False
         self.restarts = 0
+        self.deaths: deque[Death] = deque()
         self.proven = True
         self.jobs: dict[str, AcceptedJob] = {}
         self.models: dict[str, ModelInfo] = {}

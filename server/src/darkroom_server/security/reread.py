@@ -12,7 +12,7 @@ from darkroom_server.core.errors import StartupError
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-Stamp = tuple[tuple[int, int, int] | None, ...]
+Stamp = tuple[tuple[int, int, int, int] | None, ...]
 
 
 class Reread(Generic[T]):
@@ -48,9 +48,10 @@ class Reread(Generic[T]):
         return tuple(map(_stamp, self._paths))
 
 
-def _stamp(path: str) -> tuple[int, int, int] | None:
+def _stamp(path: str) -> tuple[int, int, int, int] | None:
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    # The time of change too: a file that could not be read is given to the server by chown.
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino

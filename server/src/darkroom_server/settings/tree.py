@@ -82,7 +82,8 @@ class Engine:
         Dtype,
         Setting(
             "The weights' type.",
-            choose="`auto` leaves it to the preset: float16 on a GPU, float32 on a CPU.",
+            choose="`auto` leaves it to the preset: float16 on a GPU; on a CPU bfloat16, or with "
+            "`fast` the faster of float32 and bfloat16.",
         ),
     ] = Dtype.AUTO
     preset: Annotated[
@@ -178,8 +179,8 @@ class Engine:
         int,
         Ge(0),
         Setting(
-            "Restarts of engines in ten minutes; one more and the server exits, for its own "
-            "supervisor to see.",
+            "Restarts of an engine in ten minutes; one more and it is given up. Without any left "
+            "the server exits, for its own supervisor to see.",
             metavar="N",
         ),
     ] = 5

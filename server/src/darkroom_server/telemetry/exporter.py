@@ -4,7 +4,7 @@ import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http import HTTPStatus
-from socketserver import ThreadingMixIn
+from socketserver import TCPServer, ThreadingMixIn
 from threading import Thread, Timer
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -25,6 +25,12 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
     request_queue_size = 64
+
+    def server_bind(self) -> None:
+        """Bind, without ``HTTPServer``'s look at DNS for the machine's own name."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        self.setup_environ()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer one client, and hang up on it when its time is over."""
@@ -56,6 +62,15 @@ class _Server6(_Server):
     address_family = socket.AF_INET6
 
 
+class _ServerAny(_Server6):
+    """For every address of the machine, of both families, as gRPC takes "0.0.0.0" and "::"."""
+
+    def server_bind(self) -> None:
+        """Take IPv4 too."""
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+
 class Exporter:
     """Serves a registry and the readiness, on threads that a busy event loop does not hide.
 
@@ -71,9 +86,11 @@ class Exporter:
 
     def start(self, host: str, port: int) -> str:
         """Open the port (0 picks one); returns the address. Raises ``StartupError``."""
-        kind = _Server6 if ":" in host else _Server
+        kind, bound = (_Server6 if ":" in host else _Server), host
+        if host in ("0.0.0.0", "::") and socket.has_dualstack_ipv6():
+            kind, bound = _ServerAny, "::"
         try:
-            self._server = make_server(host, port, self._answer, kind, _Handler)
+            self._server = make_server(bound, port, self._answer, kind, _Handler)
         except OSError as error:
             raise StartupError(
                 f"cannot serve metrics on {host}:{port}: {error.strerror}; choose another with "

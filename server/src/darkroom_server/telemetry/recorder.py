@@ -169,6 +169,10 @@ class Recorder:
         """An engine that died is started again."""
         self._engine.restarts.inc()
 
+    def engine_given_up(self) -> None:
+        """An engine is never started again; others go on."""
+        self._engine.given_up.inc()
+
     def ended(self, model: str, end: str, phase: str) -> None:
         """An accepted job ended, in ``phase``."""
         if end == "cancelled":

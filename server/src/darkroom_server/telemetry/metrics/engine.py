@@ -81,6 +81,10 @@ class EngineMetrics:
         self.restarts = declare.counter(
             "darkroom_engine_restarts_total", "Engines that were started again after they died."
         )
+        self.given_up = declare.gauge(
+            "darkroom_engines_given_up",
+            "Engines that never loaded, or died too often, and that the others do without.",
+        )
         self.load_seconds = declare.gauge(
             "darkroom_model_load_seconds",
             "Seconds that the model took, the last time, from its files into memory.",
