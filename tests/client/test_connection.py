@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from darkroom_client import TLS, Client, Keepalive, Retry
+from darkroom_client import TLS, AsyncClient, Client, Keepalive, Retry
 from darkroom_client._channel import channel_options, dial_target, is_loopback, service_config
 from darkroom_client._settings import Settings
 from tests.client.conftest import Connect
@@ -281,6 +281,9 @@ def test_tls_with_a_token_and_both_certificates(
         assert [seen["authorization"] for seen in server.metadata] == ["Bearer secret"] * 2
 
 
-def test_a_missing_certificate_is_a_missing_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_missing_certificate_is_a_missing_file(
+    kind: type[Client] | type[AsyncClient], tmp_path: Path
+) -> None:
     with pytest.raises(FileNotFoundError):
-        Client("127.0.0.1:1", tls=TLS(ca=tmp_path / "none.pem"))
+        kind("127.0.0.1:1", tls=TLS(ca=tmp_path / "none.pem"))

@@ -1,6 +1,8 @@
 """Closing, waiting, and what a client belongs to."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -103,6 +105,45 @@ def test_an_async_client_belongs_to_one_loop(server: ScriptedServer) -> None:
         with asyncio.Runner() as second, pytest.raises(RuntimeError, match="event loop"):
             second.run(client.models())
         first.run(client.close())
+
+
+FORKING = """
+import os, sys
+from darkroom_client import Client
+
+def in_a_child(act):
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+        except RuntimeError as error:
+            print(error, flush=True)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+
+client = Client(sys.argv[1], timeout=30)
+in_a_child(lambda: print(len(client.models()), "model", flush=True))
+client.models()
+in_a_child(client.models)
+in_a_child(client.close)
+print(len(client.models()), "model")
+"""
+
+
+def test_a_client_that_is_in_use_stays_with_its_process(server: ScriptedServer) -> None:
+    forking = subprocess.run(
+        [sys.executable, "-c", FORKING, server.address],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert forking.stdout.splitlines() == [
+        "1 model",
+        "this client was in use before the process forked: make one in each process",
+        "1 model",
+    ], forking.stderr
 
 
 def test_waiting_ends_when_the_server_is_ready(client: Any, server: ScriptedServer) -> None:

@@ -8,7 +8,7 @@ import grpc
 from darkroom_client._attempt import Attempt
 from darkroom_client._call import Call, closed_under
 from darkroom_client._calls import Calls
-from darkroom_client._channel import open_async_channels
+from darkroom_client._channel import check_files, open_async_channels
 from darkroom_client._following import PLACES, Following
 from darkroom_client._link import FAREWELL_SECONDS
 from darkroom_client._settings import Metadata, Settings
@@ -21,6 +21,7 @@ class AsyncLink:
     """As ``Link``, for the event loop of its first call, which gRPC ties it to."""
 
     def __init__(self, settings: Settings, calls: Calls) -> None:
+        check_files(settings.tls)
         self.closed = False
         self._settings = settings
         self._calls = calls

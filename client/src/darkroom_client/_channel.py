@@ -146,6 +146,13 @@ def _method_config(methods: Methods, retry: Retry) -> dict[str, object]:
     return {"name": names, "retryPolicy": policy}
 
 
+def check_files(tls: TLS | None) -> None:
+    """Raise ``OSError`` for a file that cannot be read, long before the first call needs it."""
+    for file in (tls.ca, tls.cert, tls.key) if tls else ():
+        if file is not None:
+            Path(file).open("rb").close()
+
+
 def _credentials(tls: TLS | None) -> grpc.ChannelCredentials | None:
     if tls is None:
         return None

@@ -31,7 +31,7 @@ from darkroom_client._stream import Stream
 
 
 class Client:
-    """A connection to a Darkroom server; safe to share between threads.
+    """A connection to a Darkroom server; safe to share between threads, not to fork once in use.
 
     ``target``: host:port, or any gRPC target; unset, DARKROOM_TARGET, else 127.0.0.1:50051.
     ``token``: sent as a bearer token; unset, DARKROOM_TOKEN. A token is refused over plaintext
@@ -45,7 +45,8 @@ class Client:
     arguments, or such a request. Errors are ``DarkroomError``; their tree says what to do.
 
     The connection opens at the first call and comes back by itself when it breaks. Raises
-    ``ValueError`` for settings that contradict each other.
+    ``ValueError`` for settings that contradict each other, ``OSError`` for a file that cannot be
+    read. A process that was forked after the first call needs a client of its own.
     """
 
     def __init__(

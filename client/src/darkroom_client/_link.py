@@ -1,5 +1,6 @@
 """The blocking client's I/O: its channels, and who waits for what over them."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -9,7 +10,7 @@ import grpc
 from darkroom_client._attempt import Attempt
 from darkroom_client._call import Call, closed_under
 from darkroom_client._calls import Calls
-from darkroom_client._channel import open_channels
+from darkroom_client._channel import check_files, open_channels
 from darkroom_client._errors import DarkroomError
 from darkroom_client._following import PLACES, Following
 from darkroom_client._settings import Metadata, Settings
@@ -22,13 +23,20 @@ A = TypeVar("A")
 
 
 class Link:
-    """Makes calls; safe to share between threads."""
+    """Makes calls; safe to share between threads, and of the process of its first call.
+
+    gRPC's threads do not survive a fork: over channels that were opened before it, calls may hang.
+    """
 
     def __init__(self, settings: Settings, calls: Calls) -> None:
+        check_files(settings.tls)
         self.closed = False
+        self._settings = settings
         self._calls = calls
-        self._channels = open_channels(settings)
-        self.stubs = Stubs(*self._channels)
+        self._channels: tuple[grpc.Channel, ...] = ()
+        self._stubs: Stubs | None = None
+        self._process = 0
+        self._opening = threading.Lock()
         # Jobs that the server would go on with if this side just went away.
         self._kept: dict[str, Metadata] = {}
         self._farewells: set[threading.Thread] = set()
@@ -36,6 +44,33 @@ class Link:
         # while that starts, for a thread that has not started cannot be joined.
         # May be taken twice: an iterator that is dropped leaves its jobs at any moment.
         self._leaving = threading.RLock()
+
+    @property
+    def stubs(self) -> Stubs:
+        """The services; the channels open here, at the first use.
+
+        Raises ``RuntimeError`` in a process that was forked since.
+        """
+        stubs = self._stubs or self._open()
+        if self._forked:
+            raise RuntimeError(
+                "this client was in use before the process forked: make one in each process"
+            )
+        return stubs
+
+    @property
+    def _forked(self) -> bool:
+        return self._process != os.getpid()
+
+    def _open(self) -> Stubs:
+        with self._opening:
+            if self._stubs is None:
+                if self.closed:
+                    raise ValueError("closed before its first call")  # As gRPC's own channels do.
+                self._process = os.getpid()
+                self._channels = open_channels(self._settings)
+                self._stubs = Stubs(*self._channels)
+            return self._stubs
 
     def ask(self, call: Call[A]) -> A:
         """Make ``call`` and wait for its answer."""
@@ -109,14 +144,17 @@ class Link:
             farewells = tuple(self._farewells)
         for farewell in farewells:
             farewell.join()
-        for channel in self._channels:
-            channel.close()
+        with self._opening:
+            for channel in self._channels:
+                channel.close()
 
     def _keep(self, request_id: str, metadata: Metadata) -> None:
         with self._leaving:
             self._kept[request_id] = metadata
 
     def _say_farewell(self, request_id: str, metadata: Metadata) -> None:
+        if self._stubs is None or self._forked:
+            return  # Nothing was ever asked, or by the parent, whose jobs go on.
         # A thread, for it may take several calls, and whoever leaves should not wait for them.
         farewell = threading.Thread(target=self._cancel_somewhere, args=(request_id, metadata))
         self._farewells.add(farewell)
