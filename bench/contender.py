@@ -1,6 +1,8 @@
 """Who draws the workload: something that serves arrivals, in a process of its own."""
 
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -83,6 +85,7 @@ def _work(
     connection: "Connection[Any, Any]",
     make: Callable[[], tuple[Contender, ModelInfo | None]],
 ) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     contender, info = make()
     connection.send(info)
     while (wanted := connection.recv()) is not None:
@@ -91,3 +94,11 @@ def _work(
         drawn = contender.draw(Arrivals(requests, callers))
         connection.send(Report(drawn, contender.passes(), began))
     contender.close()
+
+
+def _leave_with_parent() -> None:
+    """A bench that is killed in the middle of a loop must not leave one behind that draws on."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -10,16 +10,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.arrivals import Outcome
 from bench.contender import WIDEST
 from bench.machine import model_source, this_machine, versions
-from bench.peers.bench import LONE_STEPS, WINDOW, PeersBench, Plan
+from bench.peers.bench import LONE_STEPS, PeersBench, Plan
 from bench.peers.goals import goals
 from bench.peers.page import page
 from bench.peers.plots import plot
 from bench.peers.roster import PEERS, SERIAL, WORK, Peer
 from bench.peers.scenarios import CALLERS, FULL, QUICK, SCENARIOS, Scenario
+from bench.peers.windows import TRIED, USUAL
 from bench.results import RESULTS, Results, load, model_facts, save, today
 from bench.sections import DOCS, write_section
 
@@ -82,7 +84,7 @@ def publish(results: Results, docs: Path) -> None:
     write_section("benchmarks.md", "Benchmarks", "peers", page(results, "images", plots), docs)
 
 
-def _settings(plan: Plan) -> dict[str, float]:
+def _settings(plan: Plan) -> dict[str, Any]:
     """What all runs of a bench have in common."""
     return {
         "rounds": plan.rounds,
@@ -93,6 +95,7 @@ def _settings(plan: Plan) -> dict[str, float]:
         "callers": CALLERS,
         "widest": WIDEST,
         "window_seconds": plan.window,
+        "windows_tried": list(plan.windows),
         "lone_steps": LONE_STEPS,
     }
 
@@ -119,7 +122,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--closed", type=int, help="requests of each closed loop")
     parser.add_argument("--pairs", type=int, help="lone requests of each peer and round")
     parser.add_argument(
-        "--window", type=float, default=WINDOW, help="seconds that a batch waits for company"
+        "--window", type=float, default=USUAL, help="seconds that a batch waits for company"
+    )
+    parser.add_argument(
+        "--windows",
+        type=float,
+        nargs="*",
+        metavar="SECONDS",
+        help="try these first, and give each server its best; the full bench tries "
+        f"{', '.join(map(str, TRIED))} unless told",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--note", default="", help="a sentence for the page, on the circumstances")
@@ -159,11 +170,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     # The loads are shares of the closed loop's capacity, which must come first.
     closed = [Scenario(mix=mix) for mix in dict.fromkeys(each.mix for each in scenarios)]
     scenarios = closed + [each for each in scenarios if each not in closed]
+    usual_windows = TRIED if options.full and not options.smoke else ()
     return Plan(
         peers=options.peers,
         scenarios=scenarios,
         seed=options.seed,
         window=options.window,
+        windows=usual_windows if options.windows is None else options.windows,
         **amounts,
     )
 

@@ -17,6 +17,7 @@ from bench.peers.roster import DARKROOM, PEERS, SERIAL, Peer
 from bench.peers.scenarios import CALLERS, CLOSED, Mix, Scenario
 from bench.peers.serving import Serving
 from bench.peers.trace import mean_width, occupancy, read_trace, waste
+from bench.peers.windows import best, trials, tried
 from bench.pipelines import make_pipelines
 from bench.results import Run
 from bench.threaded import make_engine
@@ -30,9 +31,6 @@ LONE_STEPS = 16
 STREAMS = 10
 """Lone requests that are asked how soon they tell of progress."""
 
-WINDOW = 0.01
-"""Seconds that a batch waits for company: callers ask again within a few milliseconds."""
-
 SECONDS_PER_BIN = 1.0
 """Of the occupancy over time."""
 
@@ -41,7 +39,7 @@ SECONDS_PER_BIN = 1.0
 class Plan:
     """How much: requests of a closed loop and of an open one, pairs of lone ones, rounds.
 
-    ``window`` is that of the batching peers, in seconds.
+    ``window`` is that of the batching peers, in seconds, unless ``windows`` are tried first.
     """
 
     peers: Sequence[str]
@@ -52,6 +50,7 @@ class Plan:
     pairs: int
     seed: int
     window: float
+    windows: Sequence[float] = ()
 
 
 class PeersBench:
@@ -109,10 +108,12 @@ class PeersBench:
             raise RuntimeError("without (a) there is no capacity to take shares of")
 
     def run(self) -> None:
-        """Round by round: the closed loops, for the capacities, then the open ones.
+        """The windows; then round by round the closed loops, for the capacities, and the open ones.
 
         So the loads of a round fit the machine as it is then, be it another day.
         """
+        for scenario in trials(self.plan.windows):
+            self._compete(scenario, round=0)
         for round in range(self.plan.rounds):
             for scenario in sorted(self.plan.scenarios, key=lambda each: each.load is not None):
                 self._compete(scenario, round)
@@ -129,7 +130,9 @@ class PeersBench:
 
     def _compete(self, scenario: Scenario, round: int) -> None:
         """Let each have its go; who goes first changes each time."""
-        peers = [p for p in self._peers if not scenario.stream or p.name == DARKROOM]
+        peers = [p for p in self._peers if _takes_part(p, scenario)]
+        if not peers:
+            return
         self._turn += 1
         turn = self._turn % len(peers)
         done = {(r.contender, r.scenario, r.round) for r in self.runs}
@@ -166,10 +169,13 @@ class PeersBench:
             serial.nominal_before if serial else 0.0,
             self.info.defaults.width,
         )
-        with serving_peer(peer, self._serving) as process:
+        serving = replace(self._serving, window=self._window(peer, scenario))
+        with serving_peer(peer, serving) as process:
             load = Remote(partial(make_load, peer.wire, process.port, scenario.stream))
             try:
                 figures = self._before(process, load, scenario, requests)
+                if peer.batches:
+                    figures["window_seconds"] = serving.window
                 before = self.nominal()
                 cpu = process.cpu_seconds()
                 report = load.draw(requests, None if open_loop else CALLERS)
@@ -198,6 +204,13 @@ class PeersBench:
                 return run
         raise RuntimeError(f"(a) came to nothing in the closed loop, so there is no load for {mix}")
 
+    def _window(self, peer: Peer, scenario: Scenario) -> float:
+        """How long a batch of ``peer`` waits for company, in seconds."""
+        if scenario.window is not None:
+            return scenario.window
+        rates = tried(self.runs).get(peer.name)
+        return best(rates) if rates else self.plan.window
+
     def _before(
         self, process: PeerProcess, load: Remote, scenario: Scenario, requests: Sequence[Request]
     ) -> dict[str, Any]:
@@ -210,6 +223,7 @@ class PeersBench:
         some = [replace(r, steps=2, deadline=None, cancel_after=None) for r in requests[:16]]
         load.draw(some, callers=CALLERS)
         if scenario == CLOSED:
+            figures["idle_cpu"] = process.idle_cpu()
             figures["lone"] = self._lone(load)
             if process.peer.name == DARKROOM:
                 figures["first_progress"] = _first_progress(process)
@@ -240,6 +254,12 @@ class PeersBench:
             names = list(both) if index % 2 else list(both)[::-1]
             found.append({n: both[n].draw(alone, callers=1).drawn[0].latency for n in names})
         return found
+
+
+def _takes_part(peer: Peer, scenario: Scenario) -> bool:
+    if scenario.window is not None:
+        return peer.batches
+    return peer.name == DARKROOM or not scenario.stream
 
 
 def _first_progress(process: PeerProcess) -> list[float]:

@@ -8,6 +8,7 @@ from bench.peers.goals import goals
 from bench.peers.roster import PEERS
 from bench.peers.scenarios import SCENARIOS
 from bench.peers.tables import closed_loop, drift, equality, lone, open_loop, resources
+from bench.peers.windows import best, tried, windows_table
 from bench.results import Results
 from bench.sections import table
 from bench.workload import STEPS
@@ -26,6 +27,7 @@ def page(results: Results, folder: str, plots: Sequence[tuple[str, str]]) -> str
         lone(results),
         *(closed_loop(results, name) for name in _scenarios(results, closed=True)),
         *(open_loop(results, name) for name in _scenarios(results, closed=False)),
+        windows_table(results),
         resources(results),
         equality(results),
         drift(results),
@@ -52,14 +54,23 @@ def _setting(results: Results) -> str:
         f"`{results.model['id']}` ({results.model['width']}×{results.model['height']}, "
         f"{results.model['scheduler']}), all in {runtime['dtype']}, attention "
         f"{runtime['attention']}{layout}, on one thread that calls torch. At most "
-        f"{settings['widest']} images share a call or a pass; a batch waits "
-        f"{settings['window_seconds'] * 1000:g} ms for company.\n\n{peers}\n\n"
+        f"{settings['widest']} images share a call or a pass; a batch waits {_wait(results)} for "
+        f"company.\n\n{peers}\n\n"
         f"The same requests for each, over the wire, PNG files back; mixed means {shares}, "
         "guidance 4 or 7.5. Latencies count from the scheduled arrival. Each run has a fresh "
         "server, warmed up by short requests, that has the machine to itself with the load's own "
         f"process; who goes first changes. {times.capitalize()}. Made by `python -m bench.peers`; "
         f"raw latencies in `bench/results/{results.name}.json`.{lost}{note}"
     )
+
+
+def _wait(results: Results) -> str:
+    """As it was tried out, or as it was told."""
+    chosen = [
+        f"{best(rates) * 1000:g} ms ({PEERS[name].label})"
+        for name, rates in tried(results.runs).items()
+    ]
+    return ", ".join(chosen) or f"{results.settings['window_seconds'] * 1000:g} ms"
 
 
 DESCRIPTIONS = {

@@ -22,6 +22,9 @@ START_SECONDS = 180
 
 STOP_SECONDS = 20
 
+IDLE_SECONDS = 3.0
+"""For so long it is watched while nobody asks for anything."""
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -84,6 +87,13 @@ class PeerProcess:
                 times = process.cpu_times()
                 total += times.user + times.system + times.children_user + times.children_system
         return total
+
+    def idle_cpu(self) -> float:
+        """The share of a core that its processes take while nobody asks for anything."""
+        before = self.cpu_seconds()
+        began = time.monotonic()
+        time.sleep(IDLE_SECONDS)
+        return (self.cpu_seconds() - before) / (time.monotonic() - began)
 
     def stop(self) -> None:
         """Ask it to end, and kill what is left of it."""

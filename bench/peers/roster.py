@@ -15,7 +15,7 @@ WORK = ROOT / "bench" / "work"
 class Peer:
     """One server: its ``module`` of ``bench.peers.servers``, and the environment that runs it.
 
-    ``packages`` are those whose versions a reader asks for.
+    ``packages`` are those whose versions a reader asks for. ``batches``: it waits for company.
     """
 
     name: str
@@ -24,6 +24,7 @@ class Peer:
     environment: str
     wire: Wire
     packages: tuple[str, ...]
+    batches: bool = False
 
     @property
     def python(self) -> Path:
@@ -41,10 +42,16 @@ PEERS: Mapping[str, Peer] = {
     for peer in (
         Peer(SERIAL, "(a) gRPC and a lock", "grpc_lock", "grpc", Wire.GRPC, ("grpcio",)),
         Peer(
-            "litserve", "(b) LitServe", "litserve_batch", "litserve", Wire.LITSERVE, ("litserve",)
+            *("litserve", "(b) LitServe", "litserve_batch", "litserve", Wire.LITSERVE),
+            packages=("litserve",),
+            batches=True,
         ),
-        Peer("ray", "(c) Ray Serve", "ray_batch", "ray", Wire.RAY, ("ray",)),
-        Peer("triton", "(d) Triton", "triton_batch", "triton", Wire.TRITON, ("nvidia-pytriton",)),
+        Peer("ray", "(c) Ray Serve", "ray_batch", "ray", Wire.RAY, ("ray",), batches=True),
+        Peer(
+            *("triton", "(d) Triton", "triton_batch", "triton", Wire.TRITON),
+            packages=("nvidia-pytriton",),
+            batches=True,
+        ),
         Peer(DARKROOM, "(e) Darkroom", "darkroom", ".venv", Wire.GRPC, ("darkroom-server",)),
     )
 }

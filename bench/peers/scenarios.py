@@ -56,7 +56,8 @@ class Mix(StrEnum):
 class Scenario:
     """``load`` is a share of (a)'s capacity for this mix, None in the closed loop.
 
-    ``stream``: Darkroom alone, which tells of the progress.
+    ``stream``: Darkroom alone, which tells of the progress. ``window``: those alone that batch,
+    each of whose batches waits so many seconds for company; None for the peer's best.
     """
 
     mix: Mix = Mix.MIXED
@@ -65,11 +66,14 @@ class Scenario:
     deadlines: bool = False
     cancels: bool = False
     stream: bool = False
+    window: float | None = None
 
     @property
     def name(self) -> str:
         """For tables and the command line: "mixed closed", "mixed 0.9 bursts"."""
         kinds = [k for k in ("bursts", "deadlines", "cancels", "stream") if getattr(self, k)]
+        if self.window is not None:
+            kinds.append(f"{self.window * 1000:g} ms")
         return " ".join([self.mix, "closed" if self.load is None else f"{self.load:g}", *kinds])
 
     def requests(

@@ -48,7 +48,8 @@ def lone(results: Results) -> str:
     heads = ["", "ms", "over bare `pipe()`", "95 % interval", "first progress, ms"]
     return (
         f"### A lone request\n\n{count} interleaved pairs of {results.settings['lone_steps']} "
-        f"steps with a bare `pipe()`; medians.\n\n{table(heads, rows)}"
+        "steps with a bare `pipe()`, which draws beside the idle server: one that takes CPU time "
+        f"then slows it down too. Medians.\n\n{table(heads, rows)}"
     )
 
 
@@ -168,6 +169,7 @@ def resources(results: Results) -> str:
         firsts = [
             r.figures["first_image_seconds"] for r in runs if "first_image_seconds" in r.figures
         ]
+        idle = [r.figures["idle_cpu"] * 100 for r in runs if "idle_cpu" in r.figures]
         rows.append(
             [
                 PEERS[name].label,
@@ -179,15 +181,18 @@ def resources(results: Results) -> str:
                 spread([cpu_seconds_per_image(run) for run in runs if run.scenario == CLOSED.name])
                 if any(run.scenario == CLOSED.name for run in runs)
                 else "",
+                spread(idle, 0) if idle else "",
             ]
         )
-    heads = ["", "ready, s", "first image, s", "PSS, GiB", "RSS, GiB", "processes", "CPU s/image"]
+    heads = ["", "ready, s", "first image, s", "PSS, GiB", "RSS, GiB", "processes"]
+    heads += ["CPU s/image", "idle, % of a core"]
     measured = sorted({r.figures["max_rows"] for r in results.runs if "max_rows" in r.figures})
     return (
         "### What they take\n\nFrom the start of the process until it is ready by its own word "
         "(Darkroom has measured the model and warmed up by then), and the first image of 8 steps "
         "after that; memory of all processes at the end of a run; CPU seconds of the mixed closed "
-        "loop. Over all runs. The rows of a pass that Darkroom found to be enough, at its starts: "
+        "loop; what its processes take of a core while nobody asks. Over all runs. The rows of a "
+        "pass that Darkroom found to be enough, at its starts: "
         f"{', '.join(map(str, measured))}.\n\n{table(heads, rows)}"
     )
 

@@ -13,9 +13,10 @@ from bench.peers.figures import goodput, runs_of
 from bench.peers.goals import goals
 from bench.peers.load import Load
 from bench.peers.protocols import Ended
-from bench.peers.scenarios import BUSY, CLOSED, FULL, LEAVERS, OVERLOAD, SCENARIOS
+from bench.peers.scenarios import BUSY, CLOSED, FULL, LEAVERS, OVERLOAD, SCENARIOS, Scenario
 from bench.peers.serving import Serving, by_settings, from_wire, to_wire
 from bench.peers.trace import Trace, Work, mean_width, occupancy, read_trace, waste
+from bench.peers.windows import best, tried
 from bench.results import Results, Run, load, save
 from bench.workload import Request, bursts, mixed, sized, with_cancels, with_deadlines
 from darkroom_server.core.model import ModelRuntime
@@ -188,6 +189,7 @@ def run(scenario: str, contender: str, slowness: float, **fields: Any) -> Run:
         "width": 1.0,
         "waste": {"total": 1.0, "late": 0.05, "last": 0.05, "cancels": 2},
         "occupancy": [1.0, 2.0],
+        "idle_cpu": 0.25,
         "lone": [{"peer": 1.02, "pipe": 1.0}] if scenario == CLOSED.name else [],
     }
     return Run(
@@ -240,6 +242,27 @@ RESULTS = Results(
 )
 
 
+def trial(window: float, slowness: float) -> Run:
+    found = run(Scenario(window=window).name, "ray", slowness)
+    return replace(found, callers=8, figures={**found.figures, "window_seconds": window})
+
+
+def test_the_shortest_window_that_is_good_enough_is_best() -> None:
+    assert best({0.002: 2.0, 0.01: 2.97, 0.05: 3.0}) == 0.01
+    assert best({0.002: 2.0, 0.01: 2.9, 0.05: 3.0}) == 0.05
+
+
+def test_the_page_tells_which_windows_were_tried() -> None:
+    other = run(CLOSED.name, "ray", 0.2)
+    later = replace(other, figures={**other.figures, "window_seconds": 0.01})
+    runs = [*RESULTS.runs, later, trial(0.002, 0.4), trial(0.01, 0.05)]
+    assert set(tried(runs)["ray"]) == {0.002, 0.01}
+    page = page_module.page(replace(RESULTS, runs=runs), "images", [])
+    assert "a batch waits 10 ms ((c) Ray Serve) for company" in page
+    assert "| images/s | 2 ms | 10 ms |" in page
+    assert "### How long a batch waits" not in page_module.page(RESULTS, "images", [])
+
+
 def test_goals_are_ratios_to_the_best_rival() -> None:
     reached = {goal.name: goal for goal in goals(RESULTS)}
     assert reached["p50 of 8 steps at 0.9, against the best"].reached == pytest.approx(0.5)
@@ -266,6 +289,7 @@ def test_the_page_says_what_was_met_what_was_missed_and_who_is_missing() -> None
     assert "![A plot](images/load.png)\n\nA plot. More of it." in page
     assert "| (c) Ray Serve | 8 of 8 | 0 | equal | 7 of 8 | 51.2 dB |" in page
     assert "### Open loop, mixed, deadlines, 110% of (a)'s capacity" in page
+    assert "| CPU s/image | idle, % of a core |" in page
 
 
 def test_only_images_count(tmp_path: Path) -> None:
