@@ -105,7 +105,11 @@ def _earlier(options: argparse.Namespace, plan: Plan) -> Results | None:
     if options.resume is None:
         return None
     earlier = load(options.resume)
-    if (earlier.settings, earlier.machine) != (_settings(plan), this_machine()):
+    # More windows may be tried than before.
+    of_then, of_now = (
+        {**settings, "windows_tried": None} for settings in (earlier.settings, _settings(plan))
+    )
+    if (of_then, earlier.machine) != (of_now, this_machine()):
         sys.exit(f"{options.resume} was made with other settings, or on another machine")
     return earlier
 

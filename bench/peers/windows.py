@@ -11,7 +11,7 @@ from bench.sections import table
 USUAL = 0.01
 """Seconds, where none were tried: callers ask again within a few milliseconds."""
 
-TRIED: Sequence[float] = (0.002, USUAL, 0.05)
+TRIED: Sequence[float] = (0.002, USUAL, 0.05, 0.2)
 """What ``make bench-full`` tries, in seconds."""
 
 CLOSE = 0.98
@@ -30,7 +30,7 @@ def tried(runs: Sequence[Run]) -> dict[str, dict[float, float]]:
         window = run.figures.get("window_seconds")
         if window is not None and run.scenario == Scenario(window=window).name:
             found.setdefault(run.contender, {})[window] = images_per_second(run)
-    return found
+    return {name: found[name] for name in PEERS if name in found}
 
 
 def best(rates: Mapping[float, float]) -> float:
