@@ -87,6 +87,14 @@ def test_the_first_version(machine: Path) -> None:
     assert cgroup.free_memory() is None
 
 
+def test_old_kernels_tell_less(machine: Path) -> None:
+    limits = {"memory/memory.limit_in_bytes": "4000", "memory/memory.usage_in_bytes": "3500"}
+    write(machine, FIRST, limits)
+    assert cgroup.free_memory() == 500
+    write(machine, FIRST, limits | {"memory/memory.stat": "cache 5\ntotal_cache 400"})
+    assert cgroup.free_memory() == 900
+
+
 def test_more_than_the_limit_leaves_nothing(machine: Path) -> None:
     write(machine, "0::/\n", {"memory.max": "100", "memory.current": "120"})
     assert cgroup.free_memory() == 0

@@ -52,17 +52,18 @@ def test_rows_that_fit(width: int, height: int, rows: int) -> None:
     assert NEEDS.rows_that_fit(width, height) == rows
 
 
-SLICED = dataclasses.replace(NEEDS, bytes_per_pass=50, decodes_tiles=True)
+SLICED = dataclasses.replace(NEEDS, bytes_per_pass=50, tile_pixels=384 * 384)
 
 
 def test_slices_grow_by_the_square_and_tiles_do_not() -> None:
     assert SLICED.needed(512, 512, 2) == 250
     assert SLICED.needed(1024, 1024, 2) == 800 + 50 * 16
-    assert SLICED.rows_that_fit(512, 512) == 9
-    assert SLICED.rows_that_fit(724, 724) == 4
+    assert SLICED.rows_that_fit(512, 512) == 8
+    assert SLICED.rows_that_fit(1024, 512) == 3
     tiled = dataclasses.replace(SLICED, bytes_per_row=1, bytes_per_pass=0)
     assert tiled.needed(1024, 1024, 2) == 150
-    assert tiled.needed(256, 256, 2) == 38
+    assert tiled.needed(512, 512, 2) == 150
+    assert tiled.needed(192, 384, 2) == 75, "half a tile"
 
 
 def test_rows_that_fit_where_a_row_takes_nothing() -> None:
@@ -150,7 +151,7 @@ def test_what_comes_once_in_a_pass_is_told_from_what_comes_for_each_row(
     runtime = resolve(EngineConfig(models=(), device="cpu", attention=attention))
     taken: list[int] = []
     monkeypatch.setattr(arrange, "peak_bytes", lambda _, work: work() or taken.pop())
-    decoder: Any = SimpleNamespace(decode=lambda _: taken.append(7))
+    decoder: Any = SimpleNamespace(decode=lambda _: taken.append(7), tile_pixels=None)
     unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
     needs = measure_memory(
         lambda rows: taken.append(1000 + 300 * rows),
@@ -178,6 +179,8 @@ def test_a_decode_that_fails_at_warm_up_is_no_measurement(
     form = Form(torch.float32, channels_last=False)
     with pytest.raises(error, match=words):
         arrange.measure_decode(unet, decoder, form, runtime)
+    with pytest.raises(error, match=words):
+        measure_memory(lambda _: None, unet, decoder, form, runtime, factor=8)
 
 
 def test_a_job_that_never_fits_is_refused(shared_loop: LoopUnderTest) -> None:

@@ -29,8 +29,13 @@ class ProcessOne:
     def until(self, event: str) -> dict[str, str]:
         """Wait for a line of the log."""
         assert self._outer.stderr
-        entries: Iterator[dict[str, str]] = map(json.loads, self._outer.stderr)
-        return next(entry for entry in entries if entry["event"] == event)
+        lines = []
+        for line in self._outer.stderr:
+            lines.append(line)
+            entry: dict[str, str] = json.loads(line) if line.startswith("{") else {}
+            if entry.get("event") == event:
+                return entry
+        pytest.fail(f"the server ended without {event!r}:\n{''.join(lines)}")
 
     def signal(self, number: signal.Signals) -> None:
         """From outside, as a container's runtime sends it."""

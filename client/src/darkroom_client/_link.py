@@ -36,7 +36,8 @@ class Link:
         self._channels: tuple[grpc.Channel, ...] = ()
         self._stubs: Stubs | None = None
         self._process = 0
-        self._opening = threading.Lock()
+        # May be taken twice: a signal's handler may close the client that is being opened.
+        self._opening = threading.RLock()
         # Jobs that the server would go on with if this side just went away.
         self._kept: dict[str, Metadata] = {}
         self._farewells: set[threading.Thread] = set()
@@ -51,16 +52,18 @@ class Link:
 
         Raises ``RuntimeError`` in a process that was forked since.
         """
-        stubs = self._stubs or self._open()
+        self._check_process()
+        return self._stubs or self._open()
+
+    @property
+    def _forked(self) -> bool:
+        return self._stubs is not None and self._process != os.getpid()
+
+    def _check_process(self) -> None:
         if self._forked:
             raise RuntimeError(
                 "this client was in use before the process forked: make one in each process"
             )
-        return stubs
-
-    @property
-    def _forked(self) -> bool:
-        return self._process != os.getpid()
 
     def _open(self) -> Stubs:
         with self._opening:
@@ -83,6 +86,7 @@ class Link:
     def start(self, call: Call[A]) -> "Pending[A]":
         """Make ``call`` and wait for nothing."""
         self.check_open()
+        self._check_process()
         # Before the call, for an interrupt may come at any moment after it.
         if call.keeps and call.request_id is not None:
             self._keep(call.request_id, call.metadata)
@@ -103,6 +107,7 @@ class Link:
         """Open the stream of ``attempt``."""
         if self.closed:
             raise closed_under(following.request_id)
+        self._check_process()
         if following.leaves_work:
             self._keep(following.request_id, following.metadata)
         try:
@@ -144,9 +149,10 @@ class Link:
             farewells = tuple(self._farewells)
         for farewell in farewells:
             farewell.join()
-        with self._opening:
-            for channel in self._channels:
-                channel.close()
+        with self._opening:  # Once it is free, nobody opens any more.
+            channels = () if self._forked else self._channels  # The parent closes its own.
+        for channel in channels:
+            channel.close()
 
     def _keep(self, request_id: str, metadata: Metadata) -> None:
         with self._leaving:

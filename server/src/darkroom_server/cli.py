@@ -108,9 +108,7 @@ class _Version(argparse.Action):
 
 
 def _serve(flags: dict[str, Any]) -> None:
-    # Process 1 of a container has no default action: until the server listens to signals itself,
-    # one would be dropped.
-    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    signal.signal(signal.SIGTERM, _end)  # Until the server listens to signals itself.
     loaded = _load(flags.pop("config"), flags)
     import structlog
 
@@ -124,6 +122,13 @@ def _serve(flags: dict[str, Any]) -> None:
         run(loaded.settings)
     except EngineLost as error:
         _exit(EXIT_FAILED, str(error))
+
+
+def _end(number: int, _: object) -> None:
+    """End by a signal, as process 1 too, for which the kernel has no default action."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+    os._exit(128 + number)
 
 
 def _healthcheck(

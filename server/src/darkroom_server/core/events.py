@@ -70,9 +70,13 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class EngineDied:
-    """The engine stopped for good; ``message`` is one line for the operator."""
+    """The engine stopped for good; ``message`` is one line for the operator.
+
+    ``hopeless``: started again as it is, it would say the same.
+    """
 
     message: str
+    hopeless: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,8 @@ class MemoryNeeds:
     """What passes and decodes take besides the weights, measured at warm-up, in bytes.
 
     ``bytes_per_row`` and ``bytes_per_decode`` are for an image of ``pixels``, and grow in
-    proportion; but where the decode goes by tiles, it takes no more for a larger image.
-    ``bytes_per_pass`` comes once for all rows, and grows by the square: the scores of sliced
+    proportion; but where the decode goes by tiles of ``tile_pixels``, it takes no more than one of
+    them. ``bytes_per_pass`` comes once for all rows, and grows by the square: the scores of sliced
     attention. ``available_bytes`` is what the device had left, less a safety margin.
     """
 
@@ -72,20 +72,23 @@ class MemoryNeeds:
     bytes_per_decode: int
     available_bytes: int
     bytes_per_pass: int = 0
-    decodes_tiles: bool = False
+    tile_pixels: int | None = None
 
     def needed(self, width: int, height: int, rows: int) -> int:
         """The peak of one image of ``rows`` rows: its decode comes after its last pass."""
         scale = width * height / self.pixels
         passes = rows * self.bytes_per_row * scale + self.bytes_per_pass * scale**2
-        decode = self.bytes_per_decode * (min(scale, 1.0) if self.decodes_tiles else scale)
-        return round(max(passes, decode))
+        if self.tile_pixels is not None:
+            scale = min(1.0, width * height / self.tile_pixels)
+        return round(max(passes, self.bytes_per_decode * scale))
 
     def rows_that_fit(self, width: int, height: int) -> int:
         """Rows of one pass at this size, at least 2: what fails alone is refused elsewhere."""
         scale = width * height / self.pixels
-        left = self.available_bytes - self.bytes_per_pass * scale**2
-        return max(2, int(left / max(1.0, self.bytes_per_row * scale)))
+        # Of the peak of two rows, half for each: beyond those that were measured, other layers may
+        # have the peak, in which more grows with the rows.
+        per_row = self.bytes_per_row * scale + self.bytes_per_pass * scale**2 / 2
+        return max(2, int(self.available_bytes / max(1.0, per_row)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,9 +34,9 @@ class Dispatcher:
     All methods belong to one event loop. ``model_ids`` are the models the server was told to hold,
     in that order. ``max_queued_jobs`` and ``max_queued_megapixel_steps`` bound what waits. A job is
     handed over while fewer than ``max_resident_samples`` images are in an engine. With
-    ``early_refusal`` jobs are refused that cannot be expected to meet their deadlines. More than
-    ``max_restarts`` deaths of engines in ten minutes are the end. ``on_state`` is told of each
-    change of ``state``, and now and then of none.
+    ``early_refusal`` jobs are refused that cannot be expected to meet their deadlines. An engine
+    that dies more than ``max_restarts`` times in ten minutes is given up; the last one is the end.
+    ``on_state`` is told of each change of ``state``, and now and then of none.
     """
 
     def __init__(

@@ -31,7 +31,8 @@ class Fleet:
     ``on_event`` is told what engines say of jobs and of themselves, ``on_crash`` the jobs that
     were in an engine when it died, ``on_change`` that an engine came or went, and ``on_end`` that
     no engine will ever come back, with one line for the operator. All on the event loop.
-    One that dies more than ``max_restarts`` times in ten minutes, or never loads, is given up.
+    One that dies more than ``max_restarts`` times in ten minutes is given up, and at once one that
+    says at its first start that it cannot load.
     """
 
     def __init__(
@@ -151,12 +152,12 @@ class Fleet:
                 slot.ready = slot.loaded = True
                 self._on_event(event)
                 self._on_change()
-            case EngineDied(message):
-                self._on_death(slot, message)
+            case EngineDied():
+                self._on_death(slot, event)
             case _:
                 self._on_event(event)
 
-    def _on_death(self, slot: Slot, message: str) -> None:
+    def _on_death(self, slot: Slot, died: EngineDied) -> None:
         if self._closing:
             return
         victims = slot.lose()
@@ -165,13 +166,13 @@ class Fleet:
         while slot.deaths[0].at < now - RESTART_WINDOW_SECONDS:
             slot.deaths.popleft()
         unexplained = sum(not death.explained for death in slot.deaths)
-        if not slot.loaded:
-            # Trying again would only say the same more often.
-            self._give_up(slot, message)
+        if died.hopeless and not slot.loaded:
+            self._give_up(slot, died.message)
         elif unexplained > self._max_restarts:
-            self._give_up(slot, f"the engine died {unexplained} times in ten minutes: {message}")
+            often = f"the engine died {unexplained} times in ten minutes"
+            self._give_up(slot, f"{often}: {died.message}")
         else:
-            self._restart_later(slot, message)
+            self._restart_later(slot, died.message)
         self._on_change()
         self._on_crash(victims)
 
@@ -196,7 +197,7 @@ class Fleet:
             try:
                 self._start(slot)
             except (OSError, RuntimeError) as error:  # No memory, files or threads to spare.
-                self._on_death(slot, f"the engine cannot be started: {error}")
+                self._on_death(slot, EngineDied(f"the engine cannot be started: {error}"))
 
         timer = asyncio.get_running_loop().call_later(delay, restart)
         self._restarts.add(timer)

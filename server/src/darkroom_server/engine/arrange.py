@@ -28,7 +28,7 @@ def arrange(pipeline: Any, runtime: Runtime, tokens: int, settled: Form | None) 
     if runtime.attention is Attention.SLICED:
         _slice_attention(pipeline, runtime.slice_size)
     if runtime.vae_tiling:
-        _tile(pipeline.vae)
+        _tile(pipeline.vae, int(pipeline.unet.config.sample_size))
     # Never float16 where nothing was said: on a CPU it is hundreds of times slower.
     dtypes = [runtime.dtype] if runtime.dtype else [torch.float32, torch.bfloat16]
     layouts = [False, True] if runtime.channels_last is None else [runtime.channels_last]
@@ -83,7 +83,8 @@ def measure_memory(
 ) -> MemoryNeeds:
     """What a pass and a decode take at the default size; ``factor`` pixels make one latent."""
     latents = _blank(unet, form, runtime)
-    run_pass(1)  # The first one has libraries take memory that they keep.
+    if runtime.device.type == "cuda":
+        run_pass(1)  # The first one has libraries take memory that they keep.
     two_rows = peak_bytes(runtime.device, lambda: run_pass(2))
     once = 0
     if runtime.attention is Attention.SLICED:
@@ -96,7 +97,7 @@ def measure_memory(
         bytes_per_row=(two_rows - once) // 2,
         bytes_per_pass=once,
         bytes_per_decode=decode_peak,
-        decodes_tiles=runtime.vae_tiling,
+        tile_pixels=decoder.tile_pixels,
         available_bytes=available_bytes(runtime.device),
     )
 
@@ -123,15 +124,15 @@ def _blank(unet: Any, form: Form, runtime: Runtime) -> torch.Tensor:
     return torch.zeros(shape, dtype=form.dtype, device=runtime.device)
 
 
-def _tile(vae: Any) -> None:
-    """Decode by tiles of about three quarters of the model's own size, each side.
+def _tile(vae: Any, latent: int) -> None:
+    """Decode by tiles of about three quarters of the model's own size, ``latent``, each side.
 
-    diffusers' tiles are as large as that: an image of the usual size would not be tiled at all.
+    diffusers' tiles are as large as that, or larger: an image of the usual size would not be tiled.
     """
     vae.enable_tiling()
-    factor = vae.tile_sample_min_size // vae.tile_latent_min_size
     # A multiple of four: a quarter overlaps, or the tiles would not meet.
-    vae.tile_latent_min_size = max(4, vae.tile_latent_min_size * 3 // 16 * 4)
+    vae.tile_latent_min_size = max(4, latent * 3 // 16 * 4)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
     vae.tile_sample_min_size = vae.tile_latent_min_size * factor
 
 

@@ -61,12 +61,12 @@ def _groups(controller: str) -> Iterator[Path]:
 def _kept_files(group: Path) -> int:
     """Bytes of files in memory that no process maps; tmpfs is counted among files, but stays."""
     words = _words(group / "memory.stat")
-    stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    stat = dict(zip(words[::2], words[1::2], strict=False))
+    names = ("file", "shmem", "file_mapped")
     if "total_cache" in stat:
-        kept = stat["total_cache"] - stat["total_shmem"] - stat["total_mapped_file"]
-    else:
-        kept = stat.get("file", 0) - stat.get("shmem", 0) - stat.get("file_mapped", 0)
-    return max(0, kept)
+        names = ("total_cache", "total_shmem", "total_mapped_file")
+    files, stay, mapped = (int(stat.get(name, 0)) for name in names)
+    return max(0, files - stay - mapped)
 
 
 def _words(file: Path) -> list[str]:

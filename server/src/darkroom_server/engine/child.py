@@ -53,7 +53,7 @@ def run(channel: Channel) -> None:
     try:
         loop, ready = start_loop(config, emit)
     except StartupError as error:
-        emit(EngineDied(str(error)))
+        emit(EngineDied(str(error), hopeless=True))
         return
     emit(ready)
 

@@ -32,6 +32,13 @@ class Decoder:
         self._vae = vae
         self._precision = precision
 
+    @property
+    def tile_pixels(self) -> int | None:
+        """The pixels of a tile, None where images are decoded whole."""
+        if not getattr(self._vae, "use_tiling", False):
+            return None
+        return int(self._vae.tile_sample_min_size) ** 2
+
     def decode(self, latents: torch.Tensor) -> NDArray[np.uint8] | Failure:
         """The pixels of ``latents`` [1, channels, h, w]: [height, width, 3], 0 to 255.
 
@@ -53,7 +60,7 @@ class Decoder:
             if is_fatal(error):
                 raise
             if is_out_of_memory(error):
-                log.warning("decode ran out of memory")
+                log.warning("decode ran out of memory", why=str(error))
                 self.counts[Counted.OUT_OF_MEMORY_FAILED] += 1
                 return OUT_OF_MEMORY
             log.exception("decode failed")

@@ -22,14 +22,18 @@ from darkroom_server.engine.tally import Counts
 log = structlog.get_logger(__name__)
 
 RECOVERY_PASSES = 1000
-"""Passes that must go well until their lowered limit doubles: what took the memory may be gone."""
+"""Passes that must go well until their lowered limit doubles: what took the memory may be gone.
+
+Twice as many each time that it was not.
+"""
 
 
 @dataclass(slots=True)
 class _Lowered:
-    """A limit on rows, and the passes that went well with it."""
+    """A limit on rows, the passes that went well with it, and how many are to."""
 
     rows: int
+    patience: int
     passes: int = 0
 
 
@@ -80,6 +84,7 @@ class Denoiser:
                 samples=len(samples),
                 rows=sum(sample.rows for sample in samples),
                 out_of_memory=out_of_memory,
+                why=str(error),
                 exc_info=not out_of_memory,
             )
         # Outside the handler, whose traceback would keep the failed pass's tensors alive.
@@ -95,21 +100,20 @@ class Denoiser:
             self.counts[Counted.OUT_OF_MEMORY_SPLIT] += 1
             group, rows = samples[0].group, sum(sample.rows for sample in samples)
             max_rows = max(2, min(self.max_rows_of(group), rows // 2))
-            self._lowered[group] = _Lowered(max_rows)
+            before = self._lowered.get(group)
+            patience = before.patience * 2 if before else RECOVERY_PASSES
+            self._lowered[group] = _Lowered(max_rows, patience)
             log.warning("row limit lowered", group=str(group), max_rows=max_rows)
         return self.predict(samples[:half]) + self.predict(samples[half:])
 
     def _went_well(self, group: Group) -> None:
         lowered = self._lowered.get(group)
-        if lowered is None:
+        if lowered is None or lowered.rows >= self.max_rows:
             return
         lowered.passes += 1
-        if lowered.passes < RECOVERY_PASSES:
-            return
-        lowered.rows, lowered.passes = lowered.rows * 2, 0
-        log.info("row limit raised", group=str(group), max_rows=min(lowered.rows, self.max_rows))
-        if lowered.rows >= self.max_rows:
-            del self._lowered[group]
+        if lowered.passes >= lowered.patience:
+            lowered.rows, lowered.passes = min(lowered.rows * 2, self.max_rows), 0
+            log.info("row limit raised", group=str(group), max_rows=lowered.rows)
 
     def _forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, ...]:
         counts = [sample.rows for sample in samples]

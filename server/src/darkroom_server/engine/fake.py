@@ -70,7 +70,7 @@ class FakeEngine:
         """Load in no time, unless told otherwise."""
         self._emit = emit
         if self._startup_error is not None:
-            emit(EngineDied(self._startup_error))
+            emit(EngineDied(self._startup_error, hopeless=True))
         elif self._load:
             self.become_ready()
         if self._pass_seconds is not None:

@@ -141,8 +141,10 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
     except Exception as error:
         log.debug("hub failed", exc_info=True)
         # What was downloaded before outlives the hub, the network and the token.
-        with suppress(OSError):
+        with suppress(Exception):  # Whatever is wrong with the cache, the hub's own error is told.
             folder = _snapshot(source, unwanted, local_files_only=True)
+            for part in PARTS:
+                check_weights(folder, part, name)
             log.warning("the hub's cache is used", model=name, hub=_one_line(error))
             return folder
         raise StartupError(

@@ -70,17 +70,18 @@ def measure_rows(run_pass: DenoiserPass, most: int) -> dict[int, float]:
             break
         try:
             measure(rows)
+            if _brings_too_little(rows, seconds):
+                # It holds for the server's life: not on the word of one noisy moment.
+                measure(rows)
+                measure(rows // 2)
         except Exception as error:
-            if not seconds or not is_out_of_memory(error):
+            if rows == ROWS[0] or not is_out_of_memory(error):
                 raise
-            log.warning("no memory for wider passes", rows=rows)
+            log.warning("no memory for wider passes", rows=rows, why=str(error))
+            seconds.pop(rows, None)
             break
         if _brings_too_little(rows, seconds):
-            # It holds for the server's life: not on the word of one moment, which may be noisy.
-            measure(rows)
-            measure(rows // 2)
-            if _brings_too_little(rows, seconds):
-                break
+            break
         if seconds[rows] > MAX_PASS_SECONDS:
             break
     return seconds

@@ -175,7 +175,7 @@ class _Life:
                 return
 
     def _listen(self) -> None:
-        died = "the engine's process died"
+        died = EngineDied("the engine's process died")
         try:
             for event in self._told():
                 if not isinstance(event, MemoryReport):  # A thread of its own tells those.
@@ -185,7 +185,7 @@ class _Life:
                 if isinstance(event, JobFinished | JobFailed | JobCancelled):
                     self._working.discard(event.job_id)
                 if isinstance(event, EngineDied):
-                    died = event.message
+                    died = event
                     break
                 self._emit(event)
         except ChannelClosed:
@@ -202,9 +202,9 @@ class _Life:
         self._outbox.put(None)
         self._channel.close()
         if self._silent:
-            died = f"the engine was silent for {self._timeout:g} s, and was killed"
-        log.error("engine died", message=died, exit_code=code)
-        self._emit(EngineDied(died))
+            died = EngineDied(f"the engine was silent for {self._timeout:g} s, and was killed")
+        log.error("engine died", message=died.message, exit_code=code)
+        self._emit(died)
 
     def _told(self) -> Iterator[Event]:
         """What the process tells, until it is gone: then ``ChannelClosed``."""

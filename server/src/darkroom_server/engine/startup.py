@@ -64,6 +64,7 @@ def start_loop(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            log.warning("out of memory", model=source.id, why=str(error))
             raise StartupError(
                 f"model {source.location!r} does not fit the memory of {runtime.device}: use "
                 "--preset tiny, or fewer models"

@@ -67,7 +67,7 @@ class ThreadEngine:
         try:
             loop, ready = start_loop(self._config, self._emit)
         except StartupError as error:
-            self._emit(EngineDied(str(error)))
+            self._emit(EngineDied(str(error), hopeless=True))
             return
         except Exception:
             log.exception("engine failed to start")
