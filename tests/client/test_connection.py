@@ -281,6 +281,13 @@ def test_tls_with_a_token_and_both_certificates(
         assert [seen["authorization"] for seen in server.metadata] == ["Bearer secret"] * 2
 
 
+def test_what_is_asked_of_models_may_bring_metadata(client: Any, server: ScriptedServer) -> None:
+    client.models(metadata={"X-Trace": "abc"})
+    client.model(metadata={"X-Trace": "abc"})
+
+    assert [seen["x-trace"] for seen in server.metadata] == ["abc"] * 2
+
+
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_a_missing_certificate_is_a_missing_file(
     kind: type[Client] | type[AsyncClient], tmp_path: Path

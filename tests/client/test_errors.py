@@ -12,6 +12,7 @@ from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
 
 import darkroom_client
 from darkroom_client import (
+    AsyncClient,
     Cancelled,
     DarkroomError,
     DeadlineExceeded,
@@ -34,6 +35,7 @@ from darkroom_client._rpc_errors import CODES, REASONS, from_rpc_error
 from darkroom_server.core.errors import Reason
 from tests.client.conftest import Connect
 from tests.client.scripted import ScriptedServer, fail
+from tests.server.wire import serving
 
 CODE = grpc.StatusCode
 
@@ -265,6 +267,17 @@ def test_garbled_details_count_as_none() -> None:
     for details in (b"\xff\xff", inner.SerializeToString()):
         error = from_rpc_error(Garbled(details), address="a:1", timeout=None)
         assert (type(error), error.reason, str(error)) == (ServerError, "", "broken")
+
+
+async def test_the_server_names_a_call_that_named_no_request() -> None:
+    async with serving() as wire, AsyncClient(wire.server.address) as client:
+        with pytest.raises(ModelNotFound) as caught:
+            await client.model("nope")
+        with pytest.raises(InvalidRequest) as named:
+            await client.generate("a star", steps=0, request_id="mine")
+
+    assert caught.value.request_id
+    assert named.value.request_id == "mine"
 
 
 def test_a_refused_deadline_says_what_it_needs() -> None:

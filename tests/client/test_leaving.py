@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from darkroom_client import AsyncClient, DeadlineExceeded, Progress
+from darkroom_client import AsyncClient, Client, DeadlineExceeded, Progress
 from tests.server.wire import Wire, serving
 
 SECONDS = 60.0
@@ -24,6 +24,20 @@ async def test_leaving_a_stream_frees_the_server_within_one_step() -> None:
             async for event in stream:
                 if isinstance(event, Progress):
                     break
+
+        assert await left(wire) == job.id
+
+
+async def test_leaving_a_blocking_stream_frees_the_server_within_one_step() -> None:
+    def leave(address: str) -> None:
+        with Client(address) as client, client.stream("a star", steps=50) as stream:
+            next(event for event in stream if isinstance(event, Progress))
+
+    async with serving() as wire:
+        leaving = asyncio.create_task(asyncio.to_thread(leave, wire.server.address))
+        job = await asyncio.wait_for(wire.submitted.get(), SECONDS)
+        wire.engine.advance(3)
+        await leaving
 
         assert await left(wire) == job.id
 

@@ -18,6 +18,7 @@ from darkroom_server.core.events import (
     ImageReady,
     JobStarted,
     MemoryReport,
+    PassDone,
 )
 from darkroom_server.engine import process
 from darkroom_server.engine.process import ProcessEngine
@@ -164,6 +165,42 @@ def test_an_error_of_the_system_is_no_end_of_the_channel(
     assert died == EngineDied("the engine died; the log above says why")
     said = [line["exception"] for line in lines if "exception" in line]
     assert [text.splitlines()[-1] for text in said] == ["OSError: the device's file is gone"]
+
+
+DYING = """
+import darkroom_server.engine.startup
+from darkroom_server.core.events import EngineReady, PassDone
+
+def start_loop(_, emit):
+    class Loop:
+        def run(self):
+            for rows in range(1, 6):
+                emit(PassDone("tiny", 64, 64, rows, 0.001))
+            raise OSError("the device is gone")
+
+    return Loop(), EngineReady((), 0.0)
+
+darkroom_server.engine.startup.start_loop = start_loop
+from darkroom_server.engine.child import main
+main()
+"""
+
+
+def test_what_was_done_before_an_engine_died_is_told(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "CHILD", ("-c", DYING))
+    engine = ProcessEngine(config_for(tiny_folder))
+    rows: list[int] = []
+
+    def died(event: Event) -> bool:
+        if isinstance(event, PassDone):
+            rows.append(event.rows)
+        return isinstance(event, EngineDied)
+
+    Listener(engine).until(died)
+    assert rows == [1, 2, 3, 4, 5]
+    engine.close()
 
 
 GARBLING = """

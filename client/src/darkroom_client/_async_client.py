@@ -185,25 +185,38 @@ class AsyncClient:
         request = as_request(prompt, options)
         return await self._link.ask(self._calls.estimate(request, timeout, metadata))
 
-    async def models(self, *, timeout: float | None = None) -> list[Model]:
+    async def models(
+        self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
+    ) -> list[Model]:
         """As ``Client.models``."""
-        return await self._link.ask(self._calls.models(timeout))
+        return await self._link.ask(self._calls.models(timeout, metadata))
 
-    async def model(self, id: str = "", *, timeout: float | None = None) -> Model:
+    async def model(
+        self,
+        id: str = "",
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Model:
         """As ``Client.model``."""
-        return await self._link.ask(self._calls.model(id, timeout))
+        return await self._link.ask(self._calls.model(id, timeout, metadata))
 
-    async def status(self, *, timeout: float | None = None) -> ServerStatus:
+    async def status(
+        self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
+    ) -> ServerStatus:
         """As ``Client.status``."""
-        return await self._link.ask(self._calls.status(timeout))
+        return await self._link.ask(self._calls.status(timeout, metadata))
 
-    async def wait_until_ready(self, timeout: float | None = None) -> None:
+    async def wait_until_ready(
+        self, timeout: float | None = None, *, metadata: Mapping[str, str] | None = None
+    ) -> None:
         """As ``Client.wait_until_ready``."""
         self._link.check_open()
         wait = Readiness(self.target, self._settings.deadline(timeout))
+        sent = self._settings.metadata(metadata)
         while True:
             watch = self._link.stubs.health.Watch(
-                REQUEST, timeout=wait.left, metadata=self._settings.metadata(), wait_for_ready=True
+                REQUEST, timeout=wait.left, metadata=sent, wait_for_ready=True
             )
             try:
                 async for response in watch:

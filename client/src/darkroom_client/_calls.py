@@ -139,16 +139,17 @@ class Calls:
             metadata,
         )
 
-    def models(self, timeout: float | None) -> Call[list[Model]]:
+    def models(self, timeout: float | None, metadata: Metadata) -> Call[list[Model]]:
         """Every model."""
         return self._call(
             lambda stubs: stubs.models.ListModels,
             model_pb2.ListModelsRequest(),
             lambda response: [decode_model(model) for model in response.models],
             timeout,
+            metadata,
         )
 
-    def model(self, id: str, timeout: float | None) -> Call[Model]:
+    def model(self, id: str, timeout: float | None, metadata: Metadata) -> Call[Model]:
         """One model."""
         _check_name("id", id)
         return self._call(
@@ -156,15 +157,17 @@ class Calls:
             model_pb2.GetModelRequest(model=id),
             lambda response: decode_model(response.model),
             timeout,
+            metadata,
         )
 
-    def status(self, timeout: float | None) -> Call[ServerStatus]:
+    def status(self, timeout: float | None, metadata: Metadata) -> Call[ServerStatus]:
         """How the server is doing."""
         return self._call(
             lambda stubs: stubs.server.GetStatus,
             server_pb2.GetStatusRequest(),
             decode_status,
             timeout,
+            metadata,
         )
 
     def farewell(self, request_id: str, timeout: float, metadata: SentMetadata) -> Call[bool]:

@@ -40,9 +40,9 @@ class Client:
     included, 120 by default; None for no limit. ``max_reply_bytes``: the server refuses, before
     it draws, what would not fit into a reply of that size.
 
-    Every verb takes a ``timeout`` of its own, and those about generations ``metadata`` to send
-    along. What is to be drawn is a prompt with the fields of ``GenerationRequest`` as keyword
-    arguments, or such a request. Errors are ``DarkroomError``; their tree says what to do.
+    Every verb takes a ``timeout`` of its own, and ``metadata`` to send along. What is to be drawn
+    is a prompt with the fields of ``GenerationRequest`` as keyword arguments, or such a request.
+    Errors are ``DarkroomError``; their tree says what to do.
 
     The connection opens at the first call and comes back by itself when it breaks. Raises
     ``ValueError`` for settings that contradict each other, ``OSError`` for a file that cannot be
@@ -223,31 +223,44 @@ class Client:
         request = as_request(prompt, options)
         return self._link.ask(self._calls.estimate(request, timeout, metadata))
 
-    def models(self, *, timeout: float | None = None) -> list[Model]:
+    def models(
+        self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
+    ) -> list[Model]:
         """Every model that the server was told to hold, in its order."""
-        return self._link.ask(self._calls.models(timeout))
+        return self._link.ask(self._calls.models(timeout, metadata))
 
-    def model(self, id: str = "", *, timeout: float | None = None) -> Model:
+    def model(
+        self,
+        id: str = "",
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Model:
         """The model ``id``, which may stay empty where the server holds a single one.
 
         Raises ``ModelNotFound`` for a name that the server does not hold.
         """
-        return self._link.ask(self._calls.model(id, timeout))
+        return self._link.ask(self._calls.model(id, timeout, metadata))
 
-    def status(self, *, timeout: float | None = None) -> ServerStatus:
+    def status(
+        self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
+    ) -> ServerStatus:
         """How the server is doing: its state, queue, engines and memory."""
-        return self._link.ask(self._calls.status(timeout))
+        return self._link.ask(self._calls.status(timeout, metadata))
 
-    def wait_until_ready(self, timeout: float | None = None) -> None:
+    def wait_until_ready(
+        self, timeout: float | None = None, *, metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Return once the server is up and its model loaded and warmed up.
 
         Raises ``Unavailable`` after ``timeout`` seconds (unset, the client's).
         """
         self._link.check_open()
         wait = Readiness(self.target, self._settings.deadline(timeout))
+        sent = self._settings.metadata(metadata)
         while True:
             watch = self._link.stubs.health.Watch(
-                REQUEST, timeout=wait.left, metadata=self._settings.metadata(), wait_for_ready=True
+                REQUEST, timeout=wait.left, metadata=sent, wait_for_ready=True
             )
             try:
                 if any(wait.saw(response) for response in watch):

@@ -72,6 +72,7 @@ _OVERSIZE = "message larger than max"
 _NO_SERVER = "connections to all backends failing"
 
 _PUSHBACK = "grpc-retry-pushback-ms"
+_REQUEST_ID = "darkroom-request-id"
 
 M = TypeVar("M", bound=Message)
 
@@ -79,7 +80,10 @@ M = TypeVar("M", bound=Message)
 def from_rpc_error(
     error: grpc.RpcError, *, address: str, timeout: float | None, request_id: str | None = None
 ) -> DarkroomError:
-    """What ``error`` means to the caller of the server at ``address``."""
+    """What ``error`` means to the caller of the server at ``address``.
+
+    Where the call named no request, the id is the one that the server gave it, for its logs.
+    """
     code, text = error.code(), error.details() or ""
     details = _Details(error)
     info = details.first(ErrorInfo)
@@ -99,7 +103,7 @@ def from_rpc_error(
         text or f"the server at {address} answered {code.name}",
         code=code.name,
         reason=reason,
-        request_id=request_id,
+        request_id=request_id or _trailer(error, _REQUEST_ID),
         retry_after=retry.retry_delay.ToNanoseconds() / 1e9 if retry is not None else None,
         violations=tuple(
             Violation(field=v.field, description=v.description)
@@ -164,6 +168,11 @@ def unreachable(address: str, cause: str) -> str:
         "serve), is this its address and port (Client(...), DARKROOM_TARGET), and do both ends "
         "agree on TLS (tls=TLS(...), DARKROOM_CA)?"
     )
+
+
+def _trailer(error: grpc.RpcError, name: str) -> str | None:
+    trailers = cast(grpc.Call, error).trailing_metadata() or ()
+    return next((str(value) for key, value in trailers if key == name), None)
 
 
 class _Details:

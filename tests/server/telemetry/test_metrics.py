@@ -162,7 +162,9 @@ async def test_jobs_given_up_are_counted_by_how_far_they_had_come() -> None:
         cancels: dict[tuple[str, ...], float] = {}
         while sum(cancels.values()) < 2:
             cancels = await values(wire, "darkroom_cancels_total", "phase")
+        wasted = await values(wire, "darkroom_wasted_engine_seconds_total", "model")
     assert cancels == {("queue",): 1, ("denoise",): 1, ("decode",): 0}
+    assert wasted["demo",] > 0
 
 
 async def test_rejections_are_counted_by_reason() -> None:

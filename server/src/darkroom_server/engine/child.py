@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 import structlog
 
 from darkroom_server.core.config import EngineConfig
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.events import EngineDied
+from darkroom_server.core.events import EngineDied, Event
 from darkroom_server.core.job import Job
 from darkroom_server.engine.channel import Channel, ChannelClosed
 from darkroom_server.engine.commands import Cancel, Close, Extend
@@ -35,21 +36,22 @@ def main() -> None:
     die_with(parent=int(sys.argv[2]))
     log_lines()
     channel = Channel(int(sys.argv[1]))
+    outbox = Outbox(channel)
     try:
-        run(channel)
+        run(channel, outbox.tell)
     except ChannelClosed:
         os._exit(1)  # The parent is gone; nothing is left to do, and threads may hang.
     except Exception:
         log.exception("engine died")
-        channel.send(EngineDied("the engine died; the log above says why"))
+        # After the steps that were not told yet: they were taken.
+        outbox.tell(EngineDied("the engine died; the log above says why"))
 
 
-def run(channel: Channel) -> None:
+def run(channel: Channel, emit: Callable[[Event], None]) -> None:
     """Load what the first message says, then develop jobs until told to stop."""
     config: EngineConfig = channel.receive()
     from darkroom_server.engine.startup import start_loop
 
-    emit = Outbox(channel).tell
     try:
         loop, ready = start_loop(config, emit)
     except StartupError as error:

@@ -101,6 +101,8 @@ class Recorder:
             self._requests.stage_seconds.labels(model, stage)
         for outcome in Outcome:
             self._requests.seconds.labels(model, outcome.value)
+            self._requests.images.labels(model, outcome.value)
+        self._requests.images.labels(model, "flagged")
         for reason in REJECTIONS:
             self._requests.rejections.labels(model, reason.lower())
 

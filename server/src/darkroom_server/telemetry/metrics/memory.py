@@ -27,12 +27,14 @@ class MemoryMetrics:
         self.pass_peak = declare.gauge(
             "darkroom_peak_memory_bytes",
             "The most that a pass took besides what was in use before it: its activations. "
+            "Measured once a second for each class, on a CPU once a minute. "
             f"{SIZE_HELP}, {ROWS_HELP}.",
             ("model", "size_class", "rows"),
         )
         self.decode_peak = declare.gauge(
             "darkroom_decode_peak_memory_bytes",
             "The most that the decode of one image took besides what was in use before it. "
+            "Measured as often as passes. "
             f"{SIZE_HELP}.",
             ("model", "size_class"),
         )
