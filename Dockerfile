@@ -40,7 +40,8 @@ ENV PATH=/opt/darkroom/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     DARKROOM_SERVE_HOST=0.0.0.0 \
     DARKROOM_SERVE_METRICS_HOST=0.0.0.0 \
-    DARKROOM_SERVE_INSECURE=true
+    DARKROOM_SERVE_INSECURE=true \
+    DARKROOM_SERVE_DRAIN_DELAY=3
 USER 10001:10001
 WORKDIR /var/lib/darkroom
 VOLUME /var/lib/darkroom/huggingface

@@ -52,6 +52,10 @@ test: export HF_HUB_OFFLINE := 1
 test: setup $(NODE_MODULES) ## run the tests: no network, no GPU; options in PYTEST_FLAGS
 	@$(BIN)/pytest $(PYTEST_FLAGS)
 
+.PHONY: test-gpu
+test-gpu: setup ## run the tests that need a CUDA device
+	@$(BIN)/pytest -m gpu $(PYTEST_FLAGS)
+
 .PHONY: test-packaging
 test-packaging: setup ## build the wheels, install them into empty environments, try them there
 	@$(BIN)/pytest tests/packaging -m "not gpu" $(PYTEST_FLAGS)

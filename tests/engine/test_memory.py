@@ -223,7 +223,7 @@ class Clock:
 
     def run_pass(self, rows: int) -> None:
         self.passes.append(rows)
-        self.now += self._seconds[rows]
+        self.now += self._seconds[max(each for each in self._seconds if each <= rows)]
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,11 @@ def test_a_noisy_moment_does_not_settle_the_rows(monkeypatch: pytest.MonkeyPatch
 
 
 def test_best_rows_keeps_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 5)) == 4
+    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 5)) == 5
+    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 4)) == 4
     assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 1)) == 2
+    # Five rows in the time of four are worth it, and six in half as much again are not.
+    assert best_rows({2: 1.0, 4: 1.4, 6: 2.1}) == 4
 
 
 def test_a_slow_model_is_measured_by_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

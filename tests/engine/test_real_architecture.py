@@ -61,3 +61,22 @@ def test_it_loads_and_takes_a_step(
     assert (info.defaults.width, info.runtime.dtype) == (512, "bfloat16")
     assert info.memory.bytes_per_row > 16 << 20
     assert info.memory.bytes_per_decode > 16 << 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", [Preset.FRUGAL, Preset.FAST, Preset.TINY])
+def test_it_runs_whole_on_a_gpu(preset: Preset) -> None:
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, JobFinished | JobFailed):
+            loop.close()
+
+    source = ModelSource(id="sd14", location=str(write_real_model()))
+    loop, _ = start_loop(EngineConfig(models=(source,), device="cuda", preset=preset), emit)
+    loop.submit(make_job("whole", model="sd14", width=512, height=512, steps=20))
+    loop.run()
+    (image,) = (event.image for event in events if isinstance(event, ImageReady))
+    assert len(image.data) == 512 * 512 * 3
+    assert len(set(image.data)) > 8, "no flat picture"

@@ -141,6 +141,8 @@ async def soak(minutes: float, seed: int) -> list[str]:
         wrong.append(f"{counts.accepted} jobs accepted, {counts.ended} ended")
     if tally.outcomes["finished"] > counts.by_end[End.FINISHED]:
         wrong.append("more calls finished than jobs")
+    if tally.outcomes["INTERNAL"] * 20 > tally.outcomes["finished"]:
+        wrong.append(f"{tally.outcomes['INTERNAL']} calls failed")
     unexpected = set(tally.outcomes) - {"finished", "cancelled", "INTERNAL"}
     wrong += [f"{tally.outcomes[code]} calls ended in {code}" for code in sorted(unexpected)]
     return wrong

@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from grpc_status import rpc_status
 from darkroom.v1 import generation_pb2
 from darkroom_server.app import EngineLost
 from darkroom_server.core.events import EngineReady, Event, JobStarted, SampleProgress
+from darkroom_server.engine import process
 from tests.engine.tiny import write_tiny_model
 
 from .tapped import NOT_SERVING, SERVING, Wire, serving
@@ -132,6 +133,28 @@ async def test_a_poisonous_job_fails_alone(tiny_folder: Path) -> None:
         assert info.reason == "ENGINE_CRASHED"
         for other in others:
             assert len((await other).images) == 1
+
+
+class ExitsOnce:
+    """What Python runs in the engine's process: nothing the first time, then the engine."""
+
+    def __init__(self, real: tuple[str, ...]) -> None:
+        self.real = real
+        self.times = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.times += 1
+        return iter(("-c", "raise SystemExit(1)") if self.times == 1 else self.real)
+
+
+async def test_an_engine_that_exits_while_it_loads(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = ExitsOnce(process.CHILD)
+    monkeypatch.setattr(process, "CHILD", child)
+    async with serving(tiny_folder) as wire:
+        assert len((await wire.generate()).images) == 1
+        assert (child.times, restarts(wire)) == (2, 1)
 
 
 async def test_a_crash_loop_ends_the_server(tiny_folder: Path) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from training.evaluate import GOALS, PROMPTS
+from training.evaluate import GOALS, GUIDANCE, PROMPTS, develop, held_out_scenes, summarise
 from training.export import SIZE_LIMIT
+from training.judge import judge
 from training.model_card import write_model_card
 
 FOLDER = Path(__file__).parents[2] / "server" / "src" / "darkroom_server" / "demo_model"
@@ -40,6 +41,14 @@ def pipeline() -> Any:
     pipeline = StableDiffusionPipeline.from_pretrained(FOLDER)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def test_the_weights_draw_what_they_are_asked_for(pipeline: Any) -> None:
+    scenes = held_out_scenes(12)
+    pictures = develop(pipeline, [scene.prompt for scene in scenes], 8, GUIDANCE)
+    shares = summarise([judge(p, s) for p, s in zip(pictures, scenes, strict=True)])
+    # One of twelve may be wrong: the shares of 200 are in evaluation.json.
+    assert min(shares[judged] for judged in (*GOALS, "position")) >= 11 / 12
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (72, 136), (256, 64)])

@@ -188,6 +188,11 @@ class Server:
             dtype=runtime.dtype,
             preset=runtime.preset,
             preset_why=why,
+            attention=runtime.attention,
+            slice_size=runtime.slice_size,
+            autocast=runtime.autocast,
+            channels_last=runtime.channels_last,
+            vae_tiling=runtime.vae_tiling,
             load_seconds=round(load_seconds, 2),
         )
 

@@ -117,6 +117,7 @@ async def test_a_callers_share(limit: str, message: str, tmp_path: Path) -> None
 async def test_an_estimate_draws_nothing() -> None:
     async with serving(fake=TIMED) as wire:
         alone = await estimate(wire, steps=4, width=128, height=128)
+        several = await estimate(wire, steps=4, image_count=16)
         call = wire.generating(steps=4)
         await wire.submitted.get()
         together = await estimate(wire, steps=4)
@@ -127,6 +128,8 @@ async def test_an_estimate_draws_nothing() -> None:
     assert alone.run_time.ToMilliseconds() == pytest.approx(4 * 2500 + 2000)
     memory = fake_model().memory
     assert alone.peak_bytes == memory.needed(128, 128, 2)
+    limits = fake_model().limits
+    assert several.peak_bytes == memory.needed(128, 128, min(32, limits.max_rows))
     assert alone.available_bytes == memory.available_bytes
     # It joins at the next step, half a pass away on average.
     assert together.queue_wait.ToMilliseconds() == 500

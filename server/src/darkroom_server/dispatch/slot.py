@@ -52,6 +52,7 @@ class Slot:
         self.passes = 0
         self.last_rows = 0
         self._left: dict[str, dict[int, int]] = {}
+        self._lowered: dict[Group, int] = {}
         self._works = Works()
 
     @property
@@ -86,6 +87,7 @@ class Slot:
         self.ready = False
         victims, self.jobs = list(self.jobs.values()), {}
         self._left.clear()
+        self._lowered.clear()
         return victims
 
     def learn(self, event: Event) -> None:
@@ -99,6 +101,7 @@ class Slot:
                 self.passes += 1
                 self.last_rows = event.rows
                 self.speed.passed(event)
+                self._bound(event)
                 # The prompts of whoever is in are encoded by now.
                 for encoded in self.jobs.values():
                     encoded.taken = False
@@ -115,8 +118,20 @@ class Slot:
             case MemoryReport():
                 self.memory = event
 
+    def _bound(self, done: PassDone) -> None:
+        """Note where the engine allows fewer rows than at start: memory ran out meanwhile."""
+        group = Group(done.model, done.width, done.height)
+        if 0 < done.max_rows < self._rows_at_start(group):
+            self._lowered[group] = done.max_rows
+        else:
+            self._lowered.pop(group, None)
+
     def _max_rows(self, group: Group) -> int:
         """Rows that a pass may have, as the engine bounds it too."""
+        at_start = self._rows_at_start(group)
+        return min(at_start, self._lowered.get(group, at_start))
+
+    def _rows_at_start(self, group: Group) -> int:
         model = self.models.get(group.model)
         if model is None:
             return 2

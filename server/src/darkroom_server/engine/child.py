@@ -94,7 +94,7 @@ def die_with(parent: int) -> None:
 
 
 def log_lines() -> None:
-    """Write the log as JSON lines, for the parent to put into its own."""
+    """Write the log as JSON lines, all of them: the parent leaves out what nobody asked for."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -103,7 +103,7 @@ def log_lines() -> None:
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
 

@@ -1,6 +1,7 @@
 """What the model itself says, at warm-up: its fastest form, its best batch, its memory."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ log = structlog.get_logger(__name__)
 
 ROWS = (2, 4, 8, 16, 32, 64)
 MIN_GAIN = 1.1
-"""Doubling the rows must bring this many times the images/s, or only the latency grows."""
+"""Doubling the rows must bring this many times the images/s, or only the latency grows; less than
+doubling them must bring its part of it."""
 
 MAX_PASS_SECONDS = 2.0
 """A pass longer than this is not doubled: nobody could join or leave in the meantime."""
@@ -65,15 +67,13 @@ def measure_rows(run_pass: DenoiserPass, most: int) -> dict[int, float]:
         found = fastest_of(3, lambda: run_pass(rows))
         seconds[rows] = min(found, seconds.get(rows, found))
 
-    for rows in ROWS:
-        if rows > max(2, most):
-            break
+    for rows in sorted({*(rows for rows in ROWS if rows < most), max(2, min(most, ROWS[-1]))}):
         try:
             measure(rows)
             if _brings_too_little(rows, seconds):
                 # It holds for the server's life: not on the word of one noisy moment.
                 measure(rows)
-                measure(rows // 2)
+                measure(_fewer(rows, seconds))
         except Exception as error:
             if rows == ROWS[0] or not is_out_of_memory(error):
                 raise
@@ -89,9 +89,9 @@ def measure_rows(run_pass: DenoiserPass, most: int) -> dict[int, float]:
 
 def best_rows(seconds: Mapping[int, float]) -> int:
     """The smallest of the measured row counts at which doubling brings too little."""
-    best = list(seconds)[-1]
+    best = max(seconds)
     if _brings_too_little(best, seconds):
-        best //= 2
+        best = _fewer(best, seconds)
     log.info(
         "measured rows", best=best, milliseconds={r: round(s * 1000, 1) for r, s in seconds.items()}
     )
@@ -99,9 +99,17 @@ def best_rows(seconds: Mapping[int, float]) -> int:
 
 
 def _brings_too_little(rows: int, seconds: Mapping[int, float]) -> bool:
-    """Whether ``rows`` bring hardly more images a second than half of them, where that is known."""
-    half = seconds.get(rows // 2)
-    return half is not None and rows / seconds[rows] < MIN_GAIN * (rows // 2) / half
+    """Whether ``rows`` bring hardly more images a second than the next fewer that were measured."""
+    fewer = _fewer(rows, seconds)
+    if fewer == rows:
+        return False
+    gain = (rows / seconds[rows]) / (fewer / seconds[fewer])
+    return gain < MIN_GAIN ** math.log2(rows / fewer)
+
+
+def _fewer(rows: int, seconds: Mapping[int, float]) -> int:
+    """The next fewer rows that were measured; ``rows`` where there are none."""
+    return max((each for each in seconds if each < rows), default=rows)
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:

@@ -27,8 +27,11 @@ def estimate_of(
         caller=caller,
     )
     estimate = dispatcher.estimate(job)
+    # Its images share passes, as far as those go.
+    widest = min(model.limits.max_rows, model.memory.rows_that_fit(job.width, job.height))
+    rows = min(job.rows_per_image * job.image_count, max(job.rows_per_image, widest))
     response = generation_pb2.EstimateGenerationResponse(
-        peak_bytes=model.memory.needed(job.width, job.height, job.rows_per_image),
+        peak_bytes=model.memory.needed(job.width, job.height, rows),
         available_bytes=model.memory.available_bytes,
     )
     if estimate is not None:

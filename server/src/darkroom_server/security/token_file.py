@@ -13,7 +13,9 @@ from darkroom_server.core.errors import StartupError
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 KEYS = ("name", "sha256", "expires", "priority", "max_jobs", "jobs_per_minute", "admin")
-MAX_PRIORITY = 1000
+MAX_PRIORITY = 8
+"""Each level halves a job's patience. Eight below the others, a job of 8 steps lets them pass for
+nine minutes at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,7 @@ class Engine:
         ),
     ] = None
     max_rows: Annotated[
-        Annotated[int, Ge(1)] | None,
+        Annotated[int, Ge(2)] | None,
         Setting(
             "The most rows of a denoiser pass; an image with guidance takes two.",
             choose="Lower it to trade throughput for latency, or to leave memory to others.",
