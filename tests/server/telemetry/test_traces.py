@@ -100,10 +100,13 @@ async def test_what_fails_is_an_error_with_its_reason(exporter: InMemorySpanExpo
     async with serving() as wire:
         call = wire.generating()
         job = await wire.submitted.get()
+        wire.engine.advance()
         wire.engine.fail(job.id, Failure(Reason.OUT_OF_MEMORY, "too large"))
         with pytest.raises(grpc.aio.AioRpcError):
             await call
-    status = by_name(exporter)["generate"].status
+    span = by_name(exporter)["generate"]
+    assert (span.attributes or {})["darkroom.phase"] == "denoise"
+    status = span.status
     assert (status.status_code, status.description) == (StatusCode.ERROR, "OUT_OF_MEMORY")
 
 

@@ -156,11 +156,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             return job
 
         if not asked.known:
-            return self._dispatcher.submit(make_job(), caller), False
+            accepted = self._dispatcher.submit(make_job(), caller)
+            summary.asks_for(accepted)
+            return accepted, False
         accepted, joined = self._requests.begin(
             caller, asked.id, asked.fingerprint(), deadline, make_job
         )
-        summary.model = accepted.model.id
+        summary.asks_for(accepted)
         if asked.keep:
             self._requests.keep(accepted)
         return accepted, joined
@@ -172,5 +174,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             self._summaries.of(asked.request, context, asked.arrived) as summary,
         ):
             job = accepted.job
-            summary.model, summary.images, summary.steps = job.model, job.image_count, job.steps
+            summary.images, summary.steps = job.image_count, job.steps
+            summary.asks_for(accepted)
             summary.finished(await accepted.result())

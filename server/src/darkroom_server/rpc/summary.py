@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,7 @@ from darkroom_server.core.errors import (
     UnknownRequest,
 )
 from darkroom_server.core.events import StageSeconds
-from darkroom_server.dispatch import Finished
+from darkroom_server.dispatch import AcceptedJob, Finished
 from darkroom_server.rpc.context import Context, has_expired
 from darkroom_server.rpc.request_id import current_request_id
 from darkroom_server.rpc.trace_context import TraceContext, current_trace
@@ -52,7 +53,8 @@ class RequestSummary:
 
     ``images`` were asked for (0 where that was not understood, or another call asked before),
     ``flagged`` of them withheld, each of so many ``steps``; ``rows`` shared the last pass of the
-    one in most company. ``goes_on``: the end is not known yet, and somebody else waits.
+    one in most company. ``phase`` is how far it was where it did not finish, "" for what was never
+    accepted. ``goes_on``: the end is not known yet, and somebody else waits.
     """
 
     model: str = UNKNOWN_MODEL
@@ -64,9 +66,23 @@ class RequestSummary:
     rows: int = 0
     seconds: float = 0.0
     goes_on: bool = False
+    phase: str = ""
     stages: StageSeconds | None = None
+    # Not the job itself: it holds images, and is let go of when its reader stalls.
+    _job: "weakref.ref[AcceptedJob] | None" = None
     request_id: str = field(default_factory=current_request_id)
     trace: TraceContext | None = field(default_factory=current_trace)
+
+    def asks_for(self, accepted: AcceptedJob) -> None:
+        """The request was accepted as this job."""
+        self.model = accepted.model.id
+        self._job = weakref.ref(accepted)
+
+    def ended_early(self) -> None:
+        """Note how far the job was."""
+        accepted = self._job() if self._job else None
+        if accepted is not None:
+            self.phase = accepted.phase
 
     def finished(self, finished: Finished) -> None:
         """Every image was drawn."""
@@ -122,6 +138,8 @@ class Summaries:
             raise
         finally:
             summary.seconds = time.monotonic() - arrived
+            if summary.outcome is not Outcome.FINISHED:
+                summary.ended_early()
             if not summary.goes_on:
                 self._observer.request_ended(summary)
                 self._log(summary, request)
@@ -135,6 +153,8 @@ class Summaries:
         }
         if summary.reason:
             fields["reason"] = str(summary.reason)
+        if summary.phase:
+            fields["phase"] = summary.phase
         if summary.flagged:
             fields["flagged"] = summary.flagged
         if summary.rows:

@@ -101,6 +101,8 @@ def _attributes(summary: RequestSummary) -> dict[str, str | int]:
     }
     if summary.reason:
         found["darkroom.reason"] = str(summary.reason)
+    if summary.phase:
+        found["darkroom.phase"] = summary.phase
     return found
 
 
