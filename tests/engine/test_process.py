@@ -175,7 +175,7 @@ def start_loop(_, emit):
     class Loop:
         def run(self):
             for rows in range(1, 6):
-                emit(PassDone("tiny", 64, 64, rows, 0.001))
+                emit(PassDone(model="tiny", width=64, height=64, rows=rows, seconds=0.001))
             raise OSError("the device is gone")
 
     return Loop(), EngineReady((), 0.0)

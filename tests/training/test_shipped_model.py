@@ -9,6 +9,7 @@ from training.evaluate import GOALS, GUIDANCE, PROMPTS, develop, held_out_scenes
 from training.export import SIZE_LIMIT
 from training.judge import judge
 from training.model_card import write_model_card
+from training.prompts import prompt_for
 
 FOLDER = Path(__file__).parents[2] / "server" / "src" / "darkroom_server" / "demo_model"
 
@@ -45,7 +46,7 @@ def pipeline() -> Any:
 
 def test_the_weights_draw_what_they_are_asked_for(pipeline: Any) -> None:
     scenes = held_out_scenes(12)
-    pictures = develop(pipeline, [scene.prompt for scene in scenes], 8, GUIDANCE)
+    pictures = develop(pipeline, [prompt_for(scene) for scene in scenes], 8, GUIDANCE)
     shares = summarise([judge(p, s) for p, s in zip(pictures, scenes, strict=True)])
     # One of twelve may be wrong: the shares of 200 are in evaluation.json.
     assert min(shares[judged] for judged in (*GOALS, "position")) >= 11 / 12

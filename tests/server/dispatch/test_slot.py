@@ -10,7 +10,14 @@ SMALL, LARGE = Group("demo", 64, 64), Group("demo", 128, 128)
 
 
 def passed(group: Group, max_rows: int) -> PassDone:
-    return PassDone(group.model, group.width, group.height, 2, 0.1, max_rows=max_rows)
+    return PassDone(
+        model=group.model,
+        width=group.width,
+        height=group.height,
+        rows=2,
+        seconds=0.1,
+        max_rows=max_rows,
+    )
 
 
 def test_a_limit_that_fell_in_the_engine_is_known_outside() -> None:

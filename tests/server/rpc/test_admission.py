@@ -129,7 +129,7 @@ async def test_an_estimate_draws_nothing() -> None:
     memory = fake_model().memory
     assert alone.peak_bytes == memory.needed(128, 128, 2)
     limits = fake_model().limits
-    assert several.peak_bytes == memory.needed(128, 128, min(32, limits.max_rows))
+    assert several.peak_bytes == memory.needed(64, 64, min(32, limits.max_rows))
     assert alone.available_bytes == memory.available_bytes
     # It joins at the next step, half a pass away on average.
     assert together.queue_wait.ToMilliseconds() == 500
