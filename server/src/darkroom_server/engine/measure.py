@@ -104,7 +104,8 @@ def _brings_too_little(rows: int, seconds: Mapping[int, float]) -> bool:
     if fewer == rows:
         return False
     gain = (rows / seconds[rows]) / (fewer / seconds[fewer])
-    return gain < MIN_GAIN ** math.log2(rows / fewer)
+    worth: float = MIN_GAIN ** math.log2(rows / fewer)
+    return gain < worth
 
 
 def _fewer(rows: int, seconds: Mapping[int, float]) -> int:
