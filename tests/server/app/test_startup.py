@@ -27,7 +27,7 @@ def test_a_preset_that_was_asked_for_says_so() -> None:
 
 async def test_an_engine_that_cannot_load_ends_serve() -> None:
     async with serving(wait=False, fake={"load": False}) as wire:
-        wire.engine.die("no such folder")
+        wire.engine.die("no such folder", hopeless=True)
         with pytest.raises(StartupError, match="no such folder"):
             await wire.serve
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from darkroom_server.core.errors import Failure, GenerationFailed, Reason, StartupError
-from darkroom_server.core.events import EngineDied, Event, PassDone
+from darkroom_server.core.events import Event, PassDone
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import Dispatcher, State
 from darkroom_server.dispatch.accepted import Finished
@@ -262,17 +262,14 @@ async def test_an_engine_that_dies_too_often_is_given_up_and_others_go_on() -> N
         assert caught.value.reason is Reason.ENGINE_FAILED
 
 
-NO_FOLDER = EngineDied("no such folder", hopeless=True)
-
-
 async def test_one_engine_that_loads_is_enough() -> None:
     it = Crew(3, load=False)
     it.dispatcher.start()
-    it.engines[0]._emit(NO_FOLDER)
+    it.engines[0].die("no such folder", hopeless=True)
     await settle()
     it.engines[1].become_ready()
     await it.dispatcher.loaded()
-    it.engines[2]._emit(NO_FOLDER)
+    it.engines[2].die("no such folder", hopeless=True)
     await settle()
     accepted = it.dispatcher.submit(make_job("alone"))
     assert (await it.given.get())[0] == 1
@@ -284,9 +281,9 @@ async def test_one_engine_that_loads_is_enough() -> None:
 async def test_engines_of_which_none_loads_are_the_end() -> None:
     it = Crew(2, load=False)
     it.dispatcher.start()
-    it.engines[0]._emit(NO_FOLDER)
+    it.engines[0].die("no such folder", hopeless=True)
     await settle()
-    it.engines[1]._emit(NO_FOLDER)
+    it.engines[1].die("no such folder", hopeless=True)
     with pytest.raises(StartupError, match="no such folder"):
         await it.dispatcher.loaded()
     await it.dispatcher.close()

@@ -158,14 +158,16 @@ class FakeEngine:
             self._forget(job_id)
             self._emit(JobCancelled(job_id, expired=True, wasted_seconds=0.0))
 
-    def die(self, message: str = "the fake engine was told to die") -> None:
+    def die(
+        self, message: str = "the fake engine was told to die", *, hopeless: bool = False
+    ) -> None:
         """Die with every job inside; ``start`` brings it back, empty."""
         with self._lock:
             self._jobs.clear()
             self._steps.clear()
             self._leaving.clear()
             self._taken.clear()
-            self._emit(EngineDied(message))
+            self._emit(EngineDied(message, hopeless))
 
     def _run(self) -> None:
         while not self.closed.wait(self._pass_seconds):
