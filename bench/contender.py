@@ -1,8 +1,6 @@
 """Who draws the workload: something that serves arrivals, in a process of its own."""
 
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +10,7 @@ from typing import Any, Protocol
 from bench.arrivals import Arrivals, Drawn
 from bench.workload import Request, mixed
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.engine.child import die_with
 
 WIDEST = 8
 """Images that may share a pass, or a call of ``pipe()``."""
@@ -85,7 +84,9 @@ def _work(
     connection: "Connection[Any, Any]",
     make: Callable[[], tuple[Contender, ModelInfo | None]],
 ) -> None:
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    # A bench that is killed in the middle of a loop must not leave one behind that draws on.
+    if (parent := multiprocessing.parent_process()) and parent.pid:
+        die_with(parent.pid)
     contender, info = make()
     connection.send(info)
     while (wanted := connection.recv()) is not None:
@@ -94,11 +95,3 @@ def _work(
         drawn = contender.draw(Arrivals(requests, callers))
         connection.send(Report(drawn, contender.passes(), began))
     contender.close()
-
-
-def _leave_with_parent() -> None:
-    """A bench that is killed in the middle of a loop must not leave one behind that draws on."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

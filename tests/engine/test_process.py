@@ -141,22 +141,42 @@ def test_a_stopped_process_does_not_block_its_callers(tiny_folder: Path) -> None
     engine.close()
 
 
-STARTED_BY = """
+def child_with(start_loop: str) -> tuple[str, str]:
+    """What Python runs in the engine's process, with another ``start_loop``."""
+    return (
+        "-c",
+        f"""
 import darkroom_server.engine.startup
-
-def start_loop(*_):
-    raise OSError("the device's file is gone")
-
+from darkroom_server.core.events import EngineReady, PassDone
+{start_loop}
 darkroom_server.engine.startup.start_loop = start_loop
 from darkroom_server.engine.child import main
 main()
+""",
+    )
+
+
+FAILING = """
+def start_loop(*_):
+    raise OSError("the device's file is gone")
+"""
+
+DYING = """
+def start_loop(_, emit):
+    class Loop:
+        def run(self):
+            for rows in range(1, 6):
+                emit(PassDone(model="tiny", width=64, height=64, rows=rows, seconds=0.001))
+            raise OSError("the device is gone")
+
+    return Loop(), EngineReady((), 0.0)
 """
 
 
 def test_an_error_of_the_system_is_no_end_of_the_channel(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "CHILD", ("-c", STARTED_BY))
+    monkeypatch.setattr(process, "CHILD", child_with(FAILING))
     engine = ProcessEngine(config_for(tiny_folder))
     with structlog.testing.capture_logs() as lines:
         listener = Listener(engine)
@@ -167,29 +187,10 @@ def test_an_error_of_the_system_is_no_end_of_the_channel(
     assert [text.splitlines()[-1] for text in said] == ["OSError: the device's file is gone"]
 
 
-DYING = """
-import darkroom_server.engine.startup
-from darkroom_server.core.events import EngineReady, PassDone
-
-def start_loop(_, emit):
-    class Loop:
-        def run(self):
-            for rows in range(1, 6):
-                emit(PassDone(model="tiny", width=64, height=64, rows=rows, seconds=0.001))
-            raise OSError("the device is gone")
-
-    return Loop(), EngineReady((), 0.0)
-
-darkroom_server.engine.startup.start_loop = start_loop
-from darkroom_server.engine.child import main
-main()
-"""
-
-
 def test_what_was_done_before_an_engine_died_is_told(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "CHILD", ("-c", DYING))
+    monkeypatch.setattr(process, "CHILD", child_with(DYING))
     engine = ProcessEngine(config_for(tiny_folder))
     rows: list[int] = []
 

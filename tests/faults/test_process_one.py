@@ -1,6 +1,5 @@
 """The server is process 1 of a namespace, as it is in a container."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,37 +13,19 @@ import pytest
 
 from darkroom_client import Client
 from tests.engine.tiny import write_tiny_model
+from tests.server.app.process import ServerProcess
 
 PRIVILEGES = () if os.geteuid() == 0 else ("--user", "--map-root-user")
 NAMESPACE = ("unshare", *PRIVILEGES, "--pid", "--fork", "--mount-proc", "--kill-child")
 
 
-class ProcessOne:
-    """A server that is process 1 of a namespace; ``outer`` is the process that made that."""
+class ProcessOne(ServerProcess):
+    """A server that is process 1 of a namespace, which the process here made."""
 
-    def __init__(self, outer: "subprocess.Popen[str]") -> None:
-        self._outer = outer
-        self.address: str = self.until("serving")["address"]
-
-    def until(self, event: str) -> dict[str, str]:
-        """Wait for a line of the log."""
-        assert self._outer.stderr
-        lines = []
-        for line in self._outer.stderr:
-            lines.append(line)
-            entry: dict[str, str] = json.loads(line) if line.startswith("{") else {}
-            if entry.get("event") == event:
-                return entry
-        pytest.fail(f"the server ended without {event!r}:\n{''.join(lines)}")
-
-    def signal(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
         """From outside, as a container's runtime sends it."""
-        (server,) = psutil.Process(self._outer.pid).children()
+        (server,) = psutil.Process(self._process.pid).children()
         server.send_signal(number)
-
-    def exit_code(self) -> int:
-        """Once it has ended."""
-        return self._outer.wait(60)
 
 
 @contextmanager
@@ -64,16 +45,17 @@ def served(folder: Path, *flags: str) -> Iterator[ProcessOne]:
 
 def test_it_draws_and_ends_when_told(tmp_path: Path) -> None:
     with served(tmp_path) as server:
-        with Client(server.address, insecure=True) as client:
+        with Client(server.until("serving")["address"], insecure=True) as client:
             client.wait_until_ready(120)
             assert client.generate("a red circle", steps=1).images
-        server.signal(signal.SIGTERM)
-        assert server.exit_code() == 0
+        server.send(signal.SIGTERM)
+        assert server.wait() == 0
 
 
 def test_a_second_signal_forces_it(tmp_path: Path) -> None:
     with served(tmp_path, "--drain-delay", "600") as server:
-        server.signal(signal.SIGTERM)
+        server.until("serving")
+        server.send(signal.SIGTERM)
         server.until("draining")
-        server.signal(signal.SIGTERM)
-        assert server.exit_code() == 128 + signal.SIGTERM
+        server.send(signal.SIGTERM)
+        assert server.wait() == 128 + signal.SIGTERM

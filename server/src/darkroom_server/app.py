@@ -11,6 +11,7 @@ import structlog
 from darkroom_server.core.config import Preset
 from darkroom_server.core.engine import Engine
 from darkroom_server.dispatch import Dispatcher, Requests, State
+from darkroom_server.ending import end_by
 from darkroom_server.engine.process import ProcessEngine
 from darkroom_server.engine.thread import ThreadEngine
 from darkroom_server.rpc.server import RpcServer
@@ -215,9 +216,7 @@ async def _run(settings: Settings, engines: Sequence[Engine]) -> None:
             server.stop()
             return
         log.warning("forced", signal=number.name)
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
-        os._exit(128 + number)  # Process 1 of a container outlives that.
+        end_by(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)

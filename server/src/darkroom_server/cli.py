@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from darkroom_server.core.errors import StartupError
+from darkroom_server.ending import end_by
 from darkroom_server.settings.flags import PROGRAM, Parser, add_flags
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ class _Version(argparse.Action):
 
 
 def _serve(flags: dict[str, Any]) -> None:
-    signal.signal(signal.SIGTERM, _end)  # Until the server listens to signals itself.
+    # Until the server listens to signals itself.
+    signal.signal(signal.SIGTERM, lambda number, _: end_by(number))
     loaded = _load(flags.pop("config"), flags)
     import structlog
 
@@ -122,13 +124,6 @@ def _serve(flags: dict[str, Any]) -> None:
         run(loaded.settings)
     except EngineLost as error:
         _exit(EXIT_FAILED, str(error))
-
-
-def _end(number: int, _: object) -> None:
-    """End by a signal, as process 1 too, for which the kernel has no default action."""
-    signal.signal(number, signal.SIG_DFL)
-    signal.raise_signal(number)
-    os._exit(128 + number)
 
 
 def _healthcheck(

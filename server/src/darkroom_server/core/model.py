@@ -116,6 +116,10 @@ class ModelInfo:
     memory: MemoryNeeds
     speed: ModelSpeed = ModelSpeed()
 
+    def rows_of_a_pass(self, width: int, height: int) -> int:
+        """Rows that a pass of this size may have, by what was measured at start; at least 2."""
+        return min(self.limits.max_rows, self.memory.rows_that_fit(width, height))
+
     def offer(self, name: SchedulerName) -> SchedulerOffer | None:
         """The offer for scheduler ``name``, or None where this model does not offer it."""
         return next((offer for offer in self.schedulers if offer.name == name), None)

@@ -135,4 +135,4 @@ class Slot:
         model = self.models.get(group.model)
         if model is None:
             return 2
-        return min(model.limits.max_rows, model.memory.rows_that_fit(group.width, group.height))
+        return model.rows_of_a_pass(group.width, group.height)

@@ -28,7 +28,7 @@ def arrange(pipeline: Any, runtime: Runtime, tokens: int, settled: Form | None) 
     if runtime.attention is Attention.SLICED:
         _slice_attention(pipeline, runtime.slice_size)
     if runtime.vae_tiling:
-        _tile(pipeline.vae, int(pipeline.unet.config.sample_size))
+        _tile(pipeline)
     # Never float16 where nothing was said: on a CPU it is hundreds of times slower.
     dtypes = [runtime.dtype] if runtime.dtype else [torch.float32, torch.bfloat16]
     layouts = [False, True] if runtime.channels_last is None else [runtime.channels_last]
@@ -124,16 +124,16 @@ def _blank(unet: Any, form: Form, runtime: Runtime) -> torch.Tensor:
     return torch.zeros(shape, dtype=form.dtype, device=runtime.device)
 
 
-def _tile(vae: Any, latent: int) -> None:
-    """Decode by tiles of about three quarters of the model's own size, ``latent``, each side.
+def _tile(pipeline: Any) -> None:
+    """Decode by tiles of about three quarters of the model's own size, each side.
 
     diffusers' tiles are as large as that, or larger: an image of the usual size would not be tiled.
     """
-    vae.enable_tiling()
+    pipeline.vae.enable_tiling()
     # A multiple of four: a quarter overlaps, or the tiles would not meet.
-    vae.tile_latent_min_size = max(4, latent * 3 // 16 * 4)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    vae.tile_sample_min_size = vae.tile_latent_min_size * factor
+    latent = max(4, int(pipeline.unet.config.sample_size) * 3 // 16 * 4)
+    pipeline.vae.tile_latent_min_size = latent
+    pipeline.vae.tile_sample_min_size = latent * pipeline.vae_scale_factor
 
 
 def _slice_attention(pipeline: Any, size: str) -> None:

@@ -22,7 +22,7 @@ class PeakMemory:
     On CUDA it is the allocator's. On a CPU it is the process's resident set, by Linux's own
     high-water mark (proc(5), clear_refs), and so blind to memory that was in use before and is
     used again. ``exact`` turns False where Linux does not let the mark be reset. ``highest`` is
-    the most that was in use at once since the process began, however often it is reset.
+    the most that was in use at once since the first reset, or shortly before it.
     """
 
     def __init__(self, device: torch.device) -> None:

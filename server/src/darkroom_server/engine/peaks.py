@@ -20,16 +20,19 @@ Key = tuple[str, str, str]
 class PeakWatch:
     """Measures the work of the loop's thread, and tells of each new height.
 
-    Each class of work is measured once in ``INTERVAL_SECONDS``. ``highest`` is the most that was in
-    use at once, in bytes.
+    Each class of work is measured once in ``INTERVAL_SECONDS``.
     """
 
     def __init__(self, emit: Callable[[Event], None]) -> None:
-        self.highest = 0
         self._emit = emit
         self._told: dict[Key, int] = {}
         self._next: dict[Key, float] = {}
         self._memories: dict[torch.device, PeakMemory] = {}
+
+    @property
+    def highest(self) -> int:
+        """The most that was in use at once, in bytes; may be asked by any thread."""
+        return max((memory.highest for memory in tuple(self._memories.values())), default=0)
 
     @contextmanager
     def watch(
@@ -45,12 +48,10 @@ class PeakWatch:
             yield
             return
         can_measure = memory.reset()
-        self.highest = max(self.highest, memory.highest)
         yield
         if not can_measure:
             return
         peak = memory.read()
-        self.highest = max(self.highest, memory.highest)
         if peak > self._told.get(key, -1):
             self._told[key] = peak
             self._emit(

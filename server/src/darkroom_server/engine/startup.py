@@ -109,7 +109,7 @@ def load_model(
 
     decoder = Decoder(pipeline.vae, precision)
     run_pass = denoiser_pass(pipeline.unet, form, runtime, tokens)
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    factor = int(pipeline.vae_scale_factor)
     if settled is None:
         memory = measure_memory(run_pass, pipeline.unet, decoder, form, runtime, factor)
         fit = memory.rows_that_fit(*[int(pipeline.unet.config.sample_size) * factor] * 2)

@@ -28,8 +28,8 @@ def estimate_of(
     )
     estimate = dispatcher.estimate(job)
     # Its images share passes, as far as those go.
-    widest = min(model.limits.max_rows, model.memory.rows_that_fit(job.width, job.height))
-    rows = min(job.rows_per_image * job.image_count, max(job.rows_per_image, widest))
+    widest = model.rows_of_a_pass(job.width, job.height)
+    rows = min(job.rows_per_image * job.image_count, widest)
     response = generation_pb2.EstimateGenerationResponse(
         peak_bytes=model.memory.needed(job.width, job.height, rows),
         available_bytes=model.memory.available_bytes,
