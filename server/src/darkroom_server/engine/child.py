@@ -21,6 +21,7 @@ from darkroom_server.core.events import EngineDied, Event
 from darkroom_server.core.job import Job
 from darkroom_server.engine.channel import Channel, ChannelClosed
 from darkroom_server.engine.commands import Cancel, Close, Extend
+from darkroom_server.engine.heap import keep_freed_memory
 from darkroom_server.engine.outbox import Outbox
 
 log = structlog.get_logger(__name__)
@@ -34,6 +35,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with(parent=int(sys.argv[2]))
+    keep_freed_memory()
     log_lines()
     channel = Channel(int(sys.argv[1]))
     outbox = Outbox(channel)
