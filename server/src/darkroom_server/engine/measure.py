@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ doubling them must bring its part of it."""
 
 MAX_PASS_SECONDS = 2.0
 """A pass longer than this is not doubled: nobody could join or leave in the meantime."""
+
+PAIRS = 7
+"""Passes of each of two widths that are compared."""
 
 CLEARLY_FASTER = 1.1
 """A form must beat the plain one by this, so that noise does not change the pictures' last bits."""
@@ -62,29 +66,47 @@ def measure_rows(run_pass: DenoiserPass, most: int) -> dict[int, float]:
     Ends once doubling brings too little. ``most`` is at least 2: an image with guidance must fit.
     """
     seconds: dict[int, float] = {}
-
-    def measure(rows: int) -> None:
-        found = fastest_of(3, lambda: run_pass(rows))
-        seconds[rows] = min(found, seconds.get(rows, found))
-
     for rows in sorted({*(rows for rows in ROWS if rows < most), max(2, min(most, ROWS[-1]))}):
         try:
-            measure(rows)
-            if _brings_too_little(rows, seconds):
-                # It holds for the server's life: not on the word of one noisy moment.
-                measure(rows)
-                measure(_fewer(rows, seconds))
+            if seconds:
+                seconds[rows] = _wider(rows, seconds, run_pass)
+            else:
+                seconds[rows] = _first(rows, run_pass)
         except Exception as error:
             if rows == ROWS[0] or not is_out_of_memory(error):
                 raise
             log.warning("no memory for wider passes", rows=rows, why=str(error))
-            seconds.pop(rows, None)
             break
-        if _brings_too_little(rows, seconds):
-            break
-        if seconds[rows] > MAX_PASS_SECONDS:
+        if _brings_too_little(rows, seconds) or seconds[rows] > MAX_PASS_SECONDS:
             break
     return seconds
+
+
+def _first(rows: int, run_pass: DenoiserPass) -> float:
+    """Seconds of the fastest pass of ``rows`` rows."""
+    found = fastest_of(3, lambda: run_pass(rows))
+    if found > MAX_PASS_SECONDS:
+        # No image would ever share a pass: not on the word of one noisy moment.
+        found = min(found, _seconds(lambda: run_pass(rows)))
+    return found
+
+
+def _wider(rows: int, seconds: Mapping[int, float], run_pass: DenoiserPass) -> float:
+    """Seconds of a pass of ``rows`` rows, from how much longer than the next narrower it takes.
+
+    In turns: what else the machine does then slows both, and the knee holds for the server's life.
+    """
+    fewer = max(seconds)
+    warm_up = _seconds(lambda: run_pass(rows))
+    if warm_up > MAX_PASS_SECONDS:
+        return warm_up
+    ratios: list[float] = []
+    spent = 0.0
+    while len(ratios) < PAIRS and spent < MAX_PASS_SECONDS:
+        narrow, wide = _seconds(lambda: run_pass(fewer)), _seconds(lambda: run_pass(rows))
+        ratios.append(wide / narrow)
+        spent += narrow + wide
+    return seconds[fewer] * statistics.median(ratios)
 
 
 def best_rows(seconds: Mapping[int, float]) -> int:
