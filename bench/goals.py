@@ -12,12 +12,17 @@ SHORT, LONG = 8, 40
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """``reached`` shall be ``at_least``, or at most, ``bound``; both are ratios."""
+    """``reached`` shall be ``at_least``, or at most, ``bound``; both are ratios.
+
+    ``between``: the least and the most of the rounds that ``reached`` is the median of, or what
+    else says how sure it is; None where nothing does.
+    """
 
     name: str
     reached: float
     bound: float
     at_least: bool
+    between: tuple[float, float] | None = None
 
     @property
     def met(self) -> bool:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, then write the results, the plots and the page."""
     options = _options(arguments)
     if options.page:
-        publish(load(options.page), options.docs)
+        publish([load(path) for path in options.page], options.docs)
         return
     # So that a bench that is told to end takes its servers with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
@@ -71,17 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = save(results(), options.results)
     print(path.name)
     found = load(path)
-    publish(found, options.docs)
-    for goal in goals(found):
+    publish([found], options.docs)
+    for goal in goals([found]):
         print(f"{'met' if goal.met else 'MISSED':7}{goal.name}: {goal.reached:.3f}")
     if options.smoke:
         _smoke_ends(found, plan)
 
 
-def publish(results: Results, docs: Path) -> None:
-    """Write the plots and the page."""
-    plots = plot(results, docs / "images")
-    write_section("benchmarks.md", "Benchmarks", "peers", page(results, "images", plots), docs)
+def publish(every: Sequence[Results], docs: Path) -> None:
+    """Write the plots and the page of one bench, or of several."""
+    plots = [plot(results, docs / "images") for results in every]
+    write_section("benchmarks.md", "Benchmarks", "peers", page(every, "images", plots), docs)
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -110,7 +110,10 @@ def _earlier(options: argparse.Namespace, plan: Plan) -> Results | None:
         {**settings, "windows_tried": None} for settings in (earlier.settings, _settings(plan))
     )
     if (of_then, earlier.machine) != (of_now, this_machine()):
-        sys.exit(f"{options.resume} was made with other settings, or on another machine")
+        sys.exit(
+            f"{options.resume} was made with other settings, or on another machine: make results "
+            "of this one, and a page of both by --page"
+        )
     return earlier
 
 
@@ -139,7 +142,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--note", default="", help="a sentence for the page, on the circumstances")
     parser.add_argument("--resume", type=Path, metavar="RESULTS", help="go on where these end")
-    parser.add_argument("--page", type=Path, metavar="RESULTS", help="only write the page anew")
+    parser.add_argument(
+        "--page", type=Path, nargs="+", metavar="RESULTS", help="only write the page anew, of these"
+    )
     parser.add_argument("--results", type=Path)
     parser.add_argument("--docs", type=Path)
     options = parser.parse_args(arguments)

@@ -1,5 +1,10 @@
-"""From runs to figures: by peer, and over the rounds."""
+"""From runs to figures: by peer, and over the rounds.
 
+A round has one machine to itself, and what is compared is of one round: a ratio is taken in each,
+and the median of these is told.
+"""
+
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,14 +15,50 @@ from bench.peers.roster import DARKROOM, PEERS
 from bench.quantiles import quantile
 from bench.results import Results, Run
 
+Figure = Callable[[Run], float]
+
+
+def rounds_of(results: Results, scenario: str) -> list[dict[str, Run]]:
+    """The rounds of a scenario: each peer's run, in the order of ``PEERS``.
+
+    Those that have fewer runs than others, as of a bench cut short, are left out.
+    """
+    found: dict[int, dict[str, Run]] = {}
+    for run in results.runs:
+        if run.scenario == scenario:
+            found.setdefault(run.round, {})[run.contender] = run
+    most = max(map(len, found.values()), default=0)
+    return [
+        {name: runs[name] for name in PEERS if name in runs}
+        for _, runs in sorted(found.items())
+        if len(runs) == most
+    ]
+
 
 def runs_of(results: Results, scenario: str) -> dict[str, list[Run]]:
-    """The runs of a scenario by peer, in the order of ``PEERS``; those without any are left out."""
-    found = {
-        name: [r for r in results.runs if (r.scenario, r.contender) == (scenario, name)]
+    """The same by peer; those without any are left out."""
+    rounds = rounds_of(results, scenario)
+    return {
+        name: [runs[name] for runs in rounds if name in runs]
         for name in PEERS
+        if any(name in runs for runs in rounds)
     }
-    return {name: runs for name, runs in found.items() if runs}
+
+
+def ratios(
+    rounds: Sequence[Mapping[str, Run]], figure: Figure, *, most: bool, name: str = DARKROOM
+) -> list[float]:
+    """A peer's figure over that of the best rival of the same round, ``most`` or least.
+
+    Rounds without ``name``, or without a rival, are left out.
+    """
+    found = []
+    for runs in rounds:
+        rivals = [figure(run) for rival, run in runs.items() if rival != DARKROOM]
+        if name in runs and rivals:
+            best = max(rivals) if most else min(rivals)
+            found.append(figure(runs[name]) / best if best else math.inf)
+    return found
 
 
 def images(runs: Sequence[Run]) -> list[Drawn]:
@@ -50,19 +91,25 @@ def late_steps_per_cancel(run: Run) -> float:
     return late / nominal / max(1, leavers)
 
 
-def latency(runs: Sequence[Run], steps: int | None, share: float) -> float:
-    """A quantile of the latencies of a class, or of all, at the median of the rounds."""
-    return statistics.median(quantile(of_class(images([r]), steps), share) for r in runs)
+def latency(run: Run, steps: int | None, share: float) -> float:
+    """A quantile of the latencies of a class, or of all; infinite where no image came."""
+    latencies = of_class(images([run]), steps)
+    return quantile(latencies, share) if latencies else math.inf
 
 
-def median_of(runs: Sequence[Run], figure: Callable[[Run], float]) -> float:
+def latency_of(steps: int | None, share: float) -> Figure:
+    """The same as a figure."""
+    return lambda run: latency(run, steps, share)
+
+
+def median_of(runs: Sequence[Run], figure: Figure) -> float:
     """``figure`` at the median of the rounds."""
     return statistics.median(figure(run) for run in runs)
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
+def spread(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
     """The median, with the least and the greatest where there are several."""
-    text = f"{statistics.median(values):.{digits}f}"
+    text = f"{statistics.median(values):.{digits}f}{unit}"
     if len(values) > 1:
         text += f" ({min(values):.{digits}f}–{max(values):.{digits}f})"
     return text
@@ -74,14 +121,6 @@ def lone_ratios(results: Results) -> dict[str, list[float]]:
         name: [pair["peer"] / pair["pipe"] for run in runs for pair in run.figures["lone"]]
         for name, runs in runs_of(results, "mixed closed").items()
     }
-
-
-def best_rival(figures: Mapping[str, float], most: bool) -> str | None:
-    """Who is best, by the most or the least, of those that are not Darkroom."""
-    rivals = {name: figure for name, figure in figures.items() if name != DARKROOM}
-    if not rivals:
-        return None
-    return max(rivals, key=rivals.__getitem__) if most else min(rivals, key=rivals.__getitem__)
 
 
 def versions_text(versions: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.goals import SHORT
-from bench.peers.figures import images, latency, runs_of
+from bench.peers.figures import images, latency_of, median_of, runs_of
 from bench.peers.roster import DARKROOM, PEERS
 from bench.peers.scenarios import BUSY, SCENARIOS, Mix
 from bench.plots import class_boxes, new_figure, save, seconds_ticks
@@ -71,7 +71,7 @@ def _load(results: Results) -> Any:
     ):
         for name, colour in COLOURS.items():
             points = [
-                (load, latency(runs_of(results, scenario)[name], steps, share))
+                (load, median_of(runs_of(results, scenario)[name], latency_of(steps, share)))
                 for load, scenario in sorted(plain.items())
                 if name in runs_of(results, scenario)
             ]

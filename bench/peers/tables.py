@@ -1,17 +1,21 @@
 """The tables of the peers' page."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from bench.arrivals import Outcome
 from bench.peers.figures import (
-    best_rival,
+    Figure,
     cpu_seconds_per_image,
     goodput,
     images,
     images_per_second,
     late_steps_per_cancel,
-    latency,
+    latency_of,
     lone_ratios,
+    median_of,
+    ratios,
+    rounds_of,
     runs_of,
     spread,
 )
@@ -47,7 +51,7 @@ def lone(results: Results) -> str:
     count = max(len(found) for found in ratios.values())
     heads = ["", "ms", "over bare `pipe()`", "95 % interval", "first progress, ms"]
     return (
-        f"### A lone request\n\n{count} interleaved pairs of {results.settings['lone_steps']} "
+        f"#### A lone request\n\n{count} interleaved pairs of {results.settings['lone_steps']} "
         "steps with a bare `pipe()`, which draws beside the idle server: one that takes CPU time "
         f"then slows it down too. Medians.\n\n{table(heads, rows)}"
     )
@@ -55,13 +59,13 @@ def lone(results: Results) -> str:
 
 def closed_loop(results: Results, scenario: str) -> str:
     """A closed loop."""
+    rounds = rounds_of(results, scenario)
     runs = runs_of(results, scenario)
-    rates = {name: quantile([images_per_second(r) for r in rs], 0.5) for name, rs in runs.items()}
     rows = [
         [
             PEERS[name].label,
             spread([images_per_second(run) for run in each]),
-            _ratio(rates, name, most=True),
+            _ratio(rounds, name, images_per_second, most=True),
             spread([run.figures["width"] for run in each]),
             *_latencies(each),
         ]
@@ -70,7 +74,7 @@ def closed_loop(results: Results, scenario: str) -> str:
     heads = ["", "images/s", "to the best peer", "images a call", *_heads(runs)]
     mix = SCENARIOS[scenario].mix.text
     return (
-        f"### Closed loop, {CALLERS} callers, {mix}\n\nEach caller asks for the next image when "
+        f"#### Closed loop, {CALLERS} callers, {mix}\n\nEach caller asks for the next image when "
         "it has its last one. p50 / p95 / p99 in seconds. Images a call: at the mean of the time "
         f"that calls (passes) took.\n\n{table(heads, rows)}"
     )
@@ -79,16 +83,16 @@ def closed_loop(results: Results, scenario: str) -> str:
 def open_loop(results: Results, scenario: str) -> str:
     """A load that comes by a schedule."""
     what = SCENARIOS[scenario]
+    rounds = rounds_of(results, scenario)
     runs = runs_of(results, scenario)
     first = next(iter(runs.values()))
-    arrivals = len(first[0].drawn)
-    rate = first[0].rate or 0.0
-    tails = {name: latency(each, None, 0.95) for name, each in runs.items() if images(each)}
-    columns: dict[str, Callable[[Run], float]] = {}
+    rates = spread([run.rate or 0.0 for run in first])
+    tail = latency_of(None, 0.95)
+    columns: dict[str, Figure] = {}
     if len(first) > 1:
-        columns["p95 of all, over the rounds"] = lambda run: latency([run], None, 0.95)
+        columns["p95 of all, over the rounds"] = tail
     kind = "in bursts of 8" if what.bursts else "Poisson"
-    words = [f"{arrivals} arrivals a round at {rate:.2f} a second, {kind}"]
+    words = [f"{len(first[0].drawn)} arrivals a round at {rates} a second, {kind}"]
     if what.deadlines:
         columns["images/s in time"] = goodput
         words.append(f"each with a deadline of {PATIENCE:g} times what it takes alone")
@@ -102,26 +106,26 @@ def open_loop(results: Results, scenario: str) -> str:
         [
             PEERS[name].label,
             *_latencies(each),
-            _ratio(tails, name, most=False),
+            _ratio(rounds, name, tail, most=False),
             *(spread([figure(run) for run in each]) for figure in columns.values()),
             *([_first(each)] if what.stream else []),
             _endings(each),
         ]
         for name, each in runs.items()
-        if name in tails
+        if images(each)
     ]
     heads = ["", *_heads(runs), "p95 to the best peer", *columns]
     heads += ["first progress, p50 / p95", "no image"] if what.stream else ["no image"]
     title = ", ".join([what.mix.text, *scenario.split()[2:]])
     return (
-        f"### Open loop, {title}, {what.load:.0%} of (a)'s capacity\n\n"
+        f"#### Open loop, {title}, {what.load:.0%} of (a)'s capacity\n\n"
         f"{'; '.join(words)}. p50 / p95 / p99 in seconds.\n\n{table(heads, rows)}"
     )
 
 
-def _ratio(figures: Mapping[str, float], name: str, *, most: bool) -> str:
-    rival = best_rival(figures, most=most)
-    return "" if rival is None else f"{figures[name] / figures[rival]:.2f}×"
+def _ratio(rounds: Sequence[Mapping[str, Run]], name: str, figure: Figure, *, most: bool) -> str:
+    found = ratios(rounds, figure, most=most, name=name)
+    return spread(found, unit="×") if found else ""
 
 
 def _heads(runs: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -134,12 +138,14 @@ def _classes(runs: Sequence[Run]) -> list[int]:
 
 
 def _latencies(runs: Sequence[Run]) -> list[str]:
-    return [
-        " / ".join(f"{latency(runs, steps, share):.2f}" for share in (0.5, 0.95, 0.99))
-        if all(any(d.steps == steps or steps is None for d in images([r])) for r in runs)
-        else "none"
-        for steps in (None, *_classes(runs))
-    ]
+    """Three quantiles, of all and by class, each the median of the rounds."""
+    cells = []
+    for steps in (None, *_classes(runs)):
+        found = [median_of(runs, latency_of(steps, share)) for share in (0.5, 0.95, 0.99)]
+        cells.append(
+            " / ".join(f"{each:.2f}" for each in found) if math.inf not in found else "none"
+        )
+    return cells
 
 
 def _first(runs: Sequence[Run]) -> str:
@@ -188,7 +194,7 @@ def resources(results: Results) -> str:
     heads += ["CPU s/image", "idle, % of a core"]
     measured = sorted({r.figures["max_rows"] for r in results.runs if "max_rows" in r.figures})
     return (
-        "### What they take\n\nFrom the start of the process until it is ready by its own word "
+        "#### What they take\n\nFrom the start of the process until it is ready by its own word "
         "(Darkroom has measured the model and warmed up by then), and the first image of 8 steps "
         "after that; memory of all processes at the end of a run; CPU seconds of the mixed closed "
         "loop; what its processes take of a core while nobody asks. Over all runs. The rows of a "
@@ -212,7 +218,7 @@ def equality(results: Results) -> str:
     ]
     heads = ["", "files identical", "largest difference", "PSNR", "at once: identical", "PSNR"]
     return (
-        "### The same pictures\n\nBefore all else each peer drew the same requests, compared with "
+        "#### The same pictures\n\nBefore all else each peer drew the same requests, compared with "
         "a bare `pipe()`: one after another, and all at once, where batches change the last bits. "
         f"The largest difference is of a channel, of 255; the PSNR is the lowest.\n\n"
         f"{table(heads, rows)}"
@@ -239,7 +245,7 @@ def drift(results: Results) -> str:
                 [PEERS[name].label, f"{middle:.1f}", f"{min(steps):.1f}", f"{max(steps):.1f}"]
             )
     return (
-        "### The machine\n\nBefore and after each run a bare `pipe()` drew lone requests: "
+        "#### The machine\n\nBefore and after each run a bare `pipe()` drew lone requests: "
         "milliseconds of a step, by whose run it was.\n\n"
         + table(["", "median", "least", "most"], rows)
     )

@@ -54,7 +54,7 @@ def windows_table(results: Results) -> str:
     ]
     heads = ["images/s", *(f"{window * 1000:g} ms" for window in windows)]
     return (
-        "### How long a batch waits for company\n\nTried first, in the mixed closed loop; from "
+        "#### How long a batch waits for company\n\nTried first, in the mixed closed loop; from "
         f"then on each had the shortest wait that gave {CLOSE:.0%} of its most images/s, in "
         f"bold.\n\n{table(heads, rows)}"
     )

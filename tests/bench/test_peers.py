@@ -1,26 +1,19 @@
-"""What the peers' bench asks for, and what it makes of what it saw."""
+"""What the peers' bench asks for, and what its servers are told."""
 
 import asyncio
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from bench.arrivals import Arrivals, Drawn, Outcome
-from bench.peers import page as page_module
-from bench.peers.figures import goodput, runs_of
-from bench.peers.goals import goals
 from bench.peers.load import Load
 from bench.peers.protocols import Ended
-from bench.peers.scenarios import BUSY, CLOSED, FULL, LEAVERS, OVERLOAD, SCENARIOS, Scenario
+from bench.peers.scenarios import FULL, SCENARIOS
 from bench.peers.serving import Serving, by_settings, from_wire, to_wire
 from bench.peers.trace import Trace, Work, mean_width, occupancy, read_trace, waste
-from bench.peers.windows import best, tried
-from bench.results import Results, Run, load, save
 from bench.workload import Request, bursts, mixed, sized, with_cancels, with_deadlines
 from darkroom_server.core.model import ModelRuntime
-from tests.bench.test_results import MACHINE
 
 RUNTIME = ModelRuntime(
     device="cpu",
@@ -173,133 +166,3 @@ def test_the_load_keeps_to_a_schedule_and_to_its_callers() -> None:
     scheduled = [replace(r, arrival=0.02 * r.index) for r in mixed(5, seed=0)]
     assert [each.arrival for each in drawn_by_load(scheduled)] == [r.arrival for r in scheduled]
     assert len(drawn_by_load(mixed(20, seed=0), callers=3)) == 20
-
-
-def run(scenario: str, contender: str, slowness: float, **fields: Any) -> Run:
-    drawn = [
-        Drawn(i, steps, arrival=i / 2, latency=steps * slowness, deadline=4.0)
-        for i, steps in enumerate((8, 16, 40) * 20)
-    ]
-    figures = {
-        "ready_seconds": 5.0,
-        "max_rows": 16,
-        "first_image_seconds": 0.3,
-        "cpu_seconds": 60.0,
-        "footprint": {"processes": 2, "proportional": 2**30, "resident": 2**31},
-        "width": 1.0,
-        "waste": {"total": 1.0, "late": 0.05, "last": 0.05, "cancels": 2},
-        "occupancy": [1.0, 2.0],
-        "idle_cpu": 0.25,
-        "lone": [{"peer": 1.02, "pipe": 1.0}] if scenario == CLOSED.name else [],
-    }
-    return Run(
-        scenario=scenario,
-        contender=contender,
-        round=0,
-        nominal_before=0.025,
-        nominal_after=0.025,
-        drawn=drawn,
-        rate=None if "closed" in scenario else 2.0,
-        callers=8 if "closed" in scenario else None,
-        figures=figures,
-        **fields,
-    )
-
-
-EQUAL = {
-    "alone": 8,
-    "identical": 8,
-    "largest": 0,
-    "lowest_psnr": None,
-    "together": 8,
-    "together_identical": 7,
-    "together_lowest_psnr": 51.23,
-}
-
-RESULTS = Results(
-    bench="peers",
-    date="2026-11-24",
-    machine=MACHINE,
-    versions={"torch": "2.13.0"},
-    model={
-        "id": "demo",
-        "width": 128,
-        "height": 128,
-        "scheduler": "ddim",
-        "runtime": {"dtype": "bfloat16", "attention": "sdpa", "channels_last": True},
-    },
-    settings={"rounds": 1, "widest": 8, "lone_steps": 16, "window_seconds": 0.01},
-    figures={
-        "versions": {name: {"torch": "2.13.0"} for name in ("grpc", "ray", "darkroom")},
-        "equality": dict.fromkeys(("grpc", "ray", "darkroom"), EQUAL),
-        "lost": ["(d) Triton is left out: no such file"],
-    },
-    runs=[
-        run(scenario.name, contender, slowness)
-        for scenario in (CLOSED, BUSY, OVERLOAD, LEAVERS)
-        for contender, slowness in (("grpc", 0.4), ("ray", 0.2), ("darkroom", 0.1))
-    ],
-)
-
-
-def trial(window: float, slowness: float) -> Run:
-    found = run(Scenario(window=window).name, "ray", slowness)
-    return replace(found, callers=8, figures={**found.figures, "window_seconds": window})
-
-
-def test_the_shortest_window_that_is_good_enough_is_best() -> None:
-    assert best({0.002: 2.0, 0.01: 2.97, 0.05: 3.0}) == 0.01
-    assert best({0.002: 2.0, 0.01: 2.9, 0.05: 3.0}) == 0.05
-
-
-def test_the_page_tells_which_windows_were_tried() -> None:
-    other = run(CLOSED.name, "ray", 0.2)
-    later = replace(other, figures={**other.figures, "window_seconds": 0.01})
-    runs = [*RESULTS.runs, later, trial(0.002, 0.4), trial(0.01, 0.05)]
-    assert set(tried(runs)["ray"]) == {0.002, 0.01}
-    page = page_module.page(replace(RESULTS, runs=runs), "images", [])
-    assert "a batch waits 10 ms ((c) Ray Serve) for company" in page
-    assert "| images/s | 2 ms | 10 ms |" in page
-    assert "### How long a batch waits" not in page_module.page(RESULTS, "images", [])
-
-
-def test_goals_are_ratios_to_the_best_rival() -> None:
-    reached = {goal.name: goal for goal in goals(RESULTS)}
-    assert reached["p50 of 8 steps at 0.9, against the best"].reached == pytest.approx(0.5)
-    assert reached["p95 of 40 steps at 0.9, against (a)"].reached == pytest.approx(0.25)
-    assert reached["p95 of all at 0.9, against the best"].met
-    # 40 steps take Darkroom 4 s, and the best rival 8 s, which is too late.
-    assert reached["images/s within the deadline at 1.1, against the best"].reached == 1.5
-    # 0.05 s after two cancels are one step of 25 ms for each.
-    assert reached["steps after a cancel, for each"].reached == pytest.approx(1.0)
-
-
-def test_goals_without_a_rival_or_a_run_are_left_out() -> None:
-    alone = replace(RESULTS, runs=[r for r in RESULTS.runs if r.contender == "darkroom"])
-    names = [goal.name for goal in goals(alone)]
-    assert names == ["a lone request, against bare pipe()", "steps after a cancel, for each"]
-    assert goals(replace(RESULTS, runs=[])) == []
-
-
-def test_the_page_says_what_was_met_what_was_missed_and_who_is_missing() -> None:
-    page = page_module.page(RESULTS, "images", [("load.png", "A plot. More of it.")])
-    assert "| p50 of 8 steps at 0.9, against the best | ≤ 0.4 | 0.50 | **no** |" in page
-    assert "| p95 of all at 0.9, against the best | ≤ 0.6 | 0.50 | yes |" in page
-    assert "(d) Triton is left out: no such file." in page
-    assert "![A plot](images/load.png)\n\nA plot. More of it." in page
-    assert "| (c) Ray Serve | 8 of 8 | 0 | equal | 7 of 8 | 51.2 dB |" in page
-    assert "### Open loop, mixed, deadlines, 110% of (a)'s capacity" in page
-    assert "| CPU s/image | idle, % of a core |" in page
-
-
-def test_only_images_count(tmp_path: Path) -> None:
-    whole = RESULTS.runs[0]
-    missed = [replace(d, outcome=Outcome.EXPIRED) if d.steps == 8 else d for d in whole.drawn]
-    results = replace(RESULTS, runs=[replace(whole, drawn=missed)])
-    again = load(save(results, tmp_path))
-    assert [d.outcome for d in again.runs[0].drawn] == [d.outcome for d in missed]
-    assert again.runs[0].figures == whole.figures
-    page = page_module.page(again, "images", [])
-    assert "none" in page
-    assert goodput(again.runs[0]) == 0.0
-    assert list(runs_of(again, CLOSED.name)) == ["grpc"]
