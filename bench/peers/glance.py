@@ -46,7 +46,20 @@ def glance(every: Sequence[Results]) -> str:
         "### At a glance\n\nDarkroom's figure over that of the best peer in the same round, median "
         "(least–greatest). Images/s: of the closed loops as many as come, with deadlines those in "
         "time, where latencies are left out since they would be of the lucky ones. The number is "
-        f"the load, a share of what (a) can do.\n\n{table(heads, rows)}"
+        f"the load, a share of what (a) can do.\n\n{table(heads, rows)}{_alike(rows)}"
+    )
+
+
+def _alike(rows: Sequence[Sequence[str]]) -> str:
+    """Why the one row is as it is, whose engine was profiled; empty where it is not there."""
+    if Scenario(mix=Mix.UNIFORM).name not in {name for name, *_ in rows}:
+        return ""
+    return (
+        "\n\nWhere all requests are alike and every caller comes back at once, static batches are "
+        "at their best: all images of one begin and end together, and are decoded in one call. "
+        "Darkroom, which expects nobody, begins a pass before a caller is back, so each image "
+        "costs the others a part of a pass more, and encodes prompts and decodes images one by "
+        "one, which takes longer than together."
     )
 
 
