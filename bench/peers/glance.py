@@ -13,6 +13,7 @@ from bench.peers.figures import (
     rounds_of,
     spread,
 )
+from bench.peers.roster import DARKROOM
 from bench.peers.scenarios import SCENARIOS, Mix, Scenario
 from bench.results import Results
 from bench.sections import table
@@ -30,7 +31,12 @@ def glance(every: Sequence[Results]) -> str:
     """The ratios of all rounds of ``every``; empty where nothing has two to compare."""
     rows = []
     for name, scenario in SCENARIOS.items():
-        rounds = [each for results in every for each in rounds_of(results, name)]
+        rounds = [
+            runs
+            for results in every
+            for runs in rounds_of(results, name)
+            if DARKROOM in runs and len(runs) > 1
+        ]
         rate = _rate(scenario)
         cells = [_cell(ratios(rounds, rate, most=True)) if rate else ""]
         for steps, share in LATENCIES.values():
