@@ -268,6 +268,19 @@ def test_status_counts_jobs(caller: Any, fake: FakeServer) -> None:
     assert [job.state for job in fake.jobs] == [JobState.FINISHED] * 2
 
 
+def test_a_new_client_does_not_inherit_that_another_met_a_closed_port(connect: Connect) -> None:
+    retry = Retry(initial_backoff=0.01, max_backoff=0.05)
+    with FakeServer() as first:
+        target = first.target
+        early = connect(target, retry=retry)
+        early.estimate("a star")
+    with pytest.raises(Unavailable):
+        early.estimate("a star")
+
+    with FakeServer(port=int(target.rpartition(":")[2])) as second:
+        assert connect(target, retry=retry).estimate("a star") == second.estimate
+
+
 def test_an_estimate_is_what_was_set(caller: Any, fake: FakeServer) -> None:
     fake.estimate = Estimate(queue_wait=1.5, run_time=2.5, peak_bytes=3, available_bytes=4)
 

@@ -9,6 +9,7 @@ its first call.
 """
 
 import ipaddress
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -41,13 +42,16 @@ its deadline, with grpcio 1.85.)"""
 Options = tuple[tuple[str, str | int], ...]
 Methods = tuple[tuple[str, str], ...]
 
+_clients = itertools.count()
+
 
 def open_channels(settings: Settings) -> tuple[grpc.Channel, grpc.Channel]:
     """The checked and the plain channel for blocking calls; each connects at its first one."""
     target, credentials = dial_target(settings.target), _credentials(settings.tls)
+    own = _own_connections()
 
     def channel(*, checked: bool) -> grpc.Channel:
-        options = channel_options(settings, checked=checked)
+        options = channel_options(settings, checked=checked) + own
         if credentials is None:
             return grpc.insecure_channel(target, options)
         return grpc.secure_channel(target, credentials, options)
@@ -58,14 +62,24 @@ def open_channels(settings: Settings) -> tuple[grpc.Channel, grpc.Channel]:
 def open_async_channels(settings: Settings) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
     """As ``open_channels``, for the running event loop, which they belong to."""
     target, credentials = dial_target(settings.target), _credentials(settings.tls)
+    own = _own_connections()
 
     def channel(*, checked: bool) -> grpc.aio.Channel:
-        options = channel_options(settings, checked=checked)
+        options = channel_options(settings, checked=checked) + own
         if credentials is None:
             return grpc.aio.insecure_channel(target, options)
         return grpc.aio.secure_channel(target, credentials, options)
 
     return channel(checked=True), channel(checked=False)
+
+
+def _own_connections() -> Options:
+    """Something by which the two channels of a client differ from those of all other clients.
+
+    Else gRPC has all clients of a process share what it knows of an address: a new one would be
+    told that nobody answers there, by the failure that another one met before, for seconds.
+    """
+    return (("darkroom.client", next(_clients)),)
 
 
 def dial_target(target: str) -> str:
