@@ -35,8 +35,13 @@ def rounds_of(results: Results, scenario: str) -> list[dict[str, Run]]:
     ]
 
 
+def all_rounds(every: Sequence[Results], scenario: str) -> list[dict[str, Run]]:
+    """The rounds of a scenario in several results, which may be of other machines."""
+    return [runs for results in every for runs in rounds_of(results, scenario)]
+
+
 def runs_of(results: Results, scenario: str) -> dict[str, list[Run]]:
-    """The same by peer; those without any are left out."""
+    """The runs of these rounds by peer; those without any are left out."""
     rounds = rounds_of(results, scenario)
     return {
         name: [runs[name] for runs in rounds if name in runs]
@@ -91,15 +96,14 @@ def late_steps_per_cancel(run: Run) -> float:
     return late / nominal / max(1, leavers)
 
 
-def latency(run: Run, steps: int | None, share: float) -> float:
-    """A quantile of the latencies of a class, or of all; infinite where no image came."""
-    latencies = of_class(images([run]), steps)
-    return quantile(latencies, share) if latencies else math.inf
-
-
 def latency_of(steps: int | None, share: float) -> Figure:
-    """The same as a figure."""
-    return lambda run: latency(run, steps, share)
+    """A quantile of the latencies of a class, or of all; infinite where no image came."""
+
+    def latency(run: Run) -> float:
+        latencies = of_class(images([run]), steps)
+        return quantile(latencies, share) if latencies else math.inf
+
+    return latency
 
 
 def median_of(runs: Sequence[Run], figure: Figure) -> float:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from bench.goals import LONG, SHORT
 from bench.peers.figures import (
     Figure,
+    all_rounds,
     goodput,
     images_per_second,
     latency_of,
     ratios,
-    rounds_of,
     spread,
 )
 from bench.peers.roster import DARKROOM
@@ -31,12 +31,7 @@ def glance(every: Sequence[Results]) -> str:
     """The ratios of all rounds of ``every``; empty where nothing has two to compare."""
     rows = []
     for name, scenario in SCENARIOS.items():
-        rounds = [
-            runs
-            for results in every
-            for runs in rounds_of(results, name)
-            if DARKROOM in runs and len(runs) > 1
-        ]
+        rounds = [r for r in all_rounds(every, name) if DARKROOM in r and len(r) > 1]
         rate = _rate(scenario)
         cells = [_cell(ratios(rounds, rate, most=True)) if rate else ""]
         for steps, share in LATENCIES.values():

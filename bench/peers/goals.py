@@ -5,34 +5,32 @@ from collections.abc import Sequence
 
 from bench.goals import LONG, SHORT, Goal
 from bench.peers.figures import (
+    all_rounds,
     goodput,
     images_per_second,
     late_steps_per_cancel,
     latency_of,
     lone_ratios,
     ratios,
-    rounds_of,
 )
 from bench.peers.roster import DARKROOM, SERIAL
-from bench.peers.scenarios import BUSY, CLOSED, LEAVERS, OVERLOAD, Scenario
+from bench.peers.scenarios import BUSY, CLOSED, LEAVERS, OVERLOAD
 from bench.quantiles import bootstrap_median
-from bench.results import Results, Run
+from bench.results import Results
 
 
 def goals(every: Sequence[Results]) -> list[Goal]:
     """Each whose scenario was run by Darkroom and a rival, over all rounds of ``every``."""
-
-    def rounds(scenario: Scenario) -> list[dict[str, Run]]:
-        return [each for results in every for each in rounds_of(results, scenario.name)]
-
-    busy = rounds(BUSY)
+    busy = all_rounds(every, BUSY.name)
     of_two = [{name: runs[name] for name in (SERIAL, DARKROOM) if name in runs} for runs in busy]
-    late = [late_steps_per_cancel(r[DARKROOM]) for r in rounds(LEAVERS) if DARKROOM in r]
+    late = [
+        late_steps_per_cancel(r[DARKROOM]) for r in all_rounds(every, LEAVERS.name) if DARKROOM in r
+    ]
     found = [
         _lone(every),
         _goal(
             "images/s in the closed loop, against the best",
-            ratios(rounds(CLOSED), images_per_second, most=True),
+            ratios(all_rounds(every, CLOSED.name), images_per_second, most=True),
             at_least=1.3,
         ),
         *(
@@ -50,7 +48,7 @@ def goals(every: Sequence[Results]) -> list[Goal]:
         ),
         _goal(
             "images/s within the deadline at 1.1, against the best",
-            ratios(rounds(OVERLOAD), goodput, most=True),
+            ratios(all_rounds(every, OVERLOAD.name), goodput, most=True),
             at_least=1.3,
         ),
         _goal("steps after a cancel, for each", late, at_most=1.0),

@@ -1,7 +1,7 @@
 """The pages that are committed say what the committed results say."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,11 +46,7 @@ def test_the_peers_section_is_what_the_results_make_that_it_names(tmp_path: Path
     every = [load(RESULTS / name) for name in re.findall(r"bench/results/(\S+\.json)", section)]
     assert every
     plots = [plot(results, tmp_path) for results in every]
-    for file in _files(plots):
+    for file in (file for shown in plots for file, _ in shown):
         assert (DOCS / "images" / file).exists()
     made = peers_page.page(every, "images", plots)
     assert replace_section(BENCHMARKS, "peers", made) == BENCHMARKS
-
-
-def _files(plots: Sequence[Sequence[tuple[str, str]]]) -> list[str]:
-    return [file for shown in plots for file, _ in shown]
