@@ -18,13 +18,13 @@ from bench.results import RESULTS, Results, model_facts, save, today
 from bench.sections import DOCS, write_section
 from bench.threaded import EngineContender
 from bench.workload import mixed
-from darkroom_server.core.config import EngineConfig
+from darkroom_server.backends.process import ProcessEngine
+from darkroom_server.backends.thread import ThreadEngine
+from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import EncodedImage, ImageReady, Replay
 from darkroom_server.core.job import ImageFormat
-from darkroom_server.engine.channel import Channel
-from darkroom_server.engine.commands import Cancel, Close
-from darkroom_server.engine.process import ProcessEngine
-from darkroom_server.engine.thread import ThreadEngine
+from darkroom_server.ipc.channel import Channel
+from darkroom_server.ipc.commands import Cancel, Close
 
 STEPS = 16
 IMAGE_BYTES = 1_000_000
@@ -105,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = EngineConfig(models=(model_source(options.model),), max_rows=2)
     thread = EngineContender(ThreadEngine(config))
     # In the same form: what was measured is not measured again.
-    settled = replace(config, settled=(thread.info,))
-    process = EngineContender(ProcessEngine(settled))
+    previous_measurements = replace(config, previous_measurements=(thread.info,))
+    process = EngineContender(ProcessEngine(previous_measurements))
     lone_pairs(thread, process, 3)
     pairs = lone_pairs(thread, process, options.pairs)
     for contender in (thread, process):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from bench.arrivals import Arrivals, Drawn
 from bench.workload import Request, mixed
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.engine.child import die_with
+from darkroom_server.engine.main import die_with
 
 WIDEST = 8
 """Images that may share a pass, or a call of ``pipe()``."""

@@ -19,7 +19,7 @@ from bench.results import RESULTS, Results, Run, model_facts, save, today
 from bench.sections import DOCS, write_section
 from bench.threaded import make_engine
 from bench.workload import Request, mixed, poisson
-from darkroom_server.core.config import EngineConfig, Preset
+from darkroom_server.core.engine_config import EngineConfig, Preset
 
 CALLERS = 8
 LOADS = (0.7, 0.9)

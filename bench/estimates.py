@@ -15,10 +15,10 @@ from bench.results import RESULTS, Results, model_facts, save, today
 from bench.sections import DOCS, write_section
 from bench.threaded import job_of
 from bench.workload import Request, mixed, poisson
-from darkroom_server.core.config import EngineConfig
+from darkroom_server.backends.process import ProcessEngine
+from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import Dispatcher
-from darkroom_server.engine.process import ProcessEngine
 
 CALLERS = 8
 """Of the closed loop that tells the capacity; what the estimator learns in it, it keeps."""

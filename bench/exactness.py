@@ -23,7 +23,8 @@ from bench.results import RESULTS, Results, model_facts, save, today
 from bench.sections import DOCS, write_section
 from bench.threaded import job_of, start
 from bench.workload import Request, mixed
-from darkroom_server.core.config import Dtype, EngineConfig, ModelSource
+from darkroom_server.backends.thread import ThreadEngine
+from darkroom_server.core.engine_config import Dtype, EngineConfig, ModelSource
 from darkroom_server.core.events import (
     EngineReady,
     Event,
@@ -33,7 +34,6 @@ from darkroom_server.core.events import (
     SampleProgress,
 )
 from darkroom_server.core.job import ImageFormat, Job
-from darkroom_server.engine.thread import ThreadEngine
 
 STEPS = 20
 NEIGHBOUR_STEPS = 150

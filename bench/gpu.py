@@ -26,7 +26,7 @@ from bench.results import RESULTS, Results, model_facts, save, today
 from bench.sd14 import cached_sd14
 from bench.sections import DOCS, write_section
 from bench.workload import mixed, poisson, uniform
-from darkroom_server.core.config import Attention, Preset
+from darkroom_server.core.engine_config import Attention, Preset
 from darkroom_server.core.model import ModelRuntime
 
 DECODES = (1, 2, 4, 8)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from darkroom_server.core.config import ModelSource
+from darkroom_server.core.engine_config import ModelSource
 
 PACKAGES = ("darkroom-server", "diffusers", "torch", "transformers", "numpy", "pillow")
 

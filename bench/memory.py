@@ -24,9 +24,9 @@ from bench.sd14 import cached_sd14
 from bench.sections import DOCS, write_section
 from bench.threaded import EngineContender
 from bench.workload import Request
-from darkroom_server.core.config import Attention, Dtype, EngineConfig, ModelSource, Preset
-from darkroom_server.engine.peaks import INTERVAL_SECONDS
-from darkroom_server.engine.thread import ThreadEngine
+from darkroom_server.backends.thread import ThreadEngine
+from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, ModelSource, Preset
+from darkroom_server.engine.device.peak_memory import INTERVAL_SECONDS
 
 STEPS = 50
 REQUEST = Request(0, "a large yellow star on a blue background", STEPS, 7.5, seed=0)

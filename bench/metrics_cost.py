@@ -19,11 +19,11 @@ from bench.results import RESULTS, Results, model_facts, save, today
 from bench.sections import DOCS, write_section
 from bench.threaded import EngineContender
 from bench.workload import mixed
-from darkroom_server.core.config import EngineConfig
-from darkroom_server.core.events import Event, PassDone, StageSeconds
-from darkroom_server.engine.peaks import PeakWatch
-from darkroom_server.engine.tally import Counts, Tally
-from darkroom_server.engine.thread import ThreadEngine
+from darkroom_server.backends.thread import ThreadEngine
+from darkroom_server.core.engine_config import EngineConfig
+from darkroom_server.core.events import BatchDone, Event, StageSeconds
+from darkroom_server.engine.counters import CounterReporter, Counts
+from darkroom_server.engine.device.peak_memory import PeakMemoryTracker
 from darkroom_server.rpc.summary import Outcome, RequestSummary
 from darkroom_server.telemetry import Metrics, Recorder
 
@@ -48,9 +48,9 @@ def microseconds(work: Callable[[], object], times: int) -> float:
 def of_a_step(recorder: Recorder, times: int) -> dict[str, float]:
     """What a step costs the engine's process, the way between them, and the serving process."""
     told: list[Event] = []
-    watch = PeakWatch(told.append)
-    tally = Tally({"demo": (Counts(), Counts(), Counts())}, told.append)
-    done = PassDone(
+    watch = PeakMemoryTracker(told.append)
+    tally = CounterReporter({"demo": (Counts(), Counts(), Counts())}, told.append)
+    done = BatchDone(
         model="demo",
         width=EDGE,
         height=EDGE,
@@ -69,7 +69,7 @@ def of_a_step(recorder: Recorder, times: int) -> dict[str, float]:
     return {
         "engine": microseconds(engine, times),
         "crossing": microseconds(lambda: pickle.loads(pickle.dumps(done)), times),
-        "serving": microseconds(lambda: recorder.pass_done(done), times),
+        "serving": microseconds(lambda: recorder.batch_done(done), times),
     }
 
 

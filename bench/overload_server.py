@@ -9,9 +9,9 @@ from dataclasses import replace
 from unittest.mock import patch
 
 from darkroom_server import app
-from darkroom_server.core.caller import ANYBODY, Caller
+from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.job import Job
-from darkroom_server.dispatch import AcceptedJob, Dispatcher
+from darkroom_server.dispatch import ActiveJob, Dispatcher
 from darkroom_server.logs import configure_logs
 from darkroom_server.settings import Dispatch, Logs, Models, Network, Settings
 
@@ -22,7 +22,7 @@ NO_PATIENCE = 1000
 class FirstCome(Dispatcher):
     """Serves in the order of arrival, as the engine does then too: it has the order from jobs."""
 
-    def submit(self, job: Job, caller: Caller = ANYBODY) -> AcceptedJob:
+    def submit(self, job: Job, caller: Caller = ANONYMOUS) -> ActiveJob:
         """Accept ``job``, behind all that came before."""
         return super().submit(replace(job, priority=NO_PATIENCE), caller)
 

@@ -14,8 +14,8 @@ from bench.arrivals import Arrivals, Drawn
 from bench.batching import serve
 from bench.workload import Request
 from darkroom_server.core.model import ModelRuntime
-from darkroom_server.engine.images import PNG_COMPRESSION
-from darkroom_server.engine.runtime import allowed_threads
+from darkroom_server.engine.output.formats import PNG_COMPRESSION
+from darkroom_server.engine.warmup.presets import allowed_threads
 
 DTYPES = {dtype: getattr(torch, dtype) for dtype in ("float16", "bfloat16", "float32")}
 

@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 from bench.arrivals import Arrivals, Drawn
 from bench.workload import Request
-from darkroom_server.core.config import EngineConfig
+from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.engine import Engine
+from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import (
+    BatchDone,
     EngineDied,
     EngineReady,
     Event,
     ImageReady,
     JobCancelled,
     JobFailed,
-    PassDone,
 )
 from darkroom_server.core.job import ImageFormat, Job
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.engine.thread import ThreadEngine
 
 
 def job_of(request: Request, info: ModelInfo, submitted_at: float, run: int = 0) -> Job:
@@ -108,7 +108,7 @@ class EngineContender:
     def _emit(self, event: Event) -> None:
         now = time.monotonic() - self._began
         match event:
-            case PassDone():
+            case BatchDone():
                 self._passes.append((event.rows, event.seconds))
             case ImageReady():
                 with self._changed:

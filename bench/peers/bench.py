@@ -23,7 +23,7 @@ from bench.results import Run
 from bench.threaded import make_engine
 from bench.workload import Request, mixed
 from darkroom.v1 import model_pb2, model_pb2_grpc
-from darkroom_server.core.config import EngineConfig, ModelSource
+from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.model import ModelInfo
 
 NOMINAL_STEPS = 20

@@ -30,7 +30,7 @@ CALLERS = 32
 SERVER = """
 import sys
 from darkroom_server import app, cli
-from darkroom_server.engine.fake import FakeEngine
+from darkroom_server.backends.fake import FakeEngine
 
 def paid(job):
     print(job.seed, flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from darkroom_client import Cancelled, Client, Unavailable
-from darkroom_client._attempt import Attempt
+from darkroom_client._protocol.session import NextCall
 from darkroom_client.testing import Behaviour, FakeServer, JobState
 from tests.client.conftest import Connect
 
@@ -49,8 +49,8 @@ def test_closing_ends_the_wait_before_another_try(caller: Any, fake: FakeServer)
     fake.script(Behaviour(error=Unavailable("loading", retry_after=3600.0)))
     stream = caller.stream("a star", timeout=7200.0)
     waits = threading.Event()
-    following = getattr(stream, "_stream", stream)._following
-    following.hung_up = told(following.hung_up, waits)
+    following = getattr(stream, "_stream", stream)._session
+    following.on_call_ended = told(following.on_call_ended, waits)
 
     with ThreadPoolExecutor(1) as reader, stream:
         reading = reader.submit(list, stream)
@@ -65,15 +65,15 @@ def test_closing_ends_the_wait_before_another_try(caller: Any, fake: FakeServer)
 def test_a_job_that_begins_while_its_stream_is_left_is_cancelled(fake: FakeServer) -> None:
     fake.script(HELD)
     with Client(fake.target) as client, client.stream("a star") as stream:
-        next_call = stream._following.next_call
+        next_call = stream._session.next_call
 
-        def left_meanwhile() -> Attempt:
+        def left_meanwhile() -> NextCall:
             attempt = next_call()
 
             def method(stubs: Any) -> Any:
                 # The farewell goes out, and finds no job.
                 stream.close()
-                for farewell in tuple(client._link._farewells):
+                for farewell in tuple(client._transport._farewells):
                     farewell.join(SECONDS)
 
                 def opened(*args: Any, **options: Any) -> Any:
@@ -85,7 +85,7 @@ def test_a_job_that_begins_while_its_stream_is_left_is_cancelled(fake: FakeServe
 
             return replace(attempt, method=method)
 
-        stream._following.next_call = left_meanwhile  # type: ignore[method-assign]
+        stream._session.next_call = left_meanwhile  # type: ignore[method-assign]
         with pytest.raises(Cancelled):
             next(stream)
 
@@ -110,8 +110,8 @@ def test_a_closed_client_has_said_every_farewell(
             each.result(SECONDS)
 
     assert cancelled(fake) == [True] * 16
-    assert not client._link._kept
-    assert not client._link._farewells
+    assert not client._transport._kept
+    assert not client._transport._farewells
 
 
 def test_a_farewell_to_a_server_that_is_gone_ends(connect: Connect) -> None:
@@ -123,14 +123,14 @@ def test_a_farewell_to_a_server_that_is_gone_ends(connect: Connect) -> None:
     stream.close()
     client.close()
 
-    assert not client._link._farewells
+    assert not client._transport._farewells
 
 
 def test_a_call_that_meets_a_channel_closed_meanwhile_is_cancelled(fake: FakeServer) -> None:
     client = Client(fake.target)
     stream = client.stream("a star").__enter__()
     client.close()
-    client._link.check_open = lambda: None  # type: ignore[method-assign]
+    client._transport.check_open = lambda: None  # type: ignore[method-assign]
 
     with pytest.raises(Cancelled):
         client.generate("a star")

@@ -9,8 +9,13 @@ import grpc
 import pytest
 
 from darkroom_client import TLS, AsyncClient, Client, Keepalive, Retry
-from darkroom_client._channel import channel_options, dial_target, is_loopback, service_config
 from darkroom_client._settings import Settings
+from darkroom_client._transport.channels import (
+    channel_options,
+    dial_target,
+    is_loopback,
+    service_config,
+)
 from tests.client.conftest import Connect
 from tests.client.scripted import ScriptedServer
 

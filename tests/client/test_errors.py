@@ -31,7 +31,7 @@ from darkroom_client import (
     Unsupported,
     Violation,
 )
-from darkroom_client._rpc_errors import CODES, REASONS, from_rpc_error
+from darkroom_client._protocol.rpc_errors import CODES, REASONS, from_rpc_error
 from darkroom_server.core.errors import Reason
 from tests.client.conftest import Connect
 from tests.client.scripted import ScriptedServer, fail

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from darkroom_server.core.config import Attention, Dtype, EngineConfig, ModelSource
+from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, ModelSource
 from darkroom_server.core.events import (
     Event,
     ImageReady,
@@ -19,10 +19,10 @@ from darkroom_server.core.events import (
     SampleProgress,
 )
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName
+from darkroom_server.engine.families.stable_diffusion import LoadedModel
+from darkroom_server.engine.loading.startup import start_loop
 from darkroom_server.engine.loop import EngineLoop
-from darkroom_server.engine.model import LoadedModel
 from darkroom_server.engine.sample import Sample
-from darkroom_server.engine.startup import start_loop
 
 from .tiny import SIZE, write_tiny_model
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from darkroom_server.engine import cgroup
-from darkroom_server.engine.runtime import allowed_threads
+from darkroom_server.engine.device import cgroup
+from darkroom_server.engine.warmup.presets import allowed_threads
 
 SECOND = "0::/system.slice/darkroom.service\n"
 FIRST = "7:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc\n"

@@ -8,8 +8,8 @@ import pytest
 
 from darkroom_server.core.events import EncodedImage, ImageReady, Replay
 from darkroom_server.core.job import ImageFormat
-from darkroom_server.engine.channel import Channel, ChannelClosed
-from darkroom_server.engine.commands import Cancel
+from darkroom_server.ipc.channel import Channel, ChannelClosed
+from darkroom_server.ipc.commands import Cancel
 
 LARGE = 8 << 20
 """Bytes; far more than a pipe holds."""

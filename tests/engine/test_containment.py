@@ -10,24 +10,24 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from darkroom_server.core.config import Dtype
+from darkroom_server.core.engine_config import Dtype
 from darkroom_server.core.errors import Reason
 from darkroom_server.core.events import (
+    BatchDone,
     Counted,
     JobCancelled,
     JobFailed,
     JobFinished,
-    PassDone,
     SampleProgress,
     StageSeconds,
 )
 from darkroom_server.core.job import Job, SchedulerName
-from darkroom_server.engine import denoiser as denoiser_module
-from darkroom_server.engine.resident import Resident
+from darkroom_server.engine.batching.resident_job import ResidentJob
+from darkroom_server.engine.components import denoiser as denoiser_module
 from darkroom_server.engine.sample import Sample
 
 from .conftest import LoopUnderTest, config_for, make_job
-from .test_telling import counted
+from .test_events import counted
 
 
 def crowd(count: int, prefix: str, **fields: Any) -> list[Job]:
@@ -66,7 +66,7 @@ def test_out_of_memory_splits_the_pass(own_loop: LoopUnderTest, shared_loop: Loo
     ends = own_loop.run(*jobs)
     assert all(isinstance(end, JobFinished) for end in ends.values())
     assert max(widest) <= 4
-    passes = [event for event in own_loop.events if isinstance(event, PassDone)]
+    passes = [event for event in own_loop.events if isinstance(event, BatchDone)]
     assert passes[-1].max_rows <= 4
     assert_same_pictures(own_loop, shared_loop, jobs)
 
@@ -87,7 +87,7 @@ def test_a_lowered_limit_is_tried_again_after_a_while(
     own_loop.run(make_job("while it is full", image_count=4, steps=2))
     full = False
     own_loop.run(make_job("later", image_count=4, steps=20))
-    limits = [e.max_rows for e in own_loop.events if isinstance(e, PassDone)]
+    limits = [e.max_rows for e in own_loop.events if isinstance(e, BatchDone)]
     assert sorted(set(limits)) == [2, 4, 8]
     assert limits[-1] == 8
 
@@ -103,7 +103,7 @@ def test_large_images_that_do_not_fit_leave_small_ones_their_passes(
     replace_unet(own_loop, large_in_fours)
     own_loop.models["tiny"].denoiser.max_rows = 16
     own_loop.run(make_job("large", width=128, image_count=4), make_job("small", image_count=4))
-    passes = [event for event in own_loop.events if isinstance(event, PassDone)]
+    passes = [event for event in own_loop.events if isinstance(event, BatchDone)]
     of_size = {width: [p for p in passes if p.width == width] for width in (64, 128)}
     assert {p.rows for p in of_size[64]} == {8}
     assert {p.max_rows for p in of_size[64]} == {16}
@@ -266,14 +266,14 @@ def test_one_failed_image_ends_its_job_once(own_loop: LoopUnderTest) -> None:
 def test_an_image_that_cannot_be_delivered_ends_its_job(
     own_loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = Resident._stages
+    stages = ResidentJob._stages
 
-    def raises(self: Resident, now: float) -> StageSeconds:
+    def raises(self: ResidentJob, now: float) -> StageSeconds:
         if self.job.id == "doomed":
             raise RuntimeError("injected: no such event")
         return stages(self, now)
 
-    monkeypatch.setattr(Resident, "_stages", raises)
+    monkeypatch.setattr(ResidentJob, "_stages", raises)
     ends = own_loop.run(make_job("doomed"), make_job("other"))
     failed = ends["doomed"]
     assert isinstance(failed, JobFailed)

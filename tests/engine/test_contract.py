@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
-from darkroom_server.core.config import EngineConfig, ModelSource
+from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.backends.process import ProcessEngine
+from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.engine import Engine
+from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.events import (
     EngineDied,
     EngineReady,
@@ -21,9 +24,6 @@ from darkroom_server.core.events import (
     JobTaken,
     SampleProgress,
 )
-from darkroom_server.engine.fake import FakeEngine
-from darkroom_server.engine.process import ProcessEngine
-from darkroom_server.engine.thread import ThreadEngine
 
 from .conftest import config_for, make_job
 

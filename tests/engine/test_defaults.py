@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from darkroom_server.core.config import ModelSource
+from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
-from darkroom_server.engine.defaults import Defaults, read_defaults
+from darkroom_server.engine.loading.defaults import Defaults, read_defaults
 
 
 def read(folder: Path) -> Defaults:

@@ -12,11 +12,11 @@ import structlog
 import torch
 from safetensors.torch import load_file
 
-from darkroom_server.core.config import ModelSource
+from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import SampleProgress
-from darkroom_server.engine.loading import load_pipeline
-from darkroom_server.engine.revision import revision_of
+from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.loading.revision import revision_of
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .folders import (

@@ -11,17 +11,24 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from darkroom_server.core.config import Attention, EngineConfig
+from darkroom_server.core.engine_config import Attention, EngineConfig
 from darkroom_server.core.errors import Failure, Reason, StartupError, TooLarge
 from darkroom_server.core.model import MemoryNeeds
-from darkroom_server.dispatch.admission import check_fits
-from darkroom_server.engine import arrange, cgroup, memory
-from darkroom_server.engine.arrange import denoiser_pass, measure_memory
-from darkroom_server.engine.decoder import Decoder
+from darkroom_server.dispatch.admission.availability import check_fits
+from darkroom_server.engine.components.decoder import Decoder
+from darkroom_server.engine.device import cgroup, memory
+from darkroom_server.engine.device.memory import PeakMemory, available_bytes
 from darkroom_server.engine.failures import DECODE_FAILED, OUT_OF_MEMORY
-from darkroom_server.engine.measure import Form, best_rows, fastest_form, measure_rows, peak_bytes
-from darkroom_server.engine.memory import PeakMemory, available_bytes
-from darkroom_server.engine.runtime import resolve
+from darkroom_server.engine.warmup import placement
+from darkroom_server.engine.warmup.placement import denoiser_forward, measure_memory
+from darkroom_server.engine.warmup.presets import resolve
+from darkroom_server.engine.warmup.profiler import (
+    MemoryFormat,
+    best_rows,
+    fastest_format,
+    measure_rows,
+    peak_bytes,
+)
 
 from .conftest import LoopUnderTest, make_job
 
@@ -131,11 +138,11 @@ def test_a_pass_and_a_decode_are_measured() -> None:
         mid_block_add_attention=False,
     )
     runtime = resolve(EngineConfig(models=(), device="cpu"))
-    form = Form(torch.float32, channels_last=False)
+    form = MemoryFormat(torch.float32, channels_last=False)
     decoder = Decoder(vae, lambda: runtime.precision(torch.float32))
     with torch.inference_mode():
-        run_pass = denoiser_pass(unet, form, runtime, 8)
-        needs = measure_memory(run_pass, unet, decoder, form, runtime, factor=2)
+        forward = denoiser_forward(unet, form, runtime, 8)
+        needs = measure_memory(forward, unet, decoder, form, runtime, factor=2)
     assert needs.pixels == 128 * 128
     activation = 4 * 32 * 64 * 64  # Of one row: float32, channels, height, width.
     assert needs.bytes_per_row > activation
@@ -150,14 +157,14 @@ def test_what_comes_once_in_a_pass_is_told_from_what_comes_for_each_row(
     attention = Attention.SLICED if sliced else Attention.SDPA
     runtime = resolve(EngineConfig(models=(), device="cpu", attention=attention))
     taken: list[int] = []
-    monkeypatch.setattr(arrange, "peak_bytes", lambda _, work: work() or taken.pop())
+    monkeypatch.setattr(placement, "peak_bytes", lambda _, work: work() or taken.pop())
     decoder: Any = SimpleNamespace(decode=lambda _: taken.append(7), tile_pixels=None)
     unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
     needs = measure_memory(
         lambda rows: taken.append(1000 + 300 * rows),
         unet,
         decoder,
-        Form(torch.float32, channels_last=False),
+        MemoryFormat(torch.float32, channels_last=False),
         runtime,
         factor=8,
     )
@@ -176,9 +183,9 @@ def test_a_decode_that_fails_at_warm_up_is_no_measurement(
     runtime = resolve(EngineConfig(models=(), device="cpu"))
     decoder: Any = SimpleNamespace(decode=lambda _: failure)
     unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
-    form = Form(torch.float32, channels_last=False)
+    form = MemoryFormat(torch.float32, channels_last=False)
     with pytest.raises(error, match=words):
-        arrange.measure_decode(unet, decoder, form, runtime)
+        placement.measure_decode(unet, decoder, form, runtime)
     with pytest.raises(error, match=words):
         measure_memory(lambda _: None, unet, decoder, form, runtime, factor=8)
 
@@ -219,9 +226,11 @@ class Clock:
         self.now = 0.0
         self.passes: list[int] = []
         self._seconds = dict(zip((2, 4, 8, 16), seconds, strict=False))
-        monkeypatch.setattr("darkroom_server.engine.measure.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr(
+            "darkroom_server.engine.warmup.profiler.time.perf_counter", lambda: self.now
+        )
 
-    def run_pass(self, rows: int) -> None:
+    def forward(self, rows: int) -> None:
         self.passes.append(rows)
         self.now += self._seconds[max(each for each in self._seconds if each <= rows)]
 
@@ -237,7 +246,7 @@ class Clock:
 )
 def test_best_rows(seconds: tuple[float, ...], best: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, *seconds)
-    assert best_rows(measure_rows(clock.run_pass, 16)) == best
+    assert best_rows(measure_rows(clock.forward, 16)) == best
 
 
 @pytest.mark.parametrize("noisy", [2, 4, 8, 16])
@@ -246,12 +255,12 @@ def test_a_noisy_moment_does_not_settle_the_rows(
 ) -> None:
     clock = Clock(monkeypatch, 0.1, 0.12, 0.14, 0.27)
 
-    def run_pass(rows: int) -> None:
-        clock.run_pass(rows)
+    def forward(rows: int) -> None:
+        clock.forward(rows)
         if rows == noisy and clock.passes.count(rows) in (2, 3):
             clock.now += 0.07  # Others had the machine for a moment.
 
-    assert best_rows(measure_rows(run_pass, 16)) == 8
+    assert best_rows(measure_rows(forward, 16)) == 8
 
 
 def test_a_slow_moment_at_the_start_does_not_keep_images_apart(
@@ -259,11 +268,11 @@ def test_a_slow_moment_at_the_start_does_not_keep_images_apart(
 ) -> None:
     clock = Clock(monkeypatch, 0.1, 0.12, 0.14, 0.16)
 
-    def run_pass(rows: int) -> None:
-        clock.run_pass(rows)
+    def forward(rows: int) -> None:
+        clock.forward(rows)
         clock.now += 5.0 * (len(clock.passes) == 1)
 
-    assert best_rows(measure_rows(run_pass, 16)) == 16
+    assert best_rows(measure_rows(forward, 16)) == 16
 
 
 def test_a_machine_that_becomes_slower_meanwhile_has_the_same_knee(
@@ -271,18 +280,18 @@ def test_a_machine_that_becomes_slower_meanwhile_has_the_same_knee(
 ) -> None:
     clock = Clock(monkeypatch, 0.010, 0.012, 0.015, 0.019)
 
-    def run_pass(rows: int) -> None:
+    def forward(rows: int) -> None:
         before = clock.now
-        clock.run_pass(rows)
+        clock.forward(rows)
         clock.now = before + (clock.now - before) * 1.02 ** len(clock.passes)
 
-    assert best_rows(measure_rows(run_pass, 16)) == 16
+    assert best_rows(measure_rows(forward, 16)) == 16
 
 
 def test_best_rows_keeps_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 5)) == 5
-    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 4)) == 4
-    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).run_pass, 1)) == 2
+    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).forward, 5)) == 5
+    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).forward, 4)) == 4
+    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).forward, 1)) == 2
     # Five rows in the time of four are worth it, and six in half as much again are not.
     assert best_rows({2: 1.0, 4: 1.4, 6: 2.1}) == 4
 
@@ -290,10 +299,10 @@ def test_best_rows_keeps_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_slow_model_is_measured_by_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight seconds a pass, as Stable Diffusion 1.4 on two cores: four forms, no minutes."""
     clock = Clock(monkeypatch, 8.0)
-    measure_rows(clock.run_pass, 64)
+    measure_rows(clock.forward, 64)
     assert clock.passes == [2, 2]
-    forms = [Form(d, c) for d in (torch.float32, torch.bfloat16) for c in (False, True)]
-    fastest_form(torch.nn.Identity(), forms, lambda *_: clock.run_pass)
+    forms = [MemoryFormat(d, c) for d in (torch.float32, torch.bfloat16) for c in (False, True)]
+    fastest_format(torch.nn.Identity(), forms, lambda *_: clock.forward)
     assert clock.passes == [2] * 6
 
 
@@ -302,11 +311,11 @@ def test_wider_passes_for_which_there_is_no_memory_are_left_out(
 ) -> None:
     clock = Clock(monkeypatch, 1.0, 1.0, 1.0, 1.0)
 
-    def run_pass(rows: int) -> None:
+    def forward(rows: int) -> None:
         if rows > 4:
             raise torch.OutOfMemoryError("injected")
-        clock.run_pass(rows)
+        clock.forward(rows)
 
-    assert list(measure_rows(run_pass, 64)) == [2, 4]
+    assert list(measure_rows(forward, 64)) == [2, 4]
     with pytest.raises(torch.OutOfMemoryError):
-        measure_rows(lambda rows: run_pass(rows + 4), 64)
+        measure_rows(lambda rows: forward(rows + 4), 64)

@@ -11,17 +11,17 @@ import psutil
 import pytest
 import structlog
 
+from darkroom_server.backends import process
+from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.core.events import (
+    BatchDone,
     EngineDied,
     EngineReady,
     Event,
     ImageReady,
     JobStarted,
     MemoryReport,
-    PassDone,
 )
-from darkroom_server.engine import process
-from darkroom_server.engine.process import ProcessEngine
 
 from .conftest import config_for, make_job
 from .test_contract import Listener
@@ -68,7 +68,7 @@ def test_a_killed_process_is_told_of_and_can_be_started_again(tiny_folder: Path)
 HANGING = """
 import sys
 from darkroom_server.core.events import EngineReady, MemoryReport
-from darkroom_server.engine.channel import Channel
+from darkroom_server.ipc.channel import Channel
 
 channel = Channel(int(sys.argv[1]))
 channel.receive()
@@ -78,7 +78,7 @@ while channel.receive():
 """
 
 
-def test_telling_of_memory_is_no_sign_of_life(
+def test_events_of_memory_is_no_sign_of_life(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "CHILD", ("-c", HANGING))
@@ -107,7 +107,7 @@ def test_a_process_that_hangs_at_work_is_killed(tiny_folder: Path) -> None:
 HALF_A_MESSAGE = """
 import os, struct, sys, time
 from darkroom_server.core.events import EngineReady
-from darkroom_server.engine.channel import Channel
+from darkroom_server.ipc.channel import Channel
 
 channel = Channel(int(sys.argv[1]))
 channel.receive()
@@ -146,11 +146,11 @@ def child_with(start_loop: str) -> tuple[str, str]:
     return (
         "-c",
         f"""
-import darkroom_server.engine.startup
-from darkroom_server.core.events import EngineReady, PassDone
+import darkroom_server.engine.loading.startup
+from darkroom_server.core.events import EngineReady, BatchDone
 {start_loop}
-darkroom_server.engine.startup.start_loop = start_loop
-from darkroom_server.engine.child import main
+darkroom_server.engine.loading.startup.start_loop = start_loop
+from darkroom_server.engine.main import main
 main()
 """,
     )
@@ -166,7 +166,7 @@ def start_loop(_, emit):
     class Loop:
         def run(self):
             for rows in range(1, 6):
-                emit(PassDone(model="tiny", width=64, height=64, rows=rows, seconds=0.001))
+                emit(BatchDone(model="tiny", width=64, height=64, rows=rows, seconds=0.001))
             raise OSError("the device is gone")
 
     return Loop(), EngineReady((), 0.0)
@@ -195,7 +195,7 @@ def test_what_was_done_before_an_engine_died_is_told(
     rows: list[int] = []
 
     def died(event: Event) -> bool:
-        if isinstance(event, PassDone):
+        if isinstance(event, BatchDone):
             rows.append(event.rows)
         return isinstance(event, EngineDied)
 
@@ -207,7 +207,7 @@ def test_what_was_done_before_an_engine_died_is_told(
 GARBLING = """
 import sys, time
 from darkroom_server.core.events import EngineReady
-from darkroom_server.engine.channel import Channel
+from darkroom_server.ipc.channel import Channel
 
 channel = Channel(int(sys.argv[1]))
 channel.receive()
@@ -276,10 +276,10 @@ def test_without_a_thread_to_spare_nothing_is_left_behind(
 PARENT = """
 import sys, time
 import structlog
-from darkroom_server.core.config import Attention, Dtype, EngineConfig, ModelSource
+from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, ModelSource
 from darkroom_server.core.events import EngineReady
-from darkroom_server.engine import process
-from darkroom_server.engine.process import ProcessEngine
+from darkroom_server.backends import process
+from darkroom_server.backends.process import ProcessEngine
 
 engine = ProcessEngine(EngineConfig(
     models=(ModelSource(id="tiny", location=sys.argv[1]),), device="cpu", dtype=Dtype.FLOAT32,

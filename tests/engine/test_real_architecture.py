@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from darkroom_server.core.config import EngineConfig, ModelSource, Preset
+from darkroom_server.core.engine_config import EngineConfig, ModelSource, Preset
 from darkroom_server.core.events import Event, ImageReady, JobFailed, JobFinished
-from darkroom_server.engine.startup import start_loop
+from darkroom_server.engine.loading.startup import start_loop
 
 from .conftest import make_job
 from .real import write_real_model

@@ -9,10 +9,10 @@ import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from darkroom_server.core.config import ModelSource
+from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
-from darkroom_server.engine.loading import load_pipeline
-from darkroom_server.engine.safety import SafetyChecker
+from darkroom_server.engine.components.safety_checker import SafetyChecker
+from darkroom_server.engine.loading.pipeline import load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .folders import edit_index, edited

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from darkroom_server.core.job import SchedulerName
-from darkroom_server.engine.prompts import Embedding
+from darkroom_server.engine.components.prompt_encoder import Embedding
+from darkroom_server.engine.components.schedulers import (
+    config_json,
+    make_scheduler,
+    name_of,
+    offer,
+    offers,
+)
 from darkroom_server.engine.sample import Sample
-from darkroom_server.engine.schedulers import config_json, make_scheduler, name_of, offer, offers
 
 from .conftest import make_job
 

@@ -7,9 +7,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from darkroom_server.core.config import ModelSource
+from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
-from darkroom_server.engine.loading import load_pipeline
+from darkroom_server.engine.loading.pipeline import load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .folders import edit_index, edited, truncate

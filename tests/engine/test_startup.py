@@ -1,4 +1,4 @@
-"""What start-up makes of a configuration: forms, settled restarts, and diffusers' own pictures."""
+"""Start-up: memory formats, restarts with previous measurements, and diffusers' own pictures."""
 
 import dataclasses
 from pathlib import Path
@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from darkroom_server.core.config import Attention, Dtype, ModelSource, Preset
+from darkroom_server.core.engine_config import Attention, Dtype, ModelSource, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.job import SchedulerName
-from darkroom_server.engine import arrange, startup
-from darkroom_server.engine.loading import load_pipeline
-from darkroom_server.engine.measure import Form
-from darkroom_server.engine.runtime import Runtime, resolve
+from darkroom_server.engine.loading import startup
+from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.warmup import placement
+from darkroom_server.engine.warmup.presets import Runtime, resolve
+from darkroom_server.engine.warmup.profiler import MemoryFormat
 
 from .conftest import LoopUnderTest, config_for, make_job
 
@@ -51,15 +52,17 @@ def test_channels_last_reaches_the_weights(tiny_folder: Path) -> None:
 
 
 def test_a_settled_restart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = Form(torch.bfloat16, channels_last=True)
-    monkeypatch.setattr(arrange, "fastest_form", lambda *_: measured)
+    measured = MemoryFormat(torch.bfloat16, channels_last=True)
+    monkeypatch.setattr(placement, "fastest_format", lambda *_: measured)
     monkeypatch.setattr(startup, "best_rows", lambda *_: 8)
     config = config_for(tiny_folder, channels_last=None, **OWN)
     job = make_job("settled", exact=True)
     found = []
-    settled: tuple[Any, ...] = ()
+    previous_measurements: tuple[Any, ...] = ()
     for _ in range(2):
-        loop = LoopUnderTest(dataclasses.replace(config, settled=settled))
+        loop = LoopUnderTest(
+            dataclasses.replace(config, previous_measurements=previous_measurements)
+        )
         try:
             loop.run(job)
             info = loop.models["tiny"].info
@@ -68,11 +71,11 @@ def test_a_settled_restart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         finally:
             loop.close()
         found.append((info, loop.image(job.id).image.data))
-        following = dataclasses.replace(config, device="auto").settled_by((info,))
+        following = dataclasses.replace(config, device="auto").with_measurements((info,))
         assert following.device == "cpu", "not what auto would make of a lost GPU"
-        settled = following.settled
+        previous_measurements = following.previous_measurements
         for module, name in (
-            (arrange, "fastest_form"),
+            (placement, "fastest_format"),
             (startup, "measure_rows"),
             (startup, "best_rows"),
             (startup, "measure_decode"),
@@ -124,7 +127,7 @@ def arranged(folder: Path, **fields: Any) -> tuple[Any, Runtime]:
     runtime = dataclasses.replace(runtime, **fields)
     source = ModelSource(id="tiny", location=str(folder))
     pipeline = load_pipeline(source, torch.bfloat16, safety_checker=False)
-    arrange.arrange(pipeline, runtime, 77, None)
+    placement.arrange(pipeline, runtime, 77, None)
     return pipeline, runtime
 
 

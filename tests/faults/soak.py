@@ -19,8 +19,8 @@ import grpc
 import psutil
 
 from darkroom.v1 import types_pb2
-from darkroom_server.core.events import Event, PassDone
-from darkroom_server.dispatch.counts import End
+from darkroom_server.core.events import BatchDone, Event
+from darkroom_server.dispatch.jobs.outcomes import JobOutcome
 from tests.engine.tiny import write_tiny_model
 
 from .tapped import SERVING, Wire, serving
@@ -34,7 +34,7 @@ SCHEDULERS = (types_pb2.SCHEDULER_DDIM, types_pb2.SCHEDULER_EULER, types_pb2.SCH
 
 
 @dataclass
-class Tally:
+class CounterReporter:
     """What became of the calls."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -65,7 +65,7 @@ class Belongings:
         )
 
 
-async def call_until(end: float, wire: Wire, tally: Tally, dice: random.Random) -> None:
+async def call_until(end: float, wire: Wire, tally: CounterReporter, dice: random.Random) -> None:
     """One caller: request after request, some given up at a random moment."""
     while time.monotonic() < end:
         call = asyncio.ensure_future(
@@ -91,13 +91,13 @@ async def call_until(end: float, wire: Wire, tally: Tally, dice: random.Random) 
             tally.outcomes[error.code().name] += 1
 
 
-def kill_now_and_then(wire: Wire, tally: Tally, dice: random.Random) -> None:
+def kill_now_and_then(wire: Wire, tally: CounterReporter, dice: random.Random) -> None:
     """Kill the engine every few hundred passes, in the middle of one."""
     left = PASSES_BETWEEN_KILLS
 
     def act(event: Event) -> None:
         nonlocal left
-        left -= isinstance(event, PassDone)
+        left -= isinstance(event, BatchDone)
         if left <= 0:
             left = round(PASSES_BETWEEN_KILLS * (0.5 + dice.random()))
             tally.kills += 1
@@ -109,7 +109,7 @@ def kill_now_and_then(wire: Wire, tally: Tally, dice: random.Random) -> None:
 async def soak(minutes: float, seed: int) -> list[str]:
     """Run the load; returns what is wrong, nothing where all is well."""
     dice = random.Random(seed)
-    tally = Tally()
+    tally = CounterReporter()
     with tempfile.TemporaryDirectory() as name:
         folder = write_tiny_model(Path(name))
         async with serving(folder, engine_max_restarts=10_000) as wire:
@@ -139,7 +139,7 @@ async def soak(minutes: float, seed: int) -> list[str]:
         wrong.append(f"memory grew by {(after.rss - before.rss) >> 20} MiB")
     if counts.accepted != counts.ended:
         wrong.append(f"{counts.accepted} jobs accepted, {counts.ended} ended")
-    if tally.outcomes["finished"] > counts.by_end[End.FINISHED]:
+    if tally.outcomes["finished"] > counts.by_end[JobOutcome.FINISHED]:
         wrong.append("more calls finished than jobs")
     if tally.outcomes["INTERNAL"] * 20 > tally.outcomes["finished"]:
         wrong.append(f"{tally.outcomes['INTERNAL']} calls failed")

@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_server.app import EngineLost, Server
+from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.core.events import Event
-from darkroom_server.engine.process import ProcessEngine
 from darkroom_server.settings import Dispatch, Engine, Models, Network, Settings
 from darkroom_server.settings.sources import engine_configs
 from tests.engine.conftest import config_for

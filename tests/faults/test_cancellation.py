@@ -12,7 +12,8 @@ import grpc
 import pytest
 
 from darkroom_server.app import Server
-from darkroom_server.core.config import EngineConfig
+from darkroom_server.backends.thread import ThreadEngine
+from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import (
     Event,
     JobCancelled,
@@ -20,8 +21,7 @@ from darkroom_server.core.events import (
     JobStarted,
     SampleProgress,
 )
-from darkroom_server.dispatch import End
-from darkroom_server.engine.thread import ThreadEngine
+from darkroom_server.dispatch import JobOutcome
 from darkroom_server.settings import Models, Network, Settings
 from tests.engine.conftest import config_for
 from tests.engine.tiny import write_tiny_model
@@ -198,5 +198,5 @@ async def test_half_of_the_callers_leave_at_random(tiny_folder: Path) -> None:
         ends = [event for event in engine.trace if isinstance(event, JobCancelled)]
         assert {end.job_id for end in ends} == set(leavers)
         assert not [event for event in engine.trace if isinstance(event, JobFailed)]
-        assert counts.by_end[End.FINISHED] - ended[End.FINISHED] == len(stay)
-        assert counts.by_end[End.CANCELLED] - ended[End.CANCELLED] == len(leave)
+        assert counts.by_end[JobOutcome.FINISHED] - ended[JobOutcome.FINISHED] == len(stay)
+        assert counts.by_end[JobOutcome.CANCELLED] - ended[JobOutcome.CANCELLED] == len(leave)

@@ -13,8 +13,8 @@ from grpc_status import rpc_status
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.app import EngineLost
+from darkroom_server.backends import process
 from darkroom_server.core.events import EngineReady, Event, JobStarted, SampleProgress
-from darkroom_server.engine import process
 from tests.engine.tiny import write_tiny_model
 
 from .tapped import NOT_SERVING, SERVING, Wire, serving

@@ -14,11 +14,11 @@ from grpc_status import rpc_status
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc, model_pb2_grpc
 from darkroom_server.app import EngineLost, Server
-from darkroom_server.core.caller import ANYBODY
+from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.core.caller import ANONYMOUS
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.job import Job
-from darkroom_server.dispatch import End
-from darkroom_server.engine.fake import FakeEngine
+from darkroom_server.dispatch import JobOutcome
 from darkroom_server.settings import Network, Settings
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ class Wire:
             while not condition():
                 await asyncio.sleep(0.005)
 
-    async def counted(self, end: End) -> None:
+    async def counted(self, end: JobOutcome) -> None:
         """Wait until a job has ended so."""
         await self.becomes(lambda: self.server.dispatcher.counts.by_end[end] > 0)
 
-    async def waiters(self, request_id: str, count: int, caller: str = ANYBODY.name) -> None:
+    async def waiters(self, request_id: str, count: int, caller: str = ANONYMOUS.name) -> None:
         """Wait until so many wait for a job."""
         accepted = self.server.requests.find(caller, request_id)
         await self.becomes(lambda: accepted.waiters == count)

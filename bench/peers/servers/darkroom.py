@@ -5,9 +5,9 @@ from collections.abc import Callable
 from bench.peers.serving import Serving
 from bench.peers.trace import Trace
 from darkroom_server import app, cli
+from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.core.engine import Engine
-from darkroom_server.core.events import Event, PassDone, SampleProgress
-from darkroom_server.engine.process import ProcessEngine
+from darkroom_server.core.events import BatchDone, Event, SampleProgress
 from darkroom_server.settings import Settings
 from darkroom_server.settings.sources import engine_configs
 
@@ -25,7 +25,7 @@ class TracedEngine(ProcessEngine):
             match event:
                 case SampleProgress():
                     stepped.append(int(event.job_id.rpartition("-")[2]))
-                case PassDone():
+                case BatchDone():
                     self.trace.note(event.seconds, stepped, event.ended_at)
                     stepped.clear()
             emit(event)

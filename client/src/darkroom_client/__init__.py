@@ -9,8 +9,6 @@
 from darkroom_client._async_client import AsyncClient
 from darkroom_client._async_stream import AsyncStream
 from darkroom_client._client import Client
-from darkroom_client._connection import TLS, Keepalive, Retry
-from darkroom_client._enums import ImageFormat, Scheduler
 from darkroom_client._errors import (
     Cancelled,
     DarkroomError,
@@ -31,7 +29,10 @@ from darkroom_client._errors import (
     Unsupported,
     Violation,
 )
-from darkroom_client._events import (
+from darkroom_client._stream import Stream
+from darkroom_client._types.connection import TLS, Keepalive, Retry
+from darkroom_client._types.enums import ImageFormat, Scheduler
+from darkroom_client._types.events import (
     Accepted,
     Event,
     Finished,
@@ -43,18 +44,18 @@ from darkroom_client._events import (
     Restarted,
     Started,
 )
-from darkroom_client._image import Image
-from darkroom_client._model import (
+from darkroom_client._types.image import Image
+from darkroom_client._types.model import (
     Model,
     ModelDefaults,
     ModelLimits,
     ModelRuntime,
     SchedulerOffer,
 )
-from darkroom_client._replay import ReplayRecord
-from darkroom_client._request import GenerationOptions, GenerationRequest
-from darkroom_client._result import GenerationResult, Timings
-from darkroom_client._status import (
+from darkroom_client._types.replay import ReplayRecord
+from darkroom_client._types.request import GenerationOptions, GenerationRequest
+from darkroom_client._types.result import GenerationResult, Timings
+from darkroom_client._types.status import (
     EngineStatus,
     Estimate,
     ModelStatus,
@@ -62,7 +63,6 @@ from darkroom_client._status import (
     ServerState,
     ServerStatus,
 )
-from darkroom_client._stream import Stream
 
 __all__ = [
     "TLS",

@@ -8,19 +8,11 @@ from typing import Self, Unpack
 
 import grpc
 
-from darkroom_client._async_link import AsyncLink
 from darkroom_client._async_stream import AsyncStream
-from darkroom_client._calls import Calls, replayed
-from darkroom_client._connection import TLS, Keepalive, Retry
-from darkroom_client._enums import ImageFormat
+from darkroom_client._batch import check_concurrency, check_requests, draw_many_async, in_order
 from darkroom_client._errors import DarkroomError
-from darkroom_client._events import Accepted
-from darkroom_client._many import check_concurrency, check_requests, draw_many_async, in_order
-from darkroom_client._model import Model
-from darkroom_client._readiness import REQUEST, Readiness
-from darkroom_client._replay import ReplayRecord
-from darkroom_client._request import GenerationOptions, GenerationRequest, as_request
-from darkroom_client._result import GenerationResult
+from darkroom_client._protocol.calls import Calls, replayed
+from darkroom_client._protocol.readiness import REQUEST, Readiness
 from darkroom_client._settings import (
     DEFAULT_KEEPALIVE,
     DEFAULT_MAX_REPLY_BYTES,
@@ -28,7 +20,15 @@ from darkroom_client._settings import (
     DEFAULT_TIMEOUT,
     Settings,
 )
-from darkroom_client._status import Estimate, ServerStatus
+from darkroom_client._transport.aio import AsyncTransport
+from darkroom_client._types.connection import TLS, Keepalive, Retry
+from darkroom_client._types.enums import ImageFormat
+from darkroom_client._types.events import Accepted
+from darkroom_client._types.model import Model
+from darkroom_client._types.replay import ReplayRecord
+from darkroom_client._types.request import GenerationOptions, GenerationRequest, as_request
+from darkroom_client._types.result import GenerationResult
+from darkroom_client._types.status import Estimate, ServerStatus
 
 
 class AsyncClient:
@@ -61,7 +61,7 @@ class AsyncClient:
             max_reply_bytes=max_reply_bytes,
         )
         self._calls = Calls(self._settings)
-        self._link = AsyncLink(self._settings, self._calls)
+        self._transport = AsyncTransport(self._settings, self._calls)
 
     @property
     def target(self) -> str:
@@ -78,7 +78,7 @@ class AsyncClient:
     ) -> GenerationResult:
         """As ``Client.generate``."""
         request = as_request(prompt, options)
-        return await self._link.ask(self._calls.generate(request, timeout, metadata))
+        return await self._transport.ask(self._calls.generate(request, timeout, metadata))
 
     def stream(
         self,
@@ -91,10 +91,10 @@ class AsyncClient:
         **options: Unpack[GenerationOptions],
     ) -> AsyncStream:
         """As ``Client.stream``."""
-        self._link.check_open()
+        self._transport.check_open()
         request = as_request(prompt, options)
-        following = self._calls.stream(request, preview_every, preview_format, timeout, metadata)
-        return AsyncStream(self._link, following)
+        session = self._calls.stream(request, preview_every, preview_format, timeout, metadata)
+        return AsyncStream(self._transport, session)
 
     async def replay(
         self,
@@ -104,7 +104,7 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
     ) -> GenerationResult:
         """As ``Client.replay``."""
-        return await self._link.ask(self._calls.generate(replayed(record), timeout, metadata))
+        return await self._transport.ask(self._calls.generate(replayed(record), timeout, metadata))
 
     async def generate_many(
         self,
@@ -132,7 +132,7 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
     ) -> AsyncIterator[tuple[int, GenerationResult | DarkroomError]]:
         """As ``Client.generate_as_completed``."""
-        self._link.check_open()
+        self._transport.check_open()
         return draw_many_async(
             self._drawing(timeout, metadata),
             check_requests(requests),
@@ -150,7 +150,7 @@ class AsyncClient:
     ) -> Accepted:
         """As ``Client.submit``."""
         request = as_request(prompt, options)
-        return await self._link.ask(self._calls.submit(request, time_limit, timeout, metadata))
+        return await self._transport.ask(self._calls.submit(request, time_limit, timeout, metadata))
 
     def watch(
         self,
@@ -160,8 +160,8 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
     ) -> AsyncStream:
         """As ``Client.watch``."""
-        self._link.check_open()
-        return AsyncStream(self._link, self._calls.watch(request_id, timeout, metadata))
+        self._transport.check_open()
+        return AsyncStream(self._transport, self._calls.watch(request_id, timeout, metadata))
 
     async def cancel(
         self,
@@ -171,7 +171,7 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
     ) -> bool:
         """As ``Client.cancel``."""
-        return await self._link.ask(self._calls.cancel(request_id, timeout, metadata))
+        return await self._transport.ask(self._calls.cancel(request_id, timeout, metadata))
 
     async def estimate(
         self,
@@ -183,13 +183,13 @@ class AsyncClient:
     ) -> Estimate:
         """As ``Client.estimate``."""
         request = as_request(prompt, options)
-        return await self._link.ask(self._calls.estimate(request, timeout, metadata))
+        return await self._transport.ask(self._calls.estimate(request, timeout, metadata))
 
     async def models(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> list[Model]:
         """As ``Client.models``."""
-        return await self._link.ask(self._calls.models(timeout, metadata))
+        return await self._transport.ask(self._calls.models(timeout, metadata))
 
     async def model(
         self,
@@ -199,23 +199,23 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
     ) -> Model:
         """As ``Client.model``."""
-        return await self._link.ask(self._calls.model(id, timeout, metadata))
+        return await self._transport.ask(self._calls.model(id, timeout, metadata))
 
     async def status(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> ServerStatus:
         """As ``Client.status``."""
-        return await self._link.ask(self._calls.status(timeout, metadata))
+        return await self._transport.ask(self._calls.status(timeout, metadata))
 
     async def wait_until_ready(
         self, timeout: float | None = None, *, metadata: Mapping[str, str] | None = None
     ) -> None:
         """As ``Client.wait_until_ready``."""
-        self._link.check_open()
+        self._transport.check_open()
         wait = Readiness(self.target, self._settings.deadline(timeout))
         sent = self._settings.metadata(metadata)
         while True:
-            watch = self._link.stubs.health.Watch(
+            watch = self._transport.stubs.health.Watch(
                 REQUEST, timeout=wait.left, metadata=sent, wait_for_ready=True
             )
             try:
@@ -231,7 +231,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancel what still runs, on the server too, and disconnect; may be called again."""
-        await self._link.close()
+        await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -251,6 +251,6 @@ class AsyncClient:
         self, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Callable[[GenerationRequest], Awaitable[GenerationResult]]:
         async def draw(request: GenerationRequest) -> GenerationResult:
-            return await self._link.ask(self._calls.generate(request, timeout, metadata))
+            return await self._transport.ask(self._calls.generate(request, timeout, metadata))
 
         return draw

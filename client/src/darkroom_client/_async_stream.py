@@ -7,21 +7,21 @@ from typing import Any, Self
 
 import grpc
 
-from darkroom_client._async_link import AsyncLink, being_cancelled
-from darkroom_client._call import closed_under
 from darkroom_client._errors import DarkroomError
-from darkroom_client._events import Event
-from darkroom_client._following import Following
-from darkroom_client._result import GenerationResult
-from darkroom_client._rpc_errors import from_rpc_error, was_sent
+from darkroom_client._protocol.call import closed_under
+from darkroom_client._protocol.rpc_errors import from_rpc_error, was_sent
+from darkroom_client._protocol.session import GenerationSession
+from darkroom_client._transport.aio import AsyncTransport, being_cancelled
+from darkroom_client._types.events import Event
+from darkroom_client._types.result import GenerationResult
 
 
 class AsyncStream:
     """As ``Stream``, for ``async with`` and ``async for``."""
 
-    def __init__(self, link: AsyncLink, following: Following) -> None:
-        self._link = link
-        self._following = following
+    def __init__(self, link: AsyncTransport, session: GenerationSession) -> None:
+        self._transport = link
+        self._session = session
         self._events: deque[Event] = deque()
         self._call: Any = None
         self._entered = False
@@ -30,22 +30,22 @@ class AsyncStream:
     @property
     def request_id(self) -> str:
         """Names the generation, also for ``watch`` and ``cancel``."""
-        return self._following.request_id
+        return self._session.request_id
 
     async def result(self) -> GenerationResult:
         """As ``Stream.result``."""
         async for _ in self:
             pass
-        if self._following.result is None:
+        if self._session.result is None:
             raise RuntimeError("this stream has failed before: it has no result")
-        return self._following.result
+        return self._session.result
 
     async def close(self) -> None:
         """Leave; may be called again, and from another task than the reader's."""
         if self._left.is_set():
             return
         self._left.set()
-        self._link.settle(self.request_id, leaves_work=self._following.leaves_work)
+        self._transport.settle(self.request_id, needs_cancel=self._session.needs_cancel)
         if self._call is not None:
             self._call.cancel()
 
@@ -56,7 +56,7 @@ class AsyncStream:
         if not self._entered:
             raise RuntimeError("a stream is a context: async with client.stream(...) as stream:")
         while not self._events:
-            if self._following.ended:
+            if self._session.ended:
                 raise StopAsyncIteration
             if self._left.is_set():
                 raise RuntimeError("this stream was left before its end")
@@ -81,8 +81,8 @@ class AsyncStream:
         sent = True
         try:
             if self._call is None:
-                attempt = self._following.next_call()
-                self._call = self._link.follow(self._following, attempt)
+                attempt = self._session.next_call()
+                self._call = self._transport.follow(self._session, attempt)
             response = await self._call.read()
         except grpc.RpcError as error:
             failure, sent = self._failure(error), was_sent(error)
@@ -90,18 +90,18 @@ class AsyncStream:
             if being_cancelled():
                 raise
             # Nobody cancelled this task: the stream or the client was closed under it.
-            self._following.ended = True
+            self._session.ended = True
             raise closed_under(self.request_id) from None
         else:
-            if self._link.closed:  # What was on its way may still arrive.
-                self._following.ended = True
+            if self._transport.closed:  # What was on its way may still arrive.
+                self._session.ended = True
                 raise closed_under(self.request_id)
             if response is not grpc.aio.EOF:
-                self._events.extend(self._following.feed(response.event))
+                self._events.extend(self._session.feed(response.event))
                 return
         self._call = None
-        if not self._following.ended:
-            await self._pause(self._following.hung_up(failure, sent=sent))
+        if not self._session.ended:
+            await self._pause(self._session.on_call_ended(failure, sent=sent))
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -111,12 +111,12 @@ class AsyncStream:
             pass
 
     def _failure(self, error: grpc.RpcError) -> DarkroomError:
-        if self._link.closed or self._left.is_set():
-            self._following.ended = True
+        if self._transport.closed or self._left.is_set():
+            self._session.ended = True
             raise closed_under(self.request_id) from error
         return from_rpc_error(
             error,
-            address=self._following.address,
-            timeout=self._following.timeout,
+            address=self._session.address,
+            timeout=self._session.timeout,
             request_id=self.request_id,
         )

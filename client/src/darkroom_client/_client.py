@@ -7,18 +7,10 @@ from typing import Self, Unpack
 
 import grpc
 
-from darkroom_client._calls import Calls, replayed
-from darkroom_client._connection import TLS, Keepalive, Retry
-from darkroom_client._enums import ImageFormat
+from darkroom_client._batch import check_concurrency, check_requests, draw_many, in_order
 from darkroom_client._errors import DarkroomError
-from darkroom_client._events import Accepted
-from darkroom_client._link import Link, Pending
-from darkroom_client._many import check_concurrency, check_requests, draw_many, in_order
-from darkroom_client._model import Model
-from darkroom_client._readiness import REQUEST, Readiness
-from darkroom_client._replay import ReplayRecord
-from darkroom_client._request import GenerationOptions, GenerationRequest, as_request
-from darkroom_client._result import GenerationResult
+from darkroom_client._protocol.calls import Calls, replayed
+from darkroom_client._protocol.readiness import REQUEST, Readiness
 from darkroom_client._settings import (
     DEFAULT_KEEPALIVE,
     DEFAULT_MAX_REPLY_BYTES,
@@ -26,8 +18,16 @@ from darkroom_client._settings import (
     DEFAULT_TIMEOUT,
     Settings,
 )
-from darkroom_client._status import Estimate, ServerStatus
 from darkroom_client._stream import Stream
+from darkroom_client._transport.sync import InFlightCall, SyncTransport
+from darkroom_client._types.connection import TLS, Keepalive, Retry
+from darkroom_client._types.enums import ImageFormat
+from darkroom_client._types.events import Accepted
+from darkroom_client._types.model import Model
+from darkroom_client._types.replay import ReplayRecord
+from darkroom_client._types.request import GenerationOptions, GenerationRequest, as_request
+from darkroom_client._types.result import GenerationResult
+from darkroom_client._types.status import Estimate, ServerStatus
 
 
 class Client:
@@ -72,7 +72,7 @@ class Client:
             max_reply_bytes=max_reply_bytes,
         )
         self._calls = Calls(self._settings)
-        self._link = Link(self._settings, self._calls)
+        self._transport = SyncTransport(self._settings, self._calls)
 
     @property
     def target(self) -> str:
@@ -94,7 +94,7 @@ class Client:
         timeout, an interrupt) has the server stop drawing.
         """
         request = as_request(prompt, options)
-        return self._link.ask(self._calls.generate(request, timeout, metadata))
+        return self._transport.ask(self._calls.generate(request, timeout, metadata))
 
     def stream(
         self,
@@ -111,10 +111,10 @@ class Client:
         The call begins with the first event that is read. ``preview_every``: a small picture of
         each image every so many steps; 0 for none. Leaving the block cancels what is unfinished.
         """
-        self._link.check_open()
+        self._transport.check_open()
         request = as_request(prompt, options)
-        following = self._calls.stream(request, preview_every, preview_format, timeout, metadata)
-        return Stream(self._link, following)
+        session = self._calls.stream(request, preview_every, preview_format, timeout, metadata)
+        return Stream(self._transport, session)
 
     def replay(
         self,
@@ -127,7 +127,7 @@ class Client:
 
         It is the same image when ``pixels_sha256`` of both records agree.
         """
-        return self._link.ask(self._calls.generate(replayed(record), timeout, metadata))
+        return self._transport.ask(self._calls.generate(replayed(record), timeout, metadata))
 
     def generate_many(
         self,
@@ -160,10 +160,10 @@ class Client:
         Requests are drawn from the iterable on demand. Leaving the loop cancels what runs.
         """
 
-        def start(request: GenerationRequest) -> Pending[GenerationResult]:
-            return self._link.start(self._calls.generate(request, timeout, metadata))
+        def start(request: GenerationRequest) -> InFlightCall[GenerationResult]:
+            return self._transport.start(self._calls.generate(request, timeout, metadata))
 
-        self._link.check_open()
+        self._transport.check_open()
         return draw_many(start, check_requests(requests), check_concurrency(concurrency))
 
     def submit(
@@ -178,10 +178,10 @@ class Client:
         """Have images drawn while nobody waits; ``watch`` fetches them by ``request_id``.
 
         ``time_limit``: seconds from now after which the server gives up; ``timeout`` is that of
-        this call alone. The server keeps the result for a while.
+        this call alone. The server survives_disconnect the result for a while.
         """
         request = as_request(prompt, options)
-        return self._link.ask(self._calls.submit(request, time_limit, timeout, metadata))
+        return self._transport.ask(self._calls.submit(request, time_limit, timeout, metadata))
 
     def watch(
         self,
@@ -195,8 +195,8 @@ class Client:
         Finished images come again, progress does not. Leaving the block leaves the generation
         alone. Raises, at the first event, ``UnknownRequest`` for an id the server does not know.
         """
-        self._link.check_open()
-        return Stream(self._link, self._calls.watch(request_id, timeout, metadata))
+        self._transport.check_open()
+        return Stream(self._transport, self._calls.watch(request_id, timeout, metadata))
 
     def cancel(
         self,
@@ -209,7 +209,7 @@ class Client:
 
         False where it had ended before. Raises ``UnknownRequest`` for an id it does not know.
         """
-        return self._link.ask(self._calls.cancel(request_id, timeout, metadata))
+        return self._transport.ask(self._calls.cancel(request_id, timeout, metadata))
 
     def estimate(
         self,
@@ -221,13 +221,13 @@ class Client:
     ) -> Estimate:
         """What a request would take now, in seconds and bytes, without drawing it."""
         request = as_request(prompt, options)
-        return self._link.ask(self._calls.estimate(request, timeout, metadata))
+        return self._transport.ask(self._calls.estimate(request, timeout, metadata))
 
     def models(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> list[Model]:
         """Every model that the server was told to hold, in its order."""
-        return self._link.ask(self._calls.models(timeout, metadata))
+        return self._transport.ask(self._calls.models(timeout, metadata))
 
     def model(
         self,
@@ -240,13 +240,13 @@ class Client:
 
         Raises ``ModelNotFound`` for a name that the server does not hold.
         """
-        return self._link.ask(self._calls.model(id, timeout, metadata))
+        return self._transport.ask(self._calls.model(id, timeout, metadata))
 
     def status(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> ServerStatus:
         """How the server is doing: its state, queue, engines and memory."""
-        return self._link.ask(self._calls.status(timeout, metadata))
+        return self._transport.ask(self._calls.status(timeout, metadata))
 
     def wait_until_ready(
         self, timeout: float | None = None, *, metadata: Mapping[str, str] | None = None
@@ -255,11 +255,11 @@ class Client:
 
         Raises ``Unavailable`` after ``timeout`` seconds (unset, the client's).
         """
-        self._link.check_open()
+        self._transport.check_open()
         wait = Readiness(self.target, self._settings.deadline(timeout))
         sent = self._settings.metadata(metadata)
         while True:
-            watch = self._link.stubs.health.Watch(
+            watch = self._transport.stubs.health.Watch(
                 REQUEST, timeout=wait.left, metadata=sent, wait_for_ready=True
             )
             try:
@@ -274,7 +274,7 @@ class Client:
 
     def close(self) -> None:
         """Cancel what still runs, on the server too, and disconnect; may be called again."""
-        self._link.close()
+        self._transport.close()
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from darkroom_client._checks import check_seconds, check_text
-from darkroom_client._connection import TLS, Keepalive, Retry
+from darkroom_client._types.connection import TLS, Keepalive, Retry
 
 Metadata = tuple[tuple[str, str], ...]
 """What goes along with a call, in gRPC's form."""

@@ -7,12 +7,12 @@ from typing import Any, Self
 
 import grpc
 
-from darkroom_client._call import closed_under
-from darkroom_client._events import Event
-from darkroom_client._following import Following
-from darkroom_client._link import Link
-from darkroom_client._result import GenerationResult
-from darkroom_client._rpc_errors import from_rpc_error, was_sent
+from darkroom_client._protocol.call import closed_under
+from darkroom_client._protocol.rpc_errors import from_rpc_error, was_sent
+from darkroom_client._protocol.session import GenerationSession
+from darkroom_client._transport.sync import SyncTransport
+from darkroom_client._types.events import Event
+from darkroom_client._types.result import GenerationResult
 
 
 class Stream:
@@ -23,9 +23,9 @@ class Stream:
     the timeout, and no event but the server's progress is seen twice.
     """
 
-    def __init__(self, link: Link, following: Following) -> None:
-        self._link = link
-        self._following = following
+    def __init__(self, link: SyncTransport, session: GenerationSession) -> None:
+        self._transport = link
+        self._session = session
         self._events: deque[Event] = deque()
         self._call: Any = None
         self._entered = False
@@ -34,22 +34,22 @@ class Stream:
     @property
     def request_id(self) -> str:
         """Names the generation, also for ``watch`` and ``cancel``."""
-        return self._following.request_id
+        return self._session.request_id
 
     def result(self) -> GenerationResult:
         """Wait for the end and return the images; events that were not read are dropped."""
         for _ in self:
             pass
-        if self._following.result is None:
+        if self._session.result is None:
             raise RuntimeError("this stream has failed before: it has no result")
-        return self._following.result
+        return self._session.result
 
     def close(self) -> None:
         """Leave; may be called again, and from another thread than the reader's."""
         if self._left.is_set():
             return
         self._left.set()
-        self._link.settle(self.request_id, leaves_work=self._following.leaves_work)
+        self._transport.settle(self.request_id, needs_cancel=self._session.needs_cancel)
         if (call := self._call) is not None:
             call.cancel()
 
@@ -60,7 +60,7 @@ class Stream:
         if not self._entered:
             raise RuntimeError("a stream is a context: with client.stream(...) as stream:")
         while not self._events:
-            if self._following.ended:
+            if self._session.ended:
                 raise StopIteration
             if self._left.is_set():
                 raise RuntimeError("this stream was left before its end")
@@ -84,12 +84,12 @@ class Stream:
         failure, sent = None, True
         try:
             if self._call is None:
-                attempt = self._following.next_call()
-                self._call = self._link.follow(self._following, attempt)
+                attempt = self._session.next_call()
+                self._call = self._transport.follow(self._session, attempt)
                 if self._left.is_set():
                     # Left meanwhile, when there was no call to cancel yet.
-                    leaves_work = self._following.leaves_work
-                    self._link.settle(self.request_id, leaves_work=leaves_work)
+                    needs_cancel = self._session.needs_cancel
+                    self._transport.settle(self.request_id, needs_cancel=needs_cancel)
                     self._call.cancel()
             response = next(self._call)
         except StopIteration:
@@ -97,19 +97,19 @@ class Stream:
         except grpc.RpcError as error:
             failure, sent = self._failure(error), was_sent(error)
         else:
-            self._events.extend(self._following.feed(response.event))
+            self._events.extend(self._session.feed(response.event))
             return
         self._call = None
-        if not self._following.ended:
-            self._left.wait(self._following.hung_up(failure, sent=sent))
+        if not self._session.ended:
+            self._left.wait(self._session.on_call_ended(failure, sent=sent))
 
     def _failure(self, error: grpc.RpcError) -> Any:
-        if self._link.closed or self._left.is_set():
-            self._following.ended = True
+        if self._transport.closed or self._left.is_set():
+            self._session.ended = True
             raise closed_under(self.request_id) from error
         return from_rpc_error(
             error,
-            address=self._following.address,
-            timeout=self._following.timeout,
+            address=self._session.address,
+            timeout=self._session.timeout,
             request_id=self.request_id,
         )

@@ -8,19 +8,19 @@ from collections.abc import Coroutine, Sequence
 
 import structlog
 
-from darkroom_server.core.config import Preset
+from darkroom_server.backends.process import ProcessEngine
+from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.engine import Engine
-from darkroom_server.dispatch import Dispatcher, Requests, State
-from darkroom_server.ending import end_by
-from darkroom_server.engine.process import ProcessEngine
-from darkroom_server.engine.thread import ThreadEngine
+from darkroom_server.core.engine_config import Preset
+from darkroom_server.dispatch import Dispatcher, ResultStore, State
 from darkroom_server.rpc.server import RpcServer
-from darkroom_server.security.exposure import check_exposure
+from darkroom_server.security.bind_policy import check_bind_policy
 from darkroom_server.security.tls import server_credentials
 from darkroom_server.security.tokens import Tokens
 from darkroom_server.settings import Settings
 from darkroom_server.settings.sources import engine_configs, model_sources
 from darkroom_server.settings.tls import tls_files
+from darkroom_server.signals import exit_by_signal
 from darkroom_server.telemetry import Exporter, Metrics, Recorder, open_traces
 
 log = structlog.get_logger(__name__)
@@ -79,7 +79,7 @@ class Server:
             observer=recorder,
             on_state=self._tell_health,
         )
-        self.requests = Requests(
+        self.requests = ResultStore(
             self.dispatcher,
             result_ttl=settings.results.result_ttl,
             result_bytes=settings.results.result_bytes,
@@ -87,7 +87,7 @@ class Server:
         )
         self._exporter = Exporter(self.metrics.registry, lambda: self.dispatcher.ready)
         certificates, tokens = tls_files(settings.security), settings.security.tokens
-        check_exposure(
+        check_bind_policy(
             settings.network.host,
             tls=certificates is not None,
             tokens=tokens is not None,
@@ -216,7 +216,7 @@ async def _run(settings: Settings, engines: Sequence[Engine]) -> None:
             server.stop()
             return
         log.warning("forced", signal=number.name)
-        end_by(number)
+        exit_by_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)

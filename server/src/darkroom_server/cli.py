@@ -7,8 +7,8 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from darkroom_server.core.errors import StartupError
-from darkroom_server.ending import end_by
 from darkroom_server.settings.flags import PROGRAM, Parser, add_flags
+from darkroom_server.signals import exit_by_signal
 
 if TYPE_CHECKING:
     from darkroom_server.settings.load import Loaded
@@ -110,7 +110,7 @@ class _Version(argparse.Action):
 
 def _serve(flags: dict[str, Any]) -> None:
     # Until the server listens to signals itself.
-    signal.signal(signal.SIGTERM, lambda number, _: end_by(number))
+    signal.signal(signal.SIGTERM, lambda number, _: exit_by_signal(number))
     loaded = _load(flags.pop("config"), flags)
     import structlog
 
@@ -138,9 +138,9 @@ def _healthcheck(
 
 
 def _token(name: str) -> None:
-    from darkroom_server.security.minting import mint
+    from darkroom_server.security.new_token import create_token
 
-    print(mint(name))
+    print(create_token(name))
 
 
 def _load(config: str | None, flags: dict[str, Any]) -> "Loaded":

@@ -18,7 +18,7 @@ MAIN = """
 import json, signal, sys
 import structlog
 from darkroom_server import cli, app  # In the order of the real command.
-from darkroom_server.engine.fake import FakeEngine
+from darkroom_server.backends.fake import FakeEngine
 
 log = structlog.get_logger()
 engine = FakeEngine(on_submit=lambda _: log.info("submitted"), **json.loads(sys.argv[1]))

@@ -4,8 +4,8 @@ import sys
 import pytest
 import structlog
 
+from darkroom_server.backends.fake_model import FLAGGED
 from darkroom_server.core.errors import StartupError
-from darkroom_server.engine.fake_model import FLAGGED
 from darkroom_server.settings import Logs
 from tests.server.app.process import start
 from tests.server.wire import refusal, serving
@@ -27,7 +27,7 @@ def test_a_preset_that_was_asked_for_says_so() -> None:
 
 async def test_an_engine_that_cannot_load_ends_serve() -> None:
     async with serving(wait=False, fake={"load": False}) as wire:
-        wire.engine.die("no such folder", hopeless=True)
+        wire.engine.die("no such folder", fatal=True)
         with pytest.raises(StartupError, match="no such folder"):
             await wire.serve
 

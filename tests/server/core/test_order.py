@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darkroom_server.core.order import OrderKey, order, pick
-from darkroom_server.core.turns import Turns
+from darkroom_server.core.order import FairShare, OrderKey, order, pick
 
 keys = st.builds(
     OrderKey,
@@ -124,7 +123,7 @@ def test_priority_makes_urgent() -> None:
 
 
 def test_turns_go_to_the_least_served() -> None:
-    turns: Turns[str] = Turns()
+    turns: FairShare[str] = FairShare()
     served: Counter[str] = Counter()
     for _ in range(100):
         group = turns.next(["small", "large"])
@@ -135,7 +134,7 @@ def test_turns_go_to_the_least_served() -> None:
 
 
 def test_a_group_that_comes_late_has_no_arrears() -> None:
-    turns: Turns[str] = Turns()
+    turns: FairShare[str] = FairShare()
     for _ in range(50):
         turns.charge(turns.next(["old"]), 1.0)
     taken = []

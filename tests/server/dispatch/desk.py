@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.dispatch import Dispatcher
-from darkroom_server.engine.fake import FakeEngine
 
 
 async def settle() -> None:

@@ -2,6 +2,7 @@ import time
 
 import pytest
 
+from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.core.errors import (
     DeadlineExceeded,
     NotReady,
@@ -11,7 +12,6 @@ from darkroom_server.core.errors import (
     TooLarge,
     UnknownModel,
 )
-from darkroom_server.engine.fake import FakeEngine
 from tests.server.dispatch.desk import dispatching, settle
 from tests.server.jobs import make_job
 

@@ -6,10 +6,10 @@ import time
 import pytest
 
 from darkroom_server.core.errors import DeadlineExceeded
-from darkroom_server.dispatch.calibration import REFUSALS, Calibration
+from darkroom_server.dispatch.estimation.calibration import REFUSALS, Calibration
 from tests.server.clock import Clock
 from tests.server.dispatch.desk import dispatching
-from tests.server.dispatch.test_estimates import timed
+from tests.server.dispatch.test_estimator import timed
 from tests.server.jobs import make_job
 
 

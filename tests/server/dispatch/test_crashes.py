@@ -6,13 +6,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.backends.fake_model import fake_image
 from darkroom_server.core.errors import Failure, GenerationFailed, Reason, StartupError
-from darkroom_server.core.events import Event, PassDone
+from darkroom_server.core.events import BatchDone, Event
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import Dispatcher, State
-from darkroom_server.dispatch.accepted import Finished
-from darkroom_server.engine.fake import FakeEngine
-from darkroom_server.engine.fake_model import fake_image
+from darkroom_server.dispatch.jobs.job import Finished
 from tests.server.jobs import make_job
 
 from .desk import settle
@@ -170,7 +170,7 @@ async def test_what_is_encoded_and_waits_for_its_first_pass_is_no_suspect() -> N
         assert accepted.suspect
         # A pass of others comes first.
         it.dispatcher._fleet.slots[0].learn(
-            PassDone(model="demo", width=64, height=64, rows=2, seconds=0.1)
+            BatchDone(model="demo", width=64, height=64, rows=2, seconds=0.1)
         )
         assert not accepted.suspect
 
@@ -265,11 +265,11 @@ async def test_an_engine_that_dies_too_often_is_given_up_and_others_go_on() -> N
 async def test_one_engine_that_loads_is_enough() -> None:
     it = Crew(3, load=False)
     it.dispatcher.start()
-    it.engines[0].die("no such folder", hopeless=True)
+    it.engines[0].die("no such folder", fatal=True)
     await settle()
     it.engines[1].become_ready()
     await it.dispatcher.loaded()
-    it.engines[2].die("no such folder", hopeless=True)
+    it.engines[2].die("no such folder", fatal=True)
     await settle()
     accepted = it.dispatcher.submit(make_job("alone"))
     assert (await it.given.get())[0] == 1
@@ -281,9 +281,9 @@ async def test_one_engine_that_loads_is_enough() -> None:
 async def test_engines_of_which_none_loads_are_the_end() -> None:
     it = Crew(2, load=False)
     it.dispatcher.start()
-    it.engines[0].die("no such folder", hopeless=True)
+    it.engines[0].die("no such folder", fatal=True)
     await settle()
-    it.engines[1].die("no such folder", hopeless=True)
+    it.engines[1].die("no such folder", fatal=True)
     with pytest.raises(StartupError, match="no such folder"):
         await it.dispatcher.loaded()
     await it.dispatcher.close()

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from darkroom_server.core.errors import DeadlineExceeded
-from darkroom_server.dispatch import End
-from darkroom_server.dispatch.deadlines import Deadlines
+from darkroom_server.dispatch import JobOutcome
+from darkroom_server.dispatch.jobs.deadlines import Deadlines
 from tests.server.clock import Clock
 from tests.server.dispatch.desk import dispatching, settle
 from tests.server.jobs import make_job
@@ -57,7 +57,7 @@ async def test_a_later_deadline_that_comes_too_late_for_the_engine(
             assert (again.id, again.image_indices) == ("a", [1])
             engine.advance(4)
             assert len((await accepted.result()).images) == 2
-        assert dispatcher.counts.by_end[End.FINISHED] == 1
+        assert dispatcher.counts.by_end[JobOutcome.FINISHED] == 1
 
 
 async def test_what_was_all_drawn_when_the_engine_let_it_go_is_finished() -> None:

@@ -1,10 +1,10 @@
-from darkroom_server.core.events import EngineCounts, MemoryReport, PassDone, PeakMeasured
-from darkroom_server.dispatch import Unobserved
+from darkroom_server.core.events import BatchDone, EngineCounts, MemoryReport, PeakMeasured
+from darkroom_server.dispatch import NullObserver
 from tests.server.dispatch.desk import dispatching, settle
 from tests.server.jobs import make_job
 
 
-class Recording(Unobserved):
+class Recording(NullObserver):
     def __init__(self) -> None:
         self.told: list[object] = []
 
@@ -14,7 +14,7 @@ class Recording(Unobserved):
     def jobs(self, model: str, queued: int, running: int) -> None:
         self.told.append((model, queued, running))
 
-    def pass_done(self, done: PassDone) -> None:
+    def batch_done(self, done: BatchDone) -> None:
         self.told.append(("pass", done.model, done.rows, done.samples))
 
     def ended(self, model: str, end: str, phase: str) -> None:

@@ -1,11 +1,15 @@
 import pytest
 
 from darkroom_server.core.errors import QuotaExceeded
-from darkroom_server.dispatch.seats import BESIDES_JOBS, PER_JOB, Seats
+from darkroom_server.dispatch.admission.call_limits import (
+    BESIDES_JOBS,
+    PER_JOB,
+    ConcurrentCallLimiter,
+)
 
 
 def test_a_job_has_so_many_and_another_has_its_own() -> None:
-    seats = Seats(max_jobs=1)
+    seats = ConcurrentCallLimiter(max_jobs=1)
     leaves = [seats.take("me", "a") for _ in range(PER_JOB)]
     with pytest.raises(QuotaExceeded, match="end one of them") as caught:
         seats.take("me", "a")
@@ -17,7 +21,7 @@ def test_a_job_has_so_many_and_another_has_its_own() -> None:
 
 
 def test_a_caller_has_one_for_each_job_and_some_more() -> None:
-    seats = Seats(max_jobs=3)
+    seats = ConcurrentCallLimiter(max_jobs=3)
     leaves = [seats.take("me", str(n)) for n in range(3 + BESIDES_JOBS)]
     with pytest.raises(QuotaExceeded, match="read them to the end") as caught:
         seats.take("me", "x")

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc, model_pb2, types_pb2
-from darkroom_server.dispatch import End
+from darkroom_server.dispatch import JobOutcome
 from darkroom_server.settings import Dispatch, Security
 from tests.server.hostile.belongings import nothing_is_left
 from tests.server.wire import Wire, serving
@@ -79,7 +79,7 @@ async def test_readers_that_never_read_harm_nobody() -> None:
             calls: list[Any] = [stub.GenerateStream(request) for _ in range(10)]
             counts = wire.server.dispatcher.counts
             # The engine is done with them, whether or not somebody reads.
-            await wire.becomes(lambda: counts.by_end[End.FINISHED] == 11)
+            await wire.becomes(lambda: counts.by_end[JobOutcome.FINISHED] == 11)
             assert wire.server.dispatcher.running_jobs == 0
             assert (await wire.generate()).images
             assert not any(call.done() for call in calls)
@@ -91,7 +91,7 @@ async def test_a_reader_that_never_reads_does_not_hold_up_the_end() -> None:
     raw = types_pb2.IMAGE_FORMAT_RAW_RGB
     async with serving(fake={"auto": True}) as wire:
         call = wire.stream(width=1024, height=1024, image_count=4, format=raw)
-        await wire.becomes(lambda: wire.server.dispatcher.counts.by_end[End.FINISHED] == 1)
+        await wire.becomes(lambda: wire.server.dispatcher.counts.by_end[JobOutcome.FINISHED] == 1)
         wire.server.stop()
         await wire.serve
         async with asyncio.timeout(60):

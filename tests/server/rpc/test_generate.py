@@ -8,7 +8,7 @@ from PIL import Image
 
 from darkroom.v1 import generation_pb2, types_pb2
 from darkroom_server.core.errors import Failure, Reason
-from darkroom_server.dispatch import End
+from darkroom_server.dispatch import JobOutcome
 from darkroom_server.settings import Dispatch, Engine
 from tests.server.wire import refusal, serving
 
@@ -109,7 +109,10 @@ async def test_a_cancelled_call_leaves_the_engine() -> None:
         assert await wire.cancelled.get() == jobs["a star"]
         wire.engine.advance(4)
         assert (await other).images
-        assert wire.server.dispatcher.counts.by_end == {End.CANCELLED: 1, End.FINISHED: 1}
+        assert wire.server.dispatcher.counts.by_end == {
+            JobOutcome.CANCELLED: 1,
+            JobOutcome.FINISHED: 1,
+        }
 
 
 async def test_a_lost_connection_leaves_the_engine() -> None:
@@ -133,7 +136,7 @@ async def test_a_deadline_reaches_the_job() -> None:
         # The wire rounds what is left, up by a hundredth at most.
         assert 0.0 < job.deadline - job.submitted_at <= 2.1
         assert await wire.cancelled.get() == job.id
-        assert wire.server.dispatcher.counts.by_end == {End.EXPIRED: 1}
+        assert wire.server.dispatcher.counts.by_end == {JobOutcome.EXPIRED: 1}
 
 
 async def test_a_full_queue_says_when_to_come_back() -> None:

@@ -9,7 +9,7 @@ import pytest
 from darkroom.v1 import generation_pb2
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import Failure, Reason
-from darkroom_server.dispatch import End
+from darkroom_server.dispatch import JobOutcome
 from darkroom_server.rpc import generation as service
 from darkroom_server.settings import Results
 from tests.server.clock import Clock
@@ -122,7 +122,7 @@ async def test_the_last_waiter_ends_the_job() -> None:
         second.cancel()
         assert await wire.cancelled.get() == "shared"
         wire.engine.advance(0)
-        await wire.counted(End.CANCELLED)
+        await wire.counted(JobOutcome.CANCELLED)
 
 
 async def test_a_kept_job_waits_for_its_caller_to_come_back() -> None:
@@ -171,7 +171,7 @@ async def test_a_submitted_job_runs_without_a_waiter() -> None:
         call.cancel()
         await wire.waiters("later", 0)
         wire.engine.advance(4)
-        await wire.counted(End.FINISHED)
+        await wire.counted(JobOutcome.FINISHED)
         told = await rest(watch(wire, "later"))
         assert [kind(r) for r in told] == ["accepted", "started", "image", "finished"]
         # Generate gets it too.

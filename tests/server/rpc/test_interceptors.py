@@ -8,7 +8,7 @@ import structlog
 from darkroom.v1 import generation_pb2, model_pb2
 from darkroom_server.core.errors import UnknownRequest
 from darkroom_server.rpc.generation import GenerationService
-from darkroom_server.rpc.interceptors.around import Method
+from darkroom_server.rpc.interceptors.base import Method
 from darkroom_server.rpc.interceptors.errors import Errors
 from darkroom_server.rpc.models import ModelService
 from darkroom_server.rpc.trace_context import parse_traceparent

@@ -3,8 +3,8 @@ import pytest
 from google.rpc import error_details_pb2
 
 from darkroom.v1 import generation_pb2, model_pb2, types_pb2
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.job import ImageFormat, SchedulerName
-from darkroom_server.engine.fake_model import fake_model
 from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE
 from darkroom_server.settings import Models
 from tests.server.wire import refusal, serving

@@ -8,9 +8,9 @@ from typing import Any
 import grpc
 
 from darkroom.v1 import server_pb2, server_pb2_grpc
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.events import MemoryReport
 from darkroom_server.core.model import ModelSpeed
-from darkroom_server.engine.fake_model import fake_model
 from darkroom_server.settings import Dispatch, Engine, Security
 from tests.server.wire import NOT_SERVING, SERVING, Wire, refusal, serving
 

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from darkroom.v1 import generation_pb2, types_pb2
+from darkroom_server.backends.fake_model import fake_image, fake_model
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.model import MemoryNeeds
-from darkroom_server.dispatch import End
-from darkroom_server.dispatch import waiter as waiter_module
-from darkroom_server.engine.fake_model import fake_image, fake_model
+from darkroom_server.dispatch import JobOutcome
+from darkroom_server.dispatch.jobs import subscription as subscription_module
 from darkroom_server.settings import Dispatch, Results
 from tests.server.wire import refusal, serving
 
@@ -227,11 +227,14 @@ async def test_a_reader_that_leaves_frees_the_job(how: str) -> None:
         assert await wire.cancelled.get() == jobs["a star"]
         wire.engine.advance(4)
         await other
-        assert wire.server.dispatcher.counts.by_end == {End.CANCELLED: 1, End.FINISHED: 1}
+        assert wire.server.dispatcher.counts.by_end == {
+            JobOutcome.CANCELLED: 1,
+            JobOutcome.FINISHED: 1,
+        }
 
 
 async def test_readers_that_never_read_harm_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiter_module, "STALL_SECONDS", 2.0)
+    monkeypatch.setattr(subscription_module, "STALL_SECONDS", 2.0)
     none_kept = Results(result_bytes=0)
     room = Dispatch(max_resident_samples=100)
     fake = {"models": [roomy_model()]}
@@ -257,4 +260,4 @@ async def test_readers_that_never_read_harm_nobody(monkeypatch: pytest.MonkeyPat
         await wire.becomes(lambda: gc.collect() >= 0 and not any(job() for job in jobs))
         for call in stuck:
             call.cancel()
-        assert wire.server.dispatcher.counts.by_end == {End.FINISHED: 5}
+        assert wire.server.dispatcher.counts.by_end == {JobOutcome.FINISHED: 5}

@@ -5,9 +5,9 @@ from typing import Any
 import grpc
 
 from darkroom.v1 import types_pb2
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.job import SEED_BOUND
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.engine.fake_model import fake_model
 from tests.server.wire import refusal, serving
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [

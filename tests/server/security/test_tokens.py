@@ -11,11 +11,11 @@ import structlog
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from darkroom.v1 import generation_pb2, model_pb2, server_pb2, server_pb2_grpc
-from darkroom_server.core.caller import ANYBODY, Caller
+from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import StartupError, Unauthenticated
 from darkroom_server.rpc.caller import current_caller
 from darkroom_server.rpc.models import ModelService
-from darkroom_server.security.minting import mint
+from darkroom_server.security.new_token import create_token
 from darkroom_server.security.token_file import read_tokens
 from darkroom_server.security.tokens import Tokens
 from darkroom_server.settings import Security
@@ -96,7 +96,7 @@ async def test_handlers_know_the_caller_and_so_does_the_log(file: Path, monkeypa
         async with serving() as wire:
             await refusal(list_models(wire))
     web = Caller(name="web", priority=2, max_jobs=3, jobs_per_minute=90.5)
-    assert callers == [web, ANYBODY]
+    assert callers == [web, ANONYMOUS]
     first, second = [line for line in logs if line["event"] == "handler failed"]
     assert first["caller"] == "web"
     assert "caller" not in second
@@ -183,7 +183,7 @@ def test_a_file_that_is_not_there() -> None:
 
 
 def test_a_minted_token_is_let_in_by_the_lines_below_it(tmp_path: Path) -> None:
-    printed = mint("web").splitlines()
+    printed = create_token("web").splitlines()
     token = printed[2]
     path = tmp_path / "t"
     path.write_text("\n".join(printed[printed.index("[[token]]") :]))
@@ -193,7 +193,7 @@ def test_a_minted_token_is_let_in_by_the_lines_below_it(tmp_path: Path) -> None:
     with pytest.raises(Unauthenticated):
         tokens.caller(token[:-1])
     with pytest.raises(StartupError):
-        mint("no good")
+        create_token("no good")
 
 
 async def test_who_is_not_let_in_is_counted_by_reason(file: Path) -> None:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from darkroom_server.core.config import Attention, Dtype, Preset
+from darkroom_server.core.engine_config import Attention, Dtype, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings import Settings
 from darkroom_server.settings.load import load_settings

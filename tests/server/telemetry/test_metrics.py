@@ -6,17 +6,17 @@ import grpc
 import pytest
 
 from darkroom.v1 import generation_pb2, model_pb2
+from darkroom_server.backends.fake_model import FLAGGED
 from darkroom_server.core.events import (
+    BatchDone,
     Counted,
     EngineCounts,
     EngineReady,
     MemoryReport,
     ModelLoad,
-    PassDone,
     PeakMeasured,
     Sensors,
 )
-from darkroom_server.engine.fake_model import FLAGGED
 from darkroom_server.rpc.models import ModelService
 from darkroom_server.settings import Engine
 from darkroom_server.telemetry import Metrics, Recorder
@@ -189,7 +189,7 @@ async def test_what_the_engine_tells_is_added_up() -> None:
                 PeakMeasured(model="demo", width=60, height=70, rows=rows, peak_bytes=peak)
             )
         wire.engine._emit(
-            PassDone(
+            BatchDone(
                 model="demo",
                 width=64,
                 height=64,

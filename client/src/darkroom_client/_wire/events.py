@@ -1,9 +1,9 @@
 """From the messages of a stream to events and whole images."""
 
 from darkroom.v1 import generation_pb2
-from darkroom_client._enums import ImageFormat
-from darkroom_client._events import Accepted, FinishReason, Preview, Progress
-from darkroom_client._image import Image
+from darkroom_client._types.enums import ImageFormat
+from darkroom_client._types.events import Accepted, FinishReason, Preview, Progress
+from darkroom_client._types.image import Image
 from darkroom_client._wire.results import decode_image, unreadable
 from darkroom_client._wire.values import decode_format, decode_seconds
 

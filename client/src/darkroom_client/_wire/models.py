@@ -1,7 +1,7 @@
 """From the messages that describe models to plain data."""
 
 from darkroom.v1 import model_pb2
-from darkroom_client._model import (
+from darkroom_client._types.model import (
     Model,
     ModelDefaults,
     ModelLimits,

@@ -14,9 +14,9 @@ from darkroom_client._checks import (
     check_text,
     is_unicode,
 )
-from darkroom_client._enums import ImageFormat, Scheduler
 from darkroom_client._errors import InvalidRequest, Violation
-from darkroom_client._request import GenerationRequest
+from darkroom_client._types.enums import ImageFormat, Scheduler
+from darkroom_client._types.request import GenerationRequest
 from darkroom_client._wire.values import (
     decode_float,
     decode_format,

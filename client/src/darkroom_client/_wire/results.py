@@ -4,9 +4,9 @@ import json
 
 from darkroom.v1 import generation_pb2
 from darkroom_client._errors import ServerError
-from darkroom_client._image import Image
-from darkroom_client._replay import ReplayRecord
-from darkroom_client._result import GenerationResult, Timings
+from darkroom_client._types.image import Image
+from darkroom_client._types.replay import ReplayRecord
+from darkroom_client._types.result import GenerationResult, Timings
 from darkroom_client._wire.requests import decode_request
 from darkroom_client._wire.values import decode_format, decode_seconds
 

@@ -1,7 +1,7 @@
 """From the messages that describe a server and an estimate to plain data."""
 
 from darkroom.v1 import generation_pb2, server_pb2
-from darkroom_client._status import (
+from darkroom_client._types.status import (
     EngineStatus,
     Estimate,
     ModelStatus,

@@ -5,7 +5,7 @@ import struct
 from google.protobuf.duration_pb2 import Duration
 
 from darkroom.v1 import types_pb2
-from darkroom_client._enums import ImageFormat, Scheduler
+from darkroom_client._types.enums import ImageFormat, Scheduler
 
 _SCHEDULER_PREFIX = "SCHEDULER_"
 _FORMAT_PREFIX = "IMAGE_FORMAT_"

@@ -5,8 +5,8 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from darkroom_client._enums import ImageFormat, Scheduler
 from darkroom_client._settings import DEFAULT_TARGET, DEFAULT_TIMEOUT
+from darkroom_client._types.enums import ImageFormat, Scheduler
 from darkroom_client.cli import _estimate, _generate, _models, _replay, _status, _wait
 from darkroom_client.cli._exit_codes import TABLE
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from darkroom_client._async_client import AsyncClient
 from darkroom_client._client import Client
-from darkroom_client._connection import TLS
+from darkroom_client._types.connection import TLS
 
 
 def connect(arguments: argparse.Namespace) -> Client:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from darkroom_client._events import (
+from darkroom_client._types.events import (
     Accepted,
     Event,
     ImageReady,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from darkroom_client._async_client import AsyncClient
 from darkroom_client._errors import DarkroomError, ImageWithheld
-from darkroom_client._events import Finished, ImageReady
 from darkroom_client._files import write_atomically
-from darkroom_client._image import Image
-from darkroom_client._result import GenerationResult
+from darkroom_client._types.events import Finished, ImageReady
+from darkroom_client._types.image import Image
+from darkroom_client._types.result import GenerationResult
 from darkroom_client.cli._connect import connect_async
 from darkroom_client.cli._console import open_console
 from darkroom_client.cli._display import Display

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 
-from darkroom_client._model import Model
+from darkroom_client._types.model import Model
 from darkroom_client.cli._connect import connect
 from darkroom_client.cli._console import open_console, tabulate
 

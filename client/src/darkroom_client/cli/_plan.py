@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from darkroom_client._enums import ImageFormat
-from darkroom_client._request import GenerationRequest
+from darkroom_client._types.enums import ImageFormat
+from darkroom_client._types.request import GenerationRequest
 from darkroom_client.cli._names import distinct, slug
 
 # Short seeds, because they stand in file names and people type them again.

@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from darkroom.v1 import generation_pb2, types_pb2
 from darkroom_client._errors import Cancelled, DarkroomError, DeadlineExceeded
-from darkroom_client._request import GenerationRequest
+from darkroom_client._types.request import GenerationRequest
 from darkroom_client._wire.requests import decode_request
 from darkroom_client.testing._behaviour import Behaviour
 from darkroom_client.testing._pictures import (

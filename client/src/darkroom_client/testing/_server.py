@@ -9,11 +9,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from darkroom.v1 import generation_pb2_grpc, model_pb2_grpc, server_pb2_grpc
-from darkroom_client._request import GenerationRequest
-from darkroom_client._status import Estimate, ServerState
+from darkroom_client._types.request import GenerationRequest
+from darkroom_client._types.status import Estimate, ServerState
 from darkroom_client.testing._behaviour import Behaviour
 from darkroom_client.testing._job import FakeJob
-from darkroom_client.testing._ledger import Ledger
+from darkroom_client.testing._jobs import Ledger
 from darkroom_client.testing._services import Services
 
 SERVING = {

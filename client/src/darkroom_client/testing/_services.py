@@ -15,9 +15,9 @@ from darkroom.v1 import (
     server_pb2_grpc,
 )
 from darkroom_client._errors import DarkroomError, ModelNotFound, Unauthenticated
-from darkroom_client._status import Estimate
+from darkroom_client._types.status import Estimate
 from darkroom_client.testing._job import FakeJob, JobState
-from darkroom_client.testing._ledger import Ledger
+from darkroom_client.testing._jobs import Ledger
 from darkroom_client.testing._models import describe_model
 from darkroom_client.testing._statuses import abort, drop
 

@@ -19,5 +19,5 @@ class Caller:
     admin: bool = False
 
 
-ANYBODY = Caller(name="anybody", admin=True)
+ANONYMOUS = Caller(name="anybody", admin=True)
 """Everybody is this one where the server asks for no token."""

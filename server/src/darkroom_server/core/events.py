@@ -72,11 +72,11 @@ class EngineReady:
 class EngineDied:
     """The engine stopped for good; ``message`` is one line for the operator.
 
-    ``hopeless``: started again as it is, it would say the same.
+    ``fatal``: started again as it is, it would say the same.
     """
 
     message: str
-    hopeless: bool = False
+    fatal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class SampleProgress:
     """One sample took a step: ``step`` of ``steps`` denoiser calls are done.
 
     ``rows`` shared the pass, which took ``seconds``. The steps of a pass are told right before its
-    ``PassDone``, from the same thread.
+    ``BatchDone``, from the same thread.
     """
 
     job_id: str
@@ -123,7 +123,7 @@ class PreviewReady:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PassDone:
+class BatchDone:
     """One pass of ``rows`` rows through the denoiser of ``model`` took ``seconds``.
 
     All its images are of ``width`` × ``height`` pixels. It was one step for each of ``samples``,
@@ -246,7 +246,7 @@ Event = (
     | JobStarted
     | SampleProgress
     | PreviewReady
-    | PassDone
+    | BatchDone
     | DecodeDone
     | EngineCounts
     | PeakMeasured

@@ -6,8 +6,9 @@ The nearest goal goes first. So short work overtakes long work, what is nearly d
 nobody starves: whatever arrives later than ``patience`` seconds after a key comes behind it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 SECONDS_PER_STEP = 0.25
 """Patience for one step; 40 steps let an 8-step job pass that comes up to 8 seconds later."""
@@ -69,3 +70,29 @@ def pick(keys: Sequence[OrderKey], max_rows: int) -> list[OrderKey]:
         chosen.append(key)
         rows += key.rows
     return chosen
+
+
+Group = TypeVar("Group", bound=Hashable)
+
+
+class FairShare(Generic[Group]):
+    """Counts what each group was served, and gives the next turn to the least served.
+
+    A group that appears, or comes back, starts level with the least served of those present: it
+    has no claim on the time before it came.
+    """
+
+    def __init__(self) -> None:
+        self._served: dict[Group, float] = {}
+
+    def next(self, present: Collection[Group]) -> Group:
+        """The group whose turn it is; ``present`` are those with work, and not empty."""
+        known = [self._served[group] for group in present if group in self._served]
+        level = min(known, default=0.0)
+        self._served = {group: self._served.get(group, level) for group in present}
+        return min(self._served, key=lambda group: self._served[group])
+
+    def charge(self, group: Group, seconds: float) -> None:
+        """Count ``seconds`` of service to ``group``."""
+        if group in self._served:
+            self._served[group] += seconds

@@ -1,35 +1,35 @@
 """Admits, queues and hands out jobs; knows neither gRPC nor torch."""
 
-from darkroom_server.dispatch.accepted import AcceptedJob, Finished
-from darkroom_server.dispatch.counts import Counts, End
+from darkroom_server.dispatch.admission.call_limits import ConcurrentCallLimiter
 from darkroom_server.dispatch.dispatcher import Dispatcher
-from darkroom_server.dispatch.estimate import Estimate
-from darkroom_server.dispatch.observer import Observer, Unobserved
-from darkroom_server.dispatch.requests import Requests
-from darkroom_server.dispatch.seats import Seats
-from darkroom_server.dispatch.snapshot import EngineStatus, ModelStatus, Snapshot, State
-from darkroom_server.dispatch.story import ImageDone, JobEvent, Queued, Restarted, Started
-from darkroom_server.dispatch.waiter import Waiter
+from darkroom_server.dispatch.jobs.estimate import Estimate
+from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
+from darkroom_server.dispatch.jobs.job import ActiveJob, Finished
+from darkroom_server.dispatch.jobs.outcomes import Counts, JobOutcome
+from darkroom_server.dispatch.jobs.subscription import Subscription
+from darkroom_server.dispatch.observer import NullObserver, Observer
+from darkroom_server.dispatch.results import ResultStore
+from darkroom_server.dispatch.status import EngineStatus, ModelStatus, Snapshot, State
 
 __all__ = [
-    "AcceptedJob",
+    "ActiveJob",
+    "ConcurrentCallLimiter",
     "Counts",
     "Dispatcher",
-    "End",
     "EngineStatus",
     "Estimate",
     "Finished",
     "ImageDone",
     "JobEvent",
+    "JobOutcome",
     "ModelStatus",
+    "NullObserver",
     "Observer",
     "Queued",
-    "Requests",
     "Restarted",
-    "Seats",
+    "ResultStore",
     "Snapshot",
     "Started",
     "State",
-    "Unobserved",
-    "Waiter",
+    "Subscription",
 ]

@@ -7,23 +7,28 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
-from darkroom_server.core.caller import ANYBODY, Caller
+from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineReady, Event
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.dispatch.accepted import AcceptedJob
-from darkroom_server.dispatch.admission import Admission, QueueLimits, check_fits, going_away
-from darkroom_server.dispatch.counts import End
-from darkroom_server.dispatch.estimate import Estimate
-from darkroom_server.dispatch.fleet import Fleet
-from darkroom_server.dispatch.gate import Gate
-from darkroom_server.dispatch.observer import Observer, Unobserved
-from darkroom_server.dispatch.passage import Passage
-from darkroom_server.dispatch.reports import Reports
-from darkroom_server.dispatch.roster import Roster
-from darkroom_server.dispatch.snapshot import Snapshot, State, snapshot_of, state_of
+from darkroom_server.dispatch.admission.availability import (
+    Availability,
+    QueueLimits,
+    check_fits,
+    going_away,
+)
+from darkroom_server.dispatch.admission.controller import AdmissionController
+from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.event_router import EventRouter
+from darkroom_server.dispatch.jobs.estimate import Estimate
+from darkroom_server.dispatch.jobs.job import ActiveJob
+from darkroom_server.dispatch.jobs.outcomes import JobOutcome
+from darkroom_server.dispatch.jobs.registry import JobRegistry
+from darkroom_server.dispatch.lifecycle import JobLifecycle
+from darkroom_server.dispatch.observer import NullObserver, Observer
+from darkroom_server.dispatch.status import Snapshot, State, snapshot_of, state_of
 
 log = structlog.get_logger(__name__)
 
@@ -52,11 +57,11 @@ class Dispatcher:
         observer: Observer | None = None,
         on_state: Callable[[State], None] = lambda _: None,
     ) -> None:
-        self._admission = Admission(model_ids)
+        self._admission = Availability(model_ids)
         self._on_state = on_state
-        self._observer = observer or Unobserved()
-        self._roster = Roster(self._observer)
-        self._fleet = Fleet(
+        self._observer = observer or NullObserver()
+        self._roster = JobRegistry(self._observer)
+        self._fleet = EnginePool(
             engines,
             max_resident_samples=max_resident_samples,
             max_restarts=max_restarts,
@@ -68,10 +73,12 @@ class Dispatcher:
         )
         self._serial = itertools.count(1)
         limits = QueueLimits(jobs=max_queued_jobs, megapixel_steps=max_queued_megapixel_steps)
-        self._gate = Gate(self._fleet, self._roster, limits, early_refusal=early_refusal)
-        self._passage = Passage(self._roster, self._fleet, self._gate, self._observer)
+        self._gate = AdmissionController(
+            self._fleet, self._roster, limits, early_refusal=early_refusal
+        )
+        self._passage = JobLifecycle(self._roster, self._fleet, self._gate, self._observer)
         self.counts = self._passage.counts
-        self._reports = Reports(
+        self._reports = EventRouter(
             self._roster,
             self._observer,
             self._gate.estimates,
@@ -153,7 +160,7 @@ class Dispatcher:
                 await self._passage.idle.wait()
         except TimeoutError:
             log.warning("drain ends jobs unfinished", jobs=self.counts.live, grace=grace)
-        self._passage.withdraw_all(End.FAILED, going_away())
+        self._passage.withdraw_all(JobOutcome.FAILED, going_away())
 
     async def close(self) -> None:
         """End what is left, and the engines; waits until they have stopped."""
@@ -181,9 +188,9 @@ class Dispatcher:
         """
         model = self._admission.model(job.model)
         check_fits(job, model)
-        return self._gate.estimates.of(AcceptedJob(job, model, lambda _: None))
+        return self._gate.estimates.of(ActiveJob(job, model, lambda _: None))
 
-    def submit(self, job: Job, caller: Caller = ANYBODY) -> AcceptedJob:
+    def submit(self, job: Job, caller: Caller = ANONYMOUS) -> ActiveJob:
         """Accept ``job`` of ``caller``, whose id must be unused.
 
         Raises ``UnknownModel``, ``NotReady``, ``TooLarge``, ``DeadlineExceeded``, ``QuotaExceeded``
@@ -193,7 +200,7 @@ class Dispatcher:
         check_fits(job, model)
         if job.id in self._roster:
             raise ValueError(f"a job of id {job.id!r} is still here")
-        accepted = AcceptedJob(job, model, self._passage.abandon)
+        accepted = ActiveJob(job, model, self._passage.abandon)
         self._gate.let_in(accepted, caller)
         self._passage.enter(accepted)
         return accepted
@@ -202,7 +209,7 @@ class Dispatcher:
         """Give a job up, wherever it is and whoever waits; unknown and ended ones are ignored."""
         self._passage.cancel(job_id)
 
-    def join(self, accepted: AcceptedJob, deadline: float | None) -> None:
+    def join(self, accepted: ActiveJob, deadline: float | None) -> None:
         """Another call wants the same job, until ``deadline``; the later one counts, None most."""
         self._observer.retry_joined(accepted.job.model)
         self._passage.extend(accepted, deadline)
@@ -224,7 +231,7 @@ class Dispatcher:
         self._observer.ready(self.ready)
         self._on_state(self.state)
 
-    def _on_crash(self, victims: list[AcceptedJob]) -> None:
+    def _on_crash(self, victims: list[ActiveJob]) -> None:
         self._passage.crashed(victims, last=self._death is not None)
 
     def _on_end(self, message: str) -> None:

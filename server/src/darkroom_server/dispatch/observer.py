@@ -3,10 +3,10 @@
 from typing import Protocol
 
 from darkroom_server.core.events import (
+    BatchDone,
     EngineCounts,
     EngineReady,
     MemoryReport,
-    PassDone,
     PeakMeasured,
 )
 
@@ -23,7 +23,7 @@ class Observer(Protocol):
     def loaded(self, ready: EngineReady) -> None:
         """An engine has loaded its models."""
 
-    def pass_done(self, done: PassDone) -> None:
+    def batch_done(self, done: BatchDone) -> None:
         """One pass through a denoiser is done."""
 
     def counted(self, counts: EngineCounts) -> None:
@@ -45,7 +45,7 @@ class Observer(Protocol):
         """An engine is never started again; others go on."""
 
     def ended(self, model: str, end: str, phase: str) -> None:
-        """An accepted job of ``model`` ended, as ``End`` says, in ``AcceptedJob.phase``."""
+        """An accepted job of ``model`` ended, as ``JobOutcome`` says, in ``ActiveJob.phase``."""
 
     def wasted(self, model: str, seconds: float) -> None:
         """A job of ``model`` left the engine unfinished, after ``seconds`` of its passes."""
@@ -60,7 +60,7 @@ class Observer(Protocol):
         """A request came again, and joined the job that the first one began."""
 
 
-class Unobserved:
+class NullObserver:
     """An observer that looks away."""
 
     def ready(self, ready: bool) -> None:
@@ -72,7 +72,7 @@ class Unobserved:
     def loaded(self, ready: EngineReady) -> None:
         """Ignore it."""
 
-    def pass_done(self, done: PassDone) -> None:
+    def batch_done(self, done: BatchDone) -> None:
         """Ignore it."""
 
     def counted(self, counts: EngineCounts) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
+    BatchDone,
     Counted,
     DecodeDone,
     Event,
@@ -16,28 +17,26 @@ from darkroom_server.core.events import (
     JobFailed,
     JobStarted,
     JobTaken,
-    PassDone,
     SampleProgress,
 )
 from darkroom_server.core.job import Job
-from darkroom_server.core.order import pick
-from darkroom_server.core.turns import Turns
-from darkroom_server.engine.commands import Cancel, Close, Extend
-from darkroom_server.engine.encoding import EncodingPool
+from darkroom_server.core.order import FairShare, pick
+from darkroom_server.engine.batching.encode_pool import EncodePool
+from darkroom_server.engine.batching.resident_job import ResidentJob
+from darkroom_server.engine.batching.resident_jobs import ResidentJobs
+from darkroom_server.engine.counters import CounterReporter
+from darkroom_server.engine.device.memory_reporter import MemoryReporter
+from darkroom_server.engine.device.peak_memory import PeakMemoryTracker
+from darkroom_server.engine.device.timer import Timer
 from darkroom_server.engine.failures import (
     OUT_OF_MEMORY,
     SCHEDULER_FAILED,
     is_fatal,
     is_out_of_memory,
 )
-from darkroom_server.engine.model import LoadedModel
-from darkroom_server.engine.peaks import PeakWatch
-from darkroom_server.engine.reporter import MemoryReporter
-from darkroom_server.engine.resident import Resident
-from darkroom_server.engine.roster import Roster
+from darkroom_server.engine.families.stable_diffusion import LoadedModel
 from darkroom_server.engine.sample import Group, Sample
-from darkroom_server.engine.stopwatch import Stopwatch
-from darkroom_server.engine.tally import Tally
+from darkroom_server.ipc.commands import Cancel, Close, Extend
 
 log = structlog.get_logger(__name__)
 
@@ -54,11 +53,11 @@ class EngineLoop:
         self._models = models
         self._emit = emit
         self._inbox: queue.SimpleQueue[Job | Cancel | Extend | Close] = queue.SimpleQueue()
-        self._roster = Roster(emit)
-        self._turns: Turns[Group] = Turns()
-        self._encoding = EncodingPool(abandon=self.cancel)
-        self._tally = Tally({id: model.counts for id, model in models.items()}, emit)
-        self._peaks = PeakWatch(emit)
+        self._roster = ResidentJobs(emit)
+        self._turns: FairShare[Group] = FairShare()
+        self._encoding = EncodePool(abandon=self.cancel)
+        self._tally = CounterReporter({id: model.counts for id, model in models.items()}, emit)
+        self._peaks = PeakMemoryTracker(emit)
         self._memory = MemoryReporter({m.device for m in models.values()}, self._peaks, emit)
 
     def submit(self, job: Job) -> None:
@@ -187,7 +186,7 @@ class EngineLoop:
             # Told before: should it kill the engine, it is known what it was about.
             for resident in residents:
                 self._emit(JobTaken(resident.job.id))
-            with Stopwatch(model.device) as watch:
+            with Timer(model.device) as watch:
                 encoded = model.encode_prompts([resident.job for resident in residents])
             for resident, embeddings in zip(residents, encoded, strict=True):
                 if isinstance(embeddings, Failure):
@@ -222,7 +221,7 @@ class EngineLoop:
                 self._scheduler_failed(resident, error)
         return [sample for sample in samples if self._roster.get(sample.job.id)]
 
-    def _scheduler_failed(self, resident: Resident, error: Exception) -> None:
+    def _scheduler_failed(self, resident: ResidentJob, error: Exception) -> None:
         """Fail a job whose own scheduler raised ``error``."""
         job = resident.job
         if is_out_of_memory(error):
@@ -253,7 +252,7 @@ class EngineLoop:
         if samples:
             job = samples[0].job
             self._emit(
-                PassDone(
+                BatchDone(
                     model=job.model,
                     width=job.width,
                     height=job.height,
@@ -276,19 +275,19 @@ class EngineLoop:
             model = self._models[sample.job.model]
             if clean is None or sample.previewing or model.safety is not None:
                 continue
-            if (pixels := model.previewer.paint(clean)) is not None:
+            if (pixels := model.previewer.decode_preview(clean)) is not None:
                 self._encoding.submit_preview(self._resident(sample), sample, pixels)
 
-    def _resident(self, sample: Sample) -> Resident:
+    def _resident(self, sample: Sample) -> ResidentJob:
         resident = self._roster.get(sample.job.id)
         if resident is None:
             raise KeyError(sample.job.id)
         return resident
 
-    def _drop(self, resident: Resident, *, expired: bool) -> None:
+    def _drop(self, resident: ResidentJob, *, expired: bool) -> None:
         self._roster.remove(resident)
         resident.end(JobCancelled(resident.job.id, expired, resident.engine_seconds))
 
-    def _fail(self, resident: Resident, failure: Failure) -> None:
+    def _fail(self, resident: ResidentJob, failure: Failure) -> None:
         self._roster.remove(resident)
         resident.end(JobFailed(resident.job.id, failure))

@@ -8,7 +8,7 @@ import torch
 
 from darkroom_server.core.job import Job
 from darkroom_server.core.order import OrderKey
-from darkroom_server.engine.prompts import Embedding
+from darkroom_server.engine.components.prompt_encoder import Embedding
 
 
 @dataclass(frozen=True, slots=True)

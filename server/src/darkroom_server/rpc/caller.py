@@ -2,9 +2,9 @@
 
 from contextvars import ContextVar
 
-from darkroom_server.core.caller import ANYBODY, Caller
+from darkroom_server.core.caller import ANONYMOUS, Caller
 
-_current: ContextVar[Caller] = ContextVar("caller", default=ANYBODY)
+_current: ContextVar[Caller] = ContextVar("caller", default=ANONYMOUS)
 
 
 def current_caller() -> Caller:

@@ -28,7 +28,7 @@ def metadata_value(context: Context, key: str) -> str | None:
     return None
 
 
-def code_name(context: Context) -> str | None:
+def status_name(context: Context) -> str | None:
     """The name of the status that was set, such as "NOT_FOUND"; None if none was."""
     code: Any = context.code()  # As it was set: a StatusCode, or its number.
     if isinstance(code, grpc.StatusCode):

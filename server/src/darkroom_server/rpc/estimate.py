@@ -5,7 +5,7 @@ import time
 from darkroom.v1 import generation_pb2
 from darkroom_server.core.caller import Caller
 from darkroom_server.dispatch import Dispatcher
-from darkroom_server.rpc.models import chosen_model
+from darkroom_server.rpc.models import resolve_model
 from darkroom_server.rpc.responses import duration_message
 from darkroom_server.rpc.validation import job_of
 
@@ -17,7 +17,7 @@ def estimate_of(
 
     Raises ``DarkroomError``, as the request itself would, but for what only the moment forbids.
     """
-    model = dispatcher.model(chosen_model(request.model, list(dispatcher.models)))
+    model = dispatcher.model(resolve_model(request.model, list(dispatcher.models)))
     job = job_of(
         request,
         model,

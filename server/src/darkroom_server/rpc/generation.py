@@ -8,15 +8,20 @@ from contextlib import aclosing, suppress
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_server.core.errors import DarkroomError
 from darkroom_server.core.job import Job
-from darkroom_server.dispatch import AcceptedJob, Dispatcher, Requests, Seats
-from darkroom_server.rpc.asked import Asked, checked_id, deadline_after, time_limit
+from darkroom_server.dispatch import ActiveJob, ConcurrentCallLimiter, Dispatcher, ResultStore
 from darkroom_server.rpc.caller import current_caller
 from darkroom_server.rpc.context import Context, remaining_seconds
 from darkroom_server.rpc.estimate import estimate_of
-from darkroom_server.rpc.models import chosen_model
+from darkroom_server.rpc.event_stream import accepted_message, story
+from darkroom_server.rpc.incoming_request import (
+    IncomingRequest,
+    checked_id,
+    deadline_after,
+    time_limit,
+)
+from darkroom_server.rpc.models import resolve_model
 from darkroom_server.rpc.reply_size import max_reply_bytes, reply_size_error
 from darkroom_server.rpc.responses import response_of
-from darkroom_server.rpc.story import accepted_message, story
 from darkroom_server.rpc.summary import RequestObserver, RequestSummary, Summaries
 from darkroom_server.rpc.validation import job_of
 
@@ -27,14 +32,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(
         self,
         dispatcher: Dispatcher,
-        requests: Requests,
+        requests: ResultStore,
         observer: RequestObserver,
         *,
         log_prompts: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
         self._requests = requests
-        self._seats = Seats(dispatcher.max_jobs)
+        self._seats = ConcurrentCallLimiter(dispatcher.max_jobs)
         self._summaries = Summaries(observer, log_prompts=log_prompts)
         self._followed: set[asyncio.Task[None]] = set()
 
@@ -42,10 +47,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
         """Draw the images of one request; raises ``DarkroomError``."""
-        asked = Asked(request, None, known=bool(request.request_id))
+        asked = IncomingRequest(request, None, known=bool(request.request_id))
         with self._summaries.of(request, context, asked.arrived) as summary:
             limit = max_reply_bytes(context.invocation_metadata() or ())
-            self._sit(asked.id, context)
+            self._count_call(asked.id, context)
             deadline = deadline_after(remaining_seconds(context))
             accepted, _ = self._accept(asked, summary, deadline, limit=limit)
             # Leaving the block is leaving the job: a caller that goes away arrives here as a
@@ -62,9 +67,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateStreamRequest, context: Context
     ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
         """Draw the images of one request, and tell the whole story; raises ``DarkroomError``."""
-        asked = Asked(request.generation, request.preview, known=True)
+        asked = IncomingRequest(request.generation, request.preview, known=True)
         with self._summaries.of(asked.request, context, asked.arrived) as summary:
-            self._sit(asked.id, context)
+            self._count_call(asked.id, context)
             deadline = deadline_after(remaining_seconds(context))
             accepted, joined = self._accept(asked, summary, deadline)
             waiter = accepted.waiter()
@@ -81,14 +86,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.SubmitGenerationRequest, context: Context
     ) -> generation_pb2.SubmitGenerationResponse:
         """Leave a request to be drawn while nobody waits; raises ``DarkroomError``."""
-        asked = Asked(request.generation, request.preview, known=True)
+        asked = IncomingRequest(request.generation, request.preview, known=True)
         with self._summaries.of(asked.request, context, asked.arrived) as summary:
             deadline = deadline_after(time_limit(request))
             accepted, joined = self._accept(asked, summary, deadline)
             self._requests.detach(accepted)
             summary.goes_on = True
         if not joined:
-            task = asyncio.create_task(self._follow(asked, accepted, context))
+            task = asyncio.create_task(self._log_when_done(asked, accepted, context))
             self._followed.add(task)
             task.add_done_callback(self._followed.discard)
         message = accepted_message(asked.id, accepted, joined=joined)
@@ -100,7 +105,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Tell what happens to a job; raises ``UnknownRequest``, and what the job ended with."""
         arrived = time.monotonic()
         id = checked_id(request.request_id)
-        self._sit(id, context)
+        self._count_call(id, context)
         with self._requests.find(current_caller().name, id).waiter() as waiter:
             told = story(id, waiter, arrived, joined=True, previews=True)
             async with aclosing(told):
@@ -121,7 +126,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Tell what a request would take, without drawing it; raises ``DarkroomError``."""
         return estimate_of(request.generation, current_caller(), self._dispatcher)
 
-    def _sit(self, id: str, context: Context) -> None:
+    def _count_call(self, id: str, context: Context) -> None:
         """Count a call that waits for the job ``id``, to its very end; raises ``QuotaExceeded``."""
         # Not a block around the handler: a reply that nobody reads is there when that is over.
         leave = self._seats.take(current_caller().name, id)
@@ -130,17 +135,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     def _accept(
         self,
-        asked: Asked,
+        asked: IncomingRequest,
         summary: RequestSummary,
         deadline: float | None,
         *,
         limit: int | None = None,
-    ) -> tuple[AcceptedJob, bool]:
+    ) -> tuple[ActiveJob, bool]:
         """The job that is asked for, and whether it was there before."""
         caller = current_caller()
 
         def make_job() -> Job:
-            model_id = chosen_model(asked.request.model, list(self._dispatcher.models))
+            model_id = resolve_model(asked.request.model, list(self._dispatcher.models))
             summary.model = model_id
             job = job_of(
                 asked.request,
@@ -167,7 +172,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             self._requests.keep(accepted)
         return accepted, joined
 
-    async def _follow(self, asked: Asked, accepted: AcceptedJob, context: Context) -> None:
+    async def _log_when_done(
+        self, asked: IncomingRequest, accepted: ActiveJob, context: Context
+    ) -> None:
         """Leave the summary of a job whose caller does not wait."""
         with (
             suppress(DarkroomError),

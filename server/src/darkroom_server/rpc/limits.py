@@ -18,8 +18,7 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
-    # Lets clients behind a DNS name find servers that came later. Running calls go on, if not for
-    # ever.
+    # Clients behind a DNS name find servers that were added later. Running calls continue.
     ("grpc.max_connection_age_ms", 600_000),
     ("grpc.max_connection_age_grace_ms", LONGEST_CALL_SECONDS * 1000),
 )

@@ -28,11 +28,11 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.GetModelResponse:
         """One model; raises ``UnknownModel``."""
         models = self._dispatcher.models
-        id = chosen_model(request.model, list(models))
+        id = resolve_model(request.model, list(models))
         return model_pb2.GetModelResponse(model=model_message(id, models[id]))
 
 
-def chosen_model(asked: str, known: list[str]) -> str:
+def resolve_model(asked: str, known: list[str]) -> str:
     """The id of the model that a request means: an unset one means the only one.
 
     Raises ``UnknownModel``, and ``InvalidRequest`` where an unset one is ambiguous.

@@ -17,14 +17,14 @@ from darkroom.v1 import (
     server_pb2_grpc,
 )
 from darkroom_server.core.errors import StartupError
-from darkroom_server.dispatch import Dispatcher, Requests
+from darkroom_server.dispatch import Dispatcher, ResultStore
 from darkroom_server.rpc.generation import GenerationService
 from darkroom_server.rpc.health import Health
 from darkroom_server.rpc.interceptors.auth import Auth, AuthObserver
 from darkroom_server.rpc.interceptors.decoding import Decoding
 from darkroom_server.rpc.interceptors.errors import Errors
+from darkroom_server.rpc.interceptors.in_flight import InFlightCalls
 from darkroom_server.rpc.interceptors.request_ids import RequestIds
-from darkroom_server.rpc.interceptors.running import Running
 from darkroom_server.rpc.interceptors.telemetry import CallObserver, Telemetry
 from darkroom_server.rpc.interceptors.traces import Traces
 from darkroom_server.rpc.limits import LONGEST_CALL_SECONDS, OPTIONS
@@ -58,7 +58,7 @@ class RpcServer:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        requests: Requests,
+        requests: ResultStore,
         observer: Observer,
         *,
         reflect: bool = True,
@@ -70,7 +70,7 @@ class RpcServer:
         self.health = Health()
         self._credentials = credentials
         self._closing: asyncio.Task[None] | None = None
-        self._running = Running()
+        self._running = InFlightCalls()
         interceptors = [
             Telemetry(observer),
             self._running,

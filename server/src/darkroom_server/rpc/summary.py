@@ -25,7 +25,7 @@ from darkroom_server.core.errors import (
     UnknownRequest,
 )
 from darkroom_server.core.events import StageSeconds
-from darkroom_server.dispatch import AcceptedJob, Finished
+from darkroom_server.dispatch import ActiveJob, Finished
 from darkroom_server.rpc.context import Context, has_expired
 from darkroom_server.rpc.request_id import current_request_id
 from darkroom_server.rpc.trace_context import TraceContext, current_trace
@@ -69,11 +69,11 @@ class RequestSummary:
     phase: str = ""
     stages: StageSeconds | None = None
     # Not the job itself: it holds images, and is let go of when its reader stalls.
-    _job: "weakref.ref[AcceptedJob] | None" = None
+    _job: "weakref.ref[ActiveJob] | None" = None
     request_id: str = field(default_factory=current_request_id)
     trace: TraceContext | None = field(default_factory=current_trace)
 
-    def asks_for(self, accepted: AcceptedJob) -> None:
+    def asks_for(self, accepted: ActiveJob) -> None:
         """The request was accepted as this job."""
         self.model = accepted.model.id
         self._job = weakref.ref(accepted)

@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass, field
 
 from darkroom.v1 import generation_pb2
-from darkroom_server.core.caller import ANYBODY, Caller
+from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import InvalidRequest, Violation
 from darkroom_server.core.job import SEED_BOUND, ImageFormat, Job, SchedulerName
 from darkroom_server.core.model import ModelInfo
@@ -40,7 +40,7 @@ def job_of(
     job_id: str,
     submitted_at: float,
     deadline: float | None,
-    caller: Caller = ANYBODY,
+    caller: Caller = ANONYMOUS,
     preview: generation_pb2.PreviewOptions | None = None,
     max_reply_bytes: int | None = None,
 ) -> Job:

@@ -10,7 +10,7 @@ import grpc
 import structlog
 
 from darkroom_server.core.errors import StartupError
-from darkroom_server.security.reread import Reread
+from darkroom_server.security.reloading_file import ReloadingFile
 
 log = structlog.get_logger(__name__)
 
@@ -45,7 +45,7 @@ def server_credentials(files: Files) -> grpc.ServerCredentials:
 
     A pair that is broken later on is logged, and new connections go on with the one before.
     """
-    pair = Reread("certificates", files.paths, lambda: read_pair(files))
+    pair = ReloadingFile("certificates", files.paths, lambda: read_pair(files))
     served = pair.current()
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:

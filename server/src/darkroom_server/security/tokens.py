@@ -6,7 +6,7 @@ from hashlib import sha256
 
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import Unauthenticated
-from darkroom_server.security.reread import Reread
+from darkroom_server.security.reloading_file import ReloadingFile
 from darkroom_server.security.token_file import read_tokens
 
 NO_TOKEN = "this server asks for a token: send it as metadata, authorization: Bearer TOKEN"
@@ -21,7 +21,7 @@ class Tokens:
     """
 
     def __init__(self, path: str) -> None:
-        self._tokens = Reread("tokens", [path], lambda: read_tokens(path))
+        self._tokens = ReloadingFile("tokens", [path], lambda: read_tokens(path))
 
     def caller(self, token: str | None) -> Caller:
         """Whose token it is; raises ``Unauthenticated``."""

@@ -1,6 +1,6 @@
 """What an operator may set: declared once, set by flag, environment or file."""
 
-from darkroom_server.settings.keeping import Results, Shutdown
+from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
 from darkroom_server.settings.network import Network, Security
 from darkroom_server.settings.tree import (

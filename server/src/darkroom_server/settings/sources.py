@@ -5,7 +5,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from darkroom_server.core.config import EngineConfig, ModelSource
+from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings.tree import Models, Settings
 

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Predicate
 
-from darkroom_server.core.config import Attention, Dtype, Preset
-from darkroom_server.settings.keeping import Results, Shutdown
+from darkroom_server.core.engine_config import Attention, Dtype, Preset
+from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
 from darkroom_server.settings.network import Network, Security
 from darkroom_server.settings.option import Setting

@@ -5,20 +5,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from importlib.metadata import version
 
-from darkroom_server.core.classes import rows_class, size_class
 from darkroom_server.core.errors import Reason
 from darkroom_server.core.events import (
+    BatchDone,
     Counted,
     EngineCounts,
     EngineReady,
     MemoryReport,
-    PassDone,
     PeakMeasured,
     StageSeconds,
 )
+from darkroom_server.core.metric_labels import rows_class, size_class
 from darkroom_server.rpc.summary import UNKNOWN_MODEL, Outcome, RequestSummary
+from darkroom_server.telemetry.batch_metrics import BatchMetrics
 from darkroom_server.telemetry.metrics import Metrics
-from darkroom_server.telemetry.passes import SeriesOfPasses
 
 REJECTIONS = (
     Reason.INVALID_REQUEST,
@@ -53,7 +53,7 @@ class Recorder:
         self._requests = metrics.requests
         self._engine = engine = metrics.engine
         self._memory = metrics.memory
-        self._series_of_passes: dict[tuple[str, str], SeriesOfPasses] = {}
+        self._batch_metrics: dict[tuple[str, str], BatchMetrics] = {}
         # Of each model and rows or size: the most so far.
         self._peaks: dict[tuple[str, ...], int] = {}
         self._counters = {
@@ -125,13 +125,13 @@ class Recorder:
             for component, size in load.bytes_by_component.items():
                 self._memory.model.labels(load.model, component).set(size)
 
-    def pass_done(self, done: PassDone) -> None:
+    def batch_done(self, done: BatchDone) -> None:
         """One pass through a denoiser is done."""
         key = done.model, rows_class(done.rows)
-        series = self._series_of_passes.get(key)
+        series = self._batch_metrics.get(key)
         if series is None:
             # Looking series up by their labels takes longer than counting.
-            series = self._series_of_passes[key] = SeriesOfPasses(self._engine, *key)
+            series = self._batch_metrics[key] = BatchMetrics(self._engine, *key)
         series.count(done)
 
     def counted(self, counts: EngineCounts) -> None:

@@ -10,7 +10,7 @@ from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import NotAllowed, Reason, Unauthenticated
 from darkroom_server.rpc.caller import set_caller
 from darkroom_server.rpc.context import Context, metadata_value
-from darkroom_server.rpc.interceptors.around import Around, Method
+from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 from darkroom_server.security.tokens import Tokens
 
 SCHEME = "bearer "
@@ -34,7 +34,7 @@ class AuthObserver(Protocol):
         """Count it; returns at once and never raises."""
 
 
-class Auth(Around):
+class Auth(ContextInterceptor):
     """Lets in who has a token, and to what is for admins only who is one. Inside ``Errors``."""
 
     def __init__(self, tokens: Tokens, observer: AuthObserver) -> None:

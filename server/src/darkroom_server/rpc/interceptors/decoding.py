@@ -8,10 +8,10 @@ from google.protobuf.message import DecodeError
 
 from darkroom_server.core.errors import InvalidRequest, Violation
 from darkroom_server.rpc.context import Context
-from darkroom_server.rpc.interceptors.around import Around, Method
+from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 
 if TYPE_CHECKING:
-    from darkroom_server.rpc.interceptors.around import Deserializer
+    from darkroom_server.rpc.interceptors.base import Deserializer
 
 
 class Undecodable:
@@ -21,7 +21,7 @@ class Undecodable:
 UNDECODABLE = Undecodable()
 
 
-class Decoding(Around):
+class Decoding(ContextInterceptor):
     """Raises ``InvalidRequest`` for undecodable messages, text that is not UTF-8 included.
 
     gRPC itself would answer UNKNOWN, with the text of the exception. The innermost interceptor:

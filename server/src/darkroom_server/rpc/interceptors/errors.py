@@ -12,12 +12,12 @@ import structlog
 from darkroom_server.core.errors import DarkroomError
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.errors import ErrorStatus, internal_error, status_of
-from darkroom_server.rpc.interceptors.around import Around, Method
+from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 
 log = structlog.get_logger(__name__)
 
 
-class Errors(Around):
+class Errors(ContextInterceptor):
     """Turns domain errors into statuses, and the rest into INTERNAL and a log entry."""
 
     def around(

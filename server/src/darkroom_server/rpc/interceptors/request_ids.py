@@ -9,14 +9,14 @@ from google.protobuf.message import Message
 
 from darkroom_server.core.errors import InvalidRequest, Violation
 from darkroom_server.rpc.context import Context, metadata_value
-from darkroom_server.rpc.interceptors.around import Around, Method
+from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 from darkroom_server.rpc.request_id import REQUEST_ID, RULE, new_request_id, set_request_id
 
 METADATA_KEY = "darkroom-request-id"
 FIELD = "request_id"
 
 
-class RequestIds(Around):
+class RequestIds(ContextInterceptor):
     """Takes a call's id from its message or else its metadata, and sends it back in the trailers.
 
     An id from the metadata is written into a message that has a place for one and holds none, so

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
-from darkroom_server.rpc.context import Context, code_name, has_expired
-from darkroom_server.rpc.interceptors.around import Around, Method
+from darkroom_server.rpc.context import Context, has_expired, status_name
+from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 
 
 class CallObserver(Protocol):
@@ -23,7 +23,7 @@ class CallObserver(Protocol):
         """A message of ``size`` bytes came, or was ``sent``."""
 
 
-class Telemetry(Around):
+class Telemetry(ContextInterceptor):
     """Tells an observer when calls begin and how they end. Methods that nobody serves are left out.
 
     It must surround ``Errors``, to see the status that is sent.
@@ -69,13 +69,13 @@ class Telemetry(Around):
         code = "OK"
         try:
             yield
-            code = code_name(context) or "OK"
+            code = status_name(context) or "OK"
         except (asyncio.CancelledError, GeneratorExit):
             code = "DEADLINE_EXCEEDED" if has_expired(context) else "CANCELLED"
             raise
         except BaseException:
             # A status that was set counts, though it may have come too late to be sent.
-            code = code_name(context) or "UNKNOWN"
+            code = status_name(context) or "UNKNOWN"
             raise
         finally:
             self._observer.call_handled(*named, code, time.monotonic() - began)

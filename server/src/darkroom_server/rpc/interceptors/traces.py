@@ -7,13 +7,13 @@ from typing import Any
 import structlog
 
 from darkroom_server.rpc.context import Context, metadata_value
-from darkroom_server.rpc.interceptors.around import Around, Method
+from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 from darkroom_server.rpc.trace_context import new_trace, parse_traceparent, set_trace
 
 METADATA_KEY = "traceparent"
 
 
-class Traces(Around):
+class Traces(ContextInterceptor):
     """Binds the caller's ``trace_id`` into the log; ignores what is none, as W3C says.
 
     With ``begin`` a call without a trace begins one.

@@ -1,0 +1,213 @@
+"""From the arguments of a client's verbs to calls and followings."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from darkroom.v1 import generation_pb2, model_pb2, server_pb2
+from darkroom_client._checks import check_seconds, check_text, is_unicode
+from darkroom_client._protocol.call import Call
+from darkroom_client._protocol.session import GenerationSession
+from darkroom_client._protocol.stubs import Stubs
+from darkroom_client._settings import Metadata as SentMetadata
+from darkroom_client._settings import Settings
+from darkroom_client._types.enums import ImageFormat
+from darkroom_client._types.events import Accepted
+from darkroom_client._types.model import Model
+from darkroom_client._types.replay import ReplayRecord
+from darkroom_client._types.request import GenerationRequest
+from darkroom_client._types.result import GenerationResult
+from darkroom_client._types.status import Estimate, ServerStatus
+from darkroom_client._wire.events import decode_accepted
+from darkroom_client._wire.models import decode_model
+from darkroom_client._wire.requests import encode_preview, encode_request, settled
+from darkroom_client._wire.results import decode_response
+from darkroom_client._wire.status import decode_estimate, decode_status
+
+A = TypeVar("A")
+Metadata = Mapping[str, str] | None
+
+
+class Calls:
+    """Prepares the calls of a client with ``settings``.
+
+    Where a request is sent, its seed and its id are fixed here, before the first try, so that
+    every further try joins the first or draws the same picture. All raise ``InvalidRequest``,
+    ``TypeError`` and ``ValueError`` for what cannot be sent.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._keep = settings.retry.attempts > 1
+
+    def generate(
+        self, request: GenerationRequest, timeout: float | None, metadata: Metadata
+    ) -> Call[GenerationResult]:
+        """Draw, and answer when all is done."""
+        message = encode_request(settled(request), keep=self._keep)
+        return self._call(
+            lambda stubs: stubs.beginning.Generate,
+            message,
+            decode_response,
+            timeout,
+            metadata,
+            request_id=message.request_id,
+            survives_disconnect=self._keep,
+            fallback_method=lambda stubs: stubs.generation.Generate,
+        )
+
+    def stream(
+        self,
+        request: GenerationRequest,
+        preview_every: int,
+        preview_format: ImageFormat | str,
+        timeout: float | None,
+        metadata: Metadata,
+    ) -> GenerationSession:
+        """Draw, and tell what happens meanwhile."""
+        message = encode_request(settled(request), keep=self._keep)
+        return GenerationSession(
+            message.request_id,
+            request=message,
+            preview=encode_preview(preview_every, preview_format),
+            address=self._settings.target,
+            timeout=self._settings.deadline(timeout),
+            metadata=self._settings.metadata(metadata),
+            retry=self._settings.retry,
+        )
+
+    def watch(
+        self, request_id: str, timeout: float | None, metadata: Metadata
+    ) -> GenerationSession:
+        """Tell what happens to a job that somebody asked for before."""
+        _check_name("request_id", request_id)
+        return GenerationSession(
+            request_id,
+            address=self._settings.target,
+            timeout=self._settings.deadline(timeout),
+            metadata=self._settings.metadata(metadata),
+            retry=self._settings.retry,
+        )
+
+    def submit(
+        self,
+        request: GenerationRequest,
+        time_limit: float | None,
+        timeout: float | None,
+        metadata: Metadata,
+    ) -> Call[Accepted]:
+        """Draw, while nobody waits."""
+        generation = encode_request(settled(request))
+        message = generation_pb2.SubmitGenerationRequest(generation=generation)
+        limited = check_seconds("time_limit", time_limit)
+        if limited is not None:
+            limit = Duration()
+            limit.FromNanoseconds(round(limited * 1e9))
+            message.time_limit.CopyFrom(limit)
+        return self._call(
+            lambda stubs: stubs.beginning.SubmitGeneration,
+            message,
+            lambda response: decode_accepted(response.accepted),
+            timeout,
+            metadata,
+            request_id=generation.request_id,
+            fallback_method=lambda stubs: stubs.generation.SubmitGeneration,
+        )
+
+    def cancel(self, request_id: str, timeout: float | None, metadata: Metadata) -> Call[bool]:
+        """End a job."""
+        _check_name("request_id", request_id)
+        return self._call(
+            lambda stubs: stubs.generation.CancelGeneration,
+            generation_pb2.CancelGenerationRequest(request_id=request_id),
+            lambda response: bool(response.cancelled),
+            timeout,
+            metadata,
+            request_id=request_id,
+        )
+
+    def estimate(
+        self, request: GenerationRequest, timeout: float | None, metadata: Metadata
+    ) -> Call[Estimate]:
+        """What a request would take."""
+        return self._call(
+            lambda stubs: stubs.generation.EstimateGeneration,
+            generation_pb2.EstimateGenerationRequest(generation=encode_request(request)),
+            decode_estimate,
+            timeout,
+            metadata,
+        )
+
+    def models(self, timeout: float | None, metadata: Metadata) -> Call[list[Model]]:
+        """Every model."""
+        return self._call(
+            lambda stubs: stubs.models.ListModels,
+            model_pb2.ListModelsRequest(),
+            lambda response: [decode_model(model) for model in response.models],
+            timeout,
+            metadata,
+        )
+
+    def model(self, id: str, timeout: float | None, metadata: Metadata) -> Call[Model]:
+        """One model."""
+        _check_name("id", id)
+        return self._call(
+            lambda stubs: stubs.models.GetModel,
+            model_pb2.GetModelRequest(model=id),
+            lambda response: decode_model(response.model),
+            timeout,
+            metadata,
+        )
+
+    def status(self, timeout: float | None, metadata: Metadata) -> Call[ServerStatus]:
+        """How the server is doing."""
+        return self._call(
+            lambda stubs: stubs.server.GetStatus,
+            server_pb2.GetStatusRequest(),
+            decode_status,
+            timeout,
+            metadata,
+        )
+
+    def cancel_on_exit(self, request_id: str, timeout: float, metadata: SentMetadata) -> Call[bool]:
+        """End a job whose caller goes away, as that caller: ``metadata`` is what its call sent."""
+        return replace(self.cancel(request_id, timeout, None), metadata=metadata)
+
+    def _call(
+        self,
+        method: Callable[[Stubs], Any],
+        message: Message,
+        decode: Callable[[Any], A],
+        timeout: float | None,
+        metadata: Metadata = None,
+        *,
+        request_id: str | None = None,
+        survives_disconnect: bool = False,
+        fallback_method: Callable[[Stubs], Any] | None = None,
+    ) -> Call[A]:
+        return Call(
+            method=method,
+            message=message,
+            decode=decode,
+            address=self._settings.target,
+            timeout=self._settings.deadline(timeout),
+            metadata=self._settings.metadata(metadata),
+            request_id=request_id,
+            survives_disconnect=survives_disconnect,
+            fallback_method=fallback_method,
+            retried=self._settings.retry.attempts > 1,
+        )
+
+
+def _check_name(name: str, value: str) -> None:
+    check_text(name, value)
+    if not is_unicode(value):
+        raise ValueError(f"{name} is {value!r}, no valid Unicode text")
+
+
+def replayed(record: ReplayRecord) -> GenerationRequest:
+    """The request of ``record``, to be sent under an id of its own."""
+    return replace(record.request, request_id=None)

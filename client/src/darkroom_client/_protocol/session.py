@@ -1,0 +1,326 @@
+"""One generation as its caller sees it, over as many connections as it takes."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import Message
+
+from darkroom.v1 import generation_pb2
+from darkroom_client._errors import (
+    Cancelled,
+    DarkroomError,
+    DeadlineExceeded,
+    Overloaded,
+    ServerError,
+    Unavailable,
+    UnknownRequest,
+)
+from darkroom_client._protocol.rpc_errors import is_bare
+from darkroom_client._protocol.stubs import Stubs
+from darkroom_client._settings import Metadata
+from darkroom_client._types.connection import Retry
+from darkroom_client._types.events import (
+    Accepted,
+    Event,
+    Finished,
+    ImageReady,
+    Queued,
+    Restarted,
+    Started,
+)
+from darkroom_client._types.image import Image
+from darkroom_client._types.result import GenerationResult
+from darkroom_client._wire.events import (
+    ImageAssembly,
+    decode_accepted,
+    decode_preview,
+    decode_progress,
+    decode_reason,
+)
+from darkroom_client._wire.results import decode_timings, unreadable
+
+LONGEST_OUTAGE = 120.0
+"""Seconds without any server after which a stream that has no timeout gives up."""
+
+MAX_BACKENDS_PROBED = 6
+"""How many times in a row a job must be unknown to count as lost: servers behind one name do not
+know each other's jobs, and a balanced connection takes each call to the next of them."""
+
+_SEED_BOUND = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class NextCall:
+    """The next call to make."""
+
+    method: Callable[[Stubs], Any]
+    message: Message
+    timeout: float | None
+
+
+class GenerationSession:
+    """What is known of a generation, which call comes next, and what its messages mean.
+
+    It does no I/O, so that both clients share it: they make the calls that ``next_call`` names,
+    pass each message to ``feed``, and each end of a call to ``on_call_ended``. After a lost
+    connection an accepted job is joined again. If the server has forgotten it, it is sent again
+    under the same id, without the images that have arrived.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        *,
+        address: str,
+        timeout: float | None,
+        metadata: Metadata,
+        retry: Retry,
+        request: generation_pb2.GenerateRequest | None = None,
+        preview: generation_pb2.PreviewOptions | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.address = address
+        self.timeout = timeout
+        self.metadata = metadata
+        self.ended = False
+        self.result: GenerationResult | None = None
+        self._request = request
+        self._preview = preview
+        self._retry = retry
+        self._ends_at: float | None = None
+        self._heard_at = 0.0
+        self._failures = 0
+        self._unknown = 0
+        self._sent = False
+        self._settled = False
+        # Whether the server, as far as is known, has the job.
+        self._joinable = request is None
+        # Whether to ask servers for it that take no jobs.
+        self._anywhere = False
+        self._accepted: Accepted | None = None
+        # Why the server that was asked last did not take the job.
+        self._refusal: Unavailable | None = None
+        self._started = False
+        self._crashes = 0
+        self._losses = 0
+        # Where the images of the job that runs now begin among those of the request.
+        self._first = 0
+        self._assembly = ImageAssembly(request_id)
+        self._images: dict[int, Image] = {}
+
+    @property
+    def needs_cancel(self) -> bool:
+        """Whether the server may go on drawing for nobody, so that leaving must be told."""
+        survives_disconnect = self._request is not None and self._retry.attempts > 1
+        return survives_disconnect and self._sent and not self._settled
+
+    def next_call(self) -> NextCall:
+        """The call to make now; raises what the caller is told where the time is up."""
+        now = time.monotonic()
+        if self._ends_at is None:
+            self._ends_at = math.inf if self.timeout is None else now + self.timeout
+            self._heard_at = now
+        left = self._ends_at - now
+        if left <= 0:
+            self.ended = True
+            raise self._refusal or self._late()
+        self._assembly = ImageAssembly(self.request_id)
+        timeout = None if math.isinf(left) else left
+        if self._joinable or self._request is None:
+            return watching(self.request_id, timeout)
+        self._sent = True
+        message = generation_pb2.GenerateStreamRequest(
+            generation=self._missing(self._request), preview=self._preview
+        )
+        return beginning(message, timeout, anywhere=self._anywhere)
+
+    def feed(self, event: generation_pb2.GenerationEvent) -> list[Event]:
+        """What ``event`` means to the caller; raises ``ServerError`` for what cannot be read."""
+        self._failures = self._unknown = 0
+        self._refusal = None
+        self._heard_at = time.monotonic()
+        try:
+            return list(self._decode(event))
+        except ServerError:
+            self.ended = True
+            raise
+
+    def on_call_ended(self, error: DarkroomError | None, *, sent: bool = True) -> float:
+        """How many seconds to wait before ``next_call``; raises ``error`` where it is the end.
+
+        None: the call ended well, though the generation did not. ``sent``: there was a server that
+        the call could be sent to.
+        """
+        error = error or Unavailable(
+            f"the server at {self.address} ended the stream before the generation",
+            code="UNAVAILABLE",
+            request_id=self.request_id,
+        )
+        asked_anywhere, self._anywhere = self._anywhere, False
+        if is_bare(error, Unavailable) and not self._joinable and not asked_anywhere:
+            # No server takes jobs, or it was lost: any other says why, or does it after all.
+            self._anywhere = True
+            if not sent:
+                return 0.0
+        if isinstance(error, UnknownRequest) and self._joinable and self._look_elsewhere():
+            # Not in step with others that look, or each would always meet the same server.
+            return random.uniform(0.0, 0.02)
+        self._failures += 1
+        if self._accepted is None and isinstance(error, Unavailable):
+            self._refusal = error
+        elif self._refusal is not None and is_bare(error, DeadlineExceeded):
+            # Cut short on its way to a server that has not taken the job: the reason stays.
+            error = self._refusal
+        if not self._may_go_on(error):
+            self.ended = True
+            # A bare deadline is this side's own; every other end but a lost connection is the
+            # server's word on the job.
+            self._settled = bool(error.reason) and not isinstance(error, Unavailable)
+            raise error
+        return self._pause(error)
+
+    def _look_elsewhere(self) -> bool:
+        """Whether to call again at once for a job that is unknown where it was looked for."""
+        self._unknown += 1
+        if self._unknown < MAX_BACKENDS_PROBED:
+            return True
+        self._unknown = 0
+        if self._request is None:
+            return False
+        # Its server was started anew: the job is asked for again.
+        self._joinable = False
+        self._losses += 1
+        return True
+
+    def _may_go_on(self, error: DarkroomError) -> bool:
+        """Whether to call again: a few times, and for an accepted job until the time is up."""
+        if self.timeout is None and time.monotonic() - self._heard_at > LONGEST_OUTAGE:
+            return False
+        accepted = self._accepted is not None
+        if isinstance(error, Unavailable) and accepted and self._retry.attempts > 1:
+            return True
+        if isinstance(error, Overloaded):
+            # The place in the queue went with the server that has forgotten the job.
+            return self._losses > 0 and not self._joinable
+        # gRPC's own words for a connection that broke in the middle, such as "Stream removed".
+        # A server that ends before it has accepted anything says CANCELLED.
+        lost = isinstance(error, Unavailable) or is_bare(error, Cancelled)
+        lost = lost or (accepted and is_bare(error, ServerError))
+        return lost and self._failures < self._retry.attempts
+
+    def _pause(self, error: DarkroomError) -> float:
+        """Seconds until the next call; raises ``error`` where there is no time for one."""
+        grown = self._retry.initial_backoff * self._retry.multiplier ** (self._failures - 1)
+        backoff = min(grown, self._retry.max_backoff) * random.uniform(0.8, 1.2)
+        wait = error.retry_after or backoff
+        left = (self._ends_at or math.inf) - time.monotonic()
+        if wait >= left and self._accepted is None:
+            self.ended = True
+            raise error
+        return max(0.0, min(wait, left))
+
+    def _late(self) -> DarkroomError:
+        return DeadlineExceeded(
+            f"not finished within {self.timeout:g} s: pass a longer timeout, or ask for fewer "
+            "steps or images",
+            code="DEADLINE_EXCEEDED",
+            request_id=self.request_id,
+        )
+
+    def _missing(self, request: generation_pb2.GenerateRequest) -> generation_pb2.GenerateRequest:
+        """``request`` less the images at its ends that have arrived."""
+        count = request.image_count if request.HasField("image_count") else 1
+        missing = [index for index in range(count) if index not in self._images]
+        if not self._images or not missing:
+            self._first = 0
+            return request
+        self._first = missing[0]
+        rest = generation_pb2.GenerateRequest()
+        rest.CopyFrom(request)
+        rest.seed = (request.seed + self._first) % _SEED_BOUND
+        rest.image_count = missing[-1] - self._first + 1
+        return rest
+
+    def _decode(self, event: generation_pb2.GenerationEvent) -> Iterator[Event]:
+        match event.WhichOneof("event"):
+            case "accepted":
+                yield from self._decode_accepted(decode_accepted(event.accepted))
+            case "queued":
+                if not self._started:
+                    yield Queued(position=event.queued.position)
+            case "started":
+                if not self._started:
+                    self._started = True
+                    yield Started()
+            case "restarted":
+                if event.restarted.crashes > self._crashes:
+                    self._crashes = event.restarted.crashes
+                    yield self._restarted()
+            case "progress":
+                yield decode_progress(event.progress, self._first)
+            case "preview":
+                if (preview := decode_preview(event.preview, self._first)) is not None:
+                    yield preview
+            case "image":
+                yield from self._decode_image(event.image)
+            case "finished":
+                yield self._decode_finished(event.finished)
+        # What is newer than this client is left out.
+
+    def _decode_accepted(self, accepted: Accepted) -> Iterator[Event]:
+        if self._accepted is None:
+            self._accepted = accepted
+            yield accepted
+        elif not self._joinable and not accepted.joined:
+            self._crashes = 0
+            yield self._restarted()
+        self._joinable = True
+
+    def _restarted(self) -> Restarted:
+        self._started = False
+        return Restarted(times=self._crashes + self._losses)
+
+    def _decode_image(self, chunk: generation_pb2.ImageChunk) -> Iterator[Event]:
+        whole = self._assembly.add(chunk)
+        if whole is None:
+            return
+        index, image = whole[0] + self._first, whole[1]
+        if index not in self._images:
+            self._images[index] = image
+            yield ImageReady(image_index=index, image=image)
+
+    def _decode_finished(self, finished: generation_pb2.Finished) -> Finished:
+        expected = len(self._accepted.seeds) if self._accepted is not None else len(self._images)
+        if self._assembly.busy or sorted(self._images) != list(range(expected)):
+            raise unreadable(
+                f"{len(self._images)} whole images where {expected} were announced",
+                self.request_id,
+            )
+        self.result = GenerationResult(
+            request_id=self.request_id,
+            images=tuple(self._images[index] for index in range(expected)),
+            timings=decode_timings(finished.timings),
+            model=finished.model,
+            model_revision=finished.model_revision,
+        )
+        self.ended = self._settled = True
+        return Finished(reason=decode_reason(finished), result=self.result)
+
+
+def watching(request_id: str, timeout: float | None) -> NextCall:
+    """Join a job."""
+    message = generation_pb2.WatchGenerationRequest(request_id=request_id)
+    return NextCall(lambda stubs: stubs.generation.WatchGeneration, message, timeout)
+
+
+def beginning(
+    message: generation_pb2.GenerateStreamRequest, timeout: float | None, *, anywhere: bool
+) -> NextCall:
+    """Ask for a job, of servers that take some; ``anywhere``: of any other too."""
+    if anywhere:
+        return NextCall(lambda stubs: stubs.generation.GenerateStream, message, timeout)
+    return NextCall(lambda stubs: stubs.beginning.GenerateStream, message, timeout)

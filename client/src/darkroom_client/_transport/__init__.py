@@ -1,0 +1,1 @@
+"""The I/O of both clients: channels, calls and their cancellation."""

@@ -1,0 +1,95 @@
+"""One finished image."""
+
+import io
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from darkroom_client._errors import ImageWithheld
+from darkroom_client._files import write_atomically
+from darkroom_client._types.enums import ImageFormat
+from darkroom_client._types.replay import ReplayRecord
+
+if TYPE_CHECKING:
+    import numpy
+    import PIL.Image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """One finished image: encoded pixels, and all that is needed to draw it again.
+
+    ``data`` holds the pixels in ``format``; it is empty where the safety checker ``flagged`` the
+    image. ``width`` and ``height`` are pixels. ``seed`` draws this image again, alone.
+    ``prompt_truncated``: the prompt was longer than the model reads, and its end was ignored.
+    """
+
+    data: bytes = field(repr=False)
+    format: ImageFormat
+    width: int
+    height: int
+    seed: int
+    prompt_truncated: bool
+    flagged: bool
+    replay: ReplayRecord = field(repr=False)
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write the image to ``path`` as it came, in one atomic move, and return the path.
+
+        Raises ``ValueError`` where the ending of ``path`` belongs to another format,
+        ``FileExistsError`` where ``path`` exists and ``overwrite`` is false, and
+        ``ImageWithheld`` where there are no pixels to write.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in self.format.suffixes:
+            wanted = self.format.suffixes[0]
+            raise ValueError(
+                f"{path} does not go with an image in {self.format.value}: name it "
+                f"{path.with_suffix(wanted).name}, or ask the server for another format"
+            )
+        write_atomically(path, self._pixels(), overwrite=overwrite)
+        return path
+
+    def to_pil(self) -> "PIL.Image.Image":
+        """The image as an RGB ``PIL.Image.Image``; needs the extra ``pil``."""
+        data = self._pixels()
+        try:
+            import PIL.Image
+        except ImportError as error:
+            raise _missing("Image.to_pil", "Pillow", "pil") from error
+        if self.format is ImageFormat.RAW_RGB:
+            return PIL.Image.frombytes("RGB", (self.width, self.height), data)
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+
+    def to_numpy(self) -> "numpy.ndarray":
+        """The pixels as a ``uint8`` array of shape [height, width, 3]; needs the extra ``numpy``.
+
+        The array is the caller's own and may be written to.
+        """
+        data = self._pixels()
+        try:
+            import numpy
+        except ImportError as error:
+            raise _missing("Image.to_numpy", "numpy", "numpy") from error
+        if self.format is ImageFormat.RAW_RGB:
+            flat = numpy.frombuffer(data, dtype=numpy.uint8)
+            return flat.reshape(self.height, self.width, 3).copy()
+        return numpy.array(self.to_pil(), dtype=numpy.uint8)
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows: the image itself where it is a PNG."""
+        return self.data if self.format is ImageFormat.PNG and self.data else None
+
+    def _pixels(self) -> bytes:
+        if not self.data:
+            raise ImageWithheld(
+                f"the safety checker withheld the image of seed {self.seed}: it has no pixels",
+                code="OK",
+            )
+        return self.data
+
+
+def _missing(what: str, library: str, extra: str) -> ImportError:
+    return ImportError(f"{what} needs {library}: pip install 'darkroom-client[{extra}]'")

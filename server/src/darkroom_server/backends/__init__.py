@@ -1,0 +1,1 @@
+"""Implementations of the core.engine.Engine protocol: process, thread, fake."""

@@ -1,0 +1,84 @@
+"""The engine on a thread of this process: for debugging and tests."""
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import structlog
+
+from darkroom_server.core.engine_config import EngineConfig
+from darkroom_server.core.errors import StartupError
+from darkroom_server.core.events import EngineDied, Event
+from darkroom_server.core.job import Job
+
+if TYPE_CHECKING:
+    from darkroom_server.engine.loop import EngineLoop
+
+log = structlog.get_logger(__name__)
+
+
+class ThreadEngine:
+    """Runs the loop on one thread, which is the only one that calls torch.
+
+    A second calling thread would slow every call on a CPU: OpenMP keeps a pool for each.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._loop: EngineLoop | None = None
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._emit: Callable[[Event], None] = lambda _: None
+
+    def start(self, emit: Callable[[Event], None]) -> None:
+        """Begin to load; ``EngineReady`` or ``EngineDied`` follows."""
+        self._emit = emit
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Take a job. Legal once ``EngineReady`` was told."""
+        if self._loop is None:
+            raise RuntimeError("the engine is not ready")
+        self._loop.submit(job)
+
+    def cancel(self, job_id: str) -> None:
+        """Drop a job at the next step boundary."""
+        if self._loop is not None:
+            self._loop.cancel(job_id)
+
+    def extend(self, job_id: str, deadline: float | None) -> None:
+        """Give a job until ``deadline`` instead."""
+        if self._loop is not None:
+            self._loop.extend(job_id, deadline)
+
+    def close(self) -> None:
+        """Stop after the current pass, and wait until it has; a load in progress ends first."""
+        self._closed.set()
+        if self._loop is not None:
+            self._loop.close()
+        if self._thread is not None and self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        # Imported here, so that the process is up before torch is.
+        from darkroom_server.engine.loading.startup import start_loop
+
+        try:
+            loop, ready = start_loop(self._config, self._emit)
+        except StartupError as error:
+            self._emit(EngineDied(str(error), fatal=True))
+            return
+        except Exception:
+            log.exception("engine failed to start")
+            self._emit(EngineDied("the engine failed to start; the log above says why"))
+            return
+        self._loop = loop
+        if self._closed.is_set():
+            return
+        self._emit(ready)
+        try:
+            loop.run()
+        except Exception:
+            log.exception("engine died")
+            self._emit(EngineDied("the engine died; the log above says why"))

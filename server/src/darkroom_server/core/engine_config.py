@@ -1,0 +1,87 @@
+"""What the engine is told at start: plain data that crosses process boundaries."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Self
+
+from darkroom_server.core.model import ModelInfo
+
+
+class Preset(StrEnum):
+    """A starting point for the knobs of ``EngineConfig``; AUTO is FRUGAL on CUDA, else FAST."""
+
+    AUTO = "auto"
+    FRUGAL = "frugal"
+    FAST = "fast"
+    TINY = "tiny"
+
+
+class Dtype(StrEnum):
+    """The weights' type; AUTO leaves it to the preset and the device."""
+
+    AUTO = "auto"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class Attention(StrEnum):
+    """SLICED is diffusers' ``enable_attention_slicing``, SDPA torch's fused attention."""
+
+    SLICED = "sliced"
+    SDPA = "sdpa"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where a model comes from: a folder, a single file or a hub id, under the name ``id``.
+
+    ``config`` is a pipeline folder that tells how to read a single file. ``token`` is for the hub.
+    """
+
+    id: str
+    location: str
+    revision: str | None = None
+    variant: str | None = None
+    config: str | None = None
+    token: str | None = None
+
+    def __repr__(self) -> str:
+        """All but the token, which belongs in no log."""
+        return (
+            f"ModelSource(id={self.id!r}, location={self.location!r}, revision={self.revision!r})"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How the engine runs its models; None means what the preset says.
+
+    ``device``: "auto", "cpu", "cuda" or "cuda:N". ``slice_size``: "auto", "max" or a number.
+    ``threads``: for torch on a CPU, None for what the cgroup allows. ``max_rows``: a cap on the
+    rows of a pass. ``previous_measurements``: what an earlier engine of this server
+    measured, so that a restarted one generates the same bytes and is ready sooner.
+    """
+
+    models: tuple[ModelSource, ...]
+    device: str = "auto"
+    dtype: Dtype = Dtype.AUTO
+    preset: Preset = Preset.AUTO
+    attention: Attention | None = None
+    slice_size: str | None = None
+    autocast: bool | None = None
+    vae_tiling: bool | None = None
+    channels_last: bool | None = None
+    threads: int | None = None
+    max_rows: int | None = None
+    safety_checker: bool = False
+    previous_measurements: tuple[ModelInfo, ...] = ()
+
+    def with_measurements(self, models: tuple[ModelInfo, ...]) -> Self:
+        """For an engine that follows one that ran ``models``.
+
+        It runs where that one did or not at all: "auto" would make a lost GPU a CPU engine, with
+        what was measured on the GPU.
+        """
+        device = models[0].runtime.device if models else self.device
+        return replace(self, device=device, previous_measurements=models)

@@ -1,0 +1,1 @@
+"""Which jobs and calls are accepted: availability, limits, quotas, deadlines."""

@@ -1,0 +1,1 @@
+"""How long jobs take: batch times, remaining work, simulation, calibration."""

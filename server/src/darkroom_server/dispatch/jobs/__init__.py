@@ -1,0 +1,1 @@
+"""One accepted job: its state, its subscriptions, its events and its outcome."""

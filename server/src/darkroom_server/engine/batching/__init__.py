@@ -1,0 +1,1 @@
+"""Which samples share a batch, and the forward pass that serves it."""

@@ -1,0 +1,109 @@
+"""Pixels to the caller's format, on threads beside the loop's."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from darkroom_server.core.events import EncodedImage, JobFailed, PreviewReady
+from darkroom_server.engine.batching.resident_job import ResidentJob
+from darkroom_server.engine.failures import ENCODE_FAILED
+from darkroom_server.engine.families.stable_diffusion import LoadedModel
+from darkroom_server.engine.output.formats import (
+    encode_image,
+    encode_preview,
+    preview_size,
+    sha256_of,
+)
+from darkroom_server.engine.output.replay import replay_of
+from darkroom_server.engine.sample import Sample
+
+log = structlog.get_logger(__name__)
+
+THREADS = 2
+
+
+class EncodePool:
+    """Encodes finished images and delivers them; Pillow lets go of the lock while it compresses.
+
+    ``abandon`` is called with the id of a job whose image could not be encoded.
+    """
+
+    def __init__(self, abandon: Callable[[str], None]) -> None:
+        self._abandon = abandon
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="encode-image")
+
+    def submit(
+        self,
+        resident: ResidentJob,
+        sample: Sample,
+        model: LoadedModel,
+        pixels: NDArray[np.uint8],
+        *,
+        flagged: bool,
+    ) -> None:
+        """Encode ``pixels`` soon, and give the image to its job; a flagged one is withheld."""
+        self._pool.submit(self._encode, resident, sample, model, pixels, flagged)
+
+    def submit_preview(
+        self, resident: ResidentJob, sample: Sample, pixels: NDArray[np.uint8]
+    ) -> None:
+        """Encode a preview soon, and give it to its job."""
+        sample.previewing = True
+        self._pool.submit(self._encode_preview, resident, sample, sample.step, pixels)
+
+    def close(self) -> None:
+        """Finish what is being encoded, drop what waits."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _encode_preview(
+        self, resident: ResidentJob, sample: Sample, step: int, pixels: NDArray[np.uint8]
+    ) -> None:
+        job = sample.job
+        try:
+            size = preview_size(job.width, job.height)
+            data = encode_preview(pixels, size, job.preview_format)
+        except Exception:
+            log.exception("preview could not be encoded", **job.log_fields)
+            return
+        finally:
+            sample.previewing = False
+        resident.preview(
+            PreviewReady(
+                job_id=job.id,
+                image_index=sample.index,
+                step=step,
+                data=data,
+                format=job.preview_format,
+                width=size[0],
+                height=size[1],
+            )
+        )
+
+    def _encode(
+        self,
+        resident: ResidentJob,
+        sample: Sample,
+        model: LoadedModel,
+        pixels: NDArray[np.uint8],
+        flagged: bool,
+    ) -> None:
+        job = sample.job
+        try:
+            image = EncodedImage(
+                data=b"" if flagged else encode_image(pixels, job.format, job.quality),
+                format=job.format,
+                width=job.width,
+                height=job.height,
+                seed=sample.seed,
+                prompt_truncated=sample.prompt_truncated,
+                flagged=flagged,
+                replay=replay_of(sample, model, "" if flagged else sha256_of(pixels)),
+            )
+            resident.deliver(sample.index, image)
+        except Exception:
+            log.exception("image could not be encoded", **job.log_fields)
+            resident.end(JobFailed(job.id, ENCODE_FAILED))
+            self._abandon(job.id)

@@ -1,0 +1,82 @@
+"""Latents to pixels, one image at a time."""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from darkroom_server.core.errors import Failure
+from darkroom_server.core.events import Counted
+from darkroom_server.engine.counters import Counts
+from darkroom_server.engine.failures import (
+    DECODE_FAILED,
+    NON_FINITE,
+    OUT_OF_MEMORY,
+    is_fatal,
+    is_out_of_memory,
+)
+
+log = structlog.get_logger(__name__)
+
+
+class Decoder:
+    """Decodes with a pipeline's VAE; values that are not finite are tried again in float32."""
+
+    def __init__(self, vae: Any, precision: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.counts = Counts()
+        self._vae = vae
+        self._precision = precision
+
+    @property
+    def tile_pixels(self) -> int | None:
+        """The pixels of a tile, None where images are decoded whole."""
+        if not getattr(self._vae, "use_tiling", False):
+            return None
+        return int(self._vae.tile_sample_min_size) ** 2
+
+    def decode(self, latents: torch.Tensor) -> NDArray[np.uint8] | Failure:
+        """The pixels of ``latents`` [1, channels, h, w]: [height, width, 3], 0 to 255.
+
+        Raises what means that the device is lost.
+        """
+        try:
+            image = self._decode(latents)
+            if not torch.isfinite(image).all():
+                log.warning("decode was not finite, trying float32")
+                image = self._decode_float32(latents)
+                if not torch.isfinite(image).all():
+                    self.counts[Counted.NON_FINITE_FAILED] += 1
+                    return NON_FINITE
+                self.counts[Counted.NON_FINITE_RECOVERED] += 1
+            # As diffusers' VaeImageProcessor does it, so that not one value differs.
+            unit = (image * 0.5 + 0.5).clamp(0, 1)
+            pixels = unit[0].permute(1, 2, 0).float().cpu().numpy()
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            if is_out_of_memory(error):
+                log.warning("decode ran out of memory", why=str(error))
+                self.counts[Counted.OUT_OF_MEMORY_FAILED] += 1
+                return OUT_OF_MEMORY
+            log.exception("decode failed")
+            return DECODE_FAILED
+        return (pixels * 255).round().astype(np.uint8)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        with self._precision():
+            scaled = (latents / self._vae.config.scaling_factor).to(self._vae.dtype)
+            return self._vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def _decode_float32(self, latents: torch.Tensor) -> torch.Tensor:
+        # A copy: without the memory for it, the weights of all others would be left half converted.
+        # The encoder is a third of them, and not needed.
+        parts = {id(self._vae.encoder): torch.nn.Identity()}
+        vae = copy.deepcopy(self._vae, parts).to(dtype=torch.float32)
+        with torch.autocast(latents.device.type, enabled=False):
+            scaled = latents.float() / vae.config.scaling_factor
+            return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]

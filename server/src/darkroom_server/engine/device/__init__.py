@@ -1,0 +1,1 @@
+"""What the machine has and does: memory, cgroup limits, GPU sensors, timers."""

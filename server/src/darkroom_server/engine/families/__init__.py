@@ -1,0 +1,1 @@
+"""Kinds of models: one file for each family, and the registry."""

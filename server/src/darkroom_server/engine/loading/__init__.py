@@ -1,0 +1,1 @@
+"""From a model's id or folder to a model in memory."""

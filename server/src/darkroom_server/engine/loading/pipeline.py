@@ -1,0 +1,224 @@
+"""From a folder, a single file or a hub id to a diffusers pipeline in memory."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import huggingface_hub
+import structlog
+import torch
+import transformers
+
+from darkroom_server.core.engine_config import ModelSource
+from darkroom_server.core.errors import StartupError
+from darkroom_server.engine.failures import is_out_of_memory
+from darkroom_server.engine.loading.folder import (
+    INDEX,
+    check_tokenizer,
+    check_weights,
+    read_index,
+    variant_of,
+)
+
+log = structlog.get_logger(__name__)
+
+# What matters of loading is said by this module; bars and advice meant for notebooks are not.
+diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+PARTS = ("unet", "vae", "text_encoder")
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bool) -> Any:
+    """The ``StableDiffusionPipeline`` of ``source``, on the CPU, with weights of ``dtype``.
+
+    Safetensors only, never remote code. Raises ``StartupError``.
+    """
+    path = Path(source.location).expanduser()
+    try:
+        if path.is_file():
+            return _load_single_file(source, path, dtype)
+        folder = path if path.is_dir() else _download(source, safety_checker)
+        return _load_folder(source, folder, dtype, safety_checker)
+    except StartupError:
+        raise
+    except Exception as error:
+        # diffusers, transformers, safetensors and the hub raise whatever they like.
+        raise _failed(source, "the model", error) from error
+
+
+def weights_of(pipeline: Any) -> dict[str, int]:
+    """The bytes of each part's weights and buffers, as they lie in memory."""
+    parts = {name: getattr(pipeline, name, None) for name in (*PARTS, "safety_checker")}
+    return {
+        name: sum(t.numel() * t.element_size() for t in (*part.parameters(), *part.buffers()))
+        for name, part in parts.items()
+        if part is not None
+    }
+
+
+def _load_folder(
+    source: ModelSource, folder: Path, dtype: torch.dtype, safety_checker: bool
+) -> Any:
+    name = source.location
+    index = read_index(folder, name)
+    check_tokenizer(folder, name)
+    wanted = [*PARTS]
+    left_out = dict.fromkeys(OPTIONAL)
+    if safety_checker:
+        left_out.pop("feature_extractor")
+        if index.get("safety_checker", [None])[0]:
+            wanted.append("safety_checker")
+    for part in wanted:
+        check_weights(folder, part, name)
+    if source.variant and not any(variant_of(folder, part, source.variant) for part in wanted):
+        raise StartupError(
+            f"model {name!r} has no weights of variant {source.variant!r}: leave --variant out"
+        )
+    parts = {part: _load_part(source, folder, part, index, dtype) for part in wanted}
+    return diffusers.StableDiffusionPipeline.from_pretrained(
+        str(folder),
+        local_files_only=True,
+        requires_safety_checker=False,
+        **{**left_out, **parts},
+    )
+
+
+def _load_part(
+    source: ModelSource, folder: Path, part: str, index: dict[str, Any], dtype: torch.dtype
+) -> Any:
+    """One part of a pipeline, every weight of it from its files."""
+    libraries = {
+        "diffusers": diffusers,
+        "transformers": transformers,
+        "stable_diffusion": diffusers.pipelines.stable_diffusion,
+    }
+    library, kind = index.get(part) or (None, None)
+    made_by = getattr(libraries.get(str(library)), str(kind), None)
+    if made_by is None:
+        raise StartupError(
+            f"model {source.location!r}: its {part} is a {library}.{kind}, which is not supported"
+        )
+    try:
+        model, report = made_by.from_pretrained(
+            str(folder),
+            subfolder=part,
+            dtype=dtype,
+            variant=variant_of(folder, part, source.variant),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _failed(source, f"its {part}", error) from error
+    # The libraries make weights up where there are none, and think a warning is enough.
+    if missing := sorted(report["missing_keys"]):
+        raise StartupError(
+            f"model {source.location!r}: its {part} lacks {len(missing)} weights, such as "
+            f"{missing[0]}; copy or download it again"
+        )
+    return model
+
+
+def _download(source: ModelSource, safety_checker: bool) -> Path:
+    """The folder in the hub's cache, with what was missing there."""
+    name = source.location
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise StartupError(
+            f"model folder {name!r} does not exist: give a pipeline's folder, a .safetensors file "
+            "or a hub id"
+        )
+    unwanted = [part for part in OPTIONAL if not safety_checker or part == "image_encoder"]
+    try:
+        return _snapshot(source, unwanted, local_files_only=False)
+    except StartupError:
+        raise
+    except Exception as error:
+        log.debug("hub failed", exc_info=True)
+        # What was downloaded before outlives the hub, the network and the token.
+        with suppress(Exception):  # Whatever is wrong with the cache, the hub's own error is told.
+            folder = _snapshot(source, unwanted, local_files_only=True)
+            for part in PARTS:
+                check_weights(folder, part, name)
+            log.warning("the hub's cache is used", model=name, hub=_one_line(error))
+            return folder
+        raise StartupError(
+            f"model {name!r} is not here, and the hub does not give it ({_one_line(error)}); check "
+            "its name, HF_TOKEN and the network, or give a folder"
+        ) from error
+
+
+def _snapshot(source: ModelSource, unwanted: Iterable[str], *, local_files_only: bool) -> Path:
+    """The folder in the hub's cache; the hub is asked unless ``local_files_only``."""
+    common: dict[str, Any] = {
+        "revision": source.revision,
+        "token": source.token,
+        "local_files_only": local_files_only,
+    }
+    index = huggingface_hub.hf_hub_download(source.location, INDEX, **common)
+    read_index(Path(index).parent, source.location)
+    folder = diffusers.StableDiffusionPipeline.download(
+        source.location,
+        variant=source.variant,
+        use_safetensors=True,
+        **common,
+        **dict.fromkeys(unwanted),
+    )
+    return Path(folder)
+
+
+def _load_single_file(source: ModelSource, path: Path, dtype: torch.dtype) -> Any:
+    if path.suffix != ".safetensors":
+        raise StartupError(
+            f"model file {source.location!r} is not a .safetensors file: convert it to one, or "
+            "give a pipeline's folder"
+        )
+    config = None
+    if source.config is not None:
+        folder = Path(source.config).expanduser()
+        if not folder.is_dir():
+            raise StartupError(f"--model-config {source.config}: no such folder")
+        read_index(folder, source.config)
+        check_tokenizer(folder, source.config)
+        config = str(folder)
+    try:
+        pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+            str(path),
+            config=config,
+            dtype=dtype,
+            token=source.token,
+            local_files_only=config is not None,
+        )
+    except Exception as error:
+        advice = "check the file" if config else "give --model-config FOLDER, or check the file"
+        raise _failed(source, "the model", error, advice) from error
+    for part in PARTS:
+        weights = getattr(pipeline, part).state_dict()
+        missing = [key for key, weight in weights.items() if weight.is_meta]
+        if missing:
+            raise StartupError(
+                f"model {source.location!r}: its {part} lacks {len(missing)} weights, such as "
+                f"{missing[0]}; check the file, and that --model-config is of its architecture"
+            )
+    return pipeline
+
+
+def _failed(
+    source: ModelSource, what: str, error: Exception, advice: str = "copy or download it again"
+) -> StartupError:
+    if is_out_of_memory(error):
+        raise error  # For the caller, who knows the device.
+    log.debug("model failed to load", exc_info=True)
+    return StartupError(
+        f"model {source.location!r}: {what} cannot be loaded ({_one_line(error)}); {advice}"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")

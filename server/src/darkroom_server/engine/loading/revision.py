@@ -1,0 +1,36 @@
+"""Which weights a model has: what tells two that go by the same name apart."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from darkroom_server.core.engine_config import ModelSource
+from darkroom_server.engine.loading.folder import INDEX
+
+UNKNOWN = "unknown"
+
+
+def revision_of(source: ModelSource, pipeline: Any) -> str:
+    """The hub's commit, or a fingerprint of the files where the model is local."""
+    path = Path(source.location).expanduser()
+    if path.is_file():
+        return _fingerprint([path], path.parent)
+    if path.is_dir():
+        # Other files at the top, such as the same weights in one file, are not what was loaded.
+        files = [f for f in path.glob("*/*") if f.suffix in (".json", ".txt", ".safetensors")]
+        return _fingerprint([path / INDEX, *files], path)
+    # What came from the hub lies in its cache, under snapshots/COMMIT.
+    folder = Path(str(pipeline.unet.config.get("_name_or_path", "")))
+    if folder.parent.name == "snapshots":
+        return folder.name
+    return source.revision or UNKNOWN
+
+
+def _fingerprint(files: Iterable[Path], root: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(str(file.relative_to(root)).encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:16]}"

@@ -1,0 +1,1 @@
+"""Pixels to bytes, and the record that reproduces an image."""

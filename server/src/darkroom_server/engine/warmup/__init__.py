@@ -1,0 +1,1 @@
+"""How to run a model on this machine: presets, placement, measurements."""

@@ -1,0 +1,1 @@
+"""Messages between the serving process and the engine process."""

@@ -1,0 +1,136 @@
+"""From a job's events to those of a stream."""
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+
+from darkroom.v1 import generation_pb2
+from darkroom_server.core.events import PreviewReady, SampleProgress
+from darkroom_server.dispatch import (
+    ActiveJob,
+    ImageDone,
+    JobEvent,
+    Queued,
+    Restarted,
+    Started,
+    Subscription,
+)
+from darkroom_server.rpc.enums import FORMAT_TO_WIRE
+from darkroom_server.rpc.responses import duration_message, image_message, timings_message
+
+CHUNK_BYTES = 512 * 1024
+"""Of an image in one message, far below any client's limit."""
+
+Event = generation_pb2.GenerationEvent
+
+
+async def story(
+    request_id: str, waiter: Subscription, arrived: float, *, joined: bool, previews: bool
+) -> AsyncGenerator[Event]:
+    """All that happens to a job, for a waiter that came at ``arrived``.
+
+    Raises what the job ends with, where it was not finished. Neither an image nor the job is held
+    here while the reader takes its time: each piece is fetched when it is wanted.
+    """
+    yield Event(accepted=accepted_message(request_id, waiter.accepted, joined=joined))
+    async for event in waiter:
+        match event:
+            case ImageDone(index):
+                for chunk in image_chunks(waiter, index):
+                    yield chunk
+            case PreviewReady() if not previews:
+                pass
+            case _:
+                yield event_message(event)
+    yield await finished_event(waiter.accepted, arrived)
+
+
+def accepted_message(
+    request_id: str, accepted: ActiveJob, *, joined: bool
+) -> generation_pb2.Accepted:
+    """What the server will draw, and when."""
+    job = accepted.job
+    message = generation_pb2.Accepted(
+        request_id=request_id,
+        seeds=[job.seed_of(index) for index in range(job.image_count)],
+        queue_position=accepted.position or 0,
+        model=accepted.model.id,
+        model_revision=accepted.model.revision,
+        joined=joined,
+    )
+    if (estimate := accepted.estimate) is not None:
+        now = time.monotonic()
+        message.estimated_start.CopyFrom(duration_message(max(0.0, estimate.start_at - now)))
+        message.estimated_finish.CopyFrom(duration_message(max(0.0, estimate.finish_at - now)))
+    return message
+
+
+def event_message(event: JobEvent) -> Event:
+    """``event`` on the wire; images have ``image_chunks``."""
+    match event:
+        case Queued(position):
+            return Event(queued=generation_pb2.Queued(position=position))
+        case Started():
+            return Event(started=generation_pb2.Started())
+        case Restarted(crashes):
+            return Event(restarted=generation_pb2.Restarted(crashes=crashes))
+        case SampleProgress():
+            return Event(
+                progress=generation_pb2.Progress(
+                    image_index=event.image_index,
+                    step=event.step,
+                    steps=event.steps,
+                    rows=event.rows,
+                    step_time=duration_message(event.seconds),
+                )
+            )
+        case PreviewReady():
+            return Event(
+                preview=generation_pb2.Preview(
+                    image_index=event.image_index,
+                    step=event.step,
+                    data=event.data,
+                    format=FORMAT_TO_WIRE[event.format],
+                    width=event.width,
+                    height=event.height,
+                )
+            )
+    raise TypeError(f"no message for {event}")
+
+
+def image_chunks(waiter: Subscription, index: int) -> Iterator[Event]:
+    """Image ``index`` in pieces; a withheld one is a single piece without data."""
+    size = len(waiter.image(index).data)
+    for offset in range(0, max(size, 1), CHUNK_BYTES):
+        yield Event(image=_image_chunk(waiter.accepted, index, offset))
+
+
+def _image_chunk(accepted: ActiveJob, index: int, offset: int) -> generation_pb2.ImageChunk:
+    image = accepted.images[index]
+    chunk = generation_pb2.ImageChunk(
+        image_index=index,
+        size=len(image.data),
+        offset=offset,
+        data=image.data[offset : offset + CHUNK_BYTES],
+    )
+    if offset == 0:
+        chunk.image.CopyFrom(image_message(accepted.job, accepted.model, image, data=b""))
+    return chunk
+
+
+async def finished_event(accepted: ActiveJob, arrived: float) -> Event:
+    """The last event, for a call that arrived at ``arrived`` (``time.monotonic`` seconds).
+
+    Raises what the job ended with, where it was not finished.
+    """
+    finished = await accepted.result()
+    withheld = any(image.flagged for image in finished.images)
+    return Event(
+        finished=generation_pb2.Finished(
+            reason=generation_pb2.FINISH_REASON_WITHHELD
+            if withheld
+            else generation_pb2.FINISH_REASON_COMPLETED,
+            timings=timings_message(finished.stages, time.monotonic() - arrived),
+            model=accepted.model.id,
+            model_revision=accepted.model.revision,
+        )
+    )

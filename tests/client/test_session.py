@@ -1,0 +1,343 @@
+"""What one generation's messages mean: no wire, message by message."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from darkroom.v1 import generation_pb2, types_pb2
+from darkroom_client import (
+    DarkroomError,
+    DeadlineExceeded,
+    Event,
+    Finished,
+    ImageReady,
+    Overloaded,
+    Progress,
+    Restarted,
+    Retry,
+    ServerError,
+    Unavailable,
+    UnknownRequest,
+)
+from darkroom_client._protocol.session import MAX_BACKENDS_PROBED, GenerationSession
+
+LOST = Unavailable("lost", code="UNAVAILABLE")
+GONE = UnknownRequest("unknown", code="NOT_FOUND", reason="UNKNOWN_REQUEST")
+
+
+def following(count: int = 1, timeout: float | None = 60.0, **retry: Any) -> GenerationSession:
+    request = generation_pb2.GenerateRequest(
+        prompt="a star", seed=2**63 - 2, image_count=count, request_id="r-1"
+    )
+    return GenerationSession(
+        "r-1", address="a:1", timeout=timeout, metadata=(), retry=Retry(**retry), request=request
+    )
+
+
+def event(**fields: Any) -> generation_pb2.GenerationEvent:
+    return generation_pb2.GenerationEvent(**fields)
+
+
+def accepted(count: int = 1, joined: bool = False) -> generation_pb2.GenerationEvent:
+    message = generation_pb2.Accepted(request_id="r-1", seeds=range(count), joined=joined)
+    return event(accepted=message)
+
+
+def chunk(index: int, data: bytes, *, size: int, offset: int = 0) -> Any:
+    head = generation_pb2.Image(format=types_pb2.IMAGE_FORMAT_PNG, width=8, height=8)
+    message = generation_pb2.ImageChunk(image_index=index, size=size, offset=offset, data=data)
+    if offset == 0:
+        message.image.CopyFrom(head)
+    return event(image=message)
+
+
+FINISHED = event(finished=generation_pb2.Finished(reason=generation_pb2.FINISH_REASON_COMPLETED))
+
+
+def fed(follow: GenerationSession, *events: generation_pb2.GenerationEvent) -> list[Event]:
+    return [told for message in events for told in follow.feed(message)]
+
+
+def forgotten(follow: GenerationSession) -> None:
+    """No server knows the job, wherever it is looked for."""
+    for _ in range(MAX_BACKENDS_PROBED):
+        assert isinstance(follow.next_call().message, generation_pb2.WatchGenerationRequest)
+        assert follow.on_call_ended(GONE) < 0.1
+
+
+def test_a_job_is_looked_for_on_every_server() -> None:
+    follow = following()
+    follow.next_call()
+    fed(follow, accepted())
+    follow.on_call_ended(LOST)
+    for _ in range(MAX_BACKENDS_PROBED - 1):
+        follow.next_call()
+        follow.on_call_ended(GONE)
+
+    assert fed(follow, accepted(joined=True)) == []
+    forgotten(follow)
+    assert isinstance(follow.next_call().message, generation_pb2.GenerateStreamRequest)
+
+
+def test_pieces_make_an_image() -> None:
+    follow = following()
+    follow.next_call()
+
+    told = fed(follow, accepted(), chunk(0, b"ab", size=3), chunk(0, b"c", size=3, offset=2))
+
+    assert isinstance(told[-1], ImageReady)
+    assert told[-1].image.data == b"abc"
+    assert isinstance(fed(follow, FINISHED)[0], Finished)
+    assert follow.ended
+
+
+def wrong_pieces() -> Iterator[list[generation_pb2.GenerationEvent]]:
+    first = chunk(0, b"ab", size=4)
+    yield [chunk(0, b"cd", size=4, offset=2)]
+    yield [first, chunk(0, b"d", size=4, offset=3)]
+    yield [first, first]
+    yield [first, chunk(1, b"cd", size=4, offset=2)]
+    yield [first, chunk(0, b"cde", size=4, offset=2)]
+    yield [first, chunk(0, b"", size=4, offset=2)]
+    yield [first, FINISHED]
+    yield [FINISHED]
+    yield [chunk(1, b"ab", size=2), FINISHED]
+    yield [chunk(0, b"ab", size=1)]
+
+
+@pytest.mark.parametrize("events", list(wrong_pieces()))
+def test_pieces_that_do_not_fit_are_an_error(events: list[Any]) -> None:
+    follow = following()
+    follow.next_call()
+    fed(follow, accepted())
+
+    with pytest.raises(ServerError) as caught:
+        fed(follow, *events)
+
+    assert caught.value.reason == "UNREADABLE_REPLY"
+    # The server may still be drawing for a caller that cannot read it.
+    assert follow.needs_cancel
+    assert follow.ended
+
+
+def test_pieces_begin_anew_with_a_new_connection() -> None:
+    follow = following()
+    follow.next_call()
+    fed(follow, accepted(), chunk(0, b"ab", size=3))
+    follow.on_call_ended(LOST)
+
+    message = follow.next_call().message
+    assert message == generation_pb2.WatchGenerationRequest(request_id="r-1")
+    told = fed(follow, accepted(joined=True), chunk(0, b"abc", size=3), FINISHED)
+
+    assert [type(item) for item in told] == [ImageReady, Finished]
+
+
+def test_images_that_have_arrived_are_neither_told_nor_asked_for_twice() -> None:
+    follow = following(count=4)
+    follow.next_call()
+    images = [chunk(index, b"ab", size=2) for index in range(4)]
+    fed(follow, accepted(4), images[0])
+    follow.on_call_ended(LOST)
+    assert isinstance(follow.next_call().message, generation_pb2.WatchGenerationRequest)
+    told = fed(follow, accepted(4, joined=True), images[0], images[1])
+    assert [item.image_index for item in told if isinstance(item, ImageReady)] == [1]
+
+    follow.on_call_ended(LOST)
+    follow.next_call()
+    forgotten(follow)
+    message: Any = follow.next_call().message
+    rest = message.generation
+    # Image 2 of the seed 2^63 - 2 is drawn from the seed 0.
+    assert (rest.seed, rest.image_count, rest.request_id) == (0, 2, "r-1")
+    told = fed(follow, accepted(2), event(progress=generation_pb2.Progress(image_index=1)))
+    assert told[0] == Restarted(times=1)
+    assert isinstance(told[1], Progress)
+    assert told[1].image_index == 3
+    told = fed(follow, images[0], images[1], FINISHED)
+
+    assert [item.image_index for item in told if isinstance(item, ImageReady)] == [2, 3]
+    assert follow.result is not None
+    assert len(follow.result.images) == 4
+
+
+def test_before_acceptance_there_are_so_many_attempts() -> None:
+    follow = following(attempts=3)
+
+    for _ in range(2):
+        assert isinstance(follow.next_call().message, generation_pb2.GenerateStreamRequest)
+        assert follow.on_call_ended(LOST) > 0
+    follow.next_call()
+    with pytest.raises(Unavailable):
+        follow.on_call_ended(LOST)
+
+    once = following(attempts=1)
+    once.next_call()
+    with pytest.raises(Unavailable):
+        once.on_call_ended(LOST)
+
+
+def test_waits_grow_and_begin_anew_with_news() -> None:
+    follow = following(initial_backoff=1.0, max_backoff=3.0)
+    follow.next_call()
+    fed(follow, accepted())
+
+    waits = [follow.on_call_ended(LOST) for _ in range(3)]
+    fed(follow, accepted(joined=True))
+    again = follow.on_call_ended(LOST)
+
+    assert 0.8 <= waits[0] <= 1.2
+    assert 1.6 <= waits[1] <= 2.4
+    assert 2.4 <= waits[2] <= 3.6
+    assert 0.8 <= again <= 1.2
+    assert (
+        follow.on_call_ended(Unavailable("loading", reason="MODEL_LOADING", retry_after=7.0)) == 7.0
+    )
+
+
+def test_no_wait_is_longer_than_the_time_left() -> None:
+    follow = following(timeout=1e-9, initial_backoff=5.0)
+    follow.next_call()
+    fed(follow, accepted())
+
+    assert follow.on_call_ended(LOST) == 0.0
+    with pytest.raises(DeadlineExceeded):
+        follow.next_call()
+
+
+LOADING = Unavailable("loading", code="UNAVAILABLE", reason="MODEL_LOADING", retry_after=2.0)
+CUT_SHORT = DeadlineExceeded("no answer", code="DEADLINE_EXCEEDED")
+
+
+def test_a_server_that_loads_is_asked_again_when_it_says() -> None:
+    follow = following(timeout=60.0)
+
+    for _ in range(4):
+        follow.next_call()
+        assert follow.on_call_ended(LOADING) == 2.0
+
+
+def test_a_job_that_no_server_took_in_time_ends_with_the_reason() -> None:
+    follow = following(timeout=1.0)
+    follow.next_call()
+
+    with pytest.raises(Unavailable) as caught:
+        follow.on_call_ended(LOADING)
+
+    assert caught.value is LOADING
+    assert follow.ended
+
+
+def test_a_try_that_is_cut_short_ends_with_the_reason_of_the_one_before() -> None:
+    follow = following(timeout=1.0, attempts=2, initial_backoff=0.01)
+    follow.next_call()
+    assert follow.on_call_ended(LOST) < 1.0
+    follow.next_call()
+
+    with pytest.raises(Unavailable) as caught:
+        follow.on_call_ended(CUT_SHORT)
+    assert caught.value is LOST
+
+    once = following(timeout=60.0)
+    once.next_call()
+    with pytest.raises(DeadlineExceeded):
+        once.on_call_ended(CUT_SHORT)
+
+
+def test_a_full_queue_is_waited_for_only_where_a_place_was_lost() -> None:
+    full = Overloaded("full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL", retry_after=2.0)
+    follow = following()
+    follow.next_call()
+    fed(follow, accepted())
+    follow.on_call_ended(LOST)
+    forgotten(follow)
+
+    assert follow.on_call_ended(full) == 2.0
+
+    fresh = following()
+    fresh.next_call()
+    with pytest.raises(Overloaded):
+        fresh.on_call_ended(full)
+
+
+@pytest.mark.parametrize("reason", ["", "ENGINE_FAILED"])
+def test_what_grpc_says_of_a_broken_stream_is_tried_again(reason: str) -> None:
+    follow = following(attempts=3)
+    follow.next_call()
+    fed(follow, accepted())
+    error: DarkroomError = ServerError("Stream removed", code="UNKNOWN", reason=reason)
+
+    if reason:
+        with pytest.raises(ServerError):
+            follow.on_call_ended(error)
+        assert not follow.needs_cancel
+        return
+    assert [follow.on_call_ended(error) > 0 for _ in range(2)] == [True, True]
+    with pytest.raises(ServerError):
+        follow.on_call_ended(error)
+    assert follow.needs_cancel
+
+
+def test_a_stream_that_ends_too_early_goes_on() -> None:
+    follow = following()
+    follow.next_call()
+    fed(follow, accepted())
+
+    assert follow.on_call_ended(None) > 0
+    assert isinstance(follow.next_call().message, generation_pb2.WatchGenerationRequest)
+
+
+def test_what_is_newer_than_the_client_is_left_out() -> None:
+    follow = following()
+    follow.next_call()
+    preview = generation_pb2.Preview(format=types_pb2.ImageFormat.ValueType(99))
+
+    assert fed(follow, event(), event(preview=preview)) == []
+
+
+class Stubs:
+    """Says which of the stubs a call goes to."""
+
+    beginning = SimpleNamespace(GenerateStream="checked")
+    generation = SimpleNamespace(GenerateStream="plain", WatchGeneration="watch")
+
+
+def way(follow: GenerationSession) -> str:
+    """Where the next call goes."""
+    stubs: Any = Stubs
+    return str(follow.next_call().method(stubs))
+
+
+def test_where_no_server_takes_jobs_any_is_asked_at_once_but_once() -> None:
+    follow = following(attempts=2)
+
+    assert way(follow) == "checked"
+    assert follow.on_call_ended(LOST, sent=False) == 0.0
+    assert way(follow) == "plain"
+    assert follow.on_call_ended(LOST, sent=False) > 0.0
+    assert way(follow) == "checked"
+    assert follow.on_call_ended(LOST, sent=False) == 0.0
+    assert way(follow) == "plain"
+    with pytest.raises(Unavailable):
+        follow.on_call_ended(LOST, sent=False)
+
+
+def test_a_lost_try_counts_and_the_next_goes_anywhere() -> None:
+    follow = following(attempts=2)
+
+    assert way(follow) == "checked"
+    assert follow.on_call_ended(LOST) > 0.0
+    assert way(follow) == "plain"
+    fed(follow, accepted())
+    follow.on_call_ended(LOST)
+    assert way(follow) == "watch"
+
+
+def test_a_server_that_gives_its_reason_was_the_right_one_to_ask() -> None:
+    follow = following()
+
+    assert way(follow) == "checked"
+    follow.on_call_ended(LOADING)
+    assert way(follow) == "checked"

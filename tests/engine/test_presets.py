@@ -1,0 +1,149 @@
+"""What the knobs mean: the presets' table of docs/models.md, and each knob alone."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, Preset
+from darkroom_server.core.errors import StartupError
+from darkroom_server.engine.device import cgroup
+from darkroom_server.engine.warmup.presets import Runtime, allowed_threads, resolve
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PRESETS = (Preset.FRUGAL, Preset.FAST, Preset.TINY)
+
+
+def runtime(**fields: Any) -> Runtime:
+    return resolve(EngineConfig(models=(), **fields))
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+def in_words(preset: Preset) -> dict[str, str]:
+    """A column of the page's table, made from what the code says."""
+    gpu, cpu = (runtime(preset=preset, device=device) for device in ("cuda", "cpu"))
+    formats: dict[tuple[bool | None, bool | None], str] = {
+        (False, False): "contiguous",
+        (True, None): "channels last (on a CPU: if faster)",
+    }
+    assert (gpu.attention, gpu.slice_size, gpu.autocast, gpu.vae_tiling) == (
+        (cpu.attention, cpu.slice_size, cpu.autocast, cpu.vae_tiling)
+    ), "one row tells of both"
+    assert not cpu.fp8_storage
+    return {
+        "weights on a GPU": str(gpu.dtype).removeprefix("torch.")
+        + ", the denoiser's stored in 8 bits" * gpu.fp8_storage,
+        "weights on a CPU": str(cpu.dtype).removeprefix("torch.")
+        if cpu.dtype
+        else "float32 or bfloat16, whichever this model runs faster",
+        "attention": "SDPA" if cpu.slice_size == "" else f"sliced (`{cpu.slice_size}`)",
+        "autocast": "yes" if cpu.autocast else "no",
+        "memory format": formats[gpu.channels_last, cpu.channels_last],
+        "VAE": "tiled" if cpu.vae_tiling else "whole",
+    }
+
+
+@pytest.mark.usefixtures("gpus")
+def test_the_page_has_the_presets_table() -> None:
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    start = next(i for i, row in enumerate(rows) if row[0] == "" and "`frugal`" in row)
+    assert rows[start][1:] == [f"`{preset}`" for preset in PRESETS]
+    table = {row[0]: row[1:] for row in rows[start + 1 :] if len(row) == 4}
+    columns = [in_words(preset) for preset in PRESETS]
+    for name in columns[0]:
+        assert table[name] == [column[name] for column in columns]
+
+
+@pytest.mark.usefixtures("gpus")
+def test_defaults_with_a_gpu() -> None:
+    assert (runtime().preset, runtime().device) == (Preset.FRUGAL, torch.device("cuda:0"))
+    assert runtime(device="cuda:1").device == torch.device("cuda:1")
+    assert runtime(device="cpu").preset is Preset.FAST
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_defaults_without_a_gpu() -> None:
+    assert (runtime().preset, runtime().device) == (Preset.FAST, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("knob", "value", "field", "wanted"),
+    [
+        ("dtype", Dtype.FLOAT32, "dtype", torch.float32),
+        ("dtype", Dtype.BFLOAT16, "dtype", torch.bfloat16),
+        ("attention", Attention.SDPA, "attention", Attention.SDPA),
+        ("attention", Attention.SLICED, "attention", Attention.SLICED),
+        ("autocast", True, "autocast", True),
+        ("autocast", False, "autocast", False),
+        ("vae_tiling", True, "vae_tiling", True),
+        ("vae_tiling", False, "vae_tiling", False),
+        ("channels_last", True, "channels_last", True),
+        ("channels_last", False, "channels_last", False),
+    ],
+)
+def test_a_knob_wins(preset: Preset, knob: str, value: Any, field: str, wanted: Any) -> None:
+    plain, turned = (runtime(preset=preset, device="cpu", **k) for k in ({}, {knob: value}))
+    assert getattr(turned, field) == wanted
+    others = {field, "slice_size"}
+    for other in dataclasses.fields(Runtime):
+        if other.name not in others:
+            assert getattr(turned, other.name) == getattr(plain, other.name)
+
+
+@pytest.mark.parametrize("size", ["auto", "max", "1", "12"])
+def test_slice_sizes(size: str) -> None:
+    assert runtime(preset=Preset.FRUGAL, device="cpu", slice_size=size).slice_size == size
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"device": "cpu", "dtype": Dtype.FLOAT16}, "use --dtype bfloat16"),
+        ({"device": "gpu"}, "use auto, cpu, cuda or cuda:N"),
+        ({"device": "mps"}, "use auto, cpu, cuda or cuda:N"),
+        ({"device": ""}, "use auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:-1"}, "use auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:"}, "use auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:99999"}, "torch sees 0 CUDA devices"),
+        ({"device": "cuda:3"}, "torch sees 0 CUDA devices"),
+        ({"device": "cuda"}, "torch sees 0 CUDA devices"),
+        ({"device": "cpu", "slice_size": "2"}, "goes with --attention sliced"),
+        *(
+            ({"device": "cpu", "preset": Preset.FRUGAL, "slice_size": size}, "a positive number")
+            for size in ("0", "-1", "half", "²")
+        ),
+    ],
+)
+def test_what_means_nothing_here(fields: dict[str, Any], line: str) -> None:
+    with pytest.raises(StartupError, match=line) as caught:
+        runtime(**fields)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"),
+    [(None, 4), (2.5, 2), (0.5, 1), (9.0, 4)],
+)
+def test_threads_are_as_many_as_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3, 5})
+    monkeypatch.setattr(cgroup, "cores", lambda: quota)
+    assert allowed_threads() == threads

@@ -1,0 +1,118 @@
+"""Newcomers of one step share the encoding of their prompts, and nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from darkroom_server.core.errors import Failure, Reason
+from darkroom_server.core.events import Counted, JobFailed, JobFinished, SampleProgress
+from darkroom_server.core.job import Job
+
+from .conftest import End, LoopUnderTest, make_job
+from .test_containment import assert_same_pictures
+from .test_events import counted
+
+
+def join_together(loop: LoopUnderTest, *jobs: Job) -> dict[str, End]:
+    """Let ``jobs`` join in one step, which follows on one of another job."""
+
+    def join(event: object) -> None:
+        if isinstance(event, SampleProgress):  # Told in the midst of a step.
+            loop.on_event = lambda _: None
+            for job in jobs:
+                loop.loop.submit(job)
+
+    loop.on_event = join
+    loop.run(make_job("before", prompt="a green square", steps=3))
+    loop.wait_for(lambda: all(job.id in loop.ends for job in jobs))
+    return {job.id: loop.ends[job.id] for job in jobs}
+
+
+def replace_encoder(loop: LoopUnderTest, check: Callable[[list[str]], None]) -> list[list[str]]:
+    """Let ``check`` look at each batch of prompts first; returns the batches, as they come."""
+    encoder = loop.models["tiny"].prompts
+    encode, batches = encoder._encode, []
+
+    def checked(texts: list[str]) -> Any:
+        batches.append(texts)
+        check(texts)
+        return encode(texts)
+
+    encoder._encode = checked  # type: ignore[method-assign]
+    return batches
+
+
+def newcomers(count: int) -> list[Job]:
+    return [make_job(f"new-{i}", prompt=f"a red star {i}", seed=i) for i in range(count)]
+
+
+def failure_of(end: End) -> Failure:
+    assert isinstance(end, JobFailed)
+    return end.failure
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_prompt_that_breaks_fails_alone(
+    own_loop: LoopUnderTest, shared_loop: LoopUnderTest, exact: bool
+) -> None:
+    def no_hearts(texts: list[str]) -> None:
+        if "a heart" in texts:
+            raise ValueError("injected: secret text")
+
+    batches = replace_encoder(own_loop, no_hearts)
+    others = newcomers(4)
+    ends = join_together(own_loop, *others, make_job("bad", prompt="a heart", exact=exact))
+    failure = failure_of(ends.pop("bad"))
+    assert failure.reason is Reason.ENGINE_FAILED
+    assert "secret" not in failure.message
+    assert all(isinstance(end, JobFinished) for end in ends.values())
+    assert any({other.prompt for other in others} <= set(texts) for texts in batches)
+    assert_same_pictures(own_loop, shared_loop, others)
+
+
+def test_prompts_that_fit_only_apart(own_loop: LoopUnderTest, shared_loop: LoopUnderTest) -> None:
+    def at_most_two(texts: list[str]) -> None:
+        if len(texts) > 2:
+            raise torch.OutOfMemoryError("injected")
+
+    batches = replace_encoder(own_loop, at_most_two)
+    jobs = newcomers(4)
+    ends = join_together(own_loop, *jobs)
+    assert all(isinstance(end, JobFinished) for end in ends.values())
+    assert max(map(len, batches)) == 4
+    totals = counted(own_loop)
+    assert totals[Counted.OUT_OF_MEMORY_SPLIT] == 1
+    assert Counted.OUT_OF_MEMORY_FAILED not in totals
+    # Four newcomers' prompts, and two of the job before: none is counted for having been tried.
+    assert totals[Counted.PROMPTS_ENCODED] == 6
+    assert_same_pictures(own_loop, shared_loop, jobs)
+
+
+def test_a_prompt_that_does_not_fit_alone(
+    own_loop: LoopUnderTest, shared_loop: LoopUnderTest
+) -> None:
+    def no_hearts(texts: list[str]) -> None:
+        if "a heart" in texts:
+            raise torch.OutOfMemoryError("injected")
+
+    replace_encoder(own_loop, no_hearts)
+    others = newcomers(3)
+    ends = join_together(own_loop, *others, make_job("bad", prompt="a heart"))
+    assert failure_of(ends.pop("bad")).reason is Reason.OUT_OF_MEMORY
+    assert all(isinstance(end, JobFinished) for end in ends.values())
+    totals = counted(own_loop)
+    assert totals[Counted.OUT_OF_MEMORY_FAILED] == 1
+    assert totals[Counted.OUT_OF_MEMORY_SPLIT] == 2  # Of four, then of two.
+    assert_same_pictures(own_loop, shared_loop, others)
+
+
+def test_a_device_lost_over_a_prompt_ends_the_loop(own_loop: LoopUnderTest) -> None:
+    def lost(_: list[str]) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    replace_encoder(own_loop, lost)
+    own_loop.loop.submit(make_job("any"))
+    with pytest.raises(torch.AcceleratorError):
+        own_loop.wait_for(lambda: False)

@@ -1,0 +1,35 @@
+"""What the dispatcher knows of one engine."""
+
+from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.backends.fake_model import fake_model
+from darkroom_server.core.events import BatchDone, EngineReady
+from darkroom_server.dispatch.engines.handle import EngineHandle
+from darkroom_server.dispatch.estimation.batch_times import Group
+
+SMALL, LARGE = Group("demo", 64, 64), Group("demo", 128, 128)
+
+
+def passed(group: Group, max_rows: int) -> BatchDone:
+    return BatchDone(
+        model=group.model,
+        width=group.width,
+        height=group.height,
+        rows=2,
+        seconds=0.1,
+        max_rows=max_rows,
+    )
+
+
+def test_a_limit_that_fell_in_the_engine_is_known_outside() -> None:
+    slot = EngineHandle(0, FakeEngine())
+    slot.learn(EngineReady((fake_model(),), 0.0))
+    usual = slot.load().max_rows(LARGE)
+    assert usual > 2
+    slot.learn(passed(LARGE, 2))
+    assert slot.load().max_rows(LARGE) == 2
+    assert slot.load().max_rows(SMALL) >= usual
+    slot.learn(passed(LARGE, usual))
+    assert slot.load().max_rows(LARGE) == usual
+    slot.learn(passed(LARGE, 2))
+    slot.lose()
+    assert slot.load().max_rows(LARGE) == usual, "an engine that is new begins anew"

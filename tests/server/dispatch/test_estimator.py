@@ -1,0 +1,253 @@
+"""Deadlines that cannot be met are refused, and full queues say when to come back."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.backends.fake_model import fake_model
+from darkroom_server.core.caller import Caller
+from darkroom_server.core.errors import DeadlineExceeded, QueueFull, QuotaExceeded, Reason
+from darkroom_server.core.model import ModelInfo, ModelSpeed
+from darkroom_server.dispatch import NullObserver
+from darkroom_server.dispatch.admission.quotas import Quotas
+from darkroom_server.dispatch.jobs.job import JobState
+from tests.server.clock import Clock
+from tests.server.dispatch.desk import dispatching, settle
+from tests.server.jobs import make_job
+
+PASSES = ((2, 1.0), (4, 1.5), (8, 2.5))
+
+
+@pytest.fixture(autouse=True)
+def no_time_passes(clock: Clock) -> None:
+    clock.stop()
+
+
+def timed_model() -> ModelInfo:
+    """Passes of 1 to 2.5 s, of 8 rows at most."""
+    return replace(fake_model(), speed=ModelSpeed(passes=PASSES, decode=0.5))
+
+
+def timed() -> FakeEngine:
+    return FakeEngine([timed_model()])
+
+
+async def test_a_job_alone_takes_its_passes_and_its_decode() -> None:
+    async with dispatching(timed()) as (dispatcher, _):
+        estimate = dispatcher.estimate(make_job(steps=4))
+        assert estimate is not None
+        assert estimate.queue_wait == 0.0
+        assert estimate.run_time == estimate.total == pytest.approx(4.5)
+        assert estimate.finish_at == pytest.approx(time.monotonic() + 4.5)
+        assert dispatcher.counts.accepted == 0
+
+
+async def test_company_and_a_queue_take_longer() -> None:
+    async with dispatching(timed(), max_resident_samples=1) as (dispatcher, _):
+        dispatcher.submit(make_job("first", steps=4))
+        estimate = dispatcher.estimate(make_job("second", steps=4))
+        assert estimate is not None
+        assert estimate.queue_wait == pytest.approx(0.5 + 4.5)
+        accepted = dispatcher.submit(make_job("second", steps=4))
+        assert accepted.estimate is not None
+        assert accepted.estimate.total == pytest.approx(estimate.total)
+        # An accepted job's estimate is what is still expected of it.
+        again = dispatcher.estimate(make_job("third", steps=1))
+        assert again is not None
+        assert again.queue_wait == pytest.approx(5.0)
+
+
+async def test_progress_shortens_what_is_left() -> None:
+    async with dispatching(timed(), max_resident_samples=1) as (dispatcher, engine):
+        dispatcher.submit(make_job("first", steps=4))
+        engine.advance(3)
+        await settle()
+        estimate = dispatcher.estimate(make_job("second", steps=4))
+        assert estimate is not None
+        assert estimate.queue_wait == pytest.approx(0.5 + 1.5)
+
+
+async def test_nothing_is_foretold_of_an_engine_that_nobody_measured() -> None:
+    async with dispatching() as (dispatcher, _):
+        assert dispatcher.estimate(make_job()) is None
+        dispatcher.submit(make_job(deadline=time.monotonic() + 0.5, steps=1000))
+
+
+async def test_a_deadline_out_of_reach_is_refused_at_once() -> None:
+    async with dispatching(timed()) as (dispatcher, engine):
+        with pytest.raises(DeadlineExceeded, match=r"40.50 s, 0.00 s of them") as caught:
+            dispatcher.submit(make_job(steps=40, deadline=time.monotonic() + 20))
+        assert caught.value.reason is Reason.DEADLINE_UNREACHABLE
+        figures = {key: float(value) for key, value in caught.value.metadata.items()}
+        assert figures["estimate_seconds"] == pytest.approx(40.5)
+        assert figures["queue_wait_seconds"] == 0.0
+        assert figures["remaining_seconds"] == pytest.approx(20)
+        assert figures["needed_seconds"] == pytest.approx(40.5)
+        assert "give it at least 40.50 s or ask for fewer steps" in str(caught.value)
+        assert dispatcher.counts.accepted == 0
+        assert not engine.jobs
+
+
+async def test_a_job_alone_gets_the_benefit_of_the_doubt() -> None:
+    async with dispatching(timed()) as (dispatcher, _):
+        # 4.5 s are expected: it may be as much faster.
+        dispatcher.submit(make_job("a", steps=4, deadline=time.monotonic() + 3.7))
+        # Together with the first, it may be slower: what comes later overtakes.
+        estimate = dispatcher.estimate(make_job("b", steps=4))
+        assert estimate is not None
+        with pytest.raises(DeadlineExceeded):
+            dispatcher.submit(
+                make_job("b", steps=4, deadline=time.monotonic() + 1.49 * estimate.total)
+            )
+        dispatcher.submit(make_job("b", steps=4, deadline=time.monotonic() + 1.51 * estimate.total))
+
+
+async def test_a_wrong_measurement_does_not_shut_the_door_for_good() -> None:
+    """A pass that took a second at warm-up, on a machine that was busy, takes next to nothing."""
+
+    async def refused() -> int:
+        for count in range(100):
+            deadline = time.monotonic() + 7.0
+            try:
+                accepted = dispatcher.submit(make_job(steps=40, deadline=deadline))
+            except DeadlineExceeded:
+                continue
+            engine.advance(40)
+            await accepted.result()
+            return count
+        raise AssertionError("nothing is tried")
+
+    async with dispatching(timed()) as (dispatcher, engine):
+        assert await refused() == 3
+        assert await refused() >= 1  # A pass was seen, though this engine does not time them.
+
+
+async def test_early_refusal_can_be_turned_off() -> None:
+    async with dispatching(timed(), early_refusal=False) as (dispatcher, _):
+        dispatcher.submit(make_job(steps=40, deadline=time.monotonic() + 20))
+
+
+async def test_a_full_queue_says_when_a_place_is_free() -> None:
+    limits: dict[str, Any] = {"max_queued_jobs": 1, "max_resident_samples": 1}
+    async with dispatching(timed(), **limits) as (dispatcher, _):
+        dispatcher.submit(make_job("running", steps=4))
+        dispatcher.submit(make_job("waiting", steps=4))
+        with pytest.raises(QueueFull) as caught:
+            dispatcher.submit(make_job("c"))
+        assert caught.value.retry_after == pytest.approx(0.5 + 4.5)
+
+
+async def test_a_queue_is_bounded_in_work() -> None:
+    limits: dict[str, Any] = {
+        "max_queued_jobs": 9,
+        "max_resident_samples": 1,
+        "max_queued_megapixel_steps": 1.0,
+    }
+    async with dispatching(timed(), **limits) as (dispatcher, _):
+        dispatcher.submit(make_job("running", steps=4))
+        # A quarter of a million pixels, three steps.
+        big = make_job("big", width=512, height=512, steps=3)
+        dispatcher.submit(big)
+        with pytest.raises(QueueFull, match="megapixel-steps") as caught:
+            dispatcher.submit(replace(big, id="more"))
+        assert caught.value.retry_after == pytest.approx(5.0)
+        dispatcher.submit(make_job("small"))
+
+
+async def test_what_is_larger_than_the_queue_may_wait_alone() -> None:
+    limits: dict[str, Any] = {
+        "max_queued_jobs": 9,
+        "max_resident_samples": 1,
+        "max_queued_megapixel_steps": 1e-6,
+    }
+    async with dispatching(timed(), **limits) as (dispatcher, _):
+        dispatcher.submit(make_job("running"))
+        dispatcher.submit(make_job("alone"))
+        with pytest.raises(QueueFull):
+            dispatcher.submit(make_job("second"))
+
+
+async def test_estimates_are_compared_with_what_came_true(clock: Clock) -> None:
+    told: list[tuple[str, float, float]] = []
+
+    class Listening(NullObserver):
+        def estimated(self, model: str, estimate: float, seconds: float) -> None:
+            told.append((model, estimate, seconds))
+
+    async with dispatching(timed(), observer=Listening()) as (dispatcher, engine):
+        accepted = dispatcher.submit(make_job("a", steps=4))
+        dispatcher.submit(make_job("gone", steps=4))
+        dispatcher.cancel("gone")
+        clock.skip(4.0)
+        engine.advance(4)
+        await accepted.result()
+    ((model, estimate, seconds),) = told
+    assert model == "demo"
+    assert estimate == pytest.approx(4.5)
+    assert seconds == pytest.approx(4.0)
+
+
+async def test_a_callers_jobs_are_bounded() -> None:
+    async with dispatching() as (dispatcher, engine):
+        caller = Caller(name="ann", max_jobs=1)
+        first = dispatcher.submit(make_job("a", caller="ann"), caller)
+        with pytest.raises(QuotaExceeded, match="wait until one has ended") as caught:
+            dispatcher.submit(make_job("b", caller="ann"), caller)
+        assert caught.value.subject == "caller:ann"
+        dispatcher.submit(make_job("b", caller="bob"), Caller(name="bob", max_jobs=1))
+        engine.finish("a")
+        await first.result()
+        dispatcher.submit(make_job("c", caller="ann"), caller)
+        dispatcher.cancel("c")
+        dispatcher.submit(make_job("d", caller="ann"), caller)
+
+
+def test_a_callers_rate_is_bounded() -> None:
+    quotas, caller = Quotas(), Caller(name="ann", jobs_per_minute=2)
+
+    def begins(now: float) -> bool:
+        try:
+            quotas.check(caller, now)
+        except QuotaExceeded:
+            quotas.check(Caller(name="bob", jobs_per_minute=1), now)
+            return False
+        quotas.accepted(caller.name)
+        quotas.ended(caller.name)
+        return True
+
+    assert [begins(0.0) for _ in range(3)] == [True, True, False]
+    assert not begins(29.0)
+    assert [begins(30.1) for _ in range(2)] == [True, False]
+    # A day's leisure saves up no more than a minute's jobs.
+    assert [begins(86400.0) for _ in range(3)] == [True, True, False]
+
+
+async def test_refusals_take_nothing_from_a_callers_rate() -> None:
+    async with dispatching(timed()) as (dispatcher, _):
+        caller = Caller(name="ann", jobs_per_minute=1)
+        for _ in range(3):
+            with pytest.raises(DeadlineExceeded):
+                dispatcher.submit(
+                    make_job(steps=40, deadline=time.monotonic() + 5, caller="ann"), caller
+                )
+        dispatcher.submit(make_job(caller="ann"), caller)
+
+
+async def test_a_waiting_job_is_not_overtaken_for_ever() -> None:
+    """A stream of short jobs, one with each pass, beside a long one and a place for one."""
+    limits: dict[str, Any] = {"max_queued_jobs": 500, "max_resident_samples": 1}
+    async with dispatching(timed(), **limits) as (dispatcher, engine):
+        now = time.monotonic()
+        dispatcher.submit(make_job("first", steps=1, submitted_at=now))
+        long = dispatcher.submit(make_job("long", steps=40, submitted_at=now))
+        for index in range(100):
+            # A second goes by with each pass: a long job's patience is ten.
+            dispatcher.submit(make_job(str(index), steps=1, submitted_at=now + index))
+            engine.advance()
+            await settle()
+            if long.place is not JobState.QUEUE:
+                break
+        assert 5 < index < 15
