@@ -1,17 +1,16 @@
-"""One request in one record: for the log, and for whoever counts."""
+"""One summary for each request: for the log and the metrics."""
 
 import asyncio
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
 import structlog
 
-from darkroom.v1 import generation_pb2
 from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
@@ -25,15 +24,16 @@ from darkroom_server.core.errors import (
     UnknownRequest,
 )
 from darkroom_server.core.events import StageSeconds
+from darkroom_server.core.job import DEADLINE_SLACK_SECONDS
 from darkroom_server.dispatch import ActiveJob, Finished
-from darkroom_server.rpc.context import Context, has_expired
-from darkroom_server.rpc.request_id import current_request_id
-from darkroom_server.rpc.trace_context import TraceContext, current_trace
+from darkroom_server.service.call_context import CallContext
+from darkroom_server.service.request import GenerationRequest
+from darkroom_server.service.trace_context import TraceContext
 
 log = structlog.get_logger(__name__)
 
 UNKNOWN_MODEL = "unknown"
-"""Stands for whatever a caller wrote that is no model of ours."""
+"""The label for every name that is not a model of this server."""
 
 
 class Outcome(StrEnum):
@@ -47,16 +47,19 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class RequestSummary:
-    """What became of one call that asked for images; ``seconds`` from arrival to answer.
+    """What became of one call that asked for images; ``seconds`` from ``arrived`` to the answer.
 
-    ``images`` were asked for (0 where that was not understood, or another call asked before),
-    ``flagged`` of them withheld, each of so many ``steps``; ``rows`` shared the last pass of the
-    one in most company. ``phase`` is how far it was where it did not finish, "" for what was never
-    accepted. ``goes_on``: the end is not known yet, and somebody else waits.
+    ``images``: those asked for, 0 if the request was not understood or another call asked first;
+    ``flagged`` of them were withheld. ``rows``: the most rows of a batch in which one of them took
+    its last step. ``phase``: how far an accepted job was if it did not finish. ``continues``: the
+    job goes on after this call, and its summary follows.
     """
 
+    arrived: float
+    request_id: str
+    trace: TraceContext | None = None
     model: str = UNKNOWN_MODEL
     outcome: Outcome = Outcome.FAILED
     reason: str = ""
@@ -65,27 +68,25 @@ class RequestSummary:
     steps: int = 0
     rows: int = 0
     seconds: float = 0.0
-    goes_on: bool = False
     phase: str = ""
     stages: StageSeconds | None = None
-    # Not the job itself: it holds images, and is let go of when its reader stalls.
+    continues: bool = False
+    # A weak reference: the job holds images, and is released if its reader stalls.
     _job: "weakref.ref[ActiveJob] | None" = None
-    request_id: str = field(default_factory=current_request_id)
-    trace: TraceContext | None = field(default_factory=current_trace)
 
-    def asks_for(self, accepted: ActiveJob) -> None:
+    def accepted(self, active: ActiveJob) -> None:
         """The request was accepted as this job."""
-        self.model = accepted.model.id
-        self._job = weakref.ref(accepted)
+        self.model = active.model.id
+        self._job = weakref.ref(active)
 
-    def ended_early(self) -> None:
-        """Note how far the job was."""
-        accepted = self._job() if self._job else None
-        if accepted is not None:
-            self.phase = accepted.phase
+    def set_phase(self) -> None:
+        """Note how far the job is."""
+        active = self._job() if self._job else None
+        if active is not None:
+            self.phase = active.phase
 
     def finished(self, finished: Finished) -> None:
-        """Every image was drawn."""
+        """The job finished with all its images."""
         self.outcome = Outcome.FINISHED
         if self.images:
             self.stages = finished.stages
@@ -94,10 +95,10 @@ class RequestSummary:
 
 
 class RequestObserver(Protocol):
-    """Is told of every request that ended, on the event loop."""
+    """Receives the summary of every request, on the event loop."""
 
     def request_ended(self, summary: RequestSummary) -> None:
-        """Count it; returns at once and never raises."""
+        """Record it, without blocking and without raising."""
 
 
 def outcome_of(error: DarkroomError) -> Outcome:
@@ -115,18 +116,22 @@ def outcome_of(error: DarkroomError) -> Outcome:
 
 
 class Summaries:
-    """Leaves one line in the log and one record with ``observer`` for every call."""
+    """Writes one log line for each request, and sends one summary to each observer."""
 
-    def __init__(self, observer: RequestObserver, *, log_prompts: bool = False) -> None:
-        self._observer = observer
+    def __init__(self, observers: Sequence[RequestObserver], *, log_prompts: bool = False) -> None:
+        self._observers = observers
         self._log_prompts = log_prompts
 
     @contextmanager
-    def of(
-        self, request: generation_pb2.GenerateRequest, context: Context, arrived: float
+    def record(
+        self,
+        request: GenerationRequest,
+        call: CallContext,
+        arrived: float,
+        deadline: float | None,
     ) -> Iterator[RequestSummary]:
-        """Note how the block ends, whichever way it does."""
-        summary = RequestSummary()
+        """Record how the block ends. ``arrived``, ``deadline``: ``time.monotonic`` seconds."""
+        summary = RequestSummary(arrived=arrived, request_id=call.request_id, trace=call.trace)
         try:
             yield summary
         except DarkroomError as error:
@@ -134,17 +139,19 @@ class Summaries:
             summary.reason = error.reason
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            summary.outcome = Outcome.EXPIRED if has_expired(context) else Outcome.CANCELLED
+            late = deadline is not None and deadline - time.monotonic() <= DEADLINE_SLACK_SECONDS
+            summary.outcome = Outcome.EXPIRED if late else Outcome.CANCELLED
             raise
         finally:
             summary.seconds = time.monotonic() - arrived
             if summary.outcome is not Outcome.FINISHED:
-                summary.ended_early()
-            if not summary.goes_on:
-                self._observer.request_ended(summary)
+                summary.set_phase()
+            if not summary.continues:
+                for observer in self._observers:
+                    observer.request_ended(summary)
                 self._log(summary, request)
 
-    def _log(self, summary: RequestSummary, request: generation_pb2.GenerateRequest) -> None:
+    def _log(self, summary: RequestSummary, request: GenerationRequest) -> None:
         fields: dict[str, Any] = {
             "model": summary.model,
             "outcome": summary.outcome.value,
