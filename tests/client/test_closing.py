@@ -73,7 +73,7 @@ def test_a_job_that_begins_while_its_stream_is_left_is_cancelled(fake: FakeServe
             def method(stubs: Any) -> Any:
                 # The farewell goes out, and finds no job.
                 stream.close()
-                for farewell in tuple(client._transport._farewells):
+                for farewell in tuple(client._transport._cancels):
                     farewell.join(SECONDS)
 
                 def opened(*args: Any, **options: Any) -> Any:
@@ -110,8 +110,8 @@ def test_a_closed_client_has_said_every_farewell(
             each.result(SECONDS)
 
     assert cancelled(fake) == [True] * 16
-    assert not client._transport._kept
-    assert not client._transport._farewells
+    assert not client._transport._in_flight
+    assert not client._transport._cancels
 
 
 def test_a_farewell_to_a_server_that_is_gone_ends(connect: Connect) -> None:
@@ -123,7 +123,7 @@ def test_a_farewell_to_a_server_that_is_gone_ends(connect: Connect) -> None:
     stream.close()
     client.close()
 
-    assert not client._transport._farewells
+    assert not client._transport._cancels
 
 
 def test_a_call_that_meets_a_channel_closed_meanwhile_is_cancelled(fake: FakeServer) -> None:
