@@ -21,23 +21,24 @@ from darkroom_client._protocol.rpc_errors import RETRIED
 from darkroom_client._settings import Settings
 from darkroom_client._types.connection import TLS, Retry
 
-ACCEPTING = "darkroom.v1.GenerationService"
-"""The name of health checks that says whether a server takes jobs."""
+HEALTH_SERVICE = "darkroom.v1.GenerationService"
+"""The name whose health check says whether a server accepts jobs."""
 
-BEGINNING = (
+JOB_STARTING_METHODS = (
     ("darkroom.v1.GenerationService", "Generate"),
     ("darkroom.v1.GenerationService", "SubmitGeneration"),
 )
-OTHERS = (
+OTHER_METHODS = (
     ("darkroom.v1.GenerationService", "CancelGeneration"),
     ("darkroom.v1.GenerationService", "EstimateGeneration"),
     ("darkroom.v1.ModelService", "ListModels"),
     ("darkroom.v1.ModelService", "GetModel"),
     ("darkroom.v1.ServerService", "GetStatus"),
 )
-"""Calls that gRPC retries. Not streams: ``GenerationSession`` retries those, and knows their past.
-(And a stream that meets a server which is going away was seen to hang in gRPC's own retries until
-its deadline, with grpcio 1.85.)"""
+"""Unary methods that gRPC retries: each is in one of the two tables.
+
+No streams: ``GenerationSession`` retries those, as it knows what has arrived. (With grpcio 1.85,
+gRPC's own retries of a stream hung until its deadline if the server was shutting down.)"""
 
 Options = tuple[tuple[str, str | int], ...]
 Methods = tuple[tuple[str, str], ...]
@@ -162,7 +163,7 @@ def service_config(settings: Settings, *, checked: bool) -> dict[str, object]:
     if checked:
         # No retries here: gRPC would spend them all on finding that no server is healthy. A call
         # that fails has its further tries over the plain channel.
-        config["healthCheckConfig"] = {"serviceName": ACCEPTING}
+        config["healthCheckConfig"] = {"serviceName": HEALTH_SERVICE}
     elif retry.attempts > 1:
         # What begins a job has had its first try over the checked channel.
         later = replace(
@@ -170,7 +171,7 @@ def service_config(settings: Settings, *, checked: bool) -> dict[str, object]:
             attempts=retry.attempts - 1,
             initial_backoff=min(retry.initial_backoff * retry.multiplier, retry.max_backoff),
         )
-        kinds = [(OTHERS, retry), (BEGINNING, later)]
+        kinds = [(OTHER_METHODS, retry), (JOB_STARTING_METHODS, later)]
         config["methodConfig"] = [_method_config(*kind) for kind in kinds if kind[1].attempts > 1]
         # After 50 failures more than successes, retries stop: a fleet that is down is left alone.
         config["retryThrottling"] = {"maxTokens": 100, "tokenRatio": 0.5}
