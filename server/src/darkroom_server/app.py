@@ -105,6 +105,7 @@ class Server:
             self.metrics.calls,
             self.metrics.requests,
             reflect=settings.network.reflection,
+            server_id=settings.network.server_id,
             begin_traces=self._spans is not None,
             tokens=Tokens(tokens) if tokens else None,
             credentials=server_credentials(certificates) if certificates else None,

@@ -24,14 +24,21 @@ Event = generation_pb2.GenerationEvent
 
 
 async def event_stream(
-    request_id: str, subscription: Subscription, arrived: float, *, joined: bool, previews: bool
+    request_id: str,
+    subscription: Subscription,
+    arrived: float,
+    *,
+    server_id: str,
+    joined: bool,
+    previews: bool,
 ) -> AsyncGenerator[Event]:
     """Everything that happens to a job, for a call that arrived at ``arrived``.
 
     Raises the job's error if it does not finish. Holds neither an image nor the job while the
     reader is slow: it fetches each piece when it is sent.
     """
-    yield Event(accepted=accepted_message(request_id, subscription.active, joined=joined))
+    accepted = accepted_message(request_id, subscription.active, server_id=server_id, joined=joined)
+    yield Event(accepted=accepted)
     async for event in subscription:
         match event:
             case ImageDone(index):
@@ -45,7 +52,7 @@ async def event_stream(
 
 
 def accepted_message(
-    request_id: str, active: ActiveJob, *, joined: bool
+    request_id: str, active: ActiveJob, *, server_id: str, joined: bool
 ) -> generation_pb2.Accepted:
     """What the server will generate, and when."""
     job = active.job
@@ -56,6 +63,7 @@ def accepted_message(
         model=active.model.id,
         model_revision=active.model.revision,
         joined=joined,
+        server_id=server_id,
     )
     if (estimate := active.estimate) is not None:
         now = time.monotonic()

@@ -14,9 +14,13 @@ from darkroom_server.service.generation import GenerationService, request_id_of
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
-    """Converts each call for ``GenerationService``; every method raises ``DarkroomError``."""
+    """Converts each call for ``GenerationService``; every method raises ``DarkroomError``.
+
+    ``server_id`` names this server to clients; set it before the first call.
+    """
 
     def __init__(self, service: GenerationService) -> None:
+        self.server_id = ""
         self._service = service
 
     async def Generate(
@@ -60,7 +64,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             del active  # A subscription releases the job of a stalled reader; so must this frame.
             previews = asked.preview_every > 0
             events = event_stream(
-                request_id, subscription, arrived, joined=joined, previews=previews
+                request_id,
+                subscription,
+                arrived,
+                server_id=self.server_id,
+                joined=joined,
+                previews=previews,
             )
             with subscription:
                 async with aclosing(events):
@@ -77,7 +86,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         active, joined = self._service.submit(
             asked, call, arrived=time.monotonic(), time_limit=time_limit(request)
         )
-        message = accepted_message(request_id_of(asked, call), active, joined=joined)
+        message = accepted_message(
+            request_id_of(asked, call), active, server_id=self.server_id, joined=joined
+        )
         return generation_pb2.SubmitGenerationResponse(accepted=message)
 
     async def WatchGeneration(
@@ -89,7 +100,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._open_call(call, request_id, context)
         with active.subscribe() as subscription:
             del active
-            events = event_stream(request_id, subscription, arrived, joined=True, previews=True)
+            events = event_stream(
+                request_id,
+                subscription,
+                arrived,
+                server_id=self.server_id,
+                joined=True,
+                previews=True,
+            )
             async with aclosing(events):
                 async for event in events:
                     yield generation_pb2.WatchGenerationResponse(event=event)

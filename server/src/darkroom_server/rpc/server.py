@@ -46,7 +46,8 @@ def _try(host: str, port: int) -> None:
 class RpcServer:
     """Serves ``service`` over gRPC; made and used on one event loop, and at most once.
 
-    With ``tokens``, callers need one. With ``credentials``, the port accepts TLS only.
+    With ``tokens``, callers need one. With ``credentials``, the port accepts TLS only. Clients
+    receive ``server_id`` with each accepted job; None means the host's name and the port.
     """
 
     def __init__(
@@ -57,12 +58,15 @@ class RpcServer:
         rejections: AuthObserver,
         *,
         reflect: bool = True,
+        server_id: str | None = None,
         begin_traces: bool = False,
         tokens: Tokens | None = None,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.health = Health()
         self._credentials = credentials
+        self._server_id = server_id
+        self._generation = GenerationServicer(service)
         self._closing: asyncio.Task[None] | None = None
         self._in_flight = InFlightCalls()
         interceptors = [
@@ -75,9 +79,7 @@ class RpcServer:
             interceptors.append(Auth(tokens, rejections))
         interceptors.append(Decoding())
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationServicer(service), self._server
-        )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(dispatcher.availability), self._server
         )
@@ -109,6 +111,7 @@ class RpcServer:
             raise StartupError(
                 f"cannot listen on {host}:{port}: {why}; choose another with --port or --host"
             ) from None
+        self._generation.server_id = self._server_id or f"{socket.gethostname()}:{bound}"
         await self.health.alive()
         await self._server.start()
         return f"{host}:{bound}"

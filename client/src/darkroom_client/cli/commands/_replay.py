@@ -5,8 +5,8 @@ import argparse
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client.cli._connect import connect
-from darkroom_client.cli._console import open_console, print_line
 from darkroom_client.cli._exit_codes import DIFFERENT
+from darkroom_client.cli.terminal._console import open_console, print_line
 
 
 def run(arguments: argparse.Namespace) -> int:

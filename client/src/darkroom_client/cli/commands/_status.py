@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from darkroom_client._types.status import EngineStatus, ModelStatus, ServerState, ServerStatus
 from darkroom_client.cli._connect import connect
-from darkroom_client.cli._console import Row, open_console, readable_bytes, tabulate
 from darkroom_client.cli._exit_codes import LATER
+from darkroom_client.cli.terminal._console import Row, open_console, readable_bytes, tabulate
 
 _TAKING = (ServerState.READY, ServerState.RECOVERING)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.request import GenerationRequest
-from darkroom_client.cli._names import distinct, slug
+from darkroom_client.cli.commands._names import distinct, slug
 
 # Short seeds, because they stand in file names and people type them again.
 _SEED_BOUND = 2**32

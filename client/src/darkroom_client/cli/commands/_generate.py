@@ -14,10 +14,10 @@ from darkroom_client._types.events import Finished, ImageReady
 from darkroom_client._types.image import Image
 from darkroom_client._types.result import GenerationResult
 from darkroom_client.cli._connect import connect_async
-from darkroom_client.cli._console import open_console
-from darkroom_client.cli._display import Display
 from darkroom_client.cli._exit_codes import exit_code
-from darkroom_client.cli._plan import Drawing, plan
+from darkroom_client.cli.commands._plan import Drawing, plan
+from darkroom_client.cli.terminal._console import open_console
+from darkroom_client.cli.terminal._display import Display
 
 _PREVIEW_EVERY = 2
 

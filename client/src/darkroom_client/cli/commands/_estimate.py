@@ -5,8 +5,8 @@ import dataclasses
 import json
 
 from darkroom_client.cli._connect import connect
-from darkroom_client.cli._console import open_console, readable_bytes, tabulate
-from darkroom_client.cli._plan import as_asked
+from darkroom_client.cli.commands._plan import as_asked
+from darkroom_client.cli.terminal._console import open_console, readable_bytes, tabulate
 
 
 def run(arguments: argparse.Namespace) -> int:

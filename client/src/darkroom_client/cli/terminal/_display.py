@@ -16,8 +16,8 @@ from darkroom_client._types.events import (
     Restarted,
     Started,
 )
-from darkroom_client.cli._console import print_line, progress_bar
-from darkroom_client.cli._halfblocks import check_pillow, half_blocks, side_by_side
+from darkroom_client.cli.terminal._console import print_line, progress_bar
+from darkroom_client.cli.terminal._halfblocks import check_pillow, half_blocks, side_by_side
 
 if TYPE_CHECKING:
     import rich.console

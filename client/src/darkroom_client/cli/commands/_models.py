@@ -6,7 +6,7 @@ import json
 
 from darkroom_client._types.model import Model
 from darkroom_client.cli._connect import connect
-from darkroom_client.cli._console import open_console, tabulate
+from darkroom_client.cli.terminal._console import open_console, tabulate
 
 
 def run(arguments: argparse.Namespace) -> int:

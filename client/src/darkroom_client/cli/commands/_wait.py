@@ -3,7 +3,7 @@
 import argparse
 
 from darkroom_client.cli._connect import connect
-from darkroom_client.cli._console import open_console
+from darkroom_client.cli.terminal._console import open_console
 
 
 def run(arguments: argparse.Namespace) -> int:
