@@ -14,6 +14,7 @@ SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 OBSERVE_FLAGS ?=
+TRACE_FLAGS ?=
 MINUTES ?= 5
 INPUTS ?= 100000
 # The commit whose protos the working tree's must stay compatible with.
@@ -98,6 +99,10 @@ soak: setup ## mixed load with random cancels and kills, for MINUTES
 .PHONY: fuzz
 fuzz: setup ## send INPUTS requests that no client would send to a server, over the wire
 	@$(BIN)/python -m tests.server.hostile.fuzz --inputs $(INPUTS)
+
+.PHONY: trace-request
+trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits
+	@$(BIN)/python -m tools.trace_request $(TRACE_FLAGS)
 
 CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs
 
