@@ -15,6 +15,7 @@ PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 OBSERVE_FLAGS ?=
 TRACE_FLAGS ?=
+WORDS_FLAGS ?=
 MINUTES ?= 5
 INPUTS ?= 100000
 # The commit whose protos the working tree's must stay compatible with.
@@ -39,7 +40,7 @@ help: ## list the targets
 setup: .venv/.installed ## install everything into .venv (again only when a requirement changed)
 
 .PHONY: demo
-demo: setup ## start a server, draw a few pictures into demo-output/, stop
+demo: setup ## start a server, generate a few images into demo-output/, stop
 	@$(BIN)/python examples/demo.py
 
 .PHONY: serve
@@ -104,6 +105,7 @@ fuzz: setup ## send INPUTS requests that no client would send to a server, over 
 trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits
 	@$(BIN)/python -m tools.trace_request $(TRACE_FLAGS)
 
+# lint-words joins these once the prose is rewritten.
 CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs
 
 .PHONY: lint
@@ -125,14 +127,14 @@ lint-python: setup
 	@$(BIN)/ruff check --output-format concise
 
 lint-format: setup
-	@$(BIN)/ruff format --check || { echo "'make format' mends this"; exit 1; }
+	@$(BIN)/ruff format --check || { echo "'make format' fixes this"; exit 1; }
 
 lint-imports: setup
 	@$(BIN)/lint-imports --no-logo
 
 lint-protos: setup
 	@$(BIN)/buf lint protos
-	@$(BIN)/buf format --diff --exit-code protos || { echo "'make format' mends this"; exit 1; }
+	@$(BIN)/buf format --diff --exit-code protos || { echo "'make format' fixes this"; exit 1; }
 
 # Not `ref=HEAD`: buf would look in a worktree's .git, which is a file.
 lint-breaking: setup
@@ -147,7 +149,11 @@ lint-stubs: $(GENERATOR)/.installed
 	@generated=$$(mktemp -d); trap 'rm -rf "$$generated"' EXIT; \
 	$(call generate,"$$generated"); \
 	diff -rq -x __init__.py -x __pycache__ -x py.typed protos/src "$$generated" \
-	    || { echo "the stubs differ from the protos: 'make protos' mends this"; exit 1; }
+	    || { echo "the stubs differ from the protos: 'make protos' fixes this"; exit 1; }
+
+.PHONY: lint-words
+lint-words: setup ## find words that the prose avoids; WORDS_FLAGS may name files, or be --count
+	@$(BIN)/python -m tools.lint_words $(WORDS_FLAGS)
 
 .PHONY: format
 format: setup ## format the Python files and the protos, sort the imports
@@ -188,7 +194,7 @@ image: ## build the container image with docker or buildah; options in IMAGE_FLA
 	fi
 
 .PHONY: constraints
-constraints: setup ## write constraints.txt anew from what .venv holds, after an upgrade there
+constraints: setup ## write constraints.txt again from what .venv holds, after an upgrade there
 	@pins=$$($(BIN)/python -m pip freeze --exclude-editable --all | sed -E '/^pip==/d; s/\+.*//' \
 	    | LC_ALL=C sort -f); \
 	comment=$$(sed -n '/^#/p' constraints.txt); \

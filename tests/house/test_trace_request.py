@@ -1,4 +1,4 @@
-"""The tracer counts calls between files, and finds where events are told apart."""
+"""The tracer counts calls between files, and finds where an event is matched."""
 
 import importlib.util
 import sys

@@ -10,7 +10,7 @@ answer, on an idle server with the fake engine (``auto``: it emits every event i
   event loop or by ``async for`` is not counted.
 * A *crossing* is one such start if the frame directly below it on the stack belongs to another of
   our files of the same package. A call that comes from the event loop, from gRPC or from a
-  decorator of somebody else therefore is no crossing. Repeated calls count each time, so a step
+  decorator of another package is not counted. Repeated calls count each time, so a step
   adds its crossings once for every step.
 * The background is quiet by construction: the fake engine sends no memory reports, nobody scrapes
   the metrics, the client has connected before, and nothing is logged.
