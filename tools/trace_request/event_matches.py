@@ -27,7 +27,7 @@ class Place:
 
 
 def find_event_matches(package: Path) -> list[Place]:
-    """Every place in ``package``, the folder of ``darkroom_server``, that depends on an event's class."""
+    """Every place in ``package`` (the folder of ``darkroom_server``) that asks for a class."""
     kinds = union(package / "core" / "events.py", "Event")
     kinds -= union(package / "dispatch" / "jobs" / "events.py", "JobEvent")
     places = []
