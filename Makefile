@@ -12,6 +12,9 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
+# Whether `make test` runs `make test-tools` first: yes, no, or auto (if CI=true, or as root in a
+# container).
+INSTALL_TEST_TOOLS ?= auto
 BENCH_FLAGS ?=
 OBSERVE_FLAGS ?=
 TRACE_FLAGS ?=
@@ -27,8 +30,7 @@ PACKAGES := protos client server
 # The servers that Darkroom is measured beside; each has an environment in bench/work.
 PEERS := grpc litserve ray triton
 TYPED := $(wildcard client/src server/src tests examples training bench tools)
-NODE_LOCK := $(if $(shell command -v npm),$(wildcard examples/node/package-lock.json))
-NODE_MODULES := $(NODE_LOCK:package-lock.json=node_modules/.installed)
+NODE_MODULES := examples/node/node_modules/.installed
 
 .PHONY: help
 help: ## list the targets
@@ -49,10 +51,15 @@ serve: setup ## serve the demo model on this machine; options in SERVE_FLAGS
 
 # ---- check ----
 
-.PHONY: test
+.PHONY: test test-tools
 test: export HF_HUB_OFFLINE := 1
-test: setup $(NODE_MODULES) ## run the tests: no network, no GPU; options in PYTEST_FLAGS
+test: setup ## run the tests: no network, no GPU; options in PYTEST_FLAGS
+	@tools/test_tools.sh $(INSTALL_TEST_TOOLS)
+	@! command -v npm >/dev/null || $(MAKE) --no-print-directory $(NODE_MODULES)
 	@$(BIN)/pytest $(PYTEST_FLAGS)
+
+test-tools: ## install promtool, Prometheus and Node for the tests, by apt; needs root
+	@tools/test_tools.sh yes
 
 .PHONY: test-gpu
 test-gpu: setup ## run the tests that need a CUDA device
@@ -233,6 +240,6 @@ bench/work/%/.installed: bench/peers/requirements/%.txt
 	@bench/work/$*/bin/python $(PIP_INSTALL) -r $<
 	@touch $@
 
-examples/node/node_modules/.installed: examples/node/package-lock.json
+$(NODE_MODULES): examples/node/package-lock.json
 	@npm ci --prefix examples/node --silent --no-audit --no-fund
 	@touch $@
