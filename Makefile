@@ -67,6 +67,10 @@ test-gpu: setup ## run the tests that need a CUDA device
 test-packaging: setup ## build the wheels, install them into empty environments, try them there
 	@$(BIN)/pytest tests/packaging -m "not gpu" $(PYTEST_FLAGS)
 
+.PHONY: test-compat
+test-compat: setup ## run clients and servers of 0.1.0 and of this checkout against each other
+	@$(BIN)/pytest tests/compat $(PYTEST_FLAGS)
+
 .PHONY: bench-engine
 bench-engine: setup ## measure the engine beside diffusers' pipeline, on this machine; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.engine $(BENCH_FLAGS)
@@ -203,7 +207,7 @@ constraints: setup ## write constraints.txt again from what .venv holds, after a
 
 .PHONY: clean
 clean: ## delete what was built, the environments too
-	@rm -rf .venv .venv-protos bench/work dist demo-output examples/node/node_modules
+	@rm -rf .venv .venv-protos bench/work build dist demo-output examples/node/node_modules
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
