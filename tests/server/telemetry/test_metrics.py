@@ -36,6 +36,7 @@ async def busy_day(wire: Wire) -> None:
     await asyncio.sleep(0)
 
 
+@pytest.mark.needs("promtool")
 async def test_promtool_finds_nothing_to_complain_of() -> None:
     async with serving(fake={"auto": True}) as wire:
         await busy_day(wire)
