@@ -1,7 +1,8 @@
 """Fuzzes the server with invalid requests: `python -m tests.server.hostile.fuzz --inputs 100000`.
 
-Half of them are messages with every field drawn at random, at its bounds or beyond; half are such
-messages with their bytes damaged. Each must end in an answer or in an error that blames the caller.
+Half of the inputs are messages with random field values, at or beyond their bounds. The other half
+are such messages with damaged bytes. Each must end with an answer or with an error that blames the
+caller.
 """
 
 import argparse
