@@ -99,6 +99,7 @@ class Server:
             recorder,
             reflect=settings.network.reflection,
             log_prompts=settings.logs.log_prompts,
+            server_id=settings.network.server_id,
             begin_traces=self._spans is not None,
             tokens=Tokens(tokens) if tokens else None,
             credentials=server_credentials(certificates) if certificates else None,

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import socket
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.dispatch import JobOutcome
 from darkroom_server.dispatch.jobs import subscription as subscription_module
-from darkroom_server.settings import Dispatch, Results
+from darkroom_server.settings import Dispatch, Network, Results
 from tests.server.wire import refusal, serving
 
 AUTO = {"auto": True}
@@ -106,6 +107,28 @@ async def test_the_story_from_the_queue_to_the_end() -> None:
     assert finished.timings.total.ToNanoseconds() > 0
     image = told[2].event.image.image
     assert (image.seed, image.width, image.replay.request.prompt) == (2**63 - 1, 64, "a star")
+
+
+async def test_each_accepted_job_names_the_server_that_has_it() -> None:
+    async with serving(fake=AUTO) as wire:
+        port = wire.server.address.rpartition(":")[2]
+        (accepted,) = await read(wire.stream(request_id="r-1"))
+        request = generation_pb2.SubmitGenerationRequest(
+            generation=generation_pb2.GenerateRequest(prompt="a star", request_id="r-2")
+        )
+        submitted = (await wire.generation.SubmitGeneration(request)).accepted
+        watch = wire.generation.WatchGeneration(
+            generation_pb2.WatchGenerationRequest(request_id="r-2")
+        )
+        (watched,) = await read(watch)
+    names = {message.server_id for message in (accepted, submitted, watched)}
+    assert names == {f"{socket.gethostname()}:{port}"}
+
+    async with serving(
+        fake=AUTO, network=Network(port=0, metrics_port=0, server_id="gpu-7:50051")
+    ) as wire:
+        (accepted,) = await read(wire.stream())
+    assert accepted.server_id == "gpu-7:50051"
 
 
 async def test_a_stream_draws_what_generate_draws() -> None:

@@ -141,6 +141,7 @@ class FakeServer:
         server_pb2_grpc.add_ServerServiceServicer_to_server(services, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self._port = server.add_insecure_port(self.target)
+        self._services.server_id = self.target
         server.start()
         self._server = server
 

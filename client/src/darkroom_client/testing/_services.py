@@ -29,7 +29,9 @@ class Services(
     model_pb2_grpc.ModelServiceServicer,
     server_pb2_grpc.ServerServiceServicer,
 ):
-    """Every call of ``darkroom.v1``, over the jobs of a ledger."""
+    """Every call of ``darkroom.v1``, over the jobs of a ledger; ``server_id`` is its address."""
+
+    server_id = ""
 
     def __init__(self, ledger: Ledger, estimate: Callable[[], Estimate], token: str | None) -> None:
         self._ledger = ledger
@@ -47,7 +49,9 @@ class Services(
     ) -> Iterator[generation_pb2.GenerateStreamResponse]:
         every = request.preview.every_steps
         job, joined = self._admitted(request.generation, context, preview_every=every)
-        accepted = generation_pb2.GenerationEvent(accepted=job.accepted(joined=joined))
+        accepted = generation_pb2.GenerationEvent(
+            accepted=job.accepted(self.server_id, joined=joined)
+        )
         yield generation_pb2.GenerateStreamResponse(event=accepted)
         for event in self._told(job, context, late=joined):
             yield generation_pb2.GenerateStreamResponse(event=event)
@@ -66,13 +70,17 @@ class Services(
             )
         except DarkroomError as error:
             abort(context, error)
-        return generation_pb2.SubmitGenerationResponse(accepted=job.accepted(joined=joined))
+        return generation_pb2.SubmitGenerationResponse(
+            accepted=job.accepted(self.server_id, joined=joined)
+        )
 
     def WatchGeneration(
         self, request: generation_pb2.WatchGenerationRequest, context: Any
     ) -> Iterator[generation_pb2.WatchGenerationResponse]:
         job = self._found(request.request_id, context)
-        accepted = generation_pb2.GenerationEvent(accepted=job.accepted(joined=True))
+        accepted = generation_pb2.GenerationEvent(
+            accepted=job.accepted(self.server_id, joined=True)
+        )
         yield generation_pb2.WatchGenerationResponse(event=accepted)
         for event in self._told(job, context, late=True):
             yield generation_pb2.WatchGenerationResponse(event=event)

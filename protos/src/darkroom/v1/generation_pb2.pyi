@@ -813,6 +813,7 @@ class Accepted(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MODEL_REVISION_FIELD_NUMBER: _builtins.int
     JOINED_FIELD_NUMBER: _builtins.int
+    SERVER_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The job's id, given or drawn by the server."""
     queue_position: _builtins.int
@@ -823,6 +824,11 @@ class Accepted(_message.Message):
     """The model's revision."""
     joined: _builtins.bool
     """The job was there before this call, which joins it."""
+    server_id: _builtins.str
+    """The name of the server that accepted the job, such as "host:50051". Servers
+    behind one name do not share jobs: a client can use it to reach this one.
+    Empty from a server older than this field.
+    """
     @_builtins.property
     def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The seed of each image."""
@@ -846,10 +852,11 @@ class Accepted(_message.Message):
         model: _builtins.str = ...,
         model_revision: _builtins.str = ...,
         joined: _builtins.bool = ...,
+        server_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["estimated_finish", b"estimated_finish", "estimated_start", b"estimated_start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_finish", b"estimated_finish", "estimated_start", b"estimated_start", "joined", b"joined", "model", b"model", "model_revision", b"model_revision", "queue_position", b"queue_position", "request_id", b"request_id", "seeds", b"seeds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_finish", b"estimated_finish", "estimated_start", b"estimated_start", "joined", b"joined", "model", b"model", "model_revision", b"model_revision", "queue_position", b"queue_position", "request_id", b"request_id", "seeds", b"seeds", "server_id", b"server_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

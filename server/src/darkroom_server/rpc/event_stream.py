@@ -24,14 +24,21 @@ Event = generation_pb2.GenerationEvent
 
 
 async def story(
-    request_id: str, waiter: Subscription, arrived: float, *, joined: bool, previews: bool
+    request_id: str,
+    waiter: Subscription,
+    arrived: float,
+    *,
+    server_id: str,
+    joined: bool,
+    previews: bool,
 ) -> AsyncGenerator[Event]:
     """All that happens to a job, for a waiter that came at ``arrived``.
 
     Raises what the job ends with, where it was not finished. Neither an image nor the job is held
     here while the reader takes its time: each piece is fetched when it is wanted.
     """
-    yield Event(accepted=accepted_message(request_id, waiter.accepted, joined=joined))
+    message = accepted_message(request_id, waiter.accepted, server_id=server_id, joined=joined)
+    yield Event(accepted=message)
     async for event in waiter:
         match event:
             case ImageDone(index):
@@ -45,7 +52,7 @@ async def story(
 
 
 def accepted_message(
-    request_id: str, accepted: ActiveJob, *, joined: bool
+    request_id: str, accepted: ActiveJob, *, server_id: str, joined: bool
 ) -> generation_pb2.Accepted:
     """What the server will draw, and when."""
     job = accepted.job
@@ -56,6 +63,7 @@ def accepted_message(
         model=accepted.model.id,
         model_revision=accepted.model.revision,
         joined=joined,
+        server_id=server_id,
     )
     if (estimate := accepted.estimate) is not None:
         now = time.monotonic()

@@ -27,7 +27,12 @@ from darkroom_server.rpc.validation import job_of
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
-    """Draws images; every call that asks for some leaves one summary."""
+    """Draws images; every call that asks for some leaves one summary.
+
+    ``server_id`` names this server to clients. Set it before the first call.
+    """
+
+    server_id = ""
 
     def __init__(
         self,
@@ -75,7 +80,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             waiter = accepted.waiter()
             del accepted  # A waiter lets go of a job whose reader has stalled; so must we.
             previews = request.preview.every_steps > 0
-            told = story(asked.id, waiter, asked.arrived, joined=joined, previews=previews)
+            told = story(
+                asked.id,
+                waiter,
+                asked.arrived,
+                server_id=self.server_id,
+                joined=joined,
+                previews=previews,
+            )
             with waiter:
                 async with aclosing(told):
                     async for event in told:
@@ -96,7 +108,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             task = asyncio.create_task(self._log_when_done(asked, accepted, context))
             self._followed.add(task)
             task.add_done_callback(self._followed.discard)
-        message = accepted_message(asked.id, accepted, joined=joined)
+        message = accepted_message(asked.id, accepted, server_id=self.server_id, joined=joined)
         return generation_pb2.SubmitGenerationResponse(accepted=message)
 
     async def WatchGeneration(
@@ -107,7 +119,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         id = checked_id(request.request_id)
         self._count_call(id, context)
         with self._requests.find(current_caller().name, id).waiter() as waiter:
-            told = story(id, waiter, arrived, joined=True, previews=True)
+            told = story(id, waiter, arrived, server_id=self.server_id, joined=True, previews=True)
             async with aclosing(told):
                 async for event in told:
                     yield generation_pb2.WatchGenerationResponse(event=event)

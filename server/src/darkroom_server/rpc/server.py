@@ -52,7 +52,8 @@ class Observer(RequestObserver, CallObserver, AuthObserver, Protocol):
 class RpcServer:
     """Serves the dispatcher's models; made and used on one event loop, and at most once.
 
-    With ``tokens``, callers need one; with ``credentials``, the port speaks TLS only.
+    With ``tokens``, callers need one; with ``credentials``, the port speaks TLS only. Clients get
+    ``server_id`` with each accepted job; unset, it is the host's name and the port.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class RpcServer:
         *,
         reflect: bool = True,
         log_prompts: bool = False,
+        server_id: str | None = None,
         begin_traces: bool = False,
         tokens: Tokens | None = None,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.health = Health()
         self._credentials = credentials
+        self._server_id = server_id
         self._closing: asyncio.Task[None] | None = None
         self._running = InFlightCalls()
         interceptors = [
@@ -82,10 +85,10 @@ class RpcServer:
             interceptors.append(Auth(tokens, observer))
         interceptors.append(Decoding())
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(dispatcher, requests, observer, log_prompts=log_prompts),
-            self._server,
+        self._generation = GenerationService(
+            dispatcher, requests, observer, log_prompts=log_prompts
         )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(dispatcher), self._server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(dispatcher), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
@@ -113,6 +116,7 @@ class RpcServer:
             raise StartupError(
                 f"cannot listen on {host}:{port}: {why}; choose another with --port or --host"
             ) from None
+        self._generation.server_id = self._server_id or f"{socket.gethostname()}:{bound}"
         await self.health.alive()
         await self._server.start()
         return f"{host}:{bound}"

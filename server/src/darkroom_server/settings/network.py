@@ -26,6 +26,16 @@ class Network:
         Le(65535),
         Setting("The port for gRPC; 0 picks a free one.", metavar="PORT"),
     ] = 50051
+    server_id: Annotated[
+        str | None,
+        Setting(
+            "The name of this server, which clients get with each accepted job.",
+            choose="If servers share one name, give each a `HOST:PORT` that clients resolve to its "
+            "address: a client then cancels a job at the server that has it.",
+            metavar="NAME",
+            default="the host's name and the gRPC port, as `HOST:PORT`",
+        ),
+    ] = None
     metrics_host: Annotated[
         str,
         Setting(
