@@ -1,8 +1,8 @@
-"""Every metric of the server, declared once, on a registry of its own.
+"""Every metric of the server, declared once, on its own registry.
 
-Labels are bounded: models that the server holds ("unknown" for what is none), outcomes, stages,
-classes of sizes and rows, gRPC's methods and codes. Never a prompt, a seed or anything else that a
-caller wrote.
+The set of label values is bounded: the server's models ("unknown" for any other name), outcomes,
+stages, size and row classes, gRPC methods and codes. A label never holds a prompt, a seed or any
+other text of a caller.
 """
 
 from collections import defaultdict
@@ -51,7 +51,7 @@ class Metrics(Observer):
 
     @property
     def declared(self) -> dict[str, list[Declared]]:
-        """What was declared, by section, in order."""
+        """The declarations by section, in order."""
         return {catalogue.title: catalogue.declared for catalogue in self._catalogues}
 
     def _section(self, title: str) -> Catalogue:

@@ -1,4 +1,4 @@
-"""Memory, by who holds it, and what the driver says of the device."""
+"""Metrics of memory by holder, and of the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,18 +10,18 @@ from darkroom_server.core.metric_labels import rows_class, size_class
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 from darkroom_server.telemetry.metrics.engine import ROWS_HELP
 
-SIZE_HELP = "`size_class` is the edge in pixels of the square that holds the image"
+SIZE_HELP = "`size_class` is the edge in pixels of a square that holds the image"
 
 
 class MemoryMetrics:
-    """One attribute for each metric."""
+    """One attribute per metric."""
 
     def __init__(self, declare: Catalogue) -> None:
         self.device = declare.gauge(
             "darkroom_gpu_memory_bytes",
-            "Memory of the engine's device, by kind: allocated and reserved by torch, the peak of "
-            "what was allocated, and device_used of device_total as the driver says. On a CPU "
-            "the first three are the engine's resident memory, the others the machine's.",
+            "Memory of the engine's device by kind: `allocated` and `reserved` by torch, `peak` of "
+            "`allocated`, and the driver's `device_used` and `device_total`. On a CPU the first "
+            "three are the engine's resident memory, the others the machine's.",
             ("device", "kind"),
         )
         self.model = declare.gauge(
@@ -31,37 +31,37 @@ class MemoryMetrics:
         )
         self.pass_peak = declare.gauge(
             "darkroom_peak_memory_bytes",
-            "The most that a pass took besides what was in use before it: its activations. "
+            "Peak memory of a batch above what was in use before it: its activations. "
             "Measured once a second for each class, on a CPU once a minute. "
-            f"{SIZE_HELP}, {ROWS_HELP}.",
+            f"{SIZE_HELP}; {ROWS_HELP}.",
             ("model", "size_class", "rows"),
         )
         self.decode_peak = declare.gauge(
             "darkroom_decode_peak_memory_bytes",
-            "The most that the decode of one image took besides what was in use before it. "
-            "Measured as often as passes. "
+            "Peak memory of the decode of one image above what was in use before it. "
+            "Measured as often as batches. "
             f"{SIZE_HELP}.",
             ("model", "size_class"),
         )
         self.host = declare.gauge(
             "darkroom_host_memory_bytes",
-            "Resident memory of each process of the server; an engine's has its device.",
+            "Resident memory of each process of the server; `device` is set for an engine.",
             ("process", "device"),
         )
-        # Read when Prometheus asks, so that nothing need poll it.
+        # Read at each scrape, so nothing polls it.
         own = psutil.Process()
         self.host.labels("server", "").set_function(lambda: own.memory_info().rss)
         self.utilisation = declare.gauge(
             "darkroom_gpu_utilisation_ratio",
-            "Part of the last moments in which the device was computing, where NVML tells.",
+            "Share of the last sampling period in which the device was busy, if NVML reports it.",
             ("device",),
         )
         self.power = declare.gauge(
-            "darkroom_gpu_power_watts", "What the device draws, where NVML tells.", ("device",)
+            "darkroom_gpu_power_watts", "Power of the device, if NVML reports it.", ("device",)
         )
         self.temperature = declare.gauge(
             "darkroom_gpu_temperature_celsius",
-            "The device's temperature, where NVML tells.",
+            "Temperature of the device, if NVML reports it.",
             ("device",),
         )
         # The highest so far, by model and classes.
