@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.core.job import Job
 from darkroom_server.core.order import OrderKey
 from darkroom_server.dispatch.estimation.batch_times import Group
 from darkroom_server.dispatch.jobs.job import ActiveJob
@@ -30,7 +30,7 @@ class RemainingWork:
 def remaining_work(accepted: ActiveJob, left: Mapping[int, int] | None = None) -> RemainingWork:
     """What is left of a job; ``left`` are the passes of those images that took one, by index."""
     job = accepted.job
-    calls = denoiser_calls(job)
+    calls = accepted.model.denoiser_calls(job)
     passes = [
         (left or {}).get(index, calls)
         for index in job.image_indices
@@ -73,16 +73,6 @@ class RemainingWorkCache:
                 known = state, remaining_work(accepted, mine)
             self._known[id] = known
         return [work for _, work in self._known.values()]
-
-
-def denoiser_calls(job: Job) -> int:
-    """Passes that an image of ``job`` takes: some schedulers make more than the steps asked for."""
-    match job.scheduler:
-        case SchedulerName.HEUN:
-            return 2 * job.steps - 1
-        case SchedulerName.PNDM:
-            return job.steps + 1
-    return job.steps
 
 
 def megapixel_steps(job: Job) -> float:
