@@ -64,7 +64,7 @@ def of_a_step(recorder: Recorder, times: int) -> dict[str, float]:
     def engine() -> None:
         with watch.watch(CPU, "demo", EDGE, EDGE, ROWS):
             pass
-        tally.tell()
+        tally.report()
 
     return {
         "engine": microseconds(engine, times),

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.core.job import Job
 from darkroom_server.core.order import OrderKey
 from darkroom_server.dispatch.estimation.batch_times import Group
 from darkroom_server.dispatch.jobs.job import ActiveJob
@@ -31,7 +31,7 @@ class RemainingWork:
 def remaining_work(active: ActiveJob) -> RemainingWork:
     """The work that remains of a job."""
     job = active.job
-    all_calls = denoiser_calls(job)
+    all_calls = active.model.denoiser_calls(job)
     calls = [
         active.remaining.get(index, all_calls)
         for index in job.image_indices
@@ -76,16 +76,6 @@ class RemainingWorkCache:
                 known = state, remaining_work(active)
             self._known[id] = known
         return [work for _, work in self._known.values()]
-
-
-def denoiser_calls(job: Job) -> int:
-    """The denoiser calls of one image: some schedulers make more than one for each step."""
-    match job.scheduler:
-        case SchedulerName.HEUN:
-            return 2 * job.steps - 1
-        case SchedulerName.PNDM:
-            return job.steps + 1
-    return job.steps
 
 
 def megapixel_steps(job: Job) -> float:
