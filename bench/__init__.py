@@ -1,1 +1,1 @@
-"""Measurements of Darkroom: each module with a ``main`` is one bench, the rest is theirs."""
+"""Measurements of Darkroom. README.md lists the commands."""

@@ -1,1 +1,1 @@
-"""Darkroom beside the servers that people would use instead, over the wire."""
+"""Darkroom beside other servers, over the wire."""

@@ -1,34 +1,33 @@
-"""Whether all draw the same pictures: asked first, for to draw others faster proves nothing."""
+"""Checks first that all peers generate the same images, without which times do not compare."""
 
 import asyncio
 import io
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.exactness import psnr
+from bench.inprocess.pipelines import Pipelines
+from bench.inprocess.remote import in_fresh_process
+from bench.micro.exactness import psnr
 from bench.peers.process import PeerProcess
-from bench.peers.protocols import ASKERS
-from bench.pipelines import Pipelines
-from bench.workload import Request, mixed
+from bench.peers.protocols import CLIENTS
+from bench.workload.requests import Request, mixed
 from darkroom_server.core.model import ModelRuntime
 
 ALONE_PSNR = 50.0
-"""In dB: what a picture drawn alone may differ from the one of a bare ``pipe()``."""
+"""In dB: the lowest PSNR of an image generated alone against that of a bare ``pipe()``."""
 
 TOGETHER_PSNR = {"float32": 50.0, "bfloat16": 25.0, "float16": 25.0}
-"""In dB, by dtype: the same for one drawn in company."""
+"""In dB, by dtype: the same for images that may share a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Equality:
-    """How the pictures of one peer differ from those of a bare ``pipe()`` in this form.
+    """How the images of one peer differ from those of a bare ``pipe()`` with the same dtype.
 
-    ``identical`` of ``alone`` files were equal byte by byte when asked for one after another;
-    ``largest`` is the largest difference of a channel, of 255, and ``lowest_psnr`` in dB (None
-    where all pixels are equal). The last three are for all at once, which may share batches.
+    ``identical`` of ``alone`` files were equal byte by byte when requested one after another;
+    ``largest`` is the largest difference of a channel, 0 to 255, and ``lowest_psnr`` is in dB, None
+    if all pixels are equal. The last three are for concurrent requests, which may share batches.
     """
 
     alone: int
@@ -41,25 +40,23 @@ class Equality:
 
 
 class Different(Exception):
-    """A peer draws something else; the text is one line."""
+    """A peer generates other images; the text is one line."""
 
 
-def pictures() -> list[Request]:
-    """The requests to compare: of every class, and four that may share a batch."""
+def requests_to_compare() -> list[Request]:
+    """Requests of every class, and four that may share a batch."""
     alike = [replace(r, steps=8, guidance_scale=7.5) for r in mixed(4, seed=11)]
     return [replace(r, index=i) for i, r in enumerate([*mixed(4, seed=12), *alike])]
 
 
 def references(folder: str, runtime: ModelRuntime) -> list[bytes]:
-    """What a bare ``pipe()`` makes of ``pictures``, in a process of its own."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_draw, folder, runtime).result()
+    """The files of a bare ``pipe()`` for ``requests_to_compare``, from a process of its own."""
+    return in_fresh_process(_generate, folder, runtime)
 
 
 def compare(process: PeerProcess, expected: Sequence[bytes], dtype: str) -> Equality:
-    """Ask ``process`` for ``pictures``; raises ``Different`` where they are others."""
-    alone, together = asyncio.run(_ask(process))
+    """Compare the images of ``process``; raises ``Different`` if they differ too much."""
+    alone, together = asyncio.run(_request(process))
     found = [_difference(a, b) for a, b in zip(alone, expected, strict=True)]
     shared = [_difference(a, b) for a, b in zip(together, expected, strict=True)]
     equality = Equality(
@@ -76,33 +73,33 @@ def compare(process: PeerProcess, expected: Sequence[bytes], dtype: str) -> Equa
         (equality.together_lowest_psnr, TOGETHER_PSNR[dtype]),
     ):
         if ratio is not None and ratio < least:
-            raise Different(f"draws other pictures: a PSNR of {ratio:.1f} dB")
+            raise Different(f"generates other images: a PSNR of {ratio:.1f} dB")
     return equality
 
 
-def _draw(folder: str, runtime: ModelRuntime) -> list[bytes]:
+def _generate(folder: str, runtime: ModelRuntime) -> list[bytes]:
     pipelines = Pipelines(folder, runtime, 1)
-    return [pipelines.images([request])[0] for request in pictures()]
+    return [pipelines.images([request])[0] for request in requests_to_compare()]
 
 
-async def _ask(process: PeerProcess) -> tuple[list[bytes], list[bytes]]:
-    asker = ASKERS[process.peer.wire](process.port)
-    wanted = pictures()
+async def _request(process: PeerProcess) -> tuple[list[bytes], list[bytes]]:
+    client = CLIENTS[process.peer.wire](process.port)
+    wanted = requests_to_compare()
     try:
-        alone = [await asker.ask(request, "alone", None) for request in wanted]
-        together = await asyncio.gather(*(asker.ask(r, "together", None) for r in wanted))
+        alone = [await client.generate(request, "alone", None) for request in wanted]
+        together = await asyncio.gather(*(client.generate(r, "together", None) for r in wanted))
     finally:
-        await asker.close()
+        await client.close()
     return alone, list(together)
 
 
 def _difference(file: bytes, other: bytes) -> tuple[int, float]:
-    """The largest of a channel, and the PSNR in dB."""
+    """The largest difference of a channel, and the PSNR in dB."""
     import numpy as np
 
     one, two = _pixels(file), _pixels(other)
     if one.shape != two.shape:
-        raise Different(f"draws pictures of another size: {one.shape} and not {two.shape}")
+        raise Different(f"generates images of another size: {one.shape} and not {two.shape}")
     return int(np.abs(one.astype(int) - two.astype(int)).max()), psnr(one, two)
 
 

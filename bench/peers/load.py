@@ -1,6 +1,6 @@
-"""The load: asks a peer by a schedule, or as so many callers, and times the answers.
+"""The load generator: sends requests to a peer by their arrivals, and times the answers.
 
-It runs in a process of its own (``contender.Remote``), which does nothing else.
+It runs alone in a process of its own (``bench.inprocess.remote.Remote``).
 """
 
 import asyncio
@@ -9,65 +9,65 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from bench.arrivals import Arrivals, Drawn, Outcome
-from bench.peers.protocols import ASKERS, Asker, Ended, GrpcAsker, Wire
-from bench.workload import Request
+from bench.peers.protocols import CLIENTS, Ended, GrpcPeerClient, PeerClient, Wire
+from bench.workload.arrivals import Answer, Arrivals, Outcome
+from bench.workload.requests import Request
 
 PATIENCE_SECONDS = 300.0
-"""A request that takes longer has failed, so that a peer that hangs does not hang the bench."""
+"""Timeout of a request, so that a peer that hangs does not block the benchmark."""
 
 
 class Load:
-    """A ``Contender`` whose work is done by whom ``open_asker`` connects to.
+    """An ``ArrivalServer`` that sends the requests through the client of ``connect``.
 
-    ``stream`` asks for progress too.
+    ``stream`` requests progress too.
     """
 
-    def __init__(self, open_asker: Callable[[], Asker], stream: bool = False) -> None:
+    def __init__(self, connect: Callable[[], PeerClient], stream: bool = False) -> None:
         self._runner = asyncio.Runner()
-        self._asker = self._runner.run(_opened(open_asker))
+        self._client = self._runner.run(_opened(connect))
         self._stream = stream
         self._run = 0
 
-    def draw(self, arrivals: Arrivals) -> list[Drawn]:
-        """Ask for all ``arrivals``; returns when the last one has ended."""
+    def serve(self, arrivals: Arrivals) -> list[Answer]:
+        """Send all ``arrivals``; returns when the last one has ended."""
         self._run += 1
         return self._runner.run(self._play(arrivals))
 
-    def passes(self) -> list[tuple[int, float]]:
-        """None: the peer's trace has them."""
+    def batch_times(self) -> list[tuple[int, float]]:
+        """Empty: the peer's trace has them."""
         return []
 
     def close(self) -> None:
-        """Hang up."""
-        self._runner.run(self._asker.close())
+        """Close the connections."""
+        self._runner.run(self._client.close())
         self._runner.close()
 
-    async def _play(self, arrivals: Arrivals) -> list[Drawn]:
-        drawn: list[Drawn] = []
+    async def _play(self, arrivals: Arrivals) -> list[Answer]:
+        answers: list[Answer] = []
         changed = asyncio.Event()
         began = time.monotonic()
 
-        async def answer(at: float, request: Request) -> None:
-            drawn.append(await self._ask(at, request, began))
+        async def send(at: float, request: Request) -> None:
+            answers.append(await self._send(at, request, began))
             arrivals.answered(time.monotonic() - began)
             changed.set()
 
         async with asyncio.TaskGroup() as group:
-            while len(drawn) < arrivals.count:
+            while len(answers) < arrivals.count:
                 changed.clear()
                 for at, request in arrivals.until(time.monotonic() - began):
-                    group.create_task(answer(at, request))
+                    group.create_task(send(at, request))
                 moment = arrivals.next_at()
                 wait = None if moment is None else began + moment - time.monotonic()
                 try:
                     async with asyncio.timeout(wait):
                         await changed.wait()
                 except TimeoutError:
-                    continue  # The next one is due.
-        return drawn
+                    continue  # The next request is due.
+        return answers
 
-    async def _ask(self, at: float, request: Request, began: float) -> Drawn:
+    async def _send(self, at: float, request: Request, began: float) -> Answer:
         due = began + at
         ends = {
             Outcome.EXPIRED: request.deadline,
@@ -78,25 +78,25 @@ class Load:
             ((outcome, s) for outcome, s in ends.items() if s is not None), key=lambda end: end[1]
         )
         outcome, first = Outcome.IMAGE, None
-        # A name is for one request of one server only, and several loads may ask the same server.
+        # Request ids must be unique: several load generators may use the same server.
         name = f"{os.getpid()}-{self._run}"
         try:
-            # The loop's clock is the monotonic one.
+            # The clock of the event loop is the monotonic clock.
             async with asyncio.timeout_at(due + seconds):
-                if self._stream and isinstance(self._asker, GrpcAsker):
-                    late = time.monotonic() - due
-                    first = late + await self._asker.first_progress(request, name)
+                if self._stream and isinstance(self._client, GrpcPeerClient):
+                    delay = time.monotonic() - due
+                    first = delay + await self._client.first_progress(request, name)
                 else:
                     deadline = request.deadline
-                    left = None if deadline is None else due + deadline - time.monotonic()
-                    await self._asker.ask(request, name, left)
+                    remaining = None if deadline is None else due + deadline - time.monotonic()
+                    await self._client.generate(request, name, remaining)
         except TimeoutError:
             outcome = why
         except Ended as ended:
             outcome = ended.outcome
             if outcome is Outcome.FAILED:
                 print(f"request {request.index}: {ended}", flush=True)
-        return Drawn(
+        return Answer(
             request.index,
             request.steps,
             at,
@@ -108,10 +108,10 @@ class Load:
 
 
 def make_load(wire: Wire, port: int, stream: bool = False) -> tuple[Load, None]:
-    """For ``contender.Remote``."""
-    return Load(partial(ASKERS[wire], port), stream), None
+    """For ``Remote``."""
+    return Load(partial(CLIENTS[wire], port), stream), None
 
 
-async def _opened(open_asker: Callable[[], Asker]) -> Asker:
-    # On the loop: channels and sessions belong to the one that runs when they are made.
-    return open_asker()
+async def _opened(connect: Callable[[], PeerClient]) -> PeerClient:
+    # Channels and sessions belong to the event loop that runs when they are created.
+    return connect()

@@ -1,4 +1,4 @@
-"""A peer's server as processes of this machine: its start, what it takes, its end."""
+"""The processes of a peer's server: start, resources, stop."""
 
 import os
 import signal
@@ -13,25 +13,25 @@ from pathlib import Path
 import psutil
 
 from bench.peers.ready import is_ready
-from bench.peers.roster import WORK, Peer
-from bench.peers.serving import Serving
-from bench.results import ROOT
+from bench.peers.registry import WORK, Peer
+from bench.peers.servers.config import ServerConfig
+from bench.report.results import ROOT
 
 START_SECONDS = 180
-"""The longest that a peer may take to be ready."""
+"""Start timeout."""
 
 STOP_SECONDS = 20
 
 IDLE_SECONDS = 3.0
-"""For so long it is watched while nobody asks for anything."""
+"""Duration of the measurement without requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """Memory of all processes of a server, in bytes.
 
-    ``proportional`` shares out the pages that several processes map (PSS); ``resident`` counts
-    them for each (RSS).
+    ``proportional`` divides pages among the processes that map them (PSS); ``resident`` counts them
+    for each process (RSS).
     """
 
     processes: int
@@ -40,12 +40,15 @@ class Footprint:
 
 
 class PeerProcess:
-    """A server that is ready; ``ready_seconds`` after its process began."""
+    """A server that is ready; it took ``ready_seconds`` from the start of its process.
 
-    def __init__(self, peer: Peer, serving: Serving) -> None:
+    Raises ``RuntimeError`` with the end of its log if it does not start.
+    """
+
+    def __init__(self, peer: Peer, config: ServerConfig) -> None:
         self.peer = peer
-        self.port = serving.port
-        self.trace = Path(serving.trace)
+        self.port = config.port
+        self.trace = Path(config.trace)
         began = time.monotonic()
         logs = WORK / "logs"
         logs.mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,7 @@ class PeerProcess:
                 [
                     str(peer.python),
                     *("-m", f"bench.peers.servers.{peer.module}"),
-                    *serving.arguments(),
+                    *config.arguments(),
                 ],
                 cwd=ROOT,
                 env=_environment(peer),
@@ -72,7 +75,7 @@ class PeerProcess:
         self.ready_seconds = time.monotonic() - began
 
     def footprint(self) -> Footprint:
-        """What its processes hold now."""
+        """The memory of its processes now."""
         infos = []
         for process in self._tree():
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -80,7 +83,7 @@ class PeerProcess:
         return Footprint(len(infos), sum(i.pss for i in infos), sum(i.rss for i in infos))
 
     def cpu_seconds(self) -> float:
-        """What its processes have used so far, those that ended and were waited for included."""
+        """CPU seconds of its processes so far, including its children that have exited."""
         total = 0.0
         for process in self._tree():
             with suppress(psutil.NoSuchProcess):
@@ -89,14 +92,14 @@ class PeerProcess:
         return total
 
     def idle_cpu(self) -> float:
-        """The share of a core that its processes take while nobody asks for anything."""
+        """The share of a core that its processes use without requests."""
         before = self.cpu_seconds()
         began = time.monotonic()
         time.sleep(IDLE_SECONDS)
         return (self.cpu_seconds() - before) / (time.monotonic() - began)
 
     def stop(self) -> None:
-        """Ask it to end, and kill what is left of it."""
+        """Send SIGTERM, then kill the processes that remain."""
         tree = self._tree()
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
@@ -125,13 +128,13 @@ class PeerProcess:
 
 
 @contextmanager
-def serving_peer(peer: Peer, serving: Serving) -> Iterator[PeerProcess]:
+def serving_peer(peer: Peer, config: ServerConfig) -> Iterator[PeerProcess]:
     """A fresh server of ``peer`` on a free port, with a new trace."""
     traces = WORK / "traces"
     traces.mkdir(parents=True, exist_ok=True)
     trace = traces / f"{peer.name}.jsonl"
     trace.unlink(missing_ok=True)
-    process = PeerProcess(peer, replace(serving, port=_free_port(), trace=str(trace)))
+    process = PeerProcess(peer, replace(config, port=_free_port(), trace=str(trace)))
     try:
         yield process
     finally:
@@ -146,7 +149,7 @@ def _free_port() -> int:
 
 
 def _environment(peer: Peer) -> dict[str, str]:
-    """The caller's, without settings of Darkroom's, and with this repository's sources."""
+    """The caller's environment without Darkroom's settings, with this repository's sources."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DARKROOM_", "PYTHON"))}
     sources = (ROOT, ROOT / "server" / "src", ROOT / "protos" / "src")
     return kept | {

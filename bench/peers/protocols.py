@@ -1,4 +1,4 @@
-"""How to ask each peer: gRPC, HTTP and Triton's form of HTTP."""
+"""Clients of the peers: gRPC, HTTP and Triton's form of HTTP."""
 
 import json
 import time
@@ -10,16 +10,16 @@ import grpc
 import grpc.aio
 import httpx2
 
-from bench.arrivals import Outcome
-from bench.peers.serving import to_wire
-from bench.workload import Request
+from bench.peers.servers.config import to_wire
+from bench.workload.arrivals import Outcome
+from bench.workload.requests import Request
 from darkroom.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 
 OPTIONS = (("grpc.max_receive_message_length", 64 * 2**20),)
 
 
 class Ended(Exception):
-    """No image came: ``outcome`` says what did."""
+    """A request ended without an image, with ``outcome``."""
 
     def __init__(self, outcome: Outcome, message: str) -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class Ended(Exception):
 
 
 class Wire(StrEnum):
-    """What a peer speaks."""
+    """The protocol of a peer."""
 
     GRPC = "grpc"
     LITSERVE = "litserve"
@@ -35,29 +35,29 @@ class Wire(StrEnum):
     TRITON = "triton"
 
 
-class Asker(Protocol):
-    """Asks one peer; lives on one event loop."""
+class PeerClient(Protocol):
+    """A client of one peer, on one event loop."""
 
-    async def ask(self, request: Request, name: str, seconds: float | None) -> bytes:
-        """The PNG file of ``request``, called ``name``; raises ``Ended`` where none comes.
+    async def generate(self, request: Request, name: str, seconds: float | None) -> bytes:
+        """The PNG file of ``request``, whose id begins with ``name``.
 
-        ``seconds`` are left until the deadline, None where there is none. To cancel the task that
-        awaits this is to leave.
+        ``seconds`` remain until the deadline, None without one. Cancelling the awaiting task
+        cancels the request. Raises ``Ended`` if no image comes.
         """
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connections."""
 
 
-class GrpcAsker:
-    """Darkroom's own service, which the usual gRPC service implements too."""
+class GrpcPeerClient:
+    """Darkroom's gRPC service, which the usual gRPC server implements too."""
 
     def __init__(self, port: int) -> None:
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS)
         self._stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
-    async def ask(self, request: Request, name: str, seconds: float | None) -> bytes:
-        """See ``Asker``."""
+    async def generate(self, request: Request, name: str, seconds: float | None) -> bytes:
+        """See ``PeerClient``."""
         try:
             response = await self._stub.Generate(_message(request, name), timeout=seconds)
         except grpc.aio.AioRpcError as error:
@@ -66,7 +66,7 @@ class GrpcAsker:
         return data
 
     async def first_progress(self, request: Request, name: str) -> float:
-        """Seconds until the first step is told of; waits for the image."""
+        """Seconds until progress is first reported; waits for the image."""
         began = time.monotonic()
         first = None
         wanted = generation_pb2.GenerateStreamRequest(generation=_message(request, name))
@@ -81,24 +81,24 @@ class GrpcAsker:
         return first
 
     async def close(self) -> None:
-        """See ``Asker``."""
+        """See ``PeerClient``."""
         await self._channel.close()
 
 
-class HttpAsker:
-    """JSON in, a PNG file out."""
+class HttpPeerClient:
+    """Sends JSON, receives a PNG file."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False)
 
-    async def ask(self, request: Request, name: str, seconds: float | None) -> bytes:
-        """See ``Asker``. HTTP knows no deadlines: the caller leaves at its own."""
+    async def generate(self, request: Request, name: str, seconds: float | None) -> bytes:
+        """See ``PeerClient``. HTTP has no deadlines: the caller cancels at its deadline."""
         return await self._post(to_wire(request))
 
     async def close(self) -> None:
-        """See ``Asker``."""
+        """See ``PeerClient``."""
         await self._client.aclose()
 
     async def _post(self, body: dict[str, Any]) -> bytes:
@@ -114,17 +114,17 @@ class HttpAsker:
         return response.content
 
     def _outcome(self, response: httpx2.Response) -> Outcome:
-        return Outcome.REFUSED if response.status_code in (429, 503) else Outcome.FAILED
+        return Outcome.REJECTED if response.status_code in (429, 503) else Outcome.FAILED
 
 
-class TritonAsker(HttpAsker):
+class TritonPeerClient(HttpPeerClient):
     """The KServe protocol, version 2, with the image in its binary extension."""
 
     def __init__(self, port: int, model: str = "demo") -> None:
         super().__init__(f"http://127.0.0.1:{port}/v2/models/{model}/infer")
 
-    async def ask(self, request: Request, name: str, seconds: float | None) -> bytes:
-        """See ``Asker``. A request that waits past its deadline is rejected."""
+    async def generate(self, request: Request, name: str, seconds: float | None) -> bytes:
+        """See ``PeerClient``. Triton rejects a request that waits past its deadline."""
         text = json.dumps(to_wire(request))
         body: dict[str, Any] = {
             "inputs": [{"name": "request", "shape": [1, 1], "datatype": "BYTES", "data": [text]}],
@@ -143,11 +143,11 @@ class TritonAsker(HttpAsker):
         return Outcome.EXPIRED if timeout else super()._outcome(response)
 
 
-ASKERS: dict[Wire, Callable[[int], Asker]] = {
-    Wire.GRPC: GrpcAsker,
-    Wire.LITSERVE: lambda port: HttpAsker(f"http://127.0.0.1:{port}/predict"),
-    Wire.RAY: lambda port: HttpAsker(f"http://127.0.0.1:{port}/"),
-    Wire.TRITON: TritonAsker,
+CLIENTS: dict[Wire, Callable[[int], PeerClient]] = {
+    Wire.GRPC: GrpcPeerClient,
+    Wire.LITSERVE: lambda port: HttpPeerClient(f"http://127.0.0.1:{port}/predict"),
+    Wire.RAY: lambda port: HttpPeerClient(f"http://127.0.0.1:{port}/"),
+    Wire.TRITON: TritonPeerClient,
 }
 
 
@@ -161,7 +161,7 @@ def _message(request: Request, name: str) -> generation_pb2.GenerateRequest:
 def _ended(error: grpc.aio.AioRpcError) -> Ended:
     outcomes = {
         grpc.StatusCode.DEADLINE_EXCEEDED: Outcome.EXPIRED,
-        grpc.StatusCode.RESOURCE_EXHAUSTED: Outcome.REFUSED,
-        grpc.StatusCode.UNAVAILABLE: Outcome.REFUSED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: Outcome.REJECTED,
+        grpc.StatusCode.UNAVAILABLE: Outcome.REJECTED,
     }
     return Ended(outcomes.get(error.code(), Outcome.FAILED), f"{error.code()}: {error.details()}")

@@ -1,4 +1,4 @@
-"""Whether a peer takes requests, by the means that it has itself."""
+"""Whether a peer accepts requests, by its own health check."""
 
 import urllib.error
 import urllib.request
@@ -9,13 +9,13 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bench.peers.protocols import Wire
-from bench.peers.serving import READY
+from bench.peers.servers.config import READY
 
 PATHS = {Wire.LITSERVE: "/health", Wire.RAY: "/-/healthz", Wire.TRITON: "/v2/models/demo/ready"}
 
 
 def is_ready(wire: Wire, port: int, log: Path) -> bool:
-    """Asks once. Who prints that it is ready must have, too."""
+    """One check; a server that prints ``READY`` must also have printed it."""
     if wire is Wire.GRPC:
         return _prints(log) or _serves(port)
     return (wire is Wire.LITSERVE or _prints(log)) and _answers(port, PATHS[wire])

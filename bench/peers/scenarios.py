@@ -1,10 +1,10 @@
-"""What is asked of every peer, and when."""
+"""The loads that every peer gets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from bench.workload import (
+from bench.workload.requests import (
     Request,
     bursts,
     mixed,
@@ -19,23 +19,23 @@ CALLERS = 8
 """Of a closed loop."""
 
 UNIFORM = (16, 7.5)
-"""Steps and guidance, where all requests are alike."""
+"""Steps and guidance of requests that are all alike."""
 
 SIDES = (0.75, 1.0, 1.5)
-"""Of the model's own size, where sizes are mixed."""
+"""Factors of the model's default size for mixed sizes."""
 
 PATIENCE = 5.0
-"""A deadline is so many times what a request takes alone, as in AlpaServe (OSDI 2023)."""
+"""A deadline is this many times the lone latency, as in AlpaServe (OSDI 2023)."""
 
 CANCELS = 0.2
-"""The share of callers that leave."""
+"""Share of the requests that are cancelled."""
 
-LEAVING = 4.0
-"""They do within so many times what their request takes alone."""
+CANCEL_WITHIN = 4.0
+"""They are cancelled within this many times their lone latency."""
 
 
 class Mix(StrEnum):
-    """Which requests come."""
+    """Kinds of requests."""
 
     MIXED = "mixed"
     UNIFORM = "uniform"
@@ -43,12 +43,12 @@ class Mix(StrEnum):
 
     @property
     def text(self) -> str:
-        """In words, for a heading."""
+        """For a heading."""
         steps, guidance = UNIFORM
         return {
             Mix.MIXED: "mixed",
             Mix.UNIFORM: f"all alike ({steps} steps, guidance {guidance})",
-            Mix.SIZES: f"mixed, sizes too ({', '.join(f'{s:g}' for s in SIDES)} of the usual)",
+            Mix.SIZES: f"mixed, sizes too ({', '.join(f'{s:g}' for s in SIDES)} of the default)",
         }[self]
 
 
@@ -56,8 +56,8 @@ class Mix(StrEnum):
 class Scenario:
     """``load`` is a share of (a)'s capacity for this mix, None in the closed loop.
 
-    ``stream``: Darkroom alone, which tells of the progress. ``window``: those alone that batch,
-    each of whose batches waits so many seconds for company; None for the peer's best.
+    ``stream``: with progress, for Darkroom alone. ``batch_timeout``: in seconds, only for peers
+    that batch; None is the best one of the peer.
     """
 
     mix: Mix = Mix.MIXED
@@ -66,23 +66,23 @@ class Scenario:
     deadlines: bool = False
     cancels: bool = False
     stream: bool = False
-    window: float | None = None
+    batch_timeout: float | None = None
 
     @property
     def name(self) -> str:
         """For tables and the command line: "mixed closed", "mixed 0.9 bursts"."""
         kinds = [k for k in ("bursts", "deadlines", "cancels", "stream") if getattr(self, k)]
-        if self.window is not None:
-            kinds.append(f"{self.window * 1000:g} ms")
+        if self.batch_timeout is not None:
+            kinds.append(f"{self.batch_timeout * 1000:g} ms")
         return " ".join([self.mix, "closed" if self.load is None else f"{self.load:g}", *kinds])
 
     def requests(
         self, count: int, seed: int, capacity: float, nominal: float, side: int
     ) -> list[Request]:
-        """``count`` requests of this scenario, the same ones for the same arguments.
+        """``count`` requests of this scenario; equal arguments give equal requests.
 
         ``capacity`` is (a)'s in images/s, ``nominal`` the seconds of a step of a lone request,
-        ``side`` the model's own in pixels.
+        ``side`` the model's default side in pixels.
         """
         requests = mixed(count, seed)
         if self.mix is Mix.UNIFORM:
@@ -95,14 +95,14 @@ class Scenario:
         if self.deadlines:
             requests = with_deadlines(requests, PATIENCE * nominal)
         if self.cancels:
-            requests = with_cancels(requests, CANCELS, LEAVING * nominal, seed)
+            requests = with_cancels(requests, CANCELS, CANCEL_WITHIN * nominal, seed)
         return requests
 
 
 CLOSED = Scenario()
 BUSY = Scenario(load=0.9)
 OVERLOAD = Scenario(load=1.1, deadlines=True)
-LEAVERS = Scenario(load=0.9, cancels=True)
+CANCELLED = Scenario(load=0.9, cancels=True)
 STREAMED = Scenario(load=0.7, stream=True)
 
 QUICK: Sequence[Scenario] = (CLOSED, BUSY)
@@ -116,12 +116,12 @@ FULL: Sequence[Scenario] = (
     BUSY,
     Scenario(load=1.1),
     OVERLOAD,
-    LEAVERS,
+    CANCELLED,
     Scenario(load=0.9, bursts=True),
     Scenario(mix=Mix.UNIFORM, load=0.9),
     Scenario(mix=Mix.SIZES, load=0.9),
     STREAMED,
 )
-"""What ``make bench-full`` runs: each closed loop before the loads that are shares of it."""
+"""What ``make bench-full`` runs; each closed loop precedes the loads that are shares of it."""
 
 SCENARIOS: Mapping[str, Scenario] = {scenario.name: scenario for scenario in FULL}

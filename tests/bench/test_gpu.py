@@ -1,4 +1,4 @@
-"""The GPU suite's own logic, on a CPU and a model of a few thousand weights."""
+"""The logic of the GPU benchmark, on a CPU with a model of a few thousand weights."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from bench import gpu_page
-from bench.denoise import FORMS, decode_seconds, encode_seconds, pass_seconds
-from bench.results import Results
+from bench.gpu.forward import FORMS, decode_seconds, encode_seconds, pass_seconds
+from bench.gpu.report import BUSY, SATURATED, goals, section
+from bench.report.results import Results
 from tests.bench.test_results import RESULTS, run
 from tests.engine.tiny import write_tiny_model
 
@@ -24,22 +24,22 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("form", ["eager", "SDPA", "channels last"])
-def test_a_form_takes_passes_of_every_width(pipeline: Any, form: str) -> None:
+def test_a_form_runs_every_number_of_rows(pipeline: Any, form: str) -> None:
     seconds = pass_seconds(FORMS[form](pipeline.unet), (2, 4), repeats=2)
     assert list(seconds) == [2, 4]
     assert all(value > 0 for value in seconds.values())
 
 
-def test_forms_differ_in_nothing_but_their_speed(pipeline: Any) -> None:
-    drawn = []
+def test_all_forms_give_the_same_output(pipeline: Any) -> None:
+    outputs = []
     for form in ("eager", "SDPA", "channels last"):
         torch.manual_seed(0)
-        drawn.append(FORMS[form](pipeline.unet)(2)()[0])
-    for other in drawn[1:]:
-        torch.testing.assert_close(other, drawn[0], rtol=1e-3, atol=1e-4)
+        outputs.append(FORMS[form](pipeline.unet)(2)()[0])
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=1e-3, atol=1e-4)
 
 
-def test_what_does_not_fit_is_left_out(pipeline: Any) -> None:
+def test_row_counts_that_do_not_fit_are_omitted(pipeline: Any) -> None:
     def ready(rows: int) -> Any:
         if rows > 4:
             raise torch.OutOfMemoryError
@@ -70,22 +70,22 @@ def results() -> Results:
             "lone": {"20": lone, "50": lone},
         },
         runs=[
-            run(scenario, contender, slowness)
-            for scenario in (gpu_page.SATURATED, gpu_page.BUSY)
-            for contender, slowness in (("serial", 0.4), ("static", 0.2), ("engine", 0.1))
+            run(scenario, peer, slowness)
+            for scenario in (SATURATED, BUSY)
+            for peer, slowness in (("serial", 0.4), ("static", 0.2), ("engine", 0.1))
         ],
     )
 
 
-def test_the_page_gives_shares_of_the_limit_and_leaves_out_what_did_not_fit() -> None:
-    page = gpu_page.page(results())
+def test_the_section_has_shares_of_the_limit_and_omits_what_did_not_fit() -> None:
+    page = section(results())
     assert "| eager | 20.0 (10%) | 30.0 (13%) |" in page
     assert "| SDPA | 10.0 (20%) |  |" in page
     assert "| 20 steps | 0.500 | 1.000 | 0.500 |" in page
 
 
 def test_goals() -> None:
-    reached = {goal.name: goal for goal in gpu_page.goals(results())}
+    reached = {goal.name: goal for goal in goals(results())}
     assert reached["a lone image of 50 steps, seconds"].met
     assert reached["p95 at 70 % load over static batches'"].reached == pytest.approx(0.5)
 
@@ -94,7 +94,7 @@ def test_goals() -> None:
 def test_without_cuda_the_bench_says_so_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bench.gpu import main
+    from bench.gpu.__main__ import main
 
     with pytest.raises(SystemExit) as ended:
         main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")])

@@ -1,4 +1,4 @@
-"""What the peers' bench asks for, and what its servers are told."""
+"""The peers' load, and the configuration and traces of their servers."""
 
 import asyncio
 from dataclasses import replace
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.arrivals import Arrivals, Drawn, Outcome
 from bench.peers.load import Load
 from bench.peers.protocols import Ended
 from bench.peers.scenarios import FULL, SCENARIOS
-from bench.peers.serving import Serving, by_settings, from_wire, to_wire
-from bench.peers.trace import Trace, Work, mean_width, occupancy, read_trace, waste
-from bench.workload import Request, bursts, mixed, sized, with_cancels, with_deadlines
+from bench.peers.servers.config import ServerConfig, by_settings, from_wire, to_wire
+from bench.peers.servers.trace import Trace, Work, mean_width, occupancy, read_trace, waste
+from bench.workload.arrivals import Answer, Arrivals, Outcome
+from bench.workload.requests import Request, bursts, mixed, sized, with_cancels, with_deadlines
 from darkroom_server.core.model import ModelRuntime
 
 RUNTIME = ModelRuntime(
@@ -37,12 +37,12 @@ def test_bursts_come_together_and_at_the_mean_rate() -> None:
     assert moments[-1] == pytest.approx(800, rel=0.1)
 
 
-def test_deadlines_grow_with_the_steps_and_leavers_have_their_share() -> None:
+def test_deadlines_grow_with_the_steps_and_cancels_have_their_share() -> None:
     requests = with_deadlines(mixed(50, seed=0), 0.2)
     assert all(r.deadline == pytest.approx(r.steps * 0.2) for r in requests)
-    leaving = [r for r in with_cancels(requests, 0.2, 0.1, seed=1) if r.cancel_after is not None]
-    assert len(leaving) == 10
-    assert all(0 <= (r.cancel_after or 0) <= 0.1 * r.steps for r in leaving)
+    cancelled = [r for r in with_cancels(requests, 0.2, 0.1, seed=1) if r.cancel_after is not None]
+    assert len(cancelled) == 10
+    assert all(0 <= (r.cancel_after or 0) <= 0.1 * r.steps for r in cancelled)
 
 
 def test_other_sizes_are_other_settings() -> None:
@@ -68,25 +68,27 @@ def test_calls_have_equal_settings_and_are_not_too_wide() -> None:
     assert calls == [[0, 2, 4], [1, 3, 5], [6]]
 
 
-def test_what_goes_over_the_wire_comes_back() -> None:
+def test_the_wire_form_of_a_request_is_lossless() -> None:
     request = sized(mixed(1, seed=0), (96,), seed=0)[0]
     assert from_wire(to_wire(request)) == request
     plain = mixed(1, seed=0)[0]
     assert from_wire(to_wire(plain)) == plain
 
 
-def test_a_peer_is_told_on_its_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Serving(folder="f", runtime=RUNTIME, port=1, trace="t", widest=8, window=0.01)
-    monkeypatch.setattr("sys.argv", ["server", *told.arguments()])
-    assert Serving.of_command_line(None) == told
+def test_the_command_line_carries_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ServerConfig(
+        folder="f", runtime=RUNTIME, port=1, trace="t", max_batch_images=8, batch_timeout=0.01
+    )
+    monkeypatch.setattr("sys.argv", ["server", *config.arguments()])
+    assert ServerConfig.of_command_line(None) == config
 
 
 def test_a_trace_is_read_back_from_a_moment_on(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     assert read_trace(path, 0.0) == []
     trace = Trace(str(path))
-    trace.note(1.0, [1])
-    trace.note(0.0, [2, 3])
+    trace.record(1.0, [1])
+    trace.record(0.0, [2, 3])
     first, second = read_trace(path, 0.0)
     assert second.indexes == (2, 3)
     assert first.ended - first.began == pytest.approx(1.0)
@@ -102,12 +104,12 @@ def test_occupancy_is_a_mean_over_time() -> None:
     assert mean_width([]) == 0.0
 
 
-def test_waste_is_the_leavers_share_of_what_was_done() -> None:
-    drawn = [
-        Drawn(1, 8, arrival=0.0, latency=2.5, outcome=Outcome.CANCELLED),
-        Drawn(2, 8, arrival=0.0, latency=2.5),
+def test_waste_is_the_share_of_cancelled_requests() -> None:
+    answers = [
+        Answer(1, 8, arrival=0.0, latency=2.5, outcome=Outcome.CANCELLED),
+        Answer(2, 8, arrival=0.0, latency=2.5),
     ]
-    found = waste(WORKS, drawn, start=10.0)
+    found = waste(WORKS, answers, start=10.0)
     assert found.cancels == 1
     assert found.total == pytest.approx(2.0 / 2 + 1.0 + 1.0 / 4)
     assert found.late == pytest.approx(0.5 + 0.25)
@@ -115,16 +117,16 @@ def test_waste_is_the_leavers_share_of_what_was_done() -> None:
 
 
 class Scripted:
-    """Answers at once, with an error, or never, by the request's steps."""
+    """A client that answers at once, with an error, or never, by the request's steps."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.received: list[int] = []
         self.closed = False
 
-    async def ask(self, request: Request, name: str, seconds: float | None) -> bytes:
-        self.asked.append(request.index)
+    async def generate(self, request: Request, name: str, seconds: float | None) -> bytes:
+        self.received.append(request.index)
         if request.steps == 1:
-            raise Ended(Outcome.REFUSED, "full")
+            raise Ended(Outcome.REJECTED, "full")
         if request.steps == 2:
             await asyncio.Event().wait()
         return b"image"
@@ -133,36 +135,36 @@ class Scripted:
         self.closed = True
 
 
-def drawn_by_load(requests: list[Request], callers: int | None = None) -> list[Drawn]:
-    asker = Scripted()
-    under_test = Load(lambda: asker)
-    drawn = under_test.draw(Arrivals(requests, callers))
+def answers_of_load(requests: list[Request], callers: int | None = None) -> list[Answer]:
+    client = Scripted()
+    under_test = Load(lambda: client)
+    answers = under_test.serve(Arrivals(requests, callers))
     under_test.close()
-    assert asker.closed
-    assert sorted(asker.asked) == sorted(each.index for each in drawn)
-    return sorted(drawn, key=lambda each: each.index)
+    assert client.closed
+    assert sorted(client.received) == sorted(each.index for each in answers)
+    return sorted(answers, key=lambda each: each.index)
 
 
-def test_the_load_tells_how_each_request_ended() -> None:
-    plain, refused, leaving, late = mixed(4, seed=0)
-    drawn = drawn_by_load(
+def test_the_load_reports_how_each_request_ended() -> None:
+    plain, rejected, cancelled, late = mixed(4, seed=0)
+    answers = answers_of_load(
         [
             plain,
-            replace(refused, steps=1),
-            replace(leaving, steps=2, deadline=60.0, cancel_after=0.01),
+            replace(rejected, steps=1),
+            replace(cancelled, steps=2, deadline=60.0, cancel_after=0.01),
             replace(late, steps=2, deadline=0.01, cancel_after=60.0),
         ]
     )
-    assert [each.outcome for each in drawn] == [
+    assert [each.outcome for each in answers] == [
         Outcome.IMAGE,
-        Outcome.REFUSED,
+        Outcome.REJECTED,
         Outcome.CANCELLED,
         Outcome.EXPIRED,
     ]
-    assert drawn[2].latency >= 0.01
+    assert answers[2].latency >= 0.01
 
 
-def test_the_load_keeps_to_a_schedule_and_to_its_callers() -> None:
+def test_the_load_follows_a_schedule_or_its_callers() -> None:
     scheduled = [replace(r, arrival=0.02 * r.index) for r in mixed(5, seed=0)]
-    assert [each.arrival for each in drawn_by_load(scheduled)] == [r.arrival for r in scheduled]
-    assert len(drawn_by_load(mixed(20, seed=0), callers=3)) == 20
+    assert [each.arrival for each in answers_of_load(scheduled)] == [r.arrival for r in scheduled]
+    assert len(answers_of_load(mixed(20, seed=0), callers=3)) == 20

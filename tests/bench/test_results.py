@@ -3,30 +3,30 @@ from pathlib import Path
 
 import pytest
 
-from bench import engine_page, exactness_page, memory_page
-from bench.arrivals import Drawn
-from bench.boundary_page import page as boundary_page
-from bench.machine import MachineInfo
-from bench.results import Results, Run, load, newest, save
-from bench.sections import replace_section, write_section
+from bench.engine.report import goals, section
+from bench.micro import boundary, exactness, memory
+from bench.report.machine import MachineInfo
+from bench.report.markdown import replace_section, write_section
+from bench.report.results import Results, Run, load, newest, save
+from bench.workload.arrivals import Answer
 
 MACHINE = MachineInfo(cores=2, cpu="AMD EPYC", memory_gib=23)
 
 
-def run(scenario: str, contender: str, slowness: float) -> Run:
+def run(scenario: str, peer: str, slowness: float) -> Run:
     """100 images of each class, at ``slowness`` seconds a step."""
-    drawn = [
-        Drawn(index=i, steps=steps, arrival=float(i), latency=steps * slowness)
+    answers = [
+        Answer(index=i, steps=steps, arrival=float(i), latency=steps * slowness)
         for i, steps in enumerate((8, 16, 40) * 100)
     ]
     closed = scenario == "closed"
     return Run(
         scenario=scenario,
-        contender=contender,
+        peer=peer,
         round=0,
         nominal_before=0.02,
         nominal_after=0.03,
-        drawn=drawn,
+        answers=answers,
         rate=None if closed else 2.0,
         callers=8 if closed else None,
     )
@@ -44,15 +44,15 @@ RESULTS = Results(
         "scheduler": "ddim",
         "runtime": {"dtype": "float32", "attention": "sdpa", "channels_last": True},
     },
-    settings={"rounds": 1, "callers": 8, "widest": 8, "lone_steps": 16},
+    settings={"rounds": 1, "callers": 8, "max_batch_images": 8, "lone_steps": 16},
     figures={
         "passes": [{"rows": 2, "milliseconds": 25.0, "count": 12}],
         "lone": [{"engine": 1.02, "pipe": 1.0}, {"engine": 1.0, "pipe": 1.0}],
     },
     runs=[
-        run(scenario, contender, slowness)
+        run(scenario, peer, slowness)
         for scenario in ("closed", "open 0.7", "open 0.9")
-        for contender, slowness in (("serial", 0.4), ("static", 0.2), ("engine", 0.1))
+        for peer, slowness in (("serial", 0.4), ("static", 0.2), ("engine", 0.1))
     ],
 )
 
@@ -63,8 +63,8 @@ def test_results_come_back_as_they_were_saved(tmp_path: Path) -> None:
     again = load(path)
     assert again.figures == RESULTS.figures
     for run, expected in zip(again.runs, RESULTS.runs, strict=True):
-        latencies = [each.latency for each in expected.drawn]
-        assert [each.latency for each in run.drawn] == pytest.approx(latencies)
+        latencies = [each.latency for each in expected.answers]
+        assert [each.latency for each in run.answers] == pytest.approx(latencies)
 
 
 def test_the_newest_results_are_found(tmp_path: Path) -> None:
@@ -76,30 +76,30 @@ def test_the_newest_results_are_found(tmp_path: Path) -> None:
     assert found.date == "2026-11-24"
 
 
-def test_goals_are_ratios_to_the_better_rival() -> None:
-    goals = {goal.name: goal for goal in engine_page.goals(RESULTS)}
-    short = goals["p50 of 8 steps, against the better"]
+def test_goals_are_ratios_to_the_better_peer() -> None:
+    by_name = {goal.name: goal for goal in goals(RESULTS)}
+    short = by_name["p50 of 8 steps, against the better"]
     assert short.reached == pytest.approx(0.5)
     assert not short.met
-    assert goals["p95 of all, against the better"].met
-    assert goals["p95 of 40 steps, against one call at a time"].reached == pytest.approx(0.25)
-    assert goals["a lone request, against bare pipe()"].reached == pytest.approx(1.01)
+    assert by_name["p95 of all, against the better"].met
+    assert by_name["p95 of 40 steps, against one call at a time"].reached == pytest.approx(0.25)
+    assert by_name["a lone request, against bare pipe()"].reached == pytest.approx(1.01)
 
 
-def test_the_pages_name_what_was_missed() -> None:
-    page = engine_page.page(RESULTS, "images")
+def test_the_section_marks_a_missed_goal() -> None:
+    page = section(RESULTS, "images")
     assert "| p50 of 8 steps, against the better | ≤ 0.45× | 0.50× | **no** |" in page
     assert "| (c) Darkroom's engine | 1.60 / 4.00 / 4.00 | 0.80 / 0.80 / 0.80 |" in page
 
 
-def test_the_boundarys_page() -> None:
+def test_the_boundarys_section() -> None:
     figures = {"lone": [{"thread": 1.0, "process": 1.01}] * 5, "crossings": [0.001, 0.002, 0.003]}
-    page = boundary_page(replace(RESULTS, figures=figures))
+    page = boundary.BENCHMARK.section(replace(RESULTS, figures=figures))
     assert "median ratio 1.010" in page
     assert "2000 µs at the median" in page
 
 
-def test_the_exactness_page() -> None:
+def test_the_exactness_section() -> None:
     equal = {"identical": 1.0, "lowest": None, "median": None, "largest_difference": 0}
     near = {"identical": 0.5, "lowest": 41.26, "median": 50.0, "largest_difference": 3}
     dtype = {
@@ -110,19 +110,21 @@ def test_the_exactness_page() -> None:
         "others": 3,
     }
     settings = {"images": 2, "steps": 20}
-    page = exactness_page.page(replace(RESULTS, figures={"dtypes": [dtype]}, settings=settings))
+    page = exactness.BENCHMARK.section(
+        replace(RESULTS, figures={"dtypes": [dtype]}, settings=settings)
+    )
     assert "| 2 | 50% | 50.0 | 41.3 | 3 |" in page
     assert "| `exact`, among 3 others | 100% | ∞ | ∞ | 0 |" in page
 
 
-def test_the_memory_page() -> None:
+def test_the_memory_section() -> None:
     seconds = {"float32": 4.0, "preset frugal": 2.0, "preset fast": 1.0, "preset tiny": 5.0}
     costs = [
         {"setting": name, "seconds": s, "allocated": 2.5e9, "reserved": 3e9, "device": 4e9}
         for name, s in seconds.items()
     ]
     settings = {"images": 3, "steps": 50}
-    page = memory_page.page(replace(RESULTS, figures={"costs": costs}, settings=settings))
+    page = memory.BENCHMARK.section(replace(RESULTS, figures={"costs": costs}, settings=settings))
     assert (
         "| preset frugal | 2.00 | 2.00× | 2.50 | 3.00 | 4.00 | 0.99× | Stable Diffusion in" in page
     )
@@ -130,11 +132,11 @@ def test_the_memory_page() -> None:
     assert "| tiny's peak, GB | ≤ 1.7 | 2.50 | **no** |" in page
 
 
-def test_a_section_is_replaced_and_what_people_wrote_stays(tmp_path: Path) -> None:
+def test_a_section_is_replaced_and_handwritten_text_stays(tmp_path: Path) -> None:
     page = replace_section("# Title\n\nWords.\n", "one", "first")
     page = replace_section(page, "two", "second")
     page = replace_section(page, "one", r"third \1")
     assert "first" not in page
     assert page.index("Words.") < page.index(r"third \1") < page.index("second")
-    path = write_section("new.md", "A page", "one", "text", tmp_path)
-    assert path.read_text().startswith("# A page\n")
+    path = write_section("new.md", "one", "text", tmp_path)
+    assert path.read_text().startswith("# New\n")

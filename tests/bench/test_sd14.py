@@ -1,4 +1,4 @@
-"""The real architecture, built without memory: its sizes are the published ones."""
+"""The real architecture, built on the meta device, has the published sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.sd14 import TOKENS, new_text_encoder, new_tokenizer, new_unet, new_vae
+from bench.gpu.sd14 import TOKENS, new_text_encoder, new_tokenizer, new_unet, new_vae
 
 
 def parameters(module: Any) -> int:
@@ -31,12 +31,10 @@ def test_a_prompt_fills_the_text_models_length(tmp_path: Path) -> None:
 def test_without_cuda_the_memory_bench_says_so_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bench.memory import main
+    from bench.micro.__main__ import main
 
     with pytest.raises(SystemExit) as ended:
-        main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")])
+        main(["memory", "--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [
-        "bench-memory needs a CUDA device; there is none"
-    ]
+    assert capsys.readouterr().err.splitlines() == ["memory: needs a CUDA device; there is none"]
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 import pytest
 
-from bench.workload import STEPS, mixed, poisson
+from bench.workload.requests import STEPS, mixed, poisson
 
 
 def test_the_same_seed_gives_the_same_requests() -> None:
@@ -9,7 +9,7 @@ def test_the_same_seed_gives_the_same_requests() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 7, 20, 200])
-def test_the_classes_have_their_shares(count: int) -> None:
+def test_each_class_has_its_share(count: int) -> None:
     steps = [request.steps for request in mixed(count, seed=0)]
     assert len(steps) == count
     for wanted, share in STEPS.items():

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from PIL import Image
 
-from bench.sections import write_section
+from bench.report.markdown import write_section
 from tools.observe.__main__ import section
 from tools.observe.load import Seen
 from tools.observe.plots import STAGES, draw

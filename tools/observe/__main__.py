@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from bench.machine import this_machine
-from bench.results import today
-from bench.sections import DOCS, write_section
+from bench.report.machine import this_machine
+from bench.report.markdown import DOCS, write_section
+from bench.report.results import today
 from tools.observe.load import Seen, run_load
 from tools.observe.plots import draw
 from tools.observe.prometheus import RULES, Missing, Prometheus, prometheus

@@ -1,1 +1,1 @@
-"""The peers: each module is one server, run in an environment of its own."""
+"""One module for each peer's server, which runs in an environment of its own."""

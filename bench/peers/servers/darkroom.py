@@ -1,9 +1,9 @@
-"""(e) Darkroom: ``darkroom-server serve`` as it is, with a note of each pass for the bench."""
+"""(e) Darkroom: ``darkroom-server serve`` unchanged, with a record of each batch."""
 
 from collections.abc import Callable
 
-from bench.peers.serving import Serving
-from bench.peers.trace import Trace
+from bench.peers.servers.config import ServerConfig
+from bench.peers.servers.trace import Trace
 from darkroom_server import app, cli
 from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.core.engine import Engine
@@ -13,7 +13,7 @@ from darkroom_server.settings.sources import engine_configs
 
 
 class TracedEngine(ProcessEngine):
-    """Notes who shared each pass."""
+    """Records which requests share each batch."""
 
     trace: Trace
 
@@ -26,7 +26,7 @@ class TracedEngine(ProcessEngine):
                 case SampleProgress():
                     stepped.append(int(event.job_id.rpartition("-")[2]))
                 case BatchDone():
-                    self.trace.note(event.seconds, stepped, event.ended_at)
+                    self.trace.record(event.seconds, stepped, event.ended_at)
                     stepped.clear()
             emit(event)
 
@@ -35,8 +35,8 @@ class TracedEngine(ProcessEngine):
 
 def main() -> None:
     """Serve until SIGTERM."""
-    serving = Serving.of_command_line(__doc__)
-    trace = Trace(serving.trace)
+    config = ServerConfig.of_command_line(__doc__)
+    trace = Trace(config.trace)
 
     def build_engines(settings: Settings) -> list[Engine]:
         engines = [TracedEngine(config) for config in engine_configs(settings, None)]
@@ -45,16 +45,16 @@ def main() -> None:
         return list(engines)
 
     app.build_engines = build_engines
-    runtime = serving.runtime
+    runtime = config.runtime
     cli.main(
         [
             "serve",
-            *("--model", f"demo={serving.folder}"),
-            *("--port", str(serving.port), "--metrics-port", "0"),
+            *("--model", f"demo={config.folder}"),
+            *("--port", str(config.port), "--metrics-port", "0"),
             # What this machine's engine chose by itself, so that all peers run the same.
             *("--device", runtime.device, "--preset", runtime.preset, "--dtype", runtime.dtype),
             "--channels-last" if runtime.channels_last else "--no-channels-last",
-            *("--max-rows", str(2 * serving.widest), "--log-format", "json"),
+            *("--max-rows", str(2 * config.max_batch_images), "--log-format", "json"),
         ]
     )
 

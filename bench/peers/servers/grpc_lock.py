@@ -1,33 +1,33 @@
-"""(a) The usual gRPC service: a pool of threads, and one caller of ``pipe()`` at a time.
+"""(a) The usual gRPC service: a pool of threads, and one call of ``pipe()`` at a time.
 
-The lock is a queue for one thread, so that it is always the same one that calls torch. A caller
-that left while it waited is not drawn.
+The lock is the queue of one thread, which is the only one that calls torch. A request that was
+cancelled while it waited is skipped.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from bench.peers.drawer import Drawer
-from bench.peers.serving import READY, Serving
-from bench.workload import Request
+from bench.peers.servers.config import READY, ServerConfig
+from bench.peers.servers.sd_pipeline import SdPipeline
+from bench.workload.requests import Request
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 
 CALLS = 256
-"""More than ever wait at once: a call that waits for a thread could not be cancelled."""
+"""More than ever wait: a call without a thread could not be cancelled."""
 
 
 class Service(generation_pb2_grpc.GenerationServiceServicer):
-    """Draws one image after another."""
+    """Generates one image after another."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, config: ServerConfig) -> None:
         self._model = ThreadPoolExecutor(1)
-        self._drawer = self._model.submit(Drawer, serving).result()
+        self._pipeline = self._model.submit(SdPipeline, config).result()
 
     def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> generation_pb2.GenerateResponse:
-        """Draw the image of one request."""
+        """Generate the image of one request."""
         wanted = Request(
             index=int(request.request_id.rpartition("-")[2]),
             prompt=request.prompt,
@@ -37,22 +37,22 @@ class Service(generation_pb2_grpc.GenerationServiceServicer):
             width=request.width if request.HasField("width") else None,
             height=request.height if request.HasField("height") else None,
         )
-        data = self._model.submit(self._draw, wanted, context).result()
+        data = self._model.submit(self._generate, wanted, context).result()
         if data is None:
-            context.abort(grpc.StatusCode.CANCELLED, "the caller left")
+            context.abort(grpc.StatusCode.CANCELLED, "cancelled by the caller")
         return generation_pb2.GenerateResponse(images=[generation_pb2.Image(data=data)])
 
-    def _draw(self, wanted: Request, context: grpc.ServicerContext) -> bytes | None:
-        return self._drawer.draw([wanted])[0] if context.is_active() else None
+    def _generate(self, wanted: Request, context: grpc.ServicerContext) -> bytes | None:
+        return self._pipeline.generate([wanted])[0] if context.is_active() else None
 
 
 def main() -> None:
     """Serve until killed."""
-    serving = Serving.of_command_line(__doc__)
+    config = ServerConfig.of_command_line(__doc__)
     server = grpc.server(ThreadPoolExecutor(CALLS))
-    service = Service(serving)  # type: ignore[abstract]  # It serves one method only.
+    service = Service(config)  # type: ignore[abstract]  # It serves one method only.
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
-    server.add_insecure_port(f"127.0.0.1:{serving.port}")
+    server.add_insecure_port(f"127.0.0.1:{config.port}")
     server.start()
     print(READY, flush=True)
     server.wait_for_termination()

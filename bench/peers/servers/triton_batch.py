@@ -1,6 +1,6 @@
 """(d) Triton Inference Server through nvidia-pytriton, with its dynamic batcher.
 
-Its batcher knows nothing of settings: within a batch, one call of ``pipe()`` for equal ones.
+Its batcher ignores settings: within a batch, one call of ``pipe()`` for equal ones.
 """
 
 import json
@@ -13,34 +13,34 @@ from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, QueuePolicy, Tensor, TimeoutAction
 from pytriton.triton import Triton, TritonConfig
 
-from bench.peers.drawer import Drawer
-from bench.peers.serving import READY, Serving, from_wire
+from bench.peers.servers.config import READY, ServerConfig, from_wire
+from bench.peers.servers.sd_pipeline import SdPipeline
 
 MODEL = "demo"
-"""Its name in the URL."""
+"""The model's name in the URL."""
 
 
 def main() -> None:
     """Serve until killed."""
-    serving = Serving.of_command_line(__doc__)
-    model = ThreadPoolExecutor(1)  # pytriton promises no thread.
-    drawer = model.submit(Drawer, serving).result()
+    config = ServerConfig.of_command_line(__doc__)
+    model = ThreadPoolExecutor(1)  # pytriton does not promise to use one thread.
+    pipeline = model.submit(SdPipeline, config).result()
 
     @batch
     def infer(request: Any) -> dict[str, Any]:
         wanted = [from_wire(json.loads(text)) for text in request[:, 0]]
-        images = model.submit(drawer.draw, wanted).result()
+        images = model.submit(pipeline.generate, wanted).result()
         return {"image": np.array(images, dtype=object)[:, None]}
 
     config = TritonConfig(
         http_address="127.0.0.1",
-        http_port=serving.port,
+        http_port=config.port,
         allow_grpc=False,
         allow_metrics=False,
         exit_timeout_secs=2,
     )
     batcher = DynamicBatcher(
-        max_queue_delay_microseconds=round(serving.window * 1e6),
+        max_queue_delay_microseconds=round(config.batch_timeout * 1e6),
         default_queue_policy=QueuePolicy(
             timeout_action=TimeoutAction.REJECT, allow_timeout_override=True
         ),
@@ -51,7 +51,7 @@ def main() -> None:
             infer_func=infer,
             inputs=[Tensor(name="request", dtype=bytes, shape=(1,))],
             outputs=[Tensor(name="image", dtype=bytes, shape=(1,))],
-            config=ModelConfig(max_batch_size=serving.widest, batcher=batcher),
+            config=ModelConfig(max_batch_size=config.max_batch_images, batcher=batcher),
             strict=True,
         )
         triton.run()

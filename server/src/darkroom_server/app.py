@@ -79,6 +79,8 @@ class Server:
             observer=self.metrics,
             on_state=self._publish_health,
         )
+        for model_id in model_ids:
+            self.metrics.requests.read_jobs(model_id, self.dispatcher.job_counts)
         self.results = ResultStore(
             self.dispatcher,
             result_ttl=settings.results.result_ttl,

@@ -1,7 +1,7 @@
 import pytest
 
 from darkroom_server.core.errors import QuotaExceeded
-from darkroom_server.dispatch.admission.call_limits import (
+from darkroom_server.dispatch.admission.quotas import (
     BESIDES_JOBS,
     PER_JOB,
     ConcurrentCallLimiter,

@@ -6,8 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from darkroom_server.backends.fake import FakeEngine
-from darkroom_server.backends.fake_model import fake_image
+from darkroom_server.backends.fake import FakeEngine, fake_image
 from darkroom_server.core.errors import Failure, GenerationFailed, Reason, StartupError
 from darkroom_server.core.events import BatchDone, Event
 from darkroom_server.core.job import Job

@@ -1,4 +1,3 @@
-import asyncio
 import math
 import time
 
@@ -6,35 +5,9 @@ import pytest
 
 from darkroom_server.core.errors import DeadlineExceeded
 from darkroom_server.dispatch import JobOutcome
-from darkroom_server.dispatch.jobs.deadlines import Deadlines
 from tests.server.clock import Clock
 from tests.server.dispatch.desk import dispatching, settle
 from tests.server.jobs import make_job
-
-
-async def test_deadlines_are_called_in_order_and_once() -> None:
-    rung: asyncio.Queue[str] = asyncio.Queue()
-    deadlines = Deadlines(rung.put_nowait)
-    now = time.monotonic()
-    deadlines.add("second", now + 0.02)
-    deadlines.add("first", now + 0.01)
-    deadlines.add("discarded", now + 0.005)
-    deadlines.discard("discarded")
-    assert [await rung.get(), await rung.get()] == ["first", "second"]
-    assert rung.empty()
-    assert deadlines._timer is None
-
-
-async def test_an_id_may_come_back_with_another_deadline() -> None:
-    rung: asyncio.Queue[str] = asyncio.Queue()
-    deadlines = Deadlines(rung.put_nowait)
-    deadlines.add("a", time.monotonic() + 60)
-    deadlines.discard("a")
-    deadlines.add("a", time.monotonic())
-    assert await rung.get() == "a"
-    deadlines.add("b", time.monotonic() + 60)
-    deadlines.close()
-    assert deadlines._timer is None
 
 
 @pytest.mark.parametrize("later", [600.0, math.inf])

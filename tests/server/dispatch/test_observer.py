@@ -1,7 +1,6 @@
 from darkroom_server.core.events import BatchDone, Event, MemoryReport
 from darkroom_server.dispatch import (
     DispatchEvent,
-    JobCounts,
     JobEnded,
     JobOutcome,
     Observer,
@@ -34,13 +33,8 @@ async def test_the_observer_receives_every_change() -> None:
     assert (
         observer.events
         == [
-            JobCounts("demo", 1, 0),
-            JobCounts("demo", 0, 1),
-            JobCounts("demo", 1, 1),
             batch,
-            JobCounts("demo", 1, 0),
             JobEnded("demo", JobOutcome.FINISHED, "decode"),
-            JobCounts("demo", 0, 1),
             report,
             ReadyChanged(ready=False),
             JobEnded("demo", JobOutcome.FAILED, "queue"),

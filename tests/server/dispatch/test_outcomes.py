@@ -141,7 +141,7 @@ async def test_draining_ends_jobs_that_take_too_long() -> None:
             with pytest.raises(NotReady) as caught:
                 await job.result()
             assert caught.value.reason is Reason.DRAINING
-        assert engine._leaving == {"a"}
+        assert engine._cancelled == {"a"}
 
 
 async def test_what_is_told_after_the_end_is_ignored() -> None:

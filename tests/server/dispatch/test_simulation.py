@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darkroom_server.backends.fake_model import fake_image, fake_model
+from darkroom_server.backends.fake import fake_image
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.model import ModelSpeed
 from darkroom_server.core.order import OrderKey, pick
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group

@@ -1,6 +1,7 @@
 """A request id names a job: to join it, to come back to it, to cancel it."""
 
 import asyncio
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -19,8 +20,9 @@ from tests.server.wire import Wire, refusal, serving
 
 
 def come_from(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    call = CallContext(caller=Caller(name=name))
-    monkeypatch.setattr(door, "current_call", lambda: call)
+    call = CallContext("call", caller=Caller(name=name))
+    current: ContextVar[CallContext] = ContextVar("call", default=call)
+    monkeypatch.setattr(door, "CURRENT_CALL", current)
 
 
 def watch(wire: Wire, request_id: str) -> Any:

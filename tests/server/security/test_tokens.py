@@ -17,7 +17,7 @@ from darkroom_server.rpc.models import ModelServicer
 from darkroom_server.security.new_token import create_token
 from darkroom_server.security.token_file import read_tokens
 from darkroom_server.security.tokens import Tokens
-from darkroom_server.service.call_context import current_call
+from darkroom_server.service.call_context import CURRENT_CALL
 from darkroom_server.settings import Security
 from tests.server.telemetry.scrape import counted, values
 from tests.server.wire import SERVING, Wire, refusal, serving
@@ -87,7 +87,7 @@ async def test_handlers_and_the_log_get_the_caller(file: Path, monkeypatch: Any)
     callers: list[Caller] = []
 
     async def fail(self: object, request: object, context: object) -> None:
-        callers.append(current_call().caller)
+        callers.append(CURRENT_CALL.get().caller)
         raise ValueError("for the log")
 
     monkeypatch.setattr(ModelServicer, "ListModels", fail)

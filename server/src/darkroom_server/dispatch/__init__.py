@@ -1,7 +1,7 @@
 """Admits, queues and hands out jobs; knows neither gRPC nor torch."""
 
 from darkroom_server.dispatch.admission.availability import Availability, State
-from darkroom_server.dispatch.admission.call_limits import ConcurrentCallLimiter
+from darkroom_server.dispatch.admission.quotas import ConcurrentCallLimiter
 from darkroom_server.dispatch.dispatcher import Dispatcher
 from darkroom_server.dispatch.jobs.estimate import Estimate
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
@@ -15,7 +15,6 @@ from darkroom_server.dispatch.observer import (
     EngineTimeWasted,
     EstimateChecked,
     FirstPreview,
-    JobCounts,
     JobEnded,
     JobRerun,
     Observer,
@@ -41,7 +40,6 @@ __all__ = [
     "Finished",
     "FirstPreview",
     "ImageDone",
-    "JobCounts",
     "JobEnded",
     "JobEvent",
     "JobOutcome",

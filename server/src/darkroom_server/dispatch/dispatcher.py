@@ -53,7 +53,7 @@ class Dispatcher:
         on_state: Callable[[State], None] = lambda _: None,
     ) -> None:
         self._observer = observer or Observer()
-        self._registry = JobRegistry(self._observer)
+        self._registry = JobRegistry()
         self._pool = EnginePool(
             engines,
             max_resident_samples=max_resident_samples,
@@ -100,6 +100,10 @@ class Dispatcher:
         """The number of jobs in engines, including those about to be removed."""
         return self._registry.running
 
+    def job_counts(self, model: str) -> tuple[int, int]:
+        """The waiting and the running jobs of ``model``."""
+        return self._registry.counts(model)
+
     def snapshot(self) -> Snapshot:
         """The status for operators."""
         return snapshot_of(
@@ -138,7 +142,6 @@ class Dispatcher:
     async def close(self) -> None:
         """End all jobs and the engines; waits until the engines have stopped."""
         await self.drain(0.0)
-        self._lifecycle.close()
         await self._pool.close()
 
     # Jobs.

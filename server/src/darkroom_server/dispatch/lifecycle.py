@@ -7,14 +7,13 @@ from dataclasses import replace
 
 from darkroom_server.core.errors import DarkroomError, Reason
 from darkroom_server.core.events import StageSeconds
-from darkroom_server.core.job import DEADLINE_SLACK_SECONDS
+from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, Job
 from darkroom_server.dispatch.admission.controller import AdmissionController
 from darkroom_server.dispatch.admission.estimator import Estimator
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.jobs import outcomes
-from darkroom_server.dispatch.jobs.deadlines import Deadlines
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
-from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome, outcome_of
+from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 from darkroom_server.dispatch.observer import EstimateChecked, JobEnded, JobRerun, Observer
 
@@ -41,11 +40,7 @@ class JobLifecycle:
         self._admission = admission
         self._estimator = estimator
         self._observer = observer
-        self._deadlines = Deadlines(self._expire)
-
-    def close(self) -> None:
-        """Stop watching deadlines."""
-        self._deadlines.close()
+        self._deadlines: dict[str, asyncio.TimerHandle] = {}
 
     # Into the queue and to an engine.
 
@@ -55,8 +50,7 @@ class JobLifecycle:
         self.counts.accepted += 1
         self.idle.clear()
         self._registry.enqueue(active)
-        if active.job.deadline is not None:
-            self._deadlines.add(active.job.id, active.job.deadline)
+        self._watch_deadline(active.job)
         self.feed()
 
     def feed(self) -> None:
@@ -78,9 +72,7 @@ class JobLifecycle:
             return
         if deadline is None or deadline > job.deadline:
             active.job = replace(job, deadline=deadline)
-            self._deadlines.discard(job.id)
-            if deadline is not None:
-                self._deadlines.add(job.id, deadline)
+            self._watch_deadline(active.job)
             if active.engine is not None:
                 active.engine.extend(active)
 
@@ -198,19 +190,26 @@ class JobLifecycle:
 
     def _end(self, active: ActiveJob, result: Finished | DarkroomError) -> None:
         """End a job for its callers; ignored if it has ended."""
-        if active.ended:
+        outcome = active.end(result)
+        if outcome is None:
             return
-        job, outcome = active.job, outcome_of(result)
         if outcome is JobOutcome.EXPIRED:
             self._estimator.record_expired(active)
-        active.end(result)
-        if job.deadline is not None:
-            self._deadlines.discard(job.id)
+        if timer := self._deadlines.pop(active.job.id, None):
+            timer.cancel()
         self._admission.release(active)
         self.counts.by_end[outcome] += 1
-        self._observer.on_event(JobEnded(job.model, outcome, active.phase))
-        if self.counts.live == 0:
+        self._observer.on_event(JobEnded(active.job.model, outcome, active.phase))
+        if self.counts.accepted == self.counts.by_end.total():
             self.idle.set()
+
+    def _watch_deadline(self, job: Job) -> None:
+        if timer := self._deadlines.pop(job.id, None):
+            timer.cancel()
+        if job.deadline is not None:
+            # ``time.monotonic`` is the clock of asyncio's loops.
+            loop = asyncio.get_running_loop()
+            self._deadlines[job.id] = loop.call_at(job.deadline, self._expire, job.id)
 
     def _check_estimate(self, active: ActiveJob, now: float) -> None:
         if (estimate := active.estimate) is not None:
@@ -229,6 +228,7 @@ def _has_time(active: ActiveJob) -> bool:
 
 
 def _result(active: ActiveJob, stages: StageSeconds) -> Finished | DarkroomError:
-    if not active.complete:
+    images, count = active.images, active.job.image_count
+    if len(images) != count:
         return outcomes.failed(Reason.INTERNAL, "the engine lost an image; try again")
-    return Finished(tuple(active.images[index] for index in range(active.job.image_count)), stages)
+    return Finished(tuple(images[index] for index in range(count)), stages)

@@ -14,15 +14,6 @@ class ReadyChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class JobCounts:
-    """The jobs of ``model`` that wait and that are in an engine."""
-
-    model: str
-    queued: int
-    running: int
-
-
-@dataclass(frozen=True, slots=True)
 class JobEnded:
     """An accepted job ended; ``phase`` is ``ActiveJob.phase`` at that moment."""
 
@@ -82,7 +73,6 @@ class EngineGivenUp:
 
 DispatchEvent = (
     ReadyChanged
-    | JobCounts
     | JobEnded
     | JobRerun
     | RetryJoined

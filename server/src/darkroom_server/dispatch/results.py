@@ -69,10 +69,17 @@ class ResultStore:
         self._sizes.clear()
 
     def join(
-        self, caller: Caller, request_id: str, fingerprint: bytes, deadline: float | None
+        self,
+        caller: Caller,
+        request_id: str,
+        fingerprint: bytes,
+        deadline: float | None,
+        *,
+        keep: bool = False,
     ) -> ActiveJob | None:
         """The job that an earlier call with this id began; None if it must be submitted.
 
+        ``keep``: the job runs for ``reattach_grace`` seconds after its last call disconnects.
         The job's deadline moves to ``deadline`` if that is later. A job that ended without its
         images is submitted again. Raises ``RequestConflict`` if the earlier call asked for
         something else.
@@ -85,15 +92,30 @@ class ResultStore:
         if entry.active.ended and not entry.active.finished:
             return None
         self._dispatcher.join(entry.active, deadline)
+        if keep:
+            self._keep(entry.active)
         return entry.active
 
-    def submit(self, job: Job, caller: Caller, request_id: str, fingerprint: bytes) -> ActiveJob:
-        """Submit ``job`` under this id; raises what ``Dispatcher.submit`` raises."""
+    def submit(
+        self,
+        job: Job,
+        caller: Caller,
+        request_id: str,
+        fingerprint: bytes,
+        *,
+        keep: bool = False,
+    ) -> ActiveJob:
+        """Submit ``job`` under this id; ``keep`` as in ``join``.
+
+        Raises what ``Dispatcher.submit`` raises.
+        """
         key = caller.name, request_id
         active = self._dispatcher.submit(job, caller)
         self._remove(key)
         self._entries[key] = entry = _Entry(active, fingerprint)
         active.add_end_callback(lambda: self._on_end(key, entry))
+        if keep:
+            self._keep(active)
         return active
 
     def find(self, caller: str, request_id: str) -> ActiveJob:
@@ -111,14 +133,13 @@ class ResultStore:
         self._dispatcher.cancel(active.job.id)
         return True
 
-    def keep(self, active: ActiveJob) -> None:
-        """Let a job run for ``reattach_grace`` seconds after its last call disconnects."""
-        active.reattach_grace = max(active.reattach_grace, self._reattach_grace)
-
     def detach(self, active: ActiveJob) -> None:
         """Let a job run whether or not a call follows it."""
         with active.subscribe():  # Stops its grace timer.
             active.reattach_grace = math.inf
+
+    def _keep(self, active: ActiveJob) -> None:
+        active.reattach_grace = max(active.reattach_grace, self._reattach_grace)
 
     def _on_end(self, key: Key, entry: _Entry) -> None:
         if self._entries.get(key) is not entry:

@@ -94,8 +94,8 @@ def _models(
         ModelStatus(
             id=id,
             ready=info is not None,
-            queued_jobs=registry.counts(id).queued,
-            running_jobs=registry.counts(id).running,
+            queued_jobs=registry.counts(id)[0],
+            running_jobs=registry.counts(id)[1],
             batch_times=tuple(
                 BatchTime(
                     width=group.width,

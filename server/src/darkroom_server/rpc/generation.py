@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
-from darkroom_server.rpc.context import Context, deadline_of
+from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.event_stream import accepted_message, event_stream
 from darkroom_server.rpc.requests import generation_request, reply_limit, time_limit
 from darkroom_server.rpc.responses import duration_message, response_of
-from darkroom_server.service.call_context import CallContext, current_call
+from darkroom_server.service.call_context import CURRENT_CALL, CallContext
 from darkroom_server.service.generation import GenerationService, request_id_of
 
 
@@ -27,7 +27,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
         """Generate images and return them in one message."""
-        arrived, deadline, call = time.monotonic(), deadline_of(context), current_call()
+        arrived, deadline, call = time.monotonic(), _deadline(context), CURRENT_CALL.get()
         asked = generation_request(request)
         with self._service.summaries.record(asked, call, arrived, deadline) as summary:
             limit = reply_limit(context.invocation_metadata() or ())
@@ -52,7 +52,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateStreamRequest, context: Context
     ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
         """Generate images and stream what happens meanwhile."""
-        arrived, deadline, call = time.monotonic(), deadline_of(context), current_call()
+        arrived, deadline, call = time.monotonic(), _deadline(context), CURRENT_CALL.get()
         asked = generation_request(request.generation, request.preview)
         with self._service.summaries.record(asked, call, arrived, deadline) as summary:
             request_id = request_id_of(asked, call)
@@ -81,7 +81,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.SubmitGenerationRequest, context: Context
     ) -> generation_pb2.SubmitGenerationResponse:
         """Accept a request that runs without a call that waits for it."""
-        call = current_call()
+        call = CURRENT_CALL.get()
         asked = generation_request(request.generation, request.preview)
         active, joined = self._service.submit(
             asked, call, arrived=time.monotonic(), time_limit=time_limit(request)
@@ -95,7 +95,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.WatchGenerationRequest, context: Context
     ) -> AsyncIterator[generation_pb2.WatchGenerationResponse]:
         """Stream what happens to a job that an earlier call began."""
-        arrived, call, request_id = time.monotonic(), current_call(), request.request_id
+        arrived, call, request_id = time.monotonic(), CURRENT_CALL.get(), request.request_id
         active = self._service.find(call, request_id)
         self._open_call(call, request_id, context)
         with active.subscribe() as subscription:
@@ -116,14 +116,16 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.CancelGenerationRequest, context: Context
     ) -> generation_pb2.CancelGenerationResponse:
         """Cancel a job, whoever follows it."""
-        cancelled = self._service.cancel(current_call(), request.request_id)
+        cancelled = self._service.cancel(CURRENT_CALL.get(), request.request_id)
         return generation_pb2.CancelGenerationResponse(cancelled=cancelled)
 
     async def EstimateGeneration(
         self, request: generation_pb2.EstimateGenerationRequest, context: Context
     ) -> generation_pb2.EstimateGenerationResponse:
         """Estimate what a request would take now, without running it."""
-        estimate = self._service.estimate(generation_request(request.generation), current_call())
+        estimate = self._service.estimate(
+            generation_request(request.generation), CURRENT_CALL.get()
+        )
         response = generation_pb2.EstimateGenerationResponse(
             peak_bytes=estimate.peak_bytes, available_bytes=estimate.available_bytes
         )
@@ -137,3 +139,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         release = self._service.open_call(call, request_id)
         # The types allow only a callback of a class of their own.
         context.add_done_callback(lambda _: release())  # type: ignore[arg-type]
+
+
+def _deadline(context: Context) -> float | None:
+    """The caller's deadline in ``time.monotonic`` seconds, None without one."""
+    remaining: float | None = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining

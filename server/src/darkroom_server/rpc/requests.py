@@ -6,8 +6,8 @@ from typing import Any
 from darkroom.v1 import generation_pb2
 from darkroom_server.core.errors import InvalidRequest, Violation
 from darkroom_server.rpc.enums import FORMAT_FROM_WIRE, SCHEDULER_FROM_WIRE
-from darkroom_server.service.reply_size import ReplyLimit
 from darkroom_server.service.request import GenerationRequest
+from darkroom_server.service.validation import ReplyLimit
 
 MAX_REPLY_BYTES_KEY = "darkroom-max-reply-bytes"
 """Metadata of a caller that raised its receive limit: a decimal number."""

@@ -2,7 +2,7 @@
 
 import re
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from uuid import uuid4
 
 from darkroom_server.core.caller import ANONYMOUS, Caller
@@ -21,19 +21,10 @@ def new_request_id() -> str:
 class CallContext:
     """One call of any door. ``request_id`` is in its log lines, and names its job."""
 
-    request_id: str = field(default_factory=new_request_id)
+    request_id: str
     caller: Caller = ANONYMOUS
     trace: TraceContext | None = None
 
 
-_current: ContextVar[CallContext | None] = ContextVar("call", default=None)
-
-
-def current_call() -> CallContext:
-    """The call that this task handles."""
-    return _current.get() or CallContext()
-
-
-def set_call(call: CallContext) -> None:
-    """Set the call for the rest of this task."""
-    _current.set(call)
+CURRENT_CALL: ContextVar[CallContext] = ContextVar("call")
+"""The call that this task handles; the doors set it before their handlers run."""

@@ -16,10 +16,9 @@ from darkroom_server.dispatch import (
 )
 from darkroom_server.service.call_context import REQUEST_ID, CallContext
 from darkroom_server.service.idempotency import check_request_id, fingerprint
-from darkroom_server.service.reply_size import ReplyLimit
 from darkroom_server.service.request import GenerationRequest
 from darkroom_server.service.summary import RequestObserver, RequestSummary, Summaries
-from darkroom_server.service.validation import job_of
+from darkroom_server.service.validation import ReplyLimit, job_of
 
 MAX_TIME_LIMIT_SECONDS = 366 * 86400.0
 
@@ -81,7 +80,9 @@ class GenerationService:
         digest = fingerprint(request) if idempotent else b""
         active = None
         if idempotent:
-            active = self._results.join(call.caller, request_id, digest, deadline)
+            active = self._results.join(
+                call.caller, request_id, digest, deadline, keep=request.keep
+            )
         joined = active is not None
         if active is None:
             summary.model = model_id = self._dispatcher.availability.resolve(request.model)
@@ -97,14 +98,14 @@ class GenerationService:
                 reply_limit.check(job)
             summary.images, summary.steps = job.image_count, job.steps
             if idempotent:
-                active = self._results.submit(job, call.caller, request_id, digest)
+                active = self._results.submit(
+                    job, call.caller, request_id, digest, keep=request.keep
+                )
             else:
                 active = self._dispatcher.submit(job, call.caller)
         summary.accepted(active)
         if joined and reply_limit is not None:
             reply_limit.check(active.job)  # The call that began it may accept more, or streams.
-        if idempotent and request.keep:
-            self._results.keep(active)
         return active, joined
 
     def submit(

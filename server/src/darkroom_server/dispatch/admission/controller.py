@@ -3,11 +3,12 @@
 import time
 
 from darkroom_server.core.caller import Caller
-from darkroom_server.core.errors import DeadlineExceeded
+from darkroom_server.core.errors import DeadlineExceeded, TooLarge
 from darkroom_server.core.job import Job
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.admission.availability import Availability
 from darkroom_server.dispatch.admission.estimator import Estimator
-from darkroom_server.dispatch.admission.limits import QueueLimits, check_fits
+from darkroom_server.dispatch.admission.limits import QueueLimits
 from darkroom_server.dispatch.admission.quotas import Quotas
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.jobs.estimate import Estimate
@@ -73,3 +74,15 @@ class AdmissionController:
     def release(self, active: ActiveJob) -> None:
         """An admitted job has ended."""
         self._quotas.ended(active.job.caller)
+
+
+def check_fits(job: Job, model: ModelInfo) -> None:
+    """Raise ``TooLarge`` if one image of ``job`` does not fit in memory, even alone."""
+    needed = model.memory.needed(job.width, job.height, job.rows_per_image)
+    available = model.memory.available_bytes
+    if needed > available:
+        raise TooLarge(
+            f"an image of {job.width}×{job.height} pixels needs {needed >> 20} MiB of memory, and "
+            f"{model.runtime.device} has {available >> 20} MiB left; ask for a smaller one",
+            metadata={"needed_bytes": str(needed), "available_bytes": str(available)},
+        )

@@ -1,12 +1,11 @@
-"""What may be accepted: how much may wait, and what fits in memory."""
+"""The limits of the queue."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from darkroom_server.core.errors import QueueFull, TooLarge
+from darkroom_server.core.errors import QueueFull
 from darkroom_server.core.job import Job
-from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.estimation.remaining_work import megapixel_steps
 
 
@@ -38,15 +37,3 @@ class QueueLimits:
                 f"may, and this one has {megapixel_steps(job):.1f}",
                 retry_after(1, min(over, work)),
             )
-
-
-def check_fits(job: Job, model: ModelInfo) -> None:
-    """Raise ``TooLarge`` if one image of ``job`` does not fit in memory, even alone."""
-    needed = model.memory.needed(job.width, job.height, job.rows_per_image)
-    available = model.memory.available_bytes
-    if needed > available:
-        raise TooLarge(
-            f"an image of {job.width}×{job.height} pixels needs {needed >> 20} MiB of memory, and "
-            f"{model.runtime.device} has {available >> 20} MiB left; ask for a smaller one",
-            metadata={"needed_bytes": str(needed), "available_bytes": str(available)},
-        )

@@ -53,10 +53,14 @@ class EngineHandle:
         """Images in the engine."""
         return sum(active.job.image_count for active in self.jobs.values())
 
-    @property
-    def isolated(self) -> bool:
-        """It runs a crash suspect, which shares its engine with no other job."""
-        return any(active.crashes for active in self.jobs.values())
+    def has_room(self, max_samples: int) -> bool:
+        """Whether it takes a new job now: it holds fewer than ``max_samples`` images.
+
+        A job that may have killed an engine is isolated: it shares its engine with no other job.
+        """
+        if not self.ready or self.samples >= max_samples:
+            return False
+        return not any(active.crashes for active in self.jobs.values())
 
     def load(self) -> Load:
         """Its state as the simulation takes it."""

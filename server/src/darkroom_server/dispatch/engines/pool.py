@@ -61,7 +61,7 @@ class EnginePool:
     @property
     def has_room(self) -> bool:
         """Whether an engine would take a new job now."""
-        return any(self._has_room(engine) for engine in self.engines)
+        return any(engine.has_room(self.max_resident_samples) for engine in self.engines)
 
     def start(self, route: Route) -> None:
         """Let every engine load; ``route`` handles their events."""
@@ -84,7 +84,8 @@ class EnginePool:
         if active.crashes:
             able = [engine for engine in self.engines if engine.ready and not engine.jobs]
         else:
-            able = [engine for engine in self.engines if self._has_room(engine)]
+            most = self.max_resident_samples
+            able = [engine for engine in self.engines if engine.has_room(most)]
         if len(able) < 2:
             return able[0] if able else None
         work = remaining_work(active)
@@ -117,10 +118,6 @@ class EnginePool:
         else:
             self._restart_later(engine, died.message)
         return jobs
-
-    def _has_room(self, engine: EngineHandle) -> bool:
-        free = engine.samples < self.max_resident_samples
-        return engine.ready and free and not engine.isolated
 
     def _start(self, engine: EngineHandle) -> None:
         loop = asyncio.get_running_loop()

@@ -7,14 +7,14 @@ from dataclasses import replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from darkroom_server.core.errors import DarkroomError
+from darkroom_server.core.errors import DarkroomError, DeadlineExceeded, JobCancelled
 from darkroom_server.core.events import EncodedImage, PreviewReady, SampleProgress
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.order import OrderKey
 from darkroom_server.dispatch.jobs.estimate import Estimate
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
-from darkroom_server.dispatch.jobs.outcomes import Finished
+from darkroom_server.dispatch.jobs.outcomes import Finished, JobOutcome
 from darkroom_server.dispatch.jobs.subscription import Subscription
 
 if TYPE_CHECKING:
@@ -217,8 +217,10 @@ class ActiveJob:
         if self.crashes:
             self.publish(Restarted(self.crashes))
 
-    def end(self, result: Finished | DarkroomError) -> None:
-        """Set the result and wake everything that waits for it."""
+    def end(self, result: Finished | DarkroomError) -> JobOutcome | None:
+        """Set the result and wake everything that waits for it; None if the job had ended."""
+        if self._result is not None:
+            return None
         self._result = result
         self._ended.set()
         if self._grace_timer is not None:
@@ -228,3 +230,15 @@ class ActiveJob:
         self._subscriptions.clear()
         for callback in self._end_callbacks:
             callback()
+        return _outcome(result)
+
+
+def _outcome(result: Finished | DarkroomError) -> JobOutcome:
+    match result:
+        case Finished():
+            return JobOutcome.FINISHED
+        case DeadlineExceeded():
+            return JobOutcome.EXPIRED
+        case JobCancelled():
+            return JobOutcome.CANCELLED
+    return JobOutcome.FAILED

@@ -6,7 +6,6 @@ from enum import StrEnum
 
 from darkroom_server.core import errors
 from darkroom_server.core.errors import (
-    DarkroomError,
     DeadlineExceeded,
     Failure,
     GenerationFailed,
@@ -48,18 +47,6 @@ class Finished:
 
     images: tuple[EncodedImage, ...]
     stages: StageSeconds
-
-
-def outcome_of(result: Finished | DarkroomError) -> JobOutcome:
-    """The outcome of a job that ended with ``result``."""
-    match result:
-        case Finished():
-            return JobOutcome.FINISHED
-        case DeadlineExceeded():
-            return JobOutcome.EXPIRED
-        case errors.JobCancelled():
-            return JobOutcome.CANCELLED
-    return JobOutcome.FAILED
 
 
 def failed(reason: Reason, message: str) -> GenerationFailed:

@@ -4,17 +4,15 @@ from collections import Counter
 
 from darkroom_server.core.order import order
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
-from darkroom_server.dispatch.observer import JobCounts, Observer
 
 
 class JobRegistry:
-    """Jobs by id, and the queue among them; reports the counts to the observer.
+    """Jobs by id, and the queue among them.
 
     An id stays in use until the engine has removed the job, whether or not a caller still wants it.
     """
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+    def __init__(self) -> None:
         self._jobs: dict[str, ActiveJob] = {}
         self._queue: dict[str, ActiveJob] = {}
         self._here: Counter[str] = Counter()
@@ -48,10 +46,10 @@ class JobRegistry:
         """The number of jobs in engines, including those about to be removed."""
         return len(self._jobs) - len(self._queue)
 
-    def counts(self, model: str) -> JobCounts:
-        """The waiting and running jobs of ``model``."""
+    def counts(self, model: str) -> tuple[int, int]:
+        """The waiting and the running jobs of ``model``; any thread may ask."""
         waiting = self._waiting[model]
-        return JobCounts(model, queued=waiting, running=self._here[model] - waiting)
+        return waiting, self._here[model] - waiting
 
     def enqueue(self, active: ActiveJob) -> None:
         """Add a job to the queue: a new one, or one that runs again."""
@@ -62,20 +60,17 @@ class JobRegistry:
         self._queue[id] = active
         self._waiting[model] += 1
         active.state = JobState.QUEUED
-        self._observer.on_event(self.counts(model))
 
     def assign(self, active: ActiveJob) -> None:
         """Move a job from the queue to an engine."""
         self._dequeue(active)
         active.state = JobState.ASSIGNED
-        self._observer.on_event(self.counts(active.job.model))
 
     def remove(self, active: ActiveJob) -> None:
         """Remove a job, from the queue or after its engine removed it."""
         self._dequeue(active)
         del self._jobs[active.job.id]
         self._here[active.job.model] -= 1
-        self._observer.on_event(self.counts(active.job.model))
 
     def _dequeue(self, active: ActiveJob) -> None:
         if self._queue.pop(active.job.id, None) is not None:

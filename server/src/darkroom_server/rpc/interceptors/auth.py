@@ -12,7 +12,7 @@ from darkroom_server.core.errors import NotAllowed, Reason, Unauthenticated
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method, metadata_value
 from darkroom_server.security.tokens import Tokens
-from darkroom_server.service.call_context import current_call, set_call
+from darkroom_server.service.call_context import CURRENT_CALL
 
 SCHEME = "bearer "
 
@@ -52,7 +52,8 @@ class Auth(ContextInterceptor):
     async def _around(self, method: Method, context: Context) -> AsyncIterator[None]:
         if method.service not in OPEN:
             try:
-                set_call(replace(current_call(), caller=self._authorize(method, context)))
+                caller = self._authorize(method, context)
+                CURRENT_CALL.set(replace(CURRENT_CALL.get(), caller=caller))
             except (Unauthenticated, NotAllowed) as error:
                 self._observer.call_rejected(error.reason)
                 raise

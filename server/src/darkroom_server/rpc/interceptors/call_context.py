@@ -9,13 +9,13 @@ from google.protobuf.message import Message
 
 from darkroom_server.core.errors import InvalidRequest, Violation
 from darkroom_server.rpc.context import Context
-from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method, metadata_value
+from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 from darkroom_server.service.call_context import (
+    CURRENT_CALL,
     REQUEST_ID,
     RULE,
     CallContext,
     new_request_id,
-    set_call,
 )
 from darkroom_server.service.trace_context import new_trace, parse_traceparent
 
@@ -44,17 +44,18 @@ class CallContexts(ContextInterceptor):
 
     @asynccontextmanager
     async def _around(self, context: Context, request: Any) -> AsyncIterator[None]:
-        sent = metadata_value(context, REQUEST_ID_KEY)
+        metadata = dict(context.invocation_metadata() or ())
+        sent = _text(metadata.get(REQUEST_ID_KEY))
         message = _message_with_id(request)
         if message is not None and sent and _valid(sent) and not getattr(message, FIELD):
             setattr(message, FIELD, sent)
         asked = getattr(message, FIELD) if message is not None else sent
         id = asked if asked and _valid(asked) else new_request_id()
-        traceparent = metadata_value(context, TRACE_KEY)
+        traceparent = _text(metadata.get(TRACE_KEY))
         trace = parse_traceparent(traceparent) if traceparent else None
         if trace is None and self._begin_traces:
             trace = new_trace()
-        set_call(CallContext(id, trace=trace))
+        CURRENT_CALL.set(CallContext(id, trace=trace))
         structlog.contextvars.bind_contextvars(request_id=id)
         if trace is not None:
             structlog.contextvars.bind_contextvars(trace_id=trace.trace_id)
@@ -63,6 +64,10 @@ class CallContexts(ContextInterceptor):
             # Not ignored: the caller would not find the call, or the job, under this id.
             raise InvalidRequest([Violation(REQUEST_ID_KEY, f"metadata: {RULE}")])
         yield
+
+
+def _text(value: str | bytes | None) -> str | None:
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else value
 
 
 def _valid(request_id: str) -> bool:

@@ -9,7 +9,6 @@ from darkroom_server.core.events import StageSeconds
 from darkroom_server.dispatch import (
     EstimateChecked,
     FirstPreview,
-    JobCounts,
     JobEnded,
     JobOutcome,
     JobRerun,
@@ -117,7 +116,6 @@ class RequestMetrics:
             self.rejections.labels(UNKNOWN_MODEL, reason.lower())
         self.handlers: dict[type, Callable[[Any], None]] = {
             ReadyChanged: lambda event: self.ready.set(event.ready),
-            JobCounts: self.record_jobs,
             JobEnded: self.record_end,
             JobRerun: lambda event: self.replays.labels(event.model).inc(),
             RetryJoined: lambda event: self.retries_joined.labels(event.model).inc(),
@@ -127,7 +125,6 @@ class RequestMetrics:
 
     def begin(self, model: str) -> None:
         """Create the series of ``model`` at zero, so that rates see the first increase too."""
-        self.record_jobs(JobCounts(model, queued=0, running=0))
         for phase in ("queue", "denoise", "decode"):
             self.cancels.labels(model, phase)
             self.deadline_misses.labels(model, phase)
@@ -143,10 +140,10 @@ class RequestMetrics:
         for reason in REJECTIONS:
             self.rejections.labels(model, reason.lower())
 
-    def record_jobs(self, jobs: JobCounts) -> None:
-        """The waiting and running jobs of a model changed."""
-        self.queue_depth.labels(jobs.model).set(jobs.queued)
-        self.jobs_running.labels(jobs.model).set(jobs.running)
+    def read_jobs(self, model: str, counts: Callable[[str], tuple[int, int]]) -> None:
+        """Read the waiting and the running jobs of ``model`` from ``counts`` at each scrape."""
+        self.queue_depth.labels(model).set_function(lambda: counts(model)[0])
+        self.jobs_running.labels(model).set_function(lambda: counts(model)[1])
 
     def record_end(self, ended: JobEnded) -> None:
         """An accepted job ended."""

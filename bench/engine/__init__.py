@@ -1,0 +1,1 @@
+"""Darkroom's engine beside diffusers' ``pipe()``."""

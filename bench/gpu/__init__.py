@@ -1,0 +1,1 @@
+"""Stable Diffusion 1.4's architecture on a GPU."""

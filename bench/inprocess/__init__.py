@@ -1,0 +1,1 @@
+"""What is measured without a network: diffusers' ``pipe()`` and Darkroom's engine."""

@@ -1,0 +1,1 @@
+"""Micro-benchmarks: one question each, asked by ``python -m bench.micro NAME``."""

@@ -1,0 +1,1 @@
+"""The peers' section of ``docs/benchmarks.md``: figures, goals, tables, plots."""

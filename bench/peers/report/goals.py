@@ -1,0 +1,79 @@
+"""Darkroom's goals beside the best of the other peers."""
+
+import statistics
+from collections.abc import Sequence
+
+from bench.peers.registry import DARKROOM, SERIAL
+from bench.peers.report.figures import (
+    all_rounds,
+    goodput,
+    images_per_second,
+    late_steps_per_cancel,
+    latency_of,
+    lone_ratios,
+    ratios,
+)
+from bench.peers.scenarios import BUSY, CANCELLED, CLOSED, OVERLOAD
+from bench.report.goals import LONG, SHORT, Goal
+from bench.report.results import Results
+from bench.report.statistics import bootstrap_median
+
+
+def goals(every: Sequence[Results]) -> list[Goal]:
+    """The goals whose scenario Darkroom and another peer ran, over all rounds of ``every``."""
+    busy = all_rounds(every, BUSY.name)
+    of_two = [{name: runs[name] for name in (SERIAL, DARKROOM) if name in runs} for runs in busy]
+    late = [
+        late_steps_per_cancel(r[DARKROOM])
+        for r in all_rounds(every, CANCELLED.name)
+        if DARKROOM in r
+    ]
+    found = [
+        _lone(every),
+        _goal(
+            "images/s in the closed loop, against the best",
+            ratios(all_rounds(every, CLOSED.name), images_per_second, most=True),
+            at_least=1.3,
+        ),
+        *(
+            _goal(name, ratios(busy, latency_of(steps, share), most=False), at_most=bound)
+            for name, steps, share, bound in (
+                (f"p50 of {SHORT} steps at 0.9, against the best", SHORT, 0.5, 0.4),
+                (f"p95 of {SHORT} steps at 0.9, against the best", SHORT, 0.95, 0.25),
+                ("p95 of all at 0.9, against the best", None, 0.95, 0.6),
+            )
+        ),
+        _goal(
+            f"p95 of {LONG} steps at 0.9, against (a)",
+            ratios(of_two, latency_of(LONG, 0.95), most=False),
+            at_most=1.0,
+        ),
+        _goal(
+            "images/s within the deadline at 1.1, against the best",
+            ratios(all_rounds(every, OVERLOAD.name), goodput, most=True),
+            at_least=1.3,
+        ),
+        _goal("steps after a cancel, for each", late, at_most=1.0),
+    ]
+    return [goal for goal in found if goal is not None]
+
+
+def _lone(every: Sequence[Results]) -> Goal | None:
+    """The goal of a lone request, with the 95 % interval of the median."""
+    pairs = [ratio for results in every for ratio in lone_ratios(results).get(DARKROOM, [])]
+    if not pairs:
+        return None
+    lone = bootstrap_median(pairs)
+    name = "a lone request, against bare pipe()"
+    return Goal(name, lone.value, 1.03, False, (lone.low, lone.high))
+
+
+def _goal(
+    name: str, reached: Sequence[float], *, at_least: float | None = None, at_most: float = 0.0
+) -> Goal | None:
+    """The median of what was ``reached`` in the rounds; None without rounds."""
+    if not reached:
+        return None
+    between = (min(reached), max(reached)) if len(reached) > 1 else None
+    bound = at_most if at_least is None else at_least
+    return Goal(name, statistics.median(reached), bound, at_least is not None, between)

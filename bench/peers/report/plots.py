@@ -1,0 +1,135 @@
+"""The plots of the peers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.peers.registry import DARKROOM, PEERS
+from bench.peers.report.figures import images, latency_of, median_of, runs_of
+from bench.peers.scenarios import BUSY, SCENARIOS, Mix
+from bench.report.goals import SHORT
+from bench.report.plots import class_boxes, new_figure, save, seconds_ticks
+from bench.report.results import Results
+
+COLOURS = {
+    "grpc": "#9aa0a6",
+    "litserve": "#5b8db8",
+    "ray": "#2e5f8a",
+    "triton": "#7fb08a",
+    DARKROOM: "#c4442b",
+}
+
+
+def plot(results: Results, folder: Path) -> list[tuple[str, str]]:
+    """Write the plots that the results allow as PNG files; returns (file, caption) of each."""
+    plots = (
+        (
+            "load",
+            _load,
+            "Latency against load, mixed, Poisson arrivals: medians of the shortest class, and "
+            "p95 of all. The load is a share of the capacity of (a); the seconds are logarithmic.",
+        ),
+        (
+            "classes",
+            _classes,
+            "Latency by class at 90 % of (a)'s capacity. Boxes from p25 to p75, the white line is "
+            "the median; whiskers from p5 to p95; the seconds are logarithmic.",
+        ),
+        (
+            "occupancy",
+            _occupancy,
+            "Images in the current call or batch, mean of each second, at 90 % of (a)'s capacity: "
+            "the same arrivals for each.",
+        ),
+    )
+    written = []
+    for name, plot_of, caption in plots:
+        figure = plot_of(results)
+        if figure is not None:
+            file = f"{results.name}-{name}.png"
+            save(figure, folder / file)
+            written.append((file, caption))
+    return written
+
+
+def _load(results: Results) -> Any:
+    """None with fewer than two loads."""
+    plain = {
+        scenario.load: name
+        for name, scenario in SCENARIOS.items()
+        if scenario.load is not None
+        and scenario.mix is Mix.MIXED
+        and not (scenario.bursts or scenario.deadlines or scenario.cancels or scenario.stream)
+        and runs_of(results, name)
+    }
+    if len(plain) < 2:
+        return None
+    figure, axes = new_figure(2, shared=False)
+    for axis, title, steps, share in (
+        (axes[0], f"{SHORT} steps: p50", SHORT, 0.5),
+        (axes[1], "all: p95", None, 0.95),
+    ):
+        for name, colour in COLOURS.items():
+            points = [
+                (load, median_of(runs_of(results, scenario)[name], latency_of(steps, share)))
+                for load, scenario in sorted(plain.items())
+                if name in runs_of(results, scenario)
+            ]
+            if points:
+                width = 2.6 if name == DARKROOM else 1.6
+                line = {"color": colour, "linewidth": width, "marker": "o", "markersize": 4}
+                axis.plot(*zip(*points, strict=True), label=PEERS[name].label, **line)
+        axis.set_xticks(sorted(plain), [f"{load:g}" for load in sorted(plain)])
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("load")
+        axis.set_yscale("log")
+        seconds_ticks(axis.yaxis)
+        axis.grid(axis="y", color="#e3e3e3")
+    axes[0].set_ylabel("latency, seconds")
+    axes[0].legend(frameon=False, loc="upper left")
+    return figure
+
+
+def _classes(results: Results) -> Any:
+    drawn = {PEERS[name].label: images(runs) for name, runs in runs_of(results, BUSY.name).items()}
+    if not drawn:
+        return None
+    figure, axes = new_figure(1)
+    class_boxes(axes[0], drawn, {PEERS[name].label: colour for name, colour in COLOURS.items()})
+    axes[0].set_yscale("log")
+    seconds_ticks(axes[0].yaxis)
+    axes[0].set_ylabel("latency, seconds")
+    axes[0].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(drawn))
+    return figure
+
+
+def _occupancy(results: Results) -> Any:
+    """One panel for each peer, of the first round."""
+    runs = runs_of(results, BUSY.name)
+    if not runs:
+        return None
+    longest = max(len(each[0].figures["occupancy"]) for each in runs.values())
+    figure, axes = _stacked(len(runs))
+    for axis, (name, each) in zip(axes, runs.items(), strict=True):
+        occupied = each[0].figures["occupancy"]
+        axis.fill_between(
+            range(len(occupied)), occupied, step="post", color=COLOURS[name], linewidth=0
+        )
+        mean = sum(occupied) / len(occupied)
+        axis.set_title(f"{PEERS[name].label}: mean {mean:.1f}", loc="left", fontsize=9)
+        axis.set_ylim(0, results.settings["max_batch_images"])
+        axis.set_yticks(
+            [0, results.settings["max_batch_images"] // 2, results.settings["max_batch_images"]]
+        )
+        axis.set_xlim(0, longest)
+    axes[-1].set_xlabel("seconds")
+    return figure
+
+
+def _stacked(panels: int) -> tuple[Any, Sequence[Any]]:
+    import matplotlib.pyplot as plt  # type: ignore[import-not-found,unused-ignore]
+
+    figure, axes = plt.subplots(
+        panels, 1, figsize=(10, 1.15 * panels + 0.6), sharex=True, squeeze=False
+    )
+    return figure, [row[0] for row in axes]

@@ -1,0 +1,34 @@
+"""The Stable Diffusion pipeline that the peers' servers call."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+from bench.inprocess.pipelines import Pipelines
+from bench.peers.servers.config import ServerConfig, by_settings
+from bench.peers.servers.trace import Trace
+from bench.workload.requests import Request
+
+
+class SdPipeline:
+    """Generates only on the thread that created it: OpenMP keeps a pool for each thread."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._pipelines = Pipelines(config.folder, config.runtime, config.max_batch_images)
+        self._trace = Trace(config.trace)
+        self._max_images = config.max_batch_images
+        self._thread = threading.get_ident()
+
+    def generate(self, requests: Sequence[Request]) -> list[bytes]:
+        """The PNG files of ``requests`` in their order; one call for those of equal settings."""
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "a second thread calls the model, which would make the comparison unfair"
+            )
+        images: dict[int, bytes] = {}
+        for call in by_settings(requests, self._max_images):
+            began = time.monotonic()
+            files = self._pipelines.images(call)
+            self._trace.record(time.monotonic() - began, [request.index for request in call])
+            images.update((id(r), image) for r, image in zip(call, files, strict=True))
+        return [images[id(request)] for request in requests]

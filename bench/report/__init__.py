@@ -1,0 +1,1 @@
+"""From measurements to pages: results as JSON, statistics, goals, Markdown, plots."""

@@ -1,0 +1,1 @@
+"""Estimates and overload, asked by ``python -m bench.serving NAME``."""

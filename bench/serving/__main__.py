@@ -1,0 +1,20 @@
+"""Measures estimates and overload: ``python -m bench.serving NAME ...``.
+
+Each writes its results to ``bench/results`` and its section of a page in ``docs``.
+"""
+
+from collections.abc import Sequence
+
+from bench.report.benchmark import run_named
+from bench.serving import estimates, overload
+
+BENCHMARKS = tuple(module.BENCHMARK for module in (estimates, overload))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmarks that the command line names."""
+    run_named(BENCHMARKS, "bench.serving", __doc__, arguments)
+
+
+if __name__ == "__main__":
+    main()

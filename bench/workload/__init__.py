@@ -1,0 +1,1 @@
+"""What is requested, and when: the load that every measured system gets."""

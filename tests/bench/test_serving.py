@@ -1,0 +1,74 @@
+"""The sections on estimates and on overload, from handwritten results."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bench.serving import estimates, overload
+from bench.serving.estimates import Pair
+from bench.serving.overload import Call, in_time
+from tests.bench.test_results import RESULTS
+
+
+def test_the_estimates_section() -> None:
+    pairs = [Pair(8, 1.0, 1.0), Pair(16, 1.1, 1.0), Pair(40, 1.0, 2.0)]
+    figures = {"capacity": 4.0, "pairs": {"0.7": [list(pair) for pair in pairs]}}
+    settings = {"arrivals": 3, "closed": 9, "callers": 8, "seed": 0}
+    results = replace(RESULTS, figures=figures, settings=settings)
+    assert (
+        "| 0.7 of the capacity | 10% | 0% | 10% | 50% | 42% | 1.00 |"
+        in estimates.BENCHMARK.section(results)
+    )
+    (goal,) = estimates.goals(results)
+    assert goal.reached == pytest.approx(0.1)
+    assert goal.met
+
+
+def server(calls: list[Call]) -> dict[str, Any]:
+    return {
+        "rate": 20.0,
+        "images_per_second": 4.0,
+        "steps_per_second": 64.0,
+        "memory_before": 2**30,
+        "memory_peak": 2**31,
+        "memory_after": 2**30,
+        "calls": [list(call) for call in calls],
+    }
+
+
+ANSWERED = [Call(16, i / 4, 5.0, "image", 0.1) for i in range(38)]
+REJECTED = [Call(40, i / 4, 5.0, "DEADLINE_UNREACHABLE", 0.01) for i in range(38)]
+
+
+def overloaded(ours: list[Call], theirs: list[Call]) -> Any:
+    settings = {"callers": 200, "factor": 5.0, "seconds": 10.0, "patience": [4.0, 20.0]}
+    figures = {"darkroom": server(ours), "first come": server(theirs)}
+    return replace(RESULTS, figures=figures, settings=settings)
+
+
+def test_the_overload_section() -> None:
+    expired = [Call(16, 0.0, 5.0, "expired", 5.0)] * 57
+    results = overloaded(ANSWERED + REJECTED, ANSWERED[:19] + expired)
+    page = overload.BENCHMARK.section(results)
+    assert "| images in time, per second | 3.80 | 1.90 |" in page
+    assert "| … of the capacity | 95% | 48% |" in page
+    assert "| rejected | 50% | 0% |" in page
+    assert "| expired | 0% | 75% |" in page
+    assert "| memory before / peak / after, MiB | 1024 / 2048 / 1024 | 1024 / 2048" in page
+    assert "`DEADLINE_UNREACHABLE` 38" in page
+    assert all(goal.met for goal in overload.goals(results))
+
+
+def test_a_malformed_answer_misses_the_goals() -> None:
+    odd = Call(8, 1.0, 5.0, "malformed: UNKNOWN", 0.1)
+    goals = {g.name: g for g in overload.goals(overloaded([odd], [odd]))}
+    assert not goals["malformed answers"].met
+    assert not goals["goodput over the capacity"].met
+    assert not odd.rejected
+
+
+def test_a_late_image_does_not_count() -> None:
+    late = Call(8, 1.0, 0.5, "image", 0.6)
+    after = Call(8, 9.9, 5.0, "image", 0.6)
+    assert in_time([late, after, *ANSWERED], seconds=10.0) == ANSWERED
