@@ -47,7 +47,7 @@ NEW = Version(ROOT)
 
 @pytest.fixture(scope="session")
 def old() -> Version:
-    """0.1.0, from the history of this repository; without the weights of its demo model."""
+    """Version 0.1.0 from the history of this repository, without the weights of its demo model."""
     folder = ROOT / "build" / "compat" / OLD_COMMIT
     if not folder.exists():
         known = subprocess.run(
@@ -76,13 +76,13 @@ def old() -> Version:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """Where a server listens for calls and for scrapes."""
+    """The addresses of a server: for calls, and for scrapes."""
 
     address: str
     metrics: str
 
     def called(self) -> set[str]:
-        """The RPCs that were called at least once; whether that went well, the caller knows."""
+        """The RPCs that were called at least once, successfully or not."""
         with urllib.request.urlopen(f"http://{self.metrics}/metrics") as page:
             families = list(text_string_to_metric_families(page.read().decode()))
         return {

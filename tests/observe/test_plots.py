@@ -1,4 +1,4 @@
-"""The plots can be drawn from what Prometheus answers."""
+"""The plots are rendered from the answers of Prometheus."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +39,7 @@ class Canned:
         return {(): [(float(at), 0.5 + at / 100) for at in range(30)]}
 
 
-def test_every_plot_is_drawn(tmp_path: Path) -> None:
+def test_every_plot_is_rendered(tmp_path: Path) -> None:
     paths = draw(cast(Prometheus, Canned()), 0.0, 30.0, tmp_path)
     assert len(paths) == 3
     for path in paths:
