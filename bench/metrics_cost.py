@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from darkroom_server.rpc.summary import Outcome, RequestSummary
 
 from bench.arrivals import Arrivals
 from bench.machine import model_source, this_machine, versions
@@ -24,7 +25,6 @@ from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import BatchDone, Event, StageSeconds
 from darkroom_server.engine.counters import CounterReporter, Counts
 from darkroom_server.engine.device.peak_memory import PeakMemoryTracker
-from darkroom_server.rpc.summary import Outcome, RequestSummary
 from darkroom_server.telemetry import Metrics, Recorder
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def of_a_step(recorder: Recorder, times: int) -> dict[str, float]:
     def engine() -> None:
         with watch.watch(CPU, "demo", EDGE, EDGE, ROWS):
             pass
-        tally.tell()
+        tally.report()
 
     return {
         "engine": microseconds(engine, times),

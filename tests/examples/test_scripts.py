@@ -55,6 +55,7 @@ def node(script: str, server: FakeServer, *arguments: str | Path) -> "subprocess
     )
 
 
+@pytest.mark.needs("node")
 @pytest.mark.parametrize("script", ["generate.js", "stream.js"])
 def test_node(darkroom_server: FakeServer, tmp_path: Path, script: str) -> None:
     picture = tmp_path / "star.png"
@@ -69,6 +70,7 @@ def test_node(darkroom_server: FakeServer, tmp_path: Path, script: str) -> None:
         assert "step 4 of 4" in out
 
 
+@pytest.mark.needs("node")
 def test_interrupting_node_cancels(darkroom_server: FakeServer, tmp_path: Path) -> None:
     darkroom_server.script(Behaviour(hold=threading.Event()))
 

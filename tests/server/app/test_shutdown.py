@@ -57,7 +57,7 @@ async def port_closes(address: str) -> None:
 
 
 async def test_the_port_closes_before_the_last_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "REFUSE_SECONDS", 0.0)
+    monkeypatch.setattr(app, "REJECT_SECONDS", 0.0)
     async with serving() as wire:
         running = wire.generating(request_id="a")
         await wire.submitted.get()

@@ -19,7 +19,6 @@ async def test_deadlines_are_called_in_order_and_once() -> None:
     deadlines.add("second", now + 0.02)
     deadlines.add("first", now + 0.01)
     deadlines.add("discarded", now + 0.005)
-    deadlines.add("never", None)
     deadlines.discard("discarded")
     assert [await rung.get(), await rung.get()] == ["first", "second"]
     assert rung.empty()
@@ -45,7 +44,7 @@ async def test_a_later_deadline_that_comes_too_late_for_the_engine(
     async with dispatching() as (dispatcher, engine):
         first = time.monotonic() + 300
         accepted = dispatcher.submit(make_job("a", image_count=2, deadline=first))
-        with accepted.waiter():
+        with accepted.subscribe():
             engine.deliver("a", 0)
             await settle()
             engine.expire("a")  # And before this is heard, somebody joins who has more time.

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from darkroom_server.core.errors import StartupError, Unauthenticated
-from darkroom_server.rpc.trace_context import parse_traceparent
 from darkroom_server.security.token_file import KEYS, read_tokens
 from darkroom_server.security.tokens import Tokens
+from darkroom_server.service.trace_context import parse_traceparent
 
 LINES = st.one_of(
     st.just("[[token]]"),

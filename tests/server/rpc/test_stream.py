@@ -266,14 +266,14 @@ async def test_readers_that_never_read_harm_nobody(monkeypatch: pytest.MonkeyPat
         raw = types_pb2.IMAGE_FORMAT_RAW_RGB
         stuck = [wire.stream(preview_every=1, format=raw, **size) for _ in range(4)]
         ids = [(await wire.submitted.get()).id for _ in stuck]
-        jobs = [weakref.ref(wire.server.dispatcher._roster.get(id)) for id in ids]
+        jobs = [weakref.ref(wire.server.dispatcher._registry.get(id)) for id in ids]
         for _ in range(999):
             wire.engine.advance()
             await asyncio.sleep(0)
         for job in jobs:
-            for waiter in job()._waiters:  # type: ignore[union-attr]
+            for waiter in job()._subscriptions:  # type: ignore[union-attr]
                 # However much there was to tell, no more is waiting than one of each kind.
-                assert len(waiter._slots) <= 3
+                assert len(waiter._unread) <= 3
         # Others are served, and those who read get all that was drawn.
         other = wire.stream(steps=1)
         await wire.submitted.get()

@@ -13,11 +13,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from darkroom.v1 import generation_pb2, model_pb2, server_pb2, server_pb2_grpc
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import StartupError, Unauthenticated
-from darkroom_server.rpc.caller import current_caller
-from darkroom_server.rpc.models import ModelService
+from darkroom_server.rpc.models import ModelServicer
 from darkroom_server.security.new_token import create_token
 from darkroom_server.security.token_file import read_tokens
 from darkroom_server.security.tokens import Tokens
+from darkroom_server.service.call_context import current_call
 from darkroom_server.settings import Security
 from tests.server.telemetry.scrape import counted, values
 from tests.server.wire import SERVING, Wire, refusal, serving
@@ -87,10 +87,10 @@ async def test_handlers_and_the_log_get_the_caller(file: Path, monkeypatch: Any)
     callers: list[Caller] = []
 
     async def fail(self: object, request: object, context: object) -> None:
-        callers.append(current_caller())
+        callers.append(current_call().caller)
         raise ValueError("for the log")
 
-    monkeypatch.setattr(ModelService, "ListModels", fail)
+    monkeypatch.setattr(ModelServicer, "ListModels", fail)
     merge = [structlog.contextvars.merge_contextvars]
     with structlog.testing.capture_logs(processors=merge) as logs:
         async with serving(security=Security(tokens=str(file))) as wire:

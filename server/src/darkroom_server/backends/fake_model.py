@@ -12,8 +12,8 @@ from darkroom_server.core.model import (
     ModelInfo,
     ModelLimits,
     ModelRuntime,
-    SchedulerOffer,
 )
+from darkroom_server.engine.components.scheduler_table import SCHEDULERS
 from darkroom_server.engine.output.formats import (
     encode_image,
     encode_preview,
@@ -38,11 +38,11 @@ def fake_model(id: str = "demo") -> ModelInfo:
             min_size=64, max_size=2048, size_multiple=8, prompt_tokens=77, max_rows=8
         ),
         schedulers=(
-            SchedulerOffer(name=SchedulerName.DDIM, min_steps=1, max_steps=1000),
-            SchedulerOffer(name=SchedulerName.PNDM, min_steps=1, max_steps=1000),
-            SchedulerOffer(name=SchedulerName.EULER, min_steps=1, max_steps=1000),
-            SchedulerOffer(name=SchedulerName.DPMPP_2M, min_steps=2, max_steps=1000),
-            SchedulerOffer(name=SchedulerName.LCM, min_steps=1, max_steps=50),
+            SCHEDULERS[SchedulerName.DDIM].offer(max_steps=1000),
+            SCHEDULERS[SchedulerName.PNDM].offer(max_steps=1000),
+            SCHEDULERS[SchedulerName.EULER].offer(max_steps=1000),
+            SCHEDULERS[SchedulerName.DPMPP_2M].offer(min_steps=2, max_steps=1000),
+            SCHEDULERS[SchedulerName.LCM].offer(max_steps=50),
         ),
         runtime=ModelRuntime(
             device="cpu",

@@ -1,4 +1,4 @@
-"""What one caller may have: so many jobs at once, so many a minute."""
+"""Quotas of a caller: jobs at once, and a rate limit in jobs per minute (token bucket)."""
 
 from collections import Counter
 
@@ -9,16 +9,16 @@ from darkroom_server.core.errors import QuotaExceeded
 class Quotas:
     """Counts jobs by their caller's name; times are ``time.monotonic`` seconds.
 
-    A caller may begin a minute's jobs all at once; after that, one for each that its rate allows.
+    The bucket holds one minute of jobs: a caller may begin them all at once.
     """
 
     def __init__(self) -> None:
         self._live: Counter[str] = Counter()
         self._buckets: dict[str, tuple[float, float]] = {}
-        """Jobs that may be begun, and when that was so, of callers with a rate."""
+        """Tokens, and when they were counted, of callers with a rate limit."""
 
     def check(self, caller: Caller, now: float) -> None:
-        """Raise ``QuotaExceeded`` where one job more is more than ``caller`` may have."""
+        """Raise ``QuotaExceeded`` if ``caller`` may not begin another job."""
         live, most, rate = self._live[caller.name], caller.max_jobs, caller.jobs_per_minute
         subject = f"caller:{caller.name}"
         if most is not None and live >= most:
@@ -44,14 +44,14 @@ class Quotas:
             )
 
     def accepted(self, name: str) -> None:
-        """Count a job that was accepted, and checked before."""
+        """Count an accepted job; ``check`` came before."""
         self._live[name] += 1
         if name in self._buckets:
             tokens, then = self._buckets[name]
             self._buckets[name] = tokens - 1.0, then
 
     def ended(self, name: str) -> None:
-        """Count a job no longer among those that are here."""
+        """Uncount a job that ended."""
         self._live[name] -= 1
         if not self._live[name]:
             del self._live[name]

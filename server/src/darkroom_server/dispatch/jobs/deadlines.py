@@ -8,7 +8,7 @@ from collections.abc import Callable
 class Deadlines:
     """Calls ``expired`` with each id whose deadline has passed, from the event loop.
 
-    Deadlines are ``time.monotonic`` seconds, which is the clock of asyncio's loops too.
+    Deadlines are ``time.monotonic`` seconds, the clock of asyncio's loops.
     """
 
     def __init__(self, expired: Callable[[str], None]) -> None:
@@ -17,20 +17,19 @@ class Deadlines:
         self._live: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, id: str, deadline: float | None) -> None:
-        """Watch ``id``; None is no deadline."""
-        if deadline is not None:
-            self._live[id] = deadline
-            heapq.heappush(self._heap, (deadline, id))
-            self._arm()
+    def add(self, id: str, deadline: float) -> None:
+        """Watch ``id``."""
+        self._live[id] = deadline
+        heapq.heappush(self._heap, (deadline, id))
+        self._arm()
 
     def discard(self, id: str) -> None:
-        """Watch ``id`` no longer."""
+        """Stop watching ``id``."""
         if self._live.pop(id, None) is not None:
             self._arm()
 
     def close(self) -> None:
-        """Forget every deadline."""
+        """Stop watching."""
         self._live.clear()
         self._arm()
 
@@ -44,9 +43,9 @@ class Deadlines:
             self._timer.cancel()
             self._timer = None
         if when is not None:
-            self._timer = asyncio.get_running_loop().call_at(when, self._ring)
+            self._timer = asyncio.get_running_loop().call_at(when, self._expire_due)
 
-    def _ring(self) -> None:
+    def _expire_due(self) -> None:
         self._timer = None
         now = asyncio.get_running_loop().time()
         while self._heap and self._heap[0][0] <= now:

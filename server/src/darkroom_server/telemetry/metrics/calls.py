@@ -10,7 +10,7 @@ MESSAGE_BUCKETS = (256, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576, 4_194_30
 
 
 class CallMetrics:
-    """One attribute per metric."""
+    """The interceptors' ``CallObserver``; one attribute for each metric."""
 
     def __init__(self, declare: Catalogue) -> None:
         self.started = declare.counter("grpc_server_started_total", "Calls started.", LABELS)
@@ -35,3 +35,17 @@ class CallMetrics:
             LABELS,
             MESSAGE_BUCKETS,
         )
+
+    def call_started(self, service: str, method: str, kind: str) -> None:
+        """A call begins."""
+        self.started.labels(kind, service, method).inc()
+
+    def call_handled(self, service: str, method: str, kind: str, code: str, seconds: float) -> None:
+        """A call ended with ``code``."""
+        self.handled.labels(kind, service, method, code).inc()
+        self.handling_seconds.labels(kind, service, method).observe(seconds)
+
+    def message(self, service: str, method: str, kind: str, size: int, *, sent: bool) -> None:
+        """A message of ``size`` bytes was received, or sent."""
+        sizes = self.sent_bytes if sent else self.received_bytes
+        sizes.labels(kind, service, method).observe(size)

@@ -1,5 +1,13 @@
 """Metrics of the engine: batches, wasted time, failures, restarts, loading."""
 
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from darkroom_server.core.events import BatchDone, Counted, EngineCounts, EngineReady
+from darkroom_server.core.metric_labels import rows_class
+from darkroom_server.dispatch import EngineGivenUp, EngineRestarted, EngineTimeWasted
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 
 STEP_BUCKETS = (
@@ -97,3 +105,82 @@ class EngineMetrics:
             "Seconds of the last placement, warm-up and profiling of the model.",
             ("model",),
         )
+        self.build.info(
+            {
+                "version": version("darkroom-server"),
+                "grpcio": version("grpcio"),
+                "python": platform.python_version(),
+            }
+        )
+        self._counters = {
+            Counted.PROMPTS_CACHED: (self.prompt_lookups, ("hit",)),
+            Counted.PROMPTS_ENCODED: (self.prompt_lookups, ("miss",)),
+            Counted.PROMPTS_TRUNCATED: (self.truncations, ()),
+            Counted.OUT_OF_MEMORY_SPLIT: (self.out_of_memory, ("split",)),
+            Counted.OUT_OF_MEMORY_FAILED: (self.out_of_memory, ("failed",)),
+            Counted.NON_FINITE_RECOVERED: (self.non_finite, ("recovered",)),
+            Counted.NON_FINITE_FAILED: (self.non_finite, ("failed",)),
+        }
+        self._batch_series: dict[tuple[str, int], _BatchSeries] = {}
+        self.handlers: dict[type, Callable[[Any], None]] = {
+            BatchDone: self.record_batch,
+            EngineCounts: self.record_counts,
+            EngineReady: self.record_load,
+            EngineTimeWasted: self.record_wasted,
+            EngineRestarted: lambda _: self.restarts.inc(),
+            EngineGivenUp: lambda _: self.given_up.inc(),
+        }
+
+    def begin(self, model: str) -> None:
+        """Create the series of ``model`` at zero, so that rates see the first increase too."""
+        for counter, labels in self._counters.values():
+            counter.labels(model, *labels)
+        for metric in (
+            self.steps,
+            self.joins,
+            self.wasted_seconds,
+            self.rows_per_step,
+            self.occupancy,
+        ):
+            metric.labels(model)
+
+    def record_batch(self, batch: BatchDone) -> None:
+        """One batch, dozens of times a second: so the series are looked up once."""
+        key = batch.model, batch.rows
+        series = self._batch_series.get(key)
+        if series is None:
+            series = self._batch_series[key] = _BatchSeries(self, *key)
+        series.seconds.observe(batch.seconds)
+        series.rows.observe(batch.rows)
+        series.steps.inc(batch.samples)
+        if batch.max_rows:
+            series.occupancy.observe(min(1.0, batch.rows / batch.max_rows))
+        if batch.joined:
+            series.joins.inc(batch.joined)
+
+    def record_counts(self, counts: EngineCounts) -> None:
+        """What an engine counted since its last report."""
+        for counted, amount in counts.counts.items():
+            counter, labels = self._counters[counted]
+            counter.labels(counts.model, *labels).inc(amount)
+
+    def record_load(self, ready: EngineReady) -> None:
+        """An engine has loaded its models."""
+        for load in ready.loads:
+            self.load_seconds.labels(load.model).set(load.load_seconds)
+            self.warm_up_seconds.labels(load.model).set(load.warm_up_seconds)
+
+    def record_wasted(self, wasted: EngineTimeWasted) -> None:
+        """A job left the engine unfinished."""
+        self.wasted_seconds.labels(wasted.model).inc(wasted.seconds)
+
+
+class _BatchSeries:
+    """The series of one model and row count."""
+
+    def __init__(self, engine: EngineMetrics, model: str, rows: int) -> None:
+        self.seconds = engine.step_seconds.labels(model, rows_class(rows))
+        self.rows = engine.rows_per_step.labels(model)
+        self.steps = engine.steps.labels(model)
+        self.occupancy = engine.occupancy.labels(model)
+        self.joins = engine.joins.labels(model)

@@ -1,7 +1,12 @@
 """Metrics of memory by holder, and of the device."""
 
+from collections.abc import Callable
+from typing import Any
+
 import psutil
 
+from darkroom_server.core.events import EngineReady, MemoryReport, PeakMeasured
+from darkroom_server.core.metric_labels import rows_class, size_class
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 from darkroom_server.telemetry.metrics.engine import ROWS_HELP
 
@@ -59,3 +64,39 @@ class MemoryMetrics:
             "Temperature of the device, if NVML reports it.",
             ("device",),
         )
+        # The highest so far, by model and classes.
+        self._peaks: dict[tuple[str, ...], int] = {}
+        self.handlers: dict[type, Callable[[Any], None]] = {
+            EngineReady: self.record_weights,
+            PeakMeasured: self.record_peak,
+            MemoryReport: self.record_report,
+        }
+
+    def record_weights(self, ready: EngineReady) -> None:
+        """An engine has loaded its models."""
+        for load in ready.loads:
+            for component, size in load.bytes_by_component.items():
+                self.model.labels(load.model, component).set(size)
+
+    def record_peak(self, peak: PeakMeasured) -> None:
+        """The memory of a batch or a decode was measured; the highest counts."""
+        key: tuple[str, ...] = (peak.model, size_class(peak.width, peak.height))
+        gauge = self.decode_peak
+        if peak.rows:
+            key, gauge = (*key, rows_class(peak.rows)), self.pass_peak
+        self._peaks[key] = max(peak.peak_bytes, self._peaks.get(key, 0))
+        gauge.labels(*key).set(self._peaks[key])
+
+    def record_report(self, report: MemoryReport) -> None:
+        """An engine's memory, about once a second."""
+        device, sensors = report.device, report.sensors
+        for kind, size in report.by_kind.items():
+            self.device.labels(device, kind).set(size)
+        self.host.labels("engine", device).set(report.host_rss)
+        for gauge, value in (
+            (self.utilisation, sensors.utilisation),
+            (self.power, sensors.power_watts),
+            (self.temperature, sensors.temperature_celsius),
+        ):
+            if value is not None:
+                gauge.labels(device).set(value)

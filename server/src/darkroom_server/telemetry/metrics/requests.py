@@ -1,5 +1,22 @@
 """Metrics of requests and jobs: duration, stages, outcomes."""
 
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any
+
+from darkroom_server.core.errors import Reason
+from darkroom_server.core.events import StageSeconds
+from darkroom_server.dispatch import (
+    EstimateChecked,
+    FirstPreview,
+    JobCounts,
+    JobEnded,
+    JobOutcome,
+    JobRerun,
+    ReadyChanged,
+    RetryJoined,
+)
+from darkroom_server.service.summary import UNKNOWN_MODEL, Outcome, RequestSummary
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 
 REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0)
@@ -10,6 +27,21 @@ STAGE_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 
 
 ERROR_BUCKETS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
 """Actual over estimated time; 1 is an exact estimate."""
+
+REJECTIONS = (
+    Reason.INVALID_REQUEST,
+    Reason.MODEL_LOADING,
+    Reason.DRAINING,
+    Reason.DOES_NOT_FIT,
+    Reason.QUEUE_FULL,
+    Reason.QUOTA_EXCEEDED,
+    Reason.DEADLINE_UNREACHABLE,
+)
+
+UNAUTHORIZED = (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED)
+"""Reasons of calls of any method: their model is unknown."""
+
+STAGES = [stage.name for stage in fields(StageSeconds)]
 
 
 class RequestMetrics:
@@ -80,3 +112,77 @@ class RequestMetrics:
             "Jobs that ran again because their engine died.",
             ("model",),
         )
+        self.ready.set(0)
+        for reason in UNAUTHORIZED:
+            self.rejections.labels(UNKNOWN_MODEL, reason.lower())
+        self.handlers: dict[type, Callable[[Any], None]] = {
+            ReadyChanged: lambda event: self.ready.set(event.ready),
+            JobCounts: self.record_jobs,
+            JobEnded: self.record_end,
+            JobRerun: lambda event: self.replays.labels(event.model).inc(),
+            RetryJoined: lambda event: self.retries_joined.labels(event.model).inc(),
+            FirstPreview: self.record_preview,
+            EstimateChecked: self.record_estimate,
+        }
+
+    def begin(self, model: str) -> None:
+        """Create the series of ``model`` at zero, so that rates see the first increase too."""
+        self.record_jobs(JobCounts(model, queued=0, running=0))
+        for phase in ("queue", "denoise", "decode"):
+            self.cancels.labels(model, phase)
+            self.deadline_misses.labels(model, phase)
+        self.deadline_misses.labels(model, "admission")
+        self.retries_joined.labels(model)
+        self.replays.labels(model)
+        for stage in STAGES:
+            self.stage_seconds.labels(model, stage)
+        for outcome in Outcome:
+            self.seconds.labels(model, outcome.value)
+            self.images.labels(model, outcome.value)
+        self.images.labels(model, "flagged")
+        for reason in REJECTIONS:
+            self.rejections.labels(model, reason.lower())
+
+    def record_jobs(self, jobs: JobCounts) -> None:
+        """The waiting and running jobs of a model changed."""
+        self.queue_depth.labels(jobs.model).set(jobs.queued)
+        self.jobs_running.labels(jobs.model).set(jobs.running)
+
+    def record_end(self, ended: JobEnded) -> None:
+        """An accepted job ended."""
+        if ended.outcome is JobOutcome.CANCELLED:
+            self.cancels.labels(ended.model, ended.phase).inc()
+        elif ended.outcome is JobOutcome.EXPIRED:
+            self.deadline_misses.labels(ended.model, ended.phase).inc()
+
+    def record_preview(self, preview: FirstPreview) -> None:
+        """The first preview of a job exists."""
+        self.first_preview_seconds.labels(preview.model).observe(preview.seconds)
+
+    def record_estimate(self, checked: EstimateChecked) -> None:
+        """A job with an estimate finished."""
+        if checked.estimate > 0:
+            ratio = checked.seconds / checked.estimate
+            self.estimate_error.labels(checked.model).observe(ratio)
+
+    def request_ended(self, summary: RequestSummary) -> None:
+        """A request ended."""
+        model, outcome = summary.model, summary.outcome.value
+        exemplar = {"trace_id": summary.trace.trace_id} if summary.trace else None
+        self.seconds.labels(model, outcome).observe(summary.seconds, exemplar)
+        if images := summary.images - summary.flagged:
+            self.images.labels(model, outcome).inc(images)
+        if summary.flagged:
+            self.images.labels(model, "flagged").inc(summary.flagged)
+        if summary.stages is not None:
+            for stage, seconds in asdict(summary.stages).items():
+                self.stage_seconds.labels(model, stage).observe(seconds)
+        unreachable = summary.reason == Reason.DEADLINE_UNREACHABLE
+        if unreachable:
+            self.deadline_misses.labels(model, "admission").inc()
+        if unreachable or summary.outcome in (Outcome.INVALID, Outcome.REFUSED):
+            self.rejections.labels(model, summary.reason.lower()).inc()
+
+    def call_rejected(self, reason: Reason) -> None:
+        """A call was rejected before its handler ran."""
+        self.rejections.labels(UNKNOWN_MODEL, reason.lower()).inc()
