@@ -44,7 +44,7 @@ begins = pytest.mark.parametrize("begin", BEGINS)
 
 
 def refused(server: FakeServer) -> int:
-    return server._registry.refusals.total()
+    return server._registry.rejections.total()
 
 
 @pytest.fixture

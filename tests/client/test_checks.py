@@ -113,7 +113,7 @@ def test_names_are_text(caller: Any) -> None:
             caller.cancel(name)
         with pytest.raises(TypeError, match="id is"):
             caller.model(name)
-    with pytest.raises(ValueError, match="no valid Unicode"):
+    with pytest.raises(ValueError, match="not valid Unicode"):
         caller.cancel("\udc80")
 
 

@@ -57,7 +57,7 @@ def test_closing_ends_the_wait_before_another_try(caller: Any, fake: FakeServer)
         reading = reader.submit(list, stream)
         assert waits.wait(SECONDS)
         stream.close()
-        with pytest.raises(RuntimeError, match="left before its end"):
+        with pytest.raises(RuntimeError, match="closed before its end"):
             reading.result(SECONDS)
 
     assert fake.jobs == ()

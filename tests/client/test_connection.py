@@ -197,7 +197,7 @@ def test_the_environment_fills_what_is_not_given(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"token": "secret"}, "a token would travel readable"),
+        ({"token": "secret"}, "a token would be sent unencrypted"),
         ({"insecure": True, "tls": TLS()}, "insecure=True means no TLS"),
         ({"token": "two\nlines", "insecure": True}, "printable"),
         ({"timeout": 0}, "above 0"),
@@ -234,7 +234,7 @@ def test_a_token_goes_along_with_every_call(connect: Connect, server: ScriptedSe
         ({"Grpc-Timeout": "1"}, "belongs to the client"),
         ({"darkroom-max-reply-bytes": "1"}, "belongs to the client"),
         ({"x": "ä"}, "printable ASCII"),
-        ({"Authorization": "Bearer secret"}, "a token would travel readable"),
+        ({"Authorization": "Bearer secret"}, "a token would be sent unencrypted"),
     ],
 )
 def test_metadata_that_cannot_be_sent(client: Any, metadata: dict[str, str], words: str) -> None:

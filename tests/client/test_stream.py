@@ -109,7 +109,7 @@ def test_leaving_early_frees_the_server_within_one_step(caller: Any, fake: FakeS
 
     assert fake.jobs[0].state is JobState.CANCELLED
     assert fake.jobs[0].steps_done < 1000
-    with pytest.raises(RuntimeError, match="left"):
+    with pytest.raises(RuntimeError, match="closed before its end"):
         next(iter(stream))
 
 
