@@ -385,7 +385,7 @@ def test_a_preview_needs_a_terminal_and_pillow(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["generate", "a star", "--preview"]) == 2
-    assert "on a terminal" in capsys.readouterr().err
+    assert "needs a terminal" in capsys.readouterr().err
 
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ValueError, match=r"pip install 'darkroom-client\[cli,pil\]'"):
