@@ -80,10 +80,10 @@ def test_node_draws_from_the_proto_files(address: str, node_example: Path, tmp_p
     path = tmp_path / "star.png"
     command = [tool("node"), str(node_example / "generate.js"), PROMPT, str(path), address]
 
-    told = json.loads(run(command, tmp_path))
+    output = json.loads(run(command, tmp_path))
 
-    assert (told["path"], told["seed"]) == (str(path), "7")
-    check_png(path.read_bytes(), told["width"])
+    assert (output["path"], output["seed"]) == (str(path), "7")
+    check_png(path.read_bytes(), output["width"])
 
 
 @pytest.mark.needs("node")
