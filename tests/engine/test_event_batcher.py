@@ -38,11 +38,11 @@ class Rig:
         ours, theirs = socket.socketpair()
         self.now = 100.0
         self.channel, self._end = Channel(ours.detach()), Channel(theirs.detach())
-        self.outbox = EventBatcher(self.channel, lambda: self.now)
+        self.batcher = EventBatcher(self.channel, lambda: self.now)
 
     def step(self, number: int) -> None:
-        self.outbox.tell(step(number))
-        self.outbox.tell(passed(number))
+        self.batcher.emit(step(number))
+        self.batcher.emit(passed(number))
 
     def messages(self) -> list[object]:
         """All that was sent, and the end."""
@@ -65,9 +65,9 @@ def rig() -> Iterator[Rig]:
 
 
 def test_a_step_goes_with_its_pass(rig: Rig) -> None:
-    rig.outbox.tell(step(1))
-    rig.outbox.tell(step(1))
-    rig.outbox.tell(passed(2))
+    rig.batcher.emit(step(1))
+    rig.batcher.emit(step(1))
+    rig.batcher.emit(passed(2))
     assert rig.messages() == [(step(1), step(1), passed(2))]
 
 
@@ -101,8 +101,8 @@ def test_slow_passes_are_told_one_by_one(rig: Rig) -> None:
 def test_all_else_is_told_at_once_and_in_order(rig: Rig) -> None:
     rig.step(1)
     rig.step(2)
-    rig.outbox.tell(DECODED)
-    rig.outbox.tell(FINISHED)
+    rig.batcher.emit(DECODED)
+    rig.batcher.emit(FINISHED)
     assert rig.messages() == [(step(1), passed(1)), (step(2), passed(2), DECODED), (FINISHED,)]
 
 
@@ -110,7 +110,7 @@ def test_an_image_goes_alone_behind_what_was_held(rig: Rig) -> None:
     ready = ImageReady(job_id="a", image_index=0, image=fake_image(make_job("a"), 0))
     rig.step(1)
     rig.step(2)
-    rig.outbox.tell(ready)
+    rig.batcher.emit(ready)
     assert rig.messages() == [(step(1), passed(1)), (step(2), passed(2)), ready]
 
 
@@ -119,7 +119,7 @@ def test_threads_do_not_tear_messages(rig: Rig) -> None:
 
     def tell(events: list[Event]) -> None:
         for event in events:
-            rig.outbox.tell(event)
+            rig.batcher.emit(event)
 
     many: list[list[Event]] = [
         [JobFinished(f"{thread}-{index}", StageSeconds()) for index in range(50)]
@@ -131,7 +131,7 @@ def test_threads_do_not_tear_messages(rig: Rig) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    rig.outbox.tell(DECODED)  # Takes along what is held.
+    rig.batcher.emit(DECODED)  # Takes along what is held.
     told = [event for message in rig.messages() if isinstance(message, tuple) for event in message]
     assert [e for e in told if isinstance(e, SampleProgress | BatchDone)] == steps
     for events in many:

@@ -237,9 +237,9 @@ class Unreadable:
 
 def test_a_process_that_cannot_understand_ends(tiny_folder: Path) -> None:
     engine, listener, _ = started(tiny_folder)
-    assert engine._life is not None
+    assert engine._process is not None
     with structlog.testing.capture_logs() as lines:
-        engine._life.tell(Unreadable())
+        engine._process.send(Unreadable())
         died = listener.until(lambda e: isinstance(e, EngineDied), timeout=60)
         engine.close()
     assert died == EngineDied("the engine's process died")

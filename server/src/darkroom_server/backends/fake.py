@@ -1,4 +1,4 @@
-"""An engine that draws flat colours on command: for tests, ours and those of SDK users."""
+"""The fake backend: images of one colour, generated on command, for tests."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -27,14 +27,13 @@ from darkroom_server.core.model import (
 
 
 class FakeEngine:
-    """An ``Engine`` whose passes are taken when ``advance`` is called.
+    """An ``Engine`` whose batches run when ``advance`` is called.
 
-    In a pass every resident image takes one step. With ``auto`` a job's passes are all taken as it
-    is submitted; with ``pass_seconds`` a thread takes one pass after the other, that far apart.
-    ``load`` False leaves the engine loading until ``become_ready`` is called, and
-    ``startup_error`` lets it die instead; ``dies_after`` lets it die with that many jobs submitted.
-    ``on_submit`` and ``on_cancel`` are called as jobs come
-    and go. What happens is told from whatever thread makes it happen.
+    In a batch every resident image takes one step. With ``auto`` all batches of a job run when it
+    is submitted; with ``pass_seconds`` a thread runs a batch at that interval. If ``load`` is
+    False, the engine loads until ``become_ready`` is called. With ``startup_error`` it dies at
+    ``start``, with ``dies_after`` once that many jobs were submitted. ``on_submit`` and
+    ``on_cancel`` are called for each job. Events are emitted from the thread that causes them.
     """
 
     def __init__(
@@ -62,12 +61,12 @@ class FakeEngine:
         self._emit: Callable[[Event], None] = lambda _: None
         self._steps: dict[str, int] = {}
         self._jobs: dict[str, Job] = {}
-        self._leaving: set[str] = set()
+        self._cancelled: set[str] = set()
         self._taken: set[str] = set()
         self._lock = threading.RLock()
 
     def start(self, emit: Callable[[Event], None]) -> None:
-        """Load in no time, unless told otherwise."""
+        """Load at once, unless ``load`` or ``startup_error`` says otherwise."""
         self._emit = emit
         if self._startup_error is not None:
             emit(EngineDied(self._startup_error, fatal=True))
@@ -77,7 +76,7 @@ class FakeEngine:
             threading.Thread(target=self._run, name="fake-engine", daemon=True).start()
 
     def submit(self, job: Job) -> None:
-        """Let ``job`` join the next pass."""
+        """Add ``job`` to the next batch."""
         with self._lock:
             self._jobs[job.id] = job
             self._steps[job.id] = 0
@@ -89,46 +88,46 @@ class FakeEngine:
                 self.advance(job.steps)
 
     def cancel(self, job_id: str) -> None:
-        """Drop a job at the next step boundary."""
+        """Cancel a job at the next step boundary."""
         with self._lock:
             self._on_cancel(job_id)
             if job_id in self._jobs:
-                self._leaving.add(job_id)
+                self._cancelled.add(job_id)
             if self._auto:
                 self.advance(0)
 
     def extend(self, job_id: str, deadline: float | None) -> None:
-        """Note the deadline, which is never looked at: time stands still between passes."""
+        """Record the deadline, which nothing checks; call ``expire`` instead."""
         with self._lock:
             if job := self._jobs.get(job_id):
                 self._jobs[job_id] = replace(job, deadline=deadline)
 
     def close(self) -> None:
-        """Stop taking passes; jobs end without an event."""
+        """Run no more batches; jobs end without an event."""
         self.closed.set()
 
-    # What a test does.
+    # For tests.
 
     @property
     def jobs(self) -> list[Job]:
-        """The jobs inside, in the order of their arrival."""
+        """The resident jobs, in the order of arrival."""
         with self._lock:
             return list(self._jobs.values())
 
     def become_ready(self) -> None:
-        """Tell that the models are loaded."""
+        """Emit that the models are loaded."""
         self._emit(EngineReady(self.models, load_seconds=0.0))
 
     def advance(self, passes: int = 1) -> None:
-        """Let cancelled jobs go, and take so many passes."""
+        """Remove cancelled jobs, and run that many batches."""
         with self._lock:
-            self._let_go()
+            self._remove_cancelled()
             for _ in range(passes):
-                self._take_pass()
-                self._let_go()
+                self._run_batch()
+                self._remove_cancelled()
 
     def take_newcomers(self) -> None:
-        """Turn to the jobs that came since the last pass, which are about to be encoded."""
+        """Emit ``JobTaken`` for the jobs that arrived since the last batch."""
         with self._lock:
             for job_id in self._jobs:
                 if job_id not in self._taken:
@@ -136,34 +135,34 @@ class FakeEngine:
                     self._emit(JobTaken(job_id))
 
     def finish(self, job_id: str) -> None:
-        """Take, for one job alone, all the passes that it still needs."""
+        """Finish one job alone, with all its images."""
         with self._lock:
-            self._end_well(self._jobs[job_id])
+            self._finish(self._jobs[job_id])
 
     def deliver(self, job_id: str, index: int) -> None:
-        """Tell of one image of a job that goes on."""
+        """Emit one image of a job that goes on."""
         with self._lock:
             image = fake_image(self._jobs[job_id], index)
             self._emit(ImageReady(job_id=job_id, image_index=index, image=image))
 
     def fail(self, job_id: str, failure: Failure) -> None:
-        """Give a job up."""
+        """Fail a job."""
         with self._lock:
-            self._forget(job_id)
+            self._remove(job_id)
             self._emit(JobFailed(job_id, failure))
 
     def expire(self, job_id: str) -> None:
-        """Let a job go because of its deadline, which is never looked at otherwise."""
+        """Cancel a job as expired."""
         with self._lock:
-            self._forget(job_id)
+            self._remove(job_id)
             self._emit(JobCancelled(job_id, expired=True, wasted_seconds=0.0))
 
     def die(self, message: str = "the fake engine was told to die", *, fatal: bool = False) -> None:
-        """Die with every job inside; ``start`` brings it back, empty."""
+        """Die and lose every job; ``start`` starts it again, without jobs."""
         with self._lock:
             self._jobs.clear()
             self._steps.clear()
-            self._leaving.clear()
+            self._cancelled.clear()
             self._taken.clear()
             self._emit(EngineDied(message, fatal))
 
@@ -171,14 +170,14 @@ class FakeEngine:
         while not self.closed.wait(self._pass_seconds):
             self.advance()
 
-    def _let_go(self) -> None:
-        for job_id in self._leaving & self._jobs.keys():
+    def _remove_cancelled(self) -> None:
+        for job_id in self._cancelled & self._jobs.keys():
             wasted = self._steps[job_id] * (self._pass_seconds or 0.0)
-            self._forget(job_id)
+            self._remove(job_id)
             self._emit(JobCancelled(job_id, expired=False, wasted_seconds=wasted))
-        self._leaving.clear()
+        self._cancelled.clear()
 
-    def _take_pass(self) -> None:
+    def _run_batch(self) -> None:
         if not self._jobs:
             return
         rows = sum(job.rows_per_image * job.image_count for job in self._jobs.values())
@@ -215,17 +214,17 @@ class FakeEngine:
         )
         for job in list(self._jobs.values()):
             if self._steps[job.id] >= job.steps:
-                self._end_well(job)
+                self._finish(job)
 
-    def _end_well(self, job: Job) -> None:
+    def _finish(self, job: Job) -> None:
         for index in job.image_indices:
             image = fake_image(job, index)
             self._emit(ImageReady(job_id=job.id, image_index=index, image=image))
-        self._forget(job.id)
+        self._remove(job.id)
         denoise = (self._pass_seconds or 0.0) * job.steps
         self._emit(JobFinished(job.id, StageSeconds(denoise=denoise)))
 
-    def _forget(self, job_id: str) -> None:
+    def _remove(self, job_id: str) -> None:
         del self._jobs[job_id]
         del self._steps[job_id]
         self._taken.discard(job_id)

@@ -1,4 +1,4 @@
-"""A model that is not there, and the flat colours that it draws."""
+"""The fake engine's model, and the images of one colour that it generates."""
 
 import hashlib
 
@@ -22,11 +22,11 @@ from darkroom_server.engine.output.formats import (
 )
 
 FLAGGED = "[flagged]"
-"""A prompt that holds this draws an image that is withheld."""
+"""If a prompt contains this, its image is withheld."""
 
 
 def fake_model(id: str = "demo") -> ModelInfo:
-    """A small model: 64 to 2048 pixels in steps of 8, of which about 1400² fits its memory."""
+    """A small model: 64 to 2048 pixels in steps of 8; about 1400² pixels fit its memory."""
     return ModelInfo(
         id=id,
         revision="fake",
@@ -66,7 +66,7 @@ def fake_model(id: str = "demo") -> ModelInfo:
 
 
 def fake_image(job: Job, index: int) -> EncodedImage:
-    """Image ``index`` of ``job``: one flat colour, which its seed decides."""
+    """Image ``index`` of ``job``: one colour, which its seed decides."""
     seed = job.seed_of(index)
     pixels = np.full((job.height, job.width, 3), _colour(seed), np.uint8)
     flagged = FLAGGED in job.prompt
@@ -90,7 +90,7 @@ def fake_image(job: Job, index: int) -> EncodedImage:
 
 
 def fake_preview(job: Job, index: int, step: int) -> PreviewReady:
-    """What image ``index`` of ``job`` looks like after ``step`` steps: much the same."""
+    """The preview of image ``index`` of ``job`` after ``step`` steps, in the image's colour."""
     size = preview_size(job.width, job.height)
     pixels = np.full((8, 8, 3), _colour(job.seed_of(index)), np.uint8)
     return PreviewReady(
