@@ -157,10 +157,10 @@ class Family(ABC):
     def new_model(
         self,
         info: ModelInfo,
-        form: MemoryFormat,
+        memory_format: MemoryFormat,
         device: torch.device,
         precision: Precision,
         decoder: Decoder,
         safety: SafetyChecker | None,
     ) -> Model:
-        """The model to serve: the pipeline is on ``device`` in ``form``, and was measured."""
+        """The model to serve; its pipeline is on ``device``, in ``memory_format``, and measured."""

@@ -46,23 +46,32 @@ class MemoryFormat:
         """The layout of four-dimensional tensors."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype} channels_last" if self.channels_last else dtype
+
 
 def fastest_format(
     denoiser: Any,
-    forms: Sequence[MemoryFormat],
+    formats: Sequence[MemoryFormat],
     make_forward: Callable[[Any, MemoryFormat], DenoiserForward],
 ) -> MemoryFormat:
-    """The fastest of ``forms`` on this device; the first unless another is clearly faster."""
-    if len(forms) == 1:
-        return forms[0]
-    seconds = {form: _form_seconds(denoiser, form, make_forward) for form in forms}
-    best = min(forms, key=lambda form: seconds[form])
-    if seconds[forms[0]] < seconds[best] * CLEARLY_FASTER:
-        best = forms[0]
+    """The fastest of ``formats`` on this device; the first unless another is clearly faster."""
+    if len(formats) == 1:
+        return formats[0]
+    seconds = {
+        memory_format: _format_seconds(denoiser, memory_format, make_forward)
+        for memory_format in formats
+    }
+    best = min(formats, key=lambda memory_format: seconds[memory_format])
+    if seconds[formats[0]] < seconds[best] * CLEARLY_FASTER:
+        best = formats[0]
     log.info(
         "measured memory formats",
-        chosen=_name(best),
-        milliseconds={_name(form): round(s * 1000, 1) for form, s in seconds.items()},
+        chosen=str(best),
+        milliseconds={
+            str(memory_format): round(s * 1000, 1) for memory_format, s in seconds.items()
+        },
     )
     return best
 
@@ -163,11 +172,15 @@ def fastest_of(times: int, work: Callable[[], object]) -> float:
     return min(_seconds(work) for _ in range(times))
 
 
-def _form_seconds(
-    denoiser: Any, form: MemoryFormat, make_forward: Callable[[Any, MemoryFormat], DenoiserForward]
+def _format_seconds(
+    denoiser: Any,
+    memory_format: MemoryFormat,
+    make_forward: Callable[[Any, MemoryFormat], DenoiserForward],
 ) -> float:
-    candidate = copy.deepcopy(denoiser).to(dtype=form.dtype, memory_format=form.layout)
-    forward = make_forward(candidate, form)
+    candidate = copy.deepcopy(denoiser).to(
+        dtype=memory_format.dtype, memory_format=memory_format.layout
+    )
+    forward = make_forward(candidate, memory_format)
     # One image with guidance, and four: little load and much.
     alone = fastest_of(2, lambda: forward(2))
     if alone > MAX_BATCH_SECONDS:
@@ -179,7 +192,3 @@ def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def _name(form: MemoryFormat) -> str:
-    return f"{str(form.dtype).removeprefix('torch.')}{' channels_last' * form.channels_last}"
