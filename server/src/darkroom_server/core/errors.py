@@ -108,8 +108,8 @@ class UnknownRequest(DarkroomError):
 
     def __init__(self, request_id: str) -> None:
         super().__init__(
-            f"no generation {request_id!r}: it was never asked for by this caller, or its result "
-            "is not kept any more"
+            f"no generation {request_id!r}: this caller never requested it, or its result is no "
+            "longer kept"
         )
         self.request_id = request_id
 

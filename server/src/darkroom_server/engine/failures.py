@@ -41,7 +41,7 @@ def is_fatal(error: Exception) -> bool:
 
 OUT_OF_MEMORY = Failure(
     Reason.OUT_OF_MEMORY,
-    "this image does not fit in the device's memory, even alone; ask for a smaller size",
+    "this image does not fit in the device's memory, even alone; request a smaller size",
 )
 NON_FINITE = Failure(
     Reason.NON_FINITE,

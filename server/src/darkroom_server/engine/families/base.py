@@ -148,9 +148,7 @@ class Family(ABC):
         checker = getattr(self.pipeline, "safety_checker", None)
         feature_extractor = getattr(self.pipeline, "feature_extractor", None)
         if checker is None or feature_extractor is None:
-            raise StartupError(
-                f"model {name!r} brings no safety checker: leave --safety-checker out"
-            )
+            raise StartupError(f"model {name!r} has no safety checker: leave --safety-checker out")
         return SafetyChecker(checker, feature_extractor)
 
     @abstractmethod
