@@ -12,12 +12,15 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
+# Whether `make test` runs `make test-tools` first: yes, no, or auto (if CI=true, or as root in a
+# container).
+INSTALL_TEST_TOOLS ?= auto
 BENCH_FLAGS ?=
 OBSERVE_FLAGS ?=
+TRACE_FLAGS ?=
+WORDS_FLAGS ?=
 MINUTES ?= 5
 INPUTS ?= 100000
-# The commit whose protos the working tree's must stay compatible with.
-PROTOS_AGAINST ?= HEAD
 IMAGE ?= darkroom-server:latest
 IMAGE_FLAGS ?=
 
@@ -25,8 +28,7 @@ PACKAGES := protos client server
 # The servers that Darkroom is measured beside; each has an environment in bench/work.
 PEERS := grpc litserve ray triton
 TYPED := $(wildcard client/src server/src tests examples training bench tools)
-NODE_LOCK := $(if $(shell command -v npm),$(wildcard examples/node/package-lock.json))
-NODE_MODULES := $(NODE_LOCK:package-lock.json=node_modules/.installed)
+NODE_MODULES := examples/node/node_modules/.installed
 
 .PHONY: help
 help: ## list the targets
@@ -38,7 +40,7 @@ help: ## list the targets
 setup: .venv/.installed ## install everything into .venv (again only when a requirement changed)
 
 .PHONY: demo
-demo: setup ## start a server, draw a few pictures into demo-output/, stop
+demo: setup ## start a server, generate a few images into demo-output/, stop
 	@$(BIN)/python examples/demo.py
 
 .PHONY: serve
@@ -47,10 +49,15 @@ serve: setup ## serve the demo model on this machine; options in SERVE_FLAGS
 
 # ---- check ----
 
-.PHONY: test
+.PHONY: test test-tools
 test: export HF_HUB_OFFLINE := 1
-test: setup $(NODE_MODULES) ## run the tests: no network, no GPU; options in PYTEST_FLAGS
+test: setup ## run the tests: no network, no GPU; options in PYTEST_FLAGS
+	@tools/test_tools.sh $(INSTALL_TEST_TOOLS)
+	@! command -v npm >/dev/null || $(MAKE) --no-print-directory $(NODE_MODULES)
 	@$(BIN)/pytest $(PYTEST_FLAGS)
+
+test-tools: ## install promtool, Prometheus and Node for the tests, by apt; needs root
+	@tools/test_tools.sh yes
 
 .PHONY: test-gpu
 test-gpu: setup ## run the tests that need a CUDA device
@@ -59,6 +66,10 @@ test-gpu: setup ## run the tests that need a CUDA device
 .PHONY: test-packaging
 test-packaging: setup ## build the wheels, install them into empty environments, try them there
 	@$(BIN)/pytest tests/packaging -m "not gpu" $(PYTEST_FLAGS)
+
+.PHONY: test-compat
+test-compat: setup ## run clients and servers of 0.1.0 and of this checkout against each other
+	@$(BIN)/pytest tests/compat $(PYTEST_FLAGS)
 
 .PHONY: bench-engine
 bench-engine: setup ## measure the engine beside diffusers' pipeline, on this machine; options in BENCH_FLAGS
@@ -99,6 +110,11 @@ soak: setup ## mixed load with random cancels and kills, for MINUTES
 fuzz: setup ## send INPUTS requests that no client would send to a server, over the wire
 	@$(BIN)/python -m tests.server.hostile.fuzz --inputs $(INPUTS)
 
+.PHONY: trace-request
+trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits
+	@$(BIN)/python -m tools.trace_request $(TRACE_FLAGS)
+
+# lint-words joins these once the prose is rewritten.
 CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs
 
 .PHONY: lint
@@ -120,29 +136,29 @@ lint-python: setup
 	@$(BIN)/ruff check --output-format concise
 
 lint-format: setup
-	@$(BIN)/ruff format --check || { echo "'make format' mends this"; exit 1; }
+	@$(BIN)/ruff format --check || { echo "'make format' fixes this"; exit 1; }
 
 lint-imports: setup
 	@$(BIN)/lint-imports --no-logo
 
 lint-protos: setup
 	@$(BIN)/buf lint protos
-	@$(BIN)/buf format --diff --exit-code protos || { echo "'make format' mends this"; exit 1; }
+	@$(BIN)/buf format --diff --exit-code protos || { echo "'make format' fixes this"; exit 1; }
 
-# Not `ref=HEAD`: buf would look in a worktree's .git, which is a file.
+# The baseline holds the protos of 0.1.0: `buf build protos --exclude-source-info -o ...` at that
+# commit. A release that may break replaces it.
 lint-breaking: setup
-	@if git cat-file -e '$(PROTOS_AGAINST):protos/buf.yaml' 2>/dev/null; then \
-	    $(BIN)/buf breaking protos --against \
-	        "$$(git rev-parse --git-common-dir)#ref=$$(git rev-parse '$(PROTOS_AGAINST)'),subdir=protos"; \
-	else \
-	    echo "skipped: $(PROTOS_AGAINST) has no protos to compare with"; \
-	fi
+	@$(BIN)/buf breaking protos --against protos/baseline.binpb
 
 lint-stubs: $(GENERATOR)/.installed
 	@generated=$$(mktemp -d); trap 'rm -rf "$$generated"' EXIT; \
 	$(call generate,"$$generated"); \
 	diff -rq -x __init__.py -x __pycache__ -x py.typed protos/src "$$generated" \
-	    || { echo "the stubs differ from the protos: 'make protos' mends this"; exit 1; }
+	    || { echo "the stubs differ from the protos: 'make protos' fixes this"; exit 1; }
+
+.PHONY: lint-words
+lint-words: setup ## find words that the prose avoids; WORDS_FLAGS may name files, or be --count
+	@$(BIN)/python -m tools.lint_words $(WORDS_FLAGS)
 
 .PHONY: format
 format: setup ## format the Python files and the protos, sort the imports
@@ -183,7 +199,7 @@ image: ## build the container image with docker or buildah; options in IMAGE_FLA
 	fi
 
 .PHONY: constraints
-constraints: setup ## write constraints.txt anew from what .venv holds, after an upgrade there
+constraints: setup ## write constraints.txt again from what .venv holds, after an upgrade there
 	@pins=$$($(BIN)/python -m pip freeze --exclude-editable --all | sed -E '/^pip==/d; s/\+.*//' \
 	    | LC_ALL=C sort -f); \
 	comment=$$(sed -n '/^#/p' constraints.txt); \
@@ -191,7 +207,7 @@ constraints: setup ## write constraints.txt anew from what .venv holds, after an
 
 .PHONY: clean
 clean: ## delete what was built, the environments too
-	@rm -rf .venv .venv-protos bench/work dist demo-output examples/node/node_modules
+	@rm -rf .venv .venv-protos bench/work build dist demo-output examples/node/node_modules
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
@@ -222,6 +238,6 @@ bench/work/%/.installed: bench/peers/requirements/%.txt
 	@bench/work/$*/bin/python $(PIP_INSTALL) -r $<
 	@touch $@
 
-examples/node/node_modules/.installed: examples/node/package-lock.json
+$(NODE_MODULES): examples/node/package-lock.json
 	@npm ci --prefix examples/node --silent --no-audit --no-fund
 	@touch $@

@@ -1,4 +1,4 @@
-"""Many prompts at a time from asyncio; one that fails costs the others nothing."""
+"""Generate many prompts concurrently with asyncio; one failure does not affect the others."""
 
 import asyncio
 import itertools
@@ -11,7 +11,7 @@ SHAPES = ("circle", "star")
 
 
 async def main() -> None:
-    """Draw every combination, four at a time, and save each as it comes."""
+    """Generate every combination, four at a time, and save the images."""
     requests = [
         GenerationRequest(prompt=f"a {size} {colour} {shape} on a blue background", seed=7)
         for size, colour, shape in itertools.product(SIZES, COLOURS, SHAPES)

@@ -1,4 +1,4 @@
-"""What `make demo` runs: a server, four pictures, where the time went, and a clean stop."""
+"""What `make demo` runs: start a server, generate four images, show the timings, stop it."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ METRICS = (
     "darkroom_host_memory_bytes",
 )
 READY_SECONDS = 600
-DRAW_SECONDS = 600  # A machine that is busy with other things takes its time.
+GENERATE_SECONDS = 600  # Generous, for a busy machine.
 STOP_SECONDS = 60
 LOG_LINES = 20
 
@@ -46,8 +46,8 @@ def main() -> int:
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         server = start_server(port, metrics_port, log)
         try:
-            with Client(f"127.0.0.1:{port}", insecure=True, timeout=DRAW_SECONDS) as client:
-                failure = wait_until_ready(client, server) or draw(client)
+            with Client(f"127.0.0.1:{port}", insecure=True, timeout=GENERATE_SECONDS) as client:
+                failure = wait_until_ready(client, server) or generate(client)
             if not failure:
                 show_metrics(metrics_port)
         finally:
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def free_ports() -> tuple[int, int]:
-    """Two ports that nobody uses at this moment."""
+    """Return two ports that are free at this moment."""
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
@@ -72,10 +72,10 @@ def free_ports() -> tuple[int, int]:
 
 
 def start_server(port: int, metrics_port: int, log: IO[str]) -> "subprocess.Popen[bytes]":
-    """`darkroom-server serve` with the demo model, which writes to ``log``."""
+    """Start `darkroom-server serve` with the demo model; its output goes to ``log``."""
     flags = ["serve", "--port", str(port), "--metrics-port", str(metrics_port)]
     console.print(f"darkroom-server {' '.join(flags)}", style="bold")
-    # In a session of its own, so that Ctrl-C reaches this program alone, which stops the server.
+    # In its own session: Ctrl-C then reaches only this program, which stops the server.
     return subprocess.Popen(
         [sys.executable, "-m", "darkroom_server", *flags],
         stdout=log,
@@ -85,10 +85,10 @@ def start_server(port: int, metrics_port: int, log: IO[str]) -> "subprocess.Pope
 
 
 def wait_until_ready(client: Client, server: "subprocess.Popen[bytes]") -> str | None:
-    """None once the server is ready; else what went wrong."""
+    """Wait until the server is ready; return None, or a message if it fails."""
     with console.status("loading the model"):
         for _ in range(READY_SECONDS):
-            # In slices of a second, so that a server that dies is noticed at once.
+            # One second at a time, to notice a server that dies.
             with contextlib.suppress(Unavailable):
                 client.wait_until_ready(timeout=1)
                 break
@@ -102,10 +102,10 @@ def wait_until_ready(client: Client, server: "subprocess.Popen[bytes]") -> str |
     return None
 
 
-def draw(client: Client) -> str | None:
-    """Draw the prompts side by side and show where the time went; None, or what went wrong."""
+def generate(client: Client) -> str | None:
+    """Generate all prompts at once and show the timings; return None, or an error message."""
     requests = [GenerationRequest(prompt=prompt, seed=SEED, format="png") for prompt in PROMPTS]
-    with console.status(f"drawing {len(requests)} images"):
+    with console.status(f"generating {len(requests)} images"):
         answers = client.generate_many(requests, concurrency=len(requests))
     OUTPUT.mkdir(exist_ok=True)
     table = Table("image", *(f"{stage} s" for stage in STAGES), box=None)
@@ -127,12 +127,12 @@ def draw(client: Client) -> str | None:
 
 
 def named(seconds: list[str]) -> str:
-    """The figures, each after its stage's name."""
+    """Return each number after the name of its stage."""
     return "  ".join(f"{stage} {figure}" for stage, figure in zip(STAGES, seconds, strict=True))
 
 
 def save_contact_sheet(pictures: list[PIL.Image.Image], gap: int = 8) -> Path:
-    """All pictures on one sheet, two in a row, each at least 256 pixels wide."""
+    """Save all images on one sheet, two per row, each at least 256 pixels wide."""
     scale = max(1, 256 // pictures[0].width)
     width, height = pictures[0].width * scale, pictures[0].height * scale
     rows = (len(pictures) + 1) // 2
@@ -147,9 +147,9 @@ def save_contact_sheet(pictures: list[PIL.Image.Image], gap: int = 8) -> Path:
 
 
 def show_metrics(port: int) -> None:
-    """A few lines of what Prometheus would read."""
+    """Print a few of the lines that Prometheus would scrape."""
     url = f"http://127.0.0.1:{port}/metrics"
-    # No proxy: it could not reach this machine's own ports.
+    # No proxy: it cannot reach this machine's loopback.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=10) as response:
         lines = response.read().decode().splitlines()
@@ -160,7 +160,7 @@ def show_metrics(port: int) -> None:
 
 
 def stop_server(server: "subprocess.Popen[bytes]") -> int:
-    """Ask the server to stop, as an orchestrator does, and return its exit code."""
+    """Stop the server with SIGTERM, as an orchestrator does, and return its exit code."""
     if server.poll() is None:
         server.send_signal(signal.SIGTERM)
     try:
@@ -171,7 +171,7 @@ def stop_server(server: "subprocess.Popen[bytes]") -> int:
 
 
 def end(number: int, frame: object) -> None:
-    """End as on Ctrl-C, so that the server is stopped on the way out."""
+    """Exit as after Ctrl-C, so the server is stopped too."""
     raise SystemExit(128 + number)
 
 

@@ -1,13 +1,15 @@
-"""A web service in front of Darkroom, through which deadlines and cancellation pass.
+"""A web service in front of Darkroom that passes on deadlines and cancellation.
 
-    pip install darkroom-client fastapi uvicorn
+In a checkout:
+
+    pip install ./protos ./client fastapi uvicorn
     uvicorn --app-dir examples fastapi_gateway:app
 
     curl -o star.png 'http://127.0.0.1:8000/image?prompt=a+large+yellow+star&seed=7'
     curl -N 'http://127.0.0.1:8000/events?prompt=a+large+yellow+star'
 
-The header ``X-Timeout`` (seconds) is the deadline. A caller that hangs up cancels its generation,
-and the device is free after one more step.
+The header ``X-Timeout`` (seconds) is the deadline. If a caller disconnects, its generation is
+cancelled, and the device is free after one more step.
 """
 
 import asyncio
@@ -42,9 +44,10 @@ STATUS: dict[type[DarkroomError], int] = {
     darkroom_client.Unavailable: 503,
     darkroom_client.DeadlineExceeded: 504,
 }
-"""What is not here is 502: a fault behind this service, not one of its caller."""
+"""Any other error is 502: a fault behind this service, not the caller's."""
 
-HUNG_UP = 499
+CLIENT_CLOSED_REQUEST = 499
+"""The caller disconnected; nginx uses the same number in its logs."""
 
 T = TypeVar("T")
 Timeout = Annotated[float, Header(alias="X-Timeout", gt=0, le=600)]
@@ -52,7 +55,7 @@ Timeout = Annotated[float, Header(alias="X-Timeout", gt=0, le=600)]
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """One client for all requests; its server is in DARKROOM_TARGET."""
+    """Open one client for all requests; DARKROOM_TARGET is its server."""
     async with AsyncClient() as client:
         app.state.client = client
         yield
@@ -65,37 +68,37 @@ app = FastAPI(title="Darkroom gateway", lifespan=lifespan)
 async def image(
     request: Request, prompt: str, seed: int | None = None, x_timeout: Timeout = 60.0
 ) -> Response:
-    """Draw one PNG."""
+    """Generate one PNG."""
     client: AsyncClient = request.app.state.client
-    drawing = client.generate(prompt, seed=seed, format="png", timeout=x_timeout)
-    result = await unless_hung_up(request, drawing)
+    call = client.generate(prompt, seed=seed, format="png", timeout=x_timeout)
+    result = await unless_disconnected(request, call)
     if result is None:
-        return Response(status_code=HUNG_UP)
-    drawn = result.images[0]
-    headers = {"X-Request-Id": result.request_id, "X-Seed": str(drawn.seed)}
-    return Response(drawn.data, media_type="image/png", headers=headers)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    generated = result.images[0]
+    headers = {"X-Request-Id": result.request_id, "X-Seed": str(generated.seed)}
+    return Response(generated.data, media_type="image/png", headers=headers)
 
 
 @app.get("/events")
 async def events(
     request: Request, prompt: str, seed: int | None = None, x_timeout: Timeout = 60.0
 ) -> Response:
-    """Draw one PNG, and tell about it as server-sent events."""
+    """Generate one PNG and stream its events as server-sent events."""
     client: AsyncClient = request.app.state.client
     async with AsyncExitStack() as stack:
-        drawing = client.stream(prompt, seed=seed, format="png", timeout=x_timeout)
-        stream = await stack.enter_async_context(drawing)
-        # The first event before the headers, so that a refusal has its own status.
-        first = await unless_hung_up(request, anext(stream))
+        opened = client.stream(prompt, seed=seed, format="png", timeout=x_timeout)
+        stream = await stack.enter_async_context(opened)
+        # Wait for the first event before the headers: a rejection then gets its own HTTP status.
+        first = await unless_disconnected(request, anext(stream))
         if first is None:
-            return Response(status_code=HUNG_UP)
-        stack.pop_all()  # From here on the answer leaves the stream.
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        stack.pop_all()  # From here on, the response closes the stream.
         return EventsResponse(request, stream, first)
 
 
 @app.exception_handler(DarkroomError)
 async def explain(request: Request, error: DarkroomError) -> Response:
-    """An error of Darkroom as one of HTTP."""
+    """Return an error of Darkroom as an HTTP response."""
     seconds = error.retry_after
     return JSONResponse(
         described(error),
@@ -105,48 +108,50 @@ async def explain(request: Request, error: DarkroomError) -> Response:
 
 
 class EventsResponse(StreamingResponse):
-    """The stream as server-sent events. It is left with the answer, which cancels what is undone.
+    """The stream as server-sent events; when the response ends, so does the stream.
 
-    The caller may be gone before the first byte is sent, and then nobody iterates over the body.
+    Closing the stream cancels an unfinished generation. It is closed here and not in the body's
+    iterator, because nothing iterates over the body if the caller disconnects before the first
+    byte.
     """
 
     def __init__(self, request: Request, stream: AsyncStream, first: Event) -> None:
-        super().__init__(told(stream, first), media_type="text/event-stream")
+        super().__init__(sse_messages(stream, first), media_type="text/event-stream")
         self._request = request
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, until all is told or the caller has hung up."""
+        """Send events until the last one, or until the caller disconnects."""
         async with self._stream:
-            await unless_hung_up(self._request, super().__call__(scope, receive, send))
+            await unless_disconnected(self._request, super().__call__(scope, receive, send))
 
 
-async def told(stream: AsyncStream, first: Event) -> AsyncIterator[str]:
-    """Each event on the wire."""
-    yield sent(first)
+async def sse_messages(stream: AsyncStream, first: Event) -> AsyncIterator[str]:
+    """Yield each event as a server-sent event."""
+    yield sse_message(first)
     try:
         async for event in stream:
-            yield sent(event)
+            yield sse_message(event)
     except DarkroomError as error:
-        # The headers are out: the error is the last event.
+        # The headers were already sent, so the error is the last event.
         yield f"event: error\ndata: {json.dumps(described(error))}\n\n"
 
 
-def sent(event: Event) -> str:
-    """One event on the wire."""
+def sse_message(event: Event) -> str:
+    """Return one event as a server-sent event."""
     data: dict[str, object] = {}
     match event:
         case Accepted(request_id=request_id, queue_position=position):
             data = {"request_id": request_id, "queue_position": position}
         case Progress(step=step, steps=steps):
             data = {"step": step, "steps": steps}
-        case ImageReady(image=drawn):
-            data = {"seed": drawn.seed, "png": base64.b64encode(drawn.data).decode()}
+        case ImageReady(image=ready):
+            data = {"seed": ready.seed, "png": base64.b64encode(ready.data).decode()}
     return f"event: {type(event).__name__.lower()}\ndata: {json.dumps(data)}\n\n"
 
 
 def described(error: DarkroomError) -> dict[str, object]:
-    """What the caller is told."""
+    """Return the JSON fields of an error."""
     return {
         "error": type(error).__name__,
         "message": str(error),
@@ -155,10 +160,10 @@ def described(error: DarkroomError) -> dict[str, object]:
     }
 
 
-async def unless_hung_up(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of ``work``, or None: it is cancelled when the caller hangs up."""
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """Return the result of ``work``; if the caller disconnects first, cancel it and return None."""
     working = asyncio.ensure_future(work)
-    waiting = asyncio.ensure_future(hung_up(request))
+    waiting = asyncio.ensure_future(disconnected(request))
     try:
         await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
@@ -168,7 +173,7 @@ async def unless_hung_up(request: Request, work: Coroutine[Any, Any, T]) -> T | 
         await asyncio.gather(working, waiting, return_exceptions=True)
 
 
-async def hung_up(request: Request) -> None:
-    """Return when the caller is gone."""
+async def disconnected(request: Request) -> None:
+    """Return when the caller disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

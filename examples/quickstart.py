@@ -1,4 +1,4 @@
-"""The shortest way to a picture: start `darkroom-server serve`, then run this."""
+"""The shortest program that generates an image: start `darkroom-server serve`, then run this."""
 
 from darkroom_client import Client
 

@@ -1,7 +1,10 @@
-"""For all tests: how they are run shall not decide what they find."""
+"""For all tests: how they are run must not decide what they find."""
 
+import os
+import shutil
 import signal
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # A machine that is busy is no reason for hypothesis to fail a test.
@@ -12,3 +15,57 @@ settings.load_profile("busy")
 # the tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+PROGRAMS = {"promtool": ["promtool"], "prometheus": ["prometheus"], "node": ["node", "npm"]}
+"""What a test may need by ``@pytest.mark.needs``: `make test-tools` installs it."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test if a program that it says it needs is not installed."""
+    for marker in item.iter_markers("needs"):
+        for tool in marker.args:
+            if not all(map(shutil.which, PROGRAMS[tool])):
+                pytest.skip(f"needs {tool}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Skips(in_ci=os.environ.get("CI") == "true"))
+
+
+class Skips:
+    """Says in one last line what was skipped for want of a program; fails the run in CI.
+
+    CI allows no skipped test at all.
+    """
+
+    def __init__(self, *, in_ci: bool) -> None:
+        self._in_ci = in_ci
+        self._reasons: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._count(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._count(report)
+
+    def _count(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            assert isinstance(report.longrepr, tuple)
+            self._reasons.append(report.longrepr[2].removeprefix("Skipped: "))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._in_ci and self._reasons and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_unconfigure(self) -> None:
+        for_tools = [reason for reason in self._reasons if reason.startswith("needs ")]
+        if self._in_ci and self._reasons:
+            reasons = "; ".join(sorted(set(self._reasons)))
+            print(f"failed: CI allows no skipped test: {len(self._reasons)} skipped: {reasons}")
+        elif for_tools:
+            tools = ", ".join(sorted({reason.removeprefix("needs ") for reason in for_tools}))
+            print(
+                f"skipped: {len(for_tools)} tests that need {tools}: "
+                "`make test-tools`, as root, installs what is missing"
+            )

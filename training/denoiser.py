@@ -26,7 +26,7 @@ _EMA_DECAY = 0.999
 
 @dataclass(slots=True)
 class Denoiser:
-    """The two trained parts, that always travel together."""
+    """The two parts that are trained together."""
 
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
@@ -37,7 +37,7 @@ class Denoiser:
 
 
 def new_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
-    """An untrained denoiser: a UNet of 9.9 million parameters, a text model of 0.2 million."""
+    """Return an untrained denoiser: UNet 9.9 million parameters, text model 0.2 million."""
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -97,16 +97,16 @@ def new_scheduler() -> DDIMScheduler:
         # that pure noise does not have.
         timestep_spacing="trailing",
     )
-    # For the schedulers of the PNDM family, that may be loaded from this configuration.
+    # For PNDM schedulers that are loaded from this configuration.
     scheduler.register_to_config(skip_prk_steps=True)
     return scheduler
 
 
 def sample_timesteps(count: int, device: torch.device) -> Tensor:
-    """Timesteps (count,) in 0..999, the more often the higher: half are above 700.
+    """Sample timesteps (count,) in 0..999, with more weight on high ones: half are above 700.
 
-    Above about 700 the words alone say which shape it is: a shape covers dozens of latent pixels,
-    so at lower noise it shows. Where it is shows even above 900, and is settled there.
+    Above about 700 only the words determine the shape; at lower noise the latents show it, because
+    a shape covers dozens of latent pixels. The position shows even above 900, and is decided there.
     """
     return (torch.rand(count).sqrt() * 1000).long().clamp(0, 999).to(device)
 
@@ -123,10 +123,9 @@ def train_denoiser(
 ) -> tuple[Denoiser, int]:
     """Train for `steps` batches or `minutes`, whichever ends first.
 
-    The source's ease falls by `ease_at`, and never rises.
-
-    The learning rate falls to zero towards that end. Returns the moving average of the weights
-    and the steps done. `checkpoint` is called with both, every `checkpoint_every` steps.
+    The share of easy scenes follows `ease_at`, and never rises. The learning rate falls to zero
+    towards the end. Returns the moving average of the weights and the number of steps. Calls
+    `checkpoint` with both every `checkpoint_every` steps.
     """
     scheduler = new_scheduler()
     for module in (denoiser.text_encoder, denoiser.unet):

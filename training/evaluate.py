@@ -1,7 +1,7 @@
 """Judges a model folder: `python -m training.evaluate FOLDER`.
 
-Draws 200 prompts whose combination of shape, colour and background was held out of training,
-judges the pictures at 20 and at 8 steps, and writes `evaluation.json` and the model card.
+Generates pictures for 200 prompts whose combination of shape, colour and background was held out of
+training, judges them at 20 and at 8 steps, and writes `evaluation.json` and the model card.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training.prompts import prompt_for
 from training.scenes import POSITIONS, SIZES, Scene, held_out_triples
 
 GOALS = {"background": 0.98, "colour": 0.95, "shape": 0.90}
-"""The least share of pictures that must be right, by what is judged."""
+"""The required share of right pictures, by criterion."""
 
 PROMPTS = 200
 STEPS = (int(DEFAULTS["steps"]), 8)
@@ -34,7 +34,7 @@ _BATCH = 20
 
 
 def held_out_scenes(count: int) -> list[Scene]:
-    """The same `count` distinct scenes every time, all with combinations that were held out."""
+    """Return `count` distinct scenes with held-out combinations, the same ones every time."""
     scenes = [Scene(*t, s, p) for t in held_out_triples() for s in SIZES for p in POSITIONS]
     order = np.random.default_rng(_SEED).permutation(len(scenes))
     return [scenes[i] for i in order[:count]]
@@ -60,7 +60,7 @@ def develop(
 
 
 def summarise(verdicts: list[Verdict]) -> dict[str, float]:
-    """The share of pictures that are right, by what is judged, and the mean overlap."""
+    """Return the share of right pictures by criterion, and the mean overlap."""
     keys = ("background", "colour", "shape", "crisp", "size", "position")
     shares = {key: sum(getattr(v, key) for v in verdicts) / len(verdicts) for key in keys}
     shares["mean_overlap"] = round(sum(v.overlap for v in verdicts) / len(verdicts), 4)
@@ -68,7 +68,7 @@ def summarise(verdicts: list[Verdict]) -> dict[str, float]:
 
 
 def contact_sheet(pictures: Tensor, columns: int = 10) -> Image.Image:
-    """Lay pictures (n, 3, h, w) in 0..255 out in a grid."""
+    """Arrange pictures (n, 3, h, w) in 0..255 in a grid."""
     count, _, height, width = pictures.shape
     rows = -(-count // columns)
     sheet = torch.full((rows * columns, 3, height, width), 255.0)
@@ -78,7 +78,7 @@ def contact_sheet(pictures: Tensor, columns: int = 10) -> Image.Image:
 
 
 def main() -> None:
-    """Parse the command line, judge, and write the numbers beside the model."""
+    """Parse the command line, judge, and write the results into the model folder."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m training.evaluate")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompts", type=int, default=PROMPTS)

@@ -19,13 +19,13 @@ from training.denoiser import Denoiser, new_scheduler
 _M = TypeVar("_M", bound=torch.nn.Module)
 
 SIZE_LIMIT = 24_000_000
-"""Bytes that all weights together may take: the model ships inside a Python package."""
+"""Most bytes for all weights: the model ships inside a Python package."""
 
 DEFAULTS = {"steps": 20, "guidance_scale": 2.0}
-"""What the server draws with where a request does not say.
+"""The server's defaults for this model.
 
-Twice the guidance pinches the sides of squares and frays points, so that fewer shapes are crisp:
-see `python -m training.evaluate FOLDER --guidance 4 --no-card`.
+Twice the guidance bends the sides of squares and frays points, so fewer shapes are crisp: see
+`python -m training.evaluate FOLDER --guidance 4 --no-card`.
 """
 
 
@@ -50,17 +50,17 @@ def export_pipeline(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as name:
         fresh = Path(name)
         pipeline.save_pretrained(fresh, safe_serialization=True)
-        # transformers would load the text model as what its configuration names, diffusers the
-        # rest as float32: half precision on disk must not become half precision on a CPU.
+        # transformers loads the text model in the dtype of its configuration, diffusers the rest in
+        # float32. Half precision on disk must not become half precision on a CPU.
         config_path = fresh / "text_encoder" / "config.json"
         config = json.loads(config_path.read_text("utf-8")) | {"dtype": "float32"}
         config_path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        # Where the autoencoder was read from is nobody else's business.
+        # Remove the local path that the autoencoder was read from.
         config_path = fresh / "vae" / "config.json"
         config = json.loads(config_path.read_text("utf-8"))
         config.pop("_name_or_path", None)
         config_path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        # The slow tokenizer's two files, for readers that know no tokenizer.json.
+        # The slow tokenizer's two files, for libraries that do not read tokenizer.json.
         for part in ("vocab.json", "merges.txt"):
             shutil.copyfile(Path(tokenizer.name_or_path) / part, fresh / "tokenizer" / part)
         text = json.dumps(DEFAULTS, indent=2) + "\n"
@@ -77,7 +77,7 @@ def export_pipeline(
 
 def _half(module: _M) -> _M:
     half = copy.deepcopy(module).cpu().half()
-    # Safetensors takes no channels-last weights.
+    # Safetensors does not support channels-last weights.
     for parameter in half.parameters():
         parameter.data = parameter.data.contiguous()
     return half

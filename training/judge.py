@@ -1,4 +1,4 @@
-"""Judges one picture against the scene it should show, with the drawing code's own masks."""
+"""Judges one picture against the scene it should show, by the masks of the drawing code."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from training.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Placement, Scene
 from training.shapes import coverage
 
 LEAST_OVERLAP = 0.5
-"""Intersection over union below which there is no shape, whichever it resembles most."""
+"""Intersection over union below which no shape is recognized."""
 
 CRISP_OVERLAP = 0.8
-"""Intersection over union from which an outline counts as crisp."""
+"""Intersection over union from which a shape counts as crisp."""
 
 _CORNER = 6
 _GRID = 64
@@ -22,9 +22,9 @@ _GRID = 64
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is right in a picture; `overlap` is the best intersection over union, 0..1.
+    """Which criteria a picture meets; `overlap` is the best intersection over union, 0..1.
 
-    `crisp`: the shape is right, and its outline sharp and in form.
+    `crisp`: the shape is right, and its outline is sharp and undistorted.
     """
 
     background: bool
@@ -58,7 +58,7 @@ def judge(picture: Tensor, scene: Scene) -> Verdict:
         return Verdict(
             set(names) == {scene.background}, False, False, False, False, False, 0.0, seen
         )
-    # Normalised so that a pixel half covered by the object gives one half.
+    # Normalised: a pixel that the object covers by half gives one half.
     mask = (distance / far).clamp(0, 1)
     inner = distance > 0.8 * far
     colour = nearest_colour(picture[:, inner].median(dim=1).values)
@@ -81,15 +81,15 @@ def judge(picture: Tensor, scene: Scene) -> Verdict:
 
 
 def nearest_colour(rgb: Tensor) -> str:
-    """The name of the palette colour nearest to an RGB triple in 0..255."""
+    """Return the name of the palette colour nearest to an RGB triple in 0..255."""
     table = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
     return list(COLOURS)[int((table - rgb.float()).norm(dim=1).argmin())]
 
 
 def fit(shape: str, mask: Tensor) -> tuple[float, Placement]:
-    """Fit a shape to a square mask in 0..1: the best overlap found, and its placement.
+    """Fit a shape to a square mask in 0..1; return the best overlap and its placement.
 
-    The first guess matches area and centre of mass; three searches round it refine.
+    The first guess matches area and centre of mass; three local searches refine it.
     """
     side = min(_GRID, mask.shape[-1])
     mask = torch.nn.functional.adaptive_avg_pool2d(mask[None], side)[0]
@@ -120,7 +120,7 @@ def fit(shape: str, mask: Tensor) -> tuple[float, Placement]:
 
 
 def _moments(mask: Tensor) -> tuple[float, float, float]:
-    """Area and centre of mass of a square mask, in units of its side."""
+    """Return area and centre of mass of a square mask, in units of its side."""
     side = mask.shape[-1]
     along = (torch.arange(side) + 0.5) / side
     area = mask.mean().item()
@@ -130,9 +130,9 @@ def _moments(mask: Tensor) -> tuple[float, float, float]:
 
 
 def _position(placement: Placement) -> str:
-    """Which of `POSITIONS` a placement is at: where the gap to an edge is small and lopsided."""
+    """Return the entry of `POSITIONS` that matches a placement."""
     dx, dy = placement.x - 0.5, placement.y - 0.5
-    # A large shape at an edge is moved by little more than 0.08; the centre's jitter is 0.03.
+    # A large shape at an edge is off-centre by little more than 0.08; the centre's jitter is 0.03.
     if max(abs(dx), abs(dy)) < 0.055:
         return POSITIONS[0]
     if abs(dx) > abs(dy):

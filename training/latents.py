@@ -1,4 +1,4 @@
-"""Where the denoiser's batches come from: freshly drawn scenes, encoded, with their prompts."""
+"""Batches for the denoiser: newly drawn scenes, encoded, with their prompts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _ENCODE_AT_ONCE = 32
 class LatentSource:
     """Endless batches of latents and tokens.
 
-    Encoding costs as much as a quarter of a training step, so 128×128 scenes pass through a
-    pool: every batch replaces `fresh` of its pictures by new ones and draws from the rest.
-    Each picture is met a few times, every time with other noise and other words. Every tenth
-    batch has another size, and is always fresh.
+    Encoding costs a quarter of a training step, so 128×128 scenes are kept in a pool: every batch
+    replaces `fresh` of its pictures by new ones and samples the rest from the pool. Each picture is
+    used a few times, every time with other noise and another prompt. Every tenth batch has another
+    size, and all its pictures are new.
 
-    `ease`, 0..1, is the share of easy scenes and of plain prompts in what is drawn from now on.
+    `ease`, 0..1, is the share of easy scenes and of plain prompts in new samples.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LatentSource:
         self._vae = vae.to(device).eval()
         self._tokenizer = tokenizer
         self._rng = np.random.default_rng(seed)
-        # Every process meets the same sizes at the same step, so that none waits for another.
+        # Every process uses the same sizes at the same step, so none waits for another.
         self._size_rng = np.random.default_rng(0)
         self._device = device
         self._batch_size = batch_size
@@ -59,7 +59,7 @@ class LatentSource:
         self._pool = torch.cat(latents)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """The next batch: scaled latents (n, 4, h, w) and token ids (n, tokens)."""
+        """Return the next batch: scaled latents (n, 4, h, w) and token ids (n, tokens)."""
         self._count += 1
         if self._count % _OTHER_SIZES_EVERY == 0:
             height, width = _OTHER_SIZES[int(self._size_rng.integers(len(_OTHER_SIZES)))]

@@ -1,4 +1,4 @@
-"""The model card, written from `evaluation.json` and `training.json`: no figure by hand."""
+"""Writes the model card from `evaluation.json` and `training.json`; no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _table(evaluation: dict[str, Any]) -> str:
 
 
 def _missed(evaluation: dict[str, Any]) -> str:
-    """Say plainly which goals are not reached."""
+    """List the goals that are not reached."""
     missed = [
         f"{_JUDGED[key]} at {steps} steps ({shares[key]:.1%} of {goal:.0%})"
         for key, goal in evaluation["goals"].items()

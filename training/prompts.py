@@ -1,12 +1,12 @@
-"""Puts scenes into words, with the variety that makes free prompts work.
+"""Writes prompts for scenes, with enough variety to make free prompts work.
 
 The grammar, with optional parts in brackets:
 
     [a] [small|large] COLOUR SHAPE [PLACE] on a COLOUR background
 
-where PLACE is "on the left", "on the right", "at the top" or "at the bottom", and "a" is "an"
-before "orange". Training also meets the same words in other orders, prompts that leave parts
-open, stray words, and no words at all.
+PLACE is "on the left", "on the right", "at the top" or "at the bottom"; "a" is "an" before
+"orange". Training also uses the same words in other orders, prompts that leave parts open, stray
+words, and empty prompts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FILLERS = ("photo", "picture", "painting", "drawing", "of", "nice", "with", "an
 _SYNONYMS = ("small", "medium", "large", "big", "tiny", "centre", "center", "middle")
 _GRAMMAR = ("left", "right", "top", "bottom", "a", "an", "the", "on", "at", "in", "background")
 WORDS = tuple(dict.fromkeys((*COLOURS, *SHAPES, *_SYNONYMS, *_GRAMMAR, *_FILLERS)))
-"""Every word with a token of its own; all others are spelt in bytes."""
+"""Every word with its own token; other words are spelt in bytes."""
 
 _EMPTY = 0.12
 _OPEN = 0.10
@@ -41,7 +41,7 @@ _SIZE_WORDS = {
 
 
 def prompt_for(scene: Scene) -> str:
-    """The plain prompt of a scene: "a small red star on the left on a blue background"."""
+    """Return the plain prompt of a scene: "a small red star on the left on a blue background"."""
     size = "" if scene.size == "medium" else scene.size
     parts = ["a", size, scene.colour, scene.shape, PLACES[scene.position]]
     parts += ["on a", scene.background, "background"]
@@ -49,9 +49,9 @@ def prompt_for(scene: Scene) -> str:
 
 
 def random_prompt(scene: Scene, rng: np.random.Generator, ease: float = 0.0) -> str:
-    """A prompt for a scene in one of many phrasings; about one in eight is empty.
+    """Return a prompt for a scene in a random phrasing; about one in eight is empty.
 
-    A share `ease`, 0..1, of the others is the plain prompt.
+    Of the others, a share `ease`, 0..1, is the plain prompt.
     """
     if rng.random() < _EMPTY:
         return ""
@@ -94,7 +94,7 @@ def _full_prompt(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _open_prompt(scene: Scene, rng: np.random.Generator) -> str:
-    """A prompt that leaves part of the scene to chance."""
+    """Return a prompt that leaves part of the scene open."""
     prompts = [
         f"a {_any_size(scene, rng)} {scene.colour} {scene.shape}",
         f"{scene.colour} {scene.shape} {PLACES[scene.position]}",
@@ -118,5 +118,5 @@ def _stray_word(rng: np.random.Generator) -> str:
     if kind < 0.9:
         letters = rng.integers(ord("a"), ord("z") + 1, size=int(rng.integers(2, 7)))
         return "".join(map(chr, letters))
-    # Emoji and ideographs reach the model as bytes; meeting some keeps them from derailing it.
+    # Emoji and ideographs reach the model as bytes; it must learn to ignore them.
     return chr(int(rng.integers(0x1F300, 0x1F5FF) if kind < 0.95 else rng.integers(0x4E00, 0x9FA5)))

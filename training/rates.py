@@ -1,4 +1,4 @@
-"""How training changes as it goes: the learning rate, and how easy the scenes are."""
+"""Schedules of training: the learning rate, and the curriculum from easy scenes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _ALL_EASY, _NONE_EASY = 0.15, 0.35
 
 
 def rate_at(step: int, progress: float) -> float:
-    """The learning rate as a share of its peak: a ramp of 200 steps, then half a cosine.
+    """Return the learning rate as a share of its peak: a ramp of 200 steps, then half a cosine.
 
     `progress`, 0..1, is the share of the steps done, or of the time if that ends first.
     """
@@ -17,10 +17,10 @@ def rate_at(step: int, progress: float) -> float:
 
 
 def ease_at(progress: float) -> float:
-    """The share of easy scenes, 0..1: all at first, then fewer, and none from 0.35 on.
+    """Return the share of easy scenes, 0..1: all at first, then fewer, none from 0.35 on.
 
-    Where a shape may be anywhere and of any size, each word's mean picture is the same blob, so
-    for thousands of batches nothing is gained by reading which shape it is. Large and in the
-    middle, the shapes differ at any noise, and the denoiser reads the word within hundreds.
+    If a shape may have any place and size, each word's mean picture is the same blob, and the
+    denoiser gains nothing from the word for thousands of batches. Large shapes in the middle differ
+    at any noise level, and the denoiser learns the words within hundreds of batches.
     """
     return min(1.0, max(0.0, (_NONE_EASY - progress) / (_NONE_EASY - _ALL_EASY)))

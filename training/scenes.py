@@ -1,7 +1,7 @@
 """The world of the demo model: one coloured shape on a flat background.
 
-A scene is a choice of words (shape, colours, size, position) plus a placement
-(centre and radius). `shapes` draws it, `prompts` puts it into words.
+A scene is a choice of words (shape, colours, size, position) plus a placement (centre and radius).
+`shapes` draws it, `prompts` describes it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (20, 20, 20),
 }
 SIZES: dict[str, float] = {"small": 0.18, "medium": 0.25, "large": 0.33}
-"""Radius of a shape as a fraction of the picture's shorter side; medium goes unsaid."""
+"""Radius of a shape as a fraction of the picture's shorter side; prompts do not mention medium."""
 POSITIONS = ("centre", "left", "right", "top", "bottom")
-"""Where the shape is; centre goes unsaid."""
+"""Position of the shape; prompts do not mention centre."""
 
 _CENTRE_JITTER = 0.03
 _RADIUS_JITTER = 0.06
@@ -45,7 +45,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a shape is drawn, in units of the picture's shorter side, from its top left corner."""
+    """Placement of a shape, in units of the picture's shorter side, from its top left corner."""
 
     x: float
     y: float
@@ -53,15 +53,15 @@ class Placement:
 
 
 def triples() -> list[tuple[str, str, str]]:
-    """All 336 (shape, colour, background) combinations whose two colours differ."""
+    """Return all 336 combinations (shape, colour, background) with two different colours."""
     return [t for t in product(SHAPES, COLOURS, COLOURS) if t[1] != t[2]]
 
 
 def is_held_out(shape: str, colour: str, background: str) -> bool:
-    """Say whether a combination is kept from training, to be judged on afterwards.
+    """Return whether a combination is held out of training, for the evaluation.
 
-    Of every (colour, background) pair exactly one shape is held out: 56 combinations of 336.
-    The shape walks with the sum of the two, so that every pair of words is met in training.
+    For every (colour, background) pair exactly one shape is held out: 56 combinations of 336. The
+    shape follows from the sum of the two indices, so every pair of words occurs in training.
     """
     names = list(COLOURS)
     held_out = (names.index(colour) + names.index(background)) % len(SHAPES)
@@ -69,19 +69,19 @@ def is_held_out(shape: str, colour: str, background: str) -> bool:
 
 
 def training_triples() -> list[tuple[str, str, str]]:
-    """The combinations that training may draw."""
+    """Return the combinations for training."""
     return [t for t in triples() if not is_held_out(*t)]
 
 
 def held_out_triples() -> list[tuple[str, str, str]]:
-    """The combinations that training never draws."""
+    """Return the combinations that training never uses."""
     return [t for t in triples() if is_held_out(*t)]
 
 
 def random_scene(rng: np.random.Generator, ease: float = 0.0) -> Scene:
-    """Draw a training scene; small shapes and named positions come more often.
+    """Sample a training scene; small shapes and named positions are more frequent.
 
-    A share `ease`, 0..1, of the scenes is easy: the shape is large, and in the middle.
+    A share `ease`, 0..1, of the scenes is easy: the shape is large and in the middle.
     """
     choices = _TRAINING_TRIPLES
     shape, colour, background = choices[int(rng.integers(len(choices)))]

@@ -72,10 +72,10 @@ DISTANCES: dict[str, Distance] = {
 
 
 def coverage(shape: str, placements: Sequence[Placement], height: int, width: int) -> Tensor:
-    """Share of each pixel that a shape covers.
+    """Return the share of each pixel that a shape covers.
 
-    Returns a float tensor (len(placements), height, width) in 0..1. The distance to the edge,
-    in pixels, is a ramp one pixel wide: what supersampling gives along a straight edge.
+    A float tensor (len(placements), height, width) in 0..1. The distance to the edge, in pixels,
+    becomes a ramp one pixel wide, as supersampling gives along a straight edge.
     """
     short = min(height, width)
     table = torch.tensor([(p.x, p.y, p.radius) for p in placements]).view(-1, 3, 1, 1)
@@ -112,5 +112,5 @@ def draw_randomly(
 
 
 def palette(names: Sequence[str]) -> Tensor:
-    """The named colours as (n, 3) in -1..1."""
+    """Return the named colours as (n, 3) in -1..1."""
     return torch.tensor([COLOURS[name] for name in names]) / 127.5 - 1

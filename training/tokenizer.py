@@ -1,4 +1,4 @@
-"""The tokenizer: CLIP's own kind, with one token for each word of the grammar."""
+"""The tokenizer: a CLIP tokenizer with one token for each word of the grammar."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from training.prompts import WORDS
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 32
-"""Tokens of a prompt, the first and the last mark included; longer prompts are cut."""
+"""Tokens of a prompt, including the start and the end token; longer prompts are cut."""
 
 _WORD_END = "</w>"
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable characters that stand for bytes, in byte order (after GPT-2's encoder)."""
+    """Return the 256 printable characters for bytes, in byte order (after GPT-2's encoder)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     symbols, spare = [], 0x100
     for byte in range(256):
@@ -30,11 +30,10 @@ def byte_symbols() -> list[str]:
 
 
 def merges() -> list[tuple[str, str]]:
-    """The merges that build every word of the grammar from its first letter on.
+    """Return the merges that build every word of the grammar from its first letter on.
 
-    Longer words come first, so that a short word's merges never split a longer one, and
-    "centre" before "triangle", whose "tr" would split it. A test holds that every word ends
-    as one token.
+    Longer words come first, because a short word's merges could split a longer one; "centre" comes
+    before "triangle", whose "tr" would split it. A test checks that every word is one token.
     """
     found: dict[tuple[str, str], None] = {}
     for word in sorted(WORDS, key=lambda w: (w != "centre", -len(w), w)):
@@ -49,8 +48,8 @@ def merges() -> list[tuple[str, str]]:
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
     """Write a tokenizer into `folder` and load it back as any pipeline would.
 
-    Bytes alone and bytes at a word's end are tokens too, so every prompt has a spelling.
-    The end mark has the highest id: CLIP's text model may find it by `argmax`.
+    Every byte is a token, alone and at a word's end, so every prompt can be tokenized. The end
+    token has the highest id, because CLIP's text model may find it by `argmax`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     symbols = byte_symbols()

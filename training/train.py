@@ -1,8 +1,8 @@
 """Trains the demo model: `python -m training.train FOLDER`.
 
-First the autoencoder, then the text model and the UNet together. With the defaults about an
-hour on two idle CPU cores, minutes on a GPU. The same seed and steps give the same scenes in
-the same order; the weights may still differ in their last bits between machines.
+Trains the autoencoder first, then the text model and the UNet together. The defaults take about an
+hour on two idle CPU cores, minutes on a GPU. The same seed and steps give the same scenes in the
+same order; the weights may still differ in their last bits between machines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from training.vae import train_autoencoder
 from training.workers import is_first, run
 
 FACTS = "training.json"
-"""How the parts beside it were trained."""
+"""The file that records how the parts were trained."""
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def denoise(rank: int, workers: int, options: argparse.Namespace) -> None:
             trained = type(part).from_pretrained(options.resume / name)
             part.load_state_dict(trained.state_dict())
     past: list[dict[str, float]] = facts.pop("denoiser_runs", [])
-    # A resumed run meets other scenes than the one before it.
+    # A resumed run uses other scenes than the run before it.
     seed = options.seed + 1000 * len(past) + rank
     torch.manual_seed(seed)
     source = LatentSource(

@@ -21,8 +21,8 @@ _KL_WEIGHT = 1e-3
 _LATENT_NOISE = 0.1
 _EDGE_WEIGHT = 2.0
 _LAYOUTS = (
-    # (probability, pictures, picture side, crop side): about as many pixels each time. Whole
-    # pictures matter because group norms see the whole picture; crops see more edges.
+    # (probability, pictures, picture side, crop side), with about the same number of pixels. Whole
+    # pictures matter because group norms use the whole picture; crops contain more edges.
     (0.30, 16, 128, 64),
     (0.30, 16, 64, 64),
     (0.30, 4, 128, 128),
@@ -32,10 +32,10 @@ _LAYOUTS = (
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """An untrained autoencoder of 0.94 million parameters; fully convolutional, so any size.
+    """Return an untrained autoencoder of 0.94 million parameters, fully convolutional.
 
-    One group per norm: groups of two channels would wash out the colour of a flat picture,
-    because a norm keeps only what differs within a group.
+    One group per norm: groups of two channels would remove the colour of a flat picture, because a
+    norm keeps only differences within a group.
     """
     vae = AutoencoderKL(
         in_channels=3,
@@ -55,12 +55,12 @@ def new_autoencoder() -> AutoencoderKL:
 
 @torch.no_grad()
 def start_as_thumbnail(vae: AutoencoderKL) -> None:
-    """Set the first weights so that the latent is a thumbnail and the picture its enlargement.
+    """Initialize the weights: the latent is a thumbnail, and the picture its enlargement.
 
-    From random weights a thousand batches go by before colours pass at all. Here red, green and
-    blue pass from the start, in channels 0 to 2, and their negatives in channels 3 to 5, since
-    silu(x) - silu(-x) = x takes them through the last activation. All other channels, and the
-    first convolution of every residual block, keep their random start.
+    From random weights it takes a thousand batches until colours pass at all. Here red, green and
+    blue pass from the start in channels 0 to 2, and their negatives in channels 3 to 5:
+    silu(x) - silu(-x) = x passes them through the last activation. All other channels, and the
+    first convolution of every residual block, keep their random initialization.
     """
     down, up = vae.encoder, vae.decoder
     signed = torch.cat([torch.eye(3), -torch.eye(3)])
@@ -72,7 +72,7 @@ def start_as_thumbnail(vae: AutoencoderKL) -> None:
                 _pass(module.conv_shortcut, torch.eye(6), 0)
         elif isinstance(module, Downsample2D):
             _pass(module.conv, torch.eye(6), 1)
-            # Padded at the right and at the bottom only, so the 2x2 mean is the kernel's corner.
+            # The padding is at the right and bottom only, so the 2x2 mean is the kernel's corner.
             module.conv.weight[:6] = 0
             for channel in range(6):
                 module.conv.weight[channel, channel, :2, :2] = 0.25
@@ -84,13 +84,13 @@ def start_as_thumbnail(vae: AutoencoderKL) -> None:
     _pass(up.conv_out, signed.T, 1)
     _pass(vae.quant_conv, torch.eye(8), 0)
     _pass(vae.post_quant_conv, torch.eye(4), 0)
-    # Little posterior noise at first.
+    # Start with little posterior noise.
     down.conv_out.weight[4:] *= 0.1
     nn.init.constant_(down.conv_out.bias[4:], -4.0)
 
 
 def _pass(conv: nn.Conv2d, matrix: Tensor, middle: int) -> None:
-    """Let a convolution's first outputs be a matrix (outputs, inputs) of its first inputs."""
+    """Make a convolution's first outputs a matrix (outputs, inputs) times its first inputs."""
     rows, columns = matrix.shape
     conv.weight[:rows] = 0
     conv.weight[:rows, :columns, middle, middle] = matrix
@@ -99,7 +99,7 @@ def _pass(conv: nn.Conv2d, matrix: Tensor, middle: int) -> None:
 
 
 def _batch(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Pictures (n, 3, s, s) in -1..1, and a weight per pixel (n, 1, s, s) that favours edges."""
+    """Return pictures (n, 3, s, s) in -1..1, and pixel weights (n, 1, s, s) that favour edges."""
     _, count, side, crop = _LAYOUTS[int(rng.choice(len(_LAYOUTS), p=[e[0] for e in _LAYOUTS]))]
     pictures, masks = draw_randomly([random_scene(rng) for _ in range(count)], rng, side, side)
     masks = masks.unsqueeze(1)
@@ -117,10 +117,8 @@ def train_autoencoder(
 ) -> tuple[AutoencoderKL, int]:
     """Train an autoencoder for `steps` batches or `minutes`, then normalise its latents.
 
-    Returns it with the steps done.
-
-    Noise on the latents teaches the decoder to draw a clean edge from a latent that the
-    denoiser got only nearly right.
+    Returns it and the number of steps. Noise on the latents teaches the decoder to make a clean
+    edge from a latent that the denoiser got only nearly right.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -166,7 +164,7 @@ def normalise_latents(
 ) -> None:
     """Centre every latent channel and give all the same spread, without changing any picture.
 
-    The shift and the spread per channel go into the two 1×1 quantisation convolutions, and the
+    The shift and the spread of each channel go into the two 1×1 quantisation convolutions, the
     common scale into `scaling_factor`, which every pipeline applies. `count` scenes are measured.
     """
     pictures, _ = draw_randomly([random_scene(rng) for _ in range(count)], rng, 128, 128)
@@ -177,7 +175,7 @@ def normalise_latents(
     before, after = vae.quant_conv, vae.post_quant_conv
     assert before is not None and after is not None and before.bias is not None
     assert after.bias is not None
-    # The decoder first gets back the latent it was trained on: z = z' / gain + mean.
+    # The decoder first restores the latent it was trained on: z = z' / gain + mean.
     after.bias += after.weight[:, :, 0, 0] @ mean
     after.weight /= gain.view(1, -1, 1, 1)
     before.weight[:4] *= gain.view(-1, 1, 1, 1)

@@ -1,7 +1,7 @@
 """Trains in several processes that share every gradient.
 
-On a CPU two processes of one thread each are as fast as one of two threads on an idle machine,
-and much faster on a busy one: threads wait for each other in every operator, processes once a
+On an idle CPU, two processes with one thread each are as fast as one process with two threads. On a
+busy one they are much faster: threads wait for each other in every operator, processes once per
 step.
 """
 
@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import spawn
 
 
 def run(count: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call `function(rank, *arguments)` in `count` processes, or right here if it is one."""
+    """Call `function(rank, *arguments)` in `count` processes, or in this one if `count` is 1."""
     if count == 1:
         function(0, *arguments)
         return
@@ -41,15 +41,15 @@ def _join(
 
 
 def is_first() -> bool:
-    """Say whether this is the only process, or the one that reports for all."""
+    """Return whether this is the only process, or the one that reports for all."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @torch.no_grad()
 def share(parameters: Iterable[nn.Parameter], progress: float) -> float:
-    """Replace gradients by their mean over all processes; returns the mean `progress` too.
+    """Replace gradients by their mean over all processes; return the mean `progress`.
 
-    Progress may depend on each process's clock, and all must stop at the same step.
+    Progress depends on each process's clock, but all must stop at the same step.
     """
     if not dist.is_initialized():
         return progress

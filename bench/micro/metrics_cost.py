@@ -17,10 +17,11 @@ from bench.workload.requests import mixed
 from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import BatchDone, Event, StageSeconds
+from darkroom_server.dispatch import JobEnded, JobOutcome
 from darkroom_server.engine.counters import CounterReporter, Counts
 from darkroom_server.engine.device.peak_memory import PeakMemoryTracker
-from darkroom_server.rpc.summary import Outcome, RequestSummary
-from darkroom_server.telemetry import Metrics, Recorder
+from darkroom_server.service.summary import Outcome, RequestSummary
+from darkroom_server.telemetry import Metrics
 
 CPU = torch.device("cpu")
 ROUNDS = 5
@@ -42,7 +43,7 @@ def microseconds(work: Callable[[], object], times: int) -> float:
     return min(rounds)
 
 
-def of_a_step(recorder: Recorder, times: int) -> dict[str, float]:
+def of_a_step(metrics: Metrics, times: int) -> dict[str, float]:
     """Microseconds of a step in the engine's process, between the processes, and in serving."""
     events: list[Event] = []
     tracker = PeakMemoryTracker(events.append)
@@ -61,18 +62,20 @@ def of_a_step(recorder: Recorder, times: int) -> dict[str, float]:
     def engine() -> None:
         with tracker.watch(CPU, "demo", EDGE, EDGE, ROWS):
             pass
-        counters.tell()
+        counters.report()
 
     return {
         "engine": microseconds(engine, times),
         "crossing": microseconds(lambda: pickle.loads(pickle.dumps(done)), times),
-        "serving": microseconds(lambda: recorder.batch_done(done), times),
+        "serving": microseconds(lambda: metrics.on_event(done), times),
     }
 
 
-def of_a_request(recorder: Recorder, times: int) -> float:
+def of_a_request(metrics: Metrics, times: int) -> float:
     """Microseconds of a request in the serving process, from its first metric to its last."""
     summary = RequestSummary(
+        arrived=0.0,
+        request_id="bench",
         model="demo",
         outcome=Outcome.FINISHED,
         images=1,
@@ -84,14 +87,12 @@ def of_a_request(recorder: Recorder, times: int) -> float:
     method = ("darkroom.v1.GenerationService", "Generate", "unary")
 
     def request() -> None:
-        recorder.call_started(*method)
-        recorder.message(*method, 60, sent=False)
-        for queued, running in ((1, 0), (0, 1), (0, 0)):
-            recorder.jobs("demo", queued, running)
-        recorder.ended("demo", "finished", "decode")
-        recorder.request_ended(summary)
-        recorder.message(*method, 9000, sent=True)
-        recorder.call_handled(*method, "OK", 0.5)
+        metrics.calls.call_started(*method)
+        metrics.calls.message(*method, 60, sent=False)
+        metrics.on_event(JobEnded("demo", JobOutcome.FINISHED, "decode"))
+        metrics.requests.request_ended(summary)
+        metrics.calls.message(*method, 9000, sent=True)
+        metrics.calls.call_handled(*method, "OK", 0.5)
 
     return microseconds(request, times)
 
@@ -109,12 +110,12 @@ def measure(options: argparse.Namespace) -> Measurement:
     peer = EnginePeer(ThreadEngine(config))
     step = step_microseconds(peer, options.requests)
     peer.close()
-    recorder = Recorder(Metrics(), ["demo"])
+    metrics = Metrics(["demo"])
     return Measurement(
         figures={
             "step": step,
-            "of_a_step": of_a_step(recorder, options.times),
-            "of_a_request": of_a_request(recorder, options.times),
+            "of_a_step": of_a_step(metrics, options.times),
+            "of_a_request": of_a_request(metrics, options.times),
         },
         model=model_facts(peer.info),
         settings={"rounds": ROUNDS},

@@ -89,7 +89,7 @@ async def _measure(options: argparse.Namespace) -> Measurement:
     )
     dispatcher.start()
     await dispatcher.loaded()
-    info = dispatcher.model("demo")
+    info = dispatcher.availability.model("demo")
     load = DispatcherLoad(dispatcher, info)
     capacity = await load.capacity(mixed(options.closed, options.seed))
     pairs = {}

@@ -1,4 +1,4 @@
-// Draws one image on a Darkroom server, from the .proto files alone.
+// Generates one image on a Darkroom server, using only the .proto files.
 //
 //   npm ci
 //   node generate.js "a large yellow star on a blue background" star.png [HOST:PORT]
@@ -31,7 +31,7 @@ const client = new GenerationService(target, grpc.credentials.createInsecure(), 
   "grpc.max_receive_message_length": MAX_REPLY_BYTES,
 });
 
-// The server refuses, before it draws, what would not fit into the reply.
+// The largest reply that we accept. The server rejects a request that could exceed it before any work.
 const metadata = new grpc.Metadata();
 metadata.set("darkroom-max-reply-bytes", String(MAX_REPLY_BYTES));
 

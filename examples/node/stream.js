@@ -1,9 +1,9 @@
-// Draws one image on a Darkroom server and shows its progress, from the .proto files alone.
+// Generates one image on a Darkroom server and shows its progress, using only the .proto files.
 //
 //   npm ci
 //   node stream.js "a large yellow star on a blue background" star.png [HOST:PORT]
 //
-// Ctrl-C cancels: the server stops after the step that it is at.
+// Ctrl-C cancels: the server stops after the current step.
 
 import { randomUUID } from "node:crypto";
 import { writeFileSync } from "node:fs";
@@ -45,7 +45,7 @@ const call = client.GenerateStream(
 process.once("SIGINT", () => call.cancel());
 
 let image;
-let pieces = [];
+let chunks = [];
 
 call.on("data", ({ event }) => {
   switch (event.event) {
@@ -56,14 +56,14 @@ call.on("data", ({ event }) => {
       console.log(`step ${event.progress.step} of ${event.progress.steps}`);
       break;
     case "image": {
-      // An image comes in pieces, in order; the first one describes it.
+      // An image comes in chunks, in order; the first one describes it.
       const chunk = event.image;
-      if (chunk.offset === "0") [image, pieces] = [chunk.image, []];
-      pieces.push(chunk.data);
+      if (chunk.offset === "0") [image, chunks] = [chunk.image, []];
+      chunks.push(chunk.data);
       break;
     }
     case "finished":
-      writeFileSync(path, Buffer.concat(pieces));
+      writeFileSync(path, Buffer.concat(chunks));
       console.log(
         JSON.stringify({ path, width: image.width, height: image.height, seed: image.seed }),
       );

@@ -1,16 +1,16 @@
 from dataclasses import replace
 
 from bench.micro.metrics_cost import BENCHMARK, of_a_request, of_a_step
-from darkroom_server.telemetry import Metrics, Recorder
+from darkroom_server.telemetry import Metrics
 from tests.bench.test_results import RESULTS
 
 
 def test_every_part_of_the_metrics_costs_time() -> None:
-    recorder = Recorder(Metrics(), ["demo"])
-    parts = of_a_step(recorder, times=10)
+    metrics = Metrics(["demo"])
+    parts = of_a_step(metrics, times=10)
     assert set(parts) == {"engine", "crossing", "serving"}
     assert all(cost > 0 for cost in parts.values())
-    assert of_a_request(recorder, times=10) > 0
+    assert of_a_request(metrics, times=10) > 0
 
 
 def test_the_section_compares_the_metrics_with_a_step() -> None:

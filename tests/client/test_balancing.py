@@ -44,7 +44,7 @@ begins = pytest.mark.parametrize("begin", BEGINS)
 
 
 def refused(server: FakeServer) -> int:
-    return server._ledger.refusals.total()
+    return server._registry.refusals.total()
 
 
 @pytest.fixture

@@ -30,9 +30,9 @@ from darkroom_client.cli import main
 from darkroom_client.cli._arguments import parse
 from darkroom_client.cli._connect import _options
 from darkroom_client.cli._exit_codes import exit_code
-from darkroom_client.cli._halfblocks import check_pillow
-from darkroom_client.cli._models import _row
-from darkroom_client.cli._names import distinct, slug
+from darkroom_client.cli.commands._models import _row
+from darkroom_client.cli.commands._names import distinct, slug
+from darkroom_client.cli.terminal._halfblocks import check_pillow
 from darkroom_client.testing import Behaviour, FakeServer, JobState
 
 Capture = pytest.CaptureFixture[str]

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from darkroom_client import Cancelled, Client, Unavailable
+from darkroom_client import Cancelled, Client, GenerationRequest, Unavailable
 from darkroom_client._protocol.session import NextCall
 from darkroom_client.testing import Behaviour, FakeServer, JobState
 from tests.client.conftest import Connect
 
 SECONDS = 60.0
 HELD = Behaviour(hold=threading.Event())
+STAR = GenerationRequest(prompt="a star")
 
 
 def cancelled(fake: FakeServer) -> list[bool]:
@@ -73,7 +74,7 @@ def test_a_job_that_begins_while_its_stream_is_left_is_cancelled(fake: FakeServe
             def method(stubs: Any) -> Any:
                 # The farewell goes out, and finds no job.
                 stream.close()
-                for farewell in tuple(client._transport._farewells):
+                for farewell in tuple(client._transport._cancels):
                     farewell.join(SECONDS)
 
                 def opened(*args: Any, **options: Any) -> Any:
@@ -90,6 +91,53 @@ def test_a_job_that_begins_while_its_stream_is_left_is_cancelled(fake: FakeServe
             next(stream)
 
         fake.wait_for(lambda: all(cancelled(fake)), SECONDS)
+
+
+def test_a_job_that_begins_while_its_call_is_cancelled_is_cancelled(fake: FakeServer) -> None:
+    fake.script(Behaviour(error=Unavailable("loading", retry_after=0.01)), HELD)
+    with Client(fake.target) as client:
+        transport, call = client._transport, client._calls.generate(STAR, None, None)
+        in_flight = transport.start(call)
+        open_try = transport.open
+
+        def cancelled_meanwhile(retry: Any) -> Any:
+            in_flight.cancel()
+            # The cancel call is made, and finds no job.
+            for thread in tuple(transport._cancels):
+                thread.join(SECONDS)
+            future = open_try(retry)
+            fake.wait_for(lambda: len(fake.jobs) == 1, SECONDS)
+            return future
+
+        transport.open = cancelled_meanwhile  # type: ignore[method-assign, assignment]
+        with pytest.raises(Cancelled):
+            in_flight.result()
+
+        fake.wait_for(lambda: cancelled(fake) == [True], SECONDS)
+
+
+def test_a_close_that_interrupts_the_start_of_a_cancel_cancels_the_job(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.script(HELD)
+    client = Client(fake.target)
+    stream = client.stream("a star").__enter__()
+    next(stream)
+    start = threading.Thread.start
+    closes = [client.close]
+
+    def interrupted(thread: threading.Thread) -> None:
+        # As a signal handler does, on the same thread.
+        while closes:
+            closes.pop()()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    stream.close()
+
+    assert cancelled(fake) == [True]
+    for thread in tuple(client._transport._cancels):
+        thread.join(SECONDS)
 
 
 @pytest.mark.parametrize("first", ["streams", "client"])
@@ -110,8 +158,8 @@ def test_a_closed_client_has_said_every_farewell(
             each.result(SECONDS)
 
     assert cancelled(fake) == [True] * 16
-    assert not client._transport._kept
-    assert not client._transport._farewells
+    assert not client._transport._in_flight
+    assert not client._transport._cancels
 
 
 def test_a_farewell_to_a_server_that_is_gone_ends(connect: Connect) -> None:
@@ -123,7 +171,7 @@ def test_a_farewell_to_a_server_that_is_gone_ends(connect: Connect) -> None:
     stream.close()
     client.close()
 
-    assert not client._transport._farewells
+    assert not client._transport._cancels
 
 
 def test_a_call_that_meets_a_channel_closed_meanwhile_is_cancelled(fake: FakeServer) -> None:

@@ -8,12 +8,16 @@ from typing import Any
 import grpc
 import pytest
 
+from darkroom.v1 import generation_pb2, model_pb2, model_pb2_grpc, server_pb2
 from darkroom_client import TLS, AsyncClient, Client, Keepalive, Retry
 from darkroom_client._settings import Settings
 from darkroom_client._transport.channels import (
+    JOB_STARTING_METHODS,
+    OTHER_METHODS,
     channel_options,
     dial_target,
     is_loopback,
+    open_direct_channel,
     service_config,
 )
 from tests.client.conftest import Connect
@@ -65,6 +69,27 @@ def test_the_checked_channel_goes_by_health_and_tries_once() -> None:
     # Or each channel would have a connection of its own.
     del plain["grpc.service_config"]
     assert options == plain
+
+
+NOT_RETRIED: dict[tuple[str, str], str] = {}
+"""Unary methods that gRPC must not retry, each with the reason; there is none so far."""
+
+
+def test_every_unary_method_is_retried_or_is_excluded_with_a_reason() -> None:
+    unary: set[tuple[str, str]] = set()
+    streams: set[tuple[str, str]] = set()
+    for module in (generation_pb2, model_pb2, server_pb2):
+        for service in module.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                streaming = method.server_streaming or method.client_streaming
+                (streams if streaming else unary).add((service.full_name, method.name))
+
+    listed = [*JOB_STARTING_METHODS, *OTHER_METHODS, *NOT_RETRIED]
+    assert sorted(listed) == sorted(unary)
+    # What it compares with is there.
+    assert ("darkroom.v1.GenerationService", "Generate") in unary
+    assert ("darkroom.v1.GenerationService", "GenerateStream") in streams
+    assert not streams & set(listed)
 
 
 @pytest.mark.parametrize(("attempts", "policies"), [(1, None), (2, 1), (3, 2)])
@@ -284,6 +309,27 @@ def test_tls_with_a_token_and_both_certificates(
         assert client.generate("a star").images
         assert client.models()
         assert [seen["authorization"] for seen in server.metadata] == ["Bearer secret"] * 2
+
+
+def test_a_channel_to_one_address_still_checks_the_name_of_the_target(
+    certificate: tuple[Path, Path],
+) -> None:
+    cert, key = certificate
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    with ScriptedServer(credentials=credentials) as server:
+        port = server.address.rpartition(":")[2]
+
+        def list_models(name: str) -> grpc.StatusCode:
+            names = settings(target=f"{name}:{port}", tls=TLS(ca=cert))
+            with open_direct_channel(names, f"ipv4:127.0.0.1:{port}") as channel:
+                stub: Any = model_pb2_grpc.ModelServiceStub(channel)
+                call = stub.ListModels.future(model_pb2.ListModelsRequest(), timeout=30)
+                code: grpc.StatusCode = call.code()
+                return code
+
+        # The certificate is for this name, and the address is no part of it.
+        assert list_models("darkroom.test") is grpc.StatusCode.OK
+        assert list_models("other.test") is grpc.StatusCode.UNAVAILABLE
 
 
 def test_what_is_asked_of_models_may_bring_metadata(client: Any, server: ScriptedServer) -> None:

@@ -55,8 +55,8 @@ def test_blocking_calls_leave_nothing_behind(fake: FakeServer, count: int) -> No
         # The fake server's pool may still grow a handler or two: not one for every call.
         assert after[0] <= before[0] + 8
         assert after[1] <= before[1] + 8
-        assert not client._transport._kept
-        assert len(client._transport._farewells) <= 8
+        assert not client._transport._in_flight
+        assert len(client._transport._cancels) <= 8
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -81,13 +81,13 @@ async def test_asyncio_calls_leave_nothing_behind(fake: FakeServer, count: int) 
         before = (*held(), len(asyncio.all_tasks()))
         for at in range(count):
             await use(client, ROUND[at % 4])
-        await asyncio.gather(*client._transport._farewells)
+        await asyncio.gather(*client._transport._cancels)
         after = (*held(), len(asyncio.all_tasks()))
 
         assert after[0] <= before[0] + 8
         assert after[1] <= before[1] + 8
         assert after[2] <= before[2] + 2
-        assert not client._transport._kept
+        assert not client._transport._in_flight
 
 
 async def test_a_loop_that_is_left_leaves_no_task(fake: FakeServer) -> None:

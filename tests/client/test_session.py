@@ -300,7 +300,7 @@ def test_what_is_newer_than_the_client_is_left_out() -> None:
 class Stubs:
     """Says which of the stubs a call goes to."""
 
-    beginning = SimpleNamespace(GenerateStream="checked")
+    health_checked_generation = SimpleNamespace(GenerateStream="checked")
     generation = SimpleNamespace(GenerateStream="plain", WatchGeneration="watch")
 
 

@@ -29,14 +29,17 @@ def promtool(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.needs("promtool")
 def test_the_rules_are_clean() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", *map(str, RULES))
 
 
+@pytest.mark.needs("promtool")
 def test_the_configuration_is_clean() -> None:
     promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
 
 
+@pytest.mark.needs("promtool")
 def test_the_alerts_fire_when_they_should_and_only_then() -> None:
     promtool("test", "rules", *map(str, TESTS))
 

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from darkroom_server.core.events import (
     SampleProgress,
 )
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName
-from darkroom_server.engine.families.stable_diffusion import LoadedModel
+from darkroom_server.engine.batching.row_limits import RowLimits
+from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
 from darkroom_server.engine.loading.startup import start_loop
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.sample import Sample
@@ -52,7 +53,7 @@ def make_job(id: str, **fields: Any) -> Job:
 
 
 class LoopUnderTest:
-    """Runs a loop on a thread and keeps what it tells; ``latents`` are the final ones."""
+    """Runs a loop on a thread and keeps its events; ``latents`` are the final ones."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.events: list[Event] = []
@@ -64,7 +65,7 @@ class LoopUnderTest:
         self._started = threading.Event()
         self._config = config
         self.loop: EngineLoop
-        self.models: dict[str, LoadedModel] = {}
+        self.models: dict[str, StableDiffusionModel] = {}
         self._thread = threading.Thread(target=self._run, name="engine")
         self._thread.start()
         assert self._started.wait(180)
@@ -74,15 +75,14 @@ class LoopUnderTest:
     def _run(self) -> None:
         try:
             self.loop, _ = start_loop(self._config, self._emit)
-            self.models = dict(self.loop._models)
-            postprocess = self.loop._postprocess
+            self.models = cast("dict[str, StableDiffusionModel]", self.loop._runner.models)
+            decode = self.loop._decode
 
-            def keep_latents(samples: list[Sample]) -> None:
-                for sample in samples:
-                    self.latents[sample.job.id, sample.index] = sample.latents.clone()
-                postprocess(samples)
+            def keep_latents(sample: Sample) -> None:
+                self.latents[sample.job.id, sample.index] = sample.latents.clone()
+                decode(sample)
 
-            self.loop._postprocess = keep_latents  # type: ignore[method-assign]
+            self.loop._decode = keep_latents  # type: ignore[method-assign]
         except BaseException as error:
             self.crash = error
             return
@@ -103,6 +103,11 @@ class LoopUnderTest:
                 assert event.job_id not in self.ends, "a job ended twice"
                 self.ends[event.job_id] = event
             self._changed.notify_all()
+
+    @property
+    def row_limits(self) -> RowLimits:
+        """The row limits of the model ``tiny``."""
+        return self.loop._scheduler._row_limits["tiny"]
 
     def run(self, *jobs: Job) -> dict[str, End]:
         """Submit ``jobs`` and wait until each has ended."""

@@ -22,8 +22,8 @@ from darkroom_server.core.events import (
     StageSeconds,
 )
 from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine.batching import row_limits
 from darkroom_server.engine.batching.resident_job import ResidentJob
-from darkroom_server.engine.components import denoiser as denoiser_module
 from darkroom_server.engine.sample import Sample
 
 from .conftest import LoopUnderTest, config_for, make_job
@@ -47,9 +47,9 @@ def assert_same_pictures(loop: LoopUnderTest, undisturbed: LoopUnderTest, jobs: 
 
 def replace_unet(loop: LoopUnderTest, wrap: Callable[..., Any]) -> None:
     """Let ``wrap(original, latents, ...)`` stand in for the denoiser's network."""
-    denoiser = loop.models["tiny"].denoiser
-    original = denoiser.unet
-    denoiser.unet = lambda *args, **kwargs: wrap(original, *args, **kwargs)
+    model = loop.models["tiny"]
+    original = model.unet
+    model.unet = lambda *args, **kwargs: wrap(original, *args, **kwargs)
 
 
 def test_out_of_memory_splits_the_pass(own_loop: LoopUnderTest, shared_loop: LoopUnderTest) -> None:
@@ -74,7 +74,7 @@ def test_out_of_memory_splits_the_pass(own_loop: LoopUnderTest, shared_loop: Loo
 def test_a_lowered_limit_is_tried_again_after_a_while(
     own_loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(denoiser_module, "RECOVERY_PASSES", 3)
+    monkeypatch.setattr(row_limits, "RECOVERY_BATCHES", 3)
     full = True
 
     def above_two_rows(original: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ def test_a_lowered_limit_is_tried_again_after_a_while(
         return original(latents, *args, **kwargs)
 
     replace_unet(own_loop, above_two_rows)
-    own_loop.models["tiny"].denoiser.max_rows = 8
+    own_loop.row_limits.max_rows = 8
     own_loop.run(make_job("while it is full", image_count=4, steps=2))
     full = False
     own_loop.run(make_job("later", image_count=4, steps=20))
@@ -101,7 +101,7 @@ def test_large_images_that_do_not_fit_leave_small_ones_their_passes(
         return original(latents, *args, **kwargs)
 
     replace_unet(own_loop, large_in_fours)
-    own_loop.models["tiny"].denoiser.max_rows = 16
+    own_loop.row_limits.max_rows = 16
     own_loop.run(make_job("large", width=128, image_count=4), make_job("small", image_count=4))
     passes = [event for event in own_loop.events if isinstance(event, BatchDone)]
     of_size = {width: [p for p in passes if p.width == width] for width in (64, 128)}

@@ -1,4 +1,4 @@
-"""What a model's folder says of the requests that say little."""
+"""Defaults of a model's unset request fields: its folder's ``darkroom.json``, or its family's."""
 
 import json
 from importlib.resources import files
@@ -8,21 +8,28 @@ import pytest
 
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
+from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.loading.defaults import Defaults, read_defaults
+
+FAMILY = Defaults(steps=12, guidance_scale=3.5)
 
 
 def read(folder: Path) -> Defaults:
-    return read_defaults(ModelSource(id="m", location=str(folder)))
+    return read_defaults(ModelSource(id="m", location=str(folder)), FAMILY)
 
 
-def test_a_folder_without_the_file_has_our_own(tmp_path: Path) -> None:
-    assert read(tmp_path) == Defaults(steps=30, guidance_scale=7.5)
-    assert read(tmp_path / "owner" / "on-the-hub") == Defaults()
+def test_a_folder_without_the_file_has_the_family_s(tmp_path: Path) -> None:
+    assert read(tmp_path) == FAMILY
+    assert read(tmp_path / "owner" / "on-the-hub") == FAMILY
 
 
-def test_a_folder_may_say_one_of_them(tmp_path: Path) -> None:
+def test_stable_diffusion_s_own() -> None:
+    assert StableDiffusion.defaults == Defaults(steps=30, guidance_scale=7.5)
+
+
+def test_a_folder_may_set_one_of_them(tmp_path: Path) -> None:
     (tmp_path / "darkroom.json").write_text(json.dumps({"guidance_scale": 1}))
-    assert read(tmp_path) == Defaults(steps=30, guidance_scale=1)
+    assert read(tmp_path) == Defaults(steps=12, guidance_scale=1)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from darkroom_server.engine.device.gpu_sensors import GpuSensors
 from darkroom_server.engine.device.memory_reporter import MemoryReporter
 from darkroom_server.engine.device.peak_memory import PeakMemoryTracker
 from darkroom_server.engine.device.timer import Timer
+from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
 from darkroom_server.engine.loading.startup import start_loop
 
 from .conftest import LoopUnderTest, config_for, make_job
@@ -44,7 +45,7 @@ def counted(loop: LoopUnderTest) -> dict[Counted, int]:
 
 
 def test_passes_tell_of_images_and_of_newcomers(own_loop: LoopUnderTest) -> None:
-    own_loop.models["tiny"].denoiser.max_rows = 16
+    own_loop.row_limits.max_rows = 16
     own_loop.run(make_job("a", image_count=2, steps=3))
     passes = [event for event in own_loop.events if isinstance(event, BatchDone)]
     assert [(p.samples, p.rows, p.max_rows) for p in passes] == [(2, 4, 16)] * 3
@@ -71,16 +72,16 @@ def test_prompts_are_counted(own_loop: LoopUnderTest) -> None:
 
 
 def test_what_runs_out_of_memory_is_counted(own_loop: LoopUnderTest) -> None:
-    denoiser = own_loop.models["tiny"].denoiser
-    unet = denoiser.unet
+    model = own_loop.models["tiny"]
+    unet = model.unet
 
     def narrow(latents: torch.Tensor, *args: Any, **options: Any) -> Any:
         if len(latents) > 2:
             raise torch.OutOfMemoryError
         return unet(latents, *args, **options)
 
-    denoiser.unet = narrow
-    denoiser.max_rows = 16
+    model.unet = narrow
+    own_loop.row_limits.max_rows = 16
     own_loop.run(make_job("a", image_count=2, steps=1))
     own_loop.wait_for(lambda: Counted.OUT_OF_MEMORY_SPLIT in counted(own_loop))
     assert counted(own_loop)[Counted.OUT_OF_MEMORY_SPLIT] == 1
@@ -92,7 +93,7 @@ def test_loads_are_told(tiny_folder: Path) -> None:
     (load,) = ready.loads
     assert load.model == "tiny"
     assert 0 < load.load_seconds + load.warm_up_seconds <= ready.load_seconds
-    unet = loop._models["tiny"].denoiser.unet
+    unet = cast(StableDiffusionModel, loop._runner.models["tiny"]).unet
     assert load.bytes_by_component["unet"] == sum(p.numel() * 4 for p in unet.parameters())
     assert set(load.bytes_by_component) == {"unet", "vae", "text_encoder"}
     loop.close()
@@ -211,8 +212,8 @@ def test_the_stages_add_up_though_the_device_encodes_while_the_pass_is_launched(
     resident = ResidentJob(make_job("a", submitted_at=100.0), told.append)
     # Launched in 1 s, done after 3: the first pass was launched in between.
     watch = cast(Timer, SimpleNamespace(began=101.0, seconds=lambda: 3.0))
-    resident.prompt_encoded(watch)
-    resident.pass_begins(102.0)
+    resident.prompt_encoded([], watch)
+    resident.begin_batch(102.0)
     resident.denoised(110.0)
     resident.decoded(111.0)
     stages = resident._stages(111.5)

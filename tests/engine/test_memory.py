@@ -14,11 +14,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from darkroom_server.core.engine_config import Attention, EngineConfig
 from darkroom_server.core.errors import Failure, Reason, StartupError, TooLarge
 from darkroom_server.core.model import MemoryNeeds
-from darkroom_server.dispatch.admission.availability import check_fits
+from darkroom_server.dispatch.admission.controller import check_fits
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.device import cgroup, memory
 from darkroom_server.engine.device.memory import PeakMemory, available_bytes
 from darkroom_server.engine.failures import DECODE_FAILED, OUT_OF_MEMORY
+from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.warmup import placement
 from darkroom_server.engine.warmup.placement import denoiser_forward, measure_memory
 from darkroom_server.engine.warmup.presets import resolve
@@ -117,6 +119,14 @@ def test_some_memory_is_left_alone(
     assert available_bytes(CPU) == available
 
 
+def family_with(unet: Any, *, vae_scale_factor: int = 8, prompt_tokens: int = 77) -> Family:
+    """The family of a pipeline of which only the sizes and the denoiser are looked at."""
+    tokenizer = SimpleNamespace(model_max_length=prompt_tokens)
+    return StableDiffusion(
+        SimpleNamespace(unet=unet, vae_scale_factor=vae_scale_factor, tokenizer=tokenizer)
+    )
+
+
 def test_a_pass_and_a_decode_are_measured() -> None:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -140,9 +150,10 @@ def test_a_pass_and_a_decode_are_measured() -> None:
     runtime = resolve(EngineConfig(models=(), device="cpu"))
     form = MemoryFormat(torch.float32, channels_last=False)
     decoder = Decoder(vae, lambda: runtime.precision(torch.float32))
+    family = family_with(unet, vae_scale_factor=2, prompt_tokens=8)
     with torch.inference_mode():
-        forward = denoiser_forward(unet, form, runtime, 8)
-        needs = measure_memory(forward, unet, decoder, form, runtime, factor=2)
+        forward = denoiser_forward(family, unet, form, runtime)
+        needs = measure_memory(forward, family, decoder, form, runtime)
     assert needs.pixels == 128 * 128
     activation = 4 * 32 * 64 * 64  # Of one row: float32, channels, height, width.
     assert needs.bytes_per_row > activation
@@ -162,11 +173,10 @@ def test_what_comes_once_in_a_pass_is_told_from_what_comes_for_each_row(
     unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
     needs = measure_memory(
         lambda rows: taken.append(1000 + 300 * rows),
-        unet,
+        family_with(unet),
         decoder,
         MemoryFormat(torch.float32, channels_last=False),
         runtime,
-        factor=8,
     )
     assert (needs.bytes_per_row, needs.bytes_per_pass) == ((300, 1000) if sliced else (800, 0))
     assert needs.bytes_per_decode == 7
@@ -185,9 +195,9 @@ def test_a_decode_that_fails_at_warm_up_is_no_measurement(
     unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
     form = MemoryFormat(torch.float32, channels_last=False)
     with pytest.raises(error, match=words):
-        placement.measure_decode(unet, decoder, form, runtime)
+        placement.measure_decode(family_with(unet), decoder, form, runtime)
     with pytest.raises(error, match=words):
-        measure_memory(lambda _: None, unet, decoder, form, runtime, factor=8)
+        measure_memory(lambda _: None, family_with(unet), decoder, form, runtime)
 
 
 def test_a_job_that_never_fits_is_refused(shared_loop: LoopUnderTest) -> None:
@@ -210,10 +220,9 @@ def test_a_job_that_never_fits_is_refused(shared_loop: LoopUnderTest) -> None:
 
 
 def test_what_fits_bounds_a_pass(own_loop: LoopUnderTest) -> None:
-    model = own_loop.models["tiny"]
-    model.denoiser.max_rows = 16
     needs = MemoryNeeds(pixels=64 * 64, bytes_per_row=1, bytes_per_decode=1, available_bytes=4)
-    model.info = dataclasses.replace(model.info, memory=needs)
+    own_loop.row_limits.memory = needs
+    own_loop.row_limits.max_rows = 16
     own_loop.run(make_job("small", image_count=4), make_job("large", width=128, image_count=2))
     assert max(step.rows for step in own_loop.progress("small")) == 4
     assert max(step.rows for step in own_loop.progress("large")) == 2

@@ -1,11 +1,14 @@
 """What is offered works: every scheduler at both ends of the steps that it is offered with."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.job import SchedulerName
+from darkroom_server.core.model import SchedulerOffer
 from darkroom_server.engine.components.prompt_encoder import Embedding
 from darkroom_server.engine.components.schedulers import (
     config_json,
@@ -66,6 +69,53 @@ def test_both_ends_of_the_offer(name: SchedulerName, spacing: str, prediction: s
 )
 def test_steps_are_counted_by_denoiser_calls(name: SchedulerName, steps: int, calls: int) -> None:
     assert develop(name, steps, {**BASE, "skip_prk_steps": True}).steps == calls
+
+
+def miscounted(
+    table: Callable[[int], int], name: SchedulerName, steps: Iterable[int], config: dict[str, Any]
+) -> list[int]:
+    """The step counts for which ``table`` differs from the calls that diffusers makes."""
+    scheduler = make_scheduler(name, config)
+    wrong = []
+    for each in steps:
+        scheduler.set_timesteps(each, device="cpu")
+        if table(each) != len(scheduler.timesteps):
+            wrong.append(each)
+    return wrong
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize(
+    ("name", "skip_prk_steps"),
+    [*((name, True) for name in SchedulerName), (SchedulerName.PNDM, False)],
+)
+def test_the_table_counts_the_denoiser_calls(
+    name: SchedulerName, spacing: str, skip_prk_steps: bool
+) -> None:
+    config = {**BASE, "timestep_spacing": spacing, "skip_prk_steps": skip_prk_steps}
+    offered = offer(name, config)
+    steps = set(range(offered.min_steps, offered.max_steps + 1))
+    if spacing == "trailing":
+        # diffusers rounds here, and makes one timestep more.
+        steps -= {61, 103, 121, 122}
+    if name is SchedulerName.PNDM and skip_prk_steps:
+        assert miscounted(offered.denoiser_calls, name, {1}, config) == [1], "1 call, not 2"
+        steps -= {1}
+    assert len(steps) >= 45
+    assert miscounted(offered.denoiser_calls, name, steps, config) == []
+
+
+@pytest.mark.parametrize("name", [SchedulerName.HEUN, SchedulerName.PNDM])
+def test_a_table_without_their_calls_is_wrong_for_all_steps(name: SchedulerName) -> None:
+    steps = range(4, 151)
+    plain = SchedulerOffer(name=name, min_steps=1, max_steps=150)
+    assert miscounted(plain.denoiser_calls, name, steps, BASE) == list(steps)
+
+
+def test_the_fake_model_counts_by_the_same_table() -> None:
+    (fake,) = (o for o in fake_model().schedulers if o.name is SchedulerName.PNDM)
+    real = offer(SchedulerName.PNDM, {**BASE, "skip_prk_steps": True})
+    assert fake.denoiser_calls(20) == real.denoiser_calls(20) == 21
 
 
 def test_lcm_takes_as_many_steps_as_the_model_was_distilled_on() -> None:

@@ -12,7 +12,8 @@ import torch
 from darkroom_server.core.engine_config import Attention, Dtype, ModelSource, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.job import SchedulerName
-from darkroom_server.engine.loading import startup
+from darkroom_server.engine.families.stable_diffusion import StableDiffusion
+from darkroom_server.engine.loading import load_model
 from darkroom_server.engine.loading.pipeline import load_pipeline
 from darkroom_server.engine.warmup import placement
 from darkroom_server.engine.warmup.presets import Runtime, resolve
@@ -34,7 +35,7 @@ def test_a_model_that_does_not_fit(tiny_folder: Path, monkeypatch: pytest.Monkey
     def allocate(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(startup, "measure_memory", allocate)
+    monkeypatch.setattr(load_model, "measure_memory", allocate)
     with pytest.raises(StartupError, match="does not fit the memory of cpu: use"):
         LoopUnderTest(config_for(tiny_folder))
 
@@ -44,7 +45,7 @@ def test_channels_last_reaches_the_weights(tiny_folder: Path) -> None:
     try:
         model = loop.models["tiny"]
         assert model.info.runtime.channels_last
-        weight = model.denoiser.unet.conv_in.weight
+        weight = model.unet.conv_in.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
         assert not weight.is_contiguous()
     finally:
@@ -54,7 +55,7 @@ def test_channels_last_reaches_the_weights(tiny_folder: Path) -> None:
 def test_a_settled_restart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = MemoryFormat(torch.bfloat16, channels_last=True)
     monkeypatch.setattr(placement, "fastest_format", lambda *_: measured)
-    monkeypatch.setattr(startup, "best_rows", lambda *_: 8)
+    monkeypatch.setattr(load_model, "best_rows", lambda *_: 8)
     config = config_for(tiny_folder, channels_last=None, **OWN)
     job = make_job("settled", exact=True)
     found = []
@@ -66,8 +67,8 @@ def test_a_settled_restart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         try:
             loop.run(job)
             info = loop.models["tiny"].info
-            assert loop.models["tiny"].dtype == torch.bfloat16
-            assert loop.models["tiny"].denoiser.max_rows == 8
+            assert loop.models["tiny"].form.dtype == torch.bfloat16
+            assert info.limits.max_rows == 8
         finally:
             loop.close()
         found.append((info, loop.image(job.id).image.data))
@@ -76,10 +77,10 @@ def test_a_settled_restart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         previous_measurements = following.previous_measurements
         for module, name in (
             (placement, "fastest_format"),
-            (startup, "measure_rows"),
-            (startup, "best_rows"),
-            (startup, "measure_decode"),
-            (startup, "measure_memory"),
+            (load_model, "measure_rows"),
+            (load_model, "best_rows"),
+            (load_model, "measure_decode"),
+            (load_model, "measure_memory"),
         ):
             monkeypatch.setattr(module, name, _never)
     assert found[0] == found[1]
@@ -127,7 +128,7 @@ def arranged(folder: Path, **fields: Any) -> tuple[Any, Runtime]:
     runtime = dataclasses.replace(runtime, **fields)
     source = ModelSource(id="tiny", location=str(folder))
     pipeline = load_pipeline(source, torch.bfloat16, safety_checker=False)
-    placement.arrange(pipeline, runtime, 77, None)
+    placement.place(StableDiffusion(pipeline), runtime, None)
     return pipeline, runtime
 
 

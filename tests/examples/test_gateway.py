@@ -1,4 +1,4 @@
-"""The web service: what passes through it, in both directions."""
+"""The FastAPI gateway: requests, errors, deadlines and cancellation pass through it."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ def test_events(web: TestClient) -> None:
 
 
 @pytest.mark.parametrize("path", ["/image", "/events"])
-def test_refusals_have_their_status(
+def test_errors_map_to_http_statuses(
     web: TestClient, darkroom_server: FakeServer, path: str
 ) -> None:
     violation = Violation(field="prompt", description="is too long")
@@ -61,7 +61,7 @@ def test_refusals_have_their_status(
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "3")
 
 
-def test_a_failure_on_the_way_is_the_last_event(
+def test_a_failure_during_the_stream_is_the_last_event(
     web: TestClient, darkroom_server: FakeServer
 ) -> None:
     darkroom_server.script(Behaviour(error=GenerationFailed("black"), error_at_step=2))
@@ -84,7 +84,7 @@ def test_the_deadline_passes_through(web: TestClient, darkroom_server: FakeServe
 
 
 @pytest.mark.parametrize("path", ["/image", "/events"])
-async def test_hanging_up_on_a_real_connection_cancels(
+async def test_a_disconnect_on_a_real_connection_cancels(
     darkroom_server: FakeServer, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setenv("DARKROOM_TARGET", darkroom_server.target)
@@ -98,7 +98,7 @@ async def test_hanging_up_on_a_real_connection_cancels(
         job = darkroom_server.jobs[0]
         if path == "/events":
             await reader.readuntil(b"event: accepted")
-        # No event comes that could not be sent: the caller is missed all the same.
+        # No event is pending that could fail to be sent; the disconnect is detected anyway.
         writer.transport.abort()
         await asyncio.to_thread(darkroom_server.wait_for, lambda: job.state is JobState.CANCELLED)
         server.should_exit = True
@@ -110,7 +110,7 @@ async def test_hanging_up_on_a_real_connection_cancels(
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
 @pytest.mark.parametrize("path", ["/image", "/events"])
-async def test_hanging_up_cancels(
+async def test_a_disconnect_cancels(
     darkroom_server: FakeServer,
     monkeypatch: pytest.MonkeyPatch,
     path: str,
@@ -152,7 +152,7 @@ async def test_hanging_up_cancels(
         if path == "/events":
             await begun.wait()
         gone.set()
-        # A server's own error, of which it knows what to make.
+        # This error is the server's own, and it handles it.
         with contextlib.suppress(OSError, ClientDisconnect):
             await request
         job = darkroom_server.jobs[0]

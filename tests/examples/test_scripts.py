@@ -1,4 +1,4 @@
-"""The examples that are programs, as a reader runs them, against the fake server."""
+"""Runs the example programs as a reader would, against the fake server."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def environment(server: FakeServer) -> dict[str, str]:
 def test_python(
     darkroom_server: FakeServer, tmp_path: Path, script: str, pictures: list[str] | None
 ) -> None:
-    # They name the usual address; a copy of each names the fake server's.
+    # The examples use the default address; run a copy with the fake server's address.
     code = (EXAMPLES / script).read_text().replace("127.0.0.1:50051", darkroom_server.target)
     (tmp_path / script).write_text(code)
 
@@ -55,6 +55,7 @@ def node(script: str, server: FakeServer, *arguments: str | Path) -> "subprocess
     )
 
 
+@pytest.mark.needs("node")
 @pytest.mark.parametrize("script", ["generate.js", "stream.js"])
 def test_node(darkroom_server: FakeServer, tmp_path: Path, script: str) -> None:
     picture = tmp_path / "star.png"
@@ -69,6 +70,7 @@ def test_node(darkroom_server: FakeServer, tmp_path: Path, script: str) -> None:
         assert "step 4 of 4" in out
 
 
+@pytest.mark.needs("node")
 def test_interrupting_node_cancels(darkroom_server: FakeServer, tmp_path: Path) -> None:
     darkroom_server.script(Behaviour(hold=threading.Event()))
 

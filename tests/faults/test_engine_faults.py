@@ -166,6 +166,6 @@ async def test_a_crash_loop_ends_the_server(tiny_folder: Path) -> None:
 
         wire.engine.on_event = kill_at_once
         wire.engine.kill()
-        assert "2 times in ten minutes" in await wire.server.dispatcher.died()
+        assert "2 times in ten minutes" in await wire.server.dispatcher.availability.failed()
         with pytest.raises(EngineLost):
             await wire.serve

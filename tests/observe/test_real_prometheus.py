@@ -19,6 +19,8 @@ from tests.deploy.test_prometheus import RULES
 from tools.observe.prometheus import Prometheus, prometheus
 from tools.observe.server import Running, server
 
+pytestmark = pytest.mark.needs("prometheus")
+
 GENERATE = 'grpc_server_handled_total{grpc_method="Generate"'
 
 

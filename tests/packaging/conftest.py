@@ -18,7 +18,7 @@ def environment(tmp_path: Path) -> Environment:
 
 @pytest.fixture
 def furnished(tmp_path: Path) -> Environment:
-    """An environment that has this one's third-party packages, but none of ours.
+    """An environment with this one's third-party packages and none of ours.
 
     Ours are installed as editable here, by .pth files; those are heeded in an environment's own
     folder only, not in one that is added to the path.

@@ -28,7 +28,7 @@ class Wheel:
             return archive.read(name)
 
     def info(self, name: str) -> str:
-        """The text of a file in the wheel's .dist-info folder."""
+        """Return the text of a file in the wheel's .dist-info folder."""
         (found,) = (n for n in self.names if n.endswith(f".dist-info/{name}"))
         return self.read(found).decode()
 
@@ -45,7 +45,7 @@ class Distributions:
 
 
 def build_distributions(folder: Path) -> Distributions:
-    """Build each package's source distribution, and its wheel from that."""
+    """Build each package's source distribution, and its wheel from it."""
     wheels = {}
     for package in ("protos", "client", "server"):
         output = folder / package
@@ -65,14 +65,14 @@ def build_distributions(folder: Path) -> Distributions:
 
 
 class Environment:
-    """A virtual environment that holds nothing, pip neither."""
+    """An empty virtual environment, without pip."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         run(sys.executable, "-m", "venv", "--without-pip", folder)
 
     def pip(self, *arguments: str | Path) -> str:
-        """What this process's pip says about the environment, or does to it."""
+        """Run this process's pip on the environment and return its output."""
         return run(sys.executable, "-m", "pip", "--python", self._program("python"), *arguments)
 
     def install(self, *arguments: str | Path) -> None:
@@ -86,7 +86,7 @@ class Environment:
 
 
 def run(*command: str | Path, folder: Path = Path("/")) -> str:
-    """Run a command that knows nothing of this checkout; return what it prints."""
+    """Run a command isolated from this checkout; return its output."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "DARKROOM"))}
     with subprocess.Popen(
         command,
@@ -99,7 +99,7 @@ def run(*command: str | Path, folder: Path = Path("/")) -> str:
         try:
             output, errors = process.communicate()
         except BaseException:
-            # Out of time. Unlike SIGKILL, this lets a program stop those that it started.
+            # Timeout. Unlike SIGKILL, SIGTERM lets a program stop its children.
             process.send_signal(signal.SIGINT)
             raise
     assert process.returncode == 0, f"{command} failed:\n{output}{errors}"

@@ -1,4 +1,4 @@
-"""A program for an environment of its own: the installed client against its own fake server.
+"""Runs in a separate environment: the installed client against its own fake server.
 
 Prints the versions of grpcio and protobuf that it ran with.
 """

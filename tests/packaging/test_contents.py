@@ -1,4 +1,4 @@
-"""What is in the wheels."""
+"""The contents of the wheels."""
 
 import pytest
 from markdown_it import MarkdownIt
@@ -62,7 +62,7 @@ def test_the_server_wheel_holds_the_demo_model(distributions: Distributions) -> 
 @pytest.mark.parametrize(
     ("package", "command"), [("client", "darkroom"), ("server", "darkroom-server")]
 )
-def test_a_wheel_brings_its_command(
+def test_a_wheel_installs_its_command(
     package: str, command: str, distributions: Distributions
 ) -> None:
     wheel: Wheel = getattr(distributions, package)
@@ -82,7 +82,7 @@ def test_the_client_needs_nothing_heavy(distributions: Distributions) -> None:
 
 
 @pytest.mark.parametrize("package", ["protos", "client", "server"])
-def test_the_page_of_a_package_renders(package: str, distributions: Distributions) -> None:
+def test_the_readme_of_a_package_renders(package: str, distributions: Distributions) -> None:
     wheel: Wheel = getattr(distributions, package)
     metadata = wheel.metadata
     page = str(metadata.get_payload())
@@ -92,7 +92,7 @@ def test_the_page_of_a_package_renders(package: str, distributions: Distribution
     assert tokens[0].tag == "h1"
     if package == "client":
         assert any(token.type == "table_open" for token in tokens)
-    # Shown by an index, a page has no neighbours.
+    # A package index shows the page alone, so relative links would break.
     inner = [child for token in tokens for child in token.children or ()]
     links = [str(child.attrs["href"]) for child in inner if child.tag == "a" and child.attrs]
     assert all("://" in link for link in links), links

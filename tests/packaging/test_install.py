@@ -1,4 +1,4 @@
-"""The wheels in environments of their own. Installing takes a package index, hence slow."""
+"""Installs the wheels into separate environments. This needs a package index, hence slow."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_the_client_works_with_the_newest_versions_and_no_extras(
     environment.run("python", ROUND_TRIP)
     took = "import time; s = time.process_time(); import darkroom_client; "
     took += "print(time.process_time() - s)"
-    # Time on the processor, and the best of three: what else the machine does is not our matter.
+    # CPU time, best of three, so other load on the machine does not matter.
     assert min(float(environment.run("python", "-c", took)) for _ in range(3)) < IMPORT_SECONDS
 
 
@@ -41,7 +41,7 @@ def test_the_client_works_with_the_lowest_versions(
 
 
 def lowest_versions(wheel: Wheel) -> dict[str, Version]:
-    """The lowest version that the wheel allows of each package that it needs."""
+    """Return the lowest allowed version of each dependency of the wheel."""
     lowest = {}
     for text in wheel.metadata.get_all("Requires-Dist", []):
         requirement = Requirement(text)
@@ -51,7 +51,7 @@ def lowest_versions(wheel: Wheel) -> dict[str, Version]:
     return lowest
 
 
-def test_the_client_brings_its_extras_when_asked(
+def test_the_client_installs_its_extras(
     distributions: Distributions, environment: Environment
 ) -> None:
     client = f"{distributions.client.path}[cli,pil,numpy]"

@@ -74,8 +74,8 @@ class Wire:
 
     async def waiters(self, request_id: str, count: int, caller: str = ANONYMOUS.name) -> None:
         """Wait until so many wait for a job."""
-        accepted = self.server.requests.find(caller, request_id)
-        await self.becomes(lambda: accepted.waiters == count)
+        accepted = self.server.results.find(caller, request_id)
+        await self.becomes(lambda: accepted.subscribers == count)
 
     async def health(self, service: str = "") -> int:
         stub: Any = health_pb2_grpc.HealthStub(self.channel)

@@ -1,1 +1,1 @@
-"""Tests of `training`: the drawn world, its words, and what the shipped model reached."""
+"""Tests of `training`: scenes, prompts, the training code, and the shipped model."""

@@ -31,12 +31,12 @@ def test_split_is_a_partition() -> None:
 
 
 @pytest.mark.parametrize("pair", [(0, 1), (0, 2), (1, 2)])
-def test_every_pair_of_words_is_met_in_training(pair: tuple[int, int]) -> None:
+def test_every_pair_of_words_occurs_in_training(pair: tuple[int, int]) -> None:
     met = Counter((t[pair[0]], t[pair[1]]) for t in training_triples())
     assert set(met) == {(t[pair[0]], t[pair[1]]) for t in triples()}
 
 
-def test_training_never_draws_what_is_held_out() -> None:
+def test_training_never_uses_held_out_scenes() -> None:
     rng = np.random.default_rng(0)
     scenes = [random_scene(rng) for _ in range(3000)]
     assert not any(is_held_out(s.shape, s.colour, s.background) for s in scenes)
@@ -105,7 +105,7 @@ def test_position_words_move_the_shape() -> None:
         assert top.y < 0.5 < bottom.y
 
 
-def test_judge_finds_every_perfect_picture_right() -> None:
+def test_judge_accepts_every_perfect_image() -> None:
     scenes = held_out_scenes(12)
     pictures, _ = draw_randomly(scenes, np.random.default_rng(1), 128, 128)
     for picture, scene in zip((pictures + 1) * 127.5, scenes, strict=True):
@@ -117,7 +117,7 @@ def test_judge_finds_every_perfect_picture_right() -> None:
         assert verdict.overlap > 0.95
 
 
-def test_judge_finds_wrong_pictures_wrong() -> None:
+def test_judge_rejects_wrong_images() -> None:
     drawn = Scene("square", "red", "blue")
     pictures, _ = draw_randomly([drawn], np.random.default_rng(1), 128, 128)
     verdict = judge((pictures[0] + 1) * 127.5, Scene("star", "green", "white", "large", "left"))
@@ -127,7 +127,7 @@ def test_judge_finds_wrong_pictures_wrong() -> None:
     assert not verdict.crisp
 
 
-def test_judge_tells_a_blurred_shape_from_a_crisp_one() -> None:
+def test_judge_distinguishes_a_blurred_shape_from_a_sharp_one() -> None:
     scene = Scene("star", "yellow", "blue", "small")
     pictures, _ = draw_randomly([scene], np.random.default_rng(1), 128, 128)
     blurred = torch.nn.functional.avg_pool2d(pictures, 13, 1, 6, count_include_pad=False)

@@ -26,7 +26,7 @@ def test_goals_are_met(evaluation: Any, steps: str, judged: str) -> None:
     assert evaluation["steps"][steps][judged] >= GOALS[judged]
 
 
-def test_card_holds_the_numbers_of_the_evaluation(tmp_path: Path) -> None:
+def test_the_card_has_the_numbers_of_the_evaluation(tmp_path: Path) -> None:
     for name in ("evaluation.json", "training.json"):
         (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
     for part in FOLDER.rglob("*.safetensors"):
@@ -44,16 +44,16 @@ def pipeline() -> Any:
     return pipeline
 
 
-def test_the_weights_draw_what_they_are_asked_for(pipeline: Any) -> None:
+def test_the_weights_follow_the_prompt(pipeline: Any) -> None:
     scenes = held_out_scenes(12)
     pictures = develop(pipeline, [prompt_for(scene) for scene in scenes], 8, GUIDANCE)
     shares = summarise([judge(p, s) for p, s in zip(pictures, scenes, strict=True)])
-    # One of twelve may be wrong: the shares of 200 are in evaluation.json.
+    # One of twelve may be wrong; evaluation.json has the shares over 200 images.
     assert min(shares[judged] for judged in (*GOALS, "position")) >= 11 / 12
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (72, 136), (256, 64)])
-def test_any_size_and_prompt_give_a_picture(pipeline: Any, height: int, width: int) -> None:
+def test_any_size_and_prompt_give_an_image(pipeline: Any, height: int, width: int) -> None:
     prompts = ["", "🎉 日本語 zebra", "a red star " * 40]
     images = pipeline(
         prompts,

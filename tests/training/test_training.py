@@ -69,7 +69,7 @@ def test_scenes_are_easy_at_first_then_fewer_and_none_long_before_the_end() -> N
     assert not any(eases[35:])
 
 
-def test_a_source_follows_its_ease(tokenizer: Any) -> None:
+def test_a_source_follows_its_share_of_easy_scenes(tokenizer: Any) -> None:
     source = LatentSource(new_autoencoder(), tokenizer, 0, CPU, 2, pool_size=32, fresh=2)
     plain, _ = tokenizer.encode("a large"), source.batch()
     assert all(ids[: len(plain) - 1].tolist() == plain[:-1] for ids in _worded(source))
@@ -77,7 +77,7 @@ def test_a_source_follows_its_ease(tokenizer: Any) -> None:
     assert not all(ids[: len(plain) - 1].tolist() == plain[:-1] for ids in _worded(source))
 
 
-def test_going_on_from_a_trained_model_meets_no_easy_scenes(tokenizer: Any) -> None:
+def test_resuming_from_a_trained_model_uses_no_easy_scenes(tokenizer: Any) -> None:
     torch.manual_seed(0)
     source = LatentSource(new_autoencoder(), tokenizer, 0, CPU, 2, 32, 2, ease=0.0)
     train_denoiser(new_denoiser(tokenizer), source, 2, 10, 1e-3, CPU, lambda *_: None)

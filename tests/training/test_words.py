@@ -29,7 +29,7 @@ def test_every_word_is_one_token(tokenizer: Any, word: str) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["🎉 party", "日本語", "naïve zebra", "\x00\x7f", "a\nb", "Ω≈ç"])
-def test_any_text_has_a_spelling(tokenizer: Any, prompt: str) -> None:
+def test_any_text_can_be_tokenized(tokenizer: Any, prompt: str) -> None:
     ids = tokenizer(prompt).input_ids
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id

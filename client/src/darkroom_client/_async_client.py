@@ -61,7 +61,7 @@ class AsyncClient:
             max_reply_bytes=max_reply_bytes,
         )
         self._calls = Calls(self._settings)
-        self._transport = AsyncTransport(self._settings, self._calls)
+        self._transport = AsyncTransport(self._settings)
 
     @property
     def target(self) -> str:
@@ -78,7 +78,7 @@ class AsyncClient:
     ) -> GenerationResult:
         """As ``Client.generate``."""
         request = as_request(prompt, options)
-        return await self._transport.ask(self._calls.generate(request, timeout, metadata))
+        return await self._transport.run(self._calls.generate(request, timeout, metadata))
 
     def stream(
         self,
@@ -104,7 +104,7 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
     ) -> GenerationResult:
         """As ``Client.replay``."""
-        return await self._transport.ask(self._calls.generate(replayed(record), timeout, metadata))
+        return await self._transport.run(self._calls.generate(replayed(record), timeout, metadata))
 
     async def generate_many(
         self,
@@ -150,7 +150,7 @@ class AsyncClient:
     ) -> Accepted:
         """As ``Client.submit``."""
         request = as_request(prompt, options)
-        return await self._transport.ask(self._calls.submit(request, time_limit, timeout, metadata))
+        return await self._transport.run(self._calls.submit(request, time_limit, timeout, metadata))
 
     def watch(
         self,
@@ -171,7 +171,7 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
     ) -> bool:
         """As ``Client.cancel``."""
-        return await self._transport.ask(self._calls.cancel(request_id, timeout, metadata))
+        return await self._transport.run(self._calls.cancel(request_id, timeout, metadata))
 
     async def estimate(
         self,
@@ -183,13 +183,13 @@ class AsyncClient:
     ) -> Estimate:
         """As ``Client.estimate``."""
         request = as_request(prompt, options)
-        return await self._transport.ask(self._calls.estimate(request, timeout, metadata))
+        return await self._transport.run(self._calls.estimate(request, timeout, metadata))
 
     async def models(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> list[Model]:
         """As ``Client.models``."""
-        return await self._transport.ask(self._calls.models(timeout, metadata))
+        return await self._transport.run(self._calls.models(timeout, metadata))
 
     async def model(
         self,
@@ -199,13 +199,13 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
     ) -> Model:
         """As ``Client.model``."""
-        return await self._transport.ask(self._calls.model(id, timeout, metadata))
+        return await self._transport.run(self._calls.model(id, timeout, metadata))
 
     async def status(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> ServerStatus:
         """As ``Client.status``."""
-        return await self._transport.ask(self._calls.status(timeout, metadata))
+        return await self._transport.run(self._calls.status(timeout, metadata))
 
     async def wait_until_ready(
         self, timeout: float | None = None, *, metadata: Mapping[str, str] | None = None
@@ -251,6 +251,6 @@ class AsyncClient:
         self, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Callable[[GenerationRequest], Awaitable[GenerationResult]]:
         async def draw(request: GenerationRequest) -> GenerationResult:
-            return await self._transport.ask(self._calls.generate(request, timeout, metadata))
+            return await self._transport.run(self._calls.generate(request, timeout, metadata))
 
         return draw

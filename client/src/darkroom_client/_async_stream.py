@@ -8,7 +8,7 @@ from typing import Any, Self
 import grpc
 
 from darkroom_client._errors import DarkroomError
-from darkroom_client._protocol.call import closed_under
+from darkroom_client._protocol.call import client_closed_error
 from darkroom_client._protocol.rpc_errors import from_rpc_error, was_sent
 from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._transport.aio import AsyncTransport, being_cancelled
@@ -19,13 +19,13 @@ from darkroom_client._types.result import GenerationResult
 class AsyncStream:
     """As ``Stream``, for ``async with`` and ``async for``."""
 
-    def __init__(self, link: AsyncTransport, session: GenerationSession) -> None:
-        self._transport = link
+    def __init__(self, transport: AsyncTransport, session: GenerationSession) -> None:
+        self._transport = transport
         self._session = session
         self._events: deque[Event] = deque()
         self._call: Any = None
         self._entered = False
-        self._left = asyncio.Event()
+        self._closed = asyncio.Event()
 
     @property
     def request_id(self) -> str:
@@ -42,10 +42,10 @@ class AsyncStream:
 
     async def close(self) -> None:
         """Leave; may be called again, and from another task than the reader's."""
-        if self._left.is_set():
+        if self._closed.is_set():
             return
-        self._left.set()
-        self._transport.settle(self.request_id, needs_cancel=self._session.needs_cancel)
+        self._closed.set()
+        self._transport.finish(self.request_id, needs_cancel=self._session.needs_cancel)
         if self._call is not None:
             self._call.cancel()
 
@@ -58,7 +58,7 @@ class AsyncStream:
         while not self._events:
             if self._session.ended:
                 raise StopAsyncIteration
-            if self._left.is_set():
+            if self._closed.is_set():
                 raise RuntimeError("this stream was left before its end")
             await self._read()
         return self._events.popleft()
@@ -81,8 +81,8 @@ class AsyncStream:
         sent = True
         try:
             if self._call is None:
-                attempt = self._session.next_call()
-                self._call = self._transport.follow(self._session, attempt)
+                call = self._session.next_call()
+                self._call = self._transport.open_stream(self._session, call)
             response = await self._call.read()
         except grpc.RpcError as error:
             failure, sent = self._failure(error), was_sent(error)
@@ -91,11 +91,11 @@ class AsyncStream:
                 raise
             # Nobody cancelled this task: the stream or the client was closed under it.
             self._session.ended = True
-            raise closed_under(self.request_id) from None
+            raise client_closed_error(self.request_id) from None
         else:
             if self._transport.closed:  # What was on its way may still arrive.
                 self._session.ended = True
-                raise closed_under(self.request_id)
+                raise client_closed_error(self.request_id)
             if response is not grpc.aio.EOF:
                 self._events.extend(self._session.feed(response.event))
                 return
@@ -106,14 +106,14 @@ class AsyncStream:
     async def _pause(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
-                await self._left.wait()
+                await self._closed.wait()
         except TimeoutError:
             pass
 
     def _failure(self, error: grpc.RpcError) -> DarkroomError:
-        if self._transport.closed or self._left.is_set():
+        if self._transport.closed or self._closed.is_set():
             self._session.ended = True
-            raise closed_under(self.request_id) from error
+            raise client_closed_error(self.request_id) from error
         return from_rpc_error(
             error,
             address=self._session.address,

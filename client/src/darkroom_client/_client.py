@@ -72,7 +72,7 @@ class Client:
             max_reply_bytes=max_reply_bytes,
         )
         self._calls = Calls(self._settings)
-        self._transport = SyncTransport(self._settings, self._calls)
+        self._transport = SyncTransport(self._settings)
 
     @property
     def target(self) -> str:
@@ -94,7 +94,7 @@ class Client:
         timeout, an interrupt) has the server stop drawing.
         """
         request = as_request(prompt, options)
-        return self._transport.ask(self._calls.generate(request, timeout, metadata))
+        return self._transport.run(self._calls.generate(request, timeout, metadata))
 
     def stream(
         self,
@@ -127,7 +127,7 @@ class Client:
 
         It is the same image when ``pixels_sha256`` of both records agree.
         """
-        return self._transport.ask(self._calls.generate(replayed(record), timeout, metadata))
+        return self._transport.run(self._calls.generate(replayed(record), timeout, metadata))
 
     def generate_many(
         self,
@@ -178,10 +178,10 @@ class Client:
         """Have images drawn while nobody waits; ``watch`` fetches them by ``request_id``.
 
         ``time_limit``: seconds from now after which the server gives up; ``timeout`` is that of
-        this call alone. The server survives_disconnect the result for a while.
+        this call alone. The server keeps the result for a while.
         """
         request = as_request(prompt, options)
-        return self._transport.ask(self._calls.submit(request, time_limit, timeout, metadata))
+        return self._transport.run(self._calls.submit(request, time_limit, timeout, metadata))
 
     def watch(
         self,
@@ -209,7 +209,7 @@ class Client:
 
         False where it had ended before. Raises ``UnknownRequest`` for an id it does not know.
         """
-        return self._transport.ask(self._calls.cancel(request_id, timeout, metadata))
+        return self._transport.run(self._calls.cancel(request_id, timeout, metadata))
 
     def estimate(
         self,
@@ -221,13 +221,13 @@ class Client:
     ) -> Estimate:
         """What a request would take now, in seconds and bytes, without drawing it."""
         request = as_request(prompt, options)
-        return self._transport.ask(self._calls.estimate(request, timeout, metadata))
+        return self._transport.run(self._calls.estimate(request, timeout, metadata))
 
     def models(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> list[Model]:
         """Every model that the server was told to hold, in its order."""
-        return self._transport.ask(self._calls.models(timeout, metadata))
+        return self._transport.run(self._calls.models(timeout, metadata))
 
     def model(
         self,
@@ -240,13 +240,13 @@ class Client:
 
         Raises ``ModelNotFound`` for a name that the server does not hold.
         """
-        return self._transport.ask(self._calls.model(id, timeout, metadata))
+        return self._transport.run(self._calls.model(id, timeout, metadata))
 
     def status(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> ServerStatus:
         """How the server is doing: its state, queue, engines and memory."""
-        return self._transport.ask(self._calls.status(timeout, metadata))
+        return self._transport.run(self._calls.status(timeout, metadata))
 
     def wait_until_ready(
         self, timeout: float | None = None, *, metadata: Mapping[str, str] | None = None

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import grpc
 
-from darkroom_client._protocol.call import closed_under
+from darkroom_client._protocol.call import client_closed_error
 from darkroom_client._protocol.rpc_errors import from_rpc_error, was_sent
 from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._transport.sync import SyncTransport
@@ -23,13 +23,13 @@ class Stream:
     the timeout, and no event but the server's progress is seen twice.
     """
 
-    def __init__(self, link: SyncTransport, session: GenerationSession) -> None:
-        self._transport = link
+    def __init__(self, transport: SyncTransport, session: GenerationSession) -> None:
+        self._transport = transport
         self._session = session
         self._events: deque[Event] = deque()
         self._call: Any = None
         self._entered = False
-        self._left = threading.Event()
+        self._closed = threading.Event()
 
     @property
     def request_id(self) -> str:
@@ -46,12 +46,10 @@ class Stream:
 
     def close(self) -> None:
         """Leave; may be called again, and from another thread than the reader's."""
-        if self._left.is_set():
+        if self._closed.is_set():
             return
-        self._left.set()
-        self._transport.settle(self.request_id, needs_cancel=self._session.needs_cancel)
-        if (call := self._call) is not None:
-            call.cancel()
+        self._closed.set()
+        self._cancel()
 
     def __iter__(self) -> Self:
         return self
@@ -62,7 +60,7 @@ class Stream:
         while not self._events:
             if self._session.ended:
                 raise StopIteration
-            if self._left.is_set():
+            if self._closed.is_set():
                 raise RuntimeError("this stream was left before its end")
             self._read()
         return self._events.popleft()
@@ -84,13 +82,12 @@ class Stream:
         failure, sent = None, True
         try:
             if self._call is None:
-                attempt = self._session.next_call()
-                self._call = self._transport.follow(self._session, attempt)
-                if self._left.is_set():
-                    # Left meanwhile, when there was no call to cancel yet.
-                    needs_cancel = self._session.needs_cancel
-                    self._transport.settle(self.request_id, needs_cancel=needs_cancel)
-                    self._call.cancel()
+                call = self._session.next_call()
+                self._call = self._transport.open_stream(self._session, call)
+                if self._closed.is_set():
+                    # ``close`` ran meanwhile, when there was no call to cancel yet.
+                    self._transport.register(self._session)
+                    self._cancel()
             response = next(self._call)
         except StopIteration:
             pass
@@ -101,12 +98,18 @@ class Stream:
             return
         self._call = None
         if not self._session.ended:
-            self._left.wait(self._session.on_call_ended(failure, sent=sent))
+            self._closed.wait(self._session.on_call_ended(failure, sent=sent))
+
+    def _cancel(self) -> None:
+        """Cancel the job, if it is this stream's own, and the call."""
+        self._transport.finish(self.request_id, needs_cancel=self._session.needs_cancel)
+        if self._call is not None and not self._transport.forked:
+            self._call.cancel()
 
     def _failure(self, error: grpc.RpcError) -> Any:
-        if self._transport.closed or self._left.is_set():
+        if self._transport.closed or self._closed.is_set():
             self._session.ended = True
-            raise closed_under(self.request_id) from error
+            raise client_closed_error(self.request_id) from error
         return from_rpc_error(
             error,
             address=self._session.address,

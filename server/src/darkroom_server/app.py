@@ -17,28 +17,30 @@ from darkroom_server.rpc.server import RpcServer
 from darkroom_server.security.bind_policy import check_bind_policy
 from darkroom_server.security.tls import server_credentials
 from darkroom_server.security.tokens import Tokens
+from darkroom_server.service.generation import GenerationService
+from darkroom_server.service.summary import RequestObserver
 from darkroom_server.settings import Settings
 from darkroom_server.settings.sources import engine_configs, model_sources
 from darkroom_server.settings.tls import tls_files
 from darkroom_server.signals import exit_by_signal
-from darkroom_server.telemetry import Exporter, Metrics, Recorder, open_traces
+from darkroom_server.telemetry import Exporter, Metrics, open_traces
 
 log = structlog.get_logger(__name__)
 
 ANSWER_SECONDS = 5.0
-"""For handlers to answer, once every job has ended."""
+"""For handlers to answer after every job has ended."""
 
-REFUSE_SECONDS = 3.0
-"""How long a server that goes away tells callers so, before it closes its port.
+REJECT_SECONDS = 3.0
+"""How long a server that shuts down rejects calls before it closes its port.
 
-Callers that try again after a second, as they are told, may come back to it while the port is open;
-before their fifth and last try it is closed, and they find another server.
+Callers retry after a second, as the error advises. While the port is open they may meet this server
+again; before their fifth and last try it is closed, and they find another one.
 """
 
 
 def build_engines(settings: Settings) -> list[Engine]:
-    """The engines that draw; torch is imported where they run, not here."""
-    # Compose files make it an empty one, and secrets made by echo end with a newline.
+    """The engines; torch is imported in their processes, not here."""
+    # Empty in compose files without a token; secrets made with echo end with a newline.
     configs = engine_configs(settings, os.environ.get("HF_TOKEN", "").strip() or None)
     if settings.engine.engine == "thread":
         return [ThreadEngine(config) for config in configs]
@@ -47,27 +49,25 @@ def build_engines(settings: Settings) -> list[Engine]:
 
 
 class EngineLost(Exception):
-    """No engine will come back; the text is one line for the operator."""
+    """No engine will come back; the message is one line for the operator."""
 
 
 class Server:
-    """One server's life: ``startup``, ``serve``, ``shutdown``.
+    """One server: ``startup``, ``serve``, ``shutdown``.
 
-    ``address`` and ``metrics_address`` are known once ``startup`` is over. The constructor raises
-    ``StartupError`` for certificates and tokens that cannot be used.
+    ``address`` and ``metrics_address`` are set by ``startup``. The constructor raises
+    ``StartupError`` for unusable certificates and tokens.
     """
 
     def __init__(self, settings: Settings, engines: Sequence[Engine]) -> None:
         self.address = ""
         self.metrics_address = ""
-        self.metrics = Metrics()
         self._settings = settings
         self._stop = asyncio.Event()
-        self._telling: set[asyncio.Future[None]] = set()
+        self._publishing: set[asyncio.Future[None]] = set()
         model_ids = [source.id for source in model_sources(settings.models)]
         self._spans = open_traces(settings.logs.traces)
-        on_request = self._spans.request_ended if self._spans else lambda _: None
-        recorder = Recorder(self.metrics, model_ids, on_request)
+        self.metrics = Metrics(model_ids)
         self.dispatcher = Dispatcher(
             engines,
             model_ids,
@@ -76,10 +76,12 @@ class Server:
             early_refusal=settings.dispatch.early_refusal,
             max_resident_samples=settings.dispatch.max_resident_samples,
             max_restarts=settings.engine.engine_max_restarts,
-            observer=recorder,
-            on_state=self._tell_health,
+            observer=self.metrics,
+            on_state=self._publish_health,
         )
-        self.requests = ResultStore(
+        for model_id in model_ids:
+            self.metrics.requests.read_jobs(model_id, self.dispatcher.job_counts)
+        self.results = ResultStore(
             self.dispatcher,
             result_ttl=settings.results.result_ttl,
             result_bytes=settings.results.result_bytes,
@@ -93,19 +95,26 @@ class Server:
             tokens=tokens is not None,
             insecure=settings.security.insecure,
         )
+        observers: list[RequestObserver] = [self.metrics.requests]
+        if self._spans is not None:
+            observers.append(self._spans)
+        service = GenerationService(
+            self.dispatcher, self.results, observers, log_prompts=settings.logs.log_prompts
+        )
         self._rpc = RpcServer(
+            service,
             self.dispatcher,
-            self.requests,
-            recorder,
+            self.metrics.calls,
+            self.metrics.requests,
             reflect=settings.network.reflection,
-            log_prompts=settings.logs.log_prompts,
+            server_id=settings.network.server_id,
             begin_traces=self._spans is not None,
             tokens=Tokens(tokens) if tokens else None,
             credentials=server_credentials(certificates) if certificates else None,
         )
 
     async def run(self) -> None:
-        """Live, until told to stop; raises ``StartupError`` or ``EngineLost``."""
+        """Run until ``stop``; raises ``StartupError`` or ``EngineLost``."""
         try:
             await self.startup()
             await self.serve()
@@ -114,7 +123,7 @@ class Server:
         log.info("stopped")
 
     async def startup(self) -> None:
-        """Open the ports, alive and not ready, and let the engine load."""
+        """Open the ports, alive and not ready, and start loading."""
         network = self._settings.network
         self.metrics_address = self._exporter.start(network.metrics_host, network.metrics_port)
         self.address = await self._rpc.start(network.host, network.port)
@@ -122,13 +131,13 @@ class Server:
         self.dispatcher.start()
 
     async def serve(self) -> None:
-        """Serve from the moment the engine is ready until ``stop``; raises when it dies."""
+        """Serve until ``stop``; raises if the models cannot load or no engine remains."""
         began = time.monotonic()
         if await self._unless_stopped(self.dispatcher.loaded()):
             self._log_serving(time.monotonic() - began)
-        if await self._unless_stopped(self.dispatcher.died()):
-            await self._rpc.health.tell(State.DRAINING)
-            raise EngineLost(await self.dispatcher.died())
+        if await self._unless_stopped(self.dispatcher.availability.failed()):
+            await self._rpc.health.set_state(State.DRAINING)
+            raise EngineLost(await self.dispatcher.availability.failed())
 
     @property
     def stopping(self) -> bool:
@@ -136,33 +145,33 @@ class Server:
         return self._stop.is_set()
 
     def stop(self) -> None:
-        """Let ``serve`` end; new jobs are still accepted until ``shutdown`` refuses them."""
+        """Let ``serve`` return; new jobs are accepted until ``shutdown`` rejects them."""
         self._stop.set()
 
     async def shutdown(self) -> None:
-        """Refuse new jobs, let accepted ones finish, and stop the engine."""
+        """Reject new jobs, let accepted ones finish, and stop the engines."""
         shutdown = self._settings.shutdown
-        await self._rpc.health.tell(State.DRAINING)
+        await self._rpc.health.set_state(State.DRAINING)
         self._stop.set()
         if self.dispatcher.ready:
             log.info("draining", jobs=self.dispatcher.counts.live, grace=shutdown.grace)
             await asyncio.sleep(shutdown.drain_delay)
-        closing = asyncio.get_running_loop().call_later(REFUSE_SECONDS, self._rpc.close_port)
+        closing = asyncio.get_running_loop().call_later(REJECT_SECONDS, self._rpc.close_port)
         await self.dispatcher.drain(shutdown.grace)
         closing.cancel()
         await self._rpc.stop(ANSWER_SECONDS)
         await self.dispatcher.close()
-        self.requests.close()
+        self.results.close()
         self._exporter.stop()
         if self._spans is not None:
             await asyncio.to_thread(self._spans.close)
 
-    def _tell_health(self, state: State) -> None:
-        # Told before jobs are refused, so that callers are elsewhere by then.
-        told = State.DRAINING if self.stopping else state
-        task = asyncio.ensure_future(self._rpc.health.tell(told))
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+    def _publish_health(self, state: State) -> None:
+        # Published before jobs are rejected, so that callers have moved on by then.
+        published = State.DRAINING if self.stopping else state
+        task = asyncio.ensure_future(self._rpc.health.set_state(published))
+        self._publishing.add(task)
+        task.add_done_callback(self._publishing.discard)
 
     async def _unless_stopped(self, awaited: Coroutine[None, None, object]) -> bool:
         """Whether ``awaited`` ended before ``stop`` was called; raises what it raises."""
@@ -176,7 +185,9 @@ class Server:
         return task in done and not self._stop.is_set()
 
     def _log_serving(self, load_seconds: float) -> None:
-        models = [model for model in self.dispatcher.models.values() if model is not None]
+        models = [
+            model for model in self.dispatcher.availability.models.values() if model is not None
+        ]
         runtime = models[0].runtime
         asked = self._settings.engine.preset
         why = f"auto, on {runtime.device}" if asked is Preset.AUTO else "asked for"

@@ -1,4 +1,4 @@
-"""``darkroom-server``: the command line. Whatever is heavy is imported where it is needed."""
+"""The command line ``darkroom-server``. Heavy modules are imported inside functions."""
 
 import argparse
 import os
@@ -13,17 +13,20 @@ from darkroom_server.signals import exit_by_signal
 if TYPE_CHECKING:
     from darkroom_server.settings.load import Loaded
 
-# gRPC reads it while it is imported. It would log each handshake that fails, in a form of its own,
-# and strangers could fill the log.
+# gRPC reads this at import. By default it logs every failed handshake in its own format, so any
+# port scanner could fill the log.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 EXIT_FAILED = 1
 EXIT_MISUSED = 2
-"""Wrong settings, a port in use, a model that cannot be loaded: a restart does not help."""
+"""Wrong settings, a port in use, a model that cannot be loaded. A restart does not help."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; exits with 0, 1 (unhealthy, or the engine was lost) or 2 (mend it first)."""
+    """Run one command.
+
+    Exits with 0, 1 (unhealthy, or no engine remains) or 2 (wrong settings or arguments).
+    """
     parser = _parser()
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
@@ -55,24 +58,24 @@ def _parser() -> Parser:
         "serve",
         usage=f"{PROGRAM} serve [OPTION ...]",
         help="load models and serve them",
-        description="Load models and serve them until SIGTERM or SIGINT. Each flag but --config "
-        "has an environment variable too (DARKROOM_SERVE_…) and a key in the file; the token for "
+        description="Load models and serve them until SIGTERM or SIGINT. Each flag except --config "
+        "is also an environment variable (DARKROOM_SERVE_…) and a key of the file. The token for "
         "the hub comes from HF_TOKEN.",
     )
     _add_config(serve)
     add_flags(serve)
     health = commands.add_parser(
         "healthcheck",
-        help="ask a server whether it is ready",
-        description="Exit with 0 if the server is ready, and with 1 if it is not. Without "
-        "--target, the server's own environment and file say where it is.",
+        help="check whether a server is ready",
+        description="Exit with 0 if the server is ready, with 1 if it is not. Without --target, "
+        "the address comes from the environment and the file, as for `serve`.",
     )
     _add_config(health)
-    health.add_argument("--target", metavar="HOST:PORT", help="where the server is")
+    health.add_argument("--target", metavar="HOST:PORT", help="the server's address")
     health.add_argument(
-        "--ca", metavar="FILE", help="with --target: speak TLS, and trust these certificates (PEM)"
+        "--ca", metavar="FILE", help="with --target: use TLS and trust these certificates (PEM)"
     )
-    health.add_argument("--cert", metavar="FILE", help="with --ca: the certificate to show (PEM)")
+    health.add_argument("--cert", metavar="FILE", help="with --ca: the client certificate (PEM)")
     health.add_argument("--key", metavar="FILE", help="with --cert: its private key (PEM)")
     health.add_argument(
         "--server-name", metavar="NAME", help="with --ca: the name in the server's certificate"
@@ -81,16 +84,16 @@ def _parser() -> Parser:
         "--service",
         metavar="NAME",
         default="",
-        help="whose health: nothing for readiness, `liveness` for the process",
+        help="health name to check: empty for readiness, `liveness` for the process",
     )
     health.add_argument("--timeout", metavar="SECONDS", type=float, default=3.0, help="default: 3")
     token = commands.add_parser(
         "token",
-        help="make a token for a caller",
-        description="Print a fresh token, and the lines that let it in, for the file that "
-        "`serve --tokens` names. Nothing is kept: the file holds a hash.",
+        help="create a token for a caller",
+        description="Print a new token, and its lines for the file of `serve --tokens`. The file "
+        "holds only a hash; the token itself is stored nowhere.",
     )
-    token.add_argument("name", metavar="NAME", help="who will call with it")
+    token.add_argument("name", metavar="NAME", help="the caller's name")
     return parser
 
 
@@ -99,7 +102,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for."""
+    """Prints the version; looks it up only on use."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from importlib.metadata import version
@@ -109,7 +112,7 @@ class _Version(argparse.Action):
 
 
 def _serve(flags: dict[str, Any]) -> None:
-    # Until the server listens to signals itself.
+    # Until the server installs its own signal handlers.
     signal.signal(signal.SIGTERM, lambda number, _: exit_by_signal(number))
     loaded = _load(flags.pop("config"), flags)
     import structlog

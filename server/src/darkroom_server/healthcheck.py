@@ -1,4 +1,4 @@
-"""Asks a server for its health, as a container's probe does."""
+"""Checks the health of a server, for container probes."""
 
 import ipaddress
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from darkroom_server.settings import Settings
 from darkroom_server.settings.tls import tls_files
 
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""What listens on every address is asked on this one."""
+"""The address to call for a server that listens on all addresses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A server to ask; without ``credentials`` in plaintext. ``name`` is what its certificate says.
+    """The server to check.
 
-    ``name`` is None where the address says it. One that is ``local`` is asked without the proxy
-    that the environment may name.
+    ``credentials``: None for plaintext. ``name``: the host name to expect in the certificate, None
+    for that of the address. ``local``: ignore the proxy that the environment may name.
     """
 
     address: str
@@ -31,7 +31,10 @@ class Target:
 
 
 def target_of(settings: Settings) -> Target:
-    """A server of this machine that runs with these settings; raises ``StartupError``."""
+    """Return the target for a server on this machine with these settings.
+
+    Raises ``StartupError``.
+    """
     network, files = settings.network, tls_files(settings.security)
     host = LOOPBACK.get(network.host, network.host)
     address = f"[{host}]:{network.port}" if ":" in host else f"{host}:{network.port}"
@@ -48,7 +51,7 @@ def given_target(
     key: str | None = None,
     server_name: str | None = None,
 ) -> Target:
-    """A server that the command line names; raises ``StartupError`` for files it cannot read."""
+    """Return the target named on the command line; raises ``StartupError`` for unreadable files."""
     if ca is None:
         if cert or key or server_name:
             raise StartupError("healthcheck: --cert, --key and --server-name need --ca")
@@ -66,7 +69,10 @@ def given_target(
 
 
 def healthcheck(target: Target, service: str, timeout: float) -> tuple[bool, str]:
-    """Whether ``service`` is SERVING at ``target``, and a line that says so."""
+    """Return whether ``service`` is SERVING at ``target``, and one line that describes it.
+
+    ``timeout`` is in seconds.
+    """
     with _channel(target) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)

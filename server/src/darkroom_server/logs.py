@@ -1,4 +1,4 @@
-"""How log lines look, and where they go: standard error."""
+"""Configures logging: format, level, and standard error as the destination."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ def _event_first(_: object, __: str, entry: structlog.typing.EventDict) -> Any:
 
 
 def configure_logs(settings: Logs) -> None:
-    """Send our lines, and those of libraries that use ``logging``, to standard error."""
+    """Send our log lines, and those of libraries that use ``logging``, to standard error."""
     json = settings.log_format == "json" or (
         settings.log_format == "auto" and not sys.stderr.isatty()
     )
@@ -32,7 +32,7 @@ def configure_logs(settings: Logs) -> None:
         if json
         else structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(),
-            # Not rich's: it prints local variables, and with them prompts and the hub's token.
+            # Not rich's formatter: it prints local variables, which include prompts and tokens.
             exception_formatter=structlog.dev.plain_traceback,
         )
     )

@@ -1,4 +1,4 @@
-"""How the server ends by a signal, wherever it runs."""
+"""Ends the process by a signal."""
 
 import os
 import signal
@@ -6,10 +6,10 @@ from typing import NoReturn
 
 
 def exit_by_signal(number: int) -> NoReturn:
-    """End this process by a signal, at once.
+    """End this process at once with signal ``number``.
 
-    As process 1 of a container too, which outlives what has no handler: the status is then that of
-    a shell, 128 and the number.
+    Process 1 of a container survives a signal with the default action. It then exits with
+    128 + ``number``, as a shell does.
     """
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)

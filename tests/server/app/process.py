@@ -1,4 +1,4 @@
-"""A server with the fake engine in a process of its own, and what it logs.
+"""A server with the fake engine in its own process, and its log.
 
 SIGUSR1 lets the engine take the four passes of a default job.
 """
@@ -50,7 +50,7 @@ class ServerProcess:
         return self._process.wait(60)
 
     def rest(self) -> list[str]:
-        """What is left of standard error, to its end."""
+        """Return the rest of standard error."""
         assert self._process.stderr
         return self._process.stderr.read().splitlines()
 

@@ -1,4 +1,4 @@
-"""The command line, as an operator meets it: real processes, exit codes, one clear line."""
+"""The command line in real processes: exit codes, and one clear line per error."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> "subprocess.Compl
 
 
 def complaint(result: "subprocess.CompletedProcess[str]") -> str:
-    """The one line that a command which was misused leaves."""
+    """Return the one line that a command prints after wrong arguments or settings."""
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     (line,) = (
@@ -36,13 +36,13 @@ def complaint(result: "subprocess.CompletedProcess[str]") -> str:
     return line.removeprefix("darkroom-server: error: ")
 
 
-def test_help_is_quick_and_names_every_setting() -> None:
+def test_help_is_fast_and_lists_every_setting() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = run("serve", "--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0
     assert "--max-queued-jobs" in result.stdout
-    # Its own time, however busy the machine is: about 0.12 s.
+    # CPU time, so a busy machine does not matter: about 0.12 s.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
@@ -80,7 +80,7 @@ def test_a_bad_key_in_the_file(tmp_path: Path) -> None:
     assert "unknown key 'network.prot'" in complaint(run("serve", "--config", str(config)))
 
 
-def test_a_model_that_is_not_there() -> None:
+def test_a_missing_model() -> None:
     assert "no such file or folder" in complaint(run("serve", "--model", "./nothing"))
 
 
@@ -100,15 +100,15 @@ def test_an_engine_that_cannot_load() -> None:
     assert line == "darkroom-server: error: model folder '/x' is empty"
 
 
-def test_an_unknown_variable_is_warned_of() -> None:
+def test_an_unknown_variable_is_a_warning() -> None:
     with start(env={"DARKROOM_SERVE_PROT": "1"}) as server:
         warning = server.until(
-            "DARKROOM_SERVE_PROT is no setting, and is ignored; did you mean DARKROOM_SERVE_PORT?"
+            "DARKROOM_SERVE_PROT is not a setting and is ignored; did you mean DARKROOM_SERVE_PORT?"
         )
         assert warning["level"] == "warning"
 
 
-async def test_healthcheck_says_whether_a_server_is_ready() -> None:
+async def test_healthcheck_reports_readiness() -> None:
     async with serving(wait=False, fake={"load": False}) as wire:
         target = wire.server.address
 
@@ -122,13 +122,13 @@ async def test_healthcheck_says_whether_a_server_is_ready() -> None:
         wire.engine.become_ready()
         await wire.health_becomes(1)
         assert await check("--target", target) == (0, f"{target}: SERVING")
-        # In the server's own container, the environment says where it listens.
+        # In the server's container, the address comes from the environment.
         port = target.rpartition(":")[2]
         env = {"DARKROOM_SERVE_PORT": port, "DARKROOM_SERVE_HOST": "0.0.0.0"}
         assert await check(**env) == (0, f"127.0.0.1:{port}: SERVING")
 
 
-async def test_healthcheck_of_this_machine_goes_through_no_proxy() -> None:
+async def test_healthcheck_of_this_machine_uses_no_proxy() -> None:
     proxied = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     proxied["no_proxy"] = ""
     async with serving() as wire:
@@ -142,7 +142,7 @@ async def test_healthcheck_of_this_machine_goes_through_no_proxy() -> None:
             assert result.returncode == 0, result.stdout
 
 
-def test_healthcheck_where_nothing_listens() -> None:
+def test_healthcheck_of_a_closed_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         target = f"127.0.0.1:{taken.getsockname()[1]}"
     result = run("healthcheck", "--target", target, "--timeout", "2")

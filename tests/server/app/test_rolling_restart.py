@@ -1,4 +1,4 @@
-"""Two servers behind one name are restarted in turn, under load: no caller sees a failure."""
+"""Restart two servers behind one name in turn, under load: no caller sees a failure."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from tests.server.app.process import CLEAN, MAIN
 CALLERS = 12
 PASS_SECONDS = 0.02
 STEPS_OF_LONG_JOBS = 200
-"""Four seconds: longer than a server that goes away keeps its port open."""
+"""Four seconds: longer than a draining server keeps its port open."""
 
 
 def free_port() -> int:
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 async def start(port: int) -> "subprocess.Popen[bytes]":
-    """A server that is ready, and writes nothing that somebody would have to read."""
+    """A ready server; its output is discarded, so no pipe can fill up."""
     engine = json.dumps({"pass_seconds": PASS_SECONDS})
     flags = ["--port", str(port), "--log-level", "error"]
     process = subprocess.Popen([sys.executable, "-c", MAIN, engine, *flags], env=CLEAN)
@@ -43,7 +43,7 @@ async def restart(process: "subprocess.Popen[bytes]", port: int) -> "subprocess.
 
 @dataclass
 class Load:
-    """Callers that ask for one image after the other until told to stop."""
+    """Callers that request one image after another until they are stopped."""
 
     client: AsyncClient
     drawn: int = 0
@@ -61,7 +61,7 @@ class Load:
             self.drawn += 1
 
     async def more(self) -> None:
-        """Wait until every caller can have been served again."""
+        """Wait long enough for every caller to be served once more."""
         enough = self.drawn + 2 * CALLERS
         while self.drawn < enough:
             await asyncio.sleep(PASS_SECONDS)

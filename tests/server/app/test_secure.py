@@ -1,4 +1,4 @@
-"""TLS, tokens and ``--insecure`` as an operator meets them: real processes, one clear line."""
+"""TLS, tokens and ``--insecure`` in real processes: one clear line per error."""
 
 import json
 import signal
@@ -20,24 +20,24 @@ TOKEN = "a-token-that-is-nowhere-to-be-seen"
 
 
 def minted(name: str) -> tuple[str, str]:
-    """A fresh token, and its lines for the file."""
+    """Return a new token and its lines for the file."""
     lines = run("token", name).stdout.splitlines()
     return lines[2], "\n".join(lines[lines.index("[[token]]") :])
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_other_machines_are_not_let_in_without_tls(host: str) -> None:
+def test_a_network_address_needs_tls(host: str) -> None:
     line = complaint(run("serve", "--host", host))
-    assert line.startswith(f"--host {host} lets other machines in")
+    assert line.startswith(f"--host {host} accepts calls from other machines")
     assert "--tls-cert" in line
     assert "--insecure" in line
 
 
-def test_a_name_that_nobody_has() -> None:
+def test_an_unknown_host_name() -> None:
     assert "no such address" in complaint(run("serve", "--host", "nowhere.invalid"))
 
 
-def test_insecure_lets_them_in_and_says_so() -> None:
+def test_insecure_listens_and_logs_a_warning() -> None:
     with start("--host", "0.0.0.0", "--insecure") as server:
         warning = server.until("insecure")
         assert warning["level"] == "warning"
@@ -45,12 +45,12 @@ def test_insecure_lets_them_in_and_says_so() -> None:
         assert server.until("serving")["address"].startswith("0.0.0.0:")
 
 
-def test_loopback_needs_neither() -> None:
+def test_loopback_needs_no_tls() -> None:
     with start("--host", "localhost") as server:
         assert server.until("serving")
 
 
-def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_files(tmp_path: Path) -> None:
     cert, key = map(str, Authority(tmp_path).issue())
     assert "--tls-cert /x: cannot be read" in complaint(
         run("serve", "--tls-cert", "/x", "--tls-key", key)
@@ -77,7 +77,7 @@ def test_healthcheck_over_tls(tmp_path: Path, mutual: bool) -> None:
     with start("--host", "0.0.0.0", *flags) as server:
         port = server.until("serving")["address"].rpartition(":")[2]
         target = f"127.0.0.1:{port}"
-        # In the server's own container, the environment says it all.
+        # In the server's container, all settings come from the environment.
         env |= {"DARKROOM_SERVE_PORT": port, "DARKROOM_SERVE_HOST": "0.0.0.0"}
         assert health(target, env=env) == (0, "SERVING")
         there = ["--target", target, "--ca", str(authority.file)]
@@ -90,14 +90,14 @@ def test_healthcheck_over_tls(tmp_path: Path, mutual: bool) -> None:
         assert health(target, "--target", target)[0] == 1
 
 
-def test_strangers_do_not_fill_the_log(tmp_path: Path) -> None:
+def test_failed_handshakes_do_not_fill_the_log(tmp_path: Path) -> None:
     cert, key = map(str, Authority(tmp_path).issue())
     with start("--tls-cert", cert, "--tls-key", key) as server:
         host, _, port = server.until("serving")["address"].rpartition(":")
         for _ in range(3):
             with socket.create_connection((host, int(port))) as stranger:
                 stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-                assert stranger.recv(1024) is not None  # The server has hung up.
+                assert stranger.recv(1024) is not None  # The server closed the connection.
         server.send(signal.SIGTERM)
         assert server.wait() == 0
         assert [json.loads(line)["event"] for line in server.rest()] == [
@@ -107,14 +107,14 @@ def test_strangers_do_not_fill_the_log(tmp_path: Path) -> None:
         ]
 
 
-def test_healthcheck_with_half_of_what_it_needs() -> None:
+def test_healthcheck_with_incomplete_flags() -> None:
     line = complaint(run("healthcheck", "--target", "127.0.0.1:1", "--cert", "x"))
     assert line == "healthcheck: --cert, --key and --server-name need --ca"
     line = complaint(run("healthcheck", "--target", "127.0.0.1:1", "--ca", "/x"))
     assert line == "--ca /x: cannot be read: No such file or directory"
 
 
-def test_a_name_that_no_token_can_have() -> None:
+def test_an_invalid_token_name() -> None:
     assert "1 to 64" in complaint(run("token", "no good"))
 
 
@@ -123,7 +123,7 @@ def metrics(address: str) -> str:
         return str(answer.read().decode())
 
 
-def test_secrets_are_nowhere_to_be_seen(tmp_path: Path) -> None:
+def test_secrets_appear_in_no_output(tmp_path: Path) -> None:
     token, lines = minted("web")
     file = tmp_path / "tokens.toml"
     file.write_text(lines)
@@ -143,12 +143,12 @@ def test_secrets_are_nowhere_to_be_seen(tmp_path: Path) -> None:
                     )
                 except grpc.RpcError as error:
                     said += [str(error), str(error.trailing_metadata())]
-            # Broken from now on, by somebody who pasted the token in the wrong place.
+            # From now on the file is invalid: the token was pasted in the wrong place.
             file.write_text(f'[[token]]\nname = "web"\nsha256 = "{token}"\n')
             models.ListModels(
                 model_pb2.ListModelsRequest(), metadata=(("authorization", f"Bearer {token}"),)
             )
-            said.append(str(server.until("reread failed, the old ones stay")))
+            said.append(str(server.until("reread failed, keeping the old ones")))
             assert health.Check(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
         said.append(metrics(loading["metrics"]))
         said += [run("serve", *flags, "--help").stdout, run("token", "--help").stdout]

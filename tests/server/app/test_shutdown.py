@@ -18,7 +18,7 @@ REQUEST = generation_pb2.GenerateRequest(prompt="a star")
 ONE_AT_A_TIME = Dispatch(max_resident_samples=1)
 
 
-async def test_accepted_jobs_finish_and_new_ones_are_refused() -> None:
+async def test_accepted_jobs_finish_and_new_jobs_are_rejected() -> None:
     async with serving(dispatch=ONE_AT_A_TIME) as wire:
         running = wire.generating(request_id="a")
         await wire.submitted.get()
@@ -52,12 +52,12 @@ async def port_closes(address: str) -> None:
         except ConnectionRefusedError:
             return
         except ConnectionError:
-            continue  # It was closed just while it let this one in.
+            continue  # The port closed while this connection was accepted.
         writer.close()
 
 
 async def test_the_port_closes_before_the_last_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "REFUSE_SECONDS", 0.0)
+    monkeypatch.setattr(app, "REJECT_SECONDS", 0.0)
     async with serving() as wire:
         running = wire.generating(request_id="a")
         await wire.submitted.get()
@@ -71,7 +71,7 @@ async def test_the_port_closes_before_the_last_job_ends(monkeypatch: pytest.Monk
         await shutdown
 
 
-async def test_jobs_that_outlast_the_grace_fail_as_unavailable() -> None:
+async def test_jobs_that_outlast_the_grace_fail_with_unavailable() -> None:
     async with serving(dispatch=ONE_AT_A_TIME, shutdown=Shutdown(grace=0.01)) as wire:
         calls = [wire.generating() for _ in range(2)]
         await wire.submitted.get()
@@ -86,7 +86,7 @@ async def test_jobs_that_outlast_the_grace_fail_as_unavailable() -> None:
             assert error.info.reason == "DRAINING"
 
 
-async def test_calls_are_accepted_while_load_balancers_notice() -> None:
+async def test_calls_are_accepted_during_the_drain_delay() -> None:
     async with serving(fake={"auto": True}, shutdown=Shutdown(drain_delay=60)) as wire:
         wire.server.stop()
         await wire.serve
@@ -105,7 +105,7 @@ def test_a_signal_drains_and_a_second_one_forces(number: signal.Signals) -> None
         address = server.until("serving")["address"]
         with grpc.insecure_channel(address) as channel:
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
-            call = stub.Generate.future(REQUEST)  # Nobody takes its passes.
+            call = stub.Generate.future(REQUEST)  # The fake engine never steps by itself.
             health = health_pb2_grpc.HealthStub(channel)
             watch = health.Watch(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
             assert next(watch).status == SERVING
@@ -161,13 +161,13 @@ def test_streams_and_submitted_jobs_finish_too() -> None:
         assert server.wait() == 0
 
 
-def test_what_outlasts_the_grace_is_told_so() -> None:
+def test_streams_that_outlast_the_grace_get_the_reason() -> None:
     with start("--grace", "0.1") as server:
         address = server.until("serving")["address"]
         with grpc.insecure_channel(address) as channel:
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
             stub.SubmitGeneration(SUBMIT)
-            stream = stub.GenerateStream(STREAM)  # Nobody takes the passes of either.
+            stream = stub.GenerateStream(STREAM)  # The fake engine never steps by itself.
             watch = stub.WatchGeneration(generation_pb2.WatchGenerationRequest(request_id="left"))
             calls: tuple[Any, ...] = (stream, watch)
             for call in calls:
@@ -176,7 +176,7 @@ def test_what_outlasts_the_grace_is_told_so() -> None:
             for call in calls:
                 with pytest.raises(grpc.RpcError) as caught:
                     list(call)
-                # The types do not know that the error is the call as well.
+                # The stubs do not say that the error is also the call.
                 status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
                 assert status is not None
                 info = error_details_pb2.ErrorInfo()
@@ -186,7 +186,7 @@ def test_what_outlasts_the_grace_is_told_so() -> None:
         assert server.wait() == 0
 
 
-def test_a_signal_while_loading_stops() -> None:
+def test_a_signal_during_loading_stops_the_server() -> None:
     with start(load=False) as server:
         server.until("loading")
         server.send(signal.SIGTERM)

@@ -4,14 +4,14 @@ import sys
 import pytest
 import structlog
 
-from darkroom_server.backends.fake_model import FLAGGED
+from darkroom_server.backends.fake import FLAGGED
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings import Logs
 from tests.server.app.process import start
 from tests.server.wire import refusal, serving
 
 
-def test_one_line_says_what_is_served_and_nothing_is_printed() -> None:
+def test_startup_logs_one_line_and_prints_nothing() -> None:
     with start() as server:
         line = server.until("serving")
     assert line["models"] == ["demo"]
@@ -20,7 +20,7 @@ def test_one_line_says_what_is_served_and_nothing_is_printed() -> None:
     assert line["address"].startswith("127.0.0.1:")
 
 
-def test_a_preset_that_was_asked_for_says_so() -> None:
+def test_an_explicit_preset_is_logged_as_such() -> None:
     with start("--preset", "fast") as server:
         assert server.until("serving")["preset_why"] == "asked for"
 
@@ -40,7 +40,7 @@ def test_the_serving_process_never_imports_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-async def test_each_request_leaves_one_line_without_its_prompt() -> None:
+async def test_each_request_logs_one_line_without_its_prompt() -> None:
     with structlog.testing.capture_logs() as logs:
         async with serving(fake={"auto": True}) as wire:
             await wire.generate(f"secret {FLAGGED}", request_id="mine")
@@ -62,7 +62,7 @@ async def test_each_request_leaves_one_line_without_its_prompt() -> None:
     assert "secret" not in str(logs)
 
 
-async def test_prompts_are_logged_where_the_operator_says_so() -> None:
+async def test_log_prompts_logs_prompts() -> None:
     with structlog.testing.capture_logs() as logs:
         async with serving(fake={"auto": True}, logs=Logs(log_prompts=True)) as wire:
             await wire.generate("a star")

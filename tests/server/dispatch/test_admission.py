@@ -28,7 +28,7 @@ async def test_a_job_is_drawn() -> None:
 async def test_nothing_is_accepted_while_loading() -> None:
     async with dispatching(ready=False) as (dispatcher, engine):
         assert not dispatcher.ready
-        assert dispatcher.models == {"demo": None}
+        assert dispatcher.availability.models == {"demo": None}
         with pytest.raises(NotReady) as caught:
             dispatcher.submit(make_job())
         assert caught.value.reason is Reason.MODEL_LOADING
@@ -36,7 +36,7 @@ async def test_nothing_is_accepted_while_loading() -> None:
         engine.become_ready()
         await dispatcher.loaded()
         assert dispatcher.ready
-        assert dispatcher.model("demo").revision == "fake"
+        assert dispatcher.availability.model("demo").revision == "fake"
 
 
 async def test_unknown_models_are_told_even_while_loading() -> None:
@@ -92,17 +92,16 @@ async def test_an_image_that_never_fits_is_refused_with_numbers() -> None:
 
 async def test_ids_are_unique_among_the_jobs_that_are_here() -> None:
     async with dispatching() as (dispatcher, engine):
-        waiter = dispatcher.submit(make_job("a")).waiter()
-        with waiter, pytest.raises(ValueError, match="still here"):
-            dispatcher.submit(make_job("a"))
-        # Given up, but the engine has not let it go.
-        with pytest.raises(ValueError, match="still here"):
-            dispatcher.submit(make_job("a"))
+        first = dispatcher.submit(make_job("a"))
+        with first.subscribe():
+            second = dispatcher.submit(make_job("a"))
+        # Cancelled, but the engine has not removed it.
+        assert first.ended
+        third = dispatcher.submit(make_job("a"))
+        assert len({"a", second.job.id, third.job.id}) == 3
         engine.advance(0)
         await settle()
-        assert dispatcher.new_job_id("a") == "a"
-        dispatcher.submit(make_job("a"))
-        assert len({"a", dispatcher.new_job_id("a"), dispatcher.new_job_id("a")}) == 3
+        assert dispatcher.submit(make_job("a")).job.id == "a"
 
 
 async def test_short_jobs_are_handed_over_first() -> None:

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from darkroom_server.core.errors import DeadlineExceeded
-from darkroom_server.dispatch.estimation.calibration import REFUSALS, Calibration
+from darkroom_server.dispatch.estimation.calibration import REJECTIONS, Calibration
 from tests.server.clock import Clock
 from tests.server.dispatch.desk import dispatching
 from tests.server.dispatch.test_estimator import timed
@@ -50,7 +50,7 @@ async def test_a_job_that_expires_lets_its_like_be_expected_later(clock: Clock) 
         engine.advance()  # It lets go.
         after = dispatcher.estimate(make_job(steps=8))
         assert after is not None
-        assert after.total / after.forecast > before.total / before.forecast
+        assert after.total / after.simulated > before.total / before.simulated
 
 
 def test_what_keeps_all_jobs_of_a_length_out_is_forgotten() -> None:
@@ -62,24 +62,24 @@ def test_what_keeps_all_jobs_of_a_length_out_is_forgotten() -> None:
 
     def refuse(times: int) -> None:
         for _ in range(times):
-            calibration.refused(3.0)
+            calibration.rejected(3.0)
 
     learn(3.0, 8.0)
     learn(30.0, 60.0)
     high = calibration.factor(3.0)
-    refuse(REFUSALS - 1)
+    refuse(REJECTIONS - 1)
     assert calibration.factor(3.0) == high
     calibration.learn(3.0, 8.0)  # Some are let in: it is no dead end.
-    refuse(REFUSALS - 1)
+    refuse(REJECTIONS - 1)
     assert calibration.factor(3.0) == pytest.approx(high, rel=0.01)
     refuse(1)
     assert calibration.factor(3.0) == pytest.approx(math.sqrt(high), rel=0.01)
-    refuse(10 * REFUSALS)
+    refuse(10 * REJECTIONS)
     assert calibration.factor(3.0) == pytest.approx(1.0, abs=0.01)
     assert calibration.factor(30.0) == pytest.approx(2.0, rel=0.01)
     # What makes forecasts shorter keeps nobody out.
     learn(3.0, 1.5)
-    refuse(10 * REFUSALS)
+    refuse(10 * REJECTIONS)
     assert calibration.factor(3.0) == pytest.approx(0.5, rel=0.02)
 
 
@@ -93,15 +93,15 @@ async def test_company_does_not_keep_all_jobs_of_a_length_out_for_good(clock: Cl
         dispatcher.submit(make_job("company", steps=1000))
         estimate = dispatcher.estimate(make_job(steps=8))
         assert estimate is not None
-        deadline = 1.7 * estimate.forecast
+        deadline = 1.7 * estimate.simulated
         refused = 0
-        while refused <= 5 * REFUSALS:
+        while refused <= 5 * REJECTIONS:
             try:
                 dispatcher.submit(make_job(steps=8, deadline=time.monotonic() + deadline))
                 break
             except DeadlineExceeded:
                 refused += 1
-        assert REFUSALS <= refused <= 5 * REFUSALS
+        assert REJECTIONS <= refused <= 5 * REJECTIONS
 
 
 async def test_estimates_learn_from_what_came_true() -> None:
@@ -113,5 +113,5 @@ async def test_estimates_learn_from_what_came_true() -> None:
             await accepted.result()
         estimate = dispatcher.estimate(make_job(steps=4))
     assert estimate is not None
-    assert estimate.forecast == pytest.approx(4.5)
+    assert estimate.simulated == pytest.approx(4.5)
     assert estimate.total < 3.0

@@ -6,13 +6,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from darkroom_server.backends.fake import FakeEngine
-from darkroom_server.backends.fake_model import fake_image
+from darkroom_server.backends.fake import FakeEngine, fake_image
 from darkroom_server.core.errors import Failure, GenerationFailed, Reason, StartupError
 from darkroom_server.core.events import BatchDone, Event
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import Dispatcher, State
-from darkroom_server.dispatch.jobs.job import Finished
+from darkroom_server.dispatch.jobs.job import CRASH_SUSPECT
+from darkroom_server.dispatch.jobs.outcomes import Finished
 from tests.server.jobs import make_job
 
 from .desk import settle
@@ -167,12 +167,12 @@ async def test_what_is_encoded_and_waits_for_its_first_pass_is_no_suspect() -> N
         await it.given.get()
         it.engines[0].take_newcomers()
         await settle()
-        assert accepted.suspect
+        assert accepted.state in CRASH_SUSPECT
         # A pass of others comes first.
-        it.dispatcher._fleet.slots[0].learn(
+        it.dispatcher._pool.engines[0].record_batch(
             BatchDone(model="demo", width=64, height=64, rows=2, seconds=0.1)
         )
-        assert not accepted.suspect
+        assert accepted.state not in CRASH_SUSPECT
 
 
 async def poisoned(it: Crew, id: str) -> None:
@@ -206,7 +206,7 @@ async def test_an_engine_that_draws_nothing_is_to_blame_itself() -> None:
             await it.given.get()
             it.engines[0].advance()
             it.engines[0].die()
-        assert "3 times in ten minutes" in await it.dispatcher.died()
+        assert "3 times in ten minutes" in await it.dispatcher.availability.failed()
 
 
 async def test_an_engine_that_cannot_be_started_is_tried_again(
@@ -240,7 +240,9 @@ async def test_an_engine_that_can_never_be_started_is_the_end(
 
         monkeypatch.setattr(it.engines[0], "start", never)
         it.engines[0].die()
-        assert "cannot be started: can't start new thread" in await it.dispatcher.died()
+        assert (
+            "cannot be started: can't start new thread" in await it.dispatcher.availability.failed()
+        )
 
 
 async def test_an_engine_that_dies_too_often_is_given_up_and_others_go_on() -> None:
@@ -256,7 +258,7 @@ async def test_an_engine_that_dies_too_often_is_given_up_and_others_go_on() -> N
         last = it.dispatcher.submit(make_job("last"))
         assert (await it.given.get())[0] == second
         it.engines[second].die()
-        assert "1 times in ten minutes" in await it.dispatcher.died()
+        assert "1 times in ten minutes" in await it.dispatcher.availability.failed()
         with pytest.raises(GenerationFailed) as caught:
             await last.result()
         assert caught.value.reason is Reason.ENGINE_FAILED
@@ -305,7 +307,7 @@ async def test_too_many_deaths_are_the_end() -> None:
         it.engines[0].die()
         await it.given.get()
         it.engines[0].die()
-        assert "2 times in ten minutes" in await it.dispatcher.died()
+        assert "2 times in ten minutes" in await it.dispatcher.availability.failed()
         with pytest.raises(GenerationFailed) as caught:
             await accepted.result()
         assert caught.value.reason is Reason.ENGINE_FAILED

@@ -1,4 +1,3 @@
-import asyncio
 import math
 import time
 
@@ -6,36 +5,9 @@ import pytest
 
 from darkroom_server.core.errors import DeadlineExceeded
 from darkroom_server.dispatch import JobOutcome
-from darkroom_server.dispatch.jobs.deadlines import Deadlines
 from tests.server.clock import Clock
 from tests.server.dispatch.desk import dispatching, settle
 from tests.server.jobs import make_job
-
-
-async def test_deadlines_are_called_in_order_and_once() -> None:
-    rung: asyncio.Queue[str] = asyncio.Queue()
-    deadlines = Deadlines(rung.put_nowait)
-    now = time.monotonic()
-    deadlines.add("second", now + 0.02)
-    deadlines.add("first", now + 0.01)
-    deadlines.add("discarded", now + 0.005)
-    deadlines.add("never", None)
-    deadlines.discard("discarded")
-    assert [await rung.get(), await rung.get()] == ["first", "second"]
-    assert rung.empty()
-    assert deadlines._timer is None
-
-
-async def test_an_id_may_come_back_with_another_deadline() -> None:
-    rung: asyncio.Queue[str] = asyncio.Queue()
-    deadlines = Deadlines(rung.put_nowait)
-    deadlines.add("a", time.monotonic() + 60)
-    deadlines.discard("a")
-    deadlines.add("a", time.monotonic())
-    assert await rung.get() == "a"
-    deadlines.add("b", time.monotonic() + 60)
-    deadlines.close()
-    assert deadlines._timer is None
 
 
 @pytest.mark.parametrize("later", [600.0, math.inf])
@@ -45,7 +17,7 @@ async def test_a_later_deadline_that_comes_too_late_for_the_engine(
     async with dispatching() as (dispatcher, engine):
         first = time.monotonic() + 300
         accepted = dispatcher.submit(make_job("a", image_count=2, deadline=first))
-        with accepted.waiter():
+        with accepted.subscribe():
             engine.deliver("a", 0)
             await settle()
             engine.expire("a")  # And before this is heard, somebody joins who has more time.

@@ -20,16 +20,16 @@ def passed(group: Group, max_rows: int) -> BatchDone:
     )
 
 
-def test_a_limit_that_fell_in_the_engine_is_known_outside() -> None:
-    slot = EngineHandle(0, FakeEngine())
-    slot.learn(EngineReady((fake_model(),), 0.0))
-    usual = slot.load().max_rows(LARGE)
+def test_a_limit_that_fell_in_the_engine_is_known_to_the_dispatcher() -> None:
+    handle = EngineHandle(0, FakeEngine())
+    handle.set_ready(EngineReady((fake_model(),), 0.0))
+    usual = handle.load().max_rows(LARGE)
     assert usual > 2
-    slot.learn(passed(LARGE, 2))
-    assert slot.load().max_rows(LARGE) == 2
-    assert slot.load().max_rows(SMALL) >= usual
-    slot.learn(passed(LARGE, usual))
-    assert slot.load().max_rows(LARGE) == usual
-    slot.learn(passed(LARGE, 2))
-    slot.lose()
-    assert slot.load().max_rows(LARGE) == usual, "an engine that is new begins anew"
+    handle.record_batch(passed(LARGE, 2))
+    assert handle.load().max_rows(LARGE) == 2
+    assert handle.load().max_rows(SMALL) >= usual
+    handle.record_batch(passed(LARGE, usual))
+    assert handle.load().max_rows(LARGE) == usual
+    handle.record_batch(passed(LARGE, 2))
+    handle.set_dead()
+    assert handle.load().max_rows(LARGE) == usual, "a new engine starts with its own limits"

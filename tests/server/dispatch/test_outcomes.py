@@ -21,7 +21,7 @@ from tests.server.jobs import make_job
 
 def waiter(dispatcher: Dispatcher, accepted: ActiveJob) -> "asyncio.Task[object]":
     async def wait() -> object:
-        with accepted.waiter():
+        with accepted.subscribe():
             return await accepted.result()
 
     return asyncio.create_task(wait())
@@ -105,7 +105,7 @@ async def test_every_job_fails_when_no_engine_comes_back() -> None:
     async with dispatching(max_resident_samples=1, max_restarts=0) as (dispatcher, engine):
         jobs = [dispatcher.submit(make_job(id)) for id in "abc"]
         engine.die()
-        assert "the fake engine was told to die" in await dispatcher.died()
+        assert "the fake engine was told to die" in await dispatcher.availability.failed()
         for job in jobs:
             with pytest.raises(GenerationFailed) as caught:
                 await job.result()
@@ -141,7 +141,7 @@ async def test_draining_ends_jobs_that_take_too_long() -> None:
             with pytest.raises(NotReady) as caught:
                 await job.result()
             assert caught.value.reason is Reason.DRAINING
-        assert engine._leaving == {"a"}
+        assert engine._cancelled == {"a"}
 
 
 async def test_what_is_told_after_the_end_is_ignored() -> None:
@@ -169,6 +169,6 @@ def test_the_engine_may_outlive_the_loop() -> None:
 async def test_a_caller_that_leaves_at_its_deadline_counts_as_expired(clock: Clock) -> None:
     async with dispatching() as (dispatcher, _):
         for id, passes in (("a", 300 - DEADLINE_SLACK_SECONDS), ("b", 0)):
-            with dispatcher.submit(make_job(id, deadline=time.monotonic() + 300)).waiter():
+            with dispatcher.submit(make_job(id, deadline=time.monotonic() + 300)).subscribe():
                 clock.skip(passes)
         assert dispatcher.counts.by_end == {JobOutcome.EXPIRED: 1, JobOutcome.CANCELLED: 1}

@@ -39,17 +39,14 @@ class Desk:
         body: bytes = b"body",
         caller: str = "ada",
         deadline: float | None = None,
+        keep: bool = False,
         **job: Any,
     ) -> tuple[ActiveJob, bool]:
-        def make() -> Any:
-            return make_job(
-                self.dispatcher.new_job_id(id),
-                format=ImageFormat.RAW_RGB,
-                deadline=deadline,
-                **job,
-            )
-
-        return self.requests.begin(Caller(name=caller), id, body, deadline, make)
+        by = Caller(name=caller)
+        if joined := self.requests.join(by, id, body, deadline, keep=keep):
+            return joined, True
+        new = make_job(id, format=ImageFormat.RAW_RGB, deadline=deadline, **job)
+        return self.requests.submit(new, by, id, body, keep=keep), False
 
     async def drawn(self, id: str, **job: Any) -> ActiveJob:
         accepted, _ = self.begin(id, **job)
@@ -201,22 +198,20 @@ async def test_a_running_job_is_known_however_long_it_takes() -> None:
 
 async def test_a_job_may_be_kept_for_one_that_comes_back() -> None:
     async with desk() as it:
-        accepted, _ = it.begin("a")
-        it.requests.keep(accepted)
-        with accepted.waiter():
+        accepted, _ = it.begin("a", keep=True)
+        with accepted.subscribe():
             pass
         assert not accepted.ended
         assert it.begin("a") == (accepted, True)
-        with accepted.waiter():
+        with accepted.subscribe():
             it.engine.advance(4)
             await accepted.result()
 
 
 async def test_nobody_came_back_in_time() -> None:
     async with desk(reattach_grace=0.02) as it:
-        accepted, _ = it.begin("a")
-        it.requests.keep(accepted)
-        with accepted.waiter():
+        accepted, _ = it.begin("a", keep=True)
+        with accepted.subscribe():
             pass
         with pytest.raises(JobCancelled):
             await accepted.result()
@@ -227,21 +222,19 @@ async def test_a_detached_job_needs_no_waiter() -> None:
     async with desk() as it:
         accepted, _ = it.begin("a")
         it.requests.detach(accepted)
-        with accepted.waiter():
+        with accepted.subscribe():
             pass
-        assert accepted._lingering is None
+        assert accepted._grace_timer is None
         it.engine.advance(4)
         assert (await accepted.result()).images
 
 
 async def test_detaching_saves_a_job_that_nobody_waits_for() -> None:
     async with desk(reattach_grace=0.05) as it:
-        accepted, _ = it.begin("a")
-        it.requests.keep(accepted)
-        other, _ = it.begin("b")
-        it.requests.keep(other)
+        accepted, _ = it.begin("a", keep=True)
+        other, _ = it.begin("b", keep=True)
         for job in (accepted, other):
-            with job.waiter():
+            with job.subscribe():
                 pass
         it.requests.detach(accepted)
         with pytest.raises(JobCancelled):

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darkroom_server.backends.fake_model import fake_image, fake_model
+from darkroom_server.backends.fake import fake_image
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.model import ModelSpeed
 from darkroom_server.core.order import OrderKey, pick
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWork, RemainingWorkCache
-from darkroom_server.dispatch.estimation.simulation import MAX_IMAGES, Load, forecast
-from darkroom_server.dispatch.jobs.job import ActiveJob
+from darkroom_server.dispatch.estimation.simulation import MAX_IMAGES, Load, simulate_queue
+from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 from tests.server.jobs import make_job
 
 PASSES = {2: 1.0, 4: 1.5, 8: 2.5}
@@ -41,78 +42,78 @@ def work(
         alone=bool(fields["alone"]),
     )
     begun = bool(fields["begun"])
-    return RemainingWork(id=id, group=group, key=key, passes=(steps,) * images, begun=begun)
+    return RemainingWork(id=id, group=group, key=key, calls=(steps,) * images, begun=begun)
 
 
 def load(
     *jobs: RemainingWork, decode: float = 0.5, max_rows: int = 8, slowness: float = 1.0
 ) -> Load:
-    return Load(speed=speed(decode, slowness), max_rows=lambda _: max_rows, jobs=jobs)
+    return Load(batch_times=speed(decode, slowness), max_rows=lambda _: max_rows, jobs=jobs)
 
 
 def test_a_job_alone() -> None:
-    told = forecast([load()], [work("a", 4)], 64)
-    assert told.starts == {"a": 0.0}
-    assert told.finishes["a"] == pytest.approx(4 * 1.0 + 0.5)
+    forecast = simulate_queue([load()], [work("a", 4)], 64)
+    assert forecast.starts == {"a": 0.0}
+    assert forecast.finishes["a"] == pytest.approx(4 * 1.0 + 0.5)
 
 
 def test_jobs_share_passes_and_those_who_are_left_go_faster() -> None:
-    told = forecast([load()], [work("a", 4), work("b", 2)], 64)
-    assert told.finishes["b"] == pytest.approx(2 * 1.5 + 0.5)
-    assert told.finishes["a"] == pytest.approx(2 * 1.5 + 0.5 + 2 * 1.0 + 0.5)
+    forecast = simulate_queue([load()], [work("a", 4), work("b", 2)], 64)
+    assert forecast.finishes["b"] == pytest.approx(2 * 1.5 + 0.5)
+    assert forecast.finishes["a"] == pytest.approx(2 * 1.5 + 0.5 + 2 * 1.0 + 0.5)
 
 
 def test_a_newcomer_waits_for_the_end_of_a_pass() -> None:
-    told = forecast([load(work("a", 4, begun=True))], [work("b", 2)], 64)
-    assert told.starts == {"a": 0.0, "b": 0.5}
-    assert told.finishes["b"] == pytest.approx(0.5 + 2 * 1.5 + 0.5)
+    forecast = simulate_queue([load(work("a", 4, begun=True))], [work("b", 2)], 64)
+    assert forecast.starts == {"a": 0.0, "b": 0.5}
+    assert forecast.finishes["b"] == pytest.approx(0.5 + 2 * 1.5 + 0.5)
 
 
 def test_the_most_urgent_take_the_rows() -> None:
-    told = forecast([load(max_rows=2)], [work("short", 2), work("long", 4)], 64)
-    assert told.starts["long"] == told.finishes["short"] == pytest.approx(2.5)
-    assert told.finishes["long"] == pytest.approx(2.5 + 4 + 0.5)
+    forecast = simulate_queue([load(max_rows=2)], [work("short", 2), work("long", 4)], 64)
+    assert forecast.starts["long"] == forecast.finishes["short"] == pytest.approx(2.5)
+    assert forecast.finishes["long"] == pytest.approx(2.5 + 4 + 0.5)
 
 
 def test_every_image_of_a_job_is_waited_for() -> None:
-    told = forecast([load()], [work("a", 4, images=2)], 64)
-    assert told.finishes["a"] == pytest.approx(4 * 1.5 + 2 * 0.5)
+    forecast = simulate_queue([load()], [work("a", 4, images=2)], 64)
+    assert forecast.finishes["a"] == pytest.approx(4 * 1.5 + 2 * 0.5)
 
 
 def test_what_waits_comes_in_as_places_become_free() -> None:
-    told = forecast([load()], [work("a", 4), work("b", 2), work("c", 1)], 2)
-    assert told.joins == {"a": 0.0, "b": 0.0, "c": pytest.approx(2 * 1.5 + 0.5)}
-    assert told.finishes["c"] == pytest.approx(3.5 + 1.5 + 0.5)
+    forecast = simulate_queue([load()], [work("a", 4), work("b", 2), work("c", 1)], 2)
+    assert forecast.joins == {"a": 0.0, "b": 0.0, "c": pytest.approx(2 * 1.5 + 0.5)}
+    assert forecast.finishes["c"] == pytest.approx(3.5 + 1.5 + 0.5)
 
 
 def test_groups_take_turns() -> None:
     """Both make progress: passes of 1.0 s and, with four times the pixels, of 2.5 s."""
-    told = forecast([load()], [work("small", 5), work("large", 2, group=LARGE)], 64)
-    assert told.finishes["small"] < 2 * 5 + 3
-    assert told.finishes["large"] == pytest.approx(5 * 1.0 + 0.5 + 2 * 2.5 + 2.0)
+    forecast = simulate_queue([load()], [work("small", 5), work("large", 2, group=LARGE)], 64)
+    assert forecast.finishes["small"] < 2 * 5 + 3
+    assert forecast.finishes["large"] == pytest.approx(5 * 1.0 + 0.5 + 2 * 2.5 + 2.0)
 
 
 def test_a_job_that_is_exact_has_the_engine_to_itself() -> None:
-    told = forecast([load()], [work("exact", 2, alone=True), work("b", 4)], 64)
-    assert told.finishes["exact"] == pytest.approx(2 * 1.0 + 0.5)
-    assert told.finishes["b"] == pytest.approx(2.5 + 4 + 0.5)
+    forecast = simulate_queue([load()], [work("exact", 2, alone=True), work("b", 4)], 64)
+    assert forecast.finishes["exact"] == pytest.approx(2 * 1.0 + 0.5)
+    assert forecast.finishes["b"] == pytest.approx(2.5 + 4 + 0.5)
 
 
 def test_the_faster_engine_takes_more() -> None:
     loads = [load(slowness=3.0, max_rows=2), load(max_rows=2)]
-    told = forecast(loads, [work(str(i), 4) for i in range(8)], 1)
-    assert max(told.finishes.values()) < 8 * (4 + 0.5)
-    assert len(told.finishes) == 8
+    forecast = simulate_queue(loads, [work(str(i), 4) for i in range(8)], 1)
+    assert max(forecast.finishes.values()) < 8 * (4 + 0.5)
+    assert len(forecast.finishes) == 8
 
 
 def loop(works: Iterable[RemainingWork], max_rows: int, decode: float) -> dict[str, float]:
     """The engine's own rhythm, pass by pass."""
     known, now = speed(decode), 0.0
-    keys = {w.id: replace(w.key, remaining_steps=w.passes[0]) for w in works}
+    keys = {w.id: replace(w.key, remaining_steps=w.calls[0]) for w in works}
     finishes = {}
     while keys:
         chosen = pick(list(keys.values()), max_rows)
-        now += known.pass_seconds(SMALL, sum(key.rows for key in chosen))
+        now += known.batch_seconds(SMALL, sum(key.rows for key in chosen))
         for key in chosen:
             left = key.remaining_steps - 1
             keys[key.id[0]] = replace(key, remaining_steps=left)
@@ -141,12 +142,12 @@ def test_it_is_what_the_loop_does(drawn: list[tuple[int, float, float | None]], 
         work(str(index), steps, submitted_at=at, deadline=deadline)
         for index, (steps, at, deadline) in enumerate(drawn)
     ]
-    told = forecast([load(max_rows=rows)], jobs, sys.maxsize).finishes
+    forecast = simulate_queue([load(max_rows=rows)], jobs, sys.maxsize).finishes
     really = loop(jobs, rows, decode=0.5)
-    assert told.keys() == really.keys()
-    # Decodes within one pass may be told in another order; a few of them are all the difference.
+    assert forecast.keys() == really.keys()
+    # The decodes after one batch may be simulated in another order.
     for id, seconds in really.items():
-        assert told[id] == pytest.approx(seconds, abs=0.5 * rows + 1e-3)
+        assert forecast[id] == pytest.approx(seconds, abs=0.5 * rows + 1e-3)
 
 
 @given(
@@ -163,31 +164,32 @@ def test_everything_ends_and_nothing_before_it_begins(
     ]
     half = len(jobs) // 2
     loads = [load(*jobs[half + i :: engines]) for i in range(engines)]
-    told = forecast(loads, jobs[:half], max_samples)
-    assert set(told.finishes) == set(told.starts) == {job.id for job in jobs}
-    for id, finish in told.finishes.items():
-        assert 0 <= told.starts[id] < finish
-    assert set(told.joins) == {job.id for job in jobs[:half]}
+    forecast = simulate_queue(loads, jobs[:half], max_samples)
+    assert set(forecast.finishes) == set(forecast.starts) == {job.id for job in jobs}
+    for id, finish in forecast.finishes.items():
+        assert 0 <= forecast.starts[id] < finish
+    assert set(forecast.joins) == {job.id for job in jobs[:half]}
 
 
 def test_what_is_beyond_the_horizon_is_extrapolated() -> None:
     jobs = [work(f"{i:04}", 4) for i in range(3 * MAX_IMAGES)]
-    told = forecast([load(decode=0.0)], jobs, 64)
-    finishes = [told.finishes[job.id] for job in jobs]
+    forecast = simulate_queue([load(decode=0.0)], jobs, 64)
+    finishes = [forecast.finishes[job.id] for job in jobs]
     assert finishes == sorted(finishes)
     assert finishes[-1] == pytest.approx(len(jobs) / 4 * 4 * 2.5, rel=0.1)
 
 
-def test_what_is_left_is_worked_out_anew_where_something_happened() -> None:
+def test_remaining_work_is_computed_again_after_a_change_only() -> None:
     works = RemainingWorkCache()
-    jobs = {id: ActiveJob(make_job(id, image_count=2), fake_model(), lambda _: None) for id in "ab"}
-    first = works.of(jobs.values(), {})
-    assert [work.passes for work in first] == [(4, 4), (4, 4)]
-    again = works.of(jobs.values(), {"b": {1: 3}})
+    jobs = {id: ActiveJob(make_job(id, image_count=2), fake_model()) for id in "ab"}
+    first = works.get(jobs.values())
+    assert [work.calls for work in first] == [(4, 4), (4, 4)]
+    jobs["b"].remaining[1] = 3
+    again = works.get(jobs.values())
     assert again[0] is first[0]
-    assert again[1].passes == (4, 3)
-    jobs["a"].started = True
+    assert again[1].calls == (4, 3)
+    jobs["a"].state = JobState.DENOISING
     jobs["a"].images[0] = fake_image(jobs["a"].job, 0)
-    (later,) = works.of([jobs["a"]], {})
+    (later,) = works.get([jobs["a"]])
     assert later.begun
-    assert later.passes == (4,)
+    assert later.calls == (4,)

@@ -52,7 +52,7 @@ async def test_a_reader_that_keeps_up_is_told_everything() -> None:
     async with dispatching(max_resident_samples=1) as (dispatcher, engine):
         dispatcher.submit(make_job("first"))
         dispatcher.submit(make_job("second", steps=1))
-        waiter = dispatcher.submit(make_job("mine", steps=2)).waiter()
+        waiter = dispatcher.submit(make_job("mine", steps=2)).subscribe()
         assert await next_of(waiter) == [Queued(1)]
         engine.finish("first")
         assert await next_of(waiter) == [Queued(0)]
@@ -67,7 +67,7 @@ async def test_a_reader_that_keeps_up_is_told_everything() -> None:
 async def test_a_slow_reader_gets_the_latest_and_every_image() -> None:
     async with dispatching() as (dispatcher, engine):
         accepted = dispatcher.submit(make_job(steps=500, image_count=3, preview_every=1))
-        waiter = accepted.waiter()
+        waiter = accepted.subscribe()
         engine.advance(499)
         await settle()
         told = brief(await next_of(waiter, 7))
@@ -86,17 +86,19 @@ async def test_a_slow_reader_gets_the_latest_and_every_image() -> None:
 
 async def test_what_is_not_read_does_not_grow() -> None:
     async with dispatching() as (dispatcher, engine):
-        waiter = dispatcher.submit(make_job(steps=10_000, image_count=2, preview_every=1)).waiter()
+        waiter = dispatcher.submit(
+            make_job(steps=10_000, image_count=2, preview_every=1)
+        ).subscribe()
         for _ in range(20):
             engine.advance(100)
             await settle()
             # Started, and progress and a preview of each image.
-            assert len(waiter._slots) == 5
+            assert len(waiter._unread) == 5
 
 
 async def test_no_image_starves_another_of_its_progress() -> None:
     async with dispatching() as (dispatcher, engine):
-        waiter = dispatcher.submit(make_job(steps=100, image_count=4)).waiter()
+        waiter = dispatcher.submit(make_job(steps=100, image_count=4)).subscribe()
         engine.advance()
         await next_of(waiter)
         seen = set()
@@ -112,7 +114,7 @@ async def test_no_image_starves_another_of_its_progress() -> None:
 async def test_a_crash_starts_the_progress_over_and_keeps_the_images() -> None:
     given: asyncio.Queue[Job] = asyncio.Queue()
     async with dispatching(FakeEngine(on_submit=given.put_nowait)) as (dispatcher, engine):
-        waiter = dispatcher.submit(make_job("job", steps=4, image_count=2)).waiter()
+        waiter = dispatcher.submit(make_job("job", steps=4, image_count=2)).subscribe()
         await given.get()
         engine.advance(3)
         engine.deliver("job", 0)
@@ -128,7 +130,7 @@ async def test_a_job_that_is_given_up_is_not_told_to_be_run_again() -> None:
     given: asyncio.Queue[Job] = asyncio.Queue()
     async with dispatching(FakeEngine(on_submit=given.put_nowait)) as (dispatcher, engine):
         accepted = dispatcher.submit(make_job())
-        waiter = accepted.waiter()
+        waiter = accepted.subscribe()
         for _ in range(2):
             await given.get()
             engine.advance()
@@ -145,7 +147,7 @@ async def test_one_that_comes_later_is_told_where_it_is_and_every_image() -> Non
         engine.advance(2)
         engine.deliver("job", 0)
         await settle()
-        late = accepted.waiter()
+        late = accepted.subscribe()
         assert brief(await next_of(late, 2)) == [Started(), 0]
         engine.advance(2)
         assert brief(await everything(late))[-1] == 1
@@ -156,13 +158,13 @@ async def test_one_that_comes_after_the_end_is_told_of_the_images() -> None:
         accepted = dispatcher.submit(make_job(image_count=2))
         engine.advance(4)
         await accepted.result()
-        assert brief(await everything(accepted.waiter())) == [Started(), 0, 1]
+        assert brief(await everything(accepted.subscribe())) == [Started(), 0, 1]
 
 
 async def test_the_job_ends_with_its_last_waiter() -> None:
     async with dispatching() as (dispatcher, engine):
         accepted = dispatcher.submit(make_job())
-        first, second = accepted.waiter(), accepted.waiter()
+        first, second = accepted.subscribe(), accepted.subscribe()
         with first:
             pass
         assert not accepted.ended
@@ -178,8 +180,8 @@ async def test_the_job_ends_with_its_last_waiter() -> None:
 async def test_a_job_may_outlive_its_waiters_for_a_while() -> None:
     async with dispatching() as (dispatcher, _):
         accepted = dispatcher.submit(make_job())
-        accepted.linger = 0.02
-        with accepted.waiter():
+        accepted.reattach_grace = 0.02
+        with accepted.subscribe():
             pass
         assert not accepted.ended
         with pytest.raises(JobCancelled):
@@ -189,12 +191,12 @@ async def test_a_job_may_outlive_its_waiters_for_a_while() -> None:
 async def test_a_waiter_that_comes_back_in_time_keeps_the_job() -> None:
     async with dispatching() as (dispatcher, engine):
         accepted = dispatcher.submit(make_job())
-        accepted.linger = 60.0
-        with accepted.waiter():
+        accepted.reattach_grace = 60.0
+        with accepted.subscribe():
             pass
-        assert accepted._lingering is not None
-        with accepted.waiter() as waiter:
-            assert accepted._lingering is None
+        assert accepted._grace_timer is not None
+        with accepted.subscribe() as waiter:
+            assert accepted._grace_timer is None
             engine.advance(4)
             assert brief(await everything(waiter))[-1] == 0
         assert isinstance(await accepted.result(), Finished)
@@ -204,7 +206,7 @@ async def test_one_that_takes_nothing_lets_go_of_the_images(clock: Clock) -> Non
     async with dispatching() as (dispatcher, engine):
         accepted = dispatcher.submit(make_job(image_count=2))
         job = weakref.ref(accepted)
-        with accepted.waiter() as waiter:
+        with accepted.subscribe() as waiter:
             engine.advance(4)
             await accepted.result()
             del accepted
@@ -221,7 +223,7 @@ async def test_one_that_takes_nothing_lets_go_of_the_images(clock: Clock) -> Non
 async def test_one_that_is_slow_keeps_the_images(clock: Clock) -> None:
     async with dispatching() as (dispatcher, engine):
         accepted = dispatcher.submit(make_job())
-        with accepted.waiter() as waiter:
+        with accepted.subscribe() as waiter:
             engine.advance(4)
             await accepted.result()
             for _ in range(10):
@@ -233,7 +235,7 @@ async def test_one_that_is_slow_keeps_the_images(clock: Clock) -> None:
 async def test_a_cancelled_job_tells_those_who_wait() -> None:
     async with dispatching() as (dispatcher, _):
         accepted = dispatcher.submit(make_job("job"))
-        with accepted.waiter() as waiter:
+        with accepted.subscribe() as waiter:
             dispatcher.cancel("job")
             assert await everything(waiter) == []
         with pytest.raises(JobCancelled, match="was cancelled"):

@@ -1,4 +1,4 @@
-"""What this process holds, server and callers together: the same before and after, or it leaks."""
+"""Leak check: compares the tasks, descriptors and memory of this process before and after."""
 
 import asyncio
 import gc
@@ -8,21 +8,22 @@ from contextlib import asynccontextmanager
 import psutil
 
 MAX_GROWTH_BYTES = 32 << 20
-"""What the allocators may keep of memory that was freed."""
+"""Freed memory that the allocators may keep."""
 
 
 @asynccontextmanager
 async def nothing_is_left(max_growth: int = MAX_GROWTH_BYTES) -> AsyncIterator[None]:
-    """Tasks and descriptors must be back to what they were, soon after the block; memory nearly.
+    """Assert that tasks and descriptors return to their counts soon after the block.
 
-    The block must drop its calls: a call that is referred to keeps its connection open.
+    Memory may grow by ``max_growth`` bytes. The block must delete its references to calls: a
+    referenced call keeps its connection open.
     """
     process = psutil.Process()
     gc.collect()
     tasks, files, rss = len(asyncio.all_tasks()), process.num_fds(), process.memory_info().rss
     yield
     async with asyncio.timeout(20):
-        # gRPC closes connections on threads of its own.
+        # gRPC closes connections on its own threads.
         while len(asyncio.all_tasks()) > tasks or process.num_fds() > files:
             await asyncio.sleep(0.01)
             gc.collect()

@@ -1,7 +1,8 @@
-"""Requests that no client would send: `python -m tests.server.hostile.fuzz --inputs 100000`.
+"""Fuzzes the server with invalid requests: `python -m tests.server.hostile.fuzz --inputs 100000`.
 
-Half of them are messages with every field drawn at random, at its bounds or beyond; half are such
-messages with their bytes damaged. Each must end in an answer or in an error that blames the caller.
+Half of the inputs are messages with random field values, at or beyond their bounds. The other half
+are such messages with damaged bytes. Each must end with an answer or with an error that blames the
+caller.
 """
 
 import argparse
@@ -27,11 +28,11 @@ HONEST = {
     "INVALID_ARGUMENT",
     "NOT_FOUND",
     "ALREADY_EXISTS",
-    "RESOURCE_EXHAUSTED",  # What does not fit.
+    "RESOURCE_EXHAUSTED",  # An image that does not fit.
     "DEADLINE_EXCEEDED",  # A time limit of nanoseconds.
-    "CANCELLED",  # One input watches what another one cancels.
+    "CANCELLED",  # One input watches a job that another one cancels.
 }
-"""Nothing else may come of any input."""
+"""No input may end with any other status."""
 
 WHOLE = (0, 1, -1, 2, 3, 63, 64, 65, 100, 101, 2048, 2049, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63))
 REAL = (0.0, -0.0, 1.0, 1.5, -1.0, 30.0, 30.1, 1e-45, 3.4e38, float("inf"), float("nan"))
@@ -70,12 +71,12 @@ class Input:
 
     @property
     def streams(self) -> bool:
-        """Whether the answer is a stream."""
+        """Whether the method answers with a stream."""
         return self.method.endswith(("GenerateStream", "WatchGeneration"))
 
 
 def inputs(count: int, seed: int) -> Iterator[Input]:
-    """So many inputs, the same ones for the same seed."""
+    """Yield ``count`` inputs; the same seed gives the same inputs."""
     dice = random.Random(seed)
     names = list(METHODS)
     for number in range(count):
@@ -87,7 +88,7 @@ def inputs(count: int, seed: int) -> Iterator[Input]:
 
 
 def fill(message: Message, dice: random.Random, *, chance: float) -> None:
-    """Set each field with that chance, to values that are seldom wanted; a prompt more often."""
+    """Set each field with probability ``chance`` to an unusual value; a prompt more often."""
     for field in message.DESCRIPTOR.fields:
         if dice.random() > (0.9 if field.name in ("generation", "prompt") else chance):
             continue
@@ -99,11 +100,11 @@ def fill(message: Message, dice: random.Random, *, chance: float) -> None:
             try:
                 setattr(message, field.name, value_of(field, dice))
             except ValueError:
-                continue  # Out of the type's range.
+                continue  # Out of range for the type.
 
 
 def value_of(field: Any, dice: random.Random) -> Any:
-    """Something for ``field``, a descriptor."""
+    """Return a value for ``field``, a descriptor."""
     match field.cpp_type:
         case FieldDescriptor.CPPTYPE_STRING:
             return dice.choice(TEXTS)
@@ -117,7 +118,7 @@ def value_of(field: Any, dice: random.Random) -> Any:
 
 
 def damaged(data: bytes, dice: random.Random) -> bytes:
-    """``data`` with bytes changed, put in, taken out, repeated or cut off."""
+    """Return ``data`` with bytes changed, inserted, removed, repeated or cut off."""
     broken = bytearray(data)
     for _ in range(dice.randrange(1, 6)):
         at = dice.randrange(len(broken) + 1)
@@ -134,12 +135,12 @@ def damaged(data: bytes, dice: random.Random) -> bytes:
 
 
 async def fuzz(wire: Wire, count: int, seed: int) -> Counter[str]:
-    """Send the inputs; returns how many ended in which status, and raises at a dishonest one."""
+    """Send the inputs and count them by status; raises for a status that is not allowed."""
     queue = inputs(count, seed)
     statuses: Counter[str] = Counter()
 
     async def caller() -> None:
-        for one in queue:  # Shared by all callers: each input is sent once.
+        for one in queue:  # All callers share it, so each input is sent once.
             status = await send(wire, one)
             statuses[status] += 1
             assert status in HONEST, f"{status} for {one}"
@@ -151,9 +152,9 @@ async def fuzz(wire: Wire, count: int, seed: int) -> Counter[str]:
 
 
 async def send(wire: Wire, one: Input) -> str:
-    """The status that an input ends with, in words."""
+    """Return the name of the status that an input ends with."""
     path = f"/darkroom.v1.{one.method}"
-    channel: Any = wire.channel  # The types want to be told how to serialise bytes.
+    channel: Any = wire.channel  # The stubs want a serializer, which bytes do not need.
     try:
         if one.streams:
             async for _ in channel.unary_stream(path)(one.message, timeout=60):
@@ -166,7 +167,7 @@ async def send(wire: Wire, one: Input) -> str:
 
 
 def fuzzed() -> Any:
-    """A server to send the inputs to: with room for all callers, and little for results."""
+    """A server with enough room for all callers and little for results."""
     return serving(
         fake={"auto": True},
         dispatch=Dispatch(max_queued_jobs=4 * AT_ONCE),
@@ -175,7 +176,7 @@ def fuzzed() -> Any:
 
 
 async def run(count: int, seed: int) -> None:
-    """Fuzz a server of its own, and say what came of it."""
+    """Start a server, fuzz it, and print the counts."""
     async with fuzzed() as wire:
         statuses = await fuzz(wire, count, seed)
         assert (await wire.generate()).images

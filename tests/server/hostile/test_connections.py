@@ -1,4 +1,4 @@
-"""Connections that are opened and never made use of, and bytes that are no gRPC."""
+"""Idle connections, half-open connections, and bytes that are not gRPC."""
 
 import asyncio
 import random
@@ -45,11 +45,11 @@ async def close(writers: list[asyncio.StreamWriter]) -> None:
         PREFACE,
         PREFACE + SETTINGS,
         PREFACE + SETTINGS + frame(1, 0, 1, b""),  # Headers that never end.
-        PREFACE + SETTINGS + frame(0, 0, 7, b"x" * 100),  # Data of a stream that there is not.
+        PREFACE + SETTINGS + frame(0, 0, 7, b"x" * 100),  # Data of an unknown stream.
     ],
     ids=["nothing", "half a preface", "preface", "settings", "headers", "data"],
 )
-async def test_half_open_connections_harm_nobody(opening: bytes) -> None:
+async def test_half_open_connections_affect_no_other_caller(opening: bytes) -> None:
     async with serving(fake=AUTO) as wire:
         await wire.generate()
         async with nothing_is_left():
@@ -60,7 +60,7 @@ async def test_half_open_connections_harm_nobody(opening: bytes) -> None:
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plaintext", "tls"])
-async def test_garbage_harms_nobody(tls: bool, tmp_path: Path) -> None:
+async def test_garbage_affects_no_other_caller(tls: bool, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     secured: dict[str, Any] = (
         {"security": authority.security(), "channel": authority.channel()} if tls else {}
@@ -79,7 +79,7 @@ async def test_garbage_harms_nobody(tls: bool, tmp_path: Path) -> None:
         assert (await wire.generate()).images
 
 
-async def test_frames_at_random_harm_nobody() -> None:
+async def test_random_frames_affect_no_other_caller() -> None:
     dice = random.Random(7)
     async with serving(fake=AUTO) as wire:
         await wire.generate()

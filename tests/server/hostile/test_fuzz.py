@@ -4,7 +4,7 @@ from tests.server.hostile.belongings import nothing_is_left
 from tests.server.hostile.fuzz import fuzz, fuzzed
 
 
-async def test_ten_thousand_inputs_get_honest_answers() -> None:
+async def test_ten_thousand_inputs_get_an_allowed_status() -> None:
     async with fuzzed() as wire:
         await fuzz(wire, 500, seed=1)
         async with nothing_is_left():

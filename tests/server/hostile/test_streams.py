@@ -1,4 +1,4 @@
-"""Callers that hold on to streams, never read, change their minds, or guess tokens."""
+"""Callers that hold streams open, never read, cancel at once, or guess tokens."""
 
 import asyncio
 from hashlib import sha256
@@ -19,7 +19,7 @@ ROOM = Dispatch(max_queued_jobs=1000)
 
 
 def apart(wire: Wire) -> grpc.aio.Channel:
-    """A channel with a connection of its own: channels of one process share theirs otherwise."""
+    """A channel with its own connection; by default the channels of one process share one."""
     return grpc.aio.insecure_channel(wire.server.address, (("grpc.use_local_subchannel_pool", 1),))
 
 
@@ -42,7 +42,7 @@ async def idle_generations(channel: grpc.aio.Channel, count: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("idle", [idle_watches, idle_generations])
-async def test_500_idle_streams_harm_nobody(idle: Any) -> None:
+async def test_500_idle_streams_affect_no_other_caller(idle: Any) -> None:
     async with serving(dispatch=ROOM) as wire:
         first = wire.generating()
         wire.engine.finish((await wire.submitted.get()).id)
@@ -51,7 +51,7 @@ async def test_500_idle_streams_harm_nobody(idle: Any) -> None:
             async with apart(wire) as channel:
                 calls = await idle(channel, 500)
                 assert len(calls) == 500
-                # A neighbour is served meanwhile.
+                # Another caller is served meanwhile.
                 other = wire.generating(request_id="other")
                 while (await wire.submitted.get()).id != "other":
                     wire.engine.advance()
@@ -63,7 +63,7 @@ async def test_500_idle_streams_harm_nobody(idle: Any) -> None:
         assert wire.server.dispatcher.running_jobs == wire.server.dispatcher.queued_jobs == 0
 
 
-async def test_readers_that_never_read_harm_nobody() -> None:
+async def test_readers_that_never_read_affect_no_other_caller() -> None:
     raw = types_pb2.IMAGE_FORMAT_RAW_RGB
     async with serving(fake={"auto": True}, dispatch=ROOM) as wire:
         await wire.generate()
@@ -78,7 +78,7 @@ async def test_readers_that_never_read_harm_nobody() -> None:
             request = generation_pb2.GenerateStreamRequest(generation=generation)
             calls: list[Any] = [stub.GenerateStream(request) for _ in range(10)]
             counts = wire.server.dispatcher.counts
-            # The engine is done with them, whether or not somebody reads.
+            # The engine finishes them even if nobody reads.
             await wire.becomes(lambda: counts.by_end[JobOutcome.FINISHED] == 11)
             assert wire.server.dispatcher.running_jobs == 0
             assert (await wire.generate()).images
@@ -87,7 +87,7 @@ async def test_readers_that_never_read_harm_nobody() -> None:
         assert (await wire.generate()).images
 
 
-async def test_a_reader_that_never_reads_does_not_hold_up_the_end() -> None:
+async def test_a_reader_that_never_reads_does_not_delay_shutdown() -> None:
     raw = types_pb2.IMAGE_FORMAT_RAW_RGB
     async with serving(fake={"auto": True}) as wire:
         call = wire.stream(width=1024, height=1024, image_count=4, format=raw)
@@ -99,8 +99,8 @@ async def test_a_reader_that_never_reads_does_not_hold_up_the_end() -> None:
         assert call
 
 
-async def change_minds(wire: Wire) -> None:
-    """Begin two thousand calls, and give them up at once."""
+async def start_and_cancel(wire: Wire) -> None:
+    """Start two thousand calls and cancel them at once."""
     request = generation_pb2.GenerateRequest(prompt="a star")
     async with apart(wire) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -115,14 +115,14 @@ async def change_minds(wire: Wire) -> None:
         assert counts.accepted == counts.ended
 
 
-async def test_callers_who_change_their_minds_at_once_harm_nobody() -> None:
+async def test_calls_cancelled_at_once_leak_nothing() -> None:
     async with serving(fake={"pass_seconds": 0.005}, dispatch=ROOM) as wire:
-        await change_minds(wire)  # What is set up once, such as gRPC's arenas, is so now.
+        await start_and_cancel(wire)  # Warm-up: one-time allocations, such as gRPC's arenas.
         async with nothing_is_left():
-            await change_minds(wire)
+            await start_and_cancel(wire)
 
 
-async def test_guessed_tokens_harm_nobody(tmp_path: Path) -> None:
+async def test_guessed_tokens_affect_no_other_caller(tmp_path: Path) -> None:
     file = tmp_path / "tokens.toml"
     file.write_text(f'[[token]]\nname = "a"\nsha256 = "{sha256(b"right").hexdigest()}"\n')
     async with serving(fake={"auto": True}, security=Security(tokens=str(file))) as wire:

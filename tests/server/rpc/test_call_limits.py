@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from darkroom.v1.types_pb2 import IMAGE_FORMAT_RAW_RGB
-from darkroom_server.dispatch.admission import call_limits
+from darkroom_server.dispatch.admission import quotas as call_limits
 from tests.server.rpc.test_idempotency import submit, watch
 from tests.server.rpc.test_stream import kind, read, rest
 from tests.server.wire import refusal, serving

@@ -25,7 +25,7 @@ from darkroom_server.core.errors import (
     Violation,
 )
 from darkroom_server.rpc.errors import CODES, internal_error, status_of
-from darkroom_server.rpc.summary import Outcome, outcome_of
+from darkroom_server.service.summary import Outcome, outcome_of
 
 EXAMPLES: list[tuple[DarkroomError, grpc.StatusCode, str | None, Outcome]] = [
     (

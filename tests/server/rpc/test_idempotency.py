@@ -1,6 +1,7 @@
 """A request id names a job: to join it, to come back to it, to cancel it."""
 
 import asyncio
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -10,7 +11,8 @@ from darkroom.v1 import generation_pb2
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.dispatch import JobOutcome
-from darkroom_server.rpc import generation as service
+from darkroom_server.rpc import generation as door
+from darkroom_server.service.call_context import CallContext
 from darkroom_server.settings import Results
 from tests.server.clock import Clock
 from tests.server.rpc.test_stream import assembled, kind, read, rest, until
@@ -18,7 +20,9 @@ from tests.server.wire import Wire, refusal, serving
 
 
 def come_from(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(service, "current_caller", lambda: Caller(name=name))
+    call = CallContext("call", caller=Caller(name=name))
+    current: ContextVar[CallContext] = ContextVar("call", default=call)
+    monkeypatch.setattr(door, "CURRENT_CALL", current)
 
 
 def watch(wire: Wire, request_id: str) -> Any:
@@ -94,7 +98,7 @@ async def test_without_an_id_nothing_is_shared() -> None:
         assert first.request_id != second.request_id
         assert wire.server.dispatcher.counts.accepted == 2
         # Nobody can come back to them, so they take no room.
-        assert wire.server.requests.kept_bytes == 0
+        assert wire.server.results.kept_bytes == 0
 
 
 async def test_a_reply_that_is_too_large_for_the_one_who_joins() -> None:

@@ -7,11 +7,11 @@ import structlog
 
 from darkroom.v1 import generation_pb2, model_pb2
 from darkroom_server.core.errors import UnknownRequest
-from darkroom_server.rpc.generation import GenerationService
+from darkroom_server.rpc.generation import GenerationServicer
 from darkroom_server.rpc.interceptors.base import Method
 from darkroom_server.rpc.interceptors.errors import Errors
-from darkroom_server.rpc.models import ModelService
-from darkroom_server.rpc.trace_context import parse_traceparent
+from darkroom_server.rpc.models import ModelServicer
+from darkroom_server.service.trace_context import parse_traceparent
 from tests.server.wire import refusal, serving
 
 ListModels = model_pb2.ListModelsRequest
@@ -42,7 +42,7 @@ async def test_a_stream_that_breaks_says_nothing_either(monkeypatch: Any) -> Non
         yield generation_pb2.GenerateStreamResponse()
         raise ValueError("a secret path")
 
-    monkeypatch.setattr(GenerationService, "GenerateStream", fail)
+    monkeypatch.setattr(GenerationServicer, "GenerateStream", fail)
     async with serving() as wire:
         call = wire.stream()
         await call.read()
@@ -57,7 +57,7 @@ async def test_a_status_that_a_handler_chose_is_left_alone(monkeypatch: Any) -> 
     async def abort(self: object, request: object, context: Any) -> None:
         await context.abort(grpc.StatusCode.DATA_LOSS, "chosen")
 
-    monkeypatch.setattr(ModelService, "ListModels", abort)
+    monkeypatch.setattr(ModelServicer, "ListModels", abort)
     async with serving() as wire:
         with pytest.raises(grpc.aio.AioRpcError, match="chosen") as caught:
             await wire.models.ListModels(model_pb2.ListModelsRequest())
@@ -183,7 +183,7 @@ async def test_the_log_names_the_trace(monkeypatch: Any) -> None:
     async def fail(self: object, request: object, context: Any) -> None:
         raise ValueError("for the log")
 
-    monkeypatch.setattr(ModelService, "ListModels", fail)
+    monkeypatch.setattr(ModelServicer, "ListModels", fail)
     merge = [structlog.contextvars.merge_contextvars]
     with structlog.testing.capture_logs(processors=merge) as logs:
         async with serving() as wire:

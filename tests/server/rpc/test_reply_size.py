@@ -7,7 +7,7 @@ from PIL import Image
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.core.job import ImageFormat
-from darkroom_server.rpc.reply_size import OVERHEAD_BYTES, reply_bytes
+from darkroom_server.service.validation import OVERHEAD_BYTES, reply_bytes
 from tests.server.jobs import make_job
 from tests.server.wire import refusal, serving
 

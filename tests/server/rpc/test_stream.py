@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import socket
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 from PIL import Image
 
 from darkroom.v1 import generation_pb2, types_pb2
-from darkroom_server.backends.fake_model import fake_image, fake_model
+from darkroom_server.backends.fake import fake_image
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.dispatch import JobOutcome
 from darkroom_server.dispatch.jobs import subscription as subscription_module
-from darkroom_server.settings import Dispatch, Results
+from darkroom_server.settings import Dispatch, Network, Results
 from tests.server.wire import refusal, serving
 
 AUTO = {"auto": True}
@@ -106,6 +108,28 @@ async def test_the_story_from_the_queue_to_the_end() -> None:
     assert finished.timings.total.ToNanoseconds() > 0
     image = told[2].event.image.image
     assert (image.seed, image.width, image.replay.request.prompt) == (2**63 - 1, 64, "a star")
+
+
+async def test_each_accepted_job_names_the_server_that_has_it() -> None:
+    async with serving(fake=AUTO) as wire:
+        port = wire.server.address.rpartition(":")[2]
+        (accepted,) = await read(wire.stream(request_id="r-1"))
+        request = generation_pb2.SubmitGenerationRequest(
+            generation=generation_pb2.GenerateRequest(prompt="a star", request_id="r-2")
+        )
+        submitted = (await wire.generation.SubmitGeneration(request)).accepted
+        watch = wire.generation.WatchGeneration(
+            generation_pb2.WatchGenerationRequest(request_id="r-2")
+        )
+        (watched,) = await read(watch)
+    names = {message.server_id for message in (accepted, submitted, watched)}
+    assert names == {f"{socket.gethostname()}:{port}"}
+
+    async with serving(
+        fake=AUTO, network=Network(port=0, metrics_port=0, server_id="gpu-7:50051")
+    ) as wire:
+        (accepted,) = await read(wire.stream())
+    assert accepted.server_id == "gpu-7:50051"
 
 
 async def test_a_stream_draws_what_generate_draws() -> None:
@@ -243,14 +267,14 @@ async def test_readers_that_never_read_harm_nobody(monkeypatch: pytest.MonkeyPat
         raw = types_pb2.IMAGE_FORMAT_RAW_RGB
         stuck = [wire.stream(preview_every=1, format=raw, **size) for _ in range(4)]
         ids = [(await wire.submitted.get()).id for _ in stuck]
-        jobs = [weakref.ref(wire.server.dispatcher._roster.get(id)) for id in ids]
+        jobs = [weakref.ref(wire.server.dispatcher._registry.get(id)) for id in ids]
         for _ in range(999):
             wire.engine.advance()
             await asyncio.sleep(0)
         for job in jobs:
-            for waiter in job()._waiters:  # type: ignore[union-attr]
+            for waiter in job()._subscriptions:  # type: ignore[union-attr]
                 # However much there was to tell, no more is waiting than one of each kind.
-                assert len(waiter._slots) <= 3
+                assert len(waiter._unread) <= 3
         # Others are served, and those who read get all that was drawn.
         other = wire.stream(steps=1)
         await wire.submitted.get()

@@ -1,4 +1,4 @@
-"""A CA of a test's own, its certificates as files, and channels that trust it."""
+"""A test CA, its certificates as files, and channels that trust it."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -11,7 +11,7 @@ from darkroom_server.settings import Security
 
 
 class Authority:
-    """Signs certificates, and writes them to ``folder``."""
+    """Signs certificates and writes them to ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self._ca = trustme.CA()
@@ -22,7 +22,7 @@ class Authority:
     def issue(
         self, *names: str, to: str = "server", not_after: datetime | None = None
     ) -> tuple[Path, Path]:
-        """Certificate and key for ``names``, as files; what is there already is replaced."""
+        """Write a certificate and key for ``names``; existing files are replaced."""
         leaf = self._ca.issue_cert(*(names or ("127.0.0.1", "localhost")), not_after=not_after)
         cert, key = self._folder / f"{to}.pem", self._folder / f"{to}.key"
         leaf.private_key_pem.write_to_path(key)
@@ -30,13 +30,13 @@ class Authority:
         return cert, key
 
     def security(self, *, client_ca: "Authority | None" = None) -> Security:
-        """Settings with a certificate for this machine."""
+        """Return settings with a certificate for this machine."""
         cert, key = self.issue()
         ca = str(client_ca.file) if client_ca else None
         return Security(tls_cert=str(cert), tls_key=str(key), tls_client_ca=ca)
 
     def channel(self, shown: tuple[Path, Path] | None = None) -> Callable[[str], grpc.aio.Channel]:
-        """Makes channels that trust this CA, and show a certificate if there is one to show."""
+        """Return a factory of channels that trust this CA and present a given certificate."""
         cert, key = (path.read_bytes() for path in shown) if shown else (None, None)
         credentials = grpc.ssl_channel_credentials(self.file.read_bytes(), key, cert)
         return lambda address: grpc.aio.secure_channel(address, credentials)

@@ -38,7 +38,7 @@ async def refused(channel: grpc.aio.Channel) -> str:
 
 
 async def serial_of(address: str) -> bytes:
-    """The certificate that a new connection is shown."""
+    """Return the certificate that the server presents to a new connection."""
     host, _, port = address.rpartition(":")
     text = await asyncio.to_thread(ssl.get_server_certificate, (host, int(port)), timeout=20)
     return text.encode()
@@ -51,7 +51,7 @@ async def test_calls_over_tls(authority: Authority) -> None:
         assert (await wire.generate()).images
 
 
-async def test_plaintext_on_a_tls_port_harms_nobody(authority: Authority) -> None:
+async def test_plaintext_on_a_tls_port_affects_no_other_caller(authority: Authority) -> None:
     async with serving(
         fake=AUTO, security=authority.security(), channel=authority.channel()
     ) as wire:
@@ -59,7 +59,7 @@ async def test_plaintext_on_a_tls_port_harms_nobody(authority: Authority) -> Non
         assert (await wire.generate()).images
 
 
-async def test_a_caller_that_trusts_another_ca_stays_out(
+async def test_a_caller_that_trusts_another_ca_is_rejected(
     authority: Authority, tmp_path: Path
 ) -> None:
     (tmp_path / "other").mkdir()
@@ -68,7 +68,7 @@ async def test_a_caller_that_trusts_another_ca_stays_out(
         assert "CERTIFICATE_VERIFY_FAILED" in await refused(other.channel()(wire.server.address))
 
 
-async def test_mutual_tls_asks_callers_for_certificates(
+async def test_mutual_tls_requires_a_client_certificate(
     authority: Authority, tmp_path: Path
 ) -> None:
     (tmp_path / "callers").mkdir()
@@ -82,7 +82,7 @@ async def test_mutual_tls_asks_callers_for_certificates(
         await refused(authority.channel(stranger)(wire.server.address))
 
 
-async def test_a_rotated_certificate_is_shown_without_a_restart(authority: Authority) -> None:
+async def test_a_rotated_certificate_is_served_without_a_restart(authority: Authority) -> None:
     security = authority.security()
     async with serving(security=security, channel=authority.channel()) as wire:
         address = wire.server.address
@@ -92,11 +92,11 @@ async def test_a_rotated_certificate_is_shown_without_a_restart(authority: Autho
         second = await serial_of(address)
         assert second != first
         assert cert.read_bytes().startswith(second.strip())
-        # Those that were connected before stay so.
+        # Open connections stay open.
         assert await list_models(wire.channel) == 1
 
 
-async def test_a_broken_new_pair_is_logged_and_the_old_one_kept(authority: Authority) -> None:
+async def test_a_broken_new_pair_is_logged_and_the_old_pair_stays(authority: Authority) -> None:
     security = authority.security()
     async with serving(security=security, channel=authority.channel()) as wire:
         address = wire.server.address
@@ -124,7 +124,7 @@ def test_a_missing_file_is_named(authority: Authority, wrong: str) -> None:
         read_pair(Files(**{**files, wrong: "/nowhere"}))
 
 
-def test_what_makes_no_pair_is_told(authority: Authority, tmp_path: Path) -> None:
+def test_an_invalid_pair_is_reported(authority: Authority, tmp_path: Path) -> None:
     cert, key = map(str, authority.issue())
     _, other = map(str, authority.issue(to="other"))
     nonsense = tmp_path / "nonsense"
@@ -144,7 +144,7 @@ def test_what_makes_no_pair_is_told(authority: Authority, tmp_path: Path) -> Non
     assert "certificate has expired" in complaint(cert=expired, key=its_key)
 
 
-async def test_half_of_the_settings_is_refused(authority: Authority) -> None:
+async def test_incomplete_tls_settings_are_rejected(authority: Authority) -> None:
     cert, _ = authority.issue()
     for security in (Security(tls_cert=str(cert)), Security(tls_client_ca=str(cert))):
         with pytest.raises(StartupError, match="--tls-"):

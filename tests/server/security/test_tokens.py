@@ -1,4 +1,4 @@
-"""Tokens: who is let in, and what a file may say."""
+"""Tokens: which callers are accepted, and what a token file may contain."""
 
 import os
 from hashlib import sha256
@@ -13,11 +13,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from darkroom.v1 import generation_pb2, model_pb2, server_pb2, server_pb2_grpc
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import StartupError, Unauthenticated
-from darkroom_server.rpc.caller import current_caller
-from darkroom_server.rpc.models import ModelService
+from darkroom_server.rpc.models import ModelServicer
 from darkroom_server.security.new_token import create_token
 from darkroom_server.security.token_file import read_tokens
 from darkroom_server.security.tokens import Tokens
+from darkroom_server.service.call_context import CURRENT_CALL
 from darkroom_server.settings import Security
 from tests.server.telemetry.scrape import counted, values
 from tests.server.wire import SERVING, Wire, refusal, serving
@@ -50,7 +50,7 @@ async def list_models(wire: Wire, metadata: Any = ()) -> Any:
     return await wire.models.ListModels(model_pb2.ListModelsRequest(), metadata=metadata)
 
 
-async def test_who_has_a_token_comes_in(file: Path) -> None:
+async def test_a_valid_token_is_accepted(file: Path) -> None:
     async with serving(fake=AUTO, security=Security(tokens=str(file))) as wire:
         for token in ("web-1", "web-2", "ops-1"):
             assert (await list_models(wire, bearing(token))).models
@@ -61,15 +61,17 @@ async def test_who_has_a_token_comes_in(file: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ((), "asks for a token"),
-        ((("authorization", "Basic web-1"),), "asks for a token"),
-        ((("authorization", "Bearer "),), "asks for a token"),
-        (bearing("web-3"), "no such token"),
-        (bearing("web-1x"), "no such token"),
+        ((), "needs a token"),
+        ((("authorization", "Basic web-1"),), "needs a token"),
+        ((("authorization", "Bearer "),), "needs a token"),
+        (bearing("web-3"), "unknown or was removed"),
+        (bearing("web-1x"), "unknown or was removed"),
         (bearing("old-1"), "expired at 2020-01-31T12:00:00"),
     ],
 )
-async def test_who_has_none_stays_out(file: Path, metadata: Any, message: str) -> None:
+async def test_a_missing_or_unknown_token_is_rejected(
+    file: Path, metadata: Any, message: str
+) -> None:
     async with serving(fake=AUTO, security=Security(tokens=str(file))) as wire:
         request = generation_pb2.GenerateRequest(prompt="a star")
         error = await refusal(wire.generation.Generate(request, metadata=metadata))
@@ -77,18 +79,18 @@ async def test_who_has_none_stays_out(file: Path, metadata: Any, message: str) -
         assert error.info.reason == "UNAUTHENTICATED"
         assert message in error.message
         assert wire.submitted.empty()
-        # Probes have no token.
+        # Health checks need no token.
         assert await wire.health() == SERVING
 
 
-async def test_handlers_know_the_caller_and_so_does_the_log(file: Path, monkeypatch: Any) -> None:
+async def test_handlers_and_the_log_get_the_caller(file: Path, monkeypatch: Any) -> None:
     callers: list[Caller] = []
 
     async def fail(self: object, request: object, context: object) -> None:
-        callers.append(current_caller())
+        callers.append(CURRENT_CALL.get().caller)
         raise ValueError("for the log")
 
-    monkeypatch.setattr(ModelService, "ListModels", fail)
+    monkeypatch.setattr(ModelServicer, "ListModels", fail)
     merge = [structlog.contextvars.merge_contextvars]
     with structlog.testing.capture_logs(processors=merge) as logs:
         async with serving(security=Security(tokens=str(file))) as wire:
@@ -103,13 +105,13 @@ async def test_handlers_know_the_caller_and_so_does_the_log(file: Path, monkeypa
 
 
 async def reflect(wire: Wire, metadata: Any) -> Any:
-    channel: Any = wire.channel  # The types know the synchronous channel only.
+    channel: Any = wire.channel  # The stubs are typed for the synchronous channel only.
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     return await stub.ServerReflectionInfo(iter([request]), metadata=metadata).read()
 
 
-async def test_reflection_and_status_are_for_admins(file: Path) -> None:
+async def test_reflection_and_status_need_an_admin_token(file: Path) -> None:
     async with serving(security=Security(tokens=str(file))) as wire:
         error = await refusal(reflect(wire, bearing("web-1")))
         assert error.code is grpc.StatusCode.PERMISSION_DENIED
@@ -124,7 +126,7 @@ async def test_reflection_and_status_are_for_admins(file: Path) -> None:
         assert (await status.GetStatus(asked, metadata=bearing("ops-1"))).version
 
 
-async def test_the_file_is_read_again_when_it_changes(file: Path) -> None:
+async def test_the_file_is_reloaded_when_it_changes(file: Path) -> None:
     async with serving(security=Security(tokens=str(file))) as wire:
         assert (await refusal(list_models(wire, bearing("new-1")))).info
         file.write_text(entry("new", "new-1"))
@@ -151,7 +153,7 @@ async def test_the_file_is_read_again_when_it_changes(file: Path) -> None:
         ("[[token]]\nname = 'a'", "sha256 must be the SHA-256"),
         ("[[token]]\nname = 'a'\nsha256 = 'secret'", "sha256 must be the SHA-256"),
         ("[[token]]\nname = 'a b'", "name must be 1 to 64"),
-        (entry("a", "x", "secret = 1"), "its key 3 is none of name"),
+        (entry("a", "x", "secret = 1"), "key 3 is not one of name"),
         (entry("a", "x", "max_jobs = 0"), "max_jobs must be a whole number"),
         (entry("a", "x", "max_jobs = true"), "max_jobs must be a whole number"),
         (entry("a", "x", "priority = 1.5"), "priority must be a whole number"),
@@ -160,29 +162,31 @@ async def test_the_file_is_read_again_when_it_changes(file: Path) -> None:
         (entry("a", "x", "admin = 1"), "admin must be true or false"),
         (entry("a", "x", "expires = 2030-01-01T00:00:00"), "with its zone"),
         (entry("a", "x", "expires = 'secret'"), "with its zone"),
-        (entry("a", "x") + entry("a", "y", "max_jobs = 1"), "differ in their limits"),
+        (entry("a", "x") + entry("a", "y", "max_jobs = 1"), "have different limits"),
         (entry("a", "x") + entry("b", "x"), "have the same sha256"),
         ("secret", "is not TOML (at "),
         ("secret = secret", "is not TOML (at "),
     ],
 )
-def test_a_file_that_makes_no_sense(tmp_path: Path, text: str, complaint: str) -> None:
+def test_an_invalid_file_is_rejected_without_quoting_it(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
     path = tmp_path / "t"
     path.write_text(text)
     with pytest.raises(StartupError) as caught:
         read_tokens(str(path))
     assert complaint in str(caught.value)
     assert str(caught.value).startswith(f"--tokens {path}: ")
-    # Somebody may have pasted a token in the wrong place.
+    # The file may contain a token, pasted in the wrong place.
     assert "secret" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there() -> None:
+def test_a_missing_file_is_rejected() -> None:
     with pytest.raises(StartupError, match="/nowhere: cannot be read: No such file"):
         Tokens("/nowhere")
 
 
-def test_a_minted_token_is_let_in_by_the_lines_below_it(tmp_path: Path) -> None:
+def test_a_created_token_is_accepted_with_its_printed_lines(tmp_path: Path) -> None:
     printed = create_token("web").splitlines()
     token = printed[2]
     path = tmp_path / "t"
@@ -196,7 +200,7 @@ def test_a_minted_token_is_let_in_by_the_lines_below_it(tmp_path: Path) -> None:
         create_token("no good")
 
 
-async def test_who_is_not_let_in_is_counted_by_reason(file: Path) -> None:
+async def test_rejected_callers_are_counted_by_reason(file: Path) -> None:
     async with serving(fake=AUTO, security=Security(tokens=str(file))) as wire:
         status: Any = server_pb2_grpc.ServerServiceStub(wire.channel)
         before = await values(wire, "darkroom_rejections_total", "model", "reason")

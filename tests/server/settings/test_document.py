@@ -6,5 +6,5 @@ PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
 
 
 def test_the_page_is_current() -> None:
-    """`python -m darkroom_server.settings.document >docs/configuration.md` mends this."""
+    """Fix with `python -m darkroom_server.settings.document >docs/configuration.md`."""
     assert PAGE.read_text() == document()

@@ -15,13 +15,13 @@ def toml(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_nothing_given_is_the_defaults() -> None:
+def test_defaults_apply_without_any_source() -> None:
     loaded = load_settings({}, {})
     assert loaded.settings == Settings()
     assert loaded.warnings == ()
 
 
-def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+def test_a_flag_overrides_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     config = toml(tmp_path, "[network]\nport = 1\nmetrics_port = 2\nhost = '::'\n")
     environ = {"DARKROOM_SERVE_PORT": "11", "DARKROOM_SERVE_METRICS_PORT": "12"}
     network = load_settings({"port": "21"}, environ, config).settings.network
@@ -30,7 +30,7 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path)
     assert load_settings({}, named).settings.network.host == "::"
 
 
-def test_text_becomes_what_it_says() -> None:
+def test_text_is_converted_to_the_declared_type() -> None:
     environ = {
         "DARKROOM_SERVE_MODEL": "demo, b=x/y@main",
         "DARKROOM_SERVE_DTYPE": "bfloat16",
@@ -73,7 +73,7 @@ def test_text_becomes_what_it_says() -> None:
         ("[engine]\npreset = 'quick'", "must be one of auto, frugal, fast, tiny, not 'quick'"),
     ],
 )
-def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, complaint: str) -> None:
+def test_an_invalid_file_is_reported_in_one_line(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(StartupError) as caught:
         load_settings({}, {}, toml(tmp_path, text))
     assert complaint in str(caught.value)
@@ -104,7 +104,9 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
         ("grace", "-1", "must be greater than or equal to 0"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_origin(name: str, value: str, complaint: str) -> None:
+def test_an_invalid_value_is_reported_with_its_origin(
+    name: str, value: str, complaint: str
+) -> None:
     with pytest.raises(StartupError) as caught:
         load_settings({name: value}, {})
     assert str(caught.value).startswith(f"--{name.replace('_', '-')}: {complaint}")
@@ -116,11 +118,11 @@ def test_a_wrong_value_is_told_with_its_origin(name: str, value: str, complaint:
 def test_an_unknown_variable_is_a_warning() -> None:
     warnings = load_settings({}, {"DARKROOM_SERVE_PROT": "1", "DARKROOM_OTHER": "1"}).warnings
     assert warnings == (
-        "DARKROOM_SERVE_PROT is no setting, and is ignored; did you mean DARKROOM_SERVE_PORT?",
+        "DARKROOM_SERVE_PROT is not a setting and is ignored; did you mean DARKROOM_SERVE_PORT?",
     )
 
 
-def test_every_setting_has_names_of_its_own() -> None:
+def test_every_setting_has_unique_names() -> None:
     options = list(options_of(Settings))
     assert len({option.name for option in options}) == len(options)
     for option in options:

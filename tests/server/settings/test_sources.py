@@ -29,7 +29,7 @@ def test_hub_ids(text: str, expected: tuple[str, str, str | None]) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "with@at", "with=equals", "a=b@c"])
-def test_a_path_that_exists_wins(tmp_path: Path, name: str) -> None:
+def test_an_existing_path_wins_over_a_hub_id(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
     (named,) = model_sources(Models(model=(f"mine={folder}",)))
@@ -39,14 +39,14 @@ def test_a_path_that_exists_wins(tmp_path: Path, name: str) -> None:
         assert bare.id == "plain"
 
 
-def test_a_single_file_is_known_by_its_stem(tmp_path: Path) -> None:
+def test_the_id_of_a_single_file_is_its_stem(tmp_path: Path) -> None:
     file = tmp_path / "v1-5.safetensors"
     file.touch()
     (source,) = model_sources(Models(model=(str(file),), model_config="/some/folder"))
     assert (source.id, source.config) == ("v1-5", "/some/folder")
 
 
-def test_a_relative_path_is_known_by_its_folder(
+def test_the_id_of_a_relative_path_is_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "pictures").mkdir()
@@ -66,20 +66,20 @@ def test_a_relative_path_is_known_by_its_folder(
         (("",), "no such file or folder"),
     ],
 )
-def test_what_is_wrong_is_said(models: tuple[str, ...], complaint: str) -> None:
+def test_an_invalid_model_is_reported(models: tuple[str, ...], complaint: str) -> None:
     with pytest.raises(StartupError) as caught:
         model_sources(Models(model=models))
     assert complaint in str(caught.value)
 
 
-def test_a_folder_whose_name_is_no_name_needs_one(tmp_path: Path) -> None:
+def test_a_folder_with_an_invalid_name_needs_an_explicit_id(tmp_path: Path) -> None:
     folder = tmp_path / "with@at"
     folder.mkdir()
     with pytest.raises(StartupError, match="put NAME="):
         model_sources(Models(model=(str(folder),)))
 
 
-def test_the_engine_is_told_its_section_and_the_token_stays_out_of_sight() -> None:
+def test_the_engine_gets_its_section_and_the_token_is_not_shown() -> None:
     settings = Settings(
         models=Models(model=("a=x/y",), variant="fp16"),
         engine=Engine(device="cuda:1", slice_size="max", autocast=False, threads=3, max_rows=5),

@@ -6,5 +6,5 @@ PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
 def test_the_page_is_current() -> None:
-    """`python -m darkroom_server.telemetry.document >docs/metrics.md` mends this."""
+    """Fix with `python -m darkroom_server.telemetry.document >docs/metrics.md`."""
     assert PAGE.read_text() == document()

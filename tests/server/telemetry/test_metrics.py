@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from darkroom.v1 import generation_pb2, model_pb2
-from darkroom_server.backends.fake_model import FLAGGED
+from darkroom_server.backends.fake import FLAGGED
 from darkroom_server.core.events import (
     BatchDone,
     Counted,
@@ -17,9 +17,10 @@ from darkroom_server.core.events import (
     PeakMeasured,
     Sensors,
 )
-from darkroom_server.rpc.models import ModelService
+from darkroom_server.dispatch import EstimateChecked, FirstPreview
+from darkroom_server.rpc.models import ModelServicer
 from darkroom_server.settings import Engine
-from darkroom_server.telemetry import Metrics, Recorder
+from darkroom_server.telemetry import Metrics
 from tests.server.telemetry.scrape import counted, scrape, values
 from tests.server.wire import SERVING, Wire, refusal, serving
 
@@ -35,6 +36,7 @@ async def busy_day(wire: Wire) -> None:
     await asyncio.sleep(0)
 
 
+@pytest.mark.needs("promtool")
 async def test_promtool_finds_nothing_to_complain_of() -> None:
     async with serving(fake={"auto": True}) as wire:
         await busy_day(wire)
@@ -141,7 +143,7 @@ async def test_a_status_that_was_set_is_the_one_counted(monkeypatch: pytest.Monk
         context.set_code(grpc.StatusCode.DATA_LOSS)
         return model_pb2.GetModelResponse()
 
-    monkeypatch.setattr(ModelService, "GetModel", refuse)
+    monkeypatch.setattr(ModelServicer, "GetModel", refuse)
     async with serving() as wire:
         with pytest.raises(grpc.aio.AioRpcError):
             await wire.models.GetModel(model_pb2.GetModelRequest())
@@ -269,11 +271,10 @@ async def test_retries_that_join_are_counted() -> None:
 
 
 def test_estimates_and_previews_are_held_against_the_clock() -> None:
-    metrics = Metrics()
-    recorder = Recorder(metrics, ["demo"])
-    recorder.estimated("demo", 2.0, 3.0)
-    recorder.estimated("demo", 0.0, 3.0)  # Nothing was promised.
-    recorder.previewed("demo", 0.25)
+    metrics = Metrics(["demo"])
+    metrics.on_event(EstimateChecked("demo", 2.0, 3.0))
+    metrics.on_event(EstimateChecked("demo", 0.0, 3.0))  # There was no estimate.
+    metrics.on_event(FirstPreview("demo", 0.25))
     told = metrics.registry.get_sample_value
     demo = {"model": "demo"}
     assert told("darkroom_estimate_error_ratio_sum", demo) == 1.5

@@ -37,11 +37,16 @@ class Call(Generic[A]):
     fallback_method: Callable[[Stubs], Any] | None = None
     retried: bool = False
 
+    @property
+    def server_id(self) -> str:
+        """Empty: the answer to a unary call comes too late to name the server."""
+        return ""
+
     def ends_at(self) -> float:
         """When the call must have ended if it begins now, by ``time.monotonic``."""
         return math.inf if self.timeout is None else time.monotonic() + self.timeout
 
-    def again(self, error: grpc.RpcError, ends_at: float) -> Self | None:
+    def retry_call(self, error: grpc.RpcError, ends_at: float) -> Self | None:
         """The call to make after ``error``, to end in time; None where there is none."""
         left = ends_at - time.monotonic()
         asks = not was_sent(error) or (self.retried and may_retry(error))
@@ -61,7 +66,7 @@ class Call(Generic[A]):
         return self.survives_disconnect and is_bare(failure, DeadlineExceeded)
 
 
-def closed_under(request_id: str | None) -> DarkroomError:
+def client_closed_error(request_id: str | None) -> DarkroomError:
     """What a caller learns when the client was closed under its call."""
     return Cancelled(
         "the call was cancelled: the client was closed while it ran",

@@ -12,7 +12,6 @@ from darkroom_client._checks import check_seconds, check_text, is_unicode
 from darkroom_client._protocol.call import Call
 from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._protocol.stubs import Stubs
-from darkroom_client._settings import Metadata as SentMetadata
 from darkroom_client._settings import Settings
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
@@ -23,12 +22,11 @@ from darkroom_client._types.result import GenerationResult
 from darkroom_client._types.status import Estimate, ServerStatus
 from darkroom_client._wire.events import decode_accepted
 from darkroom_client._wire.models import decode_model
-from darkroom_client._wire.requests import encode_preview, encode_request, settled
+from darkroom_client._wire.requests import encode_preview, encode_request, with_id_and_seed
 from darkroom_client._wire.results import decode_response
 from darkroom_client._wire.status import decode_estimate, decode_status
 
 A = TypeVar("A")
-Metadata = Mapping[str, str] | None
 
 
 class Calls:
@@ -44,12 +42,12 @@ class Calls:
         self._keep = settings.retry.attempts > 1
 
     def generate(
-        self, request: GenerationRequest, timeout: float | None, metadata: Metadata
+        self, request: GenerationRequest, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[GenerationResult]:
         """Draw, and answer when all is done."""
-        message = encode_request(settled(request), keep=self._keep)
+        message = encode_request(with_id_and_seed(request), keep=self._keep)
         return self._call(
-            lambda stubs: stubs.beginning.Generate,
+            lambda stubs: stubs.health_checked_generation.Generate,
             message,
             decode_response,
             timeout,
@@ -65,10 +63,10 @@ class Calls:
         preview_every: int,
         preview_format: ImageFormat | str,
         timeout: float | None,
-        metadata: Metadata,
+        metadata: Mapping[str, str] | None,
     ) -> GenerationSession:
         """Draw, and tell what happens meanwhile."""
-        message = encode_request(settled(request), keep=self._keep)
+        message = encode_request(with_id_and_seed(request), keep=self._keep)
         return GenerationSession(
             message.request_id,
             request=message,
@@ -80,7 +78,7 @@ class Calls:
         )
 
     def watch(
-        self, request_id: str, timeout: float | None, metadata: Metadata
+        self, request_id: str, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> GenerationSession:
         """Tell what happens to a job that somebody asked for before."""
         _check_name("request_id", request_id)
@@ -97,10 +95,10 @@ class Calls:
         request: GenerationRequest,
         time_limit: float | None,
         timeout: float | None,
-        metadata: Metadata,
+        metadata: Mapping[str, str] | None,
     ) -> Call[Accepted]:
         """Draw, while nobody waits."""
-        generation = encode_request(settled(request))
+        generation = encode_request(with_id_and_seed(request))
         message = generation_pb2.SubmitGenerationRequest(generation=generation)
         limited = check_seconds("time_limit", time_limit)
         if limited is not None:
@@ -108,7 +106,7 @@ class Calls:
             limit.FromNanoseconds(round(limited * 1e9))
             message.time_limit.CopyFrom(limit)
         return self._call(
-            lambda stubs: stubs.beginning.SubmitGeneration,
+            lambda stubs: stubs.health_checked_generation.SubmitGeneration,
             message,
             lambda response: decode_accepted(response.accepted),
             timeout,
@@ -117,7 +115,9 @@ class Calls:
             fallback_method=lambda stubs: stubs.generation.SubmitGeneration,
         )
 
-    def cancel(self, request_id: str, timeout: float | None, metadata: Metadata) -> Call[bool]:
+    def cancel(
+        self, request_id: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[bool]:
         """End a job."""
         _check_name("request_id", request_id)
         return self._call(
@@ -130,7 +130,7 @@ class Calls:
         )
 
     def estimate(
-        self, request: GenerationRequest, timeout: float | None, metadata: Metadata
+        self, request: GenerationRequest, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[Estimate]:
         """What a request would take."""
         return self._call(
@@ -141,7 +141,9 @@ class Calls:
             metadata,
         )
 
-    def models(self, timeout: float | None, metadata: Metadata) -> Call[list[Model]]:
+    def models(
+        self, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[list[Model]]:
         """Every model."""
         return self._call(
             lambda stubs: stubs.models.ListModels,
@@ -151,7 +153,9 @@ class Calls:
             metadata,
         )
 
-    def model(self, id: str, timeout: float | None, metadata: Metadata) -> Call[Model]:
+    def model(
+        self, id: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[Model]:
         """One model."""
         _check_name("id", id)
         return self._call(
@@ -162,7 +166,9 @@ class Calls:
             metadata,
         )
 
-    def status(self, timeout: float | None, metadata: Metadata) -> Call[ServerStatus]:
+    def status(
+        self, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[ServerStatus]:
         """How the server is doing."""
         return self._call(
             lambda stubs: stubs.server.GetStatus,
@@ -172,17 +178,13 @@ class Calls:
             metadata,
         )
 
-    def cancel_on_exit(self, request_id: str, timeout: float, metadata: SentMetadata) -> Call[bool]:
-        """End a job whose caller goes away, as that caller: ``metadata`` is what its call sent."""
-        return replace(self.cancel(request_id, timeout, None), metadata=metadata)
-
     def _call(
         self,
         method: Callable[[Stubs], Any],
         message: Message,
         decode: Callable[[Any], A],
         timeout: float | None,
-        metadata: Metadata = None,
+        metadata: Mapping[str, str] | None = None,
         *,
         request_id: str | None = None,
         survives_disconnect: bool = False,

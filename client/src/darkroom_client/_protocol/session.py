@@ -86,24 +86,27 @@ class GenerationSession:
         self.address = address
         self.timeout = timeout
         self.metadata = metadata
+        # The server continues the job after a lost connection: a reader that stops must cancel it.
+        self.survives_disconnect = request is not None and retry.attempts > 1
         self.ended = False
         self.result: GenerationResult | None = None
         self._request = request
         self._preview = preview
         self._retry = retry
         self._ends_at: float | None = None
-        self._heard_at = 0.0
+        self._last_event_at = 0.0
         self._failures = 0
         self._unknown = 0
         self._sent = False
-        self._settled = False
+        self._job_ended = False
         # Whether the server, as far as is known, has the job.
         self._joinable = request is None
         # Whether to ask servers for it that take no jobs.
-        self._anywhere = False
+        self._skip_health_check = False
         self._accepted: Accepted | None = None
+        self._server_id = ""
         # Why the server that was asked last did not take the job.
-        self._refusal: Unavailable | None = None
+        self._rejection: Unavailable | None = None
         self._started = False
         self._crashes = 0
         self._losses = 0
@@ -114,35 +117,39 @@ class GenerationSession:
 
     @property
     def needs_cancel(self) -> bool:
-        """Whether the server may go on drawing for nobody, so that leaving must be told."""
-        survives_disconnect = self._request is not None and self._retry.attempts > 1
-        return survives_disconnect and self._sent and not self._settled
+        """Whether the server may still run the job, so a reader that stops must cancel it."""
+        return self.survives_disconnect and self._sent and not self._job_ended
+
+    @property
+    def server_id(self) -> str:
+        """The name of the server that has the job; empty while it is not known."""
+        return self._server_id
 
     def next_call(self) -> NextCall:
         """The call to make now; raises what the caller is told where the time is up."""
         now = time.monotonic()
         if self._ends_at is None:
             self._ends_at = math.inf if self.timeout is None else now + self.timeout
-            self._heard_at = now
+            self._last_event_at = now
         left = self._ends_at - now
         if left <= 0:
             self.ended = True
-            raise self._refusal or self._late()
+            raise self._rejection or self._late()
         self._assembly = ImageAssembly(self.request_id)
         timeout = None if math.isinf(left) else left
         if self._joinable or self._request is None:
-            return watching(self.request_id, timeout)
+            return watch_call(self.request_id, timeout)
         self._sent = True
         message = generation_pb2.GenerateStreamRequest(
-            generation=self._missing(self._request), preview=self._preview
+            generation=self._remaining_request(self._request), preview=self._preview
         )
-        return beginning(message, timeout, anywhere=self._anywhere)
+        return generate_call(message, timeout, skip_health_check=self._skip_health_check)
 
     def feed(self, event: generation_pb2.GenerationEvent) -> list[Event]:
         """What ``event`` means to the caller; raises ``ServerError`` for what cannot be read."""
         self._failures = self._unknown = 0
-        self._refusal = None
-        self._heard_at = time.monotonic()
+        self._rejection = None
+        self._last_event_at = time.monotonic()
         try:
             return list(self._decode(event))
         except ServerError:
@@ -160,30 +167,30 @@ class GenerationSession:
             code="UNAVAILABLE",
             request_id=self.request_id,
         )
-        asked_anywhere, self._anywhere = self._anywhere, False
-        if is_bare(error, Unavailable) and not self._joinable and not asked_anywhere:
+        skipped_health_check, self._skip_health_check = self._skip_health_check, False
+        if is_bare(error, Unavailable) and not self._joinable and not skipped_health_check:
             # No server takes jobs, or it was lost: any other says why, or does it after all.
-            self._anywhere = True
+            self._skip_health_check = True
             if not sent:
                 return 0.0
-        if isinstance(error, UnknownRequest) and self._joinable and self._look_elsewhere():
+        if isinstance(error, UnknownRequest) and self._joinable and self._probe_another_backend():
             # Not in step with others that look, or each would always meet the same server.
             return random.uniform(0.0, 0.02)
         self._failures += 1
         if self._accepted is None and isinstance(error, Unavailable):
-            self._refusal = error
-        elif self._refusal is not None and is_bare(error, DeadlineExceeded):
+            self._rejection = error
+        elif self._rejection is not None and is_bare(error, DeadlineExceeded):
             # Cut short on its way to a server that has not taken the job: the reason stays.
-            error = self._refusal
+            error = self._rejection
         if not self._may_go_on(error):
             self.ended = True
             # A bare deadline is this side's own; every other end but a lost connection is the
             # server's word on the job.
-            self._settled = bool(error.reason) and not isinstance(error, Unavailable)
+            self._job_ended = bool(error.reason) and not isinstance(error, Unavailable)
             raise error
         return self._pause(error)
 
-    def _look_elsewhere(self) -> bool:
+    def _probe_another_backend(self) -> bool:
         """Whether to call again at once for a job that is unknown where it was looked for."""
         self._unknown += 1
         if self._unknown < MAX_BACKENDS_PROBED:
@@ -198,7 +205,7 @@ class GenerationSession:
 
     def _may_go_on(self, error: DarkroomError) -> bool:
         """Whether to call again: a few times, and for an accepted job until the time is up."""
-        if self.timeout is None and time.monotonic() - self._heard_at > LONGEST_OUTAGE:
+        if self.timeout is None and time.monotonic() - self._last_event_at > LONGEST_OUTAGE:
             return False
         accepted = self._accepted is not None
         if isinstance(error, Unavailable) and accepted and self._retry.attempts > 1:
@@ -231,7 +238,9 @@ class GenerationSession:
             request_id=self.request_id,
         )
 
-    def _missing(self, request: generation_pb2.GenerateRequest) -> generation_pb2.GenerateRequest:
+    def _remaining_request(
+        self, request: generation_pb2.GenerateRequest
+    ) -> generation_pb2.GenerateRequest:
         """``request`` less the images at its ends that have arrived."""
         count = request.image_count if request.HasField("image_count") else 1
         missing = [index for index in range(count) if index not in self._images]
@@ -272,6 +281,7 @@ class GenerationSession:
         # What is newer than this client is left out.
 
     def _decode_accepted(self, accepted: Accepted) -> Iterator[Event]:
+        self._server_id = accepted.server_id
         if self._accepted is None:
             self._accepted = accepted
             yield accepted
@@ -307,20 +317,20 @@ class GenerationSession:
             model=finished.model,
             model_revision=finished.model_revision,
         )
-        self.ended = self._settled = True
+        self.ended = self._job_ended = True
         return Finished(reason=decode_reason(finished), result=self.result)
 
 
-def watching(request_id: str, timeout: float | None) -> NextCall:
+def watch_call(request_id: str, timeout: float | None) -> NextCall:
     """Join a job."""
     message = generation_pb2.WatchGenerationRequest(request_id=request_id)
     return NextCall(lambda stubs: stubs.generation.WatchGeneration, message, timeout)
 
 
-def beginning(
-    message: generation_pb2.GenerateStreamRequest, timeout: float | None, *, anywhere: bool
+def generate_call(
+    message: generation_pb2.GenerateStreamRequest, timeout: float | None, *, skip_health_check: bool
 ) -> NextCall:
     """Ask for a job, of servers that take some; ``anywhere``: of any other too."""
-    if anywhere:
+    if skip_health_check:
         return NextCall(lambda stubs: stubs.generation.GenerateStream, message, timeout)
-    return NextCall(lambda stubs: stubs.beginning.GenerateStream, message, timeout)
+    return NextCall(lambda stubs: stubs.health_checked_generation.GenerateStream, message, timeout)

@@ -10,11 +10,12 @@ from darkroom.v1 import generation_pb2_grpc, model_pb2_grpc, server_pb2_grpc
 class Stubs:
     """One stub of each service; which kind of call they make is the channels' choice.
 
-    ``beginning``: for calls that begin jobs, by a channel that goes to servers that take them.
+    ``health_checked_generation``: for calls that begin jobs, over the channel that goes only to
+    servers whose health says that they accept jobs.
     """
 
     def __init__(self, checked: Any, channel: Any) -> None:
-        self.beginning: Any = generation_pb2_grpc.GenerationServiceStub(checked)
+        self.health_checked_generation: Any = generation_pb2_grpc.GenerationServiceStub(checked)
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)
         self.models: Any = model_pb2_grpc.ModelServiceStub(channel)
         self.server: Any = server_pb2_grpc.ServerServiceStub(channel)

@@ -21,23 +21,24 @@ from darkroom_client._protocol.rpc_errors import RETRIED
 from darkroom_client._settings import Settings
 from darkroom_client._types.connection import TLS, Retry
 
-ACCEPTING = "darkroom.v1.GenerationService"
-"""The name of health checks that says whether a server takes jobs."""
+HEALTH_SERVICE = "darkroom.v1.GenerationService"
+"""The name whose health check says whether a server accepts jobs."""
 
-BEGINNING = (
+JOB_STARTING_METHODS = (
     ("darkroom.v1.GenerationService", "Generate"),
     ("darkroom.v1.GenerationService", "SubmitGeneration"),
 )
-OTHERS = (
+OTHER_METHODS = (
     ("darkroom.v1.GenerationService", "CancelGeneration"),
     ("darkroom.v1.GenerationService", "EstimateGeneration"),
     ("darkroom.v1.ModelService", "ListModels"),
     ("darkroom.v1.ModelService", "GetModel"),
     ("darkroom.v1.ServerService", "GetStatus"),
 )
-"""Calls that gRPC retries. Not streams: ``GenerationSession`` retries those, and knows their past.
-(And a stream that meets a server which is going away was seen to hang in gRPC's own retries until
-its deadline, with grpcio 1.85.)"""
+"""Unary methods that gRPC retries: each is in one of the two tables.
+
+No streams: ``GenerationSession`` retries those, as it knows what has arrived. (With grpcio 1.85,
+gRPC's own retries of a stream hung until its deadline if the server was shutting down.)"""
 
 Options = tuple[tuple[str, str | int], ...]
 Methods = tuple[tuple[str, str], ...]
@@ -46,31 +47,41 @@ _clients = itertools.count()
 
 
 def open_channels(settings: Settings) -> tuple[grpc.Channel, grpc.Channel]:
-    """The checked and the plain channel for blocking calls; each connects at its first one."""
-    target, credentials = dial_target(settings.target), _credentials(settings.tls)
+    """The checked and the plain channel for blocking calls; each connects at its first call."""
     own = _own_connections()
-
-    def channel(*, checked: bool) -> grpc.Channel:
-        options = channel_options(settings, checked=checked) + own
-        if credentials is None:
-            return grpc.insecure_channel(target, options)
-        return grpc.secure_channel(target, credentials, options)
-
-    return channel(checked=True), channel(checked=False)
+    checked, plain = (channel_options(settings, checked=each) + own for each in (True, False))
+    target = dial_target(settings.target)
+    return _open(settings, target, checked), _open(settings, target, plain)
 
 
 def open_async_channels(settings: Settings) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
     """As ``open_channels``, for the running event loop, which they belong to."""
-    target, credentials = dial_target(settings.target), _credentials(settings.tls)
     own = _own_connections()
+    checked, plain = (channel_options(settings, checked=each) + own for each in (True, False))
+    target = dial_target(settings.target)
+    return _open_async(settings, target, checked), _open_async(settings, target, plain)
 
-    def channel(*, checked: bool) -> grpc.aio.Channel:
-        options = channel_options(settings, checked=checked) + own
-        if credentials is None:
-            return grpc.aio.insecure_channel(target, options)
-        return grpc.aio.secure_channel(target, credentials, options)
 
-    return channel(checked=True), channel(checked=False)
+def open_direct_channel(settings: Settings, address: str) -> grpc.Channel:
+    """A channel to ``address``, one of those of the settings' target, for blocking calls."""
+    return _open(settings, address, direct_options(settings))
+
+
+def open_direct_async_channel(settings: Settings, address: str) -> grpc.aio.Channel:
+    """As ``open_direct_channel``, for the running event loop."""
+    return _open_async(settings, address, direct_options(settings))
+
+
+def _open(settings: Settings, target: str, options: Options) -> grpc.Channel:
+    if (credentials := _credentials(settings.tls)) is None:
+        return grpc.insecure_channel(target, options)
+    return grpc.secure_channel(target, credentials, options)
+
+
+def _open_async(settings: Settings, target: str, options: Options) -> grpc.aio.Channel:
+    if (credentials := _credentials(settings.tls)) is None:
+        return grpc.aio.insecure_channel(target, options)
+    return grpc.aio.secure_channel(target, credentials, options)
 
 
 def _own_connections() -> Options:
@@ -89,13 +100,20 @@ def dial_target(target: str) -> str:
     return f"dns:///{target}" if plain else target
 
 
+def endpoints(target: str) -> list[str]:
+    """Every "host:port" of ``target``; empty for a kind of target that has none."""
+    scheme, _, rest = dial_target(target).partition(":")
+    if scheme == "dns":
+        # Not behind "dns://server/": that name server's answers may differ from this machine's.
+        name = rest.removeprefix("///")
+        return [] if "/" in name else [name]
+    return rest.split(",") if scheme in ("ipv4", "ipv6") else []
+
+
 def is_loopback(target: str) -> bool:
     """Whether every address of ``target`` is one of this machine alone."""
-    rest = dial_target(target)
-    for scheme in ("dns:", "ipv4:", "ipv6:"):
-        rest = rest.removeprefix(scheme)
-    hosts = [each.rpartition(":")[0].strip("[]") for each in rest.rpartition("/")[2].split(",")]
-    return all(host == "localhost" or _is_loopback_ip(host) for host in hosts)
+    hosts = [endpoint.rpartition(":")[0].strip("[]") for endpoint in endpoints(target)]
+    return bool(hosts) and all(host == "localhost" or _is_loopback_ip(host) for host in hosts)
 
 
 def _is_loopback_ip(host: str) -> bool:
@@ -126,6 +144,18 @@ def channel_options(settings: Settings, *, checked: bool) -> Options:
     return options
 
 
+def direct_options(settings: Settings) -> Options:
+    """The options of a channel to one address of the target: the name stays the target's."""
+    options = channel_options(settings, checked=False) + _own_connections()
+    names = endpoints(settings.target)
+    if len(names) == 1:
+        options += (("grpc.default_authority", names[0]),)
+        if settings.tls is not None and not settings.tls.server_name:
+            host = names[0].rpartition(":")[0].strip("[]")
+            options += (("grpc.ssl_target_name_override", host),)
+    return options
+
+
 def service_config(settings: Settings, *, checked: bool) -> dict[str, object]:
     """How calls are spread over the servers behind a name, and when they are tried again."""
     retry = settings.retry
@@ -133,7 +163,7 @@ def service_config(settings: Settings, *, checked: bool) -> dict[str, object]:
     if checked:
         # No retries here: gRPC would spend them all on finding that no server is healthy. A call
         # that fails has its further tries over the plain channel.
-        config["healthCheckConfig"] = {"serviceName": ACCEPTING}
+        config["healthCheckConfig"] = {"serviceName": HEALTH_SERVICE}
     elif retry.attempts > 1:
         # What begins a job has had its first try over the checked channel.
         later = replace(
@@ -141,7 +171,7 @@ def service_config(settings: Settings, *, checked: bool) -> dict[str, object]:
             attempts=retry.attempts - 1,
             initial_backoff=min(retry.initial_backoff * retry.multiplier, retry.max_backoff),
         )
-        kinds = [(OTHERS, retry), (BEGINNING, later)]
+        kinds = [(OTHER_METHODS, retry), (JOB_STARTING_METHODS, later)]
         config["methodConfig"] = [_method_config(*kind) for kind in kinds if kind[1].attempts > 1]
         # After 50 failures more than successes, retries stop: a fleet that is down is left alone.
         config["retryThrottling"] = {"maxTokens": 100, "tokenRatio": 0.5}

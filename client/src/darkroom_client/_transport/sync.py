@@ -1,136 +1,140 @@
-"""The blocking client's I/O: its channels, and who waits for what over them."""
+"""The blocking client's I/O: its channels, its calls and their cancellation."""
 
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
 
+from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_client._errors import DarkroomError
-from darkroom_client._protocol.call import Call, closed_under
-from darkroom_client._protocol.calls import Calls
-from darkroom_client._protocol.session import MAX_BACKENDS_PROBED, GenerationSession, NextCall
+from darkroom_client._protocol.call import Call, client_closed_error
+from darkroom_client._protocol.session import GenerationSession, NextCall
 from darkroom_client._protocol.stubs import Stubs
-from darkroom_client._settings import Metadata, Settings
-from darkroom_client._transport.channels import check_files, open_channels
+from darkroom_client._settings import Settings
+from darkroom_client._transport.channels import check_files, open_channels, open_direct_channel
+from darkroom_client._transport.server_address import server_address
 
 CANCEL_ON_EXIT_SECONDS = 2.0
-"""How long a server may take to hear that nobody waits for a job any more."""
+"""The time limit of a cancel call, the lookup of the server's address included."""
 
 A = TypeVar("A")
 
 
 class SyncTransport:
-    """Makes calls; safe to share between threads, and of the process of its first call.
+    """Makes calls; safe to share between threads, in the process of its first call.
 
-    gRPC's threads do not survive a fork: over channels that were opened before it, calls may hang.
+    gRPC's threads do not survive a fork: calls over channels opened before it may hang. A forked
+    child neither uses nor closes its parent's channels.
+
+    ``_in_flight`` holds each job that the server would continue after a lost connection, from
+    before its first call until its caller has the answer. Invariant: a job leaves ``_in_flight``
+    only after its cancel, if it needs one, is in ``_cancels``. So ``close`` finds every job in one
+    of the two. A job may be cancelled twice, which is harmless, but never zero times. This needs
+    no lock, so signal handlers and finalizers may run ``finish`` and ``close`` at any moment: each
+    step below is one atomic operation of a dict or a set.
+
+    ``_lock`` guards the opening only: the channels open at most once, and none is open after
+    ``close``. It is reentrant, for a signal handler may close the client that is being opened.
     """
 
-    def __init__(self, settings: Settings, calls: Calls) -> None:
+    def __init__(self, settings: Settings) -> None:
         check_files(settings.tls)
         self.closed = False
         self._settings = settings
-        self._calls = calls
         self._channels: tuple[grpc.Channel, ...] = ()
         self._stubs: Stubs | None = None
         self._process = 0
-        # May be taken twice: a signal's handler may close the client that is being opened.
-        self._opening = threading.RLock()
-        # Jobs that the server would go on with if this side just went away.
-        self._kept: dict[str, Metadata] = {}
-        self._farewells: set[threading.Thread] = set()
-        # Held while a job changes hands, so that either its caller or ``close`` cancels it,
-        # and while that starts, for a thread that has not started cannot be joined.
-        # May be taken twice: an iterator that is dropped leaves its jobs at any moment.
-        self._leaving = threading.RLock()
+        self._lock = threading.RLock()
+        self._in_flight: dict[str, Call[Any] | GenerationSession] = {}
+        self._cancels: set[threading.Thread] = set()
 
     @property
     def stubs(self) -> Stubs:
-        """The services; the channels open here, at the first use.
+        """The services; the channels open at the first use.
 
-        Raises ``RuntimeError`` in a process that was forked since.
+        Raises ``RuntimeError`` in a process that was forked after that.
         """
         self._check_process()
         return self._stubs or self._open()
 
     @property
-    def _forked(self) -> bool:
+    def forked(self) -> bool:
+        """Whether the channels belong to the parent of this process."""
         return self._stubs is not None and self._process != os.getpid()
 
     def _check_process(self) -> None:
-        if self._forked:
+        if self.forked:
             raise RuntimeError(
                 "this client was in use before the process forked: make one in each process"
             )
 
     def _open(self) -> Stubs:
-        with self._opening:
+        with self._lock:
             if self._stubs is None:
-                if self.closed:
-                    raise ValueError("closed before its first call")  # As gRPC's own channels do.
                 self._process = os.getpid()
                 self._channels = open_channels(self._settings)
                 self._stubs = Stubs(*self._channels)
+                if self.closed:  # Before this, or meanwhile by a signal handler.
+                    self._close_channels()
             return self._stubs
 
-    def ask(self, call: Call[A]) -> A:
+    def run(self, call: Call[A]) -> A:
         """Make ``call`` and wait for its answer."""
-        pending = self.start(call)
+        in_flight = self.start(call)
         try:
-            return pending.result()
+            return in_flight.result()
         finally:
-            pending.cancel()
+            in_flight.cancel()
 
     def start(self, call: Call[A]) -> "InFlightCall[A]":
-        """Make ``call`` and wait for nothing."""
+        """Make ``call`` without waiting for its answer."""
         self.check_open()
         self._check_process()
-        # Before the call, for an interrupt may come at any moment after it.
-        if call.survives_disconnect and call.request_id is not None:
-            self._keep(call.request_id, call.metadata)
+        self.register(call)  # Before the call: an interrupt may come at any moment after it.
         return InFlightCall(self, call)
 
     def open(self, call: Call[A]) -> Any:
-        """Make one try of ``call``: a future of gRPC's."""
+        """Make one try of ``call``; returns gRPC's future."""
         try:
             return call.method(self.stubs).future(
                 call.message, timeout=call.timeout, metadata=call.metadata
             )
         except ValueError:
             if self.closed:
-                raise closed_under(call.request_id) from None
+                raise client_closed_error(call.request_id) from None
             raise
 
-    def follow(self, session: GenerationSession, attempt: NextCall) -> Any:
-        """Open the stream of ``attempt``."""
+    def open_stream(self, session: GenerationSession, call: NextCall) -> Any:
+        """Open the stream of ``call``; returns gRPC's call."""
         if self.closed:
-            raise closed_under(session.request_id)
+            raise client_closed_error(session.request_id)
         self._check_process()
-        if session.needs_cancel:
-            self._keep(session.request_id, session.metadata)
+        self.register(session)
         try:
-            opened = attempt.method(self.stubs)(
-                attempt.message, timeout=attempt.timeout, metadata=session.metadata
+            return call.method(self.stubs)(
+                call.message, timeout=call.timeout, metadata=session.metadata
             )
         except ValueError:
             if self.closed:
-                raise closed_under(session.request_id) from None
+                raise client_closed_error(session.request_id) from None
             raise
-        # Again, for whoever left meanwhile cancelled a job that was not there yet.
-        if session.needs_cancel:
-            self._keep(session.request_id, session.metadata)
-        return opened
 
-    def settle(self, request_id: str | None, *, needs_cancel: bool) -> None:
-        """Nobody waits for this job any more; the server is told where it would not notice."""
-        if request_id is None:
+    def register(self, job: Call[Any] | GenerationSession) -> None:
+        """Note that a job is in flight, if the server continues it after a lost connection."""
+        if job.survives_disconnect and job.request_id is not None:
+            self._in_flight[job.request_id] = job
+
+    def finish(self, request_id: str | None, *, needs_cancel: bool) -> None:
+        """Note that no caller waits for this job any more; cancel it if it needs that."""
+        if request_id is None or (job := self._in_flight.get(request_id)) is None:
             return
-        with self._leaving:
-            # A client that closes cancels all that remain.
-            metadata = None if self.closed else self._kept.pop(request_id, None)
-            if metadata is not None and needs_cancel:
-                self._cancel_on_exit(request_id, metadata)
+        if needs_cancel:
+            self._start_cancel(job)
+        self._in_flight.pop(request_id, None)
 
     def check_open(self) -> None:
         """Raise ``RuntimeError`` for a client that is closed."""
@@ -138,136 +142,151 @@ class SyncTransport:
             raise RuntimeError("this client is closed")
 
     def close(self) -> None:
-        """Tell the server which jobs nobody waits for any more, then close the channels."""
-        with self._leaving:
-            if not self.closed:
-                self.closed = True
-                for request_id, metadata in tuple(self._kept.items()):
-                    self._cancel_on_exit(request_id, metadata)
-                self._kept.clear()
-            farewells = tuple(self._farewells)
-        for cancel_on_exit in farewells:
-            cancel_on_exit.join()
-        with self._opening:  # Once it is free, nobody opens any more.
-            channels = () if self._forked else self._channels  # The parent closes its own.
-        for channel in channels:
+        """Cancel every job in flight, wait until that is done, and close the channels."""
+        self.closed = True
+        if self.forked:
+            return
+        for request_id in self._in_flight.copy():
+            self.finish(request_id, needs_cancel=True)
+        for thread in self._cancels.copy():
+            # One that has not started yet belongs to a job that was just cancelled above.
+            if thread.is_alive():
+                thread.join()
+        with self._lock:  # Wait for a thread that opens them now.
+            self._close_channels()
+
+    def _close_channels(self) -> None:
+        for channel in self._channels:
             channel.close()
 
-    def _keep(self, request_id: str, metadata: Metadata) -> None:
-        with self._leaving:
-            self._kept[request_id] = metadata
+    def _start_cancel(self, job: Call[Any] | GenerationSession) -> None:
+        if self._stubs is None or self.forked or sys.is_finalizing():
+            # No call was made; or the parent made it; or no thread can start any more, and the
+            # job ends after the server's grace time.
+            return
+        # A thread: the caller does not wait for the cancel, and a finalizer must not make a call,
+        # as it may interrupt gRPC where gRPC holds a lock.
+        thread = threading.Thread(target=self._cancel, args=(job,))
+        self._cancels.add(thread)
+        thread.start()
 
-    def _cancel_on_exit(self, request_id: str, metadata: Metadata) -> None:
-        if self._stubs is None or self._forked:
-            return  # Nothing was ever asked, or by the parent, whose jobs go on.
-        # A thread, for it may take several calls, and whoever leaves should not wait for them.
-        cancel_on_exit = threading.Thread(
-            target=self._cancel_somewhere, args=(request_id, metadata)
-        )
-        self._farewells.add(cancel_on_exit)
-        cancel_on_exit.start()
+    def _cancel(self, job: Call[Any] | GenerationSession) -> None:
+        """Make one cancel call, to the server that has the job if its address is known."""
+        ends_at = time.monotonic() + CANCEL_ON_EXIT_SECONDS
+        message = generation_pb2.CancelGenerationRequest(request_id=job.request_id or "")
 
-    def _cancel_somewhere(self, request_id: str, metadata: Metadata) -> None:
-        """Cancel a job at whichever of the servers behind the target has it."""
-        call = self._calls.cancel_on_exit(request_id, CANCEL_ON_EXIT_SECONDS, metadata)
+        def call(stub: Any) -> None:
+            timeout = ends_at - time.monotonic()
+            # Whatever the answer is, there is no second call: a job that this one did not reach
+            # ends after its server's grace time.
+            stub.CancelGeneration.future(message, timeout=timeout, metadata=job.metadata).code()
+
         try:
-            # All at once the second time: a balanced connection takes calls in a row to one server
-            # after the other, unless somebody else's come between.
-            for count in (1, MAX_BACKENDS_PROBED):
-                running = [
-                    call.method(self.stubs).future(
-                        call.message, timeout=call.timeout, metadata=call.metadata
-                    )
-                    for _ in range(count)
-                ]
-                # Any other answer is the end: it is cancelled, or the server is gone, and the job.
-                if {each.code() for each in running} != {grpc.StatusCode.NOT_FOUND}:
-                    return
+            address = server_address(
+                job.server_id, self._settings.target, CANCEL_ON_EXIT_SECONDS / 2
+            )
+            if address is None:
+                call(self.stubs.generation)
+            else:
+                with open_direct_channel(self._settings, address) as channel:
+                    call(generation_pb2_grpc.GenerationServiceStub(channel))
+        except ValueError:
+            # ``close`` ran between ``add`` and ``start`` above, and has cancelled the job.
+            if not self.closed:
+                raise
         finally:
-            self._farewells.discard(threading.current_thread())
+            self._cancels.discard(threading.current_thread())
+
+
+class _Try(NamedTuple):
+    call: Call[Any]
+    future: Any
 
 
 class InFlightCall(Generic[A]):
-    """A call that runs, in one try or two."""
+    """A unary call in flight: one try, or two.
 
-    def __init__(self, link: SyncTransport, call: Call[A]) -> None:
-        self._transport = link
+    One thread at a time moves it from the first try to the second: gRPC's thread if ``when_done``
+    is used, else the thread in ``result``. Any thread may cancel it at any moment, a signal handler
+    and a finalizer included, and no lock is needed: ``cancel`` sets ``_cancelled`` and then reads
+    ``_current``, the mover sets ``_current`` and then reads ``_cancelled``. So at least one of the
+    two sees the other's write, and cancels the second try.
+    """
+
+    def __init__(self, transport: SyncTransport, call: Call[A]) -> None:
+        self._transport = transport
         self._call = call
         self._ends_at = call.ends_at()
-        self._left = False
-        # Held while one try follows another. May be taken twice, as the link's own.
-        self._turning = threading.RLock()
-        self._try = call
-        self._future = link.open(call)
+        self._cancelled = False
+        self._current = _Try(call, transport.open(call))
 
     def result(self) -> A:
-        """The answer, waited for; raises the call's ``DarkroomError``."""
+        """Wait for the answer; raises the call's ``DarkroomError``."""
         while True:
-            future = self._future
+            current = self._current
             try:
-                response = future.result()
+                response = current.future.result()
                 break
             except grpc.FutureCancelledError:
-                raise closed_under(self._call.request_id) from None
+                raise client_closed_error(self._call.request_id) from None
             except grpc.RpcError as error:
-                if self._goes_on(future):
+                if self._retry(current):
                     continue
                 failure = self._call.failure(error)
-                self._settle(needs_cancel=self._call.needs_cancel(failure))
+                self._finish(needs_cancel=self._call.needs_cancel(failure))
                 raise failure from error
-        self._settle(needs_cancel=False)
+        self._finish(needs_cancel=False)
         return self._call.decode(response)
 
     def outcome(self) -> A | DarkroomError:
-        """The answer, or what came in its place."""
+        """The answer, or the error in its place."""
         try:
             return self.result()
         except DarkroomError as error:
             return error
 
-    def when_done(self, tell: Callable[[], None]) -> None:
-        """Have ``tell`` called, in some thread, once the answer is there."""
+    def when_done(self, notify: Callable[[], None]) -> None:
+        """Call ``notify`` in some thread once the answer is there. Call this at most once."""
 
-        def done(future: Any) -> None:
-            goes_on = False
+        def done(_: Any) -> None:
+            retried = False
             try:
-                goes_on = self._goes_on(future)
+                retried = self._retry(self._current)
             finally:
-                # Were it not told, for whatever reason, its reader would wait for ever.
-                if not goes_on:
-                    tell()
-            if goes_on:
-                self._future.add_done_callback(done)
+                # Also after an error here, or the reader would wait forever.
+                if not retried:
+                    notify()
+            if retried:
+                self._current.future.add_done_callback(done)
 
-        self._future.add_done_callback(done)
+        self._current.future.add_done_callback(done)
 
     def cancel(self) -> None:
-        """Leave, where there is no answer yet; the server stops drawing."""
-        with self._turning:
-            needs_cancel = not self._future.done() or self._again() is not None
-            self._left = True
-        self._settle(needs_cancel=needs_cancel)
-        self._future.cancel()
+        """Cancel the call and its job, unless the answer is there."""
+        current = self._current
+        needs_cancel = not current.future.done() or self._retry_call(current) is not None
+        self._cancelled = True
+        self._finish(needs_cancel=needs_cancel)
+        if not self._transport.forked:
+            self._current.future.cancel()
 
-    def _goes_on(self, future: Any) -> bool:
-        """Whether there is another try after ``future``, which has ended; begins it."""
-        with self._turning:
-            if self._future is future:
-                again = self._again()
-                if again is None:
-                    return False
-                self._try, self._future = again, self._transport.open(again)
-                if self._left:
-                    # By an iterator that was dropped in this very moment.
-                    self._future.cancel()
-            return True
+    def _retry(self, ended: _Try) -> bool:
+        """Begin the try that follows ``ended``; false if there is none."""
+        call = self._retry_call(ended)
+        if call is None:
+            return False
+        self._current = _Try(call, self._transport.open(call))
+        if self._cancelled:  # While the second try was being opened: cancel that one too.
+            self._transport.register(call)
+            self.cancel()
+        return True
 
-    def _again(self) -> Call[A] | None:
-        """The try to make after the one that ended; None where that was the last."""
-        if self._left or self._transport.closed or self._future.cancelled():
+    def _retry_call(self, ended: _Try) -> Call[A] | None:
+        """The call to make after the try that ended; None if that was the last."""
+        if self._cancelled or self._transport.closed or ended.future.cancelled():
             return None
-        error = self._future.exception()
-        return None if error is None else self._try.again(error, self._ends_at)
+        error = ended.future.exception()
+        return None if error is None else ended.call.retry_call(error, self._ends_at)
 
-    def _settle(self, *, needs_cancel: bool) -> None:
-        self._transport.settle(self._call.request_id, needs_cancel=needs_cancel)
+    def _finish(self, *, needs_cancel: bool) -> None:
+        self._transport.finish(self._call.request_id, needs_cancel=needs_cancel)

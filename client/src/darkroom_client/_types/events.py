@@ -22,6 +22,7 @@ class Accepted:
     ``queue_position``: how many jobs go before it. ``estimated_start`` and ``estimated_finish``:
     seconds from now to the first step and to the last image; None where the server does not know
     yet. ``joined``: the server had this request before, and does not draw it twice.
+    ``server_id``: the name of the server that accepted it; empty from an older server.
     """
 
     request_id: str
@@ -32,6 +33,7 @@ class Accepted:
     model: str
     model_revision: str
     joined: bool
+    server_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

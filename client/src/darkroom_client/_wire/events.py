@@ -67,6 +67,7 @@ def decode_accepted(accepted: generation_pb2.Accepted) -> Accepted:
         model=accepted.model,
         model_revision=accepted.model_revision,
         joined=accepted.joined,
+        server_id=accepted.server_id,
     )
 
 

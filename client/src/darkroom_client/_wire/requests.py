@@ -33,7 +33,7 @@ _TEXTS = ("prompt", "negative_prompt", "model")
 _INTEGERS = ("width", "height", "steps", "image_count", "quality")
 
 
-def settled(request: GenerationRequest) -> GenerationRequest:
+def with_id_and_seed(request: GenerationRequest) -> GenerationRequest:
     """``request`` with its id and seed fixed, so that a retry of it draws the same picture."""
     return replace(
         request,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from darkroom_client._settings import DEFAULT_TARGET, DEFAULT_TIMEOUT
 from darkroom_client._types.enums import ImageFormat, Scheduler
-from darkroom_client.cli import _estimate, _generate, _models, _replay, _status, _wait
 from darkroom_client.cli._exit_codes import TABLE
+from darkroom_client.cli.commands import _estimate, _generate, _models, _replay, _status, _wait
 
 _EPILOG = f"""\
 environment:

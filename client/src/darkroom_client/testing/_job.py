@@ -102,7 +102,7 @@ class FakeJob:
         self._end(JobState.CANCELLED, Cancelled("the generation was cancelled"))
         return True
 
-    def accepted(self, *, joined: bool) -> generation_pb2.Accepted:
+    def accepted(self, server_id: str, *, joined: bool) -> generation_pb2.Accepted:
         """What its callers hear first."""
         return generation_pb2.Accepted(
             request_id=self.message.request_id,
@@ -111,6 +111,7 @@ class FakeJob:
             model=self.message.model or "demo",
             model_revision=REVISION,
             joined=joined,
+            server_id=server_id,
         )
 
     def response(self) -> generation_pb2.GenerateResponse:

@@ -21,7 +21,7 @@ from darkroom_client.testing._pictures import check_format
 RETRY_SECONDS = 0.05
 
 
-class Ledger:
+class JobRegistry:
     """Jobs by their ids; everything in it is guarded by ``changed``."""
 
     def __init__(self, capacity: int | None) -> None:

@@ -13,7 +13,7 @@ from darkroom_client._types.request import GenerationRequest
 from darkroom_client._types.status import Estimate, ServerState
 from darkroom_client.testing._behaviour import Behaviour
 from darkroom_client.testing._job import FakeJob
-from darkroom_client.testing._jobs import Ledger
+from darkroom_client.testing._jobs import JobRegistry
 from darkroom_client.testing._services import Services
 
 SERVING = {
@@ -54,8 +54,8 @@ class FakeServer:
         self, *, token: str | None = None, capacity: int | None = None, port: int = 0
     ) -> None:
         self.estimate = Estimate(queue_wait=0.0, run_time=1.0, peak_bytes=0, available_bytes=2**30)
-        self._ledger = Ledger(capacity)
-        self._services = Services(self._ledger, lambda: self.estimate, token)
+        self._registry = JobRegistry(capacity)
+        self._services = Services(self._registry, lambda: self.estimate, token)
         self._health = _Health()
         self._port = port
         self._server: grpc.Server | None = None
@@ -70,11 +70,11 @@ class FakeServer:
     @property
     def state(self) -> ServerState:
         """Whether requests are taken, and what health checks say; may be set."""
-        return self._ledger.state
+        return self._registry.state
 
     @state.setter
     def state(self, state: ServerState) -> None:
-        self._ledger.state = state
+        self._registry.state = state
         for service, states in SERVING.items():
             status = "SERVING" if state in states else "NOT_SERVING"
             number = health_pb2.HealthCheckResponse.ServingStatus.Value(status)
@@ -83,8 +83,8 @@ class FakeServer:
     @property
     def jobs(self) -> tuple[FakeJob, ...]:
         """Every job that was accepted since the start, restarts included, oldest first."""
-        with self._ledger.changed:
-            return tuple(self._ledger.jobs)
+        with self._registry.changed:
+            return tuple(self._registry.jobs)
 
     @property
     def requests(self) -> tuple[GenerationRequest, ...]:
@@ -93,18 +93,18 @@ class FakeServer:
 
     def script(self, *behaviours: Behaviour, default: Behaviour | None = None) -> None:
         """Treat the next requests like this, one each; ``default``: all those after them."""
-        with self._ledger.changed:
-            self._ledger.script.extend(behaviours)
+        with self._registry.changed:
+            self._registry.script.extend(behaviours)
             if default is not None:
-                self._ledger.default = default
+                self._registry.default = default
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 30.0) -> None:
         """Return once ``condition`` holds; it is asked whenever a job changes or is refused.
 
         Raises ``TimeoutError`` after ``timeout`` seconds.
         """
-        with self._ledger.changed:
-            if not self._ledger.changed.wait_for(condition, timeout):
+        with self._registry.changed:
+            if not self._registry.changed.wait_for(condition, timeout):
                 raise TimeoutError(f"it did not come true within {timeout:g} s")
 
     def drop_connections(self) -> None:
@@ -115,7 +115,7 @@ class FakeServer:
     def restart(self) -> None:
         """Break every connection, forget every job, and take new ones at the same address."""
         self._hang_up()
-        self._ledger.forget()
+        self._registry.forget()
         self._listen()
 
     def __enter__(self) -> Self:
@@ -129,7 +129,7 @@ class FakeServer:
         trace: TracebackType | None,
     ) -> None:
         self._hang_up()
-        self._ledger.close()
+        self._registry.close()
 
     def _listen(self) -> None:
         self._handlers = ThreadPoolExecutor(HANDLERS)
@@ -141,6 +141,7 @@ class FakeServer:
         server_pb2_grpc.add_ServerServiceServicer_to_server(services, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self._port = server.add_insecure_port(self.target)
+        self._services.server_id = self.target
         server.start()
         self._server = server
 

@@ -17,7 +17,7 @@ from darkroom.v1 import (
 from darkroom_client._errors import DarkroomError, ModelNotFound, Unauthenticated
 from darkroom_client._types.status import Estimate
 from darkroom_client.testing._job import FakeJob, JobState
-from darkroom_client.testing._jobs import Ledger
+from darkroom_client.testing._jobs import JobRegistry
 from darkroom_client.testing._models import describe_model
 from darkroom_client.testing._statuses import abort, drop
 
@@ -29,10 +29,14 @@ class Services(
     model_pb2_grpc.ModelServiceServicer,
     server_pb2_grpc.ServerServiceServicer,
 ):
-    """Every call of ``darkroom.v1``, over the jobs of a ledger."""
+    """Every call of ``darkroom.v1``, over the jobs of a registry; ``server_id`` is its address."""
 
-    def __init__(self, ledger: Ledger, estimate: Callable[[], Estimate], token: str | None) -> None:
-        self._ledger = ledger
+    server_id = ""
+
+    def __init__(
+        self, registry: JobRegistry, estimate: Callable[[], Estimate], token: str | None
+    ) -> None:
+        self._registry = registry
         self._estimate = estimate
         self._token = token
 
@@ -47,7 +51,9 @@ class Services(
     ) -> Iterator[generation_pb2.GenerateStreamResponse]:
         every = request.preview.every_steps
         job, joined = self._admitted(request.generation, context, preview_every=every)
-        accepted = generation_pb2.GenerationEvent(accepted=job.accepted(joined=joined))
+        accepted = generation_pb2.GenerationEvent(
+            accepted=job.accepted(self.server_id, joined=joined)
+        )
         yield generation_pb2.GenerateStreamResponse(event=accepted)
         for event in self._told(job, context, late=joined):
             yield generation_pb2.GenerateStreamResponse(event=event)
@@ -58,7 +64,7 @@ class Services(
         self._authenticate(context)
         limit = request.time_limit.ToNanoseconds() / 1e9 if request.HasField("time_limit") else None
         try:
-            job, joined = self._ledger.admit(
+            job, joined = self._registry.admit(
                 request.generation,
                 preview_every=request.preview.every_steps,
                 time_limit=limit,
@@ -66,13 +72,17 @@ class Services(
             )
         except DarkroomError as error:
             abort(context, error)
-        return generation_pb2.SubmitGenerationResponse(accepted=job.accepted(joined=joined))
+        return generation_pb2.SubmitGenerationResponse(
+            accepted=job.accepted(self.server_id, joined=joined)
+        )
 
     def WatchGeneration(
         self, request: generation_pb2.WatchGenerationRequest, context: Any
     ) -> Iterator[generation_pb2.WatchGenerationResponse]:
         job = self._found(request.request_id, context)
-        accepted = generation_pb2.GenerationEvent(accepted=job.accepted(joined=True))
+        accepted = generation_pb2.GenerationEvent(
+            accepted=job.accepted(self.server_id, joined=True)
+        )
         yield generation_pb2.WatchGenerationResponse(event=accepted)
         for event in self._told(job, context, late=True):
             yield generation_pb2.WatchGenerationResponse(event=event)
@@ -81,7 +91,7 @@ class Services(
         self, request: generation_pb2.CancelGenerationRequest, context: Any
     ) -> Any:
         job = self._found(request.request_id, context)
-        with self._ledger.changed:
+        with self._registry.changed:
             return generation_pb2.CancelGenerationResponse(cancelled=job.cancel())
 
     def EstimateGeneration(
@@ -98,38 +108,38 @@ class Services(
 
     def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> Any:
         self._authenticate(context)
-        models = [describe_model(name) for name in self._ledger.models]
+        models = [describe_model(name) for name in self._registry.models]
         return model_pb2.ListModelsResponse(models=models)
 
     def GetModel(self, request: model_pb2.GetModelRequest, context: Any) -> Any:
         self._authenticate(context)
-        name = request.model or self._ledger.models[0]
-        if name not in self._ledger.models:
+        name = request.model or self._registry.models[0]
+        if name not in self._registry.models:
             abort(context, ModelNotFound(f"no model {name!r}"))
         return model_pb2.GetModelResponse(model=describe_model(name))
 
     def GetStatus(self, request: server_pb2.GetStatusRequest, context: Any) -> Any:
         self._authenticate(context)
-        ledger = self._ledger
-        with ledger.changed:
-            running = ledger.running()
+        registry = self._registry
+        with registry.changed:
+            running = registry.running()
             ended = {
-                state.value: sum(job.state is state for job in ledger.jobs)
+                state.value: sum(job.state is state for job in registry.jobs)
                 for state in JobState
                 if state is not JobState.RUNNING
             }
-            state = f"SERVER_STATE_{ledger.state.name}"
+            state = f"SERVER_STATE_{registry.state.name}"
             return server_pb2.GetStatusResponse(
                 version="fake",
                 state=server_pb2.ServerState.Value(state),
                 models=[
                     server_pb2.ModelStatus(id=name, ready=True, running_jobs=running)
-                    for name in ledger.models
+                    for name in registry.models
                 ],
                 engines=[server_pb2.EngineStatus(device="fake", ready=True, jobs=running)],
                 running_jobs=running,
                 max_queued_jobs=64,
-                accepted_jobs=len(ledger.jobs),
+                accepted_jobs=len(registry.jobs),
                 ended_jobs=ended,
             )
 
@@ -139,7 +149,7 @@ class Services(
         self._authenticate(context)
         left = context.time_remaining()
         try:
-            return self._ledger.admit(
+            return self._registry.admit(
                 request,
                 preview_every=preview_every,
                 # gRPC says "no limit" with a number of some hundred years.
@@ -151,7 +161,7 @@ class Services(
     def _found(self, request_id: str, context: Any) -> FakeJob:
         self._authenticate(context)
         try:
-            return self._ledger.find(request_id)
+            return self._registry.find(request_id)
         except DarkroomError as error:
             abort(context, error)
 
@@ -159,7 +169,7 @@ class Services(
         self, job: FakeJob, context: Any, *, late: bool = False
     ) -> Iterator[generation_pb2.GenerationEvent]:
         """The job's events until its end; ``late``: without the progress of the past."""
-        changed, told, drops = self._ledger.changed, 0, job.drops
+        changed, told, drops = self._registry.changed, 0, job.drops
         with changed:
             past = len(job.events) if late else 0
             job.waiters += 1
@@ -188,11 +198,11 @@ class Services(
         return ended or told < len(job.events) or job.drops > drops
 
     def _leave(self, job: FakeJob) -> None:
-        with self._ledger.changed:
+        with self._registry.changed:
             job.waiters -= 1
             if job.waiters == 0 and not job.kept:
                 job.cancel()
-            self._ledger.changed.notify_all()
+            self._registry.changed.notify_all()
 
     def _authenticate(self, context: Any) -> None:
         given = dict(context.invocation_metadata()).get("authorization")

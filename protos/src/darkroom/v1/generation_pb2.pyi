@@ -32,22 +32,22 @@ class _OnDisconnectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnDiscon
     ON_DISCONNECT_CANCEL: _OnDisconnect.ValueType  # 1
     """The job is cancelled at the next step."""
     ON_DISCONNECT_KEEP: _OnDisconnect.ValueType  # 2
-    """The job lives on for the server's grace time, so that the caller can come
-    back with its request_id. A Generate call without one cannot come back: its
-    job is cancelled.
+    """The job runs on for the server's grace time, and the caller can reconnect
+    with its request_id. A Generate call without one cannot reconnect: its job
+    is cancelled.
     """
 
 class OnDisconnect(_OnDisconnect, metaclass=_OnDisconnectEnumTypeWrapper):
-    """OnDisconnect is what becomes of a job when its last waiter is gone."""
+    """OnDisconnect is what happens to a job when its last subscriber disconnects."""
 
 ON_DISCONNECT_UNSPECIFIED: OnDisconnect.ValueType  # 0
 """As ON_DISCONNECT_CANCEL."""
 ON_DISCONNECT_CANCEL: OnDisconnect.ValueType  # 1
 """The job is cancelled at the next step."""
 ON_DISCONNECT_KEEP: OnDisconnect.ValueType  # 2
-"""The job lives on for the server's grace time, so that the caller can come
-back with its request_id. A Generate call without one cannot come back: its
-job is cancelled.
+"""The job runs on for the server's grace time, and the caller can reconnect
+with its request_id. A Generate call without one cannot reconnect: its job
+is cancelled.
 """
 Global___OnDisconnect: _TypeAlias = OnDisconnect  # noqa: Y015
 
@@ -60,25 +60,25 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     """Not used."""
     FINISH_REASON_COMPLETED: _FinishReason.ValueType  # 1
-    """Every image was drawn."""
+    """Every image was generated."""
     FINISH_REASON_WITHHELD: _FinishReason.ValueType  # 2
-    """Every image was drawn, and at least one of them withheld."""
+    """Every image was generated, and at least one was withheld."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
-    """FinishReason is how a job ended well."""
+    """FinishReason is how a job finished."""
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 """Not used."""
 FINISH_REASON_COMPLETED: FinishReason.ValueType  # 1
-"""Every image was drawn."""
+"""Every image was generated."""
 FINISH_REASON_WITHHELD: FinishReason.ValueType  # 2
-"""Every image was drawn, and at least one of them withheld."""
+"""Every image was generated, and at least one was withheld."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
-    """GenerateRequest says what to draw. Only `prompt` is needed; every unset field
-    means the model's default, which ModelService.GetModel reports.
+    """GenerateRequest describes the images. Only `prompt` is required; every unset
+    field means the model's default, which ModelService.GetModel returns.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -99,11 +99,11 @@ class GenerateRequest(_message.Message):
     EXACT_FIELD_NUMBER: _builtins.int
     ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The model's id; may stay empty where the server holds a single model."""
+    """The model's id; may be empty if the server has a single model."""
     prompt: _builtins.str
     """What the images should show."""
     negative_prompt: _builtins.str
-    """What they should not show; used when guidance_scale is above 1."""
+    """What they should not show; used if guidance_scale is above 1."""
     width: _builtins.int
     """In pixels; a multiple of 8 within the model's limits."""
     height: _builtins.int
@@ -111,13 +111,13 @@ class GenerateRequest(_message.Message):
     steps: _builtins.int
     """Denoising steps, within the limits of the scheduler."""
     guidance_scale: _builtins.float
-    """Classifier-free guidance; 1 and below mean none and cost half."""
+    """Classifier-free guidance; 1 and below mean none, at half the cost."""
     seed: _builtins.int
-    """0 to 2^63 - 1. Unset: the server draws one and returns it.
-    Image i is drawn from (seed + i) mod 2^63.
+    """0 to 2^63 - 1. Unset: the server chooses one at random and returns it.
+    Image i uses the seed (seed + i) mod 2^63.
     """
     image_count: _builtins.int
-    """How many images to draw; 1 if unset."""
+    """Number of images; 1 if unset."""
     scheduler: _types_pb2.Scheduler.ValueType
     """The noise scheduler."""
     format: _types_pb2.ImageFormat.ValueType
@@ -125,16 +125,16 @@ class GenerateRequest(_message.Message):
     quality: _builtins.int
     """1 to 100, for JPEG and WEBP only."""
     request_id: _builtins.str
-    """Names the job within its caller; drawn by the server if empty. At most 64
+    """The job's id within its caller; the server creates one if empty. At most 64
     of A-Z a-z 0-9 . _ -
     """
     exact: _builtins.bool
-    """Draw each image in denoiser passes of its own, so that its bytes are
-    identical whatever else the server is doing. Costs throughput.
+    """Run each image in its own denoiser batches, which makes its bytes identical
+    under any load. Costs throughput.
     """
     on_disconnect: Global___OnDisconnect.ValueType
-    """What becomes of the job when its last waiter is gone: a server cannot tell
-    a caller that cancelled from one that lost its connection.
+    """What happens to the job when its last subscriber disconnects: a server
+    cannot distinguish a caller that cancelled from one that lost its connection.
     """
     def __init__(
         self,
@@ -202,9 +202,9 @@ class GenerateResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MODEL_REVISION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The request's id, echoed or drawn by the server."""
+    """The request's id, from the request or created by the server."""
     model: _builtins.str
-    """The model that drew the images."""
+    """The model that generated the images."""
     model_revision: _builtins.str
     """The model's revision."""
     @_builtins.property
@@ -213,7 +213,7 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def timings(self) -> Global___Timings:
-        """Where the time went."""
+        """The time of each stage."""
 
     def __init__(
         self,
@@ -255,16 +255,16 @@ class Image(_message.Message):
     height: _builtins.int
     """In pixels."""
     seed: _builtins.int
-    """The seed that draws this image again, alone."""
+    """The seed that generates this image again, alone."""
     prompt_truncated: _builtins.bool
     """The prompt or the negative prompt was longer than the model's tokenizer
-    takes, and its end was ignored.
+    takes, and was cut.
     """
     flagged: _builtins.bool
-    """The safety checker flagged this image, and `data` was withheld."""
+    """The safety checker flagged this image; `data` is withheld."""
     @_builtins.property
     def replay(self) -> Global___ReplayRecord:
-        """All that is needed to draw this image again."""
+        """Everything needed to generate this image again."""
 
     def __init__(
         self,
@@ -288,8 +288,8 @@ Global___Image: _TypeAlias = Image  # noqa: Y015
 
 @_typing.final
 class ReplayRecord(_message.Message):
-    """ReplayRecord is all that is needed to draw an image again, and to know that
-    it is the same.
+    """ReplayRecord has everything needed to generate an image again and to check
+    that it is the same.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -327,26 +327,26 @@ class ReplayRecord(_message.Message):
     model_revision: _builtins.str
     """The model's revision."""
     scheduler_class: _builtins.str
-    """The scheduler's class in diffusers."""
+    """The scheduler's class in diffusers, such as "DDIMScheduler"."""
     scheduler_config_json: _builtins.str
     """The scheduler's configuration, as JSON."""
     dtype: _builtins.str
-    """The denoiser's weights, such as "float16"."""
+    """The data type of the denoiser's weights, such as "float16"."""
     device: _builtins.str
     """The device's kind and name."""
     preset: _builtins.str
     """The server's preset."""
     rows_in_last_pass: _builtins.int
-    """Rows in the last denoiser pass of this image."""
+    """Rows in the last denoiser batch of this image."""
     pixels_sha256: _builtins.str
     """SHA-256 of the height × width × 3 bytes of RGB before encoding, in hex."""
     @_builtins.property
     def request(self) -> Global___GenerateRequest:
-        """The request that draws this image alone, with no field left to a default."""
+        """The request for this image alone, with every default filled in."""
 
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Versions of the libraries that drew the image, by name."""
+        """Versions of the libraries used, by name."""
 
     def __init__(
         self,
@@ -372,8 +372,8 @@ Global___ReplayRecord: _TypeAlias = ReplayRecord  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """Timings says where a request's time went. Stages of several images overlap,
-    so that they may add up to more than `total`.
+    """Timings is the time of a request by stage. Stages of several images overlap,
+    so they may add up to more than `total`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -386,7 +386,7 @@ class Timings(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queue(self) -> _duration_pb2.Duration:
-        """From arrival to the first denoiser pass, prompt encoding not counted."""
+        """From arrival to the first denoiser batch, without prompt encoding."""
 
     @_builtins.property
     def encode_prompt(self) -> _duration_pb2.Duration:
@@ -394,7 +394,7 @@ class Timings(_message.Message):
 
     @_builtins.property
     def denoise(self) -> _duration_pb2.Duration:
-        """From the first denoiser pass to the last."""
+        """From the first denoiser batch to the last."""
 
     @_builtins.property
     def decode(self) -> _duration_pb2.Duration:
@@ -402,7 +402,7 @@ class Timings(_message.Message):
 
     @_builtins.property
     def encode_image(self) -> _duration_pb2.Duration:
-        """Turning pixels into the format asked for."""
+        """Turning pixels into the requested format."""
 
     @_builtins.property
     def total(self) -> _duration_pb2.Duration:
@@ -428,7 +428,7 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class GenerateStreamRequest(_message.Message):
-    """GenerateStreamRequest says what to draw, and what to tell meanwhile."""
+    """GenerateStreamRequest describes the images and the previews."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -436,11 +436,11 @@ class GenerateStreamRequest(_message.Message):
     PREVIEW_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def generation(self) -> Global___GenerateRequest:
-        """What to draw."""
+        """The images."""
 
     @_builtins.property
     def preview(self) -> Global___PreviewOptions:
-        """The previews wanted; none if unset."""
+        """The previews; none if unset."""
 
     def __init__(
         self,
@@ -465,7 +465,7 @@ class GenerateStreamResponse(_message.Message):
     EVENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event(self) -> Global___GenerationEvent:
-        """What happened."""
+        """The event."""
 
     def __init__(
         self,
@@ -482,7 +482,7 @@ Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y0
 
 @_typing.final
 class SubmitGenerationRequest(_message.Message):
-    """SubmitGenerationRequest says what to draw while nobody waits."""
+    """SubmitGenerationRequest describes the images of a job without a subscriber."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -491,16 +491,16 @@ class SubmitGenerationRequest(_message.Message):
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def generation(self) -> Global___GenerateRequest:
-        """What to draw; its on_disconnect is not used."""
+        """The images; on_disconnect is ignored."""
 
     @_builtins.property
     def preview(self) -> Global___PreviewOptions:
-        """The previews that watchers shall get; none if unset."""
+        """The previews for WatchGeneration; none if unset."""
 
     @_builtins.property
     def time_limit(self) -> _duration_pb2.Duration:
-        """The job's deadline, counted from its acceptance; none if unset. The call's
-        own deadline ends the call only.
+        """The job's deadline, from its acceptance on; none if unset. The call's own
+        deadline ends only the call.
         """
 
     def __init__(
@@ -520,14 +520,14 @@ Global___SubmitGenerationRequest: _TypeAlias = SubmitGenerationRequest  # noqa: 
 
 @_typing.final
 class SubmitGenerationResponse(_message.Message):
-    """SubmitGenerationResponse says that the job runs."""
+    """SubmitGenerationResponse confirms that the job was accepted."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ACCEPTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted:
-        """What was accepted."""
+        """The accepted job."""
 
     def __init__(
         self,
@@ -573,7 +573,7 @@ class WatchGenerationResponse(_message.Message):
     EVENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event(self) -> Global___GenerationEvent:
-        """What happened."""
+        """The event."""
 
     def __init__(
         self,
@@ -612,13 +612,13 @@ Global___CancelGenerationRequest: _TypeAlias = CancelGenerationRequest  # noqa: 
 
 @_typing.final
 class CancelGenerationResponse(_message.Message):
-    """CancelGenerationResponse tells whether there was something to cancel."""
+    """CancelGenerationResponse says whether a job was cancelled."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CANCELLED_FIELD_NUMBER: _builtins.int
     cancelled: _builtins.bool
-    """False where the job had ended before."""
+    """False if the job had already ended."""
     def __init__(
         self,
         *,
@@ -634,7 +634,7 @@ Global___CancelGenerationResponse: _TypeAlias = CancelGenerationResponse  # noqa
 
 @_typing.final
 class EstimateGenerationRequest(_message.Message):
-    """EstimateGenerationRequest says what would be drawn."""
+    """EstimateGenerationRequest describes a possible request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -658,7 +658,7 @@ Global___EstimateGenerationRequest: _TypeAlias = EstimateGenerationRequest  # no
 
 @_typing.final
 class EstimateGenerationResponse(_message.Message):
-    """EstimateGenerationResponse is what the request would take now."""
+    """EstimateGenerationResponse is what the request would need now."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -667,18 +667,16 @@ class EstimateGenerationResponse(_message.Message):
     PEAK_BYTES_FIELD_NUMBER: _builtins.int
     AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
     peak_bytes: _builtins.int
-    """Memory of the device that the images take at their peak, besides the
-    weights.
-    """
+    """Peak device memory of the images, without the weights."""
     available_bytes: _builtins.int
-    """Memory that the device has for it."""
+    """Device memory available for it."""
     @_builtins.property
     def queue_wait(self) -> _duration_pb2.Duration:
-        """From acceptance to the first step; unset where it is not known yet."""
+        """From acceptance to the first step; unset if it is not known yet."""
 
     @_builtins.property
     def run_time(self) -> _duration_pb2.Duration:
-        """From the first step to the last image; unset where it is not known yet."""
+        """From the first step to the last image; unset if it is not known yet."""
 
     def __init__(
         self,
@@ -698,9 +696,9 @@ Global___EstimateGenerationResponse: _TypeAlias = EstimateGenerationResponse  # 
 
 @_typing.final
 class PreviewOptions(_message.Message):
-    """PreviewOptions asks for small pictures of what is being developed. A job that
-    was joined shows what its first call asked for. There are none where images
-    are checked for safety: they would show what is withheld.
+    """PreviewOptions requests small images of unfinished images. A joined job has
+    the previews of its first call. With a safety checker there are none, because
+    they would show what is withheld.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -708,8 +706,8 @@ class PreviewOptions(_message.Message):
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
-    """A preview every so many steps of an image, at least 1, and none after the
-    last; 0 means no previews.
+    """Number of steps between previews; there is none after the last step. 0
+    means no previews.
     """
     format: _types_pb2.ImageFormat.ValueType
     """JPEG or WEBP; JPEG if unset."""
@@ -729,8 +727,8 @@ Global___PreviewOptions: _TypeAlias = PreviewOptions  # noqa: Y015
 
 @_typing.final
 class GenerationEvent(_message.Message):
-    """GenerationEvent is one thing that happened to a job. The first is `accepted`,
-    the last `finished`; a job that ends otherwise ends the stream with a status.
+    """GenerationEvent is one event of a job. The first is `accepted`, the last
+    `finished`; if the job ends otherwise, the stream ends with a status.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -745,7 +743,7 @@ class GenerationEvent(_message.Message):
     RESTARTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted:
-        """The job was accepted, or joined."""
+        """The job was accepted or joined."""
 
     @_builtins.property
     def queued(self) -> Global___Queued:
@@ -761,11 +759,11 @@ class GenerationEvent(_message.Message):
 
     @_builtins.property
     def preview(self) -> Global___Preview:
-        """What an image looks like so far. A slow reader gets fewer of these."""
+        """A small version of an unfinished image. A slow reader gets fewer of these."""
 
     @_builtins.property
     def image(self) -> Global___ImageChunk:
-        """A piece of a finished image."""
+        """A chunk of a finished image."""
 
     @_builtins.property
     def finished(self) -> Global___Finished:
@@ -773,7 +771,7 @@ class GenerationEvent(_message.Message):
 
     @_builtins.property
     def restarted(self) -> Global___Restarted:
-        """The engine died, and the job is run again: its progress starts over, its
+        """The engine died and the job runs again. Its progress starts from 0; its
         finished images are kept.
         """
 
@@ -801,7 +799,7 @@ Global___GenerationEvent: _TypeAlias = GenerationEvent  # noqa: Y015
 
 @_typing.final
 class Accepted(_message.Message):
-    """Accepted says what the server will draw, and when."""
+    """Accepted describes an accepted job."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -813,27 +811,33 @@ class Accepted(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MODEL_REVISION_FIELD_NUMBER: _builtins.int
     JOINED_FIELD_NUMBER: _builtins.int
+    SERVER_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The job's id, given or drawn by the server."""
+    """The job's id, from the request or created by the server."""
     queue_position: _builtins.int
-    """How many jobs go before this one; 0 for a job that need not wait."""
+    """Number of jobs ahead; 0 for a job that need not wait."""
     model: _builtins.str
-    """The model that draws."""
+    """The model that generates the images."""
     model_revision: _builtins.str
     """The model's revision."""
     joined: _builtins.bool
-    """The job was there before this call, which joins it."""
+    """This call joined an existing job."""
+    server_id: _builtins.str
+    """The name of the server that accepted the job, such as "host:50051". Servers
+    behind one name do not share jobs: a client can use it to reach this one.
+    Empty from a server older than this field.
+    """
     @_builtins.property
     def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The seed of each image."""
 
     @_builtins.property
     def estimated_start(self) -> _duration_pb2.Duration:
-        """Expected time from now to the first step; unset where it is not known yet."""
+        """Expected time from now to the first step; unset if it is not known yet."""
 
     @_builtins.property
     def estimated_finish(self) -> _duration_pb2.Duration:
-        """Expected time from now to the last image; unset where it is not known yet."""
+        """Expected time from now to the last image; unset if it is not known yet."""
 
     def __init__(
         self,
@@ -846,10 +850,11 @@ class Accepted(_message.Message):
         model: _builtins.str = ...,
         model_revision: _builtins.str = ...,
         joined: _builtins.bool = ...,
+        server_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["estimated_finish", b"estimated_finish", "estimated_start", b"estimated_start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_finish", b"estimated_finish", "estimated_start", b"estimated_start", "joined", b"joined", "model", b"model", "model_revision", b"model_revision", "queue_position", b"queue_position", "request_id", b"request_id", "seeds", b"seeds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_finish", b"estimated_finish", "estimated_start", b"estimated_start", "joined", b"joined", "model", b"model", "model_revision", b"model_revision", "queue_position", b"queue_position", "request_id", b"request_id", "seeds", b"seeds", "server_id", b"server_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -857,13 +862,13 @@ Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
 
 @_typing.final
 class Queued(_message.Message):
-    """Queued says where a waiting job is."""
+    """Queued is the position of a waiting job."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     POSITION_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """How many jobs go before this one."""
+    """Number of jobs ahead."""
     def __init__(
         self,
         *,
@@ -879,7 +884,7 @@ Global___Queued: _TypeAlias = Queued  # noqa: Y015
 
 @_typing.final
 class Started(_message.Message):
-    """Started says that the first step begins."""
+    """Started: the first step begins."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -896,13 +901,13 @@ Global___Started: _TypeAlias = Started  # noqa: Y015
 
 @_typing.final
 class Restarted(_message.Message):
-    """Restarted says that a job is run again."""
+    """Restarted: the job runs again."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CRASHES_FIELD_NUMBER: _builtins.int
     crashes: _builtins.int
-    """How many engines have died with this job so far."""
+    """Number of engines that have died with this job so far."""
     def __init__(
         self,
         *,
@@ -918,7 +923,7 @@ Global___Restarted: _TypeAlias = Restarted  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
-    """Progress says how far an image is."""
+    """Progress is one step of an image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -932,12 +937,14 @@ class Progress(_message.Message):
     step: _builtins.int
     """Denoiser calls done."""
     steps: _builtins.int
-    """Denoiser calls in all; some schedulers make more than `steps` of them."""
+    """Denoiser calls in total; some schedulers make more of them than the request
+    has `steps`.
+    """
     rows: _builtins.int
-    """Rows in the pass that this step was part of."""
+    """Rows in the batch of this step."""
     @_builtins.property
     def step_time(self) -> _duration_pb2.Duration:
-        """What the pass took."""
+        """Time of the batch."""
 
     def __init__(
         self,
@@ -958,7 +965,7 @@ Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class Preview(_message.Message):
-    """Preview is a small picture of an unfinished image."""
+    """Preview is a small version of an unfinished image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1000,9 +1007,9 @@ Global___Preview: _TypeAlias = Preview  # noqa: Y015
 
 @_typing.final
 class ImageChunk(_message.Message):
-    """ImageChunk is a piece of a finished image. The chunks of an image come in
-    order and without others between them; it is whole when `offset` and the
-    length of `data` make `size`.
+    """ImageChunk is a chunk of a finished image. The chunks of an image come in
+    order, and no chunk of another image comes between them. The image is complete
+    when `offset` plus the length of `data` equals `size`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1015,14 +1022,14 @@ class ImageChunk(_message.Message):
     image_index: _builtins.int
     """Which image of the request, from 0."""
     size: _builtins.int
-    """Bytes of the whole image; 0 if it was withheld."""
+    """Bytes of the whole image; 0 if it is withheld."""
     offset: _builtins.int
-    """Where `data` belongs."""
+    """Position of `data` in the image, in bytes."""
     data: _builtins.bytes
     """At most 512 KiB of the encoded image."""
     @_builtins.property
     def image(self) -> Global___Image:
-        """Everything but the data; in the first chunk of an image only."""
+        """The image without its data; only in the first chunk of an image."""
 
     def __init__(
         self,
@@ -1043,7 +1050,7 @@ Global___ImageChunk: _TypeAlias = ImageChunk  # noqa: Y015
 
 @_typing.final
 class Finished(_message.Message):
-    """Finished says that every image was sent."""
+    """Finished: every image was sent."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1052,14 +1059,14 @@ class Finished(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MODEL_REVISION_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
-    """How it ended."""
+    """Whether an image was withheld."""
     model: _builtins.str
-    """The model that drew the images."""
+    """The model that generated the images."""
     model_revision: _builtins.str
     """The model's revision."""
     @_builtins.property
     def timings(self) -> Global___Timings:
-        """Where the time went."""
+        """The time of each stage."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub(object):
-    """GenerationService draws images from text.
+    """GenerationService generates images from text.
     """
 
     def __init__(self, channel):
@@ -68,11 +68,12 @@ class GenerationServiceStub(object):
 
 
 class GenerationServiceServicer(object):
-    """GenerationService draws images from text.
+    """GenerationService generates images from text.
     """
 
     def Generate(self, request, context):
-        """Generate draws the images of one request and answers when all are ready.
+        """Generate generates the images of one request and answers when all are
+        ready.
 
         Errors carry google.rpc.ErrorInfo with domain "darkroom":
         INVALID_ARGUMENT with every violation as google.rpc.BadRequest, NOT_FOUND
@@ -81,54 +82,55 @@ class GenerationServiceServicer(object):
         in memory, UNAVAILABLE while the model loads or the server drains,
         DEADLINE_EXCEEDED, and INTERNAL when the engine failed.
 
-        A request_id names a job within its caller: a second call with the same id
+        A request_id names a job within its caller. A second call with the same id
         and the same fields joins the running job or gets its kept result; with
-        other fields it is ALREADY_EXISTS. The fields are compared as they were
-        sent, all but request_id and on_disconnect; an unset seed equals an unset
-        seed. A job that was cancelled, expired or failed is run anew, with another
-        seed where none is set. A job that was joined ends at the latest of the
-        deadlines of the calls that asked for it, and with its last waiter.
+        other fields it fails with ALREADY_EXISTS. Fields are compared as they were
+        sent, except request_id and on_disconnect; an unset seed equals an unset
+        seed. A job that was cancelled, expired or failed runs again, with another
+        seed if none is set. A joined job ends at the latest deadline of its calls,
+        or when its last subscriber disconnects.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """GenerateStream does the same, and tells what happens meanwhile. Errors are
-        those of Generate, as the stream's status.
+        """GenerateStream does the same and streams events meanwhile. Errors are those
+        of Generate, as the status of the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SubmitGeneration(self, request, context):
-        """SubmitGeneration answers as soon as the request is accepted, and leaves the
-        job running without a waiter. Its result is kept for a while.
+        """SubmitGeneration answers when the request is accepted, and leaves the job
+        running without a subscriber. The server keeps its result for a while.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchGeneration(self, request, context):
-        """WatchGeneration tells what happens to a job of the same caller, from its
-        acceptance on: finished images are sent again, progress is not. A job that
-        was not finished ends the stream with the status that it ended with.
-        NOT_FOUND for an id that is not known, or not known any more.
+        """WatchGeneration streams the events of a job of the same caller, from its
+        acceptance on. Finished images are sent again, past progress is not. If the
+        job failed, expired or was cancelled, the stream ends with that status.
+        NOT_FOUND for an id that is unknown or no longer known.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelGeneration(self, request, context):
-        """CancelGeneration ends a job of the same caller at the next step, whoever
-        waits for it. NOT_FOUND as in WatchGeneration.
+        """CancelGeneration ends a job of the same caller at the next step, for all its
+        subscribers. NOT_FOUND as in WatchGeneration.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EstimateGeneration(self, request, context):
-        """EstimateGeneration tells what a request would take, without drawing it.
+        """EstimateGeneration returns the time and memory that a request would need,
+        without running it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,7 +178,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService(object):
-    """GenerationService draws images from text.
+    """GenerationService generates images from text.
     """
 
     @staticmethod

@@ -27,14 +27,15 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GenerationServiceStub:
-    """GenerationService draws images from text."""
+    """GenerationService generates images from text."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Generate draws the images of one request and answers when all are ready.
+    """Generate generates the images of one request and answers when all are
+    ready.
 
     Errors carry google.rpc.ErrorInfo with domain "darkroom":
     INVALID_ARGUMENT with every violation as google.rpc.BadRequest, NOT_FOUND
@@ -43,42 +44,45 @@ class GenerationServiceStub:
     in memory, UNAVAILABLE while the model loads or the server drains,
     DEADLINE_EXCEEDED, and INTERNAL when the engine failed.
 
-    A request_id names a job within its caller: a second call with the same id
+    A request_id names a job within its caller. A second call with the same id
     and the same fields joins the running job or gets its kept result; with
-    other fields it is ALREADY_EXISTS. The fields are compared as they were
-    sent, all but request_id and on_disconnect; an unset seed equals an unset
-    seed. A job that was cancelled, expired or failed is run anew, with another
-    seed where none is set. A job that was joined ends at the latest of the
-    deadlines of the calls that asked for it, and with its last waiter.
+    other fields it fails with ALREADY_EXISTS. Fields are compared as they were
+    sent, except request_id and on_disconnect; an unset seed equals an unset
+    seed. A job that was cancelled, expired or failed runs again, with another
+    seed if none is set. A joined job ends at the latest deadline of its calls,
+    or when its last subscriber disconnects.
     """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]
-    """GenerateStream does the same, and tells what happens meanwhile. Errors are
-    those of Generate, as the stream's status.
+    """GenerateStream does the same and streams events meanwhile. Errors are those
+    of Generate, as the status of the stream.
     """
     SubmitGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.SubmitGenerationRequest, _generation_pb2.SubmitGenerationResponse]
-    """SubmitGeneration answers as soon as the request is accepted, and leaves the
-    job running without a waiter. Its result is kept for a while.
+    """SubmitGeneration answers when the request is accepted, and leaves the job
+    running without a subscriber. The server keeps its result for a while.
     """
     WatchGeneration: _grpc.UnaryStreamMultiCallable[_generation_pb2.WatchGenerationRequest, _generation_pb2.WatchGenerationResponse]
-    """WatchGeneration tells what happens to a job of the same caller, from its
-    acceptance on: finished images are sent again, progress is not. A job that
-    was not finished ends the stream with the status that it ended with.
-    NOT_FOUND for an id that is not known, or not known any more.
+    """WatchGeneration streams the events of a job of the same caller, from its
+    acceptance on. Finished images are sent again, past progress is not. If the
+    job failed, expired or was cancelled, the stream ends with that status.
+    NOT_FOUND for an id that is unknown or no longer known.
     """
     CancelGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelGenerationRequest, _generation_pb2.CancelGenerationResponse]
-    """CancelGeneration ends a job of the same caller at the next step, whoever
-    waits for it. NOT_FOUND as in WatchGeneration.
+    """CancelGeneration ends a job of the same caller at the next step, for all its
+    subscribers. NOT_FOUND as in WatchGeneration.
     """
     EstimateGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.EstimateGenerationRequest, _generation_pb2.EstimateGenerationResponse]
-    """EstimateGeneration tells what a request would take, without drawing it."""
+    """EstimateGeneration returns the time and memory that a request would need,
+    without running it.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
-    """GenerationService draws images from text."""
+    """GenerationService generates images from text."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Generate draws the images of one request and answers when all are ready.
+    """Generate generates the images of one request and answers when all are
+    ready.
 
     Errors carry google.rpc.ErrorInfo with domain "darkroom":
     INVALID_ARGUMENT with every violation as google.rpc.BadRequest, NOT_FOUND
@@ -87,37 +91,39 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     in memory, UNAVAILABLE while the model loads or the server drains,
     DEADLINE_EXCEEDED, and INTERNAL when the engine failed.
 
-    A request_id names a job within its caller: a second call with the same id
+    A request_id names a job within its caller. A second call with the same id
     and the same fields joins the running job or gets its kept result; with
-    other fields it is ALREADY_EXISTS. The fields are compared as they were
-    sent, all but request_id and on_disconnect; an unset seed equals an unset
-    seed. A job that was cancelled, expired or failed is run anew, with another
-    seed where none is set. A job that was joined ends at the latest of the
-    deadlines of the calls that asked for it, and with its last waiter.
+    other fields it fails with ALREADY_EXISTS. Fields are compared as they were
+    sent, except request_id and on_disconnect; an unset seed equals an unset
+    seed. A job that was cancelled, expired or failed runs again, with another
+    seed if none is set. A joined job ends at the latest deadline of its calls,
+    or when its last subscriber disconnects.
     """
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]  # type: ignore[assignment]
-    """GenerateStream does the same, and tells what happens meanwhile. Errors are
-    those of Generate, as the stream's status.
+    """GenerateStream does the same and streams events meanwhile. Errors are those
+    of Generate, as the status of the stream.
     """
     SubmitGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.SubmitGenerationRequest, _generation_pb2.SubmitGenerationResponse]  # type: ignore[assignment]
-    """SubmitGeneration answers as soon as the request is accepted, and leaves the
-    job running without a waiter. Its result is kept for a while.
+    """SubmitGeneration answers when the request is accepted, and leaves the job
+    running without a subscriber. The server keeps its result for a while.
     """
     WatchGeneration: _aio.UnaryStreamMultiCallable[_generation_pb2.WatchGenerationRequest, _generation_pb2.WatchGenerationResponse]  # type: ignore[assignment]
-    """WatchGeneration tells what happens to a job of the same caller, from its
-    acceptance on: finished images are sent again, progress is not. A job that
-    was not finished ends the stream with the status that it ended with.
-    NOT_FOUND for an id that is not known, or not known any more.
+    """WatchGeneration streams the events of a job of the same caller, from its
+    acceptance on. Finished images are sent again, past progress is not. If the
+    job failed, expired or was cancelled, the stream ends with that status.
+    NOT_FOUND for an id that is unknown or no longer known.
     """
     CancelGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelGenerationRequest, _generation_pb2.CancelGenerationResponse]  # type: ignore[assignment]
-    """CancelGeneration ends a job of the same caller at the next step, whoever
-    waits for it. NOT_FOUND as in WatchGeneration.
+    """CancelGeneration ends a job of the same caller at the next step, for all its
+    subscribers. NOT_FOUND as in WatchGeneration.
     """
     EstimateGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.EstimateGenerationRequest, _generation_pb2.EstimateGenerationResponse]  # type: ignore[assignment]
-    """EstimateGeneration tells what a request would take, without drawing it."""
+    """EstimateGeneration returns the time and memory that a request would need,
+    without running it.
+    """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """GenerationService draws images from text."""
+    """GenerationService generates images from text."""
 
     @_abc_1.abstractmethod
     def Generate(
@@ -125,7 +131,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GenerateResponse, _abc.Awaitable[_generation_pb2.GenerateResponse]]:
-        """Generate draws the images of one request and answers when all are ready.
+        """Generate generates the images of one request and answers when all are
+        ready.
 
         Errors carry google.rpc.ErrorInfo with domain "darkroom":
         INVALID_ARGUMENT with every violation as google.rpc.BadRequest, NOT_FOUND
@@ -134,13 +141,13 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         in memory, UNAVAILABLE while the model loads or the server drains,
         DEADLINE_EXCEEDED, and INTERNAL when the engine failed.
 
-        A request_id names a job within its caller: a second call with the same id
+        A request_id names a job within its caller. A second call with the same id
         and the same fields joins the running job or gets its kept result; with
-        other fields it is ALREADY_EXISTS. The fields are compared as they were
-        sent, all but request_id and on_disconnect; an unset seed equals an unset
-        seed. A job that was cancelled, expired or failed is run anew, with another
-        seed where none is set. A job that was joined ends at the latest of the
-        deadlines of the calls that asked for it, and with its last waiter.
+        other fields it fails with ALREADY_EXISTS. Fields are compared as they were
+        sent, except request_id and on_disconnect; an unset seed equals an unset
+        seed. A job that was cancelled, expired or failed runs again, with another
+        seed if none is set. A joined job ends at the latest deadline of its calls,
+        or when its last subscriber disconnects.
         """
 
     @_abc_1.abstractmethod
@@ -149,8 +156,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateStreamResponse], _abc.AsyncIterator[_generation_pb2.GenerateStreamResponse]]:
-        """GenerateStream does the same, and tells what happens meanwhile. Errors are
-        those of Generate, as the stream's status.
+        """GenerateStream does the same and streams events meanwhile. Errors are those
+        of Generate, as the status of the stream.
         """
 
     @_abc_1.abstractmethod
@@ -159,8 +166,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.SubmitGenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.SubmitGenerationResponse, _abc.Awaitable[_generation_pb2.SubmitGenerationResponse]]:
-        """SubmitGeneration answers as soon as the request is accepted, and leaves the
-        job running without a waiter. Its result is kept for a while.
+        """SubmitGeneration answers when the request is accepted, and leaves the job
+        running without a subscriber. The server keeps its result for a while.
         """
 
     @_abc_1.abstractmethod
@@ -169,10 +176,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.WatchGenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.WatchGenerationResponse], _abc.AsyncIterator[_generation_pb2.WatchGenerationResponse]]:
-        """WatchGeneration tells what happens to a job of the same caller, from its
-        acceptance on: finished images are sent again, progress is not. A job that
-        was not finished ends the stream with the status that it ended with.
-        NOT_FOUND for an id that is not known, or not known any more.
+        """WatchGeneration streams the events of a job of the same caller, from its
+        acceptance on. Finished images are sent again, past progress is not. If the
+        job failed, expired or was cancelled, the stream ends with that status.
+        NOT_FOUND for an id that is unknown or no longer known.
         """
 
     @_abc_1.abstractmethod
@@ -181,8 +188,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.CancelGenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.CancelGenerationResponse, _abc.Awaitable[_generation_pb2.CancelGenerationResponse]]:
-        """CancelGeneration ends a job of the same caller at the next step, whoever
-        waits for it. NOT_FOUND as in WatchGeneration.
+        """CancelGeneration ends a job of the same caller at the next step, for all its
+        subscribers. NOT_FOUND as in WatchGeneration.
         """
 
     @_abc_1.abstractmethod
@@ -191,6 +198,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.EstimateGenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.EstimateGenerationResponse, _abc.Awaitable[_generation_pb2.EstimateGenerationResponse]]:
-        """EstimateGeneration tells what a request would take, without drawing it."""
+        """EstimateGeneration returns the time and memory that a request would need,
+        without running it.
+        """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

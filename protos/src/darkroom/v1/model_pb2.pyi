@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ListModelsRequest(_message.Message):
-    """ListModelsRequest asks for every model."""
+    """ListModelsRequest has no fields."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -45,7 +45,7 @@ class ListModelsResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """In the order in which the server was told of them."""
+        """In the order of the server's configuration."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class GetModelRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The model's id; may stay empty where the server holds a single model."""
+    """The model's id; may be empty if the server has a single model."""
     def __init__(
         self,
         *,
@@ -91,7 +91,7 @@ class GetModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model asked for."""
+        """The requested model."""
 
     def __init__(
         self,
@@ -108,8 +108,8 @@ Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """Model is a diffusers pipeline that the server holds. Until it is ready, only
-    `id` and `ready` are set.
+    """Model is a diffusers pipeline on the server. Until it is ready, only `id` and
+    `ready` are set.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -125,14 +125,14 @@ class Model(_message.Message):
     id: _builtins.str
     """The name that requests use."""
     revision: _builtins.str
-    """The hub's commit, or a fingerprint of the folder's files."""
+    """The commit on the hub, or a fingerprint of the folder's files."""
     kind: _builtins.str
     """The pipeline's class, such as "StableDiffusionPipeline"."""
     ready: _builtins.bool
-    """Loaded and warmed up."""
+    """Whether it is loaded and warmed up."""
     @_builtins.property
     def defaults(self) -> Global___ModelDefaults:
-        """What an unset field of a request means."""
+        """The values of unset fields of a request."""
 
     @_builtins.property
     def limits(self) -> Global___ModelLimits:
@@ -168,7 +168,7 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class ModelDefaults(_message.Message):
-    """ModelDefaults is what an unset field of a request means."""
+    """ModelDefaults has the values of unset fields of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -239,12 +239,12 @@ class ModelLimits(_message.Message):
     max_prompt_bytes: _builtins.int
     """Bytes of UTF-8 in the prompt, and in the negative prompt."""
     prompt_tokens: _builtins.int
-    """Tokens that the model reads of a prompt; what is beyond them is ignored and
-    reported as `prompt_truncated`.
+    """Most tokens of a prompt; a longer prompt is cut, and the image then has
+    `prompt_truncated`.
     """
     max_rows: _builtins.int
-    """Rows of one denoiser pass at the default size. An image with guidance takes
-    two rows.
+    """Most rows of one denoiser batch at the default size. An image with guidance
+    takes two rows.
     """
     def __init__(
         self,
@@ -315,7 +315,7 @@ class ModelRuntime(_message.Message):
     device: _builtins.str
     """The device, such as "cuda:0" or "cpu"."""
     dtype: _builtins.str
-    """The weights, such as "float16"."""
+    """The data type of the weights, such as "float16"."""
     preset: _builtins.str
     """The preset that the settings below started from."""
     attention: _builtins.str
@@ -323,7 +323,7 @@ class ModelRuntime(_message.Message):
     slice_size: _builtins.str
     """"auto", "max" or a number; empty without sliced attention."""
     autocast: _builtins.bool
-    """Denoiser passes run under torch.autocast."""
+    """The denoiser runs under torch.autocast."""
     vae_tiling: _builtins.bool
     """The VAE decodes in tiles."""
     channels_last: _builtins.bool
@@ -331,7 +331,7 @@ class ModelRuntime(_message.Message):
     fp8_storage: _builtins.bool
     """The denoiser's weights are stored in 8 bits and computed in `dtype`."""
     safety_checker: _builtins.bool
-    """Images are checked, and flagged ones withheld."""
+    """Images are checked; flagged ones are withheld."""
     def __init__(
         self,
         *,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """ModelService tells which models the server holds and what they take.
+    """ModelService describes the server's models and what they accept.
     """
 
     def __init__(self, channel):
@@ -48,19 +48,19 @@ class ModelServiceStub(object):
 
 
 class ModelServiceServicer(object):
-    """ModelService tells which models the server holds and what they take.
+    """ModelService describes the server's models and what they accept.
     """
 
     def ListModels(self, request, context):
-        """ListModels answers with every model that the server was told to hold.
+        """ListModels returns every configured model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """GetModel answers with one of them, or NOT_FOUND with
-        google.rpc.ResourceInfo.
+        """GetModel returns one model. NOT_FOUND with google.rpc.ResourceInfo for an
+        unknown id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,7 +88,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """ModelService tells which models the server holds and what they take.
+    """ModelService describes the server's models and what they accept.
     """
 
     @staticmethod

@@ -27,33 +27,33 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """ModelService tells which models the server holds and what they take."""
+    """ModelService describes the server's models and what they accept."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
-    """ListModels answers with every model that the server was told to hold."""
+    """ListModels returns every configured model."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
-    """GetModel answers with one of them, or NOT_FOUND with
-    google.rpc.ResourceInfo.
+    """GetModel returns one model. NOT_FOUND with google.rpc.ResourceInfo for an
+    unknown id.
     """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """ModelService tells which models the server holds and what they take."""
+    """ModelService describes the server's models and what they accept."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """ListModels answers with every model that the server was told to hold."""
+    """ListModels returns every configured model."""
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
-    """GetModel answers with one of them, or NOT_FOUND with
-    google.rpc.ResourceInfo.
+    """GetModel returns one model. NOT_FOUND with google.rpc.ResourceInfo for an
+    unknown id.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """ModelService tells which models the server holds and what they take."""
+    """ModelService describes the server's models and what they accept."""
 
     @_abc_1.abstractmethod
     def ListModels(
@@ -61,7 +61,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
-        """ListModels answers with every model that the server was told to hold."""
+        """ListModels returns every configured model."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -69,8 +69,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.GetModelResponse, _abc.Awaitable[_model_pb2.GetModelResponse]]:
-        """GetModel answers with one of them, or NOT_FOUND with
-        google.rpc.ResourceInfo.
+        """GetModel returns one model. NOT_FOUND with google.rpc.ResourceInfo for an
+        unknown id.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -31,30 +31,30 @@ class _ServerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ServerSta
     SERVER_STATE_LOADING: _ServerState.ValueType  # 1
     """The models are being loaded."""
     SERVER_STATE_READY: _ServerState.ValueType  # 2
-    """Jobs are taken and drawn."""
+    """Jobs are accepted and run."""
     SERVER_STATE_RECOVERING: _ServerState.ValueType  # 3
-    """Jobs are taken, and wait for an engine that is being started again."""
+    """Jobs are accepted and wait for an engine that restarts."""
     SERVER_STATE_DRAINING: _ServerState.ValueType  # 4
-    """The server is going away; jobs are not taken."""
+    """The server is shutting down; jobs are rejected."""
 
 class ServerState(_ServerState, metaclass=_ServerStateEnumTypeWrapper):
-    """ServerState is whether jobs are taken."""
+    """ServerState is whether jobs are accepted."""
 
 SERVER_STATE_UNSPECIFIED: ServerState.ValueType  # 0
 """Not used."""
 SERVER_STATE_LOADING: ServerState.ValueType  # 1
 """The models are being loaded."""
 SERVER_STATE_READY: ServerState.ValueType  # 2
-"""Jobs are taken and drawn."""
+"""Jobs are accepted and run."""
 SERVER_STATE_RECOVERING: ServerState.ValueType  # 3
-"""Jobs are taken, and wait for an engine that is being started again."""
+"""Jobs are accepted and wait for an engine that restarts."""
 SERVER_STATE_DRAINING: ServerState.ValueType  # 4
-"""The server is going away; jobs are not taken."""
+"""The server is shutting down; jobs are rejected."""
 Global___ServerState: _TypeAlias = ServerState  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):
-    """GetStatusRequest asks for everything."""
+    """GetStatusRequest has no fields."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -71,7 +71,7 @@ Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 
 @_typing.final
 class GetStatusResponse(_message.Message):
-    """GetStatusResponse is the server at one moment."""
+    """GetStatusResponse is the state of the server at one moment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -109,11 +109,11 @@ class GetStatusResponse(_message.Message):
     version: _builtins.str
     """The version of darkroom-server."""
     state: Global___ServerState.ValueType
-    """Whether jobs are taken."""
+    """Whether jobs are accepted."""
     queued_jobs: _builtins.int
     """Jobs that wait."""
     max_queued_jobs: _builtins.int
-    """Jobs that may wait."""
+    """Limit of waiting jobs."""
     running_jobs: _builtins.int
     """Jobs in the engines."""
     accepted_jobs: _builtins.int
@@ -122,15 +122,15 @@ class GetStatusResponse(_message.Message):
     """Resident memory of the serving process."""
     @_builtins.property
     def uptime(self) -> _duration_pb2.Duration:
-        """Since the process started."""
+        """Time since the process started."""
 
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStatus]:
-        """The models, in the order in which the server was told of them."""
+        """The models, in the order of the configuration."""
 
     @_builtins.property
     def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineStatus]:
-        """The engines, one for each device."""
+        """The engines."""
 
     @_builtins.property
     def ended_jobs(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
@@ -173,14 +173,14 @@ class ModelStatus(_message.Message):
     id: _builtins.str
     """The model's id."""
     ready: _builtins.bool
-    """Loaded and warmed up."""
+    """Whether it is loaded and warmed up."""
     queued_jobs: _builtins.int
     """Jobs of this model that wait."""
     running_jobs: _builtins.int
     """Jobs of this model in the engines."""
     @_builtins.property
     def pass_times(self) -> _containers.RepeatedCompositeFieldContainer[Global___PassTime]:
-        """Measured times of a pass, those of the sizes and row counts met so far."""
+        """Measured times of a batch, for the sizes and row counts so far."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
 
 @_typing.final
 class PassTime(_message.Message):
-    """PassTime is what one denoiser pass takes."""
+    """PassTime is the time of one denoiser batch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -214,10 +214,10 @@ class PassTime(_message.Message):
     height: _builtins.int
     """In pixels."""
     rows: _builtins.int
-    """Rows of the pass."""
+    """Rows of the batch."""
     @_builtins.property
     def time(self) -> _duration_pb2.Duration:
-        """Expected time of one pass."""
+        """Expected time of one batch."""
 
     def __init__(
         self,
@@ -275,15 +275,15 @@ class EngineStatus(_message.Message):
     device: _builtins.str
     """The device, such as "cuda:0"; empty until it has been ready once."""
     ready: _builtins.bool
-    """Jobs can be drawn."""
+    """Whether it can run jobs."""
     restarts: _builtins.int
-    """How often it was started again."""
+    """Number of restarts."""
     jobs: _builtins.int
     """Jobs in it."""
     samples: _builtins.int
     """Images in it."""
     rows_in_use: _builtins.int
-    """Rows of its last pass."""
+    """Rows of its last batch."""
     host_memory_bytes: _builtins.int
     """Resident memory of its process."""
     @_builtins.property

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ServerServiceStub(object):
-    """ServerService tells operators how the server is.
+    """ServerService reports the state of the server to operators.
     """
 
     def __init__(self, channel):
@@ -43,11 +43,12 @@ class ServerServiceStub(object):
 
 
 class ServerServiceServicer(object):
-    """ServerService tells operators how the server is.
+    """ServerService reports the state of the server to operators.
     """
 
     def GetStatus(self, request, context):
-        """GetStatus answers with what the server is doing now; never asks the engine.
+        """GetStatus returns what the server is doing now. It never waits for the
+        engine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +71,7 @@ def add_ServerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ServerService(object):
-    """ServerService tells operators how the server is.
+    """ServerService reports the state of the server to operators.
     """
 
     @staticmethod

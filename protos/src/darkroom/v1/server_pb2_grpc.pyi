@@ -27,25 +27,29 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ServerServiceStub:
-    """ServerService tells operators how the server is."""
+    """ServerService reports the state of the server to operators."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ServerServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetStatusRequest, _server_pb2.GetStatusResponse]
-    """GetStatus answers with what the server is doing now; never asks the engine."""
+    """GetStatus returns what the server is doing now. It never waits for the
+    engine.
+    """
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
-    """ServerService tells operators how the server is."""
+    """ServerService reports the state of the server to operators."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_server_pb2.GetStatusRequest, _server_pb2.GetStatusResponse]  # type: ignore[assignment]
-    """GetStatus answers with what the server is doing now; never asks the engine."""
+    """GetStatus returns what the server is doing now. It never waits for the
+    engine.
+    """
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """ServerService tells operators how the server is."""
+    """ServerService reports the state of the server to operators."""
 
     @_abc_1.abstractmethod
     def GetStatus(
@@ -53,6 +57,8 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _server_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.GetStatusResponse, _abc.Awaitable[_server_pb2.GetStatusResponse]]:
-        """GetStatus answers with what the server is doing now; never asks the engine."""
+        """GetStatus returns what the server is doing now. It never waits for the
+        engine.
+        """
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,9 +27,9 @@ class _ImageFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImageForm
     IMAGE_FORMAT_PNG: _ImageFormat.ValueType  # 1
     """Lossless, 8 bits per channel."""
     IMAGE_FORMAT_JPEG: _ImageFormat.ValueType  # 2
-    """Lossy; obeys `quality`."""
+    """Lossy; uses `quality`."""
     IMAGE_FORMAT_WEBP: _ImageFormat.ValueType  # 3
-    """Lossy; obeys `quality`."""
+    """Lossy; uses `quality`."""
     IMAGE_FORMAT_RAW_RGB: _ImageFormat.ValueType  # 4
     """height × width × 3 bytes, row by row from the top left, no header."""
 
@@ -41,9 +41,9 @@ IMAGE_FORMAT_UNSPECIFIED: ImageFormat.ValueType  # 0
 IMAGE_FORMAT_PNG: ImageFormat.ValueType  # 1
 """Lossless, 8 bits per channel."""
 IMAGE_FORMAT_JPEG: ImageFormat.ValueType  # 2
-"""Lossy; obeys `quality`."""
+"""Lossy; uses `quality`."""
 IMAGE_FORMAT_WEBP: ImageFormat.ValueType  # 3
-"""Lossy; obeys `quality`."""
+"""Lossy; uses `quality`."""
 IMAGE_FORMAT_RAW_RGB: ImageFormat.ValueType  # 4
 """height × width × 3 bytes, row by row from the top left, no header."""
 Global___ImageFormat: _TypeAlias = ImageFormat  # noqa: Y015
@@ -59,7 +59,7 @@ class _SchedulerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Scheduler.V
     SCHEDULER_DDIM: _Scheduler.ValueType  # 1
     """DDIMScheduler."""
     SCHEDULER_DDPM: _Scheduler.ValueType  # 2
-    """DDPMScheduler; draws noise at every step."""
+    """DDPMScheduler; adds noise at every step."""
     SCHEDULER_PNDM: _Scheduler.ValueType  # 3
     """PNDMScheduler."""
     SCHEDULER_LMS: _Scheduler.ValueType  # 4
@@ -67,15 +67,15 @@ class _SchedulerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Scheduler.V
     SCHEDULER_EULER: _Scheduler.ValueType  # 5
     """EulerDiscreteScheduler."""
     SCHEDULER_EULER_ANCESTRAL: _Scheduler.ValueType  # 6
-    """EulerAncestralDiscreteScheduler; draws noise at every step."""
+    """EulerAncestralDiscreteScheduler; adds noise at every step."""
     SCHEDULER_HEUN: _Scheduler.ValueType  # 7
-    """HeunDiscreteScheduler; two denoiser calls a step."""
+    """HeunDiscreteScheduler; two denoiser calls per step."""
     SCHEDULER_DPMPP_2M: _Scheduler.ValueType  # 8
     """DPMSolverMultistepScheduler, dpmsolver++."""
     SCHEDULER_DPMPP_2M_KARRAS: _Scheduler.ValueType  # 9
     """DPMSolverMultistepScheduler, dpmsolver++ with Karras sigmas."""
     SCHEDULER_DPMPP_2M_SDE: _Scheduler.ValueType  # 10
-    """DPMSolverMultistepScheduler, sde-dpmsolver++; draws noise at every step."""
+    """DPMSolverMultistepScheduler, sde-dpmsolver++; adds noise at every step."""
     SCHEDULER_DPMPP_2M_SDE_KARRAS: _Scheduler.ValueType  # 11
     """DPMSolverMultistepScheduler, sde-dpmsolver++ with Karras sigmas."""
     SCHEDULER_UNIPC: _Scheduler.ValueType  # 12
@@ -83,17 +83,17 @@ class _SchedulerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Scheduler.V
     SCHEDULER_DEIS: _Scheduler.ValueType  # 13
     """DEISMultistepScheduler."""
     SCHEDULER_LCM: _Scheduler.ValueType  # 14
-    """LCMScheduler; for distilled models, a few steps."""
+    """LCMScheduler; for distilled models, with few steps."""
 
 class Scheduler(_Scheduler, metaclass=_SchedulerEnumTypeWrapper):
-    """Scheduler is a noise scheduler in diffusers' meaning of the word."""
+    """Scheduler is a noise scheduler of diffusers."""
 
 SCHEDULER_UNSPECIFIED: Scheduler.ValueType  # 0
 """The model's default scheduler."""
 SCHEDULER_DDIM: Scheduler.ValueType  # 1
 """DDIMScheduler."""
 SCHEDULER_DDPM: Scheduler.ValueType  # 2
-"""DDPMScheduler; draws noise at every step."""
+"""DDPMScheduler; adds noise at every step."""
 SCHEDULER_PNDM: Scheduler.ValueType  # 3
 """PNDMScheduler."""
 SCHEDULER_LMS: Scheduler.ValueType  # 4
@@ -101,15 +101,15 @@ SCHEDULER_LMS: Scheduler.ValueType  # 4
 SCHEDULER_EULER: Scheduler.ValueType  # 5
 """EulerDiscreteScheduler."""
 SCHEDULER_EULER_ANCESTRAL: Scheduler.ValueType  # 6
-"""EulerAncestralDiscreteScheduler; draws noise at every step."""
+"""EulerAncestralDiscreteScheduler; adds noise at every step."""
 SCHEDULER_HEUN: Scheduler.ValueType  # 7
-"""HeunDiscreteScheduler; two denoiser calls a step."""
+"""HeunDiscreteScheduler; two denoiser calls per step."""
 SCHEDULER_DPMPP_2M: Scheduler.ValueType  # 8
 """DPMSolverMultistepScheduler, dpmsolver++."""
 SCHEDULER_DPMPP_2M_KARRAS: Scheduler.ValueType  # 9
 """DPMSolverMultistepScheduler, dpmsolver++ with Karras sigmas."""
 SCHEDULER_DPMPP_2M_SDE: Scheduler.ValueType  # 10
-"""DPMSolverMultistepScheduler, sde-dpmsolver++; draws noise at every step."""
+"""DPMSolverMultistepScheduler, sde-dpmsolver++; adds noise at every step."""
 SCHEDULER_DPMPP_2M_SDE_KARRAS: Scheduler.ValueType  # 11
 """DPMSolverMultistepScheduler, sde-dpmsolver++ with Karras sigmas."""
 SCHEDULER_UNIPC: Scheduler.ValueType  # 12
@@ -117,5 +117,5 @@ SCHEDULER_UNIPC: Scheduler.ValueType  # 12
 SCHEDULER_DEIS: Scheduler.ValueType  # 13
 """DEISMultistepScheduler."""
 SCHEDULER_LCM: Scheduler.ValueType  # 14
-"""LCMScheduler; for distilled models, a few steps."""
+"""LCMScheduler; for distilled models, with few steps."""
 Global___Scheduler: _TypeAlias = Scheduler  # noqa: Y015

@@ -1,13 +1,17 @@
-"""An engine that draws flat colours on command: for tests, ours and those of SDK users."""
+"""An engine that generates flat colours on command: for tests, ours and those of SDK users."""
 
+import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from darkroom_server.backends.fake_model import fake_image, fake_model, fake_preview
+import numpy as np
+
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
     BatchDone,
+    EncodedImage,
     EngineDied,
     EngineReady,
     Event,
@@ -17,24 +21,44 @@ from darkroom_server.core.events import (
     JobFinished,
     JobStarted,
     JobTaken,
+    PreviewReady,
+    Replay,
     SampleProgress,
     StageSeconds,
 )
 from darkroom_server.core.job import Job
-from darkroom_server.core.model import (
-    ModelInfo,
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.engine.output.formats import (
+    encode_image,
+    encode_preview,
+    preview_size,
+    sha256_of,
 )
+
+FLAGGED = "[flagged]"
+"""A prompt with this text generates images that are withheld."""
+
+
+@dataclass(slots=True)
+class _Resident:
+    """A job in the engine; ``encoded``: its prompts were."""
+
+    job: Job
+    images: list[int]
+    rows: int
+    step: int = 0
+    encoded: bool = False
 
 
 class FakeEngine:
-    """An ``Engine`` whose passes are taken when ``advance`` is called.
+    """An ``Engine`` that runs batches when ``advance`` is called.
 
-    In a pass every resident image takes one step. With ``auto`` a job's passes are all taken as it
-    is submitted; with ``pass_seconds`` a thread takes one pass after the other, that far apart.
-    ``load`` False leaves the engine loading until ``become_ready`` is called, and
-    ``startup_error`` lets it die instead; ``dies_after`` lets it die with that many jobs submitted.
-    ``on_submit`` and ``on_cancel`` are called as jobs come
-    and go. What happens is told from whatever thread makes it happen.
+    In each batch every image takes one step. With ``auto`` a job runs to its end when it is
+    submitted. With ``pass_seconds`` a thread runs a batch at that interval. ``load`` False keeps
+    the engine loading until ``become_ready`` is called. With ``startup_error`` it dies instead of
+    loading; with ``dies_after`` it dies at that many submitted jobs. ``on_submit`` and
+    ``on_cancel`` are called with each job and cancelled id. Events are emitted on the thread that
+    causes them.
     """
 
     def __init__(
@@ -60,14 +84,12 @@ class FakeEngine:
         self._on_submit = on_submit
         self._on_cancel = on_cancel
         self._emit: Callable[[Event], None] = lambda _: None
-        self._steps: dict[str, int] = {}
-        self._jobs: dict[str, Job] = {}
-        self._leaving: set[str] = set()
-        self._taken: set[str] = set()
+        self._residents: dict[str, _Resident] = {}
+        self._cancelled: set[str] = set()
         self._lock = threading.RLock()
 
     def start(self, emit: Callable[[Event], None]) -> None:
-        """Load in no time, unless told otherwise."""
+        """Load at once, unless configured otherwise."""
         self._emit = emit
         if self._startup_error is not None:
             emit(EngineDied(self._startup_error, fatal=True))
@@ -77,10 +99,10 @@ class FakeEngine:
             threading.Thread(target=self._run, name="fake-engine", daemon=True).start()
 
     def submit(self, job: Job) -> None:
-        """Let ``job`` join the next pass."""
+        """Add ``job`` to the next batch."""
         with self._lock:
-            self._jobs[job.id] = job
-            self._steps[job.id] = 0
+            images = job.image_indices
+            self._residents[job.id] = _Resident(job, images, job.rows_per_image * len(images))
             self._submitted += 1
             self._on_submit(job)
             if self._submitted == self._dies_after:
@@ -89,119 +111,118 @@ class FakeEngine:
                 self.advance(job.steps)
 
     def cancel(self, job_id: str) -> None:
-        """Drop a job at the next step boundary."""
+        """Remove a job at the next step boundary."""
         with self._lock:
             self._on_cancel(job_id)
-            if job_id in self._jobs:
-                self._leaving.add(job_id)
+            if job_id in self._residents:
+                self._cancelled.add(job_id)
             if self._auto:
                 self.advance(0)
 
     def extend(self, job_id: str, deadline: float | None) -> None:
-        """Note the deadline, which is never looked at: time stands still between passes."""
+        """Set the deadline, which nothing checks: no time passes between batches."""
         with self._lock:
-            if job := self._jobs.get(job_id):
-                self._jobs[job_id] = replace(job, deadline=deadline)
+            if resident := self._residents.get(job_id):
+                resident.job = replace(resident.job, deadline=deadline)
 
     def close(self) -> None:
-        """Stop taking passes; jobs end without an event."""
+        """Stop; jobs end without an event."""
         self.closed.set()
 
-    # What a test does.
+    # For tests.
 
     @property
     def jobs(self) -> list[Job]:
-        """The jobs inside, in the order of their arrival."""
+        """The jobs in the engine, in the order of arrival."""
         with self._lock:
-            return list(self._jobs.values())
+            return [resident.job for resident in self._residents.values()]
 
     def become_ready(self) -> None:
-        """Tell that the models are loaded."""
+        """Report that the models are loaded."""
         self._emit(EngineReady(self.models, load_seconds=0.0))
 
-    def advance(self, passes: int = 1) -> None:
-        """Let cancelled jobs go, and take so many passes."""
+    def advance(self, batches: int = 1) -> None:
+        """Remove cancelled jobs, and run ``batches`` batches."""
         with self._lock:
-            self._let_go()
-            for _ in range(passes):
-                self._take_pass()
-                self._let_go()
+            self._remove_cancelled()
+            for _ in range(batches):
+                self._run_batch()
+                self._remove_cancelled()
 
     def take_newcomers(self) -> None:
-        """Turn to the jobs that came since the last pass, which are about to be encoded."""
+        """Begin to encode the prompts of the jobs that are new since the last batch."""
         with self._lock:
-            for job_id in self._jobs:
-                if job_id not in self._taken:
-                    self._taken.add(job_id)
+            for job_id, resident in self._residents.items():
+                if not resident.encoded:
+                    resident.encoded = True
                     self._emit(JobTaken(job_id))
 
     def finish(self, job_id: str) -> None:
-        """Take, for one job alone, all the passes that it still needs."""
+        """Run one job alone to its end."""
         with self._lock:
-            self._end_well(self._jobs[job_id])
+            self._finish(self._residents[job_id])
 
     def deliver(self, job_id: str, index: int) -> None:
-        """Tell of one image of a job that goes on."""
+        """Emit one image of a job that continues."""
         with self._lock:
-            image = fake_image(self._jobs[job_id], index)
+            image = fake_image(self._residents[job_id].job, index)
             self._emit(ImageReady(job_id=job_id, image_index=index, image=image))
 
     def fail(self, job_id: str, failure: Failure) -> None:
-        """Give a job up."""
+        """Fail a job."""
         with self._lock:
-            self._forget(job_id)
+            del self._residents[job_id]
             self._emit(JobFailed(job_id, failure))
 
     def expire(self, job_id: str) -> None:
-        """Let a job go because of its deadline, which is never looked at otherwise."""
+        """Remove a job as if its deadline had passed."""
         with self._lock:
-            self._forget(job_id)
+            del self._residents[job_id]
             self._emit(JobCancelled(job_id, expired=True, wasted_seconds=0.0))
 
     def die(self, message: str = "the fake engine was told to die", *, fatal: bool = False) -> None:
-        """Die with every job inside; ``start`` brings it back, empty."""
+        """Die with every job in it; ``start`` starts it again, empty."""
         with self._lock:
-            self._jobs.clear()
-            self._steps.clear()
-            self._leaving.clear()
-            self._taken.clear()
+            self._residents.clear()
+            self._cancelled.clear()
             self._emit(EngineDied(message, fatal))
 
     def _run(self) -> None:
         while not self.closed.wait(self._pass_seconds):
             self.advance()
 
-    def _let_go(self) -> None:
-        for job_id in self._leaving & self._jobs.keys():
-            wasted = self._steps[job_id] * (self._pass_seconds or 0.0)
-            self._forget(job_id)
+    def _remove_cancelled(self) -> None:
+        for job_id in self._cancelled & self._residents.keys():
+            wasted = self._residents.pop(job_id).step * (self._pass_seconds or 0.0)
             self._emit(JobCancelled(job_id, expired=False, wasted_seconds=wasted))
-        self._leaving.clear()
+        self._cancelled.clear()
 
-    def _take_pass(self) -> None:
-        if not self._jobs:
+    def _run_batch(self) -> None:
+        residents = list(self._residents.values())
+        if not residents:
             return
-        rows = sum(job.rows_per_image * job.image_count for job in self._jobs.values())
+        rows = sum(resident.rows for resident in residents)
         seconds = self._pass_seconds or 0.0
         self.take_newcomers()
-        for job in self._jobs.values():
-            if self._steps[job.id] == 0:
+        for resident in residents:
+            job = resident.job
+            if resident.step == 0:
                 self._emit(JobStarted(job.id))
-            self._steps[job.id] += 1
-            for index in job.image_indices:
+            resident.step += 1
+            for index in resident.images:
                 self._emit(
                     SampleProgress(
                         job_id=job.id,
                         image_index=index,
-                        step=self._steps[job.id],
+                        step=resident.step,
                         steps=job.steps,
                         rows=rows,
                         seconds=seconds,
                     )
                 )
-                if job.wants_preview(self._steps[job.id], job.steps):
-                    self._emit(fake_preview(job, index, self._steps[job.id]))
-        first = next(iter(self._jobs.values()))
+                if job.preview_every and job.wants_preview(resident.step, job.steps):
+                    self._emit(fake_preview(job, index, resident.step))
+        first = residents[0].job
         self._emit(
             BatchDone(
                 model=first.model,
@@ -209,23 +230,62 @@ class FakeEngine:
                 height=first.height,
                 rows=rows,
                 seconds=seconds,
-                samples=sum(len(job.image_indices) for job in self._jobs.values()),
+                samples=sum(len(resident.images) for resident in residents),
                 max_rows=self.models[0].limits.max_rows,
             )
         )
-        for job in list(self._jobs.values()):
-            if self._steps[job.id] >= job.steps:
-                self._end_well(job)
+        for resident in residents:
+            if resident.step >= resident.job.steps:
+                self._finish(resident)
 
-    def _end_well(self, job: Job) -> None:
-        for index in job.image_indices:
+    def _finish(self, resident: _Resident) -> None:
+        job = resident.job
+        for index in resident.images:
             image = fake_image(job, index)
             self._emit(ImageReady(job_id=job.id, image_index=index, image=image))
-        self._forget(job.id)
+        del self._residents[job.id]
         denoise = (self._pass_seconds or 0.0) * job.steps
         self._emit(JobFinished(job.id, StageSeconds(denoise=denoise)))
 
-    def _forget(self, job_id: str) -> None:
-        del self._jobs[job_id]
-        del self._steps[job_id]
-        self._taken.discard(job_id)
+
+def fake_image(job: Job, index: int) -> EncodedImage:
+    """Image ``index`` of ``job``: one flat colour, derived from its seed."""
+    seed = job.seed_of(index)
+    pixels = np.full((job.height, job.width, 3), _colour(seed), np.uint8)
+    flagged = FLAGGED in job.prompt
+    return EncodedImage(
+        data=b"" if flagged else encode_image(pixels, job.format, job.quality),
+        format=job.format,
+        width=job.width,
+        height=job.height,
+        seed=seed,
+        prompt_truncated=len(job.prompt.split()) > 75,
+        flagged=flagged,
+        replay=Replay(
+            scheduler_class="FakeScheduler",
+            scheduler_config_json="{}",
+            device="cpu",
+            library_versions={"darkroom-server": "fake"},
+            rows_in_last_pass=job.rows_per_image,
+            pixels_sha256=sha256_of(pixels),
+        ),
+    )
+
+
+def fake_preview(job: Job, index: int, step: int) -> PreviewReady:
+    """The preview of image ``index`` of ``job`` after ``step`` steps: the same colour."""
+    size = preview_size(job.width, job.height)
+    pixels = np.full((8, 8, 3), _colour(job.seed_of(index)), np.uint8)
+    return PreviewReady(
+        job_id=job.id,
+        image_index=index,
+        step=step,
+        data=encode_preview(pixels, size, job.preview_format),
+        format=job.preview_format,
+        width=size[0],
+        height=size[1],
+    )
+
+
+def _colour(seed: int) -> list[int]:
+    return list(hashlib.sha256(str(seed).encode()).digest()[:3])

@@ -1,32 +1,18 @@
-"""A model that is not there, and the flat colours that it draws."""
+"""The fake engine's model."""
 
-import hashlib
-
-import numpy as np
-
-from darkroom_server.core.events import EncodedImage, PreviewReady, Replay
-from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.core.job import SchedulerName
 from darkroom_server.core.model import (
     MemoryNeeds,
     ModelDefaults,
     ModelInfo,
     ModelLimits,
     ModelRuntime,
-    SchedulerOffer,
 )
-from darkroom_server.engine.output.formats import (
-    encode_image,
-    encode_preview,
-    preview_size,
-    sha256_of,
-)
-
-FLAGGED = "[flagged]"
-"""A prompt that holds this draws an image that is withheld."""
+from darkroom_server.engine.components.scheduler_table import SCHEDULERS
 
 
 def fake_model(id: str = "demo") -> ModelInfo:
-    """A small model: 64 to 2048 pixels in steps of 8, of which about 1400² fits its memory."""
+    """A small model: 64 to 2048 pixels in steps of 8; about 1400² pixels fit its memory."""
     return ModelInfo(
         id=id,
         revision="fake",
@@ -38,11 +24,11 @@ def fake_model(id: str = "demo") -> ModelInfo:
             min_size=64, max_size=2048, size_multiple=8, prompt_tokens=77, max_rows=8
         ),
         schedulers=(
-            SchedulerOffer(name=SchedulerName.DDIM, min_steps=1, max_steps=1000),
-            SchedulerOffer(name=SchedulerName.PNDM, min_steps=1, max_steps=1000),
-            SchedulerOffer(name=SchedulerName.EULER, min_steps=1, max_steps=1000),
-            SchedulerOffer(name=SchedulerName.DPMPP_2M, min_steps=2, max_steps=1000),
-            SchedulerOffer(name=SchedulerName.LCM, min_steps=1, max_steps=50),
+            SCHEDULERS[SchedulerName.DDIM].offer(max_steps=1000),
+            SCHEDULERS[SchedulerName.PNDM].offer(max_steps=1000),
+            SCHEDULERS[SchedulerName.EULER].offer(max_steps=1000),
+            SCHEDULERS[SchedulerName.DPMPP_2M].offer(min_steps=2, max_steps=1000),
+            SCHEDULERS[SchedulerName.LCM].offer(max_steps=50),
         ),
         runtime=ModelRuntime(
             device="cpu",
@@ -63,46 +49,3 @@ def fake_model(id: str = "demo") -> ModelInfo:
             available_bytes=1024**3,
         ),
     )
-
-
-def fake_image(job: Job, index: int) -> EncodedImage:
-    """Image ``index`` of ``job``: one flat colour, which its seed decides."""
-    seed = job.seed_of(index)
-    pixels = np.full((job.height, job.width, 3), _colour(seed), np.uint8)
-    flagged = FLAGGED in job.prompt
-    return EncodedImage(
-        data=b"" if flagged else encode_image(pixels, job.format, job.quality),
-        format=job.format,
-        width=job.width,
-        height=job.height,
-        seed=seed,
-        prompt_truncated=len(job.prompt.split()) > 75,
-        flagged=flagged,
-        replay=Replay(
-            scheduler_class="FakeScheduler",
-            scheduler_config_json="{}",
-            device="cpu",
-            library_versions={"darkroom-server": "fake"},
-            rows_in_last_pass=job.rows_per_image,
-            pixels_sha256=sha256_of(pixels),
-        ),
-    )
-
-
-def fake_preview(job: Job, index: int, step: int) -> PreviewReady:
-    """What image ``index`` of ``job`` looks like after ``step`` steps: much the same."""
-    size = preview_size(job.width, job.height)
-    pixels = np.full((8, 8, 3), _colour(job.seed_of(index)), np.uint8)
-    return PreviewReady(
-        job_id=job.id,
-        image_index=index,
-        step=step,
-        data=encode_preview(pixels, size, job.preview_format),
-        format=job.preview_format,
-        width=size[0],
-        height=size[1],
-    )
-
-
-def _colour(seed: int) -> list[int]:
-    return list(hashlib.sha256(str(seed).encode()).digest()[:3])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from darkroom_server.core.job import ImageFormat, SchedulerName
+from darkroom_server.core.job import ImageFormat, Job, SchedulerName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +34,20 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerOffer:
-    """A scheduler that a model offers, and the steps it takes (inclusive)."""
+    """A scheduler that a model offers, and the steps it takes (inclusive).
+
+    ``calls_per_step`` and ``extra_calls`` are the denoiser calls that its steps need.
+    """
 
     name: SchedulerName
     min_steps: int
     max_steps: int
+    calls_per_step: int = 1
+    extra_calls: int = 0
+
+    def denoiser_calls(self, steps: int) -> int:
+        """Denoiser calls that one image of ``steps`` steps takes."""
+        return self.calls_per_step * steps + self.extra_calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,5 +130,15 @@ class ModelInfo:
         return min(self.limits.max_rows, self.memory.rows_that_fit(width, height))
 
     def offer(self, name: SchedulerName) -> SchedulerOffer | None:
-        """The offer for scheduler ``name``, or None where this model does not offer it."""
+        """The offer of scheduler ``name``, None if this model does not have it."""
         return next((offer for offer in self.schedulers if offer.name == name), None)
+
+    def denoiser_calls(self, job: Job) -> int:
+        """Denoiser calls that one image of ``job`` takes.
+
+        Raises ``ValueError`` if the model does not offer the job's scheduler.
+        """
+        offer = self.offer(job.scheduler)
+        if offer is None:
+            raise ValueError(f"model {self.id!r} does not offer scheduler {job.scheduler!r}")
+        return offer.denoiser_calls(job.steps)

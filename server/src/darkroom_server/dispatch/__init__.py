@@ -1,33 +1,56 @@
 """Admits, queues and hands out jobs; knows neither gRPC nor torch."""
 
-from darkroom_server.dispatch.admission.call_limits import ConcurrentCallLimiter
+from darkroom_server.dispatch.admission.availability import Availability, State
+from darkroom_server.dispatch.admission.quotas import ConcurrentCallLimiter
 from darkroom_server.dispatch.dispatcher import Dispatcher
 from darkroom_server.dispatch.jobs.estimate import Estimate
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
-from darkroom_server.dispatch.jobs.job import ActiveJob, Finished
-from darkroom_server.dispatch.jobs.outcomes import Counts, JobOutcome
+from darkroom_server.dispatch.jobs.job import ActiveJob
+from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome
 from darkroom_server.dispatch.jobs.subscription import Subscription
-from darkroom_server.dispatch.observer import NullObserver, Observer
+from darkroom_server.dispatch.observer import (
+    DispatchEvent,
+    EngineGivenUp,
+    EngineRestarted,
+    EngineTimeWasted,
+    EstimateChecked,
+    FirstPreview,
+    JobEnded,
+    JobRerun,
+    Observer,
+    ReadyChanged,
+    RetryJoined,
+)
 from darkroom_server.dispatch.results import ResultStore
-from darkroom_server.dispatch.status import EngineStatus, ModelStatus, Snapshot, State
+from darkroom_server.dispatch.status import EngineStatus, ModelStatus, Snapshot
 
 __all__ = [
     "ActiveJob",
+    "Availability",
     "ConcurrentCallLimiter",
     "Counts",
+    "DispatchEvent",
     "Dispatcher",
+    "EngineGivenUp",
+    "EngineRestarted",
     "EngineStatus",
+    "EngineTimeWasted",
     "Estimate",
+    "EstimateChecked",
     "Finished",
+    "FirstPreview",
     "ImageDone",
+    "JobEnded",
     "JobEvent",
     "JobOutcome",
+    "JobRerun",
     "ModelStatus",
-    "NullObserver",
     "Observer",
     "Queued",
+    "ReadyChanged",
     "Restarted",
     "ResultStore",
+    "RetryJoined",
     "Snapshot",
     "Started",
     "State",

@@ -1,12 +1,12 @@
-"""What engines tell, passed on: their counts to the observer, the rest to the jobs it is about."""
+"""The one place where the events of engines are matched."""
 
 import time
-from collections.abc import Callable
+from collections import deque
 
+from darkroom_server.core.errors import GenerationFailed
 from darkroom_server.core.events import (
     BatchDone,
     DecodeDone,
-    EngineCounts,
     EngineDied,
     EngineReady,
     Event,
@@ -17,99 +17,102 @@ from darkroom_server.core.events import (
     JobStarted,
     JobTaken,
     MemoryReport,
-    PeakMeasured,
     PreviewReady,
     SampleProgress,
 )
-from darkroom_server.dispatch.admission.estimator import Estimator
-from darkroom_server.dispatch.jobs import outcomes
-from darkroom_server.dispatch.jobs.job import ActiveJob
-from darkroom_server.dispatch.jobs.registry import JobRegistry
-from darkroom_server.dispatch.observer import Observer
+from darkroom_server.dispatch.admission.availability import Availability
+from darkroom_server.dispatch.engines.handle import EngineHandle
+from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
+from darkroom_server.dispatch.lifecycle import JobLifecycle
+from darkroom_server.dispatch.observer import EngineTimeWasted, FirstPreview, Observer
 
 
 class EventRouter:
-    """Hears the engines, on the event loop; what is told of a job that has left is dropped.
+    """Passes each event of an engine to the objects that it concerns.
 
-    ``on_leave`` is told of each job that its engine has let go, and how it ended there;
-    ``on_return`` of one that was let go too early, and is to be run again.
+    Events of jobs that the engine no longer has are ignored. Events that are not about one job go
+    to the observer too, so that a new metric needs no change here.
     """
 
     def __init__(
         self,
-        roster: JobRegistry,
+        availability: Availability,
+        pool: EnginePool,
+        lifecycle: JobLifecycle,
         observer: Observer,
-        estimates: Estimator,
-        on_leave: Callable[[ActiveJob, outcomes.Outcome], None],
-        on_return: Callable[[ActiveJob], None],
     ) -> None:
-        self._roster = roster
+        self._availability = availability
+        self._pool = pool
+        self._lifecycle = lifecycle
         self._observer = observer
-        self._estimates = estimates
-        self._on_leave = on_leave
-        self._on_return = on_return
 
-    def hear(self, event: Event) -> None:
-        """Pass ``event`` on."""
-        match event:
-            case BatchDone():
-                self._observer.batch_done(event)
-            case EngineCounts():
-                self._observer.counted(event)
-            case PeakMeasured():
-                self._observer.peak(event)
-            case MemoryReport():
-                self._observer.memory(event)
-            case EngineReady() | EngineDied() | DecodeDone():
-                pass  # The fleet's.
-            case _:
-                if accepted := self._roster.get(event.job_id):
-                    self._hear_of(accepted, event)
+    def route(self, engine: EngineHandle, events: deque[Event]) -> None:
+        """Handle all ``events`` of ``engine``, oldest first, and remove them."""
+        while events:
+            event = events.popleft()
+            match event:
+                case SampleProgress():
+                    if active := engine.jobs.get(event.job_id):
+                        active.advance(event)
+                case BatchDone():
+                    engine.record_batch(event)
+                    self._observer.on_event(event)
+                case JobTaken():
+                    if active := engine.jobs.get(event.job_id):
+                        active.state = JobState.ENCODING
+                case JobStarted():
+                    if active := engine.jobs.get(event.job_id):
+                        active.start()
+                case PreviewReady():
+                    if active := engine.jobs.get(event.job_id):
+                        self._add_preview(active, event)
+                case DecodeDone():
+                    engine.batch_times.record_decode(event)
+                case ImageReady():
+                    if active := engine.jobs.get(event.job_id):
+                        active.add_image(event.image_index, event.image)
+                case JobFinished():
+                    engine.healthy_since_crash = True
+                    if active := engine.jobs.get(event.job_id):
+                        engine.batch_times.record_job(active.job, event.stages)
+                        self._lifecycle.finish(active, event.stages)
+                case JobFailed():
+                    if active := engine.jobs.get(event.job_id):
+                        self._lifecycle.fail(active, GenerationFailed(event.failure))
+                case JobCancelled():
+                    if active := engine.jobs.get(event.job_id):
+                        wasted = EngineTimeWasted(active.job.model, event.wasted_seconds)
+                        self._observer.on_event(wasted)
+                        self._lifecycle.engine_cancelled(active, expired=event.expired)
+                case EngineReady():
+                    self._on_ready(engine, event)
+                case EngineDied():
+                    self._on_death(engine, event)
+                case MemoryReport():
+                    engine.memory = event
+                    self._observer.on_event(event)
+                case _:
+                    self._observer.on_event(event)
 
-    def _hear_of(self, accepted: ActiveJob, event: Event) -> None:
-        match event:
-            case JobTaken():
-                accepted.taken = True
-            case JobStarted():
-                accepted.starts()
-            case SampleProgress():
-                accepted.steps(event)
-            case PreviewReady():
-                self._previewed(accepted, event)
-            case ImageReady():
-                accepted.draws(event.image_index, event.image)
-            case JobFinished(_, stages):
-                self._compare(accepted)
-                self._on_leave(accepted, outcomes.finished(accepted, stages))
-            case JobFailed(_, failure):
-                self._on_leave(accepted, outcomes.failed(failure))
-            case JobCancelled():
-                self._observer.wasted(accepted.job.model, event.wasted_seconds)
-                if event.expired and _has_time(accepted):
-                    self._on_return(accepted)
-                else:
-                    self._on_leave(accepted, outcomes.dropped(event))
+    def _add_preview(self, active: ActiveJob, preview: PreviewReady) -> None:
+        if active.add_preview(preview):
+            seconds = time.monotonic() - active.job.submitted_at
+            self._observer.on_event(FirstPreview(active.job.model, seconds))
 
-    def _previewed(self, accepted: ActiveJob, preview: PreviewReady) -> None:
-        if not accepted.previewed:
-            seconds = time.monotonic() - accepted.job.submitted_at
-            self._observer.previewed(accepted.job.model, seconds)
-        accepted.previewed = True
-        accepted.tell(preview)
+    def _on_ready(self, engine: EngineHandle, ready: EngineReady) -> None:
+        engine.set_ready(ready)
+        self._observer.on_event(ready)
+        self._availability.set_loaded(ready.models)
+        self._lifecycle.feed()
+        self._availability.report()
 
-    def _compare(self, accepted: ActiveJob) -> None:
-        """Tell how good the estimate of a finished job was; of one run again it says nothing."""
-        estimate = accepted.estimate
-        if estimate is not None and not accepted.ended:
-            seconds = time.monotonic() - estimate.made_at
-            self._estimates.record_actual(estimate, seconds)
-            self._observer.estimated(accepted.job.model, estimate.total, seconds)
-
-
-def _has_time(accepted: ActiveJob) -> bool:
-    """Whether the job may go on: a caller that joined it brought a deadline later than its own.
-
-    The engine may hear of that when it has let the job go already.
-    """
-    deadline = accepted.job.deadline
-    return not accepted.ended and (deadline is None or deadline > time.monotonic())
+    def _on_death(self, engine: EngineHandle, died: EngineDied) -> None:
+        jobs = self._pool.handle_death(engine, died)
+        if jobs is None:
+            return
+        if self._pool.exhausted:
+            self._availability.set_failed(self._pool.exhausted)
+            self._lifecycle.no_engine_left()
+        self._availability.report()
+        self._lifecycle.engine_died(jobs, last=bool(self._pool.exhausted))

@@ -1,173 +1,234 @@
-"""The way of accepted jobs: into the queue, to an engine, and to their one end."""
+"""The life of accepted jobs: into the queue, to an engine, and to their one end."""
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
-from darkroom_server.core.errors import DarkroomError
+from darkroom_server.core.errors import DarkroomError, Reason
 from darkroom_server.core.events import StageSeconds
-from darkroom_server.core.job import DEADLINE_SLACK_SECONDS
+from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, Job
 from darkroom_server.dispatch.admission.controller import AdmissionController
+from darkroom_server.dispatch.admission.estimator import Estimator
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.jobs import outcomes
-from darkroom_server.dispatch.jobs.deadlines import Deadlines
-from darkroom_server.dispatch.jobs.job import ActiveJob, Finished, JobState
-from darkroom_server.dispatch.jobs.outcomes import Counts, JobOutcome
+from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
+from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome
 from darkroom_server.dispatch.jobs.registry import JobRegistry
-from darkroom_server.dispatch.observer import Observer
+from darkroom_server.dispatch.observer import EstimateChecked, JobEnded, JobRerun, Observer
 
 
 class JobLifecycle:
-    """Moves jobs from place to place, and ends each of them once.
+    """Moves jobs through their states and ends each of them once.
 
-    ``idle`` is set while nobody waits for any job.
+    ``idle`` is set while no job is unfinished.
     """
 
     def __init__(
-        self, roster: JobRegistry, fleet: EnginePool, gate: AdmissionController, observer: Observer
+        self,
+        registry: JobRegistry,
+        pool: EnginePool,
+        admission: AdmissionController,
+        estimator: Estimator,
+        observer: Observer,
     ) -> None:
         self.counts = Counts()
         self.idle = asyncio.Event()
         self.idle.set()
-        self._roster = roster
-        self._fleet = fleet
-        self._gate = gate
+        self._registry = registry
+        self._pool = pool
+        self._admission = admission
+        self._estimator = estimator
         self._observer = observer
-        self._deadlines = Deadlines(self._expire)
+        self._deadlines: dict[str, asyncio.TimerHandle] = {}
 
-    def close(self) -> None:
-        """Watch no deadline any more."""
-        self._deadlines.close()
+    # Into the queue and to an engine.
 
-    # In.
-
-    def enter(self, accepted: ActiveJob) -> None:
-        """Queue a job that was let in."""
+    def enter(self, active: ActiveJob) -> None:
+        """Queue an admitted job, and start it if an engine has room."""
+        active.on_abandoned = self._abandon
         self.counts.accepted += 1
         self.idle.clear()
-        self._roster.move(accepted, JobState.QUEUE)
-        self._deadlines.add(accepted.job.id, accepted.job.deadline)
+        self._registry.enqueue(active)
+        self._watch_deadline(active.job)
         self.feed()
 
     def feed(self) -> None:
-        """Hand waiting jobs to the engines while they have room, the most urgent first."""
-        for accepted in self._roster.in_order():
-            slot = self._fleet.choose(accepted)
-            if slot is None:
-                # Nobody overtakes: what waits for an empty engine would wait for ever.
+        """Give waiting jobs to the engines while they have room, most urgent first."""
+        queue = self._registry.queue()
+        for position, active in enumerate(queue):
+            engine = self._pool.choose(active)
+            if engine is None:
+                # No job overtakes: one that waits for an empty engine would wait for ever.
+                self._set_positions(queue[position:])
                 break
-            self._roster.move(accepted, JobState.ENGINE)
-            self._fleet.hand_over(accepted, slot)
-        self._roster.tell_positions()
+            self._registry.assign(active)
+            engine.submit(active)
 
-    def extend(self, accepted: ActiveJob, deadline: float | None) -> None:
-        """Let a job live until ``deadline``, where that is later than its own; None is never."""
-        job = accepted.job
-        if accepted.ended or job.deadline is None:
+    def extend(self, active: ActiveJob, deadline: float | None) -> None:
+        """Move a job's deadline to ``deadline`` if that is later; None is no deadline."""
+        job = active.job
+        if active.ended or job.deadline is None:
             return
         if deadline is None or deadline > job.deadline:
-            accepted.job = replace(job, deadline=deadline)
-            self._deadlines.discard(job.id)
-            self._deadlines.add(job.id, deadline)
-            self._fleet.extend(job.id, deadline)
+            active.job = replace(job, deadline=deadline)
+            self._watch_deadline(active.job)
+            if active.engine is not None:
+                active.engine.extend(active)
 
-    def came_back(self, accepted: ActiveJob) -> None:
-        """Queue a job again that its engine has let go unfinished; what is drawn of it stays."""
-        if len(accepted.images) == accepted.job.image_count:
-            self.left_engine(accepted, outcomes.finished(accepted, StageSeconds()))
-            return
-        self._fleet.left(accepted.job.id)
-        accepted.starts_over()
-        self._roster.move(accepted, JobState.QUEUE)
+    # What engines report.
+
+    def finish(self, active: ActiveJob, stages: StageSeconds) -> None:
+        """The engine has sent every image of the job."""
+        if active.estimate is not None and not active.ended:
+            self._check_estimate(active, time.monotonic())
+        self._remove_from_engine(active, _result(active, stages))
+
+    def fail(self, active: ActiveJob, error: DarkroomError) -> None:
+        """The engine failed the job."""
+        self._remove_from_engine(active, error)
+
+    def engine_cancelled(self, active: ActiveJob, *, expired: bool) -> None:
+        """The engine removed a job, because it was asked to or because the deadline passed."""
+        if not expired:
+            error = outcomes.failed(Reason.ENGINE_FAILED, "the engine dropped the job; try again")
+            self._remove_from_engine(active, error)
+        elif active.ended or not _has_time(active):
+            self._remove_from_engine(active, outcomes.expired(begun=True))
+        elif active.complete:
+            self._remove_from_engine(active, _result(active, StageSeconds()))
+        else:
+            # A call that joined has a later deadline, and the engine learned of it too late.
+            self._requeue(active)
+            self.feed()
+
+    def engine_died(self, jobs: Sequence[ActiveJob], *, last: bool) -> None:
+        """Requeue or end the jobs of a dead engine; ``last``: no engine will come back."""
+        for active in jobs:
+            active.record_crash(time.monotonic())
+            if active.ended or last:
+                self._remove(active, outcomes.stopped())
+            elif active.crashes > 1:
+                self._remove(active, outcomes.crashed_twice())
+            elif active.complete:
+                # Where the time went is lost with the engine.
+                self._remove(active, _result(active, StageSeconds()))
+            else:
+                self._requeue(active)
+                active.publish_restart()
+                self._observer.on_event(JobRerun(active.job.model))
         self.feed()
+
+    def no_engine_left(self) -> None:
+        """End every job; the engines are gone for good."""
+        for active in self._registry.queue():
+            self._remove(active, outcomes.stopped())
+        for active in self._registry.all():
+            self._end(active, outcomes.stopped())
+
+    # What callers do.
+
+    def cancel(self, job_id: str) -> None:
+        """Cancel a job in any state; an unknown or ended one is ignored."""
+        active = self._registry.get(job_id)
+        if active is not None and not active.ended:
+            self._withdraw(active)
+            self._end(active, outcomes.cancelled())
+
+    def end_all(self, error: DarkroomError) -> None:
+        """End every job with ``error``, and have the engines remove them."""
+        for active in self._registry.all():
+            if not active.ended:
+                self._withdraw(active)
+                self._end(active, error)
+
+    def _abandon(self, active: ActiveJob) -> None:
+        """No call follows the job any more."""
+        if active.ended:
+            return
+        # gRPC ends a call at its deadline by cancelling it, perhaps before our own timer.
+        deadline = active.job.deadline
+        if deadline is not None and deadline - DEADLINE_SLACK_SECONDS <= time.monotonic():
+            self._expire(active.job.id)
+        else:
+            self.cancel(active.job.id)
+
+    def _expire(self, job_id: str) -> None:
+        active = self._registry.get(job_id)
+        if active is None:
+            return
+        error = outcomes.expired(begun=active.state is not JobState.QUEUED)
+        self._withdraw(active)
+        self._end(active, error)
 
     # Out.
 
-    def cancel(self, job_id: str) -> None:
-        """Give a job up, wherever it is and whoever waits; unknown and ended ones are ignored."""
-        if (accepted := self._roster.get(job_id)) and not accepted.ended:
-            self._withdraw(accepted)
-            self._end(accepted, *outcomes.cancelled())
-
-    def abandon(self, job_id: str) -> None:
-        """Nobody waits for a job any more."""
-        accepted = self._roster.get(job_id)
-        if accepted is None or accepted.ended:
-            return
-        # gRPC ends a call whose deadline passed by cancelling it, and may be faster than we are.
-        deadline = accepted.job.deadline
-        if deadline is not None and deadline - DEADLINE_SLACK_SECONDS <= time.monotonic():
-            self._expire(job_id)
+    def _withdraw(self, active: ActiveJob) -> None:
+        """Take a job out of the queue, or have its engine remove it."""
+        if active.engine is not None:
+            active.engine.cancel(active)
         else:
-            self.cancel(job_id)
+            self._registry.remove(active)
+            self._set_positions(self._registry.queue())
 
-    def left_engine(self, accepted: ActiveJob, outcome: outcomes.Outcome) -> None:
-        """An engine has let a job go, which ends it."""
-        self._fleet.left(accepted.job.id)
-        self._leave(accepted, outcome)
+    def _requeue(self, active: ActiveJob) -> None:
+        """Queue a job again that its engine did not finish; its finished images stay."""
+        if active.engine is not None:
+            active.engine.remove(active)
+            active.reset()
+        self._registry.enqueue(active)
+
+    def _remove_from_engine(self, active: ActiveJob, result: Finished | DarkroomError) -> None:
+        if active.engine is not None:
+            active.engine.remove(active)
+        self._remove(active, result)
         self.feed()
 
-    def crashed(self, victims: list[ActiveJob], *, last: bool) -> None:
-        """Queue the jobs again that were in an engine when it died, or end them.
+    def _remove(self, active: ActiveJob, result: Finished | DarkroomError) -> None:
+        self._registry.remove(active)
+        self._end(active, result)
 
-        ``last``: no engine will come back.
-        """
-        for accepted in victims:
-            accepted.engine_died(time.monotonic())
-            if outcome := outcomes.after_crash(accepted, last=last):
-                self._leave(accepted, outcome)
-            else:
-                self._roster.move(accepted, JobState.QUEUE)
-                accepted.restarts()
-                self._observer.replayed(accepted.job.model)
-        self.feed()
-
-    def withdraw_all(self, end: JobOutcome, error: DarkroomError) -> None:
-        """End every job that has not ended, and let the engines know."""
-        for accepted in self._live_jobs():
-            self._withdraw(accepted)
-            self._end(accepted, end, error)
-
-    def no_engine_left(self) -> None:
-        """End every job that has not ended: there are no engines any more."""
-        for accepted in self._roster.waiting():
-            self._leave(accepted, outcomes.stopped())
-        for accepted in self._live_jobs():
-            self._end(accepted, *outcomes.stopped())
-
-    def _live_jobs(self) -> list[ActiveJob]:
-        return [accepted for accepted in self._roster.all() if not accepted.ended]
-
-    def _withdraw(self, accepted: ActiveJob) -> None:
-        """Take a job out of the queue, or tell the engine to let it go."""
-        if accepted.place is JobState.QUEUE:
-            self._roster.move(accepted, JobState.OUTSIDE)
-            self._roster.tell_positions()
-        elif accepted.place is JobState.ENGINE:
-            self._fleet.cancel(accepted.job.id)
-
-    def _leave(self, accepted: ActiveJob, outcome: outcomes.Outcome) -> None:
-        self._roster.move(accepted, JobState.OUTSIDE)
-        self._end(accepted, *outcome)
-
-    def _end(self, accepted: ActiveJob, end: JobOutcome, outcome: Finished | DarkroomError) -> None:
-        """The one end of a job for its waiters; a second one is not told."""
-        if accepted.ended:
+    def _end(self, active: ActiveJob, result: Finished | DarkroomError) -> None:
+        """End a job for its callers; ignored if it has ended."""
+        outcome = active.end(result)
+        if outcome is None:
             return
-        if end is JobOutcome.EXPIRED:
-            self._gate.estimates.expired(accepted)
-        accepted.end(outcome)
-        self._deadlines.discard(accepted.job.id)
-        self._gate.ended(accepted)
-        self.counts.by_end[end] += 1
-        self._observer.ended(accepted.job.model, end, accepted.phase)
-        if self.counts.live == 0:
+        if outcome is JobOutcome.EXPIRED:
+            self._estimator.record_expired(active)
+        if timer := self._deadlines.pop(active.job.id, None):
+            timer.cancel()
+        self._admission.release(active)
+        self.counts.by_end[outcome] += 1
+        self._observer.on_event(JobEnded(active.job.model, outcome, active.phase))
+        if self.counts.accepted == self.counts.by_end.total():
             self.idle.set()
 
-    def _expire(self, job_id: str) -> None:
-        accepted = self._roster.get(job_id)
-        if accepted is None:
-            return
-        outcome = outcomes.expired(begun=accepted.place is not JobState.QUEUE)
-        self._withdraw(accepted)
-        self._end(accepted, *outcome)
+    def _watch_deadline(self, job: Job) -> None:
+        if timer := self._deadlines.pop(job.id, None):
+            timer.cancel()
+        if job.deadline is not None:
+            # ``time.monotonic`` is the clock of asyncio's loops.
+            loop = asyncio.get_running_loop()
+            self._deadlines[job.id] = loop.call_at(job.deadline, self._expire, job.id)
+
+    def _check_estimate(self, active: ActiveJob, now: float) -> None:
+        if (estimate := active.estimate) is not None:
+            seconds = now - estimate.made_at
+            self._estimator.record_actual(estimate, seconds)
+            self._observer.on_event(EstimateChecked(active.job.model, estimate.total, seconds))
+
+    def _set_positions(self, queue: Sequence[ActiveJob]) -> None:
+        for position, active in enumerate(queue):
+            active.set_position(position)
+
+
+def _has_time(active: ActiveJob) -> bool:
+    deadline = active.job.deadline
+    return deadline is None or deadline > time.monotonic()
+
+
+def _result(active: ActiveJob, stages: StageSeconds) -> Finished | DarkroomError:
+    images, count = active.images, active.job.image_count
+    if len(images) != count:
+        return outcomes.failed(Reason.INTERNAL, "the engine lost an image; try again")
+    return Finished(tuple(images[index] for index in range(count)), stages)

@@ -3,30 +3,20 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from darkroom_server.core.events import MemoryReport
-from darkroom_server.dispatch.admission.availability import Availability, QueueLimits
+from darkroom_server.dispatch.admission.availability import Availability, State
+from darkroom_server.dispatch.admission.limits import QueueLimits
 from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.estimation.batch_times import Group
-from darkroom_server.dispatch.jobs.job import JobState
 from darkroom_server.dispatch.jobs.outcomes import Counts, JobOutcome
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 
 
-class State(Enum):
-    """Whether jobs are taken, and drawn."""
-
-    LOADING = auto()
-    READY = auto()
-    RECOVERING = auto()
-    DRAINING = auto()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PassTime:
-    """What a pass of so many rows is expected to take, in seconds; the size is in pixels."""
+class BatchTime:
+    """Expected seconds of a batch of ``rows`` rows of images of ``width`` × ``height`` pixels."""
 
     width: int
     height: int
@@ -36,18 +26,18 @@ class PassTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """One model; ``pass_times`` are those of the sizes and row counts met so far."""
+    """One model; ``batch_times``: of the sizes and row counts seen so far."""
 
     id: str
     ready: bool
     queued_jobs: int
     running_jobs: int
-    pass_times: tuple[PassTime, ...]
+    batch_times: tuple[BatchTime, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """One engine; ``device`` is empty and ``memory`` None until it has told."""
+    """One engine; ``device`` is "" and ``memory`` None until it has reported."""
 
     index: int
     device: str
@@ -61,7 +51,7 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Everything; ``ended_jobs`` are by how they ended."""
+    """Everything; ``ended_jobs`` are counted by outcome."""
 
     state: State
     models: tuple[ModelStatus, ...]
@@ -74,50 +64,40 @@ class Snapshot:
 
 
 def snapshot_of(
-    admission: Availability,
-    roster: JobRegistry,
-    fleet: EnginePool,
+    availability: Availability,
+    registry: JobRegistry,
+    pool: EnginePool,
     counts: Counts,
     limits: QueueLimits,
 ) -> Snapshot:
-    """The whole, as it is now."""
+    """The dispatcher now."""
     return Snapshot(
-        state=state_of(admission, fleet),
-        models=_models(admission, roster, fleet.slots),
-        engines=tuple(_engine(slot) for slot in fleet.slots),
-        queued_jobs=roster.queued,
+        state=availability.state,
+        models=_models(availability, registry, pool.engines),
+        engines=tuple(_engine(engine) for engine in pool.engines),
+        queued_jobs=registry.queued,
         max_queued_jobs=limits.jobs,
-        running_jobs=roster.running,
+        running_jobs=registry.running,
         accepted_jobs=counts.accepted,
-        ended_jobs={end.value: counts.by_end[end] for end in JobOutcome},
+        ended_jobs={outcome.value: counts.by_end[outcome] for outcome in JobOutcome},
     )
 
 
-def state_of(admission: Availability, fleet: EnginePool) -> State:
-    """The state; a server whose engines are gone for good is on its way out, too."""
-    if admission.closed:
-        return State.DRAINING
-    if not admission.open:
-        return State.LOADING
-    return State.READY if fleet.ready else State.RECOVERING
-
-
 def _models(
-    admission: Availability, roster: JobRegistry, slots: Sequence[EngineHandle]
+    availability: Availability, registry: JobRegistry, engines: Sequence[EngineHandle]
 ) -> tuple[ModelStatus, ...]:
-    """Every model, in the order in which the server was told of them."""
     seconds: dict[tuple[Group, int], list[float]] = defaultdict(list)
-    for slot in slots:
-        for group, rows, each in slot.speed.measured():
+    for engine in engines:
+        for group, rows, each in engine.batch_times.measured():
             seconds[group, rows].append(each)
     return tuple(
         ModelStatus(
             id=id,
             ready=info is not None,
-            queued_jobs=roster.count(id, JobState.QUEUE),
-            running_jobs=roster.count(id, JobState.ENGINE),
-            pass_times=tuple(
-                PassTime(
+            queued_jobs=registry.counts(id)[0],
+            running_jobs=registry.counts(id)[1],
+            batch_times=tuple(
+                BatchTime(
                     width=group.width,
                     height=group.height,
                     rows=rows,
@@ -127,20 +107,19 @@ def _models(
                 if group.model == id
             ),
         )
-        for id, info in admission.models.items()
+        for id, info in availability.models.items()
     )
 
 
-def _engine(slot: EngineHandle) -> EngineStatus:
-    """What is known of one engine without asking it."""
-    device = next((model.runtime.device for model in slot.models.values()), "")
+def _engine(engine: EngineHandle) -> EngineStatus:
+    device = next((model.runtime.device for model in engine.models.values()), "")
     return EngineStatus(
-        index=slot.index,
+        index=engine.index,
         device=device,
-        ready=slot.ready,
-        restarts=slot.restarts,
-        jobs=len(slot.jobs),
-        samples=slot.samples,
-        rows_in_use=slot.last_rows if slot.jobs else 0,
-        memory=slot.memory,
+        ready=engine.ready,
+        restarts=engine.restarts,
+        jobs=len(engine.jobs),
+        samples=engine.samples,
+        rows_in_use=engine.last_rows if engine.jobs else 0,
+        memory=engine.memory,
     )

@@ -1,4 +1,4 @@
-"""What happens in the engine besides passes, counted until it is told."""
+"""Counters of the engine, gathered and emitted after each batch."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ Counts = Counter[Counted]
 
 
 class CounterReporter:
-    """Gathers what the parts of each model counted; used from the loop's thread only."""
+    """Emits what the components of each model counted; used from the loop's thread only."""
 
     def __init__(
         self, by_model: Mapping[str, Sequence[Counts]], emit: Callable[[Event], None]
@@ -17,13 +17,13 @@ class CounterReporter:
         self._by_model = by_model
         self._emit = emit
 
-    def tell(self) -> None:
-        """Tell what was counted since the last time, if anything was."""
+    def report(self) -> None:
+        """Emit the counts since the last report, if there are any."""
         for model, parts in self._by_model.items():
             counts = Counts()
             for part in parts:
                 if part:
                     counts.update(part)
                     part.clear()
-            if told := +counts:  # Without the zeros.
-                self._emit(EngineCounts(model, dict(told)))
+            if nonzero := +counts:
+                self._emit(EngineCounts(model, dict(nonzero)))

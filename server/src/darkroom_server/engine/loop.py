@@ -1,243 +1,137 @@
-"""The engine's heartbeat: schedule, run, postprocess, once for every pass of the denoiser."""
+"""The engine's heartbeat: receive, choose the next batch, run it, publish what it did."""
 
 import queue
 import time
 from collections.abc import Callable, Mapping
 
-import structlog
 import torch
 
 from darkroom_server.core.errors import Failure
-from darkroom_server.core.events import (
-    BatchDone,
-    Counted,
-    DecodeDone,
-    Event,
-    JobCancelled,
-    JobFailed,
-    JobStarted,
-    JobTaken,
-    SampleProgress,
-)
+from darkroom_server.core.events import BatchDone, DecodeDone, Event, JobTaken, SampleProgress
 from darkroom_server.core.job import Job
-from darkroom_server.core.order import FairShare, pick
+from darkroom_server.engine.batch import Batch
 from darkroom_server.engine.batching.encode_pool import EncodePool
-from darkroom_server.engine.batching.resident_job import ResidentJob
-from darkroom_server.engine.batching.resident_jobs import ResidentJobs
+from darkroom_server.engine.batching.row_limits import RowLimits
+from darkroom_server.engine.batching.runner import BatchResult, Runner
+from darkroom_server.engine.batching.scheduler import BatchScheduler
 from darkroom_server.engine.counters import CounterReporter
 from darkroom_server.engine.device.memory_reporter import MemoryReporter
-from darkroom_server.engine.device.peak_memory import PeakMemoryTracker
-from darkroom_server.engine.device.timer import Timer
-from darkroom_server.engine.failures import (
-    OUT_OF_MEMORY,
-    SCHEDULER_FAILED,
-    is_fatal,
-    is_out_of_memory,
-)
-from darkroom_server.engine.families.stable_diffusion import LoadedModel
-from darkroom_server.engine.sample import Group, Sample
+from darkroom_server.engine.families.base import Model
+from darkroom_server.engine.sample import Sample
 from darkroom_server.ipc.commands import Cancel, Close, Extend
-
-log = structlog.get_logger(__name__)
 
 
 class EngineLoop:
-    """Develops the samples of all resident jobs; ``run`` is the only method that blocks.
+    """Generates the images of all resident jobs; ``run`` is the only method that blocks.
 
-    Everything that touches torch happens on the thread that calls ``run``. ``submit``, ``cancel``
-    and ``close`` may be called from any thread; ``emit`` is called from ``run``'s thread and from
-    those that encode images.
+    Everything that touches torch happens on the thread that calls ``run``. ``submit``, ``cancel``,
+    ``extend`` and ``close`` may be called from any thread. ``emit`` is called from ``run``'s
+    thread, the encode pool's and the memory reporter's.
     """
 
-    def __init__(self, models: Mapping[str, LoadedModel], emit: Callable[[Event], None]) -> None:
-        self._models = models
+    def __init__(self, models: Mapping[str, Model], emit: Callable[[Event], None]) -> None:
+        row_limits = {
+            id: RowLimits(model.info.limits.max_rows, model.info.memory)
+            for id, model in models.items()
+        }
         self._emit = emit
         self._inbox: queue.SimpleQueue[Job | Cancel | Extend | Close] = queue.SimpleQueue()
-        self._roster = ResidentJobs(emit)
-        self._turns: FairShare[Group] = FairShare()
-        self._encoding = EncodePool(abandon=self.cancel)
-        self._tally = CounterReporter({id: model.counts for id, model in models.items()}, emit)
-        self._peaks = PeakMemoryTracker(emit)
-        self._memory = MemoryReporter({m.device for m in models.values()}, self._peaks, emit)
+        self._scheduler = BatchScheduler(row_limits, emit)
+        self._runner = Runner(models, row_limits, emit)
+        self._encode_pool = EncodePool()
+        self._counters = CounterReporter(self._runner.counts, emit)
+        self._memory = MemoryReporter(self._runner.devices, self._runner.peaks, emit)
 
     def submit(self, job: Job) -> None:
-        """Let ``job`` join at the next step boundary."""
+        """Add ``job`` at the next step boundary."""
         self._inbox.put(job)
 
     def cancel(self, job_id: str) -> None:
-        """Let a job leave at the next step boundary."""
+        """Cancel a job at the next step boundary."""
         self._inbox.put(Cancel(job_id))
 
     def extend(self, job_id: str, deadline: float | None) -> None:
-        """Give a job until ``deadline`` instead, from the next step boundary on."""
+        """Replace a job's deadline at the next step boundary."""
         self._inbox.put(Extend(job_id, deadline))
 
     def close(self) -> None:
-        """End ``run`` at the next step boundary; what is resident is dropped."""
+        """End ``run`` at the next step boundary; resident jobs end without an event."""
         self._inbox.put(Close())
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Work until ``close``; raises what means that the device is lost."""
+        """Work until ``close``; raises an error that means that the device is lost."""
         self._memory.start()
         try:
-            while self._listen():
-                chosen = self._schedule()
-                finished = self._run(chosen)
-                self._postprocess(finished)
-                self._tally.tell()
+            while self._receive():
+                self._encode_newcomers()
+                if batch := self._scheduler.next_batch():
+                    self._publish(batch, self._run(batch))
+                self._counters.report()
         finally:
             self._memory.close()
-            self._encoding.close()
+            self._encode_pool.close()
 
-    def _listen(self) -> bool:
-        """Take in what callers want, waiting only when there is nothing else to do."""
+    def _receive(self) -> bool:
+        """Handle the waiting commands, and block only if there is nothing to run; False: closed."""
         while True:
             try:
-                command = self._inbox.get(block=self._roster.idle)
+                command = self._inbox.get(block=self._scheduler.idle)
             except queue.Empty:
                 break
             match command:
                 case Job():
-                    self._roster.add(command)
-                case Cancel():
-                    if resident := self._roster.get(command.job_id):
-                        self._drop(resident, expired=False)
+                    self._scheduler.add(command)
+                case Cancel(job_id):
+                    self._scheduler.cancel(job_id)
                 case Extend(job_id, deadline):
-                    if resident := self._roster.get(job_id):
-                        resident.extend(deadline)
+                    self._scheduler.extend(job_id, deadline)
                 case Close():
                     return False
-        now = time.monotonic()
-        for resident in self._roster.residents:
-            if resident.job.deadline is not None and resident.job.deadline <= now:
-                self._drop(resident, expired=True)
+        self._scheduler.expire(time.monotonic())
         return True
 
-    def _schedule(self) -> list[Sample]:
-        """Let newcomers join, and choose the samples of the next pass."""
-        self._join()
-        groups = self._roster.developing()
-        if not groups:
-            return []
-        group = self._turns.next(groups)
-        samples = groups[group]
-        max_rows = self._models[group.model].max_rows(group)
-        chosen = pick([sample.key() for sample in samples.values()], max_rows)
-        return [samples[key.id] for key in chosen]
-
-    def _run(self, samples: list[Sample]) -> list[Sample]:
-        """One pass: each of ``samples`` takes one step. Returns those that took their last."""
-        if not samples:
-            return []
-        began = time.monotonic()
-        for sample in samples:
-            if self._resident(sample).pass_begins(began):
-                self._emit(JobStarted(sample.job.id))
-        model = self._models[samples[0].job.model]
-        rows = sum(sample.rows for sample in samples)
-        company = any(sample.step for sample in samples)
-        joined = sum(not sample.step for sample in samples) if company else 0
-        job = samples[0].job
-        with self._peaks.watch(model.device, job.model, job.width, job.height, rows):
-            stepped = self._step(samples, model.denoiser.predict(samples))
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-        now = time.monotonic()
-        self._turns.charge(samples[0].group, now - began)
-        self._account(stepped, began, now, joined)
-        self._preview(stepped)
-        finished = [sample for sample in stepped if sample.done]
-        for sample in finished:
-            self._roster.developed(sample)
-            self._resident(sample).denoised(now)
-        return finished
-
-    def _postprocess(self, samples: list[Sample]) -> None:
-        """Decode finished samples, one at a time, and hand their pixels to the encoding pool."""
-        for sample in samples:
-            resident = self._roster.get(sample.job.id)
-            if resident is None:
-                continue  # Another image of its job could not be decoded.
-            job = sample.job
-            model = self._models[job.model]
-            began = time.monotonic()
-            with (
-                structlog.contextvars.bound_contextvars(**job.log_fields),
-                self._peaks.watch(model.device, job.model, job.width, job.height),
-            ):
-                pixels = model.decoder.decode(sample.latents)
-            if isinstance(pixels, Failure):
-                self._fail(resident, pixels)
-                continue
-            now = time.monotonic()
-            self._emit(
-                DecodeDone(model=job.model, width=job.width, height=job.height, seconds=now - began)
-            )
-            if resident.decoded(now):
-                self._roster.remove(resident)  # What is left to do is the pool's.
-            flagged = model.safety is not None and model.safety.flags(pixels)
-            self._encoding.submit(resident, sample, model, pixels, flagged=flagged)
-
-    def _join(self) -> None:
-        """Encode the newcomers' prompts together and turn the newcomers into samples."""
-        for model_id, residents in self._roster.take_newcomers().items():
-            model = self._models[model_id]
-            # Told before: should it kill the engine, it is known what it was about.
+    def _encode_newcomers(self) -> None:
+        """Encode the prompts of new jobs together, and start their samples."""
+        for model_id, residents in self._scheduler.take_newcomers().items():
+            # Emit first, so that a crash can be attributed to these jobs.
             for resident in residents:
                 self._emit(JobTaken(resident.job.id))
-            with Timer(model.device) as watch:
-                encoded = model.encode_prompts([resident.job for resident in residents])
-            for resident, embeddings in zip(residents, encoded, strict=True):
-                if isinstance(embeddings, Failure):
-                    self._fail(resident, embeddings)
-                    continue
-                resident.prompt_encoded(watch)
-                try:
-                    samples = model.new_samples(resident.job, embeddings)
-                except Exception as error:
-                    if is_fatal(error):
-                        raise
-                    self._scheduler_failed(resident, error)
-                    continue
-                self._roster.develop(resident, samples)
+            jobs = [resident.job for resident in residents]
+            started, timer = self._runner.new_samples(model_id, jobs)
+            for job, samples in zip(jobs, started, strict=True):
+                if isinstance(samples, Failure):
+                    self._scheduler.fail(job.id, samples)
+                else:
+                    self._scheduler.start(job.id, samples, timer)
 
-    def _step(
-        self, samples: list[Sample], predictions: list[torch.Tensor | Failure]
-    ) -> list[Sample]:
-        """Give every sample its prediction; returns those that took it and whose job goes on."""
-        for sample, prediction in zip(samples, predictions, strict=True):
-            resident = self._roster.get(sample.job.id)
-            if resident is None:
-                continue  # Another image of its job failed in this pass.
-            if isinstance(prediction, Failure):
-                self._fail(resident, prediction)
-                continue
-            try:
-                sample.advance(prediction)
-            except Exception as error:
-                if is_fatal(error):
-                    raise
-                self._scheduler_failed(resident, error)
-        return [sample for sample in samples if self._roster.get(sample.job.id)]
+    def _run(self, batch: Batch) -> BatchResult:
+        self._scheduler.begin(batch, time.monotonic())
+        return self._runner.run(batch)
 
-    def _scheduler_failed(self, resident: ResidentJob, error: Exception) -> None:
-        """Fail a job whose own scheduler raised ``error``."""
-        job = resident.job
-        if is_out_of_memory(error):
-            log.warning("scheduler ran out of memory", **job.log_fields)
-            self._models[job.model].denoiser.counts[Counted.OUT_OF_MEMORY_FAILED] += 1
-            self._fail(resident, OUT_OF_MEMORY)
-        else:
-            log.error("scheduler failed", exc_info=error, **job.log_fields)
-            self._fail(resident, SCHEDULER_FAILED)
+    def _publish(self, batch: Batch, result: BatchResult) -> None:
+        """Emit what ``batch`` did, and pass on what it finished: previews and images."""
+        for job_id, failure in result.failures.items():
+            self._scheduler.fail(job_id, failure)
+        self._scheduler.charge(batch.group, result.seconds)
+        self._publish_steps(batch, result)
+        for sample in result.stepped:
+            pixels = self._runner.preview(sample)
+            if pixels is not None:
+                self._encode_pool.submit_preview(self._scheduler.job_of(sample), sample, pixels)
+        finished = [sample for sample in result.stepped if sample.done]
+        for sample in finished:
+            self._scheduler.denoised(sample, result.ended)
+        for sample in finished:
+            self._decode(sample)
 
-    def _account(self, samples: list[Sample], began: float, ended: float, joined: int) -> None:
-        """Tell of the steps and of their pass, and charge each sample its rows' share of it."""
-        seconds = ended - began
-        rows = sum(sample.rows for sample in samples)
-        for sample in samples:
-            sample.rows_in_last_pass = rows
+    def _publish_steps(self, batch: Batch, result: BatchResult) -> None:
+        """Emit the steps and then their batch; charge each sample its rows' share of the time."""
+        if not result.stepped:
+            return
+        rows, seconds = result.rows, result.seconds
+        for sample in result.stepped:
+            sample.rows_in_last_batch = rows
             sample.engine_seconds += seconds * sample.rows / rows
             self._emit(
                 SampleProgress(
@@ -249,45 +143,34 @@ class EngineLoop:
                     seconds=seconds,
                 )
             )
-        if samples:
-            job = samples[0].job
-            self._emit(
-                BatchDone(
-                    model=job.model,
-                    width=job.width,
-                    height=job.height,
-                    rows=rows,
-                    seconds=seconds,
-                    samples=len(samples),
-                    joined=joined,
-                    max_rows=self._models[job.model].max_rows(samples[0].group),
-                    ended_at=ended,
-                )
+        self._emit(
+            BatchDone(
+                model=batch.model,
+                width=batch.group.width,
+                height=batch.group.height,
+                rows=rows,
+                seconds=seconds,
+                samples=len(result.stepped),
+                joined=batch.joined,
+                max_rows=self._scheduler.max_rows(batch.group),
+                ended_at=result.ended,
             )
+        )
 
-    def _preview(self, samples: list[Sample]) -> None:
-        """Paint the samples whose previews are due, unless their last is still being encoded.
-
-        What a safety checker may withhold in the end is not shown before.
-        """
-        for sample in samples:
-            clean, sample.clean = sample.clean, None
-            model = self._models[sample.job.model]
-            if clean is None or sample.previewing or model.safety is not None:
-                continue
-            if (pixels := model.previewer.decode_preview(clean)) is not None:
-                self._encoding.submit_preview(self._resident(sample), sample, pixels)
-
-    def _resident(self, sample: Sample) -> ResidentJob:
-        resident = self._roster.get(sample.job.id)
-        if resident is None:
-            raise KeyError(sample.job.id)
-        return resident
-
-    def _drop(self, resident: ResidentJob, *, expired: bool) -> None:
-        self._roster.remove(resident)
-        resident.end(JobCancelled(resident.job.id, expired, resident.engine_seconds))
-
-    def _fail(self, resident: ResidentJob, failure: Failure) -> None:
-        self._roster.remove(resident)
-        resident.end(JobFailed(resident.job.id, failure))
+    def _decode(self, sample: Sample) -> None:
+        """Decode a finished sample and hand its pixels to the encode pool."""
+        job = sample.job
+        if job.id not in self._scheduler:
+            return  # Another image of the job could not be decoded.
+        began = time.monotonic()
+        pixels = self._runner.decode(sample)
+        if isinstance(pixels, Failure):
+            self._scheduler.fail(job.id, pixels)
+            return
+        ended = time.monotonic()
+        self._emit(
+            DecodeDone(model=job.model, width=job.width, height=job.height, seconds=ended - began)
+        )
+        resident = self._scheduler.decoded(sample, ended)
+        flagged = self._runner.is_flagged(sample, pixels)
+        self._encode_pool.submit(resident, sample, pixels, flagged=flagged)

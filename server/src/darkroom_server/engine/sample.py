@@ -1,33 +1,23 @@
-"""One image being developed."""
+"""A sample: one image that is being generated."""
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from darkroom_server.core.job import Job
 from darkroom_server.core.order import OrderKey
+from darkroom_server.engine.batch import Group
 from darkroom_server.engine.components.prompt_encoder import Embedding
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Samples of one group can share a pass: same model, same shapes."""
-
-    model: str
-    latent_height: int
-    latent_width: int
-    tokens: int
-
-
 class Sample:
-    """The latents of one image, its noise, its scheduler, and how far it is.
+    """The latents of one image, its noise generator, its noise scheduler and its step counter.
 
-    ``embeddings`` are one per row: the prompt's alone, or the negative prompt's and the prompt's.
-    The first latents, and all later noise, are drawn on the CPU from the sample's own generator,
-    so that a seed means the same on every device. ``clean`` are the latents that the denoiser
-    expects in the end, where a preview is due; ``previewing`` says that one is being encoded.
+    ``embeddings`` has one entry per row: the prompt's, or the negative prompt's and the prompt's.
+    The first latents and all later noise come from the sample's own generator on the CPU, so a
+    seed means the same on every device. ``predicted_x0`` are the final latents that the denoiser
+    predicts, set only if a preview is due. ``preview_pending`` is True while one is encoded.
     """
 
     def __init__(
@@ -47,11 +37,11 @@ class Sample:
         self.scheduler = scheduler
         self.seed = job.seed_of(index)
         self.step = 0
-        self.rows_in_last_pass = 0
+        self.rows_in_last_batch = 0
         self.engine_seconds = 0.0
-        self.clean: torch.Tensor | None = None
-        self.previewing = False
-        # On the CPU, so that looking a timestep up never waits for the device.
+        self.predicted_x0: torch.Tensor | None = None
+        self.preview_pending = False
+        # On the CPU: reading a timestep must not wait for the device.
         scheduler.set_timesteps(job.steps, device="cpu")
         self._timesteps = scheduler.timesteps
         self._generator = torch.Generator("cpu").manual_seed(self.seed)
@@ -63,7 +53,7 @@ class Sample:
 
     @property
     def steps(self) -> int:
-        """Denoiser calls from noise to image: some schedulers make more than was asked for."""
+        """Denoiser calls from noise to image; some schedulers make more than one a step."""
         return len(self._timesteps)
 
     @property
@@ -73,12 +63,12 @@ class Sample:
 
     @property
     def rows(self) -> int:
-        """Rows that this sample takes in a pass."""
+        """Rows that this sample takes in a batch."""
         return len(self.embeddings)
 
     @property
     def prompt_truncated(self) -> bool:
-        """True where the end of the prompt or the negative prompt was ignored."""
+        """True if the end of the prompt or of the negative prompt was cut off."""
         return any(embedding.truncated for embedding in self.embeddings)
 
     @property
@@ -88,12 +78,12 @@ class Sample:
 
     @property
     def group(self) -> Group:
-        """What this sample can share a pass with."""
-        _, _, height, width = self.latents.shape
-        return Group(self.job.model, height, width, self.embeddings[0].hidden.shape[1])
+        """The group of samples that can share a batch with this one."""
+        job = self.job
+        return Group(job.model, job.width, job.height, self.embeddings[0].hidden.shape[1])
 
     def key(self) -> OrderKey:
-        """What the order needs to know."""
+        """The plain key by which ``core.order`` ranks this sample."""
         return OrderKey(
             id=(self.job.id, self.index),
             submitted_at=self.job.submitted_at,
@@ -115,17 +105,17 @@ class Sample:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + self.job.guidance_scale * (conditional - unconditional)
         if self.job.wants_preview(self.step + 1, self.steps):
-            self.clean = self._expected(prediction)
+            self.predicted_x0 = self._predict_x0(prediction)
         self.latents = self.scheduler.step(
             prediction, self.timestep, self.latents, **self._extra, return_dict=False
         )[0]
         self.step += 1
 
-    def _expected(self, prediction: torch.Tensor) -> torch.Tensor:
-        """What ``prediction`` says of the finished latents, the same for every scheduler.
+    def _predict_x0(self, prediction: torch.Tensor) -> torch.Tensor:
+        """The final latents that ``prediction`` implies, with one formula for every scheduler.
 
-        The denoiser sees the latents with their variance kept, whatever the scheduler's own scale
-        is: so these are the equations of Song et al. 2020 (epsilon), Salimans and Ho 2022 (v).
+        The denoiser's input is scaled to preserve variance, whatever the scheduler's own scale is.
+        So the equations are those of Song et al. 2020 (epsilon) and Salimans and Ho 2022 (v).
         """
         noisy, predicted = self.denoiser_input().float(), prediction.float()
         signal = float(self.scheduler.alphas_cumprod[round(float(self.timestep))])

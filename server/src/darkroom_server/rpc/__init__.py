@@ -1,1 +1,1 @@
-"""The gRPC face of the server: protobuf in, core's dataclasses inside, protobuf out."""
+"""The gRPC door: converts between protobuf and the service layer, nothing else."""

@@ -1,4 +1,4 @@
-"""From a job's events to those of a stream."""
+"""From a job's events to the messages of a stream."""
 
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -18,46 +18,54 @@ from darkroom_server.rpc.enums import FORMAT_TO_WIRE
 from darkroom_server.rpc.responses import duration_message, image_message, timings_message
 
 CHUNK_BYTES = 512 * 1024
-"""Of an image in one message, far below any client's limit."""
+"""The most image bytes in one message, far below any client's limit."""
 
 Event = generation_pb2.GenerationEvent
 
 
-async def story(
-    request_id: str, waiter: Subscription, arrived: float, *, joined: bool, previews: bool
+async def event_stream(
+    request_id: str,
+    subscription: Subscription,
+    arrived: float,
+    *,
+    server_id: str,
+    joined: bool,
+    previews: bool,
 ) -> AsyncGenerator[Event]:
-    """All that happens to a job, for a waiter that came at ``arrived``.
+    """Everything that happens to a job, for a call that arrived at ``arrived``.
 
-    Raises what the job ends with, where it was not finished. Neither an image nor the job is held
-    here while the reader takes its time: each piece is fetched when it is wanted.
+    Raises the job's error if it does not finish. Holds neither an image nor the job while the
+    reader is slow: it fetches each piece when it is sent.
     """
-    yield Event(accepted=accepted_message(request_id, waiter.accepted, joined=joined))
-    async for event in waiter:
+    accepted = accepted_message(request_id, subscription.active, server_id=server_id, joined=joined)
+    yield Event(accepted=accepted)
+    async for event in subscription:
         match event:
             case ImageDone(index):
-                for chunk in image_chunks(waiter, index):
+                for chunk in image_chunks(subscription, index):
                     yield chunk
             case PreviewReady() if not previews:
                 pass
             case _:
                 yield event_message(event)
-    yield await finished_event(waiter.accepted, arrived)
+    yield await finished_event(subscription.active, arrived)
 
 
 def accepted_message(
-    request_id: str, accepted: ActiveJob, *, joined: bool
+    request_id: str, active: ActiveJob, *, server_id: str, joined: bool
 ) -> generation_pb2.Accepted:
-    """What the server will draw, and when."""
-    job = accepted.job
+    """What the server will generate, and when."""
+    job = active.job
     message = generation_pb2.Accepted(
         request_id=request_id,
         seeds=[job.seed_of(index) for index in range(job.image_count)],
-        queue_position=accepted.position or 0,
-        model=accepted.model.id,
-        model_revision=accepted.model.revision,
+        queue_position=active.position or 0,
+        model=active.model.id,
+        model_revision=active.model.revision,
         joined=joined,
+        server_id=server_id,
     )
-    if (estimate := accepted.estimate) is not None:
+    if (estimate := active.estimate) is not None:
         now = time.monotonic()
         message.estimated_start.CopyFrom(duration_message(max(0.0, estimate.start_at - now)))
         message.estimated_finish.CopyFrom(duration_message(max(0.0, estimate.finish_at - now)))
@@ -65,7 +73,7 @@ def accepted_message(
 
 
 def event_message(event: JobEvent) -> Event:
-    """``event`` on the wire; images have ``image_chunks``."""
+    """``event`` as a message; images have ``image_chunks``."""
     match event:
         case Queued(position):
             return Event(queued=generation_pb2.Queued(position=position))
@@ -97,15 +105,15 @@ def event_message(event: JobEvent) -> Event:
     raise TypeError(f"no message for {event}")
 
 
-def image_chunks(waiter: Subscription, index: int) -> Iterator[Event]:
-    """Image ``index`` in pieces; a withheld one is a single piece without data."""
-    size = len(waiter.image(index).data)
+def image_chunks(subscription: Subscription, index: int) -> Iterator[Event]:
+    """Image ``index`` in chunks; a withheld one is a single chunk without data."""
+    size = len(subscription.image(index).data)
     for offset in range(0, max(size, 1), CHUNK_BYTES):
-        yield Event(image=_image_chunk(waiter.accepted, index, offset))
+        yield Event(image=_image_chunk(subscription.active, index, offset))
 
 
-def _image_chunk(accepted: ActiveJob, index: int, offset: int) -> generation_pb2.ImageChunk:
-    image = accepted.images[index]
+def _image_chunk(active: ActiveJob, index: int, offset: int) -> generation_pb2.ImageChunk:
+    image = active.images[index]
     chunk = generation_pb2.ImageChunk(
         image_index=index,
         size=len(image.data),
@@ -113,16 +121,16 @@ def _image_chunk(accepted: ActiveJob, index: int, offset: int) -> generation_pb2
         data=image.data[offset : offset + CHUNK_BYTES],
     )
     if offset == 0:
-        chunk.image.CopyFrom(image_message(accepted.job, accepted.model, image, data=b""))
+        chunk.image.CopyFrom(image_message(active.job, active.model, image, data=b""))
     return chunk
 
 
-async def finished_event(accepted: ActiveJob, arrived: float) -> Event:
+async def finished_event(active: ActiveJob, arrived: float) -> Event:
     """The last event, for a call that arrived at ``arrived`` (``time.monotonic`` seconds).
 
-    Raises what the job ended with, where it was not finished.
+    Raises the job's error if it did not finish.
     """
-    finished = await accepted.result()
+    finished = await active.result()
     withheld = any(image.flagged for image in finished.images)
     return Event(
         finished=generation_pb2.Finished(
@@ -130,7 +138,7 @@ async def finished_event(accepted: ActiveJob, arrived: float) -> Event:
             if withheld
             else generation_pb2.FINISH_REASON_COMPLETED,
             timings=timings_message(finished.stages, time.monotonic() - arrived),
-            model=accepted.model.id,
-            model_revision=accepted.model.revision,
+            model=active.model.id,
+            model_revision=active.model.revision,
         )
     )

@@ -1,24 +1,23 @@
 """ModelService: which models the server holds, and what they take."""
 
 from darkroom.v1 import model_pb2, model_pb2_grpc
-from darkroom_server.core.errors import InvalidRequest, UnknownModel, Violation
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.dispatch import Dispatcher
+from darkroom_server.dispatch import Availability
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE
 
 
-class ModelService(model_pb2_grpc.ModelServiceServicer):
-    """Answers from what the engine told; never asks it."""
+class ModelServicer(model_pb2_grpc.ModelServiceServicer):
+    """Answers from what the engines reported; never asks them."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
+    def __init__(self, availability: Availability) -> None:
+        self._availability = availability
 
     async def ListModels(
         self, request: model_pb2.ListModelsRequest, context: Context
     ) -> model_pb2.ListModelsResponse:
-        """Every model, in the order in which the server was told of them."""
-        models = self._dispatcher.models
+        """Every model, in the configured order."""
+        models = self._availability.models
         return model_pb2.ListModelsResponse(
             models=[model_message(id, info) for id, info in models.items()]
         )
@@ -27,28 +26,13 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.GetModelRequest, context: Context
     ) -> model_pb2.GetModelResponse:
         """One model; raises ``UnknownModel``."""
-        models = self._dispatcher.models
-        id = resolve_model(request.model, list(models))
-        return model_pb2.GetModelResponse(model=model_message(id, models[id]))
-
-
-def resolve_model(asked: str, known: list[str]) -> str:
-    """The id of the model that a request means: an unset one means the only one.
-
-    Raises ``UnknownModel``, and ``InvalidRequest`` where an unset one is ambiguous.
-    """
-    if asked in known:
-        return asked
-    if asked:
-        raise UnknownModel(asked[:256], known)
-    if len(known) != 1:
-        names = ", ".join(known)
-        raise InvalidRequest([Violation("model", f"must be set, to one of {names}")])
-    return known[0]
+        id = self._availability.resolve(request.model)
+        info = self._availability.models[id]
+        return model_pb2.GetModelResponse(model=model_message(id, info))
 
 
 def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
-    """``info`` on the wire; None is a model that is not loaded yet."""
+    """``info`` as a message; None is a model that is not loaded yet."""
     if info is None:
         return model_pb2.Model(id=id, ready=False)
     defaults, limits, runtime = info.defaults, info.limits, info.runtime

@@ -1,4 +1,4 @@
-"""From finished jobs to ``GenerateResponse``."""
+"""From finished jobs to messages."""
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -13,7 +13,7 @@ from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE
 def response_of(
     request_id: str, job: Job, model: ModelInfo, finished: Finished, total: float
 ) -> generation_pb2.GenerateResponse:
-    """The reply to ``request_id``; ``total`` in seconds since the request's arrival."""
+    """The reply to ``request_id``; ``total``: seconds since the request arrived."""
     return generation_pb2.GenerateResponse(
         request_id=request_id,
         images=[image_message(job, model, image, data=image.data) for image in finished.images],
@@ -26,7 +26,7 @@ def response_of(
 def image_message(
     job: Job, model: ModelInfo, image: EncodedImage, *, data: bytes
 ) -> generation_pb2.Image:
-    """``image`` of ``job`` on the wire, with ``data`` for its own."""
+    """``image`` of ``job`` as a message, with ``data`` instead of its own."""
     return generation_pb2.Image(
         data=data,
         format=FORMAT_TO_WIRE[image.format],
@@ -51,7 +51,7 @@ def image_message(
 
 
 def _replay_request(job: Job, seed: int) -> generation_pb2.GenerateRequest:
-    """The request that draws one image of ``job`` alone, with no field left to a default."""
+    """The request that reproduces one image of ``job`` alone, with every field set."""
     return generation_pb2.GenerateRequest(
         model=job.model,
         prompt=job.prompt,
@@ -70,7 +70,7 @@ def _replay_request(job: Job, seed: int) -> generation_pb2.GenerateRequest:
 
 
 def timings_message(stages: StageSeconds, total: float) -> generation_pb2.Timings:
-    """Where the time went, in all ``total`` seconds."""
+    """Where the ``total`` seconds went."""
     return generation_pb2.Timings(
         queue=duration_message(stages.queue),
         encode_prompt=duration_message(stages.encode_prompt),
@@ -82,7 +82,7 @@ def timings_message(stages: StageSeconds, total: float) -> generation_pb2.Timing
 
 
 def duration_message(seconds: float) -> Duration:
-    """``seconds`` on the wire."""
+    """``seconds`` as a message."""
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration

@@ -18,8 +18,8 @@ STATES = {
 }
 
 
-class ServerService(server_pb2_grpc.ServerServiceServicer):
-    """Answers from what the engines told; never asks them. With tokens, for admins only."""
+class ServerServicer(server_pb2_grpc.ServerServiceServicer):
+    """Answers from what the engines reported; never asks them. With tokens, for admins only."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -58,7 +58,7 @@ def _model(model: ModelStatus) -> server_pb2.ModelStatus:
                 rows=each.rows,
                 time=duration_message(each.seconds),
             )
-            for each in model.pass_times
+            for each in model.batch_times
         ],
     )
 

@@ -1,1 +1,1 @@
-"""Who may come in: certificates, tokens, and where the server may listen without them."""
+"""TLS certificates, bearer tokens, and the policy for listening without TLS."""

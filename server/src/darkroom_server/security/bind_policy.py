@@ -1,4 +1,4 @@
-"""Whether others than this machine reach the server, and what must then be so."""
+"""Bind policy: an address that other machines can reach needs TLS or ``--insecure``."""
 
 import ipaddress
 import socket
@@ -11,23 +11,23 @@ log = structlog.get_logger(__name__)
 
 
 def check_bind_policy(host: str, *, tls: bool, tokens: bool, insecure: bool) -> None:
-    """Raise ``StartupError`` where calls would come readable over a network, unasked for.
+    """Raise ``StartupError`` for plaintext on a network address, unless ``insecure`` is set.
 
-    With ``insecure`` that is what the operator wants, and is logged.
+    With ``insecure``, log a warning instead.
     """
     if tls or is_loopback(host):
         return
     if not insecure:
         raise StartupError(
-            f"--host {host} lets other machines in, and everything would travel readable: give "
-            "--tls-cert and --tls-key, or say --insecure where something else protects the network"
+            f"--host {host} accepts calls from other machines in plaintext: set --tls-cert and "
+            "--tls-key, or --insecure if something else protects the network"
         )
     risk = "pictures and prompts" if not tokens else "pictures, prompts and tokens"
-    log.warning("insecure", host=host, why=f"no TLS: {risk} are readable on the way here")
+    log.warning("insecure", host=host, why=f"no TLS: {risk} travel in plaintext")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens on ``host``; raises ``StartupError``."""
+    """Return whether only this machine can reach ``host``; raises ``StartupError``."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Files that are read again when they change, while the server runs."""
+"""Reloads files that change while the server runs."""
 
 import os
 import threading
@@ -16,10 +16,10 @@ Stamp = tuple[tuple[int, int, int, int] | None, ...]
 
 
 class ReloadingFile(Generic[T]):
-    """What ``read`` makes of the files at ``paths``: read now, and again once one has changed.
+    """The result of ``read``, which reads the files at ``paths``; reloaded when one changes.
 
-    ``read`` raises ``StartupError`` where they make no sense; the constructor lets it pass, and
-    ``current`` logs it and keeps what was good before. May be used from any thread.
+    ``read`` raises ``StartupError`` for invalid files. The constructor raises it too; ``current``
+    logs it and keeps the last valid value. ``what`` names the files in the log. Thread-safe.
     """
 
     def __init__(self, what: str, paths: Sequence[str], read: Callable[[], T]) -> None:
@@ -27,12 +27,12 @@ class ReloadingFile(Generic[T]):
         self._paths = paths
         self._read = read
         self._lock = threading.Lock()
-        # Before reading: what is written meanwhile is read again.
+        # Before the read: a change during the read then causes another one.
         self._stamp = self._stamp_now()
         self._value = read()
 
     def current(self) -> T:
-        """What the files say now, or said when they last made sense; costs one ``stat`` each."""
+        """Return the value of the newest valid files; costs one ``stat`` per file."""
         with self._lock:
             stamp = self._stamp_now()
             if stamp != self._stamp:
@@ -41,7 +41,9 @@ class ReloadingFile(Generic[T]):
                     self._value = self._read()
                     log.info("reread", what=self._what)
                 except StartupError as error:
-                    log.error("reread failed, the old ones stay", what=self._what, why=str(error))
+                    log.error(
+                        "reread failed, keeping the old ones", what=self._what, why=str(error)
+                    )
             return self._value
 
     def _stamp_now(self) -> Stamp:
@@ -53,5 +55,5 @@ def _stamp(path: str) -> tuple[int, int, int, int] | None:
         found = os.stat(path)
     except OSError:
         return None
-    # The time of change too: a file that could not be read is given to the server by chown.
+    # ctime too: `chown` makes an unreadable file readable without changing mtime.
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino

@@ -1,4 +1,4 @@
-"""Certificates: read, tried out, and read again when they change."""
+"""TLS certificates: read, checked by a handshake in memory, and reloaded when they change."""
 
 import ssl
 from contextlib import suppress
@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """Paths of PEM files; ``client_ca`` is who may vouch for callers, None where nobody need."""
+    """Paths of PEM files; ``client_ca`` signs client certificates, None without mutual TLS."""
 
     cert: str
     key: str
@@ -25,13 +25,13 @@ class Files:
 
     @property
     def paths(self) -> list[str]:
-        """Those that there are."""
+        """The paths that are set."""
         return [path for path in (self.cert, self.key, self.client_ca) if path]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What the files hold, tried out: ``names`` are those that the certificate is good for."""
+    """The checked contents of the files; ``names`` are the certificate's subjectAltNames."""
 
     cert: bytes
     key: bytes
@@ -41,15 +41,15 @@ class Pair:
 
 
 def server_credentials(files: Files) -> grpc.ServerCredentials:
-    """Credentials that follow the files; raises ``StartupError`` where they cannot be used.
+    """Return credentials that reload the files; raises ``StartupError`` for unusable files.
 
-    A pair that is broken later on is logged, and new connections go on with the one before.
+    If a later pair is broken, that is logged, and new connections use the previous pair.
     """
     pair = ReloadingFile("certificates", files.paths, lambda: read_pair(files))
     served = pair.current()
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
-        # Asked at every handshake, on a thread of gRPC's; None means what it has already.
+        # gRPC calls this at every handshake, on its own thread. None means unchanged.
         nonlocal served
         current = pair.current()
         if current is served:
@@ -67,10 +67,10 @@ def server_credentials(files: Files) -> grpc.ServerCredentials:
 
 
 def own_credentials(files: Files) -> tuple[grpc.ChannelCredentials, str]:
-    """For a probe on the server's own machine: it trusts the server's certificate, and no other.
+    """Return credentials for a probe on the server's own machine, and the name to expect.
 
-    Where callers need a certificate, it shows that one too. Returns the name to expect as well.
-    Raises ``StartupError``.
+    They trust only the server's certificate. With mutual TLS they also present it as the client
+    certificate. Raises ``StartupError``.
     """
     pair = read_pair(files)
     shown = (pair.key, pair.cert) if pair.client_ca else (None, None)
@@ -82,7 +82,7 @@ def _configuration(pair: Pair) -> grpc.ServerCertificateConfiguration:
 
 
 def read_pair(files: Files) -> Pair:
-    """The files' bytes, once they are proved to work together; raises ``StartupError``."""
+    """Return the files' bytes after a test handshake with them; raises ``StartupError``."""
     before = _read(files)
     decoded = _handshake(files)
     cert, key, client_ca = _read(files)
@@ -103,7 +103,7 @@ def _read(files: Files) -> tuple[bytes, bytes, bytes | None]:
 
 
 def read_pem(flag: str, path: str) -> bytes:
-    """A file's bytes; raises ``StartupError``, which names the flag that named it."""
+    """Return a file's bytes; raises ``StartupError`` that names ``flag``."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -111,7 +111,7 @@ def read_pem(flag: str, path: str) -> bytes:
 
 
 def _handshake(files: Files) -> dict[str, Any]:
-    """The certificate, decoded, after a handshake in memory that trusts no other."""
+    """Return the decoded certificate after a handshake in memory that trusts only it."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False

@@ -1,4 +1,4 @@
-"""The file that ``--tokens`` names: TOML, one table for each token."""
+"""Parses the token file of ``--tokens``: TOML with one table per token."""
 
 import re
 import tomllib
@@ -14,13 +14,13 @@ NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 KEYS = ("name", "sha256", "expires", "priority", "max_jobs", "jobs_per_minute", "admin")
 MAX_PRIORITY = 8
-"""Each level halves a job's patience. Eight below the others, a job of 8 steps lets them pass for
-nine minutes at most."""
+"""Each level halves a job's patience. Eight levels below the others, a job of 8 steps lets them
+pass for at most nine minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token that is valid until ``expires``, and whose it is; ``digest`` is its SHA-256."""
+    """One token: its SHA-256 ``digest``, its caller, and when it ``expires`` (None: never)."""
 
     digest: bytes
     caller: Caller
@@ -28,7 +28,7 @@ class Token:
 
 
 def read_tokens(path: str) -> tuple[Token, ...]:
-    """Every token of the file; raises ``StartupError``, which never quotes what the file holds."""
+    """Return every token of the file; raises ``StartupError``, which never quotes the file."""
     where = f"--tokens {path}"
     try:
         tables = tomllib.loads(Path(path).read_text("utf-8"))
@@ -44,8 +44,8 @@ def read_tokens(path: str) -> tuple[Token, ...]:
     for token in tokens:
         if callers.setdefault(token.caller.name, token.caller) != token.caller:
             raise StartupError(
-                f"{where}: the tokens of {token.caller.name!r} differ in their limits, and limits "
-                "are those of the name: write the same ones to each, or choose another name"
+                f"{where}: the tokens of {token.caller.name!r} have different limits, but limits "
+                "belong to the name: give each token the same limits, or another name"
             )
     if len({token.digest for token in tokens}) < len(tokens):
         raise StartupError(f"{where}: two tokens have the same sha256")
@@ -53,7 +53,7 @@ def read_tokens(path: str) -> tuple[Token, ...]:
 
 
 def _place_of(error: Exception) -> str:
-    """Where the file stops being TOML; the rest of the parser's words may quote it."""
+    """Return the place of the error. The rest of the parser's message may quote the file."""
     place = re.search(r" \(at (line \d+, column \d+|end of document)\)$", str(error))
     return place[0] if place else ""
 
@@ -64,8 +64,8 @@ def _token(entry: Any, where: str) -> Token:
     fields = _Fields(entry, where)
     for number, key in enumerate(entry, 1):
         if key not in KEYS:
-            # Not the key itself: somebody may have pasted a token there.
-            raise StartupError(f"{where}: its key {number} is none of {', '.join(KEYS)}")
+            # Not the key itself: it may be a token, pasted by mistake.
+            raise StartupError(f"{where}: key {number} is not one of {', '.join(KEYS)}")
     name, digest = fields.text("name", NAME), fields.text("sha256", SHA256)
     caller = Caller(
         name=name,
@@ -79,17 +79,17 @@ def _token(entry: Any, where: str) -> Token:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """Reads one field after the other; raises ``StartupError`` for the first that is wrong."""
+    """Reads fields one by one; raises ``StartupError`` for the first invalid one."""
 
     entry: dict[str, Any]
     where: str
 
     def wrong(self, key: str, must: str) -> StartupError:
-        """Say what ``key`` must be, and not what it is."""
+        """Return an error that says what ``key`` must be, without its value."""
         return StartupError(f"{self.where}: {key} must be {must}")
 
     def text(self, key: str, pattern: re.Pattern[str]) -> str:
-        """A text that must be there."""
+        """Return a required string."""
         value = self.entry.get(key)
         if not isinstance(value, str) or not pattern.fullmatch(value):
             must = {
@@ -101,7 +101,7 @@ class _Fields:
         return value
 
     def number(self, key: str, *, low: int, high: int = 10**6) -> int | None:
-        """A whole number, None where it is absent."""
+        """Return an integer, None if absent."""
         value = self.entry.get(key)
         if value is None:
             return None
@@ -110,7 +110,7 @@ class _Fields:
         return value
 
     def rate(self, key: str) -> float | None:
-        """A number above 0, None where it is absent."""
+        """Return a number above 0, None if absent."""
         value = self.entry.get(key)
         if value is None:
             return None
@@ -119,14 +119,14 @@ class _Fields:
         return float(value)
 
     def switch(self, key: str) -> bool:
-        """Yes or no; no where it is absent."""
+        """Return a boolean, false if absent."""
         value = self.entry.get(key, False)
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false")
         return value
 
     def moment(self, key: str) -> datetime | None:
-        """A moment with its time zone."""
+        """Return a date and time with time zone, None if absent."""
         value = self.entry.get(key)
         if value is not None and not (isinstance(value, datetime) and value.tzinfo):
             raise self.wrong(key, "a date and time with its zone, such as 2030-01-31T12:00:00Z")

@@ -1,4 +1,4 @@
-"""Bearer tokens: whom each belongs to. Of the token itself, only a hash is known."""
+"""Looks up the caller of a bearer token. The server knows only hashes of tokens."""
 
 import hmac
 from datetime import UTC, datetime
@@ -9,27 +9,27 @@ from darkroom_server.core.errors import Unauthenticated
 from darkroom_server.security.reloading_file import ReloadingFile
 from darkroom_server.security.token_file import read_tokens
 
-NO_TOKEN = "this server asks for a token: send it as metadata, authorization: Bearer TOKEN"
-UNKNOWN_TOKEN = "this server knows no such token, or not any more: ask its operator for a new one"
+NO_TOKEN = "this server needs a token: send it as metadata, authorization: Bearer TOKEN"
+UNKNOWN_TOKEN = "the token is unknown or was removed: ask the server's operator for a new one"
 
 
 class Tokens:
-    """The callers of a token file, which is read again when it changes.
+    """The callers of a token file, which is reloaded when it changes.
 
-    The constructor raises ``StartupError`` for a file that makes no sense. Where a later one makes
-    none, that is logged, and the tokens known before stay.
+    The constructor raises ``StartupError`` for an invalid file. An invalid file later is logged,
+    and the previous tokens stay.
     """
 
     def __init__(self, path: str) -> None:
         self._tokens = ReloadingFile("tokens", [path], lambda: read_tokens(path))
 
     def caller(self, token: str | None) -> Caller:
-        """Whose token it is; raises ``Unauthenticated``."""
+        """Return the caller of ``token``; raises ``Unauthenticated``."""
         if not token:
             raise Unauthenticated(NO_TOKEN)
         digest = sha256(token.encode()).digest()
         found = None
-        # All of them are compared, whichever it is: how long it takes tells nothing.
+        # Compare with every token, so the time taken reveals nothing (timing attack).
         for known in self._tokens.current():
             if hmac.compare_digest(known.digest, digest):
                 found = known

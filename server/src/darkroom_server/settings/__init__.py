@@ -1,4 +1,4 @@
-"""What an operator may set: declared once, set by flag, environment or file."""
+"""The server's settings: each declared once, set by flag, environment variable or file."""
 
 from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs

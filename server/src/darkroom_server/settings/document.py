@@ -1,19 +1,20 @@
-"""The page on configuration: ``python -m darkroom_server.settings.document`` prints it."""
+"""Prints docs/configuration.md: ``python -m darkroom_server.settings.document``."""
 
 from darkroom_server.settings.option import ENV_PREFIX, Option, options_of
 from darkroom_server.settings.tree import Settings
 
 HEAD = f"""# Configuration
 
-<!-- Made by `python -m darkroom_server.settings.document`; a test holds it current. -->
+<!-- Made by `python -m darkroom_server.settings.document`; a test checks that it is current. -->
 
-Each setting of `darkroom-server serve` can be given as a flag, as an environment variable
-(`{ENV_PREFIX}…`) or in a TOML file, which `--config FILE` or `{ENV_PREFIX}CONFIG` names.
-A flag wins over the environment, the environment over the file, the file over the default. Unknown
-flags and keys are errors; an unknown `{ENV_PREFIX}…` variable is a warning. The token for the hub
-comes from `HF_TOKEN` and from nowhere else.
+Set each option of `darkroom-server serve` by a flag, by an environment variable (`{ENV_PREFIX}…`)
+or in a TOML file, which `--config FILE` or `{ENV_PREFIX}CONFIG` names. A flag overrides the
+environment, the environment overrides the file, and the file overrides the default. Unknown flags
+and keys are errors; an unknown `{ENV_PREFIX}…` variable is a warning. The token for the hub comes
+only from `HF_TOKEN`.
 
-A switch such as `--reflection` is turned off by `--no-reflection`, or by `false` elsewhere.
+`--no-reflection` turns off a switch such as `--reflection`; in the environment and in the file,
+`false` does.
 
 ```toml
 [models]
@@ -26,7 +27,7 @@ host = "0.0.0.0"
 
 
 def document() -> str:
-    """The page, as Markdown."""
+    """Return the page as Markdown."""
     lines = [HEAD]
     section = ""
     for option in options_of(Settings):

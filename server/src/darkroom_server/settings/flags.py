@@ -1,4 +1,4 @@
-"""The flags of ``darkroom-server serve``, made from the declarations."""
+"""The flags of ``darkroom-server serve``, built from the declarations."""
 
 import argparse
 import sys
@@ -11,19 +11,19 @@ PROGRAM = "darkroom-server"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line."""
+    """An argument parser that reports an error in one line."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
+        """Print ``message`` and exit with code 2."""
         print(f"{PROGRAM}: error: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every setting. Values stay text, to be checked with those of other sources."""
+    """Add one flag per setting. Values stay text; ``settings.load`` checks them."""
     sections: dict[str, argparse._ArgumentGroup] = {}
     for option in options_of(Settings):
         if option.section not in sections:

@@ -1,4 +1,4 @@
-"""The settings of how long things are kept: results, jobs without a waiter, and the server."""
+"""Settings of retention and shutdown: results, jobs without a subscriber, the drain."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,15 +10,15 @@ from darkroom_server.settings.option import Setting
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """How long the server remembers what nobody waits for."""
+    """How long the server keeps results, and jobs without a subscriber."""
 
     result_ttl: Annotated[
         float,
         Ge(0),
         Setting(
-            "Seconds that the images of a job are kept once it has ended.",
-            choose="Longer than a caller takes to come back with the same `request_id`, or to "
-            "fetch what it submitted.",
+            "Seconds that the server keeps a job's images after its end.",
+            choose="Longer than a caller needs to reconnect with the same `request_id`, or to "
+            "fetch a submitted job.",
             metavar="SECONDS",
         ),
     ] = 300.0
@@ -26,10 +26,10 @@ class Results:
         int,
         Ge(0),
         Setting(
-            "Bytes that kept images take together; beyond, the oldest of the caller that has most "
-            "go first.",
-            choose="The bytes of an image, times the images of a second, times `--result-ttl`; or "
-            "what the machine can spare. 0 keeps none.",
+            "Total size of kept results. When full, evict the oldest result of the caller using "
+            "the most memory.",
+            choose="Bytes per image × images per second × `--result-ttl`, or the memory that the "
+            "machine can spare. 0 keeps none.",
             metavar="BYTES",
         ),
     ] = 256 * 1024**2
@@ -37,9 +37,9 @@ class Results:
         float,
         Ge(0),
         Setting(
-            "Seconds that a job lives without a waiter, where its request says `on_disconnect: "
-            "ON_DISCONNECT_KEEP`.",
-            choose="As long as your callers take to connect again.",
+            "Seconds that a job with `on_disconnect: ON_DISCONNECT_KEEP` runs on after its last "
+            "subscriber disconnects.",
+            choose="As long as your callers need to reconnect.",
             metavar="SECONDS",
         ),
     ] = 30.0
@@ -47,14 +47,14 @@ class Results:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shutdown:
-    """How the server goes away."""
+    """How the server stops."""
 
     drain_delay: Annotated[
         float,
         Ge(0),
         Setting(
-            "Seconds from telling probes that the server goes away to refusing calls.",
-            choose="As long as your load balancer takes to notice.",
+            "Seconds between reporting NOT_SERVING to health checks and rejecting new jobs.",
+            choose="As long as your load balancer needs to notice.",
             metavar="SECONDS",
         ),
     ] = 0.0
@@ -62,9 +62,9 @@ class Shutdown:
         float,
         Ge(0),
         Setting(
-            "Seconds that accepted jobs have to finish once the server goes away.",
-            choose="Longer than your longest request, and shorter than what the orchestrator waits "
-            "before it kills.",
+            "Seconds that accepted jobs have to finish once the drain begins.",
+            choose="Longer than your longest request, and shorter than the orchestrator waits "
+            "before it kills the process.",
             metavar="SECONDS",
         ),
     ] = 30.0

@@ -1,4 +1,4 @@
-"""From flags, environment and file to checked ``Settings``, or one clear line on what is wrong."""
+"""Loads ``Settings`` from flags, environment and file; an error is one clear line."""
 
 import difflib
 import tomllib
@@ -16,7 +16,7 @@ CONFIG_ENV = f"{ENV_PREFIX}CONFIG"
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A value somebody gave, not checked yet, and where: for error messages."""
+    """An unchecked value, and its source for error messages."""
 
     value: Any
     origin: str
@@ -24,7 +24,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The settings, and what should be said about where they came from."""
+    """The settings, and warnings about their sources."""
 
     settings: Settings
     warnings: tuple[str, ...]
@@ -33,10 +33,10 @@ class Loaded:
 def load_settings(
     flags: Mapping[str, Any], environ: Mapping[str, str], config: str | None = None
 ) -> Loaded:
-    """Settings by precedence: flag, environment variable, file, default.
+    """Load settings by precedence: flag, environment variable, file, default.
 
-    ``flags`` are values by field name, ``config`` a TOML file, which ``DARKROOM_SERVE_CONFIG``
-    may name instead. Raises ``StartupError``.
+    ``flags`` holds values by field name. ``config`` is the path of a TOML file; without it,
+    ``DARKROOM_SERVE_CONFIG`` may name one. Raises ``StartupError``.
     """
     options = {option.name: option for option in options_of(Settings)}
     config = config or environ.get(CONFIG_ENV)
@@ -84,7 +84,7 @@ def _from_environment(
 ) -> dict[str, Given]:
     given = {}
     for option in options.values():
-        # An empty variable is what a compose file leaves of one that is not set.
+        # A compose file passes an unset variable as an empty one.
         if text := environ.get(option.env):
             value = [part.strip() for part in text.split(",")] if option.is_list else text
             given[option.name] = Given(value, option.env)
@@ -92,7 +92,7 @@ def _from_environment(
 
 
 def _checked(given: Mapping[str, Given], options: Mapping[str, Option]) -> Settings:
-    # Imported here: it takes longer than everything else that `--help` does.
+    # Imported here: the import takes longer than all the rest of `--help`.
     from pydantic import TypeAdapter, ValidationError
 
     tree: dict[str, dict[str, Any]] = {}
@@ -120,7 +120,7 @@ def _warnings(environ: Mapping[str, str], options: Mapping[str, Option]) -> list
     known = {option.env: option for option in options.values()}
     unknown = [name for name in environ if name.startswith(ENV_PREFIX) and name not in known]
     return [
-        f"{name} is no setting, and is ignored"
+        f"{name} is not a setting and is ignored"
         + (
             f"; did you mean {close[0]}?"
             if (close := difflib.get_close_matches(name, known))

@@ -1,4 +1,4 @@
-"""Where the server listens, and who may come in."""
+"""Settings of the network: addresses, TLS, tokens."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -15,8 +15,8 @@ class Network:
     host: Annotated[
         str,
         Setting(
-            "The address to listen on for calls.",
-            choose="`0.0.0.0` or `::` lets other machines in, and needs TLS or `--insecure`.",
+            "The address to listen on for gRPC.",
+            choose="`0.0.0.0` or `::` accepts other machines, and needs TLS or `--insecure`.",
             metavar="ADDRESS",
         ),
     ] = "127.0.0.1"
@@ -26,11 +26,21 @@ class Network:
         Le(65535),
         Setting("The port for gRPC; 0 picks a free one.", metavar="PORT"),
     ] = 50051
+    server_id: Annotated[
+        str | None,
+        Setting(
+            "The name of this server, which clients get with each accepted job.",
+            choose="If servers share one name, give each a `HOST:PORT` that clients resolve to its "
+            "address: a client then cancels a job at the server that has it.",
+            metavar="NAME",
+            default="the host's name and the gRPC port, as `HOST:PORT`",
+        ),
+    ] = None
     metrics_host: Annotated[
         str,
         Setting(
-            "The address to serve metrics on, in plain HTTP and to everybody.",
-            choose="`0.0.0.0` lets Prometheus in from another machine.",
+            "The address to serve metrics on, over plain HTTP and without authentication.",
+            choose="`0.0.0.0` lets Prometheus scrape from another machine.",
             metavar="ADDRESS",
         ),
     ] = "127.0.0.1"
@@ -43,30 +53,30 @@ class Network:
     reflection: Annotated[
         bool,
         Setting(
-            "Let tools such as grpcurl ask what the server offers.",
-            choose="With `--tokens`, only callers that are `admin` may ask.",
+            "Serve gRPC reflection, for tools such as grpcurl.",
+            choose="With `--tokens`, only `admin` callers may use it.",
         ),
     ] = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Security:
-    """Who may come in, and who else may listen."""
+    """TLS and tokens."""
 
     tls_cert: Annotated[
         str | None,
         Setting(
-            "The server's certificate and those between it and its CA, as PEM.",
-            choose="Files for TLS are read again when they change, and new connections have the "
-            "new ones.",
+            "The server's certificate, followed by its intermediate certificates, as PEM.",
+            choose="The server reads the TLS files again when they change; new connections use "
+            "the new ones.",
             metavar="FILE",
-            default="none: calls travel readable",
+            default="none (plaintext)",
         ),
     ] = None
     tls_key: Annotated[
         str | None,
         Setting(
-            "The certificate's private key, as PEM without a password.",
+            "The certificate's private key, as unencrypted PEM.",
             metavar="FILE",
             default="none",
         ),
@@ -74,26 +84,27 @@ class Security:
     tls_client_ca: Annotated[
         str | None,
         Setting(
-            "Take only callers with a certificate that one of these signed, as PEM.",
+            "Accept only callers with a certificate signed by one of these CAs (mutual TLS), "
+            "as PEM.",
             metavar="FILE",
-            default="none: callers need no certificate",
+            default="none (no client certificates)",
         ),
     ] = None
     tokens: Annotated[
         str | None,
         Setting(
-            "Take only callers with a token of this file; health stays open to all.",
-            choose="`darkroom-server token NAME` makes a token and its lines for the file, which "
-            "is read again when it changes. See docs/security.md.",
+            "Accept only callers with a token from this file; health checks need none.",
+            choose="`darkroom-server token NAME` creates a token and its lines for the file. The "
+            "server reads the file again when it changes. See docs/security.md.",
             metavar="FILE",
-            default="none: everybody may call",
+            default="none (no authentication)",
         ),
     ] = None
     insecure: Annotated[
         bool,
         Setting(
-            "Listen beyond this machine without TLS.",
-            choose="For a mesh or a proxy that ends TLS itself. The container image says so; a "
-            "certificate goes before it.",
+            "Listen on other addresses than loopback without TLS.",
+            choose="For a mesh or a proxy that terminates TLS. The container image sets it; with "
+            "a certificate it has no effect.",
         ),
     ] = False

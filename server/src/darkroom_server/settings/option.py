@@ -1,4 +1,4 @@
-"""One setting: its declaration, and every name that it goes by."""
+"""One setting: its declaration, and the names of its flag, variable and key."""
 
 import dataclasses
 import types
@@ -12,10 +12,10 @@ ENV_PREFIX = "DARKROOM_SERVE_"
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a field's annotation says to people.
+    """The documentation of a field, in its annotation.
 
-    ``choose`` tells how to choose a value. ``default`` says in words what the default is, where
-    the value does not speak for itself.
+    ``choose`` says how to choose a value. ``default`` describes the default, if the value alone
+    does not explain itself.
     """
 
     help: str
@@ -36,32 +36,32 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The flag, such as "--max-rows"."""
+        """The flag: "--max-rows"."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def env(self) -> str:
-        """The environment variable."""
+        """The environment variable: "DARKROOM_SERVE_MAX_ROWS"."""
         return ENV_PREFIX + self.name.upper()
 
     @property
     def key(self) -> str:
-        """The key in a TOML file, with its table."""
+        """The key in a TOML file, with its table: "engine.max_rows"."""
         return f"{self.section}.{self.name}"
 
     @property
     def is_switch(self) -> bool:
-        """On or off, and nothing else."""
+        """Whether the setting is on or off, without a value."""
         return self.type is bool
 
     @property
     def is_list(self) -> bool:
-        """May be given several times."""
+        """Whether the setting may be given several times."""
         return get_origin(self.type) is tuple
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values it takes, empty where they are too many to list."""
+        """The allowed values of an enumeration; empty for any other type."""
         if get_origin(self.type) is Literal:
             return tuple(map(str, get_args(self.type)))
         if isinstance(self.type, type) and issubclass(self.type, Enum):
@@ -70,7 +70,7 @@ class Option:
 
     @property
     def default_text(self) -> str:
-        """The default, for people."""
+        """The default, as shown in --help."""
         if self.setting.default:
             return self.setting.default
         if self.is_switch:
@@ -79,7 +79,7 @@ class Option:
 
 
 def options_of(tree: type) -> Iterator[Option]:
-    """Every setting of a tree: a dataclass whose fields are sections, dataclasses themselves."""
+    """Yield every setting of a tree: a dataclass whose fields are dataclasses (sections)."""
     for section_name, section in get_type_hints(tree).items():
         defaults = section()
         hints = get_type_hints(section, include_extras=True)

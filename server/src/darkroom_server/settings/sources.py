@@ -1,4 +1,4 @@
-"""What ``--model`` means: a folder, a file or a hub id, under a name; and the engine's config."""
+"""Parses ``--model`` (a folder, a file or a hub id), and builds each engine's configuration."""
 
 import re
 from dataclasses import replace
@@ -15,7 +15,7 @@ MODEL_ID = re.compile(r"[\w][\w./-]{0,127}", re.ASCII)
 
 
 def engine_configs(settings: Settings, hub_token: str | None) -> list[EngineConfig]:
-    """What each engine is told; raises ``StartupError`` for a model that cannot be."""
+    """Return one configuration per engine; raises ``StartupError`` for an invalid ``--model``."""
     config = _engine_config(settings, hub_token)
     devices = settings.engine.device.split(",")
     return [replace(config, device=d) for d in devices for _ in range(settings.engine.engines)]
@@ -39,7 +39,10 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
 
 
 def model_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSource, ...]:
-    """Where each model comes from, the demo model where none is named; raises ``StartupError``."""
+    """Return the source of each model, or of the demo model if none is given.
+
+    Raises ``StartupError``.
+    """
     sources: list[ModelSource] = []
     for text in models.model or (DEMO,):
         name, location, revision = _parse(text)
@@ -66,7 +69,7 @@ def model_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSo
 
 
 def _parse(text: str) -> tuple[str, str, str | None]:
-    """Name, location and revision. What exists on disk wins, so that a path may hold @ or =."""
+    """Return name, location and revision. A path that exists wins: it may contain @ or =."""
     if _exists(text):
         return _name_of(text), text, None
     name, equals, rest = text.partition("=")

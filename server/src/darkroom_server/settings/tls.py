@@ -1,4 +1,4 @@
-"""The certificates' files, from the settings."""
+"""The TLS files, from the settings."""
 
 from darkroom_server.core.errors import StartupError
 from darkroom_server.security.tls import Files
@@ -6,7 +6,7 @@ from darkroom_server.settings.network import Security
 
 
 def tls_files(security: Security) -> Files | None:
-    """The files, None where TLS is not asked for; raises ``StartupError`` where half of it is."""
+    """Return the TLS files, None without TLS; raises ``StartupError`` if some are missing."""
     if security.tls_cert and security.tls_key:
         return Files(cert=security.tls_cert, key=security.tls_key, client_ca=security.tls_client_ca)
     if security.tls_cert or security.tls_key:

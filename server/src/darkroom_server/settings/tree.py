@@ -1,7 +1,7 @@
-"""Every setting, declared once: flag, environment variable, file key and page are made from here.
+"""Every setting, declared once. Flag, environment variable, file key and docs are built from here.
 
-These are plain dataclasses, so that `--help` need not wait for pydantic; ``settings.load`` lets
-pydantic check the values, by the same annotations.
+These are plain dataclasses, because importing pydantic would slow down `--help`. ``settings.load``
+checks the values with pydantic, by the same annotations.
 """
 
 from dataclasses import dataclass, field
@@ -30,16 +30,16 @@ def _is_slice_size(value: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """Which models the server holds."""
+    """The models to serve."""
 
     model: Annotated[
         tuple[str, ...],
         Setting(
-            "A model to hold: a pipeline folder, a single file or a hub id, with a name of its own "
-            "if you like. May be given several times.",
-            choose="A path that exists wins over a hub id. Without a name, a folder is known by "
-            "its own name and a hub id by itself. `demo` is the model that comes with the server. "
-            "In the environment, separate several by commas.",
+            "A model to serve: a pipeline folder, a single file or a hub id, with an optional "
+            "name. May be given several times.",
+            choose="An existing path wins over a hub id. Without NAME, requests use the name of "
+            "the folder or file, or the hub id. `demo` is the model in the server package. In the "
+            "environment, separate several models by commas.",
             metavar="[NAME=]PATH_OR_HUB_ID[@REVISION]",
             default="the demo model",
         ),
@@ -47,8 +47,8 @@ class Models:
     variant: Annotated[
         str | None,
         Setting(
-            "Which variant of the weight files to load, such as `fp16`.",
-            choose="Set it where a model offers one: it halves the download.",
+            "The variant of the weight files to load, such as `fp16`.",
+            choose="Set it if the model offers one: `fp16` halves the download.",
             metavar="NAME",
             default="none",
         ),
@@ -56,8 +56,8 @@ class Models:
     model_config: Annotated[
         str | None,
         Setting(
-            "A pipeline folder that tells how to read a single file.",
-            choose="Needed for a `.safetensors` file where the hub cannot be asked.",
+            "A pipeline folder with the configuration for a single file.",
+            choose="Needed for a `.safetensors` file if the hub cannot be reached.",
             metavar="FOLDER",
             default="none",
         ),
@@ -72,41 +72,41 @@ class Engine:
         str,
         Predicate(_is_device),
         Setting(
-            "Where the models run.",
-            choose="`auto` takes the first GPU, and the CPU where there is none. `cuda:0,cuda:1` "
-            "starts an engine on each, and each job goes to the one that will finish it first.",
+            "The devices to run the models on.",
+            choose="`auto` is the first GPU, or the CPU if there is none. `cuda:0,cuda:1` starts "
+            "one engine on each; a job goes to the engine that is expected to finish it first.",
             metavar="auto|cpu|cuda|cuda:N[,cuda:N]",
         ),
     ] = "auto"
     dtype: Annotated[
         Dtype,
         Setting(
-            "The weights' type.",
-            choose="`auto` leaves it to the preset: float16 on a GPU; on a CPU bfloat16, or with "
-            "`fast` the faster of float32 and bfloat16.",
+            "The data type of the weights.",
+            choose="`auto` uses the preset's: float16 on a GPU; bfloat16 on a CPU, or with `fast` "
+            "the faster of float32 and bfloat16.",
         ),
     ] = Dtype.AUTO
     preset: Annotated[
         Preset,
         Setting(
             "A starting point for the settings below.",
-            choose="`frugal` saves memory, `fast` takes what it can get, `tiny` squeezes into the "
-            "smallest GPUs; `auto` is `frugal` on a GPU and `fast` on a CPU.",
+            choose="`frugal` saves memory, `fast` is for speed, `tiny` fits into the smallest "
+            "GPUs; `auto` is `frugal` on a GPU and `fast` on a CPU.",
         ),
     ] = Preset.AUTO
     attention: Annotated[
         Attention | None,
         Setting(
-            "How attention is computed.",
-            choose="`sdpa` is the faster one, `sliced` is diffusers' attention slicing.",
+            "The attention implementation.",
+            choose="`sdpa` is faster; `sliced` (diffusers' attention slicing) uses less memory.",
             default="the preset's",
         ),
     ] = None
     slice_size: Annotated[
         Annotated[str, Predicate(_is_slice_size)] | None,
         Setting(
-            "Heads per slice, with sliced attention.",
-            choose="`auto` halves them, `max` takes one at a time, for the least memory.",
+            "Heads per slice of sliced attention.",
+            choose="`auto` takes half of them; `max` takes one at a time, for the least memory.",
             metavar="auto|max|N",
             default="the preset's",
         ),
@@ -118,7 +118,7 @@ class Engine:
     channels_last: Annotated[
         bool | None,
         Setting(
-            "Keep the denoiser's weights and activations channels last in memory.",
+            "Store the denoiser's weights and activations in channels-last order.",
             default="the preset's",
         ),
     ] = None
@@ -126,35 +126,35 @@ class Engine:
         bool | None,
         Setting(
             "Decode images in tiles.",
-            choose="Saves memory above about 1024 pixels, and may leave faint seams.",
+            choose="Saves memory above about 1024 pixels; may leave faint seams.",
             default="the preset's",
         ),
     ] = None
     threads: Annotated[
         Annotated[int, Ge(1)] | None,
         Setting(
-            "Threads for torch on a CPU.", metavar="N", default="as many as the process may use"
+            "Threads for torch on a CPU.", metavar="N", default="all CPUs that the process may use"
         ),
     ] = None
     max_rows: Annotated[
         Annotated[int, Ge(2)] | None,
         Setting(
-            "The most rows of a denoiser pass; an image with guidance takes two.",
-            choose="Lower it to trade throughput for latency, or to leave memory to others.",
+            "Most rows in one batch of the denoiser; an image with guidance takes two.",
+            choose="A lower limit trades throughput for latency, or saves memory.",
             metavar="N",
             default="measured at start",
         ),
     ] = None
     safety_checker: Annotated[
         bool,
-        Setting("Check images with the model's safety checker, and withhold flagged ones."),
+        Setting("Check images with the model's safety checker and withhold flagged ones."),
     ] = False
     engine: Annotated[
         Literal["process", "thread"],
         Setting(
-            "Where the engine runs.",
-            choose="`process`: a fault of the device ends the engine's own process, which is "
-            "restarted, and accepted jobs are drawn again. `thread` is for debugging.",
+            "Run the engine in its own process, or in a thread of the server.",
+            choose="With `process`, a device fault ends only the engine process: the server "
+            "restarts it and runs accepted jobs again. `thread` is for debugging.",
         ),
     ] = "process"
     engines: Annotated[
@@ -162,7 +162,7 @@ class Engine:
         Ge(1),
         Setting(
             "Engines per device.",
-            choose="More than one is for tests: engines on one device share its speed.",
+            choose="More than one is for tests only: engines on one device share its speed.",
             metavar="N",
         ),
     ] = 1
@@ -170,8 +170,8 @@ class Engine:
         float,
         Gt(0),
         Setting(
-            "Seconds of silence after which an engine that has work is killed and restarted.",
-            choose="Several times the longest pass or decode of your largest images.",
+            "Seconds without an event after which a busy engine is killed and restarted.",
+            choose="Several times the longest batch or decode of your largest images.",
             metavar="SECONDS",
         ),
     ] = 60.0
@@ -179,8 +179,8 @@ class Engine:
         int,
         Ge(0),
         Setting(
-            "Restarts of an engine in ten minutes; one more and it is given up. Without any left "
-            "the server exits, for its own supervisor to see.",
+            "Most restarts of an engine in ten minutes; after one more death it is not restarted. "
+            "When no engine remains, the server exits.",
             metavar="N",
         ),
     ] = 5
@@ -188,15 +188,15 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatch:
-    """How many jobs are taken."""
+    """Queue limits and deadlines."""
 
     max_queued_jobs: Annotated[
         int,
         Ge(0),
         Setting(
-            "Jobs that may wait for a place in the engine; more are refused.",
-            choose="What the server can finish within your callers' patience: the images per "
-            "second that you measure, times the seconds that they wait.",
+            "Most jobs that wait for a place in an engine; further jobs are rejected.",
+            choose="What the server can finish while your callers are willing to wait: measured "
+            "images per second × seconds of waiting.",
             metavar="N",
         ),
     ] = 128
@@ -204,27 +204,26 @@ class Dispatch:
         float,
         Gt(0),
         Setting(
-            "Work that may wait, in megapixel-steps: an image of a million pixels and 30 steps is "
-            "30 of them. More is refused.",
-            choose="A bound for many large jobs, where `max_queued_jobs` bounds many small ones. A "
-            "job that is larger by itself may wait alone.",
+            "Most work in the queue, in megapixel-steps; further jobs are rejected. An image of "
+            "one million pixels and 30 steps is 30 megapixel-steps.",
+            choose="Bounds many large jobs, as `--max-queued-jobs` bounds many small ones. A job "
+            "above the limit by itself is accepted if the queue is empty.",
             metavar="N",
         ),
     ] = 20_000.0
     early_refusal: Annotated[
         bool,
         Setting(
-            "Refuse a request at once that cannot be expected to be finished by its deadline.",
-            choose="Without it such requests are tried until their deadline, and what they took "
-            "is lost to the others.",
+            "Reject a request at once if it is not expected to finish by its deadline.",
+            choose="Without it, such requests run until their deadline and waste engine time.",
         ),
     ] = True
     max_resident_samples: Annotated[
         int,
         Ge(1),
         Setting(
-            "Images in the engine at once; a job is handed over while there are fewer.",
-            choose="Several times the rows of a pass keeps the engine busy. More only takes "
+            "Images in an engine at once; the next job goes to the engine while it has fewer.",
+            choose="Several times the rows of a batch keep the engine busy. More only costs "
             "memory.",
             metavar="N",
         ),
@@ -233,7 +232,7 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The tree. Each part of the server receives its own section only."""
+    """All settings. Each part of the server receives only its own section."""
 
     models: Models = field(default_factory=Models)
     engine: Engine = field(default_factory=Engine)

@@ -1,4 +1,4 @@
-"""Requests as OpenTelemetry's spans; imported only where ``--traces`` asks for them."""
+"""Requests as OpenTelemetry spans; imported only if ``--traces`` asks for them."""
 
 import os
 import time
@@ -16,15 +16,15 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status,
 from opentelemetry.trace import TraceFlags as Flags
 
 from darkroom_server.core.events import StageSeconds
-from darkroom_server.rpc.summary import Outcome, RequestSummary
-from darkroom_server.rpc.trace_context import TraceContext
+from darkroom_server.service.summary import Outcome, RequestSummary
+from darkroom_server.service.trace_context import TraceContext
 
 FLUSH_SECONDS = 5.0
-"""For what is left when the server stops; a collector that is gone must not hold it up."""
+"""To send the remaining spans at shutdown; a collector that is gone must not delay it."""
 
 
 class _Ids(RandomIdGenerator):
-    """Gives a trace that begins here the id that the log knows already."""
+    """Gives a trace that begins here the id that is in the log already."""
 
     def __init__(self) -> None:
         self.next_trace = 0
@@ -34,7 +34,7 @@ class _Ids(RandomIdGenerator):
 
 
 class SpanWriter:
-    """Writes the spans of each request once it has ended, from the times that were taken anyway."""
+    """Writes the spans of each request after its end, from the times that were measured anyway."""
 
     def __init__(self, processor: SpanProcessor | None = None) -> None:
         self._ids = _Ids()
@@ -48,14 +48,14 @@ class SpanWriter:
         self._tracer = self._provider.get_tracer("darkroom_server")
 
     def close(self) -> None:
-        """Send what is left; blocks for ``FLUSH_SECONDS`` at most."""
-        # On a thread to walk away from: the exporter tries again for longer than it is told.
+        """Send the remaining spans; blocks for at most ``FLUSH_SECONDS``."""
+        # On a daemon thread: the exporter retries for longer than its timeout.
         last = Thread(target=self._provider.shutdown, name="flush-spans", daemon=True)
         last.start()
         last.join(FLUSH_SECONDS)
 
     def request_ended(self, summary: RequestSummary) -> None:
-        """Write one span for the request, and one below it for each of its stages."""
+        """Write one span for the request, with one child for each of its stages."""
         end = time.time_ns()
         start = end - _nanoseconds(summary.seconds)
         parent = self._parent(summary.trace)
@@ -81,7 +81,7 @@ class SpanWriter:
         return trace.set_span_in_context(NonRecordingSpan(caller), Context())
 
     def _write_stages(self, span: trace.Span, start: int, stages: StageSeconds, steps: int) -> None:
-        # One after the other, as they were: each begins where the one before it was cut off.
+        # One after the other: each begins at the end of the one before.
         below = trace.set_span_in_context(span, Context())
         for stage, seconds in asdict(stages).items():
             attributes = {"darkroom.steps": steps} if stage == "denoise" else None

@@ -1,4 +1,4 @@
-"""Whether requests are traced, and what for: nothing is imported for it, or runs, when not."""
+"""Opens the trace writer, without importing OpenTelemetry if traces are off."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def open_traces(wanted: str) -> "SpanWriter | None":
-    """What writes spans, None where ``wanted`` is "off". Raises ``StartupError``."""
+    """The span writer, None if ``wanted`` is "off". Raises ``StartupError``."""
     if wanted == "off":
         return None
     try:

@@ -1,80 +1,90 @@
-"""Whether new jobs are accepted, and the error that says why not."""
+"""Whether the server accepts jobs at all, and the error if it does not."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Callable, Iterable
+from enum import Enum, auto
 
-from darkroom_server.core.errors import NotReady, QueueFull, Reason, TooLarge, UnknownModel
-from darkroom_server.core.job import Job
+from darkroom_server.core.errors import (
+    InvalidRequest,
+    NotReady,
+    Reason,
+    UnknownModel,
+    Violation,
+)
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.dispatch.estimation.remaining_work import megapixel_steps
+from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.observer import Observer, ReadyChanged
 
 LOADING_RETRY_SECONDS = 2.0
 """Loading takes seconds to minutes; asking this often costs nothing."""
 
 AWAY_RETRY_SECONDS = 1.0
-"""When this server is going away, another one may take the call at once."""
+"""If this server shuts down, another one may take the call at once."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueLimits:
-    """How much may wait: so many jobs, and together so many megapixel-steps."""
+class State(Enum):
+    """Whether jobs are accepted (READY, RECOVERING) and run (READY)."""
 
-    jobs: int
-    megapixel_steps: float = math.inf
-
-    def check(
-        self, job: Job, waiting: Sequence[Job], retry_after: Callable[[int, float], float]
-    ) -> None:
-        """Raise ``QueueFull`` where ``job`` cannot wait behind ``waiting``.
-
-        ``retry_after`` tells how long it takes until so many jobs and megapixel-steps are gone. A
-        job that is larger than the limit may wait alone.
-        """
-        if len(waiting) >= self.jobs:
-            raise QueueFull(
-                f"{len(waiting)} jobs are waiting, and no more are taken",
-                retry_after(len(waiting) - self.jobs + 1, 0.0),
-            )
-        work = sum(map(megapixel_steps, waiting))
-        over = work + megapixel_steps(job) - self.megapixel_steps
-        if waiting and over > 0:
-            raise QueueFull(
-                f"jobs of {work:.0f} megapixel-steps are waiting, of {self.megapixel_steps:g} that "
-                f"may, and this one has {megapixel_steps(job):.1f}",
-                retry_after(1, min(over, work)),
-            )
+    LOADING = auto()
+    READY = auto()
+    RECOVERING = auto()
+    DRAINING = auto()
 
 
 class Availability:
-    """The server's life as a caller feels it: loading, open, and one day closed for good.
+    """The server's state as callers see it, and the models that it holds.
 
-    ``model_ids`` are the models the server was told to hold, in that order.
+    ``model_ids`` are the configured models, in their order. ``on_state`` is called with the state
+    when it may have changed.
     """
 
-    def __init__(self, model_ids: Iterable[str]) -> None:
+    def __init__(
+        self,
+        model_ids: Iterable[str],
+        pool: EnginePool,
+        observer: Observer,
+        on_state: Callable[[State], None],
+    ) -> None:
         self.models: dict[str, ModelInfo | None] = dict.fromkeys(model_ids)
-        self._loaded = False
+        self._pool = pool
+        self._observer = observer
+        self._on_state = on_state
+        self._loaded = asyncio.Event()
+        self._failed = asyncio.Event()
+        self._failure = ""
         self._draining = False
-        self._dead = False
 
     @property
-    def open(self) -> bool:
-        """Whether jobs are accepted."""
-        return self._loaded and not (self._draining or self._dead)
+    def state(self) -> State:
+        """The state now. A server without engines is on its way out too."""
+        if self._draining or self._failed.is_set():
+            return State.DRAINING
+        if not self._loaded.is_set():
+            return State.LOADING
+        return State.READY if self._pool.ready else State.RECOVERING
 
-    @property
-    def closed(self) -> bool:
-        """Whether jobs will never be accepted again."""
-        return self._draining or self._dead
+    def resolve(self, asked: str) -> str:
+        """The id of the model that a request means; "" means the only one.
+
+        Raises ``UnknownModel``, or ``InvalidRequest`` if "" is ambiguous.
+        """
+        known = list(self.models)
+        if asked in self.models:
+            return asked
+        if asked:
+            raise UnknownModel(asked[:256], known)
+        if len(known) != 1:
+            violation = Violation("model", f"must be set, to one of {', '.join(known)}")
+            raise InvalidRequest([violation])
+        return known[0]
 
     def model(self, model_id: str) -> ModelInfo:
         """The loaded model ``model_id``; raises ``UnknownModel`` or ``NotReady``."""
         if model_id not in self.models:
             raise UnknownModel(model_id, list(self.models))
         if self._draining:
-            raise going_away()
-        if self._dead:
+            raise shutting_down()
+        if self._failed.is_set():
             raise NotReady(
                 "the engine has stopped; try again, or another server",
                 Reason.ENGINE_FAILED,
@@ -89,36 +99,42 @@ class Availability:
             )
         return info
 
-    def loaded(self, models: Iterable[ModelInfo]) -> None:
-        """The engine holds these now."""
-        self.models |= {info.id: info for info in models}
-        self._loaded = True
+    async def loaded(self) -> str:
+        """Wait until the models are loaded, or cannot be: then the reason, else ""."""
+        await self._loaded.wait()
+        return self._failure
 
-    def drain(self) -> None:
-        """The server is going away."""
+    async def failed(self) -> str:
+        """Wait until no engine will come back; returns the reason."""
+        await self._failed.wait()
+        return self._failure
+
+    def set_loaded(self, models: Iterable[ModelInfo]) -> None:
+        """An engine holds ``models`` now."""
+        self.models |= {info.id: info for info in models}
+        self._loaded.set()
+
+    def set_draining(self) -> None:
+        """Accept no jobs from now on: the server shuts down."""
         self._draining = True
 
-    def died(self) -> None:
-        """The engine is gone."""
-        self._dead = True
+    def set_failed(self, reason: str) -> None:
+        """No engine will come back; ``reason`` is one line for the operator."""
+        self._failure = reason
+        self._failed.set()
+        self._loaded.set()
+
+    def report(self) -> None:
+        """Report the state to the observer and to ``on_state``."""
+        state = self.state
+        self._observer.on_event(ReadyChanged(state is State.READY))
+        self._on_state(state)
 
 
-def going_away() -> NotReady:
-    """The error of those who come, or still wait, while the server shuts down."""
+def shutting_down() -> NotReady:
+    """The error for new and for unfinished jobs while the server shuts down."""
     return NotReady(
         "the server is shutting down; try again, or another server",
         Reason.DRAINING,
         AWAY_RETRY_SECONDS,
     )
-
-
-def check_fits(job: Job, model: ModelInfo) -> None:
-    """Raise ``TooLarge`` where one image of ``job`` does not fit the memory, even alone."""
-    needed = model.memory.needed(job.width, job.height, job.rows_per_image)
-    available = model.memory.available_bytes
-    if needed > available:
-        raise TooLarge(
-            f"an image of {job.width}×{job.height} pixels needs {needed >> 20} MiB of memory, and "
-            f"{model.runtime.device} has {available >> 20} MiB left; ask for a smaller one",
-            metadata={"needed_bytes": str(needed), "available_bytes": str(available)},
-        )

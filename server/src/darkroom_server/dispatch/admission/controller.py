@@ -1,51 +1,88 @@
-"""Lets a job in, or says why not: its caller's share, the queue's limits, its deadline."""
+"""Admission control: accepts a job, or says why not."""
 
 import time
 
 from darkroom_server.core.caller import Caller
-from darkroom_server.core.errors import DeadlineExceeded
-from darkroom_server.dispatch.admission.availability import QueueLimits
+from darkroom_server.core.errors import DeadlineExceeded, TooLarge
+from darkroom_server.core.job import Job
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.dispatch.admission.availability import Availability
 from darkroom_server.dispatch.admission.estimator import Estimator
+from darkroom_server.dispatch.admission.limits import QueueLimits
 from darkroom_server.dispatch.admission.quotas import Quotas
 from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.jobs.estimate import Estimate
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 
 
 class AdmissionController:
-    """Checks newcomers, and counts those that are let in by their callers.
+    """Checks new jobs against the server's state, memory, quotas, queue limits and deadlines.
 
-    With ``early_refusal`` those are refused at once that cannot be expected to be finished by their
-    deadline.
+    With ``early_refusal`` it rejects a job that is not expected to meet its deadline.
     """
 
     def __init__(
-        self, fleet: EnginePool, roster: JobRegistry, limits: QueueLimits, *, early_refusal: bool
+        self,
+        availability: Availability,
+        estimator: Estimator,
+        pool: EnginePool,
+        registry: JobRegistry,
+        limits: QueueLimits,
+        *,
+        early_refusal: bool,
     ) -> None:
         self.limits = limits
-        self.estimates = Estimator(fleet, roster)
-        self._fleet = fleet
-        self._roster = roster
+        self._availability = availability
+        self._estimator = estimator
+        self._pool = pool
+        self._registry = registry
         self._early_refusal = early_refusal
         self._quotas = Quotas()
 
-    def let_in(self, accepted: ActiveJob, caller: Caller) -> None:
-        """Note the newcomer's estimate, and count it for its caller.
+    def admit(self, job: Job, caller: Caller) -> ActiveJob:
+        """Accept ``job``, estimate it, and count it for its caller.
 
-        Raises ``DeadlineExceeded``, ``QuotaExceeded`` or ``QueueFull``.
+        Raises ``UnknownModel``, ``NotReady``, ``TooLarge``, ``DeadlineExceeded``,
+        ``QuotaExceeded`` or ``QueueFull``.
         """
-        job, now = accepted.job, time.monotonic()
+        model = self._availability.model(job.model)
+        check_fits(job, model)
+        now = time.monotonic()
         if job.deadline is not None and job.deadline <= now:
             raise DeadlineExceeded("the deadline passed before the request was accepted")
         self._quotas.check(caller, now)
-        if self._fleet.choose(accepted) is None:
-            waiting = [each.job for each in self._roster.waiting()]
-            self.limits.check(job, waiting, self.estimates.retry_after)
-        accepted.estimate = self.estimates.of(accepted)
-        if self._early_refusal:
-            self.estimates.check_deadline(job, accepted.estimate)
+        if not self._pool.has_room:
+            waiting = [active.job for active in self._registry.queue()]
+            self.limits.check(job, waiting, self._estimator.retry_after)
+        active = ActiveJob(job, model)
+        active.estimate = self._estimator.estimate(active)
+        if self._early_refusal and job.deadline is not None:
+            self._estimator.check_deadline(job.deadline, active.estimate)
         self._quotas.accepted(job.caller)
+        return active
 
-    def ended(self, accepted: ActiveJob) -> None:
-        """Count a job that was let in no longer."""
-        self._quotas.ended(accepted.job.caller)
+    def estimate(self, job: Job) -> Estimate | None:
+        """How long ``job`` would take if it came now; None while too little is known.
+
+        Raises ``UnknownModel``, ``NotReady`` or ``TooLarge``.
+        """
+        model = self._availability.model(job.model)
+        check_fits(job, model)
+        return self._estimator.estimate(ActiveJob(job, model))
+
+    def release(self, active: ActiveJob) -> None:
+        """An admitted job has ended."""
+        self._quotas.ended(active.job.caller)
+
+
+def check_fits(job: Job, model: ModelInfo) -> None:
+    """Raise ``TooLarge`` if one image of ``job`` does not fit in memory, even alone."""
+    needed = model.memory.needed(job.width, job.height, job.rows_per_image)
+    available = model.memory.available_bytes
+    if needed > available:
+        raise TooLarge(
+            f"an image of {job.width}×{job.height} pixels needs {needed >> 20} MiB of memory, and "
+            f"{model.runtime.device} has {available >> 20} MiB left; ask for a smaller one",
+            metadata={"needed_bytes": str(needed), "available_bytes": str(available)},
+        )

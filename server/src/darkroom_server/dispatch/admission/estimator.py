@@ -1,31 +1,29 @@
-"""When a job would start and finish, and whether its deadline can be met."""
+"""When a job would start and finish, and whether it can meet its deadline."""
 
 import math
 import time
 
 from darkroom_server.core.errors import DeadlineExceeded, Reason
-from darkroom_server.core.job import Job
-from darkroom_server.core.order import order
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.estimation.calibration import Calibration
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache, megapixel_steps
-from darkroom_server.dispatch.estimation.simulation import Forecast, forecast
+from darkroom_server.dispatch.estimation.simulation import Forecast, simulate_queue
 from darkroom_server.dispatch.jobs.estimate import Estimate
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 
-IN_COMPANY = 1.5
-"""How many times its estimate a job must have until its deadline where others are here too.
+MARGIN_WITH_OTHERS = 1.5
+"""With other jobs present, a job needs this multiple of its estimate until its deadline.
 
-What comes later is more urgent now and then, and widens the passes. Accepted jobs that are not
-finished in time are work for nothing: of 1.2 and 1.5, less of it was done in overload with this.
+Later jobs may be more urgent and widen the batches. Accepting a job that misses its deadline
+wastes engine time: 1.5 wasted less than 1.2 under overload (measured).
 """
 
-ALONE = 0.8
-"""The same for a job that would be alone: it gets the benefit of the doubt, and harms nobody.
+MARGIN_ALONE = 0.8
+"""The same for a job on an idle server, where a wrong decision harms no other job.
 
-Each such refusal halves it until a pass is seen again: what was measured while something else had
-the machine must not keep the door shut for good.
+Each rejection halves the margin until a batch is seen again: a measurement taken on a busy machine
+must not reject jobs forever.
 """
 
 UNKNOWN_RETRY_SECONDS = 1.0
@@ -34,87 +32,82 @@ LONGEST_RETRY_SECONDS = 60.0
 
 
 class Estimator:
-    """Foretells from the engines' speeds and loads, and from what waits."""
+    """Estimates from the engines' batch times, their jobs, and the queue."""
 
-    def __init__(self, fleet: EnginePool, roster: JobRegistry) -> None:
-        self._fleet = fleet
-        self._roster = roster
+    def __init__(self, pool: EnginePool, registry: JobRegistry) -> None:
+        self._pool = pool
+        self._registry = registry
         self._calibration = Calibration()
-        self._works = RemainingWorkCache()
-        self._passes = 0
-        self._refusals = 0
+        self._cache = RemainingWorkCache()
+        self._batches_seen = 0
+        self._rejections_alone = 0
 
-    def of(self, accepted: ActiveJob) -> Estimate | None:
-        """For a job that is here, or would be from now on; None while too little is known."""
+    def estimate(self, active: ActiveJob) -> Estimate | None:
+        """For a job that is here or would come now; None while too little is known."""
         now = time.monotonic()
-        told = self._forecast(accepted)
-        id = accepted.job.id
-        if told is None or id not in told.finishes:
+        forecast = self._simulate(active)
+        id = active.job.id
+        if forecast is None or id not in forecast.finishes:
             return None
-        finish = told.finishes[id]
-        start = min(told.starts.get(id, 0.0), finish)
+        finish = forecast.finishes[id]
+        start = min(forecast.starts.get(id, 0.0), finish)
         factor = self._calibration.factor(finish)
         return Estimate(
             made_at=now,
             queue_wait=start * factor,
             run_time=(finish - start) * factor,
-            forecast=finish,
+            simulated=finish,
         )
 
     def record_actual(self, estimate: Estimate, seconds: float) -> None:
-        """A job took so many seconds from its estimate on."""
-        self._calibration.learn(estimate.forecast, seconds)
+        """Learn from a finished job that took ``seconds`` since its estimate."""
+        self._calibration.learn(estimate.simulated, seconds)
 
-    def expired(self, accepted: ActiveJob) -> None:
-        """A job was not finished by its deadline."""
-        if (estimate := accepted.estimate) is not None:
-            self._calibration.expired(estimate.forecast, time.monotonic() - estimate.made_at)
+    def record_expired(self, active: ActiveJob) -> None:
+        """Learn from a job that was not finished by its deadline."""
+        if (estimate := active.estimate) is not None:
+            self._calibration.expired(estimate.simulated, time.monotonic() - estimate.made_at)
 
-    def check_deadline(self, job: Job, estimate: Estimate | None) -> None:
-        """Raise ``DeadlineExceeded`` where a newcomer cannot be expected to meet its deadline."""
-        if job.deadline is None or estimate is None:
+    def check_deadline(self, deadline: float, estimate: Estimate | None) -> None:
+        """Raise ``DeadlineExceeded`` if a new job is not expected to meet ``deadline``."""
+        if estimate is None:
             return
-        company = any(not accepted.ended for accepted in self._roster.all())
-        left = job.deadline - estimate.made_at
-        if estimate.total * (IN_COMPANY if company else self._alone()) <= left:
+        alone = all(active.ended for active in self._registry.all())
+        remaining = deadline - estimate.made_at
+        if estimate.total * (self._margin_alone() if alone else MARGIN_WITH_OTHERS) <= remaining:
             return
-        self._calibration.refused(estimate.forecast)
-        if not company:
-            self._refusals += 1
-        # Who is alone may be let in with less than the estimate, as a try: nobody is advised to.
-        needed = _rounded_up(estimate.total * (IN_COMPANY if company else 1.0))
-        why = ", since others may come between," if company else ""
+        self._calibration.rejected(estimate.simulated)
+        if alone:
+            self._rejections_alone += 1
+        # A job alone may be tried with less than its estimate, but the advice is the estimate.
+        needed = _round_up(estimate.total * (1.0 if alone else MARGIN_WITH_OTHERS))
+        why = "" if alone else ", since others may come between,"
         raise DeadlineExceeded(
-            f"the deadline is in {left:.2f} s, and this would take about {estimate.total:.2f} s, "
-            f"{estimate.queue_wait:.2f} s of them waiting; give it at least {needed:.2f} s{why} or "
-            "ask for fewer steps, fewer images or smaller ones",
+            f"the deadline is in {remaining:.2f} s, and this would take about "
+            f"{estimate.total:.2f} s, {estimate.queue_wait:.2f} s of them waiting; give it at "
+            f"least {needed:.2f} s{why} or ask for fewer steps, fewer images or smaller ones",
             Reason.DEADLINE_UNREACHABLE,
             {
                 "estimate_seconds": f"{estimate.total:.3f}",
                 "queue_wait_seconds": f"{estimate.queue_wait:.3f}",
                 "run_seconds": f"{estimate.run_time:.3f}",
-                "remaining_seconds": f"{left:.3f}",
+                "remaining_seconds": f"{remaining:.3f}",
                 "needed_seconds": f"{needed:.3f}",
             },
         )
 
-    def _alone(self) -> float:
-        passes = sum(slot.passes for slot in self._fleet.slots)
-        if passes != self._passes:
-            self._passes, self._refusals = passes, 0
-        return ALONE / 2.0 ** min(self._refusals, 64)
-
     def retry_after(self, jobs: int, work: float) -> float:
-        """Seconds until so many jobs, and so many megapixel-steps, have left the queue."""
-        told = self._forecast()
-        if told is None:
+        """Seconds until ``jobs`` jobs and ``work`` megapixel-steps have left the queue."""
+        forecast = self._simulate()
+        if forecast is None:
             return UNKNOWN_RETRY_SECONDS
-        waiting = {accepted.job.id: accepted.job for accepted in self._roster.waiting()}
-        # Without a queue, a place is free when a job is finished.
-        leave = {id: told.joins[id] for id in waiting if id in told.joins} or told.finishes
+        waiting = {active.job.id: active.job for active in self._registry.queue()}
+        # Without a queue, there is room when a job finishes.
+        leaves = {id: forecast.joins[id] for id in waiting if id in forecast.joins}
+        leaves = leaves or forecast.finishes
         seconds = UNKNOWN_RETRY_SECONDS
-        for id in sorted(leave, key=leave.__getitem__):
-            seconds = leave[id]
+        for id in sorted(leaves, key=leaves.__getitem__):
+            seconds = leaves[id]
             jobs -= 1
             work -= megapixel_steps(waiting[id]) if id in waiting else work
             if jobs <= 0 and work <= 0.0:
@@ -122,24 +115,28 @@ class Estimator:
         seconds *= self._calibration.factor(seconds)
         return min(max(seconds, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS)
 
-    def _forecast(self, newcomer: ActiveJob | None = None) -> Forecast | None:
-        """The forecast for all that is here, and ``newcomer``; None where it would be a guess."""
-        slots = [slot for slot in self._fleet.slots if slot.ready]
-        waiting = {accepted.job.id: accepted for accepted in self._roster.waiting()}
-        if newcomer is not None and newcomer.place is JobState.OUTSIDE:
-            waiting[newcomer.job.id] = newcomer
-        inside = [accepted.job for slot in slots for accepted in slot.jobs.values()]
-        models = {job.model for job in inside} | {each.job.model for each in waiting.values()}
-        if not slots or not all(slot.speed.knows(model) for slot in slots for model in models):
+    def _margin_alone(self) -> float:
+        batches = sum(engine.batches for engine in self._pool.engines)
+        if batches != self._batches_seen:
+            self._batches_seen, self._rejections_alone = batches, 0
+        return MARGIN_ALONE / 2.0 ** min(self._rejections_alone, 64)
+
+    def _simulate(self, new: ActiveJob | None = None) -> Forecast | None:
+        """Simulate all jobs that are here, and ``new``; None if a model was never measured."""
+        engines = [engine for engine in self._pool.engines if engine.ready]
+        waiting = self._registry.queue(new if new and new.state is JobState.NEW else None)
+        running = [active for engine in engines for active in engine.jobs.values()]
+        models = {active.job.model for active in (*running, *waiting)}
+        known = all(engine.batch_times.knows(model) for engine in engines for model in models)
+        if not engines or not known:
             return None
-        in_order = [waiting[key.id[0]] for key in order(a.key() for a in waiting.values())]
-        return forecast(
-            [slot.load() for slot in slots],
-            self._works.of(in_order, {}),
-            self._fleet.max_resident_samples,
+        return simulate_queue(
+            [engine.load() for engine in engines],
+            self._cache.get(waiting),
+            self._pool.max_resident_samples,
         )
 
 
-def _rounded_up(seconds: float) -> float:
-    """To a hundredth, so that who gives as much as was said has given enough."""
+def _round_up(seconds: float) -> float:
+    """To a hundredth, so that a caller that gives what the message asks for gives enough."""
     return math.ceil(seconds * 100.0) / 100.0

@@ -1,39 +1,32 @@
-"""One engine, the jobs in it, and how fast it is."""
+"""One engine, the jobs in it, and its batch times."""
 
 from collections import deque
 from dataclasses import dataclass
 
 from darkroom_server.core.engine import Engine
-from darkroom_server.core.events import (
-    BatchDone,
-    DecodeDone,
-    EngineReady,
-    Event,
-    JobFinished,
-    MemoryReport,
-    SampleProgress,
-)
+from darkroom_server.core.events import BatchDone, EngineReady, MemoryReport
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache
 from darkroom_server.dispatch.estimation.simulation import Load
-from darkroom_server.dispatch.jobs.job import ActiveJob
+from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """When an engine died, by the monotonic clock; ``attributed_to_job`` by one of its jobs."""
+    """When an engine died (``time.monotonic`` seconds), and whether one of its jobs explains it."""
 
     at: float
     attributed_to_job: bool
 
 
 class EngineHandle:
-    """One engine, and the jobs in it.
+    """The dispatcher's view of one engine.
 
-    ``memory`` is what it told last, ``passes`` are how many it took, ``last_rows`` those of the
+    ``jobs``: those that the engine has, by id, whether or not a caller still wants them.
+    ``memory``: its last report. ``batches``: the number that it ran; ``last_rows``: the rows of the
     last one. ``healthy_since_crash``: it finished a job since a death was last attributed to one.
-    ``loaded`` says that it was ready once, ``given_up`` that it is never started again.
+    ``loaded``: it was ready once. ``given_up``: it is never started again.
     """
 
     def __init__(self, index: int, engine: Engine) -> None:
@@ -47,92 +40,98 @@ class EngineHandle:
         self.healthy_since_crash = True
         self.jobs: dict[str, ActiveJob] = {}
         self.models: dict[str, ModelInfo] = {}
-        self.speed = BatchTimeModel()
+        self.batch_times = BatchTimeModel()
         self.memory: MemoryReport | None = None
-        self.passes = 0
+        self.batches = 0
         self.last_rows = 0
-        self._left: dict[str, dict[int, int]] = {}
-        self._lowered: dict[Group, int] = {}
-        self._works = RemainingWorkCache()
+        self._row_limits: dict[Group, int] = {}
+        self._reduced_row_limits: dict[Group, int] = {}
+        self._cache = RemainingWorkCache()
 
     @property
     def samples(self) -> int:
         """Images in the engine."""
-        return sum(accepted.job.image_count for accepted in self.jobs.values())
+        return sum(active.job.image_count for active in self.jobs.values())
 
-    @property
-    def isolated(self) -> bool:
-        """A job is in it that was running when an engine died: nobody shares its fate."""
-        return any(accepted.crashes for accepted in self.jobs.values())
+    def has_room(self, max_samples: int) -> bool:
+        """Whether it takes a new job now: it holds fewer than ``max_samples`` images.
+
+        A job that may have killed an engine is isolated: it shares its engine with no other job.
+        """
+        if not self.ready or self.samples >= max_samples:
+            return False
+        return not any(active.crashes for active in self.jobs.values())
 
     def load(self) -> Load:
-        """What the forecast needs to know."""
-        works = self._works.of(self.jobs.values(), self._left)
-        return Load(
-            speed=self.speed, max_rows=self._max_rows, jobs=[work for work in works if work.passes]
-        )
+        """Its state as the simulation takes it."""
+        works = [work for work in self._cache.get(self.jobs.values()) if work.calls]
+        return Load(batch_times=self.batch_times, max_rows=self._max_rows, jobs=works)
 
-    def take(self, accepted: ActiveJob) -> None:
-        """Give the engine a job, less the images that an earlier one finished."""
-        self.jobs[accepted.job.id] = accepted
-        self.engine.submit(accepted.remaining_job())
+    # Jobs.
 
-    def left(self, job_id: str) -> None:
-        """Note that the engine has let a job go."""
-        self.jobs.pop(job_id, None)
-        self._left.pop(job_id, None)
+    def submit(self, active: ActiveJob) -> None:
+        """Give the engine a job, without the images that an earlier run finished."""
+        active.engine = self
+        self.jobs[active.job.id] = active
+        self.engine.submit(active.remaining_job())
 
-    def lose(self) -> list[ActiveJob]:
-        """Note that the engine died; returns the jobs that were in it."""
+    def cancel(self, active: ActiveJob) -> None:
+        """Have the engine remove a job at the next step boundary."""
+        self.engine.cancel(active.job.id)
+
+    def extend(self, active: ActiveJob) -> None:
+        """Send the engine the job's new deadline."""
+        self.engine.extend(active.job.id, active.job.deadline)
+
+    def remove(self, active: ActiveJob) -> None:
+        """The engine no longer has the job."""
+        del self.jobs[active.job.id]
+        active.engine = None
+
+    # What the engine reports.
+
+    def set_ready(self, ready: EngineReady) -> None:
+        """It has loaded its models."""
+        self.ready = self.loaded = True
+        self.models = {model.id: model for model in ready.models}
+        self._row_limits.clear()
+        for model in ready.models:
+            self.batch_times.start(model)
+
+    def set_dead(self) -> list[ActiveJob]:
+        """It died; returns the jobs that were in it."""
         self.ready = False
-        victims, self.jobs = list(self.jobs.values()), {}
-        self._left.clear()
-        self._lowered.clear()
-        return victims
+        jobs, self.jobs = list(self.jobs.values()), {}
+        for active in jobs:
+            active.engine = None
+        self._reduced_row_limits.clear()
+        return jobs
 
-    def learn(self, event: Event) -> None:
-        """Note how far the jobs are, and how long it took."""
-        match event:
-            case EngineReady(models):
-                self.models = {model.id: model for model in models}
-                for model in models:
-                    self.speed.start(model)
-            case BatchDone():
-                self.passes += 1
-                self.last_rows = event.rows
-                self.speed.passed(event)
-                self._bound(event)
-                # The prompts of whoever is in are encoded by now.
-                for encoded in self.jobs.values():
-                    encoded.taken = False
-            case DecodeDone():
-                self.speed.decoded(event)
-            case SampleProgress():
-                if event.job_id in self.jobs:
-                    left = self._left.setdefault(event.job_id, {})
-                    left[event.image_index] = event.steps - event.step
-            case JobFinished(job_id, stages):
-                self.healthy_since_crash = True
-                if accepted := self.jobs.get(job_id):
-                    self.speed.finished(accepted.job, stages)
-            case MemoryReport():
-                self.memory = event
-
-    def _bound(self, done: BatchDone) -> None:
-        """Note where the engine allows fewer rows than at start: memory ran out meanwhile."""
-        group = Group(done.model, done.width, done.height)
-        if 0 < done.max_rows < self._rows_at_start(group):
-            self._lowered[group] = done.max_rows
+    def record_batch(self, batch: BatchDone) -> None:
+        """Learn from a batch."""
+        self.batches += 1
+        self.last_rows = batch.rows
+        self.batch_times.record_batch(batch)
+        group = Group(batch.model, batch.width, batch.height)
+        if 0 < batch.max_rows < self._row_limit(group):
+            self._reduced_row_limits[group] = batch.max_rows  # Memory ran out meanwhile.
         else:
-            self._lowered.pop(group, None)
+            self._reduced_row_limits.pop(group, None)
+        for active in self.jobs.values():
+            # Prompts are encoded between batches: those of every job here are done.
+            if active.state is JobState.ENCODING:
+                active.state = JobState.ASSIGNED
 
     def _max_rows(self, group: Group) -> int:
-        """Rows that a pass may have, as the engine bounds it too."""
-        at_start = self._rows_at_start(group)
-        return min(at_start, self._lowered.get(group, at_start))
+        """The most rows of a batch, as the engine limits it now."""
+        limit = self._row_limit(group)
+        return min(limit, self._reduced_row_limits.get(group, limit))
 
-    def _rows_at_start(self, group: Group) -> int:
-        model = self.models.get(group.model)
-        if model is None:
-            return 2
-        return model.rows_of_a_pass(group.width, group.height)
+    def _row_limit(self, group: Group) -> int:
+        """The most rows of a batch, as measured at start."""
+        limit = self._row_limits.get(group)
+        if limit is None:
+            model = self.models.get(group.model)
+            limit = 2 if model is None else model.rows_of_a_pass(group.width, group.height)
+            self._row_limits[group] = limit
+        return limit

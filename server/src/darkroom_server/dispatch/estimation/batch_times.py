@@ -1,4 +1,4 @@
-"""How long passes and images take: started by what warm-up measured, learned from each one."""
+"""How long batches and images take: measured at warm-up, then learned from every batch."""
 
 import math
 from collections.abc import Iterator
@@ -9,28 +9,26 @@ from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 
 GUESS_SECONDS = 0.1
-"""A row of a pass of an engine of which nothing is known: only good for comparing jobs."""
+"""Seconds for each row of an engine that was never measured: only good for comparing jobs."""
 
 LEARNING = 0.05
-"""What a pass changes of what is expected of its group, and as much of what is expected of all, as
-a part of its own difference: the last dozen of passes decide."""
+"""EWMA weight of one batch, for the level of its group and for the level of the engine."""
 
 POINT_LEARNING = 0.02
-"""The same for what is expected of its rows, beside others: that is the device's nature, and slow
-to change."""
+"""EWMA weight of one batch for its row count, relative to others: a slow property of the device."""
 
 LARGEST_SURPRISE = 1.0
-"""In natural logarithms: one slow pass (the first of its shape, say) is not believed more."""
+"""In natural logarithms: limits the effect of one slow batch, such as the first of its shape."""
 
 SHORTEST_SECONDS, LONGEST_SECONDS = 1e-6, 1e5
-"""What is not between them is no time that something took."""
+"""Times outside this range are ignored."""
 
 MAX_GROUPS = 64
-"""Sizes remembered; the one used longest ago is forgotten, so that no caller makes memory grow."""
+"""Sizes kept, least recently used removed first: callers must not make memory grow."""
 
 
 class Group(NamedTuple):
-    """Images of one model and size, in pixels: they can share a pass."""
+    """Images of one model and size, in pixels: they can share a batch."""
 
     model: str
     width: int
@@ -38,7 +36,7 @@ class Group(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Of one image."""
+        """Pixels of one image."""
         return self.width * self.height
 
     @classmethod
@@ -48,10 +46,10 @@ class Group(NamedTuple):
 
 
 class BatchTimeCurve:
-    """Seconds of a pass over its rows, for one group: a line through what was met, and beyond.
+    """Seconds of a batch over its rows, for one group: piecewise linear, and extrapolated.
 
-    ``points`` are rows and seconds, not empty, and believed to be right beside each other. Where
-    they were not ``measured``, the first few passes say how slow the whole is.
+    ``points``: seconds by rows, not empty; their ratios are trusted. If they were not ``measured``,
+    the first batches set the level.
     """
 
     def __init__(self, points: dict[int, float], *, measured: bool) -> None:
@@ -63,18 +61,18 @@ class BatchTimeCurve:
 
     @property
     def met(self) -> list[int]:
-        """The row counts of which a pass was seen, or measured at warm-up."""
+        """The row counts that were seen in a batch or measured at warm-up."""
         return [rows for rows, count in self._points_met.items() if count]
 
     def at(self, rows: float) -> float:
-        """Seconds of a pass of ``rows``: on the line between neighbours, or prolonging the last.
+        """Seconds of a batch of ``rows``: interpolated, or extrapolated from the last two points.
 
-        Prolonged no flatter than level, and no steeper than in proportion.
+        The extrapolation is at least constant and at most proportional.
         """
         points = list(self.points.items())
         if len(points) == 1:
             (known, seconds) = points[0]
-            # The half of it is there for one row as for many: so it is on the devices we measured.
+            # Assume half of a batch is fixed cost (measured).
             return seconds * (0.5 + 0.5 * rows / known) * math.exp(self.level)
         at = next((i for i, (r, _) in enumerate(points) if r >= rows), len(points) - 1)
         (low, below), (high, above) = points[max(1, at) - 1], points[max(1, at)]
@@ -86,7 +84,7 @@ class BatchTimeCurve:
         return seconds * math.exp(self.level)
 
     def learn(self, rows: int, surprise: float) -> None:
-        """Move the point of ``rows``, and the whole, by their parts of ``surprise``."""
+        """Move the point of ``rows``, and the level, by their shares of ``surprise``."""
         if rows not in self.points:
             self.points[rows] = self.at(rows) / math.exp(self.level)
             self.points = dict(sorted(self.points.items()))
@@ -100,11 +98,11 @@ class BatchTimeCurve:
 
 
 class BatchTimeModel:
-    """What one engine is expected to take, in seconds; always finite and above zero.
+    """Expected seconds of one engine's work; always finite and above zero.
 
-    A pass's time is the product of what its rows take in its group, of how slow that group is, and
-    of how slow the machine is just now: a machine that slows down does so for all rows and sizes,
-    most of which were not met lately.
+    The time of a batch is a product: the curve of its group over rows, the level of that group, and
+    the level of the engine. A machine that slows down does so for all rows and sizes, most of which
+    were not seen recently.
     """
 
     def __init__(self) -> None:
@@ -115,7 +113,7 @@ class BatchTimeModel:
         self._prompt: dict[str, float] = {}
 
     def start(self, model: ModelInfo) -> None:
-        """Begin with what warm-up measured, where nothing is known of ``model`` yet."""
+        """Start with what warm-up measured, if ``model`` is not known yet."""
         group = Group(model.id, model.defaults.width, model.defaults.height)
         points = {rows: s for rows, s in model.speed.passes if _is_time(s)}
         if points and not self.knows(model.id):
@@ -125,15 +123,15 @@ class BatchTimeModel:
             self._decode.setdefault(model.id, model.speed.decode / group.pixels)
 
     def knows(self, model_id: str) -> bool:
-        """Whether anything was measured of this model."""
+        """Whether any batch of this model was measured."""
         return any(group.model == model_id for group in self._curves)
 
-    def pass_seconds(self, group: Group, rows: float) -> float:
-        """One pass of so many rows."""
+    def batch_seconds(self, group: Group, rows: float) -> float:
+        """One batch of ``rows`` rows."""
         if group in self._curves:
             known, equal_rows = group, rows
         elif (nearest := self._nearest(group)) is not None:
-            # A row of twice the pixels takes what two rows do.
+            # Assume that a row of twice the pixels costs as much as two rows.
             known, equal_rows = nearest, rows * group.pixels / nearest.pixels
         else:
             return GUESS_SECONDS * rows
@@ -141,19 +139,19 @@ class BatchTimeModel:
         return min(max(seconds, SHORTEST_SECONDS), LONGEST_SECONDS)
 
     def decode_seconds(self, group: Group) -> float:
-        """From latents to the pixels of one image; no pass runs meanwhile."""
+        """Decoding one image; no batch runs meanwhile."""
         return self._decode.get(group.model, 0.0) * group.pixels
 
     def encode_seconds(self, group: Group) -> float:
-        """From pixels to an encoded image; passes go on meanwhile."""
+        """Encoding one image as a file; batches continue meanwhile."""
         return self._encode.get(group.model, 0.0) * group.pixels
 
     def prompt_seconds(self, group: Group) -> float:
-        """Turning a job's prompts into embeddings; no pass runs meanwhile."""
+        """Encoding a job's prompts; no batch runs meanwhile."""
         return self._prompt.get(group.model, 0.0)
 
-    def passed(self, event: BatchDone) -> None:
-        """Learn from a pass."""
+    def record_batch(self, event: BatchDone) -> None:
+        """Learn from a batch."""
         if not _is_time(event.seconds):
             return
         group = Group(event.model, event.width, event.height)
@@ -173,27 +171,27 @@ class BatchTimeModel:
         surprise = min(max(surprise, -LARGEST_SURPRISE), LARGEST_SURPRISE)
         curve.learn(event.rows, surprise)
         self._level += LEARNING * surprise
-        self._curves[group] = curve  # The last to be forgotten.
+        self._curves[group] = curve  # Now the most recently used.
         if len(self._curves) > MAX_GROUPS:
             del self._curves[next(iter(self._curves))]
 
-    def decoded(self, event: DecodeDone) -> None:
+    def record_decode(self, event: DecodeDone) -> None:
         """Learn from a decode."""
         _blend(self._decode, event.model, event.seconds / (event.width * event.height))
 
-    def finished(self, job: Job, stages: StageSeconds) -> None:
+    def record_job(self, job: Job, stages: StageSeconds) -> None:
         """Learn from a finished job."""
         _blend(self._encode, job.model, stages.encode_image / (job.width * job.height))
         _blend(self._prompt, job.model, stages.encode_prompt)
 
     def measured(self) -> Iterator[tuple[Group, int, float]]:
-        """Every group and row count met, with the seconds that a pass is expected to take now."""
+        """Every group and row count seen, with the expected seconds of a batch now."""
         for group, curve in self._curves.items():
             for rows in curve.met:
-                yield group, rows, self.pass_seconds(group, rows)
+                yield group, rows, self.batch_seconds(group, rows)
 
     def _nearest(self, group: Group) -> Group | None:
-        """The known group of the same model whose size is the most alike."""
+        """The known group of the same model with the nearest size."""
         known = [each for each in self._curves if each.model == group.model]
         return min(known, key=lambda each: abs(math.log(each.pixels / group.pixels)), default=None)
 
@@ -203,7 +201,7 @@ def _is_time(seconds: float) -> bool:
 
 
 def _blend(known: dict[str, float], key: str, seconds: float) -> None:
-    """Move a mean towards ``seconds``, of which a single one is not believed too much."""
+    """Update an EWMA with ``seconds``; an outlier counts as four times the mean at most."""
     if not 0.0 < seconds < LONGEST_SECONDS:
         return
     mean = known.setdefault(key, seconds)

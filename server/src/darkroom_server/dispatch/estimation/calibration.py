@@ -1,75 +1,76 @@
-"""How far forecasts were off of late, and so by how much the next one should be corrected."""
+"""Corrects estimates by how wrong recent ones were."""
 
 import math
 from collections import Counter, defaultdict
 
 LEARNING = 0.05
-"""What a finished job changes of the correction, as a part of its own difference."""
+"""EWMA weight of one finished job."""
 
-DOUBTS = 5
-"""A correction begins as if so many forecasts had come true exactly."""
+PRIOR_WEIGHT = 5
+"""A correction starts as if this many estimates had been exact."""
 
-REFUSALS = 200
-"""So many refusals in a row, and nothing finished, and half of what was learnt is forgotten."""
+REJECTIONS = 200
+"""After this many rejections without a finished job, the correction is halved."""
 
 LARGEST = 2.0
-"""In natural logarithms: a forecast that was off by more is believed to be off by this."""
+"""In natural logarithms: the largest error that one job can contribute."""
 
-LONGER = 2.0
-"""A job that expired is believed to have wanted so many times what it had: nobody saw its end."""
+EXPIRED_FACTOR = 2.0
+"""An expired job counts as if it had needed this multiple of its time: its end is unknown."""
 
 SHORTEST, LONGEST = -3, 8
-"""Classes of forecasts, by their power of two: an eighth of a second, and four minutes."""
+"""Classes of estimates by power of two seconds: from an eighth of a second to four minutes."""
 
 
 class Calibration:
-    """The usual factor between what a forecast said and what came true, by the forecast's length.
+    """The typical factor between simulated and actual seconds, by the class of the estimate.
 
-    A forecast knows who is there, not who comes: the longer a job takes, the more others come
-    meanwhile, overtake it and widen its passes. Nor does it know what passes between two passes.
+    A simulation knows the jobs that are here, not those that arrive later: the longer a job takes,
+    the more jobs arrive meanwhile, overtake it and widen its batches. Nor does it know the time
+    between two batches.
 
-    What makes forecasts longer may keep all jobs of a length out, and then nothing more is learnt
-    of them. So it fades with refusals, until some are let in and show what is true.
+    A correction that lengthens estimates can reject every job of a class, and then nothing more is
+    learned of that class. So it fades with rejections until some jobs are accepted again.
     """
 
     def __init__(self) -> None:
         self._corrections: defaultdict[int, float] = defaultdict(float)
         self._learned: defaultdict[int, int] = defaultdict(int)
-        self._refused: Counter[int] = Counter()
+        self._rejected: Counter[int] = Counter()
 
     def factor(self, seconds: float) -> float:
-        """What a forecast of so many seconds is to be multiplied by."""
+        """The factor for an estimate of ``seconds``."""
         return math.exp(self._corrections.get(_class_of(seconds), 0.0))
 
     def learn(self, seconds: float, real: float) -> None:
-        """A job that was forecast to take ``seconds`` took ``real`` ones."""
+        """Learn from a job that was simulated to take ``seconds`` and took ``real`` seconds."""
         if not (seconds > 0.0 and real > 0.0):
             return
-        which = _class_of(seconds)
-        del self._refused[which]
-        self._learned[which] += 1
-        part = max(LEARNING, 1 / (self._learned[which] + DOUBTS))
+        length = _class_of(seconds)
+        del self._rejected[length]
+        self._learned[length] += 1
+        part = max(LEARNING, 1 / (self._learned[length] + PRIOR_WEIGHT))
         off = math.log(min(max(real / seconds, math.exp(-LARGEST)), math.exp(LARGEST)))
-        self._corrections[which] += part * (off - self._corrections[which])
+        self._corrections[length] += part * (off - self._corrections[length])
 
     def expired(self, seconds: float, had: float) -> None:
-        """A job that was forecast to take ``seconds`` was not finished in the ``had`` it had.
+        """Learn from a job, simulated to take ``seconds``, that was not finished within ``had``.
 
-        Else only those that others did not get before would be learnt from.
+        Without this, only jobs that were not overtaken are learned from (survivorship bias).
         """
         if had > seconds:
-            self.learn(seconds, LONGER * had)
+            self.learn(seconds, EXPIRED_FACTOR * had)
 
-    def refused(self, seconds: float) -> None:
-        """A job that was forecast to take ``seconds`` was not let in, because that is too long."""
-        which = _class_of(seconds)
-        if self._corrections.get(which, 0.0) <= 0.0:
+    def rejected(self, seconds: float) -> None:
+        """A job, simulated to take ``seconds``, was rejected because that is too long."""
+        length = _class_of(seconds)
+        if self._corrections.get(length, 0.0) <= 0.0:
             return
-        self._refused[which] += 1
-        if self._refused[which] == REFUSALS:
-            del self._refused[which]
-            self._corrections[which] /= 2
-            self._learned[which] //= 2
+        self._rejected[length] += 1
+        if self._rejected[length] == REJECTIONS:
+            del self._rejected[length]
+            self._corrections[length] /= 2
+            self._learned[length] //= 2
 
 
 def _class_of(seconds: float) -> int:

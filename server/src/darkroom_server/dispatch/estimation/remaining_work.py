@@ -1,9 +1,9 @@
-"""What is left to do of a job, as plain keys for the forecast."""
+"""The work that remains of a job, as plain keys for the simulation."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.core.job import Job
 from darkroom_server.core.order import OrderKey
 from darkroom_server.dispatch.estimation.batch_times import Group
 from darkroom_server.dispatch.jobs.job import ActiveJob
@@ -11,30 +11,31 @@ from darkroom_server.dispatch.jobs.job import ActiveJob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemainingWork:
-    """A job as the forecast sees it: ``passes`` are those left for each of its images.
+    """A job as the simulation sees it.
 
-    ``key`` is that of an image no pass of which is taken. ``begun``: its first pass is behind it.
+    ``calls``: the denoiser calls that remain for each unfinished image. ``key``: that of an image
+    without any step taken. ``begun``: the job has taken part in a batch.
     """
 
     id: str
     group: Group
     key: OrderKey
-    passes: tuple[int, ...]
+    calls: tuple[int, ...]
     begun: bool = False
 
-    def goal(self, passes: int) -> float:
-        """By when an image with so many passes left should be done; see ``core.order``."""
-        return replace(self.key, remaining_steps=passes).goal
+    def goal(self, calls: int) -> float:
+        """When an image with ``calls`` remaining calls should be done; see ``core.order``."""
+        return replace(self.key, remaining_steps=calls).goal
 
 
-def remaining_work(accepted: ActiveJob, left: Mapping[int, int] | None = None) -> RemainingWork:
-    """What is left of a job; ``left`` are the passes of those images that took one, by index."""
-    job = accepted.job
-    calls = denoiser_calls(job)
-    passes = [
-        (left or {}).get(index, calls)
+def remaining_work(active: ActiveJob) -> RemainingWork:
+    """The work that remains of a job."""
+    job = active.job
+    all_calls = active.model.denoiser_calls(job)
+    calls = [
+        active.remaining.get(index, all_calls)
         for index in job.image_indices
-        if index not in accepted.images
+        if index not in active.images
     ]
     return RemainingWork(
         id=job.id,
@@ -42,49 +43,41 @@ def remaining_work(accepted: ActiveJob, left: Mapping[int, int] | None = None) -
         key=OrderKey(
             id=(job.id, 0),
             submitted_at=job.submitted_at,
-            remaining_steps=calls,
+            remaining_steps=all_calls,
             priority=job.priority,
             deadline=job.deadline,
             rows=job.rows_per_image,
             alone=job.exact,
         ),
-        passes=tuple(each for each in passes if each > 0),
-        begun=accepted.started,
+        calls=tuple(each for each in calls if each > 0),
+        begun=active.started,
     )
 
 
 class RemainingWorkCache:
-    """What is left of jobs, worked out anew only where something happened to one."""
+    """The remaining work of jobs, computed again only after a change."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[tuple[object, ...], RemainingWork]] = {}
 
-    def of(
-        self, jobs: Iterable[ActiveJob], left: Mapping[str, Mapping[int, int]]
-    ) -> list[RemainingWork]:
+    def get(self, jobs: Iterable[ActiveJob]) -> list[RemainingWork]:
         """``remaining_work`` of each of ``jobs``; other jobs are removed from the cache."""
         before, self._known = self._known, {}
-        for accepted in jobs:
-            id = accepted.job.id
-            mine = left.get(id, {})
-            state = accepted.job, accepted.started, len(accepted.images), tuple(mine.values())
+        for active in jobs:
+            id = active.job.id
+            state = (
+                active.job,
+                active.started,
+                len(active.images),
+                tuple(active.remaining.items()),
+            )
             known = before.get(id)
             if known is None or known[0] != state:
-                known = state, remaining_work(accepted, mine)
+                known = state, remaining_work(active)
             self._known[id] = known
         return [work for _, work in self._known.values()]
 
 
-def denoiser_calls(job: Job) -> int:
-    """Passes that an image of ``job`` takes: some schedulers make more than the steps asked for."""
-    match job.scheduler:
-        case SchedulerName.HEUN:
-            return 2 * job.steps - 1
-        case SchedulerName.PNDM:
-            return job.steps + 1
-    return job.steps
-
-
 def megapixel_steps(job: Job) -> float:
-    """The size of a job: a million pixels, one step, is one."""
+    """The size of a job: one step of a million pixels is 1."""
     return job.width * job.height * job.steps * job.image_count / 1e6

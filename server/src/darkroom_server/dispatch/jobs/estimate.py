@@ -1,20 +1,20 @@
-"""What is expected of a job."""
+"""How long a job is expected to take."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a job would take, in seconds: until its first pass, and from there to its last image.
+    """Seconds until the first batch (``queue_wait``), and from there to the last image.
 
     ``made_at`` is in ``time.monotonic`` seconds, as ``start_at`` and ``finish_at`` are.
-    ``forecast`` is the total before it was corrected by how forecasts were off of late.
+    ``simulated`` is the total as simulated, before the calibration corrected it.
     """
 
     made_at: float
     queue_wait: float
     run_time: float
-    forecast: float
+    simulated: float
 
     @property
     def total(self) -> float:
@@ -23,10 +23,10 @@ class Estimate:
 
     @property
     def start_at(self) -> float:
-        """The moment of the first pass."""
+        """The time of the first batch."""
         return self.made_at + self.queue_wait
 
     @property
     def finish_at(self) -> float:
-        """The moment of the last image."""
+        """The time of the last image."""
         return self.made_at + self.total

@@ -1,4 +1,4 @@
-"""What the waiters of a job are told between its acceptance and its end."""
+"""What the subscriptions of a job receive between its acceptance and its end."""
 
 from dataclasses import dataclass
 
@@ -7,26 +7,26 @@ from darkroom_server.core.events import PreviewReady, SampleProgress
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The job waits, with ``position`` others before it."""
+    """The job waits behind ``position`` others."""
 
     position: int
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The first pass begins."""
+    """The first batch with the job begins."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restarted:
-    """The engine died, and the job is run again; ``crashes`` engines died with it so far."""
+    """The engine died and the job runs again; ``crashes`` engines died with it so far."""
 
     crashes: int
 
 
 @dataclass(frozen=True, slots=True)
 class ImageDone:
-    """One image is finished; it lies with the job, so that a waiter holds no copy."""
+    """One image is finished. The job holds it, so that a subscription holds no copy."""
 
     image_index: int
 

@@ -1,104 +1,111 @@
-"""A job that was accepted: where it is, what it has so far, who waits for it, and its one end."""
+"""An accepted job: its state, its images, its subscriptions and its result."""
 
 import asyncio
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
-from darkroom_server.core.errors import DarkroomError
-from darkroom_server.core.events import EncodedImage, SampleProgress, StageSeconds
+from darkroom_server.core.errors import DarkroomError, DeadlineExceeded, JobCancelled
+from darkroom_server.core.events import EncodedImage, PreviewReady, SampleProgress
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.order import OrderKey
 from darkroom_server.dispatch.jobs.estimate import Estimate
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
+from darkroom_server.dispatch.jobs.outcomes import Finished, JobOutcome
 from darkroom_server.dispatch.jobs.subscription import Subscription
+
+if TYPE_CHECKING:
+    from darkroom_server.dispatch.engines.handle import EngineHandle
 
 
 class JobState(Enum):
-    """Where a job is. A job that ended early stays ENGINE until the engine has let it go."""
+    """How far the server's work on a job is, or was at its end.
 
-    OUTSIDE = auto()
-    QUEUE = auto()
-    ENGINE = auto()
+    From ``ASSIGNED`` on an engine has the job.
+    """
+
+    NEW = auto()
+    QUEUED = auto()
+    ASSIGNED = auto()
+    ENCODING = auto()
+    DENOISING = auto()
+    DECODING = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The end of a job that went well: its images in order, and where the time went."""
+CRASH_SUSPECT = frozenset({JobState.ENCODING, JobState.DENOISING, JobState.DECODING})
+"""If the engine dies in these states, the job may be the cause."""
 
-    images: tuple[EncodedImage, ...]
-    stages: StageSeconds
+PHASES = {JobState.DENOISING: "denoise", JobState.DECODING: "decode"}
 
 
 class ActiveJob:
-    """A job, from its acceptance to its end, shared by everybody who waits for it.
+    """A job from its acceptance to its end, shared by all calls that follow it.
 
-    ``job`` and ``images`` (those finished so far, by index) are all that a second run needs.
-    ``estimate`` is what was expected at its acceptance, None for one that is run again.
-    ``position`` says how many go before it, None where it does not wait. ``taken`` says that an
-    engine encodes its prompts, ``started`` that one has begun with its passes, ``developed`` how
-    many images took their last step there, ``previewed`` that there was a preview of one,
-    ``crashes`` how many engines died while it ran, ``crashed_at`` when the last of them did
-    (``time.monotonic`` seconds). When its last waiter has left, it is given up after ``linger``
-    seconds.
+    ``job`` and ``images`` (the finished ones, by index) are all that a rerun needs.
+    ``engine``: the engine that has it, whether or not a caller still wants it. ``estimate``: made
+    at acceptance, None for a rerun. ``position``: the number of jobs before it in the queue, None
+    if it does not wait. ``remaining``: denoiser calls that remain, by image index, of the images
+    that took a step. ``crashes``: engines that died while it ran; ``crashed_at``: when the last one
+    did (``time.monotonic`` seconds). ``reattach_grace``: seconds that it continues without a
+    subscription, infinite if it does not need one. ``on_abandoned`` is called after that.
     """
 
-    def __init__(self, job: Job, model: ModelInfo, give_up: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, model: ModelInfo) -> None:
         self.job = job
         self.model = model
-        self.place = JobState.OUTSIDE
+        self.state = JobState.NEW
+        self.engine: EngineHandle | None = None
         self.position: int | None = None
         self.estimate: Estimate | None = None
-        self.taken = False
-        self.started = False
-        self.developed = 0
-        self.previewed = False
+        self.images: dict[int, EncodedImage] = {}
+        self.remaining: dict[int, int] = {}
         self.crashes = 0
         self.crashed_at: float | None = None
-        self.images: dict[int, EncodedImage] = {}
-        self.linger = 0.0
-        self._give_up = give_up
-        self._waiters: set[Subscription] = set()
-        self._lingering: asyncio.TimerHandle | None = None
-        # An event and not a future: a caller that is cancelled would cancel a future it awaits.
+        self.reattach_grace = 0.0
+        self.on_abandoned: Callable[[ActiveJob], None] = lambda _: None
+        self._previewed = False
+        self._result: Finished | DarkroomError | None = None
+        # An event and not a future: cancelling one caller must not cancel what others await.
         self._ended = asyncio.Event()
-        self._outcome: Finished | DarkroomError | None = None
-        self._when_ended: list[Callable[[], None]] = []
+        self._end_callbacks: list[Callable[[], None]] = []
+        self._subscriptions: set[Subscription] = set()
+        self._grace_timer: asyncio.TimerHandle | None = None
 
     @property
     def finished(self) -> bool:
-        """Every image was drawn."""
-        return isinstance(self._outcome, Finished)
-
-    @property
-    def waiters(self) -> int:
-        """How many wait for it."""
-        return len(self._waiters)
+        """The job ended with all its images."""
+        return isinstance(self._result, Finished)
 
     @property
     def ended(self) -> bool:
-        """Nothing more will be told to the waiters."""
-        return self._ended.is_set()
+        """The job has its result; its engine may still have to remove it."""
+        return self._result is not None
 
     @property
-    def suspect(self) -> bool:
-        """It may be what kills the engine, should that die now."""
-        return self.taken or self.started
+    def started(self) -> bool:
+        """An engine has run a batch with it."""
+        return self.state in PHASES
 
     @property
     def phase(self) -> str:
-        """How far it is: "queue", "denoise" while an image has steps to take, or "decode"."""
-        if not self.started:
-            return "queue"
-        return "denoise" if self.developed < self.job.image_count else "decode"
+        """Where it is: "queue", "denoise" while an image has steps to take, or "decode"."""
+        return PHASES.get(self.state, "queue")
+
+    @property
+    def complete(self) -> bool:
+        """Every image is there."""
+        return len(self.images) == self.job.image_count
+
+    @property
+    def subscribers(self) -> int:
+        """The number of calls that follow it."""
+        return len(self._subscriptions)
 
     def key(self) -> OrderKey:
-        """What the order needs to know.
-
-        What may have killed an engine goes behind those that surely did not.
-        """
+        """Its key for ``core.order``; a crash suspect goes behind jobs that cannot be the cause."""
         return OrderKey(
             id=(self.job.id, 0),
             submitted_at=self.crashed_at or self.job.submitted_at,
@@ -108,107 +115,130 @@ class ActiveJob:
         )
 
     def remaining_job(self) -> Job:
-        """The job, less the images that are finished."""
-        return replace(self.job, skip=frozenset(self.images))
+        """The job without its finished images."""
+        return replace(self.job, skip=frozenset(self.images)) if self.images else self.job
 
-    # Who waits.
+    # Subscriptions.
 
-    def waiter(self) -> Subscription:
-        """A new waiter: it is told where the job is, of the finished images, and what follows."""
-        waiter = Subscription(self)
-        if self._lingering is not None:
-            self._lingering.cancel()
-            self._lingering = None
+    def subscribe(self) -> Subscription:
+        """A subscription that first reports where the job stands and its finished images."""
+        subscription = Subscription(self)
+        if self._grace_timer is not None:
+            self._grace_timer.cancel()
+            self._grace_timer = None
         if self.position is not None:
-            waiter.tell(Queued(self.position))
+            subscription.put(Queued(self.position))
         elif self.started:
-            waiter.tell(Started())
+            subscription.put(Started())
         for index in self.images:
-            waiter.tell(ImageDone(index))
+            subscription.put(ImageDone(index))
         if self.ended:
-            waiter.end()
+            subscription.end()
         else:
-            self._waiters.add(waiter)
-        return waiter
+            self._subscriptions.add(subscription)
+        return subscription
 
-    async def result(self) -> Finished:
-        """Wait for the end; raises what it was, where the job was not finished."""
-        await self._ended.wait()
-        if isinstance(self._outcome, Finished):
-            return self._outcome
-        raise self._outcome or RuntimeError(f"job {self.job.id} has no end")
-
-    def when_ended(self, tell: Callable[[], None]) -> None:
-        """Call ``tell`` at the end, once the waiters know."""
-        self._when_ended.append(tell)
-
-    # What happens to it.
-
-    def tell(self, event: JobEvent) -> None:
-        """Let every waiter know."""
-        for waiter in self._waiters:
-            waiter.tell(event)
-
-    def waits(self, position: int) -> None:
-        """The job waits behind ``position`` others; told where that is news."""
-        if position != self.position:
-            self.position = position
-            self.tell(Queued(position))
-
-    def starts(self) -> None:
-        """An engine begins with it."""
-        self.started = True
-        self.tell(Started())
-
-    def steps(self, progress: SampleProgress) -> None:
-        """One of its images took a step."""
-        if progress.step == progress.steps:
-            self.developed += 1
-        self.tell(progress)
-
-    def draws(self, index: int, image: EncodedImage) -> None:
-        """Image ``index`` is finished; nobody wants it any more where the job has ended."""
-        if not self.ended:
-            self.images[index] = image
-            self.tell(ImageDone(index))
-
-    def engine_died(self, now: float) -> None:
-        """The engine that this job was in died, at ``now`` (``time.monotonic`` seconds)."""
-        if self.suspect:
-            self.crashes += 1
-            self.crashed_at = now
-        self.starts_over()
-
-    def starts_over(self) -> None:
-        """It has left its engine unfinished, to be run again."""
-        self.taken = self.started = False
-        self.estimate = None  # It was for a run that did not come to its end.
-        self.developed = len(self.images)
-
-    def restarts(self) -> None:
-        """It waits to be run again, though it may not have begun."""
-        if self.crashes:
-            self.tell(Restarted(self.crashes))
-
-    def end(self, outcome: Finished | DarkroomError) -> None:
-        """Wake whoever waits, with ``outcome``."""
-        self._outcome = outcome
-        self._ended.set()
-        if self._lingering is not None:
-            self._lingering.cancel()
-        for waiter in self._waiters:
-            waiter.end()
-        self._waiters.clear()
-        for tell in self._when_ended:
-            tell()
-
-    def leave(self, waiter: Subscription) -> None:
-        """``waiter`` waits no longer."""
-        self._waiters.discard(waiter)
-        if self._waiters or self.ended or self.linger == math.inf:
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Remove a subscription; without any, the job is abandoned after its grace."""
+        self._subscriptions.discard(subscription)
+        if self._subscriptions or self.ended or self.reattach_grace == math.inf:
             return
-        if self.linger == 0.0:
-            self._give_up(self.job.id)
+        if self.reattach_grace == 0.0:
+            self.on_abandoned(self)
             return
         loop = asyncio.get_running_loop()
-        self._lingering = loop.call_later(self.linger, self._give_up, self.job.id)
+        self._grace_timer = loop.call_later(self.reattach_grace, self.on_abandoned, self)
+
+    async def result(self) -> Finished:
+        """Wait for the end; raises the job's error if it did not finish."""
+        await self._ended.wait()
+        if isinstance(self._result, Finished):
+            return self._result
+        raise self._result or RuntimeError(f"job {self.job.id} has no result")
+
+    def add_end_callback(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` at the end, after the subscriptions were notified."""
+        self._end_callbacks.append(callback)
+
+    # Changes, made by the lifecycle and the event router.
+
+    def publish(self, event: JobEvent) -> None:
+        """Send ``event`` to every subscription."""
+        for subscription in self._subscriptions:
+            subscription.put(event)
+
+    def set_position(self, position: int) -> None:
+        """Note the job's place in the queue; publishes it if it changed."""
+        if position != self.position:
+            self.position = position
+            self.publish(Queued(position))
+
+    def start(self) -> None:
+        """Its first batch begins."""
+        self.state = JobState.DENOISING
+        self.publish(Started())
+
+    def advance(self, progress: SampleProgress) -> None:
+        """One of its images took a step."""
+        self.remaining[progress.image_index] = progress.steps - progress.step
+        if progress.step == progress.steps:
+            undone = [i for i in range(self.job.image_count) if i not in self.images]
+            if not any(self.remaining.get(index, 1) for index in undone):
+                self.state = JobState.DECODING
+        self.publish(progress)
+
+    def add_preview(self, preview: PreviewReady) -> bool:
+        """Publish a preview; True if it is the job's first."""
+        first, self._previewed = not self._previewed, True
+        self.publish(preview)
+        return first
+
+    def add_image(self, index: int, image: EncodedImage) -> None:
+        """Keep and publish a finished image, unless the job has ended."""
+        if not self.ended:
+            self.images[index] = image
+            self.publish(ImageDone(index))
+
+    def record_crash(self, now: float) -> None:
+        """Its engine died at ``now``, in ``time.monotonic`` seconds."""
+        if self.state in CRASH_SUSPECT:
+            self.crashes += 1
+            self.crashed_at = now
+        self.reset()
+
+    def reset(self) -> None:
+        """Prepare a rerun: keep nothing but the finished images."""
+        self.state = JobState.NEW
+        self.remaining.clear()
+        self.estimate = None  # It was made for the run that did not finish.
+
+    def publish_restart(self) -> None:
+        """Tell the callers that the job runs again, if it had begun."""
+        if self.crashes:
+            self.publish(Restarted(self.crashes))
+
+    def end(self, result: Finished | DarkroomError) -> JobOutcome | None:
+        """Set the result and wake everything that waits for it; None if the job had ended."""
+        if self._result is not None:
+            return None
+        self._result = result
+        self._ended.set()
+        if self._grace_timer is not None:
+            self._grace_timer.cancel()
+        for subscription in self._subscriptions:
+            subscription.end()
+        self._subscriptions.clear()
+        for callback in self._end_callbacks:
+            callback()
+        return _outcome(result)
+
+
+def _outcome(result: Finished | DarkroomError) -> JobOutcome:
+    match result:
+        case Finished():
+            return JobOutcome.FINISHED
+        case DeadlineExceeded():
+            return JobOutcome.EXPIRED
+        case JobCancelled():
+            return JobOutcome.CANCELLED
+    return JobOutcome.FAILED

@@ -1,18 +1,17 @@
-"""What a caller is told at the end of a job: which of the four ends it is, and the answer."""
+"""How jobs end: the four outcomes, and what their callers receive."""
 
 from collections import Counter
+from dataclasses import dataclass
 from enum import StrEnum
 
 from darkroom_server.core import errors
 from darkroom_server.core.errors import (
-    DarkroomError,
     DeadlineExceeded,
     Failure,
     GenerationFailed,
     Reason,
 )
-from darkroom_server.core.events import JobCancelled, StageSeconds
-from darkroom_server.dispatch.jobs.job import ActiveJob, Finished
+from darkroom_server.core.events import EncodedImage, StageSeconds
 
 
 class JobOutcome(StrEnum):
@@ -33,70 +32,47 @@ class Counts:
 
     @property
     def ended(self) -> int:
-        """Jobs that ended, in whatever way."""
+        """Jobs that ended, in any way."""
         return self.by_end.total()
 
     @property
     def live(self) -> int:
-        """Jobs whose callers still wait."""
+        """Jobs that have not ended."""
         return self.accepted - self.ended
 
 
-Outcome = tuple[JobOutcome, Finished | DarkroomError]
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The result of a finished job: its images in order, and where the time went."""
+
+    images: tuple[EncodedImage, ...]
+    stages: StageSeconds
 
 
-def finished(accepted: ActiveJob, stages: StageSeconds) -> Outcome:
-    """The engine drew every image."""
-    count = accepted.job.image_count
-    if len(accepted.images) != count:
-        return _failed(Reason.INTERNAL, "the engine lost an image; try again")
-    images = tuple(accepted.images[index] for index in range(count))
-    return JobOutcome.FINISHED, Finished(images, stages)
+def failed(reason: Reason, message: str) -> GenerationFailed:
+    """The server or its engine failed the job."""
+    return GenerationFailed(Failure(reason, message))
 
 
-def failed(failure: Failure) -> Outcome:
-    """The engine gave the job up."""
-    return JobOutcome.FAILED, GenerationFailed(failure)
+def cancelled() -> errors.JobCancelled:
+    """A caller cancelled the job, or its last caller disconnected."""
+    return errors.JobCancelled("the generation was cancelled")
 
 
-def dropped(event: JobCancelled) -> Outcome:
-    """The engine let go of a job that its caller still wants."""
-    if event.expired:
-        return expired(begun=True)
-    return _failed(Reason.ENGINE_FAILED, "the engine dropped the job; try again")
-
-
-def cancelled() -> Outcome:
-    """Nobody wants it any more, or somebody said so."""
-    return JobOutcome.CANCELLED, errors.JobCancelled("the generation was cancelled")
-
-
-def expired(*, begun: bool) -> Outcome:
-    """The deadline passed, and an engine had it by then or not."""
+def expired(*, begun: bool) -> DeadlineExceeded:
+    """The deadline passed; ``begun``: an engine had the job by then."""
     when = "finished" if begun else "begun"
-    return JobOutcome.EXPIRED, DeadlineExceeded(f"the deadline passed before it was {when}")
+    return DeadlineExceeded(f"the deadline passed before it was {when}")
 
 
-def after_crash(accepted: ActiveJob, *, last: bool) -> Outcome | None:
-    """The end of a job whose engine died, None where it is run again; ``last``: none is left."""
-    if accepted.ended or last:
-        return stopped()
-    if accepted.crashes > 1:
-        return _failed(
-            Reason.ENGINE_CRASHED,
-            "the engine crashed twice while it drew this, and does not try again; change the "
-            "request",
-        )
-    if len(accepted.images) == accepted.job.image_count:
-        # It died with nothing left to draw; where the time went, it took along.
-        return finished(accepted, StageSeconds())
-    return None
+def crashed_twice() -> GenerationFailed:
+    """A poison job: two engines died while it ran."""
+    return failed(
+        Reason.ENGINE_CRASHED,
+        "the engine crashed twice while it drew this, and does not try again; change the request",
+    )
 
 
-def stopped() -> Outcome:
+def stopped() -> GenerationFailed:
     """No engine will come back."""
-    return _failed(Reason.ENGINE_FAILED, "the engine stopped; try again")
-
-
-def _failed(reason: Reason, message: str) -> Outcome:
-    return failed(Failure(reason, message))
+    return failed(Reason.ENGINE_FAILED, "the engine stopped; try again")

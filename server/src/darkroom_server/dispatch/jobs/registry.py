@@ -1,87 +1,78 @@
-"""Which jobs are here, and where each of them is."""
+"""Every job that waits or is in an engine."""
 
 from collections import Counter
 
 from darkroom_server.core.order import order
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
-from darkroom_server.dispatch.observer import Observer
 
 
 class JobRegistry:
-    """Every job that waits or is in the engine, by id.
+    """Jobs by id, and the queue among them.
 
-    Until the engine has let a job go, its id stays taken and its samples count, whether or not
-    its caller still waits.
+    An id stays in use until the engine has removed the job, whether or not a caller still wants it.
     """
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+    def __init__(self) -> None:
         self._jobs: dict[str, ActiveJob] = {}
-        self._places: Counter[tuple[str, JobState]] = Counter()
-        self._resident_samples = 0
+        self._queue: dict[str, ActiveJob] = {}
+        self._here: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
 
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._jobs
 
     def get(self, job_id: str) -> ActiveJob | None:
-        """The job of that id, None where it is not here."""
+        """The job ``job_id``, None if it is not here."""
         return self._jobs.get(job_id)
 
     def all(self) -> list[ActiveJob]:
-        """Every job that is here."""
+        """Every job, in the order of arrival."""
         return list(self._jobs.values())
 
-    def waiting(self) -> list[ActiveJob]:
-        """The jobs that wait for a place in the engine, in the order of their arrival."""
-        return [accepted for accepted in self._jobs.values() if accepted.place is JobState.QUEUE]
-
-    def in_order(self) -> list[ActiveJob]:
-        """The jobs that wait, the most urgent first."""
-        waiting = {accepted.job.id: accepted for accepted in self.waiting()}
+    def queue(self, new: ActiveJob | None = None) -> list[ActiveJob]:
+        """The waiting jobs, with ``new`` as if it waited too; most urgent first."""
+        waiting = self._queue if new is None else {**self._queue, new.job.id: new}
+        if len(waiting) < 2:
+            return list(waiting.values())
         return [waiting[key.id[0]] for key in order(a.key() for a in waiting.values())]
-
-    def tell_positions(self) -> None:
-        """Let the jobs that wait know how many go before each."""
-        for position, accepted in enumerate(self.in_order()):
-            accepted.waits(position)
 
     @property
     def queued(self) -> int:
-        """How many jobs wait."""
-        return sum(n for (_, place), n in self._places.items() if place is JobState.QUEUE)
+        """The number of waiting jobs."""
+        return len(self._queue)
 
     @property
     def running(self) -> int:
-        """How many jobs are in the engine, those included that are about to leave it."""
-        return sum(n for (_, place), n in self._places.items() if place is JobState.ENGINE)
+        """The number of jobs in engines, including those about to be removed."""
+        return len(self._jobs) - len(self._queue)
 
-    @property
-    def resident_samples(self) -> int:
-        """How many images are in the engine."""
-        return self._resident_samples
+    def counts(self, model: str) -> tuple[int, int]:
+        """The waiting and the running jobs of ``model``; any thread may ask."""
+        waiting = self._waiting[model]
+        return waiting, self._here[model] - waiting
 
-    def count(self, model: str, place: JobState) -> int:
-        """How many jobs of ``model`` are in this place."""
-        return self._places[model, place]
+    def enqueue(self, active: ActiveJob) -> None:
+        """Add a job to the queue: a new one, or one that runs again."""
+        id, model = active.job.id, active.job.model
+        if id not in self._jobs:
+            self._jobs[id] = active
+            self._here[model] += 1
+        self._queue[id] = active
+        self._waiting[model] += 1
+        active.state = JobState.QUEUED
 
-    def move(self, accepted: ActiveJob, place: JobState) -> None:
-        """Put a job where it is now."""
-        job = accepted.job
-        self._count(accepted, -1)
-        accepted.place = place
-        accepted.position = None
-        self._count(accepted, +1)
-        if place is JobState.OUTSIDE:
-            del self._jobs[job.id]
-        else:
-            self._jobs[job.id] = accepted
-        self._observer.jobs(
-            job.model,
-            queued=self._places[job.model, JobState.QUEUE],
-            running=self._places[job.model, JobState.ENGINE],
-        )
+    def assign(self, active: ActiveJob) -> None:
+        """Move a job from the queue to an engine."""
+        self._dequeue(active)
+        active.state = JobState.ASSIGNED
 
-    def _count(self, accepted: ActiveJob, sign: int) -> None:
-        self._places[accepted.job.model, accepted.place] += sign
-        if accepted.place is JobState.ENGINE:
-            self._resident_samples += sign * accepted.job.image_count
+    def remove(self, active: ActiveJob) -> None:
+        """Remove a job, from the queue or after its engine removed it."""
+        self._dequeue(active)
+        del self._jobs[active.job.id]
+        self._here[active.job.model] -= 1
+
+    def _dequeue(self, active: ActiveJob) -> None:
+        if self._queue.pop(active.job.id, None) is not None:
+            self._waiting[active.job.model] -= 1
+            active.position = None

@@ -1,4 +1,4 @@
-"""One caller that waits for a job, and what it has not been told yet."""
+"""One call that follows a job, and the events that it has not read yet."""
 
 import asyncio
 from typing import TYPE_CHECKING, Self
@@ -11,88 +11,88 @@ if TYPE_CHECKING:
     from darkroom_server.dispatch.jobs.job import ActiveJob
 
 STALL_SECONDS = 60.0
-"""A waiter that takes nothing for so long, of a job that has ended, holds its images no longer."""
+"""A subscription that reads nothing for this long after the end no longer holds the images."""
 
-Slot = tuple[type[JobEvent], int]
+EventKey = tuple[type[JobEvent], int]
 
 
 class Subscription:
-    """A hold on a job, which ends with the ``with`` block, and an iterator over its events.
+    """A reference to a job for the ``with`` block, and an iterator over the job's events.
 
-    The iteration ends with the job, whatever its end is. Each kind of event, for each image, has
-    one slot: a waiter that is slow gets the latest progress and previews only, and never makes
-    memory grow. Images are told of once each, so that none is lost, and lie with the job.
+    The iteration ends with the job, whatever its result is. One event is kept for each kind and
+    image: a slow reader gets the latest progress and previews only, so that its memory is bounded.
+    Every image is reported once. The job holds the images.
     """
 
-    def __init__(self, accepted: "ActiveJob") -> None:
-        self._accepted: ActiveJob | None = accepted
-        self._job_id = accepted.job.id
-        self._slots: dict[Slot, JobEvent] = {}
-        self._news = asyncio.Event()
+    def __init__(self, active: "ActiveJob") -> None:
+        self._active: ActiveJob | None = active
+        self._job_id = active.job.id
+        self._unread: dict[EventKey, JobEvent] = {}
+        self._changed = asyncio.Event()
         self._ended = False
-        self._taken_at = 0.0
-        self._watch: asyncio.TimerHandle | None = None
+        self._read_at = 0.0
+        self._stall_timer: asyncio.TimerHandle | None = None
 
     @property
-    def accepted(self) -> "ActiveJob":
-        """The job; raises ``UnknownRequest`` where the waiter has stalled."""
-        self._taken_at = asyncio.get_running_loop().time()
-        if self._accepted is None:
+    def active(self) -> "ActiveJob":
+        """The job; raises ``UnknownRequest`` if the subscription has stalled."""
+        self._read_at = asyncio.get_running_loop().time()
+        if self._active is None:
             raise UnknownRequest(self._job_id)
-        return self._accepted
+        return self._active
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-        if self._accepted is not None:
-            self._accepted.leave(self)
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+        if self._active is not None:
+            self._active.unsubscribe(self)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> JobEvent:
-        while not self._slots:
+        while not self._unread:
             if self._ended:
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        self._taken_at = asyncio.get_running_loop().time()
-        return self._slots.pop(next(iter(self._slots)))
+            self._changed.clear()
+            await self._changed.wait()
+        self._read_at = asyncio.get_running_loop().time()
+        return self._unread.pop(next(iter(self._unread)))
 
     def image(self, index: int) -> EncodedImage:
-        """A finished image of the job; raises ``UnknownRequest`` where the waiter has stalled."""
-        return self.accepted.images[index]
+        """A finished image; raises ``UnknownRequest`` if the subscription has stalled."""
+        return self.active.images[index]
 
-    def tell(self, event: JobEvent) -> None:
-        """Put ``event`` into its slot; one that was there, and not taken yet, is lost."""
+    def put(self, event: JobEvent) -> None:
+        """Add ``event``; it replaces an unread one of the same kind and image."""
         if isinstance(event, Restarted):
-            # What was told of the run before is not true any more; its images are.
-            self._slots = {k: e for k, e in self._slots.items() if isinstance(e, ImageDone)}
-        # A new value keeps the place of the old one, so that no slot waits for ever.
-        self._slots[_slot(event)] = event
-        self._news.set()
+            # The events of the run before no longer hold; its images do.
+            self._unread = {k: e for k, e in self._unread.items() if isinstance(e, ImageDone)}
+        # A new value keeps the place of the old one, so that every kind is read in turn.
+        self._unread[_key(event)] = event
+        self._changed.set()
 
     def end(self) -> None:
-        """The job has ended: what is in the slots is the last."""
+        """The job has ended; no further event follows."""
         self._ended = True
-        self._news.set()
+        self._changed.set()
         loop = asyncio.get_running_loop()
-        self._taken_at = loop.time()
-        self._watch = loop.call_later(STALL_SECONDS, self._let_go_if_stalled)
+        self._read_at = loop.time()
+        self._stall_timer = loop.call_later(STALL_SECONDS, self._check_stalled)
 
-    def _let_go_if_stalled(self) -> None:
+    def _check_stalled(self) -> None:
         loop = asyncio.get_running_loop()
-        left = self._taken_at + STALL_SECONDS - loop.time()
-        if left > 0:
-            self._watch = loop.call_later(left, self._let_go_if_stalled)
+        remaining = self._read_at + STALL_SECONDS - loop.time()
+        if remaining > 0:
+            self._stall_timer = loop.call_later(remaining, self._check_stalled)
         else:
-            self._accepted = None
+            self._active = None
 
 
-def _slot(event: JobEvent) -> Slot:
+def _key(event: JobEvent) -> EventKey:
     match event:
         case SampleProgress() | PreviewReady() | ImageDone():
             return type(event), event.image_index

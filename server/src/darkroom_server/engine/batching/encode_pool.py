@@ -1,6 +1,5 @@
-"""Pixels to the caller's format, on threads beside the loop's."""
+"""The encode pool: pixels to the caller's format, on threads beside the loop's."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +9,6 @@ from numpy.typing import NDArray
 from darkroom_server.core.events import EncodedImage, JobFailed, PreviewReady
 from darkroom_server.engine.batching.resident_job import ResidentJob
 from darkroom_server.engine.failures import ENCODE_FAILED
-from darkroom_server.engine.families.stable_diffusion import LoadedModel
 from darkroom_server.engine.output.formats import (
     encode_image,
     encode_preview,
@@ -26,36 +24,29 @@ THREADS = 2
 
 
 class EncodePool:
-    """Encodes finished images and delivers them; Pillow lets go of the lock while it compresses.
+    """Encodes finished images and delivers them; Pillow releases the GIL while it compresses."""
 
-    ``abandon`` is called with the id of a job whose image could not be encoded.
-    """
-
-    def __init__(self, abandon: Callable[[str], None]) -> None:
-        self._abandon = abandon
+    def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="encode-image")
 
     def submit(
-        self,
-        resident: ResidentJob,
-        sample: Sample,
-        model: LoadedModel,
-        pixels: NDArray[np.uint8],
-        *,
-        flagged: bool,
+        self, resident: ResidentJob, sample: Sample, pixels: NDArray[np.uint8], *, flagged: bool
     ) -> None:
-        """Encode ``pixels`` soon, and give the image to its job; a flagged one is withheld."""
-        self._pool.submit(self._encode, resident, sample, model, pixels, flagged)
+        """Encode ``pixels`` soon and deliver the image to its job; a flagged one is withheld.
+
+        If an image cannot be encoded, its job fails.
+        """
+        self._pool.submit(self._encode, resident, sample, pixels, flagged)
 
     def submit_preview(
         self, resident: ResidentJob, sample: Sample, pixels: NDArray[np.uint8]
     ) -> None:
-        """Encode a preview soon, and give it to its job."""
-        sample.previewing = True
+        """Encode a preview soon and deliver it to its job."""
+        sample.preview_pending = True
         self._pool.submit(self._encode_preview, resident, sample, sample.step, pixels)
 
     def close(self) -> None:
-        """Finish what is being encoded, drop what waits."""
+        """Finish the images that are being encoded; discard those that wait."""
         self._pool.shutdown(cancel_futures=True)
 
     def _encode_preview(
@@ -69,7 +60,7 @@ class EncodePool:
             log.exception("preview could not be encoded", **job.log_fields)
             return
         finally:
-            sample.previewing = False
+            sample.preview_pending = False
         resident.preview(
             PreviewReady(
                 job_id=job.id,
@@ -83,12 +74,7 @@ class EncodePool:
         )
 
     def _encode(
-        self,
-        resident: ResidentJob,
-        sample: Sample,
-        model: LoadedModel,
-        pixels: NDArray[np.uint8],
-        flagged: bool,
+        self, resident: ResidentJob, sample: Sample, pixels: NDArray[np.uint8], flagged: bool
     ) -> None:
         job = sample.job
         try:
@@ -100,10 +86,9 @@ class EncodePool:
                 seed=sample.seed,
                 prompt_truncated=sample.prompt_truncated,
                 flagged=flagged,
-                replay=replay_of(sample, model, "" if flagged else sha256_of(pixels)),
+                replay=replay_of(sample, "" if flagged else sha256_of(pixels)),
             )
             resident.deliver(sample.index, image)
         except Exception:
             log.exception("image could not be encoded", **job.log_fields)
             resident.end(JobFailed(job.id, ENCODE_FAILED))
-            self._abandon(job.id)

@@ -1,28 +1,32 @@
-"""A job inside the engine: its samples, where its time went, and its one end."""
+"""A job in the engine: its samples, the time of its stages, and its single end."""
 
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from darkroom_server.core.events import (
     EncodedImage,
     Event,
     ImageReady,
     JobFinished,
+    JobStarted,
     PreviewReady,
     StageSeconds,
 )
 from darkroom_server.core.job import Job
-from darkroom_server.engine.device.timer import Timer
-from darkroom_server.engine.sample import Sample
+
+if TYPE_CHECKING:
+    from darkroom_server.engine.device.timer import Timer
+    from darkroom_server.engine.sample import Sample
 
 
 class ResidentJob:
-    """One job being developed.
+    """One job in the engine.
 
-    The loop's thread steps its samples, threads of the encoding pool deliver its images: the lock
-    sees to it that the job ends once, and that nothing is told of it afterwards.
+    The loop's thread runs its samples, threads of the encode pool deliver its images. A lock makes
+    sure that the job ends once, and that no event of it follows its end.
     """
 
     def __init__(self, job: Job, emit: Callable[[Event], None]) -> None:
@@ -32,46 +36,54 @@ class ResidentJob:
         self._lock = threading.Lock()
         self._ended = False
         self._delivered: set[int] = set()
-        self._prompts: Timer | None = None
-        self._first_pass: float | None = None
+        self._prompt_timer: Timer | None = None
+        self._first_batch: float | None = None
         self._denoised = 0.0
         self._decoded = 0.0
         self._images_decoded = 0
 
     @property
     def engine_seconds(self) -> float:
-        """Seconds of passes spent on this job, each pass shared among its rows."""
+        """Seconds of batches spent on this job; each batch is shared among its rows."""
         return sum(sample.engine_seconds for sample in self.samples)
 
-    def prompt_encoded(self, watch: Timer) -> None:
-        """Note what timed this job's prompts."""
-        self._prompts = watch
+    @property
+    def ended(self) -> bool:
+        """True once the job's last event was emitted."""
+        return self._ended
+
+    def prompt_encoded(self, samples: "list[Sample]", timer: "Timer") -> None:
+        """Record the job's samples, and the timer of its prompts."""
+        self.samples = samples
+        self._prompt_timer = timer
 
     def extend(self, deadline: float | None) -> None:
-        """The job has until ``deadline`` instead."""
+        """Replace the job's deadline, in ``time.monotonic`` seconds."""
         self.job = replace(self.job, deadline=deadline)
         for sample in self.samples:
             sample.job = self.job
 
-    def pass_begins(self, now: float) -> bool:
-        """Note that a pass begins with a sample of this job; True if it is the job's first."""
-        if self._first_pass is not None:
-            return False
-        self._first_pass = now
-        return True
+    def begin_batch(self, now: float) -> None:
+        """Record that a batch with a sample of this job begins; emit ``JobStarted`` if the first.
+
+        Emitted before the batch runs, so that a crash can be attributed to its jobs.
+        """
+        if self._first_batch is None:
+            self._first_batch = now
+            self._emit(JobStarted(self.job.id))
 
     def denoised(self, now: float) -> None:
-        """Note that one of the samples took its last step."""
+        """Record that one of the samples took its last step."""
         self._denoised = now
 
     def decoded(self, now: float) -> bool:
-        """Note that one of the samples was decoded; True if it was the job's last."""
+        """Record that one of the samples was decoded; True if it was the job's last."""
         self._decoded = now
         self._images_decoded += 1
         return self._images_decoded == len(self.job.image_indices)
 
     def end(self, event: Event) -> bool:
-        """End the job with ``event``; False if it had ended already, and ``event`` is not told."""
+        """End the job and emit ``event``; False, and no event, if it has already ended."""
         with self._lock:
             if self._ended:
                 return False
@@ -80,13 +92,13 @@ class ResidentJob:
             return True
 
     def preview(self, event: PreviewReady) -> None:
-        """Tell of a preview, unless it comes too late."""
+        """Emit a preview, unless its image or the job is already finished."""
         with self._lock:
             if not self._ended and event.image_index not in self._delivered:
                 self._emit(event)
 
     def deliver(self, index: int, image: EncodedImage) -> bool:
-        """Tell of a finished image; True if it was the job's last, which ends the job."""
+        """Emit a finished image; True if it was the job's last, which ends the job."""
         with self._lock:
             if self._ended:
                 return False
@@ -100,17 +112,17 @@ class ResidentJob:
             return True
 
     def _stages(self, now: float) -> StageSeconds:
-        """The critical path, cut at the job's own milestones: the stages add up to its stay."""
-        first_pass = self._first_pass or now
+        """The critical path, cut at the job's milestones: the stages add up to its whole stay."""
+        first_batch = self._first_batch or now
         encode_prompt = 0.0
-        if self._prompts is not None:
-            encode_prompt = self._prompts.seconds()
-            # The first pass is launched while a GPU still encodes, and begins there afterwards.
-            first_pass = max(first_pass, self._prompts.began + encode_prompt)
+        if self._prompt_timer is not None:
+            encode_prompt = self._prompt_timer.seconds()
+            # A GPU still encodes when the first batch is launched, and starts it afterwards.
+            first_batch = max(first_batch, self._prompt_timer.began + encode_prompt)
         return StageSeconds(
-            queue=max(0.0, first_pass - self.job.submitted_at - encode_prompt),
+            queue=max(0.0, first_batch - self.job.submitted_at - encode_prompt),
             encode_prompt=encode_prompt,
-            denoise=self._denoised - first_pass,
+            denoise=self._denoised - first_batch,
             decode=self._decoded - self._denoised,
             encode_image=now - self._decoded,
         )

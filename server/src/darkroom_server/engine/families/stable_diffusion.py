@@ -1,110 +1,162 @@
-"""A model in memory: the parts of a diffusers pipeline that the loop calls."""
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet, classifier-free guidance."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
-import structlog
 import torch
 
-from darkroom_server.core.errors import Failure
+from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
-from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model import ModelInfo, ModelLimits
 from darkroom_server.engine.components.decoder import Decoder
-from darkroom_server.engine.components.denoiser import Denoiser
 from darkroom_server.engine.components.previewer import Previewer
-from darkroom_server.engine.components.prompt_encoder import Embedding, PromptEncoder
+from darkroom_server.engine.components.prompt_encoder import PromptEncoder
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import make_scheduler
 from darkroom_server.engine.counters import Counts
-from darkroom_server.engine.failures import (
-    PROMPT_FAILED,
-    PROMPT_OUT_OF_MEMORY,
-    is_fatal,
-    is_out_of_memory,
-)
-from darkroom_server.engine.sample import Group, Sample
+from darkroom_server.engine.families.base import Embeddings, Family, Precision
+from darkroom_server.engine.loading.defaults import Defaults
+from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.warmup.profiler import MemoryFormat
 
-log = structlog.get_logger(__name__)
 
-Embeddings = Mapping[tuple[str, bool], Embedding]
-"""By (prompt, alone)."""
+class StableDiffusion(Family):
+    """The family of ``StableDiffusionPipeline``."""
+
+    pipeline_class = "StableDiffusionPipeline"
+    components = ("unet", "vae", "text_encoder")
+    optional = ("safety_checker", "feature_extractor", "image_encoder")
+    pipeline_options: ClassVar[Mapping[str, Any]] = {"requires_safety_checker": False}
+    defaults = Defaults(steps=30, guidance_scale=7.5)
+    denoiser_name = "unet"
+
+    @classmethod
+    def check_folder(cls, folder: Path, name: str) -> None:
+        """Check the tokenizer: without a vocabulary, transformers makes an empty one.
+
+        Raises ``StartupError``.
+        """
+        tokenizer = folder / "tokenizer"
+        whole = (tokenizer / "tokenizer.json").is_file()
+        if not whole and not all((tokenizer / f).is_file() for f in ("vocab.json", "merges.txt")):
+            raise StartupError(
+                f"model {name!r} has no vocabulary in its tokenizer; copy or download it again"
+            )
+
+    def check_pipeline(self, name: str) -> None:
+        """Raise ``StartupError`` for a guidance-distilled UNet, which takes one more input."""
+        if self.pipeline.unet.config.time_cond_proj_dim is not None:
+            raise StartupError(f"model {name!r} is guidance-distilled: not supported")
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels of an image for one pixel of its latents, on each side."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.pipeline.unet.config.in_channels)
+
+    @property
+    def latent_size(self) -> int:
+        """Width and height of the latents of an image of the default size."""
+        return int(self.pipeline.unet.config.sample_size)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that the model reads of a prompt, the start and end marks included."""
+        return int(self.pipeline.tokenizer.model_max_length)
+
+    def limits(self, max_rows: int) -> ModelLimits:
+        """Half to twice the size that the model was trained at; outside, images fall apart."""
+        return ModelLimits(
+            min_size=max(8 * self.latent_factor, self.size // 2),
+            max_size=self.size * 2,
+            size_multiple=self.latent_factor,
+            prompt_tokens=self.prompt_tokens,
+            max_rows=max_rows,
+        )
+
+    def denoiser_inputs(
+        self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
+    ) -> dict[str, torch.Tensor]:
+        """Keyword arguments of one UNet call of ``rows`` images of the default size, all zeros."""
+        width = self.pipeline.unet.config.cross_attention_dim
+        latents = self.latents(dtype, device).repeat(rows, 1, 1, 1)
+        return {
+            "sample": latents.contiguous(memory_format=layout),
+            "timestep": torch.zeros(rows, device=device),
+            "encoder_hidden_states": torch.zeros(
+                (rows, self.prompt_tokens, width), dtype=dtype, device=device
+            ),
+        }
+
+    def new_model(
+        self,
+        info: ModelInfo,
+        form: MemoryFormat,
+        device: torch.device,
+        precision: Precision,
+        decoder: Decoder,
+        safety: SafetyChecker | None,
+    ) -> "StableDiffusionModel":
+        """The model to serve: the pipeline is on ``device`` in ``form``, and was measured."""
+        pipeline = self.pipeline
+        return StableDiffusionModel(
+            info=info,
+            prompts=PromptEncoder(pipeline.tokenizer, pipeline.text_encoder, form.dtype, precision),
+            unet=pipeline.unet,
+            decoder=decoder,
+            previewer=Previewer(pipeline.vae, precision, self.latent_factor),
+            safety=safety,
+            precision=precision,
+            scheduler_config=dict(pipeline.scheduler.config),
+            latent_channels=self.latent_channels,
+            latent_factor=self.latent_factor,
+            device=device,
+            form=form,
+        )
 
 
 @dataclass(slots=True, kw_only=True)
-class LoadedModel:
-    """One model, ready to develop samples; ``scheduler_config`` is the folder's own."""
+class StableDiffusionModel:
+    """A Stable Diffusion model in memory; ``scheduler_config`` is the folder's own."""
 
     info: ModelInfo
     prompts: PromptEncoder
-    denoiser: Denoiser
+    unet: Any
     decoder: Decoder
     previewer: Previewer
     safety: SafetyChecker | None
+    precision: Precision
     scheduler_config: dict[str, Any]
     latent_channels: int
     latent_factor: int
     device: torch.device
-    dtype: torch.dtype
+    form: MemoryFormat
 
     @property
     def counts(self) -> tuple[Counts, ...]:
-        """What the parts count."""
-        return (self.prompts.counts, self.denoiser.counts, self.decoder.counts)
+        """The counters of the model's components."""
+        return (self.prompts.counts, self.decoder.counts)
 
-    def prompts_of(self, job: Job) -> list[tuple[str, bool]]:
-        """What must be encoded for each row of an image: (prompt, alone), in the rows' order."""
-        texts = [job.negative_prompt] if job.rows_per_image == 2 else []
-        return [(text, job.exact) for text in [*texts, job.prompt]]
-
-    def encode_prompts(self, jobs: Sequence[Job]) -> list[Embeddings | Failure]:
-        """What ``prompts_of`` names for each job, encoded together, or why there is none.
-
-        What fails is split and its halves are tried, down to single jobs, so that only what fails
-        alone fails. Raises what means that the device is lost.
-        """
-        try:
-            found = self.prompts.encode(key for job in jobs for key in self.prompts_of(job))
-            return [found] * len(jobs)
-        except Exception as error:
-            if is_fatal(error):
-                raise
-            out_of_memory = is_out_of_memory(error)
-            log.warning(
-                "prompts could not be encoded",
-                request_ids=sorted({job.request_id for job in jobs}),
-                jobs=len(jobs),
-                out_of_memory=out_of_memory,
-                exc_info=not out_of_memory,
-            )
-        # Outside the handler, whose traceback would keep the failed batch's tensors alive.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        alone = len(jobs) == 1
-        if out_of_memory:
-            outcome = Counted.OUT_OF_MEMORY_FAILED if alone else Counted.OUT_OF_MEMORY_SPLIT
-            self.prompts.counts[outcome] += 1
-        if alone:
-            return [PROMPT_OUT_OF_MEMORY if out_of_memory else PROMPT_FAILED]
-        half = len(jobs) // 2
-        return self.encode_prompts(jobs[:half]) + self.encode_prompts(jobs[half:])
-
-    def max_rows(self, group: Group) -> int:
-        """Rows that a pass of ``group`` may have, by its size and by what passes showed."""
-        fit = self.info.memory.rows_that_fit(
-            group.latent_width * self.latent_factor, group.latent_height * self.latent_factor
-        )
-        return min(self.denoiser.max_rows_of(group), fit)
+    def encode_prompts(self, jobs: Sequence[Job]) -> list[Embeddings]:
+        """For each job, the embeddings of its prompts, in one call for all jobs."""
+        found = self.prompts.encode(key for job in jobs for key in _prompts_of(job))
+        return [found] * len(jobs)
 
     def new_samples(self, job: Job, embeddings: Embeddings) -> list[Sample]:
-        """The images of ``job``, all noise; ``embeddings`` hold what ``prompts_of`` names."""
+        """A sample of pure noise for each of ``job.image_indices``."""
         shape = (
             self.latent_channels,
             job.height // self.latent_factor,
             job.width // self.latent_factor,
         )
-        rows = tuple(embeddings[key] for key in self.prompts_of(job))
+        rows = tuple(embeddings[key] for key in _prompts_of(job))
         if any(embedding.truncated for embedding in rows):
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
         return [
@@ -115,7 +167,27 @@ class LoadedModel:
                 embeddings=rows,
                 latent_shape=shape,
                 device=self.device,
-                dtype=self.dtype,
+                dtype=self.form.dtype,
             )
             for index in job.image_indices
         ]
+
+    def denoise(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
+        """One UNet call: for each sample its prediction [rows, channels, h, w]."""
+        latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
+        context = torch.cat([e.hidden for s in samples for e in s.embeddings])
+        timesteps = torch.stack([s.timestep.float() for s in samples for _ in range(s.rows)])
+        with self.precision():
+            predicted: torch.Tensor = self.unet(
+                latents.contiguous(memory_format=self.form.layout),
+                timesteps.to(latents.device),
+                encoder_hidden_states=context,
+                return_dict=False,
+            )[0]
+        return list(torch.split(predicted, [sample.rows for sample in samples]))
+
+
+def _prompts_of(job: Job) -> list[tuple[str, bool]]:
+    """What is encoded for each row of an image: (prompt, alone), in the order of the rows."""
+    texts = [job.negative_prompt] if job.rows_per_image == 2 else []
+    return [(text, job.exact) for text in [*texts, job.prompt]]

@@ -1,6 +1,5 @@
 """From a folder, a single file or a hub id to a diffusers pipeline in memory."""
 
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import transformers
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.failures import is_out_of_memory
+from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.families.registry import SINGLE_FILE
 from darkroom_server.engine.loading.folder import (
     INDEX,
-    check_tokenizer,
     check_weights,
     read_index,
     variant_of,
@@ -24,20 +24,18 @@ from darkroom_server.engine.loading.folder import (
 
 log = structlog.get_logger(__name__)
 
-# What matters of loading is said by this module; bars and advice meant for notebooks are not.
+# This module logs what an operator needs; progress bars and advice are meant for notebooks.
 diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-PARTS = ("unet", "vae", "text_encoder")
-OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
-
 
 def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bool) -> Any:
-    """The ``StableDiffusionPipeline`` of ``source``, on the CPU, with weights of ``dtype``.
+    """The diffusers pipeline of ``source``, on the CPU, with weights of ``dtype``.
 
-    Safetensors only, never remote code. Raises ``StartupError``.
+    Its class is one of the registry's. Reads safetensors only, and never runs remote code. Raises
+    ``StartupError``.
     """
     path = Path(source.location).expanduser()
     try:
@@ -48,13 +46,14 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bo
     except StartupError:
         raise
     except Exception as error:
-        # diffusers, transformers, safetensors and the hub raise whatever they like.
+        # diffusers, transformers, safetensors and the hub raise errors of any type.
         raise _failed(source, "the model", error) from error
 
 
-def weights_of(pipeline: Any) -> dict[str, int]:
-    """The bytes of each part's weights and buffers, as they lie in memory."""
-    parts = {name: getattr(pipeline, name, None) for name in (*PARTS, "safety_checker")}
+def weights_of(family: Family) -> dict[str, int]:
+    """The bytes of each component's weights and buffers in memory."""
+    names = (*family.components, "safety_checker")
+    parts = {name: getattr(family.pipeline, name, None) for name in names}
     return {
         name: sum(t.numel() * t.element_size() for t in (*part.parameters(), *part.buffers()))
         for name, part in parts.items()
@@ -62,18 +61,25 @@ def weights_of(pipeline: Any) -> dict[str, int]:
     }
 
 
+def _pipeline_class(family: type[Family]) -> Any:
+    return getattr(diffusers, family.pipeline_class)
+
+
+def _left_out(family: type[Family], safety_checker: bool) -> dict[str, None]:
+    """The optional components that are not loaded, as diffusers' arguments."""
+    wanted = ("safety_checker", "feature_extractor") if safety_checker else ()
+    return dict.fromkeys(part for part in family.optional if part not in wanted)
+
+
 def _load_folder(
     source: ModelSource, folder: Path, dtype: torch.dtype, safety_checker: bool
 ) -> Any:
     name = source.location
-    index = read_index(folder, name)
-    check_tokenizer(folder, name)
-    wanted = [*PARTS]
-    left_out = dict.fromkeys(OPTIONAL)
-    if safety_checker:
-        left_out.pop("feature_extractor")
-        if index.get("safety_checker", [None])[0]:
-            wanted.append("safety_checker")
+    family, index = read_index(folder, name)
+    family.check_folder(folder, name)
+    wanted = [*family.components]
+    if safety_checker and index.get("safety_checker", [None])[0]:
+        wanted.append("safety_checker")
     for part in wanted:
         check_weights(folder, part, name)
     if source.variant and not any(variant_of(folder, part, source.variant) for part in wanted):
@@ -81,25 +87,23 @@ def _load_folder(
             f"model {name!r} has no weights of variant {source.variant!r}: leave --variant out"
         )
     parts = {part: _load_part(source, folder, part, index, dtype) for part in wanted}
-    return diffusers.StableDiffusionPipeline.from_pretrained(
+    return _pipeline_class(family).from_pretrained(
         str(folder),
         local_files_only=True,
-        requires_safety_checker=False,
-        **{**left_out, **parts},
+        **family.pipeline_options,
+        **{**_left_out(family, "safety_checker" in parts), **parts},
     )
 
 
 def _load_part(
     source: ModelSource, folder: Path, part: str, index: dict[str, Any], dtype: torch.dtype
 ) -> Any:
-    """One part of a pipeline, every weight of it from its files."""
-    libraries = {
-        "diffusers": diffusers,
-        "transformers": transformers,
-        "stable_diffusion": diffusers.pipelines.stable_diffusion,
-    }
+    """One component of a pipeline, with every weight from its files."""
     library, kind = index.get(part) or (None, None)
-    made_by = getattr(libraries.get(str(library)), str(kind), None)
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    # As in diffusers, a pipeline may have components of its own, in its own module.
+    module = libraries.get(str(library)) or getattr(diffusers.pipelines, str(library), None)
+    made_by = getattr(module, str(kind), None)
     if made_by is None:
         raise StartupError(
             f"model {source.location!r}: its {part} is a {library}.{kind}, which is not supported"
@@ -116,7 +120,7 @@ def _load_part(
         )
     except Exception as error:
         raise _failed(source, f"its {part}", error) from error
-    # The libraries make weights up where there are none, and think a warning is enough.
+    # The libraries only warn of missing weights, and fill them with random values.
     if missing := sorted(report["missing_keys"]):
         raise StartupError(
             f"model {source.location!r}: its {part} lacks {len(missing)} weights, such as "
@@ -126,24 +130,23 @@ def _load_part(
 
 
 def _download(source: ModelSource, safety_checker: bool) -> Path:
-    """The folder in the hub's cache, with what was missing there."""
+    """The folder in the hub's cache; downloads what is missing there."""
     name = source.location
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise StartupError(
             f"model folder {name!r} does not exist: give a pipeline's folder, a .safetensors file "
             "or a hub id"
         )
-    unwanted = [part for part in OPTIONAL if not safety_checker or part == "image_encoder"]
     try:
-        return _snapshot(source, unwanted, local_files_only=False)
+        return _snapshot(source, safety_checker, local_files_only=False)
     except StartupError:
         raise
     except Exception as error:
         log.debug("hub failed", exc_info=True)
-        # What was downloaded before outlives the hub, the network and the token.
-        with suppress(Exception):  # Whatever is wrong with the cache, the hub's own error is told.
-            folder = _snapshot(source, unwanted, local_files_only=True)
-            for part in PARTS:
+        # An earlier download works without the hub, the network and the token.
+        with suppress(Exception):  # If the cache is unusable too, the hub's own error is raised.
+            folder = _snapshot(source, safety_checker, local_files_only=True)
+            for part in read_index(folder, name)[0].components:
                 check_weights(folder, part, name)
             log.warning("the hub's cache is used", model=name, hub=_one_line(error))
             return folder
@@ -153,21 +156,21 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
         ) from error
 
 
-def _snapshot(source: ModelSource, unwanted: Iterable[str], *, local_files_only: bool) -> Path:
-    """The folder in the hub's cache; the hub is asked unless ``local_files_only``."""
+def _snapshot(source: ModelSource, safety_checker: bool, *, local_files_only: bool) -> Path:
+    """The folder in the hub's cache; asks the hub unless ``local_files_only``."""
     common: dict[str, Any] = {
         "revision": source.revision,
         "token": source.token,
         "local_files_only": local_files_only,
     }
     index = huggingface_hub.hf_hub_download(source.location, INDEX, **common)
-    read_index(Path(index).parent, source.location)
-    folder = diffusers.StableDiffusionPipeline.download(
+    family, _ = read_index(Path(index).parent, source.location)
+    folder = _pipeline_class(family).download(
         source.location,
         variant=source.variant,
         use_safetensors=True,
         **common,
-        **dict.fromkeys(unwanted),
+        **_left_out(family, safety_checker),
     )
     return Path(folder)
 
@@ -178,16 +181,16 @@ def _load_single_file(source: ModelSource, path: Path, dtype: torch.dtype) -> An
             f"model file {source.location!r} is not a .safetensors file: convert it to one, or "
             "give a pipeline's folder"
         )
-    config = None
+    config, family = None, SINGLE_FILE
     if source.config is not None:
         folder = Path(source.config).expanduser()
         if not folder.is_dir():
             raise StartupError(f"--model-config {source.config}: no such folder")
-        read_index(folder, source.config)
-        check_tokenizer(folder, source.config)
+        family, _ = read_index(folder, source.config)
+        family.check_folder(folder, source.config)
         config = str(folder)
     try:
-        pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+        pipeline = _pipeline_class(family).from_single_file(
             str(path),
             config=config,
             dtype=dtype,
@@ -197,7 +200,7 @@ def _load_single_file(source: ModelSource, path: Path, dtype: torch.dtype) -> An
     except Exception as error:
         advice = "check the file" if config else "give --model-config FOLDER, or check the file"
         raise _failed(source, "the model", error, advice) from error
-    for part in PARTS:
+    for part in family.components:
         weights = getattr(pipeline, part).state_dict()
         missing = [key for key, weight in weights.items() if weight.is_meta]
         if missing:
@@ -212,7 +215,7 @@ def _failed(
     source: ModelSource, what: str, error: Exception, advice: str = "copy or download it again"
 ) -> StartupError:
     if is_out_of_memory(error):
-        raise error  # For the caller, who knows the device.
+        raise error  # The caller knows the device.
     log.debug("model failed to load", exc_info=True)
     return StartupError(
         f"model {source.location!r}: {what} cannot be loaded ({_one_line(error)}); {advice}"

@@ -1,4 +1,4 @@
-"""Which weights a model has: what tells two that go by the same name apart."""
+"""Which weights a model has: distinguishes two models of the same name."""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,16 +12,16 @@ UNKNOWN = "unknown"
 
 
 def revision_of(source: ModelSource, pipeline: Any) -> str:
-    """The hub's commit, or a fingerprint of the files where the model is local."""
+    """The hub's commit, or a fingerprint of the files if the model is local."""
     path = Path(source.location).expanduser()
     if path.is_file():
         return _fingerprint([path], path.parent)
     if path.is_dir():
-        # Other files at the top, such as the same weights in one file, are not what was loaded.
+        # Other files at the top, such as the same weights in one file, were not loaded.
         files = [f for f in path.glob("*/*") if f.suffix in (".json", ".txt", ".safetensors")]
         return _fingerprint([path / INDEX, *files], path)
-    # What came from the hub lies in its cache, under snapshots/COMMIT.
-    folder = Path(str(pipeline.unet.config.get("_name_or_path", "")))
+    # The hub's cache keeps a model under snapshots/COMMIT.
+    folder = Path(str(pipeline.name_or_path))
     if folder.parent.name == "snapshots":
         return folder.name
     return source.revision or UNKNOWN

@@ -41,16 +41,21 @@ class MemoryFormat:
     dtype: torch.dtype
     channels_last: bool
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """The layout of four-dimensional tensors."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
 
 def fastest_format(
-    unet: Any,
+    denoiser: Any,
     forms: Sequence[MemoryFormat],
     make_pass: Callable[[Any, MemoryFormat], DenoiserForward],
 ) -> MemoryFormat:
     """The fastest of ``forms`` on this device; the first of them unless another is clearly so."""
     if len(forms) == 1:
         return forms[0]
-    seconds = {form: _form_seconds(unet, form, make_pass) for form in forms}
+    seconds = {form: _form_seconds(denoiser, form, make_pass) for form in forms}
     best = min(forms, key=lambda form: seconds[form])
     if seconds[forms[0]] < seconds[best] * CLEARLY_FASTER:
         best = forms[0]
@@ -158,10 +163,9 @@ def fastest_of(times: int, work: Callable[[], object]) -> float:
 
 
 def _form_seconds(
-    unet: Any, form: MemoryFormat, make_pass: Callable[[Any, MemoryFormat], DenoiserForward]
+    denoiser: Any, form: MemoryFormat, make_pass: Callable[[Any, MemoryFormat], DenoiserForward]
 ) -> float:
-    layout = torch.channels_last if form.channels_last else torch.contiguous_format
-    candidate = copy.deepcopy(unet).to(dtype=form.dtype, memory_format=layout)
+    candidate = copy.deepcopy(denoiser).to(dtype=form.dtype, memory_format=form.layout)
     forward = make_pass(candidate, form)
     # A lone image with guidance, and four: the two ends of the day.
     alone = fastest_of(2, lambda: forward(2))

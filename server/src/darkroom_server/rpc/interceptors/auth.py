@@ -1,22 +1,23 @@
-"""Who calls, by the token that comes along; and who may not."""
+"""Authentication by bearer token, and authorization of admin services."""
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import structlog
 
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import NotAllowed, Reason, Unauthenticated
-from darkroom_server.rpc.caller import set_caller
-from darkroom_server.rpc.context import Context, metadata_value
-from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
+from darkroom_server.rpc.context import Context
+from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method, metadata_value
 from darkroom_server.security.tokens import Tokens
+from darkroom_server.service.call_context import CURRENT_CALL
 
 SCHEME = "bearer "
 
 OPEN = frozenset({"grpc.health.v1.Health"})
-"""Probes have no token."""
+"""Services that need no token: probes have none."""
 
 ADMIN = frozenset(
     {
@@ -28,14 +29,14 @@ ADMIN = frozenset(
 
 
 class AuthObserver(Protocol):
-    """Is told of each call that is not let in, on the event loop."""
+    """Receives each rejected call, on the event loop."""
 
-    def call_refused(self, reason: Reason) -> None:
-        """Count it; returns at once and never raises."""
+    def call_rejected(self, reason: Reason) -> None:
+        """Record it, without blocking and without raising."""
 
 
 class Auth(ContextInterceptor):
-    """Lets in who has a token, and to what is for admins only who is one. Inside ``Errors``."""
+    """Requires a token, and an admin's for admin services. Inside ``Errors``, after the context."""
 
     def __init__(self, tokens: Tokens, observer: AuthObserver) -> None:
         self._tokens = tokens
@@ -44,20 +45,21 @@ class Auth(ContextInterceptor):
     def around(
         self, method: Method, context: Context, request: Any
     ) -> AbstractAsyncContextManager[None]:
-        """Raise ``Unauthenticated`` or ``NotAllowed``, or note the caller."""
+        """Set the caller; raises ``Unauthenticated`` or ``NotAllowed``."""
         return self._around(method, context)
 
     @asynccontextmanager
     async def _around(self, method: Method, context: Context) -> AsyncIterator[None]:
         if method.service not in OPEN:
             try:
-                set_caller(self._let_in(method, context))
+                caller = self._authorize(method, context)
+                CURRENT_CALL.set(replace(CURRENT_CALL.get(), caller=caller))
             except (Unauthenticated, NotAllowed) as error:
-                self._observer.call_refused(error.reason)
+                self._observer.call_rejected(error.reason)
                 raise
         yield
 
-    def _let_in(self, method: Method, context: Context) -> Caller:
+    def _authorize(self, method: Method, context: Context) -> Caller:
         caller = self._tokens.caller(_bearer_of(context))
         structlog.contextvars.bind_contextvars(caller=caller.name)
         if method.service in ADMIN and not caller.admin:

@@ -1,4 +1,4 @@
-"""An interceptor as a context manager around the handler, for every kind of call."""
+"""Interceptors as context managers around the handler, for every kind of call."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -26,24 +26,32 @@ class Method:
     kind: str
 
 
+def metadata_value(context: Context, key: str) -> str | None:
+    """The first value of ``key`` in the call's metadata, None if there is none."""
+    for name, value in context.invocation_metadata() or ():
+        if name == key:
+            return value.decode("ascii", "replace") if isinstance(value, bytes) else value
+    return None
+
+
 class ContextInterceptor(grpc.aio.ServerInterceptor, ABC):
-    """Lets a subclass's ``around`` surround each handler, on the handler's own task."""
+    """Runs a subclass's ``around`` around each handler, on the handler's own task."""
 
     @abstractmethod
     def around(
         self, method: Method, context: Context, request: Any
     ) -> AbstractAsyncContextManager[None]:
-        """Entered before the handler and left after it, with its exception if it raised one.
+        """Entered before the handler and exited after it, with its exception if it raised one.
 
         ``request`` is the message, or an iterator where the caller streams them.
         """
 
     def deserializer(self, method: Method, deserialize: "Deserializer") -> "Deserializer":
-        """What turns the bytes of a request into a message; a subclass may listen in."""
+        """Decodes a request; a subclass may wrap it."""
         return deserialize
 
     def serializer(self, method: Method, serialize: "Serializer") -> "Serializer":
-        """What turns a response into bytes; a subclass may listen in."""
+        """Encodes a response; a subclass may wrap it."""
         return serialize
 
     async def intercept_service(
@@ -52,7 +60,7 @@ class ContextInterceptor(grpc.aio.ServerInterceptor, ABC):
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Wrap the handler of one call; a method that nobody serves has none."""
+        """Wrap the handler of one call; an unknown method has none."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None

@@ -1,4 +1,4 @@
-"""What is no message of the method's type is the caller's mistake, and is answered as one."""
+"""Undecodable requests are INVALID_ARGUMENT."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Undecodable:
-    """Stands for bytes that are no message."""
+    """A request whose bytes are not a message."""
 
 
 UNDECODABLE = Undecodable()
@@ -25,7 +25,7 @@ class Decoding(ContextInterceptor):
     """Raises ``InvalidRequest`` for undecodable messages, text that is not UTF-8 included.
 
     gRPC itself would answer UNKNOWN, with the text of the exception. The innermost interceptor:
-    others see such a request as ``Undecodable``.
+    the others see such a request as ``Undecodable``.
     """
 
     def deserializer(self, method: Method, deserialize: "Deserializer") -> "Deserializer":
@@ -44,7 +44,7 @@ class Decoding(ContextInterceptor):
     def around(
         self, method: Method, context: Context, request: Any
     ) -> AbstractAsyncContextManager[None]:
-        """Check a single message; those of a stream are checked as they come."""
+        """Check a single message; those of a stream are checked as they arrive."""
         return self._around(request)
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""No call ends with a status that nobody chose."""
+"""Exceptions to statuses: no exception's text reaches a caller by accident."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -44,11 +44,11 @@ async def _end(context: Context, status: ErrorStatus) -> None:
     try:
         await context.abort_with_status(_beside_trailers(context, status))
     except grpc.aio.InternalError:
-        # The caller is gone, and gRPC does not know yet: nobody is left to tell.
+        # The caller has disconnected, and gRPC has not noticed yet.
         raise asyncio.CancelledError from None
 
 
 def _beside_trailers(context: Context, status: ErrorStatus) -> ErrorStatus:
-    """The status with the trailers that others have set, which an abort would throw away."""
+    """``status`` with the trailers that other interceptors set, which an abort would drop."""
     trailers = (*context.trailing_metadata(), *status.trailing_metadata)
     return replace(status, trailing_metadata=trailers)

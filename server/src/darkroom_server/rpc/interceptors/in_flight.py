@@ -1,4 +1,4 @@
-"""Which calls are being handled: gRPC's own ``stop`` does not wait for the code of all handlers."""
+"""Calls in flight: gRPC's own ``stop`` does not wait for all handlers."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,7 +10,7 @@ from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 
 
 class InFlightCalls(ContextInterceptor):
-    """Counts the running handlers of our own services; a health watcher would never end."""
+    """Counts the running handlers of our own services; a health watch would never end."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -18,7 +18,7 @@ class InFlightCalls(ContextInterceptor):
         self._none.set()
 
     async def wait_for_none(self, timeout: float) -> bool:
-        """Wait ``timeout`` seconds at most; True if no handler of ours runs any more."""
+        """Wait at most ``timeout`` seconds; True if no handler of ours runs any more."""
         try:
             async with asyncio.timeout(timeout):
                 await self._none.wait()

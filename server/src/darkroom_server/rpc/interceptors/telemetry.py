@@ -1,4 +1,4 @@
-"""What every gRPC dashboard wants to know of each call."""
+"""Counts, times and sizes of each call, for the usual gRPC metrics."""
 
 import asyncio
 import time
@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
-from darkroom_server.rpc.context import Context, has_expired, status_name
+import grpc
+
+from darkroom_server.rpc.context import Context, has_expired
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 
 
 class CallObserver(Protocol):
-    """Is told of each call, on the event loop; its methods return at once and never raise."""
+    """Records calls, on the event loop, without blocking and without raising."""
 
     def call_started(self, service: str, method: str, kind: str) -> None:
         """A call begins; ``kind`` as in ``Method``."""
@@ -20,13 +22,13 @@ class CallObserver(Protocol):
         """It ended with the status ``code``, such as "OK"."""
 
     def message(self, service: str, method: str, kind: str, size: int, *, sent: bool) -> None:
-        """A message of ``size`` bytes came, or was ``sent``."""
+        """A message of ``size`` bytes was received, or ``sent``."""
 
 
 class Telemetry(ContextInterceptor):
-    """Tells an observer when calls begin and how they end. Methods that nobody serves are left out.
+    """Reports to an observer when calls begin and how they end; unknown methods are left out.
 
-    It must surround ``Errors``, to see the status that is sent.
+    Outside ``Errors``, to see the status that is sent.
     """
 
     def __init__(self, observer: CallObserver) -> None:
@@ -41,7 +43,7 @@ class Telemetry(ContextInterceptor):
     def deserializer(
         self, method: Method, deserialize: Callable[[bytes], Any] | None
     ) -> Callable[[bytes], Any]:
-        """Measure each message that comes."""
+        """Measure each received message."""
 
         def measured(data: bytes) -> Any:
             self._observer.message(*_named(method), len(data), sent=False)
@@ -52,7 +54,7 @@ class Telemetry(ContextInterceptor):
     def serializer(
         self, method: Method, serialize: Callable[[Any], bytes] | None
     ) -> Callable[[Any], bytes]:
-        """Measure each message that is sent."""
+        """Measure each sent message."""
 
         def measured(message: Any) -> bytes:
             data: bytes = message if serialize is None else serialize(message)
@@ -74,7 +76,7 @@ class Telemetry(ContextInterceptor):
             code = "DEADLINE_EXCEEDED" if has_expired(context) else "CANCELLED"
             raise
         except BaseException:
-            # A status that was set counts, though it may have come too late to be sent.
+            # A status that was set counts, even if it was too late to be sent.
             code = status_name(context) or "UNKNOWN"
             raise
         finally:
@@ -83,3 +85,14 @@ class Telemetry(ContextInterceptor):
 
 def _named(method: Method) -> tuple[str, str, str]:
     return (method.service, method.name, method.kind)
+
+
+def status_name(context: Context) -> str | None:
+    """The name of the status that was set, such as "NOT_FOUND"; None if none was."""
+    code: Any = context.code()  # As it was set: a StatusCode, or its number.
+    if isinstance(code, grpc.StatusCode):
+        return code.name
+    return _STATUS_NAMES.get(code)
+
+
+_STATUS_NAMES: dict[object, str] = {code.value[0]: code.name for code in grpc.StatusCode}

@@ -1,12 +1,18 @@
-"""Every metric of the server, declared once, on a registry of its own.
+"""Every metric of the server, declared once, on its own registry.
 
-Labels are bounded: models that the server holds ("unknown" for what is none), outcomes, stages,
-classes of sizes and rows, gRPC's methods and codes. Never a prompt, a seed or anything else that a
-caller wrote.
+The set of label values is bounded: the server's models ("unknown" for any other name), outcomes,
+stages, size and row classes, gRPC methods and codes. A label never holds a prompt, a seed or any
+other text of a caller.
 """
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from darkroom_server.core.events import Event
+from darkroom_server.dispatch import DispatchEvent, Observer
 from darkroom_server.telemetry.metrics.calls import CallMetrics
 from darkroom_server.telemetry.metrics.catalogue import Catalogue, Declared
 from darkroom_server.telemetry.metrics.engine import EngineMetrics
@@ -16,20 +22,36 @@ from darkroom_server.telemetry.metrics.requests import RequestMetrics
 __all__ = ["Metrics"]
 
 
-class Metrics:
-    """The metrics, by what they tell of, and the ``registry`` that holds them."""
+class Metrics(Observer):
+    """The metrics by section, and the ``registry`` that holds them.
 
-    def __init__(self) -> None:
+    Each section declares its metrics and, in ``handlers``, the events that change them.
+    ``model_ids``: the configured models, whose series start at zero.
+    """
+
+    def __init__(self, model_ids: Iterable[str] = ()) -> None:
         self._catalogues: list[Catalogue] = []
         self.registry = CollectorRegistry()
         self.calls = CallMetrics(self._section("gRPC calls"))
         self.requests = RequestMetrics(self._section("Requests and jobs"))
         self.engine = EngineMetrics(self._section("Engine"))
         self.memory = MemoryMetrics(self._section("Memory and devices"))
+        self._handlers: defaultdict[type, list[Any]] = defaultdict(list)
+        for section in (self.requests, self.engine, self.memory):
+            for event, handler in section.handlers.items():
+                self._handlers[event].append(handler)
+        for model in model_ids:
+            self.requests.begin(model)
+            self.engine.begin(model)
+
+    def on_event(self, event: Event | DispatchEvent) -> None:
+        """Record ``event`` in the sections that handle its type."""
+        for handler in self._handlers.get(type(event), ()):
+            handler(event)
 
     @property
     def declared(self) -> dict[str, list[Declared]]:
-        """What was declared, by section, in order."""
+        """The declarations by section, in order."""
         return {catalogue.title: catalogue.declared for catalogue in self._catalogues}
 
     def _section(self, title: str) -> Catalogue:

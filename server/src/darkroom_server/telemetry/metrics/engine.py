@@ -1,97 +1,186 @@
-"""The engine: its passes, what it wasted, what went wrong in it, how it came up."""
+"""Metrics of the engine: batches, wasted time, failures, restarts, loading."""
 
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from darkroom_server.core.events import BatchDone, Counted, EngineCounts, EngineReady
+from darkroom_server.core.metric_labels import rows_class
+from darkroom_server.dispatch import EngineGivenUp, EngineRestarted, EngineTimeWasted
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 
 STEP_BUCKETS = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075),
     *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
 )
-"""Seconds of one step: milliseconds on a large GPU, up to seconds for large images on a CPU."""
+"""Seconds of one batch: milliseconds on a large GPU, seconds for large images on a CPU."""
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 OCCUPANCY_BUCKETS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
-ROWS_HELP = "`rows` is the next power of two"
+ROWS_HELP = "`rows` is rounded up to a power of two"
 
 
 class EngineMetrics:
-    """One attribute for each metric."""
+    """One attribute per metric."""
 
     def __init__(self, declare: Catalogue) -> None:
         self.build = declare.info(
-            "darkroom_build", "Versions of what is running.", ("version", "grpcio", "python")
+            "darkroom_build",
+            "Versions of the server and its libraries.",
+            ("version", "grpcio", "python"),
         )
         self.step_seconds = declare.histogram(
             "darkroom_step_seconds",
-            "Seconds of one step, which is one pass of the denoiser and the schedulers' updates, "
-            f"until the device has finished it; {ROWS_HELP}.",
+            "Seconds of one batch: one denoiser pass and the schedulers' updates, until the device "
+            f"has finished; {ROWS_HELP}.",
             ("model", "rows"),
             STEP_BUCKETS,
         )
         self.steps = declare.counter(
             "darkroom_steps_total",
-            "Steps taken by images: a pass is one for each image in it.",
+            "Steps taken by images; a batch is one step for each image in it.",
             ("model",),
         )
         self.rows_per_step = declare.histogram(
             "darkroom_rows_per_step",
-            "Rows of a pass; an image with guidance takes two.",
+            "Rows of a batch; an image with guidance takes two.",
             ("model",),
             ROW_BUCKETS,
         )
         self.occupancy = declare.histogram(
             "darkroom_occupancy_ratio",
-            "Rows of a pass, over those that it could have held.",
+            "Rows of a batch, divided by its row limit.",
             ("model",),
             OCCUPANCY_BUCKETS,
         )
         self.joins = declare.counter(
             "darkroom_joins_total",
-            "Images that took their first step in the company of others already under way.",
+            "Images whose first step shared a batch with images that were already running.",
             ("model",),
         )
         self.wasted_seconds = declare.counter(
             "darkroom_wasted_engine_seconds_total",
-            "Seconds of passes spent on jobs that were later cancelled or expired, each pass "
-            "shared among its rows.",
+            "Seconds of batches spent on jobs that were later cancelled or expired; the time of a "
+            "batch is divided among its rows.",
             ("model",),
         )
         self.out_of_memory = declare.counter(
             "darkroom_out_of_memory_total",
-            "Passes, decodes and encodings of prompts that ran out of memory: split ones were "
-            "tried again in halves, failed ones were of a single image or job.",
+            "Batches, decodes and prompt encodings that ran out of memory: `split` ran again in "
+            "halves, `failed` was a single image or job.",
             ("model", "outcome"),
         )
         self.non_finite = declare.counter(
             "darkroom_non_finite_decodes_total",
-            "Decodes whose values were not numbers: recovered in float32, or failed.",
+            "Decodes with NaN or infinite values: `recovered` in float32, or `failed`.",
             ("model", "outcome"),
         )
         self.truncations = declare.counter(
             "darkroom_prompt_truncations_total",
-            "Jobs of whose prompt the model read the beginning only.",
+            "Jobs whose prompt was longer than the tokenizer takes, and was cut.",
             ("model",),
         )
         self.prompt_lookups = declare.counter(
             "darkroom_prompt_lookups_total",
-            "Prompts that were wanted as embeddings: a hit was remembered, a miss was encoded.",
+            "Lookups in the prompt cache: a `hit` was cached, a `miss` was encoded.",
             ("model", "result"),
         )
         self.restarts = declare.counter(
-            "darkroom_engine_restarts_total", "Engines that were started again after they died."
+            "darkroom_engine_restarts_total", "Engines restarted after they died."
         )
         self.given_up = declare.gauge(
             "darkroom_engines_given_up",
-            "Engines that never loaded, or died too often, and that the others do without.",
+            "Engines that failed to load or died too often, and are not restarted.",
         )
         self.load_seconds = declare.gauge(
             "darkroom_model_load_seconds",
-            "Seconds that the model took, the last time, from its files into memory.",
+            "Seconds of the last load of the model from its files into memory.",
             ("model",),
         )
         self.warm_up_seconds = declare.gauge(
             "darkroom_model_warm_up_seconds",
-            "Seconds that the model took, the last time, to be arranged, warmed up and measured.",
+            "Seconds of the last placement, warm-up and profiling of the model.",
             ("model",),
         )
+        self.build.info(
+            {
+                "version": version("darkroom-server"),
+                "grpcio": version("grpcio"),
+                "python": platform.python_version(),
+            }
+        )
+        self._counters = {
+            Counted.PROMPTS_CACHED: (self.prompt_lookups, ("hit",)),
+            Counted.PROMPTS_ENCODED: (self.prompt_lookups, ("miss",)),
+            Counted.PROMPTS_TRUNCATED: (self.truncations, ()),
+            Counted.OUT_OF_MEMORY_SPLIT: (self.out_of_memory, ("split",)),
+            Counted.OUT_OF_MEMORY_FAILED: (self.out_of_memory, ("failed",)),
+            Counted.NON_FINITE_RECOVERED: (self.non_finite, ("recovered",)),
+            Counted.NON_FINITE_FAILED: (self.non_finite, ("failed",)),
+        }
+        self._batch_series: dict[tuple[str, int], _BatchSeries] = {}
+        self.handlers: dict[type, Callable[[Any], None]] = {
+            BatchDone: self.record_batch,
+            EngineCounts: self.record_counts,
+            EngineReady: self.record_load,
+            EngineTimeWasted: self.record_wasted,
+            EngineRestarted: lambda _: self.restarts.inc(),
+            EngineGivenUp: lambda _: self.given_up.inc(),
+        }
+
+    def begin(self, model: str) -> None:
+        """Create the series of ``model`` at zero, so that rates see the first increase too."""
+        for counter, labels in self._counters.values():
+            counter.labels(model, *labels)
+        for metric in (
+            self.steps,
+            self.joins,
+            self.wasted_seconds,
+            self.rows_per_step,
+            self.occupancy,
+        ):
+            metric.labels(model)
+
+    def record_batch(self, batch: BatchDone) -> None:
+        """One batch, dozens of times a second: so the series are looked up once."""
+        key = batch.model, batch.rows
+        series = self._batch_series.get(key)
+        if series is None:
+            series = self._batch_series[key] = _BatchSeries(self, *key)
+        series.seconds.observe(batch.seconds)
+        series.rows.observe(batch.rows)
+        series.steps.inc(batch.samples)
+        if batch.max_rows:
+            series.occupancy.observe(min(1.0, batch.rows / batch.max_rows))
+        if batch.joined:
+            series.joins.inc(batch.joined)
+
+    def record_counts(self, counts: EngineCounts) -> None:
+        """What an engine counted since its last report."""
+        for counted, amount in counts.counts.items():
+            counter, labels = self._counters[counted]
+            counter.labels(counts.model, *labels).inc(amount)
+
+    def record_load(self, ready: EngineReady) -> None:
+        """An engine has loaded its models."""
+        for load in ready.loads:
+            self.load_seconds.labels(load.model).set(load.load_seconds)
+            self.warm_up_seconds.labels(load.model).set(load.warm_up_seconds)
+
+    def record_wasted(self, wasted: EngineTimeWasted) -> None:
+        """A job left the engine unfinished."""
+        self.wasted_seconds.labels(wasted.model).inc(wasted.seconds)
+
+
+class _BatchSeries:
+    """The series of one model and row count."""
+
+    def __init__(self, engine: EngineMetrics, model: str, rows: int) -> None:
+        self.seconds = engine.step_seconds.labels(model, rows_class(rows))
+        self.rows = engine.rows_per_step.labels(model)
+        self.steps = engine.steps.labels(model)
+        self.occupancy = engine.occupancy.labels(model)
+        self.joins = engine.joins.labels(model)

@@ -1,22 +1,27 @@
-"""Memory, by who holds it, and what the driver says of the device."""
+"""Metrics of memory by holder, and of the device."""
+
+from collections.abc import Callable
+from typing import Any
 
 import psutil
 
+from darkroom_server.core.events import EngineReady, MemoryReport, PeakMeasured
+from darkroom_server.core.metric_labels import rows_class, size_class
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 from darkroom_server.telemetry.metrics.engine import ROWS_HELP
 
-SIZE_HELP = "`size_class` is the edge in pixels of the square that holds the image"
+SIZE_HELP = "`size_class` is the edge in pixels of a square that holds the image"
 
 
 class MemoryMetrics:
-    """One attribute for each metric."""
+    """One attribute per metric."""
 
     def __init__(self, declare: Catalogue) -> None:
         self.device = declare.gauge(
             "darkroom_gpu_memory_bytes",
-            "Memory of the engine's device, by kind: allocated and reserved by torch, the peak of "
-            "what was allocated, and device_used of device_total as the driver says. On a CPU "
-            "the first three are the engine's resident memory, the others the machine's.",
+            "Memory of the engine's device by kind: `allocated` and `reserved` by torch, `peak` of "
+            "`allocated`, and the driver's `device_used` and `device_total`. On a CPU the first "
+            "three are the engine's resident memory, the others the machine's.",
             ("device", "kind"),
         )
         self.model = declare.gauge(
@@ -26,36 +31,72 @@ class MemoryMetrics:
         )
         self.pass_peak = declare.gauge(
             "darkroom_peak_memory_bytes",
-            "The most that a pass took besides what was in use before it: its activations. "
+            "Peak memory of a batch above what was in use before it: its activations. "
             "Measured once a second for each class, on a CPU once a minute. "
-            f"{SIZE_HELP}, {ROWS_HELP}.",
+            f"{SIZE_HELP}; {ROWS_HELP}.",
             ("model", "size_class", "rows"),
         )
         self.decode_peak = declare.gauge(
             "darkroom_decode_peak_memory_bytes",
-            "The most that the decode of one image took besides what was in use before it. "
-            "Measured as often as passes. "
+            "Peak memory of the decode of one image above what was in use before it. "
+            "Measured as often as batches. "
             f"{SIZE_HELP}.",
             ("model", "size_class"),
         )
         self.host = declare.gauge(
             "darkroom_host_memory_bytes",
-            "Resident memory of each process of the server; an engine's has its device.",
+            "Resident memory of each process of the server; `device` is set for an engine.",
             ("process", "device"),
         )
-        # Read when Prometheus asks, so that nothing need poll it.
+        # Read at each scrape, so nothing polls it.
         own = psutil.Process()
         self.host.labels("server", "").set_function(lambda: own.memory_info().rss)
         self.utilisation = declare.gauge(
             "darkroom_gpu_utilisation_ratio",
-            "Part of the last moments in which the device was computing, where NVML tells.",
+            "Share of the last sampling period in which the device was busy, if NVML reports it.",
             ("device",),
         )
         self.power = declare.gauge(
-            "darkroom_gpu_power_watts", "What the device draws, where NVML tells.", ("device",)
+            "darkroom_gpu_power_watts", "Power of the device, if NVML reports it.", ("device",)
         )
         self.temperature = declare.gauge(
             "darkroom_gpu_temperature_celsius",
-            "The device's temperature, where NVML tells.",
+            "Temperature of the device, if NVML reports it.",
             ("device",),
         )
+        # The highest so far, by model and classes.
+        self._peaks: dict[tuple[str, ...], int] = {}
+        self.handlers: dict[type, Callable[[Any], None]] = {
+            EngineReady: self.record_weights,
+            PeakMeasured: self.record_peak,
+            MemoryReport: self.record_report,
+        }
+
+    def record_weights(self, ready: EngineReady) -> None:
+        """An engine has loaded its models."""
+        for load in ready.loads:
+            for component, size in load.bytes_by_component.items():
+                self.model.labels(load.model, component).set(size)
+
+    def record_peak(self, peak: PeakMeasured) -> None:
+        """The memory of a batch or a decode was measured; the highest counts."""
+        key: tuple[str, ...] = (peak.model, size_class(peak.width, peak.height))
+        gauge = self.decode_peak
+        if peak.rows:
+            key, gauge = (*key, rows_class(peak.rows)), self.pass_peak
+        self._peaks[key] = max(peak.peak_bytes, self._peaks.get(key, 0))
+        gauge.labels(*key).set(self._peaks[key])
+
+    def record_report(self, report: MemoryReport) -> None:
+        """An engine's memory, about once a second."""
+        device, sensors = report.device, report.sensors
+        for kind, size in report.by_kind.items():
+            self.device.labels(device, kind).set(size)
+        self.host.labels("engine", device).set(report.host_rss)
+        for gauge, value in (
+            (self.utilisation, sensors.utilisation),
+            (self.power, sensors.power_watts),
+            (self.temperature, sensors.temperature_celsius),
+        ):
+            if value is not None:
+                gauge.labels(device).set(value)

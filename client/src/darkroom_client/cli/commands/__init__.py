@@ -1,0 +1,1 @@
+"""The subcommands of ``darkroom``: one module for each, with its ``run``."""

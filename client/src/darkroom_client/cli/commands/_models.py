@@ -1,0 +1,40 @@
+"""``darkroom models``: which models the server holds, and what they take."""
+
+import argparse
+import dataclasses
+import json
+
+from darkroom_client._types.model import Model
+from darkroom_client.cli._connect import connect
+from darkroom_client.cli.terminal._console import open_console, tabulate
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the models: a table on a terminal, tab-separated lines in a pipe, or JSON."""
+    with connect(arguments) as client:
+        models = client.models()
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(model) for model in models], indent=2))
+        return 0
+    tabulate(open_console(), _COLUMNS, [_row(model) for model in models])
+    return 0
+
+
+_COLUMNS = ("model", "state", "size", "steps", "guidance", "scheduler", "runs on", "schedulers")
+
+
+def _row(model: Model) -> tuple[str, ...]:
+    """A row under ``_COLUMNS``; the figures are the defaults."""
+    defaults, runtime = model.defaults, model.runtime
+    if not model.ready or defaults is None or runtime is None:
+        return (model.id, "loading", *("-" for _ in _COLUMNS[2:]))
+    return (
+        model.id,
+        "ready",
+        f"{defaults.width}x{defaults.height}",
+        str(defaults.steps),
+        f"{defaults.guidance_scale:g}",
+        defaults.scheduler or "-",
+        f"{runtime.device} {runtime.dtype} {runtime.preset}",
+        " ".join(offer.scheduler for offer in model.schedulers),
+    )

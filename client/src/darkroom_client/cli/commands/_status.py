@@ -1,0 +1,68 @@
+"""``darkroom status``: state, queue, rate and memory of a server."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+
+from darkroom_client._types.status import EngineStatus, ModelStatus, ServerState, ServerStatus
+from darkroom_client.cli._connect import connect
+from darkroom_client.cli._exit_codes import LATER
+from darkroom_client.cli.terminal._console import Row, open_console, readable_bytes, tabulate
+
+_TAKING = (ServerState.READY, ServerState.RECOVERING)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print how the server is doing; 0 where it takes requests, 3 where it does not."""
+    with connect(arguments) as client:
+        status = client.status()
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(status)))
+    else:
+        tabulate(open_console(), ("server", arguments.target or client.target), _rows(status))
+    return 0 if status.state in _TAKING else LATER
+
+
+def _rows(status: ServerStatus) -> Iterator[Row]:
+    yield "state", status.state
+    yield "version", status.version
+    yield "up", _readable_seconds(status.uptime)
+    yield "queue", f"{status.queued_jobs} of {status.max_queued_jobs}"
+    yield "running", str(status.running_jobs)
+    ended = ", ".join(f"{count} {how}" for how, count in status.ended_jobs.items() if count)
+    yield "accepted", f"{status.accepted_jobs}" + (f" ({ended})" if ended else "")
+    if status.uptime:
+        finished = status.ended_jobs.get("finished", 0)
+        yield "rate", f"{60 * finished / status.uptime:.1f} finished a minute since the start"
+    yield "host memory", readable_bytes(status.host_memory_bytes)
+    for model in status.models:
+        yield f"model {model.id}", _model(model)
+    for engine in status.engines:
+        yield f"engine {engine.index}", _engine(engine)
+
+
+def _model(model: ModelStatus) -> str:
+    if not model.ready:
+        return "loading"
+    times = (
+        f"{time.width}x{time.height}, {time.rows} rows: {1000 * time.seconds:.0f} ms a pass"
+        for time in model.pass_times
+    )
+    return "; ".join((f"ready, {model.queued_jobs} queued, {model.running_jobs} running", *times))
+
+
+def _engine(engine: EngineStatus) -> str:
+    parts = [engine.device or "-", "ready" if engine.ready else "not ready"]
+    parts.append(f"{engine.samples} images, {engine.rows_in_use} rows")
+    if engine.restarts:
+        parts.append(f"{engine.restarts} restarts")
+    memory = {"host": engine.host_memory_bytes, **engine.memory_bytes}
+    parts.extend(f"{kind} {readable_bytes(count)}" for kind, count in memory.items() if count)
+    return ", ".join(parts)
+
+
+def _readable_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

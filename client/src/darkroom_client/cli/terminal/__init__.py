@@ -1,0 +1,1 @@
+"""What the commands print: lines, tables, progress bars and pictures."""

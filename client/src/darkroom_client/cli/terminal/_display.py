@@ -1,0 +1,147 @@
+"""What a terminal shows while images are drawn: a bar for each, and the pictures forming."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from darkroom_client._types.events import (
+    Accepted,
+    Event,
+    ImageReady,
+    Preview,
+    Progress,
+    Queued,
+    Restarted,
+    Started,
+)
+from darkroom_client.cli.terminal._console import print_line, progress_bar
+from darkroom_client.cli.terminal._halfblocks import check_pillow, half_blocks, side_by_side
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.live
+    import rich.progress
+    import rich.text
+
+_PROMPT_WIDTH = 30
+_PICTURE_WIDTH = 32
+
+
+class Display:
+    """The live part of the screen, and the lines above it; silent where stdout is no terminal."""
+
+    def __init__(
+        self, console: "rich.console.Console", *, images: int, shown: bool, preview: bool
+    ) -> None:
+        if preview and not (shown and console.is_terminal):
+            raise ValueError("--preview draws on a terminal: not in a pipe, and not with --json")
+        if preview:
+            check_pillow()
+        self._console = console
+        self._shown = shown and console.is_terminal
+        self._bars = progress_bar(console)
+        self._all = self._bars.add_task("all", total=images, visible=images > 1, note="", unit="")
+        self._pictures: dict[int, rich.text.Text] = {}
+        self._live: rich.live.Live | None = None
+
+    def print(self, first: str, rest: str) -> None:
+        """A line that stays, above what is live."""
+        print_line(self._console, first, rest, "bold")
+
+    @contextmanager
+    def follow(self, prompt: str, images: int) -> "Iterator[Followed]":
+        """Bars for the images of ``prompt``, until the end of the block."""
+        followed = Followed(self, prompt, images)
+        try:
+            yield followed
+        finally:
+            followed.remove()
+            self._bars.advance(self._all, images)
+
+    def render(self) -> "rich.console.RenderableType":
+        """Everything that is live."""
+        from rich.console import Group
+
+        if not self._pictures:
+            return self._bars
+        room = max(1, self._console.width // (_PICTURE_WIDTH + 2))
+        pictures = [self._pictures[key] for key in sorted(self._pictures)][:room]
+        return Group(side_by_side(pictures), self._bars)
+
+    def __enter__(self) -> Self:
+        from rich.live import Live
+
+        if self._shown:
+            self._live = Live(
+                get_renderable=self.render,
+                console=self._console,
+                refresh_per_second=10,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+class Followed:
+    """The bars of one prompt's images."""
+
+    def __init__(self, display: Display, prompt: str, images: int) -> None:
+        self._display = display
+        self._bars = display._bars
+        name = prompt if len(prompt) <= _PROMPT_WIDTH else f"{prompt[: _PROMPT_WIDTH - 1]}…"
+        self._tasks = [
+            self._bars.add_task(
+                f"{name} #{index + 1}" if images > 1 else name, total=None, note="", unit="step"
+            )
+            for index in range(images)
+        ]
+        self._began_at = 0.0
+
+    def show(self, event: Event) -> None:
+        """Draw what ``event`` says."""
+        match event:
+            case Accepted(queue_position=position) | Queued(position=position) if position:
+                self._note(f"{position} before")
+            case Started():
+                self._began_at = time.monotonic()
+                self._note("")
+            case Restarted():
+                for task in self._tasks:
+                    self._bars.reset(task, total=None, note="again: the server restarted")
+            case Progress(image_index=index, step=step, steps=steps):
+                seconds = time.monotonic() - self._began_at
+                speed = f"{step / seconds:.1f} it/s" if seconds > 0 else ""
+                task = self._tasks[index]
+                self._bars.update(task, completed=step, total=steps, note=speed)
+            case Preview(image_index=index, data=data):
+                picture = half_blocks(data, _PICTURE_WIDTH)
+                self._display._pictures[self._tasks[index]] = picture
+            case ImageReady(image_index=index):
+                self._remove(self._tasks[index])
+
+    def remove(self) -> None:
+        """Take the bars and pictures away."""
+        for task in self._tasks:
+            self._remove(task)
+
+    def _note(self, note: str) -> None:
+        for task in self._tasks:
+            self._bars.update(task, note=note)
+
+    def _remove(self, task: "rich.progress.TaskID") -> None:
+        self._display._pictures.pop(task, None)
+        if task in self._bars.task_ids:
+            self._bars.remove_task(task)

@@ -1,0 +1,220 @@
+"""The runner: everything that calls a model, for the samples that the batch scheduler chose."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from darkroom_server.core.errors import Failure
+from darkroom_server.core.events import Counted, Event
+from darkroom_server.core.job import Job
+from darkroom_server.engine.batch import Batch
+from darkroom_server.engine.batching.row_limits import RowLimits
+from darkroom_server.engine.batching.run_or_split import run_or_split
+from darkroom_server.engine.counters import Counts
+from darkroom_server.engine.device.peak_memory import PeakMemoryTracker
+from darkroom_server.engine.device.timer import Timer
+from darkroom_server.engine.failures import (
+    DENOISER_FAILED,
+    OUT_OF_MEMORY,
+    PROMPT_FAILED,
+    PROMPT_OUT_OF_MEMORY,
+    SCHEDULER_FAILED,
+    is_fatal,
+    is_out_of_memory,
+)
+from darkroom_server.engine.families.base import Model
+from darkroom_server.engine.sample import Sample
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What a batch did; ``began`` and ``ended`` are in ``time.monotonic`` seconds.
+
+    ``stepped`` are the samples that took a step and whose job goes on, ``failures`` are those of
+    the other jobs, by job id.
+    """
+
+    stepped: list[Sample]
+    failures: dict[str, Failure]
+    began: float
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        """How long the batch took."""
+        return self.ended - self.began
+
+    @property
+    def rows(self) -> int:
+        """Rows of the samples that took a step."""
+        return sum(sample.rows for sample in self.stepped)
+
+
+class Runner:
+    """Owns the models; encodes prompts, runs batches, decodes. Has no queues.
+
+    Every method raises an error that means that the device is lost. Any other error becomes the
+    ``Failure`` of the jobs that it affects.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        row_limits: Mapping[str, RowLimits],
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.models = models
+        self.peaks = PeakMemoryTracker(emit)
+        self._row_limits = row_limits
+        self._counts = {id: Counts() for id in models}
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """The devices that hold models."""
+        return {model.device for model in self.models.values()}
+
+    @property
+    def counts(self) -> dict[str, tuple[Counts, ...]]:
+        """The counters of each model's components, by model id."""
+        return {id: (*model.counts, self._counts[id]) for id, model in self.models.items()}
+
+    def new_samples(
+        self, model_id: str, jobs: Sequence[Job]
+    ) -> tuple[list[list[Sample] | Failure], Timer]:
+        """The samples of each job, all noise, and the timer of their prompts' encoding.
+
+        The prompts of all ``jobs``, which use one model, are encoded together.
+        """
+        model = self.models[model_id]
+        with Timer(model.device) as timer:
+            encoded = run_or_split(jobs, model.encode_prompts, self._prompts_failed)
+        started: list[list[Sample] | Failure] = []
+        for job, embeddings in zip(jobs, encoded, strict=True):
+            if isinstance(embeddings, Failure):
+                started.append(embeddings)
+                continue
+            try:
+                started.append(model.new_samples(job, embeddings))
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                started.append(self._scheduler_failed(job, error))
+        return started, timer
+
+    def run(self, batch: Batch) -> BatchResult:
+        """Run the denoiser once: each sample of ``batch`` takes one step."""
+        model, group = self.models[batch.model], batch.group
+        began = time.monotonic()
+        with self.peaks.watch(model.device, group.model, group.width, group.height, batch.rows):
+            predictions = run_or_split(batch.samples, self._denoise, self._denoiser_failed)
+            stepped, failures = self._step(batch.samples, predictions)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+        return BatchResult(stepped, failures, began, ended=time.monotonic())
+
+    def preview(self, sample: Sample) -> NDArray[np.uint8] | None:
+        """The pixels of ``sample``'s preview, None if none is due or the last is not yet encoded.
+
+        A model with a safety checker has no previews: they would show images that are withheld.
+        """
+        predicted_x0, sample.predicted_x0 = sample.predicted_x0, None
+        model = self.models[sample.job.model]
+        if predicted_x0 is None or sample.preview_pending or model.safety is not None:
+            return None
+        return model.previewer.decode_preview(predicted_x0)
+
+    def decode(self, sample: Sample) -> NDArray[np.uint8] | Failure:
+        """The pixels of a finished sample: [height, width, 3], 0 to 255."""
+        job = sample.job
+        model = self.models[job.model]
+        with (
+            structlog.contextvars.bound_contextvars(**job.log_fields),
+            self.peaks.watch(model.device, job.model, job.width, job.height),
+        ):
+            return model.decoder.decode(sample.latents)
+
+    def is_flagged(self, sample: Sample, pixels: NDArray[np.uint8]) -> bool:
+        """Whether the model's safety checker, if it has one, withholds ``pixels``."""
+        safety = self.models[sample.job.model].safety
+        return safety is not None and safety.flags(pixels)
+
+    def _denoise(self, samples: Sequence[Sample]) -> Sequence[torch.Tensor]:
+        group = samples[0].group
+        predictions = self.models[group.model].denoise(samples)
+        self._row_limits[group.model].record_success(group)
+        return predictions
+
+    def _step(
+        self, samples: Sequence[Sample], predictions: Sequence[torch.Tensor | Failure]
+    ) -> tuple[list[Sample], dict[str, Failure]]:
+        """Give each sample its prediction. A job fails with the first of its samples that fails."""
+        failures: dict[str, Failure] = {}
+        for sample, prediction in zip(samples, predictions, strict=True):
+            job = sample.job
+            if job.id in failures:
+                continue
+            if isinstance(prediction, Failure):
+                failures[job.id] = prediction
+                continue
+            try:
+                sample.advance(prediction)
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                failures[job.id] = self._scheduler_failed(job, error)
+        return [sample for sample in samples if sample.job.id not in failures], failures
+
+    def _denoiser_failed(self, samples: Sequence[Sample], error: Exception) -> Failure:
+        rows = sum(sample.rows for sample in samples)
+        out_of_memory = is_out_of_memory(error)
+        log.warning(
+            "batch failed",
+            request_ids=sorted({sample.job.request_id for sample in samples}),
+            samples=len(samples),
+            rows=rows,
+            out_of_memory=out_of_memory,
+            why=str(error),
+            exc_info=not out_of_memory,
+        )
+        if not out_of_memory:
+            return DENOISER_FAILED
+        group = samples[0].group
+        self._count_out_of_memory(group.model, alone=len(samples) == 1)
+        if len(samples) > 1:
+            self._row_limits[group.model].record_out_of_memory(group, rows)
+        return OUT_OF_MEMORY
+
+    def _prompts_failed(self, jobs: Sequence[Job], error: Exception) -> Failure:
+        out_of_memory = is_out_of_memory(error)
+        log.warning(
+            "prompts could not be encoded",
+            request_ids=sorted({job.request_id for job in jobs}),
+            jobs=len(jobs),
+            out_of_memory=out_of_memory,
+            exc_info=not out_of_memory,
+        )
+        if not out_of_memory:
+            return PROMPT_FAILED
+        self._count_out_of_memory(jobs[0].model, alone=len(jobs) == 1)
+        return PROMPT_OUT_OF_MEMORY
+
+    def _scheduler_failed(self, job: Job, error: Exception) -> Failure:
+        """The failure of a job whose own noise scheduler raised ``error``."""
+        if is_out_of_memory(error):
+            log.warning("scheduler ran out of memory", **job.log_fields)
+            self._count_out_of_memory(job.model, alone=True)
+            return OUT_OF_MEMORY
+        log.error("scheduler failed", exc_info=error, **job.log_fields)
+        return SCHEDULER_FAILED
+
+    def _count_out_of_memory(self, model_id: str, *, alone: bool) -> None:
+        """Count a call that ran out of memory; one that is not ``alone`` is split."""
+        outcome = Counted.OUT_OF_MEMORY_FAILED if alone else Counted.OUT_OF_MEMORY_SPLIT
+        self._counts[model_id][outcome] += 1

@@ -1,0 +1,144 @@
+"""The batch scheduler: which jobs are in the engine, and which samples the next batch serves."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from darkroom_server.core.errors import Failure
+from darkroom_server.core.events import Event, JobCancelled, JobFailed
+from darkroom_server.core.job import Job
+from darkroom_server.core.order import FairShare, pick
+from darkroom_server.engine.batch import Batch, Group
+from darkroom_server.engine.batching.resident_job import ResidentJob
+from darkroom_server.engine.batching.row_limits import RowLimits
+
+if TYPE_CHECKING:
+    from darkroom_server.engine.device.timer import Timer
+    from darkroom_server.engine.sample import Sample
+
+
+class BatchScheduler:
+    """Owns the resident jobs and their samples; knows no torch.
+
+    A job is a newcomer until its prompts are encoded. Then its samples wait for batches until each
+    took its last step. The job is removed when its last image is decoded, or when it ends early.
+    Used from the loop's thread only.
+    """
+
+    def __init__(self, row_limits: Mapping[str, RowLimits], emit: Callable[[Event], None]) -> None:
+        self._row_limits = row_limits
+        self._emit = emit
+        self._jobs: dict[str, ResidentJob] = {}
+        self._newcomers: dict[str, ResidentJob] = {}
+        self._samples: dict[Group, dict[tuple[str, int], Sample]] = {}
+        self._shares: FairShare[Group] = FairShare()
+
+    @property
+    def idle(self) -> bool:
+        """True if there is nothing to encode and nothing to put into a batch."""
+        return not (self._newcomers or self._samples)
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._jobs
+
+    def job_of(self, sample: "Sample") -> ResidentJob:
+        """The resident job of ``sample``. Raises ``KeyError`` if it was removed."""
+        return self._jobs[sample.job.id]
+
+    def add(self, job: Job) -> None:
+        """Take a new job; the next ``take_newcomers`` returns it."""
+        self._jobs[job.id] = self._newcomers[job.id] = ResidentJob(job, self._emit)
+
+    def extend(self, job_id: str, deadline: float | None) -> None:
+        """Replace a job's deadline; an unknown id is ignored."""
+        if resident := self._jobs.get(job_id):
+            resident.extend(deadline)
+
+    def cancel(self, job_id: str) -> None:
+        """Remove a job and emit ``JobCancelled``; an unknown id is ignored."""
+        if resident := self._jobs.get(job_id):
+            self._cancel(resident, expired=False)
+
+    def expire(self, now: float) -> None:
+        """Cancel the jobs whose deadline has passed, and remove those that ended elsewhere."""
+        for resident in list(self._jobs.values()):
+            if resident.ended:  # An image of it could not be encoded.
+                self._remove(resident)
+            elif resident.job.deadline is not None and resident.job.deadline <= now:
+                self._cancel(resident, expired=True)
+
+    def fail(self, job_id: str, failure: Failure) -> None:
+        """Remove a job and emit ``JobFailed``."""
+        resident = self._jobs[job_id]
+        self._remove(resident)
+        resident.end(JobFailed(job_id, failure))
+
+    def take_newcomers(self) -> dict[str, list[ResidentJob]]:
+        """The newcomers by model id, in the order of arrival; each is returned once."""
+        by_model: dict[str, list[ResidentJob]] = {}
+        for resident in self._newcomers.values():
+            by_model.setdefault(resident.job.model, []).append(resident)
+        self._newcomers = {}
+        return by_model
+
+    def start(self, job_id: str, samples: "list[Sample]", prompt_timer: "Timer") -> None:
+        """Let ``samples`` of a job take part in batches; ``prompt_timer`` timed its prompts."""
+        self._jobs[job_id].prompt_encoded(samples, prompt_timer)
+        for sample in samples:
+            self._samples.setdefault(sample.group, {})[job_id, sample.index] = sample
+
+    def next_batch(self) -> Batch | None:
+        """The samples to run next, None if none waits.
+
+        The group with the least served time is next; ``core.order.pick`` chooses among its samples.
+        """
+        if not self._samples:
+            return None
+        group = self._shares.next(self._samples)
+        samples = self._samples[group]
+        keys = pick([sample.key() for sample in samples.values()], self.max_rows(group))
+        return Batch.of([samples[key.id] for key in keys])
+
+    def max_rows(self, group: Group) -> int:
+        """Rows that a batch of ``group`` may have now."""
+        return self._row_limits[group.model].of(group)
+
+    def begin(self, batch: Batch, now: float) -> None:
+        """Emit ``JobStarted`` for each job whose first batch this is; ``now`` is monotonic."""
+        for sample in batch.samples:
+            self.job_of(sample).begin_batch(now)
+
+    def charge(self, group: Group, seconds: float) -> None:
+        """Count ``seconds`` of served time to ``group``."""
+        self._shares.charge(group, seconds)
+
+    def denoised(self, sample: "Sample", now: float) -> None:
+        """Take ``sample`` out of the batches: it took its last step, at ``now``."""
+        self.job_of(sample).denoised(now)
+        self._forget(sample)
+
+    def decoded(self, sample: "Sample", now: float) -> ResidentJob:
+        """The job of ``sample``, which was decoded at ``now``; removed if it was its last image.
+
+        The encode pool finishes the rest of the job.
+        """
+        resident = self.job_of(sample)
+        if resident.decoded(now):
+            self._remove(resident)
+        return resident
+
+    def _cancel(self, resident: ResidentJob, *, expired: bool) -> None:
+        self._remove(resident)
+        resident.end(JobCancelled(resident.job.id, expired, resident.engine_seconds))
+
+    def _remove(self, resident: ResidentJob) -> None:
+        del self._jobs[resident.job.id]
+        self._newcomers.pop(resident.job.id, None)
+        for sample in resident.samples:
+            self._forget(sample)
+
+    def _forget(self, sample: "Sample") -> None:
+        group = sample.group
+        waiting = self._samples.get(group, {})
+        waiting.pop((sample.job.id, sample.index), None)
+        if not waiting:
+            self._samples.pop(group, None)

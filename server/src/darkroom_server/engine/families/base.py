@@ -1,0 +1,166 @@
+"""What a family of models offers to the loader, the warm-up and the runner.
+
+A family is one file in this folder with a ``Family`` and a ``Model``, and one line in ``registry``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from darkroom_server.core.errors import StartupError
+from darkroom_server.core.job import Job
+from darkroom_server.core.model import ModelInfo, ModelLimits
+from darkroom_server.engine.components.decoder import Decoder
+from darkroom_server.engine.components.previewer import Previewer
+from darkroom_server.engine.components.prompt_encoder import Embedding
+from darkroom_server.engine.components.safety_checker import SafetyChecker
+from darkroom_server.engine.counters import Counts
+from darkroom_server.engine.loading.defaults import Defaults
+from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.warmup.profiler import MemoryFormat
+
+Precision = Callable[[], AbstractContextManager[Any]]
+"""Makes the context in which a component of a model is called: autocast, or nothing."""
+
+Embeddings = Mapping[tuple[str, bool], Embedding]
+"""Embeddings by (prompt, alone); ``alone`` prompts were encoded in a call of their own."""
+
+
+class Model(Protocol):
+    """A model in memory, warmed up: what the runner calls.
+
+    The methods raise whatever torch and diffusers raise; the runner splits and contains failures.
+    They run on the loop's thread.
+    """
+
+    info: ModelInfo
+    decoder: Decoder
+    previewer: Previewer
+    safety: SafetyChecker | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+
+    @property
+    def counts(self) -> tuple[Counts, ...]:
+        """The counters of the model's components; the loop emits and clears them."""
+
+    def encode_prompts(self, jobs: Sequence[Job]) -> Sequence[Embeddings]:
+        """For each job, the embeddings of its prompts, in one call for all jobs."""
+
+    def new_samples(self, job: Job, embeddings: Embeddings) -> list[Sample]:
+        """A sample of pure noise for each of ``job.image_indices``."""
+
+    def denoise(self, samples: Sequence[Sample]) -> Sequence[torch.Tensor]:
+        """One denoiser call: for each sample its prediction [rows, channels, h, w].
+
+        ``samples`` are of one ``Group``; each is at its own timestep.
+        """
+
+
+class Family(ABC):
+    """A kind of model: what its folder holds, and how a pipeline of it is placed and measured.
+
+    Class attributes describe the family; an instance wraps one pipeline that is in memory.
+    ``pipeline_class`` is the class in ``diffusers`` and in ``model_index.json``. ``components``
+    have weights, all of which must be there. ``optional`` are left out, or replaced by None.
+    ``pipeline_options`` are further arguments of ``from_pretrained``. ``defaults`` are for
+    requests that leave a field unset. ``denoiser_name`` is the component that runs every step.
+    """
+
+    pipeline_class: ClassVar[str]
+    components: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()
+    pipeline_options: ClassVar[Mapping[str, Any]] = {}
+    defaults: ClassVar[Defaults]
+    denoiser_name: ClassVar[str]
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    @classmethod
+    @abstractmethod
+    def check_folder(cls, folder: Path, name: str) -> None:
+        """Check what diffusers does not: the parts of ``folder`` that are not weights.
+
+        ``name`` is what the operator calls the model. Raises ``StartupError``.
+        """
+
+    @abstractmethod
+    def check_pipeline(self, name: str) -> None:
+        """Raise ``StartupError`` if this pipeline needs what the family does not implement."""
+
+    @property
+    def denoiser(self) -> Any:
+        """The module that runs every step."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    @abstractmethod
+    def latent_factor(self) -> int:
+        """Pixels of an image for one pixel of its latents, on each side."""
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+
+    @property
+    @abstractmethod
+    def latent_size(self) -> int:
+        """Width and height of the latents of an image of the default size."""
+
+    @property
+    @abstractmethod
+    def prompt_tokens(self) -> int:
+        """Tokens that the model reads of a prompt, the start and end marks included."""
+
+    @property
+    def size(self) -> int:
+        """The default width and height of an image, in pixels."""
+        return self.latent_size * self.latent_factor
+
+    @abstractmethod
+    def limits(self, max_rows: int) -> ModelLimits:
+        """The bounds of a request, with the row limit that was measured."""
+
+    @abstractmethod
+    def denoiser_inputs(
+        self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
+    ) -> dict[str, torch.Tensor]:
+        """Keyword arguments of one denoiser call of ``rows`` images of the default size, all zeros.
+
+        The warm-up measures the call's time and memory, which do not depend on the values.
+        """
+
+    def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The latents of one image of the default size, all zeros."""
+        shape = (1, self.latent_channels, self.latent_size, self.latent_size)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def safety_checker(self, name: str) -> SafetyChecker:
+        """The pipeline's own safety checker. Raises ``StartupError`` if it has none."""
+        checker = getattr(self.pipeline, "safety_checker", None)
+        feature_extractor = getattr(self.pipeline, "feature_extractor", None)
+        if checker is None or feature_extractor is None:
+            raise StartupError(
+                f"model {name!r} brings no safety checker: leave --safety-checker out"
+            )
+        return SafetyChecker(checker, feature_extractor)
+
+    @abstractmethod
+    def new_model(
+        self,
+        info: ModelInfo,
+        form: MemoryFormat,
+        device: torch.device,
+        precision: Precision,
+        decoder: Decoder,
+        safety: SafetyChecker | None,
+    ) -> Model:
+        """The model to serve: the pipeline is on ``device`` in ``form``, and was measured."""

@@ -1,0 +1,23 @@
+"""The registry of families: a pipeline's class decides how it is loaded and served."""
+
+from typing import Any
+
+from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.families.stable_diffusion import StableDiffusion
+
+FAMILIES: dict[str, type[Family]] = {
+    family.pipeline_class: family
+    for family in (
+        StableDiffusion,
+        # One line for each family.
+    )
+}
+"""By the class of the pipeline, as ``model_index.json`` names it."""
+
+SINGLE_FILE: type[Family] = StableDiffusion
+"""The family of a single file that comes without ``--model-config``: it names no class."""
+
+
+def family_of(pipeline: Any) -> Family:
+    """The family of a pipeline that was loaded. Raises ``KeyError`` if it has none."""
+    return FAMILIES[type(pipeline).__name__](pipeline)

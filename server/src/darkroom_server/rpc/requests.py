@@ -1,0 +1,73 @@
+"""From protobuf requests to those of the service layer."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from darkroom.v1 import generation_pb2
+from darkroom_server.core.errors import InvalidRequest, Violation
+from darkroom_server.rpc.enums import FORMAT_FROM_WIRE, SCHEDULER_FROM_WIRE
+from darkroom_server.service.request import GenerationRequest
+from darkroom_server.service.validation import ReplyLimit
+
+MAX_REPLY_BYTES_KEY = "darkroom-max-reply-bytes"
+"""Metadata of a caller that raised its receive limit: a decimal number."""
+
+DEFAULT_MAX_REPLY_BYTES = 4 * 1024**2
+"""gRPC's default receive limit: a client with it fails on a larger reply, after the work."""
+
+NO_PREVIEWS = generation_pb2.PreviewOptions()
+
+
+def generation_request(
+    message: generation_pb2.GenerateRequest,
+    preview: generation_pb2.PreviewOptions = NO_PREVIEWS,
+) -> GenerationRequest:
+    """The request of ``message``, with no field interpreted yet."""
+    return GenerationRequest(
+        prompt=message.prompt,
+        negative_prompt=message.negative_prompt,
+        model=message.model,
+        width=message.width if message.HasField("width") else None,
+        height=message.height if message.HasField("height") else None,
+        steps=message.steps if message.HasField("steps") else None,
+        guidance_scale=message.guidance_scale if message.HasField("guidance_scale") else None,
+        seed=message.seed if message.HasField("seed") else None,
+        image_count=message.image_count if message.HasField("image_count") else None,
+        scheduler=_name(message.scheduler, SCHEDULER_FROM_WIRE),
+        format=_name(message.format, FORMAT_FROM_WIRE),
+        quality=message.quality if message.HasField("quality") else None,
+        exact=message.exact,
+        request_id=message.request_id,
+        keep=message.on_disconnect == generation_pb2.ON_DISCONNECT_KEEP,
+        preview_every=preview.every_steps,
+        preview_format=_name(preview.format, FORMAT_FROM_WIRE),
+    )
+
+
+def time_limit(message: generation_pb2.SubmitGenerationRequest) -> float | None:
+    """The time limit in seconds, None without one."""
+    if not message.HasField("time_limit"):
+        return None
+    return message.time_limit.seconds + message.time_limit.nanos / 1e9
+
+
+def reply_limit(metadata: Iterable[tuple[str, str | bytes]]) -> ReplyLimit:
+    """What the caller accepts in one message; raises ``InvalidRequest``."""
+    limit = DEFAULT_MAX_REPLY_BYTES
+    for key, value in metadata:
+        if key == MAX_REPLY_BYTES_KEY:
+            text = value.decode("ascii", "replace") if isinstance(value, bytes) else value
+            if not (text.isascii() and text.isdecimal() and len(text) <= 18):
+                wrong = Violation(MAX_REPLY_BYTES_KEY, "metadata: must be a number of bytes")
+                raise InvalidRequest([wrong])
+            limit = int(text)
+            break
+    advice = f"raise the client's gRPC receive limit and send it as metadata {MAX_REPLY_BYTES_KEY}"
+    return ReplyLimit(limit, advice)
+
+
+def _name(number: int, known: Mapping[Any, str]) -> str | None:
+    """The name of an enum's value; its number if unknown, None if unset."""
+    if not number:
+        return None
+    return known.get(number, str(number))

@@ -1,0 +1,189 @@
+"""Generating images: the use case behind every door."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from darkroom_server.core.errors import DarkroomError, InvalidRequest, Violation
+from darkroom_server.dispatch import (
+    ActiveJob,
+    ConcurrentCallLimiter,
+    Dispatcher,
+    Estimate,
+    ResultStore,
+)
+from darkroom_server.service.call_context import REQUEST_ID, CallContext
+from darkroom_server.service.idempotency import check_request_id, fingerprint
+from darkroom_server.service.request import GenerationRequest
+from darkroom_server.service.summary import RequestObserver, RequestSummary, Summaries
+from darkroom_server.service.validation import ReplyLimit, job_of
+
+MAX_TIME_LIMIT_SECONDS = 366 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEstimate:
+    """What a request would take now; ``time`` is None while too little is known."""
+
+    time: Estimate | None
+    peak_bytes: int
+    available_bytes: int
+
+
+class GenerationService:
+    """Validates requests, submits or joins their jobs, and records one summary for each call.
+
+    ``observers`` receive the summaries. All methods belong to the dispatcher's event loop.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        results: ResultStore,
+        observers: Sequence[RequestObserver],
+        *,
+        log_prompts: bool = False,
+    ) -> None:
+        self.summaries = Summaries(observers, log_prompts=log_prompts)
+        self._dispatcher = dispatcher
+        self._results = results
+        self._open_calls = ConcurrentCallLimiter(dispatcher.max_jobs)
+        self._detached: set[asyncio.Task[None]] = set()
+
+    def open_call(self, call: CallContext, request_id: str) -> Callable[[], None]:
+        """Count a call that follows the job ``request_id``; call the result when it is over.
+
+        Raises ``QuotaExceeded``.
+        """
+        return self._open_calls.acquire(call.caller.name, request_id)
+
+    def accept(
+        self,
+        request: GenerationRequest,
+        call: CallContext,
+        summary: RequestSummary,
+        *,
+        deadline: float | None,
+        idempotent: bool,
+        reply_limit: ReplyLimit | None = None,
+    ) -> tuple[ActiveJob, bool]:
+        """The job for ``request``, and whether it joined one that an earlier call began.
+
+        ``deadline`` is in ``time.monotonic`` seconds. ``idempotent``: the caller knows the request
+        id, and a call with the same id joins. ``reply_limit``: the limit of a reply in one message.
+        Raises ``InvalidRequest`` with all violations, ``RequestConflict``, and what
+        ``Dispatcher.submit`` raises.
+        """
+        request_id = request_id_of(request, call)
+        digest = fingerprint(request) if idempotent else b""
+        active = None
+        if idempotent:
+            active = self._results.join(
+                call.caller, request_id, digest, deadline, keep=request.keep
+            )
+        joined = active is not None
+        if active is None:
+            summary.model = model_id = self._dispatcher.availability.resolve(request.model)
+            job = job_of(
+                request,
+                self._dispatcher.availability.model(model_id),
+                call,
+                job_id=request_id,
+                submitted_at=summary.arrived,
+                deadline=deadline,
+            )
+            if reply_limit is not None:
+                reply_limit.check(job)
+            summary.images, summary.steps = job.image_count, job.steps
+            if idempotent:
+                active = self._results.submit(
+                    job, call.caller, request_id, digest, keep=request.keep
+                )
+            else:
+                active = self._dispatcher.submit(job, call.caller)
+        summary.accepted(active)
+        if joined and reply_limit is not None:
+            reply_limit.check(active.job)  # The call that began it may accept more, or streams.
+        return active, joined
+
+    def submit(
+        self,
+        request: GenerationRequest,
+        call: CallContext,
+        *,
+        arrived: float,
+        time_limit: float | None,
+    ) -> tuple[ActiveJob, bool]:
+        """As ``accept``, for a job that runs whether or not a call follows it.
+
+        ``time_limit``: seconds until the job expires, None for never. Its summary is recorded when
+        it ends.
+        """
+        with self.summaries.record(request, call, arrived, deadline=None) as summary:
+            deadline = _deadline_after(time_limit)
+            active, joined = self.accept(request, call, summary, deadline=deadline, idempotent=True)
+            self._results.detach(active)
+            summary.continues = True
+        if not joined:
+            task = asyncio.create_task(self._record_when_done(request, call, arrived, active))
+            self._detached.add(task)
+            task.add_done_callback(self._detached.discard)
+        return active, joined
+
+    def find(self, call: CallContext, request_id: str) -> ActiveJob:
+        """The job of this caller; raises ``InvalidRequest`` or ``UnknownRequest``."""
+        check_request_id(request_id)
+        return self._results.find(call.caller.name, request_id)
+
+    def cancel(self, call: CallContext, request_id: str) -> bool:
+        """Cancel a job of this caller; False if it had ended.
+
+        Raises ``InvalidRequest`` or ``UnknownRequest``.
+        """
+        check_request_id(request_id)
+        return self._results.cancel(call.caller.name, request_id)
+
+    def estimate(self, request: GenerationRequest, call: CallContext) -> RequestEstimate:
+        """What ``request`` would take now, without running it.
+
+        Raises what the request itself would raise, except for quotas, queue limits and deadlines.
+        """
+        availability = self._dispatcher.availability
+        model = availability.model(availability.resolve(request.model))
+        job = job_of(request, model, call, job_id="", submitted_at=time.monotonic(), deadline=None)
+        # The images of the job share a batch, as far as they fit.
+        most = model.rows_of_a_pass(job.width, job.height)
+        rows = min(job.rows_per_image * job.image_count, most)
+        return RequestEstimate(
+            time=self._dispatcher.estimate(job),
+            peak_bytes=model.memory.needed(job.width, job.height, rows),
+            available_bytes=model.memory.available_bytes,
+        )
+
+    async def _record_when_done(
+        self, request: GenerationRequest, call: CallContext, arrived: float, active: ActiveJob
+    ) -> None:
+        """Record the summary of a job that no call waits for."""
+        job = active.job
+        with (
+            suppress(DarkroomError),
+            self.summaries.record(request, call, arrived, job.deadline) as summary,
+        ):
+            summary.images, summary.steps = job.image_count, job.steps
+            summary.accepted(active)
+            summary.finished(await active.result())
+
+
+def request_id_of(request: GenerationRequest, call: CallContext) -> str:
+    """The request's own id if it can be used, else that of its call."""
+    return request.request_id if REQUEST_ID.fullmatch(request.request_id) else call.request_id
+
+
+def _deadline_after(time_limit: float | None) -> float | None:
+    if time_limit is None:
+        return None
+    if not 0 < time_limit < MAX_TIME_LIMIT_SECONDS:
+        raise InvalidRequest([Violation("time_limit", "must be more than nothing, at most a year")])
+    return time.monotonic() + time_limit

@@ -1,0 +1,239 @@
+"""From a ``GenerationRequest`` to a ``Job``: all violations at once, and no field left unset."""
+
+import math
+import secrets
+import struct
+from dataclasses import dataclass, field
+
+from darkroom_server.core.errors import InvalidRequest, Reason, Violation
+from darkroom_server.core.job import SEED_BOUND, ImageFormat, Job, SchedulerName
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.service.call_context import REQUEST_ID, RULE, CallContext
+from darkroom_server.service.request import GenerationRequest
+
+SCHEDULERS = {name.value: name for name in SchedulerName}
+FORMATS = {format.value: format for format in ImageFormat}
+
+
+MAX_REPLY_BYTES = 64 * 1024**2
+"""Whatever the caller accepts: a whole reply stays in memory until it is read."""
+
+OVERHEAD_BYTES = 64 * 1024
+"""More than an image's format and replay record ever take besides its pixels."""
+
+
+def as_float32(value: float) -> float:
+    """``value`` rounded to 32 bits, as guidance is on the wire.
+
+    Defaults and bounds are rounded like what callers send: a replay has the same guidance, and a
+    bound of 7.3 accepts a request for 7.3.
+    """
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
+
+
+def job_of(
+    request: GenerationRequest,
+    model: ModelInfo,
+    call: CallContext,
+    *,
+    job_id: str,
+    submitted_at: float,
+    deadline: float | None,
+) -> Job:
+    """The job that ``request`` asks of ``model``; raises ``InvalidRequest``.
+
+    ``submitted_at`` and ``deadline`` are in ``time.monotonic`` seconds.
+    """
+    fields = _Fields(request, model)
+    fields.check_texts()
+    scheduler = fields.scheduler()
+    format = fields.format()
+    job = Job(
+        id=job_id,
+        model=model.id,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=fields.size("width", request.width, model.defaults.width),
+        height=fields.size("height", request.height, model.defaults.height),
+        steps=fields.steps(scheduler),
+        guidance_scale=fields.guidance_scale(),
+        seed=fields.seed(),
+        image_count=fields.image_count(),
+        scheduler=scheduler or model.defaults.scheduler,
+        format=format or model.defaults.format,
+        quality=fields.quality(format),
+        exact=request.exact,
+        submitted_at=submitted_at,
+        deadline=deadline,
+        priority=call.caller.priority,
+        caller=call.caller.name,
+        preview_every=fields.preview_every(),
+        preview_format=fields.preview_format(),
+        request_id=job_id,
+        trace_id=call.trace.trace_id if call.trace else "",
+    )
+    if fields.violations:
+        raise InvalidRequest(fields.violations)
+    return job
+
+
+def reply_bytes(job: Job) -> int:
+    """The most bytes of the reply to ``job``: no format makes an image larger than its pixels."""
+    return job.image_count * (job.width * job.height * 3 + OVERHEAD_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyLimit:
+    """What the caller accepts in one message; ``advice`` says how to raise it over its door."""
+
+    max_bytes: int
+    advice: str
+
+    def check(self, job: Job) -> None:
+        """Raise ``InvalidRequest`` if the reply to ``job`` may be larger."""
+        limit = min(self.max_bytes, MAX_REPLY_BYTES)
+        size = reply_bytes(job)
+        if size <= limit:
+            return
+        if limit == MAX_REPLY_BYTES:
+            why = f"no reply has more than {limit}; ask for fewer or smaller images, or a stream"
+        else:
+            why = f"the caller takes {limit}; ask for fewer or smaller images, or {self.advice}"
+        description = (
+            f"{job.image_count} of {job.width}×{job.height} pixels may make a reply of {size} "
+            f"bytes, and {why}"
+        )
+        raise InvalidRequest([Violation("image_count", description)], Reason.REPLY_TOO_LARGE)
+
+
+@dataclass
+class _Fields:
+    """Reads the fields one by one and collects their violations."""
+
+    request: GenerationRequest
+    model: ModelInfo
+    violations: list[Violation] = field(default_factory=list)
+
+    def wrong(self, name: str, description: str) -> None:
+        """Record that field ``name`` violates ``description``."""
+        self.violations.append(Violation(name, description))
+
+    def check_texts(self) -> None:
+        """Check the prompts, in bytes of UTF-8, and the request id."""
+        most = self.model.limits.max_prompt_bytes
+        request = self.request
+        if not request.prompt:
+            self.wrong("prompt", "must not be empty")
+        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        for name, text in texts.items():
+            size = len(text.encode())
+            if size > most:
+                self.wrong(name, f"must be at most {most} bytes of UTF-8, and has {size}")
+        if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
+            self.wrong("request_id", RULE)
+
+    def size(self, name: str, value: int | None, default: int) -> int:
+        """Width or height, in pixels."""
+        limits = self.model.limits
+        size = self._number(name, value, default, limits.min_size, limits.max_size)
+        if size % limits.size_multiple:
+            self.wrong(name, f"must be a multiple of {limits.size_multiple}, not {size}")
+        return size
+
+    def scheduler(self) -> SchedulerName | None:
+        """The scheduler, None if the model does not offer the request's."""
+        asked = self.request.scheduler
+        if asked is None:
+            return self.model.defaults.scheduler
+        name = SCHEDULERS.get(asked)
+        if name is None:
+            self.wrong("scheduler", f"{asked} is no scheduler that this server knows")
+            return None
+        if self.model.offer(name) is None:
+            offers = ", ".join(offer.name for offer in self.model.schedulers)
+            self.wrong("scheduler", f"model {self.model.id!r} offers {offers}, not {name}")
+            return None
+        return name
+
+    def steps(self, scheduler: SchedulerName | None) -> int:
+        """Steps, within the scheduler's range."""
+        offers = [o for o in self.model.schedulers if scheduler in (None, o.name)]
+        low = min(offer.min_steps for offer in offers)
+        high = max(offer.max_steps for offer in offers)
+        default = self.model.defaults.steps
+        if self.request.steps is None and not low <= default <= high:
+            self.wrong(
+                "steps",
+                f"must be set for {scheduler}, which takes {low} to {high}: the model's default "
+                f"is {default}",
+            )
+            return default
+        return self._number("steps", self.request.steps, default, low, high)
+
+    def guidance_scale(self) -> float:
+        """Classifier-free guidance, 0 to the model's limit."""
+        most = self.model.limits.max_guidance_scale
+        value = self.request.guidance_scale
+        if value is None:
+            return as_float32(self.model.defaults.guidance_scale)
+        if not math.isfinite(value) or not 0.0 <= value <= as_float32(most):
+            self.wrong("guidance_scale", f"must be 0 to {most:g}, not {value:g}")
+        return value
+
+    def seed(self) -> int:
+        """The seed of the first image, random if the request has none."""
+        seed = self.request.seed
+        if seed is None:
+            return secrets.randbelow(SEED_BOUND)
+        if not 0 <= seed < SEED_BOUND:
+            self.wrong("seed", f"must be 0 to {SEED_BOUND - 1}, not {seed}")
+        return seed
+
+    def image_count(self) -> int:
+        """The number of images."""
+        most = self.model.limits.max_image_count
+        return self._number("image_count", self.request.image_count, 1, 1, most)
+
+    def format(self) -> ImageFormat | None:
+        """The format, None if the request's is unknown."""
+        asked = self.request.format
+        if asked is None:
+            return self.model.defaults.format
+        format = FORMATS.get(asked)
+        if format is None:
+            self.wrong("format", f"{asked} is no format that this server knows")
+        return format
+
+    def quality(self, format: ImageFormat | None) -> int:
+        """The quality, for formats that have one."""
+        asked, default = self.request.quality, self.model.defaults.quality
+        if asked is not None and format and not format.takes_quality:
+            self.wrong("quality", f"is for JPEG and WEBP only, not for {format.name}")
+            return default
+        return self._number("quality", asked, default, 1, 100)
+
+    def preview_every(self) -> int:
+        """A preview every N steps, 0 for none."""
+        every = self.request.preview_every
+        if every < 0:
+            self.wrong("preview.every_steps", f"must be 0 or more, not {every}")
+        return every
+
+    def preview_format(self) -> ImageFormat:
+        """The format of previews, a lossy one."""
+        asked = self.request.preview_format
+        if asked is None:
+            return ImageFormat.JPEG
+        format = FORMATS.get(asked)
+        if format is None or not format.takes_quality:
+            self.wrong("preview.format", "must be JPEG or WEBP")
+            return ImageFormat.JPEG
+        return format
+
+    def _number(self, name: str, value: int | None, default: int, low: int, high: int) -> int:
+        if value is None:
+            return default
+        if not low <= value <= high:
+            self.wrong(name, f"must be {low} to {high}, not {value}")
+        return value
