@@ -77,14 +77,14 @@ bench-engine: setup ## measure the engine beside diffusers' pipeline, on this ma
 
 .PHONY: bench-memory
 bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
-	@$(BIN)/python -m bench.memory $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.micro memory $(BENCH_FLAGS)
 
 .PHONY: bench-estimates bench-overload
 bench-estimates: setup ## measure how good the server's estimates are; options in BENCH_FLAGS
-	@$(BIN)/python -m bench.estimates $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.serving estimates $(BENCH_FLAGS)
 
 bench-overload: setup ## 200 callers at five times the capacity, each with a deadline; options in BENCH_FLAGS
-	@$(BIN)/python -m bench.overload $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.serving overload $(BENCH_FLAGS)
 
 .PHONY: bench bench-full bench-gpu bench-peers-setup
 bench: bench-peers-setup ## measure Darkroom beside other servers, 15 minutes; options in BENCH_FLAGS
