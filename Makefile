@@ -114,7 +114,7 @@ fuzz: setup ## send INPUTS requests that no client would send to a server, over 
 trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits
 	@$(BIN)/python -m tools.trace_request $(TRACE_FLAGS)
 
-# lint-words joins these once the prose is rewritten.
+# lint-words and lint-trace join these once they find nothing.
 CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs
 
 .PHONY: lint
@@ -159,6 +159,10 @@ lint-stubs: $(GENERATOR)/.installed
 .PHONY: lint-words
 lint-words: setup ## find words that the prose avoids; WORDS_FLAGS may name files, or be --count
 	@$(BIN)/python -m tools.lint_words $(WORDS_FLAGS)
+
+.PHONY: lint-trace
+lint-trace: setup
+	@$(BIN)/python -m tools.trace_request --quiet --check
 
 .PHONY: format
 format: setup ## format the Python files and the protos, sort the imports
