@@ -114,8 +114,8 @@ fuzz: setup ## send INPUTS requests that no client would send to a server, over 
 trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits
 	@$(BIN)/python -m tools.trace_request $(TRACE_FLAGS)
 
-# lint-words and lint-trace join these once they find nothing.
-CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs
+# lint-words joins these once it finds nothing.
+CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs lint-trace
 
 .PHONY: lint
 lint: setup $(GENERATOR)/.installed ## check style, types, imports and protos
