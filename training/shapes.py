@@ -99,9 +99,9 @@ def draw(
         rows = [i for i, scene in enumerate(scenes) if scene.shape == shape]
         if rows:
             masks[rows] = coverage(shape, [placements[i] for i in rows], height, width)
-    paint = palette([s.colour for s in scenes]).view(-1, 3, 1, 1)
+    colour = palette([s.colour for s in scenes]).view(-1, 3, 1, 1)
     ground = palette([s.background for s in scenes]).view(-1, 3, 1, 1)
-    return torch.lerp(ground, paint, masks.unsqueeze(1)), masks
+    return torch.lerp(ground, colour, masks.unsqueeze(1)), masks
 
 
 def draw_randomly(

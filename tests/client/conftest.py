@@ -1,4 +1,4 @@
-"""Both clients behind one blocking face, so that every test is written once for both."""
+"""Both clients behind one blocking interface: each test runs with both."""
 
 import asyncio
 import inspect
@@ -20,7 +20,7 @@ Connect = Callable[..., Any]
 
 
 class Blocking:
-    """An ``AsyncClient`` in a loop and a thread of its own, with the face of a ``Client``."""
+    """An ``AsyncClient`` in its own event loop and thread, with the interface of a ``Client``."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._loop = asyncio.new_event_loop()
@@ -50,7 +50,7 @@ class Blocking:
 
 
 class BlockingStream:
-    """An ``AsyncStream``, or any other asynchronous iterator, with a blocking face."""
+    """An ``AsyncStream``, or any other asynchronous iterator, with a blocking interface."""
 
     def __init__(self, run: Any, make: Any, args: Any, options: Any) -> None:
         async def made() -> Any:
@@ -84,28 +84,28 @@ class BlockingStream:
         return self._run(self._stream.result())
 
     def close(self) -> None:
-        """Leave, or close an asynchronous generator."""
+        """Close the stream or the asynchronous generator."""
         close = getattr(self._stream, "aclose", None) or self._stream.close
         self._run(close())
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the developer's own reaches a test."""
+    """Hide the developer's own settings from the tests."""
     for name in [name for name in os.environ if name.startswith("DARKROOM_")]:
         monkeypatch.delenv(name)
 
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
-    """A server that does what its ``script`` says."""
+    """A server that follows its ``script``."""
     with ScriptedServer() as server:
         yield server
 
 
 @pytest.fixture(params=["sync", "async"])
 def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
-    """Makes clients of one kind, and closes them in the end."""
+    """Creates clients of one kind, and closes them at the end."""
     clients: list[Any] = []
 
     def connect(*args: Any, **options: Any) -> Any:
@@ -125,11 +125,11 @@ def client(connect: Connect, server: ScriptedServer) -> Any:
 
 @pytest.fixture
 def fake(darkroom_server: FakeServer) -> FakeServer:
-    """A server that draws gradients, whole with streams and jobs."""
+    """A fake server with streams and jobs."""
     return darkroom_server
 
 
 @pytest.fixture
 def caller(connect: Connect, fake: FakeServer) -> Any:
-    """A client of ``fake`` that tries again at once."""
+    """A client of ``fake`` that retries at once."""
     return connect(fake.target, retry=Retry(initial_backoff=0.01, max_backoff=0.05))

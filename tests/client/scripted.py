@@ -1,4 +1,4 @@
-"""A real server on a free port that answers as a test tells it to."""
+"""A server on a free port whose answers a test scripts."""
 
 import hashlib
 import io
@@ -36,7 +36,7 @@ SIZE = 16
 
 
 def draw(request: generation_pb2.GenerateRequest, context: grpc.ServicerContext) -> Answer:
-    """What a server that works answers: plain squares whose colour is the seed's."""
+    """The answer of a working server: squares with a colour of the seed."""
     count = request.image_count if request.HasField("image_count") else 1
     seed = request.seed if request.HasField("seed") else 4711
     return generation_pb2.GenerateResponse(
@@ -62,7 +62,7 @@ def fail(
     details: Sequence[Message] = (),
     metadata: dict[str, str] | None = None,
 ) -> Behaviour:
-    """An error as Darkroom's server sends it; without ``reason``, a bare one."""
+    """An error as Darkroom's server sends it; without ``reason``, as gRPC sends it."""
 
     def behave(request: generation_pb2.GenerateRequest, context: grpc.ServicerContext) -> Answer:
         if not reason and not details:
@@ -80,7 +80,7 @@ def fail(
 
 
 def held(released: threading.Event) -> Behaviour:
-    """An answer that comes only once ``released`` is set."""
+    """An answer that waits until ``released`` is set."""
 
     def behave(request: generation_pb2.GenerateRequest, context: grpc.ServicerContext) -> Answer:
         assert released.wait(60)
@@ -90,7 +90,7 @@ def held(released: threading.Event) -> Behaviour:
 
 
 def changed(**fields: Any) -> Behaviour:
-    """An image with some fields of its own."""
+    """An answer with changed fields of its image."""
 
     def behave(request: generation_pb2.GenerateRequest, context: grpc.ServicerContext) -> Answer:
         answer = draw(request, context)
@@ -105,9 +105,9 @@ def changed(**fields: Any) -> Behaviour:
 class ScriptedServer(
     generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelServiceServicer
 ):
-    """Answers each ``Generate`` with the next behaviour of ``script``, and draws when it is empty.
+    """Answers each ``Generate`` with the next behaviour of ``script``, or with ``draw``.
 
-    ``requests`` and ``metadata`` hold what arrived, every try of it; ``peers`` who sent it.
+    ``requests``, ``metadata`` and ``peers`` record every try that arrived.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ScriptedServer(
 
     @property
     def ready(self) -> bool:
-        """What health checks say."""
+        """The answer of health checks."""
         return self._ready
 
     @ready.setter
@@ -207,7 +207,7 @@ class ScriptedServer(
 
 
 class _Gate(grpc.ServerInterceptor):
-    """Refuses health checks where the test wants that."""
+    """Rejects health checks if the test wants that."""
 
     def __init__(self, server: ScriptedServer) -> None:
         self._server = server
@@ -223,7 +223,7 @@ class _Gate(grpc.ServerInterceptor):
 
 
 def demo_model() -> model_pb2.Model:
-    """The description of a model that is loaded."""
+    """The description of a loaded model."""
     return model_pb2.Model(
         id="demo",
         revision="r1",

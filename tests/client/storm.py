@@ -1,4 +1,4 @@
-"""A real server in a process of its own, and a road to it that breaks, for many callers at once."""
+"""A real server in its own process, behind a proxy that breaks connections, with many callers."""
 
 import asyncio
 import json
@@ -32,10 +32,10 @@ import sys
 from darkroom_server import app, cli
 from darkroom_server.backends.fake import FakeEngine
 
-def paid(job):
+def started(job):
     print(job.seed, flush=True)
 
-app.build_engines = lambda _: [FakeEngine(pass_seconds=float(sys.argv[1]), on_submit=paid)]
+app.build_engines = lambda _: [FakeEngine(pass_seconds=float(sys.argv[1]), on_submit=started)]
 cli.main(["serve", "--metrics-port", "0", *sys.argv[2:]])
 """
 
@@ -48,12 +48,12 @@ def free_port() -> int:
 
 
 class RealServer:
-    """`darkroom-server serve` with the fake engine; ``paid`` counts the jobs of each seed."""
+    """`darkroom-server serve` with the fake engine; ``started`` counts the jobs of each seed."""
 
     def __init__(self, *flags: str, pass_seconds: float = 0.01) -> None:
         self.port = free_port()
         self.target = f"127.0.0.1:{self.port}"
-        self.paid: Counter[int] = Counter()
+        self.started: Counter[int] = Counter()
         self._flags = [str(pass_seconds), "--port", str(self.port), *flags]
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -94,11 +94,11 @@ class RealServer:
     def _read(self, process: "subprocess.Popen[str]") -> None:
         assert process.stdout
         for line in process.stdout:
-            self.paid[json.loads(line)] += 1
+            self.started[json.loads(line)] += 1
 
 
-class Road:
-    """Forwards connections to a port, and breaks all of them on demand."""
+class BreakableProxy:
+    """A proxy to a port that breaks all its connections on demand."""
 
     def __init__(self, port: int) -> None:
         self.port = 0
@@ -109,7 +109,7 @@ class Road:
         self._server: asyncio.Server | None = None
 
     def cut(self) -> None:
-        """Reset every connection that there is."""
+        """Reset every connection."""
         asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result()
 
     def __enter__(self) -> Self:
@@ -165,7 +165,7 @@ class Road:
 
 @dataclass(frozen=True)
 class Call:
-    """One call, and what came of it."""
+    """One call and its outcome."""
 
     seed: int
     kind: str
@@ -183,7 +183,7 @@ def wanted(seed: int) -> GenerationRequest:
 
 
 def kind_of(seed: int) -> str:
-    """Of eight calls four are streams, three wait for all, and one leaves early."""
+    """Of eight calls, four are streams, three are unary, and one is closed early."""
     return ("stream", "generate")[seed % 2] if seed % 8 else "leave"
 
 
@@ -226,7 +226,7 @@ async def call_async(client: AsyncClient, seed: int) -> Call:
 
 
 def storm(style: str, target: str, each: int, timeout: float) -> list[Call]:
-    """``CALLERS`` callers at once, each with ``each`` calls one after the other."""
+    """Run ``CALLERS`` callers at once, each with ``each`` calls in a row."""
     if style == "async":
         return asyncio.run(_storm_async(target, each, timeout))
 
@@ -247,8 +247,8 @@ async def _storm_async(target: str, each: int, timeout: float) -> list[Call]:
     return [call for row in rows for call in row]
 
 
-class Trouble:
-    """Makes trouble in a thread of its own, ``most`` times or until the block ends."""
+class Disruption:
+    """Repeats a disruption in its own thread, ``most`` times or until the block ends."""
 
     def __init__(self, make: Callable[[], None], *, pause: float, most: int) -> None:
         self.times = 0

@@ -1,4 +1,4 @@
-"""Which server a call goes to: new jobs by health, all else by turns, and nothing is lost by it."""
+"""Load balancing: new jobs by health, other calls round-robin; no job is lost."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ begins = pytest.mark.parametrize("begin", BEGINS)
 
 
 def refused(server: FakeServer) -> int:
-    return server._registry.refusals.total()
+    return server._registry.rejections.total()
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def two() -> Iterator[tuple[FakeServer, FakeServer, str]]:
         yield one, other, f"ipv4:{one.target},{other.target}"
 
 
-def test_new_jobs_do_not_try_a_server_that_drains(
+def test_new_jobs_skip_a_draining_server(
     connect: Connect, two: tuple[FakeServer, FakeServer, str]
 ) -> None:
     leaving, staying, target = two
@@ -67,7 +67,7 @@ def test_new_jobs_do_not_try_a_server_that_drains(
     assert (refused(leaving), len(leaving.jobs), len(staying.jobs)) == (0, 0, 8)
 
 
-def test_who_is_connected_learns_that_a_server_drains(
+def test_a_connected_client_notices_that_a_server_drains(
     connect: Connect, two: tuple[FakeServer, FakeServer, str]
 ) -> None:
     leaving, staying, target = two
@@ -78,7 +78,7 @@ def test_who_is_connected_learns_that_a_server_drains(
         before = len(leaving.jobs), len(staying.jobs)
     leaving.state = ServerState.DRAINING
 
-    # The word may be on its way still for the first of them.
+    # The first of them may not know it yet.
     tries, spared = 0, 0
     while spared < 8 and tries < 1000:
         refusals = refused(leaving)
@@ -91,7 +91,7 @@ def test_who_is_connected_learns_that_a_server_drains(
     assert (len(leaving.jobs), len(staying.jobs)) == (before[0], before[1] + tries)
 
 
-def test_a_job_of_a_server_that_drains_is_watched_and_cancelled(
+def test_a_job_of_a_draining_server_can_be_watched_and_cancelled(
     connect: Connect, two: tuple[FakeServer, FakeServer, str]
 ) -> None:
     leaving, _, target = two
@@ -103,7 +103,7 @@ def test_a_job_of_a_server_that_drains_is_watched_and_cancelled(
 
     with client.watch(kept) as watch:
         assert next(watch).joined
-        # By turns: the other server does not know it.
+        # Round-robin: the other server does not know it.
         assert any(cancelled(client, unwanted) for _ in range(4))
         released.set()
         assert watch.result().images
@@ -118,7 +118,7 @@ def cancelled(client: Any, request_id: str) -> bool:
         return False
 
 
-def test_a_stream_of_a_server_that_begins_to_drain_is_joined_again(
+def test_a_stream_rejoins_its_job_on_a_draining_server(
     connect: Connect, two: tuple[FakeServer, FakeServer, str]
 ) -> None:
     released = threading.Event()
@@ -162,7 +162,7 @@ def test_the_only_server_gives_its_own_reason(
 
 
 @begins
-def test_a_server_that_loads_is_waited_for(
+def test_a_call_waits_for_a_loading_server(
     connect: Connect, fake: FakeServer, begin: Begin
 ) -> None:
     fake.state = ServerState.LOADING
@@ -178,9 +178,7 @@ def test_a_server_that_loads_is_waited_for(
 
 
 @begins
-def test_a_server_that_recovers_takes_jobs(
-    connect: Connect, fake: FakeServer, begin: Begin
-) -> None:
+def test_a_recovering_server_accepts_jobs(connect: Connect, fake: FakeServer, begin: Begin) -> None:
     fake.state = ServerState.RECOVERING
 
     assert begin(connect(fake.target, retry=ONCE))
@@ -188,7 +186,7 @@ def test_a_server_that_recovers_takes_jobs(
 
 @pytest.mark.parametrize("retry", [ONCE, SOON])
 @pytest.mark.parametrize("refuse", [True, False])
-def test_a_server_that_takes_jobs_whatever_its_health_does_them(
+def test_a_server_that_accepts_jobs_despite_its_health_runs_them(
     connect: Connect, server: ScriptedServer, retry: Retry, refuse: bool
 ) -> None:
     server.ready, server.refuse_health = False, refuse
@@ -199,7 +197,7 @@ def test_a_server_that_takes_jobs_whatever_its_health_does_them(
 
 
 @pytest.mark.parametrize("retry", [ONCE, SOON])
-def test_a_server_without_health_takes_jobs(connect: Connect, retry: Retry) -> None:
+def test_a_server_without_health_checks_accepts_jobs(connect: Connect, retry: Retry) -> None:
     methods = {
         "Generate": grpc.unary_unary_rpc_method_handler(
             draw,
@@ -220,7 +218,9 @@ def test_a_server_without_health_takes_jobs(connect: Connect, retry: Retry) -> N
 
 @begins
 @pytest.mark.parametrize("retry", [ONCE, SOON])
-def test_a_server_that_is_down_is_named(connect: Connect, begin: Begin, retry: Retry) -> None:
+def test_the_error_names_a_server_that_is_down(
+    connect: Connect, begin: Begin, retry: Retry
+) -> None:
     with FakeServer() as gone:
         pass
     client = connect(gone.target, retry=retry)
@@ -233,7 +233,7 @@ def test_a_server_that_is_down_is_named(connect: Connect, begin: Begin, retry: R
     assert (caught.value.reason, caught.value.retry_after) == ("", None)
 
 
-def test_one_connection_serves_both_ways(connect: Connect, server: ScriptedServer) -> None:
+def test_both_channels_share_one_connection(connect: Connect, server: ScriptedServer) -> None:
     client = connect(server.address)
 
     client.generate("a star")
@@ -246,7 +246,7 @@ def test_one_connection_serves_both_ways(connect: Connect, server: ScriptedServe
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
-def test_a_call_that_was_lost_is_made_again_unless_that_is_unwanted(
+def test_a_lost_call_is_retried_unless_retries_are_off(
     connect: Connect, server: ScriptedServer, code: grpc.StatusCode
 ) -> None:
     server.script.append(fail(code))
@@ -259,7 +259,7 @@ def test_a_call_that_was_lost_is_made_again_unless_that_is_unwanted(
     assert len(server.requests) == 3
 
 
-def test_all_tries_together_are_as_many_as_allowed(
+def test_both_channels_together_make_the_allowed_number_of_tries(
     connect: Connect, server: ScriptedServer
 ) -> None:
     for attempts in (1, 2, 3):
@@ -275,9 +275,7 @@ def test_all_tries_together_are_as_many_as_allowed(
         assert len(server.requests) == attempts
 
 
-def test_a_server_that_forbids_another_try_is_heard(
-    connect: Connect, server: ScriptedServer
-) -> None:
+def test_a_server_can_forbid_a_retry(connect: Connect, server: ScriptedServer) -> None:
     def forbid(request: generation_pb2.GenerateRequest, context: grpc.ServicerContext) -> Any:
         context.set_trailing_metadata((("grpc-retry-pushback-ms", "-1"),))
         context.abort(grpc.StatusCode.UNAVAILABLE, "never again")

@@ -1,4 +1,4 @@
-"""Many calls: bounded, in order, and one failure costs the others nothing."""
+"""Many calls: bounded, in order, and each with its own error."""
 
 import threading
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from darkroom_client.testing import Behaviour, FakeServer, JobState
 from tests.client.scripted import ScriptedServer, draw, fail
 
 
-def test_answers_come_in_order_errors_in_their_place(client: Any, server: ScriptedServer) -> None:
+def test_answers_and_errors_come_in_order(client: Any, server: ScriptedServer) -> None:
     def by_prompt(request: Any, context: grpc.ServicerContext) -> Any:
         behave = fail(grpc.StatusCode.INTERNAL, "NON_FINITE") if request.prompt == "bad" else draw
         return behave(request, context)
@@ -42,7 +42,7 @@ def test_answers_come_in_order_errors_in_their_place(client: Any, server: Script
     assert answers[3].request_id == "r-3"
 
 
-def test_answers_come_as_they_are_done(client: Any, server: ScriptedServer) -> None:
+def test_answers_come_as_completed(client: Any, server: ScriptedServer) -> None:
     released = threading.Event()
 
     def slow(request: Any, context: grpc.ServicerContext) -> Any:
@@ -85,16 +85,16 @@ def test_never_more_than_concurrency_at_a_time(client: Any, server: ScriptedServ
     ]
 
 
-def test_no_request_is_no_answer(client: Any) -> None:
+def test_no_requests_give_no_answers(client: Any) -> None:
     assert client.generate_many([]) == []
 
 
-def test_concurrency_must_let_one_run(client: Any) -> None:
+def test_concurrency_must_be_at_least_one(client: Any) -> None:
     with pytest.raises(ValueError, match="concurrency"):
         client.generate_many(["a star"], concurrency=0)
 
 
-def test_leaving_the_loop_cancels_what_runs(caller: Any, fake: FakeServer) -> None:
+def test_the_end_of_the_loop_cancels_running_calls(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(hold=threading.Event()), Behaviour())
     answers = caller.generate_as_completed(["one", "two"], concurrency=2)
 
@@ -105,7 +105,7 @@ def test_leaving_the_loop_cancels_what_runs(caller: Any, fake: FakeServer) -> No
     fake.wait_for(lambda: any(job.state is JobState.CANCELLED for job in fake.jobs))
 
 
-def test_a_prompt_that_cannot_be_drawn_ends_it(caller: Any, fake: FakeServer) -> None:
+def test_an_error_of_the_iterable_ends_the_batch(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(hold=threading.Event()))
 
     def prompts() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The one cancel call of a client that stops waiting: where it goes, and where it never goes."""
+"""The cancel call of a client that stops waiting: which server gets it, and which never does."""
 
 import socket
 import threading
@@ -106,7 +106,7 @@ def test_a_server_id_leads_nowhere_that_the_target_does_not(
             next(stream)
         client.close()
 
-    # One call all the same, over the ordinary channel, to one of the two.
+    # Still one call, over the ordinary channel, to one of the two.
     ((services, request_id),) = cancel_calls
     assert services in {server._services for server in two}
     assert request_id == stream.request_id
@@ -137,7 +137,7 @@ NAMES = {
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Host names that resolve to ``NAMES``; addresses resolve to themselves, others to nothing."""
+    """Resolves the host names of ``NAMES``, and IP addresses; other names do not resolve."""
     resolve = socket.getaddrinfo
 
     def look_up(host: str, port: int, **options: Any) -> Any:

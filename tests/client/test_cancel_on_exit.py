@@ -1,4 +1,4 @@
-"""Leaving a real server early, step by step: its engine is told before its next step."""
+"""A client of a real server stops waiting: the engine gets the cancel before its next step."""
 
 import asyncio
 
@@ -11,11 +11,11 @@ SECONDS = 60.0
 
 
 async def left(wire: Wire) -> str:
-    """The job that the engine is told to drop, without any step in between."""
+    """The job that the engine is told to cancel, without a step in between."""
     return await asyncio.wait_for(wire.cancelled.get(), SECONDS)
 
 
-async def test_leaving_a_stream_frees_the_server_within_one_step() -> None:
+async def test_the_end_of_a_stream_frees_the_server_within_one_step() -> None:
     async with serving() as wire, AsyncClient(wire.server.address) as client:
         async with client.stream("a star", steps=50) as stream:
             await anext(stream)
@@ -28,7 +28,7 @@ async def test_leaving_a_stream_frees_the_server_within_one_step() -> None:
         assert await left(wire) == job.id
 
 
-async def test_leaving_a_blocking_stream_frees_the_server_within_one_step() -> None:
+async def test_the_end_of_a_blocking_stream_frees_the_server_within_one_step() -> None:
     def leave(address: str) -> None:
         with Client(address) as client, client.stream("a star", steps=50) as stream:
             next(event for event in stream if isinstance(event, Progress))
@@ -64,7 +64,7 @@ async def test_closing_the_client_frees_the_server_within_one_step() -> None:
         assert call.exception()
 
 
-async def test_a_deadline_that_passes_frees_the_server() -> None:
+async def test_an_expired_deadline_frees_the_server() -> None:
     async with serving() as wire, AsyncClient(wire.server.address) as client:
         with pytest.raises(DeadlineExceeded):
             await client.generate("a star", steps=50, timeout=1.0)

@@ -1,4 +1,4 @@
-"""Arguments that make no sense: each is named in a plain error, and nothing is sent."""
+"""Invalid arguments: the error names each, and nothing is sent."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ SECONDS = [math.inf, -math.inf, math.nan, 0, -1, 1e10]
 
 
 @pytest.mark.parametrize("seconds", SECONDS)
-def test_a_time_is_one_that_a_clock_can_keep(caller: Any, fake: FakeServer, seconds: float) -> None:
+def test_a_timeout_out_of_range_is_an_error(caller: Any, fake: FakeServer, seconds: float) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: caller.generate("a star", timeout=seconds),
         lambda: caller.generate_many(["a star"], timeout=seconds),
@@ -36,7 +36,7 @@ def test_a_time_is_one_that_a_clock_can_keep(caller: Any, fake: FakeServer, seco
     assert fake.jobs == ()
 
 
-def test_a_time_is_a_number(caller: Any, fake: FakeServer) -> None:
+def test_a_timeout_must_be_a_number(caller: Any, fake: FakeServer) -> None:
     for wrong in ("5", True, [1.0]):
         with pytest.raises(TypeError, match=r"timeout is .*, must be a number"):
             caller.generate("a star", timeout=wrong)
@@ -46,12 +46,12 @@ def test_a_time_is_a_number(caller: Any, fake: FakeServer) -> None:
     assert fake.jobs == ()
 
 
-def test_a_long_time_is_kept(caller: Any) -> None:
+def test_a_long_timeout_is_accepted(caller: Any) -> None:
     assert caller.generate("a star", timeout=1e9).images
 
 
 @pytest.mark.parametrize("prompt", [None, 5, b"a star", ["a star"]])
-def test_a_prompt_is_text(caller: Any, fake: FakeServer, prompt: Any) -> None:
+def test_a_prompt_must_be_text(caller: Any, fake: FakeServer, prompt: Any) -> None:
     words = r"prompt is .*, must be a str"
     for verb in (caller.generate, caller.stream, caller.submit, caller.estimate):
         with pytest.raises(TypeError, match=words):
@@ -76,7 +76,7 @@ def test_a_prompt_is_text(caller: Any, fake: FakeServer, prompt: Any) -> None:
         ("exact", "yes", "must be True or False"),
     ],
 )
-def test_a_field_of_another_type_is_named(
+def test_the_error_names_a_field_of_the_wrong_type(
     caller: Any, fake: FakeServer, field: str, value: object, words: str
 ) -> None:
     with pytest.raises(TypeError, match=f"{field} is .*, {words}"):
@@ -86,7 +86,7 @@ def test_a_field_of_another_type_is_named(
 
 
 @pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan, 1e39])
-def test_a_guidance_that_is_no_number_is_a_violation(
+def test_a_guidance_that_is_not_finite_is_a_violation(
     caller: Any, fake: FakeServer, scale: float
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -97,7 +97,9 @@ def test_a_guidance_that_is_no_number_is_a_violation(
 
 
 @pytest.mark.parametrize("requests", ["a star", GenerationRequest(prompt="a star")])
-def test_one_request_is_not_many(caller: Any, fake: FakeServer, requests: Any) -> None:
+def test_one_request_in_place_of_many_is_an_error(
+    caller: Any, fake: FakeServer, requests: Any
+) -> None:
     for verb in (caller.generate_many, caller.generate_as_completed):
         with pytest.raises(TypeError, match="put it in a list"):
             verb(requests)
@@ -105,7 +107,7 @@ def test_one_request_is_not_many(caller: Any, fake: FakeServer, requests: Any) -
     assert fake.jobs == ()
 
 
-def test_names_are_text(caller: Any) -> None:
+def test_names_must_be_text(caller: Any) -> None:
     for name in (None, 5):
         with pytest.raises(TypeError, match="request_id"):
             caller.watch(name)
@@ -113,22 +115,22 @@ def test_names_are_text(caller: Any) -> None:
             caller.cancel(name)
         with pytest.raises(TypeError, match="id is"):
             caller.model(name)
-    with pytest.raises(ValueError, match="no valid Unicode"):
+    with pytest.raises(ValueError, match="not valid Unicode"):
         caller.cancel("\udc80")
 
 
 @pytest.mark.parametrize("every", [1.5, "2", True])
-def test_previews_come_after_whole_steps(caller: Any, every: Any) -> None:
+def test_preview_every_must_be_an_integer(caller: Any, every: Any) -> None:
     with pytest.raises(TypeError, match="preview_every"):
         caller.stream("a star", preview_every=every)
 
 
-def test_previews_have_a_bound(caller: Any) -> None:
+def test_preview_every_has_a_bound(caller: Any) -> None:
     with pytest.raises(ValueError, match="preview_every"):
         caller.stream("a star", preview_every=2**31)
 
 
-def test_a_preview_has_a_format_that_there_is(caller: Any) -> None:
+def test_an_unknown_preview_format_is_an_error(caller: Any) -> None:
     with pytest.raises(ValueError, match="preview_format is 'bmp', must be one of png, jpeg"):
         caller.stream("a star", preview_every=5, preview_format="bmp")
     with pytest.raises(TypeError, match="preview_format is 5, must be a str"):

@@ -40,14 +40,14 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every command runs in a folder of its own."""
+    """Run each command in its own folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
 def target(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command finds the server in the environment."""
+    """Set the server of each command in the environment."""
     monkeypatch.setenv("DARKROOM_TARGET", fake.target)
 
 
@@ -83,7 +83,7 @@ def test_every_option_reaches_the_server(fake: FakeServer, here: Path) -> None:
     assert files(here) == ["a-star-0.rgb", "a-star-1.rgb"]
 
 
-def test_prompts_from_everywhere(
+def test_prompts_from_arguments_file_and_stdin(
     fake: FakeServer, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "prompts.txt").write_text("from a file\n\n")
@@ -97,12 +97,12 @@ def test_prompts_from_everywhere(
     assert len(files(here / "out")) == 4
 
 
-def test_no_prompt_is_a_mistake(capsys: Capture) -> None:
+def test_no_prompt_is_a_usage_error(capsys: Capture) -> None:
     assert main(["generate"]) == 2
     assert "no prompt" in capsys.readouterr().err
 
 
-def test_json_is_one_object_a_line(capsys: Capture, fake: FakeServer) -> None:
+def test_json_is_one_object_per_line(capsys: Capture, fake: FakeServer) -> None:
     error = GenerationFailed("the image came out black", reason="NON_FINITE")
     fake.script(Behaviour(error=error, error_at_step=1))
 
@@ -117,7 +117,7 @@ def test_json_is_one_object_a_line(capsys: Capture, fake: FakeServer) -> None:
     assert second["seconds"]["denoise"] == 0.001
 
 
-def test_one_failure_costs_the_others_nothing(
+def test_one_failure_does_not_affect_the_others(
     capsys: Capture, fake: FakeServer, here: Path
 ) -> None:
     fake.script(Behaviour(error=Overloaded("the queue is full")))
@@ -129,7 +129,7 @@ def test_one_failure_costs_the_others_nothing(
     assert "darkroom: 'bad': the queue is full" in capsys.readouterr().err
 
 
-def test_existing_files_are_noticed_before_the_work(
+def test_existing_files_are_an_error_before_the_work(
     capsys: Capture, fake: FakeServer, here: Path
 ) -> None:
     (here / "a-star-8.png").write_text("precious")
@@ -150,7 +150,7 @@ def test_a_withheld_image_is_a_failure(capsys: Capture, fake: FakeServer, here: 
     assert files(here) == []
 
 
-def test_a_prompt_that_is_too_long_is_told(capsys: Capture, fake: FakeServer) -> None:
+def test_a_truncated_prompt_is_reported(capsys: Capture, fake: FakeServer) -> None:
     fake.script(Behaviour(prompt_truncated=True))
 
     assert main(["generate", "a star"]) == 0
@@ -161,7 +161,7 @@ def record(seed: str = "7") -> None:
     assert main(["generate", "a star", "--seed", seed, "--record"]) == 0
 
 
-def test_a_record_is_drawn_again_identically(capsys: Capture, here: Path) -> None:
+def test_a_record_is_reproduced_identically(capsys: Capture, here: Path) -> None:
     record()
     assert files(here) == ["a-star-7.json", "a-star-7.png"]
     capsys.readouterr()
@@ -172,7 +172,7 @@ def test_a_record_is_drawn_again_identically(capsys: Capture, here: Path) -> Non
     assert (here / "again.png").read_bytes() == (here / "a-star-7.png").read_bytes()
 
 
-def test_a_replay_that_differs_says_what(capsys: Capture, here: Path) -> None:
+def test_a_different_replay_prints_what_differs(capsys: Capture, here: Path) -> None:
     record()
     path = here / "a-star-7.json"
     document = json.loads(path.read_text())
@@ -201,7 +201,7 @@ def test_a_replay_that_differs_says_what(capsys: Capture, here: Path) -> None:
         (["a-star-7.json", "-o", "a-star-7.png"], 8, "exists"),
     ],
 )
-def test_replays_that_cannot_be(
+def test_replays_that_fail(
     capsys: Capture, fake: FakeServer, arguments: list[str], code: int, words: str
 ) -> None:
     record()
@@ -230,7 +230,7 @@ def test_models_are_tab_separated_in_a_pipe(capsys: Capture, fake: FakeServer) -
     ]
 
 
-def test_a_model_that_loads_has_only_a_name() -> None:
+def test_a_loading_model_has_only_a_name() -> None:
     message = model_pb2.Model(id="big", ready=False)
 
     assert _row(decode_model(message))[:3] == ("big", "loading", "-")
@@ -252,7 +252,7 @@ def test_waiting(capsys: Capture, fake: FakeServer) -> None:
     assert fake.target in capsys.readouterr().err
 
 
-def test_a_target_on_the_command_line_goes_first(capsys: Capture) -> None:
+def test_a_target_on_the_command_line_overrides_the_environment(capsys: Capture) -> None:
     with FakeServer() as gone:
         pass
 
@@ -260,7 +260,9 @@ def test_a_target_on_the_command_line_goes_first(capsys: Capture) -> None:
     assert gone.target in capsys.readouterr().err
 
 
-def test_a_token_without_tls_is_a_mistake(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_without_tls_is_a_usage_error(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with FakeServer(token="secret") as strict:
         assert main(["models", "--target", strict.target]) == 5
         monkeypatch.setenv("DARKROOM_TOKEN", "secret")
@@ -307,14 +309,16 @@ def test_every_error_has_an_exit_code() -> None:
     assert all(1 < exit_code(kind("")) < 9 for kind in errors)
 
 
-def test_without_rich_a_line_helps(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_without_rich_the_error_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
     assert main(["models"]) == 2
     assert "pip install 'darkroom-client[cli]'" in capsys.readouterr().err
 
 
-def test_an_interrupt_ends_with_130_and_the_servers_work(fake: FakeServer, here: Path) -> None:
+def test_an_interrupt_exits_with_130_and_cancels_the_job(fake: FakeServer, here: Path) -> None:
     fake.script(default=Behaviour(hold=threading.Event()))
     command = [sys.executable, "-m", "darkroom_client.cli", "generate", "a star", "a circle"]
     with subprocess.Popen(
@@ -331,7 +335,7 @@ def test_an_interrupt_ends_with_130_and_the_servers_work(fake: FakeServer, here:
 
 
 @pytest.mark.parametrize("arguments", [["models"], ["generate", "a star", "--json"]])
-def test_a_reader_who_has_enough_is_no_mistake(arguments: list[str]) -> None:
+def test_a_closed_pipe_is_not_an_error(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "darkroom_client.cli", *arguments]
@@ -345,7 +349,7 @@ def test_a_reader_who_has_enough_is_no_mistake(arguments: list[str]) -> None:
 
 
 def on_a_terminal(here: Path, *arguments: str) -> str:
-    """What a command writes to a terminal of 80 columns."""
+    """The output of a command on a terminal of 80 columns."""
     reader, writer = os.openpty()
     command = [sys.executable, "-m", "darkroom_client.cli", *arguments]
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"}
@@ -369,11 +373,11 @@ def test_a_terminal_gets_bars_and_whole_lines(fake: FakeServer, here: Path) -> N
     for words in ("1 before", "it/s", "step", "/4", "2/2"):
         assert words in written
     for name in ("a-star-7.png", "a-circle-7.png"):
-        # Nothing but the end of the style between the two: the bars did not break the line.
+        # Only the end of the style is between the two: the bars did not break the line.
         assert f"{name}\x1b[0m  seed 7  queue 0.001" in written
 
 
-def test_a_terminal_shows_the_picture_forming(fake: FakeServer, here: Path) -> None:
+def test_a_terminal_shows_the_unfinished_image(fake: FakeServer, here: Path) -> None:
     fake.script(default=Behaviour(step_seconds=0.15))
 
     written = on_a_terminal(here, "generate", "a star", "--preview")
@@ -385,7 +389,7 @@ def test_a_preview_needs_a_terminal_and_pillow(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["generate", "a star", "--preview"]) == 2
-    assert "on a terminal" in capsys.readouterr().err
+    assert "needs a terminal" in capsys.readouterr().err
 
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ValueError, match=r"pip install 'darkroom-client\[cli,pil\]'"):
@@ -454,7 +458,7 @@ def test_slugs(prompt: str, name: str) -> None:
     assert slug(prompt) == name
 
 
-def test_names_that_meet_are_told_apart() -> None:
+def test_equal_names_get_a_number() -> None:
     paths = [Path("a-7.png"), Path("b-7.png"), Path("a-7.png"), Path("a-7.png")]
 
     assert [path.name for path in distinct(paths)] == [

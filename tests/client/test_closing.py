@@ -1,4 +1,4 @@
-"""Streams and clients that are closed while others use them: nothing hangs, nobody is forgotten."""
+"""Streams and clients that are closed while in use: nothing hangs, and every job is cancelled."""
 
 import threading
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def cancelled(fake: FakeServer) -> list[bool]:
     return [job.state is JobState.CANCELLED for job in fake.jobs]
 
 
-def test_closing_ends_the_read_of_another(caller: Any, fake: FakeServer) -> None:
+def test_close_ends_a_read_in_another_thread(caller: Any, fake: FakeServer) -> None:
     fake.script(HELD)
 
     with ThreadPoolExecutor(1) as reader, caller.stream("a star") as stream:
@@ -35,8 +35,8 @@ def test_closing_ends_the_read_of_another(caller: Any, fake: FakeServer) -> None
     fake.wait_for(lambda: all(cancelled(fake)), SECONDS)
 
 
-def told(make: Callable[..., Any], event: threading.Event) -> Callable[..., Any]:
-    """``make``, and ``event`` set once it has made its result."""
+def notifying(make: Callable[..., Any], event: threading.Event) -> Callable[..., Any]:
+    """Wrap ``make``: set ``event`` after each call."""
 
     def made(*args: Any, **options: Any) -> Any:
         result = make(*args, **options)
@@ -46,24 +46,24 @@ def told(make: Callable[..., Any], event: threading.Event) -> Callable[..., Any]
     return made
 
 
-def test_closing_ends_the_wait_before_another_try(caller: Any, fake: FakeServer) -> None:
+def test_close_ends_the_wait_before_a_retry(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(error=Unavailable("loading", retry_after=3600.0)))
     stream = caller.stream("a star", timeout=7200.0)
     waits = threading.Event()
-    following = getattr(stream, "_stream", stream)._session
-    following.on_call_ended = told(following.on_call_ended, waits)
+    session = getattr(stream, "_stream", stream)._session
+    session.on_call_ended = notifying(session.on_call_ended, waits)
 
     with ThreadPoolExecutor(1) as reader, stream:
         reading = reader.submit(list, stream)
         assert waits.wait(SECONDS)
         stream.close()
-        with pytest.raises(RuntimeError, match="left before its end"):
+        with pytest.raises(RuntimeError, match="closed before its end"):
             reading.result(SECONDS)
 
     assert fake.jobs == ()
 
 
-def test_a_job_that_begins_while_its_stream_is_left_is_cancelled(fake: FakeServer) -> None:
+def test_a_job_that_begins_while_its_stream_is_closed_is_cancelled(fake: FakeServer) -> None:
     fake.script(HELD)
     with Client(fake.target) as client, client.stream("a star") as stream:
         next_call = stream._session.next_call
@@ -72,10 +72,10 @@ def test_a_job_that_begins_while_its_stream_is_left_is_cancelled(fake: FakeServe
             attempt = next_call()
 
             def method(stubs: Any) -> Any:
-                # The farewell goes out, and finds no job.
+                # The cancel call is made, and finds no job.
                 stream.close()
-                for farewell in tuple(client._transport._cancels):
-                    farewell.join(SECONDS)
+                for cancel in tuple(client._transport._cancels):
+                    cancel.join(SECONDS)
 
                 def opened(*args: Any, **options: Any) -> Any:
                     call = attempt.method(stubs)(*args, **options)
@@ -141,7 +141,7 @@ def test_a_close_that_interrupts_the_start_of_a_cancel_cancels_the_job(
 
 
 @pytest.mark.parametrize("first", ["streams", "client"])
-def test_a_closed_client_has_said_every_farewell(
+def test_a_closed_client_has_cancelled_every_job(
     connect: Connect, fake: FakeServer, first: str
 ) -> None:
     fake.script(default=HELD)
@@ -162,7 +162,7 @@ def test_a_closed_client_has_said_every_farewell(
     assert not client._transport._cancels
 
 
-def test_a_farewell_to_a_server_that_is_gone_ends(connect: Connect) -> None:
+def test_a_cancel_call_to_a_stopped_server_ends(connect: Connect) -> None:
     with FakeServer() as fake:
         fake.script(HELD)
         client = connect(fake.target)
@@ -174,7 +174,7 @@ def test_a_farewell_to_a_server_that_is_gone_ends(connect: Connect) -> None:
     assert not client._transport._cancels
 
 
-def test_a_call_that_meets_a_channel_closed_meanwhile_is_cancelled(fake: FakeServer) -> None:
+def test_a_call_on_a_channel_closed_meanwhile_is_cancelled(fake: FakeServer) -> None:
     client = Client(fake.target)
     stream = client.stream("a star").__enter__()
     client.close()

@@ -1,4 +1,4 @@
-"""What a client is told, and what gRPC is told in turn."""
+"""The settings of a client, and its gRPC options."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def settings(**changes: Any) -> Settings:
     return Settings.resolve(**{**DEFAULTS, **changes})
 
 
-def test_the_channel_is_told_everything() -> None:
+def test_the_options_of_the_plain_channel() -> None:
     options = dict(channel_options(settings(), checked=False))
 
     assert options["grpc.keepalive_time_ms"] == 60_000
@@ -57,7 +57,7 @@ def test_the_channel_is_told_everything() -> None:
     assert config["retryThrottling"]["maxTokens"] > 0
 
 
-def test_the_checked_channel_goes_by_health_and_tries_once() -> None:
+def test_the_checked_channel_uses_health_checks_and_no_retries() -> None:
     options = dict(channel_options(settings(), checked=True))
     plain = dict(channel_options(settings(), checked=False))
 
@@ -66,7 +66,7 @@ def test_the_checked_channel_goes_by_health_and_tries_once() -> None:
         "loadBalancingConfig": [{"round_robin": {}}],
         "healthCheckConfig": {"serviceName": "darkroom.v1.GenerationService"},
     }
-    # Or each channel would have a connection of its own.
+    # Otherwise each channel would open its own connection.
     del plain["grpc.service_config"]
     assert options == plain
 
@@ -86,20 +86,20 @@ def test_every_unary_method_is_retried_or_is_excluded_with_a_reason() -> None:
 
     listed = [*JOB_STARTING_METHODS, *OTHER_METHODS, *NOT_RETRIED]
     assert sorted(listed) == sorted(unary)
-    # What it compares with is there.
+    # The descriptors are really read.
     assert ("darkroom.v1.GenerationService", "Generate") in unary
     assert ("darkroom.v1.GenerationService", "GenerateStream") in streams
     assert not streams & set(listed)
 
 
 @pytest.mark.parametrize(("attempts", "policies"), [(1, None), (2, 1), (3, 2)])
-def test_one_attempt_is_no_retry_policy(attempts: int, policies: int | None) -> None:
+def test_one_attempt_means_no_retry_policy(attempts: int, policies: int | None) -> None:
     config: Any = service_config(settings(retry=Retry(attempts=attempts)), checked=False)
 
     assert (len(config["methodConfig"]) if "methodConfig" in config else None) == policies
 
 
-def test_backoffs_have_no_more_digits_than_grpc_reads() -> None:
+def test_backoffs_have_the_digits_that_grpc_reads() -> None:
     retry = Retry(initial_backoff=0.1 + 0.2, max_backoff=1e17)
     config: Any = service_config(settings(retry=retry), checked=False)
 
@@ -152,7 +152,7 @@ def test_targets(target: str, dialled: str) -> None:
         ("xds:///darkroom", False),
     ],
 )
-def test_what_is_this_machine_alone(target: str, local: bool) -> None:
+def test_loopback_targets(target: str, local: bool) -> None:
     assert is_loopback(target) is local
     assert (
         "grpc.enable_http_proxy" in dict(channel_options(settings(target=target), checked=True))
@@ -160,7 +160,7 @@ def test_what_is_this_machine_alone(target: str, local: bool) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_no_proxy_stands_between_this_machine_and_itself(
+def test_no_proxy_is_used_for_loopback(
     connect: Connect, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy"):
@@ -173,12 +173,12 @@ def test_no_proxy_stands_between_this_machine_and_itself(
 
 
 @pytest.mark.parametrize("target", ["http://127.0.0.1:50051", "darkroom.example", "::1"])
-def test_targets_that_are_none(target: str) -> None:
+def test_invalid_targets(target: str) -> None:
     with pytest.raises(ValueError, match=r"host:port|names no port"):
         settings(target=target)
 
 
-def test_the_environment_fills_what_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_fills_unset_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings().target == "127.0.0.1:50051"
     monkeypatch.setenv("DARKROOM_TARGET", "darkroom.example:443")
     monkeypatch.setenv("DARKROOM_TOKEN", "secret")
@@ -197,7 +197,7 @@ def test_the_environment_fills_what_is_not_given(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"token": "secret"}, "a token would travel readable"),
+        ({"token": "secret"}, "a token would be sent unencrypted"),
         ({"insecure": True, "tls": TLS()}, "insecure=True means no TLS"),
         ({"token": "two\nlines", "insecure": True}, "printable"),
         ({"timeout": 0}, "above 0"),
@@ -207,16 +207,16 @@ def test_the_environment_fills_what_is_not_given(monkeypatch: pytest.MonkeyPatch
         ({"max_reply_bytes": 0}, "at least 1"),
     ],
 )
-def test_contradictions_are_refused(changes: dict[str, Any], words: str) -> None:
+def test_contradictory_settings_are_errors(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         settings(**changes)
 
 
-def test_a_token_is_in_no_representation() -> None:
+def test_repr_hides_the_token() -> None:
     assert "secret" not in repr(settings(token="secret", insecure=True))
 
 
-def test_a_token_goes_along_with_every_call(connect: Connect, server: ScriptedServer) -> None:
+def test_every_call_sends_the_token(connect: Connect, server: ScriptedServer) -> None:
     client = connect(server.address, token="secret", insecure=True)
 
     client.generate("a star")
@@ -234,23 +234,25 @@ def test_a_token_goes_along_with_every_call(connect: Connect, server: ScriptedSe
         ({"Grpc-Timeout": "1"}, "belongs to the client"),
         ({"darkroom-max-reply-bytes": "1"}, "belongs to the client"),
         ({"x": "ä"}, "printable ASCII"),
-        ({"Authorization": "Bearer secret"}, "a token would travel readable"),
+        ({"Authorization": "Bearer secret"}, "a token would be sent unencrypted"),
     ],
 )
-def test_metadata_that_cannot_be_sent(client: Any, metadata: dict[str, str], words: str) -> None:
+def test_invalid_metadata(client: Any, metadata: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         client.generate("a star", metadata=metadata)
 
 
 @pytest.mark.parametrize("metadata", [{"x": 1}, {1: "x"}, {"x": b"1"}, {"x": None}])
-def test_metadata_is_text(client: Any, server: ScriptedServer, metadata: dict[Any, Any]) -> None:
+def test_metadata_must_be_text(
+    client: Any, server: ScriptedServer, metadata: dict[Any, Any]
+) -> None:
     with pytest.raises(TypeError, match="must be a str"):
         client.generate("a star", metadata=metadata)
 
     assert not server.requests
 
 
-def test_a_token_of_one_call_goes_where_the_network_is_private(
+def test_a_call_can_send_its_own_token_over_a_private_network(
     connect: Connect, server: ScriptedServer
 ) -> None:
     client = connect(server.address, insecure=True)
@@ -260,7 +262,9 @@ def test_a_token_of_one_call_goes_where_the_network_is_private(
     assert server.metadata[0]["authorization"] == "Bearer secret"
 
 
-def test_the_token_of_the_client_is_not_replaced(connect: Connect, server: ScriptedServer) -> None:
+def test_a_call_cannot_replace_the_token_of_the_client(
+    connect: Connect, server: ScriptedServer
+) -> None:
     client = connect(server.address, token="secret", insecure=True)
 
     with pytest.raises(ValueError, match="belongs to the client"):
@@ -278,7 +282,7 @@ def test_the_token_of_the_client_is_not_replaced(connect: Connect, server: Scrip
         (TLS, {"cert": "client.pem"}, "go together"),
     ],
 )
-def test_parts_check_themselves(part: Any, fields: dict[str, Any], words: str) -> None:
+def test_invalid_connection_settings(part: Any, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         part(**fields)
 
@@ -327,12 +331,12 @@ def test_a_channel_to_one_address_still_checks_the_name_of_the_target(
                 code: grpc.StatusCode = call.code()
                 return code
 
-        # The certificate is for this name, and the address is no part of it.
+        # The certificate is for this name, not for the address.
         assert list_models("darkroom.test") is grpc.StatusCode.OK
         assert list_models("other.test") is grpc.StatusCode.UNAVAILABLE
 
 
-def test_what_is_asked_of_models_may_bring_metadata(client: Any, server: ScriptedServer) -> None:
+def test_model_calls_can_send_metadata(client: Any, server: ScriptedServer) -> None:
     client.models(metadata={"X-Trace": "abc"})
     client.model(metadata={"X-Trace": "abc"})
 
@@ -340,7 +344,7 @@ def test_what_is_asked_of_models_may_bring_metadata(client: Any, server: Scripte
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_a_missing_certificate_is_a_missing_file(
+def test_a_missing_certificate_file_is_an_error(
     kind: type[Client] | type[AsyncClient], tmp_path: Path
 ) -> None:
     with pytest.raises(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""What each error of the server, of gRPC and of the network becomes."""
+"""The client's error for each error of the server, of gRPC and of the network."""
 
 import pickle
 from typing import Any
@@ -84,7 +84,7 @@ def caught(client: Any, **options: Any) -> DarkroomError:
 
 
 @pytest.mark.parametrize(("code", "reason", "kind"), WITH_REASON)
-def test_a_reason_decides(
+def test_the_reason_selects_the_class(
     impatient: Any,
     server: ScriptedServer,
     code: grpc.StatusCode,
@@ -103,7 +103,7 @@ def test_a_reason_decides(
 
 
 @pytest.mark.parametrize(("code", "kind"), BARE)
-def test_without_a_reason_the_code_decides(
+def test_without_a_reason_the_code_selects_the_class(
     impatient: Any, server: ScriptedServer, code: grpc.StatusCode, kind: type[DarkroomError]
 ) -> None:
     server.script.append(fail(code))
@@ -136,7 +136,7 @@ def test_violations_come_with_their_fields(impatient: Any, server: ScriptedServe
         ([QuotaFailure()], QuotaExceeded, None),
     ],
 )
-def test_overload_tells_when_to_come_back(
+def test_overload_has_retry_after(
     impatient: Any,
     server: ScriptedServer,
     details: list[Message],
@@ -162,7 +162,7 @@ def test_a_reply_over_the_clients_limit_says_what_to_do(
     assert len(server.requests) == 1
 
 
-def test_a_server_that_is_down_is_named(connect: Connect) -> None:
+def test_the_error_names_a_server_that_is_down(connect: Connect) -> None:
     with ScriptedServer() as gone:
         pass
     client = connect(gone.address, retry=Retry(initial_backoff=0.01, max_backoff=0.01))
@@ -204,7 +204,7 @@ def test_every_status_code_of_grpc_is_mapped() -> None:
     assert set(CODES) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
 
 
-def test_the_tree_is_drawn_whole() -> None:
+def test_the_documented_tree_is_complete() -> None:
     drawn = darkroom_client._errors.__doc__ or ""
     exported = [getattr(darkroom_client, name) for name in darkroom_client.__all__]
     for kind in exported:
@@ -212,7 +212,7 @@ def test_the_tree_is_drawn_whole() -> None:
             assert kind.__name__ in drawn
 
 
-def test_errors_survive_a_process_boundary() -> None:
+def test_errors_can_be_pickled() -> None:
     error = Overloaded("full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL", retry_after=2.0)
 
     copy = pickle.loads(pickle.dumps(error))
@@ -225,9 +225,7 @@ def test_errors_survive_a_process_boundary() -> None:
     )
 
 
-def test_a_deadline_that_cannot_be_met_comes_with_the_estimate(
-    impatient: Any, server: ScriptedServer
-) -> None:
+def test_an_unreachable_deadline_has_the_estimate(impatient: Any, server: ScriptedServer) -> None:
     figures = {"estimate_seconds": "80.000", "queue_wait_seconds": "2.5"}
     server.script.extend(
         [
@@ -236,12 +234,12 @@ def test_a_deadline_that_cannot_be_met_comes_with_the_estimate(
         ]
     )
 
-    told, untold = caught(impatient), caught(impatient)
+    known, unknown = caught(impatient), caught(impatient)
 
-    assert isinstance(told, DeadlineExceeded)
-    assert (told.estimate, told.queue_wait) == (80.0, 2.5)
-    assert isinstance(untold, DeadlineExceeded)
-    assert (untold.estimate, untold.queue_wait) == (None, None)
+    assert isinstance(known, DeadlineExceeded)
+    assert (known.estimate, known.queue_wait) == (80.0, 2.5)
+    assert isinstance(unknown, DeadlineExceeded)
+    assert (unknown.estimate, unknown.queue_wait) == (None, None)
 
 
 class Garbled(grpc.RpcError):
@@ -260,7 +258,7 @@ class Garbled(grpc.RpcError):
         return self._trailers
 
 
-def test_garbled_details_count_as_none() -> None:
+def test_broken_details_are_ignored() -> None:
     inner = status_pb2.Status(code=13, message="broken")
     inner.details.add(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")
 
@@ -269,7 +267,7 @@ def test_garbled_details_count_as_none() -> None:
         assert (type(error), error.reason, str(error)) == (ServerError, "", "broken")
 
 
-async def test_the_server_names_a_call_that_named_no_request() -> None:
+async def test_a_call_without_request_id_gets_the_id_of_the_server() -> None:
     async with serving() as wire, AsyncClient(wire.server.address) as client:
         with pytest.raises(ModelNotFound) as caught:
             await client.model("nope")
@@ -280,6 +278,6 @@ async def test_the_server_names_a_call_that_named_no_request() -> None:
     assert named.value.request_id == "mine"
 
 
-def test_a_refused_deadline_says_what_it_needs() -> None:
+def test_a_rejected_deadline_has_the_needed_timeout() -> None:
     assert DeadlineExceeded("late", metadata={"needed_seconds": "4.5"}).needed == 4.5
     assert DeadlineExceeded("late").needed is None

@@ -1,4 +1,4 @@
-"""One call, through both clients and the real wire."""
+"""Unary calls, through both clients and the real wire."""
 
 import threading
 from typing import Any
@@ -75,7 +75,7 @@ def test_every_argument_reaches_the_server(client: Any, server: ScriptedServer) 
     assert server.metadata[0]["darkroom-max-reply-bytes"] == str(64 * 2**20)
 
 
-def test_what_is_unset_stays_unset(client: Any, server: ScriptedServer) -> None:
+def test_unset_fields_are_sent_unset(client: Any, server: ScriptedServer) -> None:
     client.generate("a star")
 
     sent = server.requests[0]
@@ -104,7 +104,7 @@ def test_two_calls_have_two_seeds_and_two_ids(client: Any, server: ScriptedServe
     assert len(first.request_id) == 32
 
 
-def test_a_retry_draws_the_same_picture(connect: Connect, server: ScriptedServer) -> None:
+def test_a_retry_has_the_same_seed_and_id(connect: Connect, server: ScriptedServer) -> None:
     server.script.extend([fail(grpc.StatusCode.UNAVAILABLE, "MODEL_LOADING")] * 2)
 
     connect(server.address, retry=FAST_RETRY).generate("a star")
@@ -136,7 +136,7 @@ def test_other_errors_are_not_tried_again(
     assert len(server.requests) == 1
 
 
-def test_the_timeout_is_kept(connect: Connect, server: ScriptedServer) -> None:
+def test_the_timeout_of_a_call_is_applied(connect: Connect, server: ScriptedServer) -> None:
     released = threading.Event()
     server.script.append(held(released))
 
@@ -148,7 +148,9 @@ def test_the_timeout_is_kept(connect: Connect, server: ScriptedServer) -> None:
     assert caught.value.code == "DEADLINE_EXCEEDED"
 
 
-def test_a_call_without_timeout_has_the_clients(connect: Connect, server: ScriptedServer) -> None:
+def test_a_call_without_timeout_uses_that_of_the_client(
+    connect: Connect, server: ScriptedServer
+) -> None:
     left: list[float | None] = []
 
     def note(request: Any, context: grpc.ServicerContext) -> Any:
@@ -164,7 +166,7 @@ def test_a_call_without_timeout_has_the_clients(connect: Connect, server: Script
     assert left[1] is None or left[1] > 1e6
 
 
-def test_wrong_names_and_numbers_are_all_told_before_a_call(
+def test_all_wrong_names_and_numbers_are_reported_before_a_call(
     client: Any, server: ScriptedServer
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -182,7 +184,7 @@ def test_wrong_types_are_type_errors(client: Any) -> None:
 
 
 @pytest.mark.parametrize("scheduler", list(Scheduler))
-def test_every_scheduler_goes_both_ways(
+def test_every_scheduler_is_encoded_and_decoded(
     client: Any, server: ScriptedServer, scheduler: Scheduler
 ) -> None:
     result = client.generate("a star", scheduler=scheduler)
@@ -191,7 +193,7 @@ def test_every_scheduler_goes_both_ways(
     assert result.images[0].replay.request.scheduler is scheduler
 
 
-def test_the_names_are_those_of_the_wire() -> None:
+def test_enums_match_the_wire() -> None:
     schedulers = {
         name.removeprefix("SCHEDULER_") for name in types_pb2.Scheduler.DESCRIPTOR.values_by_name
     }
@@ -205,7 +207,7 @@ def test_the_names_are_those_of_the_wire() -> None:
     assert ImageFormat("jpg") is ImageFormat.JPEG
 
 
-def test_a_reply_that_cannot_be_read_says_so(client: Any, server: ScriptedServer) -> None:
+def test_an_unreadable_reply_is_a_server_error(client: Any, server: ScriptedServer) -> None:
     server.script.append(changed(format=99))
 
     with pytest.raises(ServerError, match="different versions") as caught:
@@ -214,7 +216,7 @@ def test_a_reply_that_cannot_be_read_says_so(client: Any, server: ScriptedServer
     assert (caught.value.reason, caught.value.request_id) == ("UNREADABLE_REPLY", "odd")
 
 
-def test_a_record_is_drawn_again_under_its_own_id(client: Any, server: ScriptedServer) -> None:
+def test_a_record_is_reproduced_under_a_new_id(client: Any, server: ScriptedServer) -> None:
     record = client.generate("a star", seed=7, steps=9, request_id="first").images[0].replay
 
     again = client.replay(record).images[0].replay

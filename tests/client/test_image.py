@@ -1,4 +1,4 @@
-"""Images: saved whole or not at all, and shown in other libraries' terms."""
+"""Images: atomic saves, and conversion for other libraries."""
 
 import hashlib
 import os
@@ -35,7 +35,7 @@ def in_format(client: Any, image_format: str) -> Image:
         ("raw_rgb", ["a.rgb", "b.raw"]),
     ],
 )
-def test_each_format_has_its_endings(
+def test_each_format_has_its_suffixes(
     client: Any, tmp_path: Path, image_format: str, names: list[str]
 ) -> None:
     image = in_format(client, image_format)
@@ -48,7 +48,7 @@ def test_each_format_has_its_endings(
 
 
 @pytest.mark.parametrize("name", ["star.jpg", "star", "star.rgb", "star.png.txt"])
-def test_another_ending_is_refused(image: Image, tmp_path: Path, name: str) -> None:
+def test_a_suffix_of_another_format_is_an_error(image: Image, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"image in png: name it star"):
         image.save(tmp_path / name)
 
@@ -68,7 +68,7 @@ def test_a_file_is_never_replaced_silently(image: Image, tmp_path: Path) -> None
     assert os.listdir(tmp_path) == ["star.png"]
 
 
-def test_a_file_that_appears_in_between_is_not_replaced(
+def test_a_file_that_appears_meanwhile_is_not_replaced(
     image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "star.png"
@@ -86,7 +86,7 @@ def test_a_file_that_appears_in_between_is_not_replaced(
     assert os.listdir(tmp_path) == ["star.png"]
 
 
-def test_a_file_system_without_links(
+def test_a_file_system_without_hard_links(
     image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(source: Any, target: Any) -> None:
@@ -112,7 +112,7 @@ def test_a_missing_folder_is_an_error(image: Image, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp", "raw_rgb"])
-def test_pixels_in_other_libraries_terms(client: Any, image_format: str) -> None:
+def test_pixels_in_pillow_and_numpy(client: Any, image_format: str) -> None:
     image = in_format(client, image_format)
 
     pil, array = image.to_pil(), image.to_numpy()
@@ -146,7 +146,7 @@ def test_notebooks_show_a_png_and_nothing_else(client: Any) -> None:
     assert in_format(client, "jpeg")._repr_png_() is None
 
 
-def test_pixels_are_not_in_the_representation(image: Image) -> None:
+def test_repr_hides_the_pixels(image: Image) -> None:
     assert "data=" not in repr(image)
     assert "seed=7" in repr(image)
 

@@ -1,4 +1,4 @@
-"""Many calls leave nothing behind: no thread, no descriptor, no task, no memory of a call."""
+"""Many calls leak nothing: no thread, no file descriptor, no task, no entry of a call."""
 
 import asyncio
 import gc
@@ -40,7 +40,7 @@ def call(client: Client, kind: str) -> None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_blocking_calls_leave_nothing_behind(fake: FakeServer, count: int) -> None:
+def test_blocking_calls_leak_nothing(fake: FakeServer, count: int) -> None:
     prepare(fake)
     with Client(fake.target) as client:
         for kind in ROUND * 5:
@@ -60,7 +60,7 @@ def test_blocking_calls_leave_nothing_behind(fake: FakeServer, count: int) -> No
 
 
 @pytest.mark.parametrize("count", COUNTS)
-async def test_asyncio_calls_leave_nothing_behind(fake: FakeServer, count: int) -> None:
+async def test_asyncio_calls_leak_nothing(fake: FakeServer, count: int) -> None:
     prepare(fake)
 
     async def use(client: AsyncClient, kind: str) -> None:
@@ -90,7 +90,7 @@ async def test_asyncio_calls_leave_nothing_behind(fake: FakeServer, count: int) 
         assert not client._transport._in_flight
 
 
-async def test_a_loop_that_is_left_leaves_no_task(fake: FakeServer) -> None:
+async def test_a_cancelled_batch_leaks_no_task(fake: FakeServer) -> None:
     fake.script(default=Behaviour(hold=threading.Event()))
 
     before = asyncio.all_tasks()

@@ -1,4 +1,4 @@
-"""Closing, waiting, and what a client belongs to."""
+"""Closing, waiting, and the process and event loop of a client."""
 
 import asyncio
 import subprocess
@@ -13,7 +13,7 @@ from tests.client.conftest import Connect
 from tests.client.scripted import ScriptedServer, held
 
 
-def test_a_closed_client_says_so(client: Any) -> None:
+def test_calls_of_a_closed_client_are_errors(client: Any) -> None:
     client.close()
     client.close()
 
@@ -26,7 +26,7 @@ def test_a_closed_client_says_so(client: Any) -> None:
         client.generate_many(["a star"])
 
 
-def test_the_blocking_client_is_a_context(server: ScriptedServer) -> None:
+def test_the_blocking_client_is_a_context_manager(server: ScriptedServer) -> None:
     with Client(server.address) as client:
         assert client.generate("a star").images
         assert repr(client) == f"Client('{server.address}')"
@@ -34,7 +34,7 @@ def test_the_blocking_client_is_a_context(server: ScriptedServer) -> None:
         client.generate("a star")
 
 
-async def test_the_async_client_is_a_context(server: ScriptedServer) -> None:
+async def test_the_async_client_is_a_context_manager(server: ScriptedServer) -> None:
     async with AsyncClient(server.address) as client:
         assert (await client.generate("a star")).images
         assert repr(client) == f"AsyncClient('{server.address}')"
@@ -42,9 +42,9 @@ async def test_the_async_client_is_a_context(server: ScriptedServer) -> None:
         await client.generate("a star")
 
 
-def test_closing_under_a_call_cancels_it(server: ScriptedServer) -> None:
+def test_close_cancels_a_running_call(server: ScriptedServer) -> None:
     released, arrived = threading.Event(), threading.Event()
-    server.script.append(told(arrived, released))
+    server.script.append(notifying(arrived, released))
     client = Client(server.address)
 
     def close_once_arrived() -> None:
@@ -61,9 +61,9 @@ def test_closing_under_a_call_cancels_it(server: ScriptedServer) -> None:
     released.set()
 
 
-async def test_closing_under_an_async_call_cancels_it(server: ScriptedServer) -> None:
+async def test_close_cancels_a_running_async_call(server: ScriptedServer) -> None:
     released, arrived = threading.Event(), threading.Event()
-    server.script.append(told(arrived, released))
+    server.script.append(notifying(arrived, released))
     client = AsyncClient(server.address)
     call = asyncio.ensure_future(client.generate("a star", request_id="r-1"))
     await asyncio.to_thread(arrived.wait, 60)
@@ -76,9 +76,9 @@ async def test_closing_under_an_async_call_cancels_it(server: ScriptedServer) ->
     released.set()
 
 
-async def test_cancelling_the_task_is_a_cancellation(server: ScriptedServer) -> None:
+async def test_a_cancelled_task_raises_cancelled_error(server: ScriptedServer) -> None:
     released, arrived = threading.Event(), threading.Event()
-    server.script.append(told(arrived, released))
+    server.script.append(notifying(arrived, released))
     async with AsyncClient(server.address) as client:
         call = asyncio.ensure_future(client.generate("a star"))
         await asyncio.to_thread(arrived.wait, 60)
@@ -88,7 +88,7 @@ async def test_cancelling_the_task_is_a_cancellation(server: ScriptedServer) -> 
     released.set()
 
 
-def told(arrived: threading.Event, released: threading.Event) -> Any:
+def notifying(arrived: threading.Event, released: threading.Event) -> Any:
     behave = held(released)
 
     def answer(request: Any, context: Any) -> Any:
@@ -131,7 +131,7 @@ print(len(client.models()), "model")
 """
 
 
-def test_a_client_that_is_in_use_stays_with_its_process(server: ScriptedServer) -> None:
+def test_a_client_in_use_belongs_to_its_process(server: ScriptedServer) -> None:
     forking = subprocess.run(
         [sys.executable, "-c", FORKING, server.address],
         capture_output=True,
@@ -157,7 +157,7 @@ def test_waiting_ends_when_the_server_is_ready(client: Any, server: ScriptedServ
     timer.join()
 
 
-def test_waiting_starts_before_the_server_does(connect: Connect) -> None:
+def test_waiting_can_start_before_the_server(connect: Connect) -> None:
     with ScriptedServer() as earlier:
         port = int(earlier.address.rpartition(":")[2])
     client = connect(earlier.address)
@@ -171,7 +171,7 @@ def test_waiting_starts_before_the_server_does(connect: Connect) -> None:
     late[0].__exit__(None, None, None)
 
 
-def test_a_wait_that_is_too_long_names_the_address(connect: Connect) -> None:
+def test_the_error_of_a_wait_names_the_address(connect: Connect) -> None:
     with ScriptedServer() as gone:
         pass
 
@@ -181,14 +181,16 @@ def test_a_wait_that_is_too_long_names_the_address(connect: Connect) -> None:
     assert gone.address in str(caught.value)
 
 
-def test_a_wait_for_a_model_that_never_loads_says_so(client: Any, server: ScriptedServer) -> None:
+def test_the_error_of_a_wait_for_a_loading_model_says_so(
+    client: Any, server: ScriptedServer
+) -> None:
     server.ready = False
 
     with pytest.raises(Unavailable, match="answers, and is still not ready"):
         client.wait_until_ready(timeout=2.0)
 
 
-def test_waiting_does_not_hide_a_refusal(connect: Connect, server: ScriptedServer) -> None:
+def test_waiting_raises_an_unauthenticated_error(connect: Connect, server: ScriptedServer) -> None:
     server.refuse_health = True
 
     with pytest.raises(Unauthenticated):

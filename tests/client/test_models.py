@@ -1,4 +1,4 @@
-"""What the server holds, as plain data."""
+"""The models of the server, as plain data."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def test_an_unknown_model(client: Any) -> None:
     assert (caught.value.code, caught.value.reason) == ("NOT_FOUND", "UNKNOWN_MODEL")
 
 
-def test_a_model_that_loads_has_only_a_name(client: Any, server: ScriptedServer) -> None:
+def test_a_loading_model_has_only_a_name(client: Any, server: ScriptedServer) -> None:
     server.models = [model_pb2.Model(id="demo", ready=False)]
 
     model = client.model()
@@ -59,7 +59,7 @@ def test_a_model_that_loads_has_only_a_name(client: Any, server: ScriptedServer)
     assert (model.defaults, model.limits, model.runtime, model.schedulers) == (None, None, None, ())
 
 
-def test_names_newer_than_the_client_are_no_error(client: Any, server: ScriptedServer) -> None:
+def test_names_newer_than_the_client_are_ignored(client: Any, server: ScriptedServer) -> None:
     newer = types_pb2.Scheduler.ValueType(99)
     server.models[0].schedulers.append(
         model_pb2.SchedulerOffer(scheduler=newer, min_steps=1, max_steps=2)

@@ -1,4 +1,4 @@
-"""The public face: which names, which types, and what importing it costs."""
+"""The public surface: names, types, and the cost of the import."""
 
 import dataclasses
 import enum
@@ -23,7 +23,7 @@ STREAMING = {"stream", "watch", "generate_as_completed"}
 SECONDS = 0.3
 
 
-def test_every_name_is_explained() -> None:
+def test_every_public_name_has_a_docstring() -> None:
     assert all(kind.__doc__ for kind in CLASSES)
 
 
@@ -34,7 +34,7 @@ def test_nothing_else_is_public() -> None:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_no_type_of_grpc_or_protobuf_shows(kind: Any) -> None:
+def test_no_public_type_is_of_grpc_or_protobuf(kind: Any) -> None:
     for function in [kind.__init__, *public_functions(kind)]:
         for mentioned in mentioned_types(hints(function)):
             module = getattr(mentioned, "__module__", "")
@@ -44,7 +44,7 @@ def test_no_type_of_grpc_or_protobuf_shows(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CLASSES if dataclasses.is_dataclass(kind)])
-def test_data_is_frozen_slotted_and_named(kind: Any) -> None:
+def test_data_is_frozen_slotted_and_keyword_only(kind: Any) -> None:
     assert kind.__dataclass_params__.frozen
     assert "__slots__" in vars(kind)
     assert all(field.kw_only for field in dataclasses.fields(kind))
@@ -93,7 +93,7 @@ def test_nothing_heavy_is_imported() -> None:
 
 
 def test_it_is_imported_quickly() -> None:
-    # Time on the processor, and the best of three: what else the machine does is not our matter.
+    # CPU time, and the best of three: other load on the machine does not count.
     took = "process_time() - start"
     code = "from time import process_time; start = process_time()"
     code = f"{code}; import darkroom_client; print({took})"

@@ -1,4 +1,4 @@
-"""Replay records: readable, stable, and strict about what they are."""
+"""Replay records: readable, stable, strictly checked."""
 
 import dataclasses
 import json
@@ -79,7 +79,7 @@ def test_the_document_is_stable() -> None:
     assert ReplayRecord.from_json(DOCUMENT) == RECORD
 
 
-def test_what_the_server_sends_makes_the_round_trip(client: Any) -> None:
+def test_a_record_from_the_server_makes_the_round_trip(client: Any) -> None:
     record = client.generate("a star", seed=0, guidance_scale=7.1).images[0].replay
 
     assert record.request.seed == 0
@@ -103,12 +103,12 @@ def changed(**changes: Any) -> str:
         ('{"darkroom_replay": 1}', "record lacks|request is not an object"),
     ],
 )
-def test_other_documents_are_refused(text: str, words: str) -> None:
+def test_other_documents_are_errors(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ReplayRecord.from_json(text)
 
 
-def test_differences_are_named() -> None:
+def test_differences_have_dotted_names() -> None:
     other = dataclasses.replace(
         RECORD,
         request=dataclasses.replace(RECORD.request, request_id="r-2", steps=21),

@@ -1,4 +1,4 @@
-"""What one generation's messages mean: no wire, message by message."""
+"""The session of one job, message by message, without a wire."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -57,17 +57,17 @@ FINISHED = event(finished=generation_pb2.Finished(reason=generation_pb2.FINISH_R
 
 
 def fed(follow: GenerationSession, *events: generation_pb2.GenerationEvent) -> list[Event]:
-    return [told for message in events for told in follow.feed(message)]
+    return [event for message in events for event in follow.feed(message)]
 
 
 def forgotten(follow: GenerationSession) -> None:
-    """No server knows the job, wherever it is looked for."""
+    """Every probed backend answers that it does not know the job."""
     for _ in range(MAX_BACKENDS_PROBED):
         assert isinstance(follow.next_call().message, generation_pb2.WatchGenerationRequest)
         assert follow.on_call_ended(GONE) < 0.1
 
 
-def test_a_job_is_looked_for_on_every_server() -> None:
+def test_an_unknown_job_is_probed_on_several_backends() -> None:
     follow = following()
     follow.next_call()
     fed(follow, accepted())
@@ -81,14 +81,14 @@ def test_a_job_is_looked_for_on_every_server() -> None:
     assert isinstance(follow.next_call().message, generation_pb2.GenerateStreamRequest)
 
 
-def test_pieces_make_an_image() -> None:
+def test_chunks_make_an_image() -> None:
     follow = following()
     follow.next_call()
 
-    told = fed(follow, accepted(), chunk(0, b"ab", size=3), chunk(0, b"c", size=3, offset=2))
+    events = fed(follow, accepted(), chunk(0, b"ab", size=3), chunk(0, b"c", size=3, offset=2))
 
-    assert isinstance(told[-1], ImageReady)
-    assert told[-1].image.data == b"abc"
+    assert isinstance(events[-1], ImageReady)
+    assert events[-1].image.data == b"abc"
     assert isinstance(fed(follow, FINISHED)[0], Finished)
     assert follow.ended
 
@@ -108,7 +108,7 @@ def wrong_pieces() -> Iterator[list[generation_pb2.GenerationEvent]]:
 
 
 @pytest.mark.parametrize("events", list(wrong_pieces()))
-def test_pieces_that_do_not_fit_are_an_error(events: list[Any]) -> None:
+def test_chunks_that_do_not_fit_are_an_error(events: list[Any]) -> None:
     follow = following()
     follow.next_call()
     fed(follow, accepted())
@@ -117,12 +117,12 @@ def test_pieces_that_do_not_fit_are_an_error(events: list[Any]) -> None:
         fed(follow, *events)
 
     assert caught.value.reason == "UNREADABLE_REPLY"
-    # The server may still be drawing for a caller that cannot read it.
+    # The server may still run the job of a caller that cannot read its events.
     assert follow.needs_cancel
     assert follow.ended
 
 
-def test_pieces_begin_anew_with_a_new_connection() -> None:
+def test_chunks_start_again_with_a_new_connection() -> None:
     follow = following()
     follow.next_call()
     fed(follow, accepted(), chunk(0, b"ab", size=3))
@@ -130,40 +130,40 @@ def test_pieces_begin_anew_with_a_new_connection() -> None:
 
     message = follow.next_call().message
     assert message == generation_pb2.WatchGenerationRequest(request_id="r-1")
-    told = fed(follow, accepted(joined=True), chunk(0, b"abc", size=3), FINISHED)
+    events = fed(follow, accepted(joined=True), chunk(0, b"abc", size=3), FINISHED)
 
-    assert [type(item) for item in told] == [ImageReady, Finished]
+    assert [type(item) for item in events] == [ImageReady, Finished]
 
 
-def test_images_that_have_arrived_are_neither_told_nor_asked_for_twice() -> None:
+def test_arrived_images_are_neither_emitted_nor_requested_twice() -> None:
     follow = following(count=4)
     follow.next_call()
     images = [chunk(index, b"ab", size=2) for index in range(4)]
     fed(follow, accepted(4), images[0])
     follow.on_call_ended(LOST)
     assert isinstance(follow.next_call().message, generation_pb2.WatchGenerationRequest)
-    told = fed(follow, accepted(4, joined=True), images[0], images[1])
-    assert [item.image_index for item in told if isinstance(item, ImageReady)] == [1]
+    events = fed(follow, accepted(4, joined=True), images[0], images[1])
+    assert [item.image_index for item in events if isinstance(item, ImageReady)] == [1]
 
     follow.on_call_ended(LOST)
     follow.next_call()
     forgotten(follow)
     message: Any = follow.next_call().message
     rest = message.generation
-    # Image 2 of the seed 2^63 - 2 is drawn from the seed 0.
+    # Image 2 of the seed 2^63 - 2 has the seed 0.
     assert (rest.seed, rest.image_count, rest.request_id) == (0, 2, "r-1")
-    told = fed(follow, accepted(2), event(progress=generation_pb2.Progress(image_index=1)))
-    assert told[0] == Restarted(times=1)
-    assert isinstance(told[1], Progress)
-    assert told[1].image_index == 3
-    told = fed(follow, images[0], images[1], FINISHED)
+    events = fed(follow, accepted(2), event(progress=generation_pb2.Progress(image_index=1)))
+    assert events[0] == Restarted(times=1)
+    assert isinstance(events[1], Progress)
+    assert events[1].image_index == 3
+    events = fed(follow, images[0], images[1], FINISHED)
 
-    assert [item.image_index for item in told if isinstance(item, ImageReady)] == [2, 3]
+    assert [item.image_index for item in events if isinstance(item, ImageReady)] == [2, 3]
     assert follow.result is not None
     assert len(follow.result.images) == 4
 
 
-def test_before_acceptance_there_are_so_many_attempts() -> None:
+def test_attempts_are_limited_before_acceptance() -> None:
     follow = following(attempts=3)
 
     for _ in range(2):
@@ -179,7 +179,7 @@ def test_before_acceptance_there_are_so_many_attempts() -> None:
         once.on_call_ended(LOST)
 
 
-def test_waits_grow_and_begin_anew_with_news() -> None:
+def test_waits_grow_and_are_reset_by_an_event() -> None:
     follow = following(initial_backoff=1.0, max_backoff=3.0)
     follow.next_call()
     fed(follow, accepted())
@@ -197,7 +197,7 @@ def test_waits_grow_and_begin_anew_with_news() -> None:
     )
 
 
-def test_no_wait_is_longer_than_the_time_left() -> None:
+def test_no_wait_is_longer_than_the_remaining_time() -> None:
     follow = following(timeout=1e-9, initial_backoff=5.0)
     follow.next_call()
     fed(follow, accepted())
@@ -211,7 +211,7 @@ LOADING = Unavailable("loading", code="UNAVAILABLE", reason="MODEL_LOADING", ret
 CUT_SHORT = DeadlineExceeded("no answer", code="DEADLINE_EXCEEDED")
 
 
-def test_a_server_that_loads_is_asked_again_when_it_says() -> None:
+def test_retry_after_of_a_loading_server_is_used() -> None:
     follow = following(timeout=60.0)
 
     for _ in range(4):
@@ -219,7 +219,7 @@ def test_a_server_that_loads_is_asked_again_when_it_says() -> None:
         assert follow.on_call_ended(LOADING) == 2.0
 
 
-def test_a_job_that_no_server_took_in_time_ends_with_the_reason() -> None:
+def test_a_job_that_no_server_accepts_in_time_ends_with_the_reason() -> None:
     follow = following(timeout=1.0)
     follow.next_call()
 
@@ -230,7 +230,7 @@ def test_a_job_that_no_server_took_in_time_ends_with_the_reason() -> None:
     assert follow.ended
 
 
-def test_a_try_that_is_cut_short_ends_with_the_reason_of_the_one_before() -> None:
+def test_a_deadline_during_a_retry_keeps_the_earlier_reason() -> None:
     follow = following(timeout=1.0, attempts=2, initial_backoff=0.01)
     follow.next_call()
     assert follow.on_call_ended(LOST) < 1.0
@@ -246,7 +246,7 @@ def test_a_try_that_is_cut_short_ends_with_the_reason_of_the_one_before() -> Non
         once.on_call_ended(CUT_SHORT)
 
 
-def test_a_full_queue_is_waited_for_only_where_a_place_was_lost() -> None:
+def test_a_full_queue_is_retried_only_after_a_lost_place() -> None:
     full = Overloaded("full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL", retry_after=2.0)
     follow = following()
     follow.next_call()
@@ -263,7 +263,7 @@ def test_a_full_queue_is_waited_for_only_where_a_place_was_lost() -> None:
 
 
 @pytest.mark.parametrize("reason", ["", "ENGINE_FAILED"])
-def test_what_grpc_says_of_a_broken_stream_is_tried_again(reason: str) -> None:
+def test_grpc_errors_of_a_broken_stream_are_retried(reason: str) -> None:
     follow = following(attempts=3)
     follow.next_call()
     fed(follow, accepted())
@@ -280,7 +280,7 @@ def test_what_grpc_says_of_a_broken_stream_is_tried_again(reason: str) -> None:
     assert follow.needs_cancel
 
 
-def test_a_stream_that_ends_too_early_goes_on() -> None:
+def test_a_stream_that_ends_too_early_continues() -> None:
     follow = following()
     follow.next_call()
     fed(follow, accepted())
@@ -289,7 +289,7 @@ def test_a_stream_that_ends_too_early_goes_on() -> None:
     assert isinstance(follow.next_call().message, generation_pb2.WatchGenerationRequest)
 
 
-def test_what_is_newer_than_the_client_is_left_out() -> None:
+def test_events_newer_than_the_client_are_ignored() -> None:
     follow = following()
     follow.next_call()
     preview = generation_pb2.Preview(format=types_pb2.ImageFormat.ValueType(99))
@@ -298,19 +298,19 @@ def test_what_is_newer_than_the_client_is_left_out() -> None:
 
 
 class Stubs:
-    """Says which of the stubs a call goes to."""
+    """Shows which stub a call uses."""
 
     health_checked_generation = SimpleNamespace(GenerateStream="checked")
     generation = SimpleNamespace(GenerateStream="plain", WatchGeneration="watch")
 
 
 def way(follow: GenerationSession) -> str:
-    """Where the next call goes."""
+    """The stub of the next call."""
     stubs: Any = Stubs
     return str(follow.next_call().method(stubs))
 
 
-def test_where_no_server_takes_jobs_any_is_asked_at_once_but_once() -> None:
+def test_if_no_server_accepts_jobs_any_is_tried_once_at_once() -> None:
     follow = following(attempts=2)
 
     assert way(follow) == "checked"
@@ -324,7 +324,7 @@ def test_where_no_server_takes_jobs_any_is_asked_at_once_but_once() -> None:
         follow.on_call_ended(LOST, sent=False)
 
 
-def test_a_lost_try_counts_and_the_next_goes_anywhere() -> None:
+def test_a_lost_try_counts_and_the_next_skips_the_health_check() -> None:
     follow = following(attempts=2)
 
     assert way(follow) == "checked"
@@ -335,7 +335,7 @@ def test_a_lost_try_counts_and_the_next_goes_anywhere() -> None:
     assert way(follow) == "watch"
 
 
-def test_a_server_that_gives_its_reason_was_the_right_one_to_ask() -> None:
+def test_after_a_reason_the_next_try_is_health_checked() -> None:
     follow = following()
 
     assert way(follow) == "checked"

@@ -1,4 +1,4 @@
-"""Every piece of Python in the documentation, run as a reader would run it."""
+"""Every Python snippet in the documentation runs."""
 
 import re
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ def snippets() -> Iterator[tuple[str, str]]:
         text = page.read_text()
         for found in BLOCK.finditer(text):
             line = text.count("\n", 0, found.start(1)) + 1
-            # As many lines before it as in the page, so that a traceback names the right one.
+            # As many lines before it as in the page: tracebacks then show the right line.
             yield f"{page.relative_to(ROOT)}:{line}", "\n" * (line - 1) + found[1]
 
 
 SNIPPETS = dict(snippets())
 
 
-def test_they_are_found() -> None:
+def test_snippets_are_found() -> None:
     assert sum(name.startswith("client/README.md") for name in SNIPPETS) > 5
     assert any(name.startswith("README.md") for name in SNIPPETS)
 

@@ -1,4 +1,4 @@
-"""Many callers of a real server that has a bad day: every call ends, well or with its error."""
+"""Many callers of a real server with failures: every call ends, with a result or its error."""
 
 import signal
 from collections import Counter
@@ -7,17 +7,17 @@ from itertools import cycle
 import pytest
 
 from darkroom_client import Client, DarkroomError, DeadlineExceeded, Overloaded, Unavailable
-from tests.client.storm import CALLERS, Call, RealServer, Road, Trouble, storm
+from tests.client.storm import CALLERS, BreakableProxy, Call, Disruption, RealServer, storm
 
 TIMEOUT = 60.0
 SLACK = 30.0
-"""For a machine that is busy with other things."""
+"""For a busy machine."""
 
 EACH = 6
 
 
 def check(calls: list[Call], *, errors: tuple[type[DarkroomError], ...]) -> Counter[str]:
-    """What holds whatever happened: a picture or a typed error, in time."""
+    """Check what must hold in any case: a result or a typed error, in time."""
     assert len(calls) == CALLERS * EACH
     for call in calls:
         assert call.seconds < TIMEOUT + SLACK
@@ -34,19 +34,19 @@ def check(calls: list[Call], *, errors: tuple[type[DarkroomError], ...]) -> Coun
 
 @pytest.mark.parametrize("style", ["sync", "async"])
 def test_broken_connections_and_a_full_queue(style: str) -> None:
-    with RealServer("--max-queued-jobs", "8") as server, Road(server.port) as road:
-        with Trouble(road.cut, pause=0.4, most=20) as trouble:
-            calls = storm(style, f"127.0.0.1:{road.port}", EACH, TIMEOUT)
+    with RealServer("--max-queued-jobs", "8") as server, BreakableProxy(server.port) as proxy:
+        with Disruption(proxy.cut, pause=0.4, most=20) as disruption:
+            calls = storm(style, f"127.0.0.1:{proxy.port}", EACH, TIMEOUT)
         with Client(server.target) as client:
             client.wait_until_ready(TIMEOUT)
 
     outcomes = check(calls, errors=(Overloaded, Unavailable))
-    assert trouble.times
+    assert disruption.times
     assert outcomes["GenerationResult"] > 0
-    # A lost connection costs time, and never a second job.
-    assert max(server.paid.values()) == 1
-    assert {call.seed for call in calls if call.drawn} <= set(server.paid)
-    # What was accepted is not lost with the connection.
+    # A lost connection never starts a second job.
+    assert max(server.started.values()) == 1
+    assert {call.seed for call in calls if call.drawn} <= set(server.started)
+    # An accepted job is not lost with the connection.
     assert not [c for c in calls if c.accepted and isinstance(c.outcome, DarkroomError)]
 
 
@@ -58,18 +58,18 @@ def test_restarts_by_drain_and_by_kill(style: str) -> None:
         def restart() -> None:
             server.stop(next(signals))
             server.start()
-            # A server that is killed again before it is ready would teach us nothing.
+            # Killing a server before it is ready again would test nothing.
             with Client(server.target) as waiter:
                 waiter.wait_until_ready(120)
 
-        with Trouble(restart, pause=0.5, most=2) as trouble:
+        with Disruption(restart, pause=0.5, most=2) as disruption:
             calls = storm(style, server.target, EACH, TIMEOUT)
         with Client(server.target) as client:
             client.wait_until_ready(120)
             assert client.generate("a star").images
 
     outcomes = check(calls, errors=(Overloaded, Unavailable, DeadlineExceeded))
-    assert trouble.times
+    assert disruption.times
     assert outcomes["GenerationResult"] > 0
     failed = [c for c in calls if c.accepted and isinstance(c.outcome, DarkroomError)]
     assert all(isinstance(call.outcome, DeadlineExceeded) for call in failed)

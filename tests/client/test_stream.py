@@ -1,4 +1,4 @@
-"""Following a generation, through both clients and the real wire."""
+"""Streams, through both clients and the real wire."""
 
 import os
 import signal
@@ -36,12 +36,12 @@ from tests.client.conftest import Connect
 
 
 def kinds(events: list[Any]) -> list[str]:
-    """The events' names, what comes again and again only once."""
+    """The names of the events, without repetitions in a row."""
     names = [type(event).__name__ for event in events]
     return [name for at, name in enumerate(names) if at == 0 or names[at - 1] != name]
 
 
-def test_a_generation_is_told_from_beginning_to_end(caller: Any, fake: FakeServer) -> None:
+def test_the_events_of_a_job_from_start_to_end(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(queue=2))
 
     with caller.stream(
@@ -75,12 +75,12 @@ def test_a_generation_is_told_from_beginning_to_end(caller: Any, fake: FakeServe
     assert finished.reason is FinishReason.COMPLETED
     images = [event.image for event in rest if isinstance(event, ImageReady)]
     assert finished.result.images == tuple(images)
-    # The pieces are as the server cut them: the image is what one call gives.
+    # However the server cuts the chunks, the image equals that of a unary call.
     assert images[0].data == caller.generate("a star", seed=7, width=200, height=200).images[0].data
     assert stream.result() is finished.result
 
 
-def test_a_request_goes_in_the_place_of_a_prompt(caller: Any, fake: FakeServer) -> None:
+def test_a_request_in_place_of_a_prompt(caller: Any, fake: FakeServer) -> None:
     request = GenerationRequest(prompt="a star", seed=7, steps=2)
 
     with caller.stream(request, steps=3) as stream:
@@ -90,7 +90,7 @@ def test_a_request_goes_in_the_place_of_a_prompt(caller: Any, fake: FakeServer) 
     assert [sent.steps for sent in fake.requests] == [3, 2]
 
 
-def test_a_stream_is_a_context(caller: Any, fake: FakeServer) -> None:
+def test_a_stream_is_a_context_manager(caller: Any, fake: FakeServer) -> None:
     stream = caller.stream("a star")
 
     with pytest.raises(RuntimeError, match="is a context"):
@@ -98,7 +98,7 @@ def test_a_stream_is_a_context(caller: Any, fake: FakeServer) -> None:
     assert fake.jobs == ()
 
 
-def test_leaving_early_frees_the_server_within_one_step(caller: Any, fake: FakeServer) -> None:
+def test_an_early_end_frees_the_server_within_one_step(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(step_seconds=0.05))
 
     with caller.stream("a star", steps=1000) as stream:
@@ -109,11 +109,11 @@ def test_leaving_early_frees_the_server_within_one_step(caller: Any, fake: FakeS
 
     assert fake.jobs[0].state is JobState.CANCELLED
     assert fake.jobs[0].steps_done < 1000
-    with pytest.raises(RuntimeError, match="left"):
+    with pytest.raises(RuntimeError, match="closed before its end"):
         next(iter(stream))
 
 
-def test_an_error_in_the_block_cancels(caller: Any, fake: FakeServer) -> None:
+def test_an_error_in_the_block_cancels_the_job(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(hold=threading.Event()))
 
     def use() -> None:
@@ -135,7 +135,7 @@ def test_an_error_in_the_block_cancels(caller: Any, fake: FakeServer) -> None:
         (Behaviour(error=GenerationFailed("black"), error_at_step=2), GenerationFailed),
     ],
 )
-def test_errors_are_the_servers(
+def test_the_error_of_the_server_is_raised(
     caller: Any, fake: FakeServer, behaviour: Behaviour, kind: type[Exception]
 ) -> None:
     fake.script(behaviour)
@@ -149,7 +149,7 @@ def test_errors_are_the_servers(
         stream.result()
 
 
-def test_a_lost_connection_is_made_again(caller: Any, fake: FakeServer) -> None:
+def test_a_stream_reconnects(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(drop_at_step=2, step_seconds=0.01))
 
     with caller.stream("a star", seed=7, steps=4, image_count=3) as stream:
@@ -161,7 +161,7 @@ def test_a_lost_connection_is_made_again(caller: Any, fake: FakeServer) -> None:
     assert [e.image_index for e in events if isinstance(e, ImageReady)] == [0, 1, 2]
 
 
-def test_connections_that_really_break_are_made_again(caller: Any, fake: FakeServer) -> None:
+def test_a_stream_reconnects_after_real_disconnects(caller: Any, fake: FakeServer) -> None:
     released = threading.Event()
     fake.script(Behaviour(hold=released))
 
@@ -175,7 +175,7 @@ def test_connections_that_really_break_are_made_again(caller: Any, fake: FakeSer
     assert len(fake.jobs) == 1
 
 
-def test_a_server_that_forgot_is_asked_again(caller: Any, fake: FakeServer) -> None:
+def test_a_request_is_sent_again_to_a_restarted_server(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(hold=threading.Event()))
 
     with caller.stream("a star", steps=4) as stream:
@@ -192,7 +192,9 @@ def test_a_server_that_forgot_is_asked_again(caller: Any, fake: FakeServer) -> N
     assert events[-1].result.images[0].seed == accepted.seeds[0]
 
 
-def test_a_server_that_loads_after_its_restart_is_waited_for(caller: Any, fake: FakeServer) -> None:
+def test_a_stream_waits_for_a_server_that_loads_after_its_restart(
+    caller: Any, fake: FakeServer
+) -> None:
     fake.script(Behaviour(hold=threading.Event()))
 
     with caller.stream("a star") as stream:
@@ -205,7 +207,7 @@ def test_a_server_that_loads_after_its_restart_is_waited_for(caller: Any, fake: 
     timer.join()
 
 
-def test_a_server_that_loads_for_longer_than_the_timeout_says_so(
+def test_a_server_that_loads_longer_than_the_timeout_is_unavailable(
     caller: Any, fake: FakeServer
 ) -> None:
     loading = Unavailable("the model is loading", reason="MODEL_LOADING", retry_after=60.0)
@@ -218,7 +220,7 @@ def test_a_server_that_loads_for_longer_than_the_timeout_says_so(
     assert list(stream) == []
 
 
-def test_a_dead_engine_starts_the_progress_over(caller: Any, fake: FakeServer) -> None:
+def test_progress_starts_again_after_an_engine_crash(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(crash_at_step=2))
 
     with caller.stream("a star", steps=4) as stream:
@@ -228,18 +230,18 @@ def test_a_dead_engine_starts_the_progress_over(caller: Any, fake: FakeServer) -
     assert [e.step for e in events if isinstance(e, Progress)] == [1, 2, 1, 2, 3, 4]
 
 
-def test_without_retries_a_lost_connection_is_the_end(connect: Connect, fake: FakeServer) -> None:
+def test_without_retries_a_lost_connection_is_an_error(connect: Connect, fake: FakeServer) -> None:
     fake.script(Behaviour(drop_at_step=2, step_seconds=0.2))
 
     client = connect(fake.target, retry=Retry(attempts=1))
     with client.stream("a star", steps=50) as stream, pytest.raises(Unavailable):
         list(stream)
 
-    # Nor is the server asked to keep the job of a caller that will not come back.
+    # And the request does not ask the server to keep the job.
     fake.wait_for(lambda: fake.jobs[0].state is JobState.CANCELLED)
 
 
-def test_a_server_that_stays_away_is_unavailable_within_the_timeout(
+def test_a_server_that_stays_down_is_unavailable_within_the_timeout(
     connect: Connect,
 ) -> None:
     with FakeServer() as fake:
@@ -253,7 +255,7 @@ def test_a_server_that_stays_away_is_unavailable_within_the_timeout(
     stream.close()
 
 
-def test_the_timeout_ends_the_job_too(caller: Any, fake: FakeServer) -> None:
+def test_the_timeout_cancels_the_job(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(hold=threading.Event()))
 
     with caller.stream("a star", timeout=2.0) as stream, pytest.raises(DeadlineExceeded):
@@ -274,7 +276,7 @@ def test_closing_the_client_ends_its_streams(caller: Any, fake: FakeServer) -> N
     fake.wait_for(lambda: fake.jobs[0].state is JobState.CANCELLED)
 
 
-def test_a_withheld_image_is_told(caller: Any, fake: FakeServer) -> None:
+def test_a_withheld_image_is_flagged(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(withheld=True))
 
     with caller.stream("a star") as stream:
@@ -285,14 +287,14 @@ def test_a_withheld_image_is_told(caller: Any, fake: FakeServer) -> None:
     assert finished.reason is FinishReason.WITHHELD
 
 
-def test_who_submits_may_watch_later(caller: Any, fake: FakeServer) -> None:
+def test_a_submitted_job_can_be_watched_later(caller: Any, fake: FakeServer) -> None:
     released = threading.Event()
     fake.script(Behaviour(hold=released))
     accepted = caller.submit("a star", seed=7, time_limit=60.0)
 
     with caller.watch(accepted.request_id) as watch:
         assert next(watch).joined
-    # Leaving a watch leaves the job alone.
+    # The end of a watch does not cancel the job.
     assert fake.jobs[0].state is JobState.RUNNING
     released.set()
     with caller.watch(accepted.request_id) as watch:
@@ -302,7 +304,7 @@ def test_who_submits_may_watch_later(caller: Any, fake: FakeServer) -> None:
     assert len(fake.jobs) == 1
 
 
-def test_a_submitted_job_keeps_its_time_limit(caller: Any, fake: FakeServer) -> None:
+def test_a_submitted_job_expires_at_its_time_limit(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(hold=threading.Event()))
 
     caller.submit("a star", time_limit=0.05)
@@ -330,13 +332,13 @@ def test_unknown_ids(caller: Any) -> None:
         list(watch)
 
 
-def test_previews_below_none_make_no_sense(caller: Any) -> None:
+def test_a_negative_preview_every_is_an_error(caller: Any) -> None:
     with pytest.raises(ValueError, match="preview_every"):
         caller.stream("a star", preview_every=-1)
 
 
 @pytest.mark.parametrize("leave", ["stream", "client"])
-def test_the_token_of_a_call_comes_along_when_it_is_left(connect: Connect, leave: str) -> None:
+def test_the_cancel_call_sends_the_token_of_the_call(connect: Connect, leave: str) -> None:
     with FakeServer(token="secret") as strict:
         strict.script(Behaviour(hold=threading.Event()))
         client = connect(strict.target, insecure=True)
@@ -352,7 +354,7 @@ def all_cancelled(server: FakeServer) -> bool:
     return all(job.state is JobState.CANCELLED for job in server.jobs)
 
 
-def test_leaving_finds_the_server_that_draws(connect: Connect) -> None:
+def test_the_end_of_a_stream_cancels_at_the_server_that_runs_the_job(connect: Connect) -> None:
     with FakeServer() as one, FakeServer() as two:
         servers = (one, two)
         for server in servers:
@@ -368,7 +370,7 @@ def test_leaving_finds_the_server_that_draws(connect: Connect) -> None:
         assert sum(len(server.jobs) for server in servers) == 4
 
 
-def test_a_job_is_joined_again_on_the_server_that_has_it(connect: Connect) -> None:
+def test_a_stream_rejoins_its_job_on_the_server_that_has_it(connect: Connect) -> None:
     with FakeServer() as one, FakeServer() as two:
         servers = (one, two)
         for server in servers:
@@ -382,7 +384,7 @@ def test_a_job_is_joined_again_on_the_server_that_has_it(connect: Connect) -> No
         assert sum(len(server.jobs) for server in servers) == 4
 
 
-def test_a_server_that_drains_costs_nobody_a_job(connect: Connect) -> None:
+def test_no_job_is_lost_while_a_server_drains(connect: Connect) -> None:
     with FakeServer() as leaving, FakeServer() as staying:
         released = threading.Event()
         leaving.script(Behaviour(hold=released))
@@ -403,7 +405,7 @@ def test_a_server_that_drains_costs_nobody_a_job(connect: Connect) -> None:
 
 
 @pytest.mark.parametrize("verb", ["generate('a star')", "stream('a star').__enter__().result()"])
-def test_an_interrupt_reaches_the_server(fake: FakeServer, verb: str) -> None:
+def test_an_interrupt_cancels_the_job(fake: FakeServer, verb: str) -> None:
     fake.script(Behaviour(hold=threading.Event()))
     code = f"from darkroom_client import Client\nwith Client() as c:\n    c.{verb}\n"
 

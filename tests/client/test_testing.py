@@ -1,4 +1,4 @@
-"""The fake server itself: what it promises to those who test their own code with it."""
+"""The fake server for tests of code that uses the client."""
 
 import doctest
 import subprocess
@@ -41,7 +41,7 @@ LOCAL = {"ImageWithheld", "Unsupported", "DarkroomError"}
 """Errors that no server sends."""
 
 
-def test_its_documentation_is_true() -> None:
+def test_the_documented_example_runs() -> None:
     assert doctest.testmod(testing).failed == 0
 
 
@@ -53,7 +53,7 @@ def test_every_error_can_be_scripted() -> None:
 
 
 @pytest.mark.parametrize("kind", SENT)
-def test_a_scripted_error_arrives_as_it_is(
+def test_a_scripted_error_arrives_unchanged(
     connect: Connect, fake: FakeServer, kind: type[DarkroomError]
 ) -> None:
     client = connect(fake.target, retry=Retry(attempts=1))
@@ -77,9 +77,7 @@ def test_an_error_that_no_server_sends_cannot_be_scripted(name: str) -> None:
         Behaviour(error=error)
 
 
-def test_an_error_of_the_users_own_goes_as_what_it_is_made_from(
-    caller: Any, fake: FakeServer
-) -> None:
+def test_a_subclass_of_an_error_is_sent_as_its_base_class(caller: Any, fake: FakeServer) -> None:
     class Broke(QuotaExceeded):
         pass
 
@@ -89,7 +87,7 @@ def test_an_error_of_the_users_own_goes_as_what_it_is_made_from(
         caller.generate("a star")
 
 
-def test_who_names_no_request_gets_a_name(fake: FakeServer) -> None:
+def test_a_request_without_id_gets_one(fake: FakeServer) -> None:
     with grpc.insecure_channel(fake.target) as channel:
         draw = GenerationServiceStub(channel).Generate
         answers = [draw(GenerateRequest(prompt=prompt)) for prompt in ("a star", "a circle")]
@@ -100,7 +98,7 @@ def test_who_names_no_request_gets_a_name(fake: FakeServer) -> None:
     assert len({answer.request_id for answer in answers} - {""}) == 2
 
 
-def test_a_quota_is_not_waited_for(fake: FakeServer) -> None:
+def test_an_exceeded_quota_is_not_retried(fake: FakeServer) -> None:
     fake.script(Behaviour(error=QuotaExceeded("nothing left", retry_after=1.5)))
 
     with (
@@ -114,7 +112,7 @@ def test_a_quota_is_not_waited_for(fake: FakeServer) -> None:
     assert trailers["grpc-retry-pushback-ms"] == "-1"
 
 
-def test_a_job_that_failed_is_run_anew(caller: Any, fake: FakeServer) -> None:
+def test_a_failed_job_runs_again(caller: Any, fake: FakeServer) -> None:
     failed = GenerationFailed("black")
     fake.script(Behaviour(error=failed, error_at_step=1))
     request = GenerationRequest(prompt="a star", seed=7, request_id="r-1")
@@ -130,12 +128,12 @@ def test_a_job_that_failed_is_run_anew(caller: Any, fake: FakeServer) -> None:
     assert [job.state for job in fake.jobs] == [JobState.FAILED, JobState.FINISHED]
 
 
-def test_who_joins_a_job_may_wait_longer_for_it(connect: Connect, fake: FakeServer) -> None:
+def test_joining_a_job_extends_its_deadline(connect: Connect, fake: FakeServer) -> None:
     fake.script(Behaviour(step_seconds=1.0))
     request = GenerationRequest(prompt="a star", seed=7, steps=4, request_id="r-1")
     connect(fake.target).submit(request, time_limit=3.0)
 
-    # Nor does it matter that this one would not have it kept.
+    # It does not matter that this call does not ask to keep the job.
     with connect(fake.target, retry=Retry(attempts=1)).stream(request, timeout=60.0) as stream:
         assert next(stream).joined
         assert stream.result().images
@@ -152,7 +150,7 @@ def test_who_joins_a_job_may_wait_longer_for_it(connect: Connect, fake: FakeServ
         (ServerState.DRAINING, False, False),
     ],
 )
-def test_health_checks_say_what_the_real_servers_do(
+def test_health_checks_answer_like_the_real_server(
     fake: FakeServer, state: ServerState, draws: bool, takes: bool
 ) -> None:
     fake.state = state
@@ -164,7 +162,7 @@ def test_health_checks_say_what_the_real_servers_do(
             assert (status == HealthCheckResponse.SERVING) is expected
 
 
-def test_the_time_to_come_back_arrives(connect: Connect, fake: FakeServer) -> None:
+def test_retry_after_arrives(connect: Connect, fake: FakeServer) -> None:
     client = connect(fake.target)
     fake.script(Behaviour(error=Overloaded("full", retry_after=1.5)))
 
@@ -174,7 +172,7 @@ def test_the_time_to_come_back_arrives(connect: Connect, fake: FakeServer) -> No
     assert caught.value.retry_after == 1.5
 
 
-def test_a_refusal_that_is_retried_takes_one_behaviour_a_try(caller: Any, fake: FakeServer) -> None:
+def test_each_retry_takes_one_behaviour(caller: Any, fake: FakeServer) -> None:
     gone = Behaviour(error=Unavailable("restarting", retry_after=0.01))
 
     fake.script(gone, gone)
@@ -185,14 +183,14 @@ def test_a_refusal_that_is_retried_takes_one_behaviour_a_try(caller: Any, fake: 
         caller.generate("a star")
 
 
-def test_a_token_is_asked_for(connect: Connect) -> None:
+def test_a_token_is_required(connect: Connect) -> None:
     with FakeServer(token="secret") as strict:
         with pytest.raises(Unauthenticated):
             connect(strict.target).generate("a star")
         assert connect(strict.target, token="secret", insecure=True).generate("a star").images
 
 
-def test_capacity_is_kept(connect: Connect) -> None:
+def test_capacity_limits_concurrent_jobs(connect: Connect) -> None:
     with FakeServer(capacity=1) as small:
         client = connect(small.target)
         released = threading.Event()
@@ -208,7 +206,7 @@ def test_capacity_is_kept(connect: Connect) -> None:
         assert client.generate("a circle").images
 
 
-def test_its_state_is_what_health_and_status_say(connect: Connect, fake: FakeServer) -> None:
+def test_health_and_status_report_its_state(connect: Connect, fake: FakeServer) -> None:
     client = connect(fake.target, retry=Retry(attempts=1))
     client.wait_until_ready(timeout=30)
     assert client.status().state is ServerState.READY
@@ -231,7 +229,7 @@ def test_its_state_is_what_health_and_status_say(connect: Connect, fake: FakeSer
     assert client.generate("a star").images
 
 
-def test_its_state_can_be_set_while_watchers_of_its_health_leave(fake: FakeServer) -> None:
+def test_its_state_can_be_set_while_health_watches_end(fake: FakeServer) -> None:
     done = threading.Event()
 
     def come_and_go() -> None:
@@ -268,7 +266,7 @@ def test_status_counts_jobs(caller: Any, fake: FakeServer) -> None:
     assert [job.state for job in fake.jobs] == [JobState.FINISHED] * 2
 
 
-def test_a_new_client_does_not_inherit_that_another_met_a_closed_port(connect: Connect) -> None:
+def test_a_new_client_does_not_inherit_connection_failures(connect: Connect) -> None:
     retry = Retry(initial_backoff=0.01, max_backoff=0.05)
     with FakeServer() as first:
         target = first.target
@@ -281,14 +279,14 @@ def test_a_new_client_does_not_inherit_that_another_met_a_closed_port(connect: C
         assert connect(target, retry=retry).estimate("a star") == second.estimate
 
 
-def test_an_estimate_is_what_was_set(caller: Any, fake: FakeServer) -> None:
+def test_the_estimate_can_be_set(caller: Any, fake: FakeServer) -> None:
     fake.estimate = Estimate(queue_wait=1.5, run_time=2.5, peak_bytes=3, available_bytes=4)
 
     assert caller.estimate("a star", steps=50) == fake.estimate
     assert fake.estimate.total == 4.0
 
 
-def test_its_pictures_are_pictures(caller: Any) -> None:
+def test_its_images_are_valid(caller: Any) -> None:
     png = caller.generate("a star", seed=7, width=40, height=24).images[0]
     raw = caller.generate("a star", seed=7, width=40, height=24, format="raw_rgb").images[0]
 
@@ -302,7 +300,7 @@ def test_its_pictures_are_pictures(caller: Any) -> None:
     assert caught.value.violations[0].field == "format"
 
 
-def test_requests_are_those_of_the_caller(caller: Any, fake: FakeServer) -> None:
+def test_requests_equal_those_of_the_caller(caller: Any, fake: FakeServer) -> None:
     request = GenerationRequest(prompt="a star", seed=7, steps=3, request_id="r-1")
 
     caller.generate(request)
@@ -314,7 +312,7 @@ def test_requests_are_those_of_the_caller(caller: Any, fake: FakeServer) -> None
         caller.generate("a star", model="other")
 
 
-def test_waiting_in_vain_says_so(fake: FakeServer) -> None:
+def test_wait_for_raises_timeout_error(fake: FakeServer) -> None:
     with pytest.raises(TimeoutError):
         fake.wait_for(lambda: bool(fake.jobs), timeout=0.01)
 

@@ -1,4 +1,4 @@
-"""What a type checker makes of code that uses the client."""
+"""Type checks of code that uses the client."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from darkroom_client import (
 )
 
 
-def told(event: Event) -> str:
+def shown(event: Event) -> str:
     match event:
         case Accepted(seeds=seeds):
             return str(seeds[0] + 1)
@@ -39,7 +39,7 @@ def use(client: Client) -> None:
     client.generate(GenerationRequest(prompt="a star"), seed=0)
     with client.stream("a star", preview_every=2) as stream:
         for event in stream:
-            told(event)
+            shown(event)
         assert_type(stream.result(), GenerationResult)
     for index, answer in client.generate_as_completed(["a star"]):
         assert_type(index, int)
@@ -90,7 +90,9 @@ def check(tmp_path: Path, code: str, *tool: str) -> str:
 
 
 @pytest.mark.parametrize("tool", [("mypy", "--strict"), ("basedpyright", "--level", "error")])
-def test_right_calls_are_right_and_wrong_ones_wrong(tmp_path: Path, tool: tuple[str, ...]) -> None:
+def test_type_checkers_accept_right_calls_and_reject_wrong_ones(
+    tmp_path: Path, tool: tuple[str, ...]
+) -> None:
     assert "error" not in check(tmp_path, RIGHT, *tool).replace("0 errors", "")
 
     said = check(tmp_path, WRONG, *tool)

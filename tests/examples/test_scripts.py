@@ -39,8 +39,8 @@ def test_python(
         env=environment(darkroom_server),
     )
 
-    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert drawn == pictures if pictures else len(drawn) == len(darkroom_server.jobs)
+    saved = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert saved == pictures if pictures else len(saved) == len(darkroom_server.jobs)
 
 
 def node(script: str, server: FakeServer, *arguments: str | Path) -> "subprocess.Popen[str]":

@@ -8,8 +8,8 @@ from typing import Self, Unpack
 
 import grpc
 
+from darkroom_client import _batch
 from darkroom_client._async_stream import AsyncStream
-from darkroom_client._batch import check_concurrency, check_requests, draw_many_async, in_order
 from darkroom_client._errors import DarkroomError
 from darkroom_client._protocol.calls import Calls, replayed
 from darkroom_client._protocol.readiness import REQUEST, Readiness
@@ -32,10 +32,10 @@ from darkroom_client._types.status import Estimate, ServerStatus
 
 
 class AsyncClient:
-    """As ``Client``, for asyncio: the same arguments, verbs and errors.
+    """Like ``Client``, for asyncio: the same arguments, methods and errors.
 
     It belongs to the event loop of its first call, where the connection opens. Cancelling the
-    task that awaits a call cancels the call, and the server stops drawing.
+    task that awaits a call cancels the call and its job.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class AsyncClient:
 
     @property
     def target(self) -> str:
-        """The address that this client talks to."""
+        """The address of the server."""
         return self._settings.target
 
     async def generate(
@@ -76,7 +76,7 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
-        """As ``Client.generate``."""
+        """Like ``Client.generate``."""
         request = as_request(prompt, options)
         return await self._transport.run(self._calls.generate(request, timeout, metadata))
 
@@ -90,7 +90,7 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AsyncStream:
-        """As ``Client.stream``."""
+        """Like ``Client.stream``."""
         self._transport.check_open()
         request = as_request(prompt, options)
         session = self._calls.stream(request, preview_every, preview_format, timeout, metadata)
@@ -103,7 +103,7 @@ class AsyncClient:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> GenerationResult:
-        """As ``Client.replay``."""
+        """Like ``Client.replay``."""
         return await self._transport.run(self._calls.generate(replayed(record), timeout, metadata))
 
     async def generate_many(
@@ -114,14 +114,14 @@ class AsyncClient:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> list[GenerationResult | DarkroomError]:
-        """As ``Client.generate_many``."""
-        answers = draw_many_async(
-            self._drawing(timeout, metadata),
-            check_requests(requests),
-            check_concurrency(concurrency),
+        """Like ``Client.generate_many``."""
+        answers = _batch.generate_many_async(
+            self._generate_one(timeout, metadata),
+            _batch.check_requests(requests),
+            _batch.check_concurrency(concurrency),
         )
         async with aclosing(answers):
-            return in_order([answer async for answer in answers])
+            return _batch.in_order([answer async for answer in answers])
 
     def generate_as_completed(
         self,
@@ -131,12 +131,12 @@ class AsyncClient:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> AsyncIterator[tuple[int, GenerationResult | DarkroomError]]:
-        """As ``Client.generate_as_completed``."""
+        """Like ``Client.generate_as_completed``."""
         self._transport.check_open()
-        return draw_many_async(
-            self._drawing(timeout, metadata),
-            check_requests(requests),
-            check_concurrency(concurrency),
+        return _batch.generate_many_async(
+            self._generate_one(timeout, metadata),
+            _batch.check_requests(requests),
+            _batch.check_concurrency(concurrency),
         )
 
     async def submit(
@@ -148,7 +148,7 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Accepted:
-        """As ``Client.submit``."""
+        """Like ``Client.submit``."""
         request = as_request(prompt, options)
         return await self._transport.run(self._calls.submit(request, time_limit, timeout, metadata))
 
@@ -159,7 +159,7 @@ class AsyncClient:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> AsyncStream:
-        """As ``Client.watch``."""
+        """Like ``Client.watch``."""
         self._transport.check_open()
         return AsyncStream(self._transport, self._calls.watch(request_id, timeout, metadata))
 
@@ -170,7 +170,7 @@ class AsyncClient:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> bool:
-        """As ``Client.cancel``."""
+        """Like ``Client.cancel``."""
         return await self._transport.run(self._calls.cancel(request_id, timeout, metadata))
 
     async def estimate(
@@ -181,14 +181,14 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Estimate:
-        """As ``Client.estimate``."""
+        """Like ``Client.estimate``."""
         request = as_request(prompt, options)
         return await self._transport.run(self._calls.estimate(request, timeout, metadata))
 
     async def models(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> list[Model]:
-        """As ``Client.models``."""
+        """Like ``Client.models``."""
         return await self._transport.run(self._calls.models(timeout, metadata))
 
     async def model(
@@ -198,25 +198,25 @@ class AsyncClient:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Model:
-        """As ``Client.model``."""
+        """Like ``Client.model``."""
         return await self._transport.run(self._calls.model(id, timeout, metadata))
 
     async def status(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> ServerStatus:
-        """As ``Client.status``."""
+        """Like ``Client.status``."""
         return await self._transport.run(self._calls.status(timeout, metadata))
 
     async def wait_until_ready(
         self, timeout: float | None = None, *, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """As ``Client.wait_until_ready``."""
+        """Like ``Client.wait_until_ready``."""
         self._transport.check_open()
         wait = Readiness(self.target, self._settings.deadline(timeout))
         sent = self._settings.metadata(metadata)
         while True:
             watch = self._transport.stubs.health.Watch(
-                REQUEST, timeout=wait.left, metadata=sent, wait_for_ready=True
+                REQUEST, timeout=wait.remaining, metadata=sent, wait_for_ready=True
             )
             try:
                 async for response in watch:
@@ -230,7 +230,7 @@ class AsyncClient:
             await asyncio.sleep(wait.pause)
 
     async def close(self) -> None:
-        """Cancel what still runs, on the server too, and disconnect; may be called again."""
+        """Cancel every job in flight, also on the server, and disconnect. Idempotent."""
         await self._transport.close()
 
     async def __aenter__(self) -> Self:
@@ -247,10 +247,10 @@ class AsyncClient:
     def __repr__(self) -> str:
         return f"AsyncClient({self.target!r})"
 
-    def _drawing(
+    def _generate_one(
         self, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Callable[[GenerationRequest], Awaitable[GenerationResult]]:
-        async def draw(request: GenerationRequest) -> GenerationResult:
+        async def generate(request: GenerationRequest) -> GenerationResult:
             return await self._transport.run(self._calls.generate(request, timeout, metadata))
 
-        return draw
+        return generate

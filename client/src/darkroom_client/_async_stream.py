@@ -1,4 +1,4 @@
-"""A generation that is followed, for the asyncio client."""
+"""The events of a job, for the asyncio client."""
 
 import asyncio
 from collections import deque
@@ -17,7 +17,7 @@ from darkroom_client._types.result import GenerationResult
 
 
 class AsyncStream:
-    """As ``Stream``, for ``async with`` and ``async for``."""
+    """Like ``Stream``, for ``async with`` and ``async for``."""
 
     def __init__(self, transport: AsyncTransport, session: GenerationSession) -> None:
         self._transport = transport
@@ -29,19 +29,19 @@ class AsyncStream:
 
     @property
     def request_id(self) -> str:
-        """Names the generation, also for ``watch`` and ``cancel``."""
+        """The id of the job, for ``watch`` and ``cancel``."""
         return self._session.request_id
 
     async def result(self) -> GenerationResult:
-        """As ``Stream.result``."""
+        """Like ``Stream.result``."""
         async for _ in self:
             pass
         if self._session.result is None:
-            raise RuntimeError("this stream has failed before: it has no result")
+            raise RuntimeError("this stream has failed: it has no result")
         return self._session.result
 
     async def close(self) -> None:
-        """Leave; may be called again, and from another task than the reader's."""
+        """Close the stream. Idempotent, and safe from a task other than the reader's."""
         if self._closed.is_set():
             return
         self._closed.set()
@@ -59,7 +59,7 @@ class AsyncStream:
             if self._session.ended:
                 raise StopAsyncIteration
             if self._closed.is_set():
-                raise RuntimeError("this stream was left before its end")
+                raise RuntimeError("this stream was closed before its end")
             await self._read()
         return self._events.popleft()
 
@@ -76,7 +76,7 @@ class AsyncStream:
         await self.close()
 
     async def _read(self) -> None:
-        """One message, or one end of a call and the wait after it."""
+        """Read one message; or handle the end of a call, and wait before the next call."""
         failure: DarkroomError | None = None
         sent = True
         try:
@@ -89,11 +89,11 @@ class AsyncStream:
         except asyncio.CancelledError:
             if being_cancelled():
                 raise
-            # Nobody cancelled this task: the stream or the client was closed under it.
+            # Nobody cancelled this task: the stream or the client was closed during the read.
             self._session.ended = True
             raise client_closed_error(self.request_id) from None
         else:
-            if self._transport.closed:  # What was on its way may still arrive.
+            if self._transport.closed:  # A message in transit may still arrive.
                 self._session.ended = True
                 raise client_closed_error(self.request_id)
             if response is not grpc.aio.EOF:

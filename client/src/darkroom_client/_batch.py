@@ -1,4 +1,4 @@
-"""Many calls with a bound on how many run at a time, and each one's answer with its place."""
+"""Many calls with bounded concurrency; each answer comes with the index of its request."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
@@ -12,17 +12,17 @@ from darkroom_client._types.request import GenerationRequest, as_request
 from darkroom_client._types.result import GenerationResult
 
 Answer = GenerationResult | DarkroomError
-"""What became of one of many requests."""
+"""The answer to one of many requests."""
 
 
-def draw_many(
+def generate_many(
     start: Callable[[GenerationRequest], InFlightCall[GenerationResult]],
     requests: Iterable[GenerationRequest | str],
     concurrency: int,
 ) -> Iterator[tuple[int, Answer]]:
-    """Start every request, never more than ``concurrency`` at a time; yield answers as they come.
+    """Start every request, at most ``concurrency`` at a time; yield answers as they come.
 
-    No threads of ours: an interrupt reaches the waiting thread at once and cancels what runs.
+    It starts no threads: an interrupt reaches the waiting thread at once and cancels what runs.
     """
     running: dict[int, InFlightCall[GenerationResult]] = {}
     done: SimpleQueue[int] = SimpleQueue()
@@ -46,16 +46,16 @@ def draw_many(
             pending.cancel()
 
 
-async def draw_many_async(
-    draw: Callable[[GenerationRequest], Awaitable[GenerationResult]],
+async def generate_many_async(
+    generate: Callable[[GenerationRequest], Awaitable[GenerationResult]],
     requests: Iterable[GenerationRequest | str],
     concurrency: int,
 ) -> AsyncGenerator[tuple[int, Answer], None]:
-    """As ``draw_many``; cancelling the caller cancels what runs."""
+    """Like ``generate_many``; cancelling the caller cancels what runs."""
 
     async def outcome(index: int, request: GenerationRequest | str) -> tuple[int, Answer]:
         try:
-            return index, await draw(as_request(request))
+            return index, await generate(as_request(request))
         except DarkroomError as error:
             return index, error
 
@@ -78,7 +78,7 @@ async def draw_many_async(
 
 
 def check_concurrency(concurrency: int) -> int:
-    """``concurrency``; raises ``ValueError`` where not one call could run."""
+    """Return ``concurrency``; raises ``ValueError`` if it is below 1."""
     check_integer("concurrency", concurrency)
     if concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}, must be at least 1")
@@ -88,7 +88,7 @@ def check_concurrency(concurrency: int) -> int:
 def check_requests(
     requests: Iterable[GenerationRequest | str],
 ) -> Iterable[GenerationRequest | str]:
-    """``requests``; raises ``TypeError`` for a single one, which would be read by letters."""
+    """Return ``requests``; raises ``TypeError`` for one string, whose letters would be prompts."""
     if isinstance(requests, str | GenerationRequest):
         raise TypeError(
             f"requests is one {type(requests).__name__}, must be many: put it in a list"
@@ -97,5 +97,5 @@ def check_requests(
 
 
 def in_order(answers: Iterable[tuple[int, Answer]]) -> list[Answer]:
-    """The answers by their places."""
+    """The answers, sorted by index."""
     return [answer for _, answer in sorted(answers, key=lambda pair: pair[0])]

@@ -1,15 +1,15 @@
-"""Checks of arguments, made before anything is sent, whose errors name what is wrong."""
+"""Checks of arguments before anything is sent; the errors name the argument."""
 
 import operator
 from numbers import Real
 from typing import SupportsIndex
 
 LONGEST_SECONDS = 1e9
-"""About thirty years. gRPC counts in integers, and turns much larger times into the past."""
+"""About thirty years. gRPC uses integers: a much larger timeout overflows into the past."""
 
 
 def check_seconds(name: str, value: float | None) -> float | None:
-    """A span of time, None for none; raises ``ValueError`` where no clock could keep it."""
+    """Return a number of seconds, or None; raises ``ValueError`` if it is out of range."""
     if value is None:
         return None
     check_number(name, value)
@@ -21,32 +21,32 @@ def check_seconds(name: str, value: float | None) -> float | None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise ``TypeError`` for what is no real number."""
+    """Raise ``TypeError`` unless ``value`` is a real number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {_shown(value)}, must be a number")
 
 
 def check_integer(name: str, value: object) -> None:
-    """Raise ``TypeError`` for what is no integer, of Python or of another library."""
+    """Raise ``TypeError`` unless ``value`` is an integer, of Python or of another library."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} is {_shown(value)}, must be an integer")
     operator.index(value)
 
 
 def check_text(name: str, value: object) -> None:
-    """Raise ``TypeError`` for what is no text."""
+    """Raise ``TypeError`` unless ``value`` is a string."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is {_shown(value)}, must be a str")
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise ``TypeError`` for what is neither true nor false."""
+    """Raise ``TypeError`` unless ``value`` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {_shown(value)}, must be True or False")
 
 
 def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be sent. Command-line arguments may not: lone surrogates."""
+    """Whether ``text`` can be sent: lone surrogates, as in some command-line arguments, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

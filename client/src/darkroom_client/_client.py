@@ -7,7 +7,7 @@ from typing import Self, Unpack
 
 import grpc
 
-from darkroom_client._batch import check_concurrency, check_requests, draw_many, in_order
+from darkroom_client import _batch
 from darkroom_client._errors import DarkroomError
 from darkroom_client._protocol.calls import Calls, replayed
 from darkroom_client._protocol.readiness import REQUEST, Readiness
@@ -33,20 +33,20 @@ from darkroom_client._types.status import Estimate, ServerStatus
 class Client:
     """A connection to a Darkroom server; safe to share between threads, not to fork once in use.
 
-    ``target``: host:port, or any gRPC target; unset, DARKROOM_TARGET, else 127.0.0.1:50051.
-    ``token``: sent as a bearer token; unset, DARKROOM_TOKEN. A token is refused over plaintext
-    unless ``insecure`` is true. ``tls``: unset, DARKROOM_CA names the file of ``TLS.ca``; with
-    neither the connection is plaintext. ``timeout``: seconds that a call may take, retries
-    included, 120 by default; None for no limit. ``max_reply_bytes``: the server refuses, before
-    it draws, what would not fit into a reply of that size.
+    ``target``: host:port, or any gRPC target; if unset, DARKROOM_TARGET or 127.0.0.1:50051.
+    ``token``: sent as a bearer token; if unset, DARKROOM_TOKEN. A token over plaintext is an error
+    unless ``insecure`` is true. ``tls``: if unset, DARKROOM_CA names the file of ``TLS.ca``; with
+    neither, the connection is plaintext. ``timeout``: seconds that a call may take, retries
+    included; 120 by default, None for no limit. ``max_reply_bytes``: the server rejects, before it
+    generates, a request whose images do not fit in a reply of that size.
 
-    Every verb takes a ``timeout`` of its own, and ``metadata`` to send along. What is to be drawn
-    is a prompt with the fields of ``GenerationRequest`` as keyword arguments, or such a request.
-    Errors are ``DarkroomError``; their tree says what to do.
+    Every method takes its own ``timeout``, and ``metadata`` to send with the call. A request is a
+    prompt with the fields of ``GenerationRequest`` as keyword arguments, or a
+    ``GenerationRequest``. Each error of a call is a ``DarkroomError``; its class says what to do.
 
-    The connection opens at the first call and comes back by itself when it breaks. Raises
-    ``ValueError`` for settings that contradict each other, ``OSError`` for a file that cannot be
-    read. A process that was forked after the first call needs a client of its own.
+    The connection opens at the first call, and reconnects when it breaks. Raises ``ValueError``
+    for settings that contradict each other, ``OSError`` for a file that cannot be read. A process
+    that was forked after the first call needs its own client.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Client:
 
     @property
     def target(self) -> str:
-        """The address that this client talks to."""
+        """The address of the server."""
         return self._settings.target
 
     def generate(
@@ -87,11 +87,11 @@ class Client:
         metadata: Mapping[str, str] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
-        """Draw images and wait for them.
+        """Generate images and wait for them.
 
-        A try that meets an unavailable server or loses its connection is made again under the
-        same id and seed: it joins the first or draws the same picture. Who stops waiting (a
-        timeout, an interrupt) has the server stop drawing.
+        If the server is unavailable or the connection is lost, the call is retried with the same
+        id and seed: it joins the running job, or generates the same images. If the caller stops
+        waiting (a timeout, an interrupt), the job is cancelled.
         """
         request = as_request(prompt, options)
         return self._transport.run(self._calls.generate(request, timeout, metadata))
@@ -106,10 +106,11 @@ class Client:
         metadata: Mapping[str, str] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Stream:
-        """Draw images and tell what happens meanwhile: ``with client.stream(...) as stream``.
+        """Generate images and yield events meanwhile: ``with client.stream(...) as stream``.
 
-        The call begins with the first event that is read. ``preview_every``: a small picture of
-        each image every so many steps; 0 for none. Leaving the block cancels what is unfinished.
+        The call begins when the first event is read. ``preview_every``: emit a small picture of
+        each unfinished image every N steps; 0 for none. The end of the block cancels an unfinished
+        job.
         """
         self._transport.check_open()
         request = as_request(prompt, options)
@@ -123,9 +124,9 @@ class Client:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> GenerationResult:
-        """Draw the image of ``record`` again, under a request id of its own.
+        """Reproduce the image of ``record``, under a new request id.
 
-        It is the same image when ``pixels_sha256`` of both records agree.
+        It is the same image if ``pixels_sha256`` of both records is equal.
         """
         return self._transport.run(self._calls.generate(replayed(record), timeout, metadata))
 
@@ -137,15 +138,15 @@ class Client:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> list[GenerationResult | DarkroomError]:
-        """Draw many requests, at most ``concurrency`` at a time, and wait for all.
+        """Send many requests, at most ``concurrency`` at a time, and wait for all.
 
-        The answers come in the order of ``requests``, a string being a prompt; one that failed
-        is its error, and costs the others nothing. ``timeout`` counts for each request.
+        A string is a prompt. The answers are in the order of ``requests``; the answer of a request
+        that failed is its error, and the others continue. ``timeout`` is for each request.
         """
         answers = self.generate_as_completed(
             requests, concurrency=concurrency, timeout=timeout, metadata=metadata
         )
-        return in_order(answers)
+        return _batch.in_order(answers)
 
     def generate_as_completed(
         self,
@@ -155,16 +156,18 @@ class Client:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Iterator[tuple[int, GenerationResult | DarkroomError]]:
-        """As ``generate_many``, each answer with its place in ``requests`` as soon as it is there.
+        """Like ``generate_many``, but yield each answer with its index as soon as it is there.
 
-        Requests are drawn from the iterable on demand. Leaving the loop cancels what runs.
+        Requests are read from the iterable on demand. The end of the loop cancels what runs.
         """
 
         def start(request: GenerationRequest) -> InFlightCall[GenerationResult]:
             return self._transport.start(self._calls.generate(request, timeout, metadata))
 
         self._transport.check_open()
-        return draw_many(start, check_requests(requests), check_concurrency(concurrency))
+        return _batch.generate_many(
+            start, _batch.check_requests(requests), _batch.check_concurrency(concurrency)
+        )
 
     def submit(
         self,
@@ -175,10 +178,10 @@ class Client:
         metadata: Mapping[str, str] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Accepted:
-        """Have images drawn while nobody waits; ``watch`` fetches them by ``request_id``.
+        """Start a job and return at once; ``watch`` gets its images by ``request_id``.
 
-        ``time_limit``: seconds from now after which the server gives up; ``timeout`` is that of
-        this call alone. The server keeps the result for a while.
+        ``time_limit``: seconds until the job's deadline; ``timeout`` is for this call only. The
+        server keeps the result for its ``--result-ttl``.
         """
         request = as_request(prompt, options)
         return self._transport.run(self._calls.submit(request, time_limit, timeout, metadata))
@@ -190,10 +193,10 @@ class Client:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Stream:
-        """What happens to a generation of this caller, from its acceptance on.
+        """Follow a job of this caller: its events, from ``Accepted`` on.
 
-        Finished images come again, progress does not. Leaving the block leaves the generation
-        alone. Raises, at the first event, ``UnknownRequest`` for an id the server does not know.
+        Finished images are sent again, progress is not. The end of the block does not cancel the
+        job. The first event raises ``UnknownRequest`` for an id that the server does not know.
         """
         self._transport.check_open()
         return Stream(self._transport, self._calls.watch(request_id, timeout, metadata))
@@ -205,9 +208,10 @@ class Client:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> bool:
-        """End a generation of this caller at its next step, whoever waits for it.
+        """Cancel a job of this caller at its next step, also if others wait for it.
 
-        False where it had ended before. Raises ``UnknownRequest`` for an id it does not know.
+        False if it had ended before. Raises ``UnknownRequest`` for an id that the server does not
+        know.
         """
         return self._transport.run(self._calls.cancel(request_id, timeout, metadata))
 
@@ -219,14 +223,14 @@ class Client:
         metadata: Mapping[str, str] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Estimate:
-        """What a request would take now, in seconds and bytes, without drawing it."""
+        """Estimate what a request would take now, in seconds and bytes, without running it."""
         request = as_request(prompt, options)
         return self._transport.run(self._calls.estimate(request, timeout, metadata))
 
     def models(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> list[Model]:
-        """Every model that the server was told to hold, in its order."""
+        """List the models that the server is configured with, in their configured order."""
         return self._transport.run(self._calls.models(timeout, metadata))
 
     def model(
@@ -236,31 +240,31 @@ class Client:
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Model:
-        """The model ``id``, which may stay empty where the server holds a single one.
+        """Describe the model ``id``, which may be empty if the server has a single model.
 
-        Raises ``ModelNotFound`` for a name that the server does not hold.
+        Raises ``ModelNotFound`` for a name that the server does not have.
         """
         return self._transport.run(self._calls.model(id, timeout, metadata))
 
     def status(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
     ) -> ServerStatus:
-        """How the server is doing: its state, queue, engines and memory."""
+        """Return the server's state, queue, engines and memory."""
         return self._transport.run(self._calls.status(timeout, metadata))
 
     def wait_until_ready(
         self, timeout: float | None = None, *, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Return once the server is up and its model loaded and warmed up.
+        """Wait until the server is up and its models are loaded and warmed up.
 
-        Raises ``Unavailable`` after ``timeout`` seconds (unset, the client's).
+        Raises ``Unavailable`` after ``timeout`` seconds (if unset, the client's).
         """
         self._transport.check_open()
         wait = Readiness(self.target, self._settings.deadline(timeout))
         sent = self._settings.metadata(metadata)
         while True:
             watch = self._transport.stubs.health.Watch(
-                REQUEST, timeout=wait.left, metadata=sent, wait_for_ready=True
+                REQUEST, timeout=wait.remaining, metadata=sent, wait_for_ready=True
             )
             try:
                 if any(wait.saw(response) for response in watch):
@@ -273,7 +277,7 @@ class Client:
             time.sleep(wait.pause)
 
     def close(self) -> None:
-        """Cancel what still runs, on the server too, and disconnect; may be called again."""
+        """Cancel every job in flight, also on the server, and disconnect. Idempotent."""
         self._transport.close()
 
     def __enter__(self) -> Self:

@@ -1,22 +1,22 @@
 """Every error of a call, as a tree split by what the caller can do about it.
 
 DarkroomError
-├── InvalidRequest      mend the request: `violations` lists everything that is wrong with it
-├── ModelNotFound       name another model
-├── UnknownRequest      no generation of that id is known to the server, or known any more
-├── TooLarge            ask for less, or ask a bigger machine: it never fits this one
+├── InvalidRequest      correct the request: `violations` lists every error in it
+├── ModelNotFound       use another model
+├── UnknownRequest      the server does not know that request id, or not any more
+├── TooLarge            ask for less, or use a bigger machine: it never fits this one
 ├── ReplyTooLarge       ask for fewer or smaller images, or raise the client's `max_reply_bytes`
 ├── Overloaded          the same request works later: wait `retry_after` seconds
-├── QuotaExceeded       this caller has used up its share
-├── Unavailable         nobody answers, or the server is loading or going away: look, then retry
-├── DeadlineExceeded    give more `timeout` (at least `needed`), or ask for less
-├── Unauthenticated     bring a valid token
-├── PermissionDenied    ask the operator for leave
-├── GenerationFailed    accepted, and could not be finished; `reason` says why
-├── ImageWithheld       the safety checker kept the pixels back: ask for something else
+├── QuotaExceeded       this caller has used up its quota
+├── Unavailable         no server answers, or it is loading or shutting down: check, then retry
+├── DeadlineExceeded    use a longer `timeout` (at least `needed`), or ask for less
+├── Unauthenticated     use a valid token
+├── PermissionDenied    ask the operator for permission
+├── GenerationFailed    the job was accepted and failed; `reason` says why
+├── ImageWithheld       the safety checker withheld the pixels: ask for something else
 ├── Cancelled           the call was cancelled, here or on the server's side
 ├── Unsupported         the server does not offer this call: the versions differ
-└── ServerError         the server is broken: tell its operator the `request_id`
+└── ServerError         the server is broken: give its operator the `request_id`
 
 Wrong use of the library itself raises Python's own errors: ``TypeError``, ``ValueError``,
 ``FileExistsError``, and ``RuntimeError`` for a client that is closed.
@@ -28,20 +28,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
-    """One thing wrong with one field of a request, and what would be right."""
+    """One error in one field of a request, and what is valid."""
 
     field: str
     description: str
 
 
 class DarkroomError(Exception):
-    """The root of the tree; ``str()`` of an instance is a sentence for the reader.
+    """The root of the tree; ``str()`` of an instance is a sentence for people.
 
-    ``code``: the name of the gRPC status, such as "UNAVAILABLE". ``reason``: the server's own
-    finer word, such as "MODEL_LOADING"; empty where it gave none. ``request_id``: names the call
-    in the server's logs; None for a call that has no such id. ``retry_after``: seconds after
-    which trying again makes sense; None where the server named none. ``violations``: what is
-    wrong with the request, field by field. ``metadata``: figures that go with the reason.
+    ``code``: the name of the gRPC status, such as "UNAVAILABLE". ``reason``: the server's more
+    precise word, such as "MODEL_LOADING"; empty if it sent none. ``request_id``: the id of the
+    call in the server's logs; None for a call without one. ``retry_after``: seconds to wait before
+    a retry; None if the server sent none. ``violations``: the errors in the request, by field.
+    ``metadata``: numbers that belong to the reason.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class DarkroomError(Exception):
 
 
 class InvalidRequest(DarkroomError):
-    """The request is wrong; ``violations`` lists everything that is, at once."""
+    """The request is invalid; ``violations`` lists all errors at once."""
 
 
 class ModelNotFound(DarkroomError):
-    """The server holds no model of that name."""
+    """The server has no model of that name."""
 
 
 class UnknownRequest(DarkroomError):
-    """The server knows no generation of that id, or does not keep its result any more."""
+    """The server does not know that request id, or does not keep its result any more."""
 
 
 class TooLarge(DarkroomError):
@@ -85,36 +85,36 @@ class ReplyTooLarge(DarkroomError):
 
 
 class Overloaded(DarkroomError):
-    """The server has accepted as much as it will hold; try again after ``retry_after``."""
+    """The server's queue is full; try again after ``retry_after``."""
 
 
 class QuotaExceeded(DarkroomError):
-    """This caller has used up its share of the server."""
+    """This caller has used up its quota."""
 
 
 class Unavailable(DarkroomError):
-    """Nobody answers, or the server is loading or going away."""
+    """No server answers, or it is loading or shutting down."""
 
 
 class DeadlineExceeded(DarkroomError):
     """The deadline passed, or would have passed before the images were done.
 
-    A server that can tell in advance refuses at once, and says what the request would take.
+    If the server can estimate that in advance, it rejects the request at once, with the estimate.
     """
 
     @property
     def needed(self) -> float | None:
-        """Seconds of ``timeout`` that would be let in, None where the server did not say."""
+        """The ``timeout`` in seconds that would be accepted; None if the server did not send it."""
         return self._figure("needed_seconds")
 
     @property
     def estimate(self) -> float | None:
-        """Seconds that the request would take in all, None where the server did not say."""
+        """Seconds that the request would take in total; None if the server did not send it."""
         return self._figure("estimate_seconds")
 
     @property
     def queue_wait(self) -> float | None:
-        """Seconds of the estimate before the first step, None where the server did not say."""
+        """Estimated seconds before the first step; None if the server did not send it."""
         return self._figure("queue_wait_seconds")
 
     def _figure(self, key: str) -> float | None:
@@ -125,15 +125,15 @@ class DeadlineExceeded(DarkroomError):
 
 
 class Unauthenticated(DarkroomError):
-    """The server wants a token, or does not take this one."""
+    """The server requires a token, or rejects this one."""
 
 
 class PermissionDenied(DarkroomError):
-    """The server knows the caller, and does not allow this call."""
+    """The caller is known, and is not allowed to make this call."""
 
 
 class GenerationFailed(DarkroomError):
-    """The server accepted the request and could not finish it; ``reason`` says why."""
+    """The server accepted the request, and the job failed; ``reason`` says why."""
 
 
 class ImageWithheld(DarkroomError):

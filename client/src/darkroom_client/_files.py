@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes."""
 
 import os
 import secrets
@@ -6,16 +6,16 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes, *, overwrite: bool) -> None:
-    """Write ``data`` to ``path`` so that no reader ever sees half of it.
+    """Write ``data`` to ``path`` atomically: no reader ever sees a part of it.
 
-    Raises ``FileExistsError`` where ``path`` exists and ``overwrite`` is false, also when it
-    appears between two looks: the file system itself refuses.
+    Raises ``FileExistsError`` if ``path`` exists and ``overwrite`` is false. The file system
+    itself checks this, so there is no race.
     """
     if not overwrite and os.path.lexists(path):
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
-    # Beside the target, because only within one file system is a rename atomic.
+    # Beside the target: a rename is atomic only within one file system.
     draft = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
-    # 0o666 less the umask, as for any other file; tempfile would make it private.
+    # 0o666 minus the umask, as for any other file; tempfile would make it private.
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -34,6 +34,6 @@ def _move_to_new(draft: Path, path: Path) -> None:
     except FileExistsError:
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it") from None
     except OSError:
-        # A file system without hard links: take the name first, then fill it in one move.
+        # A file system without hard links: create the name first, then replace it in one move.
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         os.replace(draft, path)

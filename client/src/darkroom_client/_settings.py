@@ -1,4 +1,4 @@
-"""A client's settings, resolved from its arguments and the environment, and what follows."""
+"""A client's settings, resolved from its arguments and the environment."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from darkroom_client._checks import check_seconds, check_text
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 
 Metadata = tuple[tuple[str, str], ...]
-"""What goes along with a call, in gRPC's form."""
+"""The metadata of a call, in gRPC's form."""
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 120.0
@@ -21,15 +21,15 @@ DEFAULT_MAX_REPLY_BYTES = 64 * 2**20
 _SCHEME = re.compile(r"(dns|unix|unix-abstract|vsock|ipv4|ipv6|xds):")
 _HOST_PORT = re.compile(r"(\[[^]]+\]|[^][:/]+):[0-9]+")
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
-_READABLE = (
-    "a token would travel readable for everyone on the way: pass tls=TLS(...) (or set "
-    "DARKROOM_CA), or insecure=True if you know the network to be private"
+_UNENCRYPTED = (
+    "a token would be sent unencrypted: pass tls=TLS(...) (or set DARKROOM_CA), or "
+    "insecure=True if the network is private"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything that a client was told, complete and checked."""
+    """All settings of a client, complete and checked."""
 
     target: str
     tls: TLS | None
@@ -53,19 +53,19 @@ class Settings:
         retry: Retry,
         max_reply_bytes: int,
     ) -> Self:
-        """Fill what was not given from the environment; raise ``ValueError`` for what cannot be.
+        """Fill unset arguments from the environment; raises ``ValueError`` for invalid ones.
 
-        Arguments go before DARKROOM_TARGET, DARKROOM_TOKEN and DARKROOM_CA.
+        Arguments override DARKROOM_TARGET, DARKROOM_TOKEN and DARKROOM_CA.
         """
         if insecure and tls is not None:
-            raise ValueError("insecure=True means no TLS: leave one of insecure and tls out")
+            raise ValueError("insecure=True means no TLS: pass either insecure or tls")
         if tls is None and not insecure and (ca := os.environ.get("DARKROOM_CA")):
             tls = TLS(ca=ca)
         token = token or os.environ.get("DARKROOM_TOKEN") or None
         if token and tls is None and not insecure:
-            raise ValueError(_READABLE)
+            raise ValueError(_UNENCRYPTED)
         if token and not (token.isascii() and token.isprintable()):
-            raise ValueError("the token must be printable ASCII, without a line's end")
+            raise ValueError("the token must be printable ASCII, without a line break")
         check_seconds("timeout", timeout)
         if max_reply_bytes < 1:
             raise ValueError("max_reply_bytes must be at least 1")
@@ -81,15 +81,15 @@ class Settings:
         )
 
     def deadline(self, timeout: float | None) -> float | None:
-        """Seconds that a call may take: its own ``timeout``, else the client's."""
+        """The seconds that a call may take: its own ``timeout``, or else the client's."""
         check_seconds("timeout", timeout)
         return self.timeout if timeout is None else timeout
 
     def metadata(self, extra: Mapping[str, str] | None = None) -> Metadata:
-        """What goes along with every call, and ``extra``.
+        """The metadata of every call, and ``extra``.
 
-        Raises ``TypeError`` for what is no text, and ``ValueError`` for what cannot be sent or,
-        as a token, would be sent readable.
+        Raises ``TypeError`` for a key or value that is not a string, and ``ValueError`` for one
+        that cannot be sent, or for a token that would be sent unencrypted.
         """
         pairs = {"darkroom-max-reply-bytes": str(self.max_reply_bytes)}
         if self.token:
@@ -105,7 +105,7 @@ class Settings:
             if not (value.isascii() and value.isprintable()):
                 raise ValueError(f"metadata {key!r}: a value must be printable ASCII")
             if name == "authorization" and self.tls is None and not self.insecure:
-                raise ValueError(f"metadata {key!r}: {_READABLE}")
+                raise ValueError(f"metadata {key!r}: {_UNENCRYPTED}")
             pairs[name] = value
         return tuple(pairs.items())
 

@@ -1,4 +1,4 @@
-"""A generation that is followed, for the blocking client."""
+"""The events of a job, for the blocking client."""
 
 import threading
 from collections import deque
@@ -16,11 +16,11 @@ from darkroom_client._types.result import GenerationResult
 
 
 class Stream:
-    """What happens to a generation, as it happens: a context manager and an iterator of events.
+    """The events of a job as they happen: a context manager and an iterator.
 
-    Leaving the ``with`` block ends it: a generation that this stream asked for is cancelled on
-    the server, one that is only watched goes on. A connection that is lost is made again, within
-    the timeout, and no event but the server's progress is seen twice.
+    The end of the ``with`` block closes it: a job that this stream started is cancelled on the
+    server, a job that is only watched continues. After a lost connection the stream reconnects,
+    within the timeout, and repeats no event except progress.
     """
 
     def __init__(self, transport: SyncTransport, session: GenerationSession) -> None:
@@ -33,19 +33,19 @@ class Stream:
 
     @property
     def request_id(self) -> str:
-        """Names the generation, also for ``watch`` and ``cancel``."""
+        """The id of the job, for ``watch`` and ``cancel``."""
         return self._session.request_id
 
     def result(self) -> GenerationResult:
-        """Wait for the end and return the images; events that were not read are dropped."""
+        """Wait for the end and return the images; unread events are discarded."""
         for _ in self:
             pass
         if self._session.result is None:
-            raise RuntimeError("this stream has failed before: it has no result")
+            raise RuntimeError("this stream has failed: it has no result")
         return self._session.result
 
     def close(self) -> None:
-        """Leave; may be called again, and from another thread than the reader's."""
+        """Close the stream. Idempotent, and safe from a thread other than the reader's."""
         if self._closed.is_set():
             return
         self._closed.set()
@@ -61,7 +61,7 @@ class Stream:
             if self._session.ended:
                 raise StopIteration
             if self._closed.is_set():
-                raise RuntimeError("this stream was left before its end")
+                raise RuntimeError("this stream was closed before its end")
             self._read()
         return self._events.popleft()
 
@@ -78,7 +78,7 @@ class Stream:
         self.close()
 
     def _read(self) -> None:
-        """One message, or one end of a call and the wait after it."""
+        """Read one message; or handle the end of a call, and wait before the next call."""
         failure, sent = None, True
         try:
             if self._call is None:

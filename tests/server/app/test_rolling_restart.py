@@ -46,7 +46,7 @@ class Load:
     """Callers that request one image after another until they are stopped."""
 
     client: AsyncClient
-    drawn: int = 0
+    generated: int = 0
     stopped: bool = False
 
     async def caller(self, number: int) -> None:
@@ -58,12 +58,12 @@ class Load:
                 async with self.client.stream("a star", steps=steps) as stream:
                     result = await stream.result()
             assert result.images[0].data
-            self.drawn += 1
+            self.generated += 1
 
     async def more(self) -> None:
         """Wait long enough for every caller to be served once more."""
-        enough = self.drawn + 2 * CALLERS
-        while self.drawn < enough:
+        enough = self.generated + 2 * CALLERS
+        while self.generated < enough:
             await asyncio.sleep(PASS_SECONDS)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.hostile.belongings import nothing_is_left
+from tests.server.hostile.leaks import nothing_leaks
 from tests.server.security.certificates import Authority
 from tests.server.wire import Wire, serving
 
@@ -52,7 +52,7 @@ async def close(writers: list[asyncio.StreamWriter]) -> None:
 async def test_half_open_connections_affect_no_other_caller(opening: bytes) -> None:
     async with serving(fake=AUTO) as wire:
         await wire.generate()
-        async with nothing_is_left():
+        async with nothing_leaks():
             writers = [await connect(wire, opening) for _ in range(200)]
             assert (await wire.generate()).images
             await close(writers)
@@ -68,7 +68,7 @@ async def test_garbage_affects_no_other_caller(tls: bool, tmp_path: Path) -> Non
     dice = random.Random(7)
     async with serving(fake=AUTO, **secured) as wire:
         await wire.generate()
-        async with nothing_is_left():
+        async with nothing_leaks():
             writers = []
             for number in range(200):
                 start = (b"", PREFACE, PREFACE + SETTINGS, TLS_HELLO, b"GET / HTTP/1.1\r\n\r\n")
@@ -83,7 +83,7 @@ async def test_random_frames_affect_no_other_caller() -> None:
     dice = random.Random(7)
     async with serving(fake=AUTO) as wire:
         await wire.generate()
-        async with nothing_is_left():
+        async with nothing_leaks():
             writers = []
             for _ in range(200):
                 frames = [

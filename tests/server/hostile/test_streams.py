@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from darkroom.v1 import generation_pb2, generation_pb2_grpc, model_pb2, types_pb2
 from darkroom_server.dispatch import JobOutcome
 from darkroom_server.settings import Dispatch, Security
-from tests.server.hostile.belongings import nothing_is_left
+from tests.server.hostile.leaks import nothing_leaks
 from tests.server.wire import Wire, serving
 
 ROOM = Dispatch(max_queued_jobs=1000)
@@ -47,7 +47,7 @@ async def test_500_idle_streams_affect_no_other_caller(idle: Any) -> None:
         first = wire.generating()
         wire.engine.finish((await wire.submitted.get()).id)
         await first
-        async with nothing_is_left():
+        async with nothing_leaks():
             async with apart(wire) as channel:
                 calls = await idle(channel, 500)
                 assert len(calls) == 500
@@ -68,7 +68,7 @@ async def test_readers_that_never_read_affect_no_other_caller() -> None:
     async with serving(fake={"auto": True}, dispatch=ROOM) as wire:
         await wire.generate()
         async with (
-            nothing_is_left(max_growth=64 << 20),
+            nothing_leaks(max_growth=64 << 20),
             apart(wire) as channel,
         ):
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -118,7 +118,7 @@ async def start_and_cancel(wire: Wire) -> None:
 async def test_calls_cancelled_at_once_leak_nothing() -> None:
     async with serving(fake={"pass_seconds": 0.005}, dispatch=ROOM) as wire:
         await start_and_cancel(wire)  # Warm-up: one-time allocations, such as gRPC's arenas.
-        async with nothing_is_left():
+        async with nothing_leaks():
             await start_and_cancel(wire)
 
 
@@ -134,7 +134,7 @@ async def test_guessed_tokens_affect_no_other_caller(tmp_path: Path) -> None:
             return result
 
         assert await code("right") is grpc.StatusCode.OK
-        async with nothing_is_left():
+        async with nothing_leaks():
             guesses = await asyncio.gather(*(code(f"guess-{n}") for n in range(1000)))
         assert set(guesses) == {grpc.StatusCode.UNAUTHENTICATED}
         assert await code("right") is grpc.StatusCode.OK

@@ -15,7 +15,7 @@ from tests.server.wire import refusal, serving
 
 
 async def retry_while_exhausted(call: Callable[[], Any]) -> Any:
-    """The answer of a call, retried until others have ended: they end just after their last reply."""
+    """The answer of a call, retried until others end, which they do just after their last reply."""
     async with asyncio.timeout(60):
         while True:
             try:

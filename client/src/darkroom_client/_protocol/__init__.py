@@ -1,1 +1,1 @@
-"""What a client sends and how it reads the answers; no I/O."""
+"""The calls, the session and the errors of both clients, without I/O (sans-IO)."""

@@ -1,4 +1,4 @@
-"""One call with one answer, prepared: all that both clients share before and after the wire."""
+"""One prepared unary call: what both clients share before and after the wire."""
 
 import math
 import time
@@ -21,8 +21,8 @@ A = TypeVar("A", covariant=True)
 class Call(Generic[A]):
     """What to send, where, and how to read the answer.
 
-    ``fallback_method``: how to ask again where ``method`` found no server, or, where the call is
-    ``retried``, lost it or was turned away. ``survives_disconnect``: the server
+    ``fallback_method``: the method of the second try, if ``method`` found no server; or, for a
+    ``retried`` call, if it lost its server or was rejected. ``survives_disconnect``: the server
     continues ``request_id`` after a lost connection, so a caller that stops waiting must cancel it.
     """
 
@@ -43,31 +43,31 @@ class Call(Generic[A]):
         return ""
 
     def ends_at(self) -> float:
-        """When the call must have ended if it begins now, by ``time.monotonic``."""
+        """The deadline of the call if it begins now, in ``time.monotonic`` seconds."""
         return math.inf if self.timeout is None else time.monotonic() + self.timeout
 
     def retry_call(self, error: grpc.RpcError, ends_at: float) -> Self | None:
-        """The call to make after ``error``, to end in time; None where there is none."""
-        left = ends_at - time.monotonic()
-        asks = not was_sent(error) or (self.retried and may_retry(error))
-        if self.fallback_method is None or not asks or left <= 0:
+        """The call to make after ``error``, with the remaining time; None if there is none."""
+        remaining = ends_at - time.monotonic()
+        retries = not was_sent(error) or (self.retried and may_retry(error))
+        if self.fallback_method is None or not retries or remaining <= 0:
             return None
-        timeout = None if math.isinf(left) else left
+        timeout = None if math.isinf(remaining) else remaining
         return replace(self, method=self.fallback_method, fallback_method=None, timeout=timeout)
 
     def failure(self, error: grpc.RpcError) -> DarkroomError:
-        """What ``error`` means to the caller."""
+        """``error`` as the client's own error."""
         return from_rpc_error(
             error, address=self.address, timeout=self.timeout, request_id=self.request_id
         )
 
     def needs_cancel(self, failure: DarkroomError) -> bool:
-        """Whether the server may still draw after ``failure``, which is this side's own doing."""
+        """Whether the job may still run after ``failure``: the client's own deadline."""
         return self.survives_disconnect and is_bare(failure, DeadlineExceeded)
 
 
 def client_closed_error(request_id: str | None) -> DarkroomError:
-    """What a caller learns when the client was closed under its call."""
+    """The error of a call during which the client was closed."""
     return Cancelled(
         "the call was cancelled: the client was closed while it ran",
         code="CANCELLED",

@@ -1,4 +1,4 @@
-"""From the arguments of a client's verbs to calls and followings."""
+"""From the arguments of a client's methods to calls and sessions."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -32,9 +32,9 @@ A = TypeVar("A")
 class Calls:
     """Prepares the calls of a client with ``settings``.
 
-    Where a request is sent, its seed and its id are fixed here, before the first try, so that
-    every further try joins the first or draws the same picture. All raise ``InvalidRequest``,
-    ``TypeError`` and ``ValueError`` for what cannot be sent.
+    It fixes the seed and the id of a request before the first try. So each further try joins the
+    first, or generates the same image. All methods raise ``InvalidRequest``, ``TypeError`` and
+    ``ValueError`` for arguments that cannot be sent.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -44,7 +44,7 @@ class Calls:
     def generate(
         self, request: GenerationRequest, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[GenerationResult]:
-        """Draw, and answer when all is done."""
+        """Generate images, and answer when all are done."""
         message = encode_request(with_id_and_seed(request), keep=self._keep)
         return self._call(
             lambda stubs: stubs.health_checked_generation.Generate,
@@ -65,7 +65,7 @@ class Calls:
         timeout: float | None,
         metadata: Mapping[str, str] | None,
     ) -> GenerationSession:
-        """Draw, and tell what happens meanwhile."""
+        """Generate images, with events."""
         message = encode_request(with_id_and_seed(request), keep=self._keep)
         return GenerationSession(
             message.request_id,
@@ -80,7 +80,7 @@ class Calls:
     def watch(
         self, request_id: str, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> GenerationSession:
-        """Tell what happens to a job that somebody asked for before."""
+        """Follow a job that exists."""
         _check_name("request_id", request_id)
         return GenerationSession(
             request_id,
@@ -97,7 +97,7 @@ class Calls:
         timeout: float | None,
         metadata: Mapping[str, str] | None,
     ) -> Call[Accepted]:
-        """Draw, while nobody waits."""
+        """Start a job without waiting for it."""
         generation = encode_request(with_id_and_seed(request))
         message = generation_pb2.SubmitGenerationRequest(generation=generation)
         limited = check_seconds("time_limit", time_limit)
@@ -118,7 +118,7 @@ class Calls:
     def cancel(
         self, request_id: str, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[bool]:
-        """End a job."""
+        """Cancel a job."""
         _check_name("request_id", request_id)
         return self._call(
             lambda stubs: stubs.generation.CancelGeneration,
@@ -132,7 +132,7 @@ class Calls:
     def estimate(
         self, request: GenerationRequest, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[Estimate]:
-        """What a request would take."""
+        """Estimate a request."""
         return self._call(
             lambda stubs: stubs.generation.EstimateGeneration,
             generation_pb2.EstimateGenerationRequest(generation=encode_request(request)),
@@ -144,7 +144,7 @@ class Calls:
     def models(
         self, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[list[Model]]:
-        """Every model."""
+        """List the models."""
         return self._call(
             lambda stubs: stubs.models.ListModels,
             model_pb2.ListModelsRequest(),
@@ -156,7 +156,7 @@ class Calls:
     def model(
         self, id: str, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[Model]:
-        """One model."""
+        """Describe one model."""
         _check_name("id", id)
         return self._call(
             lambda stubs: stubs.models.GetModel,
@@ -169,7 +169,7 @@ class Calls:
     def status(
         self, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[ServerStatus]:
-        """How the server is doing."""
+        """Get the server's status."""
         return self._call(
             lambda stubs: stubs.server.GetStatus,
             server_pb2.GetStatusRequest(),
@@ -207,9 +207,9 @@ class Calls:
 def _check_name(name: str, value: str) -> None:
     check_text(name, value)
     if not is_unicode(value):
-        raise ValueError(f"{name} is {value!r}, no valid Unicode text")
+        raise ValueError(f"{name} is {value!r}, not valid Unicode text")
 
 
 def replayed(record: ReplayRecord) -> GenerationRequest:
-    """The request of ``record``, to be sent under an id of its own."""
+    """The request of ``record``, without its id."""
     return replace(record.request, request_id=None)

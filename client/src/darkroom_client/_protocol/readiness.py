@@ -1,4 +1,4 @@
-"""What the clients know while they wait for a server to be ready."""
+"""The state of a wait for a ready server, shared by both clients."""
 
 import math
 import time
@@ -12,11 +12,11 @@ from darkroom_client._protocol.rpc_errors import from_rpc_error, unreachable
 REQUEST = health_pb2.HealthCheckRequest(service="")
 
 PAUSE = 0.25
-"""Seconds between two looks at a server that hangs up at once."""
+"""Seconds between two health checks of a server that ends them at once."""
 
 
 class Readiness:
-    """One wait: how long it may still take, and what was seen last."""
+    """One wait: its deadline, and the last state of the server."""
 
     def __init__(self, address: str, timeout: float | None) -> None:
         self._address = address
@@ -26,23 +26,23 @@ class Readiness:
         self._cause = "nothing accepts connections there"
 
     @property
-    def left(self) -> float | None:
-        """Seconds left, 0 and above; None where there is no limit."""
-        left = self._ends_at - time.monotonic()
-        return None if math.isinf(left) else max(left, 0.0)
+    def remaining(self) -> float | None:
+        """The remaining seconds, at least 0; None if there is no limit."""
+        remaining = self._ends_at - time.monotonic()
+        return None if math.isinf(remaining) else max(remaining, 0.0)
 
     @property
     def pause(self) -> float:
-        """Seconds to wait before the next look."""
-        return PAUSE if self.left is None else min(PAUSE, self.left)
+        """Seconds to wait before the next health check."""
+        return PAUSE if self.remaining is None else min(PAUSE, self.remaining)
 
     def saw(self, response: health_pb2.HealthCheckResponse) -> bool:
-        """Note what the server said of itself; True where it is ready."""
+        """Record the server's health; true if it is ready."""
         self._status = response.status
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def failed(self, error: grpc.RpcError) -> None:
-        """Note that a look failed; raise where the next one would, too, or the time is up."""
+        """Record a failed health check; raises if a further one would fail, or the time is up."""
         code = error.code()
         if code is grpc.StatusCode.UNAVAILABLE:
             self._status = None
@@ -52,8 +52,8 @@ class Readiness:
         self.check()
 
     def check(self) -> None:
-        """Raise ``Unavailable`` where the time is up."""
-        if self.left == 0.0:
+        """Raise ``Unavailable`` if the time is up."""
+        if self.remaining == 0.0:
             raise self._late()
 
     def _late(self) -> DarkroomError:
@@ -63,6 +63,6 @@ class Readiness:
         else:
             message = (
                 f"the server at {self._address} answers, and is still not ready {waited}: its "
-                "model is loading (its log tells how far), or it is shutting down"
+                "model is loading (its log shows the progress), or it is shutting down"
             )
         return Unavailable(message, code="UNAVAILABLE")

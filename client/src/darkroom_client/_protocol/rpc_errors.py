@@ -41,7 +41,7 @@ REASONS: dict[str, type[DarkroomError]] = {
     "ENGINE_CRASHED": errors.GenerationFailed,
     "INTERNAL": errors.ServerError,
 }
-"""What each reason of the server becomes; a reason that is newer goes by its status code."""
+"""The error class of each reason of the server; a newer reason goes by its status code."""
 
 CODES: dict[grpc.StatusCode, type[DarkroomError]] = {
     grpc.StatusCode.CANCELLED: errors.Cancelled,
@@ -63,11 +63,11 @@ CODES: dict[grpc.StatusCode, type[DarkroomError]] = {
 }
 
 RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-"""What another try may mend. A server that closes its port drops what arrives at that moment, as
-CANCELLED; a job that somebody cancelled is CANCELLED too, but with a trailer that forbids retries.
-"""
+"""Statuses that are worth a retry. A server that closes its port ends calls that arrive at that
+moment with CANCELLED. A job that was cancelled is CANCELLED, too, but has a trailer that forbids
+retries."""
 
-# gRPC's own words, which no detail message accompanies, from either end of the connection.
+# gRPC's own error texts, from either end of the connection; they have no details.
 _OVERSIZE = "message larger than max"
 _NO_SERVER = "connections to all backends failing"
 
@@ -80,9 +80,9 @@ M = TypeVar("M", bound=Message)
 def from_rpc_error(
     error: grpc.RpcError, *, address: str, timeout: float | None, request_id: str | None = None
 ) -> DarkroomError:
-    """What ``error`` means to the caller of the server at ``address``.
+    """Convert ``error`` of a call to the server at ``address``.
 
-    Where the call named no request, the id is the one that the server gave it, for its logs.
+    If the call had no request id, it gets the id that the server uses in its logs.
     """
     code, text = error.code(), error.details() or ""
     details = _Details(error)
@@ -92,8 +92,8 @@ def from_rpc_error(
     bad = details.first(BadRequest)
     kind = REASONS.get(reason) or CODES.get(code, DarkroomError)
     if code is grpc.StatusCode.UNAVAILABLE:
-        # Nothing was begun, whatever the reason: an engine that is gone fails the jobs it had,
-        # and turns new ones away.
+        # No job began, whatever the reason: a lost engine fails the jobs that it had,
+        # and rejects new ones.
         kind = errors.Unavailable
     if not reason:
         kind, text = _without_reason(kind, code, text, address, timeout)
@@ -120,7 +120,7 @@ def _without_reason(
     address: str,
     timeout: float | None,
 ) -> tuple[type[DarkroomError], str]:
-    """Errors that gRPC or a proxy made, not Darkroom: say what the caller should look at."""
+    """Describe an error of gRPC or of a proxy, with what the caller should check."""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _OVERSIZE in text:
         return errors.ReplyTooLarge, (
             f"a message is over the size limit ({text}): ask for fewer or smaller images, "
@@ -136,33 +136,33 @@ def _without_reason(
         )
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return kind, (
-            f"the server at {address} does not offer this call ({text}): is it Darkroom, and no "
+            f"the server at {address} does not offer this call ({text}): is it Darkroom, and not "
             "older than this client?"
         )
     return kind, text
 
 
 def was_sent(error: grpc.RpcError) -> bool:
-    """False where gRPC knew of no server that it could have sent the call to."""
+    """False if gRPC knew no server to send the call to."""
     return error.code() is not grpc.StatusCode.UNAVAILABLE or _NO_SERVER not in (
         error.details() or ""
     )
 
 
 def is_bare(error: DarkroomError, kind: type[DarkroomError]) -> bool:
-    """Whether it is a ``kind`` without a reason: gRPC's own words, and no server's."""
+    """Whether it is a ``kind`` without a reason: from gRPC, not from a server."""
     return isinstance(error, kind) and not error.reason
 
 
 def may_retry(error: grpc.RpcError) -> bool:
-    """Whether gRPC itself would try again after ``error``."""
+    """Whether gRPC itself would retry after ``error``."""
     trailers = cast(grpc.Call, error).trailing_metadata() or ()
     forbidden = any(key == _PUSHBACK and str(value).startswith("-") for key, value in trailers)
     return error.code() in RETRIED and not forbidden
 
 
 def unreachable(address: str, cause: str) -> str:
-    """A sentence that names the address that does not answer, and what to look at."""
+    """A sentence with the address that does not answer, and what to check."""
     return (
         f"no Darkroom server answers at {address} ({cause}): is it running (darkroom-server "
         "serve), is this its address and port (Client(...), DARKROOM_TARGET), and do both ends "
@@ -176,13 +176,13 @@ def _trailer(error: grpc.RpcError, name: str) -> str | None:
 
 
 class _Details:
-    """The typed details that came with an error, none where they are missing or garbled."""
+    """The typed details of an error; none if they are missing or broken."""
 
     def __init__(self, error: grpc.RpcError) -> None:
         try:
             self._status = rpc_status.from_call(cast(grpc.Call, error))
         except (ValueError, DecodeError):
-            # A proxy changed code, text or details on the way; what it says now is what holds.
+            # A proxy changed the code, text or details: use the code and text as they are.
             self._status = None
 
     def first(self, kind: type[M]) -> M | None:

@@ -1,4 +1,4 @@
-"""One generation as its caller sees it, over as many connections as it takes."""
+"""One job as its caller sees it, over any number of connections."""
 
 import math
 import random
@@ -44,11 +44,11 @@ from darkroom_client._wire.events import (
 from darkroom_client._wire.results import decode_timings, unreadable
 
 LONGEST_OUTAGE = 120.0
-"""Seconds without any server after which a stream that has no timeout gives up."""
+"""A stream without a timeout fails after that many seconds without any server."""
 
 MAX_BACKENDS_PROBED = 6
-"""How many times in a row a job must be unknown to count as lost: servers behind one name do not
-know each other's jobs, and a balanced connection takes each call to the next of them."""
+"""A job counts as lost after that many UNKNOWN_REQUEST answers in a row: servers behind one name do
+not share jobs, and a balanced connection sends each call to the next of them."""
 
 _SEED_BOUND = 2**63
 
@@ -63,12 +63,12 @@ class NextCall:
 
 
 class GenerationSession:
-    """What is known of a generation, which call comes next, and what its messages mean.
+    """The state of a job at its caller: which call comes next, and what its messages mean.
 
-    It does no I/O, so that both clients share it: they make the calls that ``next_call`` names,
-    pass each message to ``feed``, and each end of a call to ``on_call_ended``. After a lost
-    connection an accepted job is joined again. If the server has forgotten it, it is sent again
-    under the same id, without the images that have arrived.
+    It does no I/O (sans-IO), so both clients share it. They make the calls that ``next_call``
+    returns, pass each message to ``feed``, and each end of a call to ``on_call_ended``. After a
+    lost connection it joins an accepted job again. If the server does not know the job any more,
+    it sends the request again with the same id, without the images that have arrived.
     """
 
     def __init__(
@@ -99,18 +99,18 @@ class GenerationSession:
         self._unknown = 0
         self._sent = False
         self._job_ended = False
-        # Whether the server, as far as is known, has the job.
+        # The server is assumed to have the job, so the next call is a watch.
         self._joinable = request is None
-        # Whether to ask servers for it that take no jobs.
+        # The next call may go to servers whose health says that they accept no jobs.
         self._skip_health_check = False
         self._accepted: Accepted | None = None
         self._server_id = ""
-        # Why the server that was asked last did not take the job.
+        # Why the last server did not accept the job.
         self._rejection: Unavailable | None = None
         self._started = False
         self._crashes = 0
         self._losses = 0
-        # Where the images of the job that runs now begin among those of the request.
+        # The index in the request of the first image of the job that runs now.
         self._first = 0
         self._assembly = ImageAssembly(request_id)
         self._images: dict[int, Image] = {}
@@ -126,17 +126,17 @@ class GenerationSession:
         return self._server_id
 
     def next_call(self) -> NextCall:
-        """The call to make now; raises what the caller is told where the time is up."""
+        """The call to make now; raises the caller's error if the time is up."""
         now = time.monotonic()
         if self._ends_at is None:
             self._ends_at = math.inf if self.timeout is None else now + self.timeout
             self._last_event_at = now
-        left = self._ends_at - now
-        if left <= 0:
+        remaining = self._ends_at - now
+        if remaining <= 0:
             self.ended = True
-            raise self._rejection or self._late()
+            raise self._rejection or self._deadline_exceeded()
         self._assembly = ImageAssembly(self.request_id)
-        timeout = None if math.isinf(left) else left
+        timeout = None if math.isinf(remaining) else remaining
         if self._joinable or self._request is None:
             return watch_call(self.request_id, timeout)
         self._sent = True
@@ -146,7 +146,7 @@ class GenerationSession:
         return generate_call(message, timeout, skip_health_check=self._skip_health_check)
 
     def feed(self, event: generation_pb2.GenerationEvent) -> list[Event]:
-        """What ``event`` means to the caller; raises ``ServerError`` for what cannot be read."""
+        """Return the caller's events for ``event``; raises ``ServerError`` if it is unreadable."""
         self._failures = self._unknown = 0
         self._rejection = None
         self._last_event_at = time.monotonic()
@@ -157,10 +157,10 @@ class GenerationSession:
             raise
 
     def on_call_ended(self, error: DarkroomError | None, *, sent: bool = True) -> float:
-        """How many seconds to wait before ``next_call``; raises ``error`` where it is the end.
+        """Return the seconds to wait before ``next_call``; raises ``error`` if it is final.
 
-        None: the call ended well, though the generation did not. ``sent``: there was a server that
-        the call could be sent to.
+        ``error`` is None if the call ended with OK before the job did. ``sent``: there was a server
+        to send the call to.
         """
         error = error or Unavailable(
             f"the server at {self.address} ended the stream before the generation",
@@ -169,68 +169,68 @@ class GenerationSession:
         )
         skipped_health_check, self._skip_health_check = self._skip_health_check, False
         if is_bare(error, Unavailable) and not self._joinable and not skipped_health_check:
-            # No server takes jobs, or it was lost: any other says why, or does it after all.
+            # No server accepts jobs, or it was lost: another one gives the reason, or accepts it.
             self._skip_health_check = True
             if not sent:
                 return 0.0
         if isinstance(error, UnknownRequest) and self._joinable and self._probe_another_backend():
-            # Not in step with others that look, or each would always meet the same server.
+            # Random, or clients that probe in step would each meet the same backend every time.
             return random.uniform(0.0, 0.02)
         self._failures += 1
         if self._accepted is None and isinstance(error, Unavailable):
             self._rejection = error
         elif self._rejection is not None and is_bare(error, DeadlineExceeded):
-            # Cut short on its way to a server that has not taken the job: the reason stays.
+            # The deadline passed before a server accepted the job: keep the earlier reason.
             error = self._rejection
-        if not self._may_go_on(error):
+        if not self._may_retry(error):
             self.ended = True
-            # A bare deadline is this side's own; every other end but a lost connection is the
-            # server's word on the job.
+            # Every error with a reason is the server's, so the job has ended, except if the server
+            # is unavailable. An error without a reason, such as the client's own deadline, is not.
             self._job_ended = bool(error.reason) and not isinstance(error, Unavailable)
             raise error
         return self._pause(error)
 
     def _probe_another_backend(self) -> bool:
-        """Whether to call again at once for a job that is unknown where it was looked for."""
+        """Whether to call again at once for a job that the last backend does not know."""
         self._unknown += 1
         if self._unknown < MAX_BACKENDS_PROBED:
             return True
         self._unknown = 0
         if self._request is None:
             return False
-        # Its server was started anew: the job is asked for again.
+        # Its server restarted: send the request again.
         self._joinable = False
         self._losses += 1
         return True
 
-    def _may_go_on(self, error: DarkroomError) -> bool:
-        """Whether to call again: a few times, and for an accepted job until the time is up."""
+    def _may_retry(self, error: DarkroomError) -> bool:
+        """Whether to call again: some times, and for an accepted job until the time is up."""
         if self.timeout is None and time.monotonic() - self._last_event_at > LONGEST_OUTAGE:
             return False
         accepted = self._accepted is not None
         if isinstance(error, Unavailable) and accepted and self._retry.attempts > 1:
             return True
         if isinstance(error, Overloaded):
-            # The place in the queue went with the server that has forgotten the job.
+            # The job lost its place in the queue when its server restarted.
             return self._losses > 0 and not self._joinable
-        # gRPC's own words for a connection that broke in the middle, such as "Stream removed".
-        # A server that ends before it has accepted anything says CANCELLED.
+        # gRPC's own errors for a connection that broke during the call, such as "Stream removed".
+        # A server that shuts down before it has accepted the job ends the call with CANCELLED.
         lost = isinstance(error, Unavailable) or is_bare(error, Cancelled)
         lost = lost or (accepted and is_bare(error, ServerError))
         return lost and self._failures < self._retry.attempts
 
     def _pause(self, error: DarkroomError) -> float:
-        """Seconds until the next call; raises ``error`` where there is no time for one."""
+        """Seconds until the next call; raises ``error`` if there is no time for one."""
         grown = self._retry.initial_backoff * self._retry.multiplier ** (self._failures - 1)
         backoff = min(grown, self._retry.max_backoff) * random.uniform(0.8, 1.2)
         wait = error.retry_after or backoff
-        left = (self._ends_at or math.inf) - time.monotonic()
-        if wait >= left and self._accepted is None:
+        remaining = (self._ends_at or math.inf) - time.monotonic()
+        if wait >= remaining and self._accepted is None:
             self.ended = True
             raise error
-        return max(0.0, min(wait, left))
+        return max(0.0, min(wait, remaining))
 
-    def _late(self) -> DarkroomError:
+    def _deadline_exceeded(self) -> DarkroomError:
         return DeadlineExceeded(
             f"not finished within {self.timeout:g} s: pass a longer timeout, or ask for fewer "
             "steps or images",
@@ -241,7 +241,7 @@ class GenerationSession:
     def _remaining_request(
         self, request: generation_pb2.GenerateRequest
     ) -> generation_pb2.GenerateRequest:
-        """``request`` less the images at its ends that have arrived."""
+        """``request`` without the images at its start and end that have arrived."""
         count = request.image_count if request.HasField("image_count") else 1
         missing = [index for index in range(count) if index not in self._images]
         if not self._images or not missing:
@@ -278,7 +278,7 @@ class GenerationSession:
                 yield from self._decode_image(event.image)
             case "finished":
                 yield self._decode_finished(event.finished)
-        # What is newer than this client is left out.
+        # Events that are newer than this client are ignored.
 
     def _decode_accepted(self, accepted: Accepted) -> Iterator[Event]:
         self._server_id = accepted.server_id
@@ -307,7 +307,7 @@ class GenerationSession:
         expected = len(self._accepted.seeds) if self._accepted is not None else len(self._images)
         if self._assembly.busy or sorted(self._images) != list(range(expected)):
             raise unreadable(
-                f"{len(self._images)} whole images where {expected} were announced",
+                f"{len(self._images)} whole images, but {expected} were announced",
                 self.request_id,
             )
         self.result = GenerationResult(
@@ -322,7 +322,7 @@ class GenerationSession:
 
 
 def watch_call(request_id: str, timeout: float | None) -> NextCall:
-    """Join a job."""
+    """Follow a job that exists."""
     message = generation_pb2.WatchGenerationRequest(request_id=request_id)
     return NextCall(lambda stubs: stubs.generation.WatchGeneration, message, timeout)
 
@@ -330,7 +330,7 @@ def watch_call(request_id: str, timeout: float | None) -> NextCall:
 def generate_call(
     message: generation_pb2.GenerateStreamRequest, timeout: float | None, *, skip_health_check: bool
 ) -> NextCall:
-    """Ask for a job, of servers that take some; ``anywhere``: of any other too."""
+    """Start a job: at a server whose health says that it accepts jobs, or at any server."""
     if skip_health_check:
         return NextCall(lambda stubs: stubs.generation.GenerateStream, message, timeout)
     return NextCall(lambda stubs: stubs.health_checked_generation.GenerateStream, message, timeout)

@@ -8,7 +8,7 @@ from darkroom.v1 import generation_pb2_grpc, model_pb2_grpc, server_pb2_grpc
 
 
 class Stubs:
-    """One stub of each service; which kind of call they make is the channels' choice.
+    """One stub of each service. Blocking or asyncio channels decide the kind of their calls.
 
     ``health_checked_generation``: for calls that begin jobs, over the channel that goes only to
     servers whose health says that they accept jobs.

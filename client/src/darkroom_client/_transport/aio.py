@@ -23,7 +23,7 @@ A = TypeVar("A")
 
 
 class AsyncTransport:
-    """As ``SyncTransport``, for the event loop of its first call, which gRPC ties it to.
+    """Like ``SyncTransport``, for the event loop of its first call, which gRPC ties it to.
 
     ``_in_flight`` and ``_cancels`` are as there; only the event loop touches them.
     """

@@ -1,11 +1,11 @@
 """From a client's settings to its gRPC channels.
 
-There are two. Calls that begin jobs go over the checked one, to servers whose health says that they
-take jobs; gRPC fails them itself where there is none, and then they go over the plain one, to hear
-the server's own reason. All other calls go over the plain one, for a server that drains is still
-asked about its jobs. The channels differ in nothing that matters to a connection, so that gRPC
-makes one to each server for both; with TLS, where it never does, the plain one has its own, made at
-its first call.
+There are two. Calls that start jobs go over the checked channel, to servers whose health says that
+they accept jobs. If there is none, gRPC fails the call, and the second try goes over the plain
+channel, to get the server's own reason. All other calls go over the plain channel: a draining
+server still answers calls about its jobs. The channels have equal connection options, so gRPC
+shares one connection to each server between them. With TLS gRPC shares none: the plain channel
+opens its own at its first call.
 """
 
 import ipaddress
@@ -55,7 +55,7 @@ def open_channels(settings: Settings) -> tuple[grpc.Channel, grpc.Channel]:
 
 
 def open_async_channels(settings: Settings) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
-    """As ``open_channels``, for the running event loop, which they belong to."""
+    """Like ``open_channels``, for the running event loop, which they belong to."""
     own = _own_connections()
     checked, plain = (channel_options(settings, checked=each) + own for each in (True, False))
     target = dial_target(settings.target)
@@ -63,12 +63,12 @@ def open_async_channels(settings: Settings) -> tuple[grpc.aio.Channel, grpc.aio.
 
 
 def open_direct_channel(settings: Settings, address: str) -> grpc.Channel:
-    """A channel to ``address``, one of those of the settings' target, for blocking calls."""
+    """A channel for blocking calls to ``address``, which is one of the target's addresses."""
     return _open(settings, address, direct_options(settings))
 
 
 def open_direct_async_channel(settings: Settings, address: str) -> grpc.aio.Channel:
-    """As ``open_direct_channel``, for the running event loop."""
+    """Like ``open_direct_channel``, for the running event loop."""
     return _open_async(settings, address, direct_options(settings))
 
 
@@ -85,16 +85,16 @@ def _open_async(settings: Settings, target: str, options: Options) -> grpc.aio.C
 
 
 def _own_connections() -> Options:
-    """Something by which the two channels of a client differ from those of all other clients.
+    """An option that separates a client's connections from those of all other clients.
 
-    Else gRPC has all clients of a process share what it knows of an address: a new one would be
-    told that nobody answers there, by the failure that another one met before, for seconds.
+    Without it all clients of a process share gRPC's subchannels: a new client would fail for
+    seconds because an earlier client's connection attempt to that address failed.
     """
     return (("darkroom.client", next(_clients)),)
 
 
 def dial_target(target: str) -> str:
-    """``target`` as gRPC wants it: a plain host:port is looked up in DNS, all its addresses."""
+    """``target`` in gRPC's form: a plain host:port is resolved by DNS to all its addresses."""
     scheme, separator, rest = target.partition(":")
     plain = not separator or rest.isdecimal() or scheme.startswith("[")
     return f"dns:///{target}" if plain else target
@@ -104,14 +104,14 @@ def endpoints(target: str) -> list[str]:
     """Every "host:port" of ``target``; empty for a kind of target that has none."""
     scheme, _, rest = dial_target(target).partition(":")
     if scheme == "dns":
-        # Not behind "dns://server/": that name server's answers may differ from this machine's.
+        # None for "dns://server/name": that name server may answer differently from this machine.
         name = rest.removeprefix("///")
         return [] if "/" in name else [name]
     return rest.split(",") if scheme in ("ipv4", "ipv6") else []
 
 
 def is_loopback(target: str) -> bool:
-    """Whether every address of ``target`` is one of this machine alone."""
+    """Whether every address of ``target`` is a loopback address."""
     hosts = [endpoint.rpartition(":")[0].strip("[]") for endpoint in endpoints(target)]
     return bool(hosts) and all(host == "localhost" or _is_loopback_ip(host) for host in hosts)
 
@@ -124,20 +124,20 @@ def _is_loopback_ip(host: str) -> bool:
 
 
 def channel_options(settings: Settings, *, checked: bool) -> Options:
-    """What gRPC is told about every connection of a client, and how one channel uses them."""
+    """The options of a channel: its connections, and how it uses them."""
     options: Options = (
         ("grpc.keepalive_time_ms", round(settings.keepalive.interval * 1000)),
         ("grpc.keepalive_timeout_ms", round(settings.keepalive.timeout * 1000)),
         ("grpc.max_receive_message_length", settings.max_reply_bytes),
         ("grpc.service_config", json.dumps(service_config(settings, checked=checked))),
-        # A server that comes up is noticed within seconds; gRPC's own waits grow to two minutes.
+        # To notice a new server within seconds: gRPC's own backoff grows to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 250),
         ("grpc.max_reconnect_backoff_ms", 5000),
-        # How long one attempt to connect may take, its name notwithstanding.
+        # In fact the time limit of one connection attempt.
         ("grpc.min_reconnect_backoff_ms", 5000),
     )
     if is_loopback(settings.target):
-        # The proxy that the environment may name means itself by this address.
+        # A proxy from the environment would take this address for its own machine.
         options += (("grpc.enable_http_proxy", 0),)
     if settings.tls is not None and settings.tls.server_name:
         options += (("grpc.ssl_target_name_override", settings.tls.server_name),)
@@ -145,7 +145,7 @@ def channel_options(settings: Settings, *, checked: bool) -> Options:
 
 
 def direct_options(settings: Settings) -> Options:
-    """The options of a channel to one address of the target: the name stays the target's."""
+    """The options of a channel to one address of the target; it keeps the target's name."""
     options = channel_options(settings, checked=False) + _own_connections()
     names = endpoints(settings.target)
     if len(names) == 1:
@@ -157,15 +157,15 @@ def direct_options(settings: Settings) -> Options:
 
 
 def service_config(settings: Settings, *, checked: bool) -> dict[str, object]:
-    """How calls are spread over the servers behind a name, and when they are tried again."""
+    """The service config of gRPC: load balancing, health checks and retries."""
     retry = settings.retry
     config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if checked:
-        # No retries here: gRPC would spend them all on finding that no server is healthy. A call
-        # that fails has its further tries over the plain channel.
+        # No retries here: gRPC would use them all up while no server is healthy. The further
+        # tries of a call that fails go over the plain channel.
         config["healthCheckConfig"] = {"serviceName": HEALTH_SERVICE}
     elif retry.attempts > 1:
-        # What begins a job has had its first try over the checked channel.
+        # The first try of a call that starts a job went over the checked channel.
         later = replace(
             retry,
             attempts=retry.attempts - 1,
@@ -173,7 +173,7 @@ def service_config(settings: Settings, *, checked: bool) -> dict[str, object]:
         )
         kinds = [(OTHER_METHODS, retry), (JOB_STARTING_METHODS, later)]
         config["methodConfig"] = [_method_config(*kind) for kind in kinds if kind[1].attempts > 1]
-        # After 50 failures more than successes, retries stop: a fleet that is down is left alone.
+        # Retries stop after 50 more failures than successes, to spare servers that are down.
         config["retryThrottling"] = {"maxTokens": 100, "tokenRatio": 0.5}
     return config
 
@@ -191,7 +191,7 @@ def _method_config(methods: Methods, retry: Retry) -> dict[str, object]:
 
 
 def check_files(tls: TLS | None) -> None:
-    """Raise ``OSError`` for a file that cannot be read, long before the first call needs it."""
+    """Raise ``OSError`` for a file that cannot be read, before the first call needs it."""
     for file in (tls.ca, tls.cert, tls.key) if tls else ():
         if file is not None:
             Path(file).open("rb").close()

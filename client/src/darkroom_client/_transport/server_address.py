@@ -13,8 +13,9 @@ _ENDPOINT = re.compile(r"\[?([^][]+?)]?:([0-9]{1,5})")
 def server_address(server_id: str, target: str, seconds: float) -> str | None:
     """The address to dial for the server ``server_id``, such as "ipv4:10.0.0.7:50051".
 
-    None unless it is one of several addresses that ``target`` resolves to, so a call never goes
-    where ``target`` does not lead. None, too, if the names do not resolve within ``seconds``.
+    None unless it is one of several addresses that ``target`` resolves to. So a call, and its
+    token, goes to no other server than before. None, too, if the names do not resolve within
+    ``seconds``.
     """
     if not server_id:
         return None

@@ -164,8 +164,8 @@ class SyncTransport:
             # No call was made; or the parent made it; or no thread can start any more, and the
             # job ends after the server's grace time.
             return
-        # A thread: the caller does not wait for the cancel, and a finalizer must not make a call,
-        # as it may interrupt gRPC where gRPC holds a lock.
+        # A thread: the caller does not wait for the cancel. And a finalizer must not make a call
+        # itself: it may have interrupted gRPC while gRPC holds a lock.
         thread = threading.Thread(target=self._cancel, args=(job,))
         self._cancels.add(thread)
         thread.start()

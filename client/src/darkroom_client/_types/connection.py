@@ -1,4 +1,4 @@
-"""How to reach a server, one small dataclass per concern."""
+"""How to connect to a server, one small dataclass per concern."""
 
 import math
 import os
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class Keepalive:
     """Pings that notice a dead connection, in seconds.
 
-    After ``interval`` of silence during a call a ping goes out; without an answer within
-    ``timeout`` the connection counts as lost. Darkroom's server permits an interval of 20 and
-    more; a shorter one gets the connection closed.
+    After ``interval`` seconds of silence during a call the client sends a ping; without an answer
+    within ``timeout`` seconds the connection counts as lost. Darkroom's server permits an interval
+    of 20 or more, and closes a connection with a shorter one.
     """
 
     interval: float = 60.0
@@ -26,14 +26,14 @@ class Keepalive:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """Trying again while the server answers UNAVAILABLE, within the call's timeout.
+    """Retries while the server answers UNAVAILABLE, within the call's timeout.
 
-    A call is tried at most ``attempts`` times (1 to 5; 1 means no retry). The wait between two
-    tries is ``initial_backoff`` seconds (0.01 and more) at first, give or take a fifth, and grows
-    by ``multiplier`` up to ``max_backoff``; a wait that the server names goes before it. The
-    second try of ``generate`` and ``submit`` is made at once, at any server. When many
-    calls fail, retries stop until some succeed. Every try carries the same seed and request id,
-    so that a retry draws the same picture.
+    A call is tried at most ``attempts`` times (1 to 5; 1 means no retry). The first wait is
+    ``initial_backoff`` seconds (at least 0.01), plus or minus 20 %; each further wait is
+    ``multiplier`` times longer, up to ``max_backoff``. A wait that the server sends overrides it.
+    The second try of ``generate`` and ``submit`` is made at once, at any server. If many calls
+    fail, retries stop until some succeed. Every try has the same seed and request id, so a retry
+    generates the same image.
     """
 
     attempts: int = 5
@@ -42,13 +42,13 @@ class Retry:
     multiplier: float = 2.0
 
     def __post_init__(self) -> None:
-        # gRPC itself caps the attempts at 5, silently.
+        # gRPC limits the attempts to 5 without an error.
         if not 1 <= self.attempts <= 5:
             raise ValueError("Retry: attempts must be 1 to 5")
         numbers = (self.initial_backoff, self.max_backoff, self.multiplier)
         if not all(math.isfinite(number) for number in numbers):
             raise ValueError("Retry: initial_backoff, max_backoff and multiplier must be finite")
-        # Below 2 ms calls hang in gRPC until their deadline, and beyond (grpc/grpc#41036).
+        # Below 2 ms, calls hang in gRPC until after their deadline (grpc/grpc#41036).
         if not 0.01 <= self.initial_backoff <= self.max_backoff or self.multiplier < 1:
             raise ValueError(
                 "Retry: 0.01 <= initial_backoff <= max_backoff and multiplier >= 1 must hold"
@@ -59,9 +59,9 @@ class Retry:
 class TLS:
     """An encrypted connection; the fields are paths of PEM files.
 
-    ``ca``: who may vouch for the server; unset, the roots that come with gRPC. ``cert`` and
-    ``key``: who this client is, where the server asks (both or none). ``server_name``: the name
-    to expect in the server's certificate, where it differs from the address.
+    ``ca``: the trusted CA certificates; if unset, the roots that come with gRPC. ``cert`` and
+    ``key``: the client's certificate and its key, if the server requires one (both or none).
+    ``server_name``: the name in the server's certificate, if it differs from the address.
     """
 
     ca: str | os.PathLike[str] | None = None

@@ -1,13 +1,13 @@
-"""The closed sets of names that a request chooses from."""
+"""The names that a request can choose from."""
 
 from enum import StrEnum
 from typing import Self
 
 
 class Scheduler(StrEnum):
-    """A noise scheduler in diffusers' meaning of the word; calls take plain strings as well.
+    """A noise scheduler, as in diffusers; calls accept plain strings, too.
 
-    Which of them a model offers, and with how many steps, is in ``Model.schedulers``.
+    ``Model.schedulers`` lists those that a model offers, with their range of steps.
     """
 
     DDIM = "ddim"
@@ -27,7 +27,7 @@ class Scheduler(StrEnum):
 
 
 class ImageFormat(StrEnum):
-    """How the pixels of an image are encoded; calls take plain strings as well, "jpg" included.
+    """The encoding of an image; calls accept plain strings, too, "jpg" included.
 
     RAW_RGB is height × width × 3 bytes, row by row from the top left, without a header.
     """
@@ -39,7 +39,7 @@ class ImageFormat(StrEnum):
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """The file name endings that go with this format, the usual one first."""
+        """The file name suffixes of this format, the usual one first."""
         return _SUFFIXES[self]
 
     @classmethod

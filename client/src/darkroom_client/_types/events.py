@@ -1,4 +1,4 @@
-"""What happens to a generation, one small dataclass each: a union that is fit for ``match``."""
+"""The events of a job, one small dataclass each: a union for use with ``match``."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -9,7 +9,7 @@ from darkroom_client._types.result import GenerationResult
 
 
 class FinishReason(StrEnum):
-    """How a generation ended well; WITHHELD: the safety checker kept at least one image back."""
+    """How a job finished; WITHHELD: the safety checker withheld at least one image."""
 
     COMPLETED = "completed"
     WITHHELD = "withheld"
@@ -17,11 +17,11 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """The server took the request, and will draw one image of each of ``seeds``.
+    """The server accepted the request, and generates one image for each of ``seeds``.
 
-    ``queue_position``: how many jobs go before it. ``estimated_start`` and ``estimated_finish``:
-    seconds from now to the first step and to the last image; None where the server does not know
-    yet. ``joined``: the server had this request before, and does not draw it twice.
+    ``queue_position``: the number of jobs before it. ``estimated_start`` and ``estimated_finish``:
+    seconds from now to the first step and to the last image; None if the server does not know
+    yet. ``joined``: the job existed before this call, and does not run twice.
     ``server_id``: the name of the server that accepted it; empty from an older server.
     """
 
@@ -38,7 +38,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queued:
-    """The request waits; ``position`` jobs go before it."""
+    """The job waits; ``position`` jobs are before it."""
 
     position: int
 
@@ -50,7 +50,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restarted:
-    """The server, or its engine, died: the progress starts over, finished images are kept.
+    """The server or its engine crashed: the progress starts again, finished images are kept.
 
     ``times``: how often that happened to this request so far.
     """
@@ -60,11 +60,11 @@ class Restarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """An image took a step; a slow reader gets fewer of these.
+    """An image made a step; a slow reader gets fewer of these.
 
-    ``image_index``: which image of the request, from 0. ``step`` of ``steps`` denoiser calls are
-    done; some schedulers make more of them than were asked for. ``rows``: rows of the pass that
-    the step was part of. ``step_seconds``: what that pass took.
+    ``image_index``: the image's index in the request, from 0. ``step`` of ``steps`` denoiser calls
+    are done; some schedulers make more calls than the requested steps. ``rows``: rows of the pass
+    that the step was part of. ``step_seconds``: the duration of that pass.
     """
 
     image_index: int
@@ -76,7 +76,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """What an image looks like so far, small; a slow reader gets fewer of these.
+    """A small picture of an unfinished image; a slow reader gets fewer of these.
 
     ``data`` holds the pixels in ``format``; ``width`` and ``height`` are pixels.
     """
@@ -91,7 +91,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageReady:
-    """An image is finished and here; ``image_index`` counts the request's images from 0."""
+    """An image is finished; ``image_index`` is its index in the request, from 0."""
 
     image_index: int
     image: Image
@@ -99,11 +99,11 @@ class ImageReady:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The last event: every image is here, all of them in ``result``."""
+    """The last event: all images have arrived, and are in ``result``."""
 
     reason: FinishReason
     result: GenerationResult
 
 
 Event = Accepted | Queued | Started | Restarted | Progress | Preview | ImageReady | Finished
-"""Everything that a stream yields."""
+"""The events that a stream yields."""

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """One finished image: encoded pixels, and all that is needed to draw it again.
+    """One finished image: encoded pixels, and everything that is needed to reproduce it.
 
-    ``data`` holds the pixels in ``format``; it is empty where the safety checker ``flagged`` the
-    image. ``width`` and ``height`` are pixels. ``seed`` draws this image again, alone.
+    ``data`` holds the pixels in ``format``; it is empty if the safety checker ``flagged`` the
+    image. ``width`` and ``height`` are in pixels. ``seed`` reproduces this image alone.
     ``prompt_truncated``: the prompt was longer than the model reads, and its end was ignored.
     """
 
@@ -35,11 +35,11 @@ class Image:
     replay: ReplayRecord = field(repr=False)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write the image to ``path`` as it came, in one atomic move, and return the path.
+        """Write ``data`` to ``path`` atomically, and return the path.
 
-        Raises ``ValueError`` where the ending of ``path`` belongs to another format,
-        ``FileExistsError`` where ``path`` exists and ``overwrite`` is false, and
-        ``ImageWithheld`` where there are no pixels to write.
+        Raises ``ValueError`` if the suffix of ``path`` belongs to another format,
+        ``FileExistsError`` if ``path`` exists and ``overwrite`` is false, and ``ImageWithheld`` if
+        there are no pixels to write.
         """
         path = Path(path)
         if path.suffix.lower() not in self.format.suffixes:
@@ -66,7 +66,7 @@ class Image:
     def to_numpy(self) -> "numpy.ndarray":
         """The pixels as a ``uint8`` array of shape [height, width, 3]; needs the extra ``numpy``.
 
-        The array is the caller's own and may be written to.
+        The array is a copy: the caller may write to it.
         """
         data = self._pixels()
         try:
@@ -79,7 +79,7 @@ class Image:
         return numpy.array(self.to_pil(), dtype=numpy.uint8)
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows: the image itself where it is a PNG."""
+        """What a notebook shows: the image, if it is a PNG."""
         return self.data if self.format is ImageFormat.PNG and self.data else None
 
     def _pixels(self) -> bytes:

@@ -1,4 +1,4 @@
-"""What a model on the server is, takes and runs as."""
+"""What a model on the server is, what it accepts, and how it runs."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,9 @@ from darkroom_client._types.enums import ImageFormat, Scheduler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDefaults:
-    """What an unset field of a request means; sizes in pixels.
+    """The values of unset fields of a request; sizes in pixels.
 
-    ``scheduler`` and ``format`` are None where the server names one that is newer than this
-    client.
+    ``scheduler`` and ``format`` are None if the server's value is newer than this client.
     """
 
     width: int
@@ -24,10 +23,10 @@ class ModelDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """What the server accepts for a model; every bound is inclusive, sizes are in pixels.
+    """The bounds of a request for a model, all inclusive; sizes in pixels.
 
-    ``prompt_tokens``: tokens that the model reads of a prompt; what is beyond them is ignored
-    and reported as ``Image.prompt_truncated``. ``max_rows``: rows of one denoiser pass at the
+    ``prompt_tokens``: tokens that the model reads of a prompt; the rest is ignored and
+    reported as ``Image.prompt_truncated``. ``max_rows``: rows of one denoiser pass at the
     default size; an image with guidance takes two.
     """
 
@@ -43,7 +42,7 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerOffer:
-    """A scheduler that a model offers, and the steps it takes (inclusive)."""
+    """A scheduler that a model offers, with its range of steps (inclusive)."""
 
     scheduler: Scheduler
     min_steps: int
@@ -54,7 +53,7 @@ class SchedulerOffer:
 class ModelRuntime:
     """How a model runs: ``device`` such as "cuda:0", ``dtype`` such as "float16".
 
-    ``attention`` is "sliced" or "sdpa"; ``slice_size`` is "auto", "max" or a number, and empty
+    ``attention`` is "sliced" or "sdpa"; ``slice_size`` is "auto", "max" or a number; it is empty
     without sliced attention.
     """
 
@@ -72,11 +71,11 @@ class ModelRuntime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A diffusers pipeline that the server holds.
+    """A diffusers pipeline on the server.
 
-    Until it is ``ready`` (loaded and warmed up) only ``id`` is known: the texts are empty and
-    ``defaults``, ``limits`` and ``runtime`` are None. ``schedulers`` leaves out those that are
-    newer than this client, which no call could name.
+    Until it is ``ready`` (loaded and warmed up) only ``id`` is known: the strings are empty, and
+    ``defaults``, ``limits`` and ``runtime`` are None. ``schedulers`` omits those that are newer
+    than this client.
     """
 
     id: str

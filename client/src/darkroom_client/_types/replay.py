@@ -1,4 +1,4 @@
-"""All that is needed to draw an image again, and to know that it is the same."""
+"""Everything that is needed to reproduce an image, and to check that it is the same."""
 
 import dataclasses
 import json
@@ -14,11 +14,11 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayRecord:
-    """How one image was drawn; ``Client.replay`` draws it again.
+    """How one image was generated; ``Client.replay`` reproduces it.
 
-    ``request`` draws this image alone, with no field left to a default. ``pixels_sha256`` is the
-    SHA-256, in hex, of the height × width × 3 bytes of RGB before encoding. Two drawings agree
-    when their ``pixels_sha256`` do; where they differ, ``differences`` says what else does.
+    ``request`` generates this image alone, with every field set. ``pixels_sha256`` is the SHA-256,
+    in hex, of the height × width × 3 bytes of RGB before encoding. Two images are the same if
+    their ``pixels_sha256`` are equal; if not, ``differences`` lists what else differs.
     ``rows_in_last_pass``: rows in the image's last denoiser pass.
     """
 
@@ -40,9 +40,9 @@ class ReplayRecord:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The record that ``to_json`` wrote.
+        """Parse a record that ``to_json`` wrote.
 
-        Raises ``ValueError`` for anything that is not such a document, saying what is wrong.
+        Raises ``ValueError`` for any other text; the message says what is wrong.
         """
         try:
             document = json.loads(text)
@@ -58,9 +58,9 @@ class ReplayRecord:
         return cls(**{**_exactly(cls, document, "record"), "request": GenerationRequest(**request)})
 
     def differences(self, other: Self) -> dict[str, tuple[str, str]]:
-        """What differs from ``other``, as ``{name: (here, there)}`` with dotted names.
+        """Compare with ``other``: ``{name: (here, there)}`` of what differs, with dotted names.
 
-        The requests' ids are left out: they never matter to the pixels.
+        The request ids are ignored: they do not affect the pixels.
         """
         here, there = _flat(self), _flat(other)
         names = sorted(here.keys() | there.keys())

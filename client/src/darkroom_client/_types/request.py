@@ -1,4 +1,4 @@
-"""What to draw, as plain data."""
+"""What to generate, as plain data."""
 
 from dataclasses import dataclass, replace
 from typing import TypedDict
@@ -9,18 +9,18 @@ from darkroom_client._types.enums import ImageFormat, Scheduler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One request; everything but ``prompt`` may stay unset and then means the model's default.
+    """One request; each field but ``prompt`` may be unset, which means the model's default.
 
-    ``model``: an id from ``Client.models``; may stay empty where the server holds a single one.
+    ``model``: an id from ``Client.models``; may be empty if the server has a single model.
     ``negative_prompt``: what the images should not show; used when guidance is above 1.
     ``width``, ``height``: pixels, a multiple of 8 within the model's limits.
     ``steps``: denoising steps. ``guidance_scale``: classifier-free guidance; 1 and below mean
-    none. ``seed``: 0 to 2^63 - 1; image i is drawn from (seed + i) mod 2^63; unset, the client
-    draws one. ``quality``: 1 to 100, for JPEG and WebP. ``exact``: identical bytes whatever else
-    the server is doing, at some cost. ``request_id``: at most 64 of A-Z a-z 0-9 . _ - ; unset,
-    the client draws one.
+    none. ``seed``: 0 to 2^63 - 1; image i uses (seed + i) mod 2^63; if unset, the client picks a
+    random one. ``quality``: 1 to 100, for JPEG and WebP. ``exact``: identical bytes
+    whatever else the server is doing; slower. ``request_id``: at most 64 of A-Z a-z 0-9 . _ - ; if
+    unset, the client picks a random one.
 
-    The bounds are the server's to check, and it reports every violation at once.
+    The server checks the bounds, and reports all violations at once.
     """
 
     prompt: str
@@ -40,7 +40,7 @@ class GenerationRequest:
 
 
 class GenerationOptions(TypedDict, total=False):
-    """The keyword arguments of every call that draws: the fields of ``GenerationRequest``."""
+    """The keyword arguments of every generating call: the fields of ``GenerationRequest``."""
 
     model: str
     negative_prompt: str
@@ -60,7 +60,7 @@ class GenerationOptions(TypedDict, total=False):
 def as_request(
     prompt: str | GenerationRequest, options: GenerationOptions | None = None
 ) -> GenerationRequest:
-    """A prompt with its options as a request; of a request, a copy with these options changed."""
+    """Make a request of a prompt and options, or copy a request with these options changed."""
     given: GenerationOptions = options or {}
     if isinstance(prompt, GenerationRequest):
         return replace(prompt, **given)

@@ -1,4 +1,4 @@
-"""What comes back from a call that drew images."""
+"""The result of a request."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from darkroom_client._types.image import Image
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Where a request's time went, in seconds.
+    """The durations of a request's stages, in seconds.
 
-    The stages of several images overlap, so that they may add up to more than ``total``.
+    Stages of several images overlap, so their sum can exceed ``total``.
     ``queue``: from arrival to the first denoiser pass, prompt encoding not counted.
     ``encode_prompt``: prompts to embeddings. ``denoise``: from the first denoiser pass to the
-    last. ``decode``: latents to pixels. ``encode_image``: pixels to the format asked for.
+    last. ``decode``: latents to pixels. ``encode_image``: pixels to the requested format.
     ``total``: from the request's arrival at the server to its response.
     """
 
@@ -26,7 +26,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationResult:
-    """The images of one request, in the order of their seeds, and how they came about."""
+    """The images of one request, in the order of their seeds, with their timings and model."""
 
     request_id: str
     images: tuple[Image, ...]

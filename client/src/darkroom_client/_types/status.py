@@ -1,4 +1,4 @@
-"""How a server is doing, and what a request would take there."""
+"""The state of a server, and the estimate for a request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from enum import StrEnum
 
 
 class ServerState(StrEnum):
-    """Whether a server takes requests.
+    """Whether a server accepts requests.
 
-    LOADING: not yet. READY: it takes and draws them. RECOVERING: it takes them, and they wait for
-    an engine that is being started again. DRAINING: not any more. UNKNOWN: in a state that is
-    newer than this client.
+    LOADING: not yet. READY: it accepts and runs them. RECOVERING: it accepts them, and they wait
+    until an engine has restarted. DRAINING: not any more. UNKNOWN: a state that is newer than this
+    client.
     """
 
     LOADING = "loading"
@@ -22,7 +22,7 @@ class ServerState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassTime:
-    """What one denoiser pass of ``rows`` rows takes at a size in pixels, in seconds."""
+    """The duration in seconds of a denoiser pass of ``rows`` rows at a size in pixels."""
 
     width: int
     height: int
@@ -32,7 +32,7 @@ class PassTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """One model: ``queued_jobs`` wait for it, ``running_jobs`` are being drawn."""
+    """One model: ``queued_jobs`` wait for it, ``running_jobs`` run."""
 
     id: str
     ready: bool
@@ -43,9 +43,9 @@ class ModelStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """One engine: ``samples`` images of ``jobs`` requests are in it.
+    """One engine: it holds ``samples`` images of ``jobs`` jobs.
 
-    ``restarts``: how often it died and was started again. ``rows_in_use``: rows of its last pass.
+    ``restarts``: how often it crashed and restarted. ``rows_in_use``: rows of its last pass.
     ``memory_bytes``: the device's memory by kind, such as "allocated" and "device_total".
     ``host_memory_bytes``: resident memory of its process.
     """
@@ -63,10 +63,10 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStatus:
-    """A server at one moment; ``uptime`` in seconds, memory in bytes.
+    """A snapshot of a server; ``uptime`` in seconds, memory in bytes.
 
-    ``queued_jobs`` of at most ``max_queued_jobs`` wait. ``accepted_jobs`` since the start;
-    ``ended_jobs`` counts them by how they ended: "finished", "failed", "expired", "cancelled".
+    ``queued_jobs`` wait, of at most ``max_queued_jobs``. ``accepted_jobs``: since the start;
+    ``ended_jobs`` counts them by outcome: "finished", "failed", "expired", "cancelled".
     """
 
     version: str
@@ -84,11 +84,11 @@ class ServerStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a request would take now.
+    """The estimate for a request that would be sent now.
 
     ``queue_wait``: seconds to its first step. ``run_time``: seconds from there to its last image.
-    ``peak_bytes``: memory of the device that its images take at their peak, beside the weights.
-    ``available_bytes``: memory that the device has for that.
+    ``peak_bytes``: peak device memory of its images, without the weights. ``available_bytes``:
+    device memory that is available for them.
     """
 
     queue_wait: float
@@ -98,5 +98,5 @@ class Estimate:
 
     @property
     def total(self) -> float:
-        """Seconds until the last image; a ``timeout`` leaves some room for what comes later."""
+        """Seconds until the last image; choose a somewhat longer ``timeout``."""
         return self.queue_wait + self.run_time

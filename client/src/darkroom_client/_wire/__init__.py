@@ -1,1 +1,1 @@
-"""Between the client's plain data and the messages on the wire."""
+"""Conversion between the client's plain data and protobuf messages."""

@@ -1,4 +1,4 @@
-"""From the messages of a stream to events and whole images."""
+"""Decode the messages of a stream to events and whole images."""
 
 from darkroom.v1 import generation_pb2
 from darkroom_client._types.enums import ImageFormat
@@ -9,9 +9,9 @@ from darkroom_client._wire.values import decode_format, decode_seconds
 
 
 class ImageAssembly:
-    """Puts the pieces of images together, one image at a time, and takes nothing on trust.
+    """Joins the chunks of one image after the other, and checks that they fit.
 
-    A new one for every stream: its pieces begin anew.
+    Each stream needs a new one: its chunks start from the beginning.
     """
 
     def __init__(self, request_id: str) -> None:
@@ -20,9 +20,9 @@ class ImageAssembly:
         self._pieces = bytearray()
 
     def add(self, chunk: generation_pb2.ImageChunk) -> tuple[int, Image] | None:
-        """The index and the image that ``chunk`` completes, None while pieces are missing.
+        """Return the index and the image that ``chunk`` completes; None while chunks are missing.
 
-        Raises ``ServerError`` for pieces that do not fit together.
+        Raises ``ServerError`` for chunks that do not fit together.
         """
         if self._head is None:
             if not chunk.HasField("image") or chunk.image.data:
@@ -32,10 +32,10 @@ class ImageAssembly:
         if chunk.image_index != head.image_index or chunk.offset != len(self._pieces):
             raise unreadable("pieces of an image out of their order", self._request_id)
         self._pieces += chunk.data
-        left = head.size - len(self._pieces)
-        if left < 0 or (left and not chunk.data):
+        missing = head.size - len(self._pieces)
+        if missing < 0 or (missing and not chunk.data):
             raise unreadable("pieces that do not make an image of its size", self._request_id)
-        if left:
+        if missing:
             return None
         message, data = head.image, bytes(self._pieces)
         self._head = None
@@ -44,12 +44,12 @@ class ImageAssembly:
 
     @property
     def busy(self) -> bool:
-        """An image has begun and is not whole."""
+        """An image has begun and is incomplete."""
         return self._head is not None
 
 
 def decode_accepted(accepted: generation_pb2.Accepted) -> Accepted:
-    """The plain event."""
+    """Decode the event."""
     return Accepted(
         request_id=accepted.request_id,
         seeds=tuple(accepted.seeds),
@@ -72,7 +72,7 @@ def decode_accepted(accepted: generation_pb2.Accepted) -> Accepted:
 
 
 def decode_progress(progress: generation_pb2.Progress, first: int) -> Progress:
-    """The plain event; ``first`` is the index of the job's first image in the request."""
+    """Decode the event; ``first`` is the index of the job's first image in the request."""
     return Progress(
         image_index=first + progress.image_index,
         step=progress.step,
@@ -83,7 +83,7 @@ def decode_progress(progress: generation_pb2.Progress, first: int) -> Progress:
 
 
 def decode_preview(preview: generation_pb2.Preview, first: int) -> Preview | None:
-    """The plain event, None for a picture in a format newer than this client."""
+    """Decode the event; None if the format is newer than this client."""
     image_format: ImageFormat | None = decode_format(preview.format)
     if image_format is None:
         return None
@@ -98,7 +98,7 @@ def decode_preview(preview: generation_pb2.Preview, first: int) -> Preview | Non
 
 
 def decode_reason(finished: generation_pb2.Finished) -> FinishReason:
-    """How the job ended; a reason newer than this client counts as COMPLETED."""
+    """Decode how the job finished; a reason newer than this client counts as COMPLETED."""
     if finished.reason == generation_pb2.FINISH_REASON_WITHHELD:
         return FinishReason.WITHHELD
     return FinishReason.COMPLETED

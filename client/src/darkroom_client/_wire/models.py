@@ -1,4 +1,4 @@
-"""From the messages that describe models to plain data."""
+"""Decode the messages that describe models."""
 
 from darkroom.v1 import model_pb2
 from darkroom_client._types.model import (
@@ -12,7 +12,7 @@ from darkroom_client._wire.values import decode_float, decode_format, decode_sch
 
 
 def decode_model(model: model_pb2.Model) -> Model:
-    """The plain model; parts that the server left unset are None."""
+    """Decode a model; parts that the server did not set are None."""
     return Model(
         id=model.id,
         ready=model.ready,

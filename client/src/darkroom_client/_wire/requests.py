@@ -1,4 +1,4 @@
-"""Between a plain request and its message."""
+"""Encode and decode requests."""
 
 import operator
 import secrets
@@ -34,7 +34,7 @@ _INTEGERS = ("width", "height", "steps", "image_count", "quality")
 
 
 def with_id_and_seed(request: GenerationRequest) -> GenerationRequest:
-    """``request`` with its id and seed fixed, so that a retry of it draws the same picture."""
+    """``request`` with its id and seed set, so each retry generates the same image."""
     return replace(
         request,
         request_id=request.request_id or uuid.uuid4().hex,
@@ -45,10 +45,11 @@ def with_id_and_seed(request: GenerationRequest) -> GenerationRequest:
 def encode_request(
     request: GenerationRequest, *, keep: bool = False
 ) -> generation_pb2.GenerateRequest:
-    """``request`` as a message; ``keep``: its job outlives a lost connection for a while.
+    """Encode ``request``; ``keep``: its job survives a lost connection for the grace time.
 
-    Raises ``InvalidRequest`` for what the message cannot say (an unknown name, a number beyond
-    its type) and ``TypeError`` for values of the wrong type. All other bounds are the server's.
+    Raises ``InvalidRequest`` for values that the message cannot hold (an unknown name, a number
+    out of its type's range) and ``TypeError`` for values of the wrong type. The server checks all
+    other bounds.
     """
     _check_types(request)
     if violations := tuple(_violations(request)):
@@ -83,7 +84,7 @@ def encode_request(
 def encode_preview(
     every_steps: int, image_format: ImageFormat | str
 ) -> generation_pb2.PreviewOptions | None:
-    """The previews wanted, None for none; raises ``ValueError`` for what makes no sense."""
+    """Encode the preview options, None for no previews; raises ``ValueError`` if invalid."""
     check_integer("preview_every", every_steps)
     if not 0 <= every_steps < _INT32_BOUND:
         raise ValueError(f"preview_every is {every_steps}, must be 0 (none) to 2^31 - 1")
@@ -99,7 +100,7 @@ def encode_preview(
 
 
 def decode_request(request: generation_pb2.GenerateRequest) -> GenerationRequest:
-    """The plain request; unset fields are None."""
+    """Decode a request; unset fields are None."""
     return GenerationRequest(
         model=request.model,
         prompt=request.prompt,
@@ -142,13 +143,15 @@ def _violations(request: GenerationRequest) -> Iterator[Violation]:
     for field in _INTEGERS:
         value = getattr(request, field)
         if value is not None and not -_INT32_BOUND <= operator.index(value) < _INT32_BOUND:
-            yield Violation(field=field, description=f"is {value}, beyond 32 bits")
+            yield Violation(field=field, description=f"is {value}, out of range for 32 bits")
     scale = request.guidance_scale
     if scale is not None and not abs(scale) <= _FLOAT32_MAX:
-        yield Violation(field="guidance_scale", description=f"is {scale}, no finite 32-bit number")
+        yield Violation(
+            field="guidance_scale", description=f"is {scale}, not a finite 32-bit number"
+        )
     for field in (*_TEXTS, "request_id"):
         if not is_unicode(getattr(request, field) or ""):
-            yield Violation(field=field, description="is no valid Unicode text")
+            yield Violation(field=field, description="is not valid Unicode text")
     if request.seed is not None and not 0 <= operator.index(request.seed) < _SEED_BOUND:
         yield Violation(field="seed", description=f"is {request.seed}, must be 0 to 2^63 - 1")
 

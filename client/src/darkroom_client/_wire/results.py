@@ -1,4 +1,4 @@
-"""From the message that holds images to plain data."""
+"""Decode results and images."""
 
 import json
 
@@ -12,7 +12,7 @@ from darkroom_client._wire.values import decode_format, decode_seconds
 
 
 def decode_response(response: generation_pb2.GenerateResponse) -> GenerationResult:
-    """The plain result; raises ``ServerError`` for a reply that cannot be read."""
+    """Decode a result; raises ``ServerError`` if it is unreadable."""
     return GenerationResult(
         request_id=response.request_id,
         images=tuple(
@@ -25,7 +25,7 @@ def decode_response(response: generation_pb2.GenerateResponse) -> GenerationResu
 
 
 def decode_timings(timings: generation_pb2.Timings) -> Timings:
-    """The plain timings."""
+    """Decode the timings."""
     return Timings(
         queue=decode_seconds(timings.queue),
         encode_prompt=decode_seconds(timings.encode_prompt),
@@ -37,7 +37,7 @@ def decode_timings(timings: generation_pb2.Timings) -> Timings:
 
 
 def decode_image(image: generation_pb2.Image, request_id: str, data: bytes) -> Image:
-    """The plain image with ``data``; raises ``ServerError`` where it cannot be read."""
+    """Decode an image with ``data``; raises ``ServerError`` if it is unreadable."""
     image_format = decode_format(image.format)
     if image_format is None:
         raise unreadable(f"an image in the unknown format {image.format}", request_id)

@@ -1,4 +1,4 @@
-"""From the messages that describe a server and an estimate to plain data."""
+"""Decode the status of a server, and estimates."""
 
 from darkroom.v1 import generation_pb2, server_pb2
 from darkroom_client._types.status import (
@@ -15,7 +15,7 @@ _STATE_PREFIX = "SERVER_STATE_"
 
 
 def decode_status(status: server_pb2.GetStatusResponse) -> ServerStatus:
-    """The plain status."""
+    """Decode the status."""
     return ServerStatus(
         version=status.version,
         uptime=decode_seconds(status.uptime),
@@ -32,7 +32,7 @@ def decode_status(status: server_pb2.GetStatusResponse) -> ServerStatus:
 
 
 def decode_estimate(estimate: generation_pb2.EstimateGenerationResponse) -> Estimate:
-    """The plain estimate."""
+    """Decode the estimate."""
     return Estimate(
         queue_wait=decode_seconds(estimate.queue_wait),
         run_time=decode_seconds(estimate.run_time),

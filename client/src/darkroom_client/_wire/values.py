@@ -1,4 +1,4 @@
-"""Between names, seconds and decimals and what the wire has for them."""
+"""Encode and decode enums, durations and floats."""
 
 import struct
 
@@ -18,7 +18,7 @@ def encode_scheduler(scheduler: Scheduler | str | None) -> types_pb2.Scheduler.V
 
 
 def decode_scheduler(number: types_pb2.Scheduler.ValueType) -> Scheduler | None:
-    """The scheduler of that number, None for unset and for one newer than this client."""
+    """The scheduler with that number; None if unset or newer than this client."""
     known = types_pb2.Scheduler.DESCRIPTOR.values_by_number.get(number)
     name = known.name.removeprefix(_SCHEDULER_PREFIX) if known else ""
     return Scheduler.__members__.get(name)
@@ -31,14 +31,14 @@ def encode_format(image_format: ImageFormat | str | None) -> types_pb2.ImageForm
 
 
 def decode_format(number: types_pb2.ImageFormat.ValueType) -> ImageFormat | None:
-    """The format of that number, None for unset and for one newer than this client."""
+    """The format with that number; None if unset or newer than this client."""
     known = types_pb2.ImageFormat.DESCRIPTOR.values_by_number.get(number)
     name = known.name.removeprefix(_FORMAT_PREFIX) if known else ""
     return ImageFormat.__members__.get(name)
 
 
 def decode_float(value: float) -> float:
-    """The shortest decimal that is the same 32-bit float: 7.1, not 7.099999904632568."""
+    """The shortest decimal of the same 32-bit float: 7.1, not 7.099999904632568."""
     bits = struct.pack("f", value)
     candidates = (float(f"{value:.{digits}g}") for digits in range(6, 10))
     return next((short for short in candidates if struct.pack("f", short) == bits), value)

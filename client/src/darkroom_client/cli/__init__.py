@@ -13,29 +13,29 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; ``argv`` is ``sys.argv[1:]`` where unset."""
+    """Run one command and return its exit code; if unset, ``argv`` is ``sys.argv[1:]``."""
     arguments = parse(argv)
     if importlib.util.find_spec("rich") is None:
-        return _complain("this command needs rich: pip install 'darkroom-client[cli]'", USAGE)
+        return _fail("this command needs rich: pip install 'darkroom-client[cli]'", USAGE)
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED)
     except DarkroomError as error:
-        return _complain(str(error), exit_code(error))
+        return _fail(str(error), exit_code(error))
     except BrokenPipeError:
-        # Whoever read the output has enough, as `head` does. What is buffered goes nowhere, or
-        # Python would complain about it at its end.
+        # The reader closed the pipe, as `head` does. Discard the buffered output, or Python prints
+        # an error for it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE
     except OSError as error:
-        return _complain(str(error), FILE)
+        return _fail(str(error), FILE)
     except ValueError as error:
-        return _complain(str(error), USAGE)
+        return _fail(str(error), USAGE)
     return code
 
 
-def _complain(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> int:
     print(f"darkroom: {message}", file=sys.stderr)
     return code

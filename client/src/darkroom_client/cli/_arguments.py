@@ -1,4 +1,4 @@
-"""What the command line takes."""
+"""The arguments of the command line."""
 
 import argparse
 import importlib.metadata
@@ -12,18 +12,18 @@ from darkroom_client.cli.commands import _estimate, _generate, _models, _replay,
 
 _EPILOG = f"""\
 environment:
-  DARKROOM_TARGET  the server's host:port; {DEFAULT_TARGET} where unset
-  DARKROOM_TOKEN   the token to send: over TLS only, unless --insecure
-  DARKROOM_CA      PEM file of who may vouch for the server; turns TLS on
+  DARKROOM_TARGET  the server's host:port; {DEFAULT_TARGET} if unset
+  DARKROOM_TOKEN   the token to send; needs TLS or --insecure
+  DARKROOM_CA      PEM file of the trusted CA certificates; turns TLS on
 
 {TABLE}"""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; ``run`` among them is the command. Exits with 2 where they are wrong."""
+    """Parse the arguments; ``run`` is the command. Exits with 2 if they are wrong."""
     parser = argparse.ArgumentParser(
         prog="darkroom",
-        description="Draw images on a Darkroom server.",
+        description="Generate images on a Darkroom server.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,14 +45,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         _add_connection(added, timeout)
         return added
 
-    _add_generate(command("generate", "draw images of prompts", _generate.run, DEFAULT_TIMEOUT))
-    estimate = command("estimate", "tell what a request would take now", _estimate.run, 10.0)
+    _add_generate(
+        command("generate", "generate images from prompts", _generate.run, DEFAULT_TIMEOUT)
+    )
+    estimate = command("estimate", "estimate what a request would take now", _estimate.run, 10.0)
     estimate.add_argument("prompt", nargs="?", default="a picture", metavar="PROMPT")
     estimate.add_argument("--json", action="store_true", help="print one JSON object")
     _add_request(estimate)
-    _add_models(command("models", "tell which models the server holds", _models.run, 10.0))
-    _add_replay(command("replay", "draw a recorded image again", _replay.run, DEFAULT_TIMEOUT))
-    status = command("status", "tell how the server is doing", _status.run, 10.0)
+    _add_models(command("models", "list the models of the server", _models.run, 10.0))
+    _add_replay(command("replay", "reproduce a recorded image", _replay.run, DEFAULT_TIMEOUT))
+    status = command("status", "show the status of the server", _status.run, 10.0)
     status.add_argument("--json", action="store_true", help="print one JSON object")
     command("wait", "wait until the server is ready", _wait.run, DEFAULT_TIMEOUT)
     return parser.parse_args(argv)
@@ -61,10 +63,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _add_connection(parser: argparse.ArgumentParser, timeout: float) -> None:
     add = parser.add_argument_group("connection").add_argument
     add("--target", metavar="HOST:PORT", help="the server's address")
-    add("--ca", metavar="FILE", type=Path, help="PEM file of who may vouch for the server; TLS on")
-    add("--cert", metavar="FILE", type=Path, help="PEM file of who this client is; with --key")
-    add("--key", metavar="FILE", type=Path, help="PEM file of the key that goes with --cert")
-    add("--insecure", action="store_true", help="no TLS, and send a token all the same")
+    add("--ca", metavar="FILE", type=Path, help="PEM file of the trusted CAs; turns TLS on")
+    add("--cert", metavar="FILE", type=Path, help="PEM file of the client certificate; with --key")
+    add("--key", metavar="FILE", type=Path, help="PEM file of the private key of --cert")
+    add("--insecure", action="store_true", help="no TLS, and send a token unencrypted")
     add(
         "--timeout",
         metavar="SECONDS",
@@ -76,37 +78,42 @@ def _add_connection(parser: argparse.ArgumentParser, timeout: float) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; - reads one a line from stdin")
-    add("--file", metavar="FILE", type=Path, help="read prompts from FILE, one a line")
+    add(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="what to generate; - reads stdin, one prompt per line",
+    )
+    add("--file", metavar="FILE", type=Path, help="read prompts from FILE, one per line")
     add(
         "-o",
         "--output",
         metavar="DIR",
         type=Path,
         default=Path(),
-        help="where the images go (default: here)",
+        help="the folder for the images (default: this one)",
     )
     add("--overwrite", action="store_true", help="replace files that exist")
     add("--record", action="store_true", help="write NAME.json, for `replay`, beside each image")
-    add("--json", action="store_true", help="print one JSON object a line")
+    add("--json", action="store_true", help="print one JSON object per line")
     add(
         "--concurrency",
         metavar="N",
         type=int,
         default=8,
-        help="prompts to have in work at a time (default: %(default)s)",
+        help="number of prompts at a time (default: %(default)s)",
     )
-    add("--preview", action="store_true", help="show the pictures forming; needs Pillow")
+    add("--preview", action="store_true", help="show unfinished images; needs Pillow")
     _add_request(parser)
 
 
 def _add_request(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("what to draw").add_argument
+    add = parser.add_argument_group("request").add_argument
     add("--model", metavar="ID", default="", help="one of `darkroom models`")
     add("--negative", metavar="TEXT", default="", help="what the images should not show")
     add("--steps", metavar="N", type=int, help="denoising steps")
     add("--guidance", metavar="SCALE", type=float, help="classifier-free guidance")
-    add("--seed", metavar="N", type=int, help="image i is drawn from seed N + i")
+    add("--seed", metavar="N", type=int, help="image i uses the seed N + i")
     add("--size", metavar="WxH", type=_size, default=(None, None), help="pixels, such as 512x768")
     add("--count", metavar="N", type=int, default=1, help="images of each prompt")
     add("--scheduler", choices=[scheduler.value for scheduler in Scheduler])
@@ -118,7 +125,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         help=f"one of {', '.join(ImageFormat)} (default: %(default)s)",
     )
     add("--quality", metavar="1-100", type=int, help="for jpeg and webp")
-    add("--exact", action="store_true", help="the same bytes whatever the server's load; slower")
+    add("--exact", action="store_true", help="the same bytes at any load of the server; slower")
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +136,7 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("record", metavar="RECORD.json", type=Path, help="what `generate --record` wrote")
     add("-o", "--output", metavar="FILE", type=Path, help="write the new image to FILE")
-    add("--overwrite", action="store_true", help="replace FILE where it exists")
+    add("--overwrite", action="store_true", help="replace FILE if it exists")
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""From a command's arguments to a client."""
+"""Make a client from a command's arguments."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ def connect(arguments: argparse.Namespace) -> Client:
 
 
 def connect_async(arguments: argparse.Namespace) -> AsyncClient:
-    """As ``connect``, for asyncio."""
+    """Like ``connect``, for asyncio."""
     return AsyncClient(arguments.target, **_options(arguments))
 
 

@@ -1,4 +1,4 @@
-"""What a command's exit code says, one for each thing that a script can do about it."""
+"""The exit codes of the commands, split by what a script can do about them."""
 
 from darkroom_client import _errors as errors
 from darkroom_client._errors import DarkroomError
@@ -18,16 +18,16 @@ TABLE = """\
 exit codes:
   0    done
   1    replay: the image is not identical
-  2    the command line or the request is wrong, or the model or the generation unknown
-  3    try again later: the server is away, loading, overloaded, or the quota is used up
+  2    the command line or the request is wrong, or the model or request id is unknown
+  3    try again later: the server is down, loading, overloaded, or the quota is used up
   4    the deadline passed
-  5    the server wants a token, or does not allow this
+  5    the server requires a token, or does not allow this
   6    too large for the server's memory or for one reply
   7    the server failed, withheld the image, or is of another version
   8    a file is missing, exists already or cannot be written
   130  interrupted
-  141  whoever read the output has closed it
-With several prompts, the code is that of the first one that failed.
+  141  the reader of the output closed it
+With several prompts, it is the code of the first prompt that failed.
 """
 
 _CODES: dict[type[DarkroomError], int] = {

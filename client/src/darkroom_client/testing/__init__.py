@@ -1,4 +1,4 @@
-"""A server without a model, in your own process, for tests of code that calls Darkroom.
+"""A fake server in your own process, for tests of code that calls Darkroom.
 
 >>> from darkroom_client import Client
 >>> from darkroom_client.testing import Behaviour, FakeServer
@@ -8,9 +8,9 @@
 >>> result.images[0].seed
 7
 
-It talks over a real port and needs nothing but what the client needs. With pytest, put
-``pytest_plugins = ["darkroom_client.testing.plugin"]`` into your top ``conftest.py`` and ask for
-the fixture ``darkroom_server``.
+It has a real port, no model, and no dependencies but the client's. With pytest, put
+``pytest_plugins = ["darkroom_client.testing.plugin"]`` into your top ``conftest.py`` and use the
+fixture ``darkroom_server``.
 """
 
 from darkroom_client.testing._behaviour import Behaviour

@@ -1,4 +1,4 @@
-"""How the fake server treats a request."""
+"""How the fake server handles a request."""
 
 import threading
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from darkroom_client.testing._statuses import sent_as
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Behaviour:
-    """What happens to one request; by default it is drawn at once.
+    """What happens to one request; by default it finishes at once.
 
-    ``error``: what its caller gets, refused before it is accepted, or after ``error_at_step``
-    steps. A refusal that is ``Unavailable`` meets the client's retries: script one for each try.
-    ``queue``: jobs before it, told one by one. ``step_seconds``: what each of those and each step
-    takes. ``hold``: the first step waits until this event is set.
+    ``error``: the error that its caller gets: instead of the acceptance, or after
+    ``error_at_step`` steps. The client retries after ``Unavailable``: script one for each try.
+    ``queue``: the number of jobs before it; each emits one event. ``step_seconds``: the duration of
+    each of those and of each step. ``hold``: the first step waits until this event is set.
 
-    ``drop_at_step``: the connection breaks after that step, and the job goes on.
-    ``crash_at_step``: the engine dies after that step, once, and the job is run again.
-    ``forget_at_step``: as if the server were replaced by a new one after that step.
-    ``withheld``: the safety checker keeps the pixels back. ``prompt_truncated``: the prompt was
-    too long.
+    ``drop_at_step``: the connection breaks after that step, and the job continues.
+    ``crash_at_step``: the engine crashes after that step, once, and the job runs again.
+    ``forget_at_step``: after that step the server forgets the job, like a new server.
+    ``withheld``: the safety checker withholds the pixels. ``prompt_truncated``: the prompt was too
+    long.
 
     Raises ``TypeError`` for an error that no server sends.
     """

@@ -1,4 +1,4 @@
-"""One request in the fake server, run by a thread of its own."""
+"""One job of the fake server, run by its own thread."""
 
 import math
 import threading
@@ -14,8 +14,8 @@ from darkroom_client._wire.requests import decode_request
 from darkroom_client.testing._behaviour import Behaviour
 from darkroom_client.testing._pictures import (
     REVISION,
-    draw_image,
     encode,
+    generate_image,
     gradient,
     steps_of,
 )
@@ -28,7 +28,7 @@ Event = generation_pb2.GenerationEvent
 
 
 class JobState(StrEnum):
-    """How far a job is, or how it ended."""
+    """The state of a job."""
 
     RUNNING = "running"
     FINISHED = "finished"
@@ -38,9 +38,9 @@ class JobState(StrEnum):
 
 
 class FakeJob:
-    """A request that the fake server accepted: its ``state``, and the steps it was paid for.
+    """A job of the fake server, with its ``request`` and ``state``.
 
-    ``steps_done`` counts the steps of all its images, those before a crash included.
+    ``steps_done`` counts the steps of all its images, including those before a crash.
     """
 
     def __init__(
@@ -72,38 +72,38 @@ class FakeJob:
 
     @property
     def count(self) -> int:
-        """Images asked for."""
+        """The number of images."""
         return self.message.image_count if self.message.HasField("image_count") else 1
 
-    def asks_for(self, message: generation_pb2.GenerateRequest) -> bool:
-        """Whether ``message`` asks for the same, whatever becomes of it when its caller is gone."""
+    def same_as(self, message: generation_pb2.GenerateRequest) -> bool:
+        """Whether ``message`` is the same request; ``on_disconnect`` may differ."""
         same = generation_pb2.GenerateRequest()
         same.CopyFrom(message)
         same.on_disconnect = self.message.on_disconnect
         return same == self.message
 
-    def join_in(self, *, time_limit: float | None, kept: bool) -> None:
-        """One more waits for it. The caller holds the condition."""
+    def add_caller(self, *, time_limit: float | None, kept: bool) -> None:
+        """Add a caller. The thread must hold the condition."""
         self._ends_at = max(self._ends_at, _end(time_limit))
         self.kept = self.kept or kept
 
     def start(self) -> None:
-        """Run; called once."""
+        """Start the job's thread; call it once."""
         self._thread.start()
 
     def join(self) -> None:
-        """Wait for the end."""
+        """Wait for the thread's end."""
         self._thread.join()
 
     def cancel(self) -> bool:
-        """End at the next step; False where it had ended. The caller holds the condition."""
+        """Cancel the job; false if it had ended. The thread must hold the condition."""
         if self.state is not JobState.RUNNING:
             return False
         self._end(JobState.CANCELLED, Cancelled("the generation was cancelled"))
         return True
 
     def accepted(self, server_id: str, *, joined: bool) -> generation_pb2.Accepted:
-        """What its callers hear first."""
+        """The first event for its callers."""
         return generation_pb2.Accepted(
             request_id=self.message.request_id,
             seeds=[(self.message.seed + index) % 2**63 for index in range(self.count)],
@@ -115,7 +115,7 @@ class FakeJob:
         )
 
     def response(self) -> generation_pb2.GenerateResponse:
-        """What its callers hear in the end."""
+        """The result for its callers."""
         return generation_pb2.GenerateResponse(
             request_id=self.message.request_id,
             images=self.images,
@@ -127,20 +127,20 @@ class FakeJob:
     def _run(self) -> None:
         behaviour = self._behaviour
         for position in range(behaviour.queue, 0, -1):
-            self._tell(Event(queued=generation_pb2.Queued(position=position)))
+            self._emit(Event(queued=generation_pb2.Queued(position=position)))
             self._pause(behaviour.step_seconds)
         while behaviour.hold is not None and self._runs() and not behaviour.hold.is_set():
             self._pause(POLL_SECONDS)
-        if self._develop(crash_at=behaviour.crash_at_step):
-            self._develop(crash_at=None)
+        if self._run_steps(crash_at=behaviour.crash_at_step):
+            self._run_steps(crash_at=None)
         with self._changed:
             if self._runs():
                 self._deliver()
 
-    def _develop(self, crash_at: int | None) -> bool:
-        """Make every step; True where the engine died on the way."""
+    def _run_steps(self, crash_at: int | None) -> bool:
+        """Run every step; true if the engine crashed meanwhile."""
         behaviour, steps = self._behaviour, steps_of(self.message)
-        self._tell(Event(started=generation_pb2.Started()))
+        self._emit(Event(started=generation_pb2.Started()))
         for step in range(1, steps + 1):
             self._pause(behaviour.step_seconds)
             with self._changed:
@@ -148,7 +148,7 @@ class FakeJob:
                     return False
                 self._step(step, steps)
                 if step == crash_at:
-                    self._tell(Event(restarted=generation_pb2.Restarted(crashes=1)))
+                    self._emit(Event(restarted=generation_pb2.Restarted(crashes=1)))
                     return True
                 if step == behaviour.drop_at_step:
                     self.drops += 1
@@ -169,9 +169,9 @@ class FakeJob:
                 rows=self.count,
                 step_time=Duration(nanos=int(self._behaviour.step_seconds * 1e9) % 10**9),
             )
-            self._tell(Event(progress=progress))
+            self._emit(Event(progress=progress))
             if self._preview_every and step % self._preview_every == 0:
-                self._tell(Event(preview=self._preview(index, step)))
+                self._emit(Event(preview=self._preview(index, step)))
 
     def _preview(self, index: int, step: int) -> generation_pb2.Preview:
         side, png = PREVIEW_SIZE, types_pb2.IMAGE_FORMAT_PNG
@@ -183,13 +183,13 @@ class FakeJob:
     def _deliver(self) -> None:
         withheld = self._behaviour.withheld
         for index in range(self.count):
-            image = draw_image(self.message, index)
+            image = generate_image(self.message, index)
             image.prompt_truncated = self._behaviour.prompt_truncated
             image.flagged = withheld
             if withheld:
                 image.data = b""
             self.images.append(image)
-            self._tell_image(index, image)
+            self._emit_image(index, image)
         reason = (
             generation_pb2.FINISH_REASON_WITHHELD
             if withheld
@@ -199,10 +199,10 @@ class FakeJob:
             reason=reason, timings=_timings(), model=self.message.model, model_revision=REVISION
         )
         finished.model = self.message.model or "demo"
-        self._tell(Event(finished=finished))
+        self._emit(Event(finished=finished))
         self._end(JobState.FINISHED, None)
 
-    def _tell_image(self, index: int, image: generation_pb2.Image) -> None:
+    def _emit_image(self, index: int, image: generation_pb2.Image) -> None:
         head = generation_pb2.Image()
         head.CopyFrom(image)
         head.data = b""
@@ -215,9 +215,9 @@ class FakeJob:
             )
             if offset == 0:
                 chunk.image.CopyFrom(head)
-            self._tell(Event(image=chunk))
+            self._emit(Event(image=chunk))
 
-    def _tell(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         with self._changed:
             self.events.append(event)
             self._changed.notify_all()

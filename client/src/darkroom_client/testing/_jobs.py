@@ -1,4 +1,4 @@
-"""The jobs of the fake server: who is accepted, who joins, who is forgotten."""
+"""The jobs of the fake server: accepted, joined, forgotten."""
 
 import threading
 import uuid
@@ -22,7 +22,7 @@ RETRY_SECONDS = 0.05
 
 
 class JobRegistry:
-    """Jobs by their ids; everything in it is guarded by ``changed``."""
+    """Jobs by id; ``changed`` guards everything in it."""
 
     def __init__(self, capacity: int | None) -> None:
         self.changed = threading.Condition()
@@ -31,7 +31,7 @@ class JobRegistry:
         self.default = Behaviour()
         self.models = ["demo"]
         self.jobs: list[FakeJob] = []
-        self.refusals: Counter[str] = Counter()
+        self.rejections: Counter[str] = Counter()
         self._known: dict[str, FakeJob] = {}
         self._capacity = capacity
 
@@ -43,7 +43,7 @@ class JobRegistry:
         time_limit: float | None = None,
         submitted: bool = False,
     ) -> tuple[FakeJob, bool]:
-        """The job of ``request`` and whether it was there before; raises what it is refused for."""
+        """Return the job of ``request``, and whether it existed before; raises its rejection."""
         if not request.request_id:
             named = generation_pb2.GenerateRequest(request_id=uuid.uuid4().hex)
             named.MergeFrom(request)
@@ -52,19 +52,19 @@ class JobRegistry:
             kept = submitted or request.on_disconnect == generation_pb2.ON_DISCONNECT_KEEP
             known = self._known.get(request.request_id)
             if known is not None and not known.forgotten:
-                if not known.asks_for(request):
+                if not known.same_as(request):
                     raise InvalidRequest(
                         f"request_id {request.request_id!r} names another request",
                         reason="REQUEST_CONFLICT",
                     )
-                # As the real server does: what ended unfinished is run anew.
+                # As in the real server, a job that ended unfinished runs again.
                 if known.state in (JobState.RUNNING, JobState.FINISHED):
-                    known.join_in(time_limit=time_limit, kept=kept)
+                    known.add_caller(time_limit=time_limit, kept=kept)
                     return known, True
             try:
                 behaviour = self._behaviour(request)
             except DarkroomError as error:
-                self.refusals[type(error).__name__] += 1
+                self.rejections[type(error).__name__] += 1
                 self.changed.notify_all()
                 raise
             job = FakeJob(
@@ -90,11 +90,11 @@ class JobRegistry:
             return job
 
     def running(self) -> int:
-        """How many jobs have not ended."""
+        """The number of jobs that run."""
         return sum(job.state is JobState.RUNNING for job in self.jobs)
 
     def forget(self) -> None:
-        """End every job, and know of none any more, as a server that was replaced."""
+        """Cancel and forget every job, like a new server."""
         with self.changed:
             for job in self._known.values():
                 job.forgotten = True
@@ -102,7 +102,7 @@ class JobRegistry:
             self._known.clear()
 
     def close(self) -> None:
-        """End every job and its thread."""
+        """Cancel every job and wait for its thread."""
         self.forget()
         for job in self.jobs:
             job.join()
@@ -113,7 +113,7 @@ class JobRegistry:
                 "the model is loading", reason="MODEL_LOADING", retry_after=RETRY_SECONDS
             )
         if self.state is ServerState.DRAINING:
-            raise Unavailable("the server is going away", retry_after=RETRY_SECONDS)
+            raise Unavailable("the server is shutting down", retry_after=RETRY_SECONDS)
         if request.model and request.model not in self.models:
             raise ModelNotFound(f"no model {request.model!r}; this server holds {self.models}")
         check_format(request)

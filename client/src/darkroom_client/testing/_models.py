@@ -1,4 +1,4 @@
-"""What the fake server says of its models."""
+"""The description of the fake server's models."""
 
 from darkroom.v1 import model_pb2, types_pb2
 from darkroom_client.testing._pictures import (
@@ -10,7 +10,7 @@ from darkroom_client.testing._pictures import (
 
 
 def describe_model(name: str) -> model_pb2.Model:
-    """A model that is loaded."""
+    """Describe a loaded model."""
     return model_pb2.Model(
         id=name,
         revision=REVISION,

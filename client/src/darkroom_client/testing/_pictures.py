@@ -1,4 +1,4 @@
-"""Pictures without a library: a gradient whose colours are the seed's."""
+"""Pictures without a library: a gradient with colours of the seed."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ DEFAULT_GUIDANCE = 7.5
 REVISION = "fake"
 
 
-def draw_image(request: generation_pb2.GenerateRequest, index: int) -> generation_pb2.Image:
+def generate_image(request: generation_pb2.GenerateRequest, index: int) -> generation_pb2.Image:
     """Image ``index`` of ``request``, complete with its replay record."""
     alone = generation_pb2.GenerateRequest()
     alone.CopyFrom(request)
@@ -48,19 +48,19 @@ def draw_image(request: generation_pb2.GenerateRequest, index: int) -> generatio
 
 
 def steps_of(request: generation_pb2.GenerateRequest) -> int:
-    """The denoiser calls of ``request``."""
+    """The number of denoiser calls of ``request``."""
     return request.steps if request.HasField("steps") else DEFAULT_STEPS
 
 
 def gradient(seed: int, width: int, height: int) -> bytes:
-    """``height`` × ``width`` × 3 bytes of RGB."""
+    """A gradient: ``height`` × ``width`` × 3 bytes of RGB."""
     red, green, blue = hashlib.sha256(str(seed).encode()).digest()[:3]
     row = b"".join(bytes([red, green * x // width, blue]) for x in range(width))
     return row * height
 
 
 def encode(pixels: bytes, width: int, height: int, image_format: int) -> bytes:
-    """``pixels`` as a PNG, or as they are."""
+    """Encode ``pixels`` as a PNG, or return them for RAW_RGB."""
     if image_format == types_pb2.IMAGE_FORMAT_RAW_RGB:
         return pixels
     rows = (pixels[at : at + width * 3] for at in range(0, len(pixels), width * 3))
@@ -71,13 +71,13 @@ def encode(pixels: bytes, width: int, height: int, image_format: int) -> bytes:
 
 
 def check_format(request: generation_pb2.GenerateRequest) -> None:
-    """Raise ``InvalidRequest`` for what only a library could encode."""
+    """Raise ``InvalidRequest`` for a format that needs a library."""
     if request.format not in (
         types_pb2.IMAGE_FORMAT_UNSPECIFIED,
         types_pb2.IMAGE_FORMAT_PNG,
         types_pb2.IMAGE_FORMAT_RAW_RGB,
     ):
-        description = "the fake server draws png and raw_rgb only"
+        description = "the fake server supports png and raw_rgb only"
         raise InvalidRequest(
             f"format: {description}",
             violations=(Violation(field="format", description=description),),

@@ -1,4 +1,4 @@
-"""The fake server itself: a port, and the jobs behind it."""
+"""The fake server: a port, and its jobs."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,34 +20,34 @@ SERVING = {
     "": (ServerState.READY,),
     "darkroom.v1.GenerationService": (ServerState.READY, ServerState.RECOVERING),
 }
-"""The names of health checks: whether requests can be drawn, and whether they are taken."""
+"""The states in which each health check answers SERVING."""
 
 HANDLERS = 256
 
 
 class _Health(health.HealthServicer):
-    """Watches on threads of their own.
+    """Runs each watch on its own thread.
 
-    Without, the servicer sends under its lock, for which the end of a watch waits: a state that is
-    set while a watcher leaves would then be set for ever.
+    Without that, ``HealthServicer`` sends while it holds its lock, and the end of a watch waits for
+    that lock: setting a state while a watch ends would deadlock.
     """
 
     def __init__(self) -> None:
         super().__init__(experimental_non_blocking=False)
 
     def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:
-        """See ``HealthServicer``, which notes the above at this very method."""
+        """See ``HealthServicer.Watch``, which documents this."""
         return super().Watch(request, context)
 
 
 class FakeServer:
-    """Draws gradients at once, or does what its script says; a context manager.
+    """Generates gradients at once, or follows its script; a context manager.
 
-    ``token``: wanted of every caller. ``capacity``: jobs at a time, beyond which requests are
-    refused as ``Overloaded``. ``port``: 0 for any free one of 127.0.0.1.
+    ``token``: required of every caller. ``capacity``: concurrent jobs; further requests are
+    rejected as ``Overloaded``. ``port``: a port of 127.0.0.1; 0 for any free one.
 
-    Its jobs belong to one caller. A kept result is kept until ``restart``. Pictures are PNG or
-    raw RGB, previews are PNG.
+    All callers share its jobs. It keeps results until ``restart``. Images are PNG or raw RGB,
+    previews are PNG.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class FakeServer:
 
     @property
     def target(self) -> str:
-        """What a ``Client`` takes as its target."""
+        """The target for a ``Client``."""
         return f"127.0.0.1:{self._port}"
 
     @property
     def state(self) -> ServerState:
-        """Whether requests are taken, and what health checks say; may be set."""
+        """Whether requests are accepted, and the answer of health checks; may be set."""
         return self._registry.state
 
     @state.setter
@@ -82,39 +82,39 @@ class FakeServer:
 
     @property
     def jobs(self) -> tuple[FakeJob, ...]:
-        """Every job that was accepted since the start, restarts included, oldest first."""
+        """Every job since the start, also before ``restart``, oldest first."""
         with self._registry.changed:
             return tuple(self._registry.jobs)
 
     @property
     def requests(self) -> tuple[GenerationRequest, ...]:
-        """What those jobs asked for."""
+        """The requests of those jobs."""
         return tuple(job.request for job in self.jobs)
 
     def script(self, *behaviours: Behaviour, default: Behaviour | None = None) -> None:
-        """Treat the next requests like this, one each; ``default``: all those after them."""
+        """Set the behaviours of the next requests, one each; ``default``: of all after them."""
         with self._registry.changed:
             self._registry.script.extend(behaviours)
             if default is not None:
                 self._registry.default = default
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 30.0) -> None:
-        """Return once ``condition`` holds; it is asked whenever a job changes or is refused.
+        """Wait until ``condition`` is true; it is checked when a job changes or is rejected.
 
         Raises ``TimeoutError`` after ``timeout`` seconds.
         """
         with self._registry.changed:
             if not self._registry.changed.wait_for(condition, timeout):
-                raise TimeoutError(f"it did not come true within {timeout:g} s")
+                raise TimeoutError(f"the condition was not true within {timeout:g} s")
 
     def drop_connections(self) -> None:
-        """Break every connection and take new ones; jobs that are kept go on."""
-        self._hang_up()
+        """Break every connection, then accept new ones; jobs with ``KEEP`` continue."""
+        self._stop()
         self._listen()
 
     def restart(self) -> None:
-        """Break every connection, forget every job, and take new ones at the same address."""
-        self._hang_up()
+        """Break every connection and forget every job, then accept new connections."""
+        self._stop()
         self._registry.forget()
         self._listen()
 
@@ -128,12 +128,12 @@ class FakeServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._hang_up()
+        self._stop()
         self._registry.close()
 
     def _listen(self) -> None:
         self._handlers = ThreadPoolExecutor(HANDLERS)
-        # Without SO_REUSEPORT, or a second server could share the port unnoticed.
+        # No SO_REUSEPORT, or a second server could share the port.
         server = grpc.server(self._handlers, options=(("grpc.so_reuseport", 0),))
         services: Any = self._services
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(services, server)
@@ -145,7 +145,7 @@ class FakeServer:
         server.start()
         self._server = server
 
-    def _hang_up(self) -> None:
+    def _stop(self) -> None:
         if self._server is not None:
             self._server.stop(None).wait()
         if self._handlers is not None:

@@ -1,4 +1,4 @@
-"""The fake server's side of the wire."""
+"""The gRPC services of the fake server."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +21,7 @@ from darkroom_client.testing._jobs import JobRegistry
 from darkroom_client.testing._models import describe_model
 from darkroom_client.testing._statuses import abort, drop
 
-_PASSING = ("progress", "preview")
+_NOT_REPEATED = ("progress", "preview")
 
 
 class Services(
@@ -42,7 +42,7 @@ class Services(
 
     def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> Any:
         job = self._admitted(request, context)[0]
-        for _ in self._told(job, context):
+        for _ in self._events(job, context):
             pass
         return job.response()
 
@@ -55,7 +55,7 @@ class Services(
             accepted=job.accepted(self.server_id, joined=joined)
         )
         yield generation_pb2.GenerateStreamResponse(event=accepted)
-        for event in self._told(job, context, late=joined):
+        for event in self._events(job, context, late=joined):
             yield generation_pb2.GenerateStreamResponse(event=event)
 
     def SubmitGeneration(
@@ -84,7 +84,7 @@ class Services(
             accepted=job.accepted(self.server_id, joined=True)
         )
         yield generation_pb2.WatchGenerationResponse(event=accepted)
-        for event in self._told(job, context, late=True):
+        for event in self._events(job, context, late=True):
             yield generation_pb2.WatchGenerationResponse(event=event)
 
     def CancelGeneration(
@@ -152,7 +152,7 @@ class Services(
             return self._registry.admit(
                 request,
                 preview_every=preview_every,
-                # gRPC says "no limit" with a number of some hundred years.
+                # gRPC represents "no limit" by some hundred years.
                 time_limit=left if left is not None and left < 1e8 else None,
             )
         except DarkroomError as error:
@@ -165,27 +165,27 @@ class Services(
         except DarkroomError as error:
             abort(context, error)
 
-    def _told(
+    def _events(
         self, job: FakeJob, context: Any, *, late: bool = False
     ) -> Iterator[generation_pb2.GenerationEvent]:
-        """The job's events until its end; ``late``: without the progress of the past."""
-        changed, told, drops = self._registry.changed, 0, job.drops
+        """The job's events until its end; ``late``: without its past progress."""
+        changed, sent, drops = self._registry.changed, 0, job.drops
         with changed:
             past = len(job.events) if late else 0
             job.waiters += 1
-        if not context.add_callback(lambda: self._leave(job)):
-            self._leave(job)
+        if not context.add_callback(lambda: self._remove_waiter(job)):
+            self._remove_waiter(job)
         while True:
             with changed:
-                changed.wait_for(partial(self._has_news, job, context, told, drops))
+                changed.wait_for(partial(self._has_news, job, context, sent, drops))
                 if not context.is_active():
                     return
                 if job.drops > drops or job.forgotten:
                     drop(context)
-                fresh, told = job.events[told:], len(job.events)
+                fresh, sent = job.events[sent:], len(job.events)
                 ended, error = job.state is not JobState.RUNNING, job.error
-            for index, event in enumerate(fresh, told - len(fresh)):
-                if index >= past or event.WhichOneof("event") not in _PASSING:
+            for index, event in enumerate(fresh, sent - len(fresh)):
+                if index >= past or event.WhichOneof("event") not in _NOT_REPEATED:
                     yield event
             if ended:
                 if error is not None:
@@ -193,11 +193,11 @@ class Services(
                 return
 
     @staticmethod
-    def _has_news(job: FakeJob, context: Any, told: int, drops: int) -> bool:
+    def _has_news(job: FakeJob, context: Any, sent: int, drops: int) -> bool:
         ended = job.state is not JobState.RUNNING or not context.is_active()
-        return ended or told < len(job.events) or job.drops > drops
+        return ended or sent < len(job.events) or job.drops > drops
 
-    def _leave(self, job: FakeJob) -> None:
+    def _remove_waiter(self, job: FakeJob) -> None:
         with self._registry.changed:
             job.waiters -= 1
             if job.waiters == 0 and not job.kept:
@@ -207,7 +207,7 @@ class Services(
     def _authenticate(self, context: Any) -> None:
         given = dict(context.invocation_metadata()).get("authorization")
         if self._token is not None and given != f"Bearer {self._token}":
-            abort(context, Unauthenticated("no token, or not the right one"))
+            abort(context, Unauthenticated("the token is missing or wrong"))
 
 
 def _duration(seconds: float) -> Duration:

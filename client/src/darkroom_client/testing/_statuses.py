@@ -1,4 +1,4 @@
-"""From the client's errors to the statuses that a Darkroom server sends for them."""
+"""Convert the client's errors to the gRPC statuses of a Darkroom server."""
 
 from typing import NoReturn
 
@@ -29,13 +29,13 @@ SENT: dict[type[DarkroomError], tuple[int, str]] = {
     errors.Cancelled: (code_pb2.CANCELLED, "CANCELLED"),
     errors.ServerError: (code_pb2.INTERNAL, "INTERNAL"),
 }
-"""What each error is on the wire, where it does not name a reason of its own."""
+"""The status code of each error, and its reason if the error has none."""
 
 
 def sent_as(error: DarkroomError) -> tuple[int, str]:
-    """The status code and the reason of ``error``; raises ``TypeError`` for what no server sends.
+    """The status code and the reason of ``error``; raises ``TypeError`` if no server sends it.
 
-    A class of the user's own goes as the class of the client that it is made from.
+    A subclass is sent as the client's class that it derives from.
     """
     if error.reason == "REQUEST_CONFLICT":
         return code_pb2.ALREADY_EXISTS, error.reason
@@ -47,7 +47,7 @@ def sent_as(error: DarkroomError) -> tuple[int, str]:
 
 
 def abort(context: grpc.ServicerContext, error: DarkroomError) -> NoReturn:
-    """End the call with ``error``, as a Darkroom server would."""
+    """End the call with ``error``, as a Darkroom server does."""
     code, reason = sent_as(error)
     info = error_details_pb2.ErrorInfo(
         reason=error.reason or reason, domain="darkroom", metadata=error.metadata
@@ -68,7 +68,7 @@ def abort(context: grpc.ServicerContext, error: DarkroomError) -> NoReturn:
 
 
 def drop(context: grpc.ServicerContext) -> NoReturn:
-    """End the call as a connection that breaks does."""
+    """End the call like a broken connection."""
     context.abort(grpc.StatusCode.UNAVAILABLE, "the connection was dropped")
     raise AssertionError("abort raises")
 

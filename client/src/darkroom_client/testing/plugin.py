@@ -9,6 +9,6 @@ from darkroom_client.testing._server import FakeServer
 
 @pytest.fixture
 def darkroom_server() -> Iterator[FakeServer]:
-    """A ``FakeServer`` of this test's own, which ends with it."""
+    """A new ``FakeServer`` for each test."""
     with FakeServer() as server:
         yield server

@@ -1,18 +1,18 @@
-"""``darkroom estimate``: what a request would take now, without drawing it."""
+"""``darkroom estimate``: the duration and memory of a request, without running it."""
 
 import argparse
 import dataclasses
 import json
 
 from darkroom_client.cli._connect import connect
-from darkroom_client.cli.commands._plan import as_asked
+from darkroom_client.cli.commands._plan import request_of
 from darkroom_client.cli.terminal._console import open_console, readable_bytes, tabulate
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the seconds and the memory."""
     with connect(arguments) as client:
-        estimate = client.estimate(as_asked(arguments.prompt, arguments))
+        estimate = client.estimate(request_of(arguments.prompt, arguments))
     if arguments.json:
         print(json.dumps(dataclasses.asdict(estimate)))
         return 0

@@ -15,7 +15,7 @@ from darkroom_client._types.image import Image
 from darkroom_client._types.result import GenerationResult
 from darkroom_client.cli._connect import connect_async
 from darkroom_client.cli._exit_codes import exit_code
-from darkroom_client.cli.commands._plan import Drawing, plan
+from darkroom_client.cli.commands._plan import PlannedRequest, plan
 from darkroom_client.cli.terminal._console import open_console
 from darkroom_client.cli.terminal._display import Display
 
@@ -23,68 +23,71 @@ _PREVIEW_EVERY = 2
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw every prompt, save each image as it arrives, and report."""
+    """Generate the images of every prompt, save each when it arrives, and report."""
     if arguments.concurrency < 1:
         raise ValueError(f"--concurrency is {arguments.concurrency}, must be at least 1")
-    drawings = plan(arguments)
+    planned_requests = plan(arguments)
     console = open_console()
     display = Display(
         console,
-        images=sum(len(drawing.paths) for drawing in drawings),
+        images=sum(len(planned.paths) for planned in planned_requests),
         shown=not arguments.json,
         preview=arguments.preview,
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     with display:
-        failures = asyncio.run(_draw_all(drawings, arguments, display))
+        failures = asyncio.run(_generate_all(planned_requests, arguments, display))
     for index in sorted(failures):
-        print(f"darkroom: {drawings[index].request.prompt!r}: {failures[index]}", file=sys.stderr)
+        print(
+            f"darkroom: {planned_requests[index].request.prompt!r}: {failures[index]}",
+            file=sys.stderr,
+        )
     return exit_code(failures[min(failures)]) if failures else 0
 
 
-async def _draw_all(
-    drawings: list[Drawing], arguments: argparse.Namespace, display: Display
+async def _generate_all(
+    planned_requests: list[PlannedRequest], arguments: argparse.Namespace, display: Display
 ) -> dict[int, DarkroomError]:
-    """The failures, by the place of their prompts."""
+    """Return the errors, by the index of their prompts."""
     failures: dict[int, DarkroomError] = {}
-    waiting = iter(enumerate(drawings))
+    waiting = iter(enumerate(planned_requests))
 
     async def work(client: AsyncClient) -> None:
-        for index, drawing in waiting:
+        for index, planned in waiting:
             try:
-                await _draw(client, drawing, arguments, display)
+                await _generate(client, planned, arguments, display)
             except DarkroomError as error:
                 failures[index] = error
                 if arguments.json:
-                    _print_json({"prompt": drawing.request.prompt, "error": _plain(error)})
+                    _print_json({"prompt": planned.request.prompt, "error": _error_json(error)})
 
     try:
         async with connect_async(arguments) as client, asyncio.TaskGroup() as workers:
-            for _ in range(min(arguments.concurrency, len(drawings))):
+            for _ in range(min(arguments.concurrency, len(planned_requests))):
                 workers.create_task(work(client))
     except ExceptionGroup as several:
-        # A disk that is full, say: to be told of it once is enough.
+        # For example a full disk: one message is enough.
         raise several.exceptions[0] from None
     return failures
 
 
-async def _draw(
-    client: AsyncClient, drawing: Drawing, arguments: argparse.Namespace, display: Display
+async def _generate(
+    client: AsyncClient, planned: PlannedRequest, arguments: argparse.Namespace, display: Display
 ) -> None:
     every = _PREVIEW_EVERY if arguments.preview else 0
     withheld: ImageWithheld | None = None
-    with display.follow(drawing.request.prompt, len(drawing.paths)) as followed:
-        async with client.stream(drawing.request, preview_every=every) as stream:
+    with display.follow(planned.request.prompt, len(planned.paths)) as bars:
+        async with client.stream(planned.request, preview_every=every) as stream:
             async for event in stream:
-                followed.show(event)
+                bars.show(event)
                 match event:
                     case ImageReady(image_index=index, image=image):
                         try:
-                            _save(drawing.paths[index], image, arguments)
+                            _save(planned.paths[index], image, arguments)
                         except ImageWithheld as error:
                             withheld = error
                     case Finished(result=result):
-                        _report(drawing.paths, result, arguments, display)
+                        _report(planned.paths, result, arguments, display)
     if withheld is not None:
         raise withheld
 
@@ -106,7 +109,7 @@ def _report(
         if image.flagged:
             continue
         if arguments.json:
-            _print_json(_described(path, image, result))
+            _print_json(_image_json(path, image, result))
             continue
         stages = dataclasses.asdict(result.timings)
         seconds = "  ".join(f"{stage} {value:.3f}" for stage, value in stages.items())
@@ -114,7 +117,7 @@ def _report(
         display.print(str(path), f"  seed {image.seed}  {seconds} s{cut}")
 
 
-def _described(path: Path, image: Image, result: GenerationResult) -> dict[str, object]:
+def _image_json(path: Path, image: Image, result: GenerationResult) -> dict[str, object]:
     return {
         "path": str(path),
         "prompt": image.replay.request.prompt,
@@ -130,7 +133,7 @@ def _described(path: Path, image: Image, result: GenerationResult) -> dict[str, 
     }
 
 
-def _plain(error: DarkroomError) -> dict[str, object]:
+def _error_json(error: DarkroomError) -> dict[str, object]:
     return {
         "message": str(error),
         "kind": type(error).__name__,
@@ -142,5 +145,5 @@ def _plain(error: DarkroomError) -> dict[str, object]:
 
 
 def _print_json(value: object) -> None:
-    # At once, so that the next program in a pipe can begin with the first image.
+    # Flush, so the next program in a pipe can begin with the first image.
     print(json.dumps(value), flush=True)

@@ -1,4 +1,4 @@
-"""``darkroom models``: which models the server holds, and what they take."""
+"""``darkroom models``: the models of the server, and their defaults."""
 
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ _COLUMNS = ("model", "state", "size", "steps", "guidance", "scheduler", "runs on
 
 
 def _row(model: Model) -> tuple[str, ...]:
-    """A row under ``_COLUMNS``; the figures are the defaults."""
+    """A row for ``_COLUMNS``; the numbers are the defaults."""
     defaults, runtime = model.defaults, model.runtime
     if not model.ready or defaults is None or runtime is None:
         return (model.id, "loading", *("-" for _ in _COLUMNS[2:]))

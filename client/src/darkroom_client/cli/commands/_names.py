@@ -1,4 +1,4 @@
-"""Names of image files: the prompt's words and the seed."""
+"""The names of image files: the prompt's words and the seed."""
 
 import re
 import unicodedata
@@ -18,7 +18,7 @@ def slug(prompt: str) -> str:
 
 
 def distinct(paths: Iterable[Path]) -> list[Path]:
-    """``paths`` with -2, -3 … added where a name came before: long prompts may share a slug."""
+    """Add -2, -3 … to repeated names in ``paths``: long prompts may share a slug."""
     seen: dict[Path, int] = {}
     result = []
     for path in paths:

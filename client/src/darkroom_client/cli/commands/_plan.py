@@ -1,4 +1,4 @@
-"""Which prompts to draw, and where their images go."""
+"""The requests of ``generate``, and the files for their images."""
 
 import argparse
 import secrets
@@ -11,43 +11,44 @@ from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client.cli.commands._names import distinct, slug
 
-# Short seeds, because they stand in file names and people type them again.
+# Short seeds: they are part of file names, and people type them.
 _SEED_BOUND = 2**32
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
-    """One prompt's request, and where its images go."""
+class PlannedRequest:
+    """One prompt's request, and the files for its images."""
 
     request: GenerationRequest
     paths: tuple[Path, ...]
 
 
-def plan(arguments: argparse.Namespace) -> list[Drawing]:
-    """What ``generate`` was told to draw; raises ``ValueError`` where that is nothing."""
+def plan(arguments: argparse.Namespace) -> list[PlannedRequest]:
+    """The requests of the command line; raises ``ValueError`` if there are none."""
     prompts = list(_prompts(arguments))
     if not prompts:
         raise ValueError("no prompt: give some as arguments, --file FILE, or - for stdin")
     if arguments.count < 1:
         raise ValueError(f"--count is {arguments.count}, must be at least 1")
     requests = [
-        # A seed is drawn here already: file names that are taken are noticed before the work.
-        as_asked(prompt, arguments, seed=secrets.randbelow(_SEED_BOUND))
+        # Pick the seeds now: file names that exist are then an error before the work.
+        request_of(prompt, arguments, seed=secrets.randbelow(_SEED_BOUND))
         for prompt in prompts
     ]
     paths = iter(distinct(_paths(requests, arguments)))
-    drawings = [
-        Drawing(request, tuple(next(paths) for _ in range(arguments.count))) for request in requests
+    planned_requests = [
+        PlannedRequest(request, tuple(next(paths) for _ in range(arguments.count)))
+        for request in requests
     ]
     if not arguments.overwrite:
-        _refuse_existing(drawings, record=arguments.record)
-    return drawings
+        _check_not_existing(planned_requests, record=arguments.record)
+    return planned_requests
 
 
-def as_asked(
+def request_of(
     prompt: str, arguments: argparse.Namespace, seed: int | None = None
 ) -> GenerationRequest:
-    """The request of ``prompt`` with the options of the command line, else with ``seed``."""
+    """The request of ``prompt`` with the options of the command line; ``seed`` if it has none."""
     width, height = arguments.size
     return GenerationRequest(
         prompt=prompt,
@@ -83,9 +84,9 @@ def _paths(requests: list[GenerationRequest], arguments: argparse.Namespace) -> 
             yield arguments.output / f"{slug(request.prompt)}-{seed}{suffix}"
 
 
-def _refuse_existing(drawings: list[Drawing], *, record: bool) -> None:
-    for drawing in drawings:
-        for path in drawing.paths:
+def _check_not_existing(planned_requests: list[PlannedRequest], *, record: bool) -> None:
+    for planned in planned_requests:
+        for path in planned.paths:
             for taken in (path, path.with_suffix(".json")) if record else (path,):
                 if taken.exists():
                     raise FileExistsError(f"{taken} exists; --overwrite replaces it")

@@ -1,4 +1,4 @@
-"""``darkroom replay``: draw a recorded image again, and say whether it is the same."""
+"""``darkroom replay``: reproduce a recorded image, and check that it is the same."""
 
 import argparse
 
@@ -10,7 +10,7 @@ from darkroom_client.cli.terminal._console import open_console, print_line
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Return 0 where the pixels are identical, 1 where they are not, after saying what differs."""
+    """Return 0 if the pixels are identical; print what differs and return 1 if not."""
     record = ReplayRecord.from_json(arguments.record.read_text(encoding="utf-8"))
     _check_output(arguments, record)
     with connect(arguments) as client:
@@ -27,13 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"  {name}: {then} -> {now}")
     if not record.request.exact:
         console.print(
-            "  (drawn without --exact: the last bits may depend on the server's load at the time)"
+            "  (generated without --exact: the last bits may depend on the server's load)"
         )
     return DIFFERENT
 
 
 def _check_output(arguments: argparse.Namespace, record: ReplayRecord) -> None:
-    """Notice before the work what would fail after it."""
+    """Raise now for an output that could not be written after the work."""
     path = arguments.output
     if path is None:
         return

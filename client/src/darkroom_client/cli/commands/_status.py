@@ -10,18 +10,18 @@ from darkroom_client.cli._connect import connect
 from darkroom_client.cli._exit_codes import LATER
 from darkroom_client.cli.terminal._console import Row, open_console, readable_bytes, tabulate
 
-_TAKING = (ServerState.READY, ServerState.RECOVERING)
+_ACCEPTING = (ServerState.READY, ServerState.RECOVERING)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print how the server is doing; 0 where it takes requests, 3 where it does not."""
+    """Print the status; 0 if the server accepts requests, 3 if not."""
     with connect(arguments) as client:
         status = client.status()
     if arguments.json:
         print(json.dumps(dataclasses.asdict(status)))
     else:
         tabulate(open_console(), ("server", arguments.target or client.target), _rows(status))
-    return 0 if status.state in _TAKING else LATER
+    return 0 if status.state in _ACCEPTING else LATER
 
 
 def _rows(status: ServerStatus) -> Iterator[Row]:
@@ -34,7 +34,7 @@ def _rows(status: ServerStatus) -> Iterator[Row]:
     yield "accepted", f"{status.accepted_jobs}" + (f" ({ended})" if ended else "")
     if status.uptime:
         finished = status.ended_jobs.get("finished", 0)
-        yield "rate", f"{60 * finished / status.uptime:.1f} finished a minute since the start"
+        yield "rate", f"{60 * finished / status.uptime:.1f} finished per minute since the start"
     yield "host memory", readable_bytes(status.host_memory_bytes)
     for model in status.models:
         yield f"model {model.id}", _model(model)
@@ -46,7 +46,7 @@ def _model(model: ModelStatus) -> str:
     if not model.ready:
         return "loading"
     times = (
-        f"{time.width}x{time.height}, {time.rows} rows: {1000 * time.seconds:.0f} ms a pass"
+        f"{time.width}x{time.height}, {time.rows} rows: {1000 * time.seconds:.0f} ms per pass"
         for time in model.pass_times
     )
     return "; ".join((f"ready, {model.queued_jobs} queued, {model.running_jobs} running", *times))

@@ -7,7 +7,7 @@ from darkroom_client.cli.terminal._console import open_console
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Wait until the model is loaded and warmed up."""
+    """Wait until the models are loaded and warmed up."""
     with connect(arguments) as client:
         client.wait_until_ready(arguments.timeout)
         open_console().print(f"ready: {client.target}")

@@ -1,4 +1,4 @@
-"""What a command prints: coloured on a terminal, plain and never wrapped in a pipe."""
+"""The output of a command: coloured on a terminal, plain and unwrapped in a pipe."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -11,21 +11,21 @@ Row = Sequence[str]
 
 
 def open_console(*, stderr: bool = False) -> "rich.console.Console":
-    """A console on stdout or stderr; texts are printed as they are, never read as markup."""
+    """A console on stdout or stderr; it prints text as it is, without markup."""
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def print_line(console: "rich.console.Console", first: str, rest: str, style: str) -> None:
-    """Print one line whose beginning is styled, in one go: a live bar redraws after each."""
+    """Print a line with a styled start, in one call: a live bar redraws after each call."""
     from rich.text import Text
 
     console.print(Text.assemble((first, style), rest))
 
 
 def progress_bar(console: "rich.console.Console") -> "rich.progress.Progress":
-    """Bars with done/total, a note and the time left; tasks have the fields note and unit."""
+    """Bars with done/total, a note and the remaining time; tasks have the fields note and unit."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -35,7 +35,7 @@ def progress_bar(console: "rich.console.Console") -> "rich.progress.Progress":
     )
 
     return Progress(
-        # A prompt is a text, never markup.
+        # A prompt is not markup.
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.fields[unit]}", style="dim"),
@@ -55,7 +55,7 @@ def tabulate(console: "rich.console.Console", names: Sequence[str], rows: Iterab
         return
     from rich.table import Column, Table
 
-    # Folded, never shortened: a name that is cut off cannot be typed again.
+    # Folded, not cut off: people type these names.
     table = Table(*(Column(name, overflow="fold") for name in names), box=None)
     for row in rows:
         table.add_row(*row)
@@ -63,5 +63,5 @@ def tabulate(console: "rich.console.Console", names: Sequence[str], rows: Iterab
 
 
 def readable_bytes(count: int) -> str:
-    """A number of bytes in MiB, or GiB from one on."""
+    """A number of bytes in MiB, or in GiB from 1 GiB on."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

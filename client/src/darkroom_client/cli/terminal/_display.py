@@ -1,4 +1,4 @@
-"""What a terminal shows while images are drawn: a bar for each, and the pictures forming."""
+"""The live display of ``generate``: a bar for each image, and the unfinished images."""
 
 import time
 from collections.abc import Iterator
@@ -30,13 +30,13 @@ _PICTURE_WIDTH = 32
 
 
 class Display:
-    """The live part of the screen, and the lines above it; silent where stdout is no terminal."""
+    """The live part of the screen, and the lines above it; silent unless stdout is a terminal."""
 
     def __init__(
         self, console: "rich.console.Console", *, images: int, shown: bool, preview: bool
     ) -> None:
         if preview and not (shown and console.is_terminal):
-            raise ValueError("--preview draws on a terminal: not in a pipe, and not with --json")
+            raise ValueError("--preview needs a terminal: no pipe, and no --json")
         if preview:
             check_pillow()
         self._console = console
@@ -47,21 +47,21 @@ class Display:
         self._live: rich.live.Live | None = None
 
     def print(self, first: str, rest: str) -> None:
-        """A line that stays, above what is live."""
+        """Print a permanent line above the live part."""
         print_line(self._console, first, rest, "bold")
 
     @contextmanager
-    def follow(self, prompt: str, images: int) -> "Iterator[Followed]":
-        """Bars for the images of ``prompt``, until the end of the block."""
-        followed = Followed(self, prompt, images)
+    def follow(self, prompt: str, images: int) -> "Iterator[PromptBars]":
+        """Show bars for the images of ``prompt`` until the end of the block."""
+        bars = PromptBars(self, prompt, images)
         try:
-            yield followed
+            yield bars
         finally:
-            followed.remove()
+            bars.remove()
             self._bars.advance(self._all, images)
 
     def render(self) -> "rich.console.RenderableType":
-        """Everything that is live."""
+        """The live part of the screen."""
         from rich.console import Group
 
         if not self._pictures:
@@ -95,7 +95,7 @@ class Display:
             self._live.stop()
 
 
-class Followed:
+class PromptBars:
     """The bars of one prompt's images."""
 
     def __init__(self, display: Display, prompt: str, images: int) -> None:
@@ -111,7 +111,7 @@ class Followed:
         self._began_at = 0.0
 
     def show(self, event: Event) -> None:
-        """Draw what ``event`` says."""
+        """Show ``event``."""
         match event:
             case Accepted(queue_position=position) | Queued(position=position) if position:
                 self._note(f"{position} before")
@@ -133,7 +133,7 @@ class Followed:
                 self._remove(self._tasks[index])
 
     def remove(self) -> None:
-        """Take the bars and pictures away."""
+        """Remove the bars and pictures."""
         for task in self._tasks:
             self._remove(task)
 

@@ -1,4 +1,4 @@
-"""Pictures on a terminal: each character is two pixels, one above the other."""
+"""Pictures on a terminal: each character shows two pixels, one above the other."""
 
 import io
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ _UPPER_HALF = "▀"
 
 
 def check_pillow() -> None:
-    """Raise ``ValueError`` where no picture could be read."""
+    """Raise ``ValueError`` without Pillow."""
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:
@@ -21,7 +21,7 @@ def check_pillow() -> None:
 
 
 def half_blocks(data: bytes, columns: int) -> "rich.text.Text":
-    """The encoded picture ``data``, ``columns`` characters wide."""
+    """Decode the picture ``data`` and show it with ``columns`` characters per line."""
     import PIL.Image
     from rich.color import Color
     from rich.style import Style
@@ -30,7 +30,7 @@ def half_blocks(data: bytes, columns: int) -> "rich.text.Text":
     with PIL.Image.open(io.BytesIO(data)) as picture:
         rows = max(1, round(columns * picture.height / picture.width / 2))
         small = picture.convert("RGB").resize((columns, rows * 2))
-    # Three bytes of a pixel after the other, row by row.
+    # Three bytes per pixel, row by row.
     pixels = small.tobytes()
     text = Text(no_wrap=True)
     for row in range(rows):

@@ -12,7 +12,7 @@ MAX_GROWTH_BYTES = 32 << 20
 
 
 @asynccontextmanager
-async def nothing_is_left(max_growth: int = MAX_GROWTH_BYTES) -> AsyncIterator[None]:
+async def nothing_leaks(max_growth: int = MAX_GROWTH_BYTES) -> AsyncIterator[None]:
     """Assert that tasks and descriptors return to their counts soon after the block.
 
     Memory may grow by ``max_growth`` bytes. The block must delete its references to calls: a
