@@ -61,7 +61,7 @@ class FakeEngine:
         self._emit: Callable[[Event], None] = lambda _: None
         self._steps: dict[str, int] = {}
         self._jobs: dict[str, Job] = {}
-        self._cancelled: set[str] = set()
+        self._leaving: set[str] = set()
         self._taken: set[str] = set()
         self._lock = threading.RLock()
 
@@ -92,7 +92,7 @@ class FakeEngine:
         with self._lock:
             self._on_cancel(job_id)
             if job_id in self._jobs:
-                self._cancelled.add(job_id)
+                self._leaving.add(job_id)
             if self._auto:
                 self.advance(0)
 
@@ -162,7 +162,7 @@ class FakeEngine:
         with self._lock:
             self._jobs.clear()
             self._steps.clear()
-            self._cancelled.clear()
+            self._leaving.clear()
             self._taken.clear()
             self._emit(EngineDied(message, fatal))
 
@@ -171,11 +171,11 @@ class FakeEngine:
             self.advance()
 
     def _remove_cancelled(self) -> None:
-        for job_id in self._cancelled & self._jobs.keys():
+        for job_id in self._leaving & self._jobs.keys():
             wasted = self._steps[job_id] * (self._pass_seconds or 0.0)
             self._remove(job_id)
             self._emit(JobCancelled(job_id, expired=False, wasted_seconds=wasted))
-        self._cancelled.clear()
+        self._leaving.clear()
 
     def _run_batch(self) -> None:
         if not self._jobs:
