@@ -167,7 +167,7 @@ requests = [GenerationRequest(prompt="a star", steps=steps) for steps in (1, 50)
 answers = client.generate_as_completed(requests)
 next(answers)
 """
-    async with serving(results=BRIEF) as wire, program(code, wire) as client:
+    async with serving(results=SHORT) as wire, program(code, wire) as client:
         await accepted(wire)
         job = await accepted(wire)
         wire.engine.advance(1)
