@@ -160,6 +160,21 @@ async def test_after_an_exit_without_close_the_job_ends_within_the_grace_time(be
         await ends(wire, job)
 
 
+async def test_a_batch_that_is_alive_at_the_exit_does_not_block_it() -> None:
+    """Its finalizer runs when no thread can start any more, so it makes no cancel call."""
+    code = """
+requests = [GenerationRequest(prompt="a star", steps=steps) for steps in (1, 50)]
+answers = client.generate_as_completed(requests)
+next(answers)
+"""
+    async with serving(results=SHORT) as wire, program(code, wire) as client:
+        await accepted(wire)
+        job = await accepted(wire)
+        wire.engine.advance(1)
+        await client.exits()
+        await ends(wire, job)
+
+
 @jobs
 async def test_after_a_kill_the_job_ends_within_the_grace_time(begin: str) -> None:
     async with serving(results=SHORT) as wire, program(begin + WAIT, wire) as client:

@@ -3,7 +3,7 @@
 from darkroom_server.dispatch.admission.availability import Availability, State
 from darkroom_server.dispatch.admission.quotas import ConcurrentCallLimiter
 from darkroom_server.dispatch.dispatcher import Dispatcher
-from darkroom_server.dispatch.jobs.estimate import Estimate
+from darkroom_server.dispatch.estimation.estimate import Estimate
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome

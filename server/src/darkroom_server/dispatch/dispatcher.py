@@ -14,11 +14,11 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch.admission.availability import Availability, State, shutting_down
 from darkroom_server.dispatch.admission.controller import AdmissionController
-from darkroom_server.dispatch.admission.estimator import Estimator
 from darkroom_server.dispatch.admission.limits import QueueLimits
 from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.estimation.estimate import Estimate
+from darkroom_server.dispatch.estimation.estimator import Estimator
 from darkroom_server.dispatch.event_router import EventRouter
-from darkroom_server.dispatch.jobs.estimate import Estimate
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 from darkroom_server.dispatch.lifecycle import JobLifecycle

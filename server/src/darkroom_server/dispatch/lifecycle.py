@@ -9,8 +9,8 @@ from darkroom_server.core.errors import DarkroomError, Reason
 from darkroom_server.core.events import StageSeconds
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, Job
 from darkroom_server.dispatch.admission.controller import AdmissionController
-from darkroom_server.dispatch.admission.estimator import Estimator
 from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.estimation.estimator import Estimator
 from darkroom_server.dispatch.jobs import outcomes
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome

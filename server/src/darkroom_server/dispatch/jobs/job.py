@@ -12,7 +12,7 @@ from darkroom_server.core.events import EncodedImage, PreviewReady, SampleProgre
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.order import OrderKey
-from darkroom_server.dispatch.jobs.estimate import Estimate
+from darkroom_server.dispatch.estimation.estimate import Estimate
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
 from darkroom_server.dispatch.jobs.outcomes import Finished, JobOutcome
 from darkroom_server.dispatch.jobs.subscription import Subscription
