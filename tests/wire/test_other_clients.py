@@ -76,7 +76,9 @@ def node_example() -> Path:
 
 
 @pytest.mark.needs("node")
-def test_node_generates_an_image_from_the_proto_files(address: str, node_example: Path, tmp_path: Path) -> None:
+def test_node_generates_an_image_from_the_proto_files(
+    address: str, node_example: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "star.png"
     command = [tool("node"), str(node_example / "generate.js"), PROMPT, str(path), address]
 

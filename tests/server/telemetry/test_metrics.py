@@ -142,11 +142,11 @@ async def test_memory_and_versions() -> None:
 async def test_a_status_set_by_a_handler_is_the_one_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def refuse(self: object, request: object, context: Any) -> model_pb2.GetModelResponse:
+    async def set_status(self: object, request: object, context: Any) -> model_pb2.GetModelResponse:
         context.set_code(grpc.StatusCode.DATA_LOSS)
         return model_pb2.GetModelResponse()
 
-    monkeypatch.setattr(ModelServicer, "GetModel", refuse)
+    monkeypatch.setattr(ModelServicer, "GetModel", set_status)
     async with serving() as wire:
         with pytest.raises(grpc.aio.AioRpcError):
             await wire.models.GetModel(model_pb2.GetModelRequest())
