@@ -167,7 +167,7 @@ class Dispatcher:
         return active
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a job in any state, even if calls follow it; unknown and ended ones are ignored."""
+        """Cancel a job, even if calls follow it; unknown and ended ones are ignored."""
         self._lifecycle.cancel(job_id)
 
     def join(self, active: ActiveJob, deadline: float | None) -> None:
