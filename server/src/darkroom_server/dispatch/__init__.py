@@ -10,8 +10,8 @@ from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome
 from darkroom_server.dispatch.jobs.subscription import Subscription
 from darkroom_server.dispatch.observer import (
     DispatchEvent,
-    EngineGivenUp,
     EngineRestarted,
+    EngineRetired,
     EngineTimeWasted,
     EstimateChecked,
     FirstPreview,
@@ -31,8 +31,8 @@ __all__ = [
     "Counts",
     "DispatchEvent",
     "Dispatcher",
-    "EngineGivenUp",
     "EngineRestarted",
+    "EngineRetired",
     "EngineStatus",
     "EngineTimeWasted",
     "Estimate",
