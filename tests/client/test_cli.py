@@ -23,6 +23,7 @@ from darkroom_client import (
     Estimate,
     GenerationFailed,
     Overloaded,
+    Scheduler,
     ServerState,
 )
 from darkroom_client._wire.models import decode_model
@@ -72,7 +73,7 @@ def test_images_land_in_the_folder(capsys: Capture, here: Path) -> None:
 
 def test_every_option_reaches_the_server(fake: FakeServer, here: Path) -> None:
     options = "--steps 9 --guidance 3.5 --seed 0 --size 64x32 --count 2 --scheduler heun"
-    options += " --format raw_rgb --quality 80 --negative rain --model demo --exact"
+    options += " --format jpeg --quality 80 --negative rain --model demo --exact"
 
     assert main(["generate", "a star", *options.split()]) == 0
 
@@ -80,7 +81,7 @@ def test_every_option_reaches_the_server(fake: FakeServer, here: Path) -> None:
     assert (sent.steps, sent.guidance_scale, sent.seed) == (9, 3.5, 0)
     assert (sent.width, sent.height, sent.image_count, sent.quality) == (64, 32, 2, 80)
     assert (sent.negative_prompt, sent.model, sent.exact) == ("rain", "demo", True)
-    assert files(here) == ["a-star-0.rgb", "a-star-1.rgb"]
+    assert files(here) == ["a-star-0.jpg", "a-star-1.jpg"]
 
 
 def test_prompts_from_arguments_file_and_stdin(
@@ -226,7 +227,7 @@ def test_models_are_tab_separated_in_a_pipe(capsys: Capture, fake: FakeServer) -
         "7.5",
         "euler",
         "fake float32 fast",
-        "euler",
+        " ".join(Scheduler),
     ]
 
 

@@ -14,12 +14,16 @@ from darkroom.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from darkroom_client._errors import DarkroomError, ModelNotFound, Unauthenticated
+from darkroom_client._errors import DarkroomError, Unauthenticated
 from darkroom_client._types.status import Estimate
 from darkroom_client.testing._job import FakeJob, JobState
 from darkroom_client.testing._jobs import JobRegistry
-from darkroom_client.testing._models import describe_model
+from darkroom_client.testing._models import encode_model
 from darkroom_client.testing._statuses import abort, drop
+from darkroom_client.testing._validation import NO_PREVIEWS, check_request_id, check_time_limit
+
+DEFAULT_MAX_REPLY_BYTES = 4 * 2**20
+"""gRPC's default limit of a message, for a caller that sends none."""
 
 _NOT_REPEATED = ("progress", "preview")
 
@@ -41,7 +45,7 @@ class Services(
         self._token = token
 
     def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> Any:
-        job = self._admitted(request, context)[0]
+        job = self._admitted(request, context, max_reply_bytes=_max_reply_bytes(context))[0]
         for _ in self._events(job, context):
             pass
         return job.response()
@@ -49,8 +53,7 @@ class Services(
     def GenerateStream(
         self, request: generation_pb2.GenerateStreamRequest, context: Any
     ) -> Iterator[generation_pb2.GenerateStreamResponse]:
-        every = request.preview.every_steps
-        job, joined = self._admitted(request.generation, context, preview_every=every)
+        job, joined = self._admitted(request.generation, context, preview=request.preview)
         accepted = generation_pb2.GenerationEvent(
             accepted=job.accepted(self.server_id, joined=joined)
         )
@@ -64,9 +67,10 @@ class Services(
         self._authenticate(context)
         limit = request.time_limit.ToNanoseconds() / 1e9 if request.HasField("time_limit") else None
         try:
+            check_time_limit(limit)
             job, joined = self._registry.admit(
                 request.generation,
-                preview_every=request.preview.every_steps,
+                preview=request.preview,
                 time_limit=limit,
                 submitted=True,
             )
@@ -98,6 +102,10 @@ class Services(
         self, request: generation_pb2.EstimateGenerationRequest, context: Any
     ) -> Any:
         self._authenticate(context)
+        try:
+            self._registry.check(request.generation)
+        except DarkroomError as error:
+            abort(context, error)
         estimate = self._estimate()
         return generation_pb2.EstimateGenerationResponse(
             queue_wait=_duration(estimate.queue_wait),
@@ -108,15 +116,16 @@ class Services(
 
     def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> Any:
         self._authenticate(context)
-        models = [describe_model(name) for name in self._registry.models]
+        models = [encode_model(model) for model in self._registry.models.values()]
         return model_pb2.ListModelsResponse(models=models)
 
     def GetModel(self, request: model_pb2.GetModelRequest, context: Any) -> Any:
         self._authenticate(context)
-        name = request.model or self._registry.models[0]
-        if name not in self._registry.models:
-            abort(context, ModelNotFound(f"no model {name!r}"))
-        return model_pb2.GetModelResponse(model=describe_model(name))
+        try:
+            model = self._registry.model(request.model)
+        except DarkroomError as error:
+            abort(context, error)
+        return model_pb2.GetModelResponse(model=encode_model(model))
 
     def GetStatus(self, request: server_pb2.GetStatusRequest, context: Any) -> Any:
         self._authenticate(context)
@@ -133,8 +142,10 @@ class Services(
                 version="fake",
                 state=server_pb2.ServerState.Value(state),
                 models=[
-                    server_pb2.ModelStatus(id=name, ready=True, running_jobs=running)
-                    for name in registry.models
+                    server_pb2.ModelStatus(
+                        id=name, ready=model.ready, running_jobs=registry.running(name)
+                    )
+                    for name, model in registry.models.items()
                 ],
                 engines=[server_pb2.EngineStatus(device="fake", ready=True, jobs=running)],
                 running_jobs=running,
@@ -144,14 +155,19 @@ class Services(
             )
 
     def _admitted(
-        self, request: generation_pb2.GenerateRequest, context: Any, preview_every: int = 0
+        self,
+        request: generation_pb2.GenerateRequest,
+        context: Any,
+        preview: generation_pb2.PreviewOptions = NO_PREVIEWS,
+        max_reply_bytes: int | None = None,
     ) -> tuple[FakeJob, bool]:
         self._authenticate(context)
         left = context.time_remaining()
         try:
             return self._registry.admit(
                 request,
-                preview_every=preview_every,
+                preview=preview,
+                max_reply_bytes=max_reply_bytes,
                 # gRPC represents "no limit" by some hundred years.
                 time_limit=left if left is not None and left < 1e8 else None,
             )
@@ -161,6 +177,7 @@ class Services(
     def _found(self, request_id: str, context: Any) -> FakeJob:
         self._authenticate(context)
         try:
+            check_request_id(request_id)
             return self._registry.find(request_id)
         except DarkroomError as error:
             abort(context, error)
@@ -180,7 +197,7 @@ class Services(
                 changed.wait_for(partial(self._has_news, job, context, sent, drops))
                 if not context.is_active():
                     return
-                if job.drops > drops or job.forgotten:
+                if job.drops > drops or job.forgotten or self._registry.closing:
                     drop(context)
                 fresh, sent = job.events[sent:], len(job.events)
                 ended, error = job.state is not JobState.RUNNING, job.error
@@ -192,10 +209,10 @@ class Services(
                     abort(context, error)
                 return
 
-    @staticmethod
-    def _has_news(job: FakeJob, context: Any, sent: int, drops: int) -> bool:
+    def _has_news(self, job: FakeJob, context: Any, sent: int, drops: int) -> bool:
         ended = job.state is not JobState.RUNNING or not context.is_active()
-        return ended or sent < len(job.events) or job.drops > drops
+        dropped = job.drops > drops or self._registry.closing
+        return ended or dropped or sent < len(job.events)
 
     def _remove_waiter(self, job: FakeJob) -> None:
         with self._registry.changed:
@@ -214,3 +231,8 @@ def _duration(seconds: float) -> Duration:
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration
+
+
+def _max_reply_bytes(context: Any) -> int:
+    sent = dict(context.invocation_metadata()).get("darkroom-max-reply-bytes")
+    return DEFAULT_MAX_REPLY_BYTES if sent is None else int(sent)
