@@ -99,7 +99,7 @@ bench-gpu: setup ## measure steps, decodes and load on the real SD 1.4 (needs CU
 bench-peers-setup: setup $(PEERS:%=bench/work/%/.installed) ## install the other servers, each into its own environment
 
 .PHONY: observe
-observe: setup ## a server, a real Prometheus and a short load: what its rules say, and plots of it
+observe: setup ## a server, a real Prometheus and a short load: rules and plots, into observe-output/
 	@$(BIN)/python -m tools.observe $(OBSERVE_FLAGS)
 
 .PHONY: soak
@@ -210,7 +210,7 @@ constraints: setup ## write constraints.txt again from what .venv holds, after a
 
 .PHONY: clean
 clean: ## delete what was built, the environments too
-	@rm -rf .venv .venv-protos bench/work build dist demo-output examples/node/node_modules
+	@rm -rf .venv .venv-protos bench/work build dist demo-output observe-output examples/node/node_modules
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
