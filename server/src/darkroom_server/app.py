@@ -1,6 +1,7 @@
 """The server as a whole: the only file that knows every part."""
 
 import asyncio
+import logging
 import os
 import signal
 import time
@@ -27,8 +28,14 @@ from darkroom_server.telemetry import Exporter, Metrics, open_traces
 
 log = structlog.get_logger(__name__)
 
+EXIT_UNFINISHED = 1
+"""The exit code of a shutdown that exceeded a time limit."""
+
 ANSWER_SECONDS = 5.0
 """For handlers to answer after every job has ended."""
+
+STEP_SECONDS = 30.0
+"""The most that one step of the shutdown takes after the jobs have ended; normally a second."""
 
 REJECT_SECONDS = 3.0
 """How long a server that shuts down rejects calls before it closes its port.
@@ -55,8 +62,9 @@ class EngineLost(Exception):
 class Server:
     """One server: ``startup``, ``serve``, ``shutdown``.
 
-    ``address`` and ``metrics_address`` are set by ``startup``. The constructor raises
-    ``StartupError`` for unusable certificates and tokens.
+    ``address`` and ``metrics_address`` are set by ``startup``, ``unfinished`` by ``shutdown``: the
+    steps of it that exceeded their time limit. The constructor raises ``StartupError`` for unusable
+    certificates and tokens.
     """
 
     def __init__(self, settings: Settings, engines: Sequence[Engine]) -> None:
@@ -64,7 +72,7 @@ class Server:
         self.metrics_address = ""
         self._settings = settings
         self._stop = asyncio.Event()
-        self._publishing: set[asyncio.Future[None]] = set()
+        self.unfinished: list[str] = []
         model_ids = [source.id for source in model_sources(settings.models)]
         self._spans = open_traces(settings.logs.traces)
         self.metrics = Metrics(model_ids)
@@ -136,7 +144,7 @@ class Server:
         if await self._unless_stopped(self.dispatcher.loaded()):
             self._log_serving(time.monotonic() - began)
         if await self._unless_stopped(self.dispatcher.availability.failed()):
-            await self._rpc.health.set_state(State.DRAINING)
+            self._rpc.health.set_state(State.DRAINING)
             raise EngineLost(await self.dispatcher.availability.failed())
 
     @property
@@ -151,7 +159,7 @@ class Server:
     async def shutdown(self) -> None:
         """Reject new jobs, let accepted ones finish, and stop the engines."""
         shutdown = self._settings.shutdown
-        await self._rpc.health.set_state(State.DRAINING)
+        self._rpc.health.set_state(State.DRAINING)
         self._stop.set()
         if self.dispatcher.ready:
             log.info("draining", jobs=self.dispatcher.counts.live, grace=shutdown.grace)
@@ -159,19 +167,25 @@ class Server:
         closing = asyncio.get_running_loop().call_later(REJECT_SECONDS, self._rpc.close_port)
         await self.dispatcher.drain(shutdown.grace)
         closing.cancel()
-        await self._rpc.stop(ANSWER_SECONDS)
-        await self.dispatcher.close()
+        await self._limited("calls", self._rpc.stop(ANSWER_SECONDS))
+        await self._limited("engines", self.dispatcher.close())
         self.results.close()
-        self._exporter.stop()
+        await self._limited("metrics", asyncio.to_thread(self._exporter.stop))
         if self._spans is not None:
-            await asyncio.to_thread(self._spans.close)
+            await self._limited("spans", asyncio.to_thread(self._spans.close))
+
+    async def _limited(self, step: str, ending: Coroutine[None, None, None]) -> None:
+        """Await one step of the shutdown, for a limited time: no step may prevent the next one."""
+        try:
+            async with asyncio.timeout(STEP_SECONDS):
+                await ending
+        except TimeoutError:
+            log.error("shutdown step exceeded its time limit", step=step)
+            self.unfinished.append(step)
 
     def _publish_health(self, state: State) -> None:
         # Published before jobs are rejected, so that callers have moved on by then.
-        published = State.DRAINING if self.stopping else state
-        task = asyncio.ensure_future(self._rpc.health.set_state(published))
-        self._publishing.add(task)
-        task.add_done_callback(self._publishing.discard)
+        self._rpc.health.set_state(State.DRAINING if self.stopping else state)
 
     async def _unless_stopped(self, awaited: Coroutine[None, None, object]) -> bool:
         """Whether ``awaited`` ended before ``stop`` was called; raises what it raises."""
@@ -232,3 +246,7 @@ async def _run(settings: Settings, engines: Sequence[Engine]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     await server.run()
+    if server.unfinished:
+        # Its threads would delay the interpreter's exit without a limit.
+        logging.shutdown()
+        os._exit(EXIT_UNFINISHED)

@@ -34,6 +34,9 @@ from darkroom_server.service.generation import GenerationService
 FLUSH_SECONDS = 1.0
 """Enough to send the answers of the handlers, once none of them runs."""
 
+CANCEL_SECONDS = 5.0
+"""For gRPC to end the calls that it cancels after that: nothing that a caller does delays it."""
+
 
 def _try(host: str, port: int) -> None:
     """Raise the ``OSError`` that says why a port cannot be bound: gRPC writes it to its own log."""
@@ -86,7 +89,7 @@ class RpcServer:
         server_pb2_grpc.add_ServerServiceServicer_to_server(
             ServerServicer(dispatcher), self._server
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         if reflect:
             names = [
                 generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
@@ -112,7 +115,6 @@ class RpcServer:
                 f"cannot listen on {host}:{port}: {why}; choose another with --port or --host"
             ) from None
         self._generation.server_id = self._server_id or f"{socket.gethostname()}:{bound}"
-        await self.health.alive()
         await self._server.start()
         return f"{host}:{bound}"
 
@@ -129,8 +131,12 @@ class RpcServer:
         self._closing = asyncio.create_task(self._server.stop(LONGEST_CALL_SECONDS))
 
     async def stop(self, grace: float) -> None:
-        """Give running handlers at most ``grace`` seconds, then close the port."""
+        """Give running handlers at most ``grace`` seconds, then close the port.
+
+        Raises ``TimeoutError`` if gRPC does not end the remaining calls in time.
+        """
         await self._in_flight.wait_for_none(grace)
-        await self._server.stop(FLUSH_SECONDS)
-        if self._closing is not None:
-            await self._closing
+        async with asyncio.timeout(FLUSH_SECONDS + CANCEL_SECONDS):
+            await self._server.stop(FLUSH_SECONDS)
+            if self._closing is not None:
+                await self._closing
