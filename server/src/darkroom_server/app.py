@@ -14,6 +14,7 @@ from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.engine_config import Preset
 from darkroom_server.dispatch import Dispatcher, ResultStore, State
+from darkroom_server.logs import LogWriter
 from darkroom_server.rpc.server import RpcServer
 from darkroom_server.security.bind_policy import check_bind_policy
 from darkroom_server.security.tls import server_credentials
@@ -67,7 +68,9 @@ class Server:
     certificates and tokens.
     """
 
-    def __init__(self, settings: Settings, engines: Sequence[Engine]) -> None:
+    def __init__(
+        self, settings: Settings, engines: Sequence[Engine], log_writer: LogWriter | None = None
+    ) -> None:
         self.address = ""
         self.metrics_address = ""
         self._settings = settings
@@ -76,6 +79,8 @@ class Server:
         model_ids = [source.id for source in model_sources(settings.models)]
         self._spans = open_traces(settings.logs.traces)
         self.metrics = Metrics(model_ids)
+        if log_writer is not None:
+            self.metrics.process.read_dropped_log_lines(lambda: log_writer.dropped)
         self.dispatcher = Dispatcher(
             engines,
             model_ids,
@@ -223,16 +228,21 @@ class Server:
         )
 
 
-def run(settings: Settings, engines: Sequence[Engine] | None = None) -> None:
+def run(
+    settings: Settings,
+    engines: Sequence[Engine] | None = None,
+    *,
+    log_writer: LogWriter | None = None,
+) -> None:
     """Run a server until SIGTERM or SIGINT; a second signal ends the process at once.
 
     Raises ``StartupError`` and ``EngineLost``.
     """
-    asyncio.run(_run(settings, engines or build_engines(settings)))
+    asyncio.run(_run(settings, engines or build_engines(settings), log_writer))
 
 
-async def _run(settings: Settings, engines: Sequence[Engine]) -> None:
-    server = Server(settings, engines)
+async def _run(settings: Settings, engines: Sequence[Engine], log_writer: LogWriter | None) -> None:
+    server = Server(settings, engines, log_writer)
     loop = asyncio.get_running_loop()
 
     def on_signal(number: signal.Signals) -> None:

@@ -43,9 +43,7 @@ class Health(health_pb2_grpc.HealthServicer):
     """
 
     def __init__(self) -> None:
-        self._statuses: dict[str, health_pb2.HealthCheckResponse.ServingStatus.ValueType] = {
-            LIVENESS: health_pb2.HealthCheckResponse.SERVING
-        }
+        self._statuses: dict[str, Any] = {LIVENESS: health_pb2.HealthCheckResponse.SERVING}
         self._watchers: set[asyncio.Event] = set()
         self.set_state(State.LOADING)
 
