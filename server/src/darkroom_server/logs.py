@@ -11,7 +11,6 @@ import structlog
 
 from darkroom_server.settings import Logs
 
-
 MAX_QUEUED_CHARACTERS = 4 << 20
 """About 10,000 lines; further ones are dropped until the reader of the log continues."""
 
@@ -40,9 +39,9 @@ class LogWriter(logging.Handler):
         """Format ``record`` here, where its context variables are, and queue the line."""
         try:
             line = self.format(record)
-        except Exception:
-            self.handleError(record)
-            return
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            # Not ``handleError``, which writes to standard error itself.
+            line = f"a log line of {record.name} cannot be formatted: {error}"
         self.put(line)
 
     def put(self, line: str) -> None:
