@@ -6,15 +6,18 @@ import os
 import signal
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 
 import structlog
 
 from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.backends.thread import ThreadEngine
+from darkroom_server.core.caller import ANONYMOUS
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.engine_config import Preset
 from darkroom_server.dispatch import Dispatcher, ResultStore, State
 from darkroom_server.logs import LogWriter
+from darkroom_server.rpc.interceptors.call_context import PeerAddresses
 from darkroom_server.rpc.server import RpcServer
 from darkroom_server.security.bind_policy import check_bind_policy
 from darkroom_server.security.tls import server_credentials
@@ -123,6 +126,8 @@ class Server:
             server_id=settings.network.server_id,
             begin_traces=self._spans is not None,
             tokens=Tokens(tokens) if tokens else None,
+            addresses=PeerAddresses(settings.security.trusted_proxies),
+            anonymous=replace(ANONYMOUS, max_jobs=settings.security.max_jobs_per_address),
             credentials=server_credentials(certificates) if certificates else None,
         )
 

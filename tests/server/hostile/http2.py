@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
-DATA, HEADERS, RST_STREAM, SETTINGS_FRAME, PING, GOAWAY, CONTINUATION = 0, 1, 3, 4, 6, 7, 9
+DATA, HEADERS, RST_STREAM, SETTINGS_FRAME, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM, END_HEADERS = 0x1, 0x4
 INITIAL_WINDOW_SIZE = 4
 
@@ -76,6 +76,10 @@ class Peer:
     def send(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         self.writer.write(frame(kind, flags, stream, payload))
 
+    def allow(self, stream: int, count: int) -> None:
+        """Let the server send ``count`` bytes more on ``stream``."""
+        self.send(WINDOW_UPDATE, 0, stream, struct.pack(">I", count))
+
     async def frames(self) -> AsyncIterator[tuple[int, int, int, bytes]]:
         """Kind, flags, stream and payload of each frame, until the server closes the connection."""
         while True:
@@ -101,10 +105,12 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer(address: str, *, window: int = 65535) -> AsyncIterator[Peer]:
+async def peer(
+    address: str, *, window: int = 65535, source: str = "127.0.0.1"
+) -> AsyncIterator[Peer]:
     """A peer whose streams have ``window`` bytes of flow control window at first."""
     host, _, port = address.rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    reader, writer = await asyncio.open_connection(host, int(port), local_addr=(source, 0))
     try:
         writer.write(PREFACE)
         settings = struct.pack(">HI", INITIAL_WINDOW_SIZE, window)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 class Caller:
     """One caller; None is no limit.
 
-    ``name`` scopes request ids and limits. ``priority`` goes into the order. ``max_jobs`` may be
+    ``name`` scopes request ids and results. Limits are counted for the name, or for ``address`` if
+    the caller has no token: nobody can use up the share of other machines. ``priority`` goes into
+    the order. ``max_jobs`` may be
     accepted and not ended at once, ``jobs_per_minute`` accepted in a minute. ``admin`` callers may
     ask for the server's status and use reflection.
     """
@@ -17,6 +19,7 @@ class Caller:
     max_jobs: int | None = None
     jobs_per_minute: float | None = None
     admin: bool = False
+    address: str = ""
 
 
 ANONYMOUS = Caller(name="anybody", admin=True)

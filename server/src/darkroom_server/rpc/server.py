@@ -15,15 +15,17 @@ from darkroom.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
+from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import StartupError
 from darkroom_server.dispatch import Dispatcher
 from darkroom_server.rpc.generation import GenerationServicer
 from darkroom_server.rpc.health import Health
 from darkroom_server.rpc.interceptors.auth import Auth, AuthObserver
-from darkroom_server.rpc.interceptors.call_context import CallContexts
+from darkroom_server.rpc.interceptors.call_context import CallContexts, PeerAddresses
 from darkroom_server.rpc.interceptors.decoding import Decoding
 from darkroom_server.rpc.interceptors.errors import Errors
 from darkroom_server.rpc.interceptors.in_flight import InFlightCalls
+from darkroom_server.rpc.interceptors.stalled_readers import StalledReaders
 from darkroom_server.rpc.interceptors.telemetry import CallObserver, Telemetry
 from darkroom_server.rpc.limits import LONGEST_CALL_SECONDS, OPTIONS
 from darkroom_server.rpc.models import ModelServicer
@@ -49,7 +51,8 @@ def _try(host: str, port: int) -> None:
 class RpcServer:
     """Serves ``service`` over gRPC; made and used on one event loop, and at most once.
 
-    With ``tokens``, callers need one. With ``credentials``, the port accepts TLS only. Clients
+    With ``tokens``, callers need one; without, each is ``anonymous`` with its own address of
+    ``addresses``. With ``credentials``, the port accepts TLS only. Clients
     receive ``server_id`` with each accepted job; None means the host's name and the port.
     """
 
@@ -64,6 +67,8 @@ class RpcServer:
         server_id: str | None = None,
         begin_traces: bool = False,
         tokens: Tokens | None = None,
+        addresses: PeerAddresses | None = None,
+        anonymous: Caller = ANONYMOUS,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.health = Health()
@@ -76,11 +81,11 @@ class RpcServer:
             Telemetry(calls),
             self._in_flight,
             Errors(),
-            CallContexts(begin_traces=begin_traces),
+            CallContexts(addresses or PeerAddresses(), anonymous, begin_traces=begin_traces),
         ]
         if tokens is not None:
             interceptors.append(Auth(tokens, rejections))
-        interceptors.append(Decoding())
+        interceptors += [StalledReaders(), Decoding()]
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(

@@ -73,7 +73,9 @@ class Telemetry(ContextInterceptor):
             yield
             code = status_name(context) or "OK"
         except (asyncio.CancelledError, GeneratorExit):
-            code = "DEADLINE_EXCEEDED" if has_expired(context) else "CANCELLED"
+            code = status_name(context) or (
+                "DEADLINE_EXCEEDED" if has_expired(context) else "CANCELLED"
+            )
             raise
         except BaseException:
             # A status that was set counts, even if it was too late to be sent.
