@@ -131,6 +131,8 @@ class Server:
             credentials=server_credentials(certificates) if certificates else None,
         )
 
+        self.metrics.process.read_dropped_calls(self._rpc.dropped_calls.read)
+
     async def run(self) -> None:
         """Run until ``stop``; raises ``StartupError`` or ``EngineLost``."""
         try:

@@ -18,6 +18,7 @@ from darkroom.v1 import (
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import StartupError
 from darkroom_server.dispatch import Dispatcher
+from darkroom_server.rpc.dropped_calls import DroppedCalls
 from darkroom_server.rpc.generation import GenerationServicer
 from darkroom_server.rpc.health import Health
 from darkroom_server.rpc.interceptors.auth import Auth, AuthObserver
@@ -77,8 +78,9 @@ class RpcServer:
         self._generation = GenerationServicer(service)
         self._closing: asyncio.Task[None] | None = None
         self._in_flight = InFlightCalls()
+        self.dropped_calls = DroppedCalls()
         interceptors = [
-            Telemetry(calls),
+            Telemetry(calls, self.dropped_calls),
             self._in_flight,
             Errors(),
             CallContexts(addresses or PeerAddresses(), anonymous, begin_traces=begin_traces),
@@ -87,6 +89,7 @@ class RpcServer:
             interceptors.append(Auth(tokens, rejections))
         interceptors += [StalledReaders(), Decoding()]
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
+        self.dropped_calls.watch_newest_server()
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(dispatcher.availability), self._server
