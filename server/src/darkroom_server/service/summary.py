@@ -115,6 +115,10 @@ def outcome_of(error: DarkroomError) -> Outcome:
     return Outcome.FAILED
 
 
+def _is_past(deadline: float | None) -> bool:
+    return deadline is not None and deadline - time.monotonic() <= DEADLINE_SLACK_SECONDS
+
+
 class Summaries:
     """Writes one log line for each request, and sends one summary to each observer."""
 
@@ -139,8 +143,9 @@ class Summaries:
             summary.reason = error.reason
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            late = deadline is not None and deadline - time.monotonic() <= DEADLINE_SLACK_SECONDS
-            summary.outcome = Outcome.EXPIRED if late else Outcome.CANCELLED
+            # A call that ends after its whole answer was sent changes nothing.
+            if summary.outcome is not Outcome.FINISHED:
+                summary.outcome = Outcome.EXPIRED if _is_past(deadline) else Outcome.CANCELLED
             raise
         finally:
             summary.seconds = time.monotonic() - arrived
