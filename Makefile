@@ -77,14 +77,14 @@ bench-engine: setup ## measure the engine beside diffusers' pipeline, on this ma
 
 .PHONY: bench-memory
 bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
-	@$(BIN)/python -m bench.memory $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.micro memory $(BENCH_FLAGS)
 
 .PHONY: bench-estimates bench-overload
 bench-estimates: setup ## measure how good the server's estimates are; options in BENCH_FLAGS
-	@$(BIN)/python -m bench.estimates $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.serving estimates $(BENCH_FLAGS)
 
 bench-overload: setup ## 200 callers at five times the capacity, each with a deadline; options in BENCH_FLAGS
-	@$(BIN)/python -m bench.overload $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.serving overload $(BENCH_FLAGS)
 
 .PHONY: bench bench-full bench-gpu bench-peers-setup
 bench: bench-peers-setup ## measure Darkroom beside other servers, 15 minutes; options in BENCH_FLAGS
@@ -114,8 +114,8 @@ fuzz: setup ## send INPUTS requests that no client would send to a server, over 
 trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits
 	@$(BIN)/python -m tools.trace_request $(TRACE_FLAGS)
 
-# lint-words joins these once the prose is rewritten.
-CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs
+# lint-words joins these once it finds nothing.
+CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs lint-trace
 
 .PHONY: lint
 lint: setup $(GENERATOR)/.installed ## check style, types, imports and protos
@@ -159,6 +159,10 @@ lint-stubs: $(GENERATOR)/.installed
 .PHONY: lint-words
 lint-words: setup ## find words that the prose avoids; WORDS_FLAGS may name files, or be --count
 	@$(BIN)/python -m tools.lint_words $(WORDS_FLAGS)
+
+.PHONY: lint-trace
+lint-trace: setup
+	@$(BIN)/python -m tools.trace_request --quiet --check
 
 .PHONY: format
 format: setup ## format the Python files and the protos, sort the imports

@@ -42,7 +42,7 @@ def in_words(preset: Preset) -> dict[str, str]:
     }
     assert (gpu.attention, gpu.slice_size, gpu.autocast, gpu.vae_tiling) == (
         (cpu.attention, cpu.slice_size, cpu.autocast, cpu.vae_tiling)
-    ), "one row tells of both"
+    ), "one row has both"
     assert not cpu.fp8_storage
     return {
         "weights on a GPU": str(gpu.dtype).removeprefix("torch.")

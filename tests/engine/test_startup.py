@@ -22,7 +22,7 @@ from darkroom_server.engine.warmup.profiler import MemoryFormat
 from .conftest import LoopUnderTest, config_for, make_job
 
 OWN: dict[str, Any] = {"dtype": Dtype.AUTO, "attention": None, "autocast": None}
-"""What ``config_for`` decides, left to the preset."""
+"""The fields that ``config_for`` sets, left to the preset."""
 
 
 def test_more_heads_per_slice_than_there_are(tiny_folder: Path) -> None:
@@ -52,12 +52,14 @@ def test_channels_last_reaches_the_weights(tiny_folder: Path) -> None:
         loop.close()
 
 
-def test_a_settled_restart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_with_previous_measurements(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured = MemoryFormat(torch.bfloat16, channels_last=True)
     monkeypatch.setattr(placement, "fastest_format", lambda *_: measured)
     monkeypatch.setattr(load_model, "best_rows", lambda *_: 8)
     config = config_for(tiny_folder, channels_last=None, **OWN)
-    job = make_job("settled", exact=True)
+    job = make_job("restarted", exact=True)
     found = []
     previous_measurements: tuple[Any, ...] = ()
     for _ in range(2):
@@ -67,7 +69,7 @@ def test_a_settled_restart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         try:
             loop.run(job)
             info = loop.models["tiny"].info
-            assert loop.models["tiny"].form.dtype == torch.bfloat16
+            assert loop.models["tiny"].memory_format.dtype == torch.bfloat16
             assert info.limits.max_rows == 8
         finally:
             loop.close()
@@ -122,8 +124,8 @@ def test_frugal_equals_diffusers(scheduler: SchedulerName, tiny_folder: Path) ->
     assert np.abs(found.astype(int) - np.asarray(wanted).astype(int)).max() == 0
 
 
-def arranged(folder: Path, **fields: Any) -> tuple[Any, Runtime]:
-    """A pipeline in the form of ``tiny``, with ``fields`` decided otherwise."""
+def placed(folder: Path, **fields: Any) -> tuple[Any, Runtime]:
+    """A pipeline placed by the preset ``tiny``, with ``fields`` changed."""
     runtime = resolve(config_for(folder, preset=Preset.TINY, **OWN, vae_tiling=None))
     runtime = dataclasses.replace(runtime, **fields)
     source = ModelSource(id="tiny", location=str(folder))
@@ -132,8 +134,8 @@ def arranged(folder: Path, **fields: Any) -> tuple[Any, Runtime]:
     return pipeline, runtime
 
 
-def test_weights_in_eight_bits_draw_nearly_the_same(tiny_folder: Path) -> None:
-    unets = [arranged(tiny_folder, fp8_storage=stored)[0].unet for stored in (False, True)]
+def test_weights_in_eight_bits_predict_nearly_the_same(tiny_folder: Path) -> None:
+    unets = [placed(tiny_folder, fp8_storage=stored)[0].unet for stored in (False, True)]
     weight = unets[1].conv_in.weight, unets[1].mid_block.resnets[0].conv1.weight
     config = unets[0].config
     size = config.sample_size
@@ -150,7 +152,7 @@ def test_weights_in_eight_bits_draw_nearly_the_same(tiny_folder: Path) -> None:
 
 
 def test_an_image_of_the_usual_size_is_decoded_by_tiles(tiny_folder: Path) -> None:
-    pipeline, runtime = arranged(tiny_folder)
+    pipeline, runtime = placed(tiny_folder)
     assert runtime.vae_tiling
     size = pipeline.unet.config.sample_size
     latents = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0)).bfloat16()

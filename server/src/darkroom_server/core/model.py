@@ -1,4 +1,4 @@
-"""What a loaded model is, takes and runs as: the plain face of a diffusers pipeline."""
+"""Plain data about a loaded model: defaults, limits, schedulers, runtime, memory, speed."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class ModelDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """What a request may ask of a model; every bound is inclusive, sizes are in pixels."""
+    """The bounds of a request to a model, all inclusive. Sizes in pixels."""
 
     min_size: int
     max_size: int
@@ -68,12 +68,12 @@ class ModelRuntime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryNeeds:
-    """What passes and decodes take besides the weights, measured at warm-up, in bytes.
+    """Memory of batches and decodes besides the weights, measured at warm-up, in bytes.
 
-    ``bytes_per_row`` and ``bytes_per_decode`` are for an image of ``pixels``, and grow in
-    proportion; but where the decode goes by tiles of ``tile_pixels``, it takes no more than one of
-    them. ``bytes_per_pass`` comes once for all rows, and grows by the square: the scores of sliced
-    attention. ``available_bytes`` is what the device had left, less a safety margin.
+    ``bytes_per_row`` and ``bytes_per_decode`` are for an image of ``pixels`` and grow in proportion
+    to its pixels. A decode by tiles of ``tile_pixels`` needs no more than one tile.
+    ``bytes_per_pass`` is needed once for all rows, and grows with the square of the pixels: the
+    scores of sliced attention. ``available_bytes`` was free on the device, less a safety margin.
     """
 
     pixels: int
@@ -84,7 +84,7 @@ class MemoryNeeds:
     tile_pixels: int | None = None
 
     def needed(self, width: int, height: int, rows: int) -> int:
-        """The peak of one image of ``rows`` rows: its decode comes after its last pass."""
+        """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more."""
         scale = width * height / self.pixels
         passes = rows * self.bytes_per_row * scale + self.bytes_per_pass * scale**2
         if self.tile_pixels is not None:
@@ -92,19 +92,19 @@ class MemoryNeeds:
         return round(max(passes, self.bytes_per_decode * scale))
 
     def rows_that_fit(self, width: int, height: int) -> int:
-        """Rows of one pass at this size, at least 2: what fails alone is refused elsewhere."""
+        """Rows of one batch at this size, at least 2; admission rejects images that never fit."""
         scale = width * height / self.pixels
-        # Of the peak of two rows, half for each: beyond those that were measured, other layers may
-        # have the peak, in which more grows with the rows.
+        # Half of the peak of two rows for each row: with more rows than were measured, the peak may
+        # be in another layer, where more memory grows with the rows.
         per_row = self.bytes_per_row * scale + self.bytes_per_pass * scale**2 / 2
         return max(2, int(self.available_bytes / max(1.0, per_row)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpeed:
-    """What warm-up measured at the default size, in seconds; nothing where it did not.
+    """Speed measured at warm-up for the default size, in seconds; empty if not measured.
 
-    ``passes`` are pairs of rows and the seconds of a pass, ``decode`` is for one image.
+    ``passes`` are pairs of rows and the seconds of a batch, ``decode`` is for one image.
     """
 
     passes: tuple[tuple[int, float], ...] = ()
@@ -126,7 +126,7 @@ class ModelInfo:
     speed: ModelSpeed = ModelSpeed()
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
-        """Rows that a pass of this size may have, by what was measured at start; at least 2."""
+        """Rows that a batch of this size may have, as measured at start; at least 2."""
         return min(self.limits.max_rows, self.memory.rows_that_fit(width, height))
 
     def offer(self, name: SchedulerName) -> SchedulerOffer | None:

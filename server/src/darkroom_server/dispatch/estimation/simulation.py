@@ -7,6 +7,7 @@ finishes: it advances from one finished image to the next, not from batch to bat
 """
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -36,11 +37,17 @@ class Forecast:
 
 
 def simulate_queue(
-    loads: Sequence[Load], waiting: Iterable[RemainingWork], max_samples: int
+    loads: Sequence[Load],
+    waiting: Iterable[RemainingWork],
+    max_samples: int,
+    *,
+    arrivals: Iterable[RemainingWork] = (),
+    max_images: float = MAX_IMAGES,
 ) -> Forecast:
     """Simulate the engines of ``loads``, at least one, with their jobs and those that wait.
 
-    ``waiting`` is in its order; a job enters while an engine holds fewer than ``max_samples``.
+    ``waiting`` is in its order; a job enters while an engine holds fewer than ``max_samples``. Jobs
+    of ``arrivals`` are submitted later, at their ``key.submitted_at`` in seconds from the start.
     """
     forecast = Forecast()
     engines = [_Engine(load, forecast) for load in loads]
@@ -48,10 +55,23 @@ def simulate_queue(
     _admit(queue, engines, max_samples, 0.0, forecast)
     for engine in engines:
         engine.fill()
-    for _ in range(MAX_IMAGES):
+    later = sorted(arrivals, key=lambda work: work.key.submitted_at, reverse=True)
+    images = 0
+    while images < max_images:
         busy = [engine for engine in engines if engine.busy]
-        if not busy:
+        if not busy and not later:
             break
+        if later and later[-1].key.submitted_at < min(map(_Engine.next_at, busy), default=math.inf):
+            arrival = later[-1].key.submitted_at
+            queue.append(later.pop())
+            queue.sort(key=lambda work: work.goal(sum(work.calls)), reverse=True)
+            for engine in engines:
+                engine.advance_to(arrival)
+            _admit(queue, engines, max_samples, arrival, forecast)
+            for engine in engines:
+                engine.choose_again()
+            continue
+        images += 1
         engine = min(busy, key=_Engine.next_at) if len(busy) > 1 else busy[0]
         engine.advance()
         _admit(queue, engines, max_samples, engine.now, forecast)
@@ -150,14 +170,34 @@ class _Engine:
         active = self._active()
         if not active:
             return
-        service = min(self._service(group) for group in active)
-        self.now += service * len(active)
+        self._serve(active, min(self._service(group) for group in active))
         for group in active:
-            group.batches += service / self._batch_seconds(group.group, group.rows)
             while group.running and group.running[0][0] <= group.batches + 1e-6:
                 _, _, work = heapq.heappop(group.running)
                 group.rows -= work.key.rows
                 self._finish(work)
+
+    def advance_to(self, moment: float) -> None:
+        """Advance to the first step boundary at or after ``moment``; no image finishes before."""
+        active = self._active()
+        if not active:
+            self.now = max(self.now, moment)
+            return
+        service = max(0.0, moment - self.now) / len(active)
+        if len(active) == 1:
+            seconds = self._batch_seconds(active[0].group, active[0].rows)
+            service = math.ceil(service / seconds - 1e-6) * seconds
+        self._serve(active, min(service, min(self._service(group) for group in active)))
+
+    def choose_again(self) -> None:
+        """Choose the samples of the batches again: an urgent arrival displaces others."""
+        for group in self._queues.values():
+            for end, count, work in group.running:
+                calls = round(end - group.batches)
+                urgency = work.goal(calls), work.key.submitted_at, work.id
+                heapq.heappush(group.ready, (*urgency, count, calls, work))
+            group.running, group.rows = [], 0
+        self.fill()
 
     def work_seconds(self) -> float:
         """Seconds of the work that remains in it, at the pace of full batches."""
@@ -173,6 +213,12 @@ class _Engine:
 
     def _active(self) -> list[_GroupQueue]:
         return [group for group in self._queues.values() if group.running]
+
+    def _serve(self, active: list[_GroupQueue], service: float) -> None:
+        """Run batches of each active group for ``service`` seconds."""
+        self.now += service * len(active)
+        for group in active:
+            group.batches += service / self._batch_seconds(group.group, group.rows)
 
     def _add(self, work: RemainingWork) -> None:
         group = self._queues.get(work.group)

@@ -148,19 +148,17 @@ class Family(ABC):
         checker = getattr(self.pipeline, "safety_checker", None)
         feature_extractor = getattr(self.pipeline, "feature_extractor", None)
         if checker is None or feature_extractor is None:
-            raise StartupError(
-                f"model {name!r} brings no safety checker: leave --safety-checker out"
-            )
+            raise StartupError(f"model {name!r} has no safety checker: leave --safety-checker out")
         return SafetyChecker(checker, feature_extractor)
 
     @abstractmethod
     def new_model(
         self,
         info: ModelInfo,
-        form: MemoryFormat,
+        memory_format: MemoryFormat,
         device: torch.device,
         precision: Precision,
         decoder: Decoder,
         safety: SafetyChecker | None,
     ) -> Model:
-        """The model to serve: the pipeline is on ``device`` in ``form``, and was measured."""
+        """The model to serve; its pipeline is on ``device``, in ``memory_format``, and measured."""

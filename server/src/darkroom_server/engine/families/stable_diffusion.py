@@ -98,17 +98,19 @@ class StableDiffusion(Family):
     def new_model(
         self,
         info: ModelInfo,
-        form: MemoryFormat,
+        memory_format: MemoryFormat,
         device: torch.device,
         precision: Precision,
         decoder: Decoder,
         safety: SafetyChecker | None,
     ) -> "StableDiffusionModel":
-        """The model to serve: the pipeline is on ``device`` in ``form``, and was measured."""
+        """The model to serve; its pipeline is on ``device``, in ``memory_format``, and measured."""
         pipeline = self.pipeline
         return StableDiffusionModel(
             info=info,
-            prompts=PromptEncoder(pipeline.tokenizer, pipeline.text_encoder, form.dtype, precision),
+            prompts=PromptEncoder(
+                pipeline.tokenizer, pipeline.text_encoder, memory_format.dtype, precision
+            ),
             unet=pipeline.unet,
             decoder=decoder,
             previewer=Previewer(pipeline.vae, precision, self.latent_factor),
@@ -118,7 +120,7 @@ class StableDiffusion(Family):
             latent_channels=self.latent_channels,
             latent_factor=self.latent_factor,
             device=device,
-            form=form,
+            memory_format=memory_format,
         )
 
 
@@ -137,7 +139,7 @@ class StableDiffusionModel:
     latent_channels: int
     latent_factor: int
     device: torch.device
-    form: MemoryFormat
+    memory_format: MemoryFormat
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -167,7 +169,7 @@ class StableDiffusionModel:
                 embeddings=rows,
                 latent_shape=shape,
                 device=self.device,
-                dtype=self.form.dtype,
+                dtype=self.memory_format.dtype,
             )
             for index in job.image_indices
         ]
@@ -179,7 +181,7 @@ class StableDiffusionModel:
         timesteps = torch.stack([s.timestep.float() for s in samples for _ in range(s.rows)])
         with self.precision():
             predicted: torch.Tensor = self.unet(
-                latents.contiguous(memory_format=self.form.layout),
+                latents.contiguous(memory_format=self.memory_format.layout),
                 timesteps.to(latents.device),
                 encoder_hidden_states=context,
                 return_dict=False,

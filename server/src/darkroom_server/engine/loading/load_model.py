@@ -55,13 +55,13 @@ def load_model(
     family = family_of(pipeline)
     family.check_pipeline(source.location)
     safety = family.safety_checker(source.location) if config.safety_checker else None
-    form = place(family, runtime, _format_of(previous))
+    memory_format = place(family, runtime, _format_of(previous))
 
     def precision() -> AbstractContextManager[Any]:
-        return runtime.precision(form.dtype)
+        return runtime.precision(memory_format.dtype)
 
     decoder = Decoder(pipeline.vae, precision)
-    memory, max_rows, speed = _measure(family, decoder, form, runtime, config, previous)
+    memory, max_rows, speed = _measure(family, decoder, memory_format, runtime, config, previous)
     info = ModelInfo(
         id=source.id,
         revision=revision_of(source, pipeline),
@@ -69,7 +69,7 @@ def load_model(
         defaults=_defaults(source, family),
         limits=family.limits(max_rows),
         schedulers=offers(dict(pipeline.scheduler.config)),
-        runtime=_describe(runtime, form, safety_checker=config.safety_checker),
+        runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
         memory=memory,
         speed=speed,
     )
@@ -90,27 +90,27 @@ def load_model(
         warm_up_seconds=time.monotonic() - in_memory,
         bytes_by_component=weights_of(family),
     )
-    return family.new_model(info, form, runtime.device, precision, decoder, safety), load
+    return family.new_model(info, memory_format, runtime.device, precision, decoder, safety), load
 
 
 def _measure(
     family: Family,
     decoder: Decoder,
-    form: MemoryFormat,
+    memory_format: MemoryFormat,
     runtime: Runtime,
     config: EngineConfig,
     previous: ModelInfo | None,
 ) -> tuple[MemoryNeeds, int, ModelSpeed]:
     """The memory that work needs, the row limit, and the speed; warms the model up too."""
-    forward = denoiser_forward(family, family.denoiser, form, runtime)
+    forward = denoiser_forward(family, family.denoiser, memory_format, runtime)
     if previous is not None:
         forward(2)
         return previous.memory, previous.limits.max_rows, previous.speed
-    memory = measure_memory(forward, family, decoder, form, runtime)
+    memory = measure_memory(forward, family, decoder, memory_format, runtime)
     fit = memory.rows_that_fit(family.size, family.size)
     seconds = measure_rows(forward, min(fit, config.max_rows or max(ROWS)))
     max_rows = best_rows(seconds)
-    decode = measure_decode(family, decoder, form, runtime)
+    decode = measure_decode(family, decoder, memory_format, runtime)
     return memory, max_rows, ModelSpeed(passes=tuple(seconds.items()), decode=decode)
 
 
@@ -140,16 +140,18 @@ def _defaults(source: ModelSource, family: Family) -> ModelDefaults:
     )
 
 
-def _describe(runtime: Runtime, form: MemoryFormat, *, safety_checker: bool) -> ModelRuntime:
+def _describe(
+    runtime: Runtime, memory_format: MemoryFormat, *, safety_checker: bool
+) -> ModelRuntime:
     return ModelRuntime(
         device=str(runtime.device),
-        dtype=str(form.dtype).removeprefix("torch."),
+        dtype=str(memory_format.dtype).removeprefix("torch."),
         preset=runtime.preset,
         attention=runtime.attention,
         slice_size=runtime.slice_size,
         autocast=runtime.autocast,
         vae_tiling=runtime.vae_tiling,
-        channels_last=form.channels_last,
+        channels_last=memory_format.channels_last,
         fp8_storage=runtime.fp8_storage,
         safety_checker=safety_checker,
     )

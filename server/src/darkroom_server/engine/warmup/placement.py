@@ -34,32 +34,34 @@ def place(family: Family, runtime: Runtime, measured: MemoryFormat | None) -> Me
     # float16 is never tried: on a CPU it is hundreds of times slower.
     dtypes = [runtime.dtype] if runtime.dtype else [torch.float32, torch.bfloat16]
     layouts = [False, True] if runtime.channels_last is None else [runtime.channels_last]
-    form = measured or fastest_format(
+    memory_format = measured or fastest_format(
         family.denoiser,
         [MemoryFormat(dtype, layout) for dtype in dtypes for layout in layouts],
-        lambda denoiser, form: denoiser_forward(family, denoiser, form, runtime),
+        lambda denoiser, memory_format: denoiser_forward(family, denoiser, memory_format, runtime),
     )
-    pipeline.to(dtype=form.dtype)
-    if form.channels_last:
+    pipeline.to(dtype=memory_format.dtype)
+    if memory_format.channels_last:
         family.denoiser.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
     if runtime.fp8_storage:
         family.denoiser.enable_layerwise_casting(
-            storage_dtype=torch.float8_e4m3fn, compute_dtype=form.dtype
+            storage_dtype=torch.float8_e4m3fn, compute_dtype=memory_format.dtype
         )
     # Last: a small device has no room for the weights in their first format.
     pipeline.to(device=runtime.device)
-    return form
+    return memory_format
 
 
 def denoiser_forward(
-    family: Family, denoiser: Any, form: MemoryFormat, runtime: Runtime
+    family: Family, denoiser: Any, memory_format: MemoryFormat, runtime: Runtime
 ) -> DenoiserForward:
     """A function that calls ``denoiser`` on zeros, whose cost is that of any other values."""
 
     def forward(rows: int) -> None:
-        inputs = family.denoiser_inputs(rows, form.dtype, runtime.device, form.layout)
-        with runtime.precision(form.dtype):
+        inputs = family.denoiser_inputs(
+            rows, memory_format.dtype, runtime.device, memory_format.layout
+        )
+        with runtime.precision(memory_format.dtype):
             denoiser(**inputs)
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
@@ -71,11 +73,11 @@ def measure_memory(
     forward: DenoiserForward,
     family: Family,
     decoder: Decoder,
-    form: MemoryFormat,
+    memory_format: MemoryFormat,
     runtime: Runtime,
 ) -> MemoryNeeds:
     """The memory that a batch and a decode take at the default size."""
-    latents = family.latents(form.dtype, runtime.device)
+    latents = family.latents(memory_format.dtype, runtime.device)
     if runtime.device.type == "cuda":
         forward(1)  # In the first call libraries allocate memory that they keep.
     two_rows = peak_bytes(runtime.device, lambda: forward(2))
@@ -95,9 +97,11 @@ def measure_memory(
     )
 
 
-def measure_decode(family: Family, decoder: Decoder, form: MemoryFormat, runtime: Runtime) -> float:
+def measure_decode(
+    family: Family, decoder: Decoder, memory_format: MemoryFormat, runtime: Runtime
+) -> float:
     """Seconds of the decode of one image of the default size."""
-    latents = family.latents(form.dtype, runtime.device)
+    latents = family.latents(memory_format.dtype, runtime.device)
     return fastest_of(2, lambda: _decode(decoder, latents))
 
 

@@ -1,4 +1,4 @@
-"""How a model runs: what the presets mean, and what was asked for one by one."""
+"""How a model runs: the presets, and the options that override them."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -20,9 +20,9 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """Every knob, decided, but for ``dtype`` and ``channels_last``.
+    """Every option of ``EngineConfig`` resolved, except ``dtype`` and ``channels_last``.
 
-    Where these are None, the model's own speed is to decide.
+    If one of these is None, the warm-up measures which value is fastest.
     """
 
     device: torch.device
@@ -45,7 +45,7 @@ class Runtime:
 
 
 def resolve(config: EngineConfig) -> Runtime:
-    """What ``config`` means on this machine. Raises ``StartupError`` where it means nothing."""
+    """Resolve ``config`` for this machine. Raises ``StartupError`` if it cannot run here."""
     device = _device(config.device)
     cuda = device.type == "cuda"
     preset = config.preset
@@ -73,13 +73,13 @@ def resolve(config: EngineConfig) -> Runtime:
         autocast=config.autocast if config.autocast is not None else frugal,
         vae_tiling=config.vae_tiling if config.vae_tiling is not None else tiny,
         channels_last=channels_last,
-        # Only CUDA has kernels that make the saved memory worth the casts.
+        # Only on CUDA the saved memory is worth the time of the casts.
         fp8_storage=tiny and cuda,
     )
 
 
 def allowed_threads() -> int:
-    """The CPU cores that the cgroup and the affinity mask leave to this process, at least 1."""
+    """The CPU cores that the cgroup and the affinity mask allow this process, at least 1."""
     cores, quota = len(os.sched_getaffinity(0)), cgroup.cores()
     return cores if quota is None else min(cores, max(1, int(quota)))
 
@@ -92,7 +92,7 @@ def _device(name: str) -> torch.device:
         raise StartupError(f"no device {name!r}: use auto, cpu, cuda or cuda:N")
     if kind == "cpu":
         return torch.device("cpu")
-    # Not by torch, which counts devices in eight bits.
+    # Checked here, because torch stores the index in eight bits.
     index, count = int(number or 0), torch.cuda.device_count()
     if index >= count:
         raise StartupError(f"device {name!r} is not there: torch sees {count} CUDA devices")
