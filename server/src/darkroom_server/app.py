@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Sequence
 
 import structlog
 
+from darkroom_server.backends.descriptors import raise_descriptor_limit
 from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.engine import Engine
@@ -44,8 +45,8 @@ def build_engines(settings: Settings) -> list[Engine]:
     configs = engine_configs(settings, os.environ.get("HF_TOKEN", "").strip() or None)
     if settings.engine.engine == "thread":
         return [ThreadEngine(config) for config in configs]
-    timeout = settings.engine.engine_timeout
-    return [ProcessEngine(config, timeout=timeout) for config in configs]
+    timeout, load_timeout = settings.engine.engine_timeout, settings.engine.load_timeout
+    return [ProcessEngine(config, timeout=timeout, load_timeout=load_timeout) for config in configs]
 
 
 class EngineLost(Exception):
@@ -218,6 +219,7 @@ def run(settings: Settings, engines: Sequence[Engine] | None = None) -> None:
 
 
 async def _run(settings: Settings, engines: Sequence[Engine]) -> None:
+    log.debug("descriptors", limit=raise_descriptor_limit())
     server = Server(settings, engines)
     loop = asyncio.get_running_loop()
 
