@@ -13,7 +13,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 @dataclass(slots=True)
 class Answer:
-    """``complete``: the whole answer was passed to gRPC, so the call has succeeded, however it ends.
+    """``complete``: the whole answer was passed to gRPC, so the call has succeeded.
 
     A client may end a stream as soon as it has read the last message, before the status.
     """

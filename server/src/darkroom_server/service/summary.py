@@ -14,6 +14,7 @@ import structlog
 from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
+    DeadlineUnreachable,
     InvalidRequest,
     JobCancelled,
     NotAllowed,
@@ -106,7 +107,7 @@ def outcome_of(error: DarkroomError) -> Outcome:
     match error:
         case InvalidRequest() | UnknownModel() | UnknownRequest() | RequestConflict():
             return Outcome.INVALID
-        case Refused() | Unauthenticated() | NotAllowed():
+        case Refused() | DeadlineUnreachable() | Unauthenticated() | NotAllowed():
             return Outcome.REFUSED
         case JobCancelled():
             return Outcome.CANCELLED
