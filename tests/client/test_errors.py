@@ -207,11 +207,11 @@ def test_every_status_code_of_grpc_is_mapped() -> None:
 
 
 def test_the_documented_tree_is_complete() -> None:
-    drawn = darkroom_client._errors.__doc__ or ""
+    documented = darkroom_client._errors.__doc__ or ""
     exported = [getattr(darkroom_client, name) for name in darkroom_client.__all__]
     for kind in exported:
         if isinstance(kind, type) and issubclass(kind, DarkroomError):
-            assert kind.__name__ in drawn
+            assert kind.__name__ in documented
 
 
 def test_errors_can_be_pickled() -> None:

@@ -303,7 +303,7 @@ def test_a_process_that_cannot_understand_ends(tiny_folder: Path) -> None:
         died = listener.until(lambda e: isinstance(e, EngineDied), timeout=60)
         engine.close()
     assert died == EngineDied("the engine's process died")
-    assert "a message of the server cannot be read" in [line["event"] for line in lines]
+    assert "message from the server cannot be read" in [line["event"] for line in lines]
 
 
 @pytest.mark.parametrize("spare", range(4))

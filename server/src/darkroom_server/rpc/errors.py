@@ -73,7 +73,7 @@ class ErrorStatus(grpc.Status):
 
 
 def status_of(error: DarkroomError) -> ErrorStatus:
-    """The status that tells a caller of ``error``; a type without a code is a KeyError."""
+    """The status for ``error``; a type without a code is a KeyError."""
     message = str(error)
     if len(message) > MAX_MESSAGE:
         message = message[: MAX_MESSAGE - 1] + "…"

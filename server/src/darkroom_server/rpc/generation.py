@@ -122,7 +122,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def CancelGeneration(
         self, request: generation_pb2.CancelGenerationRequest, context: Context
     ) -> generation_pb2.CancelGenerationResponse:
-        """Cancel a job, whoever follows it."""
+        """Cancel a job, even if other calls follow it."""
         cancelled = self._service.cancel(CURRENT_CALL.get(), request.request_id)
         return generation_pb2.CancelGenerationResponse(cancelled=cancelled)
 

@@ -12,7 +12,7 @@ OPTIONS = (
     ("grpc.absolute_max_metadata_size", 16 * 1024),
     # A connection's calls at once; more wait in the client.
     ("grpc.max_concurrent_streams", 1000),
-    # For TLS and HTTP/2 to begin; who only connects is gone after that.
+    # Handshake timeout: drops connections that never start HTTP/2.
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),

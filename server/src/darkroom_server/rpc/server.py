@@ -122,7 +122,7 @@ class RpcServer:
         return self._server.add_secure_port(address, self._credentials)
 
     def close_port(self) -> None:
-        """Accept no more connections, and tell connected clients to go elsewhere (GOAWAY).
+        """Accept no more connections, and send connected clients elsewhere (GOAWAY).
 
         Running calls continue until ``stop``.
         """

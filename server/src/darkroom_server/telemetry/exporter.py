@@ -43,7 +43,7 @@ class _Server(ThreadingMixIn, WSGIServer):
             timer.cancel()
 
     def handle_error(self, *_: Any) -> None:
-        """A client that went away in the middle is no news."""
+        """Ignore a client that disconnects during its request."""
 
 
 def _hang_up(connection: socket.socket) -> None:

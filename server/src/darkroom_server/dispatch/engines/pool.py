@@ -16,7 +16,7 @@ from darkroom_server.dispatch.engines.handle import Death, EngineHandle
 from darkroom_server.dispatch.estimation.remaining_work import remaining_work
 from darkroom_server.dispatch.estimation.simulation import simulate_queue
 from darkroom_server.dispatch.jobs.job import CRASH_SUSPECT, ActiveJob
-from darkroom_server.dispatch.observer import EngineGivenUp, EngineRestarted, Observer
+from darkroom_server.dispatch.observer import EngineRestarted, EngineRetired, Observer
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +32,7 @@ Route = Callable[[EngineHandle, "deque[Event]"], None]
 class EnginePool:
     """All engines; a job enters one while fewer than ``max_resident_samples`` images are in it.
 
-    An engine that dies more than ``max_restarts`` times in ten minutes is given up, and so is, at
+    An engine that dies more than ``max_restarts`` times in ten minutes is retired, and so is, at
     once, one that reports at its first start that it cannot load. A start that fails because the
     machine has no descriptors, processes or memory to give is not a death: it is tried again.
     ``exhausted``: why no engine will come back, one line for the operator; "" while one may.
@@ -101,7 +101,7 @@ class EnginePool:
         return min(able, key=finish)
 
     def handle_death(self, engine: EngineHandle, died: EngineDied) -> list[ActiveJob] | None:
-        """Restart a dead engine later, or give it up; returns the jobs that were in it.
+        """Restart a dead engine later, or retire it; returns the jobs that were in it.
 
         None if the pool is closing: the jobs were ended before.
         """
@@ -119,9 +119,9 @@ class EnginePool:
             engine.deaths.popleft()
         own = sum(not death.attributed_to_job for death in engine.deaths)
         if died.fatal and not engine.loaded:
-            self._give_up(engine, died.message)
+            self._retire(engine, died.message)
         elif own > self._max_restarts:
-            self._give_up(engine, f"the engine died {own} times in ten minutes: {died.message}")
+            self._retire(engine, f"the engine died {own} times in ten minutes: {died.message}")
         else:
             self._restart_later(engine, died.message)
         return jobs
@@ -161,13 +161,13 @@ class EnginePool:
             )
             self._route(engine, deque([died]))
 
-    def _give_up(self, engine: EngineHandle, message: str) -> None:
-        engine.given_up = True
-        if all(each.given_up for each in self.engines):
+    def _retire(self, engine: EngineHandle, message: str) -> None:
+        engine.retired = True
+        if all(each.retired for each in self.engines):
             self.exhausted = message
             return
-        log.error("engine given up", engine=engine.index, why=message)
-        self._observer.on_event(EngineGivenUp())
+        log.error("engine retired", engine=engine.index, why=message)
+        self._observer.on_event(EngineRetired())
 
     def _restart_later(self, engine: EngineHandle, message: str) -> None:
         tries = len(engine.deaths) + engine.starts_without_resources

@@ -7,7 +7,7 @@ from typing import Any
 
 from darkroom_server.core.events import BatchDone, Counted, EngineCounts, EngineReady
 from darkroom_server.core.metric_labels import rows_class
-from darkroom_server.dispatch import EngineGivenUp, EngineRestarted, EngineTimeWasted
+from darkroom_server.dispatch import EngineRestarted, EngineRetired, EngineTimeWasted
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 
 STEP_BUCKETS = (
@@ -91,7 +91,7 @@ class EngineMetrics:
         self.restarts = declare.counter(
             "darkroom_engine_restarts_total", "Engines restarted after they died."
         )
-        self.given_up = declare.gauge(
+        self.retired = declare.gauge(
             "darkroom_engines_given_up",
             "Engines that failed to load or died too often, and are not restarted.",
         )
@@ -128,7 +128,7 @@ class EngineMetrics:
             EngineReady: self.record_load,
             EngineTimeWasted: self.record_wasted,
             EngineRestarted: lambda _: self.restarts.inc(),
-            EngineGivenUp: lambda _: self.given_up.inc(),
+            EngineRetired: lambda _: self.retired.inc(),
         }
 
     def begin(self, model: str) -> None:

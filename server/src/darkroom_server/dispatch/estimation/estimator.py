@@ -7,9 +7,9 @@ from darkroom_server.core.errors import DeadlineUnreachable
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.estimation.batch_times import Group
 from darkroom_server.dispatch.estimation.calibration import Calibration
+from darkroom_server.dispatch.estimation.estimate import Estimate
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache, megapixel_steps
 from darkroom_server.dispatch.estimation.simulation import Forecast, simulate_queue
-from darkroom_server.dispatch.jobs.estimate import Estimate
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 
