@@ -31,6 +31,9 @@ RECENT = 256
 MAX_GROUPS = 64
 """Sizes kept, least recently used removed first: callers must not make memory grow."""
 
+MAX_NEAREST = 1024
+"""Sizes whose nearest known size is remembered."""
+
 
 class Group(NamedTuple):
     """Images of one model and size, in pixels: they can share a batch."""
@@ -123,6 +126,7 @@ class BatchTimeModel:
 
     def __init__(self) -> None:
         self._curves: dict[Group, BatchTimeCurve] = {}
+        self._nearest_known: dict[Group, Group | None] = {}
         self._level = 0.0
         self._decode: dict[str, float] = {}
         self._encode: dict[str, float] = {}
@@ -134,6 +138,7 @@ class BatchTimeModel:
         points = {rows: s for rows, s in model.speed.passes if _is_time(s)}
         if points and not self.knows(model.id):
             self._curves[group] = BatchTimeCurve(points, measured=True)
+            self._nearest_known.clear()
             self._level = 0.0
         if _is_time(model.speed.decode):
             self._decode.setdefault(model.id, model.speed.decode / group.pixels)
@@ -181,6 +186,7 @@ class BatchTimeModel:
         group = Group(event.model, event.width, event.height)
         curve = self._curves.pop(group, None)
         if curve is None:
+            self._nearest_known.clear()
             known = self._nearest(group)
             if known is None:
                 first = event.seconds / math.exp(self._level)
@@ -199,6 +205,7 @@ class BatchTimeModel:
         self._curves[group] = curve  # Now the most recently used.
         if len(self._curves) > MAX_GROUPS:
             del self._curves[next(iter(self._curves))]
+            self._nearest_known.clear()
 
     def record_decode(self, event: DecodeDone) -> None:
         """Learn from a decode."""
@@ -217,8 +224,14 @@ class BatchTimeModel:
 
     def _nearest(self, group: Group) -> Group | None:
         """The known group of the same model with the nearest size."""
-        known = [each for each in self._curves if each.model == group.model]
-        return min(known, key=lambda each: abs(math.log(each.pixels / group.pixels)), default=None)
+        if group not in self._nearest_known:
+            known = [each for each in self._curves if each.model == group.model]
+            if len(self._nearest_known) > MAX_NEAREST:
+                self._nearest_known.clear()
+            self._nearest_known[group] = min(
+                known, key=lambda each: abs(math.log(each.pixels / group.pixels)), default=None
+            )
+        return self._nearest_known[group]
 
 
 def _is_time(seconds: float) -> bool:
