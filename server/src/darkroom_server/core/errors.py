@@ -14,6 +14,7 @@ DarkroomError
 │   ├── ReaderStalled     the stream was not read; begin another one
 │   └── TooLarge          never fits this machine
 ├── DeadlineExceeded      set a later deadline
+│   └── DeadlineUnreachable   rejected: it would pass before the job could finish
 ├── JobCancelled          another call cancelled the job
 └── GenerationFailed      accepted, but failed; `reason` says why
 
@@ -191,16 +192,15 @@ class TooLarge(Refused):
 
 
 class DeadlineExceeded(DarkroomError):
-    """The caller's deadline passed, or would pass before the job could finish."""
+    """The caller's deadline passed."""
 
-    def __init__(
-        self,
-        message: str,
-        reason: Reason = Reason.DEADLINE_EXPIRED,
-        metadata: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message, metadata)
-        self.reason = reason
+    reason = Reason.DEADLINE_EXPIRED
+
+
+class DeadlineUnreachable(DeadlineExceeded):
+    """Rejected before any work: the deadline would pass before the job could finish."""
+
+    reason = Reason.DEADLINE_UNREACHABLE
 
 
 class JobCancelled(DarkroomError):

@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
+    DeadlineUnreachable,
     GenerationFailed,
     InvalidRequest,
     JobCancelled,
@@ -56,6 +57,7 @@ CODES: dict[type[DarkroomError], int] = {
     ReaderStalled: code_pb2.UNAVAILABLE,
     TooLarge: code_pb2.RESOURCE_EXHAUSTED,
     DeadlineExceeded: code_pb2.DEADLINE_EXCEEDED,
+    DeadlineUnreachable: code_pb2.DEADLINE_EXCEEDED,
     GenerationFailed: code_pb2.INTERNAL,
 }
 
