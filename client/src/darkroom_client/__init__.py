@@ -50,6 +50,7 @@ from darkroom_client._types.model import (
     ModelDefaults,
     ModelLimits,
     ModelRuntime,
+    RowLimitSource,
     SchedulerOffer,
 )
 from darkroom_client._types.replay import ReplayRecord
@@ -105,6 +106,7 @@ __all__ = [
     "ReplyTooLarge",
     "Restarted",
     "Retry",
+    "RowLimitSource",
     "Scheduler",
     "SchedulerOffer",
     "ServerError",

@@ -22,6 +22,7 @@ from darkroom_server.core.events import (
     JobFailed,
     JobFinished,
     MemoryReport,
+    RowLimitCorrected,
 )
 from darkroom_server.core.job import Job
 from darkroom_server.ipc.channel import Channel, ChannelClosed
@@ -60,6 +61,8 @@ class ProcessEngine:
         def keep_measurements(event: Event) -> None:
             if isinstance(event, EngineReady):
                 self._config = self._config.with_measurements(event.models)
+            elif isinstance(event, RowLimitCorrected):
+                self._config = self._config.with_row_limit(event.model, event.max_rows)
             emit(event)
 
         self._process = _EngineProcess(self._config, self._timeout, keep_measurements)

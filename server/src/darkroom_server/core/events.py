@@ -142,6 +142,14 @@ class BatchDone:
     ended_at: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class RowLimitCorrected:
+    """Real batches of the default size changed the row limit of ``model`` to ``max_rows``."""
+
+    model: str
+    max_rows: int
+
+
 class Counted(StrEnum):
     """What an engine counts besides batches."""
 
@@ -247,6 +255,7 @@ Event = (
     | SampleProgress
     | PreviewReady
     | BatchDone
+    | RowLimitCorrected
     | DecodeDone
     | EngineCounts
     | PeakMeasured

@@ -1,6 +1,8 @@
 """Plain data about a loaded model: defaults, limits, schedulers, runtime, memory, speed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Self
 
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName
 
@@ -52,7 +54,10 @@ class SchedulerOffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRuntime:
-    """How a model runs; ``slice_size`` is empty without sliced attention."""
+    """How a model runs; ``slice_size`` is empty without sliced attention.
+
+    ``format_rule``: why ``dtype`` and ``channels_last`` were chosen, empty if they were configured.
+    """
 
     device: str
     dtype: str
@@ -64,6 +69,25 @@ class ModelRuntime:
     channels_last: bool
     fp8_storage: bool
     safety_checker: bool
+    format_rule: str = ""
+
+    @property
+    def memory_format(self) -> str:
+        """The layout of the denoiser's weights, by torch's name."""
+        return "channels_last" if self.channels_last else "contiguous"
+
+
+class RowLimitSource(StrEnum):
+    """Where a model's row limit comes from.
+
+    SET: configured as an exact number. MEASURED: at this start. REMEMBERED: measured at an earlier
+    start. CORRECTED: measured or remembered, then changed by what real batches took.
+    """
+
+    SET = "set"
+    MEASURED = "measured"
+    REMEMBERED = "remembered"
+    CORRECTED = "corrected"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +137,11 @@ class ModelSpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A model that is loaded and warmed up."""
+    """A model that is loaded and warmed up.
+
+    ``limits.max_rows`` is the row limit now; unless it is SET, real batches may raise it up to
+    ``most_rows``.
+    """
 
     id: str
     revision: str
@@ -124,9 +152,19 @@ class ModelInfo:
     runtime: ModelRuntime
     memory: MemoryNeeds
     speed: ModelSpeed = ModelSpeed()
+    row_limit_source: RowLimitSource = RowLimitSource.SET
+    most_rows: int = 0
+
+    def with_row_limit(self, max_rows: int) -> Self:
+        """This model after real batches have corrected its row limit."""
+        return replace(
+            self,
+            limits=replace(self.limits, max_rows=max_rows),
+            row_limit_source=RowLimitSource.CORRECTED,
+        )
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
-        """Rows that a batch of this size may have, as measured at start; at least 2."""
+        """Rows that a batch of this size may have; at least 2."""
         return min(self.limits.max_rows, self.memory.rows_that_fit(width, height))
 
     def offer(self, name: SchedulerName) -> SchedulerOffer | None:
