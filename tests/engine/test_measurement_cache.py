@@ -140,11 +140,12 @@ def test_the_second_start_measures_nothing(
     cache = tmp_path / "cache"
     config = config_for(tiny_folder, rows=None, max_rows=8, measurement_cache=str(cache))
     first, data = started(config)
-    assert first.row_limit_source is RowLimitSource.MEASURED
+    assert first.limits.row_limit_source is RowLimitSource.MEASURED
     monkeypatch.setattr(measurement, "_measure_now", _never)
     second, again = started(config)
-    assert second.row_limit_source is RowLimitSource.REMEMBERED
-    assert (second.limits, second.speed) == (first.limits, first.speed)
+    assert second.limits.row_limit_source is RowLimitSource.REMEMBERED
+    assert second.limits.max_rows == first.limits.max_rows
+    assert second.speed == first.speed
     assert again == data, "an exact image"
     with pytest.raises(AssertionError, match="measured again"):
         started(dataclasses.replace(config, dtype=Dtype.BFLOAT16))
@@ -167,7 +168,7 @@ def test_fine_tunes_share_measurements(
     save_file({name: weight + 0.01 for name, weight in load_file(file).items()}, file)
     monkeypatch.setattr(measurement, "_measure_now", _never)
     info, _ = started(config_for(tuned, rows=2, measurement_cache=cache))
-    assert info.row_limit_source is RowLimitSource.SET
+    assert info.limits.row_limit_source is RowLimitSource.SET
     other = write_tiny_model(tmp_path / "other")
     config = other / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.5}))

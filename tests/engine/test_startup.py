@@ -76,7 +76,7 @@ def test_a_restart_with_previous_measurements(
         previous_measurements = following.previous_measurements
         monkeypatch.setattr(measurement, "_measure_now", _never)
     assert found[0] == found[1]
-    assert info.row_limit_source is RowLimitSource.CORRECTED
+    assert info.limits.row_limit_source is RowLimitSource.CORRECTED
 
 
 def _never(*_: object) -> None:
@@ -89,14 +89,14 @@ def test_an_exact_number_of_rows(tiny_folder: Path) -> None:
         loop = LoopUnderTest(config_for(tiny_folder, rows=rows, max_rows=4))
         loop.close()
         info = loop.models["tiny"].info
-        assert (info.limits.max_rows, info.row_limit_source) == (rows, RowLimitSource.SET)
+        assert (info.limits.max_rows, info.limits.row_limit_source) == (rows, RowLimitSource.SET)
         assert {r for r, _ in info.speed.passes} == {2, rows}
         assert loop.row_limits.next_rows(Group("tiny", 64, 64, 77), 100) == rows
     loop = LoopUnderTest(config_for(tiny_folder, rows=None, max_rows=4))
     loop.close()
     info = loop.models["tiny"].info
     assert info.limits.max_rows <= info.most_rows == 4
-    assert info.row_limit_source is RowLimitSource.MEASURED
+    assert info.limits.row_limit_source is RowLimitSource.MEASURED
 
 
 @pytest.mark.parametrize("scheduler", [SchedulerName.DDIM, SchedulerName.DPMPP_2M])

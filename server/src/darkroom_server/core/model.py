@@ -20,15 +20,32 @@ class ModelDefaults:
     quality: int = 90
 
 
+class RowLimitSource(StrEnum):
+    """Where a model's row limit comes from.
+
+    SET: configured as an exact number. MEASURED: at this start. REMEMBERED: measured at an earlier
+    start. CORRECTED: measured or remembered, then changed by what real batches took.
+    """
+
+    SET = "set"
+    MEASURED = "measured"
+    REMEMBERED = "remembered"
+    CORRECTED = "corrected"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """The bounds of a request to a model, all inclusive. Sizes in pixels."""
+    """The bounds of a request to a model, all inclusive. Sizes in pixels.
+
+    ``max_rows`` is the row limit of a batch now; ``row_limit_source`` says where it comes from.
+    """
 
     min_size: int
     max_size: int
     size_multiple: int
     prompt_tokens: int
     max_rows: int
+    row_limit_source: RowLimitSource = RowLimitSource.SET
     max_guidance_scale: float = 50.0
     max_image_count: int = 16
     max_prompt_bytes: int = 8192
@@ -75,19 +92,6 @@ class ModelRuntime:
     def memory_format(self) -> str:
         """The layout of the denoiser's weights, by torch's name."""
         return "channels_last" if self.channels_last else "contiguous"
-
-
-class RowLimitSource(StrEnum):
-    """Where a model's row limit comes from.
-
-    SET: configured as an exact number. MEASURED: at this start. REMEMBERED: measured at an earlier
-    start. CORRECTED: measured or remembered, then changed by what real batches took.
-    """
-
-    SET = "set"
-    MEASURED = "measured"
-    REMEMBERED = "remembered"
-    CORRECTED = "corrected"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +143,7 @@ class ModelSpeed:
 class ModelInfo:
     """A model that is loaded and warmed up.
 
-    ``limits.max_rows`` is the row limit now; unless it is SET, real batches may raise it up to
+    Unless ``limits.row_limit_source`` is SET, real batches may raise ``limits.max_rows`` up to
     ``most_rows``.
     """
 
@@ -152,16 +156,12 @@ class ModelInfo:
     runtime: ModelRuntime
     memory: MemoryNeeds
     speed: ModelSpeed = ModelSpeed()
-    row_limit_source: RowLimitSource = RowLimitSource.SET
     most_rows: int = 0
 
     def with_row_limit(self, max_rows: int) -> Self:
         """This model after real batches have corrected its row limit."""
-        return replace(
-            self,
-            limits=replace(self.limits, max_rows=max_rows),
-            row_limit_source=RowLimitSource.CORRECTED,
-        )
+        limits = replace(self.limits, max_rows=max_rows, row_limit_source=RowLimitSource.CORRECTED)
+        return replace(self, limits=limits)
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
         """Rows that a batch of this size may have; at least 2."""

@@ -59,7 +59,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             max_prompt_bytes=limits.max_prompt_bytes,
             prompt_tokens=limits.prompt_tokens,
             max_rows=limits.max_rows,
-            row_limit_source=SOURCE_TO_WIRE[info.row_limit_source],
+            row_limit_source=SOURCE_TO_WIRE[limits.row_limit_source],
         ),
         schedulers=[
             model_pb2.SchedulerOffer(

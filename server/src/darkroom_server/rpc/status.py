@@ -66,7 +66,7 @@ def _model(model: ModelStatus) -> server_pb2.ModelStatus:
         runtime=runtime_message(info.runtime) if info else None,
         max_rows=info.limits.max_rows if info else 0,
         row_limit_source=(
-            SOURCE_TO_WIRE[info.row_limit_source]
+            SOURCE_TO_WIRE[info.limits.row_limit_source]
             if info
             else model_pb2.ROW_LIMIT_SOURCE_UNSPECIFIED
         ),

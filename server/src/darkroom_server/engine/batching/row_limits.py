@@ -49,7 +49,7 @@ class RowLimits:
     @classmethod
     def of_model(cls, model: ModelInfo) -> Self:
         """The limits of ``model``, as they are at its start."""
-        fixed = model.row_limit_source is RowLimitSource.SET
+        fixed = model.limits.row_limit_source is RowLimitSource.SET
         return cls(model.limits.max_rows, model.memory, None if fixed else model.most_rows)
 
     def of(self, group: Group) -> int:

@@ -57,12 +57,11 @@ def load_model(
         revision=revision_of(source, pipeline),
         kind=family.pipeline_class,
         defaults=_defaults(source, family),
-        limits=family.limits(measured.max_rows),
+        limits=replace(family.limits(measured.max_rows), row_limit_source=measured.source),
         schedulers=offers(dict(pipeline.scheduler.config)),
         runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
         memory=measured.memory,
         speed=measured.speed,
-        row_limit_source=measured.source,
         most_rows=measured.most_rows,
     )
     log.info(

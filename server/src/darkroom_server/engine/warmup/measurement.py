@@ -57,7 +57,7 @@ def measure(
             memory=previous.memory,
             max_rows=previous.limits.max_rows,
             most_rows=most,
-            source=previous.row_limit_source,
+            source=previous.limits.row_limit_source,
             speed=previous.speed,
             cache=cache,
         )
