@@ -35,7 +35,7 @@ FLUSH_SECONDS = 1.0
 """Enough to send the answers of the handlers, once none of them runs."""
 
 
-def _try(host: str, port: int) -> None:
+def probe_port(host: str, port: int) -> None:
     """Raise the ``OSError`` that says why a port cannot be bound: gRPC writes it to its own log."""
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family) as probe:
@@ -103,7 +103,7 @@ class RpcServer:
         Raises ``StartupError`` if the port cannot be bound.
         """
         try:
-            _try(host, port)
+            probe_port(host, port)
             host = f"[{host}]" if ":" in host else host
             bound = self._bind(f"{host}:{port}")
         except (OSError, RuntimeError) as error:
