@@ -34,7 +34,7 @@ from darkroom_client import (
 )
 from darkroom_client.testing import Behaviour, FakeServer, JobState
 from tests.client.conftest import Connect
-from tests.client.scripted import ScriptedServer, draw
+from tests.client.scripted import ScriptedServer, respond
 
 
 def kinds(events: list[Any]) -> list[str]:
@@ -432,7 +432,7 @@ class SlowStatus(ScriptedServer):
         self.cancelled: list[bool] = []
 
     def GenerateStream(self, request: Any, context: Any) -> Any:
-        answer = draw(request.generation, context)
+        answer = respond(request.generation, context)
         (image,) = answer.images
         data = image.data
         image.ClearField("data")

@@ -49,7 +49,7 @@ def in_words(preset: Preset) -> dict[str, str]:
         + ", the denoiser's stored in 8 bits" * gpu.fp8_storage,
         "weights on a CPU": str(cpu.dtype).removeprefix("torch.")
         if cpu.dtype
-        else "float32 or bfloat16, whichever this model runs faster",
+        else "float32 or bfloat16, whichever is faster for this model",
         "attention": "SDPA" if cpu.slice_size == "" else f"sliced (`{cpu.slice_size}`)",
         "autocast": "yes" if cpu.autocast else "no",
         "memory format": formats[gpu.channels_last, cpu.channels_last],

@@ -141,15 +141,22 @@ def _serve(flags: dict[str, Any]) -> None:
     from darkroom_server.app import EngineLost, run
     from darkroom_server.logs import configure_logs
 
-    configure_logs(loaded.settings.logs)
+    writer = configure_logs(loaded.settings.logs)
     for warning in loaded.warnings:
         structlog.get_logger(__name__).warning(warning)
     if check:
         _check(loaded.settings)
     try:
-        run(loaded.settings)
+        run(loaded.settings, log_writer=writer)
     except EngineLost as error:
-        _exit(EXIT_FAILED, str(error))
+        code, message = EXIT_FAILED, str(error)
+    except StartupError as error:
+        code, message = EXIT_MISUSED, str(error)
+    else:
+        return
+    # Not printed: a reader of the log that has stalled would prevent the exit.
+    writer.put(_error_line(message))
+    raise SystemExit(code)
 
 
 def _check(settings: "Settings") -> NoReturn:
@@ -195,5 +202,9 @@ def _load(config: str | None, flags: dict[str, Any]) -> "Loaded":
 
 def _exit(code: int, *messages: str) -> NoReturn:
     for message in messages:
-        print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+        print(_error_line(message), file=sys.stderr)
     raise SystemExit(code)
+
+
+def _error_line(message: str) -> str:
+    return f"{PROGRAM}: error: {' '.join(message.split())}"

@@ -257,8 +257,8 @@ def test_a_callers_rate_is_bounded() -> None:
         except QuotaExceeded:
             quotas.check(Caller(name="bob", jobs_per_minute=1), now)
             return False
-        quotas.accepted(caller.name)
-        quotas.ended(caller.name)
+        quotas.accepted(caller)
+        quotas.ended(caller)
         return True
 
     assert [admitted(0.0) for _ in range(3)] == [True, True, False]

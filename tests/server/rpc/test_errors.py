@@ -17,6 +17,7 @@ from darkroom_server.core.errors import (
     NotReady,
     QueueFull,
     QuotaExceeded,
+    ReaderStalled,
     Reason,
     RequestConflict,
     TooLarge,
@@ -54,6 +55,7 @@ EXAMPLES: list[tuple[DarkroomError, grpc.StatusCode, str | None, Outcome]] = [
         "2000",
         Outcome.REFUSED,
     ),
+    (ReaderStalled("unread", 1.0), grpc.StatusCode.UNAVAILABLE, "1000", Outcome.REFUSED),
     (
         TooLarge("no", metadata={"needed_bytes": "2"}),
         grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -30,6 +30,7 @@ REASONS: dict[str, type[DarkroomError]] = {
     "QUOTA_EXCEEDED": errors.QuotaExceeded,
     "MODEL_LOADING": errors.Unavailable,
     "DRAINING": errors.Unavailable,
+    "READER_STALLED": errors.Unavailable,
     "DOES_NOT_FIT": errors.TooLarge,
     "DEADLINE_EXPIRED": errors.DeadlineExceeded,
     "DEADLINE_UNREACHABLE": errors.DeadlineUnreachable,

@@ -11,6 +11,7 @@ DarkroomError
 │   ├── QueueFull         retry after `retry_after`
 │   ├── QuotaExceeded     this caller has reached its quota; retry after `retry_after`
 │   ├── NotReady          retry after `retry_after`
+│   ├── ReaderStalled     the stream was not read; begin another one
 │   └── TooLarge          never fits this machine
 ├── DeadlineExceeded      set a later deadline
 │   └── DeadlineUnreachable   rejected: it would pass before the job could finish
@@ -40,6 +41,7 @@ class Reason(StrEnum):
     QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
     MODEL_LOADING = "MODEL_LOADING"
     DRAINING = "DRAINING"
+    READER_STALLED = "READER_STALLED"
     DOES_NOT_FIT = "DOES_NOT_FIT"
     DEADLINE_EXPIRED = "DEADLINE_EXPIRED"
     DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"
@@ -176,6 +178,12 @@ class NotReady(Refused):
     def __init__(self, message: str, reason: Reason, retry_after: float) -> None:
         super().__init__(message, retry_after)
         self.reason = reason
+
+
+class ReaderStalled(Refused):
+    """The caller did not read its stream for too long; the job goes on as after a disconnect."""
+
+    reason = Reason.READER_STALLED
 
 
 class TooLarge(Refused):
