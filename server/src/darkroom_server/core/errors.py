@@ -22,6 +22,7 @@ DarkroomError
 processes an error is a ``Failure``, which is plain data.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -220,3 +221,11 @@ class GenerationFailed(DarkroomError):
 
 class StartupError(Exception):
     """The server cannot start; the text is one line for the operator, with a remedy."""
+
+
+class InvalidSettings(StartupError):
+    """Settings are wrong; ``problems`` has one line for each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
