@@ -16,6 +16,7 @@ from darkroom_client import (
     Cancelled,
     DarkroomError,
     DeadlineExceeded,
+    DeadlineUnreachable,
     GenerationFailed,
     InvalidRequest,
     ModelNotFound,
@@ -48,6 +49,7 @@ WITH_REASON = [
     (CODE.UNAVAILABLE, "MODEL_LOADING", Unavailable),
     (CODE.UNAVAILABLE, "DRAINING", Unavailable),
     (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED", DeadlineExceeded),
+    (CODE.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE", DeadlineUnreachable),
     (CODE.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", GenerationFailed),
     (CODE.INTERNAL, "NON_FINITE", GenerationFailed),
     (CODE.INTERNAL, "SCHEDULER_FAILED", GenerationFailed),
@@ -236,9 +238,9 @@ def test_an_unreachable_deadline_has_the_estimate(impatient: Any, server: Script
 
     known, unknown = caught(impatient), caught(impatient)
 
-    assert isinstance(known, DeadlineExceeded)
+    assert type(known) is DeadlineUnreachable
     assert (known.estimate, known.queue_wait) == (80.0, 2.5)
-    assert isinstance(unknown, DeadlineExceeded)
+    assert type(unknown) is DeadlineExceeded
     assert (unknown.estimate, unknown.queue_wait) == (None, None)
 
 

@@ -11,6 +11,7 @@ from darkroom_client._types.model import (
     ModelDefaults,
     ModelLimits,
     ModelRuntime,
+    RowLimitSource,
     SchedulerOffer,
 )
 from darkroom_client._wire.values import encode_format, encode_scheduler
@@ -42,6 +43,7 @@ _FAKE = Model(
         max_prompt_bytes=8192,
         prompt_tokens=77,
         max_rows=8,
+        row_limit_source=RowLimitSource.SET,
     ),
     schedulers=tuple(
         SchedulerOffer(
@@ -104,6 +106,7 @@ def encode_model(model: Model) -> model_pb2.Model:
                 max_prompt_bytes=limits.max_prompt_bytes,
                 prompt_tokens=limits.prompt_tokens,
                 max_rows=limits.max_rows,
+                row_limit_source=_encode_source(limits.row_limit_source),
             )
         )
     for offer in model.schedulers:
@@ -126,9 +129,15 @@ def encode_model(model: Model) -> model_pb2.Model:
                 channels_last=runtime.channels_last,
                 fp8_storage=runtime.fp8_storage,
                 safety_checker=runtime.safety_checker,
+                format_rule=runtime.format_rule,
             )
         )
     return message
+
+
+def _encode_source(source: RowLimitSource) -> model_pb2.RowLimitSource.ValueType:
+    name = "UNSPECIFIED" if source is RowLimitSource.UNKNOWN else source.name
+    return model_pb2.RowLimitSource.Value(f"ROW_LIMIT_SOURCE_{name}")
 
 
 def loaded(model: Model) -> tuple[ModelDefaults, ModelLimits]:

@@ -15,6 +15,7 @@ from darkroom.v1 import (
     server_pb2_grpc,
 )
 from darkroom_client._errors import DarkroomError, Unauthenticated
+from darkroom_client._types.model import Model
 from darkroom_client._types.status import Estimate
 from darkroom_client.testing._job import FakeJob, JobState
 from darkroom_client.testing._jobs import JobRegistry
@@ -142,9 +143,7 @@ class Services(
                 version="fake",
                 state=server_pb2.ServerState.Value(state),
                 models=[
-                    server_pb2.ModelStatus(
-                        id=name, ready=model.ready, running_jobs=registry.running(name)
-                    )
+                    _model_status(model, registry.running(name))
                     for name, model in registry.models.items()
                 ],
                 engines=[server_pb2.EngineStatus(device="fake", ready=True, jobs=running)],
@@ -231,6 +230,18 @@ def _duration(seconds: float) -> Duration:
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration
+
+
+def _model_status(model: Model, running: int) -> server_pb2.ModelStatus:
+    message = encode_model(model)
+    return server_pb2.ModelStatus(
+        id=model.id,
+        ready=model.ready,
+        running_jobs=running,
+        runtime=message.runtime if message.HasField("runtime") else None,
+        max_rows=message.limits.max_rows,
+        row_limit_source=message.limits.row_limit_source,
+    )
 
 
 def _max_reply_bytes(context: Any) -> int:

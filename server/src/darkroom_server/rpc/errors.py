@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
+    DeadlineUnreachable,
     GenerationFailed,
     InvalidRequest,
     JobCancelled,
@@ -19,6 +20,7 @@ from darkroom_server.core.errors import (
     NotReady,
     QueueFull,
     QuotaExceeded,
+    ReaderStalled,
     Reason,
     Refused,
     RequestConflict,
@@ -52,8 +54,10 @@ CODES: dict[type[DarkroomError], int] = {
     QueueFull: code_pb2.RESOURCE_EXHAUSTED,
     QuotaExceeded: code_pb2.RESOURCE_EXHAUSTED,
     NotReady: code_pb2.UNAVAILABLE,
+    ReaderStalled: code_pb2.UNAVAILABLE,
     TooLarge: code_pb2.RESOURCE_EXHAUSTED,
     DeadlineExceeded: code_pb2.DEADLINE_EXCEEDED,
+    DeadlineUnreachable: code_pb2.DEADLINE_EXCEEDED,
     GenerationFailed: code_pb2.INTERNAL,
 }
 

@@ -11,6 +11,7 @@ import structlog
 
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.events import EngineDied, Event
+from darkroom_server.core.exhaustion import is_exhaustion
 from darkroom_server.dispatch.engines.handle import Death, EngineHandle
 from darkroom_server.dispatch.estimation.remaining_work import remaining_work
 from darkroom_server.dispatch.estimation.simulation import simulate_queue
@@ -32,8 +33,9 @@ class EnginePool:
     """All engines; a job enters one while fewer than ``max_resident_samples`` images are in it.
 
     An engine that dies more than ``max_restarts`` times in ten minutes is retired, and so is, at
-    once, one that reports at its first start that it cannot load. ``exhausted``: why no engine will
-    come back, one line for the operator; "" while one may.
+    once, one that reports at its first start that it cannot load. A start that fails because the
+    machine has no descriptors, processes or memory to give is not a death: it is tried again.
+    ``exhausted``: why no engine will come back, one line for the operator; "" while one may.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class EnginePool:
         """Let every engine load; ``route`` handles their events."""
         self._route = route
         for engine in self.engines:
-            self._start(engine)
+            self._try_start(engine)
 
     async def close(self) -> None:
         """Stop every engine, and wait until they have stopped."""
@@ -106,6 +108,11 @@ class EnginePool:
         if self._closing:
             return None
         jobs = engine.set_dead()
+        if died.exhausted:
+            engine.starts_without_resources += 1
+            self._restart_later(engine, died.message)
+            return jobs
+        engine.starts_without_resources = 0
         now = time.monotonic()
         engine.deaths.append(Death(now, attributed_to_job=_is_attributed_to_job(engine, jobs)))
         while engine.deaths[0].at < now - RESTART_WINDOW_SECONDS:
@@ -145,6 +152,15 @@ class EnginePool:
 
         engine.engine.start(emit)
 
+    def _try_start(self, engine: EngineHandle) -> None:
+        try:
+            self._start(engine)
+        except (OSError, RuntimeError) as error:
+            died = EngineDied(
+                f"the engine cannot be started: {error}", exhausted=is_exhaustion(error)
+            )
+            self._route(engine, deque([died]))
+
     def _retire(self, engine: EngineHandle, message: str) -> None:
         engine.retired = True
         if all(each.retired for each in self.engines):
@@ -154,19 +170,15 @@ class EnginePool:
         self._observer.on_event(EngineRetired())
 
     def _restart_later(self, engine: EngineHandle, message: str) -> None:
-        doublings = len(engine.deaths) - 1
-        delay = min(FIRST_BACKOFF_SECONDS * 2.0**doublings, LONGEST_BACKOFF_SECONDS)
+        tries = len(engine.deaths) + engine.starts_without_resources
+        delay = min(FIRST_BACKOFF_SECONDS * 2.0 ** (tries - 1), LONGEST_BACKOFF_SECONDS)
         log.warning("engine restarts", engine=engine.index, why=message, seconds=delay)
 
         def restart() -> None:
             self._restarts.discard(timer)
             engine.restarts += 1
             self._observer.on_event(EngineRestarted())
-            try:
-                self._start(engine)
-            except (OSError, RuntimeError) as error:  # No memory, files or threads to spare.
-                died = EngineDied(f"the engine cannot be started: {error}")
-                self._route(engine, deque([died]))
+            self._try_start(engine)
 
         timer = asyncio.get_running_loop().call_later(delay, restart)
         self._restarts.add(timer)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import DarkroomError, DeadlineExceeded, JobCancelled
 from darkroom_server.core.events import EncodedImage, PreviewReady, SampleProgress
 from darkroom_server.core.job import Job
@@ -51,10 +52,12 @@ class ActiveJob:
     that took a step. ``crashes``: engines that died while it ran; ``crashed_at``: when the last one
     did (``time.monotonic`` seconds). ``reattach_grace``: seconds that it continues without a
     subscription, infinite if it does not need one. ``on_unsubscribed`` is called after that.
+    ``caller``: the one that began it.
     """
 
-    def __init__(self, job: Job, model: ModelInfo) -> None:
+    def __init__(self, job: Job, model: ModelInfo, caller: Caller = ANONYMOUS) -> None:
         self.job = job
+        self.caller = caller
         self.model = model
         self.state = JobState.NEW
         self.engine: EngineHandle | None = None
