@@ -18,6 +18,7 @@ INSTALL_TEST_TOOLS ?= auto
 BENCH_FLAGS ?=
 OBSERVE_FLAGS ?=
 TRACE_FLAGS ?=
+NOISE_FLAGS ?=
 WORDS_FLAGS ?=
 MINUTES ?= 5
 INPUTS ?= 100000
@@ -77,14 +78,14 @@ bench-engine: setup ## measure the engine beside diffusers' pipeline, on this ma
 
 .PHONY: bench-memory
 bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
-	@$(BIN)/python -m bench.memory $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.micro memory $(BENCH_FLAGS)
 
 .PHONY: bench-estimates bench-overload
 bench-estimates: setup ## measure how good the server's estimates are; options in BENCH_FLAGS
-	@$(BIN)/python -m bench.estimates $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.serving estimates $(BENCH_FLAGS)
 
 bench-overload: setup ## 200 callers at five times the capacity, each with a deadline; options in BENCH_FLAGS
-	@$(BIN)/python -m bench.overload $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.serving overload $(BENCH_FLAGS)
 
 .PHONY: bench bench-full bench-gpu bench-peers-setup
 bench: bench-peers-setup ## measure Darkroom beside other servers, 15 minutes; options in BENCH_FLAGS
@@ -106,6 +107,10 @@ observe: setup ## a server, a real Prometheus and a short load: what its rules s
 soak: setup ## mixed load with random cancels and kills, for MINUTES
 	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
+.PHONY: start-noise
+start-noise: setup ## start on a busy machine ten times, compare what was chosen; options in NOISE_FLAGS
+	@$(BIN)/python -m tools.start_noise $(NOISE_FLAGS)
+
 .PHONY: fuzz
 fuzz: setup ## send INPUTS requests that no client would send to a server, over the wire
 	@$(BIN)/python -m tests.server.hostile.fuzz --inputs $(INPUTS)
@@ -114,8 +119,7 @@ fuzz: setup ## send INPUTS requests that no client would send to a server, over 
 trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits
 	@$(BIN)/python -m tools.trace_request $(TRACE_FLAGS)
 
-# lint-words joins these once the prose is rewritten.
-CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs
+CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs lint-trace lint-words
 
 .PHONY: lint
 lint: setup $(GENERATOR)/.installed ## check style, types, imports and protos
@@ -159,6 +163,10 @@ lint-stubs: $(GENERATOR)/.installed
 .PHONY: lint-words
 lint-words: setup ## find words that the prose avoids; WORDS_FLAGS may name files, or be --count
 	@$(BIN)/python -m tools.lint_words $(WORDS_FLAGS)
+
+.PHONY: lint-trace
+lint-trace: setup
+	@$(BIN)/python -m tools.trace_request --quiet --check
 
 .PHONY: format
 format: setup ## format the Python files and the protos, sort the imports

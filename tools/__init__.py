@@ -1,1 +1,1 @@
-"""What builds files that are checked in."""
+"""Tools for developers of Darkroom."""

@@ -15,8 +15,8 @@ def test_quantiles_are_numpys(count: int, share: float) -> None:
 
 
 def test_the_interval_holds_the_median_and_shrinks_with_more_values() -> None:
-    draw = random.Random(0)
-    many = [draw.gauss(1, 0.1) for _ in range(400)]
+    rng = random.Random(0)
+    many = [rng.gauss(1, 0.1) for _ in range(400)]
     wide, narrow = bootstrap_median(many[:25]), bootstrap_median(many)
     for median in (wide, narrow):
         assert median.low <= median.value <= median.high

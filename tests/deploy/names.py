@@ -1,4 +1,4 @@
-"""Which metrics a PromQL expression names."""
+"""Finds the metrics that a PromQL expression names."""
 
 import re
 
@@ -8,7 +8,7 @@ _SUFFIXES = re.compile(r"_(?:bucket|sum|count)$")
 
 
 def named(expression: str) -> set[str]:
-    """The names in ``expression`` that are ours, recording rules' too."""
+    """The names of our metrics and recording rules in ``expression``."""
     return set(_NAMES.findall(_STRINGS.sub("", expression)))
 
 

@@ -1,8 +1,7 @@
-"""The dashboards are those that the code builds, and ask for what there is."""
+"""The dashboards and the composition name only metrics, rules and files that exist."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -10,9 +9,9 @@ import yaml
 from darkroom_server.telemetry.metrics import Metrics
 from tests.deploy.names import family, named
 from tests.deploy.test_prometheus import RULES
-from tools.dashboards.files import FOLDER, files
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 
 
 def declared() -> set[str]:
@@ -29,25 +28,17 @@ def recorded() -> dict[str, str]:
     }
 
 
-def panels(name: str) -> list[dict[str, Any]]:
-    board = json.loads(files()[name])
-    return [panel for panel in board["panels"] if panel["type"] != "row"]
+def test_there_are_dashboards_with_distinct_ids() -> None:
+    boards = [json.loads(path.read_text()) for path in DASHBOARDS]
+    assert len({board["uid"] for board in boards}) == len(boards) > 0
 
 
-@pytest.mark.parametrize("name", files())
-def test_the_files_are_current(name: str) -> None:
-    """`python -m tools.dashboards` mends this."""
-    assert (FOLDER / name).read_text() == files()[name]
-
-
-def test_no_file_is_left_over() -> None:
-    assert {path.name for path in FOLDER.iterdir()} == set(files())
-
-
-@pytest.mark.parametrize("name", files())
-def test_every_panel_asks_for_what_is_declared_or_recorded(name: str) -> None:
-    assert panels(name)
-    for panel in panels(name):
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_every_panel_queries_declared_or_recorded_metrics(path: Path) -> None:
+    panels = [p for p in json.loads(path.read_text())["panels"] if p["type"] != "row"]
+    assert panels
+    for panel in panels:
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         assert panel["targets"], panel["title"]
         for target in panel["targets"]:
             names = named(target["expr"])
@@ -55,7 +46,7 @@ def test_every_panel_asks_for_what_is_declared_or_recorded(name: str) -> None:
             assert {family(one) for one in names} <= declared() | recorded().keys()
 
 
-def test_every_rule_asks_for_what_is_declared_or_recorded() -> None:
+def test_every_rule_queries_declared_or_recorded_metrics() -> None:
     for path in RULES:
         for group in yaml.safe_load(path.read_text())["groups"]:
             for rule in group["rules"]:
@@ -64,9 +55,9 @@ def test_every_rule_asks_for_what_is_declared_or_recorded() -> None:
 
 
 def test_the_panels_do_not_overlap() -> None:
-    for name in files():
+    for path in DASHBOARDS:
         taken: set[tuple[int, int]] = set()
-        for panel in json.loads(files()[name])["panels"]:
+        for panel in json.loads(path.read_text())["panels"]:
             at = panel["gridPos"]
             cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
             assert not cells & taken, panel["title"]
@@ -74,7 +65,7 @@ def test_the_panels_do_not_overlap() -> None:
             taken |= cells
 
 
-def test_the_composition_mounts_what_there_is() -> None:
+def test_the_composition_mounts_existing_folders() -> None:
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     services = compose["services"]
     assert set(services) == {"darkroom", "prometheus", "grafana"}
@@ -86,7 +77,7 @@ def test_the_composition_mounts_what_there_is() -> None:
             assert source in compose["volumes"] or (DEPLOY / source).is_dir()
     scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     (job,) = scraped["scrape_configs"]
-    assert job["job_name"] == "darkroom"  # The alerts know it by that name.
+    assert job["job_name"] == "darkroom"  # The alerts use this name.
     assert job["static_configs"] == [{"targets": ["darkroom:9464"]}]
     (source,) = yaml.safe_load(
         (DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text()

@@ -1,4 +1,4 @@
-"""The rules for Prometheus are right, tested by Prometheus's own tool, and explained."""
+"""The rules for Prometheus pass promtool's checks and tests, and every alert is documented."""
 
 import re
 import subprocess
@@ -40,7 +40,7 @@ def test_the_configuration_is_clean() -> None:
 
 
 @pytest.mark.needs("promtool")
-def test_the_alerts_ring_when_they_should_and_only_then() -> None:
+def test_the_alerts_fire_when_they_should_and_only_then() -> None:
     promtool("test", "rules", *map(str, TESTS))
 
 

@@ -76,7 +76,7 @@ def _unet_key(key: str, config: Any, weights: dict[str, torch.Tensor]) -> str:
     if kind == "downsamplers":
         return f"input_blocks.{(block + 1) * per_block}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
-        # It follows the last layer's attention, where there is one.
+        # It follows the last layer's attention, if there is one.
         place = 1 + any(k.startswith(f"up_blocks.{block}.attentions") for k in weights)
         return f"output_blocks.{(block + 1) * per_block - 1}.{place}.{rest}"
     number = block * per_block + layer

@@ -15,7 +15,7 @@ from training.tokenizer import write_tokenizer
 FOLDER = Path(
     os.environ.get("DARKROOM_TEST_SD14", Path(tempfile.gettempdir()) / "darkroom-test-sd14")
 )
-"""Where it is kept between runs: 2.1 GB."""
+"""The folder is kept between runs: 2.1 GB."""
 
 SEED = 14
 
@@ -24,7 +24,7 @@ def write_real_model() -> Path:
     """The folder, written the first time; sizes are those of CompVis/stable-diffusion-v1-4."""
     if (FOLDER / "model_index.json").is_file():
         return FOLDER
-    # Elsewhere at first: a run that is killed must leave no half of it.
+    # In another folder at first: a killed run must not leave an incomplete one.
     part = FOLDER.with_name(FOLDER.name + ".part")
     tokenizer = write_tokenizer(part / "tokenizer")
     tokenizer.model_max_length = 77
@@ -73,7 +73,7 @@ def write_real_model() -> Path:
 
 
 def _filled(make: Callable[[], Any]) -> Any:
-    """A model in bfloat16 with small random weights; torch's own filling takes minutes."""
+    """A model in bfloat16 with small random weights; torch's own initialization takes minutes."""
     with torch.device("meta"):
         model = make()
     model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
@@ -86,7 +86,7 @@ def _filled(make: Callable[[], Any]) -> Any:
                 weight.zero_()
             else:
                 weight.uniform_(-0.02, 0.02, generator=generator)
-    # What is no parameter is filled by its own module, which was made without memory.
+    # Buffers were made without memory too, and must be filled.
     for module in model.modules():
         if hasattr(module, "position_ids"):
             module.position_ids.copy_(torch.arange(module.position_ids.shape[-1])[None])

@@ -1,4 +1,4 @@
-"""diffusers' own pipeline, alone: what every served image is held against."""
+"""diffusers' own pipeline, alone: the reference for every served image."""
 
 from pathlib import Path
 from typing import Any

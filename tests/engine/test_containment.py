@@ -1,4 +1,4 @@
-"""What goes wrong for one sample is its own affair."""
+"""Containment: a failure of one sample fails only its own job."""
 
 import time
 from collections.abc import Callable
@@ -39,20 +39,22 @@ def pixels(loop: LoopUnderTest, job: Job) -> np.ndarray:
 
 
 def assert_same_pictures(loop: LoopUnderTest, undisturbed: LoopUnderTest, jobs: list[Job]) -> None:
-    """Batches of other sizes change the last bits, which one level of 255 covers."""
+    """Equal up to one level of 255: batches of other sizes change the last bits."""
     undisturbed.run(*jobs)
     for job in jobs:
         assert np.abs(pixels(loop, job) - pixels(undisturbed, job)).max() <= 1
 
 
 def replace_unet(loop: LoopUnderTest, wrap: Callable[..., Any]) -> None:
-    """Let ``wrap(original, latents, ...)`` stand in for the denoiser's network."""
+    """Replace the denoiser's network by ``wrap(original, latents, ...)``."""
     model = loop.models["tiny"]
     original = model.unet
     model.unet = lambda *args, **kwargs: wrap(original, *args, **kwargs)
 
 
-def test_out_of_memory_splits_the_pass(own_loop: LoopUnderTest, shared_loop: LoopUnderTest) -> None:
+def test_out_of_memory_splits_the_batch(
+    own_loop: LoopUnderTest, shared_loop: LoopUnderTest
+) -> None:
     widest = []
 
     def above_four_rows(original: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -66,12 +68,12 @@ def test_out_of_memory_splits_the_pass(own_loop: LoopUnderTest, shared_loop: Loo
     ends = own_loop.run(*jobs)
     assert all(isinstance(end, JobFinished) for end in ends.values())
     assert max(widest) <= 4
-    passes = [event for event in own_loop.events if isinstance(event, BatchDone)]
-    assert passes[-1].max_rows <= 4
+    batches = [event for event in own_loop.events if isinstance(event, BatchDone)]
+    assert batches[-1].max_rows <= 4
     assert_same_pictures(own_loop, shared_loop, jobs)
 
 
-def test_a_lowered_limit_is_tried_again_after_a_while(
+def test_a_reduced_row_limit_is_raised_again_after_a_while(
     own_loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_limits, "RECOVERY_BATCHES", 3)
@@ -92,7 +94,7 @@ def test_a_lowered_limit_is_tried_again_after_a_while(
     assert limits[-1] == 8
 
 
-def test_large_images_that_do_not_fit_leave_small_ones_their_passes(
+def test_large_images_that_do_not_fit_do_not_reduce_the_limit_of_small_ones(
     own_loop: LoopUnderTest,
 ) -> None:
     def large_in_fours(original: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -103,10 +105,10 @@ def test_large_images_that_do_not_fit_leave_small_ones_their_passes(
     replace_unet(own_loop, large_in_fours)
     own_loop.row_limits.max_rows = 16
     own_loop.run(make_job("large", width=128, image_count=4), make_job("small", image_count=4))
-    passes = [event for event in own_loop.events if isinstance(event, BatchDone)]
-    of_size = {width: [p for p in passes if p.width == width] for width in (64, 128)}
-    assert {p.rows for p in of_size[64]} == {8}
-    assert {p.max_rows for p in of_size[64]} == {16}
+    batches = [event for event in own_loop.events if isinstance(event, BatchDone)]
+    of_size = {width: [b for b in batches if b.width == width] for width in (64, 128)}
+    assert {b.rows for b in of_size[64]} == {8}
+    assert {b.max_rows for b in of_size[64]} == {16}
     assert of_size[128][-1].max_rows == 4
 
 
@@ -128,7 +130,7 @@ def test_out_of_memory_alone_fails_alone(
     assert_same_pictures(own_loop, shared_loop, small)
 
 
-def test_a_broken_pass_costs_only_its_culprit(
+def test_a_broken_batch_fails_only_the_poison_job(
     own_loop: LoopUnderTest, shared_loop: LoopUnderTest
 ) -> None:
     poison = make_job("poison", prompt="a black heart", steps=9)
@@ -201,7 +203,7 @@ def test_non_finite_decode_is_tried_in_float32(
     assert_same_pictures(own_loop, shared_loop, [job])
 
 
-def test_no_memory_for_float32_leaves_the_weights_alone(
+def test_without_memory_for_float32_the_weights_stay_as_they_are(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = LoopUnderTest(config_for(tiny_folder, dtype=Dtype.BFLOAT16))
@@ -226,7 +228,7 @@ def test_no_memory_for_float32_leaves_the_weights_alone(
         loop.close()
 
 
-def test_non_finite_latents_are_no_black_picture(
+def test_non_finite_latents_fail_and_give_no_black_image(
     own_loop: LoopUnderTest, shared_loop: LoopUnderTest
 ) -> None:
     poison = ("not a number", False)
@@ -309,7 +311,7 @@ def test_cancelling_one_of_eight(own_loop: LoopUnderTest, shared_loop: LoopUnder
     assert_same_pictures(own_loop, shared_loop, [j for j in jobs if j.id != "eight-3"])
 
 
-def test_an_expired_sample_leaves(own_loop: LoopUnderTest) -> None:
+def test_an_expired_job_is_cancelled(own_loop: LoopUnderTest) -> None:
     def expire_at_the_third_step(event: object) -> None:
         if isinstance(event, SampleProgress) and event.step == 3:
             own_loop.loop.extend("late", time.monotonic())
@@ -322,7 +324,7 @@ def test_an_expired_sample_leaves(own_loop: LoopUnderTest) -> None:
     assert len(own_loop.progress("late")) == 3
 
 
-def test_a_cut_prompt_is_told(shared_loop: LoopUnderTest) -> None:
+def test_a_truncated_prompt_is_reported(shared_loop: LoopUnderTest) -> None:
     long = make_job("long", prompt="a red star " * 40)
     short = make_job("short")
     negative = make_job("negative", negative_prompt="blue " * 60)

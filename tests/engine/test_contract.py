@@ -31,7 +31,7 @@ KINDS = ["thread", "process", "fake"]
 
 
 class Listener:
-    """Collects what an engine tells."""
+    """Collects an engine's events."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -48,10 +48,10 @@ class Listener:
                 return event
 
     def until_end_of(self, *job_ids: str) -> None:
-        left = set(job_ids)
-        while left:
-            event = self.until(lambda e: getattr(e, "job_id", None) in left and is_end(e))
-            left.discard(event.job_id)  # type: ignore[union-attr]
+        remaining = set(job_ids)
+        while remaining:
+            event = self.until(lambda e: getattr(e, "job_id", None) in remaining and is_end(e))
+            remaining.discard(event.job_id)  # type: ignore[union-attr]
 
     def of(self, job_id: str, kind: type[Any] | None = None) -> list[Any]:
         return [
@@ -83,13 +83,13 @@ def listener(request: pytest.FixtureRequest, tiny_folder: Path) -> Iterator[List
     listener.engine.close()
 
 
-def test_a_job_is_told_from_start_to_end(listener: Listener) -> None:
+def test_a_job_emits_its_events_in_order(listener: Listener) -> None:
     job = make_job("whole", image_count=2, steps=4)
     listener.engine.submit(job)
     listener.until_end_of("whole")
-    told = listener.of("whole")
-    assert [type(event) for event in told[:2]] == [JobTaken, JobStarted]
-    assert isinstance(told[-1], JobFinished)
+    events = listener.of("whole")
+    assert [type(event) for event in events[:2]] == [JobTaken, JobStarted]
+    assert isinstance(events[-1], JobFinished)
     assert len(listener.of("whole", JobStarted)) == 1
     for index in range(2):
         steps = [e.step for e in listener.of("whole", SampleProgress) if e.image_index == index]
@@ -97,7 +97,7 @@ def test_a_job_is_told_from_start_to_end(listener: Listener) -> None:
     images = {e.image_index: e.image for e in listener.of("whole", ImageReady)}
     assert [images[i].seed for i in range(2)] == [job.seed, job.seed + 1]
     assert all(len(image.data) == 64 * 64 * 3 for image in images.values())
-    stages = told[-1].stages
+    stages = events[-1].stages
     for stage in ("queue", "encode_prompt", "denoise", "decode", "encode_image"):
         assert getattr(stages, stage) >= 0
 
@@ -111,7 +111,7 @@ def test_many_jobs_each_end_once(listener: Listener) -> None:
         assert [type(e) for e in listener.of(job.id) if is_end(e)] == [JobFinished]
 
 
-def test_the_same_seed_draws_the_same_bytes(listener: Listener) -> None:
+def test_the_same_seed_generates_the_same_bytes(listener: Listener) -> None:
     for id in ("first", "second"):
         listener.engine.submit(make_job(id, exact=True))
         listener.until_end_of(id)
@@ -131,7 +131,7 @@ def test_a_cancelled_job_ends(listener: Listener) -> None:
     assert not listener.of("gone", ImageReady)
 
 
-def test_cancelling_what_is_not_there_is_ignored(listener: Listener) -> None:
+def test_cancelling_an_unknown_or_ended_job_is_ignored(listener: Listener) -> None:
     listener.engine.cancel("never-was")
     listener.engine.submit(make_job("bystander"))
     listener.until_end_of("bystander")
@@ -140,7 +140,7 @@ def test_cancelling_what_is_not_there_is_ignored(listener: Listener) -> None:
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
-def test_an_expired_job_leaves(kind: str, tiny_folder: Path) -> None:
+def test_an_expired_job_is_cancelled(kind: str, tiny_folder: Path) -> None:
     listener = Listener(build(kind, config_for(tiny_folder)))
     listener.until(lambda e: isinstance(e, EngineReady))
     listener.engine.submit(make_job("late", steps=150, deadline=time.monotonic() + 0.1))

@@ -27,22 +27,22 @@ def step(number: int) -> SampleProgress:
     return SampleProgress(job_id="a", image_index=0, step=number, steps=20, rows=2, seconds=0.01)
 
 
-def passed(number: int) -> BatchDone:
+def batch_done(number: int) -> BatchDone:
     return BatchDone(model="demo", width=64, height=64, rows=2, seconds=0.01, samples=number)
 
 
 class Rig:
-    """An outbox whose time is told, and the other end of its channel."""
+    """An event batcher with a clock that the test sets, and the other end of its channel."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         self.now = 100.0
         self.channel, self._end = Channel(ours.detach()), Channel(theirs.detach())
-        self.outbox = EventBatcher(self.channel, lambda: self.now)
+        self.batcher = EventBatcher(self.channel, lambda: self.now)
 
     def step(self, number: int) -> None:
-        self.outbox.tell(step(number))
-        self.outbox.tell(passed(number))
+        self.batcher.emit(step(number))
+        self.batcher.emit(batch_done(number))
 
     def messages(self) -> list[object]:
         """All that was sent, and the end."""
@@ -64,75 +64,81 @@ def rig() -> Iterator[Rig]:
         yield rig
 
 
-def test_a_step_goes_with_its_pass(rig: Rig) -> None:
-    rig.outbox.tell(step(1))
-    rig.outbox.tell(step(1))
-    rig.outbox.tell(passed(2))
-    assert rig.messages() == [(step(1), step(1), passed(2))]
+def test_a_step_is_sent_with_its_batch(rig: Rig) -> None:
+    rig.batcher.emit(step(1))
+    rig.batcher.emit(step(1))
+    rig.batcher.emit(batch_done(2))
+    assert rig.messages() == [(step(1), step(1), batch_done(2))]
 
 
-def test_quick_passes_go_together(rig: Rig) -> None:
+def test_fast_batches_are_sent_together(rig: Rig) -> None:
     for number in range(1, 6):
         rig.step(number)
         rig.now += TOGETHER_SECONDS / 2
     assert rig.messages() == [
-        (step(1), passed(1)),
-        (step(2), passed(2), step(3), passed(3)),
-        (step(4), passed(4), step(5), passed(5)),
+        (step(1), batch_done(1)),
+        (step(2), batch_done(2), step(3), batch_done(3)),
+        (step(4), batch_done(4), step(5), batch_done(5)),
     ]
 
 
-def test_a_last_step_is_told_at_once(rig: Rig) -> None:
+def test_a_last_step_is_sent_at_once(rig: Rig) -> None:
     for number in (18, 19, 20):
         rig.step(number)
     assert rig.messages() == [
-        (step(18), passed(18)),
-        (step(19), passed(19), step(20), passed(20)),
+        (step(18), batch_done(18)),
+        (step(19), batch_done(19), step(20), batch_done(20)),
     ]
 
 
-def test_slow_passes_are_told_one_by_one(rig: Rig) -> None:
+def test_slow_batches_are_sent_one_by_one(rig: Rig) -> None:
     for number in (1, 2):
         rig.step(number)
         rig.now += 2 * TOGETHER_SECONDS
-    assert rig.messages() == [(step(1), passed(1)), (step(2), passed(2))]
+    assert rig.messages() == [(step(1), batch_done(1)), (step(2), batch_done(2))]
 
 
-def test_all_else_is_told_at_once_and_in_order(rig: Rig) -> None:
+def test_other_events_are_sent_at_once_and_in_order(rig: Rig) -> None:
     rig.step(1)
     rig.step(2)
-    rig.outbox.tell(DECODED)
-    rig.outbox.tell(FINISHED)
-    assert rig.messages() == [(step(1), passed(1)), (step(2), passed(2), DECODED), (FINISHED,)]
+    rig.batcher.emit(DECODED)
+    rig.batcher.emit(FINISHED)
+    assert rig.messages() == [
+        (step(1), batch_done(1)),
+        (step(2), batch_done(2), DECODED),
+        (FINISHED,),
+    ]
 
 
-def test_an_image_goes_alone_behind_what_was_held(rig: Rig) -> None:
+def test_an_image_is_sent_alone_after_the_held_events(rig: Rig) -> None:
     ready = ImageReady(job_id="a", image_index=0, image=fake_image(make_job("a"), 0))
     rig.step(1)
     rig.step(2)
-    rig.outbox.tell(ready)
-    assert rig.messages() == [(step(1), passed(1)), (step(2), passed(2)), ready]
+    rig.batcher.emit(ready)
+    assert rig.messages() == [(step(1), batch_done(1)), (step(2), batch_done(2)), ready]
 
 
-def test_threads_do_not_tear_messages(rig: Rig) -> None:
-    """Whoever tells, each event arrives once, and those of a thread in their order."""
+def test_events_of_many_threads_arrive_once_and_in_order(rig: Rig) -> None:
+    """Each event arrives once, and the events of one thread keep their order."""
 
-    def tell(events: list[Event]) -> None:
+    def emit(events: list[Event]) -> None:
         for event in events:
-            rig.outbox.tell(event)
+            rig.batcher.emit(event)
 
     many: list[list[Event]] = [
         [JobFinished(f"{thread}-{index}", StageSeconds()) for index in range(50)]
         for thread in range(4)
     ]
-    steps: list[Event] = [each for n in range(50) for each in (step(n), passed(n))]
-    threads = [threading.Thread(target=tell, args=(events,)) for events in (*many, steps)]
+    steps: list[Event] = [each for n in range(50) for each in (step(n), batch_done(n))]
+    threads = [threading.Thread(target=emit, args=(events,)) for events in (*many, steps)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    rig.outbox.tell(DECODED)  # Takes along what is held.
-    told = [event for message in rig.messages() if isinstance(message, tuple) for event in message]
-    assert [e for e in told if isinstance(e, SampleProgress | BatchDone)] == steps
+    rig.batcher.emit(DECODED)  # Sends the held events too.
+    received = [
+        event for message in rig.messages() if isinstance(message, tuple) for event in message
+    ]
+    assert [e for e in received if isinstance(e, SampleProgress | BatchDone)] == steps
     for events in many:
-        assert [event for event in told if event in events] == events
+        assert [event for event in received if event in events] == events

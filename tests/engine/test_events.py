@@ -1,4 +1,4 @@
-"""What the engine tells of itself: loads, counts, peaks, memory."""
+"""Events about the engine itself: loads, counts, peaks, memory."""
 
 import time
 from pathlib import Path
@@ -44,12 +44,12 @@ def counted(loop: LoopUnderTest) -> dict[Counted, int]:
     return totals
 
 
-def test_passes_tell_of_images_and_of_newcomers(own_loop: LoopUnderTest) -> None:
+def test_batches_count_samples_and_those_that_joined(own_loop: LoopUnderTest) -> None:
     own_loop.row_limits.max_rows = 16
     own_loop.run(make_job("a", image_count=2, steps=3))
-    passes = [event for event in own_loop.events if isinstance(event, BatchDone)]
-    assert [(p.samples, p.rows, p.max_rows) for p in passes] == [(2, 4, 16)] * 3
-    assert sum(p.joined for p in passes) == 0
+    batches = [event for event in own_loop.events if isinstance(event, BatchDone)]
+    assert [(b.samples, b.rows, b.max_rows) for b in batches] == [(2, 4, 16)] * 3
+    assert sum(b.joined for b in batches) == 0
 
     def join(event: Event) -> None:
         if isinstance(event, BatchDone) and event.samples == 1:
@@ -71,7 +71,7 @@ def test_prompts_are_counted(own_loop: LoopUnderTest) -> None:
     assert totals[Counted.PROMPTS_TRUNCATED] == 1
 
 
-def test_what_runs_out_of_memory_is_counted(own_loop: LoopUnderTest) -> None:
+def test_out_of_memory_is_counted(own_loop: LoopUnderTest) -> None:
     model = own_loop.models["tiny"]
     unet = model.unet
 
@@ -88,7 +88,7 @@ def test_what_runs_out_of_memory_is_counted(own_loop: LoopUnderTest) -> None:
     assert Counted.OUT_OF_MEMORY_FAILED not in counted(own_loop)
 
 
-def test_loads_are_told(tiny_folder: Path) -> None:
+def test_loads_are_reported(tiny_folder: Path) -> None:
     loop, ready = start_loop(config_for(tiny_folder), lambda _: None)
     (load,) = ready.loads
     assert load.model == "tiny"
@@ -101,8 +101,8 @@ def test_loads_are_told(tiny_folder: Path) -> None:
 
 
 def test_peaks_are_measured_once_for_each_class_of_work() -> None:
-    told: list[Event] = []
-    watch = PeakMemoryTracker(told.append)
+    emitted: list[Event] = []
+    watch = PeakMemoryTracker(emitted.append)
     with watch.watch(CPU, "tiny", 64, 64, rows=3):
         torch.ones(64 * MIB, dtype=torch.uint8)
     with watch.watch(CPU, "tiny", 60, 64, rows=4):  # Of the same class, a moment later.
@@ -111,34 +111,34 @@ def test_peaks_are_measured_once_for_each_class_of_work() -> None:
         raise ValueError("boom")
     with watch.watch(CPU, "tiny", 512, 512):
         torch.ones(32 * MIB, dtype=torch.uint8)
-    passes, decodes = told
-    assert isinstance(passes, PeakMeasured)
-    assert isinstance(decodes, PeakMeasured)
-    assert passes.peak_bytes == pytest.approx(64 * MIB, rel=0.2)
-    assert (decodes.width, decodes.rows) == (512, 0)
-    assert decodes.peak_bytes == pytest.approx(32 * MIB, rel=0.2)
-    assert watch.highest > passes.peak_bytes
+    batch, decode = emitted
+    assert isinstance(batch, PeakMeasured)
+    assert isinstance(decode, PeakMeasured)
+    assert batch.peak_bytes == pytest.approx(64 * MIB, rel=0.2)
+    assert (decode.width, decode.rows) == (512, 0)
+    assert decode.peak_bytes == pytest.approx(32 * MIB, rel=0.2)
+    assert watch.highest > batch.peak_bytes
 
 
-def test_a_sandbox_without_peaks_tells_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> int:
+def test_a_sandbox_without_peaks_emits_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*_: object) -> int:
         raise PermissionError
 
-    monkeypatch.setattr(Path, "write_text", refuse)
-    told: list[Event] = []
-    watch = PeakMemoryTracker(told.append)
+    monkeypatch.setattr(Path, "write_text", deny)
+    emitted: list[Event] = []
+    watch = PeakMemoryTracker(emitted.append)
     for rows in (0, 1, 2):
         with watch.watch(CPU, "tiny", 64, 64, rows=rows):
             pass
-    assert told == []
+    assert emitted == []
 
 
-def test_memory_on_a_cpu_is_the_process_s() -> None:
-    told: list[Event] = []
-    reporter = MemoryReporter([CPU], PeakMemoryTracker(told.append), told.append)
+def test_memory_on_a_cpu_is_that_of_the_process() -> None:
+    emitted: list[Event] = []
+    reporter = MemoryReporter([CPU], PeakMemoryTracker(emitted.append), emitted.append)
     ballast = torch.ones(64 * MIB, dtype=torch.uint8)
     reporter.report()
-    (report,) = told
+    (report,) = emitted
     assert isinstance(report, MemoryReport)
     assert report.device == "cpu"
     assert report.sensors == Sensors()
@@ -156,7 +156,7 @@ def test_the_engine_reports_memory_while_it_is_idle(own_loop: LoopUnderTest) -> 
 
 
 class FakeNvml:
-    """NVML as ``nvidia-ml-py`` offers it, with one GPU and what it can tell."""
+    """NVML as ``nvidia-ml-py`` offers it, with one GPU and its sensors."""
 
     NVML_TEMPERATURE_GPU = 0
 
@@ -190,27 +190,27 @@ class FakeNvml:
         return SimpleNamespace(used=3, total=8)
 
 
-def test_nvml_is_asked_by_uuid_and_in_base_units() -> None:
+def test_nvml_is_read_by_uuid_and_in_base_units() -> None:
     sensors = GpuSensors("1234", FakeNvml())
     assert sensors.read() == Sensors(utilisation=0.4, power_watts=312.5, temperature_celsius=61.0)
     assert sensors.memory() == (3, 8)
 
 
 def test_a_gpu_that_lacks_a_sensor() -> None:
-    told = GpuSensors("GPU-1234", FakeNvml(power=False)).read()
-    assert told == Sensors(utilisation=0.4, power_watts=None, temperature_celsius=61.0)
+    emitted = GpuSensors("GPU-1234", FakeNvml(power=False)).read()
+    assert emitted == Sensors(utilisation=0.4, power_watts=None, temperature_celsius=61.0)
 
 
-def test_a_machine_without_the_driver_tells_nothing() -> None:
+def test_a_machine_without_the_driver_has_no_sensors() -> None:
     sensors = GpuSensors("1234", FakeNvml(driver=False))
     assert sensors.read() == Sensors()
     assert sensors.memory() is None
 
 
-def test_the_stages_add_up_though_the_device_encodes_while_the_pass_is_launched() -> None:
-    told: list[Event] = []
-    resident = ResidentJob(make_job("a", submitted_at=100.0), told.append)
-    # Launched in 1 s, done after 3: the first pass was launched in between.
+def test_the_stages_add_up_if_the_device_encodes_while_the_batch_is_launched() -> None:
+    emitted: list[Event] = []
+    resident = ResidentJob(make_job("a", submitted_at=100.0), emitted.append)
+    # Launched in 1 s, done after 3: the first batch was launched in between.
     watch = cast(Timer, SimpleNamespace(began=101.0, seconds=lambda: 3.0))
     resident.prompt_encoded([], watch)
     resident.begin_batch(102.0)
@@ -222,7 +222,7 @@ def test_the_stages_add_up_though_the_device_encodes_while_the_pass_is_launched(
     )
 
 
-def test_a_stopwatch_on_a_cpu_is_a_clock() -> None:
+def test_a_timer_on_a_cpu_is_a_clock() -> None:
     with Timer(CPU) as watch:
         began = time.monotonic()
         while time.monotonic() < began + 0.01:
@@ -232,7 +232,7 @@ def test_a_stopwatch_on_a_cpu_is_a_clock() -> None:
 
 
 @pytest.mark.gpu
-def test_a_stopwatch_on_a_gpu_counts_what_was_launched() -> None:
+def test_a_timer_on_a_gpu_counts_launched_work() -> None:
     device = torch.device("cuda")
     matrix = torch.randn(8192, 8192, device=device)
     torch.cuda.synchronize()
@@ -248,16 +248,16 @@ def test_a_stopwatch_on_a_gpu_counts_what_was_launched() -> None:
 @pytest.mark.gpu
 def test_memory_on_a_gpu_is_what_torch_says() -> None:
     device = torch.device("cuda", 0)
-    told: list[Event] = []
-    watch = PeakMemoryTracker(told.append)
+    emitted: list[Event] = []
+    watch = PeakMemoryTracker(emitted.append)
     ballast = torch.ones(64 * MIB, dtype=torch.uint8, device=device)
     with watch.watch(device, "tiny", 64, 64, rows=2):
         torch.ones(32 * MIB, dtype=torch.uint8, device=device)
-    (peak,) = told
+    (peak,) = emitted
     assert isinstance(peak, PeakMeasured)
     assert peak.peak_bytes == 32 * MIB
-    MemoryReporter([device], watch, told.append).report()
-    report = told[-1]
+    MemoryReporter([device], watch, emitted.append).report()
+    report = emitted[-1]
     assert isinstance(report, MemoryReport)
     assert report.by_kind["allocated"] == torch.cuda.memory_allocated(device)
     assert report.by_kind["reserved"] == torch.cuda.memory_reserved(device)

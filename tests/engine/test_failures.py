@@ -17,7 +17,7 @@ from darkroom_server.engine.failures import is_fatal, is_out_of_memory
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_no_memory_is_no_end(error: Exception) -> None:
+def test_out_of_memory_is_not_fatal(error: Exception) -> None:
     assert is_out_of_memory(error)
     assert not is_fatal(error)
 

@@ -1,4 +1,4 @@
-"""What loads, and the one line that is told of what does not."""
+"""Models that load, and the one-line error of those that do not."""
 
 import re
 import shutil
@@ -156,7 +156,7 @@ def test_a_hub_id_from_the_cache(revision: str | None) -> None:
 
 
 @pytest.mark.usefixtures("cached_hub")
-def test_a_hub_that_does_not_answer_leaves_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_answer_of_the_hub_its_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     download = huggingface_hub.hf_hub_download
 
     def silent(*args: Any, local_files_only: bool, **fields: Any) -> str:
@@ -194,8 +194,8 @@ def test_two_models_in_one_engine(tiny_folder: Path, tmp_path: Path) -> None:
         loop.run(*jobs)
     finally:
         loop.close()
-    left = {model.info.memory.available_bytes for model in loop.models.values()}
-    assert len(left) == 1, "what the second takes, the first has not"
+    available = {model.info.memory.available_bytes for model in loop.models.values()}
+    assert len(available) == 1, "memory of the second model is not available to the first"
     references = {id: Reference(folder) for id, folder in folders.items()}
     for job in jobs:
         wanted = references[job.model].latents(job)

@@ -1,4 +1,4 @@
-"""What passes take is measured, what fits is worked out from it, and what never fits is refused."""
+"""Memory: measured at warm-up, used for the row limit, and for rejecting what never fits."""
 
 import dataclasses
 from pathlib import Path
@@ -22,15 +22,10 @@ from darkroom_server.engine.failures import DECODE_FAILED, OUT_OF_MEMORY
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.warmup import placement
-from darkroom_server.engine.warmup.placement import denoiser_forward, measure_memory
+from darkroom_server.engine.warmup.formats import MemoryFormat
+from darkroom_server.engine.warmup.placement import denoiser_timer, measure_memory
 from darkroom_server.engine.warmup.presets import resolve
-from darkroom_server.engine.warmup.profiler import (
-    MemoryFormat,
-    best_rows,
-    fastest_format,
-    measure_rows,
-    peak_bytes,
-)
+from darkroom_server.engine.warmup.profiler import peak_bytes
 
 from .conftest import LoopUnderTest, make_job
 
@@ -42,8 +37,8 @@ NEEDS = MemoryNeeds(pixels=512 * 512, bytes_per_row=100, bytes_per_decode=150, a
 @pytest.mark.parametrize(
     ("width", "height", "rows", "needed"),
     [
-        (512, 512, 2, 200),  # The pass is larger than the decode.
-        (512, 512, 1, 150),  # The decode is larger than the pass.
+        (512, 512, 2, 200),  # The batch needs more than the decode.
+        (512, 512, 1, 150),  # The decode needs more than the batch.
         (1024, 1024, 2, 800),
         (256, 512, 2, 100),
         (512, 512, 16, 1600),
@@ -98,10 +93,10 @@ def test_nothing_takes_next_to_nothing() -> None:
 
 
 def test_a_sandbox_that_cannot_reset_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> int:
+    def deny(*_: object) -> int:
         raise PermissionError
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "write_text", deny)
     monkeypatch.setattr(memory, "status_bytes", {"VmHWM": 700, "VmRSS": 500}.__getitem__)
     peak = PeakMemory(CPU)
     assert not peak.reset()
@@ -110,11 +105,11 @@ def test_a_sandbox_that_cannot_reset_the_peak(monkeypatch: pytest.MonkeyPatch) -
     assert peak.read() == 200, "what goes beyond the highest mark so far"
 
 
-@pytest.mark.parametrize(("left", "available"), [(None, 900), (200, 180), (4700, 900)])
+@pytest.mark.parametrize(("below_limit", "available"), [(None, 900), (200, 180), (4700, 900)])
 def test_some_memory_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, left: int | None, available: int
+    monkeypatch: pytest.MonkeyPatch, below_limit: int | None, available: int
 ) -> None:
-    monkeypatch.setattr(cgroup, "free_memory", lambda: left)
+    monkeypatch.setattr(cgroup, "free_memory", lambda: below_limit)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     assert available_bytes(CPU) == available
 
@@ -127,7 +122,7 @@ def family_with(unet: Any, *, vae_scale_factor: int = 8, prompt_tokens: int = 77
     )
 
 
-def test_a_pass_and_a_decode_are_measured() -> None:
+def test_a_batch_and_a_decode_are_measured() -> None:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=64,
@@ -148,12 +143,12 @@ def test_a_pass_and_a_decode_are_measured() -> None:
         mid_block_add_attention=False,
     )
     runtime = resolve(EngineConfig(models=(), device="cpu"))
-    form = MemoryFormat(torch.float32, channels_last=False)
+    memory_format = MemoryFormat(torch.float32, channels_last=False)
     decoder = Decoder(vae, lambda: runtime.precision(torch.float32))
     family = family_with(unet, vae_scale_factor=2, prompt_tokens=8)
     with torch.inference_mode():
-        forward = denoiser_forward(family, unet, form, runtime)
-        needs = measure_memory(forward, family, decoder, form, runtime)
+        time_batch = denoiser_timer(family, memory_format, runtime)
+        needs = measure_memory(time_batch, family, decoder, memory_format, runtime)
     assert needs.pixels == 128 * 128
     activation = 4 * 32 * 64 * 64  # Of one row: float32, channels, height, width.
     assert needs.bytes_per_row > activation
@@ -162,17 +157,22 @@ def test_a_pass_and_a_decode_are_measured() -> None:
 
 
 @pytest.mark.parametrize("sliced", [False, True])
-def test_what_comes_once_in_a_pass_is_told_from_what_comes_for_each_row(
+def test_memory_once_a_batch_is_distinguished_from_memory_of_each_row(
     sliced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attention = Attention.SLICED if sliced else Attention.SDPA
     runtime = resolve(EngineConfig(models=(), device="cpu", attention=attention))
     taken: list[int] = []
-    monkeypatch.setattr(placement, "peak_bytes", lambda _, work: work() or taken.pop())
+    monkeypatch.setattr(placement, "peak_bytes", lambda _, work: (work(), taken.pop())[1])
     decoder: Any = SimpleNamespace(decode=lambda _: taken.append(7), tile_pixels=None)
     unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
+
+    def time_batch(rows: int) -> float:
+        taken.append(1000 + 300 * rows)
+        return 0.0
+
     needs = measure_memory(
-        lambda rows: taken.append(1000 + 300 * rows),
+        time_batch,
         family_with(unet),
         decoder,
         MemoryFormat(torch.float32, channels_last=False),
@@ -187,20 +187,20 @@ def test_what_comes_once_in_a_pass_is_told_from_what_comes_for_each_row(
     ("failure", "error", "words"),
     [(OUT_OF_MEMORY, MemoryError, "does not fit"), (DECODE_FAILED, StartupError, "cannot decode")],
 )
-def test_a_decode_that_fails_at_warm_up_is_no_measurement(
+def test_a_decode_that_fails_at_warm_up_is_an_error(
     failure: Failure, error: type[Exception], words: str
 ) -> None:
     runtime = resolve(EngineConfig(models=(), device="cpu"))
     decoder: Any = SimpleNamespace(decode=lambda _: failure)
     unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
-    form = MemoryFormat(torch.float32, channels_last=False)
+    memory_format = MemoryFormat(torch.float32, channels_last=False)
     with pytest.raises(error, match=words):
-        placement.measure_decode(family_with(unet), decoder, form, runtime)
+        placement.measure_decode(family_with(unet), decoder, memory_format, runtime)
     with pytest.raises(error, match=words):
-        measure_memory(lambda _: None, family_with(unet), decoder, form, runtime)
+        measure_memory(lambda _: 0.0, family_with(unet), decoder, memory_format, runtime)
 
 
-def test_a_job_that_never_fits_is_refused(shared_loop: LoopUnderTest) -> None:
+def test_a_job_that_never_fits_is_rejected(shared_loop: LoopUnderTest) -> None:
     info = shared_loop.models["tiny"].info
     needs = MemoryNeeds(
         pixels=64 * 64, bytes_per_row=3 * MIB, bytes_per_decode=MIB, available_bytes=10 * MIB
@@ -219,112 +219,10 @@ def test_a_job_that_never_fits_is_refused(shared_loop: LoopUnderTest) -> None:
     assert "10 MiB" in str(caught.value)
 
 
-def test_what_fits_bounds_a_pass(own_loop: LoopUnderTest) -> None:
+def test_what_fits_bounds_a_batch(own_loop: LoopUnderTest) -> None:
     needs = MemoryNeeds(pixels=64 * 64, bytes_per_row=1, bytes_per_decode=1, available_bytes=4)
     own_loop.row_limits.memory = needs
     own_loop.row_limits.max_rows = 16
     own_loop.run(make_job("small", image_count=4), make_job("large", width=128, image_count=2))
     assert max(step.rows for step in own_loop.progress("small")) == 4
     assert max(step.rows for step in own_loop.progress("large")) == 2
-
-
-class Clock:
-    """Passes whose rows take as long as they are told; ``passes`` are the rows that ran."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
-        self.now = 0.0
-        self.passes: list[int] = []
-        self._seconds = dict(zip((2, 4, 8, 16), seconds, strict=False))
-        monkeypatch.setattr(
-            "darkroom_server.engine.warmup.profiler.time.perf_counter", lambda: self.now
-        )
-
-    def forward(self, rows: int) -> None:
-        self.passes.append(rows)
-        self.now += self._seconds[max(each for each in self._seconds if each <= rows)]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "best"),
-    [
-        ((1.0, 1.0, 1.0, 1.9), 8),  # From 8 to 16 rows brings 5 %.
-        ((0.1, 0.2, 0.4, 0.8), 2),  # Doubling brings nothing.
-        ((0.5, 0.6, 2.1, 9.0), 4),  # Eight take too long for anyone to join.
-        ((3.0, 3.0, 3.0, 3.0), 2),
-    ],
-)
-def test_best_rows(seconds: tuple[float, ...], best: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch, *seconds)
-    assert best_rows(measure_rows(clock.forward, 16)) == best
-
-
-@pytest.mark.parametrize("noisy", [2, 4, 8, 16])
-def test_a_noisy_moment_does_not_settle_the_rows(
-    noisy: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(monkeypatch, 0.1, 0.12, 0.14, 0.27)
-
-    def forward(rows: int) -> None:
-        clock.forward(rows)
-        if rows == noisy and clock.passes.count(rows) in (2, 3):
-            clock.now += 0.07  # Others had the machine for a moment.
-
-    assert best_rows(measure_rows(forward, 16)) == 8
-
-
-def test_a_slow_moment_at_the_start_does_not_keep_images_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = Clock(monkeypatch, 0.1, 0.12, 0.14, 0.16)
-
-    def forward(rows: int) -> None:
-        clock.forward(rows)
-        clock.now += 5.0 * (len(clock.passes) == 1)
-
-    assert best_rows(measure_rows(forward, 16)) == 16
-
-
-def test_a_machine_that_becomes_slower_meanwhile_has_the_same_knee(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = Clock(monkeypatch, 0.010, 0.012, 0.015, 0.019)
-
-    def forward(rows: int) -> None:
-        before = clock.now
-        clock.forward(rows)
-        clock.now = before + (clock.now - before) * 1.02 ** len(clock.passes)
-
-    assert best_rows(measure_rows(forward, 16)) == 16
-
-
-def test_best_rows_keeps_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).forward, 5)) == 5
-    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).forward, 4)) == 4
-    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).forward, 1)) == 2
-    # Five rows in the time of four are worth it, and six in half as much again are not.
-    assert best_rows({2: 1.0, 4: 1.4, 6: 2.1}) == 4
-
-
-def test_a_slow_model_is_measured_by_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight seconds a pass, as Stable Diffusion 1.4 on two cores: four forms, no minutes."""
-    clock = Clock(monkeypatch, 8.0)
-    measure_rows(clock.forward, 64)
-    assert clock.passes == [2, 2]
-    forms = [MemoryFormat(d, c) for d in (torch.float32, torch.bfloat16) for c in (False, True)]
-    fastest_format(torch.nn.Identity(), forms, lambda *_: clock.forward)
-    assert clock.passes == [2] * 6
-
-
-def test_wider_passes_for_which_there_is_no_memory_are_left_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = Clock(monkeypatch, 1.0, 1.0, 1.0, 1.0)
-
-    def forward(rows: int) -> None:
-        if rows > 4:
-            raise torch.OutOfMemoryError("injected")
-        clock.forward(rows)
-
-    assert list(measure_rows(forward, 64)) == [2, 4]
-    with pytest.raises(torch.OutOfMemoryError):
-        measure_rows(lambda rows: forward(rows + 4), 64)

@@ -1,4 +1,4 @@
-"""The images are diffusers' own, whatever shares their passes."""
+"""The images equal diffusers' own, whatever shares their batches."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def busy_mix(scheduler: SchedulerName) -> list[Job]:
-    """Jobs that share passes with one of every other scheduler, all settings mixed."""
+    """Jobs that share batches with one of every other scheduler, all settings mixed."""
     jobs = []
     for i, (steps, guidance, width) in enumerate(
         [(5, 1.0, 64), (50, 12.0, 64), (17, 7.5, 72), (8, 4.0, 64)]

@@ -1,4 +1,4 @@
-"""Previews show the picture to come, and change nothing of it."""
+"""Previews show the unfinished image, and change nothing of it."""
 
 import io
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def demo_loop() -> Iterator[LoopUnderTest]:
 
 
 def colours(picture: Image.Image) -> NDArray[np.float32]:
-    """What is left of a picture at 16 × 16."""
+    """The colours of a picture at 16 × 16."""
     return np.asarray(picture.convert("RGB").resize((16, 16), Image.Resampling.BOX), np.float32)
 
 
@@ -47,14 +47,14 @@ def test_they_change_no_byte_of_the_image(
     assert all(isinstance(end, JobFinished) for end in ends.values())
     assert not previews(shared_loop, plain.id)
     assert shared_loop.image(plain.id).image.data == shared_loop.image(shown.id).image.data
-    told = previews(shared_loop, shown.id)
-    assert told
+    found = previews(shared_loop, shown.id)
+    assert found
     calls = shared_loop.progress(shown.id)[-1].steps
-    assert {e.step for e in told} <= set(range(1, calls))
+    assert {e.step for e in found} <= set(range(1, calls))
 
 
 @pytest.mark.parametrize("format", [ImageFormat.JPEG, ImageFormat.WEBP])
-def test_they_come_every_so_many_steps_and_not_after_the_last(
+def test_they_come_every_n_steps_and_not_after_the_last(
     shared_loop: LoopUnderTest, format: ImageFormat
 ) -> None:
     job = make_job(
@@ -68,12 +68,12 @@ def test_they_come_every_so_many_steps_and_not_after_the_last(
     )
     shared_loop.run(job)
     for index in range(2):
-        told = [e for e in previews(shared_loop, job.id) if e.image_index == index]
-        steps = [e.step for e in told]
-        # One may be left out while the one before is being encoded.
+        found = [e for e in previews(shared_loop, job.id) if e.image_index == index]
+        steps = [e.step for e in found]
+        # One is skipped if the previous one is still being encoded.
         assert set(steps) <= {3, 6}
         assert 3 in steps
-        for preview in told:
+        for preview in found:
             picture = Image.open(io.BytesIO(preview.data))
             assert picture.size == (preview.width, preview.height) == (128, 64)
             assert picture.format == format.name
@@ -101,7 +101,7 @@ def test_halfway_the_scene_is_there(demo_loop: LoopUnderTest, scheduler: Schedul
     assert np.corrcoef(shown.ravel(), final.ravel())[0, 1] > 0.9
 
 
-def test_a_model_that_cannot_be_painted_draws_all_the_same(own_loop: LoopUnderTest) -> None:
+def test_a_model_without_previews_still_generates(own_loop: LoopUnderTest) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no encoder")
 
@@ -111,7 +111,7 @@ def test_a_model_that_cannot_be_painted_draws_all_the_same(own_loop: LoopUnderTe
     assert not previews(own_loop, "blind")
 
 
-def test_running_out_of_memory_once_costs_one_preview(own_loop: LoopUnderTest) -> None:
+def test_running_out_of_memory_once_skips_one_preview(own_loop: LoopUnderTest) -> None:
     previewer = own_loop.models["tiny"].previewer
     fit = previewer._fit
 
@@ -126,7 +126,7 @@ def test_running_out_of_memory_once_costs_one_preview(own_loop: LoopUnderTest) -
     assert [e.step for e in previews(own_loop, "second")] == [3]
 
 
-def test_what_may_be_withheld_is_not_shown(own_loop: LoopUnderTest) -> None:
+def test_with_a_safety_checker_there_are_no_previews(own_loop: LoopUnderTest) -> None:
     class Strict:
         def flags(self, _: object) -> bool:
             return True

@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from darkroom_server.backends import process
-from darkroom_server.backends.process import ProcessEngine
+from darkroom_server.backends.process import LoadLimit, ProcessEngine
 from darkroom_server.core.events import (
     BatchDone,
     EngineDied,
@@ -43,7 +43,7 @@ def open_files() -> int:
     return psutil.Process().num_fds()
 
 
-def test_a_killed_process_is_told_of_and_can_be_started_again(tiny_folder: Path) -> None:
+def test_a_killed_process_is_reported_and_can_be_started_again(tiny_folder: Path) -> None:
     files = open_files()
     engine, listener, pid = started(tiny_folder)
     job = make_job("before", exact=True)
@@ -78,7 +78,7 @@ while channel.receive():
 """
 
 
-def test_events_of_memory_is_no_sign_of_life(
+def test_memory_reports_do_not_reset_the_timeout(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "CHILD", ("-c", HANGING))
@@ -87,7 +87,7 @@ def test_events_of_memory_is_no_sign_of_life(
     while isinstance(
         event := listener.until(lambda e: isinstance(e, MemoryReport | EngineDied)), MemoryReport
     ):
-        engine.cancel("nobody")  # It tells again whenever it is spoken to.
+        engine.cancel("nobody")  # Each command makes the process emit again.
     assert event == EngineDied("the engine was silent for 0.5 s, and was killed")
     engine.close()
 
@@ -102,6 +102,66 @@ def test_a_process_that_hangs_at_work_is_killed(tiny_folder: Path) -> None:
     assert "silent for 0.5 s" in died.message
     assert not psutil.pid_exists(pid)
     engine.close()
+
+
+LOADING_ONCE = """
+import os, sys, time
+from darkroom_server.core.events import EngineReady
+from darkroom_server.ipc.channel import Channel
+
+channel = Channel(int(sys.argv[1]))
+channel.receive()
+if os.path.exists({flag!r}):
+    time.sleep(600)
+open({flag!r}, "w").close()
+channel.send(EngineReady((), 0.0))
+channel.receive()
+"""
+
+
+def test_a_process_that_hangs_while_it_loads_again_is_killed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = tmp_path / "loaded"
+    monkeypatch.setattr(process, "CHILD", ("-c", LOADING_ONCE.format(flag=str(flag))))
+    monkeypatch.setattr(process, "SHORTEST_LOAD_SECONDS", 3.0)
+    engine = ProcessEngine(config_for(tiny_folder), load_timeout=600.0)
+    listener = Listener(engine)
+    listener.until(lambda e: isinstance(e, EngineReady))
+    learned = engine._load_limit.seconds
+    assert 3.0 <= learned < 600.0
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    listener.until(lambda e: isinstance(e, EngineDied))
+    engine.start(listener.events.put)
+    pid = engine.pid
+    died = listener.until(lambda e: isinstance(e, EngineDied))
+    assert died == EngineDied(f"the engine had not loaded after {learned:.3g} s, and was killed")
+    assert not psutil.pid_exists(pid)
+    assert engine._load_limit.seconds == 2 * learned
+    flag.unlink()
+    engine.start(listener.events.put)
+    listener.until(lambda e: isinstance(e, EngineReady))
+    engine.close()
+
+
+def test_the_first_load_has_a_limit_too(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "CHILD", ("-c", "import time; time.sleep(600)"))
+    engine = ProcessEngine(config_for(tiny_folder), load_timeout=0.5)
+    died = Listener(engine).until(lambda e: isinstance(e, EngineDied))
+    assert died == EngineDied("the engine had not loaded after 0.5 s, and was killed")
+    engine.close()
+
+
+def test_the_limit_of_a_load_is_learned_and_never_above_the_setting() -> None:
+    limit = LoadLimit(100.0)
+    assert limit.seconds == 100.0
+    limit.loaded(1.0)
+    assert limit.seconds == 60.0
+    limit.loaded(20.0)
+    assert limit.seconds == 80.0
+    limit.timed_out()
+    assert limit.seconds == 100.0
 
 
 HALF_A_MESSAGE = """
@@ -173,7 +233,7 @@ def start_loop(_, emit):
 """
 
 
-def test_an_error_of_the_system_is_no_end_of_the_channel(
+def test_an_os_error_is_not_taken_for_a_closed_channel(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "CHILD", child_with(FAILING))
@@ -183,11 +243,11 @@ def test_an_error_of_the_system_is_no_end_of_the_channel(
         died = listener.until(lambda e: isinstance(e, EngineDied))
         engine.close()  # And with it the thread that reads the log.
     assert died == EngineDied("the engine died; the log above says why")
-    said = [line["exception"] for line in lines if "exception" in line]
-    assert [text.splitlines()[-1] for text in said] == ["OSError: the device's file is gone"]
+    exceptions = [line["exception"] for line in lines if "exception" in line]
+    assert [text.splitlines()[-1] for text in exceptions] == ["OSError: the device's file is gone"]
 
 
-def test_what_was_done_before_an_engine_died_is_told(
+def test_events_before_an_engine_died_are_emitted(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "CHILD", child_with(DYING))
@@ -237,13 +297,13 @@ class Unreadable:
 
 def test_a_process_that_cannot_understand_ends(tiny_folder: Path) -> None:
     engine, listener, _ = started(tiny_folder)
-    assert engine._life is not None
+    assert engine._process is not None
     with structlog.testing.capture_logs() as lines:
-        engine._life.tell(Unreadable())
+        engine._process.send(Unreadable())
         died = listener.until(lambda e: isinstance(e, EngineDied), timeout=60)
         engine.close()
     assert died == EngineDied("the engine's process died")
-    assert "a message of the server cannot be read" in [line["event"] for line in lines]
+    assert "message from the server cannot be read" in [line["event"] for line in lines]
 
 
 @pytest.mark.parametrize("spare", range(4))
@@ -262,13 +322,13 @@ def test_without_a_thread_to_spare_nothing_is_left_behind(
 
     monkeypatch.setattr(process, "CHILD", ("-c", "import time; time.sleep(600)"))
     monkeypatch.setattr(threading, "Thread", Scarce)
-    told: list[Event] = []
+    emitted: list[Event] = []
     engine = ProcessEngine(config_for(tiny_folder))
     with pytest.raises(RuntimeError, match="new thread"):
-        engine.start(told.append)
+        engine.start(emitted.append)
     monkeypatch.undo()
     assert engine.pid is None
-    assert not told
+    assert not emitted
     assert psutil.Process().children() == children
     assert open_files() == files
 

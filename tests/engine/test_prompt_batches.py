@@ -1,4 +1,4 @@
-"""Newcomers of one step share the encoding of their prompts, and nothing else."""
+"""Prompts of jobs that arrive together are encoded together, and fail alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +16,10 @@ from .test_events import counted
 
 
 def join_together(loop: LoopUnderTest, *jobs: Job) -> dict[str, End]:
-    """Let ``jobs`` join in one step, which follows on one of another job."""
+    """Let ``jobs`` join in one step, directly after a step of another job."""
 
     def join(event: object) -> None:
-        if isinstance(event, SampleProgress):  # Told in the midst of a step.
+        if isinstance(event, SampleProgress):  # Emitted during a step.
             loop.on_event = lambda _: None
             for job in jobs:
                 loop.loop.submit(job)
@@ -31,7 +31,7 @@ def join_together(loop: LoopUnderTest, *jobs: Job) -> dict[str, End]:
 
 
 def replace_encoder(loop: LoopUnderTest, check: Callable[[list[str]], None]) -> list[list[str]]:
-    """Let ``check`` look at each batch of prompts first; returns the batches, as they come."""
+    """Call ``check`` with each batch of prompts first; returns the list of batches."""
     encoder = loop.models["tiny"].prompts
     encode, batches = encoder._encode, []
 

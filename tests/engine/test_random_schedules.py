@@ -1,4 +1,4 @@
-"""On schedules that nobody wrote down, with joins and cancels, the images are still right."""
+"""With random joins and cancels, the images are still right."""
 
 import itertools
 from pathlib import Path
@@ -33,7 +33,7 @@ plans = st.lists(
     min_size=2,
     max_size=6,
 )
-# Of each job: after how many steps of anybody it is submitted, and cancelled (if at all).
+# Of each job: after how many steps of any job it is submitted, and cancelled (if at all).
 moments = st.lists(
     st.tuples(st.integers(0, 25), st.none() | st.integers(0, 40)), min_size=6, max_size=6
 )
@@ -66,7 +66,7 @@ def test_any_schedule(
     def act(event: object) -> None:
         nonlocal steps
         if not isinstance(event, SampleProgress):
-            return  # Some are told by other threads.
+            return  # Some are emitted by other threads.
         steps += 1
         while timeline and timeline[0][0] <= steps:
             _, what, job = timeline.pop(0)

@@ -14,7 +14,7 @@ from darkroom_server.engine.loading.startup import start_loop
 from .conftest import make_job
 from .real import write_real_model
 
-MAX_PASSES = 3
+MAX_BATCHES = 3
 """Of the denoiser at start; each takes seconds on a CPU."""
 
 
@@ -24,11 +24,11 @@ def test_it_loads_and_takes_a_step(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_real_model()
-    passes: list[int] = []
+    batches: list[int] = []
     forward = UNet2DConditionModel.forward
 
     def counted(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        passes.append(len(sample))
+        batches.append(len(sample))
         return forward(self, sample, *args, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", counted)
@@ -49,12 +49,12 @@ def test_it_loads_and_takes_a_step(
         emit,
     )
     started = time.monotonic() - began
-    assert len(passes) <= MAX_PASSES, passes
+    assert len(batches) <= MAX_BATCHES, batches
     loop.submit(make_job("real", model="sd14", width=256, height=256, steps=1))
     loop.run()
-    drawn = time.monotonic() - began - started
+    generated = time.monotonic() - began - started
     with capsys.disabled():
-        print(f"start {started:.1f} s, image {drawn:.1f} s, {ready.models[0].memory}")
+        print(f"start {started:.1f} s, image {generated:.1f} s, {ready.models[0].memory}")
     (image,) = (event.image for event in events if isinstance(event, ImageReady))
     assert len(image.data) == 256 * 256 * 3
     info = ready.models[0]

@@ -1,4 +1,4 @@
-"""The safety checker: loaded only where it is asked for, and what it flags stays here."""
+"""The safety checker: loaded only if configured; flagged images are withheld."""
 
 import shutil
 from pathlib import Path

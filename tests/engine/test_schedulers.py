@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
 }
 
 
-def develop(name: SchedulerName, steps: int, config: dict[str, Any]) -> Sample:
+def run_to_end(name: SchedulerName, steps: int, config: dict[str, Any]) -> Sample:
     """A sample taken to its end with a denoiser that predicts a tenth of what it sees."""
     sample = Sample(
         make_job("alone", scheduler=name, steps=steps, guidance_scale=1.0),
@@ -54,7 +54,7 @@ def test_both_ends_of_the_offer(name: SchedulerName, spacing: str, prediction: s
     config = {**BASE, "timestep_spacing": spacing, "prediction_type": prediction}
     offered = offer(name, config)
     for steps in {offered.min_steps, offered.min_steps + 1, offered.max_steps}:
-        sample = develop(name, steps, config)
+        sample = run_to_end(name, steps, config)
         assert torch.isfinite(sample.latents).all(), (steps, sample.latents)
 
 
@@ -68,7 +68,7 @@ def test_both_ends_of_the_offer(name: SchedulerName, spacing: str, prediction: s
     ],
 )
 def test_steps_are_counted_by_denoiser_calls(name: SchedulerName, steps: int, calls: int) -> None:
-    assert develop(name, steps, {**BASE, "skip_prk_steps": True}).steps == calls
+    assert run_to_end(name, steps, {**BASE, "skip_prk_steps": True}).steps == calls
 
 
 def miscounted(

@@ -1,4 +1,4 @@
-"""The plots can be drawn from what Prometheus answers."""
+"""The plots can be made from answers of Prometheus."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -7,8 +7,8 @@ from PIL import Image
 
 from bench.report.markdown import write_section
 from tools.observe.__main__ import section
-from tools.observe.load import Seen
-from tools.observe.plots import STAGES, draw
+from tools.observe.load import Received
+from tools.observe.plots import STAGES, plot
 from tools.observe.prometheus import Prometheus
 
 ANSWERS: dict[str, Any] = {
@@ -30,7 +30,7 @@ ANSWERS: dict[str, Any] = {
 
 
 class Canned:
-    """Answers as Prometheus would."""
+    """Answers in the form of Prometheus."""
 
     def query(self, expression: str) -> Any:
         return ANSWERS[expression]
@@ -39,8 +39,8 @@ class Canned:
         return {(): [(float(at), 0.5 + at / 100) for at in range(30)]}
 
 
-def test_every_plot_is_drawn(tmp_path: Path) -> None:
-    paths = draw(cast(Prometheus, Canned()), 0.0, 30.0, tmp_path)
+def test_every_plot_is_written(tmp_path: Path) -> None:
+    paths = plot(cast(Prometheus, Canned()), 0.0, 30.0, tmp_path)
     assert len(paths) == 3
     for path in paths:
         with Image.open(path) as image:
@@ -51,9 +51,9 @@ def test_every_plot_is_drawn(tmp_path: Path) -> None:
 def test_the_page_shows_the_plots(tmp_path: Path) -> None:
     page = tmp_path / "operations.md"
     page.write_text("# Operations\n\n<!-- bench:observe -->\n<!-- /bench:observe -->\n\n## Logs\n")
-    text = section("2026-01-01", "2 cores", 4, Seen(images=9), [Path("observe-latency.png")])
-    write_section("operations.md", "Operations", "observe", text, tmp_path)
+    text = section("2026-01-01", "2 cores", 4, Received(images=9), [Path("observe-latency.png")])
+    write_section("operations.md", "observe", text, tmp_path)
     written = page.read_text()
-    assert "4 callers of mixed wishes, 9 images" in written
+    assert "4 callers with mixed requests, 9 images" in written
     assert "![observe-latency](images/observe-latency.png)" in written
     assert written.endswith("<!-- /bench:observe -->\n\n## Logs\n")

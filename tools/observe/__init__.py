@@ -1,1 +1,1 @@
-"""A server, a real Prometheus, a short load: ``python -m tools.observe``, or ``make observe``."""
+"""Shows a short run through a real Prometheus: ``make observe``."""

@@ -1,4 +1,4 @@
-"""A short, mixed load: what callers ask for, and what they saw."""
+"""A short, mixed load, and what its callers received."""
 
 import random
 import threading
@@ -10,12 +10,12 @@ from darkroom_client import Client, DarkroomError
 STEPS = (8, 12, 20, 30)
 SIZES = (64, 64, 64, 96)
 IMPATIENT = 0.15
-"""Part of the callers who do not wait for the end."""
+"""Share of the calls with a short timeout."""
 
 
 @dataclass(slots=True)
-class Seen:
-    """What the callers saw; seconds are from each call's beginning to its end."""
+class Received:
+    """What the callers received; ``seconds`` is the sum of the latencies of finished calls."""
 
     finished: int = 0
     images: int = 0
@@ -24,51 +24,51 @@ class Seen:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, images: int, seconds: float) -> None:
-        """A call was answered."""
+        """Count a call that finished."""
         with self._lock:
             self.finished += 1
             self.images += images
             self.seconds += seconds
 
     def failure(self, error: DarkroomError) -> None:
-        """A call failed."""
+        """Count a call that failed."""
         with self._lock:
             name = type(error).__name__
             self.failed[name] = self.failed.get(name, 0) + 1
 
 
-def run_load(address: str, *, seconds: float, callers: int = 4, seed: int = 7) -> Seen:
-    """Let ``callers`` ask for one picture after another, until so many seconds are over."""
-    seen = Seen()
+def run_load(address: str, *, seconds: float, callers: int = 4, seed: int = 7) -> Received:
+    """Let ``callers`` send one request after another, until ``seconds`` have passed."""
+    received = Received()
     until = time.monotonic() + seconds
     threads = [
-        threading.Thread(target=_call, args=(address, until, random.Random(seed + n), seen))
+        threading.Thread(target=_call, args=(address, until, random.Random(seed + n), received))
         for n in range(callers)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return seen
+    return received
 
 
-def _call(address: str, until: float, chance: random.Random, seen: Seen) -> None:
+def _call(address: str, until: float, rng: random.Random, received: Received) -> None:
     with Client(address, insecure=True) as client:
         while time.monotonic() < until:
-            size = chance.choice(SIZES)
-            timeout = 0.3 if chance.random() < IMPATIENT else 120.0
+            size = rng.choice(SIZES)
+            timeout = 0.3 if rng.random() < IMPATIENT else 120.0
             began = time.monotonic()
             try:
                 result = client.generate(
-                    f"a large {chance.choice(('red', 'blue', 'green'))} circle",
-                    steps=chance.choice(STEPS),
-                    image_count=chance.choice((1, 1, 2)),
+                    f"a large {rng.choice(('red', 'blue', 'green'))} circle",
+                    steps=rng.choice(STEPS),
+                    image_count=rng.choice((1, 1, 2)),
                     width=size,
                     height=size,
-                    seed=chance.randrange(1000),
+                    seed=rng.randrange(1000),
                     timeout=timeout,
                 )
             except DarkroomError as error:
-                seen.failure(error)
+                received.failure(error)
             else:
-                seen.answer(len(result.images), time.monotonic() - began)
+                received.answer(len(result.images), time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""A real Prometheus on loopback, for as long as a block lasts."""
+"""A real Prometheus on loopback, as a context manager."""
 
 import json
 import shutil
@@ -19,19 +19,19 @@ START_SECONDS = 60.0
 
 
 class Missing(Exception):
-    """There is no Prometheus on this machine; the text says how to get one."""
+    """Prometheus is not installed; the text says how to install it."""
 
 
 class Prometheus:
-    """Answers questions about what it scraped."""
+    """A running Prometheus, and queries to it."""
 
     def __init__(self, address: str, process: "subprocess.Popen[bytes]") -> None:
         self.address = address
         self._process = process
 
     def query(self, expression: str) -> dict[tuple[tuple[str, str], ...], float]:
-        """The value of each series, by its labels in order, without its name."""
-        result = self._ask("query", query=expression)["result"]
+        """The value of each series by its sorted labels, without its name."""
+        result = self._get("query", query=expression)["result"]
         return {_labels(series["metric"]): float(series["value"][1]) for series in result}
 
     def total(self, expression: str) -> float:
@@ -41,8 +41,8 @@ class Prometheus:
     def over_time(
         self, expression: str, begin: float, end: float, step: float = 1.0
     ) -> dict[tuple[tuple[str, str], ...], list[tuple[float, float]]]:
-        """Pairs of seconds since ``begin`` and value, for each series; times as ``time.time``'s."""
-        result = self._ask("query_range", query=expression, start=begin, end=end, step=step)
+        """Pairs (seconds since ``begin``, value) of each series; arguments as ``time.time``."""
+        result = self._get("query_range", query=expression, start=begin, end=end, step=step)
         return {
             _labels(each["metric"]): [(at - begin, float(value)) for at, value in each["values"]]
             for each in result["result"]
@@ -63,7 +63,7 @@ class Prometheus:
         except (urllib.error.URLError, ConnectionError):
             return False
 
-    def _ask(self, what: str, **parameters: object) -> dict[str, Any]:
+    def _get(self, what: str, **parameters: object) -> dict[str, Any]:
         query = urllib.parse.urlencode(parameters)
         url = f"http://{self.address}/api/v1/{what}?{query}"
         with urllib.request.urlopen(url, timeout=30) as answer:
@@ -75,10 +75,10 @@ class Prometheus:
 def prometheus(target: str, *, window: str = "5m") -> Iterator[Prometheus]:
     """A Prometheus that scrapes ``target`` each second, with our rules over ``window``.
 
-    Raises ``Missing`` where it is not installed.
+    Raises ``Missing`` if it is not installed.
     """
     if shutil.which("prometheus") is None:
-        raise Missing("there is no `prometheus` here: apt-get install prometheus")
+        raise Missing("`prometheus` is not installed: apt-get install prometheus")
     with tempfile.TemporaryDirectory() as name, socket.socket() as free:
         folder = Path(name)
         free.bind(("127.0.0.1", 0))

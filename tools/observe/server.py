@@ -1,4 +1,4 @@
-"""A real server with the demo model, for as long as a block lasts."""
+"""A real server with the demo model, as a context manager."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ STOP_SECONDS = 60
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """Where the server is; ``pid`` is its own process, the engine's is a child of it."""
+    """Addresses of the server; ``pid`` is the serving process, the parent of the engine's."""
 
     address: str
     metrics: str
@@ -22,7 +22,7 @@ class Running:
 
 @contextmanager
 def server(*flags: str) -> Iterator[Running]:
-    """`darkroom-server serve` on free ports, ready when the block begins."""
+    """`darkroom-server serve` on free ports; ready when the block starts."""
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "darkroom_server", "serve", "--log-format", "json"),
@@ -63,7 +63,7 @@ def _until_serving(process: "subprocess.Popen[str]") -> dict[str, str]:
 
 
 def _drain(process: "subprocess.Popen[str]") -> None:
-    """Read what it logs, so that it never waits for a reader."""
+    """Read its log, so that it never blocks on a full pipe."""
     assert process.stderr is not None
     for _ in process.stderr:
         pass

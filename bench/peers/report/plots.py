@@ -91,15 +91,17 @@ def _load(results: Results) -> Any:
 
 
 def _classes(results: Results) -> Any:
-    drawn = {PEERS[name].label: images(runs) for name, runs in runs_of(results, BUSY.name).items()}
-    if not drawn:
+    answers = {
+        PEERS[name].label: images(runs) for name, runs in runs_of(results, BUSY.name).items()
+    }
+    if not answers:
         return None
     figure, axes = new_figure(1)
-    class_boxes(axes[0], drawn, {PEERS[name].label: colour for name, colour in COLOURS.items()})
+    class_boxes(axes[0], answers, {PEERS[name].label: colour for name, colour in COLOURS.items()})
     axes[0].set_yscale("log")
     seconds_ticks(axes[0].yaxis)
     axes[0].set_ylabel("latency, seconds")
-    axes[0].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(drawn))
+    axes[0].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(answers))
     return figure
 
 

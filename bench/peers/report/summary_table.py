@@ -45,7 +45,7 @@ def summary_table(every: Sequence[Results]) -> str:
     heads = ["", "rounds", "images/s", *LATENCIES]
     return (
         "### Summary\n\nDarkroom's figure over that of the best other peer in the same round, "
-        "median (minimum–maximum). Images/s: all images of closed loops; with deadlines, the images "
+        "median (minimum–maximum). Images/s: all images of closed loops; with deadlines, those "
         "in time. Latencies with deadlines are omitted, since only requests in time have one "
         "(survivorship bias). The number is the load, a share of the capacity of (a)."
         f"\n\n{table(heads, rows)}{_alike(rows)}"

@@ -221,8 +221,8 @@ def equality(results: Results) -> str:
     return (
         "#### Equality of the images\n\nFirst, each peer generates the same requests, and the "
         "images are compared with those of a bare `pipe()`: one after another, then all at once, "
-        "when batches change the last bits. The largest difference is of a channel, 0 to 255; the PSNR "
-        f"is the lowest.\n\n"
+        "when batches change the last bits. The largest difference is of a channel, 0 to 255; "
+        f"the PSNR is the lowest.\n\n"
         f"{table(heads, rows)}"
     )
 

@@ -13,6 +13,7 @@ from darkroom_client._errors import (
     Cancelled,
     DarkroomError,
     DeadlineExceeded,
+    DeadlineUnreachable,
     GenerationFailed,
     ImageWithheld,
     InvalidRequest,
@@ -50,6 +51,7 @@ from darkroom_client._types.model import (
     ModelDefaults,
     ModelLimits,
     ModelRuntime,
+    RowLimitSource,
     SchedulerOffer,
 )
 from darkroom_client._types.replay import ReplayRecord
@@ -73,6 +75,7 @@ __all__ = [
     "Client",
     "DarkroomError",
     "DeadlineExceeded",
+    "DeadlineUnreachable",
     "EngineStatus",
     "Estimate",
     "Event",
@@ -105,6 +108,7 @@ __all__ = [
     "ReplyTooLarge",
     "Restarted",
     "Retry",
+    "RowLimitSource",
     "Scheduler",
     "SchedulerOffer",
     "ServerError",

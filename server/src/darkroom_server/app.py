@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import structlog
 
+from darkroom_server.backends.descriptors import raise_descriptor_limit
 from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.caller import ANONYMOUS
@@ -55,8 +56,8 @@ def build_engines(settings: Settings) -> list[Engine]:
     configs = engine_configs(settings, os.environ.get("HF_TOKEN", "").strip() or None)
     if settings.engine.engine == "thread":
         return [ThreadEngine(config) for config in configs]
-    timeout = settings.engine.engine_timeout
-    return [ProcessEngine(config, timeout=timeout) for config in configs]
+    timeout, load_timeout = settings.engine.engine_timeout, settings.engine.load_timeout
+    return [ProcessEngine(config, timeout=timeout, load_timeout=load_timeout) for config in configs]
 
 
 class EngineLost(Exception):
@@ -249,6 +250,7 @@ def run(
 
 
 async def _run(settings: Settings, engines: Sequence[Engine], log_writer: LogWriter | None) -> None:
+    log.debug("descriptors", limit=raise_descriptor_limit())
     server = Server(settings, engines, log_writer)
     loop = asyncio.get_running_loop()
 

@@ -3,6 +3,7 @@
 import faulthandler
 import logging
 import os
+import select
 import sys
 import time
 from queue import SimpleQueue
@@ -35,7 +36,7 @@ class LogWriter(logging.Handler):
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self.dropped = 0
-        self._stream = stream
+        self._descriptor = stream.fileno()
         # Reentrant: a signal handler may log while its own thread does.
         self._queue: SimpleQueue[str] = SimpleQueue()
         self._queued = 0
@@ -74,11 +75,19 @@ class LogWriter(logging.Handler):
         while True:
             line = self._queue.get()
             try:
-                self._stream.write(line)
-                self._stream.flush()
-            except (OSError, ValueError):
-                self.dropped += 1  # The reader has closed the pipe, or the stream is closed.
+                self._write_bytes(line.encode(errors="backslashreplace"))
+            except OSError:
+                self.dropped += 1  # The reader has closed the pipe.
             self._written += len(line)
+
+    def _write_bytes(self, data: bytes) -> None:
+        # Not the stream's own methods: they hold its lock while they wait, and the interpreter
+        # flushes the stream at its exit.
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:
+                select.select([], [self._descriptor], [])
 
 
 NATIVE_BURST = 20

@@ -11,24 +11,24 @@ from darkroom_server.dispatch.admission.quotas import (
 ME, YOU = Caller(name="me"), Caller(name="you")
 
 
-def test_a_job_has_so_many_and_another_has_its_own() -> None:
-    seats = ConcurrentCallLimiter(max_jobs=1)
-    leaves = [seats.acquire(ME, "a") for _ in range(PER_JOB)]
+def test_each_job_has_its_own_call_limit() -> None:
+    limiter = ConcurrentCallLimiter(max_jobs=1)
+    releases = [limiter.acquire(ME, "a") for _ in range(PER_JOB)]
     with pytest.raises(QuotaExceeded, match="end one of them") as caught:
-        seats.acquire(ME, "a")
+        limiter.acquire(ME, "a")
     assert caught.value.subject == "request:a"
-    seats.acquire(ME, "b")
-    seats.acquire(YOU, "a")  # Another job, though of the same id.
-    leaves.pop()()
-    seats.acquire(ME, "a")
+    limiter.acquire(ME, "b")
+    limiter.acquire(YOU, "a")  # Another caller's job of the same id.
+    releases.pop()()
+    limiter.acquire(ME, "a")
 
 
-def test_a_caller_has_one_for_each_job_and_some_more() -> None:
-    seats = ConcurrentCallLimiter(max_jobs=3)
-    leaves = [seats.acquire(ME, str(n)) for n in range(3 + BESIDES_JOBS)]
+def test_a_caller_has_one_call_for_each_job_and_some_more() -> None:
+    limiter = ConcurrentCallLimiter(max_jobs=3)
+    releases = [limiter.acquire(ME, str(n)) for n in range(3 + BESIDES_JOBS)]
     with pytest.raises(QuotaExceeded, match="read them to the end") as caught:
-        seats.acquire(ME, "x")
+        limiter.acquire(ME, "x")
     assert caught.value.subject == "caller:me"
-    seats.acquire(YOU, "x")
-    leaves.pop()()
-    seats.acquire(ME, "x")
+    limiter.acquire(YOU, "x")
+    releases.pop()()
+    limiter.acquire(ME, "x")

@@ -107,13 +107,13 @@ async def hold_messages(stranger: Peer, calls: int) -> None:
 
 @asynccontextmanager
 async def unfinished_messages(address: str, connections: int) -> AsyncIterator[None]:
-    """Connections of another address with 100 unfinished messages each, for two seconds."""
+    """Connections of another address with 100 unfinished messages each, for a while."""
     async with AsyncExitStack() as stack:
         tasks = []
         for _ in range(connections):
             stranger = await stack.enter_async_context(peer(address, source="127.0.0.2"))
             tasks.append(asyncio.create_task(hold_messages(stranger, 100)))
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(1.2)
         assert not any(task.done() for task in tasks)
         yield
         for task in tasks:

@@ -1,4 +1,4 @@
-"""What an operator asks first."""
+"""GetStatus: the state of the server, its models and its engines."""
 
 from dataclasses import replace
 from hashlib import sha256
@@ -7,10 +7,10 @@ from typing import Any
 
 import grpc
 
-from darkroom.v1 import server_pb2, server_pb2_grpc
+from darkroom.v1 import model_pb2, server_pb2, server_pb2_grpc
 from darkroom_server.backends.fake_model import fake_model
-from darkroom_server.core.events import MemoryReport
-from darkroom_server.core.model import ModelSpeed
+from darkroom_server.core.events import MemoryReport, RowLimitCorrected
+from darkroom_server.core.model import ModelSpeed, RowLimitSource
 from darkroom_server.settings import Dispatch, Engine, Security
 from tests.server.wire import NOT_SERVING, SERVING, Wire, refusal, serving
 
@@ -23,7 +23,7 @@ async def status(wire: Wire, metadata: Any = ()) -> Any:
     return await stub.GetStatus(server_pb2.GetStatusRequest(), metadata=metadata)
 
 
-async def test_a_server_at_work() -> None:
+async def test_the_status_of_a_server_with_a_running_job() -> None:
     limits = Dispatch(max_queued_jobs=7, max_resident_samples=2)
     async with serving(fake=TIMED, dispatch=limits) as wire:
         idle = await status(wire)
@@ -55,18 +55,41 @@ async def test_a_server_at_work() -> None:
     assert done.engines[0].rows_in_use == 0
 
 
-async def test_a_server_that_loads() -> None:
+async def test_a_corrected_row_limit_is_visible() -> None:
+    """Everywhere that shows it: the status, the model, the dispatcher's view of the engine."""
+    measured = replace(
+        fake_model(),
+        runtime=replace(fake_model().runtime, format_rule="the CPU has no such instructions"),
+        limits=replace(fake_model().limits, row_limit_source=RowLimitSource.MEASURED),
+        most_rows=64,
+    )
+    async with serving(fake={"models": [measured], "auto": True}) as wire:
+        (before,) = (await status(wire)).models
+        assert (before.runtime.dtype, before.runtime.preset) == ("float32", "fast")
+        assert before.runtime.format_rule == "the CPU has no such instructions"
+        assert before.max_rows == 8
+        assert before.row_limit_source == model_pb2.ROW_LIMIT_SOURCE_MEASURED
+        wire.engine._emit(RowLimitCorrected("demo", 32))
+        (after,) = (await status(wire)).models
+        model = (await wire.models.GetModel(model_pb2.GetModelRequest())).model
+        assert after.max_rows == model.limits.max_rows == 32
+        assert after.row_limit_source == model_pb2.ROW_LIMIT_SOURCE_CORRECTED
+        assert model.limits.row_limit_source == model_pb2.ROW_LIMIT_SOURCE_CORRECTED
+        assert model.runtime == after.runtime
+
+
+async def test_the_status_of_a_server_that_loads() -> None:
     async with serving(fake={"load": False}, wait=False) as wire:
-        told = await status(wire)
-        assert told.state == server_pb2.SERVER_STATE_LOADING
-        assert not told.models[0].ready
-        assert not told.engines[0].ready
+        reported = await status(wire)
+        assert reported.state == server_pb2.SERVER_STATE_LOADING
+        assert not reported.models[0].ready
+        assert not reported.engines[0].ready
         wire.engine.become_ready()
         await wire.health_becomes(SERVING)
         assert (await status(wire)).state == server_pb2.SERVER_STATE_READY
 
 
-async def test_a_server_that_recovers_and_one_that_goes_away() -> None:
+async def test_the_status_while_an_engine_restarts_and_while_the_server_drains() -> None:
     async with serving(engine=Engine(engine_max_restarts=5)) as wire:
         wire.engine.die()
         await wire.health_becomes(NOT_SERVING)
@@ -88,5 +111,5 @@ async def test_with_tokens_the_status_is_for_admins(tmp_path: Path) -> None:
     async with serving(security=Security(tokens=str(tokens))) as wire:
         error = await refusal(status(wire, (("authorization", "Bearer web"),)))
         assert error.code is grpc.StatusCode.PERMISSION_DENIED
-        told = await status(wire, (("authorization", "Bearer ops"),))
-    assert told.state == server_pb2.SERVER_STATE_READY
+        reported = await status(wire, (("authorization", "Bearer ops"),))
+    assert reported.state == server_pb2.SERVER_STATE_READY

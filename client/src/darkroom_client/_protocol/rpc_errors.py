@@ -33,7 +33,7 @@ REASONS: dict[str, type[DarkroomError]] = {
     "READER_STALLED": errors.Unavailable,
     "DOES_NOT_FIT": errors.TooLarge,
     "DEADLINE_EXPIRED": errors.DeadlineExceeded,
-    "DEADLINE_UNREACHABLE": errors.DeadlineExceeded,
+    "DEADLINE_UNREACHABLE": errors.DeadlineUnreachable,
     "CANCELLED": errors.Cancelled,
     "OUT_OF_MEMORY": errors.GenerationFailed,
     "NON_FINITE": errors.GenerationFailed,

@@ -1,6 +1,7 @@
-"""The engine in a process of its own, seen from the serving process, which has no torch."""
+"""The process backend: spawns and watches an engine process; the serving process has no torch."""
 
 import json
+import math
 import os
 import queue
 import socket
@@ -13,6 +14,7 @@ from typing import IO
 
 import structlog
 
+from darkroom_server.backends.descriptors import reserved_descriptors
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import (
     EngineDied,
@@ -22,6 +24,7 @@ from darkroom_server.core.events import (
     JobFailed,
     JobFinished,
     MemoryReport,
+    RowLimitCorrected,
 )
 from darkroom_server.core.job import Job
 from darkroom_server.ipc.channel import Channel, ChannelClosed
@@ -30,76 +33,125 @@ from darkroom_server.ipc.commands import Cancel, Close, Extend
 log = structlog.get_logger(__name__)
 
 CHILD = ("-P", "-m", "darkroom_server.engine.main")
-"""What Python runs in the engine's process; -P: no modules from the folder it is started in."""
+"""Python's arguments for the engine process; -P: import nothing from the working directory."""
 
 CLOSE_SECONDS = 10.0
-"""How long a pass may take to end on ``close``, before its process is killed."""
+"""Time for the current batch to finish on ``close``, before the process is killed."""
+
+LOAD_FACTOR = 4.0
+"""An engine may load again for that multiple of its last load: the machine may be busier now."""
+
+SHORTEST_LOAD_SECONDS = 60.0
+"""The least time that an engine gets to load."""
 
 
 class ProcessEngine:
-    """Spawns the engine's process, talks to it, and notices when it dies or hangs.
+    """Spawns the engine process, exchanges messages with it, and detects that it died or hangs.
 
-    After ``EngineDied`` it can be started again. The thread that calls ``start`` must outlive the
-    process: the kernel ends the process with that thread.
-    ``timeout`` is the longest silence, in seconds, while there is work.
+    It can be started again after ``EngineDied``. The thread that calls ``start`` must outlive the
+    process, because the kernel kills the process when that thread exits (PR_SET_PDEATHSIG).
+    ``timeout`` is the longest time without an event, in seconds, while there is work.
+    ``load_timeout``: the longest time, in seconds, from the start to ``EngineReady``; after the
+    first load ``LoadLimit`` shortens it.
     """
 
-    def __init__(self, config: EngineConfig, *, timeout: float = 60.0) -> None:
+    def __init__(
+        self, config: EngineConfig, *, timeout: float = 60.0, load_timeout: float = 1800.0
+    ) -> None:
         self._config = config
         self._timeout = timeout
-        self._life: _EngineProcess | None = None
+        self._load_limit = LoadLimit(load_timeout)
+        self._process: _EngineProcess | None = None
 
     @property
     def pid(self) -> int | None:
-        """The process's id, None where there is none."""
-        return self._life.process.pid if self._life else None
+        """The process id, None if there is no process."""
+        return self._process.process.pid if self._process else None
 
     def start(self, emit: Callable[[Event], None]) -> None:
-        """Spawn the process and begin to load; ``EngineReady`` or ``EngineDied`` follows."""
+        """Spawn the process and start to load; ``EngineReady`` or ``EngineDied`` follows."""
+        began = time.monotonic()
 
-        def settle(event: Event) -> None:
+        def learn(event: Event) -> None:
             if isinstance(event, EngineReady):
                 self._config = self._config.with_measurements(event.models)
+                self._load_limit.loaded(time.monotonic() - began)
+            elif isinstance(event, EngineDied) and process.load_timed_out:
+                self._load_limit.timed_out()
+            elif isinstance(event, RowLimitCorrected):
+                self._config = self._config.with_row_limit(event.model, event.max_rows)
             emit(event)
 
-        self._life = _EngineProcess(self._config, self._timeout, settle)
+        process = _EngineProcess(self._config, self._timeout, self._load_limit.seconds)
+        with reserved_descriptors():
+            process.start(learn)
+        self._process = process
 
     def submit(self, job: Job) -> None:
-        """Take a job. Legal once ``EngineReady`` was told."""
-        if self._life is None:
+        """Run a job; allowed after ``EngineReady``."""
+        if self._process is None:
             raise RuntimeError("the engine was not started")
-        self._life.submit(job)
+        self._process.submit(job)
 
     def cancel(self, job_id: str) -> None:
-        """Drop a job at the next step boundary."""
-        if self._life is not None:
-            self._life.tell(Cancel(job_id))
+        """Cancel a job at the next step boundary."""
+        if self._process is not None:
+            self._process.send(Cancel(job_id))
 
     def extend(self, job_id: str, deadline: float | None) -> None:
-        """Give a job until ``deadline`` instead."""
-        if self._life is not None:
-            self._life.tell(Extend(job_id, deadline))
+        """Replace a job's deadline."""
+        if self._process is not None:
+            self._process.send(Extend(job_id, deadline))
 
     def close(self) -> None:
-        """Stop after the current pass; a process that does not is killed."""
-        if self._life is not None:
-            self._life.close()
-            self._life = None
+        """Stop after the current batch; a process that does not is killed."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+
+class LoadLimit:
+    """How long an engine may load, in ``seconds``: ``longest`` at first, then learned.
+
+    A limit that was too short doubles, up to ``longest``.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self.seconds = longest
+        self._longest = longest
+
+    def loaded(self, seconds: float) -> None:
+        """A load took ``seconds``."""
+        learned = max(LOAD_FACTOR * seconds, SHORTEST_LOAD_SECONDS)
+        self.seconds = min(learned, self._longest)
+
+    def timed_out(self) -> None:
+        """A load reached the limit."""
+        self.seconds = min(2 * self.seconds, self._longest)
 
 
 class _EngineProcess:
-    """One process, from its spawning to its end."""
+    """One process, from its start to its end."""
 
-    def __init__(self, config: EngineConfig, timeout: float, emit: Callable[[Event], None]) -> None:
-        self._emit = emit
+    def __init__(self, config: EngineConfig, timeout: float, load_timeout: float) -> None:
+        self._config = config
         self._timeout = timeout
-        self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._load_timeout = load_timeout
+        self._to_send: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._working: set[str] = set()
-        self._last_heard = time.monotonic()
+        self._started_at = self._last_event_at = time.monotonic()
         self._closing = False
         self._ready = False
-        self._silent = False
+        self._timed_out = False
         self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self, emit: Callable[[Event], None]) -> None:
+        """Spawn the process; its events go to ``emit`` on another thread.
+
+        Raises ``OSError`` or ``RuntimeError`` if that fails, and leaves nothing behind.
+        """
+        self._emit = emit
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self.process = subprocess.Popen(
@@ -110,76 +162,81 @@ class _EngineProcess:
                 stderr=subprocess.PIPE,
             )
             self._channel = Channel(ours.detach())
-        self._threads: list[threading.Thread] = []
-        self.tell(config)
+        self.send(self._config)
         try:
-            for target in (self._log, self._send, self._listen, self._watch):
+            for target in (self._log, self._send_all, self._receive, self._watch):
                 thread = threading.Thread(target=target, name="engine-process", daemon=True)
                 thread.start()
                 self._threads.append(thread)
-        except RuntimeError:  # No thread to spare.
+        except RuntimeError:  # The limit of threads is reached.
             self._closing = True
             self.process.kill()
             self.close()
             raise
 
     def submit(self, job: Job) -> None:
-        """Send a job; from now on silence is counted."""
+        """Send a job; from now on the process must emit events."""
         if not self._working:
-            self._last_heard = time.monotonic()
+            self._last_event_at = time.monotonic()
         self._working.add(job.id)
-        self.tell(job)
+        self.send(job)
 
-    def tell(self, message: object) -> None:
-        """Send ``message`` from a thread that may wait: a stopped process fills the pipe."""
-        self._outbox.put(message)
+    def send(self, message: object) -> None:
+        """Send ``message`` on another thread, which blocks if a stopped process fills the pipe."""
+        self._to_send.put(message)
 
     def close(self) -> None:
-        """End the process, by its own will where that takes no longer than ``CLOSE_SECONDS``.
+        """Ask the process to end, and kill it after ``CLOSE_SECONDS``.
 
-        One that still loads hears nothing, and has nothing to lose.
+        A process that still loads is killed at once: it reads no commands and has no jobs.
         """
         self._closing = True
         self._over.set()
         if not self._ready:
             self.process.kill()
-        self.tell(Close())
+        self.send(Close())
         try:
             self.process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self._outbox.put(None)
+        self._to_send.put(None)
         for thread in self._threads:
             thread.join()
         self._channel.close()
         if self.process.stderr is not None:
             self.process.stderr.close()
 
-    def _send(self) -> None:
-        while (message := self._outbox.get()) is not None:
+    def _send_all(self) -> None:
+        while (message := self._to_send.get()) is not None:
             try:
                 self._channel.send(message)
             except ChannelClosed:
-                return  # The process is gone; the listening thread tells of it.
+                return  # The process is gone; the receiving thread reports it.
+
+    @property
+    def load_timed_out(self) -> bool:
+        """The process was killed because it did not finish to load."""
+        return self._timed_out and not self._ready
 
     def _watch(self) -> None:
-        """Kill an engine that has work and is silent for too long.
+        """Kill a process that loads for too long, or has work and emits no event for too long.
 
-        On a thread of its own: those that send and listen may both be in the middle of a message.
+        On a thread of its own, because the sending and the receiving thread may both be blocked.
         """
-        while not self._over.wait(self._silence_left()):
-            if self._working and self._silence_left() <= 0:
-                self._silent = True
+        # Jobs may arrive meanwhile, and ``_timeout`` seconds later the first of them may be due.
+        while not self._over.wait(min(self._timeout, self._seconds_until_timeout())):
+            if self._seconds_until_timeout() <= 0:
+                self._timed_out = True
                 self.process.kill()
                 return
 
-    def _listen(self) -> None:
+    def _receive(self) -> None:
         died = EngineDied("the engine's process died")
         try:
-            for event in self._told():
-                if not isinstance(event, MemoryReport):  # A thread of its own tells those.
-                    self._last_heard = time.monotonic()
+            for event in self._events():
+                if not isinstance(event, MemoryReport):  # Emitted by another thread of the process.
+                    self._last_event_at = time.monotonic()
                 if isinstance(event, EngineReady):
                     self._ready = True
                 if isinstance(event, JobFinished | JobFailed | JobCancelled):
@@ -189,36 +246,42 @@ class _EngineProcess:
                     break
                 self._emit(event)
         except ChannelClosed:
-            pass  # Said below, with how the process ended.
+            pass  # Logged below, with the exit code.
         except Exception:
-            # What cannot be read, or told: this thread must not end without a word on it.
-            log.exception("the engine's events cannot be taken")
+            # The message is unreadable, or ``emit`` failed: this thread must not end silently.
+            log.exception("the engine's events cannot be handled")
         self._over.set()
         if self._closing:
             return
-        # It may hang on its way out, with a device that is lost.
+        # With a lost device, it may hang while it exits.
         self.process.kill()
         code = self.process.wait()
-        self._outbox.put(None)
+        self._to_send.put(None)
         self._channel.close()
-        if self._silent:
+        if self.load_timed_out:
+            died = EngineDied(
+                f"the engine had not loaded after {self._load_timeout:.3g} s, and was killed"
+            )
+        elif self._timed_out:
             died = EngineDied(f"the engine was silent for {self._timeout:g} s, and was killed")
         log.error("engine died", message=died.message, exit_code=code)
         self._emit(died)
 
-    def _told(self) -> Iterator[Event]:
-        """What the process tells, until it is gone: then ``ChannelClosed``."""
+    def _events(self) -> Iterator[Event]:
+        """The events of the process. Raises ``ChannelClosed`` when it is gone."""
         while True:
             message = self._channel.receive()
             yield from message if isinstance(message, tuple) else (message,)
 
-    def _silence_left(self) -> float:
+    def _seconds_until_timeout(self) -> float:
+        if not self._ready:
+            return max(0.0, self._started_at + self._load_timeout - time.monotonic())
         if not self._working:
-            return self._timeout
-        return max(0.0, self._last_heard + self._timeout - time.monotonic())
+            return math.inf
+        return max(0.0, self._last_event_at + self._timeout - time.monotonic())
 
     def _log(self) -> None:
-        """Put the process's log, and whatever else it writes to stderr, into our own."""
+        """Copy the process's log, and other lines that it writes to stderr, into this log."""
         stream: IO[bytes] | None = self.process.stderr
         if stream is None:
             return
@@ -230,6 +293,6 @@ class _EngineProcess:
                     level, event = record.pop("level"), record.pop("event")
                     record.pop("timestamp", None)
                 except (ValueError, KeyError, AttributeError, TypeError):
-                    log.warning("engine says", line=line, pid=self.process.pid)
+                    log.warning("engine output", line=line, pid=self.process.pid)
                     continue
                 getattr(log, level, log.info)(event, **record, pid=self.process.pid)

@@ -1,4 +1,4 @@
-"""The engine on a thread of this process: for debugging and tests."""
+"""The thread backend: the engine on a thread of this process, for debugging and tests."""
 
 import threading
 from collections.abc import Callable
@@ -18,9 +18,9 @@ log = structlog.get_logger(__name__)
 
 
 class ThreadEngine:
-    """Runs the loop on one thread, which is the only one that calls torch.
+    """Runs the loop on one thread, which is the only thread that calls torch.
 
-    A second calling thread would slow every call on a CPU: OpenMP keeps a pool for each.
+    A second such thread would slow down every call on a CPU: OpenMP keeps a pool for each thread.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -31,29 +31,29 @@ class ThreadEngine:
         self._emit: Callable[[Event], None] = lambda _: None
 
     def start(self, emit: Callable[[Event], None]) -> None:
-        """Begin to load; ``EngineReady`` or ``EngineDied`` follows."""
+        """Start to load; ``EngineReady`` or ``EngineDied`` follows."""
         self._emit = emit
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Take a job. Legal once ``EngineReady`` was told."""
+        """Run a job; allowed after ``EngineReady``."""
         if self._loop is None:
             raise RuntimeError("the engine is not ready")
         self._loop.submit(job)
 
     def cancel(self, job_id: str) -> None:
-        """Drop a job at the next step boundary."""
+        """Cancel a job at the next step boundary."""
         if self._loop is not None:
             self._loop.cancel(job_id)
 
     def extend(self, job_id: str, deadline: float | None) -> None:
-        """Give a job until ``deadline`` instead."""
+        """Replace a job's deadline."""
         if self._loop is not None:
             self._loop.extend(job_id, deadline)
 
     def close(self) -> None:
-        """Stop after the current pass, and wait until it has; a load in progress ends first."""
+        """Stop, and block until the current batch, or a load in progress, has finished."""
         self._closed.set()
         if self._loop is not None:
             self._loop.close()
@@ -61,7 +61,7 @@ class ThreadEngine:
             self._thread.join()
 
     def _run(self) -> None:
-        # Imported here, so that the process is up before torch is.
+        # Imported here: torch takes seconds, and the server must start without it.
         from darkroom_server.engine.loading.startup import start_loop
 
         try:

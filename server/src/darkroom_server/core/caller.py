@@ -1,17 +1,17 @@
-"""Who asks: what a token says of its bearer."""
+"""The caller: the identity and the limits that belong to a token."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """One caller; None is no limit.
+    """One caller; None means no limit.
 
     ``name`` scopes request ids and results. Limits are counted for the name, or for ``address`` if
-    the caller has no token: nobody can use up the share of other machines. ``priority`` goes into
-    the order. ``max_jobs`` may be
-    accepted and not ended at once, ``jobs_per_minute`` accepted in a minute. ``admin`` callers may
-    ask for the server's status and use reflection.
+    the caller has no token, so that one machine cannot use up the share of others. ``priority`` is
+    that of the caller's jobs. ``max_jobs`` limits the jobs that are active at the same time,
+    ``jobs_per_minute`` those accepted in a minute. ``admin`` callers may read the server's status
+    and use reflection.
     """
 
     name: str
@@ -23,4 +23,4 @@ class Caller:
 
 
 ANONYMOUS = Caller(name="anybody", admin=True)
-"""Everybody is this one where the server asks for no token."""
+"""Every caller, if the server requires no token."""

@@ -1,4 +1,4 @@
-"""The engine as the rest of the server sees it."""
+"""The engine protocol: what the rest of the server needs from a backend."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -8,23 +8,23 @@ from darkroom_server.core.job import Job
 
 
 class Engine(Protocol):
-    """Draws the images of jobs, somewhere else than on the caller's thread.
+    """Generates the images of jobs, on another thread or in another process.
 
-    No method blocks on the model. Whatever becomes of the engine is told as an event, through the
-    callback given to ``start``, from a thread of the engine's own and in order.
+    No method but ``close`` blocks on the model. The engine emits events in order through the
+    callback that ``start`` gets, from a thread of its own.
     """
 
     def start(self, emit: Callable[[Event], None]) -> None:
-        """Begin to load; ``EngineReady`` or ``EngineDied`` follows."""
+        """Start to load; ``EngineReady`` or ``EngineDied`` follows."""
 
     def submit(self, job: Job) -> None:
-        """Take a job; its end follows as an event. Legal once ``EngineReady`` was told."""
+        """Run a job, whose end follows as an event; allowed after ``EngineReady``."""
 
     def cancel(self, job_id: str) -> None:
-        """Drop a job at the next step boundary; unknown and ended jobs are ignored."""
+        """Cancel a job at the next step boundary; unknown and ended jobs are ignored."""
 
     def extend(self, job_id: str, deadline: float | None) -> None:
-        """Give a job until ``deadline`` instead; unknown and ended jobs are ignored."""
+        """Replace a job's deadline; unknown and ended jobs are ignored."""
 
     def close(self) -> None:
-        """Stop, and free what the engine holds; blocks until it has. Jobs end without an event."""
+        """Stop and free all resources; blocks until done. Jobs end without an event."""

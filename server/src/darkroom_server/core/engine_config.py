@@ -1,4 +1,4 @@
-"""What the engine is told at start: plain data that crosses process boundaries."""
+"""The engine's configuration: plain data that crosses process boundaries."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -8,7 +8,7 @@ from darkroom_server.core.model import ModelInfo
 
 
 class Preset(StrEnum):
-    """A starting point for the knobs of ``EngineConfig``; AUTO is FRUGAL on CUDA, else FAST."""
+    """Defaults for the options of ``EngineConfig``; AUTO is FRUGAL on CUDA, else FAST."""
 
     AUTO = "auto"
     FRUGAL = "frugal"
@@ -17,7 +17,7 @@ class Preset(StrEnum):
 
 
 class Dtype(StrEnum):
-    """The weights' type; AUTO leaves it to the preset and the device."""
+    """The weights' type; with AUTO the preset and the device decide."""
 
     AUTO = "auto"
     FLOAT16 = "float16"
@@ -34,9 +34,9 @@ class Attention(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """Where a model comes from: a folder, a single file or a hub id, under the name ``id``.
+    """Where a model comes from: a folder, a single file or a hub id. ``id`` is its name here.
 
-    ``config`` is a pipeline folder that tells how to read a single file. ``token`` is for the hub.
+    ``config`` is a pipeline folder that describes a single file. ``token`` is for the hub.
     """
 
     id: str
@@ -47,7 +47,7 @@ class ModelSource:
     token: str | None = None
 
     def __repr__(self) -> str:
-        """All but the token, which belongs in no log."""
+        """Without the token, which must not be logged."""
         return (
             f"ModelSource(id={self.id!r}, location={self.location!r}, revision={self.revision!r})"
         )
@@ -55,12 +55,14 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How the engine runs its models; None means what the preset says.
+    """How the engine runs its models; None means the preset's value.
 
     ``device``: "auto", "cpu", "cuda" or "cuda:N". ``slice_size``: "auto", "max" or a number.
-    ``threads``: for torch on a CPU, None for what the cgroup allows. ``max_rows``: a cap on the
-    rows of a pass. ``previous_measurements``: what an earlier engine of this server
-    measured, so that a restarted one generates the same bytes and is ready sooner.
+    ``threads``: for torch on a CPU, None for what the cgroup allows. ``rows``: the row limit of
+    batches; None: it is measured, and corrected while the engine runs, but never above
+    ``max_rows``. ``measurement_cache``: the folder that remembers measurements, None for none.
+    ``previous_measurements``: from an earlier engine of this server, so that a restarted one is
+    ready sooner.
     """
 
     models: tuple[ModelSource, ...]
@@ -73,15 +75,27 @@ class EngineConfig:
     vae_tiling: bool | None = None
     channels_last: bool | None = None
     threads: int | None = None
+    rows: int | None = None
     max_rows: int | None = None
+    measurement_cache: str | None = None
     safety_checker: bool = False
     previous_measurements: tuple[ModelInfo, ...] = ()
 
     def with_measurements(self, models: tuple[ModelInfo, ...]) -> Self:
-        """For an engine that follows one that ran ``models``.
+        """The configuration of an engine that replaces one that ran ``models``.
 
-        It runs where that one did or not at all: "auto" would make a lost GPU a CPU engine, with
-        what was measured on the GPU.
+        It runs on the same device or fails: with a lost GPU, "auto" would select the CPU, with the
+        GPU's measurements.
         """
         device = models[0].runtime.device if models else self.device
         return replace(self, device=device, previous_measurements=models)
+
+    def with_row_limit(self, model: str, max_rows: int) -> Self:
+        """The configuration after real batches have corrected the row limit of ``model``."""
+        return replace(
+            self,
+            previous_measurements=tuple(
+                info.with_row_limit(max_rows) if info.id == model else info
+                for info in self.previous_measurements
+            ),
+        )

@@ -1,26 +1,28 @@
-"""Every error that a caller can meet, as a small closed tree.
+"""Every error that a caller can get, as a small closed tree.
 
 DarkroomError
-├── InvalidRequest        mend the request
+├── InvalidRequest        correct the request
 ├── UnknownModel          name another model
-├── UnknownRequest        no job of that id is known, or known any more
-├── RequestConflict       that id is taken by another request of the same caller
-├── Unauthenticated       bring a valid token
+├── UnknownRequest        no job of that id is known, or its result is no longer kept
+├── RequestConflict       the same caller used that id for another request
+├── Unauthenticated       send a valid token
 ├── NotAllowed            this caller may not make this call
-├── Refused               the request is fine, the moment or the machine is not
-│   ├── QueueFull         try again after `retry_after`
-│   ├── QuotaExceeded     this caller has its share; try again after `retry_after`
-│   ├── NotReady          try again after `retry_after`
+├── Refused               the request is valid, but the server cannot accept it now
+│   ├── QueueFull         retry after `retry_after`
+│   ├── QuotaExceeded     this caller has reached its quota; retry after `retry_after`
+│   ├── NotReady          retry after `retry_after`
 │   ├── ReaderStalled     the stream was not read; begin another one
 │   └── TooLarge          never fits this machine
-├── DeadlineExceeded      give more time
-├── JobCancelled          somebody cancelled the job that the caller waited for
-└── GenerationFailed      accepted, and could not be finished; `reason` says why
+├── DeadlineExceeded      set a later deadline
+│   └── DeadlineUnreachable   rejected: it would pass before the job could finish
+├── JobCancelled          another call cancelled the job
+└── GenerationFailed      accepted, but failed; `reason` says why
 
-`rpc.errors` is the one module that knows both these and gRPC's status codes. The exceptions
-cross the boundary between processes as ``Failure``, which is plain data.
+`rpc.errors` is the only module that knows both these errors and gRPC's status codes. Between the
+processes an error is a ``Failure``, which is plain data.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -54,7 +56,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One thing wrong with one field of a request, and what would be right."""
+    """One error in one field of a request, and what would be valid."""
 
     field: str
     description: str
@@ -62,7 +64,7 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why the engine gave a job up, as plain data: ``message`` is meant for the caller."""
+    """Why a job failed, as plain data; ``message`` is for the caller."""
 
     reason: Reason
     message: str
@@ -70,7 +72,7 @@ class Failure:
 
 
 class DarkroomError(Exception):
-    """The root of the tree. ``str()`` of an instance is a sentence meant for the caller."""
+    """The root of the tree. ``str()`` of an instance is a message for the caller."""
 
     reason: Reason = Reason.INTERNAL
 
@@ -80,7 +82,7 @@ class DarkroomError(Exception):
 
 
 class InvalidRequest(DarkroomError):
-    """The request is wrong; ``violations`` lists everything that is, at once."""
+    """The request is invalid; ``violations`` lists all errors at once."""
 
     reason = Reason.INVALID_REQUEST
 
@@ -93,7 +95,7 @@ class InvalidRequest(DarkroomError):
 
 
 class UnknownModel(DarkroomError):
-    """No model of that name is held; ``known`` are the names that are."""
+    """The server has no model of that name; ``known`` are the names that it has."""
 
     reason = Reason.UNKNOWN_MODEL
 
@@ -104,14 +106,14 @@ class UnknownModel(DarkroomError):
 
 
 class UnknownRequest(DarkroomError):
-    """No job of that id is known to this caller, or known any more."""
+    """This caller has no job of that id, or its result is no longer kept."""
 
     reason = Reason.UNKNOWN_REQUEST
 
     def __init__(self, request_id: str) -> None:
         super().__init__(
-            f"no generation {request_id!r}: it was never asked for by this caller, or its result "
-            "is not kept any more"
+            f"no generation {request_id!r}: this caller never requested it, or its result is no "
+            "longer kept"
         )
         self.request_id = request_id
 
@@ -130,19 +132,19 @@ class RequestConflict(DarkroomError):
 
 
 class Unauthenticated(DarkroomError):
-    """No token, or none that this server knows."""
+    """The token is missing or unknown."""
 
     reason = Reason.UNAUTHENTICATED
 
 
 class NotAllowed(DarkroomError):
-    """The caller is known, and may not make this call."""
+    """The caller is known, but may not make this call."""
 
     reason = Reason.PERMISSION_DENIED
 
 
 class Refused(DarkroomError):
-    """Refused before any work; ``retry_after`` in seconds, None where trying again is vain."""
+    """Rejected before any work; ``retry_after`` in seconds, None if a retry cannot succeed."""
 
     def __init__(
         self,
@@ -155,13 +157,13 @@ class Refused(DarkroomError):
 
 
 class QueueFull(Refused):
-    """The server has accepted as much as it will hold."""
+    """The queue is full."""
 
     reason = Reason.QUEUE_FULL
 
 
 class QuotaExceeded(Refused):
-    """This caller has its share; ``subject`` and ``description`` say of what."""
+    """This caller has reached the quota that ``subject`` and ``description`` name."""
 
     reason = Reason.QUOTA_EXCEEDED
 
@@ -171,7 +173,7 @@ class QuotaExceeded(Refused):
 
 
 class NotReady(Refused):
-    """The model is still loading, or the server is going away (``reason`` tells)."""
+    """The model is still loading, or the server is draining; see ``reason``."""
 
     def __init__(self, message: str, reason: Reason, retry_after: float) -> None:
         super().__init__(message, retry_after)
@@ -191,26 +193,25 @@ class TooLarge(Refused):
 
 
 class DeadlineExceeded(DarkroomError):
-    """The caller's deadline passed, or would pass before the job could finish."""
+    """The caller's deadline passed."""
 
-    def __init__(
-        self,
-        message: str,
-        reason: Reason = Reason.DEADLINE_EXPIRED,
-        metadata: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message, metadata)
-        self.reason = reason
+    reason = Reason.DEADLINE_EXPIRED
+
+
+class DeadlineUnreachable(DeadlineExceeded):
+    """Rejected before any work: the deadline would pass before the job could finish."""
+
+    reason = Reason.DEADLINE_UNREACHABLE
 
 
 class JobCancelled(DarkroomError):
-    """The job was cancelled by somebody else than the one who waits for it."""
+    """Another call cancelled the job that the caller waited for."""
 
     reason = Reason.CANCELLED
 
 
 class GenerationFailed(DarkroomError):
-    """The engine gave an accepted job up, for ``failure.reason``."""
+    """An accepted job failed, for ``failure.reason``."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message, dict(failure.metadata))
@@ -219,4 +220,12 @@ class GenerationFailed(DarkroomError):
 
 
 class StartupError(Exception):
-    """The server cannot start; the text is one line for the operator, with what to do."""
+    """The server cannot start; the text is one line for the operator, with a remedy."""
+
+
+class InvalidSettings(StartupError):
+    """Settings are wrong; ``problems`` has one line for each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)

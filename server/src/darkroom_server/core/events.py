@@ -1,4 +1,4 @@
-"""What the engine tells: plain data, in the order in which it happened.
+"""The engine's events: plain data, in the order in which they happened.
 
 Every job that was submitted ends in exactly one of ``JobFinished``, ``JobFailed`` and
 ``JobCancelled``.
@@ -14,7 +14,7 @@ from darkroom_server.core.model import ModelInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What the engine adds to a job to draw one of its images again."""
+    """What the engine adds to a job's fields to reproduce one of its images."""
 
     scheduler_class: str
     scheduler_config_json: str
@@ -26,7 +26,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedImage:
-    """One finished image; ``data`` is empty where the safety checker withheld it."""
+    """One finished image; ``data`` is empty if the safety checker withheld it."""
 
     data: bytes
     format: ImageFormat
@@ -40,7 +40,7 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSeconds:
-    """Where a job's time went. The stages of several images overlap."""
+    """The seconds of a job's stages. The stages of several images overlap."""
 
     queue: float = 0.0
     encode_prompt: float = 0.0
@@ -51,7 +51,7 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLoad:
-    """How one model came into memory: seconds to load and to warm up, and its weights' bytes."""
+    """The load of one model: seconds to load and to warm up, and its weights' bytes."""
 
     model: str
     load_seconds: float
@@ -70,25 +70,27 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class EngineDied:
-    """The engine stopped for good; ``message`` is one line for the operator.
+    """The engine has stopped; ``message`` is one line for the operator.
 
-    ``fatal``: started again as it is, it would say the same.
+    ``fatal``: a restart with the same configuration would fail in the same way. ``exhausted``: it
+    could not start because the machine had no descriptors, processes or memory to give.
     """
 
     message: str
     fatal: bool = False
+    exhausted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class JobTaken:
-    """The engine turns to a job for the first time: its prompts are encoded next."""
+    """The engine starts to encode the prompts of a job."""
 
     job_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class JobStarted:
-    """The first pass of a job begins."""
+    """The first batch with a sample of the job begins."""
 
     job_id: str
 
@@ -97,8 +99,8 @@ class JobStarted:
 class SampleProgress:
     """One sample took a step: ``step`` of ``steps`` denoiser calls are done.
 
-    ``rows`` shared the pass, which took ``seconds``. The steps of a pass are told right before its
-    ``BatchDone``, from the same thread.
+    The batch had ``rows`` rows and took ``seconds``. The steps of a batch are emitted directly
+    before its ``BatchDone``, from the same thread.
     """
 
     job_id: str
@@ -111,7 +113,7 @@ class SampleProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreviewReady:
-    """What one sample looks like after ``step`` of its denoiser calls, in small."""
+    """A small preview of one sample after ``step`` of its denoiser calls."""
 
     job_id: str
     image_index: int
@@ -124,11 +126,11 @@ class PreviewReady:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchDone:
-    """One pass of ``rows`` rows through the denoiser of ``model`` took ``seconds``.
+    """One batch of ``rows`` rows through the denoiser of ``model`` took ``seconds``.
 
-    All its images are of ``width`` × ``height`` pixels. It was one step for each of ``samples``,
-    of which ``joined`` took their first in company. ``max_rows`` is what the pass could have held,
-    0 where nobody knows. ``ended_at`` is in ``time.monotonic`` seconds.
+    All its images are of ``width`` × ``height`` pixels. Each of ``samples`` took one step;
+    ``joined`` of them took their first in a batch with samples that were further. ``max_rows`` is
+    the batch's row limit, 0 if unknown. ``ended_at`` is in ``time.monotonic`` seconds.
     """
 
     model: str
@@ -142,8 +144,16 @@ class BatchDone:
     ended_at: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class RowLimitCorrected:
+    """Real batches of the default size changed the row limit of ``model`` to ``max_rows``."""
+
+    model: str
+    max_rows: int
+
+
 class Counted(StrEnum):
-    """What an engine counts, besides passes."""
+    """What an engine counts besides batches."""
 
     PROMPTS_CACHED = "prompts_cached"
     PROMPTS_ENCODED = "prompts_encoded"
@@ -156,7 +166,7 @@ class Counted(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineCounts:
-    """What happened in the engine with ``model`` since it last told."""
+    """The counts of ``model`` since the last event of this kind."""
 
     model: str
     counts: dict[Counted, int]
@@ -164,7 +174,7 @@ class EngineCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeakMeasured:
-    """A pass of ``rows`` rows took ``peak_bytes`` besides the weights; 0 rows are a decode."""
+    """A batch of ``rows`` rows took ``peak_bytes`` besides the weights; 0 rows are a decode."""
 
     model: str
     width: int
@@ -175,7 +185,7 @@ class PeakMeasured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeDone:
-    """Turning the latents of one image into pixels took ``seconds``."""
+    """The decode of one image, from latents to pixels, took ``seconds``."""
 
     model: str
     width: int
@@ -194,7 +204,7 @@ class ImageReady:
 
 @dataclass(frozen=True, slots=True)
 class JobFinished:
-    """Every image of the job was sent."""
+    """Every image of the job was emitted."""
 
     job_id: str
     stages: StageSeconds
@@ -202,7 +212,7 @@ class JobFinished:
 
 @dataclass(frozen=True, slots=True)
 class JobFailed:
-    """The job was given up."""
+    """The job failed."""
 
     job_id: str
     failure: Failure
@@ -210,9 +220,9 @@ class JobFailed:
 
 @dataclass(frozen=True, slots=True)
 class JobCancelled:
-    """The job left the engine because it was told to, or its deadline passed.
+    """The job was cancelled, or ``expired``: its deadline passed.
 
-    ``wasted_seconds`` is the time of the passes that its rows took a share of.
+    ``wasted_seconds`` is its rows' share of the time of its batches.
     """
 
     job_id: str
@@ -222,7 +232,7 @@ class JobCancelled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sensors:
-    """What a GPU's driver says of it; None where it does not know. ``utilisation`` is 0 to 1."""
+    """A GPU's sensors; None if the driver does not have one. ``utilisation`` is 0 to 1."""
 
     utilisation: float | None = None
     power_watts: float | None = None
@@ -231,7 +241,7 @@ class Sensors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
-    """Memory of the engine, in bytes, by kind (see ``telemetry``); sent about once a second."""
+    """The engine's memory in bytes, by kind (see ``telemetry``); emitted about once a second."""
 
     device: str
     by_kind: dict[str, int]
@@ -247,6 +257,7 @@ Event = (
     | SampleProgress
     | PreviewReady
     | BatchDone
+    | RowLimitCorrected
     | DecodeDone
     | EngineCounts
     | PeakMeasured

@@ -1,16 +1,16 @@
-"""The job: one accepted ``Generate`` call, as plain data that crosses process boundaries."""
+"""The job: one accepted request, as plain data that crosses process boundaries."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 SEED_BOUND = 2**63
-"""Seeds are drawn and counted modulo this, so that each fits a signed 64-bit integer."""
+"""Seeds are chosen and counted modulo this, so that each fits a signed 64-bit integer."""
 
 
 DEADLINE_SLACK_SECONDS = 0.25
-"""A caller that leaves this shortly before its deadline left because of it.
+"""A caller that cancels this shortly before its deadline did so because of the deadline.
 
-Its own clock rings first, and gRPC rounds timeouts up on their way to the server.
+The caller's own timer fires first, and gRPC rounds timeouts up on their way to the server.
 """
 
 
@@ -24,12 +24,12 @@ class ImageFormat(StrEnum):
 
     @property
     def takes_quality(self) -> bool:
-        """True where the encoding is lossy and obeys a quality of 1 to 100."""
+        """True if the encoding is lossy and has a quality of 1 to 100."""
         return self in (ImageFormat.JPEG, ImageFormat.WEBP)
 
 
 class SchedulerName(StrEnum):
-    """The noise schedulers that a request may name, whatever the model offers."""
+    """The noise schedulers that a request may name; a model may offer fewer."""
 
     DDIM = "ddim"
     DDPM = "ddpm"
@@ -49,13 +49,13 @@ class SchedulerName(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One accepted call, complete: no field is left to a default of the model.
+    """One accepted request, with the model's defaults filled in.
 
     ``id`` is unique among the jobs of one server. Times are ``time.monotonic`` seconds, which on
-    Linux all processes of a machine share. ``priority`` is higher for what is more urgent.
-    ``skip`` are the images, by index, that an earlier engine finished already. ``caller`` is the
-    name of who asked. ``preview_every``: a preview each so many steps, 0 for none.
-    ``request_id`` and ``trace_id`` are for the log.
+    Linux all processes of a machine share. A higher ``priority`` is more urgent. ``skip`` are the
+    indices of images that an earlier engine finished. ``caller`` is the caller's name.
+    ``preview_every``: a preview every that many steps, 0 for none. ``request_id`` and ``trace_id``
+    are for the log.
     """
 
     id: str
@@ -84,24 +84,24 @@ class Job:
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """What a log line that is about this job says of it."""
+        """The fields of a log line about this job."""
         fields = {"job": self.id, "request_id": self.request_id, "trace_id": self.trace_id}
         return {name: value for name, value in fields.items() if value}
 
     @property
     def image_indices(self) -> list[int]:
-        """The images still to draw."""
+        """The indices of the images to generate."""
         return [index for index in range(self.image_count) if index not in self.skip]
 
     def seed_of(self, image_index: int) -> int:
-        """The seed that draws image ``image_index`` of this job alone."""
+        """The seed that reproduces image ``image_index`` as a single image."""
         return (self.seed + image_index) % SEED_BOUND
 
     def wants_preview(self, step: int, steps: int) -> bool:
-        """Whether a preview is due after ``step`` of ``steps``; after the last comes the image."""
+        """Whether a preview is due after ``step`` of ``steps``; never after the last one."""
         return self.preview_every > 0 and step % self.preview_every == 0 and step < steps
 
     @property
     def rows_per_image(self) -> int:
-        """Rows that one image takes in a pass: two with classifier-free guidance, else one."""
+        """Rows of one image in a batch: two with classifier-free guidance, else one."""
         return 2 if self.guidance_scale > 1.0 else 1

@@ -1,4 +1,4 @@
-"""Numbers that callers choose, as labels: few classes, however many values."""
+"""Metric labels of numbers that callers choose, in few classes to bound cardinality."""
 
 LARGEST_ROWS = 1024
 EDGES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
@@ -10,7 +10,7 @@ def rows_class(rows: int) -> str:
 
 
 def size_class(width: int, height: int) -> str:
-    """The edge of the smallest square of our list with as many pixels: 512 by 768 is "768"."""
+    """The side of the smallest square in ``EDGES`` with as many pixels: 512 by 768 is "768"."""
     for edge in EDGES:
         if width * height <= edge * edge:
             return str(edge)

@@ -1,6 +1,8 @@
-"""What a loaded model is, takes and runs as: the plain face of a diffusers pipeline."""
+"""Plain data about a loaded model: defaults, limits, schedulers, runtime, memory, speed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Self
 
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName
 
@@ -18,15 +20,32 @@ class ModelDefaults:
     quality: int = 90
 
 
+class RowLimitSource(StrEnum):
+    """Where a model's row limit comes from.
+
+    SET: configured as an exact number. MEASURED: at this start. REMEMBERED: measured at an earlier
+    start. CORRECTED: measured or remembered, then changed by what real batches took.
+    """
+
+    SET = "set"
+    MEASURED = "measured"
+    REMEMBERED = "remembered"
+    CORRECTED = "corrected"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """What a request may ask of a model; every bound is inclusive, sizes are in pixels."""
+    """The bounds of a request to a model, all inclusive. Sizes in pixels.
+
+    ``max_rows`` is the row limit of a batch now; ``row_limit_source`` says where it comes from.
+    """
 
     min_size: int
     max_size: int
     size_multiple: int
     prompt_tokens: int
     max_rows: int
+    row_limit_source: RowLimitSource = RowLimitSource.SET
     max_guidance_scale: float = 50.0
     max_image_count: int = 16
     max_prompt_bytes: int = 8192
@@ -52,7 +71,10 @@ class SchedulerOffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRuntime:
-    """How a model runs; ``slice_size`` is empty without sliced attention."""
+    """How a model runs; ``slice_size`` is empty without sliced attention.
+
+    ``format_rule``: why ``dtype`` and ``channels_last`` were chosen, empty if they were configured.
+    """
 
     device: str
     dtype: str
@@ -64,16 +86,22 @@ class ModelRuntime:
     channels_last: bool
     fp8_storage: bool
     safety_checker: bool
+    format_rule: str = ""
+
+    @property
+    def memory_format(self) -> str:
+        """The layout of the denoiser's weights, by torch's name."""
+        return "channels_last" if self.channels_last else "contiguous"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryNeeds:
-    """What passes and decodes take besides the weights, measured at warm-up, in bytes.
+    """Memory of batches and decodes besides the weights, measured at warm-up, in bytes.
 
-    ``bytes_per_row`` and ``bytes_per_decode`` are for an image of ``pixels``, and grow in
-    proportion; but where the decode goes by tiles of ``tile_pixels``, it takes no more than one of
-    them. ``bytes_per_pass`` comes once for all rows, and grows by the square: the scores of sliced
-    attention. ``available_bytes`` is what the device had left, less a safety margin.
+    ``bytes_per_row`` and ``bytes_per_decode`` are for an image of ``pixels`` and grow in proportion
+    to its pixels. A decode by tiles of ``tile_pixels`` needs no more than one tile.
+    ``bytes_per_pass`` is needed once for all rows, and grows with the square of the pixels: the
+    scores of sliced attention. ``available_bytes`` was free on the device, less a safety margin.
     """
 
     pixels: int
@@ -84,7 +112,7 @@ class MemoryNeeds:
     tile_pixels: int | None = None
 
     def needed(self, width: int, height: int, rows: int) -> int:
-        """The peak of one image of ``rows`` rows: its decode comes after its last pass."""
+        """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more."""
         scale = width * height / self.pixels
         passes = rows * self.bytes_per_row * scale + self.bytes_per_pass * scale**2
         if self.tile_pixels is not None:
@@ -92,19 +120,19 @@ class MemoryNeeds:
         return round(max(passes, self.bytes_per_decode * scale))
 
     def rows_that_fit(self, width: int, height: int) -> int:
-        """Rows of one pass at this size, at least 2: what fails alone is refused elsewhere."""
+        """Rows of one batch at this size, at least 2; admission rejects images that never fit."""
         scale = width * height / self.pixels
-        # Of the peak of two rows, half for each: beyond those that were measured, other layers may
-        # have the peak, in which more grows with the rows.
+        # Half of the peak of two rows for each row: with more rows than were measured, the peak may
+        # be in another layer, where more memory grows with the rows.
         per_row = self.bytes_per_row * scale + self.bytes_per_pass * scale**2 / 2
         return max(2, int(self.available_bytes / max(1.0, per_row)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpeed:
-    """What warm-up measured at the default size, in seconds; nothing where it did not.
+    """Speed measured at warm-up for the default size, in seconds; empty if not measured.
 
-    ``passes`` are pairs of rows and the seconds of a pass, ``decode`` is for one image.
+    ``passes`` are pairs of rows and the seconds of a batch, ``decode`` is for one image.
     """
 
     passes: tuple[tuple[int, float], ...] = ()
@@ -113,7 +141,11 @@ class ModelSpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A model that is loaded and warmed up."""
+    """A model that is loaded and warmed up.
+
+    Unless ``limits.row_limit_source`` is SET, real batches may raise ``limits.max_rows`` up to
+    ``most_rows``.
+    """
 
     id: str
     revision: str
@@ -124,9 +156,15 @@ class ModelInfo:
     runtime: ModelRuntime
     memory: MemoryNeeds
     speed: ModelSpeed = ModelSpeed()
+    most_rows: int = 0
+
+    def with_row_limit(self, max_rows: int) -> Self:
+        """This model after real batches have corrected its row limit."""
+        limits = replace(self.limits, max_rows=max_rows, row_limit_source=RowLimitSource.CORRECTED)
+        return replace(self, limits=limits)
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
-        """Rows that a pass of this size may have, by what was measured at start; at least 2."""
+        """Rows that a batch of this size may have; at least 2."""
         return min(self.limits.max_rows, self.memory.rows_that_fit(width, height))
 
     def offer(self, name: SchedulerName) -> SchedulerOffer | None:

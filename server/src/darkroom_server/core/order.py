@@ -1,9 +1,9 @@
-"""Who goes first: one pure function, for jobs that wait and for the rows of the next pass.
+"""The order of work: one pure function, for the queue's jobs and for the rows of a batch.
 
-Each key has a goal, the moment by which it should be done: its arrival, plus patience in
-proportion to the work that remains, or a little before the caller's deadline where that is nearer.
-The nearest goal goes first. So short work overtakes long work, what is nearly done is finished, and
-nobody starves: whatever arrives later than ``patience`` seconds after a key comes behind it.
+Each key has a goal, the time by which it should be done: its arrival, plus patience in proportion
+to the remaining work, or a little before the caller's deadline if that is earlier. The earliest
+goal goes first. So short work overtakes long work, work that is nearly done finishes, and nothing
+starves: a key that arrives more than ``patience`` seconds after another one comes behind it.
 """
 
 from collections.abc import Collection, Hashable, Iterable, Sequence
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 SECONDS_PER_STEP = 0.25
-"""Patience for one step; 40 steps let an 8-step job pass that comes up to 8 seconds later."""
+"""Patience for one step. A job of 8 steps overtakes one of 40 that arrived up to 8 s earlier."""
 
 SHARE_OF_DEADLINE = 0.9
-"""Of the time until its deadline a job shall take this much: what is finished a moment too late is
-work for nothing."""
+"""The part of the time until its deadline within which a job should be done. A job that is late by
+a moment wastes all its work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderKey:
-    """What the order knows of a job or a sample.
+    """The properties of a job or a sample that decide its order.
 
     ``submitted_at``, ``deadline``: ``time.monotonic`` seconds. ``remaining_steps``: denoiser calls
-    still to make, over all images of a job. ``priority``: each level up halves the patience.
-    ``rows``: taken in a pass. ``alone``: shares no pass.
+    remaining, over all images of a job. ``priority``: each level up halves the patience.
+    ``rows``: its rows in a batch. ``alone``: shares no batch.
     """
 
     id: tuple[str, int]
@@ -42,7 +42,7 @@ class OrderKey:
 
     @property
     def goal(self) -> float:
-        """The moment by which the work should be done."""
+        """The time by which the work should be done."""
         patience = self.patience
         if self.deadline is not None:
             patience = min(patience, SHARE_OF_DEADLINE * (self.deadline - self.submitted_at))
@@ -50,15 +50,15 @@ class OrderKey:
 
 
 def order(keys: Iterable[OrderKey]) -> list[OrderKey]:
-    """``keys`` with the most urgent first; equals in the order of arrival, then by id."""
+    """``keys``, the most urgent first; equal goals by arrival, then by id."""
     return sorted(keys, key=lambda key: (key.goal, key.submitted_at, key.id))
 
 
 def pick(keys: Sequence[OrderKey], max_rows: int) -> list[OrderKey]:
-    """The keys of the next pass, together at most ``max_rows`` rows, most urgent first.
+    """The keys of the next batch, together at most ``max_rows`` rows, most urgent first.
 
-    The most urgent key is always among them, be it wider than ``max_rows``, so that each gets its
-    turn. A key that is ``alone`` gets a pass of its own when it is the most urgent.
+    The most urgent key is always included, even if it alone has more rows than ``max_rows``, so
+    that none starves. A key that is ``alone`` gets a batch of its own when it is the most urgent.
     """
     chosen: list[OrderKey] = []
     rows = 0
@@ -76,17 +76,17 @@ Group = TypeVar("Group", bound=Hashable)
 
 
 class FairShare(Generic[Group]):
-    """Counts what each group was served, and gives the next turn to the least served.
+    """Fair share: the group with the least served time is next.
 
-    A group that appears, or comes back, starts level with the least served of those present: it
-    has no claim on the time before it came.
+    A group that appears, or comes back, starts with the served time of the least served group
+    present: it has no claim on the time before.
     """
 
     def __init__(self) -> None:
         self._served: dict[Group, float] = {}
 
     def next(self, present: Collection[Group]) -> Group:
-        """The group whose turn it is; ``present`` are those with work, and not empty."""
+        """The group whose turn it is; ``present`` are the groups with work, at least one."""
         known = [self._served[group] for group in present if group in self._served]
         level = min(known, default=0.0)
         self._served = {group: self._served.get(group, level) for group in present}

@@ -1,1 +1,1 @@
-"""Holds the models and develops samples, one denoiser pass at a time; knows torch, not gRPC."""
+"""The engine: holds the models and runs batches of samples. Knows torch, not gRPC."""

@@ -1,4 +1,4 @@
-"""Which exceptions of torch mean what."""
+"""What torch's exceptions mean, and the failures that callers see."""
 
 from typing import Any
 
@@ -13,19 +13,19 @@ _ALLOCATION = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
-    # What becomes of a convolution for whose workspace there is no memory.
+    # A convolution without memory for its workspace.
     "unable to find an engine to execute",
 )
 
-# Before torch 2.8 there is no such type, and the text alone tells.
+# Before torch 2.8 this type does not exist, and only the text identifies the error.
 _DEVICE_ERROR: Any = getattr(torch, "AcceleratorError", ())
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """True where an allocation failed.
+    """True if an allocation failed.
 
-    Only torch's allocator for GPUs has a type of its own for that: on a CPU, and where CUDA or one
-    of its libraries allocates, the text of a RuntimeError tells.
+    Only torch's GPU allocator has an exception type for that. On a CPU, and if CUDA or one of its
+    libraries allocates, it is a RuntimeError that only its text identifies.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
@@ -33,15 +33,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_fatal(error: Exception) -> bool:
-    """True where the device is lost, and with it every later call: the engine must end."""
+    """True if the device is lost: every later call would fail too, so the engine must end."""
     if not isinstance(error, RuntimeError) or is_out_of_memory(error):
-        return False  # CUDA's own errors are RuntimeErrors; the text of others may be a caller's.
+        return False  # CUDA's own errors are RuntimeErrors; other errors may quote a caller's text.
     return isinstance(error, _DEVICE_ERROR) or "CUDA error" in str(error)
 
 
 OUT_OF_MEMORY = Failure(
     Reason.OUT_OF_MEMORY,
-    "this image does not fit in the device's memory, even alone; ask for a smaller size",
+    "this image does not fit in the device's memory, even alone; request a smaller size",
 )
 NON_FINITE = Failure(
     Reason.NON_FINITE,

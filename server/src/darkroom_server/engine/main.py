@@ -1,8 +1,8 @@
-"""The engine's own process: what runs in it, and how it ends.
+"""The main function of the engine's process.
 
-Started as ``python -m darkroom_server.engine.main DESCRIPTOR PARENT``, where the descriptor is
-its end of a pipe to the serving process, and the other its process id. Torch is imported inside
-``run`` alone, so that nobody who needs a name of this module gets it too.
+Started as ``python -m darkroom_server.engine.main DESCRIPTOR PARENT``: the file descriptor of this
+process's end of the pipe, and the process id of the serving process. Torch is imported in ``run``
+only, so that importing this module stays cheap.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ import structlog
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, Event
+from darkroom_server.core.exhaustion import is_exhaustion
 from darkroom_server.core.job import Job
 from darkroom_server.engine.device.malloc import keep_freed_memory
 from darkroom_server.ipc.channel import Channel, ChannelClosed
@@ -31,33 +32,40 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Run an engine for the parent at the other end of the pipe."""
-    # The parent coordinates the end: Ctrl-C and a supervisor's SIGTERM reach both processes.
+    # The parent coordinates the shutdown: Ctrl-C and a supervisor's SIGTERM reach both processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with(parent=int(sys.argv[2]))
     keep_freed_memory()
     log_lines()
     channel = Channel(int(sys.argv[1]))
-    outbox = EventBatcher(channel)
+    batcher = EventBatcher(channel)
     try:
-        run(channel, outbox.tell)
+        run(channel, batcher.emit)
     except ChannelClosed:
-        os._exit(1)  # The parent is gone; nothing is left to do, and threads may hang.
+        os._exit(1)  # The parent is gone, and threads may hang.
     except Exception:
         log.exception("engine died")
-        # After the steps that were not told yet: they were taken.
-        outbox.tell(EngineDied("the engine died; the log above says why"))
+        # Through the batcher: the steps that it holds were taken, and are sent first.
+        batcher.emit(EngineDied("the engine died; the log above says why"))
 
 
 def run(channel: Channel, emit: Callable[[Event], None]) -> None:
-    """Load what the first message says, then develop jobs until told to stop."""
+    """Load what the first message configures, then run jobs until ``Close`` arrives."""
     config: EngineConfig = channel.receive()
     from darkroom_server.engine.loading.startup import start_loop
 
     try:
         loop, ready = start_loop(config, emit)
     except StartupError as error:
-        emit(EngineDied(str(error), fatal=True))
+        exhausted = is_exhaustion(error)
+        emit(EngineDied(str(error), fatal=not exhausted, exhausted=exhausted))
+        return
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not is_exhaustion(error):
+            raise
+        log.exception("engine cannot start")
+        emit(EngineDied(f"the engine cannot start: {error}", exhausted=True))
         return
     emit(ready)
 
@@ -74,10 +82,10 @@ def run(channel: Channel, emit: Callable[[Event], None]) -> None:
                     case Close():
                         loop.close()
         except ChannelClosed:
-            os._exit(1)  # The parent died, and a pass of a large model may take long.
+            os._exit(1)  # The parent died; do not wait for the current batch.
         except Exception:
-            # Deaf, it would let every later job wait for nothing.
-            log.exception("a message of the server cannot be read")
+            # Without this thread, every later job would wait forever.
+            log.exception("message from the server cannot be read")
             os._exit(1)
 
     threading.Thread(target=listen, name="listen", daemon=True).start()
@@ -85,10 +93,10 @@ def run(channel: Channel, emit: Callable[[Event], None]) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Let the kernel end this process with the thread that spawned it, be it ever so stuck.
+    """Ask the kernel to kill this process when the parent thread exits (PR_SET_PDEATHSIG).
 
-    ``parent`` is that thread's process. In a container it may well be process 1, which is also
-    where orphans go: so it is named, not guessed.
+    ``parent`` is the id of that thread's process. It is passed because it cannot be guessed: in a
+    container the parent may be process 1, which orphans get as their parent too.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -96,7 +104,7 @@ def die_with(parent: int) -> None:
 
 
 def log_lines() -> None:
-    """Write the log as JSON lines, all of them: the parent leaves out what nobody asked for."""
+    """Log every level as JSON lines; the parent filters by level."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -1,4 +1,4 @@
-"""Typed messages between the serving process and an engine's."""
+"""A duplex channel of messages between the serving process and an engine process."""
 
 import threading
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ class ChannelClosed(ConnectionError):
 
 
 class Channel:
-    """One end of a duplex pipe; any thread may send, one receives.
+    """One end of a duplex pipe; any thread may send, one thread receives.
 
-    Messages are pickled, but for the bytes of an image: they follow their message as they are.
-    Each direction is a stream of its own, so that a large image never holds up a cancel.
+    Messages are pickled, except the bytes of an image, which follow their message unpickled. Each
+    direction is a separate stream, so a large image never delays a cancel.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -46,11 +46,11 @@ class Channel:
             return message
 
     def close(self) -> None:
-        """Let go of this end, once no message is being sent; the other end reads of it.
+        """Close this end; the other end's ``receive`` raises ``ChannelClosed``.
 
-        Whoever sends to a process that reads nothing is waited for: end that process first.
+        Blocks until a pending send finishes; kill a process that no longer reads first.
         """
-        with self._sending:  # Its number may soon be another file's.
+        with self._sending:  # A sender must not write to a descriptor number that is used again.
             self._connection.close()
 
 

@@ -1,18 +1,18 @@
-"""What an engine is told while it runs; a ``core.job.Job`` by itself is a job to take."""
+"""Commands to a running engine; a ``core.job.Job`` itself is the command to run it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Drop a job at the next step boundary."""
+    """Cancel a job at the next step boundary."""
 
     job_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Extend:
-    """Give a job until another deadline, in ``time.monotonic`` seconds; None for ever."""
+    """Replace a job's deadline, in ``time.monotonic`` seconds; None means no deadline."""
 
     job_id: str
     deadline: float | None
@@ -20,4 +20,4 @@ class Extend:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """End at the next step boundary."""
+    """End the loop at the next step boundary."""

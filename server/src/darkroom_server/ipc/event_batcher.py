@@ -1,4 +1,4 @@
-"""What the engine's process tells, in few messages: each takes some of the passes' cores."""
+"""Packs the engine's events into few messages, because each message takes CPU time from batches."""
 
 import threading
 import time
@@ -8,18 +8,18 @@ from darkroom_server.core.events import BatchDone, Event, ImageReady, SampleProg
 from darkroom_server.ipc.channel import Channel
 
 TOGETHER_SECONDS = 0.05
-"""Passes are told this often at most; a bar that moves twenty times a second is smooth.
+"""The least time between messages of steps; a progress bar at 20 updates a second is smooth.
 
-A message wakes two threads of the serving process. On two cores that are busy with a pass of 20 ms
-this takes half a millisecond from it.
+A message wakes two threads of the serving process. On two cores that are busy with a batch of 20 ms
+it costs the batch half a millisecond.
 """
 
 
 class EventBatcher:
-    """Tells the serving process; the steps of quick passes together, all else at once.
+    """Sends events to the serving process: steps of fast batches together, other events at once.
 
-    An image's last step is told at once too, for what comes next may take long. Any thread may
-    tell. What was told first is sent first.
+    An image's last step is sent at once too, because its decode may take long. Any thread may emit.
+    Events are sent in the order in which they were emitted.
     """
 
     def __init__(self, channel: Channel, now: Callable[[], float] = time.monotonic) -> None:
@@ -29,12 +29,12 @@ class EventBatcher:
         self._sent_at = -TOGETHER_SECONDS
         self._lock = threading.Lock()
 
-    def tell(self, event: Event) -> None:
-        """Send ``event``, or hold it until more is told. Raises ``ChannelClosed``."""
+    def emit(self, event: Event) -> None:
+        """Send ``event``, or hold it until the next message. Raises ``ChannelClosed``."""
         with self._lock:
             if isinstance(event, SampleProgress):
                 self._held.append(event)
-                return  # Its pass is told next.
+                return  # Its ``BatchDone`` follows.
             now = self._now()
             soon = now - self._sent_at < TOGETHER_SECONDS
             if isinstance(event, BatchDone) and soon and not any(map(_is_last, self._held)):
@@ -42,7 +42,7 @@ class EventBatcher:
                 return
             self._sent_at = now
             held, self._held = self._held, []
-            if isinstance(event, ImageReady):  # Its bytes follow it, so it goes alone.
+            if isinstance(event, ImageReady):  # Its bytes follow it, so it is a message of its own.
                 if held:
                     self._channel.send(tuple(held))
                 self._channel.send(event)

@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
+    DeadlineUnreachable,
     GenerationFailed,
     InvalidRequest,
     JobCancelled,
@@ -56,6 +57,7 @@ CODES: dict[type[DarkroomError], int] = {
     ReaderStalled: code_pb2.UNAVAILABLE,
     TooLarge: code_pb2.RESOURCE_EXHAUSTED,
     DeadlineExceeded: code_pb2.DEADLINE_EXCEEDED,
+    DeadlineUnreachable: code_pb2.DEADLINE_EXCEEDED,
     GenerationFailed: code_pb2.INTERNAL,
 }
 
@@ -73,7 +75,7 @@ class ErrorStatus(grpc.Status):
 
 
 def status_of(error: DarkroomError) -> ErrorStatus:
-    """The status that tells a caller of ``error``; a type without a code is a KeyError."""
+    """The status for ``error``; a type without a code is a KeyError."""
     message = str(error)
     if len(message) > MAX_MESSAGE:
         message = message[: MAX_MESSAGE - 1] + "…"

@@ -26,7 +26,7 @@ OPTIONS = (
     ("grpc.http2.bdp_probe", 0),
     # Connections at once; more are closed as soon as they are accepted.
     ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
-    # For TLS and HTTP/2 to begin; who only connects is gone after that.
+    # Handshake timeout: drops connections that never start HTTP/2.
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),

@@ -41,7 +41,7 @@ CANCEL_SECONDS = 5.0
 """For gRPC to end the calls that it cancels after that: nothing that a caller does delays it."""
 
 
-def _try(host: str, port: int) -> None:
+def probe_port(host: str, port: int) -> None:
     """Raise the ``OSError`` that says why a port cannot be bound: gRPC writes it to its own log."""
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family) as probe:
@@ -122,7 +122,7 @@ class RpcServer:
         Raises ``StartupError`` if the port cannot be bound.
         """
         try:
-            _try(host, port)
+            probe_port(host, port)
             host = f"[{host}]" if ":" in host else host
             bound = self._bind(f"{host}:{port}")
         except (OSError, RuntimeError) as error:
@@ -140,7 +140,7 @@ class RpcServer:
         return self._server.add_secure_port(address, self._credentials)
 
     def close_port(self) -> None:
-        """Accept no more connections, and tell connected clients to go elsewhere (GOAWAY).
+        """Accept no more connections, and send connected clients elsewhere (GOAWAY).
 
         Running calls continue until ``stop``.
         """

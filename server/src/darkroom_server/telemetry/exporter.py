@@ -72,7 +72,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self._disconnect(late)
 
     def handle_error(self, *_: Any) -> None:
-        """Ignore it: clients that disconnect in the middle are normal."""
+        """Ignore a client that disconnects during its request."""
 
     def _disconnect(self, count: int) -> None:
         """Shut down the ``count`` oldest connections; their threads see the end of the stream."""

@@ -7,11 +7,11 @@ from darkroom_server.core.errors import DeadlineExceeded, TooLarge
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.admission.availability import Availability
-from darkroom_server.dispatch.admission.estimator import Estimator
 from darkroom_server.dispatch.admission.limits import QueueLimits
 from darkroom_server.dispatch.admission.quotas import Quotas
 from darkroom_server.dispatch.engines.pool import EnginePool
-from darkroom_server.dispatch.jobs.estimate import Estimate
+from darkroom_server.dispatch.estimation.estimate import Estimate
+from darkroom_server.dispatch.estimation.estimator import Estimator
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 

@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 
 class Decoder:
-    """Decodes with a pipeline's VAE; values that are not finite are tried again in float32."""
+    """Decodes with a pipeline's VAE; if values are not finite, decodes again in float32."""
 
     def __init__(self, vae: Any, precision: Callable[[], AbstractContextManager[Any]]) -> None:
         self.counts = Counts()
@@ -34,7 +34,7 @@ class Decoder:
 
     @property
     def tile_pixels(self) -> int | None:
-        """The pixels of a tile, None where images are decoded whole."""
+        """The pixels of a tile, None if images are decoded whole."""
         if not getattr(self._vae, "use_tiling", False):
             return None
         return int(self._vae.tile_sample_min_size) ** 2
@@ -42,7 +42,7 @@ class Decoder:
     def decode(self, latents: torch.Tensor) -> NDArray[np.uint8] | Failure:
         """The pixels of ``latents`` [1, channels, h, w]: [height, width, 3], 0 to 255.
 
-        Raises what means that the device is lost.
+        Raises an error that means that the device is lost.
         """
         try:
             image = self._decode(latents)
@@ -53,7 +53,7 @@ class Decoder:
                     self.counts[Counted.NON_FINITE_FAILED] += 1
                     return NON_FINITE
                 self.counts[Counted.NON_FINITE_RECOVERED] += 1
-            # As diffusers' VaeImageProcessor does it, so that not one value differs.
+            # The arithmetic of diffusers' VaeImageProcessor, for equal values.
             unit = (image * 0.5 + 0.5).clamp(0, 1)
             pixels = unit[0].permute(1, 2, 0).float().cpu().numpy()
         except Exception as error:
@@ -73,8 +73,8 @@ class Decoder:
             return self._vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
 
     def _decode_float32(self, latents: torch.Tensor) -> torch.Tensor:
-        # A copy: without the memory for it, the weights of all others would be left half converted.
-        # The encoder is a third of them, and not needed.
+        # A copy: if memory runs out, the served weights must not stay half converted. The encoder
+        # is a third of the weights and is not needed.
         parts = {id(self._vae.encoder): torch.nn.Identity()}
         vae = copy.deepcopy(self._vae, parts).to(dtype=torch.float32)
         with torch.autocast(latents.device.type, enabled=False):

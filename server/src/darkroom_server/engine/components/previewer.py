@@ -1,8 +1,8 @@
-"""What unfinished latents look like, without the VAE's time: one linear map from latents to RGB.
+"""Previews: unfinished latents to RGB by one linear map, which takes far less time than the VAE.
 
-The map is fitted to the model's own VAE, by least squares: its encoder tells the latents of some
-coloured pictures, and each latent pixel answers for the mean colour of the patch that it stands
-for. On the demo model it explains nine tenths of the colours' variance.
+The map is fitted by least squares to the model's own VAE: its encoder turns coloured pictures into
+latents, and each latent pixel is matched with the mean colour of its patch of the picture. On the
+demo model the map explains nine tenths of the colours' variance.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from darkroom_server.engine.failures import is_fatal, is_out_of_memory
 log = structlog.get_logger(__name__)
 
 CELLS = (1, 2, 4, 8)
-"""Fields of one colour along a side of the pictures that the map is fitted to."""
+"""Uniformly coloured squares along one side of the pictures that the map is fitted to."""
 
 PICTURES_PER_CELL = 4
 PICTURE_LATENTS = 8
-"""Their size, in latent pixels: 1024 of these in all."""
+"""Width and height of a picture in latent pixels: 1024 of these in all pictures."""
 
 
 class Previewer:
-    """Paints latents of one model; the map is fitted when the first preview is asked for."""
+    """Makes previews of one model's latents; the map is fitted for the first preview."""
 
     def __init__(
         self, vae: Any, precision: Callable[[], AbstractContextManager[Any]], factor: int
@@ -41,8 +41,8 @@ class Previewer:
     def decode_preview(self, latents: torch.Tensor) -> NDArray[np.uint8] | None:
         """The colours of ``latents`` [1, channels, h, w]: [h, w, 3], 0 to 255.
 
-        None where they cannot be told, for want of memory this once: no image depends on it. Raises
-        what means that the device is lost.
+        None if there is no memory for it now, or if the map cannot be fitted: no image depends on
+        it. Raises an error that means that the device is lost.
         """
         if self._failed:
             return None
@@ -54,18 +54,18 @@ class Previewer:
             if is_fatal(error):
                 raise
             if is_out_of_memory(error):
-                log.warning("a preview ran out of memory and is left out")
+                log.warning("preview ran out of memory and is skipped")
                 return None
-            log.exception("no previews from now on")
+            log.exception("previews failed and are disabled")
             self._failed = True
             return None
 
     def _fit(self) -> torch.Tensor:
-        """The map, [channels + 1, 3]; the last row is what no latents at all look like."""
+        """The map, [channels + 1, 3]; its last row is the colour of latents that are all zero."""
         pictures = _pictures(PICTURE_LATENTS * self._factor)
         weights = next(self._vae.parameters())
         latents = []
-        for picture in pictures:  # One by one: the least memory.
+        for picture in pictures:  # One at a time needs the least memory.
             with self._precision():
                 encoded = self._vae.encode(picture[None].to(weights.device, weights.dtype))
             latents.append(encoded.latent_dist.mean.float().cpu())
@@ -77,7 +77,7 @@ class Previewer:
 
 
 def _pictures(size: int) -> torch.Tensor:
-    """Fields of random colours, coarse and fine: [pictures, 3, size, size], -1 to 1."""
+    """Random colours in coarse and fine squares: [pictures, 3, size, size], -1 to 1."""
     generator = torch.Generator("cpu").manual_seed(0)
     pictures = []
     for cells in CELLS:

@@ -1,4 +1,4 @@
-"""Prompts to embeddings: once per distinct text, batched, and remembered."""
+"""Prompts to embeddings: each distinct text once, in batches, with a cache."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -12,15 +12,15 @@ from darkroom_server.core.events import Counted
 from darkroom_server.engine.counters import Counts
 
 MAX_CACHED = 256
-"""Embeddings kept, least recently used dropped first: 118 kB each for SD 1.x in half precision."""
+"""Size of the LRU cache of embeddings: 118 kB each for SD 1.x in half precision."""
 
 MAX_BATCH = 16
-"""Prompts encoded at once, so that a burst does not set the memory's peak."""
+"""Prompts in one call, which bounds the memory of a burst of requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """A prompt as the denoiser takes it: ``hidden`` is [1, tokens, width]."""
+    """A prompt as the denoiser's input: ``hidden`` is [1, tokens, width]."""
 
     hidden: torch.Tensor
     truncated: bool
@@ -29,8 +29,8 @@ class Embedding:
 class PromptEncoder:
     """Encodes prompts with a pipeline's tokenizer and text encoder.
 
-    ``dtype`` is the denoiser's. A prompt for an exact job is encoded alone, since a batch may
-    change the last bits, and is remembered apart.
+    ``dtype`` is the denoiser's. A prompt of an exact job is encoded in a call of its own, because
+    a batch may change the last bits, and has a cache entry of its own.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class PromptEncoder:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the model reads of a prompt, the start and end marks among them."""
+        """Tokens that the model reads of a prompt, the start and end marks included."""
         return int(self._tokenizer.model_max_length)
 
     def encode(self, wanted: Iterable[tuple[str, bool]]) -> dict[tuple[str, bool], Embedding]:
-        """The embedding of every wanted (prompt, alone)."""
+        """The embedding of each wanted (prompt, alone); at most ``MAX_BATCH`` prompts a call."""
         keys = list(dict.fromkeys(wanted))
         missing = [key for key in keys if key not in self._cache]
         found = {key: self._cache[key] for key in keys if key in self._cache}
@@ -67,14 +67,14 @@ class PromptEncoder:
             encoded = dict(zip(batch, self._encode([text for text, _ in batch]), strict=True))
             self.counts[Counted.PROMPTS_ENCODED] += len(batch)
             found.update(encoded)
-            self._cache.update(encoded)  # At once: the next batch may fail.
+            self._cache.update(encoded)  # Before the next batch, which may fail.
             while len(self._cache) > MAX_CACHED:
                 self._cache.popitem(last=False)
         return found
 
     def _encode(self, texts: list[str]) -> list[Embedding]:
         limit = self.tokens
-        # The tokenizer warns of long texts; what was cut is told in the response instead.
+        # verbose=False: the response says if a prompt was cut, so no warning is needed.
         lengths = [len(ids) for ids in self._tokenizer(texts, verbose=False).input_ids]
         batch = self._tokenizer(
             texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"

@@ -1,4 +1,4 @@
-"""The safety checker that a model's folder may bring."""
+"""The safety checker that a model's folder may contain."""
 
 from typing import Any
 
@@ -14,16 +14,16 @@ log = structlog.get_logger(__name__)
 
 
 class SafetyChecker:
-    """Flags images with a pipeline's own checker; runs on the thread that calls torch."""
+    """Flags images with a pipeline's own checker; called on the loop's thread."""
 
     def __init__(self, checker: Any, feature_extractor: Any) -> None:
         self._checker = checker
         self._feature_extractor = feature_extractor
 
     def flags(self, pixels: NDArray[np.uint8]) -> bool:
-        """True where ``pixels`` [height, width, 3] must not be shown, or could not be checked.
+        """True if ``pixels`` [height, width, 3] must not be shown, or could not be checked.
 
-        Raises what means that the device is lost.
+        Raises an error that means that the device is lost.
         """
         try:
             return self._flags(pixels)
@@ -37,7 +37,7 @@ class SafetyChecker:
         features = self._feature_extractor(Image.fromarray(pixels), return_tensors="pt")
         weights = next(self._checker.parameters())
         clip_input = features.pixel_values.to(weights.device, weights.dtype)
-        # The checker blackens flagged images in place: it gets a copy of its own.
+        # A copy: the checker blackens flagged images in place.
         unit = torch.from_numpy(pixels.astype(np.float32) / 255)[None].to(weights.device)
         _, flagged = self._checker(images=unit, clip_input=clip_input)
         return bool(flagged[0])

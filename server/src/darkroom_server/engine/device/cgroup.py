@@ -1,9 +1,8 @@
-"""What the control groups leave to this process of the machine, by Linux's own files.
+"""The CPU and memory limits of this process's control groups, versions 1 and 2.
 
-A group's limit holds for all below it, so every group from the process's own up to the root is
-asked, version 1 and 2 (kernel documentation, admin-guide/cgroup-v1 and cgroup-v2). In a container
-the path that the process is told may be the host's, while the mount shows the container's own group
-as the root: what is not there is passed over.
+A group's limit holds for all groups below it, so every group from the process's own up to the root
+is read (kernel documentation, admin-guide/cgroup-v1 and cgroup-v2). In a container /proc may show
+the host's path while the mount shows the container's group as the root: missing files are skipped.
 """
 
 from collections.abc import Iterator
@@ -12,11 +11,11 @@ from pathlib import Path
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 UNLIMITED = 2**60
-"""Version 1 says "no limit" by a number of bytes close to 2^63."""
+"""In version 1, "no limit" is a number of bytes close to 2^63."""
 
 
 def cores() -> float | None:
-    """The cores that a quota leaves, None where there is none."""
+    """The cores that a quota allows, None without a quota."""
     found = []
     for group in _groups("cpu"):
         words = _words(group / "cpu.max") or [
@@ -29,10 +28,10 @@ def cores() -> float | None:
 
 
 def free_memory() -> int | None:
-    """The bytes that a limit leaves, None where there is none.
+    """The bytes that are free below the limit, None without a limit.
 
-    Files that the kernel keeps in memory count as used there, such as weights just downloaded, but
-    make way when memory is asked for.
+    The kernel counts its file cache as used, such as weights just downloaded. The cache counts as
+    free here, because the kernel evicts it when memory is needed.
     """
     found = []
     for group in _groups("memory"):
@@ -44,7 +43,7 @@ def free_memory() -> int | None:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """The folders of the process's group and of all above it."""
+    """The folders of the process's group and of all groups above it."""
     try:
         memberships = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -59,7 +58,7 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _kept_files(group: Path) -> int:
-    """Bytes of files in memory that no process maps; tmpfs is counted among files, but stays."""
+    """Bytes of cached files that no process maps; without tmpfs, which cannot be evicted."""
     words = _words(group / "memory.stat")
     stat = dict(zip(words[::2], words[1::2], strict=False))
     names = ("file", "shmem", "file_mapped")

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of a GPU, by NVML; nothing of it touches CUDA."""
+"""Utilisation, power, temperature and memory of a GPU, read by NVML without touching CUDA."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,9 @@ log = structlog.get_logger(__name__)
 
 
 class GpuSensors:
-    """Reads one GPU, named by its UUID: CUDA and NVML number the devices differently.
+    """Reads one GPU, identified by its UUID: CUDA and NVML number the devices differently.
 
-    What the driver does not know is None; a machine without NVML knows nothing.
+    A value that the driver does not have is None; without NVML all values are None.
     """
 
     def __init__(self, uuid: str, nvml: Any = None) -> None:
@@ -26,16 +26,16 @@ class GpuSensors:
             self._nvml.nvmlInit()
             self._handle = self._nvml.nvmlDeviceGetHandleByUUID(name)
         except self._nvml.NVMLError as error:
-            log.warning("the driver tells nothing of the GPU", uuid=name, why=str(error))
+            log.warning("NVML has no data for the GPU", uuid=name, why=str(error))
 
     def read(self) -> Sensors:
-        """What the device does now."""
+        """The current values of the sensors."""
         if self._handle is None:
             return Sensors()
         nvml, handle = self._nvml, self._handle
-        busy = self._ask(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-        milliwatts = self._ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle))
-        celsius = self._ask(
+        busy = self._query(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        milliwatts = self._query(lambda: nvml.nvmlDeviceGetPowerUsage(handle))
+        celsius = self._query(
             lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
         )
         return Sensors(
@@ -45,7 +45,7 @@ class GpuSensors:
         )
 
     def memory(self) -> tuple[int, int] | None:
-        """Bytes used and in all, whoever uses them; None where the driver does not tell."""
+        """Bytes used by all processes, and in total; None if the driver does not have them."""
         if self._handle is None:
             return None
         nvml, handle = self._nvml, self._handle
@@ -55,11 +55,11 @@ class GpuSensors:
             return None
         return int(found.used), int(found.total)
 
-    def _ask(self, question: Callable[[], float]) -> float | None:
+    def _query(self, read: Callable[[], float]) -> float | None:
         try:
-            return float(question())
+            return float(read())
         except self._nvml.NVMLError:
-            return None  # Not every GPU, and no slice of one, has every sensor.
+            return None  # Some GPUs lack sensors, and so does every MIG slice.
 
 
 def _nvml() -> Any:

@@ -1,4 +1,4 @@
-"""Tells the engine's memory, and what its devices do, about once a second."""
+"""Emits the engine's memory and its devices' sensors about once a second."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -14,10 +14,10 @@ from darkroom_server.ipc.channel import ChannelClosed
 
 
 class MemoryReporter:
-    """Reports on ``devices`` from a thread of its own: the driver may take its time to answer.
+    """Reports on ``devices`` from a thread of its own, because the driver may answer slowly.
 
-    Only statistics are read there, which torch keeps on the host. ``peaks`` knows the highest
-    peak, which it resets in torch for its own measurements.
+    The thread reads only statistics that torch keeps on the host. ``peaks`` has the highest peak,
+    because it resets torch's own for its measurements.
     """
 
     INTERVAL_SECONDS = 1.0
@@ -40,25 +40,25 @@ class MemoryReporter:
         self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
 
     def start(self) -> None:
-        """Begin to report."""
+        """Start to report."""
         self._thread.start()
 
     def close(self) -> None:
-        """Report no more."""
+        """Stop, and wait for the thread."""
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def report(self) -> None:
-        """Tell once."""
+        """Emit one report for each device."""
         for device, sensors in self._sensors.items():
             if sensors is None:
-                by_kind, told = self._of_host(), Sensors()
+                by_kind, reading = self._of_host(), Sensors()
             else:
-                by_kind, told = self._of_gpu(device, sensors), sensors.read()
+                by_kind, reading = self._of_gpu(device, sensors), sensors.read()
             rss = status_bytes("VmRSS")
             self._emit(
-                MemoryReport(device=str(device), by_kind=by_kind, host_rss=rss, sensors=told)
+                MemoryReport(device=str(device), by_kind=by_kind, host_rss=rss, sensors=reading)
             )
 
     def _run(self) -> None:
@@ -67,19 +67,19 @@ class MemoryReporter:
                 self.report()
                 self._closed.wait(self.INTERVAL_SECONDS)
         except ChannelClosed:
-            return  # The serving process is gone; the engine's main thread ends this one's.
+            return  # The serving process is gone; the main thread ends this process.
 
     def _of_gpu(self, device: torch.device, sensors: GpuSensors) -> dict[str, int]:
-        told = sensors.memory()
-        if told is None:
+        memory = sensors.memory()
+        if memory is None:
             free, total = torch.cuda.mem_get_info(device)
-            told = (total - free, total)
+            memory = (total - free, total)
         return {
             "allocated": torch.cuda.memory_allocated(device),
             "reserved": torch.cuda.memory_reserved(device),
             "peak": max(self._peaks.highest, torch.cuda.max_memory_allocated(device)),
-            "device_used": told[0],
-            "device_total": told[1],
+            "device_used": memory[0],
+            "device_total": memory[1],
         }
 
     def _of_host(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The memory that passes and decodes take, measured while they serve."""
+"""Peak memory of batches and decodes, measured while serving."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,36 +11,36 @@ from darkroom_server.core.metric_labels import rows_class, size_class
 from darkroom_server.engine.device.memory import PeakMemory
 
 INTERVAL_SECONDS = {"cuda": 1.0, "cpu": 60.0}
-"""Reading the allocator's statistics takes longer than all other metrics of a step together; on a
-CPU the C library must even give back what it keeps, which takes longer than a small pass."""
+"""Reading the allocator's statistics takes longer than all other metrics of a step together. On a
+CPU the C library must first return its free memory, which takes longer than a small batch."""
 
 Key = tuple[str, str, str]
 
 
 class PeakMemoryTracker:
-    """Measures the work of the loop's thread, and tells of each new height.
+    """Measures the work of the loop's thread, and emits each new maximum.
 
-    Each class of work is measured once in ``INTERVAL_SECONDS``.
+    Each class of work (model, image size, rows) is measured once in ``INTERVAL_SECONDS``.
     """
 
     def __init__(self, emit: Callable[[Event], None]) -> None:
         self._emit = emit
-        self._told: dict[Key, int] = {}
+        self._emitted: dict[Key, int] = {}
         self._next: dict[Key, float] = {}
         self._memories: dict[torch.device, PeakMemory] = {}
 
     @property
     def highest(self) -> int:
-        """The most that was in use at once, in bytes; may be asked by any thread."""
+        """The most bytes that were in use at once; any thread may read it."""
         return max((memory.highest for memory in tuple(self._memories.values())), default=0)
 
     @contextmanager
     def watch(
         self, device: torch.device, model: str, width: int, height: int, rows: int = 0
     ) -> Iterator[None]:
-        """Measure what the block takes: a pass of ``rows`` rows, or a decode.
+        """Measure the block's memory: a batch of ``rows`` rows, or a decode (0 rows).
 
-        Nothing is told of a block that raises.
+        Emits nothing if the block raises.
         """
         memory = self._memories.setdefault(device, PeakMemory(device))
         key = (model, size_class(width, height), rows_class(rows) if rows else "")
@@ -52,8 +52,8 @@ class PeakMemoryTracker:
         if not can_measure:
             return
         peak = memory.read()
-        if peak > self._told.get(key, -1):
-            self._told[key] = peak
+        if peak > self._emitted.get(key, -1):
+            self._emitted[key] = peak
             self._emit(
                 PeakMeasured(model=model, width=width, height=height, rows=rows, peak_bytes=peak)
             )

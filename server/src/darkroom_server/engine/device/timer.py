@@ -1,4 +1,4 @@
-"""How long work takes on its device, without waiting for it."""
+"""Times work on its device without waiting for the device."""
 
 import time
 from typing import Self
@@ -7,10 +7,10 @@ import torch
 
 
 class Timer:
-    """Times a ``with`` block, and what it launched on ``device``.
+    """Times a ``with`` block and the work that it launches on ``device``.
 
-    ``began`` is in ``time.monotonic`` seconds. On CUDA two events in the device's own queue tell
-    when it came to the block's work and when it had done it; launching goes on meanwhile.
+    ``began`` is in ``time.monotonic`` seconds. On CUDA two events in the device's queue record when
+    the block's work begins and ends there, so that the caller can launch more work meanwhile.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Timer:
         self._ended = time.monotonic()
 
     def seconds(self) -> float:
-        """Seconds until the block's work was done; legal once the device is known to be past it."""
+        """Seconds until the block's work was done; call it after the device was synchronized."""
         launched = self._ended - self.began
         if self._events is None:
             return launched

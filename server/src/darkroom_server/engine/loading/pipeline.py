@@ -151,8 +151,8 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
             log.warning("the hub's cache is used", model=name, hub=_one_line(error))
             return folder
         raise StartupError(
-            f"model {name!r} is not here, and the hub does not give it ({_one_line(error)}); check "
-            "its name, HF_TOKEN and the network, or give a folder"
+            f"model {name!r} is not cached, and the hub does not provide it ({_one_line(error)}); "
+            "check its name, HF_TOKEN and the network, or give a folder"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Pixels to bytes: the formats that a request may ask for."""
+"""Pixels to bytes, in the formats that a request may name."""
 
 import hashlib
 import io
@@ -10,10 +10,10 @@ from PIL import Image
 from darkroom_server.core.job import ImageFormat
 
 PNG_COMPRESSION = 1
-"""Level 1 takes two thirds of level 6's time, for a tenth more bytes."""
+"""Level 1 takes two thirds of the time of level 6, for a tenth more bytes."""
 
 PREVIEW_QUALITY = 75
-"""Of a picture that is looked at for a moment; Pillow's own default for JPEG."""
+"""JPEG and WebP quality of a preview; Pillow's own default for JPEG."""
 
 PREVIEW_SIDE = 256
 """Pixels of a preview's longer side, at most."""
@@ -39,7 +39,7 @@ def preview_size(width: int, height: int) -> tuple[int, int]:
 
 
 def encode_preview(pixels: NDArray[np.uint8], size: tuple[int, int], format: ImageFormat) -> bytes:
-    """``pixels`` [h, w, 3], which are few, smoothly drawn to ``size``, in ``format``."""
+    """``pixels`` [h, w, 3] in ``format``, scaled to ``size`` (width, height) by bicubic filter."""
     buffer = io.BytesIO()
     image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
     image.save(buffer, format.name, quality=PREVIEW_QUALITY)

@@ -1,1 +1,0 @@
-"""The Grafana dashboards, built by code: ``python -m tools.dashboards`` writes them."""
