@@ -73,15 +73,15 @@ def _load(number: int, engine: Engine) -> Finding:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     try:
         engine.start(events.put)
-        while True:
-            match events.get():
-                case EngineReady(models=models, load_seconds=seconds):
-                    device = models[0].runtime.device
-                    names = ", ".join(model.id for model in models)
-                    text = f"engine {number}: loaded {names} on {device} in {seconds:.1f} s"
-                    return Finding(True, text)
-                case EngineDied(message=message):
-                    return Finding(False, f"engine {number}: {message}")
+        event = events.get()
+        while not isinstance(event, EngineReady | EngineDied):
+            event = events.get()
+        if isinstance(event, EngineDied):
+            return Finding(False, f"engine {number}: {event.message}")
+        device = event.models[0].runtime.device
+        names = ", ".join(model.id for model in event.models)
+        seconds = f"{event.load_seconds:.1f} s"
+        return Finding(True, f"engine {number}: loaded {names} on {device} in {seconds}")
     except (OSError, RuntimeError) as error:
         return Finding(False, f"engine {number}: cannot be started: {error}")
     finally:
