@@ -18,6 +18,7 @@ INSTALL_TEST_TOOLS ?= auto
 BENCH_FLAGS ?=
 OBSERVE_FLAGS ?=
 TRACE_FLAGS ?=
+NOISE_FLAGS ?=
 WORDS_FLAGS ?=
 MINUTES ?= 5
 INPUTS ?= 100000
@@ -105,6 +106,10 @@ observe: setup ## a server, a real Prometheus and a short load: what its rules s
 .PHONY: soak
 soak: setup ## mixed load with random cancels and kills, for MINUTES
 	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
+.PHONY: start-noise
+start-noise: setup ## start on a busy machine ten times, compare what was chosen; options in NOISE_FLAGS
+	@$(BIN)/python -m tools.start_noise $(NOISE_FLAGS)
 
 .PHONY: fuzz
 fuzz: setup ## send INPUTS requests that no client would send to a server, over the wire

@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
+# Servers that the tests start measure by themselves, and write nothing into the user's cache.
+os.environ["DARKROOM_SERVE_MEASUREMENT_CACHE"] = "false"
+
 # A shell starts what runs in the background with interrupts ignored, and so would the programs that
 # the tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -6,13 +6,14 @@ from typing import Any
 import grpc
 import pytest
 
-from darkroom.v1 import types_pb2
+from darkroom.v1 import model_pb2, types_pb2
 from darkroom_client import (
     DeadlineExceeded,
     GenerationResult,
     ImageFormat,
     InvalidRequest,
     Retry,
+    RowLimitSource,
     Scheduler,
     ServerError,
     Timings,
@@ -204,6 +205,11 @@ def test_enums_match_the_wire() -> None:
 
     assert {scheduler.name for scheduler in Scheduler} == schedulers - {"UNSPECIFIED"}
     assert {image_format.name for image_format in ImageFormat} == formats - {"UNSPECIFIED"}
+    sources = {
+        name.removeprefix("ROW_LIMIT_SOURCE_")
+        for name in model_pb2.RowLimitSource.DESCRIPTOR.values_by_name
+    }
+    assert {s.name for s in RowLimitSource} - {"UNKNOWN"} == sources - {"UNSPECIFIED"}
     assert ImageFormat("jpg") is ImageFormat.JPEG
 
 

@@ -51,6 +51,7 @@ from darkroom_client._types.model import (
     ModelDefaults,
     ModelLimits,
     ModelRuntime,
+    RowLimitSource,
     SchedulerOffer,
 )
 from darkroom_client._types.replay import ReplayRecord
@@ -107,6 +108,7 @@ __all__ = [
     "ReplyTooLarge",
     "Restarted",
     "Retry",
+    "RowLimitSource",
     "Scheduler",
     "SchedulerOffer",
     "ServerError",

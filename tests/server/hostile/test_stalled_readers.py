@@ -8,8 +8,8 @@ from darkroom.v1 import generation_pb2
 from darkroom_server.dispatch.admission import quotas
 from darkroom_server.rpc.interceptors import stalled_readers
 from tests.server.hostile.http2 import Peer, peer
-from tests.server.rpc.test_call_limits import let_in
-from tests.server.rpc.test_stream import kind, rest
+from tests.server.rpc.test_call_limits import retry_while_exhausted
+from tests.server.streams import kind, rest
 from tests.server.telemetry.scrape import counted
 from tests.server.wire import Wire, refusal, serving
 
@@ -80,4 +80,4 @@ async def test_the_stalled_streams_of_one_address_are_limited(
             assert error.info.reason == "QUOTA_EXCEEDED"
             assert str(CALLS) in error.message
         # Its connection is closed, and nothing remains of its streams.
-        assert kind((await let_in(lambda: rest(wire.stream())))[-1]) == "finished"
+        assert kind((await retry_while_exhausted(lambda: rest(wire.stream())))[-1]) == "finished"

@@ -24,6 +24,7 @@ from darkroom_server.core.events import (
     JobFailed,
     JobFinished,
     MemoryReport,
+    RowLimitCorrected,
 )
 from darkroom_server.core.job import Job
 from darkroom_server.ipc.channel import Channel, ChannelClosed
@@ -77,6 +78,8 @@ class ProcessEngine:
                 self._load_limit.loaded(time.monotonic() - began)
             elif isinstance(event, EngineDied) and process.load_timed_out:
                 self._load_limit.timed_out()
+            elif isinstance(event, RowLimitCorrected):
+                self._config = self._config.with_row_limit(event.model, event.max_rows)
             emit(event)
 
         process = _EngineProcess(self._config, self._timeout, self._load_limit.seconds)

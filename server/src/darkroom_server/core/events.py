@@ -144,6 +144,14 @@ class BatchDone:
     ended_at: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class RowLimitCorrected:
+    """Real batches of the default size changed the row limit of ``model`` to ``max_rows``."""
+
+    model: str
+    max_rows: int
+
+
 class Counted(StrEnum):
     """What an engine counts besides batches."""
 
@@ -249,6 +257,7 @@ Event = (
     | SampleProgress
     | PreviewReady
     | BatchDone
+    | RowLimitCorrected
     | DecodeDone
     | EngineCounts
     | PeakMeasured

@@ -1,7 +1,11 @@
 """Admits, queues and hands out jobs; knows neither gRPC nor torch."""
 
 from darkroom_server.dispatch.admission.availability import Availability, State
-from darkroom_server.dispatch.admission.quotas import ConcurrentCallLimiter
+from darkroom_server.dispatch.admission.quotas import (
+    ConcurrentCallLimiter,
+    counted_as,
+    quota_subject,
+)
 from darkroom_server.dispatch.dispatcher import Dispatcher
 from darkroom_server.dispatch.estimation.estimate import Estimate
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
@@ -55,4 +59,6 @@ __all__ = [
     "Started",
     "State",
     "Subscription",
+    "counted_as",
+    "quota_subject",
 ]

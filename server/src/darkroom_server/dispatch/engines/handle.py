@@ -47,7 +47,6 @@ class EngineHandle:
         self.batches = 0
         self.last_rows = 0
         self._row_limits: dict[Group, int] = {}
-        self._reduced_row_limits: dict[Group, int] = {}
         self._cache = RemainingWorkCache()
 
     @property
@@ -107,7 +106,7 @@ class EngineHandle:
         jobs, self.jobs = list(self.jobs.values()), {}
         for active in jobs:
             active.engine = None
-        self._reduced_row_limits.clear()
+        self._row_limits.clear()  # A new engine starts with its own.
         return jobs
 
     def record_batch(self, batch: BatchDone) -> None:
@@ -116,22 +115,20 @@ class EngineHandle:
         self.last_rows = batch.rows
         self.batch_times.record_batch(batch)
         group = Group(batch.model, batch.width, batch.height)
-        if 0 < batch.max_rows < self._row_limit(group):
-            self._reduced_row_limits[group] = batch.max_rows  # Memory ran out meanwhile.
-        else:
-            self._reduced_row_limits.pop(group, None)
+        if batch.max_rows:
+            self._row_limits[group] = batch.max_rows
         for active in self.jobs.values():
             # Prompts are encoded between batches: those of every job here are done.
             if active.state is JobState.ENCODING:
                 active.state = JobState.ASSIGNED
 
-    def _max_rows(self, group: Group) -> int:
-        """The most rows of a batch, as the engine limits it now."""
-        limit = self._row_limit(group)
-        return min(limit, self._reduced_row_limits.get(group, limit))
+    def set_row_limit(self, model_id: str, max_rows: int) -> None:
+        """Real batches have corrected the row limit of a model."""
+        if (model := self.models.get(model_id)) is not None:
+            self.models[model_id] = model.with_row_limit(max_rows)
 
-    def _row_limit(self, group: Group) -> int:
-        """The most rows of a batch, as measured at start."""
+    def _max_rows(self, group: Group) -> int:
+        """The most rows of a batch of ``group``: as its last one was limited, or as measured."""
         limit = self._row_limits.get(group)
         if limit is None:
             model = self.models.get(group.model)

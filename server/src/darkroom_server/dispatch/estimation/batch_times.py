@@ -19,6 +19,12 @@ LEARNING = 0.05
 POINT_LEARNING = 0.02
 """EWMA weight of one batch for its row count, relative to others: a slow property of the device."""
 
+SHAPE_LEARNING, SHAPE_BATCHES = 0.3, 30
+"""EWMA weight of a row count's first batches, and their number, if the measured point is wrong:
+other row counts have set the level, and this one is off by more than ``WRONG_POINT``."""
+
+WRONG_POINT = math.log(1.5)
+
 LARGEST_SURPRISE = 1.0
 """In natural logarithms: limits the effect of one slow batch, such as the first of its shape."""
 
@@ -59,8 +65,8 @@ class Group(NamedTuple):
 class BatchTimeCurve:
     """Seconds of a batch over its rows, for one group: piecewise linear, and extrapolated.
 
-    ``points``: seconds by rows, not empty; their ratios are trusted. If they were not ``measured``,
-    the first batches set the level.
+    ``points``: seconds by rows, not empty; their ratios are trusted until real batches contradict
+    them. If they were not ``measured``, the first batches set the level.
     """
 
     def __init__(self, points: dict[int, float], *, measured: bool) -> None:
@@ -73,6 +79,7 @@ class BatchTimeCurve:
         self._met = 1000 if measured else 0
         self._given = frozenset(points)
         self._points_met = dict.fromkeys(points, self._met)
+        self._real: dict[int, int] = {}
 
     @property
     def met(self) -> list[int]:
@@ -117,10 +124,17 @@ class BatchTimeCurve:
             self._points_met[rows] = 0
         self._met += 1
         self._points_met[rows] += 1
-        first = 0.0 if rows in self._given else 1 / (self._points_met[rows] + 1)
-        part = max(POINT_LEARNING, first)
+        part = max(POINT_LEARNING, self._first_part(rows, surprise))
         self.points[rows] *= math.exp(surprise * part)
         self.level += surprise * max(LEARNING, 1 / (self._met + 1))
+
+    def _first_part(self, rows: int, surprise: float) -> float:
+        """The weight of one of the first batches of ``rows`` for its point."""
+        real = self._real[rows] = self._real.get(rows, 0) + 1
+        if rows not in self._given:
+            return 1 / (self._points_met[rows] + 1)
+        wrong = len(self._real) > 1 and abs(surprise) > WRONG_POINT and real <= SHAPE_BATCHES
+        return SHAPE_LEARNING if wrong else 0.0
 
 
 class BatchTimeModel:

@@ -11,7 +11,7 @@ import structlog
 
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import QuotaExceeded, ReaderStalled
-from darkroom_server.dispatch.admission.quotas import counted_as, quota_subject
+from darkroom_server.dispatch import counted_as, quota_subject
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.errors import status_of
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
