@@ -1,7 +1,6 @@
 """``serve --check``: whether a server with these settings could start here, without serving."""
 
 import asyncio
-import os
 import queue
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +13,7 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, EngineReady, Event
 from darkroom_server.rpc.server import probe_port
 from darkroom_server.settings import Network, Settings
+from darkroom_server.settings.sources import measurement_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,9 @@ async def preflight(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding(False, f"settings: {error}")
     for finding in _ports(settings.network):
         yield finding
-    yield _cache_folder()
+    folder = measurement_folder()
+    if settings.engine.measurement_cache and folder is not None:
+        yield _cache(Path(folder))
     for number, engine in enumerate(engines):
         yield await asyncio.to_thread(_load, number, engine)
 
@@ -55,9 +57,8 @@ def _ports(network: Network) -> Iterator[Finding]:
             yield Finding(True, f"{name}: {free} on {host}")
 
 
-def _cache_folder() -> Finding:
-    """Whether the folder that models and measurements are cached in can be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+def _cache(folder: Path) -> Finding:
+    """Whether ``folder`` can be written, or created."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
