@@ -36,12 +36,12 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         threads=engine.threads,
         rows=engine.rows,
         max_rows=engine.max_rows,
-        measurement_cache=_measurement_folder() if engine.measurement_cache else None,
+        measurement_cache=measurement_folder() if engine.measurement_cache else None,
         safety_checker=engine.safety_checker,
     )
 
 
-def _measurement_folder() -> str | None:
+def measurement_folder() -> str | None:
     """The folder of the XDG base directory specification; None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification: a relative path is invalid and is ignored.
