@@ -119,8 +119,7 @@ fuzz: setup ## send INPUTS requests that no client would send to a server, over 
 trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits
 	@$(BIN)/python -m tools.trace_request $(TRACE_FLAGS)
 
-# lint-words joins these once it finds nothing.
-CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs lint-trace
+CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs lint-trace lint-words
 
 .PHONY: lint
 lint: setup $(GENERATOR)/.installed ## check style, types, imports and protos

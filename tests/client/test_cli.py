@@ -419,7 +419,7 @@ def test_an_estimate(capsys: Capture, fake: FakeServer) -> None:
 
     assert capsys.readouterr().out.splitlines() == [
         "queue\t1.50 s",
-        "drawing\t2.00 s",
+        "run\t2.00 s",
         "total\t3.50 s",
         "memory\t3.00 GiB",
         "available\t1.0 MiB",

@@ -12,12 +12,14 @@ from darkroom.v1 import generation_pb2, model_pb2, model_pb2_grpc, server_pb2
 from darkroom_client import TLS, AsyncClient, Client, Keepalive, Retry
 from darkroom_client._settings import Settings
 from darkroom_client._transport.channels import (
-    JOB_STARTING_METHODS,
-    OTHER_METHODS,
     channel_options,
     dial_target,
     is_loopback,
     open_direct_channel,
+)
+from darkroom_client._transport.retry_policy import (
+    JOB_STARTING_METHODS,
+    OTHER_METHODS,
     service_config,
 )
 from tests.client.conftest import Connect

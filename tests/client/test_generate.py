@@ -20,7 +20,7 @@ from darkroom_client import (
     Unavailable,
 )
 from tests.client.conftest import Connect
-from tests.client.scripted import ScriptedServer, changed, draw, fail, held
+from tests.client.scripted import ScriptedServer, changed, fail, held, respond
 
 FAST_RETRY = Retry(initial_backoff=0.01, max_backoff=0.01)
 
@@ -156,7 +156,7 @@ def test_a_call_without_timeout_uses_that_of_the_client(
 
     def note(request: Any, context: grpc.ServicerContext) -> Any:
         left.append(context.time_remaining())
-        return draw(request, context)
+        return respond(request, context)
 
     server.script.extend([note] * 2)
     connect(server.address).generate("a star")

@@ -1,4 +1,4 @@
-"""Every call of the SDK of 0.1.0, by whichever version is imported; `python calls.py ADDRESS`."""
+"""Every call of the 0.1.0 SDK, with the imported version; `python calls.py ADDRESS`."""
 
 import asyncio
 import sys

@@ -1,6 +1,6 @@
-"""A server with the fake engine, of whichever version is imported; `python serve.py [SERVICE]`.
+"""A server with the fake engine, of the imported version; `python serve.py [SERVICE]`.
 
-``SERVICE`` is left out, as if the server were too old to have it. The log goes to stdout, as JSON.
+The server lacks ``SERVICE``, as if it were too old to have it. It logs JSON to stdout.
 """
 
 import importlib
@@ -17,7 +17,7 @@ PASS_SECONDS = 0.01
 
 
 def fake_engine() -> type:
-    """The class, which stood elsewhere in 0.1.0."""
+    """The class of the fake engine, which is in another module in 0.1.0."""
     try:
         module = importlib.import_module("darkroom_server.backends.fake")
     except ModuleNotFoundError:

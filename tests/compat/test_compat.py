@@ -47,7 +47,7 @@ NEW = Version(ROOT)
 
 @pytest.fixture(scope="session")
 def old() -> Version:
-    """0.1.0, from the history of this repository; without the weights of its demo model."""
+    """Version 0.1.0 from the history of this repository, without the weights of its demo model."""
     folder = ROOT / "build" / "compat" / OLD_COMMIT
     if not folder.exists():
         known = subprocess.run(
@@ -76,13 +76,13 @@ def old() -> Version:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """Where a server listens for calls and for scrapes."""
+    """The addresses of a server: for calls, and for scrapes."""
 
     address: str
     metrics: str
 
     def called(self) -> set[str]:
-        """The RPCs that were called at least once; whether that went well, the caller knows."""
+        """The RPCs that were called at least once, successfully or not."""
         with urllib.request.urlopen(f"http://{self.metrics}/metrics") as page:
             families = list(text_string_to_metric_families(page.read().decode()))
         return {
@@ -163,7 +163,7 @@ def test_a_call_that_0_1_0_did_not_have_is_unsupported_there(old: Version) -> No
     assert NEW_CALLS.keys() == new_rpcs()
     with serving(old) as server, Client(server.address, insecure=True) as client:
         for call in NEW_CALLS.values():
-            with pytest.raises(Unsupported, match="no older than this client"):
+            with pytest.raises(Unsupported, match="not older than this client"):
                 call(client)
 
 
@@ -171,6 +171,6 @@ def test_a_call_of_a_service_that_the_server_lacks_is_unsupported(old: Version) 
     with (
         serving(old, "ServerService") as server,
         Client(server.address, insecure=True) as client,
-        pytest.raises(Unsupported, match=r"does not offer this call.*no older than this client"),
+        pytest.raises(Unsupported, match=r"does not offer this call.*not older than this client"),
     ):
         client.status()

@@ -1,6 +1,6 @@
 """Mixed load with random cancels and kills: `python -m tests.faults.soak --minutes 5`.
 
-Afterwards nothing may be left over: no job, task, file, thread or process, and memory is flat.
+At the end no job, task, file, thread or process may remain, and memory must not have grown.
 """
 
 import argparse
@@ -26,24 +26,24 @@ from tests.engine.tiny import write_tiny_model
 from .tapped import SERVING, Wire, serving
 
 CALLERS = 12
-PASSES_BETWEEN_KILLS = 400
+BATCHES_BETWEEN_KILLS = 400
 MAX_GROWTH_BYTES = 48 << 20
-"""Memory of the serving process may grow by this, once it is warm."""
+"""The most that the memory of the serving process may grow, once it is warm."""
 
 SCHEDULERS = (types_pb2.SCHEDULER_DDIM, types_pb2.SCHEDULER_EULER, types_pb2.SCHEDULER_DPMPP_2M)
 
 
 @dataclass
-class CounterReporter:
-    """What became of the calls."""
+class Tally:
+    """How the calls ended, and how often the engine was killed."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     kills: int = 0
 
 
 @dataclass(frozen=True)
-class Belongings:
-    """What a process holds; equal before and after where nothing leaks."""
+class Resources:
+    """What a process holds: equal before and after if nothing leaks; ``rss`` in bytes."""
 
     tasks: int
     threads: int
@@ -52,8 +52,8 @@ class Belongings:
     rss: int
 
     @classmethod
-    def now(cls) -> "Belongings":
-        """What this process holds at the moment."""
+    def now(cls) -> "Resources":
+        """What this process holds now."""
         gc.collect()
         process = psutil.Process()
         return cls(
@@ -65,8 +65,8 @@ class Belongings:
         )
 
 
-async def call_until(end: float, wire: Wire, tally: CounterReporter, dice: random.Random) -> None:
-    """One caller: request after request, some given up at a random moment."""
+async def run_caller(end: float, wire: Wire, tally: Tally, dice: random.Random) -> None:
+    """One caller until the time ``end``: requests one by one, some cancelled at a random moment."""
     while time.monotonic() < end:
         call = asyncio.ensure_future(
             wire.generate(
@@ -91,76 +91,76 @@ async def call_until(end: float, wire: Wire, tally: CounterReporter, dice: rando
             tally.outcomes[error.code().name] += 1
 
 
-def kill_now_and_then(wire: Wire, tally: CounterReporter, dice: random.Random) -> None:
-    """Kill the engine every few hundred passes, in the middle of one."""
-    left = PASSES_BETWEEN_KILLS
+def kill_repeatedly(wire: Wire, tally: Tally, dice: random.Random) -> None:
+    """Kill the engine every few hundred batches, in the middle of one."""
+    remaining = BATCHES_BETWEEN_KILLS
 
-    def act(event: Event) -> None:
-        nonlocal left
-        left -= isinstance(event, BatchDone)
-        if left <= 0:
-            left = round(PASSES_BETWEEN_KILLS * (0.5 + dice.random()))
+    def kill_when_due(event: Event) -> None:
+        nonlocal remaining
+        remaining -= isinstance(event, BatchDone)
+        if remaining <= 0:
+            remaining = round(BATCHES_BETWEEN_KILLS * (0.5 + dice.random()))
             tally.kills += 1
             wire.engine.kill()
 
-    wire.engine.on_event = act
+    wire.engine.on_event = kill_when_due
 
 
 async def soak(minutes: float, seed: int) -> list[str]:
-    """Run the load; returns what is wrong, nothing where all is well."""
+    """Run the load; returns the problems that were found."""
     dice = random.Random(seed)
-    tally = CounterReporter()
+    tally = Tally()
     with tempfile.TemporaryDirectory() as name:
         folder = write_tiny_model(Path(name))
         async with serving(folder, engine_max_restarts=10_000) as wire:
             warm = time.monotonic() + min(20.0, minutes * 12)
-            await asyncio.gather(*(call_until(warm, wire, tally, dice) for _ in range(CALLERS)))
-            before = Belongings.now()
-            kill_now_and_then(wire, tally, dice)
+            await asyncio.gather(*(run_caller(warm, wire, tally, dice) for _ in range(CALLERS)))
+            before = Resources.now()
+            kill_repeatedly(wire, tally, dice)
             end = time.monotonic() + 60 * minutes
-            await asyncio.gather(*(call_until(end, wire, tally, dice) for _ in range(CALLERS)))
+            await asyncio.gather(*(run_caller(end, wire, tally, dice) for _ in range(CALLERS)))
             wire.engine.on_event = lambda _: None
             await wire.health_becomes(SERVING)
             await wire.generate()
             dispatcher = wire.server.dispatcher
             while dispatcher.running_jobs:
                 await wire.generate(steps=1)
-            after = Belongings.now()
+            after = Resources.now()
             counts = dispatcher.counts
     print(f"calls {dict(tally.outcomes)}, kills {tally.kills}")
     print(f"jobs  accepted {counts.accepted}, ended {dict(counts.by_end)}")
     print(f"before {before}\nafter  {after}")
-    wrong = [
+    problems = [
         f"{what}: {getattr(before, what)} before, {getattr(after, what)} after"
         for what in ("tasks", "threads", "files", "children")
         if getattr(after, what) > getattr(before, what)
     ]
     if after.rss - before.rss > MAX_GROWTH_BYTES:
-        wrong.append(f"memory grew by {(after.rss - before.rss) >> 20} MiB")
+        problems.append(f"memory grew by {(after.rss - before.rss) >> 20} MiB")
     if counts.accepted != counts.ended:
-        wrong.append(f"{counts.accepted} jobs accepted, {counts.ended} ended")
+        problems.append(f"{counts.accepted} jobs accepted, {counts.ended} ended")
     if tally.outcomes["finished"] > counts.by_end[JobOutcome.FINISHED]:
-        wrong.append("more calls finished than jobs")
+        problems.append("more calls finished than jobs")
     if tally.outcomes["INTERNAL"] * 20 > tally.outcomes["finished"]:
-        wrong.append(f"{tally.outcomes['INTERNAL']} calls failed")
+        problems.append(f"{tally.outcomes['INTERNAL']} calls failed")
     unexpected = set(tally.outcomes) - {"finished", "cancelled", "INTERNAL"}
-    wrong += [f"{tally.outcomes[code]} calls ended in {code}" for code in sorted(unexpected)]
-    return wrong
+    problems += [f"{tally.outcomes[code]} calls ended in {code}" for code in sorted(unexpected)]
+    return problems
 
 
 def main() -> None:
-    """Parse the command line, soak, and say what is wrong."""
+    """Parse the command line, run the load, and print the problems."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    wrong = asyncio.run(soak(options.minutes, options.seed))
-    for line in wrong:
-        print(f"wrong: {line}")
-    if wrong:
+    problems = asyncio.run(soak(options.minutes, options.seed))
+    for line in problems:
+        print(f"problem: {line}")
+    if problems:
         raise SystemExit(1)
-    print("nothing is left over")
+    print("no problems")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A real server with a real engine process, whose events a test may answer with a signal."""
+"""A real server with a real engine process, which a test can signal at chosen events."""
 
 import asyncio
 import os
@@ -36,12 +36,13 @@ class TappedEngine(ProcessEngine):
         super().start(tap)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to the engine's process, if it runs."""
         if self.pid is not None:
             os.kill(self.pid, number)
 
 
 class Wire:
-    """What a test does to a running server."""
+    """The calls of a test to a running server."""
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class Wire:
 
 @asynccontextmanager
 async def serving(folder: Path, **engine: Any) -> AsyncIterator[Wire]:
-    """A server that holds the model of ``folder``; ``engine`` are settings of that section."""
+    """A server with the model in ``folder``; ``engine`` holds settings of the engine section."""
     settings = Settings(
         models=Models(model=(f"tiny={folder}",)),
         network=Network(port=0, metrics_port=0),

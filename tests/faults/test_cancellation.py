@@ -1,4 +1,4 @@
-"""Half of the callers leave, each in its own way and moment; the engine's trace is the judge."""
+"""Half of the callers cancel at random steps; the engine's trace shows what it ran afterwards."""
 
 import asyncio
 import random
@@ -26,7 +26,7 @@ from darkroom_server.settings import Models, Network, Settings
 from tests.engine.conftest import config_for
 from tests.engine.tiny import write_tiny_model
 from tests.faults.tapped import SERVING, Wire
-from tests.server.rpc.test_stream import assembled, kind
+from tests.server.streams import assembled, kind
 
 CALLERS = 20
 
@@ -37,31 +37,31 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TracedEngine(ThreadEngine):
-    """Keeps what it told, and stands still at chosen steps until it is told to cancel.
+    """Records the events that it emits, and waits at chosen steps until a job is cancelled.
 
-    ``leave_at`` has a step for each job that is to leave, 0 being the moment before its first.
-    There the trace gets the job's id, ``on_moment`` is called with it, and the engine's thread
-    waits: it can go no further while the caller's leave is on its way.
+    ``cancel_at`` has the step at which each of some jobs is cancelled; 0 is before its first step.
+    At that step the job's id is added to the trace, ``on_cancel_step`` is called with it, and the
+    engine's thread waits for the cancellation, so the job cannot run further in the meantime.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self.trace: list[Event | str] = []
-        self.leave_at: dict[str, int] = {}
-        self.on_moment: Callable[[str], None] = lambda _: None
-        self.on_told: Callable[[], None] = lambda: None
+        self.cancel_at: dict[str, int] = {}
+        self.on_cancel_step: Callable[[str], None] = lambda _: None
+        self.on_emitted: Callable[[], None] = lambda: None
         self._cancelled: dict[str, threading.Event] = {}
 
     def start(self, emit: Callable[[Event], None]) -> None:
         def tap(event: Event) -> None:
             self.trace.append(event)
             emit(event)
-            self.on_told()
+            self.on_emitted()
             match event:
                 case JobStarted(job_id):
-                    self._stand_still(job_id, 0)
+                    self._wait_for_cancel(job_id, 0)
                 case SampleProgress(job_id=job_id, step=step):
-                    self._stand_still(job_id, step)
+                    self._wait_for_cancel(job_id, step)
 
         super().start(tap)
 
@@ -70,8 +70,8 @@ class TracedEngine(ThreadEngine):
         if job_id in self._cancelled:
             self._cancelled[job_id].set()
 
-    def steps_after_leaving(self) -> dict[str, dict[int, int]]:
-        """Of each job whose caller left: the steps that each image took after that."""
+    def steps_after_cancel(self) -> dict[str, dict[int, int]]:
+        """For each cancelled job: the steps that each image took after the cancellation."""
         steps: dict[str, dict[int, int]] = {}
         for entry in self.trace:
             if isinstance(entry, str):
@@ -81,13 +81,13 @@ class TracedEngine(ThreadEngine):
                 of_job[entry.image_index] = of_job.get(entry.image_index, 0) + 1
         return steps
 
-    def _stand_still(self, job_id: str, step: int) -> None:
-        if step < self.leave_at.get(job_id, step + 1):
+    def _wait_for_cancel(self, job_id: str, step: int) -> None:
+        if step < self.cancel_at.get(job_id, step + 1):
             return
-        del self.leave_at[job_id]
+        del self.cancel_at[job_id]
         self.trace.append(job_id)
         cancelled = self._cancelled[job_id] = threading.Event()
-        self.on_moment(job_id)
+        self.on_cancel_step(job_id)
         if not cancelled.wait(60):
             raise TimeoutError(f"{job_id} was not cancelled")
 
@@ -112,7 +112,8 @@ async def traced(folder: Path) -> AsyncIterator[tuple[Wire, TracedEngine]]:
             await server.shutdown()
 
 
-async def drawn(call: Any) -> dict[int, bytes]:
+async def images_of(call: Any) -> dict[int, bytes]:
+    """The images of a stream, by index."""
     chunks = []
     while (response := await call.read()) is not grpc.aio.EOF:
         if kind(response) == "image":
@@ -120,31 +121,31 @@ async def drawn(call: Any) -> dict[int, bytes]:
     return assembled(chunks)
 
 
-class Leaver:
-    """A caller that leaves by cancelling its call, or by the id of its request."""
+class CancellingCaller:
+    """A caller that cancels its call, or its job by request id."""
 
     def __init__(self, wire: Wire, plan: dict[str, Any], how: str) -> None:
         self._wire = wire
         self._id = plan["request_id"]
         self._how = how
         self._call = wire.stream(**plan)
-        self.moment = asyncio.Event()
+        self.at_step = asyncio.Event()
 
-    async def leave(self) -> None:
+    async def cancel(self) -> None:
         async with asyncio.timeout(120):
-            await self.moment.wait()
+            await self.at_step.wait()
             if self._how == "cancel":
                 self._call.cancel()
             else:
                 assert await self._wire.cancel(self._id)
             with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
-                await drawn(self._call)
+                await images_of(self._call)
 
 
-def told(engine: TracedEngine) -> Callable[[Callable[[], bool]], Awaitable[None]]:
-    """Waits until a condition, looked at after each event that the server was told of, holds."""
+def event_waiter(engine: TracedEngine) -> Callable[[Callable[[], bool]], Awaitable[None]]:
+    """A function that waits until a condition holds; it is checked after each engine event."""
     loop, changed = asyncio.get_running_loop(), asyncio.Event()
-    engine.on_told = lambda: loop.call_soon_threadsafe(changed.set)  # type: ignore[assignment]
+    engine.on_emitted = lambda: loop.call_soon_threadsafe(changed.set)  # type: ignore[assignment]
 
     async def until(condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(60):
@@ -155,48 +156,51 @@ def told(engine: TracedEngine) -> Callable[[Callable[[], bool]], Awaitable[None]
     return until
 
 
-async def test_half_of_the_callers_leave_at_random(tiny_folder: Path) -> None:
-    chance = random.Random(1)
+async def test_half_of_the_callers_cancel_at_random_steps(tiny_folder: Path) -> None:
+    random_source = random.Random(1)
     async with traced(tiny_folder) as (wire, engine):
         plans: list[dict[str, Any]] = [
             {
                 "request_id": f"caller-{i}",
                 "seed": i,
-                "steps": chance.randint(8, 40),
-                "image_count": chance.randint(1, 2),
-                # Who leaves may have shared passes with others, who stays may not.
-                "exact": i % 2 == 0 or chance.random() < 0.5,
+                "steps": random_source.randint(8, 40),
+                "image_count": random_source.randint(1, 2),
+                # A kept job is exact: its bytes must not depend on other jobs.
+                "exact": i % 2 == 0 or random_source.random() < 0.5,
             }
             for i in range(CALLERS)
         ]
-        stay, leave = plans[::2], plans[1::2]
-        alone = [await drawn(wire.stream(**{**plan, "request_id": ""})) for plan in stay]
+        kept_plans, cancelled_plans = plans[::2], plans[1::2]
+        alone = [await images_of(wire.stream(**{**plan, "request_id": ""})) for plan in kept_plans]
         counts = wire.server.dispatcher.counts
         ended = counts.by_end.copy()
-        until = told(engine)
+        until = event_waiter(engine)
 
-        engine.leave_at = {p["request_id"]: chance.randrange(p["steps"]) for p in leave}
+        engine.cancel_at = {
+            p["request_id"]: random_source.randrange(p["steps"]) for p in cancelled_plans
+        }
         loop = asyncio.get_running_loop()
-        leavers: dict[str, Leaver] = {}
-        engine.on_moment = lambda id: loop.call_soon_threadsafe(leavers[id].moment.set)  # type: ignore[assignment]
-        staying = []
+        cancelling: dict[str, CancellingCaller] = {}
+        engine.on_cancel_step = lambda id: loop.call_soon_threadsafe(cancelling[id].at_step.set)  # type: ignore[assignment]
+        kept_calls = []
         for plan in plans:
-            if plan in leave:
-                how = chance.choice(["cancel", "by id"])
-                leavers[plan["request_id"]] = Leaver(wire, plan, how)
+            if plan in cancelled_plans:
+                how = random_source.choice(["cancel", "by id"])
+                cancelling[plan["request_id"]] = CancellingCaller(wire, plan, how)
             else:
-                staying.append(drawn(wire.stream(**plan)))
-        leaving = asyncio.gather(*(leaver.leave() for leaver in leavers.values()))
-        images, _ = await asyncio.gather(asyncio.gather(*staying), leaving)
+                kept_calls.append(images_of(wire.stream(**plan)))
+        cancelled_calls = asyncio.gather(*(caller.cancel() for caller in cancelling.values()))
+        images, _ = await asyncio.gather(asyncio.gather(*kept_calls), cancelled_calls)
         await until(lambda: not counts.live and not wire.server.dispatcher.running_jobs)
 
-        # Those who stayed got the bytes that they would have got alone.
+        # The kept jobs have the same bytes as when they ran alone.
         assert list(images) == alone
-        after = engine.steps_after_leaving()
-        assert set(after) == set(leavers)
+        after = engine.steps_after_cancel()
+        assert set(after) == set(cancelling)
         assert all(count <= 1 for steps in after.values() for count in steps.values()), after
         ends = [event for event in engine.trace if isinstance(event, JobCancelled)]
-        assert {end.job_id for end in ends} == set(leavers)
+        assert {end.job_id for end in ends} == set(cancelling)
         assert not [event for event in engine.trace if isinstance(event, JobFailed)]
-        assert counts.by_end[JobOutcome.FINISHED] - ended[JobOutcome.FINISHED] == len(stay)
-        assert counts.by_end[JobOutcome.CANCELLED] - ended[JobOutcome.CANCELLED] == len(leave)
+        assert counts.by_end[JobOutcome.FINISHED] - ended[JobOutcome.FINISHED] == len(kept_plans)
+        newly_cancelled = counts.by_end[JobOutcome.CANCELLED] - ended[JobOutcome.CANCELLED]
+        assert newly_cancelled == len(cancelled_plans)

@@ -1,4 +1,4 @@
-"""The engine's process is killed, stopped or poisoned: callers wait longer for the same picture."""
+"""The engine's process is killed, hangs, or gets a poison job: callers still get the same image."""
 
 import asyncio
 import signal
@@ -25,25 +25,28 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-def hashes(response: generation_pb2.GenerateResponse) -> list[str]:
+def pixel_hashes(response: generation_pb2.GenerateResponse) -> list[str]:
     return [image.replay.pixels_sha256 for image in response.images]
 
 
 MANY = 100
-"""Steps that outlast the way of a signal: those of the tiny model take milliseconds."""
+"""Enough steps that a signal arrives before the last one; one step takes milliseconds."""
 
 
-def once(wire: Wire, moment: Callable[[Event], bool], number: signal.Signals) -> list[Event]:
-    """Send the engine a signal at the first ``moment``, which is then in what is returned."""
-    done: list[Event] = []
+def signal_once(wire: Wire, moment: Callable[[Event], bool], number: signal.Signals) -> list[Event]:
+    """Send the engine a signal at the first event for which ``moment`` holds.
 
-    def act(event: Event) -> None:
-        if not done and moment(event):
-            done.append(event)
+    The event is added to the list that is returned.
+    """
+    signalled_at: list[Event] = []
+
+    def send_at_moment(event: Event) -> None:
+        if not signalled_at and moment(event):
+            signalled_at.append(event)
             wire.engine.kill(number)
 
-    wire.engine.on_event = act
-    return done
+    wire.engine.on_event = send_at_moment
+    return signalled_at
 
 
 def restarts(wire: Wire) -> int:
@@ -54,21 +57,21 @@ def restarts(wire: Wire) -> int:
 async def test_killed_during_denoising(tiny_folder: Path) -> None:
     async with serving(tiny_folder) as wire:
         undisturbed = await wire.generate(image_count=2, steps=MANY)
-        done = once(wire, lambda e: isinstance(e, SampleProgress), signal.SIGKILL)
+        signalled_at = signal_once(wire, lambda e: isinstance(e, SampleProgress), signal.SIGKILL)
         again = await wire.generate(image_count=2, steps=MANY)
-        assert (len(done), restarts(wire)) == (1, 1)
-        assert hashes(again) == hashes(undisturbed)
+        assert (len(signalled_at), restarts(wire)) == (1, 1)
+        assert pixel_hashes(again) == pixel_hashes(undisturbed)
         assert [i.data for i in again.images] == [i.data for i in undisturbed.images]
 
 
 async def test_killed_during_decoding(tiny_folder: Path) -> None:
     async with serving(tiny_folder) as wire:
         undisturbed = await wire.generate(image_count=3)
-        done = once(
+        signalled_at = signal_once(
             wire, lambda e: isinstance(e, SampleProgress) and e.step == e.steps, signal.SIGKILL
         )
-        assert hashes(await wire.generate(image_count=3)) == hashes(undisturbed)
-        assert (len(done), restarts(wire)) == (1, 1)
+        assert pixel_hashes(await wire.generate(image_count=3)) == pixel_hashes(undisturbed)
+        assert (len(signalled_at), restarts(wire)) == (1, 1)
 
 
 async def test_killed_while_idle(tiny_folder: Path) -> None:
@@ -84,14 +87,14 @@ async def test_killed_while_idle(tiny_folder: Path) -> None:
 async def test_a_hang_is_noticed(tiny_folder: Path) -> None:
     async with serving(tiny_folder, engine_timeout=1.0) as wire:
         undisturbed = await wire.generate(steps=MANY)
-        done = once(wire, lambda e: isinstance(e, SampleProgress), signal.SIGSTOP)
-        assert hashes(await wire.generate(steps=MANY)) == hashes(undisturbed)
-        assert (len(done), restarts(wire)) == (1, 1)
+        signalled_at = signal_once(wire, lambda e: isinstance(e, SampleProgress), signal.SIGSTOP)
+        assert pixel_hashes(await wire.generate(steps=MANY)) == pixel_hashes(undisturbed)
+        assert (len(signalled_at), restarts(wire)) == (1, 1)
 
 
 async def test_sixteen_jobs_survive_three_kills(tiny_folder: Path) -> None:
     async with serving(tiny_folder) as wire:
-        undisturbed = {seed: hashes(await wire.generate(seed=seed)) for seed in range(16)}
+        undisturbed = {seed: pixel_hashes(await wire.generate(seed=seed)) for seed in range(16)}
         started: set[str] = set()
         kills: list[int] = []
 
@@ -109,12 +112,12 @@ async def test_sixteen_jobs_survive_three_kills(tiny_folder: Path) -> None:
             *(wire.generate(seed=seed, request_id=f"job-{seed}") for seed in range(16))
         )
         assert len(kills) == 3
-        assert {seed: hashes(answer) for seed, answer in enumerate(answers)} == undisturbed
+        assert {seed: pixel_hashes(answer) for seed, answer in enumerate(answers)} == undisturbed
         counts = wire.server.dispatcher.counts
         assert counts.accepted == counts.ended == 32
 
 
-async def test_a_poisonous_job_fails_alone(tiny_folder: Path) -> None:
+async def test_a_poison_job_fails_alone(tiny_folder: Path) -> None:
     async with serving(tiny_folder) as wire:
 
         def poison(event: Event) -> None:
@@ -136,7 +139,7 @@ async def test_a_poisonous_job_fails_alone(tiny_folder: Path) -> None:
 
 
 class ExitsOnce:
-    """What Python runs in the engine's process: nothing the first time, then the engine."""
+    """The arguments of the engine's process; with the first ones it exits at once."""
 
     def __init__(self, real: tuple[str, ...]) -> None:
         self.real = real
@@ -157,14 +160,14 @@ async def test_an_engine_that_exits_while_it_loads(
         assert (child.times, restarts(wire)) == (2, 1)
 
 
-async def test_a_crash_loop_ends_the_server(tiny_folder: Path) -> None:
+async def test_a_crash_loop_stops_the_server(tiny_folder: Path) -> None:
     async with serving(tiny_folder, engine_max_restarts=1) as wire:
 
-        def kill_at_once(event: Event) -> None:
+        def kill_when_ready(event: Event) -> None:
             if isinstance(event, EngineReady):
                 wire.engine.kill()
 
-        wire.engine.on_event = kill_at_once
+        wire.engine.on_event = kill_when_ready
         wire.engine.kill()
         assert "2 times in ten minutes" in await wire.server.dispatcher.availability.failed()
         with pytest.raises(EngineLost):

@@ -1,4 +1,4 @@
-"""The server is process 1 of a namespace, as it is in a container."""
+"""The server as process 1 of a namespace, as in a container."""
 
 import os
 import signal
@@ -20,10 +20,10 @@ NAMESPACE = ("unshare", *PRIVILEGES, "--pid", "--fork", "--mount-proc", "--kill-
 
 
 class ProcessOne(ServerProcess):
-    """A server that is process 1 of a namespace, which the process here made."""
+    """A server that is process 1 of a namespace; ``unshare`` is its parent."""
 
     def send(self, number: signal.Signals) -> None:
-        """From outside, as a container's runtime sends it."""
+        """Send a signal from outside the namespace, as a container runtime does."""
         (server,) = psutil.Process(self._process.pid).children()
         server.send_signal(number)
 
@@ -43,7 +43,7 @@ def served(folder: Path, *flags: str) -> Iterator[ProcessOne]:
             outer.kill()
 
 
-def test_it_draws_and_ends_when_told(tmp_path: Path) -> None:
+def test_it_generates_an_image_and_exits_on_sigterm(tmp_path: Path) -> None:
     with served(tmp_path) as server:
         with Client(server.until("serving")["address"], insecure=True) as client:
             client.wait_until_ready(120)
@@ -52,7 +52,7 @@ def test_it_draws_and_ends_when_told(tmp_path: Path) -> None:
         assert server.wait() == 0
 
 
-def test_a_second_signal_forces_it(tmp_path: Path) -> None:
+def test_a_second_signal_forces_the_exit(tmp_path: Path) -> None:
     with served(tmp_path, "--drain-delay", "600") as server:
         server.until("serving")
         server.send(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The server itself is killed: no engine is left behind, and the port is free."""
+"""When the server is killed, its engine ends and its port is free."""
 
 import json
 import socket
@@ -11,7 +11,7 @@ import psutil
 from tests.engine.tiny import write_tiny_model
 
 
-def test_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_the_engine_ends_and_the_port_is_free(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path)
     flags = ["--model", f"tiny={folder}", "--port", "0", "--metrics-port", "0"]
     with subprocess.Popen(

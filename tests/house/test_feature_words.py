@@ -26,8 +26,6 @@ FEATURES = {
     "precision or placement": (r"precision|placement", ["server"]),
     "metric labels": (r"metric_?labels", ["server"]),
 }
-NOT_YET = {"idempotency", "retry", "estimate", "guidance"}
-"""Without a home of their own, or with more than one."""
 
 
 def places(folder: Path, word: str) -> list[str]:
@@ -43,13 +41,7 @@ def places(folder: Path, word: str) -> list[str]:
     return sorted(found)
 
 
-@pytest.mark.parametrize(
-    "feature",
-    [
-        pytest.param(feature, marks=[pytest.mark.xfail(strict=True)] * (feature in NOT_YET))
-        for feature in FEATURES
-    ],
-)
+@pytest.mark.parametrize("feature", FEATURES)
 def test_a_feature_is_in_one_place(feature: str) -> None:
     word, required = FEATURES[feature]
     found = {side: places(folder, word) for side, folder in SIDES.items()}

@@ -77,7 +77,7 @@ def test_the_stages_add_up_to_the_latency(seen: Seen) -> None:
     assert finished <= seen.seconds
 
 
-def test_the_engine_s_memory_is_what_proc_says(seen: Seen) -> None:
+def test_the_memory_equals_the_rss_of_the_processes(seen: Seen) -> None:
     (engine,) = psutil.Process(seen.running.pid).children()
     reported = seen.prometheus.total('darkroom_host_memory_bytes{process="engine"}')
     assert reported == pytest.approx(engine.memory_info().rss, rel=0.1)
@@ -88,7 +88,7 @@ def test_the_engine_s_memory_is_what_proc_says(seen: Seen) -> None:
     assert reported == pytest.approx(own, rel=0.1)
 
 
-def test_the_weights_are_those_of_the_files(seen: Seen) -> None:
+def test_the_weights_are_reported_by_component(seen: Seen) -> None:
     weights = seen.prometheus.query("darkroom_model_memory_bytes")
     parts = {dict(labels)["component"]: size for labels, size in weights.items()}
     assert set(parts) == {"unet", "vae", "text_encoder"}

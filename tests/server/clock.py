@@ -1,4 +1,4 @@
-"""Time that a test lets pass, so that none depends on how fast the machine is."""
+"""A clock that a test controls, so that no test depends on the speed of the machine."""
 
 import time
 
@@ -6,7 +6,7 @@ import pytest
 
 
 class Clock:
-    """``time.monotonic``, and with it the timers of asyncio's loops, some way ahead, or stopped."""
+    """Replaces ``time.monotonic``, and with it asyncio's timers: moved ahead, or stopped."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._ahead = 0.0
@@ -15,11 +15,11 @@ class Clock:
         patch.setattr(time, "monotonic", self._now)
 
     def skip(self, seconds: float) -> None:
-        """Let so many seconds pass; timers that are due ring when the loop turns next."""
+        """Move ahead by ``seconds``; due timers run in the next iteration of the event loop."""
         self._ahead += seconds
 
     def stop(self) -> None:
-        """Let no time pass but what ``skip`` does; timeouts stop too."""
+        """Stop the clock: only ``skip`` moves it. Timeouts stop too."""
         self._stopped = self._real()
 
     def _now(self) -> float:

@@ -5,5 +5,5 @@ from tests.server.clock import Clock
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of the test, which may let time pass."""
+    """The clock of the test."""
     return Clock(monkeypatch)

@@ -1,4 +1,4 @@
-"""A whole server on port 0 with the fake engine, and a channel to it."""
+"""A complete server on port 0 with the fake engine, and a channel to it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -31,6 +31,11 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 @dataclass
 class Wire:
+    """A running server, its engine, and a client's channel.
+
+    ``submitted`` and ``cancelled`` receive each job and each cancelled id as the engine gets it.
+    """
+
     server: Server
     engine: FakeEngine
     submitted: asyncio.Queue[Job]
@@ -63,19 +68,19 @@ class Wire:
         return self.generation.GenerateStream(request)
 
     async def becomes(self, condition: Callable[[], bool]) -> None:
-        """Wait until ``condition`` holds: of the server, whose loop is this one."""
+        """Wait until ``condition`` of the server holds; the server runs in this event loop."""
         async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.005)
 
     async def counted(self, end: JobOutcome) -> None:
-        """Wait until a job has ended so."""
+        """Wait until a job has ended with outcome ``end``."""
         await self.becomes(lambda: self.server.dispatcher.counts.by_end[end] > 0)
 
-    async def waiters(self, request_id: str, count: int, caller: str = ANONYMOUS.name) -> None:
-        """Wait until so many wait for a job."""
-        accepted = self.server.results.find(caller, request_id)
-        await self.becomes(lambda: accepted.subscribers == count)
+    async def subscribers(self, request_id: str, count: int, caller: str = ANONYMOUS.name) -> None:
+        """Wait until a job has ``count`` subscriptions."""
+        active = self.server.results.find(caller, request_id)
+        await self.becomes(lambda: active.subscribers == count)
 
     async def health(self, service: str = "") -> int:
         stub: Any = health_pb2_grpc.HealthStub(self.channel)
@@ -100,9 +105,10 @@ async def serving(
     channel: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
     **sections: Any,
 ) -> AsyncIterator[Wire]:
-    """A running server; ``fake`` are its engine's arguments, ``sections`` those of ``Settings``.
+    """A running server; ``fake`` holds its engine's arguments, ``sections`` those of ``Settings``.
 
-    ``channel`` makes the channel of the ``Wire`` from the server's address.
+    ``wait`` waits until the server is ready. ``channel`` makes the channel of the ``Wire`` from
+    the server's address.
     """
     submitted: asyncio.Queue[Job] = asyncio.Queue()
     cancelled: asyncio.Queue[str] = asyncio.Queue()

@@ -1,4 +1,4 @@
-"""A real server in a process of its own, for clients that are not ours."""
+"""A real server in its own process."""
 
 import json
 import subprocess
@@ -16,9 +16,9 @@ READY_SECONDS = 240
 
 
 class LogReader:
-    """Reads a server's log until its end, and knows where the server listens.
+    """Reads a server's log to its end, and finds the server's address in it.
 
-    Somebody must read: a server whose pipe is full stops at its next line.
+    The pipe must be read: a server whose pipe is full blocks at its next line.
     """
 
     def __init__(self, stream: IO[str]) -> None:
@@ -36,7 +36,7 @@ class LogReader:
                 self.address = json.loads(line).get("address", "")
                 if self.address:
                     self.located.set()
-        # The end of the log is the end of the server: nobody needs to wait any longer.
+        # The server has ended: wake the thread that waits for its address.
         self.located.set()
 
     def join(self) -> str:
@@ -47,7 +47,7 @@ class LogReader:
 
 @contextmanager
 def running_server(*flags: str) -> Iterator[str]:
-    """Where a server with the demo model listens, ready; its exit code is checked in the end."""
+    """The address of a ready server with the demo model; its exit code must be 0."""
     command = [
         sys.executable,
         "-m",
@@ -77,6 +77,6 @@ def running_server(*flags: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def address() -> Iterator[str]:
-    """A server as anybody would start it."""
+    """The address of a server with the default settings."""
     with running_server() as address:
         yield address

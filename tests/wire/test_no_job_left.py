@@ -1,4 +1,4 @@
-"""A client process ends, in whatever way: the server runs none of its jobs after the grace time."""
+"""However a client process ends, the server runs none of its jobs after the grace time."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from darkroom_server.settings import Results
 from tests.server.wire import Wire, serving
 
 SECONDS = 60.0
-BRIEF = Results(reattach_grace=0.2)
+SHORT = Results(reattach_grace=0.2)
 LONG = Results(reattach_grace=3600.0)
 
 STREAM = """
@@ -54,7 +54,7 @@ WAIT = "\nsys.stdin.readline()\n"
 
 
 class Program:
-    """A client in a process of its own; it waits for ``go`` wherever its code reads a line."""
+    """A client in its own process; it waits for ``go`` at each place that reads a line."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -105,7 +105,7 @@ async def accepted(wire: Wire) -> str:
 
 
 async def ends(wire: Wire, job_id: str) -> None:
-    """Wait until the server has cancelled the job and runs nothing any more."""
+    """Wait until the server has cancelled the job and runs no job."""
     assert await asyncio.wait_for(wire.cancelled.get(), SECONDS) == job_id
     wire.engine.advance(1)
     dispatcher = wire.server.dispatcher
@@ -114,8 +114,8 @@ async def ends(wire: Wire, job_id: str) -> None:
 
 
 async def goes_on(wire: Wire, job_id: str) -> None:
-    """Check that the server still runs the job, without anybody who waits, to its end."""
-    await wire.waiters("r-1", 0)
+    """Check that the server runs the job to its end without any subscription."""
+    await wire.subscribers("r-1", 0)
     assert wire.cancelled.empty()
     assert [job.id for job in wire.engine.jobs] == [job_id]
     wire.engine.advance(4)
@@ -152,7 +152,7 @@ async def test_a_client_that_is_closed_cancels_its_job_at_once(code: str) -> Non
 
 @jobs
 async def test_after_an_exit_without_close_the_job_ends_within_the_grace_time(begin: str) -> None:
-    async with serving(results=BRIEF) as wire, program(begin + WAIT, wire) as client:
+    async with serving(results=SHORT) as wire, program(begin + WAIT, wire) as client:
         job = await accepted(wire)
         client.go()
         client.go()
@@ -160,9 +160,24 @@ async def test_after_an_exit_without_close_the_job_ends_within_the_grace_time(be
         await ends(wire, job)
 
 
+async def test_a_batch_that_is_alive_at_the_exit_does_not_block_it() -> None:
+    """Its finalizer runs when no thread can start any more, so it makes no cancel call."""
+    code = """
+requests = [GenerationRequest(prompt="a star", steps=steps) for steps in (1, 50)]
+answers = client.generate_as_completed(requests)
+next(answers)
+"""
+    async with serving(results=SHORT) as wire, program(code, wire) as client:
+        await accepted(wire)
+        job = await accepted(wire)
+        wire.engine.advance(1)
+        await client.exits()
+        await ends(wire, job)
+
+
 @jobs
 async def test_after_a_kill_the_job_ends_within_the_grace_time(begin: str) -> None:
-    async with serving(results=BRIEF) as wire, program(begin + WAIT, wire) as client:
+    async with serving(results=SHORT) as wire, program(begin + WAIT, wire) as client:
         job = await accepted(wire)
         await client.kill()
         await ends(wire, job)
@@ -170,7 +185,7 @@ async def test_after_a_kill_the_job_ends_within_the_grace_time(begin: str) -> No
 
 @jobs
 async def test_after_a_kill_a_long_grace_time_keeps_the_job(begin: str) -> None:
-    """The control of the test above: it is the grace time that ends the job there."""
+    """Negative control of the test above: there the grace time ends the job."""
     async with serving(results=LONG) as wire, program(begin + WAIT, wire) as client:
         job = await accepted(wire)
         await client.kill()
@@ -225,7 +240,7 @@ async def test_a_forked_child_that_ends_leaves_the_job_to_its_parent(
 
 async def test_after_a_fork_and_a_kill_the_job_ends_within_the_grace_time() -> None:
     code = PARENT_STREAMS.format(child="os._exit(0)")
-    async with serving(results=BRIEF) as wire, program(code, wire) as client:
+    async with serving(results=SHORT) as wire, program(code, wire) as client:
         job = await accepted(wire)
         assert await client.line() == "child ended"
         await client.kill()

@@ -1,4 +1,4 @@
-"""A served image is the one that diffusers' own pipeline draws of the same folder."""
+"""A served image equals the image that diffusers' own pipeline generates from the same folder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +18,14 @@ PROMPT = "a large yellow star on a blue background"
 
 @pytest.fixture(scope="module")
 def plain_address() -> Iterator[str]:
-    """A server that computes as diffusers does by itself: float32, no autocast."""
+    """A server that computes like plain diffusers: float32, no autocast."""
     plain = ["--dtype", "float32", "--no-autocast", "--no-channels-last", "--max-rows", "2"]
     with running_server(*plain) as address:
         yield address
 
 
 @pytest.mark.parametrize(("scheduler", "steps", "guidance"), [("ddim", 8, 5.0), ("euler", 12, 1.0)])
-def test_a_served_image_is_the_pipelines(
+def test_a_served_image_equals_the_pipelines(
     plain_address: str, scheduler: str, steps: int, guidance: float
 ) -> None:
     with Client(plain_address, insecure=True) as client:
@@ -36,11 +36,11 @@ def test_a_served_image_is_the_pipelines(
     pipeline.set_progress_bar_config(disable=True)
     if scheduler == "euler":
         pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    wanted = pipeline(
+    expected = pipeline(
         PROMPT,
         num_inference_steps=steps,
         guidance_scale=guidance,
         generator=torch.Generator("cpu").manual_seed(11),
     ).images[0]
-    difference = served.images[0].to_numpy().astype(int) - np.asarray(wanted).astype(int)
+    difference = served.images[0].to_numpy().astype(int) - np.asarray(expected).astype(int)
     assert np.abs(difference).max() <= 2

@@ -1,4 +1,4 @@
-"""The Python client against a real server with the demo model: everything but one whole picture."""
+"""The Python client against a real server and demo model: streams, submit, estimate, status."""
 
 from darkroom_client import (
     Accepted,
@@ -43,7 +43,7 @@ def test_submit_watch_and_cancel(address: str) -> None:
         assert client.cancel(long.request_id) is True
 
 
-def test_leaving_a_stream_ends_its_job(address: str) -> None:
+def test_closing_a_stream_cancels_its_job(address: str) -> None:
     with Client(address, timeout=SECONDS) as client:
         with client.stream(PROMPT, steps=150) as stream:
             for event in stream:

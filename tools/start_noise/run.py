@@ -153,7 +153,7 @@ def _burn(parent: int) -> None:
 @contextmanager
 def _cache(folder: str) -> Iterator[None]:
     """Servers that start in the block keep their measurements in ``folder``."""
-    # The models' cache stays where it is.
+    # The cache of models stays.
     usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     changed = {
         "XDG_CACHE_HOME": folder,

@@ -1,4 +1,4 @@
-"""The order of jobs and rows: nobody starves, the limit is never passed, every step is taken."""
+"""The order of jobs and rows: no job starves, no limit is exceeded, every step is taken."""
 
 from collections import Counter
 from dataclasses import replace
@@ -32,7 +32,7 @@ def key(name: str, steps: int, submitted_at: float = 0.0, **fields: object) -> O
 
 
 @given(key_lists, st.integers(2, 16))
-def test_a_pass_keeps_to_the_limit(candidates: list[OrderKey], max_rows: int) -> None:
+def test_a_batch_respects_the_row_limit(candidates: list[OrderKey], max_rows: int) -> None:
     chosen = pick(candidates, max_rows)
     assert chosen
     assert sum(k.rows for k in chosen) <= max_rows
@@ -43,7 +43,9 @@ def test_a_pass_keeps_to_the_limit(candidates: list[OrderKey], max_rows: int) ->
 
 
 @given(key_lists, st.integers(2, 16))
-def test_the_most_urgent_is_always_in_the_pass(candidates: list[OrderKey], max_rows: int) -> None:
+def test_the_most_urgent_sample_is_always_in_the_batch(
+    candidates: list[OrderKey], max_rows: int
+) -> None:
     assert order(candidates)[0] in pick(candidates, max_rows)
 
 
@@ -59,25 +61,25 @@ def test_the_order_depends_on_the_keys_alone(candidates: list[OrderKey], random:
     st.integers(2, 8),
 )
 def test_every_sample_takes_exactly_its_steps(work: list[tuple[int, int]], max_rows: int) -> None:
-    left = {i: steps for i, (steps, _) in enumerate(work)}
+    remaining = {i: steps for i, (steps, _) in enumerate(work)}
     taken: Counter[int] = Counter()
     now = 0.0
-    while left:
+    while remaining:
         candidates = [
             OrderKey(id=(str(i), i), submitted_at=0, remaining_steps=n, rows=work[i][1])
-            for i, n in left.items()
+            for i, n in remaining.items()
         ]
         for chosen in pick(candidates, max_rows):
             taken[chosen.id[1]] += 1
-            left[chosen.id[1]] -= 1
-        left = {i: n for i, n in left.items() if n}
+            remaining[chosen.id[1]] -= 1
+        remaining = {i: n for i, n in remaining.items() if n}
         now += 0.05
     assert taken == {i: steps for i, (steps, _) in enumerate(work)}
 
 
 @given(st.integers(1, 8), st.integers(0, 2))
-def test_nobody_starves_under_a_flood(short: int, priority: int) -> None:
-    """Each pass takes a tenth of a second and one sample; with each comes a more urgent job."""
+def test_a_long_job_does_not_starve_under_a_flood_of_short_ones(short: int, priority: int) -> None:
+    """Each batch takes 0.1 s and one sample; with each batch a more urgent job comes."""
     long = key("long", 40)
     waiting = [long]
     for tick in range(1000):
@@ -92,10 +94,12 @@ def test_nobody_starves_under_a_flood(short: int, priority: int) -> None:
 
 
 @given(key_lists, keys)
-def test_a_latecomer_overtakes_nobody(candidates: list[OrderKey], late: OrderKey) -> None:
+def test_a_job_submitted_after_all_goals_is_last(
+    candidates: list[OrderKey], late: OrderKey
+) -> None:
     goals = [k.submitted_at + k.patience for k in candidates]
-    latecomer = replace(late, submitted_at=max(goals) + 1, deadline=None)
-    assert order([*candidates, latecomer])[-1] == latecomer
+    last = replace(late, submitted_at=max(goals) + 1, deadline=None)
+    assert order([*candidates, last])[-1] == last
 
 
 def test_short_work_overtakes_long_work() -> None:
@@ -103,42 +107,42 @@ def test_short_work_overtakes_long_work() -> None:
     assert order([long, short])[0] is short
 
 
-def test_waiting_makes_urgent() -> None:
+def test_waiting_makes_a_job_urgent() -> None:
     long, short = key("long", 50), key("short", 8, submitted_at=30.0)
     assert order([long, short])[0] is long
 
 
-def test_what_has_a_deadline_is_to_be_done_a_little_before() -> None:
+def test_the_goal_is_a_little_before_a_near_deadline() -> None:
     assert key("pressed", 20, submitted_at=10.0, deadline=12.0).goal == pytest.approx(11.8)
     assert key("relaxed", 20, submitted_at=10.0, deadline=1000.0).goal == pytest.approx(15.0)
 
 
-def test_a_near_deadline_makes_urgent() -> None:
+def test_a_near_deadline_makes_a_job_urgent() -> None:
     relaxed, pressed = key("relaxed", 20), key("pressed", 20, deadline=0.5)
     assert order([relaxed, pressed])[0] is pressed
 
 
-def test_priority_makes_urgent() -> None:
+def test_priority_makes_a_job_urgent() -> None:
     assert order([key("low", 8), key("high", 20, priority=2)])[0].id[0] == "high"
 
 
-def test_turns_go_to_the_least_served() -> None:
-    turns: FairShare[str] = FairShare()
+def test_the_least_served_group_is_next() -> None:
+    fair_share: FairShare[str] = FairShare()
     served: Counter[str] = Counter()
     for _ in range(100):
-        group = turns.next(["small", "large"])
+        group = fair_share.next(["small", "large"])
         served[group] += 1
-        turns.charge(group, 1.0 if group == "small" else 4.0)
+        fair_share.charge(group, 1.0 if group == "small" else 4.0)
     assert served["small"] == 80
     assert served["large"] == 20
 
 
-def test_a_group_that_comes_late_has_no_arrears() -> None:
-    turns: FairShare[str] = FairShare()
+def test_a_new_group_is_not_owed_time_from_before_it_came() -> None:
+    fair_share: FairShare[str] = FairShare()
     for _ in range(50):
-        turns.charge(turns.next(["old"]), 1.0)
+        fair_share.charge(fair_share.next(["old"]), 1.0)
     taken = []
     for _ in range(10):
-        taken.append(turns.next(["old", "new"]))
-        turns.charge(taken[-1], 1.0)
+        taken.append(fair_share.next(["old", "new"]))
+        fair_share.charge(taken[-1], 1.0)
     assert Counter(taken) == {"old": 5, "new": 5}

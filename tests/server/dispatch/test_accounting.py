@@ -1,4 +1,4 @@
-"""Nothing accepted is ever lost: a random day at the desk."""
+"""Every accepted job is counted once when it ends, under random actions."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from darkroom_server.core.errors import DarkroomError, DeadlineExceeded, Failure, QueueFull, Reason
 from darkroom_server.dispatch import ActiveJob, Finished, JobOutcome
-from tests.server.dispatch.desk import dispatching, settle
+from tests.server.dispatch.harness import dispatching, settle
 from tests.server.jobs import make_job
 
 
@@ -18,7 +18,7 @@ from tests.server.jobs import make_job
 class Submit:
     images: int
     steps: int
-    dies_at_once: bool
+    expires_at_once: bool
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Advance:
-    passes: int
+    batches: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Fail:
     index: int
 
 
-actions = st.one_of(
+action_types = st.one_of(
     st.builds(Submit, st.integers(1, 3), st.integers(1, 4), st.booleans()),
     st.builds(Cancel, st.integers(0, 30)),
     st.builds(Advance, st.integers(0, 3)),
@@ -45,31 +45,31 @@ actions = st.one_of(
 
 
 @settings(max_examples=60, deadline=None)
-@given(day=st.lists(actions, max_size=40), dies=st.booleans())
+@given(actions=st.lists(action_types, max_size=40), dies=st.booleans())
 def test_accepted_is_finished_plus_failed_plus_cancelled(
-    day: list[Submit | Cancel | Advance | Fail], dies: bool
+    actions: list[Submit | Cancel | Advance | Fail], dies: bool
 ) -> None:
-    asyncio.run(spend(day, dies))
+    asyncio.run(run(actions, dies))
 
 
-async def spend(day: list[Submit | Cancel | Advance | Fail], dies: bool) -> None:
+async def run(actions: list[Submit | Cancel | Advance | Fail], dies: bool) -> None:
     jobs: list[ActiveJob] = []
-    given_up: set[str] = set()
+    cancelled: set[str] = set()
     async with dispatching(max_queued_jobs=3, max_resident_samples=2) as (dispatcher, engine):
-        for number, action in enumerate(day):
+        for number, action in enumerate(actions):
             match action:
-                case Submit(images, steps, dies_at_once):
-                    deadline = time.monotonic() + (1e-4 if dies_at_once else 60)
+                case Submit(images, steps, expires_at_once):
+                    deadline = time.monotonic() + (1e-4 if expires_at_once else 60)
                     job = make_job(str(number), image_count=images, steps=steps, deadline=deadline)
                     with suppress(QueueFull, DeadlineExceeded):
                         jobs.append(dispatcher.submit(job))
                 case Cancel(index) if jobs:
                     chosen = jobs[index % len(jobs)]
                     if not chosen.ended:
-                        given_up.add(chosen.job.id)
+                        cancelled.add(chosen.job.id)
                     dispatcher.cancel(chosen.job.id)
-                case Advance(passes):
-                    engine.advance(passes)
+                case Advance(batches):
+                    engine.advance(batches)
                 case Fail(index) if engine.jobs:
                     inside = engine.jobs
                     broken = Failure(Reason.NON_FINITE, "not a number")
@@ -90,17 +90,17 @@ async def spend(day: list[Submit | Cancel | Advance | Fail], dies: bool) -> None
             await settle()
         await settle()
         ends = dict.fromkeys(JobOutcome, 0)
-        for accepted in jobs:
-            if accepted.job.id in given_up:
+        for active in jobs:
+            if active.job.id in cancelled:
                 continue
             try:
-                result = await asyncio.wait_for(accepted.result(), 5)
+                result = await asyncio.wait_for(active.result(), 5)
             except DarkroomError as error:
                 expired = error.reason is Reason.DEADLINE_EXPIRED
                 ends[JobOutcome.EXPIRED if expired else JobOutcome.FAILED] += 1
             else:
                 assert isinstance(result, Finished)
-                assert len(result.images) == accepted.job.image_count
+                assert len(result.images) == active.job.image_count
                 ends[JobOutcome.FINISHED] += 1
         counted = dispatcher.counts
         assert counted.live == 0

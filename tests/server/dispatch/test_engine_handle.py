@@ -1,4 +1,4 @@
-"""What the dispatcher knows of one engine."""
+"""What the dispatcher knows about one engine."""
 
 from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.backends.fake_model import fake_model
@@ -9,7 +9,7 @@ from darkroom_server.dispatch.estimation.batch_times import Group
 SMALL, LARGE = Group("demo", 64, 64), Group("demo", 128, 128)
 
 
-def passed(group: Group, max_rows: int) -> BatchDone:
+def batch_done(group: Group, max_rows: int) -> BatchDone:
     return BatchDone(
         model=group.model,
         width=group.width,
@@ -20,16 +20,16 @@ def passed(group: Group, max_rows: int) -> BatchDone:
     )
 
 
-def test_a_limit_that_fell_in_the_engine_is_known_to_the_dispatcher() -> None:
+def test_the_handle_follows_the_row_limit_of_the_engine() -> None:
     handle = EngineHandle(0, FakeEngine())
     handle.set_ready(EngineReady((fake_model(),), 0.0))
     usual = handle.load().max_rows(LARGE)
     assert usual > 2
-    handle.record_batch(passed(LARGE, 2))
+    handle.record_batch(batch_done(LARGE, 2))
     assert handle.load().max_rows(LARGE) == 2
     assert handle.load().max_rows(SMALL) >= usual
-    handle.record_batch(passed(LARGE, usual))
+    handle.record_batch(batch_done(LARGE, usual))
     assert handle.load().max_rows(LARGE) == usual
-    handle.record_batch(passed(LARGE, 2))
+    handle.record_batch(batch_done(LARGE, 2))
     handle.set_dead()
     assert handle.load().max_rows(LARGE) == usual, "a new engine starts with its own limits"

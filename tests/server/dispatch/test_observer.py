@@ -6,7 +6,7 @@ from darkroom_server.dispatch import (
     Observer,
     ReadyChanged,
 )
-from tests.server.dispatch.desk import dispatching, settle
+from tests.server.dispatch.harness import dispatching, settle
 from tests.server.jobs import make_job
 
 

@@ -13,16 +13,16 @@ from darkroom_server.core.errors import (
 )
 from darkroom_server.core.events import JobFinished, StageSeconds
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS
-from darkroom_server.dispatch import ActiveJob, Dispatcher, JobOutcome
+from darkroom_server.dispatch import ActiveJob, JobOutcome
 from tests.server.clock import Clock
-from tests.server.dispatch.desk import dispatching, settle
+from tests.server.dispatch.harness import dispatching, settle
 from tests.server.jobs import make_job
 
 
-def waiter(dispatcher: Dispatcher, accepted: ActiveJob) -> "asyncio.Task[object]":
+def wait_for_result(active: ActiveJob) -> "asyncio.Task[object]":
     async def wait() -> object:
-        with accepted.subscribe():
-            return await accepted.result()
+        with active.subscribe():
+            return await active.result()
 
     return asyncio.create_task(wait())
 
@@ -41,7 +41,7 @@ async def test_a_queued_job_whose_deadline_passes_never_reaches_the_engine(clock
         assert not engine.jobs
 
 
-async def test_a_running_job_whose_deadline_passes_leaves_the_engine(clock: Clock) -> None:
+async def test_a_running_job_whose_deadline_passes_is_removed_from_the_engine(clock: Clock) -> None:
     async with dispatching() as (dispatcher, engine):
         late = dispatcher.submit(make_job("late", deadline=time.monotonic() + 300))
         dispatcher.submit(make_job("other", deadline=time.monotonic() + 900))
@@ -55,11 +55,11 @@ async def test_a_running_job_whose_deadline_passes_leaves_the_engine(clock: Cloc
 
 
 @pytest.mark.parametrize("place", ["engine", "queue"])
-async def test_a_caller_that_is_cancelled_gives_its_job_up(place: str) -> None:
+async def test_cancelling_the_only_subscriber_cancels_its_job(place: str) -> None:
     async with dispatching(max_resident_samples=1) as (dispatcher, engine):
         if place == "queue":
             dispatcher.submit(make_job("other"))
-        task = waiter(dispatcher, dispatcher.submit(make_job("mine")))
+        task = wait_for_result(dispatcher.submit(make_job("mine")))
         await settle()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -71,7 +71,7 @@ async def test_a_caller_that_is_cancelled_gives_its_job_up(place: str) -> None:
         assert dispatcher.counts.by_end == {JobOutcome.CANCELLED: 1}
 
 
-async def test_a_place_is_free_only_when_the_engine_has_let_go() -> None:
+async def test_a_cancelled_job_takes_its_place_until_the_engine_removes_it() -> None:
     async with dispatching(max_resident_samples=1) as (dispatcher, engine):
         dispatcher.submit(make_job("a"))
         dispatcher.submit(make_job("b"))
@@ -95,25 +95,25 @@ async def test_a_job_that_fails_in_the_engine_fails_for_its_caller_alone() -> No
 
 async def test_a_job_that_lost_an_image_is_not_finished() -> None:
     async with dispatching() as (dispatcher, engine):
-        accepted = dispatcher.submit(make_job())
+        active = dispatcher.submit(make_job())
         engine._emit(JobFinished("job", StageSeconds()))
         with pytest.raises(GenerationFailed, match="lost an image"):
-            await accepted.result()
+            await active.result()
 
 
-async def test_every_job_fails_when_no_engine_comes_back() -> None:
+async def test_every_job_fails_if_no_engine_restarts() -> None:
     async with dispatching(max_resident_samples=1, max_restarts=0) as (dispatcher, engine):
         jobs = [dispatcher.submit(make_job(id)) for id in "abc"]
         engine.die()
-        assert "the fake engine was told to die" in await dispatcher.availability.failed()
+        assert "the fake engine was made to die" in await dispatcher.availability.failed()
         for job in jobs:
             with pytest.raises(GenerationFailed) as caught:
                 await job.result()
             assert caught.value.reason is Reason.ENGINE_FAILED
         assert not dispatcher.ready
-        with pytest.raises(NotReady) as refused:
+        with pytest.raises(NotReady) as rejected:
             dispatcher.submit(make_job("d"))
-        assert refused.value.reason is Reason.ENGINE_FAILED
+        assert rejected.value.reason is Reason.ENGINE_FAILED
 
 
 async def test_draining_lets_accepted_jobs_finish() -> None:
@@ -133,7 +133,7 @@ async def test_draining_lets_accepted_jobs_finish() -> None:
         assert dispatcher.counts.by_end == {JobOutcome.FINISHED: 2}
 
 
-async def test_draining_ends_jobs_that_take_too_long() -> None:
+async def test_draining_fails_jobs_that_take_too_long() -> None:
     async with dispatching(max_resident_samples=1) as (dispatcher, engine):
         jobs = [dispatcher.submit(make_job(id)) for id in "ab"]
         await dispatcher.drain(0.01)
@@ -144,7 +144,7 @@ async def test_draining_ends_jobs_that_take_too_long() -> None:
         assert engine._cancelled == {"a"}
 
 
-async def test_what_is_told_after_the_end_is_ignored() -> None:
+async def test_events_of_a_job_that_has_ended_are_ignored() -> None:
     async with dispatching() as (dispatcher, engine):
         dispatcher.submit(make_job("a"))
         dispatcher.cancel("a")
@@ -158,7 +158,7 @@ async def test_what_is_told_after_the_end_is_ignored() -> None:
         assert dispatcher.running_jobs == 0
 
 
-def test_the_engine_may_outlive_the_loop() -> None:
+def test_the_engine_may_outlive_the_event_loop() -> None:
     async def live() -> FakeEngine:
         async with dispatching() as (_, engine):
             return engine
@@ -166,7 +166,7 @@ def test_the_engine_may_outlive_the_loop() -> None:
     asyncio.run(live()).become_ready()
 
 
-async def test_a_caller_that_leaves_at_its_deadline_counts_as_expired(clock: Clock) -> None:
+async def test_a_subscription_that_closes_at_the_deadline_counts_as_expired(clock: Clock) -> None:
     async with dispatching() as (dispatcher, _):
         for id, passes in (("a", 300 - DEADLINE_SLACK_SECONDS), ("b", 0)):
             with dispatcher.submit(make_job(id, deadline=time.monotonic() + 300)).subscribe():

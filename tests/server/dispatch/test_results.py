@@ -1,4 +1,4 @@
-"""What a request id names, for how long, and for whom."""
+"""Which job a request id names, for how long, and for which caller."""
 
 import time
 from collections.abc import AsyncIterator
@@ -21,17 +21,19 @@ from darkroom_server.core.job import ImageFormat
 from darkroom_server.dispatch import ActiveJob, Dispatcher, JobOutcome, ResultStore
 from darkroom_server.dispatch.results import ENTRY_BYTES
 from tests.server.clock import Clock
-from tests.server.dispatch.desk import dispatching, settle
+from tests.server.dispatch.harness import dispatching, settle
 from tests.server.jobs import make_job
 
 IMAGE_BYTES = 64 * 64 * 3
 
 
-class Desk:
-    def __init__(self, dispatcher: Dispatcher, engine: FakeEngine, requests: ResultStore) -> None:
+class Harness:
+    """A result store over a dispatcher with the fake engine."""
+
+    def __init__(self, dispatcher: Dispatcher, engine: FakeEngine, store: ResultStore) -> None:
         self.dispatcher = dispatcher
         self.engine = engine
-        self.requests = requests
+        self.store = store
 
     def begin(
         self,
@@ -42,43 +44,45 @@ class Desk:
         keep: bool = False,
         **job: Any,
     ) -> tuple[ActiveJob, bool]:
+        """Join the job of ``id`` or submit one; returns the job, and whether it was joined."""
         by = Caller(name=caller)
-        if joined := self.requests.join(by, id, body, deadline, keep=keep):
+        if joined := self.store.join(by, id, body, deadline, keep=keep):
             return joined, True
         new = make_job(id, format=ImageFormat.RAW_RGB, deadline=deadline, **job)
-        return self.requests.submit(new, by, id, body, keep=keep), False
+        return self.store.submit(new, by, id, body, keep=keep), False
 
-    async def drawn(self, id: str, **job: Any) -> ActiveJob:
-        accepted, _ = self.begin(id, **job)
+    async def finished(self, id: str, **job: Any) -> ActiveJob:
+        """A job that has run to its end."""
+        active, _ = self.begin(id, **job)
         self.engine.advance(4)
-        await accepted.result()
-        return accepted
+        await active.result()
+        return active
 
     def knows(self, id: str, caller: str = "ada") -> bool:
         try:
-            self.requests.find(caller, id)
+            self.store.find(caller, id)
         except UnknownRequest:
             return False
         return True
 
 
 @asynccontextmanager
-async def desk(
+async def result_store(
     *, result_ttl: float = 60.0, result_bytes: int = 2**20, reattach_grace: float = 60.0
-) -> AsyncIterator[Desk]:
+) -> AsyncIterator[Harness]:
     async with dispatching() as (dispatcher, engine):
-        requests = ResultStore(
+        store = ResultStore(
             dispatcher,
             result_ttl=result_ttl,
             result_bytes=result_bytes,
             reattach_grace=reattach_grace,
         )
-        yield Desk(dispatcher, engine, requests)
-        requests.close()
+        yield Harness(dispatcher, engine, store)
+        store.close()
 
 
 async def test_the_same_request_joins_the_running_job() -> None:
-    async with desk() as it:
+    async with result_store() as it:
         first, joined = it.begin("a")
         assert not joined
         assert it.begin("a") == (first, True)
@@ -86,8 +90,8 @@ async def test_the_same_request_joins_the_running_job() -> None:
 
 
 async def test_the_same_request_gets_the_kept_result() -> None:
-    async with desk() as it:
-        first = await it.drawn("a")
+    async with result_store() as it:
+        first = await it.finished("a")
         again, joined = it.begin("a")
         assert (again, joined) == (first, True)
         assert (await again.result()).images == (await first.result()).images
@@ -95,7 +99,7 @@ async def test_the_same_request_gets_the_kept_result() -> None:
 
 
 async def test_another_body_is_a_conflict_while_the_id_is_known() -> None:
-    async with desk(result_bytes=ENTRY_BYTES + IMAGE_BYTES + 200) as it:
+    async with result_store(result_bytes=ENTRY_BYTES + IMAGE_BYTES + 200) as it:
         it.begin("a", b"body")
         with pytest.raises(RequestConflict, match="'a' names a generation with other fields"):
             it.begin("a", b"other")
@@ -103,178 +107,178 @@ async def test_another_body_is_a_conflict_while_the_id_is_known() -> None:
         await settle()
         with pytest.raises(RequestConflict):
             it.begin("a", b"other")
-        await it.drawn("b")  # There is room for one.
+        await it.finished("b")  # The store has room for one result.
         assert not it.begin("a", b"other")[1]
 
 
-async def test_ids_are_each_callers_own() -> None:
-    async with desk() as it:
+async def test_request_ids_are_scoped_to_a_caller() -> None:
+    async with result_store() as it:
         first, _ = it.begin("a")
         second, joined = it.begin("a", caller="bob", body=b"other")
         assert not joined
         assert first is not second
         assert first.job.id != second.job.id
-        assert it.requests.find("bob", "a") is second
+        assert it.store.find("bob", "a") is second
         with pytest.raises(UnknownRequest, match="'b'"):
-            it.requests.find("ada", "b")
+            it.store.find("ada", "b")
         with pytest.raises(UnknownRequest):
-            it.requests.cancel("eve", "a")
+            it.store.cancel("eve", "a")
         assert not first.ended
 
 
-async def test_a_job_that_ended_unfinished_is_run_anew() -> None:
-    async with desk() as it:
+async def test_a_failed_job_runs_again_when_it_is_requested_again() -> None:
+    async with result_store() as it:
         failed, _ = it.begin("a")
         it.engine.fail("a", Failure(Reason.NON_FINITE, "not a number"))
         with pytest.raises(GenerationFailed):
             await failed.result()
-        # Who watches learns why; who asks again gets a run of its own.
-        assert it.requests.find("ada", "a") is failed
+        # A watcher gets the failure; the same request again starts a new run.
+        assert it.store.find("ada", "a") is failed
         again, joined = it.begin("a")
         assert not joined
-        assert it.requests.find("ada", "a") is again
+        assert it.store.find("ada", "a") is again
         it.engine.advance(4)
         assert (await again.result()).images
-        assert it.requests.find("ada", "a") is again
+        assert it.store.find("ada", "a") is again
 
 
-async def test_the_oldest_results_go_first() -> None:
+async def test_the_oldest_results_are_evicted_first() -> None:
     room_for_two = 2 * (ENTRY_BYTES + IMAGE_BYTES + 200)
-    async with desk(result_bytes=room_for_two) as it:
+    async with result_store(result_bytes=room_for_two) as it:
         for id in "abc":
-            await it.drawn(id)
+            await it.finished(id)
         assert [it.knows(id) for id in "abc"] == [False, True, True]
-        assert IMAGE_BYTES < it.requests.kept_bytes <= room_for_two
+        assert IMAGE_BYTES < it.store.kept_bytes <= room_for_two
         assert not it.begin("a")[1]
 
 
-async def test_a_caller_with_many_results_pushes_out_its_own_only() -> None:
-    async with desk(result_bytes=3 * (ENTRY_BYTES + IMAGE_BYTES + 200)) as it:
-        await it.drawn("a", caller="bob")
+async def test_a_caller_with_many_results_evicts_only_its_own() -> None:
+    async with result_store(result_bytes=3 * (ENTRY_BYTES + IMAGE_BYTES + 200)) as it:
+        await it.finished("a", caller="bob")
         for id in "abcd":
-            await it.drawn(id)
+            await it.finished(id)
         assert it.knows("a", caller="bob")
         assert [it.knows(id) for id in "abcd"] == [False, False, True, True]
-        await it.drawn("b", caller="bob")
+        await it.finished("b", caller="bob")
         assert [it.knows(id, caller="bob") for id in "ab"] == [False, True]
         assert [it.knows(id) for id in "cd"] == [True, True]
 
 
-async def test_what_is_larger_than_all_the_room_is_not_kept() -> None:
-    async with desk(result_bytes=0) as it:
-        accepted = await it.drawn("a")
+async def test_a_result_larger_than_the_store_is_not_kept() -> None:
+    async with result_store(result_bytes=0) as it:
+        active = await it.finished("a")
         assert not it.knows("a")
-        assert it.requests.kept_bytes == 0
-        # Those who waited have it all the same.
-        assert (await accepted.result()).images
+        assert it.store.kept_bytes == 0
+        # A caller that waited for it still gets it.
+        assert (await active.result()).images
 
 
-async def test_a_result_too_large_to_keep_costs_no_other_caller_its_own() -> None:
-    async with desk(result_bytes=ENTRY_BYTES + IMAGE_BYTES + 200) as it:
-        await it.drawn("a", caller="bob")
-        await it.drawn("b", image_count=3)
+async def test_a_result_too_large_to_keep_evicts_no_other_callers_result() -> None:
+    async with result_store(result_bytes=ENTRY_BYTES + IMAGE_BYTES + 200) as it:
+        await it.finished("a", caller="bob")
+        await it.finished("b", image_count=3)
         assert it.knows("a", caller="bob")
         assert not it.knows("b")
 
 
-async def test_results_are_forgotten_in_time(clock: Clock) -> None:
-    async with desk(result_ttl=600.0) as it:
-        await it.drawn("a")
+async def test_results_expire(clock: Clock) -> None:
+    async with result_store(result_ttl=600.0) as it:
+        await it.finished("a")
         clock.skip(300.0)
         await settle()
         assert it.knows("a")
         clock.skip(300.0)
         await settle()
         assert not it.knows("a")
-        assert not it.requests.kept_bytes
+        assert not it.store.kept_bytes
 
 
-async def test_a_running_job_is_known_however_long_it_takes() -> None:
-    async with desk(result_ttl=0.0, result_bytes=0) as it:
-        accepted, _ = it.begin("a")
+async def test_a_running_job_is_known_until_it_ends() -> None:
+    async with result_store(result_ttl=0.0, result_bytes=0) as it:
+        active, _ = it.begin("a")
         await settle()
-        assert it.begin("a") == (accepted, True)
+        assert it.begin("a") == (active, True)
 
 
-async def test_a_job_may_be_kept_for_one_that_comes_back() -> None:
-    async with desk() as it:
-        accepted, _ = it.begin("a", keep=True)
-        with accepted.subscribe():
+async def test_a_kept_job_waits_for_its_caller_to_reattach() -> None:
+    async with result_store() as it:
+        active, _ = it.begin("a", keep=True)
+        with active.subscribe():
             pass
-        assert not accepted.ended
-        assert it.begin("a") == (accepted, True)
-        with accepted.subscribe():
+        assert not active.ended
+        assert it.begin("a") == (active, True)
+        with active.subscribe():
             it.engine.advance(4)
-            await accepted.result()
+            await active.result()
 
 
-async def test_nobody_came_back_in_time() -> None:
-    async with desk(reattach_grace=0.02) as it:
-        accepted, _ = it.begin("a", keep=True)
-        with accepted.subscribe():
+async def test_a_kept_job_is_cancelled_after_the_reattach_grace() -> None:
+    async with result_store(reattach_grace=0.02) as it:
+        active, _ = it.begin("a", keep=True)
+        with active.subscribe():
             pass
         with pytest.raises(JobCancelled):
-            await accepted.result()
+            await active.result()
         assert it.dispatcher.counts.by_end == {JobOutcome.CANCELLED: 1}
 
 
-async def test_a_detached_job_needs_no_waiter() -> None:
-    async with desk() as it:
-        accepted, _ = it.begin("a")
-        it.requests.detach(accepted)
-        with accepted.subscribe():
+async def test_a_detached_job_needs_no_subscription() -> None:
+    async with result_store() as it:
+        active, _ = it.begin("a")
+        it.store.detach(active)
+        with active.subscribe():
             pass
-        assert accepted._grace_timer is None
+        assert active._grace_timer is None
         it.engine.advance(4)
-        assert (await accepted.result()).images
+        assert (await active.result()).images
 
 
-async def test_detaching_saves_a_job_that_nobody_waits_for() -> None:
-    async with desk(reattach_grace=0.05) as it:
-        accepted, _ = it.begin("a", keep=True)
+async def test_detaching_ends_the_reattach_grace() -> None:
+    async with result_store(reattach_grace=0.05) as it:
+        active, _ = it.begin("a", keep=True)
         other, _ = it.begin("b", keep=True)
-        for job in (accepted, other):
+        for job in (active, other):
             with job.subscribe():
                 pass
-        it.requests.detach(accepted)
+        it.store.detach(active)
         with pytest.raises(JobCancelled):
             await other.result()
-        assert not accepted.ended
+        assert not active.ended
         it.engine.advance(4)
-        assert (await accepted.result()).images
+        assert (await active.result()).images
 
 
-async def test_cancelling_by_name() -> None:
-    async with desk() as it:
-        accepted, _ = it.begin("a")
-        it.requests.detach(accepted)
-        assert it.requests.cancel("ada", "a")
+async def test_cancelling_by_request_id() -> None:
+    async with result_store() as it:
+        active, _ = it.begin("a")
+        it.store.detach(active)
+        assert it.store.cancel("ada", "a")
         with pytest.raises(JobCancelled):
-            await accepted.result()
-        assert not it.requests.cancel("ada", "a")
+            await active.result()
+        assert not it.store.cancel("ada", "a")
 
 
-async def test_a_joining_call_moves_the_deadline_out_and_never_in() -> None:
-    async with desk() as it:
+async def test_a_joining_call_extends_the_deadline_and_never_shortens_it() -> None:
+    async with result_store() as it:
         now = time.monotonic()
-        accepted, _ = it.begin("a", deadline=now + 60)
+        active, _ = it.begin("a", deadline=now + 60)
         it.begin("a", deadline=now + 30)
-        assert accepted.job.deadline == now + 60
+        assert active.job.deadline == now + 60
         it.begin("a", deadline=now + 90)
-        assert accepted.job.deadline == now + 90
+        assert active.job.deadline == now + 90
         assert it.engine.jobs[0].deadline == now + 90
         it.begin("a", deadline=None)
-        assert accepted.job.deadline is None
+        assert active.job.deadline is None
         it.begin("a", deadline=now + 30)
-        assert accepted.job.deadline is None
+        assert active.job.deadline is None
 
 
-async def test_the_moved_deadline_is_the_one_that_ends_the_job(clock: Clock) -> None:
-    async with desk() as it:
-        accepted, _ = it.begin("a", deadline=time.monotonic() + 300)
+async def test_the_extended_deadline_is_the_one_that_expires_the_job(clock: Clock) -> None:
+    async with result_store() as it:
+        active, _ = it.begin("a", deadline=time.monotonic() + 300)
         other, _ = it.begin("b", deadline=time.monotonic() + 300)
         it.begin("a", deadline=time.monotonic() + 900)
         clock.skip(300)
         with pytest.raises(Exception, match="deadline passed"):
             await other.result()
-        assert not accepted.ended
+        assert not active.ended

@@ -1,4 +1,4 @@
-"""The forecast, on cases worked out by hand, beside the loop itself, and bounded in cost."""
+"""The simulated queue: cases worked out by hand, a comparison with the loop, bounded cost."""
 
 import sys
 from collections.abc import Iterable
@@ -18,15 +18,15 @@ from darkroom_server.dispatch.estimation.simulation import MAX_IMAGES, Load, sim
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 from tests.server.jobs import make_job
 
-PASSES = {2: 1.0, 4: 1.5, 8: 2.5}
+BATCHES = {2: 1.0, 4: 1.5, 8: 2.5}
 SMALL, LARGE = Group("demo", 64, 64), Group("demo", 128, 128)
 
 
-def speed(decode: float = 0.5, slowness: float = 1.0) -> BatchTimeModel:
-    speed = BatchTimeModel()
-    passes = tuple((rows, slowness * seconds) for rows, seconds in PASSES.items())
-    speed.start(replace(fake_model(), speed=ModelSpeed(passes=passes, decode=decode)))
-    return speed
+def make_batch_times(decode: float = 0.5, slowness: float = 1.0) -> BatchTimeModel:
+    model = BatchTimeModel()
+    passes = tuple((rows, slowness * seconds) for rows, seconds in BATCHES.items())
+    model.start(replace(fake_model(), speed=ModelSpeed(passes=passes, decode=decode)))
+    return model
 
 
 def work(
@@ -48,76 +48,78 @@ def work(
 def load(
     *jobs: RemainingWork, decode: float = 0.5, max_rows: int = 8, slowness: float = 1.0
 ) -> Load:
-    return Load(batch_times=speed(decode, slowness), max_rows=lambda _: max_rows, jobs=jobs)
+    return Load(
+        batch_times=make_batch_times(decode, slowness), max_rows=lambda _: max_rows, jobs=jobs
+    )
 
 
 def test_a_job_alone() -> None:
-    forecast = simulate_queue([load()], [work("a", 4)], 64)
-    assert forecast.starts == {"a": 0.0}
-    assert forecast.finishes["a"] == pytest.approx(4 * 1.0 + 0.5)
+    simulated = simulate_queue([load()], [work("a", 4)], 64)
+    assert simulated.starts == {"a": 0.0}
+    assert simulated.finishes["a"] == pytest.approx(4 * 1.0 + 0.5)
 
 
-def test_jobs_share_passes_and_those_who_are_left_go_faster() -> None:
-    forecast = simulate_queue([load()], [work("a", 4), work("b", 2)], 64)
-    assert forecast.finishes["b"] == pytest.approx(2 * 1.5 + 0.5)
-    assert forecast.finishes["a"] == pytest.approx(2 * 1.5 + 0.5 + 2 * 1.0 + 0.5)
+def test_jobs_share_batches_and_the_remaining_ones_go_faster() -> None:
+    simulated = simulate_queue([load()], [work("a", 4), work("b", 2)], 64)
+    assert simulated.finishes["b"] == pytest.approx(2 * 1.5 + 0.5)
+    assert simulated.finishes["a"] == pytest.approx(2 * 1.5 + 0.5 + 2 * 1.0 + 0.5)
 
 
-def test_a_newcomer_waits_for_the_end_of_a_pass() -> None:
-    forecast = simulate_queue([load(work("a", 4, begun=True))], [work("b", 2)], 64)
-    assert forecast.starts == {"a": 0.0, "b": 0.5}
-    assert forecast.finishes["b"] == pytest.approx(0.5 + 2 * 1.5 + 0.5)
+def test_a_new_job_waits_for_the_end_of_a_batch() -> None:
+    simulated = simulate_queue([load(work("a", 4, begun=True))], [work("b", 2)], 64)
+    assert simulated.starts == {"a": 0.0, "b": 0.5}
+    assert simulated.finishes["b"] == pytest.approx(0.5 + 2 * 1.5 + 0.5)
 
 
-def test_the_most_urgent_take_the_rows() -> None:
-    forecast = simulate_queue([load(max_rows=2)], [work("short", 2), work("long", 4)], 64)
-    assert forecast.starts["long"] == forecast.finishes["short"] == pytest.approx(2.5)
-    assert forecast.finishes["long"] == pytest.approx(2.5 + 4 + 0.5)
+def test_the_most_urgent_jobs_get_the_rows() -> None:
+    simulated = simulate_queue([load(max_rows=2)], [work("short", 2), work("long", 4)], 64)
+    assert simulated.starts["long"] == simulated.finishes["short"] == pytest.approx(2.5)
+    assert simulated.finishes["long"] == pytest.approx(2.5 + 4 + 0.5)
 
 
-def test_every_image_of_a_job_is_waited_for() -> None:
-    forecast = simulate_queue([load()], [work("a", 4, images=2)], 64)
-    assert forecast.finishes["a"] == pytest.approx(4 * 1.5 + 2 * 0.5)
+def test_a_job_ends_with_its_last_image() -> None:
+    simulated = simulate_queue([load()], [work("a", 4, images=2)], 64)
+    assert simulated.finishes["a"] == pytest.approx(4 * 1.5 + 2 * 0.5)
 
 
-def test_what_waits_comes_in_as_places_become_free() -> None:
-    forecast = simulate_queue([load()], [work("a", 4), work("b", 2), work("c", 1)], 2)
-    assert forecast.joins == {"a": 0.0, "b": 0.0, "c": pytest.approx(2 * 1.5 + 0.5)}
-    assert forecast.finishes["c"] == pytest.approx(3.5 + 1.5 + 0.5)
+def test_queued_jobs_join_as_places_become_free() -> None:
+    simulated = simulate_queue([load()], [work("a", 4), work("b", 2), work("c", 1)], 2)
+    assert simulated.joins == {"a": 0.0, "b": 0.0, "c": pytest.approx(2 * 1.5 + 0.5)}
+    assert simulated.finishes["c"] == pytest.approx(3.5 + 1.5 + 0.5)
 
 
 def test_groups_take_turns() -> None:
-    """Both make progress: passes of 1.0 s and, with four times the pixels, of 2.5 s."""
-    forecast = simulate_queue([load()], [work("small", 5), work("large", 2, group=LARGE)], 64)
-    assert forecast.finishes["small"] < 2 * 5 + 3
-    assert forecast.finishes["large"] == pytest.approx(5 * 1.0 + 0.5 + 2 * 2.5 + 2.0)
+    """Both make progress: a batch takes 1.0 s or, with four times the pixels, 2.5 s."""
+    simulated = simulate_queue([load()], [work("small", 5), work("large", 2, group=LARGE)], 64)
+    assert simulated.finishes["small"] < 2 * 5 + 3
+    assert simulated.finishes["large"] == pytest.approx(5 * 1.0 + 0.5 + 2 * 2.5 + 2.0)
 
 
-def test_a_job_that_is_exact_has_the_engine_to_itself() -> None:
-    forecast = simulate_queue([load()], [work("exact", 2, alone=True), work("b", 4)], 64)
-    assert forecast.finishes["exact"] == pytest.approx(2 * 1.0 + 0.5)
-    assert forecast.finishes["b"] == pytest.approx(2.5 + 4 + 0.5)
+def test_an_exact_job_runs_alone() -> None:
+    simulated = simulate_queue([load()], [work("exact", 2, alone=True), work("b", 4)], 64)
+    assert simulated.finishes["exact"] == pytest.approx(2 * 1.0 + 0.5)
+    assert simulated.finishes["b"] == pytest.approx(2.5 + 4 + 0.5)
 
 
-def test_the_faster_engine_takes_more() -> None:
+def test_the_faster_engine_gets_more_jobs() -> None:
     loads = [load(slowness=3.0, max_rows=2), load(max_rows=2)]
-    forecast = simulate_queue(loads, [work(str(i), 4) for i in range(8)], 1)
-    assert max(forecast.finishes.values()) < 8 * (4 + 0.5)
-    assert len(forecast.finishes) == 8
+    simulated = simulate_queue(loads, [work(str(i), 4) for i in range(8)], 1)
+    assert max(simulated.finishes.values()) < 8 * (4 + 0.5)
+    assert len(simulated.finishes) == 8
 
 
-def loop(works: Iterable[RemainingWork], max_rows: int, decode: float) -> dict[str, float]:
-    """The engine's own rhythm, pass by pass."""
-    known, now = speed(decode), 0.0
+def run_loop(works: Iterable[RemainingWork], max_rows: int, decode: float) -> dict[str, float]:
+    """The seconds at which each job ends, by the rule of the engine's loop, batch by batch."""
+    times, now = make_batch_times(decode), 0.0
     keys = {w.id: replace(w.key, remaining_steps=w.calls[0]) for w in works}
     finishes = {}
     while keys:
         chosen = pick(list(keys.values()), max_rows)
-        now += known.batch_seconds(SMALL, sum(key.rows for key in chosen))
+        now += times.batch_seconds(SMALL, sum(key.rows for key in chosen))
         for key in chosen:
-            left = key.remaining_steps - 1
-            keys[key.id[0]] = replace(key, remaining_steps=left)
-            if not left:
+            remaining = key.remaining_steps - 1
+            keys[key.id[0]] = replace(key, remaining_steps=remaining)
+            if not remaining:
                 now += decode
                 finishes[key.id[0]] = now
                 del keys[key.id[0]]
@@ -137,17 +139,19 @@ works = st.lists(
 
 
 @given(works, st.sampled_from([2, 4, 8, 16]))
-def test_it_is_what_the_loop_does(drawn: list[tuple[int, float, float | None]], rows: int) -> None:
+def test_the_simulation_matches_the_loop(
+    random_jobs: list[tuple[int, float, float | None]], rows: int
+) -> None:
     jobs = [
         work(str(index), steps, submitted_at=at, deadline=deadline)
-        for index, (steps, at, deadline) in enumerate(drawn)
+        for index, (steps, at, deadline) in enumerate(random_jobs)
     ]
-    forecast = simulate_queue([load(max_rows=rows)], jobs, sys.maxsize).finishes
-    really = loop(jobs, rows, decode=0.5)
-    assert forecast.keys() == really.keys()
+    simulated = simulate_queue([load(max_rows=rows)], jobs, sys.maxsize).finishes
+    looped = run_loop(jobs, rows, decode=0.5)
+    assert simulated.keys() == looped.keys()
     # The decodes after one batch may be simulated in another order.
-    for id, seconds in really.items():
-        assert forecast[id] == pytest.approx(seconds, abs=0.5 * rows + 1e-3)
+    for id, seconds in looped.items():
+        assert simulated[id] == pytest.approx(seconds, abs=0.5 * rows + 1e-3)
 
 
 @given(
@@ -155,31 +159,31 @@ def test_it_is_what_the_loop_does(drawn: list[tuple[int, float, float | None]], 
     st.integers(1, 64),
     st.integers(1, 3),
 )
-def test_everything_ends_and_nothing_before_it_begins(
-    drawn: list[tuple[int, int, bool]], max_samples: int, engines: int
+def test_every_job_ends_after_it_begins(
+    random_jobs: list[tuple[int, int, bool]], max_samples: int, engines: int
 ) -> None:
     jobs = [
         work(str(index), steps, images, alone=alone, group=(SMALL, LARGE)[steps % 2])
-        for index, (steps, images, alone) in enumerate(drawn)
+        for index, (steps, images, alone) in enumerate(random_jobs)
     ]
     half = len(jobs) // 2
     loads = [load(*jobs[half + i :: engines]) for i in range(engines)]
-    forecast = simulate_queue(loads, jobs[:half], max_samples)
-    assert set(forecast.finishes) == set(forecast.starts) == {job.id for job in jobs}
-    for id, finish in forecast.finishes.items():
-        assert 0 <= forecast.starts[id] < finish
-    assert set(forecast.joins) == {job.id for job in jobs[:half]}
+    simulated = simulate_queue(loads, jobs[:half], max_samples)
+    assert set(simulated.finishes) == set(simulated.starts) == {job.id for job in jobs}
+    for id, finish in simulated.finishes.items():
+        assert 0 <= simulated.starts[id] < finish
+    assert set(simulated.joins) == {job.id for job in jobs[:half]}
 
 
-def test_what_is_beyond_the_horizon_is_extrapolated() -> None:
+def test_jobs_beyond_the_simulated_images_are_extrapolated() -> None:
     jobs = [work(f"{i:04}", 4) for i in range(3 * MAX_IMAGES)]
-    forecast = simulate_queue([load(decode=0.0)], jobs, 64)
-    finishes = [forecast.finishes[job.id] for job in jobs]
+    simulated = simulate_queue([load(decode=0.0)], jobs, 64)
+    finishes = [simulated.finishes[job.id] for job in jobs]
     assert finishes == sorted(finishes)
     assert finishes[-1] == pytest.approx(len(jobs) / 4 * 4 * 2.5, rel=0.1)
 
 
-def test_remaining_work_is_computed_again_after_a_change_only() -> None:
+def test_remaining_work_is_computed_again_only_after_a_change() -> None:
     works = RemainingWorkCache()
     jobs = {id: ActiveJob(make_job(id, image_count=2), fake_model()) for id in "ab"}
     first = works.get(jobs.values())
@@ -193,3 +197,30 @@ def test_remaining_work_is_computed_again_after_a_change_only() -> None:
     (later,) = works.get([jobs["a"]])
     assert later.begun
     assert later.calls == (4,)
+
+
+def calls_made(sizes: int) -> int:
+    """The Python calls that one estimate makes while that many sizes wait or run."""
+    batch_times = make_batch_times()
+    jobs = [
+        work(str(i), 20 + i % 7, group=Group("demo", 64 + 8 * (i % 24), 64 + 8 * (i // 24)))
+        for i in range(sizes)
+    ]
+    running = Load(batch_times=batch_times, max_rows=lambda _: 8, jobs=jobs[: sizes // 3])
+    count = 0
+
+    def profile(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        simulated = simulate_queue([running], jobs[sizes // 3 :], sizes // 3)
+    finally:
+        sys.setprofile(None)
+    assert len(simulated.finishes) == sizes
+    return count
+
+
+def test_the_cost_grows_with_the_sizes_and_not_with_their_square() -> None:
+    assert calls_made(192) < 2.5 * calls_made(96)

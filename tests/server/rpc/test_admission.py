@@ -1,4 +1,4 @@
-"""Refusals and estimates through the real wire, with their details decoded."""
+"""Rejections and estimates through the real wire, with their details decoded."""
 
 import asyncio
 from dataclasses import replace
@@ -8,12 +8,14 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from google.rpc import error_details_pb2
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.model import ModelSpeed
 from darkroom_server.settings import Dispatch, Security
+from tests.server.telemetry.scrape import counted
 from tests.server.wire import Wire, refusal, serving
 
 SPEED = ModelSpeed(passes=((2, 1.0), (4, 1.5), (8, 2.5)), decode=0.5)
@@ -25,13 +27,20 @@ def request(**fields: Any) -> generation_pb2.GenerateRequest:
 
 
 async def estimate(wire: Wire, **fields: Any) -> Any:
-    wanted = generation_pb2.EstimateGenerationRequest(generation=request(**fields))
-    return await wire.generation.EstimateGeneration(wanted)
+    estimate_request = generation_pb2.EstimateGenerationRequest(generation=request(**fields))
+    return await wire.generation.EstimateGeneration(estimate_request)
 
 
-async def test_a_deadline_out_of_reach_is_refused_with_the_estimate() -> None:
-    async with serving(fake=TIMED) as wire:
-        error = await refusal(wire.generation.Generate(request(steps=400), timeout=60))
+async def test_an_unreachable_deadline_is_rejected_with_the_estimate() -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with serving(fake=TIMED) as wire:
+            error = await refusal(wire.generation.Generate(request(steps=400), timeout=60))
+            images = await counted(wire, "darkroom_images_total", "outcome")
+            rejections = await counted(wire, "darkroom_rejections_total", "reason")
+    assert images == {("refused",): 1}
+    assert rejections == {("deadline_unreachable",): 1}
+    (line,) = [line for line in logs if line["event"] == "request"]
+    assert (line["outcome"], line["reason"]) == ("refused", "DEADLINE_UNREACHABLE")
     assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert error.info.reason == "DEADLINE_UNREACHABLE"
     figures = {key: float(value) for key, value in error.info.metadata.items()}
@@ -43,7 +52,7 @@ async def test_a_deadline_out_of_reach_is_refused_with_the_estimate() -> None:
     assert wire.server.dispatcher.counts.accepted == 0
 
 
-async def test_a_full_queue_says_when_a_place_is_free() -> None:
+async def test_a_full_queue_says_when_to_try_again() -> None:
     limits = Dispatch(max_queued_jobs=0, max_resident_samples=1)
     async with serving(fake=TIMED, dispatch=limits) as wire:
         first = wire.generating(steps=4)
@@ -57,7 +66,7 @@ async def test_a_full_queue_says_when_a_place_is_free() -> None:
         await first
 
 
-async def test_a_queue_full_of_work() -> None:
+async def test_a_queue_that_is_full_by_work() -> None:
     limits = Dispatch(max_queued_megapixel_steps=1e-3, max_resident_samples=1)
     async with serving(fake=TIMED, dispatch=limits) as wire:
         running = wire.generating()
@@ -84,7 +93,7 @@ async def test_a_queue_full_of_work() -> None:
     ("limit", "message"),
     [("max_jobs = 1", "wait until one has ended"), ("jobs_per_minute = 1", "try again in")],
 )
-async def test_a_callers_share(limit: str, message: str, tmp_path: Path) -> None:
+async def test_a_callers_quotas(limit: str, message: str, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text(
         "".join(
@@ -114,7 +123,7 @@ async def test_a_callers_share(limit: str, message: str, tmp_path: Path) -> None
         await asyncio.gather(first, second)
 
 
-async def test_an_estimate_draws_nothing() -> None:
+async def test_an_estimate_generates_nothing() -> None:
     async with serving(fake=TIMED) as wire:
         alone = await estimate(wire, steps=4, width=128, height=128)
         several = await estimate(wire, steps=4, image_count=16)
@@ -131,12 +140,12 @@ async def test_an_estimate_draws_nothing() -> None:
     limits = fake_model().limits
     assert several.peak_bytes == memory.needed(64, 64, min(32, limits.max_rows))
     assert alone.available_bytes == memory.available_bytes
-    # It joins at the next step, half a pass away on average.
+    # It joins at the next step, half a batch away on average.
     assert together.queue_wait.ToMilliseconds() == 500
     assert together.run_time.ToMilliseconds() >= 4 * 1500
 
 
-async def test_estimates_are_checked_like_requests() -> None:
+async def test_estimates_are_validated_like_requests() -> None:
     async with serving(fake=TIMED) as wire:
         wrong = await refusal(estimate(wire, width=7, steps=-1))
         assert set(wrong.violations) == {"width", "steps"}
@@ -146,12 +155,12 @@ async def test_estimates_are_checked_like_requests() -> None:
         assert unknown.code is grpc.StatusCode.NOT_FOUND
 
 
-async def test_an_unmeasured_engine_is_not_guessed_at() -> None:
+async def test_an_unmeasured_engine_gives_no_times() -> None:
     async with serving() as wire:
-        told = await estimate(wire)
-    assert not told.HasField("queue_wait")
-    assert not told.HasField("run_time")
-    assert told.peak_bytes > 0
+        reported = await estimate(wire)
+    assert not reported.HasField("queue_wait")
+    assert not reported.HasField("run_time")
+    assert reported.peak_bytes > 0
 
 
 async def test_a_stream_begins_with_the_estimate() -> None:

@@ -1,4 +1,4 @@
-"""Calls that wait for one job are bounded, so that those who never read cannot pile up."""
+"""The calls of one job are limited, so calls that never read cannot accumulate."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,13 +10,12 @@ import pytest
 
 from darkroom.v1.types_pb2 import IMAGE_FORMAT_RAW_RGB
 from darkroom_server.dispatch.admission import quotas as call_limits
-from tests.server.rpc.test_idempotency import submit, watch
-from tests.server.rpc.test_stream import kind, read, rest
+from tests.server.streams import kind, read, rest, submit, watch
 from tests.server.wire import refusal, serving
 
 
-async def let_in(call: Callable[[], Any]) -> Any:
-    """What a call answers once there is room for it: others end a moment after their last word."""
+async def retry_while_exhausted(call: Callable[[], Any]) -> Any:
+    """The answer of a call, retried until others end, which they do just after their last reply."""
     async with asyncio.timeout(60):
         while True:
             try:
@@ -26,7 +25,7 @@ async def let_in(call: Callable[[], Any]) -> Any:
                     raise
 
 
-async def test_one_job_has_so_many_waiters_and_their_end_makes_room(
+async def test_one_job_has_a_call_limit_and_ended_calls_make_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(call_limits, "PER_JOB", 3)
@@ -35,8 +34,8 @@ async def test_one_job_has_so_many_waiters_and_their_end_makes_room(
         for begin in (wire.stream, wire.stream, partial(watch, wire)):
             calls.append(begin(request_id="a"))
             await read(calls[-1])
-        for refused in (wire.generate(request_id="a"), rest(watch(wire, "a"))):
-            error = await refusal(refused)
+        for rejected in (wire.generate(request_id="a"), rest(watch(wire, "a"))):
+            error = await refusal(rejected)
             assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert error.info.reason == "QUOTA_EXCEEDED"
             assert error.trailers["grpc-retry-pushback-ms"] == "-1"
@@ -44,10 +43,10 @@ async def test_one_job_has_so_many_waiters_and_their_end_makes_room(
         for call in calls:
             assert kind((await rest(call))[-1]) == "finished"
         for _ in range(4):
-            assert (await let_in(lambda: wire.generate(request_id="a"))).images
+            assert (await retry_while_exhausted(lambda: wire.generate(request_id="a"))).images
 
 
-async def test_a_call_that_nobody_reads_stays_counted_though_its_job_has_ended(
+async def test_an_unread_call_still_counts_after_its_job_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(call_limits, "PER_JOB", 2)
@@ -60,5 +59,5 @@ async def test_a_call_that_nobody_reads_stays_counted_though_its_job_has_ended(
         error = await refusal(rest(watch(wire, "a")))
         assert error.info.reason == "QUOTA_EXCEEDED"
         unread.pop().cancel()
-        assert kind((await let_in(lambda: rest(watch(wire, "a"))))[-1]) == "finished"
+        assert kind((await retry_while_exhausted(lambda: rest(watch(wire, "a"))))[-1]) == "finished"
         assert kind((await rest(unread.pop()))[-1]) == "finished"

@@ -15,7 +15,7 @@ from tests.server.wire import refusal, serving
 AUTO = {"auto": True}
 
 
-async def test_only_a_prompt_is_needed() -> None:
+async def test_only_the_prompt_is_required() -> None:
     async with serving(fake=AUTO) as wire:
         response = await wire.generate("a star")
     (image,) = response.images
@@ -26,8 +26,8 @@ async def test_only_a_prompt_is_needed() -> None:
     assert response.timings.total.ToNanoseconds() > 0
 
 
-async def test_every_field_reaches_the_job_and_comes_back() -> None:
-    asked: dict[str, Any] = {
+async def test_every_field_reaches_the_job_and_the_replay_record() -> None:
+    fields: dict[str, Any] = {
         "model": "demo",
         "prompt": "a star ★",
         "negative_prompt": "a moon",
@@ -44,7 +44,7 @@ async def test_every_field_reaches_the_job_and_comes_back() -> None:
         "request_id": "my.request-1_A",
     }
     async with serving(fake=AUTO) as wire:
-        response = await wire.generate(**asked)
+        response = await wire.generate(**fields)
         job = await wire.submitted.get()
     assert job.id == "my.request-1_A"
     assert (job.prompt, job.negative_prompt) == ("a star ★", "a moon")
@@ -54,13 +54,13 @@ async def test_every_field_reaches_the_job_and_comes_back() -> None:
     first, second = response.images
     assert (first.seed, second.seed) == (0, 1)
     assert (first.width, first.height) == (72, 80)
-    expected = generation_pb2.GenerateRequest(**{**asked, "seed": 1, "image_count": 1})
+    expected = generation_pb2.GenerateRequest(**{**fields, "seed": 1, "image_count": 1})
     expected.ClearField("request_id")
     assert second.replay.request == expected
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "RAW_RGB"])
-async def test_a_replay_record_draws_the_same_bytes(format: str) -> None:
+async def test_a_replay_record_generates_the_same_bytes(format: str) -> None:
     async with serving(fake=AUTO) as wire:
         number = types_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{format}")
         first = await wire.generate(format=number)
@@ -74,14 +74,14 @@ async def test_a_replay_record_draws_the_same_bytes(format: str) -> None:
     assert again.images[0].replay == record
 
 
-async def test_a_withheld_image_is_no_error() -> None:
+async def test_a_withheld_image_is_not_an_error() -> None:
     async with serving(fake=AUTO) as wire:
         response = await wire.generate("[flagged]")
     assert response.images[0].flagged
     assert not response.images[0].data
 
 
-async def test_seeds_are_drawn_where_none_is_given() -> None:
+async def test_an_unset_seed_is_random() -> None:
     async with serving(fake=AUTO) as wire:
         seeds = [(await wire.generate()).images[0].seed for _ in range(2)]
     assert seeds[0] != seeds[1]
@@ -99,7 +99,7 @@ async def test_calls_share_the_engine() -> None:
         await calls[1]
 
 
-async def test_a_cancelled_call_leaves_the_engine() -> None:
+async def test_cancelling_the_call_cancels_the_job() -> None:
     async with serving() as wire:
         call = wire.generation.Generate(generation_pb2.GenerateRequest(prompt="a star"))
         other = wire.generating(prompt="other")
@@ -115,7 +115,7 @@ async def test_a_cancelled_call_leaves_the_engine() -> None:
         }
 
 
-async def test_a_lost_connection_leaves_the_engine() -> None:
+async def test_a_lost_connection_cancels_the_job() -> None:
     async with serving() as wire:
         async with grpc.aio.insecure_channel(wire.server.address) as channel:
             stub = type(wire.generation)(channel)
@@ -133,13 +133,13 @@ async def test_a_deadline_reaches_the_job() -> None:
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         job = await wire.submitted.get()
         assert job.deadline is not None
-        # The wire rounds what is left, up by a hundredth at most.
+        # gRPC rounds the remaining time up, by a hundredth of it at most.
         assert 0.0 < job.deadline - job.submitted_at <= 2.1
         assert await wire.cancelled.get() == job.id
         assert wire.server.dispatcher.counts.by_end == {JobOutcome.EXPIRED: 1}
 
 
-async def test_a_full_queue_says_when_to_come_back() -> None:
+async def test_a_full_queue_says_when_to_try_again() -> None:
     limits = Dispatch(max_queued_jobs=0, max_resident_samples=1)
     async with serving(dispatch=limits) as wire:
         first = wire.generating()
@@ -163,7 +163,7 @@ async def test_a_failure_keeps_its_reason_and_message() -> None:
     assert (error.info.reason, dict(error.info.metadata)) == ("NON_FINITE", {"step": "3"})
 
 
-async def test_an_image_that_never_fits_is_not_to_be_retried() -> None:
+async def test_an_image_that_never_fits_must_not_be_retried() -> None:
     async with serving(fake=AUTO) as wire:
         raise_limit = (("darkroom-max-reply-bytes", "99999999"),)
         request = generation_pb2.GenerateRequest(prompt="a star", width=2048, height=2048)
@@ -174,7 +174,7 @@ async def test_an_image_that_never_fits_is_not_to_be_retried() -> None:
     assert error.trailers["grpc-retry-pushback-ms"] == "-1"
 
 
-async def test_jobs_are_drawn_again_when_the_engine_dies() -> None:
+async def test_jobs_run_again_when_the_engine_dies() -> None:
     async with serving() as wire:
         call = wire.generating()
         job = await wire.submitted.get()
@@ -185,7 +185,7 @@ async def test_jobs_are_drawn_again_when_the_engine_dies() -> None:
         assert len((await call).images) == 1
 
 
-async def test_jobs_fail_when_no_engine_comes_back() -> None:
+async def test_jobs_fail_if_no_engine_restarts() -> None:
     async with serving(engine=Engine(engine_max_restarts=0)) as wire:
         call = wire.generating()
         await wire.submitted.get()
@@ -193,5 +193,5 @@ async def test_jobs_fail_when_no_engine_comes_back() -> None:
         error = await refusal(call)
         assert error.code is grpc.StatusCode.INTERNAL
         assert error.info.reason == "ENGINE_FAILED"
-        with pytest.raises(Exception, match="told to die"):
+        with pytest.raises(Exception, match="made to die"):
             await asyncio.wait_for(wire.serve, 5)

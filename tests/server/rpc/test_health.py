@@ -8,13 +8,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from darkroom_server.settings import Engine, Network, Shutdown
 from tests.server.wire import NOT_SERVING, SERVING, Wire, serving
 
-ONE_LIFE = Engine(engine_max_restarts=0)
+NO_RESTARTS = Engine(engine_max_restarts=0)
 ACCEPTING = "darkroom.v1.GenerationService"
 READY = ["", ACCEPTING]
 
 
 async def test_readiness_follows_the_engine_and_liveness_does_not() -> None:
-    async with serving(wait=False, fake={"load": False}, engine=ONE_LIFE) as wire:
+    async with serving(wait=False, fake={"load": False}, engine=NO_RESTARTS) as wire:
         for service in READY:
             assert await wire.health(service) == NOT_SERVING
         assert await wire.health("liveness") == SERVING
@@ -27,7 +27,7 @@ async def test_readiness_follows_the_engine_and_liveness_does_not() -> None:
         assert await wire.health("liveness") == SERVING
 
 
-async def test_readiness_comes_back_with_the_engine() -> None:
+async def test_readiness_returns_with_the_engine() -> None:
     async with serving() as wire:
         wire.engine.die()
         await wire.health_becomes(NOT_SERVING)
@@ -43,7 +43,7 @@ async def test_jobs_that_wait_for_an_engine_are_accepted() -> None:
         assert (await wire.generate()).images
 
 
-async def test_a_server_that_goes_away_says_so_before_it_refuses_jobs() -> None:
+async def test_a_server_that_shuts_down_is_not_ready_before_it_rejects_jobs() -> None:
     async with serving(fake={"auto": True}, shutdown=Shutdown(drain_delay=60)) as wire:
         wire.server.stop()
         await wire.serve
@@ -51,7 +51,8 @@ async def test_a_server_that_goes_away_says_so_before_it_refuses_jobs() -> None:
         for service in READY:
             await wire.health_becomes(NOT_SERVING, service)
         wire.engine.die()
-        assert (await wire.generate()).images  # An engine that comes back brings no callers back.
+        assert (await wire.generate()).images
+        # The restarted engine does not make the server ready again.
         for service in READY:
             assert await wire.health(service) == NOT_SERVING
         shutdown.cancel()

@@ -1,8 +1,7 @@
-"""A request id names a job: to join it, to come back to it, to cancel it."""
+"""Idempotency: a request id names a job, to join it, to watch it later, to cancel it."""
 
 import asyncio
 from contextvars import ContextVar
-from typing import Any
 
 import grpc
 import pytest
@@ -11,34 +10,19 @@ from darkroom.v1 import generation_pb2
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.dispatch import JobOutcome
-from darkroom_server.rpc import generation as door
+from darkroom_server.rpc import generation as generation_rpc
 from darkroom_server.service.call_context import CallContext
 from darkroom_server.settings import Results
 from tests.server.clock import Clock
-from tests.server.rpc.test_stream import assembled, kind, read, rest, until
+from tests.server.streams import assembled, kind, read, rest, submit, until, watch
 from tests.server.wire import Wire, refusal, serving
 
 
-def come_from(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def set_caller(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Make ``name`` the caller of all later calls."""
     call = CallContext("call", caller=Caller(name=name))
     current: ContextVar[CallContext] = ContextVar("call", default=call)
-    monkeypatch.setattr(door, "CURRENT_CALL", current)
-
-
-def watch(wire: Wire, request_id: str) -> Any:
-    return wire.generation.WatchGeneration(
-        generation_pb2.WatchGenerationRequest(request_id=request_id)
-    )
-
-
-async def submit(wire: Wire, prompt: str = "a star", **fields: Any) -> Any:
-    time_limit = fields.pop("time_limit", None)
-    request = generation_pb2.SubmitGenerationRequest(
-        generation=generation_pb2.GenerateRequest(prompt=prompt, **fields)
-    )
-    if time_limit is not None:
-        request.time_limit.FromMilliseconds(round(time_limit * 1000))
-    return (await wire.generation.SubmitGeneration(request)).accepted
+    monkeypatch.setattr(generation_rpc, "CURRENT_CALL", current)
 
 
 async def cancel(wire: Wire, request_id: str) -> bool:
@@ -46,7 +30,7 @@ async def cancel(wire: Wire, request_id: str) -> bool:
     return bool((await wire.generation.CancelGeneration(request)).cancelled)
 
 
-async def test_two_calls_of_one_id_share_the_job_and_its_drawn_seed() -> None:
+async def test_two_calls_of_one_id_share_the_job_and_its_random_seed() -> None:
     async with serving() as wire:
         first = wire.generating(request_id="twin")
         await wire.submitted.get()
@@ -54,12 +38,12 @@ async def test_two_calls_of_one_id_share_the_job_and_its_drawn_seed() -> None:
         (accepted,) = await read(call)
         assert accepted.joined
         wire.engine.advance(4)
-        told = await rest(call)
+        events = await rest(call)
         image = (await first).images[0]
         assert image.seed == accepted.seeds[0]
-        chunks = [r.event.image for r in told if kind(r) == "image"]
+        chunks = [r.event.image for r in events if kind(r) == "image"]
         assert assembled(chunks) == {0: image.data}
-        # And once more, from what is kept.
+        # The third call gets the kept result.
         again = await wire.generate(request_id="twin")
         assert again.images[0] == image
         assert wire.submitted.empty()
@@ -80,7 +64,7 @@ async def test_other_fields_are_a_conflict() -> None:
         assert error.code is grpc.StatusCode.ALREADY_EXISTS
 
 
-async def test_what_a_disconnect_means_is_no_part_of_the_body() -> None:
+async def test_on_disconnect_is_not_part_of_the_fingerprint() -> None:
     async with serving() as wire:
         first = wire.generating(request_id="mine", seed=1)
         await wire.submitted.get()
@@ -97,11 +81,11 @@ async def test_without_an_id_nothing_is_shared() -> None:
         first, second = [await wire.generate(seed=1) for _ in range(2)]
         assert first.request_id != second.request_id
         assert wire.server.dispatcher.counts.accepted == 2
-        # Nobody can come back to them, so they take no room.
+        # No later call can name them, so their results are not kept.
         assert wire.server.results.kept_bytes == 0
 
 
-async def test_a_reply_that_is_too_large_for_the_one_who_joins() -> None:
+async def test_a_joining_call_fails_if_the_reply_is_too_large_for_it() -> None:
     async with serving() as wire:
         call = wire.stream(request_id="big", image_count=16, width=512, height=512)
         await read(call)
@@ -113,7 +97,7 @@ async def test_a_reply_that_is_too_large_for_the_one_who_joins() -> None:
         assert kind((await rest(call))[-1]) == "finished"
 
 
-async def test_the_last_waiter_ends_the_job() -> None:
+async def test_the_last_call_to_end_cancels_the_job() -> None:
     async with serving() as wire:
         first, second = [wire.stream(request_id="shared", steps=1000) for _ in range(2)]
         await read(first)
@@ -129,7 +113,7 @@ async def test_the_last_waiter_ends_the_job() -> None:
         await wire.counted(JobOutcome.CANCELLED)
 
 
-async def test_a_kept_job_waits_for_its_caller_to_come_back() -> None:
+async def test_a_kept_job_waits_for_its_caller_to_reattach() -> None:
     async with serving() as wire:
         keep = generation_pb2.ON_DISCONNECT_KEEP
         call = wire.stream(request_id="kept", image_count=2, on_disconnect=keep)
@@ -139,7 +123,7 @@ async def test_a_kept_job_waits_for_its_caller_to_come_back() -> None:
         wire.engine.deliver(job.id, 0)
         await until(call, "image")
         call.cancel()
-        await wire.waiters("kept", 0)
+        await wire.subscribers("kept", 0)
         assert wire.cancelled.empty()
         again = watch(wire, "kept")
         first, _, chunk = await read(again, 3)
@@ -148,12 +132,12 @@ async def test_a_kept_job_waits_for_its_caller_to_come_back() -> None:
         # The image that was sent before is sent again.
         assert (chunk.image_index, chunk.image.seed) == (0, accepted.seeds[0])
         wire.engine.advance(2)
-        told = await rest(again)
-        assert kind(told[-1]) == "finished"
-        assert {r.event.image.image_index for r in told if kind(r) == "image"} >= {1}
+        events = await rest(again)
+        assert kind(events[-1]) == "finished"
+        assert {r.event.image.image_index for r in events if kind(r) == "image"} >= {1}
 
 
-async def test_a_kept_job_that_nobody_comes_back_for_ends() -> None:
+async def test_a_kept_job_is_cancelled_after_the_reattach_grace() -> None:
     async with serving(results=Results(reattach_grace=0.05)) as wire:
         keep = generation_pb2.ON_DISCONNECT_KEEP
         call = wire.stream(request_id="kept", on_disconnect=keep)
@@ -165,7 +149,7 @@ async def test_a_kept_job_that_nobody_comes_back_for_ends() -> None:
         assert error.info.reason == "CANCELLED"
 
 
-async def test_a_submitted_job_runs_without_a_waiter() -> None:
+async def test_a_submitted_job_runs_without_a_subscription() -> None:
     async with serving() as wire:
         accepted = await submit(wire, request_id="later", seed=3)
         assert (accepted.request_id, list(accepted.seeds), accepted.joined) == ("later", [3], False)
@@ -173,21 +157,21 @@ async def test_a_submitted_job_runs_without_a_waiter() -> None:
         call = watch(wire, "later")
         await read(call)
         call.cancel()
-        await wire.waiters("later", 0)
+        await wire.subscribers("later", 0)
         wire.engine.advance(4)
         await wire.counted(JobOutcome.FINISHED)
-        told = await rest(watch(wire, "later"))
-        assert [kind(r) for r in told] == ["accepted", "started", "image", "finished"]
-        # Generate gets it too.
+        events = await rest(watch(wire, "later"))
+        assert [kind(r) for r in events] == ["accepted", "started", "image", "finished"]
+        # Generate gets the result too.
         assert (await wire.generate(request_id="later", seed=3)).images[0].seed == 3
         assert (await submit(wire, request_id="later", seed=3)).joined
 
 
-async def test_an_id_is_drawn_for_a_submitted_job_without_one() -> None:
+async def test_a_submitted_job_without_an_id_gets_one() -> None:
     async with serving(fake={"auto": True}) as wire:
         accepted = await submit(wire)
-        told = await rest(watch(wire, accepted.request_id))
-        assert kind(told[-1]) == "finished"
+        events = await rest(watch(wire, accepted.request_id))
+        assert kind(events[-1]) == "finished"
 
 
 async def test_a_time_limit_is_the_jobs_deadline(clock: Clock) -> None:
@@ -211,21 +195,21 @@ async def test_the_submitting_calls_own_deadline_is_not_the_jobs() -> None:
         wire.engine.advance(4)
 
 
-async def test_a_watcher_learns_why_a_job_failed() -> None:
+async def test_a_watcher_gets_the_failure_of_the_job() -> None:
     async with serving() as wire:
         await submit(wire, request_id="bad")
         await wire.submitted.get()
         wire.engine.fail("bad", Failure(Reason.NON_FINITE, "not a number"))
         error = await refusal(rest(watch(wire, "bad")))
         assert (error.code, error.info.reason) == (grpc.StatusCode.INTERNAL, "NON_FINITE")
-        # The same request is a new run.
+        # The same request starts a new run.
         call = wire.generating(request_id="bad")
         await wire.submitted.get()
         wire.engine.advance(4)
         assert (await call).images
 
 
-async def test_cancelling_by_id_tells_everybody_who_waits() -> None:
+async def test_cancelling_by_id_ends_every_call_of_the_job() -> None:
     async with serving() as wire:
         call = wire.generating(request_id="gone")
         await wire.submitted.get()
@@ -254,20 +238,20 @@ async def test_an_unknown_id_is_not_found(id: str) -> None:
 
 async def test_another_callers_id_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as wire:
-        come_from(monkeypatch, "ada")
+        set_caller(monkeypatch, "ada")
         await submit(wire, request_id="mine")
         await wire.submitted.get()
-        come_from(monkeypatch, "bob")
+        set_caller(monkeypatch, "bob")
         for call in (rest(watch(wire, "mine")), cancel(wire, "mine")):
             assert (await refusal(call)).code is grpc.StatusCode.NOT_FOUND
-        # Bob may use the same id for himself.
+        # Bob may use the same id for a job of his own.
         assert not (await submit(wire, "another", request_id="mine")).joined
         jobs = {job.caller: job.prompt for job in wire.engine.jobs}
         assert jobs == {"ada": "a star", "bob": "another"}
         wire.engine.advance(4)
 
 
-async def test_results_are_kept_for_a_while_only() -> None:
+async def test_results_expire_after_their_ttl() -> None:
     async with serving(fake={"auto": True}, results=Results(result_ttl=0.0)) as wire:
         first = await wire.generate(request_id="a")
         second = await wire.generate(request_id="a")

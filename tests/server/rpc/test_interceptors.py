@@ -17,7 +17,7 @@ from tests.server.wire import refusal, serving
 ListModels = model_pb2.ListModelsRequest
 
 
-async def test_what_nobody_foresaw_is_logged_and_not_told(monkeypatch: Any) -> None:
+async def test_an_unexpected_error_is_logged_and_not_sent(monkeypatch: Any) -> None:
     async with serving(fake={"auto": True}) as wire:
 
         def fail(_: object) -> None:
@@ -37,7 +37,7 @@ async def test_what_nobody_foresaw_is_logged_and_not_told(monkeypatch: Any) -> N
     assert entry["exc_info"]
 
 
-async def test_a_stream_that_breaks_says_nothing_either(monkeypatch: Any) -> None:
+async def test_an_unexpected_error_of_a_stream_is_not_sent(monkeypatch: Any) -> None:
     async def fail(self: object, request: object, context: object) -> Any:
         yield generation_pb2.GenerateStreamResponse()
         raise ValueError("a secret path")
@@ -53,7 +53,7 @@ async def test_a_stream_that_breaks_says_nothing_either(monkeypatch: Any) -> Non
     assert "secret" not in str(error.status)
 
 
-async def test_a_status_that_a_handler_chose_is_left_alone(monkeypatch: Any) -> None:
+async def test_a_status_set_by_a_handler_is_kept(monkeypatch: Any) -> None:
     async def abort(self: object, request: object, context: Any) -> None:
         await context.abort(grpc.StatusCode.DATA_LOSS, "chosen")
 
@@ -64,13 +64,13 @@ async def test_a_status_that_a_handler_chose_is_left_alone(monkeypatch: Any) -> 
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS
 
 
-async def test_a_caller_that_is_gone_is_no_error_of_ours() -> None:
+async def test_an_error_for_a_disconnected_caller_is_not_logged() -> None:
     class Gone:
         def trailing_metadata(self) -> tuple[()]:
             return ()
 
         async def abort_with_status(self, status: Any) -> None:
-            raise grpc.aio.InternalError("nobody is there")
+            raise grpc.aio.InternalError("the caller has disconnected")
 
     method = Method("darkroom.v1.GenerationService", "Generate", "unary")
     context: Any = Gone()
@@ -98,7 +98,7 @@ async def test_unknown_methods_are_unimplemented() -> None:
         ("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "stream_stream"),
     ],
 )
-async def test_what_is_no_message_is_the_callers_mistake(
+async def test_an_undecodable_message_is_an_invalid_argument(
     message: bytes, method: str, kind: str
 ) -> None:
     async with serving(fake={"auto": True}) as wire:
@@ -112,7 +112,7 @@ async def test_what_is_no_message_is_the_callers_mistake(
     assert "Decode" not in str(error.status)
 
 
-async def test_metadata_that_fills_memory_is_refused() -> None:
+async def test_too_much_metadata_is_rejected() -> None:
     async with serving(fake={"auto": True}) as wire:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await wire.models.ListModels(ListModels(), metadata=(("x-much", "a" * 20_000),))
@@ -120,7 +120,7 @@ async def test_metadata_that_fills_memory_is_refused() -> None:
         assert (await wire.generate()).images
 
 
-async def test_a_request_of_more_than_1_mib_is_refused() -> None:
+async def test_a_request_of_more_than_1_mib_is_rejected() -> None:
     async with serving(fake={"auto": True}) as wire:
         request = generation_pb2.GenerateRequest(prompt="a" * 1024**2)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -134,7 +134,7 @@ async def trailing_id(call: Any) -> str:
     return id
 
 
-async def test_every_answer_names_its_call() -> None:
+async def test_every_reply_names_its_call() -> None:
     async with serving(fake={"auto": True}) as wire:
         request = generation_pb2.GenerateRequest(prompt="a star", request_id="mine")
         call = wire.generation.Generate(request)
@@ -167,7 +167,7 @@ async def test_an_id_in_the_metadata_names_call_and_job() -> None:
         )
 
 
-async def test_metadata_that_cannot_be_an_id_is_refused() -> None:
+async def test_metadata_that_cannot_be_an_id_is_rejected() -> None:
     async with serving() as wire:
         wrong = (("darkroom-request-id", "a b"),)
         error = await refusal(wire.models.ListModels(ListModels(), metadata=wrong))

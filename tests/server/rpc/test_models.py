@@ -15,7 +15,7 @@ TWO = {"models": [fake_model("b"), fake_model("a")], "auto": True}
 TWO_NAMES = Models(model=("b=demo", "a=demo"))
 
 
-async def test_a_model_tells_what_it_takes() -> None:
+async def test_a_model_lists_its_defaults_and_limits() -> None:
     async with serving() as wire:
         model = (await wire.models.GetModel(GET(model="demo"))).model
         assert (await wire.models.GetModel(GET())).model == model
@@ -29,14 +29,14 @@ async def test_a_model_tells_what_it_takes() -> None:
 
 
 @pytest.mark.parametrize("message", ["defaults", "limits", "runtime"])
-def test_no_field_of_a_model_is_forgotten(message: str) -> None:
+def test_the_wire_has_every_field_of_a_model(message: str) -> None:
     ours = set(type(getattr(fake_model(), message)).__slots__)
     theirs = model_pb2.Model.DESCRIPTOR.fields_by_name[message].message_type
     assert theirs is not None
     assert ours == set(theirs.fields_by_name)
 
 
-async def test_a_model_that_loads_has_a_name_only() -> None:
+async def test_a_loading_model_has_only_a_name() -> None:
     async with serving(wait=False, fake={"load": False}) as wire:
         (model,) = (await wire.models.ListModels(LIST())).models
         error = await refusal(wire.generate())
@@ -47,14 +47,14 @@ async def test_a_model_that_loads_has_a_name_only() -> None:
     assert error.trailers["grpc-retry-pushback-ms"] == "2000"
 
 
-async def test_models_come_in_the_operator_s_order() -> None:
+async def test_models_are_listed_in_the_configured_order() -> None:
     async with serving(fake=TWO, models=TWO_NAMES) as wire:
         models = (await wire.models.ListModels(LIST())).models
         assert [model.id for model in models] == ["b", "a"]
         assert (await wire.generate(model="a")).model == "a"
 
 
-async def test_an_unset_model_is_an_error_where_there_are_several() -> None:
+async def test_an_unset_model_is_an_error_if_there_are_several() -> None:
     async with serving(fake=TWO, models=TWO_NAMES) as wire:
         for call in (wire.generate(), wire.models.GetModel(GET())):
             error = await refusal(call)
@@ -78,14 +78,14 @@ async def test_an_unknown_model_is_not_found() -> None:
             assert "this server holds demo" in error.message
 
 
-async def test_a_huge_model_name_does_not_come_back() -> None:
+async def test_a_huge_model_name_is_not_echoed() -> None:
     async with serving() as wire:
         error = await refusal(wire.models.GetModel(GET(model="é" * 100_000)))
     assert error.code is grpc.StatusCode.NOT_FOUND
     assert len(error.message) < 1000
 
 
-def test_both_sides_know_the_same_enums() -> None:
+def test_the_enums_cover_every_wire_value() -> None:
     for wire, ours in (
         (types_pb2.ImageFormat, FORMAT_TO_WIRE),
         (types_pb2.Scheduler, SCHEDULER_TO_WIRE),

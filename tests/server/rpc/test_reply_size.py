@@ -11,11 +11,11 @@ from darkroom_server.service.validation import OVERHEAD_BYTES, reply_bytes
 from tests.server.jobs import make_job
 from tests.server.wire import refusal, serving
 
-# 22 images would be too many: 16 of them make 4.19 MB at 292 pixels, so a larger size is used.
+# At 512 pixels, six images exceed the 4 MiB that a client receives by default.
 LARGE = generation_pb2.GenerateRequest(prompt="a star", width=512, height=512, image_count=6)
 
 
-async def test_a_reply_that_the_client_may_not_take_is_refused_before_any_work() -> None:
+async def test_a_reply_too_large_for_the_client_is_rejected_before_any_work() -> None:
     async with serving(fake={"auto": True}) as wire:
         error = await refusal(wire.generation.Generate(LARGE))
         assert wire.submitted.empty()
@@ -24,7 +24,7 @@ async def test_a_reply_that_the_client_may_not_take_is_refused_before_any_work()
     assert "raise the client's gRPC receive limit" in error.violations["image_count"]
 
 
-async def test_a_client_that_can_take_it_says_so() -> None:
+async def test_a_client_can_announce_its_receive_limit() -> None:
     async with serving(fake={"auto": True}) as wire:
         metadata = (("darkroom-max-reply-bytes", "64000000"),)
         assert len((await wire.generation.Generate(LARGE, metadata=metadata)).images) == 6
@@ -34,7 +34,7 @@ async def test_a_client_that_can_take_it_says_so() -> None:
         assert error.info.reason == "REPLY_TOO_LARGE"
 
 
-async def test_no_caller_can_take_more_than_the_server_sends() -> None:
+async def test_the_announced_limit_cannot_exceed_the_servers() -> None:
     large = generation_pb2.GenerateRequest(prompt="a star", width=2048, height=2048, image_count=6)
     async with serving(fake={"auto": True}) as wire:
         metadata = (("darkroom-max-reply-bytes", str(10**12)),)
@@ -45,15 +45,15 @@ async def test_no_caller_can_take_more_than_the_server_sends() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1e6", "much", "9" * 19])
-async def test_what_it_says_must_be_a_number(text: str) -> None:
+async def test_the_announced_limit_must_be_a_number(text: str) -> None:
     async with serving(fake={"auto": True}) as wire:
         metadata = (("darkroom-max-reply-bytes", text),)
         error = await refusal(wire.generation.Generate(LARGE, metadata=metadata))
     assert set(error.violations) == {"darkroom-max-reply-bytes"}
 
 
-def test_no_format_takes_more_than_the_bound() -> None:
-    """Noise at the highest quality is the worst that an encoder can meet."""
+def test_no_format_exceeds_the_size_bound() -> None:
+    """Noise at the highest quality is the worst case for an encoder."""
     size = 256
     noise = Image.frombytes("RGB", (size, size), random.Random(1).randbytes(size * size * 3))
     bound = reply_bytes(make_job(width=size, height=size)) - OVERHEAD_BYTES // 2

@@ -1,4 +1,4 @@
-"""What an operator asks first."""
+"""GetStatus: the state of the server, its models and its engines."""
 
 from dataclasses import replace
 from hashlib import sha256
@@ -23,7 +23,7 @@ async def status(wire: Wire, metadata: Any = ()) -> Any:
     return await stub.GetStatus(server_pb2.GetStatusRequest(), metadata=metadata)
 
 
-async def test_a_server_at_work() -> None:
+async def test_the_status_of_a_server_with_a_running_job() -> None:
     limits = Dispatch(max_queued_jobs=7, max_resident_samples=2)
     async with serving(fake=TIMED, dispatch=limits) as wire:
         idle = await status(wire)
@@ -78,18 +78,18 @@ async def test_a_corrected_row_limit_is_visible() -> None:
         assert model.runtime == after.runtime
 
 
-async def test_a_server_that_loads() -> None:
+async def test_the_status_of_a_server_that_loads() -> None:
     async with serving(fake={"load": False}, wait=False) as wire:
-        told = await status(wire)
-        assert told.state == server_pb2.SERVER_STATE_LOADING
-        assert not told.models[0].ready
-        assert not told.engines[0].ready
+        reported = await status(wire)
+        assert reported.state == server_pb2.SERVER_STATE_LOADING
+        assert not reported.models[0].ready
+        assert not reported.engines[0].ready
         wire.engine.become_ready()
         await wire.health_becomes(SERVING)
         assert (await status(wire)).state == server_pb2.SERVER_STATE_READY
 
 
-async def test_a_server_that_recovers_and_one_that_goes_away() -> None:
+async def test_the_status_while_an_engine_restarts_and_while_the_server_drains() -> None:
     async with serving(engine=Engine(engine_max_restarts=5)) as wire:
         wire.engine.die()
         await wire.health_becomes(NOT_SERVING)
@@ -111,5 +111,5 @@ async def test_with_tokens_the_status_is_for_admins(tmp_path: Path) -> None:
     async with serving(security=Security(tokens=str(tokens))) as wire:
         error = await refusal(status(wire, (("authorization", "Bearer web"),)))
         assert error.code is grpc.StatusCode.PERMISSION_DENIED
-        told = await status(wire, (("authorization", "Bearer ops"),))
-    assert told.state == server_pb2.SERVER_STATE_READY
+        reported = await status(wire, (("authorization", "Bearer ops"),))
+    assert reported.state == server_pb2.SERVER_STATE_READY

@@ -1,4 +1,4 @@
-"""One stream that tells the whole story."""
+"""GenerateStream: every event of a job, in order, in one stream."""
 
 import asyncio
 import gc
@@ -20,68 +20,21 @@ from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.dispatch import JobOutcome
 from darkroom_server.dispatch.jobs import subscription as subscription_module
 from darkroom_server.settings import Dispatch, Network, Results
+from tests.server.streams import assembled, kind, read, rest, until
 from tests.server.wire import refusal, serving
 
 AUTO = {"auto": True}
 
 
-def kind(response: Any) -> str:
-    name: str = response.event.WhichOneof("event")
-    return name
-
-
-async def read(call: Any, count: int = 1) -> list[Any]:
-    """The next ``count`` events."""
-    return [getattr(r.event, kind(r)) for r in [await call.read() for _ in range(count)]]
-
-
-async def until(call: Any, name: str) -> Any:
-    """The next event of that name."""
-    while True:
-        response = await call.read()
-        assert response is not grpc.aio.EOF, f"the stream ended without {name}"
-        if kind(response) == name:
-            return getattr(response.event, name)
-
-
-async def rest(call: Any) -> list[Any]:
-    responses = []
-    while (response := await call.read()) is not grpc.aio.EOF:
-        responses.append(response)
-    return responses
-
-
-def assembled(chunks: list[Any]) -> dict[int, bytes]:
-    """The images that ``chunks`` make; each must be whole, and in one go."""
-    images: dict[int, bytes] = {}
-    current = -1
-    for chunk in chunks:
-        if chunk.offset == 0:
-            assert chunk.image_index not in images
-            assert chunk.image.format
-            current = chunk.image_index
-            images[current] = b""
-        else:
-            assert not chunk.HasField("image")
-        assert chunk.image_index == current
-        assert chunk.offset == len(images[current])
-        assert len(chunk.data) <= 512 * 1024
-        images[current] += chunk.data
-        if len(images[current]) == chunk.size:
-            current = -1
-    assert current == -1
-    return images
-
-
-async def test_the_story_from_the_queue_to_the_end() -> None:
+async def test_the_events_from_the_queue_to_the_end() -> None:
     async with serving(dispatch=Dispatch(max_resident_samples=1)) as wire:
         first, second = wire.generating("first"), wire.generating("second")
         await wire.submitted.get()
         while wire.server.dispatcher.queued_jobs < 1:
             await asyncio.sleep(0)
-        call = wire.stream(seed=2**63 - 1, image_count=2, steps=2, request_id="tale")
+        call = wire.stream(seed=2**63 - 1, image_count=2, steps=2, request_id="r-1")
         (accepted,) = await read(call)
-        assert (accepted.request_id, accepted.model, accepted.joined) == ("tale", "demo", False)
+        assert (accepted.request_id, accepted.model, accepted.joined) == ("r-1", "demo", False)
         assert accepted.model_revision == "fake"
         assert list(accepted.seeds) == [2**63 - 1, 0]
         assert accepted.queue_position == 1
@@ -100,17 +53,17 @@ async def test_the_story_from_the_queue_to_the_end() -> None:
             (1, 1, 2, 4),
         ]
         wire.engine.advance(1)
-        told = await rest(call)
-    assert [kind(r) for r in told] == ["progress", "progress", "image", "image", "finished"]
-    finished = told[-1].event.finished
+        events = await rest(call)
+    assert [kind(r) for r in events] == ["progress", "progress", "image", "image", "finished"]
+    finished = events[-1].event.finished
     assert finished.reason == generation_pb2.FINISH_REASON_COMPLETED
     assert (finished.model, finished.model_revision) == ("demo", "fake")
     assert finished.timings.total.ToNanoseconds() > 0
-    image = told[2].event.image.image
+    image = events[2].event.image.image
     assert (image.seed, image.width, image.replay.request.prompt) == (2**63 - 1, 64, "a star")
 
 
-async def test_each_accepted_job_names_the_server_that_has_it() -> None:
+async def test_each_accepted_event_names_the_server_of_the_job() -> None:
     async with serving(fake=AUTO) as wire:
         port = wire.server.address.rpartition(":")[2]
         (accepted,) = await read(wire.stream(request_id="r-1"))
@@ -132,13 +85,13 @@ async def test_each_accepted_job_names_the_server_that_has_it() -> None:
     assert accepted.server_id == "gpu-7:50051"
 
 
-async def test_a_stream_draws_what_generate_draws() -> None:
+async def test_a_stream_generates_the_same_image_as_generate() -> None:
     async with serving(fake=AUTO) as wire:
-        whole = await wire.generate(seed=5, image_count=3)
-        told = await rest(wire.stream(seed=5, image_count=3))
-    chunks = [r.event.image for r in told if kind(r) == "image"]
-    assert assembled(chunks) == {i: image.data for i, image in enumerate(whole.images)}
-    for chunk, image in zip(chunks, whole.images, strict=True):
+        reply = await wire.generate(seed=5, image_count=3)
+        events = await rest(wire.stream(seed=5, image_count=3))
+    chunks = [r.event.image for r in events if kind(r) == "image"]
+    assert assembled(chunks) == {i: image.data for i, image in enumerate(reply.images)}
+    for chunk, image in zip(chunks, reply.images, strict=True):
         image.ClearField("data")
         assert chunk.image == image
 
@@ -151,7 +104,7 @@ def roomy_model() -> Any:
     return replace(fake_model(), memory=memory)
 
 
-async def test_a_large_image_comes_in_pieces() -> None:
+async def test_a_large_image_comes_in_chunks() -> None:
     async with serving(fake={"auto": True, "models": [roomy_model()]}) as wire:
         call = wire.stream(
             width=2048,
@@ -160,16 +113,16 @@ async def test_a_large_image_comes_in_pieces() -> None:
             seed=1,
             format=types_pb2.IMAGE_FORMAT_RAW_RGB,
         )
-        told = await rest(call)
+        events = await rest(call)
         job = await wire.submitted.get()
     # No message is near gRPC's default limit, though the reply would be three times as large.
-    assert max(r.ByteSize() for r in told) < 1024**2
-    images = assembled([r.event.image for r in told if kind(r) == "image"])
+    assert max(r.ByteSize() for r in events) < 1024**2
+    images = assembled([r.event.image for r in events if kind(r) == "image"])
     assert images == {index: fake_image(job, index).data for index in range(2)}
     assert len(images[0]) == 2048 * 2048 * 3
 
 
-async def test_previews_come_every_so_many_steps() -> None:
+async def test_previews_come_at_the_requested_interval() -> None:
     async with serving() as wire:
         call = wire.stream(steps=6, preview_every=2)
         await wire.submitted.get()
@@ -180,20 +133,20 @@ async def test_previews_come_every_so_many_steps() -> None:
         picture = Image.open(io.BytesIO(preview.data))
         assert picture.size == (preview.width, preview.height) == (64, 64)
         wire.engine.advance(4)
-        # None after the last step: the image comes itself.
+        # There is no preview after the last step: the image itself comes.
         assert (await until(call, "preview")).step == 4
         await until(call, "finished")
 
 
-async def test_withheld_images_are_told_without_data() -> None:
+async def test_withheld_images_are_sent_without_data() -> None:
     async with serving(fake=AUTO) as wire:
-        told = await rest(wire.stream("[flagged]"))
-    (chunk,) = [r.event.image for r in told if kind(r) == "image"]
+        events = await rest(wire.stream("[flagged]"))
+    (chunk,) = [r.event.image for r in events if kind(r) == "image"]
     assert (chunk.image.flagged, chunk.size, chunk.data) == (True, 0, b"")
-    assert told[-1].event.finished.reason == generation_pb2.FINISH_REASON_WITHHELD
+    assert events[-1].event.finished.reason == generation_pb2.FINISH_REASON_WITHHELD
 
 
-async def test_a_crash_is_told_and_the_images_come_all_the_same() -> None:
+async def test_a_crash_sends_restarted_and_then_the_images() -> None:
     async with serving() as wire:
         call = wire.stream(image_count=2, steps=4, seed=3)
         job = await wire.submitted.get()
@@ -210,7 +163,7 @@ async def test_a_crash_is_told_and_the_images_come_all_the_same() -> None:
         await until(call, "finished")
 
 
-async def test_errors_are_the_streams_status() -> None:
+async def test_an_error_is_the_status_of_the_stream() -> None:
     async with serving() as wire:
         invalid = await refusal(rest(wire.stream("", steps=0, preview_every=-1)))
         assert invalid.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -234,7 +187,7 @@ async def test_a_preview_must_be_small() -> None:
 
 
 @pytest.mark.parametrize("how", ["cancel", "lost connection"])
-async def test_a_reader_that_leaves_frees_the_job(how: str) -> None:
+async def test_a_call_that_ends_early_cancels_the_job(how: str) -> None:
     async with serving() as wire, grpc.aio.insecure_channel(wire.server.address) as channel:
         request = generation_pb2.GenerateStreamRequest(
             generation=generation_pb2.GenerateRequest(prompt="a star", steps=1000)
@@ -257,7 +210,7 @@ async def test_a_reader_that_leaves_frees_the_job(how: str) -> None:
         }
 
 
-async def test_readers_that_never_read_harm_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stalled_readers_do_not_affect_other_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subscription_module, "STALL_SECONDS", 2.0)
     none_kept = Results(result_bytes=0)
     room = Dispatch(max_resident_samples=100)
@@ -265,23 +218,23 @@ async def test_readers_that_never_read_harm_nobody(monkeypatch: pytest.MonkeyPat
     async with serving(fake=fake, results=none_kept, dispatch=room) as wire:
         size: dict[str, Any] = {"width": 2048, "height": 2048, "steps": 1000}
         raw = types_pb2.IMAGE_FORMAT_RAW_RGB
-        stuck = [wire.stream(preview_every=1, format=raw, **size) for _ in range(4)]
-        ids = [(await wire.submitted.get()).id for _ in stuck]
+        stalled = [wire.stream(preview_every=1, format=raw, **size) for _ in range(4)]
+        ids = [(await wire.submitted.get()).id for _ in stalled]
         jobs = [weakref.ref(wire.server.dispatcher._registry.get(id)) for id in ids]
         for _ in range(999):
             wire.engine.advance()
             await asyncio.sleep(0)
         for job in jobs:
-            for waiter in job()._subscriptions:  # type: ignore[union-attr]
-                # However much there was to tell, no more is waiting than one of each kind.
-                assert len(waiter._unread) <= 3
-        # Others are served, and those who read get all that was drawn.
+            for subscription in job()._subscriptions:  # type: ignore[union-attr]
+                # At most one event of each kind is unread, however many there were.
+                assert len(subscription._unread) <= 3
+        # Other calls are served, and a caller that reads gets the whole result.
         other = wire.stream(steps=1)
         await wire.submitted.get()
         wire.engine.advance()
         assert kind((await rest(other))[-1]) == "finished"
-        # The stuck ones are finished too, and their images, 12 MB each, are let go of.
+        # The stalled jobs finish too, and their images, 12 MB each, are released.
         await wire.becomes(lambda: gc.collect() >= 0 and not any(job() for job in jobs))
-        for call in stuck:
+        for call in stalled:
             call.cancel()
         assert wire.server.dispatcher.counts.by_end == {JobOutcome.FINISHED: 5}

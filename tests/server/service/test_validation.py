@@ -30,10 +30,10 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"seed": -1}, "seed", f"must be 0 to {SEED_BOUND - 1}, not -1"),
     ({"image_count": 0}, "image_count", "must be 1 to 16, not 0"),
     ({"image_count": 17}, "image_count", "must be 1 to 16, not 17"),
-    ({"scheduler": 99}, "scheduler", "99 is no scheduler that this server knows"),
-    ({"scheduler": -1}, "scheduler", "-1 is no scheduler"),
+    ({"scheduler": 99}, "scheduler", "99 is not a scheduler that this server knows"),
+    ({"scheduler": -1}, "scheduler", "-1 is not a scheduler"),
     ({"scheduler": types_pb2.SCHEDULER_DEIS}, "scheduler", "model 'demo' offers ddim, pndm,"),
-    ({"format": 99}, "format", "99 is no format that this server knows"),
+    ({"format": 99}, "format", "99 is not a format that this server knows"),
     ({"quality": 90}, "quality", "is for JPEG and WEBP only, not for PNG"),
     (
         {"quality": 90, "format": types_pb2.IMAGE_FORMAT_RAW_RGB},
@@ -48,7 +48,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-async def test_each_violation_names_its_field_and_what_would_be_right() -> None:
+async def test_each_violation_names_its_field_and_the_valid_values() -> None:
     async with serving(fake={"auto": True}) as wire:
         for fields, name, description in WRONG:
             error = await refusal(wire.generate(**fields))
@@ -104,7 +104,7 @@ def odd_model() -> ModelInfo:
     )
 
 
-async def test_a_default_that_the_scheduler_does_not_take_must_be_set() -> None:
+async def test_a_default_that_the_scheduler_rejects_must_be_set() -> None:
     async with serving(fake={"models": [odd_model()], "auto": True}) as wire:
         error = await refusal(wire.generate(scheduler=types_pb2.SCHEDULER_LCM))
         expected = "must be set for lcm, which takes 1 to 50: the model's default is 60"
@@ -116,7 +116,7 @@ async def test_guidance_is_a_32_bit_float_everywhere() -> None:
     async with serving(fake={"models": [odd_model()], "auto": True}) as wire:
         # 9.1 as a 32-bit float is a little more than 9.1.
         await wire.generate(guidance_scale=9.1)
-        drawn = await wire.generate()
-        await wire.generation.Generate(drawn.images[0].replay.request)
+        reply = await wire.generate()
+        await wire.generation.Generate(reply.images[0].replay.request)
         _, first, replayed = [await wire.submitted.get() for _ in range(3)]
     assert first.guidance_scale == replayed.guidance_scale != 7.3

@@ -1,4 +1,4 @@
-"""What Prometheus would read of a server under test."""
+"""The metrics of a server under test, as Prometheus reads them."""
 
 import asyncio
 import urllib.request
@@ -11,6 +11,8 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
 async def scrape(wire: Wire, accept: str = "text/plain") -> str:
+    """The page of ``/metrics``."""
+
     def read() -> str:
         request = urllib.request.Request(
             f"http://{wire.server.metrics_address}/metrics", headers={"Accept": accept}
@@ -33,5 +35,5 @@ async def values(wire: Wire, name: str, *labels: str) -> dict[tuple[str, ...], f
 
 
 async def counted(wire: Wire, name: str, *labels: str) -> dict[tuple[str, ...], float]:
-    """The same, without the zeros."""
+    """Like ``values``, without the zeros."""
     return {key: value for key, value in (await values(wire, name, *labels)).items() if value}

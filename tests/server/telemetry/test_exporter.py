@@ -1,6 +1,8 @@
 import asyncio
 import errno
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
@@ -41,7 +43,7 @@ async def test_a_scraper_may_ask_for_openmetrics() -> None:
         assert not (await scrape(wire)).endswith("# EOF\n")
 
 
-def test_those_who_stall_stall_alone() -> None:
+def test_stalled_connections_do_not_block_others() -> None:
     exporter = Exporter(CollectorRegistry(), lambda: True)
     address = exporter.start("127.0.0.1", 0)
     host, port = address.split(":")
@@ -49,9 +51,9 @@ def test_those_who_stall_stall_alone() -> None:
         with ExitStack() as stalled:
             for index in range(32):
                 client = stalled.enter_context(socket.create_connection((host, int(port))))
-                if index % 2:  # Asks, and never reads the answer.
+                if index % 2:  # Sends a request and never reads the answer.
                     client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
-                elif index % 4:  # Never ends its question.
+                elif index % 4:  # Never completes its request.
                     client.sendall(b"GET /metr")
             assert get(address, "/metrics")[0] == 200
             assert get(address, "/healthz") == (200, "ready\n")
@@ -59,7 +61,9 @@ def test_those_who_stall_stall_alone() -> None:
         exporter.stop()
 
 
-def test_who_trickles_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_never_completes_its_request_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(exporter_module, "CONNECTION_SECONDS", 0.2)
     exporter = Exporter(CollectorRegistry(), lambda: True)
     host, port = exporter.start("127.0.0.1", 0).split(":")
@@ -67,6 +71,26 @@ def test_who_trickles_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.create_connection((host, int(port)), timeout=60) as client:
             client.sendall(b"GET /metr")
             assert client.recv(1) == b""
+    finally:
+        exporter.stop()
+
+
+def test_slow_clients_take_a_bounded_number_of_threads() -> None:
+    before = threading.active_count()
+    exporter = Exporter(CollectorRegistry(), lambda: True)
+    address = exporter.start("127.0.0.1", 0)
+    host, port = address.split(":")
+    try:
+        with ExitStack() as slow:
+            for _ in range(400):
+                client = slow.enter_context(socket.create_connection((host, int(port))))
+                client.sendall(b"GET /metr")
+                most = threading.active_count() - before
+                assert most <= 40
+            assert most >= 16  # They did take threads.
+            began = time.monotonic()
+            assert get(address, "/healthz") == (200, "ready\n")
+            assert time.monotonic() - began < 2.0
     finally:
         exporter.stop()
 
@@ -81,14 +105,14 @@ def test_the_port_is_free_again() -> None:
 
 
 def has_ipv6() -> bool:
-    """Whether this machine reaches itself so."""
+    """Whether this machine can connect to its own IPv6 address."""
     with socket.socket(socket.AF_INET6) as probe:
         return probe.connect_ex(("::1", 9)) == errno.ECONNREFUSED
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_every_address_is_of_both_families(host: str) -> None:
+def test_a_wildcard_address_serves_ipv4_and_ipv6(host: str) -> None:
     exporter = Exporter(CollectorRegistry(), lambda: True)
     address = exporter.start(host, 0)
     port = address.rpartition(":")[2]

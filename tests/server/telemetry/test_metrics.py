@@ -26,7 +26,8 @@ from tests.server.telemetry.scrape import counted, scrape, values
 from tests.server.wire import SERVING, Wire, refusal, serving
 
 
-async def busy_day(wire: Wire) -> None:
+async def mixed_requests(wire: Wire) -> None:
+    """Two finished requests, one of them withheld, two invalid ones, and a memory report."""
     await wire.generate(prompt="hippopotamus", image_count=2)
     await wire.generate(prompt=FLAGGED)
     await refusal(wire.generate(prompt=""))
@@ -38,9 +39,9 @@ async def busy_day(wire: Wire) -> None:
 
 
 @pytest.mark.needs("promtool")
-async def test_promtool_finds_nothing_to_complain_of() -> None:
+async def test_promtool_reports_no_problem() -> None:
     async with serving(fake={"auto": True}) as wire:
-        await busy_day(wire)
+        await mixed_requests(wire)
         text = await scrape(wire)
     checked = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
@@ -50,7 +51,7 @@ async def test_promtool_finds_nothing_to_complain_of() -> None:
 
 async def test_requests_and_images_are_counted_by_outcome() -> None:
     async with serving(fake={"auto": True}) as wire:
-        await busy_day(wire)
+        await mixed_requests(wire)
         requests = await counted(wire, "darkroom_request_seconds_count", "model", "outcome")
         assert requests == {
             ("demo", "finished"): 2,
@@ -65,17 +66,17 @@ async def test_requests_and_images_are_counted_by_outcome() -> None:
         )
 
 
-async def test_nothing_that_a_caller_wrote_is_in_a_label() -> None:
+async def test_no_label_holds_text_from_a_caller() -> None:
     async with serving(fake={"auto": True}) as wire:
-        await busy_day(wire)
+        await mixed_requests(wire)
         text = await scrape(wire)
     assert "hippopotamus" not in text
     assert "secret" not in text
 
 
-async def test_calls_are_counted_as_every_dashboard_expects() -> None:
+async def test_calls_are_counted_by_the_standard_grpc_metrics() -> None:
     async with serving(fake={"auto": True}) as wire:
-        await busy_day(wire)
+        await mixed_requests(wire)
         labels = ("grpc_type", "grpc_service", "grpc_method")
         generate = ("unary", "darkroom.v1.GenerationService", "Generate")
         assert (await values(wire, "grpc_server_started_total", *labels))[generate] == 4
@@ -98,7 +99,7 @@ async def test_cancelled_and_expired_calls_have_their_codes() -> None:
         with pytest.raises(grpc.aio.AioRpcError):
             await wire.generation.Generate(request, timeout=2.0)
         await wire.cancelled.get()
-        # The caller knows of the end before the handler does.
+        # The call ends for the caller before its handler ends.
         handled: dict[tuple[str, ...], float] = {}
         while sum(count for (method, _), count in handled.items() if method == "Generate") < 2:
             handled = await values(wire, "grpc_server_handled_total", "grpc_method", "grpc_code")
@@ -130,7 +131,7 @@ async def test_gauges_follow_the_jobs() -> None:
 
 async def test_memory_and_versions() -> None:
     async with serving(fake={"auto": True}) as wire:
-        await busy_day(wire)
+        await mixed_requests(wire)
         kinds = await values(wire, "darkroom_gpu_memory_bytes", "device", "kind")
         assert kinds == {("cuda:0", "allocated"): 5, ("cuda:0", "free"): 7}
         host = await values(wire, "darkroom_host_memory_bytes", "process")
@@ -139,12 +140,14 @@ async def test_memory_and_versions() -> None:
         assert (await values(wire, "darkroom_build_info", "version")) == {("0.1.0",): 1}
 
 
-async def test_a_status_that_was_set_is_the_one_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def refuse(self: object, request: object, context: Any) -> model_pb2.GetModelResponse:
+async def test_a_status_set_by_a_handler_is_the_one_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def set_status(self: object, request: object, context: Any) -> model_pb2.GetModelResponse:
         context.set_code(grpc.StatusCode.DATA_LOSS)
         return model_pb2.GetModelResponse()
 
-    monkeypatch.setattr(ModelServicer, "GetModel", refuse)
+    monkeypatch.setattr(ModelServicer, "GetModel", set_status)
     async with serving() as wire:
         with pytest.raises(grpc.aio.AioRpcError):
             await wire.models.GetModel(model_pb2.GetModelRequest())
@@ -152,14 +155,14 @@ async def test_a_status_that_was_set_is_the_one_counted(monkeypatch: pytest.Monk
     assert handled["GetModel", "DATA_LOSS"] == 1
 
 
-async def test_jobs_given_up_are_counted_by_how_far_they_had_come() -> None:
+async def test_cancelled_jobs_are_counted_by_phase() -> None:
     async with serving() as wire:
         request = generation_pb2.GenerateRequest(prompt="a star")
         wire.engine._pass_seconds = 0.5
-        for passes in (0, 1):
+        for batches in (0, 1):
             call = wire.generation.Generate(request)
             await wire.submitted.get()
-            wire.engine.advance(passes)
+            wire.engine.advance(batches)
             call.cancel()
             await wire.cancelled.get()
             wire.engine.advance(0)
@@ -173,7 +176,7 @@ async def test_jobs_given_up_are_counted_by_how_far_they_had_come() -> None:
 
 async def test_rejections_are_counted_by_reason() -> None:
     async with serving(fake={"auto": True}) as wire:
-        await busy_day(wire)
+        await mixed_requests(wire)
         rejections = await counted(wire, "darkroom_rejections_total", "model", "reason")
     assert rejections == {
         ("demo", "invalid_request"): 1,
@@ -181,7 +184,7 @@ async def test_rejections_are_counted_by_reason() -> None:
     }
 
 
-async def test_what_the_engine_tells_is_added_up() -> None:
+async def test_engine_events_are_added_up() -> None:
     async with serving() as wire:
         for _ in range(2):
             wire.engine._emit(
@@ -251,7 +254,7 @@ async def test_messages_are_measured() -> None:
         assert received["Generate",] == len(b"\x12\x06a star")
 
 
-async def test_deadlines_are_missed_by_phase() -> None:
+async def test_missed_deadlines_are_counted_by_phase() -> None:
     async with serving() as wire:
         request = generation_pb2.GenerateRequest(prompt="a star")
         with pytest.raises(grpc.aio.AioRpcError):
@@ -279,16 +282,16 @@ async def test_retries_that_join_are_counted() -> None:
         assert await values(wire, "darkroom_steps_total") == {(): 4}
 
 
-def test_estimates_and_previews_are_held_against_the_clock() -> None:
+def test_estimate_errors_and_preview_times_are_observed() -> None:
     metrics = Metrics(["demo"])
     metrics.on_event(EstimateChecked("demo", 2.0, 3.0))
     metrics.on_event(EstimateChecked("demo", 0.0, 3.0))  # There was no estimate.
     metrics.on_event(FirstPreview("demo", 0.25))
-    told = metrics.registry.get_sample_value
+    sample = metrics.registry.get_sample_value
     demo = {"model": "demo"}
-    assert told("darkroom_estimate_error_ratio_sum", demo) == 1.5
-    assert told("darkroom_estimate_error_ratio_count", demo) == 1
-    assert told("darkroom_time_to_first_preview_seconds_sum", demo) == 0.25
+    assert sample("darkroom_estimate_error_ratio_sum", demo) == 1.5
+    assert sample("darkroom_estimate_error_ratio_count", demo) == 1
+    assert sample("darkroom_time_to_first_preview_seconds_sum", demo) == 0.25
 
 
 async def test_counters_do_not_fall_when_an_engine_dies() -> None:

@@ -72,13 +72,15 @@ async def test_the_stages_are_spans_in_the_caller_s_trace(exporter: InMemorySpan
     assert found["queue"].start_time == root.start_time
 
 
-async def test_a_caller_that_samples_nothing_is_obeyed(exporter: InMemorySpanExporter) -> None:
+async def test_a_trace_that_the_caller_does_not_sample_has_no_spans(
+    exporter: InMemorySpanExporter,
+) -> None:
     async with serving(fake={"auto": True}) as wire:
         await generate(wire, f"00-{TRACE}-{SPAN}-00")
     assert exporter.get_finished_spans() == ()
 
 
-async def test_without_a_caller_s_trace_one_begins_that_the_log_knows(
+async def test_without_a_caller_s_trace_a_new_one_begins_and_is_logged(
     exporter: InMemorySpanExporter,
 ) -> None:
     with structlog.testing.capture_logs(
@@ -96,7 +98,7 @@ async def test_without_a_caller_s_trace_one_begins_that_the_log_knows(
     assert all(line["request_id"] for line in lines)
 
 
-async def test_what_fails_is_an_error_with_its_reason(exporter: InMemorySpanExporter) -> None:
+async def test_the_span_of_a_failed_request_has_its_reason(exporter: InMemorySpanExporter) -> None:
     async with serving() as wire:
         call = wire.generating()
         job = await wire.submitted.get()
@@ -110,7 +112,7 @@ async def test_what_fails_is_an_error_with_its_reason(exporter: InMemorySpanExpo
     assert (status.status_code, status.description) == (StatusCode.ERROR, "OUT_OF_MEMORY")
 
 
-async def test_the_trace_s_id_is_an_exemplar() -> None:
+async def test_the_trace_id_is_an_exemplar() -> None:
     async with serving(fake={"auto": True}) as wire:
         await generate(wire, f"00-{TRACE}-{SPAN}-01")
         text = await scrape(wire, OPENMETRICS)
@@ -120,7 +122,7 @@ async def test_the_trace_s_id_is_an_exemplar() -> None:
     assert f'# {{trace_id="{TRACE}"}} ' in line
 
 
-def test_a_collector_that_is_gone_does_not_hold_up_the_end(
+def test_a_collector_that_hangs_does_not_block_the_shutdown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(spans, "FLUSH_SECONDS", 0.05)
@@ -135,7 +137,7 @@ def test_a_collector_that_is_gone_does_not_hold_up_the_end(
     collector.set()
 
 
-def test_nothing_of_it_is_imported_when_it_is_off() -> None:
+def test_opentelemetry_is_not_imported_when_traces_are_off() -> None:
     code = (
         "import sys; from darkroom_server import app, telemetry; "
         "assert telemetry.open_traces('off') is None; "
@@ -144,13 +146,13 @@ def test_nothing_of_it_is_imported_when_it_is_off() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "darkroom_server.telemetry.spans", None)
     with pytest.raises(StartupError, match=r"darkroom-server\[otel\]"):
         open_traces("otlp")
 
 
-async def test_one_line_sums_a_request_up_without_its_prompt() -> None:
+async def test_one_log_line_summarises_a_request_without_its_prompt() -> None:
     with structlog.testing.capture_logs(
         processors=[structlog.contextvars.merge_contextvars]
     ) as logs:

@@ -180,7 +180,7 @@ class FakeEngine:
             del self._residents[job_id]
             self._emit(JobCancelled(job_id, expired=True, wasted_seconds=0.0))
 
-    def die(self, message: str = "the fake engine was told to die", *, fatal: bool = False) -> None:
+    def die(self, message: str = "the fake engine was made to die", *, fatal: bool = False) -> None:
         """Die with every job in it; ``start`` starts it again, empty."""
         with self._lock:
             self._residents.clear()

@@ -72,11 +72,13 @@ class EngineReady:
 class EngineDied:
     """The engine has stopped; ``message`` is one line for the operator.
 
-    ``fatal``: a restart with the same configuration would fail in the same way.
+    ``fatal``: a restart with the same configuration would fail in the same way. ``exhausted``: it
+    could not start because the machine had no descriptors, processes or memory to give.
     """
 
     message: str
     fatal: bool = False
+    exhausted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

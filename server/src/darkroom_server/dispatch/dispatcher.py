@@ -14,11 +14,11 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch.admission.availability import Availability, State, shutting_down
 from darkroom_server.dispatch.admission.controller import AdmissionController
-from darkroom_server.dispatch.admission.estimator import Estimator
 from darkroom_server.dispatch.admission.limits import QueueLimits
 from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.estimation.estimate import Estimate
+from darkroom_server.dispatch.estimation.estimator import Estimator
 from darkroom_server.dispatch.event_router import EventRouter
-from darkroom_server.dispatch.jobs.estimate import Estimate
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 from darkroom_server.dispatch.lifecycle import JobLifecycle
@@ -35,7 +35,7 @@ class Dispatcher:
     ``max_queued_jobs`` and ``max_queued_megapixel_steps`` limit what waits. An engine takes jobs
     while fewer than ``max_resident_samples`` images are in it. With ``early_refusal``, jobs that
     are not expected to meet their deadlines are rejected. An engine that dies more than
-    ``max_restarts`` times in ten minutes is given up. ``on_state`` is called with the state when it
+    ``max_restarts`` times in ten minutes is retired. ``on_state`` is called with the state when it
     may have changed. ``availability``: the models and the state.
     """
 
@@ -167,7 +167,7 @@ class Dispatcher:
         return active
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a job in any state, whoever follows it; unknown and ended ones are ignored."""
+        """Cancel a job, even if calls follow it; unknown and ended ones are ignored."""
         self._lifecycle.cancel(job_id)
 
     def join(self, active: ActiveJob, deadline: float | None) -> None:

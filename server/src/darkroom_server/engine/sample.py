@@ -8,6 +8,7 @@ import torch
 from darkroom_server.core.job import Job
 from darkroom_server.core.order import OrderKey
 from darkroom_server.engine.batch import Group
+from darkroom_server.engine.components.guidance import guide
 from darkroom_server.engine.components.prompt_encoder import Embedding
 
 
@@ -101,9 +102,7 @@ class Sample:
     def advance(self, prediction: torch.Tensor) -> None:
         """Take one step: ``prediction`` is the denoiser's, one row per embedding."""
         if self.rows == 2:
-            # Classifier-free guidance, Ho and Salimans 2022, as in diffusers' pipeline.
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + self.job.guidance_scale * (conditional - unconditional)
+            prediction = guide(prediction, self.job.guidance_scale)
         if self.job.wants_preview(self.step + 1, self.steps):
             self.predicted_x0 = self._predict_x0(prediction)
         self.latents = self.scheduler.step(

@@ -148,7 +148,7 @@ class _Fields:
             return self.model.defaults.scheduler
         name = SCHEDULERS.get(asked)
         if name is None:
-            self.wrong("scheduler", f"{asked} is no scheduler that this server knows")
+            self.wrong("scheduler", f"{asked} is not a scheduler that this server knows")
             return None
         if self.model.offer(name) is None:
             offers = ", ".join(offer.name for offer in self.model.schedulers)
@@ -202,7 +202,7 @@ class _Fields:
             return self.model.defaults.format
         format = FORMATS.get(asked)
         if format is None:
-            self.wrong("format", f"{asked} is no format that this server knows")
+            self.wrong("format", f"{asked} is not a format that this server knows")
         return format
 
     def quality(self, format: ImageFormat | None) -> int:

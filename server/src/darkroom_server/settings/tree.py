@@ -194,6 +194,16 @@ class Engine:
             metavar="SECONDS",
         ),
     ] = 60.0
+    load_timeout: Annotated[
+        float,
+        Gt(0),
+        Setting(
+            "Seconds after which an engine that still loads its models is killed and restarted.",
+            choose="Longer than the first load takes, the download included. Once an engine has "
+            "loaded, it gets four times that time, at least a minute, to load again.",
+            metavar="SECONDS",
+        ),
+    ] = 1800.0
     engine_max_restarts: Annotated[
         int,
         Ge(0),

@@ -7,11 +7,11 @@ from darkroom_server.core.errors import DeadlineExceeded, TooLarge
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.admission.availability import Availability
-from darkroom_server.dispatch.admission.estimator import Estimator
 from darkroom_server.dispatch.admission.limits import QueueLimits
 from darkroom_server.dispatch.admission.quotas import Quotas
 from darkroom_server.dispatch.engines.pool import EnginePool
-from darkroom_server.dispatch.jobs.estimate import Estimate
+from darkroom_server.dispatch.estimation.estimate import Estimate
+from darkroom_server.dispatch.estimation.estimator import Estimator
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 
@@ -55,11 +55,11 @@ class AdmissionController:
         if not self._pool.has_room:
             waiting = [active.job for active in self._registry.queue()]
             self.limits.check(job, waiting, self._estimator.retry_after)
-        active = ActiveJob(job, model)
+        active = ActiveJob(job, model, caller)
         active.estimate = self._estimator.estimate(active)
         if self._early_refusal and job.deadline is not None:
             self._estimator.check_deadline(job.deadline, active.estimate)
-        self._quotas.accepted(job.caller)
+        self._quotas.accepted(caller)
         return active
 
     def estimate(self, job: Job) -> Estimate | None:
@@ -73,7 +73,7 @@ class AdmissionController:
 
     def release(self, active: ActiveJob) -> None:
         """An admitted job has ended."""
-        self._quotas.ended(active.job.caller)
+        self._quotas.ended(active.caller)
 
 
 def check_fits(job: Job, model: ModelInfo) -> None:

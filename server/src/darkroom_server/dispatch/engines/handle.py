@@ -26,7 +26,8 @@ class EngineHandle:
     ``jobs``: those that the engine has, by id, whether or not a caller still wants them.
     ``memory``: its last report. ``batches``: the number that it ran; ``last_rows``: the rows of the
     last one. ``healthy_since_crash``: it finished a job since a death was last attributed to one.
-    ``loaded``: it was ready once. ``given_up``: it is never started again.
+    ``loaded``: it was ready once. ``retired``: it is never started again.
+    ``starts_without_resources``: starts in a row that failed because the machine was exhausted.
     """
 
     def __init__(self, index: int, engine: Engine) -> None:
@@ -34,8 +35,9 @@ class EngineHandle:
         self.engine = engine
         self.ready = False
         self.loaded = False
-        self.given_up = False
+        self.retired = False
         self.restarts = 0
+        self.starts_without_resources = 0
         self.deaths: deque[Death] = deque()
         self.healthy_since_crash = True
         self.jobs: dict[str, ActiveJob] = {}
@@ -92,6 +94,7 @@ class EngineHandle:
     def set_ready(self, ready: EngineReady) -> None:
         """It has loaded its models."""
         self.ready = self.loaded = True
+        self.starts_without_resources = 0
         self.models = {model.id: model for model in ready.models}
         self._row_limits.clear()
         for model in ready.models:

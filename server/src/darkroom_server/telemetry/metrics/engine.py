@@ -13,7 +13,7 @@ from darkroom_server.core.events import (
     RowLimitCorrected,
 )
 from darkroom_server.core.metric_labels import rows_class
-from darkroom_server.dispatch import EngineGivenUp, EngineRestarted, EngineTimeWasted
+from darkroom_server.dispatch import EngineRestarted, EngineRetired, EngineTimeWasted
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 
 STEP_BUCKETS = (
@@ -97,7 +97,7 @@ class EngineMetrics:
         self.restarts = declare.counter(
             "darkroom_engine_restarts_total", "Engines restarted after they died."
         )
-        self.given_up = declare.gauge(
+        self.retired = declare.gauge(
             "darkroom_engines_given_up",
             "Engines that failed to load or died too often, and are not restarted.",
         )
@@ -147,7 +147,7 @@ class EngineMetrics:
             RowLimitCorrected: self.record_row_limit,
             EngineTimeWasted: self.record_wasted,
             EngineRestarted: lambda _: self.restarts.inc(),
-            EngineGivenUp: lambda _: self.given_up.inc(),
+            EngineRetired: lambda _: self.retired.inc(),
         }
 
     def begin(self, model: str) -> None:
