@@ -19,6 +19,7 @@ import darkroom_client
 from darkroom.v1 import model_pb2
 from darkroom_client import (
     TLS,
+    Client,
     DarkroomError,
     Estimate,
     GenerationFailed,
@@ -467,3 +468,25 @@ def test_equal_names_get_a_number() -> None:
         "a-7-2.png",
         "a-7-3.png",
     ]
+
+
+def test_jobs_are_listed_the_last_first(capsys: Capture, fake: FakeServer) -> None:
+    fake.script(Behaviour(), Behaviour(queue=1, hold=threading.Event()))
+    with Client(fake.target) as client:
+        done, waits = [client.submit("a star", steps=4).request_id for _ in range(2)]
+        client.result(done)
+        fake.wait_for(lambda: fake.jobs[1].generation().queue_position == 1)
+
+        assert main(["jobs"]) == 0
+        rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        assert [row[:6] for row in rows] == [
+            [waits, "queued", "demo", "0 of 1", "0 of 4", "1"],
+            [done, "finished", "demo", "1 of 1", "4 of 4", "-"],
+        ]
+        assert main(["jobs", "--limit", "1", "--json"]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        assert (json.loads(line)["request_id"], json.loads(line)["state"]) == (waits, "queued")
+        assert main(["jobs", done]) == 0
+        assert capsys.readouterr().out.startswith(f"{done}\tfinished")
+        assert main(["jobs", "nobody"]) == 2
+        assert "nobody" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from darkroom_client import AsyncClient, Client
 
 NAMES = darkroom_client.__all__
 CLASSES = [kind for name in NAMES if isinstance(kind := getattr(darkroom_client, name), type)]
-STREAMING = {"stream", "watch", "generate_as_completed"}
+STREAMING = {"stream", "watch", "generate_as_completed", "jobs"}
 SECONDS = 0.3
 
 

@@ -45,6 +45,7 @@ from darkroom_client._types.events import (
     Started,
 )
 from darkroom_client._types.image import Image
+from darkroom_client._types.job import Job, JobState
 from darkroom_client._types.model import (
     Model,
     ModelDefaults,
@@ -87,6 +88,8 @@ __all__ = [
     "ImageReady",
     "ImageWithheld",
     "InvalidRequest",
+    "Job",
+    "JobState",
     "Keepalive",
     "Model",
     "ModelDefaults",

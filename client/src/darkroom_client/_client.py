@@ -23,6 +23,7 @@ from darkroom_client._transport.sync import InFlightCall, SyncTransport
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
+from darkroom_client._types.job import Job
 from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationOptions, GenerationRequest, as_request
@@ -200,6 +201,48 @@ class Client:
         """
         self._transport.check_open()
         return Stream(self._transport, self._calls.watch(request_id, timeout, metadata))
+
+    def result(
+        self,
+        request_id: str,
+        timeout: float | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> GenerationResult:
+        """Wait for a job of this caller that an earlier call began, and return its images.
+
+        The job continues if this call times out. Raises the job's error if it did not finish, and
+        ``UnknownRequest`` for an id that the server does not know.
+        """
+        return self.watch(request_id, timeout=timeout, metadata=metadata).result()
+
+    def job(
+        self,
+        request_id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Return the state, step and place in the queue of a job of this caller, without waiting.
+
+        Raises ``UnknownRequest`` for an id that the server does not know.
+        """
+        return self._transport.run(self._calls.job(request_id, timeout, metadata))
+
+    def jobs(
+        self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
+    ) -> Iterator[Job]:
+        """Yield the jobs of this caller that the server knows, the last accepted first.
+
+        The jobs come in pages, each read when it is needed; ``timeout`` is for each page. A server
+        knows the jobs that it runs, and ended ones for its ``--result-ttl``.
+        """
+        token, more = "", True
+        while more:
+            page = self._transport.run(self._calls.jobs(token, timeout, metadata))
+            yield from page.jobs
+            token = page.next_token
+            more = bool(token)
 
     def cancel(
         self,

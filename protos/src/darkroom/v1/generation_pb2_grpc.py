@@ -149,7 +149,7 @@ class GenerationServiceServicer(object):
     def ListGenerations(self, request, context):
         """ListGenerations returns the jobs of the caller that the server knows, the
         last accepted first, page by page. A job that is accepted meanwhile is not
-        on a later page. INVALID_ARGUMENT for a page_token of no earlier page.
+        on a later page. INVALID_ARGUMENT for a page_token that no page had.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

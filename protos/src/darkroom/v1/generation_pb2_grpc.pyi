@@ -77,7 +77,7 @@ class GenerationServiceStub:
     ListGenerations: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListGenerationsRequest, _generation_pb2.ListGenerationsResponse]
     """ListGenerations returns the jobs of the caller that the server knows, the
     last accepted first, page by page. A job that is accepted meanwhile is not
-    on a later page. INVALID_ARGUMENT for a page_token of no earlier page.
+    on a later page. INVALID_ARGUMENT for a page_token that no page had.
     """
     EstimateGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.EstimateGenerationRequest, _generation_pb2.EstimateGenerationResponse]
     """EstimateGeneration returns the time and memory that a request would need,
@@ -133,7 +133,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     ListGenerations: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListGenerationsRequest, _generation_pb2.ListGenerationsResponse]  # type: ignore[assignment]
     """ListGenerations returns the jobs of the caller that the server knows, the
     last accepted first, page by page. A job that is accepted meanwhile is not
-    on a later page. INVALID_ARGUMENT for a page_token of no earlier page.
+    on a later page. INVALID_ARGUMENT for a page_token that no page had.
     """
     EstimateGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.EstimateGenerationRequest, _generation_pb2.EstimateGenerationResponse]  # type: ignore[assignment]
     """EstimateGeneration returns the time and memory that a request would need,
@@ -228,7 +228,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_generation_pb2.ListGenerationsResponse, _abc.Awaitable[_generation_pb2.ListGenerationsResponse]]:
         """ListGenerations returns the jobs of the caller that the server knows, the
         last accepted first, page by page. A job that is accepted meanwhile is not
-        on a later page. INVALID_ARGUMENT for a page_token of no earlier page.
+        on a later page. INVALID_ARGUMENT for a page_token that no page had.
         """
 
     @_abc_1.abstractmethod

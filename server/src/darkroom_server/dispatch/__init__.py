@@ -21,7 +21,7 @@ from darkroom_server.dispatch.observer import (
     ReadyChanged,
     RetryJoined,
 )
-from darkroom_server.dispatch.results import ResultStore
+from darkroom_server.dispatch.results import Page, ResultStore
 from darkroom_server.dispatch.status import EngineStatus, ModelStatus, Snapshot
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "JobRerun",
     "ModelStatus",
     "Observer",
+    "Page",
     "Queued",
     "ReadyChanged",
     "Restarted",
