@@ -56,7 +56,7 @@ async def test_a_job_is_reported_from_the_queue_to_its_end() -> None:
         assert first.error_reason == ""
 
 
-async def test_the_state_is_no_subscription() -> None:
+async def test_asking_for_the_state_does_not_subscribe() -> None:
     async with serving() as wire:
         call = wire.stream(request_id="mine", steps=1000)
         await read(call)

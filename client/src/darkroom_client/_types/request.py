@@ -18,7 +18,8 @@ class GenerationRequest:
     none. ``seed``: 0 to 2^63 - 1; image i uses (seed + i) mod 2^63; if unset, the client picks a
     random one. ``quality``: 1 to 100, for JPEG and WebP. ``exact``: identical bytes
     whatever else the server is doing; slower. ``request_id``: at most 64 of A-Z a-z 0-9 . _ - ; if
-    unset, the client picks a random one.
+    unset, the client picks a random one. ``embed_record``: the file of each image holds its replay
+    record, the prompt included; not for RAW_RGB.
 
     The server checks the bounds, and reports all violations at once.
     """
@@ -37,6 +38,7 @@ class GenerationRequest:
     quality: int | None = None
     exact: bool = False
     request_id: str | None = None
+    embed_record: bool = False
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -55,6 +57,7 @@ class GenerationOptions(TypedDict, total=False):
     quality: int | None
     exact: bool
     request_id: str | None
+    embed_record: bool
 
 
 def as_request(

@@ -104,6 +104,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     add("--overwrite", action="store_true", help="replace files that exist")
     add("--record", action="store_true", help="write NAME.json, for `replay`, beside each image")
+    add(
+        "--no-embed-record",
+        dest="embed_record",
+        action="store_false",
+        help="keep the record, the prompt included, out of the image files",
+    )
     add("--json", action="store_true", help="print one JSON object per line")
     add(
         "--concurrency",
@@ -156,7 +162,12 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 def _add_replay(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("record", metavar="RECORD.json", type=Path, help="what `generate --record` wrote")
+    add(
+        "record",
+        metavar="FILE",
+        type=Path,
+        help="an image that `generate` saved, or the NAME.json of its --record",
+    )
     add("-o", "--output", metavar="FILE", type=Path, help="write the new image to FILE")
     add("--overwrite", action="store_true", help="replace FILE if it exists")
 

@@ -178,10 +178,10 @@ class GenerateRequest(_message.Message):
     cannot distinguish a caller that cancelled from one that lost its connection.
     """
     embed_record: _builtins.bool
-    """Write the replay record into the file of each image, as JSON with the names
-    of ReplayRecord: in PNG as the iTXt chunk "darkroom-record", in JPEG and
-    WEBP as the XMP property darkroom:record. INVALID_ARGUMENT for RAW_RGB. The
-    record in the file lacks rows_in_last_pass, which changes from call to call.
+    """Write the replay record into the file of each image, as JSON: in PNG as the
+    iTXt chunk "darkroom-record", in JPEG and WEBP as the element record of the
+    XMP namespace "urn:darkroom:v1". It holds nothing that changes from call to
+    call: no request_id, no rows_in_last_pass. INVALID_ARGUMENT for RAW_RGB.
     """
     def __init__(
         self,
