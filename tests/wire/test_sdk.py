@@ -8,7 +8,6 @@ from darkroom_client import (
     Cancelled,
     Client,
     Finished,
-    GenerationOptions,
     ImageReady,
     JobState,
     Preview,
@@ -93,8 +92,15 @@ def test_a_job_without_a_watcher(address: str) -> None:
 def test_a_picture_holds_its_record(address: str, tmp_path: Path) -> None:
     with Client(address, timeout=SECONDS) as client:
         for format in ("png", "jpeg", "webp"):
-            options = GenerationOptions(steps=3, format=format, exact=True, embed_record=True)
-            second = client.generate(PROMPT, seed=7, image_count=2, **options).images[1]
+            second = client.generate(
+                PROMPT,
+                seed=7,
+                image_count=2,
+                steps=3,
+                format=format,
+                exact=True,
+                embed_record=True,
+            ).images[1]
             path = second.save(tmp_path / f"star{second.format.suffixes[0]}")
             record = ReplayRecord.from_file(path)
             assert record.differences(second.replay) == {}

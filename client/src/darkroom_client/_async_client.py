@@ -114,11 +114,12 @@ class AsyncClient:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> list[GenerationResult | DarkroomError]:
         """Like ``Client.generate_many``."""
         answers = _batch.generate_many_async(
             self._generate_one(timeout, metadata),
-            _batch.check_requests(requests),
+            _batch.with_options(requests, options),
             _batch.check_concurrency(concurrency),
         )
         async with aclosing(answers):
@@ -131,12 +132,13 @@ class AsyncClient:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> AsyncIterator[tuple[int, GenerationResult | DarkroomError]]:
         """Like ``Client.generate_as_completed``."""
         self._transport.check_open()
         return _batch.generate_many_async(
             self._generate_one(timeout, metadata),
-            _batch.check_requests(requests),
+            _batch.with_options(requests, options),
             _batch.check_concurrency(concurrency),
         )
 

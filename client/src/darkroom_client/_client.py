@@ -138,14 +138,16 @@ class Client:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> list[GenerationResult | DarkroomError]:
         """Send many requests, at most ``concurrency`` at a time, and wait for all.
 
-        A string is a prompt. The answers are in the order of ``requests``; the answer of a request
+        A string is a prompt; ``options`` are for all, and override those of a
+        ``GenerationRequest``. The answers are in the order of ``requests``; the answer of a request
         that failed is its error, and the others continue. ``timeout`` is for each request.
         """
         answers = self.generate_as_completed(
-            requests, concurrency=concurrency, timeout=timeout, metadata=metadata
+            requests, concurrency=concurrency, timeout=timeout, metadata=metadata, **options
         )
         return _batch.in_order(answers)
 
@@ -156,6 +158,7 @@ class Client:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Iterator[tuple[int, GenerationResult | DarkroomError]]:
         """Like ``generate_many``, but yield each answer with its index as soon as it is there.
 
@@ -167,7 +170,7 @@ class Client:
 
         self._transport.check_open()
         return _batch.generate_many(
-            start, _batch.check_requests(requests), _batch.check_concurrency(concurrency)
+            start, _batch.with_options(requests, options), _batch.check_concurrency(concurrency)
         )
 
     def submit(
