@@ -19,13 +19,13 @@ from tests.client.scripted import SIZE, ScriptedServer, changed
 @pytest.fixture
 def image(client: Any) -> Image:
     """A PNG."""
-    drawn: Image = client.generate("a star", seed=7).images[0]
-    return drawn
+    image: Image = client.generate("a star", seed=7).images[0]
+    return image
 
 
 def in_format(client: Any, image_format: str) -> Image:
-    drawn: Image = client.generate("a star", seed=7, format=image_format).images[0]
-    return drawn
+    image: Image = client.generate("a star", seed=7, format=image_format).images[0]
+    return image
 
 
 @pytest.mark.parametrize(
