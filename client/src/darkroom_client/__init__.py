@@ -46,6 +46,7 @@ from darkroom_client._types.events import (
     Started,
 )
 from darkroom_client._types.image import Image
+from darkroom_client._types.job import Job, JobState
 from darkroom_client._types.model import (
     Model,
     ModelDefaults,
@@ -90,6 +91,8 @@ __all__ = [
     "ImageReady",
     "ImageWithheld",
     "InvalidRequest",
+    "Job",
+    "JobState",
     "Keepalive",
     "Model",
     "ModelDefaults",

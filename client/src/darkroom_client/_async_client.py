@@ -24,6 +24,7 @@ from darkroom_client._transport.aio import AsyncTransport
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
+from darkroom_client._types.job import Job
 from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationOptions, GenerationRequest, as_request
@@ -113,11 +114,12 @@ class AsyncClient:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> list[GenerationResult | DarkroomError]:
         """Like ``Client.generate_many``."""
         answers = _batch.generate_many_async(
             self._generate_one(timeout, metadata),
-            _batch.check_requests(requests),
+            _batch.with_options(requests, options),
             _batch.check_concurrency(concurrency),
         )
         async with aclosing(answers):
@@ -130,12 +132,13 @@ class AsyncClient:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> AsyncIterator[tuple[int, GenerationResult | DarkroomError]]:
         """Like ``Client.generate_as_completed``."""
         self._transport.check_open()
         return _batch.generate_many_async(
             self._generate_one(timeout, metadata),
-            _batch.check_requests(requests),
+            _batch.with_options(requests, options),
             _batch.check_concurrency(concurrency),
         )
 
@@ -162,6 +165,38 @@ class AsyncClient:
         """Like ``Client.watch``."""
         self._transport.check_open()
         return AsyncStream(self._transport, self._calls.watch(request_id, timeout, metadata))
+
+    async def result(
+        self,
+        request_id: str,
+        timeout: float | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> GenerationResult:
+        """Like ``Client.result``."""
+        return await self.watch(request_id, timeout=timeout, metadata=metadata).result()
+
+    async def job(
+        self,
+        request_id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Like ``Client.job``."""
+        return await self._transport.run(self._calls.job(request_id, timeout, metadata))
+
+    async def jobs(
+        self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Job]:
+        """Like ``Client.jobs``, for ``async for``."""
+        token, more = "", True
+        while more:
+            page = await self._transport.run(self._calls.jobs(token, timeout, metadata))
+            for job in page.jobs:
+                yield job
+            token = page.next_token
+            more = bool(token)
 
     async def cancel(
         self,

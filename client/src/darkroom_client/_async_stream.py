@@ -36,6 +36,9 @@ class AsyncStream:
 
     async def result(self) -> GenerationResult:
         """Like ``Stream.result``."""
+        if not self._entered:
+            async with self:
+                return await self.result()
         async for _ in self:
             pass
         if self._session.result is None:

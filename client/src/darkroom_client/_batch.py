@@ -8,7 +8,7 @@ from queue import SimpleQueue
 from darkroom_client._checks import check_integer
 from darkroom_client._errors import DarkroomError
 from darkroom_client._transport.sync import InFlightCall
-from darkroom_client._types.request import GenerationRequest, as_request
+from darkroom_client._types.request import GenerationOptions, GenerationRequest, as_request
 from darkroom_client._types.result import GenerationResult
 
 Answer = GenerationResult | DarkroomError
@@ -85,15 +85,22 @@ def check_concurrency(concurrency: int) -> int:
     return concurrency
 
 
-def check_requests(
-    requests: Iterable[GenerationRequest | str],
-) -> Iterable[GenerationRequest | str]:
-    """Return ``requests``; raises ``TypeError`` for one string, whose letters would be prompts."""
+def with_options(
+    requests: Iterable[GenerationRequest | str], options: GenerationOptions
+) -> Iterable[GenerationRequest]:
+    """Each of ``requests`` with the ``options`` that all share, made when it is read.
+
+    Raises ``TypeError`` for one string, whose letters would be prompts, and for an option that
+    requests cannot share.
+    """
     if isinstance(requests, str | GenerationRequest):
         raise TypeError(
             f"requests is one {type(requests).__name__}, must be many: put it in a list"
         )
-    return requests
+    if "request_id" in options:
+        raise TypeError("request_id names one job: pass GenerationRequests with their own ids")
+    as_request("", options)  # A wrong name is an error now, not at the first request.
+    return (as_request(request, options) for request in requests)
 
 
 def in_order(answers: Iterable[tuple[int, Answer]]) -> list[Answer]:

@@ -23,6 +23,7 @@ from darkroom_client._transport.sync import InFlightCall, SyncTransport
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
+from darkroom_client._types.job import Job
 from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationOptions, GenerationRequest, as_request
@@ -137,14 +138,16 @@ class Client:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> list[GenerationResult | DarkroomError]:
         """Send many requests, at most ``concurrency`` at a time, and wait for all.
 
-        A string is a prompt. The answers are in the order of ``requests``; the answer of a request
+        A string is a prompt; ``options`` are for all, and override those of a
+        ``GenerationRequest``. The answers are in the order of ``requests``; the answer of a request
         that failed is its error, and the others continue. ``timeout`` is for each request.
         """
         answers = self.generate_as_completed(
-            requests, concurrency=concurrency, timeout=timeout, metadata=metadata
+            requests, concurrency=concurrency, timeout=timeout, metadata=metadata, **options
         )
         return _batch.in_order(answers)
 
@@ -155,6 +158,7 @@ class Client:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Iterator[tuple[int, GenerationResult | DarkroomError]]:
         """Like ``generate_many``, but yield each answer with its index as soon as it is there.
 
@@ -166,7 +170,7 @@ class Client:
 
         self._transport.check_open()
         return _batch.generate_many(
-            start, _batch.check_requests(requests), _batch.check_concurrency(concurrency)
+            start, _batch.with_options(requests, options), _batch.check_concurrency(concurrency)
         )
 
     def submit(
@@ -200,6 +204,48 @@ class Client:
         """
         self._transport.check_open()
         return Stream(self._transport, self._calls.watch(request_id, timeout, metadata))
+
+    def result(
+        self,
+        request_id: str,
+        timeout: float | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> GenerationResult:
+        """Wait for a job of this caller that an earlier call began, and return its images.
+
+        The job continues if this call times out. Raises the job's error if it did not finish, and
+        ``UnknownRequest`` for an id that the server does not know.
+        """
+        return self.watch(request_id, timeout=timeout, metadata=metadata).result()
+
+    def job(
+        self,
+        request_id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Return the state, step and place in the queue of a job of this caller, without waiting.
+
+        Raises ``UnknownRequest`` for an id that the server does not know.
+        """
+        return self._transport.run(self._calls.job(request_id, timeout, metadata))
+
+    def jobs(
+        self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
+    ) -> Iterator[Job]:
+        """Yield the jobs of this caller that the server knows, the last accepted first.
+
+        The jobs come in pages, each read when it is needed; ``timeout`` is for each page. A server
+        knows the jobs that it runs, and ended ones for its ``--result-ttl``.
+        """
+        token, more = "", True
+        while more:
+            page = self._transport.run(self._calls.jobs(token, timeout, metadata))
+            yield from page.jobs
+            token = page.next_token
+            more = bool(token)
 
     def cancel(
         self,

@@ -37,7 +37,13 @@ class Stream:
         return self._session.request_id
 
     def result(self) -> GenerationResult:
-        """Wait for the end and return the images; unread events are discarded."""
+        """Wait for the end and return the images; unread events are discarded.
+
+        Outside of a ``with`` block it is the block itself: the stream is closed afterwards.
+        """
+        if not self._entered:
+            with self:
+                return self.result()
         for _ in self:
             pass
         if self._session.result is None:

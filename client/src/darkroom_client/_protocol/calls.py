@@ -15,12 +15,14 @@ from darkroom_client._protocol.stubs import Stubs
 from darkroom_client._settings import Settings
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
+from darkroom_client._types.job import Job
 from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._types.result import GenerationResult
 from darkroom_client._types.status import Estimate, ServerStatus
 from darkroom_client._wire.events import decode_accepted
+from darkroom_client._wire.jobs import JobPage, decode_job, decode_page
 from darkroom_client._wire.models import decode_model
 from darkroom_client._wire.requests import encode_preview, encode_request, with_id_and_seed
 from darkroom_client._wire.results import decode_response
@@ -127,6 +129,32 @@ class Calls:
             timeout,
             metadata,
             request_id=request_id,
+        )
+
+    def job(
+        self, request_id: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[Job]:
+        """Get the state of one job."""
+        _check_name("request_id", request_id)
+        return self._call(
+            lambda stubs: stubs.generation.GetGeneration,
+            generation_pb2.GetGenerationRequest(request_id=request_id),
+            lambda response: decode_job(response.generation),
+            timeout,
+            metadata,
+            request_id=request_id,
+        )
+
+    def jobs(
+        self, page_token: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[JobPage]:
+        """List one page of the caller's jobs."""
+        return self._call(
+            lambda stubs: stubs.generation.ListGenerations,
+            generation_pb2.ListGenerationsRequest(page_token=page_token),
+            decode_page,
+            timeout,
+            metadata,
         )
 
     def estimate(

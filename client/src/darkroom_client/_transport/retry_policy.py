@@ -15,6 +15,8 @@ JOB_STARTING_METHODS = (
 )
 OTHER_METHODS = (
     ("darkroom.v1.GenerationService", "CancelGeneration"),
+    ("darkroom.v1.GenerationService", "GetGeneration"),
+    ("darkroom.v1.GenerationService", "ListGenerations"),
     ("darkroom.v1.GenerationService", "EstimateGeneration"),
     ("darkroom.v1.ModelService", "ListModels"),
     ("darkroom.v1.ModelService", "GetModel"),

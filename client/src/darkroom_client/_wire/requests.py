@@ -75,6 +75,7 @@ def encode_request(
         quality=request.quality,
         request_id=request.request_id or "",
         exact=request.exact,
+        embed_record=request.embed_record,
         on_disconnect=(
             generation_pb2.ON_DISCONNECT_KEEP if keep else generation_pb2.ON_DISCONNECT_CANCEL
         ),
@@ -117,6 +118,7 @@ def decode_request(request: generation_pb2.GenerateRequest) -> GenerationRequest
         format=decode_format(request.format),
         quality=request.quality if request.HasField("quality") else None,
         exact=request.exact,
+        embed_record=request.embed_record,
         request_id=request.request_id or None,
     )
 
@@ -132,6 +134,7 @@ def _check_types(request: GenerationRequest) -> None:
     if request.guidance_scale is not None:
         check_number("guidance_scale", request.guidance_scale)
     check_flag("exact", request.exact)
+    check_flag("embed_record", request.embed_record)
 
 
 def _violations(request: GenerationRequest) -> Iterator[Violation]:

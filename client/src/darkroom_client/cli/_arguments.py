@@ -8,7 +8,15 @@ from pathlib import Path
 from darkroom_client._settings import DEFAULT_TARGET, DEFAULT_TIMEOUT
 from darkroom_client._types.enums import ImageFormat, Scheduler
 from darkroom_client.cli._exit_codes import TABLE
-from darkroom_client.cli.commands import _estimate, _generate, _models, _replay, _status, _wait
+from darkroom_client.cli.commands import (
+    _estimate,
+    _generate,
+    _jobs,
+    _models,
+    _replay,
+    _status,
+    _wait,
+)
 
 _EPILOG = f"""\
 environment:
@@ -52,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     estimate.add_argument("prompt", nargs="?", default="a picture", metavar="PROMPT")
     estimate.add_argument("--json", action="store_true", help="print one JSON object")
     _add_request(estimate)
+    _add_jobs(command("jobs", "list your jobs on the server", _jobs.run, 10.0))
     _add_models(command("models", "list the models of the server", _models.run, 10.0))
     _add_replay(command("replay", "reproduce a recorded image", _replay.run, DEFAULT_TIMEOUT))
     status = command("status", "show the status of the server", _status.run, 10.0)
@@ -95,6 +104,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     add("--overwrite", action="store_true", help="replace files that exist")
     add("--record", action="store_true", help="write NAME.json, for `replay`, beside each image")
+    add(
+        "--no-embed-record",
+        dest="embed_record",
+        action="store_false",
+        help="keep the record, the prompt included, out of the image files",
+    )
     add("--json", action="store_true", help="print one JSON object per line")
     add(
         "--concurrency",
@@ -128,13 +143,31 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     add("--exact", action="store_true", help="the same bytes at any load of the server; slower")
 
 
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("request_ids", nargs="*", metavar="ID", help="only these jobs")
+    add("--json", action="store_true", help="print one JSON object per line")
+    add(
+        "--limit",
+        metavar="N",
+        type=int,
+        default=100,
+        help="the last N jobs (default: %(default)s)",
+    )
+
+
 def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _add_replay(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("record", metavar="RECORD.json", type=Path, help="what `generate --record` wrote")
+    add(
+        "record",
+        metavar="FILE",
+        type=Path,
+        help="an image that `generate` saved, or the NAME.json of its --record",
+    )
     add("-o", "--output", metavar="FILE", type=Path, help="write the new image to FILE")
     add("--overwrite", action="store_true", help="replace FILE if it exists")
 

@@ -25,7 +25,7 @@ from darkroom_server.dispatch.observer import (
     ReadyChanged,
     RetryJoined,
 )
-from darkroom_server.dispatch.results import ResultStore
+from darkroom_server.dispatch.results import Page, ResultStore
 from darkroom_server.dispatch.status import EngineStatus, ModelStatus, Snapshot
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "JobRerun",
     "ModelStatus",
     "Observer",
+    "Page",
     "Queued",
     "ReadyChanged",
     "Restarted",

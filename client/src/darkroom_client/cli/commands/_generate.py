@@ -37,6 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     with display:
         failures = asyncio.run(_generate_all(planned_requests, arguments, display))
+    if arguments.record and not arguments.exact:
+        print(
+            "darkroom: a replay may differ in the last bits; generate with --exact to make it "
+            "byte-equal",
+            file=sys.stderr,
+        )
     for index in sorted(failures):
         print(
             f"darkroom: {planned_requests[index].request.prompt!r}: {failures[index]}",
