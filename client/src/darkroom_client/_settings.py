@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
@@ -108,7 +109,9 @@ class Settings:
             if name == "authorization" and self.tls is None and not self.insecure:
                 raise ValueError(f"metadata {key!r}: {_UNENCRYPTED}")
             pairs[name] = value
-        if "traceparent" not in pairs and (traceparent := current_traceparent()):
+        # A program without OpenTelemetry has no span; do not import it for that.
+        traces = "opentelemetry.trace" in sys.modules
+        if traces and "traceparent" not in pairs and (traceparent := current_traceparent()):
             pairs["traceparent"] = traceparent
         return tuple(pairs.items())
 

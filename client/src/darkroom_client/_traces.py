@@ -1,15 +1,8 @@
 """The caller's trace, if it has one (W3C Trace Context)."""
 
-import sys
-
 
 def current_traceparent() -> str | None:
-    """The ``traceparent`` of the current OpenTelemetry span, None if there is none.
-
-    A program without the module has no span, so nothing is imported here.
-    """
-    if "opentelemetry.trace" not in sys.modules:
-        return None
+    """The ``traceparent`` of the current OpenTelemetry span, None if there is none."""
     from opentelemetry import trace
 
     span = trace.get_current_span().get_span_context()

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from darkroom.v1 import generation_pb2
 from darkroom_client._checks import (
-    check_flag,
+    check_flags,
     check_integer,
     check_number,
     check_text,
@@ -133,8 +133,7 @@ def _check_types(request: GenerationRequest) -> None:
             check_integer(field, value)
     if request.guidance_scale is not None:
         check_number("guidance_scale", request.guidance_scale)
-    check_flag("exact", request.exact)
-    check_flag("embed_record", request.embed_record)
+    check_flags(exact=request.exact, embed_record=request.embed_record)
 
 
 def _violations(request: GenerationRequest) -> Iterator[Violation]:
