@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from darkroom_client._protocol.call import client_closed_error
 from darkroom_client._protocol.rpc_errors import from_rpc_error, was_sent
 from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._transport.aio import AsyncTransport, being_cancelled
+from darkroom_client._transport.sync import STATUS_SECONDS
 from darkroom_client._types.events import Event
 from darkroom_client._types.result import GenerationResult
 
@@ -101,10 +103,18 @@ class AsyncStream:
                 raise client_closed_error(self.request_id)
             if response is not grpc.aio.EOF:
                 self._events.extend(self._session.feed(response.event))
+                if self._session.ended:
+                    await self._wait_for_status()
                 return
         self._call = None
         if not self._session.ended:
             await self._pause(self._session.on_call_ended(failure, sent=sent))
+
+    async def _wait_for_status(self) -> None:
+        """As in ``Stream``: let the call end by itself."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STATUS_SECONDS):
+                await self._call.code()
 
     async def _pause(self, seconds: float) -> None:
         try:

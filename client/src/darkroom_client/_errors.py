@@ -10,6 +10,7 @@ DarkroomError
 ├── QuotaExceeded       this caller has used up its quota
 ├── Unavailable         no server answers, or it is loading or shutting down: check, then retry
 ├── DeadlineExceeded    use a longer `timeout` (at least `needed`), or ask for less
+│   └── DeadlineUnreachable   the same, and the server rejected the request before any work
 ├── Unauthenticated     use a valid token
 ├── PermissionDenied    ask the operator for permission
 ├── GenerationFailed    the job was accepted and failed; `reason` says why
@@ -97,10 +98,7 @@ class Unavailable(DarkroomError):
 
 
 class DeadlineExceeded(DarkroomError):
-    """The deadline passed, or would have passed before the images were done.
-
-    If the server can estimate that in advance, it rejects the request at once, with the estimate.
-    """
+    """The deadline passed before the images were done, or would have: ``DeadlineUnreachable``."""
 
     @property
     def needed(self) -> float | None:
@@ -122,6 +120,13 @@ class DeadlineExceeded(DarkroomError):
             return float(self.metadata[key])
         except (KeyError, ValueError):
             return None
+
+
+class DeadlineUnreachable(DeadlineExceeded):
+    """The server rejected the request at once: the deadline would pass before the images were done.
+
+    It sends its estimate. Later, when fewer jobs wait, the same deadline may suffice.
+    """
 
 
 class Unauthenticated(DarkroomError):

@@ -21,6 +21,9 @@ from darkroom_client._transport.server_address import server_address
 CANCEL_ON_EXIT_SECONDS = 2.0
 """The time limit of a cancel call, the lookup of the server's address included."""
 
+STATUS_SECONDS = 5.0
+"""How long a finished stream waits for the status of its call; then it cancels the call."""
+
 A = TypeVar("A")
 
 

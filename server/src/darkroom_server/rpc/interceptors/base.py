@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,16 +26,24 @@ class Method:
     kind: str
 
 
-def metadata_value(context: Context, key: str) -> str | None:
-    """The first value of ``key`` in the call's metadata, None if there is none."""
-    for name, value in context.invocation_metadata() or ():
+Metadata = Iterable[tuple[str, str | bytes]]
+
+
+def metadata_value(metadata: Metadata, key: str) -> str | None:
+    """The first value of ``key`` in a call's metadata, None if there is none."""
+    for name, value in metadata:
         if name == key:
             return value.decode("ascii", "replace") if isinstance(value, bytes) else value
     return None
 
 
 class ContextInterceptor(grpc.aio.ServerInterceptor, ABC):
-    """Runs a subclass's ``around`` around each handler, on the handler's own task."""
+    """Runs a subclass's ``around`` around each handler, on the handler's own task.
+
+    ``kinds``: the kinds of methods that it concerns.
+    """
+
+    kinds = frozenset({"unary", "server_stream", "client_stream", "bidi_stream"})
 
     @abstractmethod
     def around(
@@ -67,9 +75,12 @@ class ContextInterceptor(grpc.aio.ServerInterceptor, ABC):
         _, service, name = handler_call_details.method.split("/")
         requests = "stream" if handler.request_streaming else "unary"
         responses = "stream" if handler.response_streaming else "unary"
+        kind = _KINDS[requests, responses]
+        if kind not in self.kinds:
+            return handler
         behaviour = getattr(handler, f"{requests}_{responses}")
         make = getattr(grpc, f"{requests}_{responses}_rpc_method_handler")
-        method = Method(service, name, _KINDS[requests, responses])
+        method = Method(service, name, kind)
         return make(
             self._wrapped(behaviour, method),
             request_deserializer=self.deserializer(method, handler.request_deserializer),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from darkroom_server.rpc.context import Context, has_expired
+from darkroom_server.rpc.context import CURRENT_ANSWER, Answer, Context, has_expired
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 
 
@@ -68,12 +68,17 @@ class Telemetry(ContextInterceptor):
         began = time.monotonic()
         named = _named(method)
         self._observer.call_started(*named)
+        answer = Answer()
+        CURRENT_ANSWER.set(answer)
         code = "OK"
         try:
             yield
             code = status_name(context) or "OK"
         except (asyncio.CancelledError, GeneratorExit):
-            code = "DEADLINE_EXCEEDED" if has_expired(context) else "CANCELLED"
+            if not answer.complete:
+                code = status_name(context) or (
+                    "DEADLINE_EXCEEDED" if has_expired(context) else "CANCELLED"
+                )
             raise
         except BaseException:
             # A status that was set counts, even if it was too late to be sent.
