@@ -19,13 +19,13 @@ from tests.client.scripted import SIZE, ScriptedServer, changed
 @pytest.fixture
 def image(client: Any) -> Image:
     """A PNG."""
-    image: Image = client.generate("a star", seed=7).images[0]
-    return image
+    generated: Image = client.generate("a star", seed=7).images[0]
+    return generated
 
 
 def in_format(client: Any, image_format: str) -> Image:
-    image: Image = client.generate("a star", seed=7, format=image_format).images[0]
-    return image
+    generated: Image = client.generate("a star", seed=7, format=image_format).images[0]
+    return generated
 
 
 @pytest.mark.parametrize(
