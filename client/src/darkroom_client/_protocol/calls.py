@@ -39,7 +39,7 @@ class Calls:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._keep = settings.retry.attempts > 1
+        self._keep = settings.retry.enabled
 
     def generate(
         self, request: GenerationRequest, timeout: float | None, metadata: Mapping[str, str] | None
@@ -47,6 +47,7 @@ class Calls:
         """Generate images, and answer when all are done."""
         message = encode_request(with_id_and_seed(request), keep=self._keep)
         return self._call(
+            "Generate",
             lambda stubs: stubs.health_checked_generation.Generate,
             message,
             decode_response,
@@ -106,6 +107,7 @@ class Calls:
             limit.FromNanoseconds(round(limited * 1e9))
             message.time_limit.CopyFrom(limit)
         return self._call(
+            "SubmitGeneration",
             lambda stubs: stubs.health_checked_generation.SubmitGeneration,
             message,
             lambda response: decode_accepted(response.accepted),
@@ -121,7 +123,8 @@ class Calls:
         """Cancel a job."""
         _check_name("request_id", request_id)
         return self._call(
-            lambda stubs: stubs.generation.CancelGeneration,
+            "CancelGeneration",
+            lambda stubs: stubs.control.CancelGeneration,
             generation_pb2.CancelGenerationRequest(request_id=request_id),
             lambda response: bool(response.cancelled),
             timeout,
@@ -134,7 +137,8 @@ class Calls:
     ) -> Call[Estimate]:
         """Estimate a request."""
         return self._call(
-            lambda stubs: stubs.generation.EstimateGeneration,
+            "EstimateGeneration",
+            lambda stubs: stubs.control.EstimateGeneration,
             generation_pb2.EstimateGenerationRequest(generation=encode_request(request)),
             decode_estimate,
             timeout,
@@ -146,6 +150,7 @@ class Calls:
     ) -> Call[list[Model]]:
         """List the models."""
         return self._call(
+            "ListModels",
             lambda stubs: stubs.models.ListModels,
             model_pb2.ListModelsRequest(),
             lambda response: [decode_model(model) for model in response.models],
@@ -159,6 +164,7 @@ class Calls:
         """Describe one model."""
         _check_name("id", id)
         return self._call(
+            "GetModel",
             lambda stubs: stubs.models.GetModel,
             model_pb2.GetModelRequest(model=id),
             lambda response: decode_model(response.model),
@@ -171,6 +177,7 @@ class Calls:
     ) -> Call[ServerStatus]:
         """Get the server's status."""
         return self._call(
+            "GetStatus",
             lambda stubs: stubs.server.GetStatus,
             server_pb2.GetStatusRequest(),
             decode_status,
@@ -180,6 +187,7 @@ class Calls:
 
     def _call(
         self,
+        name: str,
         method: Callable[[Stubs], Any],
         message: Message,
         decode: Callable[[Any], A],
@@ -191,6 +199,7 @@ class Calls:
         fallback_method: Callable[[Stubs], Any] | None = None,
     ) -> Call[A]:
         return Call(
+            name=name,
             method=method,
             message=message,
             decode=decode,
@@ -200,7 +209,9 @@ class Calls:
             request_id=request_id,
             survives_disconnect=survives_disconnect,
             fallback_method=fallback_method,
-            retried=self._settings.retry.attempts > 1,
+            retry=self._settings.retry,
+            # Only job-starting calls have a second method.
+            control=fallback_method is None,
         )
 
 
