@@ -296,6 +296,7 @@ class InFlightCall(Generic[A]):
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._response: Any = None
         self._future: Any = None
+        self._cancelled = False
         # The client was closed before a try.
         self._closed: DarkroomError | None = None
         self.retry()
@@ -315,6 +316,10 @@ class InFlightCall(Generic[A]):
             )
         except DarkroomError as closed:
             self._closed = closed
+        else:
+            if self._cancelled:  # While the try was being opened: cancel that one too.
+                self._transport.register(self._call)
+                self.cancel()
 
     def when_try_ended(self, notify: Callable[[], None]) -> None:
         """Call ``notify`` in some thread once the current try has ended."""
@@ -347,6 +352,7 @@ class InFlightCall(Generic[A]):
 
     def cancel(self) -> None:
         """Cancel the call and its job, unless the answer is there."""
+        self._cancelled = True
         future = self._future
         if future is None:
             return
