@@ -18,6 +18,7 @@ INSTALL_TEST_TOOLS ?= auto
 BENCH_FLAGS ?=
 OBSERVE_FLAGS ?=
 TRACE_FLAGS ?=
+NOISE_FLAGS ?=
 WORDS_FLAGS ?=
 MINUTES ?= 5
 INPUTS ?= 100000
@@ -106,6 +107,10 @@ observe: setup ## a server, a real Prometheus and a short load: what its rules s
 soak: setup ## mixed load with random cancels and kills, for MINUTES
 	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
+.PHONY: start-noise
+start-noise: setup ## start on a busy machine ten times, compare what was chosen; options in NOISE_FLAGS
+	@$(BIN)/python -m tools.start_noise $(NOISE_FLAGS)
+
 .PHONY: fuzz
 fuzz: setup ## send INPUTS requests that no client would send to a server, over the wire
 	@$(BIN)/python -m tests.server.hostile.fuzz --inputs $(INPUTS)
@@ -114,8 +119,7 @@ fuzz: setup ## send INPUTS requests that no client would send to a server, over 
 trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits
 	@$(BIN)/python -m tools.trace_request $(TRACE_FLAGS)
 
-# lint-words joins these once it finds nothing.
-CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs lint-trace
+CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs lint-trace lint-words
 
 .PHONY: lint
 lint: setup $(GENERATOR)/.installed ## check style, types, imports and protos

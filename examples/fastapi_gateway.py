@@ -43,6 +43,7 @@ STATUS: dict[type[DarkroomError], int] = {
     darkroom_client.Overloaded: 503,
     darkroom_client.Unavailable: 503,
     darkroom_client.DeadlineExceeded: 504,
+    darkroom_client.DeadlineUnreachable: 504,
 }
 """Any other error is 502: a fault behind this service, not the caller's."""
 

@@ -35,12 +35,12 @@ SERVICE = "darkroom.v1.GenerationService"
 SIZE = 16
 
 
-def draw(request: generation_pb2.GenerateRequest, context: grpc.ServicerContext) -> Answer:
+def respond(request: generation_pb2.GenerateRequest, context: grpc.ServicerContext) -> Answer:
     """The answer of a working server: squares with a colour of the seed."""
     count = request.image_count if request.HasField("image_count") else 1
     seed = request.seed if request.HasField("seed") else 4711
     return generation_pb2.GenerateResponse(
-        request_id=request.request_id or "drawn-by-server",
+        request_id=request.request_id or "named-by-server",
         images=[_image(request, seed + index) for index in range(count)],
         timings=generation_pb2.Timings(
             queue=Duration(nanos=1_000_000),
@@ -84,7 +84,7 @@ def held(released: threading.Event) -> Behaviour:
 
     def behave(request: generation_pb2.GenerateRequest, context: grpc.ServicerContext) -> Answer:
         assert released.wait(60)
-        return draw(request, context)
+        return respond(request, context)
 
     return behave
 
@@ -93,7 +93,7 @@ def changed(**fields: Any) -> Behaviour:
     """An answer with changed fields of its image."""
 
     def behave(request: generation_pb2.GenerateRequest, context: grpc.ServicerContext) -> Answer:
-        answer = draw(request, context)
+        answer = respond(request, context)
         for image in answer.images:
             for name, value in fields.items():
                 setattr(image, name, value)
@@ -105,7 +105,7 @@ def changed(**fields: Any) -> Behaviour:
 class ScriptedServer(
     generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelServiceServicer
 ):
-    """Answers each ``Generate`` with the next behaviour of ``script``, or with ``draw``.
+    """Answers each ``Generate`` with the next behaviour of ``script``, or with ``respond``.
 
     ``requests``, ``metadata`` and ``peers`` record every try that arrived.
     """
@@ -160,7 +160,7 @@ class ScriptedServer(
     ) -> generation_pb2.GenerateResponse:
         self._note(context)
         self.requests.append(request)
-        behave = self.script.popleft() if self.script else draw
+        behave = self.script.popleft() if self.script else respond
         return behave(request, context)
 
     def _unscripted(self, request: Any, context: Any) -> Any:

@@ -174,7 +174,7 @@ class Call:
     seconds: float
 
     @property
-    def drawn(self) -> bool:
+    def generated(self) -> bool:
         return isinstance(self.outcome, GenerationResult)
 
 

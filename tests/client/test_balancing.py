@@ -12,7 +12,7 @@ from darkroom.v1 import generation_pb2
 from darkroom_client import Accepted, Retry, ServerState, Unavailable, UnknownRequest
 from darkroom_client.testing import Behaviour, FakeServer, JobState
 from tests.client.conftest import Connect
-from tests.client.scripted import SERVICE, ScriptedServer, draw, fail
+from tests.client.scripted import SERVICE, ScriptedServer, fail, respond
 
 ONCE = Retry(attempts=1)
 SOON = Retry(attempts=5, initial_backoff=0.01, max_backoff=0.05)
@@ -128,8 +128,8 @@ def test_a_stream_rejoins_its_job_on_a_draining_server(
 
     with client.stream("a star") as events:
         assert isinstance(next(events), Accepted)
-        (drawing,) = (server for server in two[:2] if server.jobs)
-        drawing.state = ServerState.DRAINING
+        (serving_one,) = (server for server in two[:2] if server.jobs)
+        serving_one.state = ServerState.DRAINING
         released.set()
         assert events.result().images
 
@@ -201,7 +201,7 @@ def test_a_server_that_accepts_jobs_despite_its_health_runs_them(
 def test_a_server_without_health_checks_accepts_jobs(connect: Connect, retry: Retry) -> None:
     methods = {
         "Generate": grpc.unary_unary_rpc_method_handler(
-            draw,
+            respond,
             request_deserializer=generation_pb2.GenerateRequest.FromString,
             response_serializer=generation_pb2.GenerateResponse.SerializeToString,
         )

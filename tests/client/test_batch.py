@@ -14,12 +14,14 @@ from darkroom_client import (
     InvalidRequest,
 )
 from darkroom_client.testing import Behaviour, FakeServer, JobState
-from tests.client.scripted import ScriptedServer, draw, fail
+from tests.client.scripted import ScriptedServer, fail, respond
 
 
 def test_answers_and_errors_come_in_order(client: Any, server: ScriptedServer) -> None:
     def by_prompt(request: Any, context: grpc.ServicerContext) -> Any:
-        behave = fail(grpc.StatusCode.INTERNAL, "NON_FINITE") if request.prompt == "bad" else draw
+        behave = (
+            fail(grpc.StatusCode.INTERNAL, "NON_FINITE") if request.prompt == "bad" else respond
+        )
         return behave(request, context)
 
     server.script.extend([by_prompt] * 4)
@@ -47,7 +49,7 @@ def test_answers_come_as_completed(client: Any, server: ScriptedServer) -> None:
 
     def slow(request: Any, context: grpc.ServicerContext) -> Any:
         assert request.prompt != "slow" or released.wait(60)
-        return draw(request, context)
+        return respond(request, context)
 
     server.script.extend([slow] * 3)
     arrived = []
@@ -73,7 +75,7 @@ def test_never_more_than_concurrency_at_a_time(client: Any, server: ScriptedServ
         full.wait()
         with lock:
             running -= 1
-        return draw(request, context)
+        return respond(request, context)
 
     server.script.extend([count] * 9)
 

@@ -11,7 +11,7 @@ SECONDS = 60.0
 
 
 async def left(wire: Wire) -> str:
-    """The job that the engine is told to cancel, without a step in between."""
+    """The job that the engine is asked to cancel, without a step in between."""
     return await asyncio.wait_for(wire.cancelled.get(), SECONDS)
 
 

@@ -454,7 +454,7 @@ def test_an_estimate(capsys: Capture, fake: FakeServer) -> None:
 
     assert capsys.readouterr().out.splitlines() == [
         "queue\t1.50 s",
-        "drawing\t2.00 s",
+        "run\t2.00 s",
         "total\t3.50 s",
         "memory\t3.00 GiB",
         "available\t1.0 MiB",
@@ -472,6 +472,8 @@ def test_the_status(capsys: Capture, fake: FakeServer) -> None:
     assert rows["state"] == "ready"
     assert rows["accepted"] == "1 (1 finished)"
     assert rows["engine 0"].startswith("fake, ready")
+    (how_it_runs,) = (value for name, value in rows.items() if name.startswith("model "))
+    assert "float32 contiguous, preset fast; at most 8 rows (set)" in how_it_runs
 
     fake.state = ServerState.DRAINING
     assert main(["status", "--json"]) == 3

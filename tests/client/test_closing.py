@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from darkroom_client import Cancelled, Client, GenerationRequest, Unavailable
-from darkroom_client._protocol.session import NextCall
+from darkroom_client._protocol.call import NextCall
 from darkroom_client.testing import Behaviour, FakeServer, JobState
 from tests.client.conftest import Connect
 

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from darkroom.v1 import generation_pb2, model_pb2, model_pb2_grpc, server_pb2
+from darkroom.v1 import model_pb2, model_pb2_grpc
 from darkroom_client import TLS, AsyncClient, Client, Keepalive, Retry
 from darkroom_client._settings import Settings
 from darkroom_client._transport.channels import (
@@ -242,7 +242,11 @@ def test_invalid_connection_settings(part: Any, fields: dict[str, Any], words: s
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate for the name ``darkroom.test``, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
+    return self_signed(tmp_path_factory.mktemp("tls"))
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate that is its own authority, and its key."""
     cert, key = folder / "cert.pem", folder / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"]
     command += ["ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj"]

@@ -16,6 +16,7 @@ from darkroom_client import (
     Cancelled,
     DarkroomError,
     DeadlineExceeded,
+    DeadlineUnreachable,
     GenerationFailed,
     InvalidRequest,
     ModelNotFound,
@@ -48,6 +49,7 @@ WITH_REASON = [
     (CODE.UNAVAILABLE, "MODEL_LOADING", Unavailable),
     (CODE.UNAVAILABLE, "DRAINING", Unavailable),
     (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED", DeadlineExceeded),
+    (CODE.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE", DeadlineUnreachable),
     (CODE.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", GenerationFailed),
     (CODE.INTERNAL, "NON_FINITE", GenerationFailed),
     (CODE.INTERNAL, "SCHEDULER_FAILED", GenerationFailed),
@@ -205,11 +207,11 @@ def test_every_status_code_of_grpc_is_mapped() -> None:
 
 
 def test_the_documented_tree_is_complete() -> None:
-    drawn = darkroom_client._errors.__doc__ or ""
+    documented = darkroom_client._errors.__doc__ or ""
     exported = [getattr(darkroom_client, name) for name in darkroom_client.__all__]
     for kind in exported:
         if isinstance(kind, type) and issubclass(kind, DarkroomError):
-            assert kind.__name__ in drawn
+            assert kind.__name__ in documented
 
 
 def test_errors_can_be_pickled() -> None:
@@ -236,9 +238,9 @@ def test_an_unreachable_deadline_has_the_estimate(impatient: Any, server: Script
 
     known, unknown = caught(impatient), caught(impatient)
 
-    assert isinstance(known, DeadlineExceeded)
+    assert type(known) is DeadlineUnreachable
     assert (known.estimate, known.queue_wait) == (80.0, 2.5)
-    assert isinstance(unknown, DeadlineExceeded)
+    assert type(unknown) is DeadlineExceeded
     assert (unknown.estimate, unknown.queue_wait) == (None, None)
 
 

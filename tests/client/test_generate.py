@@ -6,20 +6,21 @@ from typing import Any
 import grpc
 import pytest
 
-from darkroom.v1 import types_pb2
+from darkroom.v1 import model_pb2, types_pb2
 from darkroom_client import (
     DeadlineExceeded,
     GenerationResult,
     ImageFormat,
     InvalidRequest,
     Retry,
+    RowLimitSource,
     Scheduler,
     ServerError,
     Timings,
     Unavailable,
 )
 from tests.client.conftest import Connect
-from tests.client.scripted import ScriptedServer, changed, draw, fail, held
+from tests.client.scripted import ScriptedServer, changed, fail, held, respond
 
 FAST_RETRY = Retry(initial_backoff=0.01, max_backoff=0.01)
 
@@ -155,7 +156,7 @@ def test_a_call_without_timeout_uses_that_of_the_client(
 
     def note(request: Any, context: grpc.ServicerContext) -> Any:
         left.append(context.time_remaining())
-        return draw(request, context)
+        return respond(request, context)
 
     server.script.extend([note] * 2)
     connect(server.address).generate("a star")
@@ -204,6 +205,11 @@ def test_enums_match_the_wire() -> None:
 
     assert {scheduler.name for scheduler in Scheduler} == schedulers - {"UNSPECIFIED"}
     assert {image_format.name for image_format in ImageFormat} == formats - {"UNSPECIFIED"}
+    sources = {
+        name.removeprefix("ROW_LIMIT_SOURCE_")
+        for name in model_pb2.RowLimitSource.DESCRIPTOR.values_by_name
+    }
+    assert {s.name for s in RowLimitSource} - {"UNKNOWN"} == sources - {"UNSPECIFIED"}
     assert ImageFormat("jpg") is ImageFormat.JPEG
 
 

@@ -17,13 +17,13 @@ from tests.client.scripted import SIZE, ScriptedServer, changed
 @pytest.fixture
 def image(client: Any) -> Image:
     """A PNG."""
-    drawn: Image = client.generate("a star", seed=7).images[0]
-    return drawn
+    generated: Image = client.generate("a star", seed=7).images[0]
+    return generated
 
 
 def in_format(client: Any, image_format: str) -> Image:
-    drawn: Image = client.generate("a star", seed=7, format=image_format).images[0]
-    return drawn
+    generated: Image = client.generate("a star", seed=7, format=image_format).images[0]
+    return generated
 
 
 @pytest.mark.parametrize(

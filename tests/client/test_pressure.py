@@ -15,6 +15,7 @@ import pytest
 from darkroom_client import (
     TLS,
     DeadlineExceeded,
+    DeadlineUnreachable,
     GenerationResult,
     Overloaded,
     QuotaExceeded,
@@ -28,7 +29,7 @@ from darkroom_client._protocol.pacing import BatchPacer, is_not_now
 from darkroom_client.testing import Behaviour, FakeServer
 from tests.client.conftest import Connect
 from tests.client.scripted import ScriptedServer
-from tests.client.test_connection import certificate
+from tests.client.test_connection import certificate, self_signed
 
 __all__ = ["certificate"]
 
@@ -58,9 +59,8 @@ def test_a_batch_waits_out_a_full_queue(connect: Connect, concurrency: int) -> N
     "error",
     [
         QuotaExceeded("no more jobs"),
-        DeadlineExceeded(
+        DeadlineUnreachable(
             "too long a queue",
-            reason="DEADLINE_UNREACHABLE",
             metadata={"estimate_seconds": "90", "queue_wait_seconds": "80"},
         ),
     ],
@@ -142,10 +142,9 @@ def test_the_pacer_finds_what_the_server_holds() -> None:
 
 
 def test_a_deadline_that_the_request_alone_does_not_meet_is_final() -> None:
-    def unreachable(estimate: float, queue: float) -> DeadlineExceeded:
-        return DeadlineExceeded(
+    def unreachable(estimate: float, queue: float) -> DeadlineUnreachable:
+        return DeadlineUnreachable(
             "too long",
-            reason="DEADLINE_UNREACHABLE",
             metadata={"estimate_seconds": str(estimate), "queue_wait_seconds": str(queue)},
         )
 
@@ -369,10 +368,7 @@ def encrypted(certificate: tuple[Path, Path]) -> Iterator[Callable[[bool], str]]
 @pytest.fixture(scope="module")
 def other_certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate of another authority."""
-    return make_certificate(tmp_path_factory)
-
-
-make_certificate = certificate.__wrapped__  # type: ignore[attr-defined]
+    return self_signed(tmp_path_factory.mktemp("other"))
 
 
 @pytest.mark.parametrize("verb", ["generate", "generate_many", "stream", "models"])

@@ -21,7 +21,7 @@ def check(calls: list[Call], *, errors: tuple[type[DarkroomError], ...]) -> Coun
     assert len(calls) == CALLERS * EACH
     for call in calls:
         assert call.seconds < TIMEOUT + SLACK
-        if call.drawn:
+        if call.generated:
             assert [image.seed for image in call.outcome.images] == [call.seed]  # type: ignore[union-attr]
             assert all(image.data for image in call.outcome.images)  # type: ignore[union-attr]
         elif call.outcome is not None:
@@ -45,7 +45,7 @@ def test_broken_connections_and_a_full_queue(style: str) -> None:
     assert outcomes["GenerationResult"] > 0
     # A lost connection never starts a second job.
     assert max(server.started.values()) == 1
-    assert {call.seed for call in calls if call.drawn} <= set(server.started)
+    assert {call.seed for call in calls if call.generated} <= set(server.started)
     # An accepted job is not lost with the connection.
     assert not [c for c in calls if c.accepted and isinstance(c.outcome, DarkroomError)]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from darkroom.v1 import generation_pb2
 from darkroom_client import (
     Accepted,
     Cancelled,
@@ -34,6 +35,7 @@ from darkroom_client import (
 )
 from darkroom_client.testing import Behaviour, FakeServer, JobState
 from tests.client.conftest import Connect
+from tests.client.scripted import ScriptedServer, respond
 
 
 def kinds(events: list[Any]) -> list[str]:
@@ -425,3 +427,39 @@ def test_an_interrupt_cancels_the_job(fake: FakeServer, verb: str) -> None:
 
     assert b"KeyboardInterrupt" in errors
     fake.wait_for(lambda: fake.jobs[0].state is JobState.CANCELLED)
+
+
+class SlowStatus(ScriptedServer):
+    """Sends ``finished``, and the status of the call half a second later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cancelled: list[bool] = []
+
+    def GenerateStream(self, request: Any, context: Any) -> Any:
+        answer = respond(request.generation, context)
+        (image,) = answer.images
+        data = image.data
+        image.ClearField("data")
+        for event in (
+            {"accepted": {"request_id": "r", "seeds": [image.seed], "model": "demo"}},
+            {"image": {"size": len(data), "data": data, "image": image}},
+            {"finished": {"timings": answer.timings, "model": "demo"}},
+        ):
+            yield generation_pb2.GenerateStreamResponse(
+                event=generation_pb2.GenerationEvent(**event)
+            )
+        cancelled = threading.Event()
+        assert context.add_callback(cancelled.set)
+        self.cancelled.append(cancelled.wait(0.5))
+
+
+def test_a_finished_stream_is_not_cancelled(connect: Connect) -> None:
+    with SlowStatus() as server:
+        client = connect(server.address)
+        with client.stream("a star", seed=7) as stream:
+            for event in stream:
+                if isinstance(event, Finished):
+                    break
+        assert event.result.images[0].seed == 7
+    assert server.cancelled == [False]

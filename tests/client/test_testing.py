@@ -89,8 +89,8 @@ def test_a_subclass_of_an_error_is_sent_as_its_base_class(caller: Any, fake: Fak
 
 def test_a_request_without_id_gets_one(fake: FakeServer) -> None:
     with grpc.insecure_channel(fake.target) as channel:
-        draw = GenerationServiceStub(channel).Generate
-        answers = [draw(GenerateRequest(prompt=prompt)) for prompt in ("a star", "a circle")]
+        generate = GenerationServiceStub(channel).Generate
+        answers = [generate(GenerateRequest(prompt=prompt)) for prompt in ("a star", "a circle")]
 
     assert [answer.request_id for answer in answers] == [
         job.request.request_id for job in fake.jobs
@@ -142,7 +142,7 @@ def test_joining_a_job_extends_its_deadline(connect: Connect, fake: FakeServer) 
 
 
 @pytest.mark.parametrize(
-    ("state", "draws", "takes"),
+    ("state", "generates", "takes"),
     [
         (ServerState.LOADING, False, False),
         (ServerState.READY, True, True),
@@ -151,13 +151,13 @@ def test_joining_a_job_extends_its_deadline(connect: Connect, fake: FakeServer) 
     ],
 )
 def test_health_checks_answer_like_the_real_server(
-    fake: FakeServer, state: ServerState, draws: bool, takes: bool
+    fake: FakeServer, state: ServerState, generates: bool, takes: bool
 ) -> None:
     fake.state = state
 
     with grpc.insecure_channel(fake.target) as channel:
         stub: Any = HealthStub(channel)
-        for service, expected in (("", draws), ("darkroom.v1.GenerationService", takes)):
+        for service, expected in (("", generates), ("darkroom.v1.GenerationService", takes)):
             status = stub.Check(HealthCheckRequest(service=service), timeout=60).status
             assert (status == HealthCheckResponse.SERVING) is expected
 

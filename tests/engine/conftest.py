@@ -151,7 +151,7 @@ def config_for(folder: Path, **fields: Any) -> EngineConfig:
         "autocast": False,
         "channels_last": False,
         "threads": 1,
-        "max_rows": 16,
+        "rows": 16,
     }
     return EngineConfig(**{**usual, **fields})
 

@@ -87,7 +87,7 @@ def test_the_first_version(machine: Path) -> None:
     assert cgroup.free_memory() is None
 
 
-def test_old_kernels_tell_less(machine: Path) -> None:
+def test_old_kernels_report_less(machine: Path) -> None:
     limits = {"memory/memory.limit_in_bytes": "4000", "memory/memory.usage_in_bytes": "3500"}
     write(machine, FIRST, limits)
     assert cgroup.free_memory() == 500

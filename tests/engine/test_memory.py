@@ -22,15 +22,10 @@ from darkroom_server.engine.failures import DECODE_FAILED, OUT_OF_MEMORY
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.warmup import placement
-from darkroom_server.engine.warmup.placement import denoiser_forward, measure_memory
+from darkroom_server.engine.warmup.formats import MemoryFormat
+from darkroom_server.engine.warmup.placement import denoiser_timer, measure_memory
 from darkroom_server.engine.warmup.presets import resolve
-from darkroom_server.engine.warmup.profiler import (
-    MemoryFormat,
-    best_rows,
-    fastest_format,
-    measure_rows,
-    peak_bytes,
-)
+from darkroom_server.engine.warmup.profiler import peak_bytes
 
 from .conftest import LoopUnderTest, make_job
 
@@ -152,8 +147,8 @@ def test_a_batch_and_a_decode_are_measured() -> None:
     decoder = Decoder(vae, lambda: runtime.precision(torch.float32))
     family = family_with(unet, vae_scale_factor=2, prompt_tokens=8)
     with torch.inference_mode():
-        forward = denoiser_forward(family, unet, memory_format, runtime)
-        needs = measure_memory(forward, family, decoder, memory_format, runtime)
+        time_batch = denoiser_timer(family, memory_format, runtime)
+        needs = measure_memory(time_batch, family, decoder, memory_format, runtime)
     assert needs.pixels == 128 * 128
     activation = 4 * 32 * 64 * 64  # Of one row: float32, channels, height, width.
     assert needs.bytes_per_row > activation
@@ -168,11 +163,16 @@ def test_memory_once_a_batch_is_distinguished_from_memory_of_each_row(
     attention = Attention.SLICED if sliced else Attention.SDPA
     runtime = resolve(EngineConfig(models=(), device="cpu", attention=attention))
     taken: list[int] = []
-    monkeypatch.setattr(placement, "peak_bytes", lambda _, work: work() or taken.pop())
+    monkeypatch.setattr(placement, "peak_bytes", lambda _, work: (work(), taken.pop())[1])
     decoder: Any = SimpleNamespace(decode=lambda _: taken.append(7), tile_pixels=None)
     unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
+
+    def time_batch(rows: int) -> float:
+        taken.append(1000 + 300 * rows)
+        return 0.0
+
     needs = measure_memory(
-        lambda rows: taken.append(1000 + 300 * rows),
+        time_batch,
         family_with(unet),
         decoder,
         MemoryFormat(torch.float32, channels_last=False),
@@ -197,7 +197,7 @@ def test_a_decode_that_fails_at_warm_up_is_an_error(
     with pytest.raises(error, match=words):
         placement.measure_decode(family_with(unet), decoder, memory_format, runtime)
     with pytest.raises(error, match=words):
-        measure_memory(lambda _: None, family_with(unet), decoder, memory_format, runtime)
+        measure_memory(lambda _: 0.0, family_with(unet), decoder, memory_format, runtime)
 
 
 def test_a_job_that_never_fits_is_rejected(shared_loop: LoopUnderTest) -> None:
@@ -226,105 +226,3 @@ def test_what_fits_bounds_a_batch(own_loop: LoopUnderTest) -> None:
     own_loop.run(make_job("small", image_count=4), make_job("large", width=128, image_count=2))
     assert max(step.rows for step in own_loop.progress("small")) == 4
     assert max(step.rows for step in own_loop.progress("large")) == 2
-
-
-class Clock:
-    """A clock that batches advance by set times; ``batches`` are the row counts that ran."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
-        self.now = 0.0
-        self.batches: list[int] = []
-        self._seconds = dict(zip((2, 4, 8, 16), seconds, strict=False))
-        monkeypatch.setattr(
-            "darkroom_server.engine.warmup.profiler.time.perf_counter", lambda: self.now
-        )
-
-    def forward(self, rows: int) -> None:
-        self.batches.append(rows)
-        self.now += self._seconds[max(each for each in self._seconds if each <= rows)]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "best"),
-    [
-        ((1.0, 1.0, 1.0, 1.9), 8),  # From 8 to 16 rows brings 5 %.
-        ((0.1, 0.2, 0.4, 0.8), 2),  # Doubling brings nothing.
-        ((0.5, 0.6, 2.1, 9.0), 4),  # Eight take too long for a job to join.
-        ((3.0, 3.0, 3.0, 3.0), 2),
-    ],
-)
-def test_best_rows(seconds: tuple[float, ...], best: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch, *seconds)
-    assert best_rows(measure_rows(clock.forward, 16)) == best
-
-
-@pytest.mark.parametrize("noisy", [2, 4, 8, 16])
-def test_a_noisy_moment_does_not_decide_the_row_limit(
-    noisy: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(monkeypatch, 0.1, 0.12, 0.14, 0.27)
-
-    def forward(rows: int) -> None:
-        clock.forward(rows)
-        if rows == noisy and clock.batches.count(rows) in (2, 3):
-            clock.now += 0.07  # Others had the machine for a moment.
-
-    assert best_rows(measure_rows(forward, 16)) == 8
-
-
-def test_a_slow_moment_at_the_start_does_not_keep_images_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = Clock(monkeypatch, 0.1, 0.12, 0.14, 0.16)
-
-    def forward(rows: int) -> None:
-        clock.forward(rows)
-        clock.now += 5.0 * (len(clock.batches) == 1)
-
-    assert best_rows(measure_rows(forward, 16)) == 16
-
-
-def test_a_machine_that_becomes_slower_meanwhile_has_the_same_knee(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = Clock(monkeypatch, 0.010, 0.012, 0.015, 0.019)
-
-    def forward(rows: int) -> None:
-        before = clock.now
-        clock.forward(rows)
-        clock.now = before + (clock.now - before) * 1.02 ** len(clock.batches)
-
-    assert best_rows(measure_rows(forward, 16)) == 16
-
-
-def test_best_rows_keeps_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).forward, 5)) == 5
-    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).forward, 4)) == 4
-    assert best_rows(measure_rows(Clock(monkeypatch, 1, 1, 1, 1).forward, 1)) == 2
-    # Five rows in the time of four are worth it, and six in half as much again are not.
-    assert best_rows({2: 1.0, 4: 1.4, 6: 2.1}) == 4
-
-
-def test_a_slow_model_is_measured_by_two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight seconds a batch, as SD 1.4 on two cores: the start must not take minutes."""
-    clock = Clock(monkeypatch, 8.0)
-    measure_rows(clock.forward, 64)
-    assert clock.batches == [2, 2]
-    formats = [MemoryFormat(d, c) for d in (torch.float32, torch.bfloat16) for c in (False, True)]
-    fastest_format(torch.nn.Identity(), formats, lambda *_: clock.forward)
-    assert clock.batches == [2] * 6
-
-
-def test_row_counts_without_memory_are_not_measured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = Clock(monkeypatch, 1.0, 1.0, 1.0, 1.0)
-
-    def forward(rows: int) -> None:
-        if rows > 4:
-            raise torch.OutOfMemoryError("injected")
-        clock.forward(rows)
-
-    assert list(measure_rows(forward, 64)) == [2, 4]
-    with pytest.raises(torch.OutOfMemoryError):
-        measure_rows(lambda rows: forward(rows + 4), 64)

@@ -11,6 +11,7 @@ import torch
 from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.device import cgroup
+from darkroom_server.engine.warmup.formats import Hardware, format_rule
 from darkroom_server.engine.warmup.presets import Runtime, allowed_threads, resolve
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -25,6 +26,7 @@ def runtime(**fields: Any) -> Runtime:
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
 
 @pytest.fixture
@@ -36,9 +38,15 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_words(preset: Preset) -> dict[str, str]:
     """A column of the page's table, made from what the code says."""
     gpu, cpu = (runtime(preset=preset, device=device) for device in ("cuda", "cpu"))
-    formats: dict[tuple[bool | None, bool | None], str] = {
-        (False, False): "contiguous",
-        (True, None): "channels last (on a CPU: if faster)",
+    rules = {
+        name: format_rule(preset, Hardware(frozenset(flags)))
+        for name, flags in {"none": {}, "bf16": {"avx512_bf16"}, "amx": {"amx_bf16"}}.items()
+    }
+    dtypes = {name: str(rule.dtype).removeprefix("torch.") for name, rule in rules.items()}
+    layouts = (gpu.channels_last, *(rule.channels_last for rule in rules.values()))
+    formats: dict[tuple[bool, ...], str] = {
+        (False, False, False, False): "contiguous",
+        (True, False, False, True): "channels last (on a CPU: if it has AMX)",
     }
     assert (gpu.attention, gpu.slice_size, gpu.autocast, gpu.vae_tiling) == (
         (cpu.attention, cpu.slice_size, cpu.autocast, cpu.vae_tiling)
@@ -47,12 +55,12 @@ def in_words(preset: Preset) -> dict[str, str]:
     return {
         "weights on a GPU": str(gpu.dtype).removeprefix("torch.")
         + ", the denoiser's stored in 8 bits" * gpu.fp8_storage,
-        "weights on a CPU": str(cpu.dtype).removeprefix("torch.")
-        if cpu.dtype
-        else "float32 or bfloat16, whichever this model runs faster",
+        "weights on a CPU": dtypes["none"]
+        if len(set(dtypes.values())) == 1
+        else f"{dtypes['bf16']} if it has AVX-512 BF16 or AMX, else {dtypes['none']}",
         "attention": "SDPA" if cpu.slice_size == "" else f"sliced (`{cpu.slice_size}`)",
         "autocast": "yes" if cpu.autocast else "no",
-        "memory format": formats[gpu.channels_last, cpu.channels_last],
+        "memory format": formats[layouts],
         "VAE": "tiled" if cpu.vae_tiling else "whole",
     }
 
@@ -100,7 +108,7 @@ def test_defaults_without_a_gpu() -> None:
 def test_a_knob_wins(preset: Preset, knob: str, value: Any, field: str, wanted: Any) -> None:
     plain, turned = (runtime(preset=preset, device="cpu", **k) for k in ({}, {knob: value}))
     assert getattr(turned, field) == wanted
-    others = {field, "slice_size"}
+    others = {field, "slice_size", "format_rule"}
     for other in dataclasses.fields(Runtime):
         if other.name not in others:
             assert getattr(turned, other.name) == getattr(plain, other.name)

@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from darkroom_server.backends import process
-from darkroom_server.backends.process import ProcessEngine
+from darkroom_server.backends.process import LoadLimit, ProcessEngine
 from darkroom_server.core.events import (
     BatchDone,
     EngineDied,
@@ -102,6 +102,66 @@ def test_a_process_that_hangs_at_work_is_killed(tiny_folder: Path) -> None:
     assert "silent for 0.5 s" in died.message
     assert not psutil.pid_exists(pid)
     engine.close()
+
+
+LOADING_ONCE = """
+import os, sys, time
+from darkroom_server.core.events import EngineReady
+from darkroom_server.ipc.channel import Channel
+
+channel = Channel(int(sys.argv[1]))
+channel.receive()
+if os.path.exists({flag!r}):
+    time.sleep(600)
+open({flag!r}, "w").close()
+channel.send(EngineReady((), 0.0))
+channel.receive()
+"""
+
+
+def test_a_process_that_hangs_while_it_loads_again_is_killed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = tmp_path / "loaded"
+    monkeypatch.setattr(process, "CHILD", ("-c", LOADING_ONCE.format(flag=str(flag))))
+    monkeypatch.setattr(process, "SHORTEST_LOAD_SECONDS", 3.0)
+    engine = ProcessEngine(config_for(tiny_folder), load_timeout=600.0)
+    listener = Listener(engine)
+    listener.until(lambda e: isinstance(e, EngineReady))
+    learned = engine._load_limit.seconds
+    assert 3.0 <= learned < 600.0
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    listener.until(lambda e: isinstance(e, EngineDied))
+    engine.start(listener.events.put)
+    pid = engine.pid
+    died = listener.until(lambda e: isinstance(e, EngineDied))
+    assert died == EngineDied(f"the engine had not loaded after {learned:.3g} s, and was killed")
+    assert not psutil.pid_exists(pid)
+    assert engine._load_limit.seconds == 2 * learned
+    flag.unlink()
+    engine.start(listener.events.put)
+    listener.until(lambda e: isinstance(e, EngineReady))
+    engine.close()
+
+
+def test_the_first_load_has_a_limit_too(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "CHILD", ("-c", "import time; time.sleep(600)"))
+    engine = ProcessEngine(config_for(tiny_folder), load_timeout=0.5)
+    died = Listener(engine).until(lambda e: isinstance(e, EngineDied))
+    assert died == EngineDied("the engine had not loaded after 0.5 s, and was killed")
+    engine.close()
+
+
+def test_the_limit_of_a_load_is_learned_and_never_above_the_setting() -> None:
+    limit = LoadLimit(100.0)
+    assert limit.seconds == 100.0
+    limit.loaded(1.0)
+    assert limit.seconds == 60.0
+    limit.loaded(20.0)
+    assert limit.seconds == 80.0
+    limit.timed_out()
+    assert limit.seconds == 100.0
 
 
 HALF_A_MESSAGE = """

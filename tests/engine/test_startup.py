@@ -12,12 +12,12 @@ import torch
 from darkroom_server.core.engine_config import Attention, Dtype, ModelSource, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.job import SchedulerName
+from darkroom_server.core.model import RowLimitSource
+from darkroom_server.engine.batch import Group
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
-from darkroom_server.engine.loading import load_model
 from darkroom_server.engine.loading.pipeline import load_pipeline
-from darkroom_server.engine.warmup import placement
+from darkroom_server.engine.warmup import measurement, placement
 from darkroom_server.engine.warmup.presets import Runtime, resolve
-from darkroom_server.engine.warmup.profiler import MemoryFormat
 
 from .conftest import LoopUnderTest, config_for, make_job
 
@@ -35,7 +35,7 @@ def test_a_model_that_does_not_fit(tiny_folder: Path, monkeypatch: pytest.Monkey
     def allocate(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(load_model, "measure_memory", allocate)
+    monkeypatch.setattr(measurement, "measure_memory", allocate)
     with pytest.raises(StartupError, match="does not fit the memory of cpu: use"):
         LoopUnderTest(config_for(tiny_folder))
 
@@ -55,10 +55,7 @@ def test_channels_last_reaches_the_weights(tiny_folder: Path) -> None:
 def test_a_restart_with_previous_measurements(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = MemoryFormat(torch.bfloat16, channels_last=True)
-    monkeypatch.setattr(placement, "fastest_format", lambda *_: measured)
-    monkeypatch.setattr(load_model, "best_rows", lambda *_: 8)
-    config = config_for(tiny_folder, channels_last=None, **OWN)
+    config = config_for(tiny_folder, channels_last=None, rows=None, **OWN)
     job = make_job("restarted", exact=True)
     found = []
     previous_measurements: tuple[Any, ...] = ()
@@ -69,27 +66,37 @@ def test_a_restart_with_previous_measurements(
         try:
             loop.run(job)
             info = loop.models["tiny"].info
-            assert loop.models["tiny"].memory_format.dtype == torch.bfloat16
-            assert info.limits.max_rows == 8
         finally:
             loop.close()
-        found.append((info, loop.image(job.id).image.data))
+        found.append((info.runtime, info.limits.max_rows, loop.image(job.id).image.data))
         following = dataclasses.replace(config, device="auto").with_measurements((info,))
         assert following.device == "cpu", "not what auto would make of a lost GPU"
+        # What real batches corrected meanwhile is not lost either.
+        following = following.with_row_limit("tiny", info.limits.max_rows)
         previous_measurements = following.previous_measurements
-        for module, name in (
-            (placement, "fastest_format"),
-            (load_model, "measure_rows"),
-            (load_model, "best_rows"),
-            (load_model, "measure_decode"),
-            (load_model, "measure_memory"),
-        ):
-            monkeypatch.setattr(module, name, _never)
+        monkeypatch.setattr(measurement, "_measure_now", _never)
     assert found[0] == found[1]
+    assert info.limits.row_limit_source is RowLimitSource.CORRECTED
 
 
 def _never(*_: object) -> None:
     raise AssertionError("measured again")
+
+
+def test_an_exact_number_of_rows(tiny_folder: Path) -> None:
+    """``rows`` is the row limit whatever was measured; ``max_rows`` only bounds it."""
+    for rows in (2, 6):
+        loop = LoopUnderTest(config_for(tiny_folder, rows=rows, max_rows=4))
+        loop.close()
+        info = loop.models["tiny"].info
+        assert (info.limits.max_rows, info.limits.row_limit_source) == (rows, RowLimitSource.SET)
+        assert {r for r, _ in info.speed.passes} == {2, rows}
+        assert loop.row_limits.next_rows(Group("tiny", 64, 64, 77), 100) == rows
+    loop = LoopUnderTest(config_for(tiny_folder, rows=None, max_rows=4))
+    loop.close()
+    info = loop.models["tiny"].info
+    assert info.limits.max_rows <= info.most_rows == 4
+    assert info.limits.row_limit_source is RowLimitSource.MEASURED
 
 
 @pytest.mark.parametrize("scheduler", [SchedulerName.DDIM, SchedulerName.DPMPP_2M])
@@ -130,7 +137,7 @@ def placed(folder: Path, **fields: Any) -> tuple[Any, Runtime]:
     runtime = dataclasses.replace(runtime, **fields)
     source = ModelSource(id="tiny", location=str(folder))
     pipeline = load_pipeline(source, torch.bfloat16, safety_checker=False)
-    placement.place(StableDiffusion(pipeline), runtime, None)
+    placement.place(StableDiffusion(pipeline), runtime)
     return pipeline, runtime
 
 

@@ -45,7 +45,7 @@ def check_png(data: bytes, size: int) -> None:
         assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (size, size))
 
 
-def test_buf_draws_by_reflection(address: str, tmp_path: Path) -> None:
+def test_buf_generates_an_image_by_reflection(address: str, tmp_path: Path) -> None:
     model = buf_curl(address, "ModelService/GetModel", {}, tmp_path)["model"]
     size = model["defaults"]["width"]
     request = {"prompt": PROMPT, "seed": "0", "steps": 4, "format": "IMAGE_FORMAT_PNG"}
@@ -76,7 +76,9 @@ def node_example() -> Path:
 
 
 @pytest.mark.needs("node")
-def test_node_draws_from_the_proto_files(address: str, node_example: Path, tmp_path: Path) -> None:
+def test_node_generates_an_image_from_the_proto_files(
+    address: str, node_example: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "star.png"
     command = [tool("node"), str(node_example / "generate.js"), PROMPT, str(path), address]
 

@@ -40,6 +40,10 @@ class Way:
         return sorted({function.file for function in self.functions})
 
 
+BACKGROUND_THREADS = {"metrics"}
+"""Threads that work at fixed times, whatever the requests are: the metrics port polls."""
+
+
 class Tracer:
     """Records the calls of the thread that records, and of all threads that start in its block.
 
@@ -73,6 +77,8 @@ class Tracer:
 
     def _on_event(self, frame: FrameType, event: str, _: object) -> None:
         if not self._recording or event != "call" or _resumes(frame):
+            return
+        if threading.current_thread().name in BACKGROUND_THREADS:
             return
         found = self._find(frame.f_code)
         if found is None:

@@ -13,6 +13,7 @@ from darkroom_client._errors import (
     Cancelled,
     DarkroomError,
     DeadlineExceeded,
+    DeadlineUnreachable,
     GenerationFailed,
     ImageWithheld,
     InvalidRequest,
@@ -52,6 +53,7 @@ from darkroom_client._types.model import (
     ModelDefaults,
     ModelLimits,
     ModelRuntime,
+    RowLimitSource,
     SchedulerOffer,
 )
 from darkroom_client._types.replay import ReplayRecord
@@ -75,6 +77,7 @@ __all__ = [
     "Client",
     "DarkroomError",
     "DeadlineExceeded",
+    "DeadlineUnreachable",
     "EngineStatus",
     "Estimate",
     "Event",
@@ -108,6 +111,7 @@ __all__ = [
     "ReplyTooLarge",
     "Restarted",
     "Retry",
+    "RowLimitSource",
     "Scheduler",
     "SchedulerOffer",
     "ServerError",

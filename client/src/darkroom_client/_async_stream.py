@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from darkroom_client._protocol.call import client_closed_error
 from darkroom_client._protocol.rpc_errors import was_sent
 from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._transport.aio import AsyncTransport, being_cancelled
+from darkroom_client._transport.sync import STATUS_SECONDS
 from darkroom_client._types.events import Event
 from darkroom_client._types.result import GenerationResult
 
@@ -103,6 +105,8 @@ class AsyncStream:
                 raise client_closed_error(self.request_id)
             if response is not grpc.aio.EOF:
                 self._events.extend(self._session.feed(response.event))
+                if self._session.ended:
+                    await self._wait_for_status()
                 return
         self._call = None
         if not self._session.ended:
@@ -124,3 +128,9 @@ class AsyncStream:
         self._pause = pause.seconds
         if pause.event is not None:
             self._events.append(pause.event)
+
+    async def _wait_for_status(self) -> None:
+        """As in ``Stream``: let the call end by itself."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STATUS_SECONDS):
+                await self._call.code()

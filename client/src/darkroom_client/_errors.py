@@ -11,6 +11,7 @@ DarkroomError
 ├── Unavailable         no server answers, or it is loading or shutting down: check, then retry
 │   └── TLSError        the two ends do not agree on TLS: correct `tls=TLS(...)`
 ├── DeadlineExceeded    use a longer `timeout` (at least `needed`), or ask for less
+│   └── DeadlineUnreachable   the same, and the server rejected the request before any work
 ├── Unauthenticated     use a valid token
 ├── PermissionDenied    ask the operator for permission
 ├── GenerationFailed    the job was accepted and failed; `reason` says why
@@ -105,10 +106,7 @@ class TLSError(Unavailable):
 
 
 class DeadlineExceeded(DarkroomError):
-    """The deadline passed, or would have passed before the images were done.
-
-    If the server can estimate that in advance, it rejects the request at once, with the estimate.
-    """
+    """The deadline passed before the images were done, or would have: ``DeadlineUnreachable``."""
 
     @property
     def needed(self) -> float | None:
@@ -130,6 +128,13 @@ class DeadlineExceeded(DarkroomError):
             return float(self.metadata[key])
         except (KeyError, ValueError):
             return None
+
+
+class DeadlineUnreachable(DeadlineExceeded):
+    """The server rejected the request at once: the deadline would pass before the images were done.
+
+    It sends its estimate. Later, when fewer jobs wait, the same deadline may suffice.
+    """
 
 
 class Unauthenticated(DarkroomError):

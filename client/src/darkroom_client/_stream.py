@@ -1,5 +1,6 @@
 """The events of a job, for the blocking client."""
 
+import threading
 from collections import deque
 from queue import SimpleQueue
 from types import TracebackType
@@ -10,7 +11,7 @@ import grpc
 from darkroom_client._protocol.call import client_closed_error
 from darkroom_client._protocol.rpc_errors import was_sent
 from darkroom_client._protocol.session import GenerationSession
-from darkroom_client._transport.sync import SyncTransport
+from darkroom_client._transport.sync import STATUS_SECONDS, SyncTransport
 from darkroom_client._types.events import Event
 from darkroom_client._types.result import GenerationResult
 
@@ -102,6 +103,8 @@ class Stream:
             error = ended
         else:
             self._events.extend(self._session.feed(response.event))
+            if self._session.ended:
+                self._wait_for_status()
             return
         self._call = None
         if not self._session.ended:
@@ -124,6 +127,13 @@ class Stream:
         self._pause = pause.seconds
         if pause.event is not None:
             self._events.append(pause.event)
+
+    def _wait_for_status(self) -> None:
+        """Let the call end by itself: a cancel would make a finished job look cancelled."""
+        ended = threading.Event()
+        # A call that has ended adds no callback. Whatever the status is, the job has finished.
+        if self._call.add_callback(ended.set):
+            ended.wait(STATUS_SECONDS)
 
     def _cancel(self) -> None:
         """Cancel the job, if it is this stream's own, and the call."""

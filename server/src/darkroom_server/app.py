@@ -1,18 +1,24 @@
 """The server as a whole: the only file that knows every part."""
 
 import asyncio
+import logging
 import os
 import signal
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 
 import structlog
 
+from darkroom_server.backends.descriptors import raise_descriptor_limit
 from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.backends.thread import ThreadEngine
+from darkroom_server.core.caller import ANONYMOUS
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.engine_config import Preset
 from darkroom_server.dispatch import Dispatcher, ResultStore, State
+from darkroom_server.logs import LogWriter
+from darkroom_server.rpc.interceptors.call_context import PeerAddresses
 from darkroom_server.rpc.server import RpcServer
 from darkroom_server.security.bind_policy import check_bind_policy
 from darkroom_server.security.tls import server_credentials
@@ -27,8 +33,14 @@ from darkroom_server.telemetry import Exporter, Metrics, open_traces
 
 log = structlog.get_logger(__name__)
 
+EXIT_UNFINISHED = 1
+"""The exit code of a shutdown that exceeded a time limit."""
+
 ANSWER_SECONDS = 5.0
 """For handlers to answer after every job has ended."""
+
+STEP_SECONDS = 30.0
+"""The most that one step of the shutdown takes after the jobs have ended; normally a second."""
 
 REJECT_SECONDS = 3.0
 """How long a server that shuts down rejects calls before it closes its port.
@@ -44,8 +56,8 @@ def build_engines(settings: Settings) -> list[Engine]:
     configs = engine_configs(settings, os.environ.get("HF_TOKEN", "").strip() or None)
     if settings.engine.engine == "thread":
         return [ThreadEngine(config) for config in configs]
-    timeout = settings.engine.engine_timeout
-    return [ProcessEngine(config, timeout=timeout) for config in configs]
+    timeout, load_timeout = settings.engine.engine_timeout, settings.engine.load_timeout
+    return [ProcessEngine(config, timeout=timeout, load_timeout=load_timeout) for config in configs]
 
 
 class EngineLost(Exception):
@@ -55,19 +67,24 @@ class EngineLost(Exception):
 class Server:
     """One server: ``startup``, ``serve``, ``shutdown``.
 
-    ``address`` and ``metrics_address`` are set by ``startup``. The constructor raises
-    ``StartupError`` for unusable certificates and tokens.
+    ``address`` and ``metrics_address`` are set by ``startup``, ``unfinished`` by ``shutdown``: the
+    steps of it that exceeded their time limit. The constructor raises ``StartupError`` for unusable
+    certificates and tokens.
     """
 
-    def __init__(self, settings: Settings, engines: Sequence[Engine]) -> None:
+    def __init__(
+        self, settings: Settings, engines: Sequence[Engine], log_writer: LogWriter | None = None
+    ) -> None:
         self.address = ""
         self.metrics_address = ""
         self._settings = settings
         self._stop = asyncio.Event()
-        self._publishing: set[asyncio.Future[None]] = set()
+        self.unfinished: list[str] = []
         model_ids = [source.id for source in model_sources(settings.models)]
         self._spans = open_traces(settings.logs.traces)
         self.metrics = Metrics(model_ids)
+        if log_writer is not None:
+            self.metrics.process.read_dropped_log_lines(lambda: log_writer.dropped)
         self.dispatcher = Dispatcher(
             engines,
             model_ids,
@@ -110,8 +127,12 @@ class Server:
             server_id=settings.network.server_id,
             begin_traces=self._spans is not None,
             tokens=Tokens(tokens) if tokens else None,
+            addresses=PeerAddresses(settings.security.trusted_proxies),
+            anonymous=replace(ANONYMOUS, max_jobs=settings.security.max_jobs_per_address),
             credentials=server_credentials(certificates) if certificates else None,
         )
+
+        self.metrics.process.read_dropped_calls(self._rpc.dropped_calls.read)
 
     async def run(self) -> None:
         """Run until ``stop``; raises ``StartupError`` or ``EngineLost``."""
@@ -136,7 +157,7 @@ class Server:
         if await self._unless_stopped(self.dispatcher.loaded()):
             self._log_serving(time.monotonic() - began)
         if await self._unless_stopped(self.dispatcher.availability.failed()):
-            await self._rpc.health.set_state(State.DRAINING)
+            self._rpc.health.set_state(State.DRAINING)
             raise EngineLost(await self.dispatcher.availability.failed())
 
     @property
@@ -151,7 +172,7 @@ class Server:
     async def shutdown(self) -> None:
         """Reject new jobs, let accepted ones finish, and stop the engines."""
         shutdown = self._settings.shutdown
-        await self._rpc.health.set_state(State.DRAINING)
+        self._rpc.health.set_state(State.DRAINING)
         self._stop.set()
         if self.dispatcher.ready:
             log.info("draining", jobs=self.dispatcher.counts.live, grace=shutdown.grace)
@@ -159,19 +180,25 @@ class Server:
         closing = asyncio.get_running_loop().call_later(REJECT_SECONDS, self._rpc.close_port)
         await self.dispatcher.drain(shutdown.grace)
         closing.cancel()
-        await self._rpc.stop(ANSWER_SECONDS)
-        await self.dispatcher.close()
+        await self._limited("calls", self._rpc.stop(ANSWER_SECONDS))
+        await self._limited("engines", self.dispatcher.close())
         self.results.close()
-        self._exporter.stop()
+        await self._limited("metrics", asyncio.to_thread(self._exporter.stop))
         if self._spans is not None:
-            await asyncio.to_thread(self._spans.close)
+            await self._limited("spans", asyncio.to_thread(self._spans.close))
+
+    async def _limited(self, step: str, ending: Coroutine[None, None, None]) -> None:
+        """Await one step of the shutdown, for a limited time: no step may prevent the next one."""
+        try:
+            async with asyncio.timeout(STEP_SECONDS):
+                await ending
+        except TimeoutError:
+            log.error("shutdown step exceeded its time limit", step=step)
+            self.unfinished.append(step)
 
     def _publish_health(self, state: State) -> None:
         # Published before jobs are rejected, so that callers have moved on by then.
-        published = State.DRAINING if self.stopping else state
-        task = asyncio.ensure_future(self._rpc.health.set_state(published))
-        self._publishing.add(task)
-        task.add_done_callback(self._publishing.discard)
+        self._rpc.health.set_state(State.DRAINING if self.stopping else state)
 
     async def _unless_stopped(self, awaited: Coroutine[None, None, object]) -> bool:
         """Whether ``awaited`` ended before ``stop`` was called; raises what it raises."""
@@ -209,16 +236,22 @@ class Server:
         )
 
 
-def run(settings: Settings, engines: Sequence[Engine] | None = None) -> None:
+def run(
+    settings: Settings,
+    engines: Sequence[Engine] | None = None,
+    *,
+    log_writer: LogWriter | None = None,
+) -> None:
     """Run a server until SIGTERM or SIGINT; a second signal ends the process at once.
 
     Raises ``StartupError`` and ``EngineLost``.
     """
-    asyncio.run(_run(settings, engines or build_engines(settings)))
+    asyncio.run(_run(settings, engines or build_engines(settings), log_writer))
 
 
-async def _run(settings: Settings, engines: Sequence[Engine]) -> None:
-    server = Server(settings, engines)
+async def _run(settings: Settings, engines: Sequence[Engine], log_writer: LogWriter | None) -> None:
+    log.debug("descriptors", limit=raise_descriptor_limit())
+    server = Server(settings, engines, log_writer)
     loop = asyncio.get_running_loop()
 
     def on_signal(number: signal.Signals) -> None:
@@ -232,3 +265,7 @@ async def _run(settings: Settings, engines: Sequence[Engine]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     await server.run()
+    if server.unfinished:
+        # Its threads would delay the interpreter's exit without a limit.
+        logging.shutdown()
+        os._exit(EXIT_UNFINISHED)

@@ -6,11 +6,12 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from darkroom_server.core.errors import StartupError
+from darkroom_server.core.errors import InvalidSettings, StartupError
 from darkroom_server.settings.flags import PROGRAM, Parser, add_flags
 from darkroom_server.signals import exit_by_signal
 
 if TYPE_CHECKING:
+    from darkroom_server.settings import Settings
     from darkroom_server.settings.load import Loaded
 
 # gRPC reads this at import. By default it logs every failed handshake in its own format, so any
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
                 _token(**given)
             case _:
                 parser.print_help()
+    except InvalidSettings as error:
+        _exit(EXIT_MISUSED, *error.problems)
     except StartupError as error:
         _exit(EXIT_MISUSED, str(error))
 
@@ -58,11 +61,23 @@ def _parser() -> Parser:
         "serve",
         usage=f"{PROGRAM} serve [OPTION ...]",
         help="load models and serve them",
-        description="Load models and serve them until SIGTERM or SIGINT. Each flag except --config "
-        "is also an environment variable (DARKROOM_SERVE_…) and a key of the file. The token for "
-        "the hub comes from HF_TOKEN.",
+        description="Load models and serve them until SIGTERM or SIGINT. Each setting is a flag, "
+        "an environment variable (DARKROOM_SERVE_…) and a key of the file. The token for the hub "
+        "comes from HF_TOKEN.",
     )
     _add_config(serve)
+    instead = serve.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--check",
+        action="store_true",
+        help="do not serve: check the settings, the ports and the cache folder, load the models, "
+        "and exit with 0 if all is well, with 1 if not, with 2 if a setting is invalid",
+    )
+    instead.add_argument(
+        "--print-config",
+        action="store_true",
+        help="do not serve: print the settings in effect as TOML, without secrets, and exit",
+    )
     add_flags(serve)
     health = commands.add_parser(
         "healthcheck",
@@ -114,19 +129,52 @@ class _Version(argparse.Action):
 def _serve(flags: dict[str, Any]) -> None:
     # Until the server installs its own signal handlers.
     signal.signal(signal.SIGTERM, lambda number, _: exit_by_signal(number))
+    check, print_config = flags.pop("check"), flags.pop("print_config")
     loaded = _load(flags.pop("config"), flags)
+    if print_config:
+        from darkroom_server.settings.effective import effective_toml
+
+        print(effective_toml(loaded, os.environ), end="")
+        return
     import structlog
 
     from darkroom_server.app import EngineLost, run
     from darkroom_server.logs import configure_logs
 
-    configure_logs(loaded.settings.logs)
+    writer = configure_logs(loaded.settings.logs)
     for warning in loaded.warnings:
         structlog.get_logger(__name__).warning(warning)
+    if check:
+        _check(loaded.settings)
     try:
-        run(loaded.settings)
+        run(loaded.settings, log_writer=writer)
     except EngineLost as error:
-        _exit(EXIT_FAILED, str(error))
+        code, message = EXIT_FAILED, str(error)
+    except StartupError as error:
+        code, message = EXIT_MISUSED, str(error)
+    else:
+        return
+    # Not printed: a reader of the log that has stalled would prevent the exit.
+    writer.put(_error_line(message))
+    raise SystemExit(code)
+
+
+def _check(settings: "Settings") -> NoReturn:
+    import asyncio
+
+    from darkroom_server.preflight import preflight
+
+    # A load cannot be interrupted otherwise; the engine process ends with this one.
+    signal.signal(signal.SIGINT, lambda number, _: exit_by_signal(number))
+
+    async def report() -> bool:
+        usable = True
+        async for finding in preflight(settings):
+            print(f"{'ok' if finding.ok else 'problem':8} {finding.text}", flush=True)
+            usable = usable and finding.ok
+        return usable
+
+    raise SystemExit(0 if asyncio.run(report()) else EXIT_FAILED)
 
 
 def _healthcheck(
@@ -152,6 +200,11 @@ def _load(config: str | None, flags: dict[str, Any]) -> "Loaded":
     return load_settings(flags, os.environ, config)
 
 
-def _exit(code: int, message: str) -> NoReturn:
-    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+def _exit(code: int, *messages: str) -> NoReturn:
+    for message in messages:
+        print(_error_line(message), file=sys.stderr)
     raise SystemExit(code)
+
+
+def _error_line(message: str) -> str:
+    return f"{PROGRAM}: error: {' '.join(message.split())}"

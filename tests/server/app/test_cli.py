@@ -74,6 +74,16 @@ def test_a_bad_value() -> None:
     assert complaint(run("serve", "--port", "x")) == "--port: must be a valid integer, not 'x'"
 
 
+def test_all_problems_of_a_file_are_one_line_each(tmp_path: Path) -> None:
+    config = tmp_path / "d.toml"
+    config.write_text("[network]\nprot = 1\nport = 'x'\n")
+    result = run("serve", "--config", str(config))
+    assert result.returncode == 2
+    first, second = result.stderr.splitlines()
+    assert "unknown key 'network.prot'" in first
+    assert "network.port: must be a valid integer" in second
+
+
 def test_a_bad_key_in_the_file(tmp_path: Path) -> None:
     config = tmp_path / "d.toml"
     config.write_text("[network]\nprot = 1\n")

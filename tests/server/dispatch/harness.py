@@ -31,7 +31,7 @@ async def dispatching(
 ) -> AsyncIterator[tuple[Dispatcher, FakeEngine]]:
     """A started dispatcher and its engine; ``options`` are arguments of ``Dispatcher``.
 
-    At the end no job may be left.
+    At the end no job may remain.
     """
     engine = engine or FakeEngine(load=ready)
     limits = {"max_queued_jobs": 4, "max_resident_samples": 2, **options}

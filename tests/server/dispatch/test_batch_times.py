@@ -70,6 +70,19 @@ def test_a_machine_that_changes_is_followed_for_all_rows(slowness: float) -> Non
     assert 0.6 < moved <= 1.01
 
 
+@pytest.mark.parametrize("wrong", [3.008, 0.006])
+def test_a_wrong_measurement_is_corrected_by_real_batches(wrong: float) -> None:
+    """A busy start measured 8 rows fifty times too slow or ten times too fast."""
+    batch_times = BatchTimeModel()
+    points = tuple((rows, wrong if rows == 8 else seconds) for rows, seconds in BATCHES)
+    batch_times.start(replace(MODEL, speed=ModelSpeed(passes=points, decode=0.04)))
+    for _ in range(20):
+        for rows in (4, 8, 16):
+            batch_times.record_batch(batch_done(rows, dict(BATCHES)[rows]))
+    for rows, seconds in BATCHES:
+        assert batch_times.batch_seconds(SMALL, rows) == pytest.approx(seconds, rel=0.35)
+
+
 def test_one_slow_batch_has_little_effect() -> None:
     batch_times = warmed_up()
     batch_times.record_batch(batch_done(4, 36.0))

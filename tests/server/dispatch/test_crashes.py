@@ -1,6 +1,7 @@
 """No accepted job is lost when an engine dies."""
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -11,6 +12,7 @@ from darkroom_server.core.errors import Failure, GenerationFailed, Reason, Start
 from darkroom_server.core.events import BatchDone, Event
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import Dispatcher, State
+from darkroom_server.dispatch.engines import pool as pool_module
 from darkroom_server.dispatch.jobs.job import CRASH_SUSPECT
 from darkroom_server.dispatch.jobs.outcomes import Finished
 from tests.server.dispatch.harness import settle
@@ -236,14 +238,44 @@ async def test_an_engine_that_can_never_be_started_fails_for_good(
     async with engine_pool(max_restarts=2) as pool:
 
         def never(emit: Callable[[Event], None]) -> None:
-            raise RuntimeError("can't start new thread")
+            raise FileNotFoundError("no Python")
 
         monkeypatch.setattr(pool.engines[0], "start", never)
         pool.engines[0].die()
-        assert (
-            "cannot be started: can't start new thread"
-            in await pool.dispatcher.availability.failed()
-        )
+        assert "cannot be started: no Python" in await pool.dispatcher.availability.failed()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.EAGAIN, "Resource temporarily unavailable"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=lambda error: str(error),
+)
+async def test_a_start_without_resources_does_not_count_as_a_death(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(pool_module, "FIRST_BACKOFF_SECONDS", 0.001)
+    async with engine_pool(max_restarts=1) as engines:
+        engine = engines.engines[0]
+        start, failures = engine.start, [error] * 5
+
+        def fail_often(emit: Callable[[Event], None]) -> None:
+            if failures:
+                raise failures.pop()
+            start(emit)
+
+        monkeypatch.setattr(engine, "start", fail_often)
+        active = engines.dispatcher.submit(make_job("patient"))
+        await engines.submitted.get()
+        engine.die()
+        await engines.submitted.get()
+        engine.advance(4)
+        await active.result()
+        assert not failures
 
 
 async def test_an_engine_that_dies_too_often_is_not_restarted_and_others_go_on() -> None:

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from darkroom_server.core.caller import Caller
-from darkroom_server.core.errors import DeadlineExceeded, QueueFull, QuotaExceeded, Reason
+from darkroom_server.core.errors import (
+    DeadlineExceeded,
+    DeadlineUnreachable,
+    QueueFull,
+    QuotaExceeded,
+    Reason,
+)
 from darkroom_server.dispatch import EstimateChecked, Observer
 from darkroom_server.dispatch.admission.quotas import Quotas
 from darkroom_server.dispatch.jobs.job import JobState
@@ -81,14 +87,63 @@ async def test_a_job_alone_is_accepted_with_less_time_than_estimated() -> None:
     async with dispatching(timed_engine()) as (dispatcher, _):
         # 4.5 s are estimated, and it may be faster.
         dispatcher.submit(make_job("a", steps=4, deadline=time.monotonic() + 3.7))
-        # With other jobs it may be slower than estimated: later jobs can overtake it.
+        # With the first it is not tried with less, and the advice is half as much again.
         estimate = dispatcher.estimate(make_job("b", steps=4))
         assert estimate is not None
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineUnreachable) as caught:
             dispatcher.submit(
-                make_job("b", steps=4, deadline=time.monotonic() + 1.49 * estimate.total)
+                make_job("b", steps=4, deadline=time.monotonic() + 0.99 * estimate.total)
             )
-        dispatcher.submit(make_job("b", steps=4, deadline=time.monotonic() + 1.51 * estimate.total))
+        needed = float(caught.value.metadata["needed_seconds"])
+        assert needed == pytest.approx(1.5 * estimate.total, abs=0.01)
+        dispatcher.submit(make_job("b", steps=4, deadline=time.monotonic() + 1.01 * estimate.total))
+
+
+async def test_a_slow_stretch_rejects_no_deadline_that_can_be_met(clock: Clock) -> None:
+    """For 40 steps every batch takes five times as long as before and after."""
+
+    async def run(steps: int, slowness: float) -> None:
+        accepted = dispatcher.submit(make_job("slow" if slowness > 1 else "normal", steps=steps))
+        for _ in range(steps):
+            engine._pass_seconds = slowness
+            clock.skip(slowness)
+            engine.advance()
+            await settle()
+        await accepted.result()
+
+    async with dispatching(timed_engine(), max_resident_samples=9) as (dispatcher, engine):
+        before = dispatcher.estimate(make_job(steps=4))
+        await run(40, 1.0)
+        for _ in range(4):
+            await run(10, 5.0)
+        after = dispatcher.estimate(make_job(steps=4))
+        assert before is not None
+        assert after is not None
+        assert after.total > 1.5 * before.total  # The stretch was noticed.
+        dispatcher.submit(make_job("company", steps=1))
+        now = time.monotonic()
+        dispatcher.submit(make_job("possible", steps=4, deadline=now + 1.8 * before.total))
+        # The negative control: what even the fast machine cannot do is rejected at once.
+        with pytest.raises(DeadlineUnreachable):
+            dispatcher.submit(make_job("never", steps=4, deadline=now + 0.5 * before.total))
+
+
+async def test_jobs_that_were_slow_once_reject_no_deadline_that_can_be_met(clock: Clock) -> None:
+    """The batches are as fast as ever, but 15 jobs took five times as long as simulated."""
+    async with dispatching(timed_engine(), max_resident_samples=9) as (dispatcher, engine):
+        for index in range(30):
+            accepted = dispatcher.submit(make_job(str(index), steps=4))
+            clock.skip(4.5 if index < 15 else 22.5)
+            engine.advance(4)
+            await accepted.result()
+        estimate = dispatcher.estimate(make_job(steps=4))
+        assert estimate is not None
+        assert estimate.simulated == pytest.approx(4.5)
+        dispatcher.submit(make_job("company", steps=1))
+        now = time.monotonic()
+        dispatcher.submit(make_job("possible", steps=4, deadline=now + 1.8 * 4.5))
+        with pytest.raises(DeadlineUnreachable):
+            dispatcher.submit(make_job("never", steps=4, deadline=now + 0.5 * 4.5))
 
 
 async def test_a_wrong_measurement_does_not_reject_jobs_forever() -> None:
@@ -202,8 +257,8 @@ def test_a_callers_rate_is_bounded() -> None:
         except QuotaExceeded:
             quotas.check(Caller(name="bob", jobs_per_minute=1), now)
             return False
-        quotas.accepted(caller.name)
-        quotas.ended(caller.name)
+        quotas.accepted(caller)
+        quotas.ended(caller)
         return True
 
     assert [admitted(0.0) for _ in range(3)] == [True, True, False]

@@ -197,3 +197,30 @@ def test_remaining_work_is_computed_again_only_after_a_change() -> None:
     (later,) = works.get([jobs["a"]])
     assert later.begun
     assert later.calls == (4,)
+
+
+def calls_made(sizes: int) -> int:
+    """The Python calls that one estimate makes while that many sizes wait or run."""
+    batch_times = make_batch_times()
+    jobs = [
+        work(str(i), 20 + i % 7, group=Group("demo", 64 + 8 * (i % 24), 64 + 8 * (i // 24)))
+        for i in range(sizes)
+    ]
+    running = Load(batch_times=batch_times, max_rows=lambda _: 8, jobs=jobs[: sizes // 3])
+    count = 0
+
+    def profile(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        simulated = simulate_queue([running], jobs[sizes // 3 :], sizes // 3)
+    finally:
+        sys.setprofile(None)
+    assert len(simulated.finishes) == sizes
+    return count
+
+
+def test_the_cost_grows_with_the_sizes_and_not_with_their_square() -> None:
+    assert calls_made(192) < 2.5 * calls_made(96)

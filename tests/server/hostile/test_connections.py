@@ -2,25 +2,18 @@
 
 import asyncio
 import random
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.server.hostile.http2 import PREFACE, SETTINGS, frame
 from tests.server.hostile.leaks import nothing_leaks
 from tests.server.security.certificates import Authority
 from tests.server.wire import Wire, serving
 
 AUTO = {"auto": True}
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-SETTINGS = b"\0\0\0\x04\0\0\0\0\0"
 TLS_HELLO = bytes.fromhex("16030100050100000103")
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """One HTTP/2 frame."""
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
 async def connect(wire: Wire, *chunks: bytes) -> asyncio.StreamWriter:

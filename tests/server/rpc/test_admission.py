@@ -8,12 +8,14 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from google.rpc import error_details_pb2
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.model import ModelSpeed
 from darkroom_server.settings import Dispatch, Security
+from tests.server.telemetry.scrape import counted
 from tests.server.wire import Wire, refusal, serving
 
 SPEED = ModelSpeed(passes=((2, 1.0), (4, 1.5), (8, 2.5)), decode=0.5)
@@ -30,8 +32,15 @@ async def estimate(wire: Wire, **fields: Any) -> Any:
 
 
 async def test_an_unreachable_deadline_is_rejected_with_the_estimate() -> None:
-    async with serving(fake=TIMED) as wire:
-        error = await refusal(wire.generation.Generate(request(steps=400), timeout=60))
+    with structlog.testing.capture_logs() as logs:
+        async with serving(fake=TIMED) as wire:
+            error = await refusal(wire.generation.Generate(request(steps=400), timeout=60))
+            images = await counted(wire, "darkroom_images_total", "outcome")
+            rejections = await counted(wire, "darkroom_rejections_total", "reason")
+    assert images == {("refused",): 1}
+    assert rejections == {("deadline_unreachable",): 1}
+    (line,) = [line for line in logs if line["event"] == "request"]
+    assert (line["outcome"], line["reason"]) == ("refused", "DEADLINE_UNREACHABLE")
     assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert error.info.reason == "DEADLINE_UNREACHABLE"
     figures = {key: float(value) for key, value in error.info.metadata.items()}

@@ -5,7 +5,7 @@ from google.rpc import error_details_pb2
 from darkroom.v1 import generation_pb2, model_pb2, types_pb2
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.job import ImageFormat, SchedulerName
-from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE
+from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE, SOURCE_TO_WIRE
 from darkroom_server.settings import Models
 from tests.server.wire import refusal, serving
 
@@ -89,6 +89,7 @@ def test_the_enums_cover_every_wire_value() -> None:
     for wire, ours in (
         (types_pb2.ImageFormat, FORMAT_TO_WIRE),
         (types_pb2.Scheduler, SCHEDULER_TO_WIRE),
+        (model_pb2.RowLimitSource, SOURCE_TO_WIRE),
     ):
         assert sorted([0, *ours.values()]) == sorted(wire.values())
     assert set(FORMAT_TO_WIRE) == set(ImageFormat)

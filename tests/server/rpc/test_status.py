@@ -7,10 +7,10 @@ from typing import Any
 
 import grpc
 
-from darkroom.v1 import server_pb2, server_pb2_grpc
+from darkroom.v1 import model_pb2, server_pb2, server_pb2_grpc
 from darkroom_server.backends.fake_model import fake_model
-from darkroom_server.core.events import MemoryReport
-from darkroom_server.core.model import ModelSpeed
+from darkroom_server.core.events import MemoryReport, RowLimitCorrected
+from darkroom_server.core.model import ModelSpeed, RowLimitSource
 from darkroom_server.settings import Dispatch, Engine, Security
 from tests.server.wire import NOT_SERVING, SERVING, Wire, refusal, serving
 
@@ -53,6 +53,29 @@ async def test_the_status_of_a_server_with_a_running_job() -> None:
     assert done.accepted_jobs == 1
     assert dict(done.ended_jobs) == {"finished": 1, "failed": 0, "expired": 0, "cancelled": 0}
     assert done.engines[0].rows_in_use == 0
+
+
+async def test_a_corrected_row_limit_is_visible() -> None:
+    """Everywhere that shows it: the status, the model, the dispatcher's view of the engine."""
+    measured = replace(
+        fake_model(),
+        runtime=replace(fake_model().runtime, format_rule="the CPU has no such instructions"),
+        limits=replace(fake_model().limits, row_limit_source=RowLimitSource.MEASURED),
+        most_rows=64,
+    )
+    async with serving(fake={"models": [measured], "auto": True}) as wire:
+        (before,) = (await status(wire)).models
+        assert (before.runtime.dtype, before.runtime.preset) == ("float32", "fast")
+        assert before.runtime.format_rule == "the CPU has no such instructions"
+        assert before.max_rows == 8
+        assert before.row_limit_source == model_pb2.ROW_LIMIT_SOURCE_MEASURED
+        wire.engine._emit(RowLimitCorrected("demo", 32))
+        (after,) = (await status(wire)).models
+        model = (await wire.models.GetModel(model_pb2.GetModelRequest())).model
+        assert after.max_rows == model.limits.max_rows == 32
+        assert after.row_limit_source == model_pb2.ROW_LIMIT_SOURCE_CORRECTED
+        assert model.limits.row_limit_source == model_pb2.ROW_LIMIT_SOURCE_CORRECTED
+        assert model.runtime == after.runtime
 
 
 async def test_the_status_of_a_server_that_loads() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from darkroom_server.core.engine_config import Attention, Dtype, Preset
-from darkroom_server.core.errors import StartupError
+from darkroom_server.core.errors import InvalidSettings, StartupError
 from darkroom_server.settings import Settings
 from darkroom_server.settings.load import load_settings
 from darkroom_server.settings.option import options_of
@@ -79,6 +79,32 @@ def test_an_invalid_file_is_reported_in_one_line(tmp_path: Path, text: str, comp
     assert complaint in str(caught.value)
     assert "darkroom.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
+    text = """
+[network]
+prot = 1
+port = "x"
+[netwrok]
+host = "a"
+[engine]
+preset = "quick"
+slice_size = 0
+threads = 0
+"""
+    with pytest.raises(InvalidSettings) as caught:
+        load_settings({"grace": "-1"}, {}, toml(tmp_path, text))
+    found = [problem.rpartition(".toml: ")[2] for problem in caught.value.problems]
+    assert [problem.partition(":")[0] for problem in found] == [
+        "unknown key 'network.prot'; did you mean 'network.port'?",
+        "unknown key 'netwrok'; did you mean 'network'?",
+        "engine.preset",
+        "engine.slice_size",
+        "engine.threads",
+        "network.port",
+        "--grace",
+    ]
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import asyncio
 import errno
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
@@ -69,6 +71,26 @@ def test_a_connection_that_never_completes_its_request_is_closed(
         with socket.create_connection((host, int(port)), timeout=60) as client:
             client.sendall(b"GET /metr")
             assert client.recv(1) == b""
+    finally:
+        exporter.stop()
+
+
+def test_slow_clients_take_a_bounded_number_of_threads() -> None:
+    before = threading.active_count()
+    exporter = Exporter(CollectorRegistry(), lambda: True)
+    address = exporter.start("127.0.0.1", 0)
+    host, port = address.split(":")
+    try:
+        with ExitStack() as slow:
+            for _ in range(400):
+                client = slow.enter_context(socket.create_connection((host, int(port))))
+                client.sendall(b"GET /metr")
+                most = threading.active_count() - before
+                assert most <= 40
+            assert most >= 16  # They did take threads.
+            began = time.monotonic()
+            assert get(address, "/healthz") == (200, "ready\n")
+            assert time.monotonic() - began < 2.0
     finally:
         exporter.stop()
 

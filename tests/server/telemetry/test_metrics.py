@@ -15,6 +15,7 @@ from darkroom_server.core.events import (
     MemoryReport,
     ModelLoad,
     PeakMeasured,
+    RowLimitCorrected,
     Sensors,
 )
 from darkroom_server.dispatch import EstimateChecked, FirstPreview
@@ -142,11 +143,11 @@ async def test_memory_and_versions() -> None:
 async def test_a_status_set_by_a_handler_is_the_one_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def refuse(self: object, request: object, context: Any) -> model_pb2.GetModelResponse:
+    async def set_status(self: object, request: object, context: Any) -> model_pb2.GetModelResponse:
         context.set_code(grpc.StatusCode.DATA_LOSS)
         return model_pb2.GetModelResponse()
 
-    monkeypatch.setattr(ModelServicer, "GetModel", refuse)
+    monkeypatch.setattr(ModelServicer, "GetModel", set_status)
     async with serving() as wire:
         with pytest.raises(grpc.aio.AioRpcError):
             await wire.models.GetModel(model_pb2.GetModelRequest())
@@ -228,6 +229,14 @@ async def test_loads_and_sensors_are_gauges() -> None:
         wire.engine._emit(MemoryReport(device="cuda:0", by_kind={}, host_rss=1, sensors=sensors))
         await wire.health_becomes(SERVING)
         assert await values(wire, "darkroom_model_load_seconds") == {(): 1.5}
+        assert await values(wire, "darkroom_max_rows", "model") == {("demo",): 8}
+        how = ("model", "device", "dtype", "memory_format", "preset", "attention")
+        assert await values(wire, "darkroom_model_info", *how) == {
+            ("demo", "cpu", "float32", "contiguous", "fast", "sdpa"): 1
+        }
+        wire.engine._emit(RowLimitCorrected("demo", 16))
+        await asyncio.sleep(0)
+        assert await values(wire, "darkroom_max_rows", "model") == {("demo",): 16}
         assert await values(wire, "darkroom_model_warm_up_seconds") == {(): 2.5}
         assert await values(wire, "darkroom_model_memory_bytes", "component") == {("unet",): 7}
         assert await values(wire, "darkroom_gpu_utilisation_ratio", "device") == {("cuda:0",): 0.5}

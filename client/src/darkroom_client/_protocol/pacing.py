@@ -5,7 +5,7 @@ import math
 import random
 import time
 
-from darkroom_client._errors import DarkroomError, DeadlineExceeded, Overloaded, QuotaExceeded
+from darkroom_client._errors import DarkroomError, DeadlineUnreachable, Overloaded, QuotaExceeded
 from darkroom_client._types.connection import Retry
 
 log = logging.getLogger("darkroom_client")
@@ -94,9 +94,7 @@ def is_not_now(error: DarkroomError, timeout: float | None) -> bool:
     A full queue, a used-up quota; or a deadline that the queue makes unreachable, if the request
     alone fits into ``timeout``. (A model that loads is waited for by each call itself.)
     """
-    if isinstance(error, DeadlineExceeded):
-        if error.reason != "DEADLINE_UNREACHABLE":
-            return False
+    if isinstance(error, DeadlineUnreachable):
         if timeout is None or error.estimate is None or error.queue_wait is None:
             return True
         return error.estimate - error.queue_wait <= timeout

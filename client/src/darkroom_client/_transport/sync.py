@@ -35,6 +35,9 @@ CANCEL_ON_EXIT_SECONDS = 2.0
 STATE_SECONDS = 0.5
 """The time limit of asking gRPC for the state of a channel, which it sends from a thread."""
 
+STATUS_SECONDS = 5.0
+"""How long a finished stream waits for the status of its call; then it cancels the call."""
+
 A = TypeVar("A")
 
 

@@ -1,6 +1,7 @@
 """What a model on the server is, what it accepts, and how it runs."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from darkroom_client._types.enums import ImageFormat, Scheduler
 
@@ -21,13 +22,28 @@ class ModelDefaults:
     quality: int
 
 
+class RowLimitSource(StrEnum):
+    """Where a model's row limit comes from.
+
+    SET: configured as an exact number. MEASURED: when the server started. REMEMBERED: measured at
+    an earlier start. CORRECTED: measured or remembered, then changed by what real batches took.
+    UNKNOWN: the server is older than this field, or the value is newer than this client.
+    """
+
+    SET = "set"
+    MEASURED = "measured"
+    REMEMBERED = "remembered"
+    CORRECTED = "corrected"
+    UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
     """The bounds of a request for a model, all inclusive; sizes in pixels.
 
     ``prompt_tokens``: tokens that the model reads of a prompt; the rest is ignored and
     reported as ``Image.prompt_truncated``. ``max_rows``: rows of one denoiser pass at the
-    default size; an image with guidance takes two.
+    default size, now; an image with guidance takes two. ``row_limit_source``: where it comes from.
     """
 
     min_size: int
@@ -38,6 +54,7 @@ class ModelLimits:
     max_prompt_bytes: int
     prompt_tokens: int
     max_rows: int
+    row_limit_source: RowLimitSource = RowLimitSource.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +71,8 @@ class ModelRuntime:
     """How a model runs: ``device`` such as "cuda:0", ``dtype`` such as "float16".
 
     ``attention`` is "sliced" or "sdpa"; ``slice_size`` is "auto", "max" or a number; it is empty
-    without sliced attention.
+    without sliced attention. ``format_rule``: why ``dtype`` and ``channels_last`` were chosen;
+    empty if both are configured, or if the server is older than this field.
     """
 
     device: str
@@ -67,6 +85,7 @@ class ModelRuntime:
     channels_last: bool
     fp8_storage: bool
     safety_checker: bool
+    format_rule: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from darkroom_client._types.model import ModelRuntime, RowLimitSource
+
 
 class ServerState(StrEnum):
     """Whether a server accepts requests.
@@ -32,13 +34,20 @@ class PassTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """One model: ``queued_jobs`` wait for it, ``running_jobs`` run."""
+    """One model: ``queued_jobs`` wait for it, ``running_jobs`` run.
+
+    ``runtime``: how it runs. ``max_rows``: the most rows of one denoiser pass at its default size,
+    now. Until it is ready, or if the server is older than these fields, they are None and 0.
+    """
 
     id: str
     ready: bool
     queued_jobs: int
     running_jobs: int
     pass_times: tuple[PassTime, ...]
+    runtime: ModelRuntime | None = None
+    max_rows: int = 0
+    row_limit_source: RowLimitSource = RowLimitSource.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,12 @@ from darkroom_client._types.model import (
     ModelDefaults,
     ModelLimits,
     ModelRuntime,
+    RowLimitSource,
     SchedulerOffer,
 )
 from darkroom_client._wire.values import decode_float, decode_format, decode_scheduler
+
+_SOURCE_PREFIX = "ROW_LIMIT_SOURCE_"
 
 
 def decode_model(model: model_pb2.Model) -> Model:
@@ -27,7 +30,7 @@ def decode_model(model: model_pb2.Model) -> Model:
             for offer in model.schedulers
             if (scheduler := decode_scheduler(offer.scheduler)) is not None
         ),
-        runtime=_decode_runtime(model.runtime) if model.HasField("runtime") else None,
+        runtime=decode_runtime(model.runtime) if model.HasField("runtime") else None,
     )
 
 
@@ -53,10 +56,19 @@ def _decode_limits(limits: model_pb2.ModelLimits) -> ModelLimits:
         max_prompt_bytes=limits.max_prompt_bytes,
         prompt_tokens=limits.prompt_tokens,
         max_rows=limits.max_rows,
+        row_limit_source=decode_row_limit_source(limits.row_limit_source),
     )
 
 
-def _decode_runtime(runtime: model_pb2.ModelRuntime) -> ModelRuntime:
+def decode_row_limit_source(number: model_pb2.RowLimitSource.ValueType) -> RowLimitSource:
+    """Decode the source of a row limit; UNKNOWN if it is unset or newer than this client."""
+    known = model_pb2.RowLimitSource.DESCRIPTOR.values_by_number.get(number)
+    name = known.name.removeprefix(_SOURCE_PREFIX) if known else ""
+    return RowLimitSource.__members__.get(name, RowLimitSource.UNKNOWN)
+
+
+def decode_runtime(runtime: model_pb2.ModelRuntime) -> ModelRuntime:
+    """Decode how a model runs."""
     return ModelRuntime(
         device=runtime.device,
         dtype=runtime.dtype,
@@ -68,4 +80,5 @@ def _decode_runtime(runtime: model_pb2.ModelRuntime) -> ModelRuntime:
         channels_last=runtime.channels_last,
         fp8_storage=runtime.fp8_storage,
         safety_checker=runtime.safety_checker,
+        format_rule=runtime.format_rule,
     )

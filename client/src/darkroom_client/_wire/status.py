@@ -9,6 +9,7 @@ from darkroom_client._types.status import (
     ServerState,
     ServerStatus,
 )
+from darkroom_client._wire.models import decode_row_limit_source, decode_runtime
 from darkroom_client._wire.values import decode_seconds
 
 _STATE_PREFIX = "SERVER_STATE_"
@@ -62,6 +63,9 @@ def _decode_model(model: server_pb2.ModelStatus) -> ModelStatus:
             )
             for time in model.pass_times
         ),
+        runtime=decode_runtime(model.runtime) if model.HasField("runtime") else None,
+        max_rows=model.max_rows,
+        row_limit_source=decode_row_limit_source(model.row_limit_source),
     )
 
 

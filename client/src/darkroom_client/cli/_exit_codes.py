@@ -39,6 +39,7 @@ _CODES: dict[type[DarkroomError], int] = {
     errors.Overloaded: LATER,
     errors.QuotaExceeded: LATER,
     errors.DeadlineExceeded: DEADLINE,
+    errors.DeadlineUnreachable: DEADLINE,
     errors.Unauthenticated: FORBIDDEN,
     errors.PermissionDenied: FORBIDDEN,
     errors.TooLarge: TOO_LARGE,

@@ -34,6 +34,7 @@ def describe_model(name: str) -> model_pb2.Model:
             max_prompt_bytes=8192,
             prompt_tokens=77,
             max_rows=8,
+            row_limit_source=model_pb2.ROW_LIMIT_SOURCE_SET,
         ),
         schedulers=[
             model_pb2.SchedulerOffer(

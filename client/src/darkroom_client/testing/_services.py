@@ -132,10 +132,7 @@ class Services(
             return server_pb2.GetStatusResponse(
                 version="fake",
                 state=server_pb2.ServerState.Value(state),
-                models=[
-                    server_pb2.ModelStatus(id=name, ready=True, running_jobs=running)
-                    for name in registry.models
-                ],
+                models=[_model_status(name, running) for name in registry.models],
                 engines=[server_pb2.EngineStatus(device="fake", ready=True, jobs=running)],
                 running_jobs=running,
                 max_queued_jobs=64,
@@ -214,3 +211,15 @@ def _duration(seconds: float) -> Duration:
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration
+
+
+def _model_status(name: str, running: int) -> server_pb2.ModelStatus:
+    model = describe_model(name)
+    return server_pb2.ModelStatus(
+        id=name,
+        ready=True,
+        running_jobs=running,
+        runtime=model.runtime,
+        max_rows=model.limits.max_rows,
+        row_limit_source=model.limits.row_limit_source,
+    )

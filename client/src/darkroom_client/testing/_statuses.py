@@ -23,6 +23,7 @@ SENT: dict[type[DarkroomError], tuple[int, str]] = {
     errors.QuotaExceeded: (code_pb2.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
     errors.Unavailable: (code_pb2.UNAVAILABLE, "DRAINING"),
     errors.DeadlineExceeded: (code_pb2.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
+    errors.DeadlineUnreachable: (code_pb2.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE"),
     errors.Unauthenticated: (code_pb2.UNAUTHENTICATED, "UNAUTHENTICATED"),
     errors.PermissionDenied: (code_pb2.PERMISSION_DENIED, "PERMISSION_DENIED"),
     errors.GenerationFailed: (code_pb2.INTERNAL, "ENGINE_FAILED"),

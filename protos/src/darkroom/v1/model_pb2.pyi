@@ -8,6 +8,7 @@ from darkroom.v1 import types_pb2 as _types_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _RowLimitSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RowLimitSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowLimitSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROW_LIMIT_SOURCE_UNSPECIFIED: _RowLimitSource.ValueType  # 0
+    """From a server older than this field."""
+    ROW_LIMIT_SOURCE_SET: _RowLimitSource.ValueType  # 1
+    """Configured as an exact number."""
+    ROW_LIMIT_SOURCE_MEASURED: _RowLimitSource.ValueType  # 2
+    """Measured when the server started."""
+    ROW_LIMIT_SOURCE_REMEMBERED: _RowLimitSource.ValueType  # 3
+    """Measured at an earlier start."""
+    ROW_LIMIT_SOURCE_CORRECTED: _RowLimitSource.ValueType  # 4
+    """Measured or remembered, then changed by what real batches took."""
+
+class RowLimitSource(_RowLimitSource, metaclass=_RowLimitSourceEnumTypeWrapper):
+    """RowLimitSource is where a model's row limit comes from."""
+
+ROW_LIMIT_SOURCE_UNSPECIFIED: RowLimitSource.ValueType  # 0
+"""From a server older than this field."""
+ROW_LIMIT_SOURCE_SET: RowLimitSource.ValueType  # 1
+"""Configured as an exact number."""
+ROW_LIMIT_SOURCE_MEASURED: RowLimitSource.ValueType  # 2
+"""Measured when the server started."""
+ROW_LIMIT_SOURCE_REMEMBERED: RowLimitSource.ValueType  # 3
+"""Measured at an earlier start."""
+ROW_LIMIT_SOURCE_CORRECTED: RowLimitSource.ValueType  # 4
+"""Measured or remembered, then changed by what real batches took."""
+Global___RowLimitSource: _TypeAlias = RowLimitSource  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
@@ -226,6 +259,7 @@ class ModelLimits(_message.Message):
     MAX_PROMPT_BYTES_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_ROWS_FIELD_NUMBER: _builtins.int
+    ROW_LIMIT_SOURCE_FIELD_NUMBER: _builtins.int
     min_size: _builtins.int
     """Width and height, in pixels."""
     max_size: _builtins.int
@@ -244,8 +278,10 @@ class ModelLimits(_message.Message):
     """
     max_rows: _builtins.int
     """Most rows of one denoiser batch at the default size. An image with guidance
-    takes two rows.
+    takes two rows. It is the limit now: see row_limit_source.
     """
+    row_limit_source: Global___RowLimitSource.ValueType
+    """Where max_rows comes from."""
     def __init__(
         self,
         *,
@@ -257,10 +293,11 @@ class ModelLimits(_message.Message):
         max_prompt_bytes: _builtins.int = ...,
         prompt_tokens: _builtins.int = ...,
         max_rows: _builtins.int = ...,
+        row_limit_source: Global___RowLimitSource.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_guidance_scale", b"max_guidance_scale", "max_image_count", b"max_image_count", "max_prompt_bytes", b"max_prompt_bytes", "max_rows", b"max_rows", "max_size", b"max_size", "min_size", b"min_size", "prompt_tokens", b"prompt_tokens", "size_multiple", b"size_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_guidance_scale", b"max_guidance_scale", "max_image_count", b"max_image_count", "max_prompt_bytes", b"max_prompt_bytes", "max_rows", b"max_rows", "max_size", b"max_size", "min_size", b"min_size", "prompt_tokens", b"prompt_tokens", "row_limit_source", b"row_limit_source", "size_multiple", b"size_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -312,6 +349,7 @@ class ModelRuntime(_message.Message):
     CHANNELS_LAST_FIELD_NUMBER: _builtins.int
     FP8_STORAGE_FIELD_NUMBER: _builtins.int
     SAFETY_CHECKER_FIELD_NUMBER: _builtins.int
+    FORMAT_RULE_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """The device, such as "cuda:0" or "cpu"."""
     dtype: _builtins.str
@@ -332,6 +370,8 @@ class ModelRuntime(_message.Message):
     """The denoiser's weights are stored in 8 bits and computed in `dtype`."""
     safety_checker: _builtins.bool
     """Images are checked; flagged ones are withheld."""
+    format_rule: _builtins.str
+    """Why `dtype` and `channels_last` were chosen; empty if both are configured."""
     def __init__(
         self,
         *,
@@ -345,10 +385,11 @@ class ModelRuntime(_message.Message):
         channels_last: _builtins.bool = ...,
         fp8_storage: _builtins.bool = ...,
         safety_checker: _builtins.bool = ...,
+        format_rule: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "autocast", b"autocast", "channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "fp8_storage", b"fp8_storage", "preset", b"preset", "safety_checker", b"safety_checker", "slice_size", b"slice_size", "vae_tiling", b"vae_tiling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "autocast", b"autocast", "channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "format_rule", b"format_rule", "fp8_storage", b"fp8_storage", "preset", b"preset", "safety_checker", b"safety_checker", "slice_size", b"slice_size", "vae_tiling", b"vae_tiling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

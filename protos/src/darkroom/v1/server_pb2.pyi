@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from darkroom.v1 import model_pb2 as _model_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
@@ -170,6 +171,9 @@ class ModelStatus(_message.Message):
     QUEUED_JOBS_FIELD_NUMBER: _builtins.int
     RUNNING_JOBS_FIELD_NUMBER: _builtins.int
     PASS_TIMES_FIELD_NUMBER: _builtins.int
+    RUNTIME_FIELD_NUMBER: _builtins.int
+    MAX_ROWS_FIELD_NUMBER: _builtins.int
+    ROW_LIMIT_SOURCE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The model's id."""
     ready: _builtins.bool
@@ -178,9 +182,17 @@ class ModelStatus(_message.Message):
     """Jobs of this model that wait."""
     running_jobs: _builtins.int
     """Jobs of this model in the engines."""
+    max_rows: _builtins.int
+    """Most rows of one denoiser batch at the default size, now."""
+    row_limit_source: _model_pb2.RowLimitSource.ValueType
+    """Where max_rows comes from."""
     @_builtins.property
     def pass_times(self) -> _containers.RepeatedCompositeFieldContainer[Global___PassTime]:
         """Measured times of a batch, for the sizes and row counts so far."""
+
+    @_builtins.property
+    def runtime(self) -> _model_pb2.ModelRuntime:
+        """How the model runs; unset until it is ready."""
 
     def __init__(
         self,
@@ -190,10 +202,13 @@ class ModelStatus(_message.Message):
         queued_jobs: _builtins.int = ...,
         running_jobs: _builtins.int = ...,
         pass_times: _abc.Iterable[Global___PassTime] | None = ...,
+        runtime: _model_pb2.ModelRuntime | None = ...,
+        max_rows: _builtins.int = ...,
+        row_limit_source: _model_pb2.RowLimitSource.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["runtime", b"runtime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "pass_times", b"pass_times", "queued_jobs", b"queued_jobs", "ready", b"ready", "running_jobs", b"running_jobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "max_rows", b"max_rows", "pass_times", b"pass_times", "queued_jobs", b"queued_jobs", "ready", b"ready", "row_limit_source", b"row_limit_source", "running_jobs", b"running_jobs", "runtime", b"runtime"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,6 +1,7 @@
 """The process backend: spawns and watches an engine process; the serving process has no torch."""
 
 import json
+import math
 import os
 import queue
 import socket
@@ -13,6 +14,7 @@ from typing import IO
 
 import structlog
 
+from darkroom_server.backends.descriptors import reserved_descriptors
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import (
     EngineDied,
@@ -22,6 +24,7 @@ from darkroom_server.core.events import (
     JobFailed,
     JobFinished,
     MemoryReport,
+    RowLimitCorrected,
 )
 from darkroom_server.core.job import Job
 from darkroom_server.ipc.channel import Channel, ChannelClosed
@@ -35,6 +38,12 @@ CHILD = ("-P", "-m", "darkroom_server.engine.main")
 CLOSE_SECONDS = 10.0
 """Time for the current batch to finish on ``close``, before the process is killed."""
 
+LOAD_FACTOR = 4.0
+"""An engine may load again for that multiple of its last load: the machine may be busier now."""
+
+SHORTEST_LOAD_SECONDS = 60.0
+"""The least time that an engine gets to load."""
+
 
 class ProcessEngine:
     """Spawns the engine process, exchanges messages with it, and detects that it died or hangs.
@@ -42,11 +51,16 @@ class ProcessEngine:
     It can be started again after ``EngineDied``. The thread that calls ``start`` must outlive the
     process, because the kernel kills the process when that thread exits (PR_SET_PDEATHSIG).
     ``timeout`` is the longest time without an event, in seconds, while there is work.
+    ``load_timeout``: the longest time, in seconds, from the start to ``EngineReady``; after the
+    first load ``LoadLimit`` shortens it.
     """
 
-    def __init__(self, config: EngineConfig, *, timeout: float = 60.0) -> None:
+    def __init__(
+        self, config: EngineConfig, *, timeout: float = 60.0, load_timeout: float = 1800.0
+    ) -> None:
         self._config = config
         self._timeout = timeout
+        self._load_limit = LoadLimit(load_timeout)
         self._process: _EngineProcess | None = None
 
     @property
@@ -56,13 +70,22 @@ class ProcessEngine:
 
     def start(self, emit: Callable[[Event], None]) -> None:
         """Spawn the process and start to load; ``EngineReady`` or ``EngineDied`` follows."""
+        began = time.monotonic()
 
-        def keep_measurements(event: Event) -> None:
+        def learn(event: Event) -> None:
             if isinstance(event, EngineReady):
                 self._config = self._config.with_measurements(event.models)
+                self._load_limit.loaded(time.monotonic() - began)
+            elif isinstance(event, EngineDied) and process.load_timed_out:
+                self._load_limit.timed_out()
+            elif isinstance(event, RowLimitCorrected):
+                self._config = self._config.with_row_limit(event.model, event.max_rows)
             emit(event)
 
-        self._process = _EngineProcess(self._config, self._timeout, keep_measurements)
+        process = _EngineProcess(self._config, self._timeout, self._load_limit.seconds)
+        with reserved_descriptors():
+            process.start(learn)
+        self._process = process
 
     def submit(self, job: Job) -> None:
         """Run a job; allowed after ``EngineReady``."""
@@ -87,19 +110,48 @@ class ProcessEngine:
             self._process = None
 
 
+class LoadLimit:
+    """How long an engine may load, in ``seconds``: ``longest`` at first, then learned.
+
+    A limit that was too short doubles, up to ``longest``.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self.seconds = longest
+        self._longest = longest
+
+    def loaded(self, seconds: float) -> None:
+        """A load took ``seconds``."""
+        learned = max(LOAD_FACTOR * seconds, SHORTEST_LOAD_SECONDS)
+        self.seconds = min(learned, self._longest)
+
+    def timed_out(self) -> None:
+        """A load reached the limit."""
+        self.seconds = min(2 * self.seconds, self._longest)
+
+
 class _EngineProcess:
     """One process, from its start to its end."""
 
-    def __init__(self, config: EngineConfig, timeout: float, emit: Callable[[Event], None]) -> None:
-        self._emit = emit
+    def __init__(self, config: EngineConfig, timeout: float, load_timeout: float) -> None:
+        self._config = config
         self._timeout = timeout
+        self._load_timeout = load_timeout
         self._to_send: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._working: set[str] = set()
-        self._last_event_at = time.monotonic()
+        self._started_at = self._last_event_at = time.monotonic()
         self._closing = False
         self._ready = False
         self._timed_out = False
         self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self, emit: Callable[[Event], None]) -> None:
+        """Spawn the process; its events go to ``emit`` on another thread.
+
+        Raises ``OSError`` or ``RuntimeError`` if that fails, and leaves nothing behind.
+        """
+        self._emit = emit
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self.process = subprocess.Popen(
@@ -110,8 +162,7 @@ class _EngineProcess:
                 stderr=subprocess.PIPE,
             )
             self._channel = Channel(ours.detach())
-        self._threads: list[threading.Thread] = []
-        self.send(config)
+        self.send(self._config)
         try:
             for target in (self._log, self._send_all, self._receive, self._watch):
                 thread = threading.Thread(target=target, name="engine-process", daemon=True)
@@ -163,13 +214,19 @@ class _EngineProcess:
             except ChannelClosed:
                 return  # The process is gone; the receiving thread reports it.
 
+    @property
+    def load_timed_out(self) -> bool:
+        """The process was killed because it did not finish to load."""
+        return self._timed_out and not self._ready
+
     def _watch(self) -> None:
-        """Kill a process that has work and emits no event for too long.
+        """Kill a process that loads for too long, or has work and emits no event for too long.
 
         On a thread of its own, because the sending and the receiving thread may both be blocked.
         """
-        while not self._over.wait(self._seconds_until_timeout()):
-            if self._working and self._seconds_until_timeout() <= 0:
+        # Jobs may arrive meanwhile, and ``_timeout`` seconds later the first of them may be due.
+        while not self._over.wait(min(self._timeout, self._seconds_until_timeout())):
+            if self._seconds_until_timeout() <= 0:
                 self._timed_out = True
                 self.process.kill()
                 return
@@ -201,7 +258,11 @@ class _EngineProcess:
         code = self.process.wait()
         self._to_send.put(None)
         self._channel.close()
-        if self._timed_out:
+        if self.load_timed_out:
+            died = EngineDied(
+                f"the engine had not loaded after {self._load_timeout:.3g} s, and was killed"
+            )
+        elif self._timed_out:
             died = EngineDied(f"the engine was silent for {self._timeout:g} s, and was killed")
         log.error("engine died", message=died.message, exit_code=code)
         self._emit(died)
@@ -213,8 +274,10 @@ class _EngineProcess:
             yield from message if isinstance(message, tuple) else (message,)
 
     def _seconds_until_timeout(self) -> float:
+        if not self._ready:
+            return max(0.0, self._started_at + self._load_timeout - time.monotonic())
         if not self._working:
-            return self._timeout
+            return math.inf
         return max(0.0, self._last_event_at + self._timeout - time.monotonic())
 
     def _log(self) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 class Caller:
     """One caller; None means no limit.
 
-    ``name`` scopes request ids and limits. ``priority`` is that of the caller's jobs. ``max_jobs``
-    limits the jobs that are active at the same time, ``jobs_per_minute`` those accepted in a
-    minute. ``admin`` callers may read the server's status and use reflection.
+    ``name`` scopes request ids and results. Limits are counted for the name, or for ``address`` if
+    the caller has no token, so that one machine cannot use up the share of others. ``priority`` is
+    that of the caller's jobs. ``max_jobs`` limits the jobs that are active at the same time,
+    ``jobs_per_minute`` those accepted in a minute. ``admin`` callers may read the server's status
+    and use reflection.
     """
 
     name: str
@@ -17,6 +19,7 @@ class Caller:
     max_jobs: int | None = None
     jobs_per_minute: float | None = None
     admin: bool = False
+    address: str = ""
 
 
 ANONYMOUS = Caller(name="anybody", admin=True)

@@ -58,9 +58,11 @@ class EngineConfig:
     """How the engine runs its models; None means the preset's value.
 
     ``device``: "auto", "cpu", "cuda" or "cuda:N". ``slice_size``: "auto", "max" or a number.
-    ``threads``: for torch on a CPU, None for what the cgroup allows. ``max_rows``: a cap on the
-    rows of a batch. ``previous_measurements``: from an earlier engine of this server, so that a
-    restarted one generates the same bytes and is ready sooner.
+    ``threads``: for torch on a CPU, None for what the cgroup allows. ``rows``: the row limit of
+    batches; None: it is measured, and corrected while the engine runs, but never above
+    ``max_rows``. ``measurement_cache``: the folder that remembers measurements, None for none.
+    ``previous_measurements``: from an earlier engine of this server, so that a restarted one is
+    ready sooner.
     """
 
     models: tuple[ModelSource, ...]
@@ -73,7 +75,9 @@ class EngineConfig:
     vae_tiling: bool | None = None
     channels_last: bool | None = None
     threads: int | None = None
+    rows: int | None = None
     max_rows: int | None = None
+    measurement_cache: str | None = None
     safety_checker: bool = False
     previous_measurements: tuple[ModelInfo, ...] = ()
 
@@ -85,3 +89,13 @@ class EngineConfig:
         """
         device = models[0].runtime.device if models else self.device
         return replace(self, device=device, previous_measurements=models)
+
+    def with_row_limit(self, model: str, max_rows: int) -> Self:
+        """The configuration after real batches have corrected the row limit of ``model``."""
+        return replace(
+            self,
+            previous_measurements=tuple(
+                info.with_row_limit(max_rows) if info.id == model else info
+                for info in self.previous_measurements
+            ),
+        )

@@ -11,8 +11,10 @@ DarkroomError
 │   ├── QueueFull         retry after `retry_after`
 │   ├── QuotaExceeded     this caller has reached its quota; retry after `retry_after`
 │   ├── NotReady          retry after `retry_after`
+│   ├── ReaderStalled     the stream was not read; begin another one
 │   └── TooLarge          never fits this machine
 ├── DeadlineExceeded      set a later deadline
+│   └── DeadlineUnreachable   rejected: it would pass before the job could finish
 ├── JobCancelled          another call cancelled the job
 └── GenerationFailed      accepted, but failed; `reason` says why
 
@@ -20,6 +22,7 @@ DarkroomError
 processes an error is a ``Failure``, which is plain data.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -38,6 +41,7 @@ class Reason(StrEnum):
     QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
     MODEL_LOADING = "MODEL_LOADING"
     DRAINING = "DRAINING"
+    READER_STALLED = "READER_STALLED"
     DOES_NOT_FIT = "DOES_NOT_FIT"
     DEADLINE_EXPIRED = "DEADLINE_EXPIRED"
     DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"
@@ -176,6 +180,12 @@ class NotReady(Refused):
         self.reason = reason
 
 
+class ReaderStalled(Refused):
+    """The caller did not read its stream for too long; the job goes on as after a disconnect."""
+
+    reason = Reason.READER_STALLED
+
+
 class TooLarge(Refused):
     """The request never fits this machine's memory, even alone."""
 
@@ -183,16 +193,15 @@ class TooLarge(Refused):
 
 
 class DeadlineExceeded(DarkroomError):
-    """The caller's deadline passed, or would pass before the job could finish."""
+    """The caller's deadline passed."""
 
-    def __init__(
-        self,
-        message: str,
-        reason: Reason = Reason.DEADLINE_EXPIRED,
-        metadata: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message, metadata)
-        self.reason = reason
+    reason = Reason.DEADLINE_EXPIRED
+
+
+class DeadlineUnreachable(DeadlineExceeded):
+    """Rejected before any work: the deadline would pass before the job could finish."""
+
+    reason = Reason.DEADLINE_UNREACHABLE
 
 
 class JobCancelled(DarkroomError):
@@ -212,3 +221,11 @@ class GenerationFailed(DarkroomError):
 
 class StartupError(Exception):
     """The server cannot start; the text is one line for the operator, with a remedy."""
+
+
+class InvalidSettings(StartupError):
+    """Settings are wrong; ``problems`` has one line for each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)

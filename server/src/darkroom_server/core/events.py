@@ -72,11 +72,13 @@ class EngineReady:
 class EngineDied:
     """The engine has stopped; ``message`` is one line for the operator.
 
-    ``fatal``: a restart with the same configuration would fail in the same way.
+    ``fatal``: a restart with the same configuration would fail in the same way. ``exhausted``: it
+    could not start because the machine had no descriptors, processes or memory to give.
     """
 
     message: str
     fatal: bool = False
+    exhausted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,14 @@ class BatchDone:
     joined: int = 0
     max_rows: int = 0
     ended_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RowLimitCorrected:
+    """Real batches of the default size changed the row limit of ``model`` to ``max_rows``."""
+
+    model: str
+    max_rows: int
 
 
 class Counted(StrEnum):
@@ -247,6 +257,7 @@ Event = (
     | SampleProgress
     | PreviewReady
     | BatchDone
+    | RowLimitCorrected
     | DecodeDone
     | EngineCounts
     | PeakMeasured

@@ -1,6 +1,8 @@
 """Plain data about a loaded model: defaults, limits, schedulers, runtime, memory, speed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Self
 
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName
 
@@ -18,15 +20,32 @@ class ModelDefaults:
     quality: int = 90
 
 
+class RowLimitSource(StrEnum):
+    """Where a model's row limit comes from.
+
+    SET: configured as an exact number. MEASURED: at this start. REMEMBERED: measured at an earlier
+    start. CORRECTED: measured or remembered, then changed by what real batches took.
+    """
+
+    SET = "set"
+    MEASURED = "measured"
+    REMEMBERED = "remembered"
+    CORRECTED = "corrected"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """The bounds of a request to a model, all inclusive. Sizes in pixels."""
+    """The bounds of a request to a model, all inclusive. Sizes in pixels.
+
+    ``max_rows`` is the row limit of a batch now; ``row_limit_source`` says where it comes from.
+    """
 
     min_size: int
     max_size: int
     size_multiple: int
     prompt_tokens: int
     max_rows: int
+    row_limit_source: RowLimitSource = RowLimitSource.SET
     max_guidance_scale: float = 50.0
     max_image_count: int = 16
     max_prompt_bytes: int = 8192
@@ -52,7 +71,10 @@ class SchedulerOffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRuntime:
-    """How a model runs; ``slice_size`` is empty without sliced attention."""
+    """How a model runs; ``slice_size`` is empty without sliced attention.
+
+    ``format_rule``: why ``dtype`` and ``channels_last`` were chosen, empty if they were configured.
+    """
 
     device: str
     dtype: str
@@ -64,6 +86,12 @@ class ModelRuntime:
     channels_last: bool
     fp8_storage: bool
     safety_checker: bool
+    format_rule: str = ""
+
+    @property
+    def memory_format(self) -> str:
+        """The layout of the denoiser's weights, by torch's name."""
+        return "channels_last" if self.channels_last else "contiguous"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +141,11 @@ class ModelSpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A model that is loaded and warmed up."""
+    """A model that is loaded and warmed up.
+
+    Unless ``limits.row_limit_source`` is SET, real batches may raise ``limits.max_rows`` up to
+    ``most_rows``.
+    """
 
     id: str
     revision: str
@@ -124,9 +156,15 @@ class ModelInfo:
     runtime: ModelRuntime
     memory: MemoryNeeds
     speed: ModelSpeed = ModelSpeed()
+    most_rows: int = 0
+
+    def with_row_limit(self, max_rows: int) -> Self:
+        """This model after real batches have corrected its row limit."""
+        limits = replace(self.limits, max_rows=max_rows, row_limit_source=RowLimitSource.CORRECTED)
+        return replace(self, limits=limits)
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
-        """Rows that a batch of this size may have, as measured at start; at least 2."""
+        """Rows that a batch of this size may have; at least 2."""
         return min(self.limits.max_rows, self.memory.rows_that_fit(width, height))
 
     def offer(self, name: SchedulerName) -> SchedulerOffer | None:

@@ -1,7 +1,11 @@
 """Admits, queues and hands out jobs; knows neither gRPC nor torch."""
 
 from darkroom_server.dispatch.admission.availability import Availability, State
-from darkroom_server.dispatch.admission.quotas import ConcurrentCallLimiter
+from darkroom_server.dispatch.admission.quotas import (
+    ConcurrentCallLimiter,
+    counted_as,
+    quota_subject,
+)
 from darkroom_server.dispatch.dispatcher import Dispatcher
 from darkroom_server.dispatch.estimation.estimate import Estimate
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
@@ -10,8 +14,8 @@ from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome
 from darkroom_server.dispatch.jobs.subscription import Subscription
 from darkroom_server.dispatch.observer import (
     DispatchEvent,
-    EngineGivenUp,
     EngineRestarted,
+    EngineRetired,
     EngineTimeWasted,
     EstimateChecked,
     FirstPreview,
@@ -31,8 +35,8 @@ __all__ = [
     "Counts",
     "DispatchEvent",
     "Dispatcher",
-    "EngineGivenUp",
     "EngineRestarted",
+    "EngineRetired",
     "EngineStatus",
     "EngineTimeWasted",
     "Estimate",
@@ -55,4 +59,6 @@ __all__ = [
     "Started",
     "State",
     "Subscription",
+    "counted_as",
+    "quota_subject",
 ]

@@ -35,7 +35,7 @@ class Dispatcher:
     ``max_queued_jobs`` and ``max_queued_megapixel_steps`` limit what waits. An engine takes jobs
     while fewer than ``max_resident_samples`` images are in it. With ``early_refusal``, jobs that
     are not expected to meet their deadlines are rejected. An engine that dies more than
-    ``max_restarts`` times in ten minutes is given up. ``on_state`` is called with the state when it
+    ``max_restarts`` times in ten minutes is retired. ``on_state`` is called with the state when it
     may have changed. ``availability``: the models and the state.
     """
 
@@ -167,7 +167,7 @@ class Dispatcher:
         return active
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a job in any state, whoever follows it; unknown and ended ones are ignored."""
+        """Cancel a job, even if calls follow it; unknown and ended ones are ignored."""
         self._lifecycle.cancel(job_id)
 
     def join(self, active: ActiveJob, deadline: float | None) -> None:

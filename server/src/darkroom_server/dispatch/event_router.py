@@ -18,6 +18,7 @@ from darkroom_server.core.events import (
     JobTaken,
     MemoryReport,
     PreviewReady,
+    RowLimitCorrected,
     SampleProgress,
 )
 from darkroom_server.dispatch.admission.availability import Availability
@@ -57,6 +58,10 @@ class EventRouter:
                         active.advance(event)
                 case BatchDone():
                     engine.record_batch(event)
+                    self._observer.on_event(event)
+                case RowLimitCorrected():
+                    self._availability.set_row_limit(event.model, event.max_rows)
+                    engine.set_row_limit(event.model, event.max_rows)
                     self._observer.on_event(event)
                 case JobTaken():
                     if active := engine.jobs.get(event.job_id):

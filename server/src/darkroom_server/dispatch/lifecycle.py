@@ -46,7 +46,7 @@ class JobLifecycle:
 
     def enter(self, active: ActiveJob) -> None:
         """Queue an admitted job, and start it if an engine has room."""
-        active.on_abandoned = self._abandon
+        active.on_unsubscribed = self._cancel_unfollowed
         self.counts.accepted += 1
         self.idle.clear()
         self._registry.enqueue(active)
@@ -66,7 +66,7 @@ class JobLifecycle:
             engine.submit(active)
 
     def extend(self, active: ActiveJob, deadline: float | None) -> None:
-        """Move a job's deadline to ``deadline`` if that is later; None is no deadline."""
+        """Move a job's deadline to ``deadline`` if that is later; None means no deadline."""
         job = active.job
         if active.ended or job.deadline is None:
             return
@@ -142,7 +142,7 @@ class JobLifecycle:
                 self._withdraw(active)
                 self._end(active, error)
 
-    def _abandon(self, active: ActiveJob) -> None:
+    def _cancel_unfollowed(self, active: ActiveJob) -> None:
         """No call follows the job any more."""
         if active.ended:
             return

@@ -67,7 +67,7 @@ class EngineRestarted:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineGivenUp:
+class EngineRetired:
     """An engine will not be started again; the others continue."""
 
 
@@ -80,7 +80,7 @@ DispatchEvent = (
     | EstimateChecked
     | EngineTimeWasted
     | EngineRestarted
-    | EngineGivenUp
+    | EngineRetired
 )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from darkroom_server.core.events import MemoryReport
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.admission.availability import Availability, State
 from darkroom_server.dispatch.admission.limits import QueueLimits
 from darkroom_server.dispatch.engines.handle import EngineHandle
@@ -26,10 +27,14 @@ class BatchTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """One model; ``batch_times``: of the sizes and row counts seen so far."""
+    """One model; ``batch_times``: of the sizes and row counts seen so far.
+
+    ``info``: how it runs, None until it is loaded.
+    """
 
     id: str
     ready: bool
+    info: ModelInfo | None
     queued_jobs: int
     running_jobs: int
     batch_times: tuple[BatchTime, ...]
@@ -94,6 +99,7 @@ def _models(
         ModelStatus(
             id=id,
             ready=info is not None,
+            info=info,
             queued_jobs=registry.counts(id)[0],
             running_jobs=registry.counts(id)[1],
             batch_times=tuple(

@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping
 import torch
 
 from darkroom_server.core.errors import Failure
-from darkroom_server.core.events import BatchDone, DecodeDone, Event, JobTaken, SampleProgress
+from darkroom_server.core.events import (
+    BatchDone,
+    DecodeDone,
+    Event,
+    JobTaken,
+    RowLimitCorrected,
+    SampleProgress,
+)
 from darkroom_server.core.job import Job
 from darkroom_server.engine.batch import Batch
 from darkroom_server.engine.batching.encode_pool import EncodePool
@@ -18,6 +25,7 @@ from darkroom_server.engine.counters import CounterReporter
 from darkroom_server.engine.device.memory_reporter import MemoryReporter
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
 from darkroom_server.ipc.commands import Cancel, Close, Extend
 
 
@@ -26,14 +34,19 @@ class EngineLoop:
 
     Everything that touches torch happens on the thread that calls ``run``. ``submit``, ``cancel``,
     ``extend`` and ``close`` may be called from any thread. ``emit`` is called from ``run``'s
-    thread, the encode pool's and the memory reporter's.
+    thread, the encode pool's and the memory reporter's. ``caches`` remember each model's row limit.
     """
 
-    def __init__(self, models: Mapping[str, Model], emit: Callable[[Event], None]) -> None:
-        row_limits = {
-            id: RowLimits(model.info.limits.max_rows, model.info.memory)
-            for id, model in models.items()
-        }
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        emit: Callable[[Event], None],
+        caches: Mapping[str, MeasurementCache],
+    ) -> None:
+        row_limits = {id: RowLimits.of_model(model.info) for id, model in models.items()}
+        self._models = models
+        self._row_limits = row_limits
+        self._caches = caches
         self._emit = emit
         self._inbox: queue.SimpleQueue[Job | Cancel | Extend | Close] = queue.SimpleQueue()
         self._scheduler = BatchScheduler(row_limits, emit)
@@ -115,6 +128,7 @@ class EngineLoop:
             self._scheduler.fail(job_id, failure)
         self._scheduler.charge(batch.group, result.seconds)
         self._publish_steps(batch, result)
+        self._correct_row_limit(batch, result)
         for sample in result.stepped:
             pixels = self._runner.preview(sample)
             if pixels is not None:
@@ -156,6 +170,19 @@ class EngineLoop:
                 ended_at=result.ended,
             )
         )
+
+    def _correct_row_limit(self, batch: Batch, result: BatchResult) -> None:
+        """Let a batch that ran as a whole correct its row limit."""
+        if result.rows != batch.rows:
+            return
+        group, limits = batch.group, self._row_limits[batch.model]
+        defaults = self._models[batch.model].info.defaults
+        if not limits.record_batch(group, batch.rows, result.seconds):
+            return
+        if (group.width, group.height) == (defaults.width, defaults.height):
+            max_rows = limits.of(group)
+            self._emit(RowLimitCorrected(batch.model, max_rows))
+            self._caches[batch.model].save_row_limit(max_rows)
 
     def _decode(self, sample: Sample) -> None:
         """Decode a finished sample and hand its pixels to the encode pool."""

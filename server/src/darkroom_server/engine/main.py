@@ -18,6 +18,7 @@ import structlog
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, Event
+from darkroom_server.core.exhaustion import is_exhaustion
 from darkroom_server.core.job import Job
 from darkroom_server.engine.device.malloc import keep_freed_memory
 from darkroom_server.ipc.channel import Channel, ChannelClosed
@@ -57,7 +58,14 @@ def run(channel: Channel, emit: Callable[[Event], None]) -> None:
     try:
         loop, ready = start_loop(config, emit)
     except StartupError as error:
-        emit(EngineDied(str(error), fatal=True))
+        exhausted = is_exhaustion(error)
+        emit(EngineDied(str(error), fatal=not exhausted, exhausted=exhausted))
+        return
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not is_exhaustion(error):
+            raise
+        log.exception("engine cannot start")
+        emit(EngineDied(f"the engine cannot start: {error}", exhausted=True))
         return
     emit(ready)
 

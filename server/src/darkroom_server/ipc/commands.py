@@ -12,7 +12,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Extend:
-    """Replace a job's deadline, in ``time.monotonic`` seconds; None is no deadline."""
+    """Replace a job's deadline, in ``time.monotonic`` seconds; None means no deadline."""
 
     job_id: str
     deadline: float | None

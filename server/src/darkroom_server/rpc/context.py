@@ -1,5 +1,7 @@
 """What gRPC's asyncio context reports about a call; its types say less than is true."""
 
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -7,6 +9,20 @@ import grpc
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(slots=True)
+class Answer:
+    """``complete``: the whole answer was passed to gRPC, so the call has succeeded.
+
+    A client may end a stream as soon as it has read the last message, before the status.
+    """
+
+    complete: bool = False
+
+
+CURRENT_ANSWER: ContextVar[Answer] = ContextVar("CURRENT_ANSWER")
+"""The answer of the current call."""
 
 
 def has_expired(context: Context) -> bool:

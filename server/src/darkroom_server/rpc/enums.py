@@ -1,7 +1,8 @@
 """Core's enums and the wire's, by name: a test holds them equal."""
 
-from darkroom.v1 import types_pb2
+from darkroom.v1 import model_pb2, types_pb2
 from darkroom_server.core.job import ImageFormat, SchedulerName
+from darkroom_server.core.model import RowLimitSource
 
 FORMAT_TO_WIRE: dict[ImageFormat, types_pb2.ImageFormat.ValueType] = {
     name: types_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{name.name}") for name in ImageFormat
@@ -12,3 +13,7 @@ SCHEDULER_TO_WIRE: dict[SchedulerName, types_pb2.Scheduler.ValueType] = {
     name: types_pb2.Scheduler.Value(f"SCHEDULER_{name.name}") for name in SchedulerName
 }
 SCHEDULER_FROM_WIRE = {number: name for name, number in SCHEDULER_TO_WIRE.items()}
+
+SOURCE_TO_WIRE: dict[RowLimitSource, model_pb2.RowLimitSource.ValueType] = {
+    name: model_pb2.RowLimitSource.Value(f"ROW_LIMIT_SOURCE_{name.name}") for name in RowLimitSource
+}

@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
+    DeadlineUnreachable,
     GenerationFailed,
     InvalidRequest,
     JobCancelled,
@@ -19,6 +20,7 @@ from darkroom_server.core.errors import (
     NotReady,
     QueueFull,
     QuotaExceeded,
+    ReaderStalled,
     Reason,
     Refused,
     RequestConflict,
@@ -52,8 +54,10 @@ CODES: dict[type[DarkroomError], int] = {
     QueueFull: code_pb2.RESOURCE_EXHAUSTED,
     QuotaExceeded: code_pb2.RESOURCE_EXHAUSTED,
     NotReady: code_pb2.UNAVAILABLE,
+    ReaderStalled: code_pb2.UNAVAILABLE,
     TooLarge: code_pb2.RESOURCE_EXHAUSTED,
     DeadlineExceeded: code_pb2.DEADLINE_EXCEEDED,
+    DeadlineUnreachable: code_pb2.DEADLINE_EXCEEDED,
     GenerationFailed: code_pb2.INTERNAL,
 }
 
@@ -71,7 +75,7 @@ class ErrorStatus(grpc.Status):
 
 
 def status_of(error: DarkroomError) -> ErrorStatus:
-    """The status that tells a caller of ``error``; a type without a code is a KeyError."""
+    """The status for ``error``; a type without a code is a KeyError."""
     message = str(error)
     if len(message) > MAX_MESSAGE:
         message = message[: MAX_MESSAGE - 1] + "…"

@@ -7,6 +7,7 @@ from darkroom.v1 import generation_pb2
 from darkroom_server.core.events import PreviewReady, SampleProgress
 from darkroom_server.dispatch import (
     ActiveJob,
+    Finished,
     ImageDone,
     JobEvent,
     Queued,
@@ -26,16 +27,15 @@ Event = generation_pb2.GenerationEvent
 async def event_stream(
     request_id: str,
     subscription: Subscription,
-    arrived: float,
     *,
     server_id: str,
     joined: bool,
     previews: bool,
 ) -> AsyncGenerator[Event]:
-    """Everything that happens to a job, for a call that arrived at ``arrived``.
+    """Everything that happens to a job before its end; ``finished_event`` comes after.
 
-    Raises the job's error if it does not finish. Holds neither an image nor the job while the
-    reader is slow: it fetches each piece when it is sent.
+    Holds neither an image nor the job while the reader is slow: it fetches each piece when it is
+    sent.
     """
     accepted = accepted_message(request_id, subscription.active, server_id=server_id, joined=joined)
     yield Event(accepted=accepted)
@@ -48,7 +48,6 @@ async def event_stream(
                 pass
             case _:
                 yield event_message(event)
-    yield await finished_event(subscription.active, arrived)
 
 
 def accepted_message(
@@ -125,12 +124,8 @@ def _image_chunk(active: ActiveJob, index: int, offset: int) -> generation_pb2.I
     return chunk
 
 
-async def finished_event(active: ActiveJob, arrived: float) -> Event:
-    """The last event, for a call that arrived at ``arrived`` (``time.monotonic`` seconds).
-
-    Raises the job's error if it did not finish.
-    """
-    finished = await active.result()
+def finished_event(active: ActiveJob, finished: Finished, arrived: float) -> Event:
+    """The last event, for a call that arrived at ``arrived`` (``time.monotonic`` seconds)."""
     withheld = any(image.flagged for image in finished.images)
     return Event(
         finished=generation_pb2.Finished(

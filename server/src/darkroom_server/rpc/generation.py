@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
-from darkroom_server.rpc.context import Context
-from darkroom_server.rpc.event_stream import accepted_message, event_stream
+from darkroom_server.rpc.context import CURRENT_ANSWER, Context
+from darkroom_server.rpc.event_stream import accepted_message, event_stream, finished_event
 from darkroom_server.rpc.requests import generation_request, reply_limit, time_limit
 from darkroom_server.rpc.responses import duration_message, response_of
 from darkroom_server.service.call_context import CURRENT_CALL, CallContext
@@ -66,7 +66,6 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             events = event_stream(
                 request_id,
                 subscription,
-                arrived,
                 server_id=self.server_id,
                 joined=joined,
                 previews=previews,
@@ -75,7 +74,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 async with aclosing(events):
                     async for event in events:
                         yield generation_pb2.GenerateStreamResponse(event=event)
-                summary.finished(await subscription.active.result())
+                finished = await subscription.active.result()
+                last = finished_event(subscription.active, finished, arrived)
+                # Before the last message: the client may end the call as soon as it has that.
+                summary.finished(finished)
+                CURRENT_ANSWER.get().complete = True
+                del finished  # It holds the images, and the reader may be slow.
+                yield generation_pb2.GenerateStreamResponse(event=last)
 
     async def SubmitGeneration(
         self, request: generation_pb2.SubmitGenerationRequest, context: Context
@@ -103,7 +108,6 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             events = event_stream(
                 request_id,
                 subscription,
-                arrived,
                 server_id=self.server_id,
                 joined=True,
                 previews=True,
@@ -111,11 +115,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             async with aclosing(events):
                 async for event in events:
                     yield generation_pb2.WatchGenerationResponse(event=event)
+            last = finished_event(subscription.active, await subscription.active.result(), arrived)
+            CURRENT_ANSWER.get().complete = True
+            yield generation_pb2.WatchGenerationResponse(event=last)
 
     async def CancelGeneration(
         self, request: generation_pb2.CancelGenerationRequest, context: Context
     ) -> generation_pb2.CancelGenerationResponse:
-        """Cancel a job, whoever follows it."""
+        """Cancel a job, even if other calls follow it."""
         cancelled = self._service.cancel(CURRENT_CALL.get(), request.request_id)
         return generation_pb2.CancelGenerationResponse(cancelled=cancelled)
 

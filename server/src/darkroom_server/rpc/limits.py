@@ -2,6 +2,9 @@
 
 LONGEST_CALL_SECONDS = 3600
 
+MAX_PENDING_CALLS = 100_000
+"""As many as all connections can have at once."""
+
 OPTIONS = (
     # Otherwise a second server on the same port would start, and take half of the calls.
     ("grpc.so_reuseport", 0),
@@ -10,9 +13,13 @@ OPTIONS = (
     # Refused from the first number on, always from the second: gRPC's own, written down.
     ("grpc.max_metadata_size", 8 * 1024),
     ("grpc.absolute_max_metadata_size", 16 * 1024),
+    # Calls that wait for the event loop. By default core cancels calls at random above 1000, all of
+    # them above 3000, and nobody counts them; our own admission rejects with a reason.
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     # A connection's calls at once; more wait in the client.
     ("grpc.max_concurrent_streams", 1000),
-    # For TLS and HTTP/2 to begin; who only connects is gone after that.
+    # Handshake timeout: drops connections that never start HTTP/2.
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),

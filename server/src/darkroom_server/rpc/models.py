@@ -1,10 +1,10 @@
 """ModelService: which models the server holds, and what they take."""
 
 from darkroom.v1 import model_pb2, model_pb2_grpc
-from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model import ModelInfo, ModelRuntime
 from darkroom_server.dispatch import Availability
 from darkroom_server.rpc.context import Context
-from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE
+from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE, SOURCE_TO_WIRE
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
@@ -35,7 +35,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
     """``info`` as a message; None is a model that is not loaded yet."""
     if info is None:
         return model_pb2.Model(id=id, ready=False)
-    defaults, limits, runtime = info.defaults, info.limits, info.runtime
+    defaults, limits = info.defaults, info.limits
     return model_pb2.Model(
         id=id,
         revision=info.revision,
@@ -59,6 +59,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             max_prompt_bytes=limits.max_prompt_bytes,
             prompt_tokens=limits.prompt_tokens,
             max_rows=limits.max_rows,
+            row_limit_source=SOURCE_TO_WIRE[limits.row_limit_source],
         ),
         schedulers=[
             model_pb2.SchedulerOffer(
@@ -68,16 +69,22 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             )
             for offer in info.schedulers
         ],
-        runtime=model_pb2.ModelRuntime(
-            device=runtime.device,
-            dtype=runtime.dtype,
-            preset=runtime.preset,
-            attention=runtime.attention,
-            slice_size=runtime.slice_size,
-            autocast=runtime.autocast,
-            vae_tiling=runtime.vae_tiling,
-            channels_last=runtime.channels_last,
-            fp8_storage=runtime.fp8_storage,
-            safety_checker=runtime.safety_checker,
-        ),
+        runtime=runtime_message(info.runtime),
+    )
+
+
+def runtime_message(runtime: ModelRuntime) -> model_pb2.ModelRuntime:
+    """How a model runs, as a message."""
+    return model_pb2.ModelRuntime(
+        device=runtime.device,
+        dtype=runtime.dtype,
+        preset=runtime.preset,
+        attention=runtime.attention,
+        slice_size=runtime.slice_size,
+        autocast=runtime.autocast,
+        vae_tiling=runtime.vae_tiling,
+        channels_last=runtime.channels_last,
+        fp8_storage=runtime.fp8_storage,
+        safety_checker=runtime.safety_checker,
+        format_rule=runtime.format_rule,
     )

@@ -15,15 +15,18 @@ from darkroom.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
+from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import StartupError
 from darkroom_server.dispatch import Dispatcher
+from darkroom_server.rpc.dropped_calls import DroppedCalls
 from darkroom_server.rpc.generation import GenerationServicer
 from darkroom_server.rpc.health import Health
 from darkroom_server.rpc.interceptors.auth import Auth, AuthObserver
-from darkroom_server.rpc.interceptors.call_context import CallContexts
+from darkroom_server.rpc.interceptors.call_context import CallContexts, PeerAddresses
 from darkroom_server.rpc.interceptors.decoding import Decoding
 from darkroom_server.rpc.interceptors.errors import Errors
 from darkroom_server.rpc.interceptors.in_flight import InFlightCalls
+from darkroom_server.rpc.interceptors.stalled_readers import StalledReaders
 from darkroom_server.rpc.interceptors.telemetry import CallObserver, Telemetry
 from darkroom_server.rpc.limits import LONGEST_CALL_SECONDS, OPTIONS
 from darkroom_server.rpc.models import ModelServicer
@@ -34,8 +37,11 @@ from darkroom_server.service.generation import GenerationService
 FLUSH_SECONDS = 1.0
 """Enough to send the answers of the handlers, once none of them runs."""
 
+CANCEL_SECONDS = 5.0
+"""For gRPC to end the calls that it cancels after that: nothing that a caller does delays it."""
 
-def _try(host: str, port: int) -> None:
+
+def probe_port(host: str, port: int) -> None:
     """Raise the ``OSError`` that says why a port cannot be bound: gRPC writes it to its own log."""
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family) as probe:
@@ -46,7 +52,8 @@ def _try(host: str, port: int) -> None:
 class RpcServer:
     """Serves ``service`` over gRPC; made and used on one event loop, and at most once.
 
-    With ``tokens``, callers need one. With ``credentials``, the port accepts TLS only. Clients
+    With ``tokens``, callers need one; without, each is ``anonymous`` with its own address of
+    ``addresses``. With ``credentials``, the port accepts TLS only. Clients
     receive ``server_id`` with each accepted job; None means the host's name and the port.
     """
 
@@ -61,6 +68,8 @@ class RpcServer:
         server_id: str | None = None,
         begin_traces: bool = False,
         tokens: Tokens | None = None,
+        addresses: PeerAddresses | None = None,
+        anonymous: Caller = ANONYMOUS,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.health = Health()
@@ -69,16 +78,18 @@ class RpcServer:
         self._generation = GenerationServicer(service)
         self._closing: asyncio.Task[None] | None = None
         self._in_flight = InFlightCalls()
+        self.dropped_calls = DroppedCalls()
         interceptors = [
-            Telemetry(calls),
+            Telemetry(calls, self.dropped_calls),
             self._in_flight,
             Errors(),
-            CallContexts(begin_traces=begin_traces),
+            CallContexts(addresses or PeerAddresses(), anonymous, begin_traces=begin_traces),
         ]
         if tokens is not None:
             interceptors.append(Auth(tokens, rejections))
-        interceptors.append(Decoding())
+        interceptors += [StalledReaders(), Decoding()]
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
+        self.dropped_calls.watch_newest_server()
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(dispatcher.availability), self._server
@@ -86,7 +97,7 @@ class RpcServer:
         server_pb2_grpc.add_ServerServiceServicer_to_server(
             ServerServicer(dispatcher), self._server
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         if reflect:
             names = [
                 generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
@@ -103,7 +114,7 @@ class RpcServer:
         Raises ``StartupError`` if the port cannot be bound.
         """
         try:
-            _try(host, port)
+            probe_port(host, port)
             host = f"[{host}]" if ":" in host else host
             bound = self._bind(f"{host}:{port}")
         except (OSError, RuntimeError) as error:
@@ -112,7 +123,6 @@ class RpcServer:
                 f"cannot listen on {host}:{port}: {why}; choose another with --port or --host"
             ) from None
         self._generation.server_id = self._server_id or f"{socket.gethostname()}:{bound}"
-        await self.health.alive()
         await self._server.start()
         return f"{host}:{bound}"
 
@@ -122,15 +132,19 @@ class RpcServer:
         return self._server.add_secure_port(address, self._credentials)
 
     def close_port(self) -> None:
-        """Accept no more connections, and tell connected clients to go elsewhere (GOAWAY).
+        """Accept no more connections, and send connected clients elsewhere (GOAWAY).
 
         Running calls continue until ``stop``.
         """
         self._closing = asyncio.create_task(self._server.stop(LONGEST_CALL_SECONDS))
 
     async def stop(self, grace: float) -> None:
-        """Give running handlers at most ``grace`` seconds, then close the port."""
+        """Give running handlers at most ``grace`` seconds, then close the port.
+
+        Raises ``TimeoutError`` if gRPC does not end the remaining calls in time.
+        """
         await self._in_flight.wait_for_none(grace)
-        await self._server.stop(FLUSH_SECONDS)
-        if self._closing is not None:
-            await self._closing
+        async with asyncio.timeout(FLUSH_SECONDS + CANCEL_SECONDS):
+            await self._server.stop(FLUSH_SECONDS)
+            if self._closing is not None:
+                await self._closing

@@ -5,9 +5,11 @@ from importlib.metadata import version
 
 import psutil
 
-from darkroom.v1 import server_pb2, server_pb2_grpc
+from darkroom.v1 import model_pb2, server_pb2, server_pb2_grpc
 from darkroom_server.dispatch import Dispatcher, EngineStatus, ModelStatus, State
 from darkroom_server.rpc.context import Context
+from darkroom_server.rpc.enums import SOURCE_TO_WIRE
+from darkroom_server.rpc.models import runtime_message
 from darkroom_server.rpc.responses import duration_message
 
 STATES = {
@@ -46,6 +48,7 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
 
 
 def _model(model: ModelStatus) -> server_pb2.ModelStatus:
+    info = model.info
     return server_pb2.ModelStatus(
         id=model.id,
         ready=model.ready,
@@ -60,6 +63,13 @@ def _model(model: ModelStatus) -> server_pb2.ModelStatus:
             )
             for each in model.batch_times
         ],
+        runtime=runtime_message(info.runtime) if info else None,
+        max_rows=info.limits.max_rows if info else 0,
+        row_limit_source=(
+            SOURCE_TO_WIRE[info.limits.row_limit_source]
+            if info
+            else model_pb2.ROW_LIMIT_SOURCE_UNSPECIFIED
+        ),
     )
 
 

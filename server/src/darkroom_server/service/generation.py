@@ -57,7 +57,7 @@ class GenerationService:
 
         Raises ``QuotaExceeded``.
         """
-        return self._open_calls.acquire(call.caller.name, request_id)
+        return self._open_calls.acquire(call.caller, request_id)
 
     def accept(
         self,

@@ -14,6 +14,7 @@ import structlog
 from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
+    DeadlineUnreachable,
     InvalidRequest,
     JobCancelled,
     NotAllowed,
@@ -106,13 +107,17 @@ def outcome_of(error: DarkroomError) -> Outcome:
     match error:
         case InvalidRequest() | UnknownModel() | UnknownRequest() | RequestConflict():
             return Outcome.INVALID
-        case Refused() | Unauthenticated() | NotAllowed():
+        case Refused() | DeadlineUnreachable() | Unauthenticated() | NotAllowed():
             return Outcome.REFUSED
         case JobCancelled():
             return Outcome.CANCELLED
         case DeadlineExceeded():
             return Outcome.EXPIRED
     return Outcome.FAILED
+
+
+def _is_past(deadline: float | None) -> bool:
+    return deadline is not None and deadline - time.monotonic() <= DEADLINE_SLACK_SECONDS
 
 
 class Summaries:
@@ -139,8 +144,9 @@ class Summaries:
             summary.reason = error.reason
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            late = deadline is not None and deadline - time.monotonic() <= DEADLINE_SLACK_SECONDS
-            summary.outcome = Outcome.EXPIRED if late else Outcome.CANCELLED
+            # A call that ends after its whole answer was sent changes nothing.
+            if summary.outcome is not Outcome.FINISHED:
+                summary.outcome = Outcome.EXPIRED if _is_past(deadline) else Outcome.CANCELLED
             raise
         finally:
             summary.seconds = time.monotonic() - arrived

@@ -3,11 +3,11 @@
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from darkroom_server.core.errors import StartupError
+from darkroom_server.core.errors import InvalidSettings, StartupError
 from darkroom_server.settings.option import ENV_PREFIX, Option, options_of
 from darkroom_server.settings.tree import Settings
 
@@ -24,10 +24,11 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The settings, and warnings about their sources."""
+    """The settings, warnings about their sources, and the source of each that was set, by name."""
 
     settings: Settings
     warnings: tuple[str, ...]
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_settings(
@@ -36,17 +37,22 @@ def load_settings(
     """Load settings by precedence: flag, environment variable, file, default.
 
     ``flags`` holds values by field name. ``config`` is the path of a TOML file; without it,
-    ``DARKROOM_SERVE_CONFIG`` may name one. Raises ``StartupError``.
+    ``DARKROOM_SERVE_CONFIG`` may name one. Raises ``StartupError`` if the file cannot be read, and
+    ``InvalidSettings`` with all problems of all sources.
     """
     options = {option.name: option for option in options_of(Settings)}
     config = config or environ.get(CONFIG_ENV)
-    given = _from_file(Path(config), options) if config else {}
+    problems: list[str] = []
+    given = _from_file(Path(config), options, problems) if config else {}
     given |= _from_environment(environ, options)
     given |= {name: Given(value, options[name].flag) for name, value in flags.items()}
-    return Loaded(_checked(given, options), tuple(_warnings(environ, options)))
+    settings = _checked(given, options, problems)
+    origins = {name: one.origin for name, one in given.items()}
+    return Loaded(settings, tuple(_warnings(environ, options)), origins)
 
 
-def _from_file(path: Path, options: Mapping[str, Option]) -> dict[str, Given]:
+def _from_file(path: Path, options: Mapping[str, Option], problems: list[str]) -> dict[str, Given]:
+    """The values in the file; what is wrong with its keys is added to ``problems``."""
     try:
         with path.open("rb") as file:
             tables = tomllib.load(file)
@@ -59,13 +65,16 @@ def _from_file(path: Path, options: Mapping[str, Option]) -> dict[str, Given]:
     given = {}
     for section, table in tables.items():
         if section not in sections:
-            raise StartupError(f"{path}: unknown key {section!r}{_hint(section, by_key)}")
+            problems.append(f"{path}: unknown key {section!r}{_hint(section, by_key)}")
+            continue
         if not isinstance(table, dict):
-            raise StartupError(f"{path}: {section!r} is a table; write [{section}] above its keys")
+            problems.append(f"{path}: {section!r} is a table; write [{section}] above its keys")
+            continue
         for name, value in table.items():
             key = f"{section}.{name}"
             if key not in by_key:
-                raise StartupError(f"{path}: unknown key {key!r}{_hint(key, by_key)}")
+                problems.append(f"{path}: unknown key {key!r}{_hint(key, by_key)}")
+                continue
             given[name] = Given(value, f"{path}: {key}")
     return given
 
@@ -91,7 +100,9 @@ def _from_environment(
     return given
 
 
-def _checked(given: Mapping[str, Given], options: Mapping[str, Option]) -> Settings:
+def _checked(
+    given: Mapping[str, Given], options: Mapping[str, Option], problems: list[str]
+) -> Settings:
     # Imported here: the import takes longer than all the rest of `--help`.
     from pydantic import TypeAdapter, ValidationError
 
@@ -99,13 +110,19 @@ def _checked(given: Mapping[str, Given], options: Mapping[str, Option]) -> Setti
     for name, one in given.items():
         tree.setdefault(options[name].section, {})[name] = one.value
     try:
-        return TypeAdapter(Settings).validate_python(tree)
+        settings = TypeAdapter(Settings).validate_python(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][1])
-        wrong = given[name]
-        expected = _expected(options[name], first["msg"])
-        raise StartupError(f"{wrong.origin}: {expected}, not {wrong.value!r}") from None
+        # A value of several types has an error for each of them: the first one will do.
+        messages: dict[str, str] = {}
+        for each in error.errors():
+            messages.setdefault(str(each["loc"][1]), each["msg"])
+        for name, message in messages.items():
+            wrong, expected = given[name], _expected(options[name], message)
+            problems.append(f"{wrong.origin}: {expected}, not {wrong.value!r}")
+        raise InvalidSettings(problems) from None
+    if problems:
+        raise InvalidSettings(problems)
+    return settings
 
 
 def _expected(option: Option, message: str) -> str:

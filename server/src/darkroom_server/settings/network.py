@@ -1,11 +1,19 @@
 """Settings of the network: addresses, TLS, tokens."""
 
 from dataclasses import dataclass
+from ipaddress import ip_network
 from typing import Annotated
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Predicate
 
 from darkroom_server.settings.option import Setting
+
+
+def _are_networks(value: str) -> bool:
+    try:
+        return all(ip_network(network.strip()) for network in value.split(","))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +106,26 @@ class Security:
             "server reads the file again when it changes. See docs/security.md.",
             metavar="FILE",
             default="none (no authentication)",
+        ),
+    ] = None
+    trusted_proxies: Annotated[
+        Annotated[str, Predicate(_are_networks)] | None,
+        Setting(
+            "Proxies whose `x-forwarded-for` names the caller's address. Without `--tokens`, "
+            "limits are counted by address.",
+            choose="The addresses of your proxies only: any other peer could invent an address.",
+            metavar="NETWORK[,NETWORK]",
+            default="none (the peer's own address counts)",
+        ),
+    ] = None
+    max_jobs_per_address: Annotated[
+        Annotated[int, Ge(1)] | None,
+        Setting(
+            "Without `--tokens`: most jobs of one address that are accepted and have not ended.",
+            choose="For servers with several callers who have no tokens. A token has its own "
+            "`max_jobs`.",
+            metavar="N",
+            default="no limit",
         ),
     ] = None
     insecure: Annotated[

@@ -1,5 +1,6 @@
 """Parses ``--model`` (a folder, a file or a hub id), and builds each engine's configuration."""
 
+import os
 import re
 from dataclasses import replace
 from importlib.resources import files
@@ -33,9 +34,22 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         vae_tiling=engine.vae_tiling,
         channels_last=engine.channels_last,
         threads=engine.threads,
+        rows=engine.rows,
         max_rows=engine.max_rows,
+        measurement_cache=_measurement_folder() if engine.measurement_cache else None,
         safety_checker=engine.safety_checker,
     )
+
+
+def _measurement_folder() -> str | None:
+    """The folder of the XDG base directory specification; None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification: a relative path is invalid and is ignored.
+    cache = Path(base) if Path(base).is_absolute() else Path("~/.cache")
+    try:
+        return str(cache.expanduser() / "darkroom" / "measurements")
+    except RuntimeError:
+        return None
 
 
 def model_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSource, ...]:

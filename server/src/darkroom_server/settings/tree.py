@@ -82,8 +82,8 @@ class Engine:
         Dtype,
         Setting(
             "The data type of the weights.",
-            choose="`auto` uses the preset's: float16 on a GPU; bfloat16 on a CPU, or with `fast` "
-            "the faster of float32 and bfloat16.",
+            choose="`auto` follows a rule, never a measurement, and logs it: float16 on a GPU; "
+            "bfloat16 on a CPU, but with `fast` float32 if the CPU has no bfloat16 instructions.",
         ),
     ] = Dtype.AUTO
     preset: Annotated[
@@ -136,15 +136,34 @@ class Engine:
             "Threads for torch on a CPU.", metavar="N", default="all CPUs that the process may use"
         ),
     ] = None
+    rows: Annotated[
+        Annotated[int, Ge(2)] | None,
+        Setting(
+            "The row limit of a batch of the denoiser, as an exact number; an image with guidance "
+            "takes two rows.",
+            choose="A lower limit trades throughput for latency. Without it, the limit is "
+            "measured at start and corrected by real batches.",
+            metavar="N",
+            default="measured",
+        ),
+    ] = None
     max_rows: Annotated[
         Annotated[int, Ge(2)] | None,
         Setting(
-            "Most rows in one batch of the denoiser; an image with guidance takes two.",
-            choose="A lower limit trades throughput for latency, or saves memory.",
+            "An upper bound of the row limit that is measured; ignored with `--rows`.",
+            choose="Saves memory, or bounds latency.",
             metavar="N",
-            default="measured at start",
+            default="64",
         ),
     ] = None
+    measurement_cache: Annotated[
+        bool,
+        Setting(
+            "Remember measurements on disk, so that the next start is faster.",
+            choose="They are in `$XDG_CACHE_HOME/darkroom/measurements` (`~/.cache` if the "
+            "variable is not set), and hold for models of equal configuration on equal hardware.",
+        ),
+    ] = True
     safety_checker: Annotated[
         bool,
         Setting("Check images with the model's safety checker and withhold flagged ones."),
@@ -175,6 +194,16 @@ class Engine:
             metavar="SECONDS",
         ),
     ] = 60.0
+    load_timeout: Annotated[
+        float,
+        Gt(0),
+        Setting(
+            "Seconds after which an engine that still loads its models is killed and restarted.",
+            choose="Longer than the first load takes, the download included. Once an engine has "
+            "loaded, it gets four times that time, at least a minute, to load again.",
+            metavar="SECONDS",
+        ),
+    ] = 1800.0
     engine_max_restarts: Annotated[
         int,
         Ge(0),

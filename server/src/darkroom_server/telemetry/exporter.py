@@ -1,11 +1,12 @@
 """The HTTP port that Prometheus reads, and where probes without gRPC ask."""
 
 import socket
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http import HTTPStatus
 from socketserver import TCPServer, ThreadingMixIn
-from threading import Thread, Timer
+from threading import Lock, Semaphore, Thread
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -13,49 +14,84 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from darkroom_server.core.errors import StartupError
 
-STALLED_SECONDS = 10.0
-"""A client that neither reads nor writes for so long is let go."""
+STALLED_SECONDS = 5.0
+"""A client that neither reads nor writes for this long is disconnected."""
 
-CONNECTION_SECONDS = 60.0
-"""The most that one answer may take, for those who read or write a byte now and then."""
+CONNECTION_SECONDS = 10.0
+"""The most that one connection may take, even if the client reads or writes now and then."""
+
+MAX_CONNECTIONS = 32
+"""Each takes one thread. If all are in use, a new connection replaces the oldest one."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A thread for each connection: who stalls, stalls alone."""
+    """A thread for each connection, so that a stalled client delays no other; a bounded number."""
 
     daemon_threads = True
+    block_on_close = False
     request_queue_size = 64
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._free = Semaphore(MAX_CONNECTIONS)
+        self._lock = Lock()
+        self._open: dict[socket.socket, float] = {}
+        """The deadline of each connection, the oldest first."""
+
     def server_bind(self) -> None:
-        """Bind, without ``HTTPServer``'s look at DNS for the machine's own name."""
+        """Bind, without the DNS query for the machine's name that ``HTTPServer`` makes."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
         self.setup_environ()
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer one client on its own thread, once there is one."""
+        if not self._free.acquire(blocking=False):
+            self._disconnect(count=1)
+            self._free.acquire()  # Soon: the thread of a closed connection ends by itself.
+        with self._lock:
+            self._open[request] = time.monotonic() + CONNECTION_SECONDS
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # The system has no thread left.
+            self._forget(request)
+            raise
+
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer one client, and hang up on it when its time is over."""
-        timer = Timer(CONNECTION_SECONDS, _hang_up, [request])
-        timer.daemon = True
-        timer.start()
+        """Answer one client, and free its place."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            timer.cancel()
+            self._forget(request)
+
+    def service_actions(self) -> None:
+        """Disconnect the clients whose time is over; called twice a second."""
+        now = time.monotonic()
+        with self._lock:
+            late = sum(deadline <= now for deadline in self._open.values())
+        self._disconnect(late)
 
     def handle_error(self, *_: Any) -> None:
-        """A client that went away in the middle is no news."""
+        """Ignore a client that disconnects during its request."""
 
+    def _disconnect(self, count: int) -> None:
+        """Shut down the ``count`` oldest connections; their threads see the end of the stream."""
+        with self._lock:
+            for connection in list(self._open)[:count]:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
-def _hang_up(connection: socket.socket) -> None:
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+    def _forget(self, connection: socket.socket) -> None:
+        with self._lock:
+            del self._open[connection]
+        self._free.release()
 
 
 class _Handler(WSGIRequestHandler):
     timeout = STALLED_SECONDS
 
     def log_message(self, *_: Any) -> None:
-        """Scrapes are not worth a line each."""
+        """Scrapes are not logged."""
 
 
 class _Server6(_Server):
@@ -105,7 +141,7 @@ class Exporter:
         """Close the port."""
         if self._server is None or self._thread is None:
             return
-        # The server's loop looks up every half second, or when somebody knocks.
+        # The server's loop checks every half second, or when a client connects.
         shutdown = Thread(target=self._server.shutdown)
         shutdown.start()
         with suppress(OSError):

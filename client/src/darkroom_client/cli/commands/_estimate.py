@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     rows = (
         ("queue", f"{estimate.queue_wait:.2f} s"),
-        ("drawing", f"{estimate.run_time:.2f} s"),
+        ("run", f"{estimate.run_time:.2f} s"),
         ("total", f"{estimate.total:.2f} s"),
         ("memory", readable_bytes(estimate.peak_bytes)),
         ("available", readable_bytes(estimate.available_bytes)),

@@ -49,7 +49,17 @@ def _model(model: ModelStatus) -> str:
         f"{time.width}x{time.height}, {time.rows} rows: {1000 * time.seconds:.0f} ms per pass"
         for time in model.pass_times
     )
-    return "; ".join((f"ready, {model.queued_jobs} queued, {model.running_jobs} running", *times))
+    state = f"ready, {model.queued_jobs} queued, {model.running_jobs} running"
+    return "; ".join((state, *_how_it_runs(model), *times))
+
+
+def _how_it_runs(model: ModelStatus) -> Iterator[str]:
+    """The memory format and the row limit, if the server reports them."""
+    if (runtime := model.runtime) is not None:
+        layout = "channels_last" if runtime.channels_last else "contiguous"
+        yield f"{runtime.dtype} {layout}, preset {runtime.preset}"
+    if model.max_rows:
+        yield f"at most {model.max_rows} rows ({model.row_limit_source})"
 
 
 def _engine(engine: EngineStatus) -> str:

@@ -18,7 +18,7 @@ def open_console(*, stderr: bool = False) -> "rich.console.Console":
 
 
 def print_line(console: "rich.console.Console", first: str, rest: str, style: str) -> None:
-    """Print a line with a styled start, in one call: a live bar redraws after each call."""
+    """Print a line with a styled start, in one call: a live bar updates after each call."""
     from rich.text import Text
 
     console.print(Text.assemble((first, style), rest))

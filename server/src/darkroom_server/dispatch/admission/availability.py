@@ -114,6 +114,11 @@ class Availability:
         self.models |= {info.id: info for info in models}
         self._loaded.set()
 
+    def set_row_limit(self, model_id: str, max_rows: int) -> None:
+        """Real batches have corrected the row limit of a model."""
+        if (info := self.models.get(model_id)) is not None:
+            self.models[model_id] = info.with_row_limit(max_rows)
+
     def set_draining(self) -> None:
         """Accept no jobs from now on: the server shuts down."""
         self._draining = True

@@ -55,11 +55,11 @@ class AdmissionController:
         if not self._pool.has_room:
             waiting = [active.job for active in self._registry.queue()]
             self.limits.check(job, waiting, self._estimator.retry_after)
-        active = ActiveJob(job, model)
+        active = ActiveJob(job, model, caller)
         active.estimate = self._estimator.estimate(active)
         if self._early_refusal and job.deadline is not None:
             self._estimator.check_deadline(job.deadline, active.estimate)
-        self._quotas.accepted(job.caller)
+        self._quotas.accepted(caller)
         return active
 
     def estimate(self, job: Job) -> Estimate | None:
@@ -73,7 +73,7 @@ class AdmissionController:
 
     def release(self, active: ActiveJob) -> None:
         """An admitted job has ended."""
-        self._quotas.ended(active.job.caller)
+        self._quotas.ended(active.caller)
 
 
 def check_fits(job: Job, model: ModelInfo) -> None:

@@ -13,8 +13,18 @@ BESIDES_JOBS = 256
 """Calls beyond the number of jobs: those that join one, or read slowly after its end."""
 
 
+def counted_as(caller: Caller) -> str:
+    """What the limits count ``caller`` as."""
+    return caller.address or caller.name
+
+
+def quota_subject(caller: Caller) -> str:
+    """The subject of a quota that ``caller`` exceeds."""
+    return f"address:{caller.address}" if caller.address else f"caller:{caller.name}"
+
+
 class Quotas:
-    """Counts jobs by their caller's name; times are ``time.monotonic`` seconds.
+    """Counts jobs by ``counted_as``; times are ``time.monotonic`` seconds.
 
     A token bucket limits the rate. It holds one minute of jobs, which may begin all at once.
     """
@@ -26,42 +36,43 @@ class Quotas:
 
     def check(self, caller: Caller, now: float) -> None:
         """Raise ``QuotaExceeded`` if ``caller`` may not begin another job."""
-        live, most, rate = self._live[caller.name], caller.max_jobs, caller.jobs_per_minute
-        subject = f"caller:{caller.name}"
+        key, subject = counted_as(caller), quota_subject(caller)
+        live, most, rate = self._live[key], caller.max_jobs, caller.jobs_per_minute
         if most is not None and live >= most:
             raise QuotaExceeded(
                 subject,
-                f"{live} jobs of {caller.name!r} are here, and {most} may be at once; wait until "
+                f"{live} jobs of {key!r} are here, and {most} may be at once; wait until "
                 "one has ended",
             )
         if rate is None:
-            self._buckets.pop(caller.name, None)
+            self._buckets.pop(key, None)
             return
         full = max(1.0, rate)
-        tokens, then = self._buckets.get(caller.name, (full, now))
+        tokens, then = self._buckets.get(key, (full, now))
         tokens = min(full, tokens + (now - then) * rate / 60.0)
-        self._buckets[caller.name] = tokens, now
+        self._buckets[key] = tokens, now
         if tokens < 1.0:
             seconds = (1.0 - tokens) * 60.0 / rate
             raise QuotaExceeded(
                 subject,
-                f"{caller.name!r} may begin {rate:g} jobs a minute, and has; try again in "
-                f"{seconds:.1f} s",
+                f"{key!r} may begin {rate:g} jobs a minute, and has; try again in {seconds:.1f} s",
                 seconds,
             )
 
-    def accepted(self, name: str) -> None:
+    def accepted(self, caller: Caller) -> None:
         """Count an accepted job; ``check`` came before."""
-        self._live[name] += 1
-        if name in self._buckets:
-            tokens, then = self._buckets[name]
-            self._buckets[name] = tokens - 1.0, then
+        key = counted_as(caller)
+        self._live[key] += 1
+        if key in self._buckets:
+            tokens, then = self._buckets[key]
+            self._buckets[key] = tokens - 1.0, then
 
-    def ended(self, name: str) -> None:
+    def ended(self, caller: Caller) -> None:
         """Uncount a job that ended."""
-        self._live[name] -= 1
-        if not self._live[name]:
-            del self._live[name]
+        key = counted_as(caller)
+        self._live[key] -= 1
+        if not self._live[key]:
+            del self._live[key]
 
 
 class ConcurrentCallLimiter:
@@ -75,12 +86,13 @@ class ConcurrentCallLimiter:
         self._per_caller = max_jobs + BESIDES_JOBS
         self._open: Counter[tuple[str, ...]] = Counter()
 
-    def acquire(self, caller: str, request_id: str) -> Callable[[], None]:
+    def acquire(self, caller: Caller, request_id: str) -> Callable[[], None]:
         """Count one call; the function that is returned uncounts it.
 
         Raises ``QuotaExceeded``.
         """
-        of_caller, of_job = (caller,), (caller, request_id)
+        key = counted_as(caller)
+        of_caller, of_job = (key,), (key, request_id)
         if self._open[of_job] >= PER_JOB:
             raise QuotaExceeded(
                 f"request:{request_id}",
@@ -89,9 +101,9 @@ class ConcurrentCallLimiter:
             )
         if self._open[of_caller] >= self._per_caller:
             raise QuotaExceeded(
-                f"caller:{caller}",
-                f"{self._per_caller} calls of {caller!r} wait already, or have not read their "
-                "answers; read them to the end, or cancel them",
+                quota_subject(caller),
+                f"{self._per_caller} calls of {key!r} wait already, or have not read "
+                "their answers; read them to the end, or cancel them",
             )
         self._open.update((of_caller, of_job))
 

@@ -26,7 +26,8 @@ class EngineHandle:
     ``jobs``: those that the engine has, by id, whether or not a caller still wants them.
     ``memory``: its last report. ``batches``: the number that it ran; ``last_rows``: the rows of the
     last one. ``healthy_since_crash``: it finished a job since a death was last attributed to one.
-    ``loaded``: it was ready once. ``given_up``: it is never started again.
+    ``loaded``: it was ready once. ``retired``: it is never started again.
+    ``starts_without_resources``: starts in a row that failed because the machine was exhausted.
     """
 
     def __init__(self, index: int, engine: Engine) -> None:
@@ -34,8 +35,9 @@ class EngineHandle:
         self.engine = engine
         self.ready = False
         self.loaded = False
-        self.given_up = False
+        self.retired = False
         self.restarts = 0
+        self.starts_without_resources = 0
         self.deaths: deque[Death] = deque()
         self.healthy_since_crash = True
         self.jobs: dict[str, ActiveJob] = {}
@@ -45,7 +47,6 @@ class EngineHandle:
         self.batches = 0
         self.last_rows = 0
         self._row_limits: dict[Group, int] = {}
-        self._reduced_row_limits: dict[Group, int] = {}
         self._cache = RemainingWorkCache()
 
     @property
@@ -93,6 +94,7 @@ class EngineHandle:
     def set_ready(self, ready: EngineReady) -> None:
         """It has loaded its models."""
         self.ready = self.loaded = True
+        self.starts_without_resources = 0
         self.models = {model.id: model for model in ready.models}
         self._row_limits.clear()
         for model in ready.models:
@@ -104,7 +106,7 @@ class EngineHandle:
         jobs, self.jobs = list(self.jobs.values()), {}
         for active in jobs:
             active.engine = None
-        self._reduced_row_limits.clear()
+        self._row_limits.clear()  # A new engine starts with its own.
         return jobs
 
     def record_batch(self, batch: BatchDone) -> None:
@@ -113,22 +115,20 @@ class EngineHandle:
         self.last_rows = batch.rows
         self.batch_times.record_batch(batch)
         group = Group(batch.model, batch.width, batch.height)
-        if 0 < batch.max_rows < self._row_limit(group):
-            self._reduced_row_limits[group] = batch.max_rows  # Memory ran out meanwhile.
-        else:
-            self._reduced_row_limits.pop(group, None)
+        if batch.max_rows:
+            self._row_limits[group] = batch.max_rows
         for active in self.jobs.values():
             # Prompts are encoded between batches: those of every job here are done.
             if active.state is JobState.ENCODING:
                 active.state = JobState.ASSIGNED
 
-    def _max_rows(self, group: Group) -> int:
-        """The most rows of a batch, as the engine limits it now."""
-        limit = self._row_limit(group)
-        return min(limit, self._reduced_row_limits.get(group, limit))
+    def set_row_limit(self, model_id: str, max_rows: int) -> None:
+        """Real batches have corrected the row limit of a model."""
+        if (model := self.models.get(model_id)) is not None:
+            self.models[model_id] = model.with_row_limit(max_rows)
 
-    def _row_limit(self, group: Group) -> int:
-        """The most rows of a batch, as measured at start."""
+    def _max_rows(self, group: Group) -> int:
+        """The most rows of a batch of ``group``: as its last one was limited, or as measured."""
         limit = self._row_limits.get(group)
         if limit is None:
             model = self.models.get(group.model)

@@ -11,11 +11,12 @@ import structlog
 
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.events import EngineDied, Event
+from darkroom_server.core.exhaustion import is_exhaustion
 from darkroom_server.dispatch.engines.handle import Death, EngineHandle
 from darkroom_server.dispatch.estimation.remaining_work import remaining_work
 from darkroom_server.dispatch.estimation.simulation import simulate_queue
 from darkroom_server.dispatch.jobs.job import CRASH_SUSPECT, ActiveJob
-from darkroom_server.dispatch.observer import EngineGivenUp, EngineRestarted, Observer
+from darkroom_server.dispatch.observer import EngineRestarted, EngineRetired, Observer
 
 log = structlog.get_logger(__name__)
 
@@ -31,9 +32,10 @@ Route = Callable[[EngineHandle, "deque[Event]"], None]
 class EnginePool:
     """All engines; a job enters one while fewer than ``max_resident_samples`` images are in it.
 
-    An engine that dies more than ``max_restarts`` times in ten minutes is given up, and so is, at
-    once, one that reports at its first start that it cannot load. ``exhausted``: why no engine will
-    come back, one line for the operator; "" while one may.
+    An engine that dies more than ``max_restarts`` times in ten minutes is retired, and so is, at
+    once, one that reports at its first start that it cannot load. A start that fails because the
+    machine has no descriptors, processes or memory to give is not a death: it is tried again.
+    ``exhausted``: why no engine will come back, one line for the operator; "" while one may.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class EnginePool:
         """Let every engine load; ``route`` handles their events."""
         self._route = route
         for engine in self.engines:
-            self._start(engine)
+            self._try_start(engine)
 
     async def close(self) -> None:
         """Stop every engine, and wait until they have stopped."""
@@ -99,22 +101,27 @@ class EnginePool:
         return min(able, key=finish)
 
     def handle_death(self, engine: EngineHandle, died: EngineDied) -> list[ActiveJob] | None:
-        """Restart a dead engine later, or give it up; returns the jobs that were in it.
+        """Restart a dead engine later, or retire it; returns the jobs that were in it.
 
         None if the pool is closing: the jobs were ended before.
         """
         if self._closing:
             return None
         jobs = engine.set_dead()
+        if died.exhausted:
+            engine.starts_without_resources += 1
+            self._restart_later(engine, died.message)
+            return jobs
+        engine.starts_without_resources = 0
         now = time.monotonic()
         engine.deaths.append(Death(now, attributed_to_job=_is_attributed_to_job(engine, jobs)))
         while engine.deaths[0].at < now - RESTART_WINDOW_SECONDS:
             engine.deaths.popleft()
         own = sum(not death.attributed_to_job for death in engine.deaths)
         if died.fatal and not engine.loaded:
-            self._give_up(engine, died.message)
+            self._retire(engine, died.message)
         elif own > self._max_restarts:
-            self._give_up(engine, f"the engine died {own} times in ten minutes: {died.message}")
+            self._retire(engine, f"the engine died {own} times in ten minutes: {died.message}")
         else:
             self._restart_later(engine, died.message)
         return jobs
@@ -145,28 +152,33 @@ class EnginePool:
 
         engine.engine.start(emit)
 
-    def _give_up(self, engine: EngineHandle, message: str) -> None:
-        engine.given_up = True
-        if all(each.given_up for each in self.engines):
+    def _try_start(self, engine: EngineHandle) -> None:
+        try:
+            self._start(engine)
+        except (OSError, RuntimeError) as error:
+            died = EngineDied(
+                f"the engine cannot be started: {error}", exhausted=is_exhaustion(error)
+            )
+            self._route(engine, deque([died]))
+
+    def _retire(self, engine: EngineHandle, message: str) -> None:
+        engine.retired = True
+        if all(each.retired for each in self.engines):
             self.exhausted = message
             return
-        log.error("engine given up", engine=engine.index, why=message)
-        self._observer.on_event(EngineGivenUp())
+        log.error("engine retired", engine=engine.index, why=message)
+        self._observer.on_event(EngineRetired())
 
     def _restart_later(self, engine: EngineHandle, message: str) -> None:
-        doublings = len(engine.deaths) - 1
-        delay = min(FIRST_BACKOFF_SECONDS * 2.0**doublings, LONGEST_BACKOFF_SECONDS)
+        tries = len(engine.deaths) + engine.starts_without_resources
+        delay = min(FIRST_BACKOFF_SECONDS * 2.0 ** (tries - 1), LONGEST_BACKOFF_SECONDS)
         log.warning("engine restarts", engine=engine.index, why=message, seconds=delay)
 
         def restart() -> None:
             self._restarts.discard(timer)
             engine.restarts += 1
             self._observer.on_event(EngineRestarted())
-            try:
-                self._start(engine)
-            except (OSError, RuntimeError) as error:  # No memory, files or threads to spare.
-                died = EngineDied(f"the engine cannot be started: {error}")
-                self._route(engine, deque([died]))
+            self._try_start(engine)
 
         timer = asyncio.get_running_loop().call_later(delay, restart)
         self._restarts.add(timer)

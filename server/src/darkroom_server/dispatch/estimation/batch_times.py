@@ -1,12 +1,14 @@
 """How long batches and images take: measured at warm-up, then learned from every batch."""
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from darkroom_server.core.events import BatchDone, DecodeDone, StageSeconds
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.dispatch.estimation.calibration import OPTIMISTIC, quantile
 
 GUESS_SECONDS = 0.1
 """Seconds for each row of an engine that was never measured: only good for comparing jobs."""
@@ -17,14 +19,26 @@ LEARNING = 0.05
 POINT_LEARNING = 0.02
 """EWMA weight of one batch for its row count, relative to others: a slow property of the device."""
 
+SHAPE_LEARNING, SHAPE_BATCHES = 0.3, 30
+"""EWMA weight of a row count's first batches, and their number, if the measured point is wrong:
+other row counts have set the level, and this one is off by more than ``WRONG_POINT``."""
+
+WRONG_POINT = math.log(1.5)
+
 LARGEST_SURPRISE = 1.0
 """In natural logarithms: limits the effect of one slow batch, such as the first of its shape."""
 
 SHORTEST_SECONDS, LONGEST_SECONDS = 1e-6, 1e5
 """Times outside this range are ignored."""
 
+RECENT = 256
+"""Batches of a group that its optimistic level is taken from: more than one slow stretch."""
+
 MAX_GROUPS = 64
 """Sizes kept, least recently used removed first: callers must not make memory grow."""
+
+MAX_NEAREST = 1024
+"""Sizes whose nearest known size is remembered."""
 
 
 class Group(NamedTuple):
@@ -48,16 +62,20 @@ class Group(NamedTuple):
 class BatchTimeCurve:
     """Seconds of a batch over its rows, for one group: piecewise linear, and extrapolated.
 
-    ``points``: seconds by rows, not empty; their ratios are trusted. If they were not ``measured``,
-    the first batches set the level.
+    ``points``: seconds by rows, not empty; their ratios are trusted until real batches contradict
+    them. If they were not ``measured``, the first batches set the level.
     """
 
     def __init__(self, points: dict[int, float], *, measured: bool) -> None:
         self.points = dict(sorted(points.items()))
         self.level = 0.0
+        # As many batches at the measured level as the optimistic share takes to be outvoted.
+        known = int(RECENT * OPTIMISTIC) + 1 if measured else 0
+        self._recent: deque[float] = deque([0.0] * known, maxlen=RECENT)
         self._met = 1000 if measured else 0
         self._given = frozenset(points)
         self._points_met = dict.fromkeys(points, self._met)
+        self._real: dict[int, int] = {}
 
     @property
     def met(self) -> list[int]:
@@ -83,18 +101,33 @@ class BatchTimeCurve:
             seconds = min(max(seconds, above), above * rows / high)
         return seconds * math.exp(self.level)
 
-    def learn(self, rows: int, surprise: float) -> None:
-        """Move the point of ``rows``, and the level, by their shares of ``surprise``."""
+    def optimistic_level(self) -> float:
+        """The level of the batches that were fast recently; infinite if there was none."""
+        return quantile(self._recent, OPTIMISTIC) if self._recent else math.inf
+
+    def learn(self, rows: int, surprise: float, level: float) -> None:
+        """Move the point of ``rows``, and the level, by their shares of ``surprise``.
+
+        ``level``: that of this batch alone, the level of the engine included.
+        """
+        self._recent.append(level)
         if rows not in self.points:
             self.points[rows] = self.at(rows) / math.exp(self.level)
             self.points = dict(sorted(self.points.items()))
             self._points_met[rows] = 0
         self._met += 1
         self._points_met[rows] += 1
-        first = 0.0 if rows in self._given else 1 / (self._points_met[rows] + 1)
-        part = max(POINT_LEARNING, first)
+        part = max(POINT_LEARNING, self._first_part(rows, surprise))
         self.points[rows] *= math.exp(surprise * part)
         self.level += surprise * max(LEARNING, 1 / (self._met + 1))
+
+    def _first_part(self, rows: int, surprise: float) -> float:
+        """The weight of one of the first batches of ``rows`` for its point."""
+        real = self._real[rows] = self._real.get(rows, 0) + 1
+        if rows not in self._given:
+            return 1 / (self._points_met[rows] + 1)
+        wrong = len(self._real) > 1 and abs(surprise) > WRONG_POINT and real <= SHAPE_BATCHES
+        return SHAPE_LEARNING if wrong else 0.0
 
 
 class BatchTimeModel:
@@ -107,6 +140,7 @@ class BatchTimeModel:
 
     def __init__(self) -> None:
         self._curves: dict[Group, BatchTimeCurve] = {}
+        self._nearest_known: dict[Group, Group | None] = {}
         self._level = 0.0
         self._decode: dict[str, float] = {}
         self._encode: dict[str, float] = {}
@@ -118,6 +152,7 @@ class BatchTimeModel:
         points = {rows: s for rows, s in model.speed.passes if _is_time(s)}
         if points and not self.knows(model.id):
             self._curves[group] = BatchTimeCurve(points, measured=True)
+            self._nearest_known.clear()
             self._level = 0.0
         if _is_time(model.speed.decode):
             self._decode.setdefault(model.id, model.speed.decode / group.pixels)
@@ -138,6 +173,14 @@ class BatchTimeModel:
         seconds = self._curves[known].at(equal_rows) * math.exp(self._level)
         return min(max(seconds, SHORTEST_SECONDS), LONGEST_SECONDS)
 
+    def optimism(self, group: Group) -> float:
+        """The factor, at most 1, from expected seconds to those at the speed of fast batches."""
+        known = group if group in self._curves else self._nearest(group)
+        if known is None:
+            return 1.0
+        curve = self._curves[known]
+        return math.exp(min(0.0, curve.optimistic_level() - curve.level - self._level))
+
     def decode_seconds(self, group: Group) -> float:
         """Decoding one image; no batch runs meanwhile."""
         return self._decode.get(group.model, 0.0) * group.pixels
@@ -157,6 +200,7 @@ class BatchTimeModel:
         group = Group(event.model, event.width, event.height)
         curve = self._curves.pop(group, None)
         if curve is None:
+            self._nearest_known.clear()
             known = self._nearest(group)
             if known is None:
                 first = event.seconds / math.exp(self._level)
@@ -168,12 +212,14 @@ class BatchTimeModel:
                 curve = BatchTimeCurve(points, measured=False)
         expected = max(curve.at(event.rows) * math.exp(self._level), SHORTEST_SECONDS)
         surprise = math.log(event.seconds / expected)
+        level = surprise + curve.level + self._level
         surprise = min(max(surprise, -LARGEST_SURPRISE), LARGEST_SURPRISE)
-        curve.learn(event.rows, surprise)
+        curve.learn(event.rows, surprise, level)
         self._level += LEARNING * surprise
         self._curves[group] = curve  # Now the most recently used.
         if len(self._curves) > MAX_GROUPS:
             del self._curves[next(iter(self._curves))]
+            self._nearest_known.clear()
 
     def record_decode(self, event: DecodeDone) -> None:
         """Learn from a decode."""
@@ -192,8 +238,14 @@ class BatchTimeModel:
 
     def _nearest(self, group: Group) -> Group | None:
         """The known group of the same model with the nearest size."""
-        known = [each for each in self._curves if each.model == group.model]
-        return min(known, key=lambda each: abs(math.log(each.pixels / group.pixels)), default=None)
+        if group not in self._nearest_known:
+            known = [each for each in self._curves if each.model == group.model]
+            if len(self._nearest_known) > MAX_NEAREST:
+                self._nearest_known.clear()
+            self._nearest_known[group] = min(
+                known, key=lambda each: abs(math.log(each.pixels / group.pixels)), default=None
+            )
+        return self._nearest_known[group]
 
 
 def _is_time(seconds: float) -> bool:

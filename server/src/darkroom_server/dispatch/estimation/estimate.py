@@ -8,13 +8,15 @@ class Estimate:
     """Seconds until the first batch (``queue_wait``), and from there to the last image.
 
     ``made_at`` is in ``time.monotonic`` seconds, as ``start_at`` and ``finish_at`` are.
-    ``simulated`` is the total as simulated, before the calibration corrected it.
+    ``simulated`` is the total as simulated, before the calibration corrected it. ``optimistic``:
+    the total if everything goes as well as it does at times.
     """
 
     made_at: float
     queue_wait: float
     run_time: float
     simulated: float
+    optimistic: float
 
     @property
     def total(self) -> float:

@@ -3,8 +3,9 @@
 import math
 import time
 
-from darkroom_server.core.errors import DeadlineExceeded, Reason
+from darkroom_server.core.errors import DeadlineUnreachable
 from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.estimation.batch_times import Group
 from darkroom_server.dispatch.estimation.calibration import Calibration
 from darkroom_server.dispatch.estimation.estimate import Estimate
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache, megapixel_steps
@@ -13,14 +14,15 @@ from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 
 MARGIN_WITH_OTHERS = 1.5
-"""With other jobs present, a job needs this multiple of its estimate until its deadline.
+"""With other jobs present, a caller should set a deadline this multiple of the estimate away.
 
-Later jobs may be more urgent and widen the batches. Accepting a job that misses its deadline
-wastes engine time: 1.5 wasted less than 1.2 under overload (measured).
+Later jobs may be more urgent and widen the batches.
 """
 
 MARGIN_ALONE = 0.8
-"""The same for a job on an idle server, where a wrong decision harms no other job.
+"""On an idle server, a job needs this multiple of its optimistic total until its deadline.
+
+A wrong decision harms no other job.
 
 Each rejection halves the margin until a batch is seen again: a measurement taken on a busy machine
 must not reject jobs forever.
@@ -52,11 +54,14 @@ class Estimator:
         finish = forecast.finishes[id]
         start = min(forecast.starts.get(id, 0.0), finish)
         factor = self._calibration.factor(finish)
+        group = Group.of(active.job)
+        optimism = min(each.batch_times.optimism(group) for each in self._pool.engines)
         return Estimate(
             made_at=now,
             queue_wait=start * factor,
             run_time=(finish - start) * factor,
             simulated=finish,
+            optimistic=finish * self._calibration.optimistic_factor(finish) * optimism,
         )
 
     def record_actual(self, estimate: Estimate, seconds: float) -> None:
@@ -69,12 +74,12 @@ class Estimator:
             self._calibration.expired(estimate.simulated, time.monotonic() - estimate.made_at)
 
     def check_deadline(self, deadline: float, estimate: Estimate | None) -> None:
-        """Raise ``DeadlineExceeded`` if a new job is not expected to meet ``deadline``."""
+        """Raise ``DeadlineUnreachable`` if a new job cannot meet ``deadline``, even with luck."""
         if estimate is None:
             return
         alone = all(active.ended for active in self._registry.all())
         remaining = deadline - estimate.made_at
-        if estimate.total * (self._margin_alone() if alone else MARGIN_WITH_OTHERS) <= remaining:
+        if estimate.optimistic * (self._margin_alone() if alone else 1.0) <= remaining:
             return
         self._calibration.rejected(estimate.simulated)
         if alone:
@@ -82,11 +87,10 @@ class Estimator:
         # A job alone may be tried with less than its estimate, but the advice is the estimate.
         needed = _round_up(estimate.total * (1.0 if alone else MARGIN_WITH_OTHERS))
         why = "" if alone else ", since others may come between,"
-        raise DeadlineExceeded(
+        raise DeadlineUnreachable(
             f"the deadline is in {remaining:.2f} s, and this would take about "
             f"{estimate.total:.2f} s, {estimate.queue_wait:.2f} s of them waiting; give it at "
             f"least {needed:.2f} s{why} or ask for fewer steps, fewer images or smaller ones",
-            Reason.DEADLINE_UNREACHABLE,
             {
                 "estimate_seconds": f"{estimate.total:.3f}",
                 "queue_wait_seconds": f"{estimate.queue_wait:.3f}",

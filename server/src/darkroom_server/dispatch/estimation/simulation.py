@@ -113,18 +113,29 @@ def _extrapolate(queue: list[RemainingWork], engines: list["_Engine"], forecast:
 
 @dataclass(slots=True)
 class _GroupQueue:
-    """The samples of one group: those in its batches, and those that wait for room."""
+    """The samples of one group: those in its batches, and those that wait for room.
+
+    ``batches``: those it has run until ``served_at``, in the virtual time of its engine. ``plan``:
+    the number of the last entry in the engine's agenda that is about it.
+    """
 
     group: Group
     max_rows: int
     batches: float = 0.0
+    served_at: float = 0.0
+    plan: int = 0
     rows: int = 0
     running: list[tuple[float, int, RemainingWork]] = field(default_factory=list)
     ready: list[tuple[float, float, str, int, int, RemainingWork]] = field(default_factory=list)
 
 
 class _Engine:
-    """One engine in the simulation; ``now`` is in seconds from the start."""
+    """One engine in the simulation; ``now`` is in seconds from the start.
+
+    The groups with a batch take turns, so each gets the same seconds. Virtual time counts the
+    seconds that each of them got (as in fair queueing). A group's next finished image has a fixed
+    virtual time until its own rows change, so a heap finds the next one among any number of groups.
+    """
 
     def __init__(self, load: Load, forecast: Forecast) -> None:
         self.now = 0.0
@@ -137,6 +148,11 @@ class _Engine:
         self._jobs: dict[str, RemainingWork] = {}
         self._seconds: dict[tuple[Group, int], float] = {}
         self._count = 0
+        self._work_seconds = 0.0
+        self._virtual = 0.0
+        self._active: dict[Group, _GroupQueue] = {}
+        self._to_fill: dict[Group, _GroupQueue] = {}
+        self._agenda: list[tuple[float, int, _GroupQueue]] = []
         for work in load.jobs:
             self._add(work)
         if self._queues:
@@ -146,14 +162,13 @@ class _Engine:
 
     @property
     def busy(self) -> bool:
-        return any(group.running or group.ready for group in self._queues.values())
+        return bool(self._active or self._to_fill)
 
     def next_at(self) -> float:
         """When the next image is finished."""
-        active = self._active()
-        if not active:
+        if not self._active:
             return self.now
-        return self.now + len(active) * min(self._service(group) for group in active)
+        return self.now + len(self._active) * self._service()
 
     def take(self, work: RemainingWork) -> None:
         """Add a job."""
@@ -162,46 +177,56 @@ class _Engine:
 
     def fill(self) -> None:
         """Add the most urgent samples to the batches of their group."""
-        for group in self._queues.values():
+        for group in self._to_fill.values():
             self._fill(group)
+        self._to_fill.clear()
 
     def advance(self) -> None:
         """Advance to the next finished image, and finish all that end with it."""
-        active = self._active()
-        if not active:
+        if not self._active:
             return
-        self._serve(active, min(self._service(group) for group in active))
-        for group in active:
+        self._serve(self._service())
+        while self._active and self._service() <= 0.0:
+            _, _, group = heapq.heappop(self._agenda)
+            self._settle(group)
+            ended = []
             while group.running and group.running[0][0] <= group.batches + 1e-6:
                 _, _, work = heapq.heappop(group.running)
                 group.rows -= work.key.rows
+                ended.append(work)
+            self._plan(group)
+            self._to_fill[group.group] = group
+            for work in ended:
                 self._finish(work)
 
     def advance_to(self, moment: float) -> None:
         """Advance to the first step boundary at or after ``moment``; no image finishes before."""
-        active = self._active()
-        if not active:
+        if not self._active:
             self.now = max(self.now, moment)
             return
-        service = max(0.0, moment - self.now) / len(active)
-        if len(active) == 1:
-            seconds = self._batch_seconds(active[0].group, active[0].rows)
+        service = max(0.0, moment - self.now) / len(self._active)
+        if len(self._active) == 1:
+            (group,) = self._active.values()
+            seconds = self._batch_seconds(group.group, group.rows)
             service = math.ceil(service / seconds - 1e-6) * seconds
-        self._serve(active, min(service, min(self._service(group) for group in active)))
+        self._serve(min(service, self._service()))
 
     def choose_again(self) -> None:
         """Choose the samples of the batches again: an urgent arrival displaces others."""
         for group in self._queues.values():
+            self._settle(group)
             for end, count, work in group.running:
                 calls = round(end - group.batches)
                 urgency = work.goal(calls), work.key.submitted_at, work.id
                 heapq.heappush(group.ready, (*urgency, count, calls, work))
             group.running, group.rows = [], 0
+            self._plan(group)
+            self._to_fill[group.group] = group
         self.fill()
 
     def work_seconds(self) -> float:
         """Seconds of the work that remains in it, at the pace of full batches."""
-        return sum(self._full_seconds(self._jobs[id]) for id in self._unfinished)
+        return self._work_seconds
 
     def unfinished(self) -> list[RemainingWork]:
         return [self._jobs[id] for id in self._unfinished]
@@ -211,21 +236,38 @@ class _Engine:
         self._forecast.starts.setdefault(work.id, self.now)
         self.now += self._full_seconds(work)
 
-    def _active(self) -> list[_GroupQueue]:
-        return [group for group in self._queues.values() if group.running]
-
-    def _serve(self, active: list[_GroupQueue], service: float) -> None:
+    def _serve(self, service: float) -> None:
         """Run batches of each active group for ``service`` seconds."""
-        self.now += service * len(active)
-        for group in active:
-            group.batches += service / self._batch_seconds(group.group, group.rows)
+        self.now += service * len(self._active)
+        self._virtual += service
+
+    def _settle(self, group: _GroupQueue) -> None:
+        """Count the batches that a group has run until now; before its rows change."""
+        if group.running:
+            seconds = self._batch_seconds(group.group, group.rows)
+            group.batches += (self._virtual - group.served_at) / seconds
+        group.served_at = self._virtual
+
+    def _plan(self, group: _GroupQueue) -> None:
+        """Note when a settled group finishes its next image; after its rows changed."""
+        self._count += 1
+        group.plan = self._count
+        if not group.running:
+            self._active.pop(group.group, None)
+            return
+        self._active[group.group] = group
+        remaining = max(0.0, group.running[0][0] - group.batches)
+        at = self._virtual + remaining * self._batch_seconds(group.group, group.rows)
+        heapq.heappush(self._agenda, (at, group.plan, group))
 
     def _add(self, work: RemainingWork) -> None:
         group = self._queues.get(work.group)
         if group is None:
             group = _GroupQueue(work.group, self._max_rows(work.group))
             self._queues[work.group] = group
+        self._to_fill[work.group] = group
         self._jobs[work.id] = work
+        self._work_seconds += self._full_seconds(work)
         self._unfinished[work.id] = len(work.calls)
         self.samples += len(work.calls)
         if work.begun:
@@ -237,11 +279,12 @@ class _Engine:
 
     def _fill(self, group: _GroupQueue) -> None:
         """Add the most urgent samples, as many as fit."""
+        self._settle(group)
         while group.ready:
             *_, count, calls, work = group.ready[0]
             rows = work.key.rows
             if group.running and group.rows + rows > group.max_rows and not work.key.alone:
-                return
+                break
             heapq.heappop(group.ready)
             self._forecast.starts.setdefault(work.id, self.now)
             if work.key.alone:
@@ -251,6 +294,7 @@ class _Engine:
                 continue
             group.rows += rows
             heapq.heappush(group.running, (group.batches + calls, count, work))
+        self._plan(group)
 
     def _finish(self, work: RemainingWork) -> None:
         """Finish one image of a job."""
@@ -258,6 +302,7 @@ class _Engine:
         self._unfinished[work.id] -= 1
         if not self._unfinished[work.id]:
             del self._unfinished[work.id]
+            self._work_seconds -= self._full_seconds(work)
             self.samples -= len(work.calls)
             self._forecast.finishes[work.id] = self.now + self._batch_times.encode_seconds(
                 work.group
@@ -268,10 +313,11 @@ class _Engine:
         rows = sum(work.key.rows for *_, work in group.ready)
         return self._batch_seconds(group.group, min(rows, group.max_rows))
 
-    def _service(self, group: _GroupQueue) -> float:
-        """Seconds of batches until the first sample of a group finishes."""
-        remaining = max(0.0, group.running[0][0] - group.batches)
-        return remaining * self._batch_seconds(group.group, group.rows)
+    def _service(self) -> float:
+        """Seconds that each active group gets until the next image finishes."""
+        while self._agenda[0][1] != self._agenda[0][2].plan:
+            heapq.heappop(self._agenda)  # The rows of its group have changed since.
+        return self._agenda[0][0] - self._virtual
 
     def _batch_seconds(self, group: Group, rows: int) -> float:
         seconds = self._seconds.get((group, rows))

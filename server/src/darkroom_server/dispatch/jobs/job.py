@@ -7,6 +7,7 @@ from dataclasses import replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import DarkroomError, DeadlineExceeded, JobCancelled
 from darkroom_server.core.events import EncodedImage, PreviewReady, SampleProgress
 from darkroom_server.core.job import Job
@@ -50,11 +51,13 @@ class ActiveJob:
     if it does not wait. ``remaining``: denoiser calls that remain, by image index, of the images
     that took a step. ``crashes``: engines that died while it ran; ``crashed_at``: when the last one
     did (``time.monotonic`` seconds). ``reattach_grace``: seconds that it continues without a
-    subscription, infinite if it does not need one. ``on_abandoned`` is called after that.
+    subscription, infinite if it does not need one. ``on_unsubscribed`` is called after that.
+    ``caller``: the one that began it.
     """
 
-    def __init__(self, job: Job, model: ModelInfo) -> None:
+    def __init__(self, job: Job, model: ModelInfo, caller: Caller = ANONYMOUS) -> None:
         self.job = job
+        self.caller = caller
         self.model = model
         self.state = JobState.NEW
         self.engine: EngineHandle | None = None
@@ -65,7 +68,7 @@ class ActiveJob:
         self.crashes = 0
         self.crashed_at: float | None = None
         self.reattach_grace = 0.0
-        self.on_abandoned: Callable[[ActiveJob], None] = lambda _: None
+        self.on_unsubscribed: Callable[[ActiveJob], None] = lambda _: None
         self._previewed = False
         self._result: Finished | DarkroomError | None = None
         # An event and not a future: cancelling one caller must not cancel what others await.
@@ -91,7 +94,7 @@ class ActiveJob:
 
     @property
     def phase(self) -> str:
-        """Where it is: "queue", "denoise" while an image has steps to take, or "decode"."""
+        """The phase: "queue", "denoise" while an image has steps to take, or "decode"."""
         return PHASES.get(self.state, "queue")
 
     @property
@@ -139,15 +142,15 @@ class ActiveJob:
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Remove a subscription; without any, the job is abandoned after its grace."""
+        """Remove a subscription; without any, the job ends after its grace time."""
         self._subscriptions.discard(subscription)
         if self._subscriptions or self.ended or self.reattach_grace == math.inf:
             return
         if self.reattach_grace == 0.0:
-            self.on_abandoned(self)
+            self.on_unsubscribed(self)
             return
         loop = asyncio.get_running_loop()
-        self._grace_timer = loop.call_later(self.reattach_grace, self.on_abandoned, self)
+        self._grace_timer = loop.call_later(self.reattach_grace, self.on_unsubscribed, self)
 
     async def result(self) -> Finished:
         """Wait for the end; raises the job's error if it did not finish."""
@@ -213,7 +216,7 @@ class ActiveJob:
         self.estimate = None  # It was made for the run that did not finish.
 
     def publish_restart(self) -> None:
-        """Tell the callers that the job runs again, if it had begun."""
+        """Publish that the job runs again, if it had begun."""
         if self.crashes:
             self.publish(Restarted(self.crashes))
 

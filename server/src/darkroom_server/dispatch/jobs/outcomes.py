@@ -69,7 +69,8 @@ def crashed_twice() -> GenerationFailed:
     """A poison job: two engines died while it ran."""
     return failed(
         Reason.ENGINE_CRASHED,
-        "the engine crashed twice while it drew this, and does not try again; change the request",
+        "the engine crashed twice while it generated this, and does not try again; change the "
+        "request",
     )
 
 

@@ -95,7 +95,9 @@ class BatchScheduler:
             return None
         group = self._shares.next(self._samples)
         samples = self._samples[group]
-        keys = pick([sample.key() for sample in samples.values()], self.max_rows(group))
+        waiting = sum(sample.rows for sample in samples.values())
+        max_rows = self._row_limits[group.model].next_rows(group, waiting)
+        keys = pick([sample.key() for sample in samples.values()], max_rows)
         return Batch.of([samples[key.id] for key in keys])
 
     def max_rows(self, group: Group) -> int:

@@ -21,13 +21,19 @@ from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
-from darkroom_server.engine.warmup.profiler import MemoryFormat
+from darkroom_server.engine.warmup.formats import MemoryFormat
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which a component of a model is called: autocast, or nothing."""
 
 Embeddings = Mapping[tuple[str, bool], Embedding]
 """Embeddings by (prompt, alone); ``alone`` prompts were encoded in a call of their own."""
+
+
+def random_normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Normally distributed values, the same ones in each call, for measurements."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
 
 
 class Model(Protocol):
@@ -71,6 +77,7 @@ class Family(ABC):
     have weights, all of which must be there. ``optional`` are left out, or replaced by None.
     ``pipeline_options`` are further arguments of ``from_pretrained``. ``defaults`` are for
     requests that leave a field unset. ``denoiser_name`` is the component that runs every step.
+    ``convolutional``: it has two-dimensional convolutions, which channels last can make faster.
     """
 
     pipeline_class: ClassVar[str]
@@ -79,6 +86,7 @@ class Family(ABC):
     pipeline_options: ClassVar[Mapping[str, Any]] = {}
     defaults: ClassVar[Defaults]
     denoiser_name: ClassVar[str]
+    convolutional: ClassVar[bool]
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -133,15 +141,15 @@ class Family(ABC):
     def denoiser_inputs(
         self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> dict[str, torch.Tensor]:
-        """Keyword arguments of one denoiser call of ``rows`` images of the default size, all zeros.
+        """Keyword arguments of one denoiser call of ``rows`` images of the default size.
 
-        The warm-up measures the call's time and memory, which do not depend on the values.
+        The values are random, as those of real batches: zeros can be faster.
         """
 
-    def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The latents of one image of the default size, all zeros."""
-        shape = (1, self.latent_channels, self.latent_size, self.latent_size)
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def latents(self, dtype: torch.dtype, device: torch.device, images: int = 1) -> torch.Tensor:
+        """Random latents of ``images`` images of the default size."""
+        shape = (images, self.latent_channels, self.latent_size, self.latent_size)
+        return random_normal(shape, dtype, device)
 
     def safety_checker(self, name: str) -> SafetyChecker:
         """The pipeline's own safety checker. Raises ``StartupError`` if it has none."""

@@ -17,10 +17,10 @@ from darkroom_server.engine.components.prompt_encoder import PromptEncoder
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import make_scheduler
 from darkroom_server.engine.counters import Counts
-from darkroom_server.engine.families.base import Embeddings, Family, Precision
+from darkroom_server.engine.families.base import Embeddings, Family, Precision, random_normal
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
-from darkroom_server.engine.warmup.profiler import MemoryFormat
+from darkroom_server.engine.warmup.formats import MemoryFormat
 
 
 class StableDiffusion(Family):
@@ -32,6 +32,7 @@ class StableDiffusion(Family):
     pipeline_options: ClassVar[Mapping[str, Any]] = {"requires_safety_checker": False}
     defaults = Defaults(steps=30, guidance_scale=7.5)
     denoiser_name = "unet"
+    convolutional = True
 
     @classmethod
     def check_folder(cls, folder: Path, name: str) -> None:
@@ -84,14 +85,13 @@ class StableDiffusion(Family):
     def denoiser_inputs(
         self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> dict[str, torch.Tensor]:
-        """Keyword arguments of one UNet call of ``rows`` images of the default size, all zeros."""
+        """Keyword arguments of one UNet call of ``rows`` images of the default size, at random."""
         width = self.pipeline.unet.config.cross_attention_dim
-        latents = self.latents(dtype, device).repeat(rows, 1, 1, 1)
         return {
-            "sample": latents.contiguous(memory_format=layout),
-            "timestep": torch.zeros(rows, device=device),
-            "encoder_hidden_states": torch.zeros(
-                (rows, self.prompt_tokens, width), dtype=dtype, device=device
+            "sample": self.latents(dtype, device, rows).contiguous(memory_format=layout),
+            "timestep": torch.full((rows,), 500.0, device=device),
+            "encoder_hidden_states": random_normal(
+                (rows, self.prompt_tokens, width), dtype, device
             ),
         }
 

@@ -6,18 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import structlog
-import torch
 
-from darkroom_server.core.engine_config import Dtype, EngineConfig, ModelSource
+from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.events import ModelLoad
 from darkroom_server.core.job import SchedulerName
-from darkroom_server.core.model import (
-    MemoryNeeds,
-    ModelDefaults,
-    ModelInfo,
-    ModelRuntime,
-    ModelSpeed,
-)
+from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of, offers
 from darkroom_server.engine.families.base import Family, Model
@@ -25,53 +18,51 @@ from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.loading.defaults import read_defaults
 from darkroom_server.engine.loading.pipeline import load_pipeline, weights_of
 from darkroom_server.engine.loading.revision import UNKNOWN, revision_of
-from darkroom_server.engine.warmup.placement import (
-    denoiser_forward,
-    measure_decode,
-    measure_memory,
-    place,
-)
-from darkroom_server.engine.warmup.presets import DTYPES, Runtime
-from darkroom_server.engine.warmup.profiler import ROWS, MemoryFormat, best_rows, measure_rows
+from darkroom_server.engine.warmup.formats import MemoryFormat
+from darkroom_server.engine.warmup.measurement import measure
+from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
+from darkroom_server.engine.warmup.placement import place
+from darkroom_server.engine.warmup.presets import Runtime
 
 log = structlog.get_logger(__name__)
 
 
 def load_model(
     source: ModelSource, runtime: Runtime, config: EngineConfig
-) -> tuple[Model, ModelLoad]:
+) -> tuple[Model, ModelLoad, MeasurementCache]:
     """The model of ``source``, on its device, warmed up and measured. Raises ``StartupError``.
 
-    What an earlier engine of this server measured is not measured again.
+    What an earlier engine of this server measured, or an earlier start, is not measured again. The
+    cache is that of the model's measurements.
     """
     began = time.monotonic()
     previous = next((info for info in config.previous_measurements if info.id == source.id), None)
     if previous is not None and previous.revision != UNKNOWN:
         # The same weights, even if the hub has newer ones now.
         source = replace(source, revision=previous.revision)
-    dtype = runtime.dtype or torch.float32
-    pipeline = load_pipeline(source, dtype, safety_checker=config.safety_checker)
+    pipeline = load_pipeline(source, runtime.dtype, safety_checker=config.safety_checker)
     in_memory = time.monotonic()
     family = family_of(pipeline)
     family.check_pipeline(source.location)
     safety = family.safety_checker(source.location) if config.safety_checker else None
-    memory_format = place(family, runtime, _format_of(previous))
+    memory_format = place(family, runtime)
 
     def precision() -> AbstractContextManager[Any]:
         return runtime.precision(memory_format.dtype)
 
     decoder = Decoder(pipeline.vae, precision)
-    memory, max_rows, speed = _measure(family, decoder, memory_format, runtime, config, previous)
+    measured = measure(family, decoder, memory_format, runtime, config, previous)
     info = ModelInfo(
         id=source.id,
         revision=revision_of(source, pipeline),
         kind=family.pipeline_class,
         defaults=_defaults(source, family),
-        limits=family.limits(max_rows),
+        limits=replace(family.limits(measured.max_rows), row_limit_source=measured.source),
         schedulers=offers(dict(pipeline.scheduler.config)),
         runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
-        memory=memory,
-        speed=speed,
+        memory=measured.memory,
+        speed=measured.speed,
+        most_rows=measured.most_rows,
     )
     log.info(
         "model loaded",
@@ -79,10 +70,13 @@ def load_model(
         revision=info.revision,
         device=info.runtime.device,
         dtype=info.runtime.dtype,
+        memory_format=info.runtime.memory_format,
+        format_rule=info.runtime.format_rule,
         preset=info.runtime.preset,
-        max_rows=max_rows,
-        bytes_per_row=memory.bytes_per_row,
-        bytes_per_decode=memory.bytes_per_decode,
+        max_rows=measured.max_rows,
+        row_limit_source=measured.source,
+        bytes_per_row=info.memory.bytes_per_row,
+        bytes_per_decode=info.memory.bytes_per_decode,
     )
     load = ModelLoad(
         model=info.id,
@@ -90,34 +84,8 @@ def load_model(
         warm_up_seconds=time.monotonic() - in_memory,
         bytes_by_component=weights_of(family),
     )
-    return family.new_model(info, memory_format, runtime.device, precision, decoder, safety), load
-
-
-def _measure(
-    family: Family,
-    decoder: Decoder,
-    memory_format: MemoryFormat,
-    runtime: Runtime,
-    config: EngineConfig,
-    previous: ModelInfo | None,
-) -> tuple[MemoryNeeds, int, ModelSpeed]:
-    """The memory that work needs, the row limit, and the speed; warms the model up too."""
-    forward = denoiser_forward(family, family.denoiser, memory_format, runtime)
-    if previous is not None:
-        forward(2)
-        return previous.memory, previous.limits.max_rows, previous.speed
-    memory = measure_memory(forward, family, decoder, memory_format, runtime)
-    fit = memory.rows_that_fit(family.size, family.size)
-    seconds = measure_rows(forward, min(fit, config.max_rows or max(ROWS)))
-    max_rows = best_rows(seconds)
-    decode = measure_decode(family, decoder, memory_format, runtime)
-    return memory, max_rows, ModelSpeed(passes=tuple(seconds.items()), decode=decode)
-
-
-def _format_of(previous: ModelInfo | None) -> MemoryFormat | None:
-    if previous is None:
-        return None
-    return MemoryFormat(DTYPES[Dtype(previous.runtime.dtype)], previous.runtime.channels_last)
+    model = family.new_model(info, memory_format, runtime.device, precision, decoder, safety)
+    return model, load, measured.cache
 
 
 def _defaults(source: ModelSource, family: Family) -> ModelDefaults:
@@ -154,4 +122,5 @@ def _describe(
         channels_last=memory_format.channels_last,
         fp8_storage=runtime.fp8_storage,
         safety_checker=safety_checker,
+        format_rule=runtime.format_rule,
     )

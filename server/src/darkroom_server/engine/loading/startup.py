@@ -34,11 +34,12 @@ def start_loop(
     else:
         # CUDA events are recorded on the current device, which must be this engine's.
         torch.cuda.set_device(runtime.device)
-    models, loads = {}, []
+    models, loads, caches = {}, [], {}
     for source in config.models:
         try:
             with torch.inference_mode():
-                models[source.id], load = load_model(source, runtime, config)
+                model, load, cache = load_model(source, runtime, config)
+            models[source.id], caches[source.id] = model, cache
             loads.append(load)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -52,7 +53,7 @@ def start_loop(
         _share_memory(models.values(), config, runtime)
     infos = tuple(model.info for model in models.values())
     seconds = time.monotonic() - began
-    return EngineLoop(models, emit), EngineReady(infos, seconds, tuple(loads))
+    return EngineLoop(models, emit, caches), EngineReady(infos, seconds, tuple(loads))
 
 
 def _share_memory(models: Iterable[Model], config: EngineConfig, runtime: Runtime) -> None:

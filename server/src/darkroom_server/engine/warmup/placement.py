@@ -1,4 +1,4 @@
-"""Places a pipeline on its device in its fastest format, and measures what it takes there."""
+"""Places a pipeline on its device, and measures what it takes there."""
 
 from typing import Any
 
@@ -9,36 +9,22 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.device.memory import available_bytes
-from darkroom_server.engine.failures import DECODE_FAILED, OUT_OF_MEMORY
+from darkroom_server.engine.failures import DECODE_FAILED, OUT_OF_MEMORY, is_out_of_memory
 from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.warmup.formats import MemoryFormat
 from darkroom_server.engine.warmup.presets import Runtime
-from darkroom_server.engine.warmup.profiler import (
-    DenoiserForward,
-    MemoryFormat,
-    fastest_format,
-    fastest_of,
-    peak_bytes,
-)
+from darkroom_server.engine.warmup.profiler import peak_bytes, seconds_of
+from darkroom_server.engine.warmup.row_measurement import TimeBatch, agreed_seconds
 
 
-def place(family: Family, runtime: Runtime, measured: MemoryFormat | None) -> MemoryFormat:
-    """Put the pipeline on its device, in the format that is configured or the fastest there.
-
-    ``measured`` is the fastest format as an earlier engine of this server measured it.
-    """
+def place(family: Family, runtime: Runtime) -> MemoryFormat:
+    """Put the pipeline on its device, in the format of ``runtime``; returns that format."""
     pipeline = family.pipeline
     if runtime.attention is Attention.SLICED:
         _slice_attention(pipeline, runtime.slice_size)
     if runtime.vae_tiling:
         _tile(family)
-    # float16 is never tried: on a CPU it is hundreds of times slower.
-    dtypes = [runtime.dtype] if runtime.dtype else [torch.float32, torch.bfloat16]
-    layouts = [False, True] if runtime.channels_last is None else [runtime.channels_last]
-    memory_format = measured or fastest_format(
-        family.denoiser,
-        [MemoryFormat(dtype, layout) for dtype in dtypes for layout in layouts],
-        lambda denoiser, memory_format: denoiser_forward(family, denoiser, memory_format, runtime),
-    )
+    memory_format = MemoryFormat(runtime.dtype, runtime.channels_last and family.convolutional)
     pipeline.to(dtype=memory_format.dtype)
     if memory_format.channels_last:
         family.denoiser.to(memory_format=torch.channels_last)
@@ -52,25 +38,29 @@ def place(family: Family, runtime: Runtime, measured: MemoryFormat | None) -> Me
     return memory_format
 
 
-def denoiser_forward(
-    family: Family, denoiser: Any, memory_format: MemoryFormat, runtime: Runtime
-) -> DenoiserForward:
-    """A function that calls ``denoiser`` on zeros, whose cost is that of any other values."""
+def denoiser_timer(family: Family, memory_format: MemoryFormat, runtime: Runtime) -> TimeBatch:
+    """A function that runs the denoiser once on random rows, and returns its seconds.
 
-    def forward(rows: int) -> None:
-        inputs = family.denoiser_inputs(
-            rows, memory_format.dtype, runtime.device, memory_format.layout
-        )
-        with runtime.precision(memory_format.dtype):
-            denoiser(**inputs)
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize(runtime.device)
+    It raises ``MemoryError`` if they do not fit.
+    """
 
-    return forward
+    def time_batch(rows: int) -> float:
+        try:
+            inputs = family.denoiser_inputs(
+                rows, memory_format.dtype, runtime.device, memory_format.layout
+            )
+            with runtime.precision(memory_format.dtype):
+                return seconds_of(runtime.device, lambda: family.denoiser(**inputs))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
+            raise
+
+    return time_batch
 
 
 def measure_memory(
-    forward: DenoiserForward,
+    time_batch: TimeBatch,
     family: Family,
     decoder: Decoder,
     memory_format: MemoryFormat,
@@ -79,12 +69,12 @@ def measure_memory(
     """The memory that a batch and a decode take at the default size."""
     latents = family.latents(memory_format.dtype, runtime.device)
     if runtime.device.type == "cuda":
-        forward(1)  # In the first call libraries allocate memory that they keep.
-    two_rows = peak_bytes(runtime.device, lambda: forward(2))
+        time_batch(1)  # In the first call libraries allocate memory that they keep.
+    two_rows = peak_bytes(runtime.device, lambda: time_batch(2))
     once = 0
     if runtime.attention is Attention.SLICED:
         # A slice has the same size for any number of rows.
-        one_row = peak_bytes(runtime.device, lambda: forward(1))
+        one_row = peak_bytes(runtime.device, lambda: time_batch(1))
         once = min(max(0, 2 * one_row - two_rows), two_rows)
     decode_peak = peak_bytes(runtime.device, lambda: _decode(decoder, latents))
     return MemoryNeeds(
@@ -102,7 +92,7 @@ def measure_decode(
 ) -> float:
     """Seconds of the decode of one image of the default size."""
     latents = family.latents(memory_format.dtype, runtime.device)
-    return fastest_of(2, lambda: _decode(decoder, latents))
+    return agreed_seconds(lambda: seconds_of(runtime.device, lambda: _decode(decoder, latents)))
 
 
 def _decode(decoder: Decoder, latents: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.device import cgroup
+from darkroom_server.engine.warmup.formats import Hardware, format_rule
 
 DTYPES = {
     Dtype.FLOAT16: torch.float16,
@@ -20,19 +21,20 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """Every option of ``EngineConfig`` resolved, except ``dtype`` and ``channels_last``.
+    """Every option of ``EngineConfig`` resolved.
 
-    If one of these is None, the warm-up measures which value is fastest.
+    ``format_rule`` says why ``dtype`` and ``channels_last`` were chosen, "" if both are configured.
     """
 
     device: torch.device
     preset: Preset
-    dtype: torch.dtype | None
+    dtype: torch.dtype
     attention: Attention
     slice_size: str
     autocast: bool
     vae_tiling: bool
-    channels_last: bool | None
+    channels_last: bool
+    format_rule: str
     fp8_storage: bool
 
     def precision(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
@@ -57,12 +59,9 @@ def resolve(config: EngineConfig) -> Runtime:
             "float16 on a CPU is hundreds of times slower than bfloat16: use --dtype bfloat16, "
             "float32 or auto"
         )
-    dtype = None if fast and not cuda else (torch.float16 if cuda else torch.bfloat16)
-    if config.dtype is not Dtype.AUTO:
-        dtype = DTYPES[config.dtype]
-    channels_last = config.channels_last
-    if channels_last is None and not (fast and not cuda):
-        channels_last = fast
+    rule = format_rule(preset, Hardware.of(device))
+    dtype = rule.dtype if config.dtype is Dtype.AUTO else DTYPES[config.dtype]
+    configured = config.dtype is not Dtype.AUTO and config.channels_last is not None
     attention = config.attention or (Attention.SDPA if fast else Attention.SLICED)
     return Runtime(
         device=device,
@@ -72,7 +71,10 @@ def resolve(config: EngineConfig) -> Runtime:
         slice_size=_slice_size(config, attention, default="max" if tiny else "auto"),
         autocast=config.autocast if config.autocast is not None else frugal,
         vae_tiling=config.vae_tiling if config.vae_tiling is not None else tiny,
-        channels_last=channels_last,
+        channels_last=(
+            rule.channels_last if config.channels_last is None else config.channels_last
+        ),
+        format_rule="" if configured else rule.reason,
         # Only on CUDA the saved memory is worth the time of the casts.
         fp8_storage=tiny and cuda,
     )

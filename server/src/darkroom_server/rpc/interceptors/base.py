@@ -35,7 +35,12 @@ def metadata_value(context: Context, key: str) -> str | None:
 
 
 class ContextInterceptor(grpc.aio.ServerInterceptor, ABC):
-    """Runs a subclass's ``around`` around each handler, on the handler's own task."""
+    """Runs a subclass's ``around`` around each handler, on the handler's own task.
+
+    ``kinds``: the kinds of methods that it concerns.
+    """
+
+    kinds = frozenset({"unary", "server_stream", "client_stream", "bidi_stream"})
 
     @abstractmethod
     def around(
@@ -67,9 +72,12 @@ class ContextInterceptor(grpc.aio.ServerInterceptor, ABC):
         _, service, name = handler_call_details.method.split("/")
         requests = "stream" if handler.request_streaming else "unary"
         responses = "stream" if handler.response_streaming else "unary"
+        kind = _KINDS[requests, responses]
+        if kind not in self.kinds:
+            return handler
         behaviour = getattr(handler, f"{requests}_{responses}")
         make = getattr(grpc, f"{requests}_{responses}_rpc_method_handler")
-        method = Method(service, name, _KINDS[requests, responses])
+        method = Method(service, name, kind)
         return make(
             self._wrapped(behaviour, method),
             request_deserializer=self.deserializer(method, handler.request_deserializer),

@@ -1,12 +1,16 @@
-"""The context of each call: its request id, sent back to the caller, and its trace."""
+"""The context of each call: its request id, sent back; its trace; its caller's address."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
+from urllib.parse import unquote
 
 import structlog
 from google.protobuf.message import Message
 
+from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import InvalidRequest, Violation
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
@@ -22,6 +26,60 @@ from darkroom_server.service.trace_context import new_trace, parse_traceparent
 REQUEST_ID_KEY = "darkroom-request-id"
 TRACE_KEY = "traceparent"
 FIELD = "request_id"
+FORWARDED_FOR = "x-forwarded-for"
+
+IPV6_PREFIX = 64
+"""One subscriber has at least this network, so its addresses count as one."""
+
+Address = IPv4Address | IPv6Address
+
+
+class PeerAddresses:
+    """Finds callers' addresses; ``trusted``: networks of proxies, separated by commas."""
+
+    def __init__(self, trusted: str | None = None) -> None:
+        self._trusted = [ip_network(each.strip()) for each in trusted.split(",")] if trusted else []
+
+    def address_of(self, peer: str, metadata: Iterable[tuple[str, str | bytes]]) -> str:
+        """The caller's address; ``peer`` is gRPC's name of the other end, such as "ipv4:::1:80".
+
+        Behind a trusted proxy: the last address in ``x-forwarded-for`` that is not one of a
+        trusted proxy, because all entries before it may be invented.
+        """
+        found = _parse(unquote(peer.partition(":")[2]))
+        if found is None:
+            return peer.partition(":")[0]  # Such as "unix".
+        if self._is_proxy(found):
+            sent = [str(value) for name, value in metadata if name == FORWARDED_FOR]
+            for entry in reversed(",".join(sent).split(",")):
+                address = _parse(entry.strip())
+                if address is None:
+                    break
+                found = address
+                if not self._is_proxy(found):
+                    break
+        return _counted(found)
+
+    def _is_proxy(self, address: Address) -> bool:
+        return any(address in network for network in self._trusted)
+
+
+def _parse(text: str) -> Address | None:
+    """The address in "1.2.3.4", "1.2.3.4:80", "::1" or "[::1]:80"; None if there is none."""
+    for host in (text, text.rpartition(":")[0], text.rpartition(":")[0].strip("[]")):
+        try:
+            address = ip_address(host.strip("[]"))
+        except ValueError:
+            continue
+        mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+        return mapped or address
+    return None
+
+
+def _counted(address: Address) -> str:
+    if isinstance(address, IPv6Address) and not address.is_loopback:
+        return str(IPv6Network((address, IPV6_PREFIX), strict=False))
+    return str(address)
 
 
 class CallContexts(ContextInterceptor):
@@ -31,9 +89,14 @@ class CallContexts(ContextInterceptor):
     in headers it would end gRPC's retries. An id from the metadata is written into a message that
     has an empty field for it, so that it names the job too. The trace comes from the metadata;
     an invalid one is ignored, as W3C asks. With ``begin_traces``, a call without one begins one.
+    The caller is ``anonymous``, with its address; ``Auth`` replaces it.
     """
 
-    def __init__(self, *, begin_traces: bool = False) -> None:
+    def __init__(
+        self, addresses: PeerAddresses, anonymous: Caller = ANONYMOUS, *, begin_traces: bool = False
+    ) -> None:
+        self._addresses = addresses
+        self._anonymous = anonymous
         self._begin_traces = begin_traces
 
     def around(
@@ -44,7 +107,8 @@ class CallContexts(ContextInterceptor):
 
     @asynccontextmanager
     async def _around(self, context: Context, request: Any) -> AsyncIterator[None]:
-        metadata = dict(context.invocation_metadata() or ())
+        entries = context.invocation_metadata() or ()
+        metadata = dict(entries)
         sent = _text(metadata.get(REQUEST_ID_KEY))
         message = _message_with_id(request)
         if message is not None and sent and _valid(sent) and not getattr(message, FIELD):
@@ -55,7 +119,9 @@ class CallContexts(ContextInterceptor):
         trace = parse_traceparent(traceparent) if traceparent else None
         if trace is None and self._begin_traces:
             trace = new_trace()
-        CURRENT_CALL.set(CallContext(id, trace=trace))
+        address = self._addresses.address_of(context.peer(), entries)
+        caller = replace(self._anonymous, address=address)
+        CURRENT_CALL.set(CallContext(id, caller, trace))
         structlog.contextvars.bind_contextvars(request_id=id)
         if trace is not None:
             structlog.contextvars.bind_contextvars(trace_id=trace.trace_id)

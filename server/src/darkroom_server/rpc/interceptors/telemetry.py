@@ -2,14 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
-from darkroom_server.rpc.context import Context, has_expired
+from darkroom_server.rpc.context import CURRENT_ANSWER, Answer, Context, has_expired
+from darkroom_server.rpc.dropped_calls import DroppedCalls
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
+
+if TYPE_CHECKING:
+    from darkroom_server.rpc.interceptors.base import Handler
 
 
 class CallObserver(Protocol):
@@ -31,8 +35,18 @@ class Telemetry(ContextInterceptor):
     Outside ``Errors``, to see the status that is sent.
     """
 
-    def __init__(self, observer: CallObserver) -> None:
+    def __init__(self, observer: CallObserver, dropped: DroppedCalls) -> None:
         self._observer = observer
+        self._dropped = dropped
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Count the call as seen, also one of an unknown method."""
+        self._dropped.seen += 1
+        return await super().intercept_service(continuation, handler_call_details)
 
     def around(
         self, method: Method, context: Context, request: Any
@@ -68,12 +82,17 @@ class Telemetry(ContextInterceptor):
         began = time.monotonic()
         named = _named(method)
         self._observer.call_started(*named)
+        answer = Answer()
+        CURRENT_ANSWER.set(answer)
         code = "OK"
         try:
             yield
             code = status_name(context) or "OK"
         except (asyncio.CancelledError, GeneratorExit):
-            code = "DEADLINE_EXCEEDED" if has_expired(context) else "CANCELLED"
+            if not answer.complete:
+                code = status_name(context) or (
+                    "DEADLINE_EXCEEDED" if has_expired(context) else "CANCELLED"
+                )
             raise
         except BaseException:
             # A status that was set counts, even if it was too late to be sent.

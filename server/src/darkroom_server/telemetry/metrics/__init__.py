@@ -17,6 +17,7 @@ from darkroom_server.telemetry.metrics.calls import CallMetrics
 from darkroom_server.telemetry.metrics.catalogue import Catalogue, Declared
 from darkroom_server.telemetry.metrics.engine import EngineMetrics
 from darkroom_server.telemetry.metrics.memory import MemoryMetrics
+from darkroom_server.telemetry.metrics.process import ProcessMetrics
 from darkroom_server.telemetry.metrics.requests import RequestMetrics
 
 __all__ = ["Metrics"]
@@ -36,6 +37,7 @@ class Metrics(Observer):
         self.requests = RequestMetrics(self._section("Requests and jobs"))
         self.engine = EngineMetrics(self._section("Engine"))
         self.memory = MemoryMetrics(self._section("Memory and devices"))
+        self.process = ProcessMetrics(self._section("Serving process"))
         self._handlers: defaultdict[type, list[Any]] = defaultdict(list)
         for section in (self.requests, self.engine, self.memory):
             for event, handler in section.handlers.items():

@@ -1,6 +1,6 @@
 """Declares each metric once, for the registry and for docs/metrics.md."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import (
@@ -9,8 +9,11 @@ from prometheus_client import (
     Gauge,
     Histogram,
     Info,
+    Metric,
     disable_created_metrics,
 )
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 # `_created` series double the number of series, and only OpenMetrics scrapers use them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -27,6 +30,15 @@ class Declared:
     buckets: tuple[float, ...] = ()
 
 
+class _ReadCounter(Collector):
+    def __init__(self, name: str, help: str, read: Callable[[], float]) -> None:
+        self._name, self._help, self._read = name, help, read
+
+    def collect(self) -> Iterable[Metric]:
+        """The value now."""
+        yield CounterMetricFamily(self._name, self._help, value=self._read())
+
+
 class Catalogue:
     """Creates the metrics of one section on ``registry`` and records their declarations."""
 
@@ -39,6 +51,11 @@ class Catalogue:
         """Declare a counter; ``name`` ends in "_total"."""
         self.declared.append(Declared(name, "counter", help, tuple(labels)))
         return Counter(name, help, labels, registry=self._registry)
+
+    def counter_of(self, name: str, help: str, read: Callable[[], float]) -> None:
+        """Declare a counter whose value ``read`` returns at each scrape, on any thread."""
+        self.declared.append(Declared(name, "counter", help))
+        self._registry.register(_ReadCounter(name, help, read))
 
     def gauge(self, name: str, help: str, labels: Sequence[str] = ()) -> Gauge:
         """Declare a gauge."""

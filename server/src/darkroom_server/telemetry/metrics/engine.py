@@ -5,9 +5,15 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from darkroom_server.core.events import BatchDone, Counted, EngineCounts, EngineReady
+from darkroom_server.core.events import (
+    BatchDone,
+    Counted,
+    EngineCounts,
+    EngineReady,
+    RowLimitCorrected,
+)
 from darkroom_server.core.metric_labels import rows_class
-from darkroom_server.dispatch import EngineGivenUp, EngineRestarted, EngineTimeWasted
+from darkroom_server.dispatch import EngineRestarted, EngineRetired, EngineTimeWasted
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 
 STEP_BUCKETS = (
@@ -91,7 +97,7 @@ class EngineMetrics:
         self.restarts = declare.counter(
             "darkroom_engine_restarts_total", "Engines restarted after they died."
         )
-        self.given_up = declare.gauge(
+        self.retired = declare.gauge(
             "darkroom_engines_given_up",
             "Engines that failed to load or died too often, and are not restarted.",
         )
@@ -104,6 +110,18 @@ class EngineMetrics:
             "darkroom_model_warm_up_seconds",
             "Seconds of the last placement, warm-up and profiling of the model.",
             ("model",),
+        )
+        self.max_rows = declare.gauge(
+            "darkroom_max_rows",
+            "Most rows of a batch of the model's default size now; real batches correct it, unless "
+            "`--rows` sets it.",
+            ("model",),
+        )
+        self.model_info = declare.gauge(
+            "darkroom_model_info",
+            "1 for each loaded model; its labels say how it runs. `memory_format` is `contiguous` "
+            "or `channels_last`.",
+            ("model", "revision", "device", "dtype", "memory_format", "preset", "attention"),
         )
         self.build.info(
             {
@@ -126,9 +144,10 @@ class EngineMetrics:
             BatchDone: self.record_batch,
             EngineCounts: self.record_counts,
             EngineReady: self.record_load,
+            RowLimitCorrected: self.record_row_limit,
             EngineTimeWasted: self.record_wasted,
             EngineRestarted: lambda _: self.restarts.inc(),
-            EngineGivenUp: lambda _: self.given_up.inc(),
+            EngineRetired: lambda _: self.retired.inc(),
         }
 
     def begin(self, model: str) -> None:
@@ -169,6 +188,22 @@ class EngineMetrics:
         for load in ready.loads:
             self.load_seconds.labels(load.model).set(load.load_seconds)
             self.warm_up_seconds.labels(load.model).set(load.warm_up_seconds)
+        for model in ready.models:
+            self.max_rows.labels(model.id).set(model.limits.max_rows)
+            runtime = model.runtime
+            self.model_info.labels(
+                model.id,
+                model.revision,
+                runtime.device,
+                runtime.dtype,
+                runtime.memory_format,
+                runtime.preset,
+                runtime.attention,
+            ).set(1)
+
+    def record_row_limit(self, corrected: RowLimitCorrected) -> None:
+        """Real batches have corrected the row limit of a model."""
+        self.max_rows.labels(corrected.model).set(corrected.max_rows)
 
     def record_wasted(self, wasted: EngineTimeWasted) -> None:
         """A job left the engine unfinished."""

@@ -174,10 +174,9 @@ class RequestMetrics:
         if summary.stages is not None:
             for stage, seconds in asdict(summary.stages).items():
                 self.stage_seconds.labels(model, stage).observe(seconds)
-        unreachable = summary.reason == Reason.DEADLINE_UNREACHABLE
-        if unreachable:
+        if summary.reason == Reason.DEADLINE_UNREACHABLE:
             self.deadline_misses.labels(model, "admission").inc()
-        if unreachable or summary.outcome in (Outcome.INVALID, Outcome.REFUSED):
+        if summary.outcome in (Outcome.INVALID, Outcome.REFUSED):
             self.rejections.labels(model, summary.reason.lower()).inc()
 
     def call_rejected(self, reason: Reason) -> None:

@@ -1,0 +1,152 @@
+"""Measures a placed model, or takes what an earlier start measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import structlog
+import torch
+
+from darkroom_server.core.engine_config import EngineConfig
+from darkroom_server.core.model import MemoryNeeds, ModelInfo, ModelSpeed, RowLimitSource
+from darkroom_server.engine.components.decoder import Decoder
+from darkroom_server.engine.device.memory import available_bytes
+from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.warmup.formats import MemoryFormat, cpu_name
+from darkroom_server.engine.warmup.measurement_cache import MeasurementCache, Measurements
+from darkroom_server.engine.warmup.placement import denoiser_timer, measure_decode, measure_memory
+from darkroom_server.engine.warmup.presets import Runtime
+from darkroom_server.engine.warmup.row_measurement import ROWS, best_rows, measure_rows, row_counts
+
+log = structlog.get_logger(__name__)
+
+LIBRARIES = ("darkroom-server", "diffusers", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The memory, row limit and speed of a model, and the cache that remembers them."""
+
+    memory: MemoryNeeds
+    max_rows: int
+    most_rows: int
+    source: RowLimitSource
+    speed: ModelSpeed
+    cache: MeasurementCache
+
+
+def measure(
+    family: Family,
+    decoder: Decoder,
+    memory_format: MemoryFormat,
+    runtime: Runtime,
+    config: EngineConfig,
+    previous: ModelInfo | None,
+) -> Measured:
+    """The measurements of ``previous``, of the cache or of now; warms the model up too."""
+    time_batch = denoiser_timer(family, memory_format, runtime)
+    cache = MeasurementCache(
+        config.measurement_cache, cache_key(family, memory_format, runtime, config)
+    )
+    most = config.rows or min(config.max_rows or max(ROWS), max(ROWS))
+    remembered = cache.load()
+    if previous is not None:
+        time_batch(2)
+        return Measured(
+            memory=previous.memory,
+            max_rows=previous.limits.max_rows,
+            most_rows=most,
+            source=previous.limits.row_limit_source,
+            speed=previous.speed,
+            cache=cache,
+        )
+    if remembered is not None:
+        time_batch(2)
+        found, source = remembered, RowLimitSource.REMEMBERED
+    else:
+        found, source = (
+            _measure_now(family, decoder, memory_format, runtime, config, most),
+            RowLimitSource.MEASURED,
+        )
+        cache.save(found)
+    memory = MemoryNeeds(
+        pixels=family.size**2,
+        bytes_per_row=found.bytes_per_row,
+        bytes_per_pass=found.bytes_per_pass,
+        bytes_per_decode=found.bytes_per_decode,
+        tile_pixels=decoder.tile_pixels,
+        available_bytes=available_bytes(runtime.device),
+    )
+    fit = memory.rows_that_fit(family.size, family.size)
+    if config.rows is not None and config.rows > fit:
+        log.warning("fewer rows fit the memory than are set", rows=config.rows, fit=fit)
+    return Measured(
+        memory=memory,
+        max_rows=config.rows or max(2, min(found.max_rows, most, fit)),
+        most_rows=most,
+        source=source if config.rows is None else RowLimitSource.SET,
+        speed=ModelSpeed(passes=found.passes, decode=found.decode),
+        cache=cache,
+    )
+
+
+def cache_key(
+    family: Family, memory_format: MemoryFormat, runtime: Runtime, config: EngineConfig
+) -> dict[str, Any]:
+    """Everything that the measurements depend on.
+
+    The components' configurations, not their weights: fine-tunes of one model share a key.
+    """
+    cuda = runtime.device.type == "cuda"
+    return {
+        "family": family.pipeline_class,
+        "components": {
+            name: _configuration(getattr(family.pipeline, name)) for name in family.components
+        },
+        "device": torch.cuda.get_device_name(runtime.device) if cuda else cpu_name(),
+        "instructions": None if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": None if cuda else torch.get_num_threads(),
+        "format": str(memory_format),
+        "attention": [runtime.attention, runtime.slice_size],
+        "autocast": runtime.autocast,
+        "vae_tiling": runtime.vae_tiling,
+        "fp8_storage": runtime.fp8_storage,
+        "rows": [config.rows, config.max_rows],
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _configuration(component: Any) -> dict[str, Any]:
+    """The configuration, without what does not change the work: names, paths and versions."""
+    config = component.config
+    fields: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+    ignored = ("transformers_version", "torch_dtype", "dtype")
+    return {k: v for k, v in fields.items() if not k.startswith("_") and k not in ignored}
+
+
+def _measure_now(
+    family: Family,
+    decoder: Decoder,
+    memory_format: MemoryFormat,
+    runtime: Runtime,
+    config: EngineConfig,
+    most: int,
+) -> Measurements:
+    time_batch = denoiser_timer(family, memory_format, runtime)
+    memory = measure_memory(time_batch, family, decoder, memory_format, runtime)
+    most = min(most, memory.rows_that_fit(family.size, family.size))
+    counts = row_counts(most) if config.rows is None else sorted({2, most})
+    seconds = measure_rows(time_batch, counts)
+    best = best_rows(seconds)
+    log.info(
+        "measured rows", best=best, milliseconds={r: round(s * 1000, 1) for r, s in seconds.items()}
+    )
+    return Measurements(
+        max_rows=best,
+        passes=tuple(seconds.items()),
+        decode=measure_decode(family, decoder, memory_format, runtime),
+        bytes_per_row=memory.bytes_per_row,
+        bytes_per_pass=memory.bytes_per_pass,
+        bytes_per_decode=memory.bytes_per_decode,
+    )

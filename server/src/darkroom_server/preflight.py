@@ -1,0 +1,88 @@
+"""``serve --check``: whether a server with these settings could start here, without serving."""
+
+import asyncio
+import os
+import queue
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from darkroom_server import app
+from darkroom_server.core.engine import Engine
+from darkroom_server.core.errors import StartupError
+from darkroom_server.core.events import EngineDied, EngineReady, Event
+from darkroom_server.rpc.server import probe_port
+from darkroom_server.settings import Network, Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found; ``text`` is one line."""
+
+    ok: bool
+    text: str
+
+
+async def preflight(settings: Settings) -> AsyncIterator[Finding]:
+    """Check the settings together, the ports, the cache folder, and that every engine loads."""
+    engines: list[Engine] = []
+    try:
+        engines = app.build_engines(settings)
+        app.Server(settings, engines)
+        yield Finding(True, "settings: the TLS files, tokens and addresses fit together")
+    except StartupError as error:
+        yield Finding(False, f"settings: {error}")
+    for finding in _ports(settings.network):
+        yield finding
+    yield _cache_folder()
+    for number, engine in enumerate(engines):
+        yield await asyncio.to_thread(_load, number, engine)
+
+
+def _ports(network: Network) -> Iterator[Finding]:
+    addresses = {
+        "port": (network.host, network.port),
+        "metrics port": (network.metrics_host, network.metrics_port),
+    }
+    for name, (host, port) in addresses.items():
+        try:
+            probe_port(host, port)
+        except OSError as error:
+            yield Finding(False, f"{name}: cannot listen on {host}:{port}: {error.strerror}")
+        else:
+            free = "a free port will be chosen" if port == 0 else f"{port} is free"
+            yield Finding(True, f"{name}: {free} on {host}")
+
+
+def _cache_folder() -> Finding:
+    """Whether the folder that models and measurements are cached in can be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return Finding(True, f"cache: {folder} can be written")
+    except OSError as error:
+        return Finding(False, f"cache: {folder} cannot be written: {error.strerror}")
+
+
+def _load(number: int, engine: Engine) -> Finding:
+    """Load the models as a server does, measurements included, and stop the engine."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    try:
+        engine.start(events.put)
+        while True:
+            match events.get():
+                case EngineReady(models=models, load_seconds=seconds):
+                    device = models[0].runtime.device
+                    names = ", ".join(model.id for model in models)
+                    text = f"engine {number}: loaded {names} on {device} in {seconds:.1f} s"
+                    return Finding(True, text)
+                case EngineDied(message=message):
+                    return Finding(False, f"engine {number}: {message}")
+    except (OSError, RuntimeError) as error:
+        return Finding(False, f"engine {number}: cannot be started: {error}")
+    finally:
+        engine.close()

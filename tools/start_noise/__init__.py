@@ -1,0 +1,1 @@
+"""Starts the server beside a process that uses every core, and compares what it chose."""
