@@ -9,10 +9,10 @@ import grpc
 import pytest
 
 from darkroom_client import Accepted, AsyncClient, Client
-from darkroom_client._transport.job_channels import CALLS_PER_PAIR
+from darkroom_client._transport.channels import CALLS_PER_PAIR
 from darkroom_server.rpc import server as rpc_server
 from darkroom_server.rpc.limits import OPTIONS
-from darkroom_server.settings import Dispatch
+from darkroom_server.settings import Dispatch, Shutdown
 from tests.server.wire import Wire, serving
 
 STREAMS = 150
@@ -24,7 +24,9 @@ async def wire(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
     """A server whose connections may have 100 streams, and whose engine finishes nothing."""
     options = {**dict(OPTIONS), "grpc.max_concurrent_streams": PER_CONNECTION}
     monkeypatch.setattr(rpc_server, "OPTIONS", tuple(options.items()))
-    async with serving(dispatch=Dispatch(max_queued_jobs=400)) as wire:
+    async with serving(
+        dispatch=Dispatch(max_queued_jobs=400), shutdown=Shutdown(grace=0.1)
+    ) as wire:
         yield wire
 
 

@@ -1,5 +1,7 @@
 """From the arguments of a client's methods to calls and sessions."""
 
+import secrets
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -22,11 +24,13 @@ from darkroom_client._types.result import GenerationResult
 from darkroom_client._types.status import Estimate, ServerStatus
 from darkroom_client._wire.events import decode_accepted
 from darkroom_client._wire.models import decode_model
-from darkroom_client._wire.requests import encode_preview, encode_request, with_id_and_seed
+from darkroom_client._wire.requests import encode_preview, encode_request
 from darkroom_client._wire.results import decode_response
 from darkroom_client._wire.status import decode_estimate, decode_status
 
 A = TypeVar("A")
+
+_SEED_BOUND = 2**63
 
 
 class Calls:
@@ -45,7 +49,7 @@ class Calls:
         self, request: GenerationRequest, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[GenerationResult]:
         """Generate images, and answer when all are done."""
-        message = encode_request(with_id_and_seed(request), keep=self._keep)
+        message = encode_request(_with_id_and_seed(request), keep=self._keep)
         return self._call(
             "Generate",
             lambda stubs: stubs.health_checked_generation.Generate,
@@ -67,7 +71,7 @@ class Calls:
         metadata: Mapping[str, str] | None,
     ) -> GenerationSession:
         """Generate images, with events."""
-        message = encode_request(with_id_and_seed(request), keep=self._keep)
+        message = encode_request(_with_id_and_seed(request), keep=self._keep)
         return GenerationSession(
             message.request_id,
             request=message,
@@ -99,7 +103,7 @@ class Calls:
         metadata: Mapping[str, str] | None,
     ) -> Call[Accepted]:
         """Start a job without waiting for it."""
-        generation = encode_request(with_id_and_seed(request))
+        generation = encode_request(_with_id_and_seed(request))
         message = generation_pb2.SubmitGenerationRequest(generation=generation)
         limited = check_seconds("time_limit", time_limit)
         if limited is not None:
@@ -213,6 +217,15 @@ class Calls:
             # Only job-starting calls have a second method.
             control=fallback_method is None,
         )
+
+
+def _with_id_and_seed(request: GenerationRequest) -> GenerationRequest:
+    """``request`` with its id and seed set, so each retry generates the same image."""
+    return replace(
+        request,
+        request_id=request.request_id or uuid.uuid4().hex,
+        seed=secrets.randbelow(_SEED_BOUND) if request.seed is None else request.seed,
+    )
 
 
 def _check_name(name: str, value: str) -> None:

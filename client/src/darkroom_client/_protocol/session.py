@@ -17,8 +17,7 @@ from darkroom_client._errors import (
     Unavailable,
     UnknownRequest,
 )
-from darkroom_client._protocol.call import NextCall
-from darkroom_client._protocol.retries import Retries, log
+from darkroom_client._protocol.call import NextCall, Retries, log
 from darkroom_client._protocol.rpc_errors import from_rpc_error, is_bare
 from darkroom_client._settings import Metadata
 from darkroom_client._types.connection import Retry

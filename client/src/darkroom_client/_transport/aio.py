@@ -15,12 +15,12 @@ from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._protocol.stubs import Stubs
 from darkroom_client._settings import Metadata, Settings
 from darkroom_client._transport.channels import (
+    CALLS_PER_PAIR,
     check_files,
     open_async_control_channel,
     open_async_pair,
     open_direct_async_channel,
 )
-from darkroom_client._transport.job_channels import CallCount
 from darkroom_client._transport.server_address import server_address
 from darkroom_client._transport.sync import CANCEL_ON_EXIT_SECONDS
 from darkroom_client._transport.tls_probe import find_tls_problem
@@ -32,7 +32,8 @@ A = TypeVar("A")
 class _Pair:
     channels: tuple[grpc.aio.Channel, grpc.aio.Channel]
     stubs: Stubs
-    calls: CallCount = field(default_factory=CallCount)
+    # One object for each open call.
+    calls: set[object] = field(default_factory=set)
 
 
 class AsyncTransport:
@@ -108,7 +109,7 @@ class AsyncTransport:
             raise client_closed_error(call.request_id) from None
         finally:
             self.finish(call.request_id, needs_cancel=needs_cancel)
-        return tries.answer(response)
+        return call.decode(response)
 
     def open_stream(self, session: GenerationSession, call: NextCall) -> Any:
         """Open the stream of ``call``; returns gRPC's call."""
@@ -123,13 +124,14 @@ class AsyncTransport:
             return call.method(stubs)(call.message, timeout=call.timeout, metadata=metadata)
         pair = self._open()
         started = call.method(pair.stubs)(call.message, timeout=call.timeout, metadata=metadata)
-        calls, place = pair.calls, pair.calls.add()
-        started.add_done_callback(lambda _: calls.release(place))
+        place = object()
+        pair.calls.add(place)
+        started.add_done_callback(lambda _: pair.calls.discard(place))
         return started
 
     def _open(self) -> _Pair:
         """A pair of channels with room for a call."""
-        free = next((pair for pair in self._pairs if not pair.calls.full), None)
+        free = next((pair for pair in self._pairs if len(pair.calls) < CALLS_PER_PAIR), None)
         if free is None:
             channels = open_async_pair(self._settings)
             free = _Pair(channels, Stubs(*channels, self._control))

@@ -8,8 +8,8 @@ connection options, so gRPC shares one connection to each server between them. W
 none: the plain channel opens its own at its first call.
 
 A server limits the streams of a connection (about 100), and gRPC queues further calls in silence.
-So a client opens a further pair before that (``job_channels``), and short calls have a channel and
-a connection of their own.
+So a client opens a further pair before that (``CALLS_PER_PAIR``), and short calls have a channel
+and a connection of their own.
 """
 
 import ipaddress
@@ -23,6 +23,10 @@ import grpc.aio
 from darkroom_client._settings import Settings
 from darkroom_client._transport.service_config import service_config
 from darkroom_client._types.connection import TLS
+
+CALLS_PER_PAIR = 90
+"""Calls at a time on one pair of channels. A server limits the streams of a connection to about
+100, and the health check of the checked channel is one of them."""
 
 Options = tuple[tuple[str, str | int], ...]
 

@@ -1,6 +1,6 @@
 """The service config of gRPC: load balancing and health checks, and no retries.
 
-``_protocol.retries`` makes the retries of all calls: gRPC stops after five tries, and a pushback of
+``_protocol.call`` makes the retries of all calls: gRPC stops after five tries, and a pushback of
 the server that is longer than the deadline ends its call. A call that gRPC never sent is still
 repeated by gRPC itself ("transparent retry").
 """

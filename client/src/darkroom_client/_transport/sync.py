@@ -20,12 +20,12 @@ from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._protocol.stubs import Stubs
 from darkroom_client._settings import Metadata, Settings
 from darkroom_client._transport.channels import (
+    CALLS_PER_PAIR,
     check_files,
     open_control_channel,
     open_direct_channel,
     open_pair,
 )
-from darkroom_client._transport.job_channels import CallCount
 from darkroom_client._transport.server_address import server_address
 from darkroom_client._transport.tls_probe import find_tls_problem
 
@@ -45,7 +45,8 @@ A = TypeVar("A")
 class _Pair:
     channels: tuple[grpc.Channel, grpc.Channel]
     stubs: Stubs
-    calls: CallCount = field(default_factory=CallCount)
+    # One object for each open call. gRPC's threads remove them: each step is atomic.
+    calls: set[object] = field(default_factory=set)
 
 
 class SyncTransport:
@@ -118,7 +119,7 @@ class SyncTransport:
     def _open(self) -> _Pair:
         """A pair of channels with room for a call."""
         with self._lock:
-            free = next((pair for pair in self._pairs if not pair.calls.full), None)
+            free = next((pair for pair in self._pairs if len(pair.calls) < CALLS_PER_PAIR), None)
             if free is None:
                 if self._control is None:
                     self._process = os.getpid()
@@ -162,25 +163,25 @@ class SyncTransport:
     def _start(
         self, call: NextCall, metadata: Metadata, request_id: str | None, *, stream: bool
     ) -> Any:
+        place = object()
         if call.control:
-            stubs, calls, place = self.stubs, None, None
+            stubs, calls = self.stubs, set[object]()
         else:
             self._check_process()
             with self._lock:  # Two threads must not both take the last place.
                 pair = self._open()
-                stubs, calls, place = pair.stubs, pair.calls, pair.calls.add()
+                stubs, calls = pair.stubs, pair.calls
+                calls.add(place)
         method = call.method(stubs)
         start = method if stream else method.future
         try:
             started = start(call.message, timeout=call.timeout, metadata=metadata)
         except BaseException as error:
-            if calls is not None:
-                calls.release(place)
+            calls.discard(place)
             if isinstance(error, ValueError) and self.closed:
                 raise client_closed_error(request_id) from None
             raise
-        if calls is not None:
-            started.add_done_callback(lambda _: calls.release(place))
+        started.add_done_callback(lambda _: calls.discard(place))
         return started
 
     def find_tls_problem(self, error: grpc.RpcError, seconds: float) -> str:
@@ -351,7 +352,7 @@ class InFlightCall(Generic[A]):
 
     def answer(self) -> A:
         """The answer, after ``end_of_try`` returned None."""
-        return self._tries.answer(self._response)
+        return self._call.decode(self._response)
 
     def cancel(self) -> None:
         """Cancel the call and its job, unless the answer is there."""

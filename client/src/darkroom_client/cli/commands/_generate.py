@@ -24,7 +24,7 @@ from darkroom_client.cli.terminal._console import open_console
 from darkroom_client.cli.terminal._display import Display
 
 UNATTENDED_SECONDS = 600.0
-"""The time limit of a prompt without a terminal, where nobody sees what it waits for."""
+"""The time limit of a prompt without a terminal: nobody sees what it waits for."""
 
 _PREVIEW_EVERY = 2
 
