@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -27,6 +28,8 @@ from darkroom_client import (
     GenerationFailed,
     Overloaded,
     ServerState,
+    TooLarge,
+    Unavailable,
 )
 from darkroom_client._wire.models import decode_model
 from darkroom_client.cli import main
@@ -123,13 +126,45 @@ def test_json_is_one_object_per_line(capsys: Capture, fake: FakeServer) -> None:
 def test_one_failure_does_not_affect_the_others(
     capsys: Capture, fake: FakeServer, here: Path
 ) -> None:
-    fake.script(Behaviour(error=Overloaded("the queue is full")))
+    fake.script(Behaviour(error=TooLarge("it does not fit")))
 
     code = main(["generate", "bad", "good", "--seed", "7", "--concurrency", "1"])
 
-    assert code == 3
+    assert code == 6
     assert files(here) == ["good-7.png"]
-    assert "darkroom: 'bad': the queue is full" in capsys.readouterr().err
+    assert "darkroom: 'bad': it does not fit" in capsys.readouterr().err
+
+
+def test_a_full_queue_is_waited_out_and_reported(
+    capsys: Capture, fake: FakeServer, here: Path
+) -> None:
+    full = Behaviour(error=Overloaded("the queue is full", retry_after=0.01))
+    fake.script(full, full)
+
+    assert main(["generate", "one", "two", "--seed", "7"]) == 0
+
+    assert files(here) == ["one-7.png", "two-7.png"]
+    assert capsys.readouterr().err == "darkroom: waits: the server's queue is full\n"
+
+
+def test_a_loading_server_is_waited_for_and_reported(
+    capsys: Capture, fake: FakeServer, here: Path
+) -> None:
+    loading = Unavailable("loading", reason="MODEL_LOADING", retry_after=0.01)
+    fake.script(*[Behaviour(error=loading)] * 8)
+
+    assert main(["generate", "one", "--seed", "7"]) == 0
+
+    assert files(here) == ["one-7.png"]
+    assert capsys.readouterr().err == "darkroom: waits: the model is loading\n"
+
+
+def test_generate_has_a_time_limit_only_without_a_terminal(fake: FakeServer, here: Path) -> None:
+    main(["generate", "one"])
+    on_a_terminal(here, "generate", "two")
+
+    limits = [job._ends_at < math.inf for job in fake.jobs]
+    assert limits == [True, False]
 
 
 def test_existing_files_are_an_error_before_the_work(

@@ -13,7 +13,8 @@ from typing import assert_never, assert_type
 
 from darkroom_client import (
     Accepted, AsyncClient, Client, DarkroomError, Event, Finished, GenerationRequest,
-    GenerationResult, Image, ImageReady, Job, Preview, Progress, Queued, Restarted, Started,
+    GenerationResult, Image, ImageReady, Job, Preview, Progress, Queued, Reconnecting, Restarted,
+    Started,
 )
 
 
@@ -23,7 +24,7 @@ def shown(event: Event) -> str:
             return str(seeds[0] + 1)
         case Queued(position=position):
             return str(position + 1)
-        case Started() | Restarted():
+        case Started() | Restarted() | Reconnecting():
             return ""
         case Progress(step=step, steps=steps):
             return f"{step / steps:.0%}"

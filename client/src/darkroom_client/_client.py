@@ -10,6 +10,7 @@ import grpc
 from darkroom_client import _batch
 from darkroom_client._errors import DarkroomError
 from darkroom_client._protocol.calls import Calls, replayed
+from darkroom_client._protocol.pacing import BatchPacer
 from darkroom_client._protocol.readiness import REQUEST, Readiness
 from darkroom_client._settings import (
     DEFAULT_KEEPALIVE,
@@ -19,7 +20,7 @@ from darkroom_client._settings import (
     Settings,
 )
 from darkroom_client._stream import Stream
-from darkroom_client._transport.sync import InFlightCall, SyncTransport
+from darkroom_client._transport.sync import SyncTransport
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
@@ -144,7 +145,12 @@ class Client:
 
         A string is a prompt; ``options`` are for all, and override those of a
         ``GenerationRequest``. The answers are in the order of ``requests``; the answer of a request
-        that failed is its error, and the others continue. ``timeout`` is for each request.
+        that failed is its error, and the others continue.
+
+        If the server cannot accept more now (a full queue, a used-up quota, a deadline that the
+        queue makes unreachable), requests wait for ``retry_after``, or until one of the others has
+        ended, and fewer are sent at a time. ``timeout`` is for each request; a rejected one is as
+        if it had not been sent, and fails if no request of the batch ends for that long.
         """
         answers = self.generate_as_completed(
             requests, concurrency=concurrency, timeout=timeout, metadata=metadata, **options
@@ -164,14 +170,14 @@ class Client:
 
         Requests are read from the iterable on demand. The end of the loop cancels what runs.
         """
-
-        def start(request: GenerationRequest) -> InFlightCall[GenerationResult]:
-            return self._transport.start(self._calls.generate(request, timeout, metadata))
-
         self._transport.check_open()
-        return _batch.generate_many(
-            start, _batch.with_options(requests, options), _batch.check_concurrency(concurrency)
+        calls = _batch.prepare(
+            lambda request: self._calls.generate(request, timeout, metadata),
+            _batch.with_options(requests, options),
         )
+        concurrency = _batch.check_concurrency(concurrency)
+        pacer = BatchPacer(concurrency, self._settings.deadline(timeout), self._settings.retry)
+        return _batch.generate_many(self._transport, calls, pacer)
 
     def submit(
         self,

@@ -1,10 +1,7 @@
 """Encode and decode requests."""
 
 import operator
-import secrets
-import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 
 from darkroom.v1 import generation_pb2
 from darkroom_client._checks import (
@@ -31,15 +28,6 @@ _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 _TEXTS = ("prompt", "negative_prompt", "model")
 _INTEGERS = ("width", "height", "steps", "image_count", "quality")
-
-
-def with_id_and_seed(request: GenerationRequest) -> GenerationRequest:
-    """``request`` with its id and seed set, so each retry generates the same image."""
-    return replace(
-        request,
-        request_id=request.request_id or uuid.uuid4().hex,
-        seed=secrets.randbelow(_SEED_BOUND) if request.seed is None else request.seed,
-    )
 
 
 def encode_request(

@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(
-        name: str, text: str, run: Callable[[argparse.Namespace], int], timeout: float
+        name: str, text: str, run: Callable[[argparse.Namespace], int], timeout: float | None
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
@@ -53,9 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         _add_connection(added, timeout)
         return added
 
-    _add_generate(
-        command("generate", "generate images from prompts", _generate.run, DEFAULT_TIMEOUT)
-    )
+    _add_generate(command("generate", "generate images from prompts", _generate.run, None))
     estimate = command("estimate", "estimate what a request would take now", _estimate.run, 10.0)
     estimate.add_argument("prompt", nargs="?", default="a picture", metavar="PROMPT")
     estimate.add_argument("--json", action="store_true", help="print one JSON object")
@@ -69,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _add_connection(parser: argparse.ArgumentParser, timeout: float) -> None:
+def _add_connection(parser: argparse.ArgumentParser, timeout: float | None) -> None:
     add = parser.add_argument_group("connection").add_argument
     add("--target", metavar="HOST:PORT", help="the server's address")
     add("--ca", metavar="FILE", type=Path, help="PEM file of the trusted CAs; turns TLS on")
@@ -81,7 +79,14 @@ def _add_connection(parser: argparse.ArgumentParser, timeout: float) -> None:
         metavar="SECONDS",
         type=float,
         default=timeout,
-        help="how long to wait for an answer (default: %(default)g)",
+        help=(
+            "how long to wait for an answer (default: "
+            + (
+                f"no limit on a terminal, else {_generate.UNATTENDED_SECONDS:g} for each prompt)"
+                if timeout is None
+                else f"{timeout:g})"
+            )
+        ),
     )
 
 

@@ -37,6 +37,7 @@ _CODES: dict[type[DarkroomError], int] = {
     errors.ModelNotFound: USAGE,
     errors.UnknownRequest: USAGE,
     errors.Unavailable: LATER,
+    errors.TLSError: USAGE,
     errors.Overloaded: LATER,
     errors.QuotaExceeded: LATER,
     errors.DeadlineExceeded: DEADLINE,

@@ -1,5 +1,6 @@
 """Parses ``--model`` (a folder, a file or a hub id), and builds each engine's configuration."""
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -39,6 +40,14 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         measurement_cache=measurement_folder() if engine.measurement_cache else None,
         safety_checker=engine.safety_checker,
     )
+
+
+def load_times_file(settings: Settings) -> tuple[Path | None, str]:
+    """The file that remembers how long loads take, and the key of these models and devices."""
+    folder = measurement_folder() if settings.engine.measurement_cache else None
+    sources = [source.location for source in model_sources(settings.models)]
+    key = json.dumps([*sources, settings.engine.device, settings.engine.engines])
+    return (Path(folder) / "load-times.json" if folder else None), key
 
 
 def measurement_folder() -> str | None:
