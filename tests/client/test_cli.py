@@ -505,6 +505,18 @@ def test_a_terminal_gets_bars_and_whole_lines(fake: FakeServer, here: Path) -> N
         assert f"{name}\x1b[0m  seed 7  queue 0.001" in written
 
 
+def test_a_terminal_shows_what_generate_waits_for(fake: FakeServer, here: Path) -> None:
+    full = Overloaded("full", retry_after=0.5)
+    loading = Unavailable("loading", reason="MODEL_LOADING", retry_after=0.5)
+    fake.script(Behaviour(error=full), Behaviour(error=loading))
+
+    written = on_a_terminal(here, "generate", "a star", "--seed", "7")
+
+    assert "waits: the server's queue is full" in written
+    assert "reconnecting (1): the model is loading" in written
+    assert files(here) == ["a-star-7.png"]
+
+
 def test_a_terminal_shows_the_unfinished_image(fake: FakeServer, here: Path) -> None:
     fake.script(default=Behaviour(step_seconds=0.15))
 
