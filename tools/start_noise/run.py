@@ -134,7 +134,7 @@ def _burning() -> Iterator[None]:
     """Processes that use every core."""
     context = multiprocessing.get_context("spawn")
     cores = len(os.sched_getaffinity(0))
-    burners = [context.Process(target=_burn, daemon=True) for _ in range(cores)]
+    burners = [context.Process(target=_burn, args=(os.getpid(),)) for _ in range(cores)]
     for burner in burners:
         burner.start()
     try:
@@ -145,8 +145,8 @@ def _burning() -> Iterator[None]:
             burner.join()
 
 
-def _burn() -> None:
-    while True:
+def _burn(parent: int) -> None:
+    while os.getppid() == parent:
         sum(range(100_000))
 
 

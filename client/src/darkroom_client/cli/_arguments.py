@@ -8,7 +8,15 @@ from pathlib import Path
 from darkroom_client._settings import DEFAULT_TARGET, DEFAULT_TIMEOUT
 from darkroom_client._types.enums import ImageFormat, Scheduler
 from darkroom_client.cli._exit_codes import TABLE
-from darkroom_client.cli.commands import _estimate, _generate, _models, _replay, _status, _wait
+from darkroom_client.cli.commands import (
+    _estimate,
+    _generate,
+    _jobs,
+    _models,
+    _replay,
+    _status,
+    _wait,
+)
 
 _EPILOG = f"""\
 environment:
@@ -32,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(
-        name: str, text: str, run: Callable[[argparse.Namespace], int], timeout: float
+        name: str, text: str, run: Callable[[argparse.Namespace], int], timeout: float | None
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
@@ -45,13 +53,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         _add_connection(added, timeout)
         return added
 
-    _add_generate(
-        command("generate", "generate images from prompts", _generate.run, DEFAULT_TIMEOUT)
-    )
+    _add_generate(command("generate", "generate images from prompts", _generate.run, None))
     estimate = command("estimate", "estimate what a request would take now", _estimate.run, 10.0)
     estimate.add_argument("prompt", nargs="?", default="a picture", metavar="PROMPT")
     estimate.add_argument("--json", action="store_true", help="print one JSON object")
     _add_request(estimate)
+    _add_jobs(command("jobs", "list your jobs on the server", _jobs.run, 10.0))
     _add_models(command("models", "list the models of the server", _models.run, 10.0))
     _add_replay(command("replay", "reproduce a recorded image", _replay.run, DEFAULT_TIMEOUT))
     status = command("status", "show the status of the server", _status.run, 10.0)
@@ -60,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _add_connection(parser: argparse.ArgumentParser, timeout: float) -> None:
+def _add_connection(parser: argparse.ArgumentParser, timeout: float | None) -> None:
     add = parser.add_argument_group("connection").add_argument
     add("--target", metavar="HOST:PORT", help="the server's address")
     add("--ca", metavar="FILE", type=Path, help="PEM file of the trusted CAs; turns TLS on")
@@ -72,7 +79,14 @@ def _add_connection(parser: argparse.ArgumentParser, timeout: float) -> None:
         metavar="SECONDS",
         type=float,
         default=timeout,
-        help="how long to wait for an answer (default: %(default)g)",
+        help=(
+            "how long to wait for an answer (default: "
+            + (
+                f"no limit on a terminal, else {_generate.UNATTENDED_SECONDS:g} for each prompt)"
+                if timeout is None
+                else f"{timeout:g})"
+            )
+        ),
     )
 
 
@@ -95,6 +109,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     add("--overwrite", action="store_true", help="replace files that exist")
     add("--record", action="store_true", help="write NAME.json, for `replay`, beside each image")
+    add(
+        "--no-embed-record",
+        dest="embed_record",
+        action="store_false",
+        help="keep the record, the prompt included, out of the image files",
+    )
     add("--json", action="store_true", help="print one JSON object per line")
     add(
         "--concurrency",
@@ -128,13 +148,31 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     add("--exact", action="store_true", help="the same bytes at any load of the server; slower")
 
 
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("request_ids", nargs="*", metavar="ID", help="only these jobs")
+    add("--json", action="store_true", help="print one JSON object per line")
+    add(
+        "--limit",
+        metavar="N",
+        type=int,
+        default=100,
+        help="the last N jobs (default: %(default)s)",
+    )
+
+
 def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _add_replay(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("record", metavar="RECORD.json", type=Path, help="what `generate --record` wrote")
+    add(
+        "record",
+        metavar="FILE",
+        type=Path,
+        help="an image that `generate` saved, or the NAME.json of its --record",
+    )
     add("-o", "--output", metavar="FILE", type=Path, help="write the new image to FILE")
     add("--overwrite", action="store_true", help="replace FILE if it exists")
 

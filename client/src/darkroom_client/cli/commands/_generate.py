@@ -5,11 +5,15 @@ import asyncio
 import dataclasses
 import json
 import sys
+from contextlib import aclosing
 from pathlib import Path
 
 from darkroom_client._async_client import AsyncClient
+from darkroom_client._batch import run_paced
 from darkroom_client._errors import DarkroomError, ImageWithheld
 from darkroom_client._files import write_atomically
+from darkroom_client._protocol.pacing import BatchPacer, is_not_now
+from darkroom_client._settings import DEFAULT_RETRY
 from darkroom_client._types.events import Finished, ImageReady
 from darkroom_client._types.image import Image
 from darkroom_client._types.result import GenerationResult
@@ -18,6 +22,9 @@ from darkroom_client.cli._exit_codes import exit_code
 from darkroom_client.cli.commands._plan import PlannedRequest, plan
 from darkroom_client.cli.terminal._console import open_console
 from darkroom_client.cli.terminal._display import Display
+
+UNATTENDED_SECONDS = 600.0
+"""The time limit of a prompt without a terminal: nobody sees what it waits for."""
 
 _PREVIEW_EVERY = 2
 
@@ -28,6 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--concurrency is {arguments.concurrency}, must be at least 1")
     planned_requests = plan(arguments)
     console = open_console()
+    if arguments.timeout is None and not console.is_terminal:
+        arguments.timeout = UNATTENDED_SECONDS
     display = Display(
         console,
         images=sum(len(planned.paths) for planned in planned_requests),
@@ -37,6 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     with display:
         failures = asyncio.run(_generate_all(planned_requests, arguments, display))
+    if arguments.record and not arguments.exact:
+        print(
+            "darkroom: a replay may differ in the last bits; generate with --exact to make it "
+            "byte-equal",
+            file=sys.stderr,
+        )
     for index in sorted(failures):
         print(
             f"darkroom: {planned_requests[index].request.prompt!r}: {failures[index]}",
@@ -50,24 +65,28 @@ async def _generate_all(
 ) -> dict[int, DarkroomError]:
     """Return the errors, by the index of their prompts."""
     failures: dict[int, DarkroomError] = {}
-    waiting = iter(enumerate(planned_requests))
+    pacer = BatchPacer(arguments.concurrency, arguments.timeout, DEFAULT_RETRY)
+    async with connect_async(arguments) as client:
 
-    async def work(client: AsyncClient) -> None:
-        for index, planned in waiting:
+        async def run(planned: PlannedRequest) -> None:
             try:
                 await _generate(client, planned, arguments, display)
             except DarkroomError as error:
-                failures[index] = error
-                if arguments.json:
-                    _print_json({"prompt": planned.request.prompt, "error": _error_json(error)})
+                if is_not_now(error, arguments.timeout):
+                    display.show_wait(error.reason or error.code, error.retry_after)
+                raise
+            display.end_wait()
 
-    try:
-        async with connect_async(arguments) as client, asyncio.TaskGroup() as workers:
-            for _ in range(min(arguments.concurrency, len(planned_requests))):
-                workers.create_task(work(client))
-    except ExceptionGroup as several:
-        # For example a full disk: one message is enough.
-        raise several.exceptions[0] from None
+        answers = run_paced(run, planned_requests, pacer)
+        async with aclosing(answers):
+            async for index, answer in answers:
+                planned = planned_requests[index]
+                display.advance(len(planned.paths))
+                if answer is None:
+                    continue
+                failures[index] = answer
+                if arguments.json:
+                    _print_json({"prompt": planned.request.prompt, "error": _error_json(answer)})
     return failures
 
 

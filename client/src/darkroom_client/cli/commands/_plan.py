@@ -4,7 +4,7 @@ import argparse
 import secrets
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from darkroom_client._types.enums import ImageFormat
@@ -32,7 +32,10 @@ def plan(arguments: argparse.Namespace) -> list[PlannedRequest]:
         raise ValueError(f"--count is {arguments.count}, must be at least 1")
     requests = [
         # Pick the seeds now: file names that exist are then an error before the work.
-        request_of(prompt, arguments, seed=secrets.randbelow(_SEED_BOUND))
+        replace(
+            request_of(prompt, arguments, seed=secrets.randbelow(_SEED_BOUND)),
+            embed_record=arguments.embed_record and arguments.format is not ImageFormat.RAW_RGB,
+        )
         for prompt in prompts
     ]
     paths = iter(distinct(_paths(requests, arguments)))

@@ -1,5 +1,6 @@
 """The live display of ``generate``: a bar for each image, and the unfinished images."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from darkroom_client._types.events import (
     Preview,
     Progress,
     Queued,
+    Reconnecting,
     Restarted,
     Started,
 )
@@ -24,6 +26,16 @@ if TYPE_CHECKING:
     import rich.live
     import rich.progress
     import rich.text
+
+WAIT_WORDS = {
+    "QUEUE_FULL": "the server's queue is full",
+    "QUOTA_EXCEEDED": "the quota is used up",
+    "DEADLINE_UNREACHABLE": "the queue is longer than the timeout",
+    "MODEL_LOADING": "the model is loading",
+    "DRAINING": "the server is shutting down",
+    "UNAVAILABLE": "no server answers",
+}
+"""What a command waits for, by the reason of the error."""
 
 _PROMPT_WIDTH = 30
 _PICTURE_WIDTH = 32
@@ -40,9 +52,12 @@ class Display:
         if preview:
             check_pillow()
         self._console = console
-        self._shown = shown and console.is_terminal
+        # Whether there is a live part.
+        self.shown = shown and console.is_terminal
         self._bars = progress_bar(console)
         self._all = self._bars.add_task("all", total=images, visible=images > 1, note="", unit="")
+        self._many = images > 1
+        self._wait = ""
         self._pictures: dict[int, rich.text.Text] = {}
         self._live: rich.live.Live | None = None
 
@@ -58,7 +73,26 @@ class Display:
             yield bars
         finally:
             bars.remove()
-            self._bars.advance(self._all, images)
+
+    def advance(self, images: int) -> None:
+        """Count ``images`` whose prompt has ended."""
+        self._bars.advance(self._all, images)
+
+    def show_wait(self, reason: str, seconds: float | None = None) -> None:
+        """Show what the command waits for: in a bar, or once on stderr without a terminal."""
+        words = WAIT_WORDS.get(reason, reason.lower().replace("_", " "))
+        if self.shown:
+            at_most = "" if seconds is None else f", up to {seconds:.0f} s"
+            self._bars.update(self._all, visible=True, note=f"waits: {words}{at_most}")
+        elif self._wait != words:
+            print(f"darkroom: waits: {words}", file=sys.stderr, flush=True)
+        self._wait = words
+
+    def end_wait(self) -> None:
+        """The server has accepted a request again."""
+        if self._wait:
+            self._wait = ""
+            self._bars.update(self._all, visible=self._many, note="")
 
     def render(self) -> "rich.console.RenderableType":
         """The live part of the screen."""
@@ -73,7 +107,7 @@ class Display:
     def __enter__(self) -> Self:
         from rich.live import Live
 
-        if self._shown:
+        if self.shown:
             self._live = Live(
                 get_renderable=self.render,
                 console=self._console,
@@ -113,8 +147,14 @@ class PromptBars:
     def show(self, event: Event) -> None:
         """Show ``event``."""
         match event:
-            case Accepted(queue_position=position) | Queued(position=position) if position:
-                self._note(f"{position} before")
+            case Accepted() | Queued():
+                position = event.queue_position if isinstance(event, Accepted) else event.position
+                self._display.end_wait()
+                self._note(f"{position} before" if position else "")
+            case Reconnecting(attempt=attempt, reason=reason):
+                self._note(f"reconnecting ({attempt}): {WAIT_WORDS.get(reason, reason)}")
+                if not self._display.shown:
+                    self._display.show_wait(reason)
             case Started():
                 self._began_at = time.monotonic()
                 self._note("")
