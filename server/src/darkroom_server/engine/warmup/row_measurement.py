@@ -120,9 +120,7 @@ def _read_first(rows: int, readings: Readings, time_batch: TimeBatch) -> None:
 
 
 def _believable(rows: int, readings: Readings) -> bool:
-    if rows == min(readings):
-        return min(readings[rows]) <= MAX_BATCH_SECONDS
-    return _is_proportional(rows, readings)
+    return min(readings[rows]) <= MAX_BATCH_SECONDS and _is_proportional(rows, readings)
 
 
 def _gains_nothing(readings: Readings, time_batch: TimeBatch) -> bool:
