@@ -26,7 +26,7 @@ class Comparison:
 
     def __init__(self, model: str | None, preset: Preset = Preset.AUTO) -> None:
         source = model_source(model)
-        config = EngineConfig(models=(source,), max_rows=2 * MAX_BATCH_IMAGES, preset=preset)
+        config = EngineConfig(models=(source,), rows=2 * MAX_BATCH_IMAGES, preset=preset)
         engine = Remote(partial(make_engine, config))
         if engine.info is None:
             raise RuntimeError("the engine reported no model")

@@ -87,7 +87,7 @@ def _send_images(descriptor: socket.socket) -> None:
 
 def measure(options: argparse.Namespace) -> Measurement:
     """Lone requests in both engines, and images of 1 MB across the channel."""
-    config = EngineConfig(models=(model_source(options.model),), max_rows=2)
+    config = EngineConfig(models=(model_source(options.model),), rows=2)
     thread = EnginePeer(ThreadEngine(config))
     # With these measurements the second engine chooses the same dtype and memory layout.
     process = EnginePeer(ProcessEngine(replace(config, previous_measurements=(thread.info,))))

@@ -114,7 +114,7 @@ def compare_dtype(
     source: ModelSource, dtype: Dtype, images: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The figures of ``dtype``, and the facts of the model."""
-    crowd = Crowd(EngineConfig(models=(source,), dtype=dtype, max_rows=2 * MAX_BATCH_IMAGES))
+    crowd = Crowd(EngineConfig(models=(source,), dtype=dtype, rows=2 * MAX_BATCH_IMAGES))
     requests = [replace(request, steps=STEPS) for request in mixed(images, seed=2)]
     neighbours = mixed(MAX_BATCH_IMAGES, seed=3)
     alone = [crowd.alone(request) for request in requests]

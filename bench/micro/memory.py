@@ -37,7 +37,7 @@ PLAIN = EngineConfig(
     vae_tiling=False,
     channels_last=False,
     # One image: the warm-up must not claim memory for a batch.
-    max_rows=2,
+    rows=2,
 )
 SETTINGS: dict[str, EngineConfig] = {
     "float32": replace(PLAIN, dtype=Dtype.FLOAT32),
@@ -46,7 +46,7 @@ SETTINGS: dict[str, EngineConfig] = {
     "float16 and autocast": replace(PLAIN, autocast=True),
     "float16, sliced": replace(PLAIN, attention=Attention.SLICED, slice_size="auto"),
     **{
-        f"preset {preset}": EngineConfig(models=(), device="cuda", preset=preset, max_rows=2)
+        f"preset {preset}": EngineConfig(models=(), device="cuda", preset=preset, rows=2)
         for preset in (Preset.FRUGAL, Preset.FAST, Preset.TINY)
     },
 }

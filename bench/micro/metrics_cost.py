@@ -106,7 +106,7 @@ def step_microseconds(peer: EnginePeer, requests: int) -> float:
 
 def measure(options: argparse.Namespace) -> Measurement:
     """Metrics of a step and of a request, and a step of the model to compare with."""
-    config = EngineConfig(models=(model_source(options.model),), max_rows=ROWS)
+    config = EngineConfig(models=(model_source(options.model),), rows=ROWS)
     peer = EnginePeer(ThreadEngine(config))
     step = step_microseconds(peer, options.requests)
     peer.close()

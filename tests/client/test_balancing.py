@@ -15,7 +15,7 @@ from tests.client.conftest import Connect
 from tests.client.scripted import SERVICE, ScriptedServer, fail, respond
 
 ONCE = Retry(attempts=1)
-SOON = Retry(initial_backoff=0.01, max_backoff=0.05)
+SOON = Retry(attempts=5, initial_backoff=0.01, max_backoff=0.05)
 
 
 def generate(client: Any) -> Any:
@@ -158,6 +158,7 @@ def test_the_only_server_gives_its_own_reason(
 
     assert (caught.value.reason, caught.value.retry_after) == (reason, 0.05)
     assert caught.value.request_id
+    assert retry.attempts is not None
     assert 1 <= refused(fake) <= retry.attempts
 
 
@@ -233,16 +234,19 @@ def test_the_error_names_a_server_that_is_down(
     assert (caught.value.reason, caught.value.retry_after) == ("", None)
 
 
-def test_both_channels_share_one_connection(connect: Connect, server: ScriptedServer) -> None:
+def test_both_job_channels_share_one_connection(connect: Connect, server: ScriptedServer) -> None:
     client = connect(server.address)
 
     client.generate("a star")
-    client.models()
     server.script.append(fail(grpc.StatusCode.UNAVAILABLE))
     client.generate("a star")
 
     assert len(server.requests) == 3
     assert len(server.peers) == 1
+
+    client.models()
+    client.model("demo")
+    assert len(server.peers) == 2
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])

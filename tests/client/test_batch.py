@@ -118,3 +118,29 @@ def test_an_error_of_the_iterable_ends_the_batch(caller: Any, fake: FakeServer) 
         caller.generate_many(prompts(), concurrency=2)
 
     assert all(job.state is not JobState.FINISHED for job in fake.jobs)
+
+
+def test_all_requests_share_the_options(client: Any, server: ScriptedServer) -> None:
+    requests = ["one", GenerationRequest("two", steps=9, seed=2)]
+
+    client.generate_many(requests, concurrency=1, steps=20, format="raw_rgb")
+    list(client.generate_as_completed(requests, concurrency=1, steps=21))
+
+    sent = [(each.prompt, each.steps, each.seed == 2) for each in server.requests]
+    assert sent == [("one", 20, False), ("two", 20, True), ("one", 21, False), ("two", 21, True)]
+    assert [each.format for each in server.requests] == [4, 4, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"request_id": "r-1"}, "names one job"),
+        ({"num_inference_steps": 20}, "num_inference_steps is not an option.*use steps"),
+    ],
+)
+def test_options_that_requests_cannot_share(
+    client: Any, server: ScriptedServer, options: dict[str, Any], words: str
+) -> None:
+    for verb in (client.generate_many, client.generate_as_completed):
+        with pytest.raises(TypeError, match=words):
+            verb([], **options)

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -16,12 +18,14 @@ from pathlib import Path
 
 import grpc
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 
 import darkroom_client
 from darkroom.v1 import model_pb2
 from darkroom_client import (
     TLS,
+    Client,
     DarkroomError,
     EngineStatus,
     Estimate,
@@ -31,6 +35,8 @@ from darkroom_client import (
     Scheduler,
     ServerState,
     ServerStatus,
+    TooLarge,
+    Unavailable,
 )
 from darkroom_client._wire.models import decode_model
 from darkroom_client.cli import main
@@ -84,12 +90,10 @@ def test_images_land_in_the_folder(capsys: Capture, here: Path) -> None:
 def test_verbose_lines_have_the_stages(capsys: Capture) -> None:
     assert main(["generate", "a star", "--seed", "7", "-v"]) == 0
 
-    captured = capsys.readouterr()
-    assert captured.out == (
+    assert capsys.readouterr().out == (
         "a-star-7.png  seed 7  queue 0.001  encode_prompt 0.001  denoise 0.001  decode 0.001  "
         "encode_image 0.001  total 0.005 s\n"
     )
-    assert re.fullmatch(r"1 image in [0-9.]+ s, [0-9.]+ images/s\n", captured.err)
 
 
 def test_every_option_reaches_the_server(fake: FakeServer, here: Path) -> None:
@@ -142,13 +146,45 @@ def test_json_is_one_object_per_line(capsys: Capture, fake: FakeServer) -> None:
 def test_one_failure_does_not_affect_the_others(
     capsys: Capture, fake: FakeServer, here: Path
 ) -> None:
-    fake.script(Behaviour(error=Overloaded("the queue is full")))
+    fake.script(Behaviour(error=TooLarge("it does not fit")))
 
     code = main(["generate", "bad", "good", "--seed", "7", "--concurrency", "1"])
 
-    assert code == 3
+    assert code == 6
     assert files(here) == ["good-7.png"]
-    assert "darkroom: 'bad': the queue is full" in capsys.readouterr().err
+    assert "darkroom: 'bad': it does not fit" in capsys.readouterr().err
+
+
+def test_a_full_queue_is_waited_out_and_reported(
+    capsys: Capture, fake: FakeServer, here: Path
+) -> None:
+    full = Behaviour(error=Overloaded("the queue is full", retry_after=0.01))
+    fake.script(full, full)
+
+    assert main(["generate", "one", "two", "--seed", "7"]) == 0
+
+    assert files(here) == ["one-7.png", "two-7.png"]
+    assert capsys.readouterr().err == "darkroom: waits: the server's queue is full\n"
+
+
+def test_a_loading_server_is_waited_for_and_reported(
+    capsys: Capture, fake: FakeServer, here: Path
+) -> None:
+    loading = Unavailable("loading", reason="MODEL_LOADING", retry_after=0.01)
+    fake.script(*[Behaviour(error=loading)] * 8)
+
+    assert main(["generate", "one", "--seed", "7"]) == 0
+
+    assert files(here) == ["one-7.png"]
+    assert capsys.readouterr().err == "darkroom: waits: the model is loading\n"
+
+
+def test_generate_has_a_time_limit_only_without_a_terminal(fake: FakeServer, here: Path) -> None:
+    main(["generate", "one"])
+    on_a_terminal(here, "generate", "two")
+
+    limits = [job._ends_at < math.inf for job in fake.jobs]
+    assert limits == [True, False]
 
 
 def test_existing_files_are_an_error_before_the_work(
@@ -194,6 +230,95 @@ def test_a_record_is_reproduced_identically(capsys: Capture, here: Path) -> None
     assert (here / "again.png").read_bytes() == (here / "a-star-7.png").read_bytes()
 
 
+def test_a_picture_is_its_own_record(capsys: Capture, here: Path) -> None:
+    assert main(["generate", "a star", "--seed", "7"]) == 0
+    assert files(here) == ["a-star-7.png"]
+    capsys.readouterr()
+
+    assert main(["replay", "a-star-7.png", "-o", "again.png"]) == 0
+
+    assert capsys.readouterr().out.startswith("identical  seed 7  sha256 ")
+    assert (here / "again.png").read_bytes() == (here / "a-star-7.png").read_bytes()
+
+
+def test_pictures_without_a_record(capsys: Capture, here: Path) -> None:
+    assert main(["generate", "a star", "--seed", "7", "--no-embed-record"]) == 0
+    assert b"a star" not in (here / "a-star-7.png").read_bytes()
+    assert main(["generate", "a star", "--seed", "7", "--format", "raw_rgb"]) == 0
+
+    assert main(["replay", "a-star-7.png"]) == 2
+    assert "a picture without a replay record" in capsys.readouterr().err
+    assert main(["replay", "a-star-7.rgb"]) == 2
+    assert re.search("not a replay record|neither a replay record", capsys.readouterr().err)
+
+
+def changed_picture(here: Path, change: int) -> None:
+    """Change one pixel of the star and of its records, as another machine might have made it."""
+    with PIL.Image.open(here / "a-star-7.png") as picture:
+        old = picture.text["darkroom-record"]  # type: ignore[attr-defined]
+        pixels = picture.convert("RGB")
+    red, green, blue = pixels.getpixel((3, 3))  # type: ignore[misc]
+    pixels.putpixel((3, 3), (red, green ^ change, blue))
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+    record = {**json.loads(old), "pixels_sha256": digest}
+    info = PIL.PngImagePlugin.PngInfo()
+    info.add_itxt("darkroom-record", json.dumps(record))
+    pixels.save(here / "a-star-7.png", pnginfo=info)
+    (here / "a-star-7.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("named", ["a-star-7.png", "a-star-7.json"])
+def test_a_replay_that_is_nearly_the_same_says_how_near(
+    capsys: Capture, here: Path, named: str
+) -> None:
+    record()
+    changed_picture(here, change=1)
+    capsys.readouterr()
+
+    assert main(["replay", named]) == 9
+
+    # One of 64 × 64 × 3 values differs by 1.
+    assert capsys.readouterr().out.startswith("same to 1 of 255 (89 dB)  seed 7; recorded -> now:")
+
+
+def test_a_replay_that_is_far_from_the_same_says_how_far(capsys: Capture, here: Path) -> None:
+    record()
+    changed_picture(here, change=128)
+    assert main(["replay", "a-star-7.png"]) == 9
+    flat = PIL.Image.new("RGB", (64, 64), (128, 128, 128))
+    document = json.loads((here / "a-star-7.json").read_text())
+    document["pixels_sha256"] = hashlib.sha256(flat.tobytes()).hexdigest()
+    (here / "a-star-7.json").write_text(json.dumps(document))
+    flat.save(here / "a-star-7.png")
+    capsys.readouterr()
+
+    assert main(["replay", "a-star-7.json"]) == 1
+
+    assert re.match(r"different by \d+ of 255 \(\d+ dB\)  seed 7", capsys.readouterr().out)
+
+
+def test_a_picture_of_another_record_is_not_compared(capsys: Capture, here: Path) -> None:
+    record()
+    changed_picture(here, change=1)
+    document = json.loads((here / "a-star-7.json").read_text())
+    document["pixels_sha256"] = "0" * 64
+    (here / "a-star-7.json").write_text(json.dumps(document))
+    capsys.readouterr()
+
+    assert main(["replay", "a-star-7.json"]) == 1
+
+    assert capsys.readouterr().out.startswith("different  seed 7; recorded -> now:")
+
+
+def test_a_record_without_exact_comes_with_advice(capsys: Capture) -> None:
+    record()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--exact" in line
+    assert main(["generate", "a star", "--seed", "8", "--record", "--exact"]) == 0
+    assert main(["generate", "a star", "--seed", "9"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_different_replay_prints_what_differs(capsys: Capture, here: Path) -> None:
     record()
     path = here / "a-star-7.json"
@@ -218,7 +343,7 @@ def test_a_different_replay_prints_what_differs(capsys: Capture, here: Path) -> 
     ("arguments", "code", "words"),
     [
         (["none.json"], 8, "No such file"),
-        (["a-star-7.png"], 2, "not a replay record|codec"),
+        (["notes.txt"], 2, "not a replay record"),
         (["a-star-7.json", "-o", "again.jpg"], 2, "image is in png"),
         (["a-star-7.json", "-o", "a-star-7.png"], 8, "exists"),
     ],
@@ -227,6 +352,7 @@ def test_replays_that_fail(
     capsys: Capture, fake: FakeServer, arguments: list[str], code: int, words: str
 ) -> None:
     record()
+    Path("notes.txt").write_text("no record")
 
     assert main(["replay", *arguments]) == code
 
@@ -485,6 +611,18 @@ def sixels(text: str) -> PIL.Image.Image:
                     if (ord(character) - 63) >> bit & 1:
                         picture.putpixel((x, 6 * band + bit), colours[int(number)])
     return picture
+
+
+def test_a_terminal_shows_what_generate_waits_for(fake: FakeServer, here: Path) -> None:
+    full = Overloaded("full", retry_after=0.5)
+    loading = Unavailable("loading", reason="MODEL_LOADING", retry_after=0.5)
+    fake.script(Behaviour(error=full), Behaviour(error=loading))
+
+    written = on_a_terminal(here, "generate", "a star", "--seed", "7")
+
+    assert "waits: the server's queue is full" in written
+    assert "reconnecting (1): the model is loading" in written
+    assert files(here) == ["a-star-7.png"]
 
 
 def test_a_terminal_shows_the_unfinished_image(fake: FakeServer, here: Path) -> None:
@@ -780,3 +918,25 @@ def test_other_shells_accept_their_script(capsys: Capture, shell: str) -> None:
     )
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_jobs_are_listed_the_last_first(capsys: Capture, fake: FakeServer) -> None:
+    fake.script(Behaviour(), Behaviour(queue=1, hold=threading.Event()))
+    with Client(fake.target) as client:
+        done, waits = [client.submit("a star", steps=4).request_id for _ in range(2)]
+        client.result(done)
+        fake.wait_for(lambda: fake.jobs[1].generation().queue_position == 1)
+
+        assert main(["jobs"]) == 0
+        rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        assert [row[:6] for row in rows] == [
+            [waits, "queued", "demo", "0 of 1", "0 of 4", "1"],
+            [done, "finished", "demo", "1 of 1", "4 of 4", "-"],
+        ]
+        assert main(["jobs", "--limit", "1", "--json"]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        assert (json.loads(line)["request_id"], json.loads(line)["state"]) == (waits, "queued")
+        assert main(["jobs", done]) == 0
+        assert capsys.readouterr().out.startswith(f"{done}\tfinished")
+        assert main(["jobs", "nobody"]) == 2
+        assert "nobody" in capsys.readouterr().err

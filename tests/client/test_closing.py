@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from darkroom_client import Cancelled, Client, GenerationRequest, Unavailable
-from darkroom_client._protocol.session import NextCall
+from darkroom_client._protocol.retries import NextCall
 from darkroom_client.testing import Behaviour, FakeServer, JobState
 from tests.client.conftest import Connect
 
@@ -100,12 +100,12 @@ def test_a_job_that_begins_while_its_call_is_cancelled_is_cancelled(fake: FakeSe
         in_flight = transport.start(call)
         open_try = transport.open
 
-        def cancelled_meanwhile(retry: Any) -> Any:
+        def cancelled_meanwhile(*retry: Any) -> Any:
             in_flight.cancel()
             # The cancel call is made, and finds no job.
             for thread in tuple(transport._cancels):
                 thread.join(SECONDS)
-            future = open_try(retry)
+            future = open_try(*retry)
             fake.wait_for(lambda: len(fake.jobs) == 1, SECONDS)
             return future
 

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from darkroom.v1 import generation_pb2, model_pb2, model_pb2_grpc, server_pb2
+from darkroom.v1 import model_pb2, model_pb2_grpc
 from darkroom_client import TLS, AsyncClient, Client, Keepalive, Retry
 from darkroom_client._settings import Settings
 from darkroom_client._transport.channels import (
@@ -16,11 +16,6 @@ from darkroom_client._transport.channels import (
     dial_target,
     is_loopback,
     open_direct_channel,
-)
-from darkroom_client._transport.retry_policy import (
-    JOB_STARTING_METHODS,
-    OTHER_METHODS,
-    service_config,
 )
 from tests.client.conftest import Connect
 from tests.client.scripted import ScriptedServer
@@ -50,16 +45,9 @@ def test_the_options_of_the_plain_channel() -> None:
     config = json.loads(str(options["grpc.service_config"]))
     assert config["loadBalancingConfig"] == [{"round_robin": {}}]
     assert "healthCheckConfig" not in config
-    others, beginning = (method["retryPolicy"] for method in config["methodConfig"])
-    assert others["maxAttempts"] == 5
-    assert others["initialBackoff"] == "0.200000000s"
-    assert others["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
-    # The first try went over the other channel.
-    assert (beginning["maxAttempts"], beginning["initialBackoff"]) == (4, "0.400000000s")
-    assert config["retryThrottling"]["maxTokens"] > 0
 
 
-def test_the_checked_channel_uses_health_checks_and_no_retries() -> None:
+def test_the_checked_channel_uses_health_checks() -> None:
     options = dict(channel_options(settings(), checked=True))
     plain = dict(channel_options(settings(), checked=False))
 
@@ -71,43 +59,6 @@ def test_the_checked_channel_uses_health_checks_and_no_retries() -> None:
     # Otherwise each channel would open its own connection.
     del plain["grpc.service_config"]
     assert options == plain
-
-
-NOT_RETRIED: dict[tuple[str, str], str] = {}
-"""Unary methods that gRPC must not retry, each with the reason; there is none so far."""
-
-
-def test_every_unary_method_is_retried_or_is_excluded_with_a_reason() -> None:
-    unary: set[tuple[str, str]] = set()
-    streams: set[tuple[str, str]] = set()
-    for module in (generation_pb2, model_pb2, server_pb2):
-        for service in module.DESCRIPTOR.services_by_name.values():
-            for method in service.methods:
-                streaming = method.server_streaming or method.client_streaming
-                (streams if streaming else unary).add((service.full_name, method.name))
-
-    listed = [*JOB_STARTING_METHODS, *OTHER_METHODS, *NOT_RETRIED]
-    assert sorted(listed) == sorted(unary)
-    # The descriptors are really read.
-    assert ("darkroom.v1.GenerationService", "Generate") in unary
-    assert ("darkroom.v1.GenerationService", "GenerateStream") in streams
-    assert not streams & set(listed)
-
-
-@pytest.mark.parametrize(("attempts", "policies"), [(1, None), (2, 1), (3, 2)])
-def test_one_attempt_means_no_retry_policy(attempts: int, policies: int | None) -> None:
-    config: Any = service_config(settings(retry=Retry(attempts=attempts)), checked=False)
-
-    assert (len(config["methodConfig"]) if "methodConfig" in config else None) == policies
-
-
-def test_backoffs_have_the_digits_that_grpc_reads() -> None:
-    retry = Retry(initial_backoff=0.1 + 0.2, max_backoff=1e17)
-    config: Any = service_config(settings(retry=retry), checked=False)
-
-    policy = config["methodConfig"][0]["retryPolicy"]
-    assert policy["initialBackoff"] == "0.300000000s"
-    assert "e" not in policy["maxBackoff"]
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
@@ -276,8 +227,7 @@ def test_a_call_cannot_replace_the_token_of_the_client(
 @pytest.mark.parametrize(
     ("part", "fields", "words"),
     [
-        (Retry, {"attempts": 6}, "1 to 5"),
-        (Retry, {"attempts": 0}, "1 to 5"),
+        (Retry, {"attempts": 0}, "at least 1"),
         (Retry, {"initial_backoff": 0.001}, "initial_backoff"),
         (Retry, {"initial_backoff": 2, "max_backoff": 1}, "initial_backoff"),
         (Keepalive, {"interval": 0}, "above 0"),
@@ -292,7 +242,11 @@ def test_invalid_connection_settings(part: Any, fields: dict[str, Any], words: s
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate for the name ``darkroom.test``, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
+    return self_signed(tmp_path_factory.mktemp("tls"))
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate that is its own authority, and its key."""
     cert, key = folder / "cert.pem", folder / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"]
     command += ["ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj"]

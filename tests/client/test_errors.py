@@ -167,7 +167,7 @@ def test_a_reply_over_the_clients_limit_says_what_to_do(
 def test_the_error_names_a_server_that_is_down(connect: Connect) -> None:
     with ScriptedServer() as gone:
         pass
-    client = connect(gone.address, retry=Retry(initial_backoff=0.01, max_backoff=0.01))
+    client = connect(gone.address, retry=Retry(attempts=3, initial_backoff=0.01, max_backoff=0.01))
 
     for call in (client.models, lambda: client.generate("a star")):
         error = client_error(call)

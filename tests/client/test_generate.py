@@ -9,6 +9,7 @@ import pytest
 from darkroom.v1 import model_pb2, types_pb2
 from darkroom_client import (
     DeadlineExceeded,
+    GenerationRequest,
     GenerationResult,
     ImageFormat,
     InvalidRequest,
@@ -232,3 +233,30 @@ def test_a_record_is_reproduced_under_a_new_id(client: Any, server: ScriptedServ
     assert second.request_id not in ("", first.request_id)
     assert again.pixels_sha256 == record.pixels_sha256
     assert again.differences(record) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("num_images", "use image_count"),
+        ("n", "use image_count"),
+        ("num_inference_steps", "use steps"),
+        ("colour", "the options are embed_record, exact, format"),
+    ],
+)
+def test_an_option_of_another_library_is_answered_with_ours(
+    client: Any, server: ScriptedServer, name: str, words: str
+) -> None:
+    for prompt in ("a star", GenerationRequest("a star")):
+        for verb in (client.generate, client.submit, client.estimate, client.stream):
+            with pytest.raises(TypeError, match=f"^{name} is not an option of a request: {words}"):
+                verb(prompt, **{name: 2})
+    assert not server.requests
+
+
+def test_a_request_takes_its_prompt_by_position(client: Any, server: ScriptedServer) -> None:
+    client.generate(GenerationRequest("a star", steps=20))
+
+    assert (server.requests[0].prompt, server.requests[0].steps) == ("a star", 20)
+    with pytest.raises(TypeError, match="positional"):
+        GenerationRequest("a star", "demo")  # type: ignore[call-arg]

@@ -1,6 +1,7 @@
 """Images: atomic saves, and conversion for other libraries."""
 
 import hashlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy
 import PIL.Image
 import pytest
+from PIL import ImageShow
 
 from darkroom_client import Image, ImageWithheld
 from tests.client.scripted import SIZE, ScriptedServer, changed
@@ -139,11 +141,55 @@ def test_a_missing_library_names_the_extra(
         getattr(image, method)()
 
 
-def test_notebooks_show_a_png_and_nothing_else(client: Any) -> None:
-    png = in_format(client, "png")
+def test_notebooks_show_a_picture_as_it_is_or_as_png(client: Any) -> None:
+    png, jpeg, raw = (in_format(client, name) for name in ("png", "jpeg", "raw_rgb"))
 
-    assert png._repr_png_() == png.data
-    assert in_format(client, "jpeg")._repr_png_() is None
+    assert (png._repr_png_(), png._repr_jpeg_()) == (png.data, None)
+    assert (jpeg._repr_png_(), jpeg._repr_jpeg_()) == (None, jpeg.data)
+    assert raw._repr_jpeg_() is None
+    with PIL.Image.open(io.BytesIO(raw._repr_png_() or b"")) as shown:
+        assert (shown.format, shown.tobytes()) == ("PNG", raw.data)
+
+
+def test_without_pillow_notebooks_show_no_raw_pixels(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = in_format(client, "raw_rgb")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+
+    assert raw._repr_png_() is None
+
+
+def test_a_result_of_one_image_is_shown_like_it(client: Any) -> None:
+    for name in ("png", "jpeg"):
+        one = client.generate("a star", format=name)
+        assert one.image is one.images[0]
+        assert (one._repr_png_(), one._repr_jpeg_()) == (
+            one.image._repr_png_(),
+            one.image._repr_jpeg_(),
+        )
+    several = client.generate("a star", image_count=2)
+    assert (several._repr_png_(), several._repr_jpeg_()) == (None, None)
+    with pytest.raises(ValueError, match=r"the result has 2 images: use result\.images"):
+        several.image  # noqa: B018
+
+
+def test_show_opens_each_image(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[PIL.Image.Image] = []
+
+    class Viewer(ImageShow.Viewer):
+        def show(self, image: PIL.Image.Image, **options: Any) -> int:
+            shown.append(image)
+            return 1
+
+    monkeypatch.setattr(ImageShow, "_viewers", [Viewer()])
+    result = client.generate("a star", image_count=2)
+
+    result.show()
+    result.images[0].show()
+
+    pixels = [image.to_pil().tobytes() for image in result.images]
+    assert [image.tobytes() for image in shown] == [*pixels, pixels[0]]
 
 
 def test_repr_hides_the_pixels(image: Image) -> None:

@@ -19,7 +19,7 @@ from darkroom_client import AsyncClient, Client
 
 NAMES = darkroom_client.__all__
 CLASSES = [kind for name in NAMES if isinstance(kind := getattr(darkroom_client, name), type)]
-STREAMING = {"stream", "watch", "generate_as_completed"}
+STREAMING = {"stream", "watch", "generate_as_completed", "jobs"}
 SECONDS = 0.3
 
 
@@ -47,7 +47,8 @@ def test_no_public_type_is_of_grpc_or_protobuf(kind: Any) -> None:
 def test_data_is_frozen_slotted_and_keyword_only(kind: Any) -> None:
     assert kind.__dataclass_params__.frozen
     assert "__slots__" in vars(kind)
-    assert all(field.kw_only for field in dataclasses.fields(kind))
+    positional = [field.name for field in dataclasses.fields(kind) if not field.kw_only]
+    assert positional == (["prompt"] if kind is darkroom_client.GenerationRequest else [])
     hints(kind)
 
 

@@ -55,7 +55,7 @@ from tests.client.conftest import Connect
 from tests.server.service.test_validation import WRONG
 from tests.server.wire import serving
 
-LOCAL = {"ImageWithheld", "Unsupported", "DarkroomError"}
+LOCAL = {"ImageWithheld", "Unsupported", "DarkroomError", "TLSError"}
 """Errors that no server sends."""
 
 
@@ -190,7 +190,8 @@ def test_retry_after_arrives(connect: Connect, fake: FakeServer) -> None:
     assert caught.value.retry_after == 1.5
 
 
-def test_each_retry_takes_one_behaviour(caller: Any, fake: FakeServer) -> None:
+def test_each_retry_takes_one_behaviour(connect: Connect, fake: FakeServer) -> None:
+    caller = connect(fake.target, retry=Retry(attempts=5, initial_backoff=0.01))
     gone = Behaviour(error=Unavailable("restarting", retry_after=0.01))
 
     fake.script(gone, gone)

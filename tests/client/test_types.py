@@ -13,7 +13,8 @@ from typing import assert_never, assert_type
 
 from darkroom_client import (
     Accepted, AsyncClient, Client, DarkroomError, Event, Finished, GenerationRequest,
-    GenerationResult, ImageReady, Preview, Progress, Queued, Restarted, Started,
+    GenerationResult, Image, ImageReady, Job, Preview, Progress, Queued, Reconnecting, Restarted,
+    Started,
 )
 
 
@@ -23,7 +24,7 @@ def shown(event: Event) -> str:
             return str(seeds[0] + 1)
         case Queued(position=position):
             return str(position + 1)
-        case Started() | Restarted():
+        case Started() | Restarted() | Reconnecting():
             return ""
         case Progress(step=step, steps=steps):
             return f"{step / steps:.0%}"
@@ -36,7 +37,11 @@ def shown(event: Event) -> str:
 
 def use(client: Client) -> None:
     assert_type(client.generate("a star", steps=20, scheduler="euler"), GenerationResult)
-    client.generate(GenerationRequest(prompt="a star"), seed=0)
+    client.generate(GenerationRequest("a star", steps=20), seed=0)
+    client.generate_many(["a star"], steps=20)
+    assert_type(client.result("r-1", 5).image, Image)
+    for job in client.jobs():
+        assert_type(job, Job)
     with client.stream("a star", preview_every=2) as stream:
         for event in stream:
             shown(event)
@@ -53,6 +58,8 @@ async def use_async(client: AsyncClient) -> None:
             assert_type(event, Event)
         assert_type(await stream.result(), GenerationResult)
     assert_type(await client.cancel("r-1"), bool)
+    async for job in client.jobs():
+        assert_type(job, Job)
 """
 
 WRONG = """\
@@ -64,7 +71,7 @@ async def use(client: Client, other: AsyncClient) -> None:
     client.generate("a star", steps="20")  # not a number
     client.generate()  # no prompt
     client.generate("a star", None, 20)  # options have names
-    client.generate("a star").image  # images
+    client.generate("a star").picture  # image
     for event in client.stream("a star"):
         event.step  # not every event has one
     other.generate("a star").images  # not awaited
@@ -73,6 +80,8 @@ async def use(client: Client, other: AsyncClient) -> None:
     request = GenerationRequest(prompt="a star")
     request.seed = 7  # frozen
     client.submit("a star", time_limit="soon")  # not a number
+    client.generate_many(["a star"], step=20)  # no such argument
+    GenerationRequest("a star", "demo")  # options have names
 """
 
 

@@ -25,7 +25,10 @@ OLD_COMMIT = "6b7e7f093cf9c05ac0abc68342ea316ce10c119e"
 PACKAGES = ("protos/src", "client/src", "server/src")
 CALLS_SECONDS = 60
 
-NEW_CALLS: dict[str, Callable[[Client], object]] = {}
+NEW_CALLS: dict[str, Callable[[Client], object]] = {
+    "darkroom.v1.GenerationService/GetGeneration": lambda client: client.job("a-job"),
+    "darkroom.v1.GenerationService/ListGenerations": lambda client: list(client.jobs()),
+}
 """How to make each call that 0.1.0 did not have, by the name of its RPC."""
 
 

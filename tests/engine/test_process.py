@@ -343,7 +343,7 @@ from darkroom_server.backends.process import ProcessEngine
 
 engine = ProcessEngine(EngineConfig(
     models=(ModelSource(id="tiny", location=sys.argv[1]),), device="cpu", dtype=Dtype.FLOAT32,
-    attention=Attention.SDPA, max_rows=2,
+    attention=Attention.SDPA, rows=2,
 ))
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 engine.start(lambda e: print(engine.pid, flush=True) if isinstance(e, EngineReady) else None)

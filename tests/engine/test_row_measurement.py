@@ -43,16 +43,16 @@ def table(*seconds: float) -> Callable[[int], float]:
     return lambda rows: known[max(each for each in known if each <= rows)]
 
 
-def busy(draw: random.Random, quiet: Callable[[int], float]) -> Callable[[int], float]:
+def busy(sampling: random.Random, quiet: Callable[[int], float]) -> Callable[[int], float]:
     """Other programs: two thirds of the batches take longer, one in ten up to sixty times."""
 
     def seconds(rows: int) -> float:
         slowness = 1.0
-        if draw.random() < 0.66:
-            slowness += draw.expovariate(1.0)
-        if draw.random() < 0.1:
-            slowness *= draw.uniform(5, 60)
-        return quiet(rows) * slowness * draw.uniform(1.0, 1.02)
+        if sampling.random() < 0.66:
+            slowness += sampling.expovariate(1.0)
+        if sampling.random() < 0.1:
+            slowness *= sampling.uniform(5, 60)
+        return quiet(rows) * slowness * sampling.uniform(1.0, 1.02)
 
     return seconds
 
@@ -70,8 +70,8 @@ def test_the_knee_is_found_on_a_busy_machine(knee: int) -> None:
 @pytest.mark.parametrize("knee", [2, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize("slowness", [1.0, 1.6])
 def test_the_knee_does_not_depend_on_a_load_that_stays(knee: int, slowness: float) -> None:
-    draw = random.Random(knee)
-    engine = FakeEngine(lambda rows: knee_at(knee)(rows) * slowness * draw.uniform(1.0, 1.04))
+    sampling = random.Random(knee)
+    engine = FakeEngine(lambda rows: knee_at(knee)(rows) * slowness * sampling.uniform(1.0, 1.04))
     assert best_rows(measure_rows(engine, row_counts(64))) == knee
 
 
@@ -100,8 +100,8 @@ def test_fewer_rows_never_take_longer() -> None:
 
 
 def test_readings_that_never_agree_are_bounded_and_logged() -> None:
-    draw = random.Random(0)
-    engine = FakeEngine(lambda rows: knee_at(64)(rows) * draw.uniform(1, 100))
+    sampling = random.Random(0)
+    engine = FakeEngine(lambda rows: knee_at(64)(rows) * sampling.uniform(1, 100))
     with structlog.testing.capture_logs() as logs:
         measure_rows(engine, row_counts(64))
     assert [log for log in logs if log["event"].startswith("measurements do not agree")]

@@ -2,13 +2,18 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from darkroom_server.core.model import MemoryNeeds
-from darkroom_server.engine.batch import Group
+from darkroom_server.core.events import BatchDone, RowLimitCorrected
+from darkroom_server.core.model import MemoryNeeds, RowLimitSource
+from darkroom_server.engine.batch import Batch, Group
 from darkroom_server.engine.batching.row_limits import RowLimits
+from darkroom_server.engine.batching.runner import BatchResult
 
+from .conftest import LoopUnderTest, config_for, make_job
 from .test_row_measurement import busy, knee_at
 
 GROUP, OTHER = Group("demo", 64, 64, 77), Group("demo", 128, 64, 77)
@@ -69,7 +74,18 @@ def test_the_limit_is_not_raised_to_batches_that_take_too_long() -> None:
     limits = RowLimits(8, ROOMY, most_rows=64)
     ran = serve(limits, lambda rows: 1.5 if rows <= 8 else 2.5, 300)
     assert limits.of(GROUP) == 8
-    assert ran.count(16) <= 3
+    assert ran.count(16) <= 12
+
+
+def test_one_slow_batch_does_not_end_a_trial() -> None:
+    limits = RowLimits(8, ROOMY, most_rows=16)
+    slow = iter([5.0])
+
+    def seconds(rows: int) -> float:
+        return next(slow, 0.02) if rows == 16 else 0.02
+
+    serve(limits, seconds, 20)
+    assert limits.of(GROUP) == 16
 
 
 def test_without_enough_waiting_rows_nothing_is_tried() -> None:
@@ -96,3 +112,32 @@ def test_the_sizes_that_are_kept_are_bounded() -> None:
     for width in range(8, 8 * 200, 8):
         limits.next_rows(Group("demo", width, 64, 77), 4)
     assert len(limits._tuners) == 64
+
+
+def test_real_batches_correct_the_limit_of_a_model(tiny_folder: Path, tmp_path: Path) -> None:
+    """Through the loop: from batches to the event and to what the next start finds."""
+    config = config_for(tiny_folder, rows=None, max_rows=8, measurement_cache=str(tmp_path))
+    first = LoopUnderTest(config)
+    first.close()
+    first.loop._caches["tiny"].save_row_limit(2)  # As if a busy start had measured it.
+    loop = LoopUnderTest(config)
+    try:
+        assert loop.models["tiny"].info.limits.max_rows == 2
+        runner = loop.loop._runner
+        run = runner.run
+
+        def run_with_a_knee_at_eight(batch: Batch) -> BatchResult:
+            result = run(batch)
+            return replace(result, ended=result.began + knee_at(8)(batch.rows))
+
+        runner.run = run_with_a_knee_at_eight  # type: ignore[method-assign]
+        loop.run(*(make_job(f"many-{i}", image_count=4, steps=60) for i in range(4)))
+    finally:
+        loop.close()
+    corrected = [e.max_rows for e in loop.events if isinstance(e, RowLimitCorrected)]
+    assert corrected == [4, 8]
+    assert max(e.max_rows for e in loop.events if isinstance(e, BatchDone)) == 8
+    again = LoopUnderTest(config)
+    again.close()
+    limits = again.models["tiny"].info.limits
+    assert (limits.max_rows, limits.row_limit_source) == (8, RowLimitSource.REMEMBERED)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from darkroom_client import Client
 from darkroom_client.testing import Behaviour, FakeServer, JobState
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -68,6 +69,24 @@ def test_node(darkroom_server: FakeServer, tmp_path: Path, script: str) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     if script == "stream.js":
         assert "step 4 of 4" in out
+
+
+@pytest.mark.needs("node")
+def test_node_lists_jobs(darkroom_server: FakeServer) -> None:
+    darkroom_server.script(Behaviour(), Behaviour(queue=1, hold=threading.Event()))
+    with Client(darkroom_server.target) as client:
+        done, waits = [client.submit("a star", steps=4).request_id for _ in range(2)]
+        client.result(done)
+        darkroom_server.wait_for(lambda: darkroom_server.jobs[1].generation().queue_position == 1)
+
+        with node("jobs.js", darkroom_server) as running:
+            out, errors = running.communicate(timeout=SECONDS)
+
+    assert running.returncode == 0, errors
+    assert out.splitlines() == [
+        f"{waits}: queued, step 0 of 4, 1 ahead",
+        f"{done}: finished, step 4 of 4",
+    ]
 
 
 @pytest.mark.needs("node")

@@ -98,7 +98,7 @@ async def serving(folder: Path, **engine: Any) -> AsyncIterator[Wire]:
         dispatch=Dispatch(max_queued_jobs=64),
     )
     assert engine_configs(settings, None)[0].models[0].id == "tiny"
-    tapped = TappedEngine(config_for(folder, max_rows=4), timeout=settings.engine.engine_timeout)
+    tapped = TappedEngine(config_for(folder, rows=4), timeout=settings.engine.engine_timeout)
     server = Server(settings, [tapped])
     await server.startup()
     serve = asyncio.create_task(server.serve())

@@ -97,7 +97,7 @@ async def traced(folder: Path) -> AsyncIterator[tuple[Wire, TracedEngine]]:
     settings = Settings(
         models=Models(model=(f"tiny={folder}",)), network=Network(port=0, metrics_port=0)
     )
-    engine = TracedEngine(config_for(folder, max_rows=4))
+    engine = TracedEngine(config_for(folder, rows=4))
     server = Server(settings, [engine])
     await server.startup()
     serve = asyncio.create_task(server.serve())

@@ -12,6 +12,8 @@ def test_there_is_a_lowest_version_of_every_dependency() -> None:
 
     # Below it, no diffusers loads the demo model and guards against code in a model folder.
     assert Version(lowest["diffusers"]) >= Version("0.38")
-    assert Version(lowest["torch"]) == Version(importlib.metadata.version("torch").partition("+")[0])
+    assert Version(lowest["torch"]) == Version(
+        importlib.metadata.version("torch").partition("+")[0]
+    )
     for name, version in lowest.items():
         assert Version(version) <= Version(importlib.metadata.version(name)), name

@@ -1,13 +1,18 @@
 """The Python client against a real server and demo model: streams, submit, estimate, status."""
 
+import time
+from pathlib import Path
+
 from darkroom_client import (
     Accepted,
     Cancelled,
     Client,
     Finished,
     ImageReady,
+    JobState,
     Preview,
     Progress,
+    ReplayRecord,
     ServerState,
     UnknownRequest,
 )
@@ -70,3 +75,33 @@ def test_estimate_and_status(address: str) -> None:
     assert status.models[0].ready
     assert status.ended_jobs["finished"] >= 1
     assert status.engines[0].ready
+
+
+def test_a_job_without_a_watcher(address: str) -> None:
+    with Client(address, timeout=SECONDS) as client:
+        request_id = client.submit(PROMPT, seed=7, steps=150).request_id
+        while (job := client.job(request_id)).step == 0:
+            assert not job.ended
+            time.sleep(0.01)
+        assert (job.state, job.steps) == (JobState.RUNNING, 150)
+        assert request_id in [each.request_id for each in client.jobs()]
+        assert client.cancel(request_id)
+        assert client.job(request_id).state is JobState.CANCELLED
+
+
+def test_a_picture_holds_its_record(address: str, tmp_path: Path) -> None:
+    with Client(address, timeout=SECONDS) as client:
+        for format in ("png", "jpeg", "webp"):
+            second = client.generate(
+                PROMPT,
+                seed=7,
+                image_count=2,
+                steps=3,
+                format=format,
+                exact=True,
+                embed_record=True,
+            ).images[1]
+            path = second.save(tmp_path / f"star{second.format.suffixes[0]}")
+            record = ReplayRecord.from_file(path)
+            assert record.differences(second.replay) == {}
+            assert client.replay(record).images[0].data == second.data

@@ -134,7 +134,7 @@ def _burning() -> Iterator[None]:
     """Processes that use every core."""
     context = multiprocessing.get_context("spawn")
     cores = len(os.sched_getaffinity(0))
-    burners = [context.Process(target=_burn, daemon=True) for _ in range(cores)]
+    burners = [context.Process(target=_burn, args=(os.getpid(),)) for _ in range(cores)]
     for burner in burners:
         burner.start()
     try:
@@ -145,15 +145,15 @@ def _burning() -> Iterator[None]:
             burner.join()
 
 
-def _burn() -> None:
-    while True:
+def _burn(parent: int) -> None:
+    while os.getppid() == parent:
         sum(range(100_000))
 
 
 @contextmanager
 def _cache(folder: str) -> Iterator[None]:
     """Servers that start in the block keep their measurements in ``folder``."""
-    # The models' cache stays where it is.
+    # The cache of models stays.
     usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     changed = {
         "XDG_CACHE_HOME": folder,

@@ -1,8 +1,9 @@
 """Find where the serving side asks which kind an engine event is.
 
 The engine, the pipe and the backends are not looked at: they make the events and hand them to the
-dispatcher. A class that is also a ``JobEvent`` (progress and previews reach the subscriptions of a
-job as they are) is not counted: after the router it is the job's event.
+dispatcher. Nor is ``serve --check``, which runs an engine without a dispatcher. A class that is
+also a ``JobEvent`` (progress and previews reach the subscriptions as they are) is not counted:
+after the router it is the job's event.
 """
 
 import ast
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EVENTS = "darkroom_server.core.events"
-BEFORE_THE_ROUTER = ("engine", "ipc", "backends")
+BEFORE_THE_ROUTER = ("engine", "ipc", "backends", "preflight.py")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from darkroom_client._errors import (
     QuotaExceeded,
     ReplyTooLarge,
     ServerError,
+    TLSError,
     TooLarge,
     Unauthenticated,
     Unavailable,
@@ -42,10 +43,12 @@ from darkroom_client._types.events import (
     Preview,
     Progress,
     Queued,
+    Reconnecting,
     Restarted,
     Started,
 )
 from darkroom_client._types.image import Image
+from darkroom_client._types.job import Job, JobState
 from darkroom_client._types.model import (
     Model,
     ModelDefaults,
@@ -90,6 +93,8 @@ __all__ = [
     "ImageReady",
     "ImageWithheld",
     "InvalidRequest",
+    "Job",
+    "JobState",
     "Keepalive",
     "Model",
     "ModelDefaults",
@@ -104,6 +109,7 @@ __all__ = [
     "Progress",
     "Queued",
     "QuotaExceeded",
+    "Reconnecting",
     "ReplayRecord",
     "ReplyTooLarge",
     "Restarted",
@@ -116,6 +122,7 @@ __all__ = [
     "ServerStatus",
     "Started",
     "Stream",
+    "TLSError",
     "Timings",
     "TooLarge",
     "Unauthenticated",

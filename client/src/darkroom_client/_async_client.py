@@ -1,7 +1,7 @@
 """The client for asyncio."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
 from types import TracebackType
 from typing import Self, Unpack
@@ -12,6 +12,7 @@ from darkroom_client import _batch
 from darkroom_client._async_stream import AsyncStream
 from darkroom_client._errors import DarkroomError
 from darkroom_client._protocol.calls import Calls, replayed
+from darkroom_client._protocol.pacing import BatchPacer
 from darkroom_client._protocol.readiness import REQUEST, Readiness
 from darkroom_client._settings import (
     DEFAULT_KEEPALIVE,
@@ -24,6 +25,7 @@ from darkroom_client._transport.aio import AsyncTransport
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
+from darkroom_client._types.job import Job
 from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationOptions, GenerationRequest, as_request
@@ -113,12 +115,11 @@ class AsyncClient:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> list[GenerationResult | DarkroomError]:
         """Like ``Client.generate_many``."""
-        answers = _batch.generate_many_async(
-            self._generate_one(timeout, metadata),
-            _batch.check_requests(requests),
-            _batch.check_concurrency(concurrency),
+        answers = self._generate_many(
+            _batch.with_options(requests, options), concurrency, timeout, metadata
         )
         async with aclosing(answers):
             return _batch.in_order([answer async for answer in answers])
@@ -130,13 +131,12 @@ class AsyncClient:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> AsyncIterator[tuple[int, GenerationResult | DarkroomError]]:
         """Like ``Client.generate_as_completed``."""
         self._transport.check_open()
-        return _batch.generate_many_async(
-            self._generate_one(timeout, metadata),
-            _batch.check_requests(requests),
-            _batch.check_concurrency(concurrency),
+        return self._generate_many(
+            _batch.with_options(requests, options), concurrency, timeout, metadata
         )
 
     async def submit(
@@ -162,6 +162,38 @@ class AsyncClient:
         """Like ``Client.watch``."""
         self._transport.check_open()
         return AsyncStream(self._transport, self._calls.watch(request_id, timeout, metadata))
+
+    async def result(
+        self,
+        request_id: str,
+        timeout: float | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> GenerationResult:
+        """Like ``Client.result``."""
+        return await self.watch(request_id, timeout=timeout, metadata=metadata).result()
+
+    async def job(
+        self,
+        request_id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Like ``Client.job``."""
+        return await self._transport.run(self._calls.job(request_id, timeout, metadata))
+
+    async def jobs(
+        self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Job]:
+        """Like ``Client.jobs``, for ``async for``."""
+        token, more = "", True
+        while more:
+            page = await self._transport.run(self._calls.jobs(token, timeout, metadata))
+            for job in page.jobs:
+                yield job
+            token = page.next_token
+            more = bool(token)
 
     async def cancel(
         self,
@@ -247,10 +279,22 @@ class AsyncClient:
     def __repr__(self) -> str:
         return f"AsyncClient({self.target!r})"
 
-    def _generate_one(
-        self, timeout: float | None, metadata: Mapping[str, str] | None
-    ) -> Callable[[GenerationRequest], Awaitable[GenerationResult]]:
-        async def generate(request: GenerationRequest) -> GenerationResult:
-            return await self._transport.run(self._calls.generate(request, timeout, metadata))
+    def _generate_many(
+        self,
+        requests: Iterable[GenerationRequest],
+        concurrency: int,
+        timeout: float | None,
+        metadata: Mapping[str, str] | None,
+    ) -> AsyncGenerator[tuple[int, GenerationResult | DarkroomError], None]:
+        async def run(call: _batch.PreparedCall) -> GenerationResult:
+            if isinstance(call, DarkroomError):
+                raise call
+            return await self._transport.run(call)
 
-        return generate
+        calls = _batch.prepare(
+            lambda request: self._calls.generate(request, timeout, metadata),
+            requests,
+        )
+        concurrency = _batch.check_concurrency(concurrency)
+        pacer = BatchPacer(concurrency, self._settings.deadline(timeout), self._settings.retry)
+        return _batch.run_paced(run, calls, pacer)

@@ -8,9 +8,8 @@ from typing import Any, Self
 
 import grpc
 
-from darkroom_client._errors import DarkroomError
-from darkroom_client._protocol.call import client_closed_error
-from darkroom_client._protocol.rpc_errors import from_rpc_error, was_sent
+from darkroom_client._protocol.retries import client_closed_error
+from darkroom_client._protocol.rpc_errors import was_sent
 from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._transport.aio import AsyncTransport, being_cancelled
 from darkroom_client._transport.sync import STATUS_SECONDS
@@ -27,7 +26,9 @@ class AsyncStream:
         self._events: deque[Event] = deque()
         self._call: Any = None
         self._entered = False
-        self._closed = asyncio.Event()
+        self._pause = 0.0
+        self._closed = False
+        self._wake = asyncio.Event()
 
     @property
     def request_id(self) -> str:
@@ -36,6 +37,9 @@ class AsyncStream:
 
     async def result(self) -> GenerationResult:
         """Like ``Stream.result``."""
+        if not self._entered:
+            async with self:
+                return await self.result()
         async for _ in self:
             pass
         if self._session.result is None:
@@ -44,9 +48,10 @@ class AsyncStream:
 
     async def close(self) -> None:
         """Close the stream. Idempotent, and safe from a task other than the reader's."""
-        if self._closed.is_set():
+        if self._closed:
             return
-        self._closed.set()
+        self._closed = True
+        self._wake.set()
         self._transport.finish(self.request_id, needs_cancel=self._session.needs_cancel)
         if self._call is not None:
             self._call.cancel()
@@ -60,7 +65,7 @@ class AsyncStream:
         while not self._events:
             if self._session.ended:
                 raise StopAsyncIteration
-            if self._closed.is_set():
+            if self._closed:
                 raise RuntimeError("this stream was closed before its end")
             await self._read()
         return self._events.popleft()
@@ -78,16 +83,19 @@ class AsyncStream:
         await self.close()
 
     async def _read(self) -> None:
-        """Read one message; or handle the end of a call, and wait before the next call."""
-        failure: DarkroomError | None = None
-        sent = True
+        """Read one message, after the pause before a call; or handle the end of a call."""
+        if self._pause:
+            pause, self._pause = self._pause, 0.0
+            await self._transport.sleep(pause, self._wake)
+            return
+        error: grpc.RpcError | None = None
         try:
             if self._call is None:
                 call = self._session.next_call()
                 self._call = self._transport.open_stream(self._session, call)
             response = await self._call.read()
-        except grpc.RpcError as error:
-            failure, sent = self._failure(error), was_sent(error)
+        except grpc.RpcError as ended:
+            error = ended
         except asyncio.CancelledError:
             if being_cancelled():
                 raise
@@ -105,28 +113,27 @@ class AsyncStream:
                 return
         self._call = None
         if not self._session.ended:
-            await self._pause(self._session.on_call_ended(failure, sent=sent))
+            await self._end_call(error)
+
+    async def _end_call(self, error: grpc.RpcError | None) -> None:
+        if error is None:
+            pause = self._session.on_call_ended(None)
+        else:
+            if self._transport.closed or self._closed:
+                self._session.ended = True
+                raise client_closed_error(self.request_id) from error
+            problem = await self._transport.find_tls_problem(error, self._session.remaining)
+            pause = self._session.on_call_ended(
+                self._session.failure(error, problem),
+                sent=was_sent(error),
+                connected=self._transport.connected,
+            )
+        self._pause = pause.seconds
+        if pause.event is not None:
+            self._events.append(pause.event)
 
     async def _wait_for_status(self) -> None:
         """As in ``Stream``: let the call end by itself."""
         with suppress(TimeoutError):
             async with asyncio.timeout(STATUS_SECONDS):
                 await self._call.code()
-
-    async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._closed.wait()
-        except TimeoutError:
-            pass
-
-    def _failure(self, error: grpc.RpcError) -> DarkroomError:
-        if self._transport.closed or self._closed.is_set():
-            self._session.ended = True
-            raise client_closed_error(self.request_id) from error
-        return from_rpc_error(
-            error,
-            address=self._session.address,
-            timeout=self._session.timeout,
-            request_id=self.request_id,
-        )

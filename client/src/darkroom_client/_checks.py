@@ -39,10 +39,11 @@ def check_text(name: str, value: object) -> None:
         raise TypeError(f"{name} is {_shown(value)}, must be a str")
 
 
-def check_flag(name: str, value: object) -> None:
-    """Raise ``TypeError`` unless ``value`` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is {_shown(value)}, must be True or False")
+def check_flags(**values: object) -> None:
+    """Raise ``TypeError`` unless every value is a bool."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {_shown(value)}, must be True or False")
 
 
 def is_unicode(text: str) -> bool:

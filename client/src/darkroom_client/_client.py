@@ -10,6 +10,7 @@ import grpc
 from darkroom_client import _batch
 from darkroom_client._errors import DarkroomError
 from darkroom_client._protocol.calls import Calls, replayed
+from darkroom_client._protocol.pacing import BatchPacer
 from darkroom_client._protocol.readiness import REQUEST, Readiness
 from darkroom_client._settings import (
     DEFAULT_KEEPALIVE,
@@ -19,10 +20,11 @@ from darkroom_client._settings import (
     Settings,
 )
 from darkroom_client._stream import Stream
-from darkroom_client._transport.sync import InFlightCall, SyncTransport
+from darkroom_client._transport.sync import SyncTransport
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
+from darkroom_client._types.job import Job
 from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationOptions, GenerationRequest, as_request
@@ -137,14 +139,21 @@ class Client:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> list[GenerationResult | DarkroomError]:
         """Send many requests, at most ``concurrency`` at a time, and wait for all.
 
-        A string is a prompt. The answers are in the order of ``requests``; the answer of a request
-        that failed is its error, and the others continue. ``timeout`` is for each request.
+        A string is a prompt; ``options`` are for all, and override those of a
+        ``GenerationRequest``. The answers are in the order of ``requests``; the answer of a request
+        that failed is its error, and the others continue.
+
+        If the server cannot accept more now (a full queue, a used-up quota, a deadline that the
+        queue makes unreachable), requests wait for ``retry_after``, or until one of the others has
+        ended, and fewer are sent at a time. ``timeout`` is for each request; a rejected one is as
+        if it had not been sent, and fails if no request of the batch ends for that long.
         """
         answers = self.generate_as_completed(
-            requests, concurrency=concurrency, timeout=timeout, metadata=metadata
+            requests, concurrency=concurrency, timeout=timeout, metadata=metadata, **options
         )
         return _batch.in_order(answers)
 
@@ -155,19 +164,20 @@ class Client:
         concurrency: int = 8,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Iterator[tuple[int, GenerationResult | DarkroomError]]:
         """Like ``generate_many``, but yield each answer with its index as soon as it is there.
 
         Requests are read from the iterable on demand. The end of the loop cancels what runs.
         """
-
-        def start(request: GenerationRequest) -> InFlightCall[GenerationResult]:
-            return self._transport.start(self._calls.generate(request, timeout, metadata))
-
         self._transport.check_open()
-        return _batch.generate_many(
-            start, _batch.check_requests(requests), _batch.check_concurrency(concurrency)
+        calls = _batch.prepare(
+            lambda request: self._calls.generate(request, timeout, metadata),
+            _batch.with_options(requests, options),
         )
+        concurrency = _batch.check_concurrency(concurrency)
+        pacer = BatchPacer(concurrency, self._settings.deadline(timeout), self._settings.retry)
+        return _batch.generate_many(self._transport, calls, pacer)
 
     def submit(
         self,
@@ -200,6 +210,48 @@ class Client:
         """
         self._transport.check_open()
         return Stream(self._transport, self._calls.watch(request_id, timeout, metadata))
+
+    def result(
+        self,
+        request_id: str,
+        timeout: float | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> GenerationResult:
+        """Wait for a job of this caller that an earlier call began, and return its images.
+
+        The job continues if this call times out. Raises the job's error if it did not finish, and
+        ``UnknownRequest`` for an id that the server does not know.
+        """
+        return self.watch(request_id, timeout=timeout, metadata=metadata).result()
+
+    def job(
+        self,
+        request_id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Return the state, step and place in the queue of a job of this caller, without waiting.
+
+        Raises ``UnknownRequest`` for an id that the server does not know.
+        """
+        return self._transport.run(self._calls.job(request_id, timeout, metadata))
+
+    def jobs(
+        self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
+    ) -> Iterator[Job]:
+        """Yield the jobs of this caller that the server knows, the last accepted first.
+
+        The jobs come in pages, each read when it is needed; ``timeout`` is for each page. A server
+        knows the jobs that it runs, and ended ones for its ``--result-ttl``.
+        """
+        token, more = "", True
+        while more:
+            page = self._transport.run(self._calls.jobs(token, timeout, metadata))
+            yield from page.jobs
+            token = page.next_token
+            more = bool(token)
 
     def cancel(
         self,

@@ -9,6 +9,7 @@ DarkroomError
 ├── Overloaded          the same request works later: wait `retry_after` seconds
 ├── QuotaExceeded       this caller has used up its quota
 ├── Unavailable         no server answers, or it is loading or shutting down: check, then retry
+│   └── TLSError        the two ends do not agree on TLS: correct `tls=TLS(...)`
 ├── DeadlineExceeded    use a longer `timeout` (at least `needed`), or ask for less
 │   └── DeadlineUnreachable   the same, and the server rejected the request before any work
 ├── Unauthenticated     use a valid token
@@ -95,6 +96,13 @@ class QuotaExceeded(DarkroomError):
 
 class Unavailable(DarkroomError):
     """No server answers, or it is loading or shutting down."""
+
+
+class TLSError(Unavailable):
+    """The two ends do not agree on TLS: the message says on what, and what to change.
+
+    A retry does not help, so there is none.
+    """
 
 
 class DeadlineExceeded(DarkroomError):

@@ -2,11 +2,13 @@
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
 from darkroom_client._checks import check_seconds, check_text
+from darkroom_client._traces import current_traceparent
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 
 Metadata = tuple[tuple[str, str], ...]
@@ -86,7 +88,7 @@ class Settings:
         return self.timeout if timeout is None else timeout
 
     def metadata(self, extra: Mapping[str, str] | None = None) -> Metadata:
-        """The metadata of every call, and ``extra``.
+        """The metadata of a call that is made now: the client's, the trace's and ``extra``.
 
         Raises ``TypeError`` for a key or value that is not a string, and ``ValueError`` for one
         that cannot be sent, or for a token that would be sent unencrypted.
@@ -107,6 +109,10 @@ class Settings:
             if name == "authorization" and self.tls is None and not self.insecure:
                 raise ValueError(f"metadata {key!r}: {_UNENCRYPTED}")
             pairs[name] = value
+        # A program without OpenTelemetry has no span; do not import it for that.
+        traces = "opentelemetry.trace" in sys.modules
+        if traces and "traceparent" not in pairs and (traceparent := current_traceparent()):
+            pairs["traceparent"] = traceparent
         return tuple(pairs.items())
 
 

@@ -16,7 +16,7 @@ from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.caller import ANONYMOUS
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.engine_config import Preset
-from darkroom_server.dispatch import Dispatcher, ResultStore, State
+from darkroom_server.dispatch import Dispatcher, LoadTimes, ResultStore, State
 from darkroom_server.logs import LogWriter
 from darkroom_server.rpc.interceptors.call_context import PeerAddresses
 from darkroom_server.rpc.server import RpcServer
@@ -26,7 +26,7 @@ from darkroom_server.security.tokens import Tokens
 from darkroom_server.service.generation import GenerationService
 from darkroom_server.service.summary import RequestObserver
 from darkroom_server.settings import Settings
-from darkroom_server.settings.sources import engine_configs, model_sources
+from darkroom_server.settings.sources import engine_configs, load_times_file, model_sources
 from darkroom_server.settings.tls import tls_files
 from darkroom_server.signals import exit_by_signal
 from darkroom_server.telemetry import Exporter, Metrics, open_traces
@@ -73,7 +73,11 @@ class Server:
     """
 
     def __init__(
-        self, settings: Settings, engines: Sequence[Engine], log_writer: LogWriter | None = None
+        self,
+        settings: Settings,
+        engines: Sequence[Engine],
+        log_writer: LogWriter | None = None,
+        load_times: LoadTimes | None = None,
     ) -> None:
         self.address = ""
         self.metrics_address = ""
@@ -95,6 +99,7 @@ class Server:
             max_restarts=settings.engine.engine_max_restarts,
             observer=self.metrics,
             on_state=self._publish_health,
+            load_times=load_times,
         )
         for model_id in model_ids:
             self.metrics.requests.read_jobs(model_id, self.dispatcher.job_counts)
@@ -246,12 +251,18 @@ def run(
 
     Raises ``StartupError`` and ``EngineLost``.
     """
-    asyncio.run(_run(settings, engines or build_engines(settings), log_writer))
+    load_times = LoadTimes(*load_times_file(settings)) if engines is None else None
+    asyncio.run(_run(settings, engines or build_engines(settings), log_writer, load_times))
 
 
-async def _run(settings: Settings, engines: Sequence[Engine], log_writer: LogWriter | None) -> None:
+async def _run(
+    settings: Settings,
+    engines: Sequence[Engine],
+    log_writer: LogWriter | None,
+    load_times: LoadTimes | None,
+) -> None:
     log.debug("descriptors", limit=raise_descriptor_limit())
-    server = Server(settings, engines, log_writer)
+    server = Server(settings, engines, log_writer, load_times)
     loop = asyncio.get_running_loop()
 
     def on_signal(number: signal.Signals) -> None:

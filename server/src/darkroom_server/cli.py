@@ -139,9 +139,9 @@ def _serve(flags: dict[str, Any]) -> None:
     import structlog
 
     from darkroom_server.app import EngineLost, run
-    from darkroom_server.logs import configure_logs
+    from darkroom_server.logs import capture_native_lines, configure_logs
 
-    writer = configure_logs(loaded.settings.logs)
+    writer = configure_logs(loaded.settings.logs, capture_native_lines())
     for warning in loaded.warnings:
         structlog.get_logger(__name__).warning(warning)
     if check:

@@ -1,6 +1,9 @@
 """Configures logging: format, level, and standard error as the destination."""
 
+import faulthandler
 import logging
+import os
+import select
 import sys
 import time
 from queue import SimpleQueue
@@ -11,11 +14,17 @@ import structlog
 
 from darkroom_server.settings import Logs
 
+log = structlog.get_logger(__name__)
+
 MAX_QUEUED_CHARACTERS = 4 << 20
 """About 10,000 lines; further ones are dropped until the reader of the log continues."""
 
 FLUSH_SECONDS = 2.0
 """How long the end of the process waits for a reader of the log that has stalled."""
+
+
+MAX_NATIVE_LINE = 4096
+"""Bytes; the rest of a longer line is a line of its own."""
 
 
 class LogWriter(logging.Handler):
@@ -27,7 +36,7 @@ class LogWriter(logging.Handler):
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self.dropped = 0
-        self._stream = stream
+        self._descriptor = stream.fileno()
         # Reentrant: a signal handler may log while its own thread does.
         self._queue: SimpleQueue[str] = SimpleQueue()
         self._queued = 0
@@ -66,11 +75,59 @@ class LogWriter(logging.Handler):
         while True:
             line = self._queue.get()
             try:
-                self._stream.write(line)
-                self._stream.flush()
-            except (OSError, ValueError):
-                self.dropped += 1  # The reader has closed the pipe, or the stream is closed.
+                self._write_bytes(line.encode(errors="backslashreplace"))
+            except OSError:
+                self.dropped += 1  # The reader has closed the pipe.
             self._written += len(line)
+
+    def _write_bytes(self, data: bytes) -> None:
+        # Not the stream's own methods: they hold its lock while they wait, and the interpreter
+        # flushes the stream at its exit.
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:
+                select.select([], [self._descriptor], [])
+
+
+NATIVE_BURST = 20
+NATIVE_LINES_PER_SECOND = 1.0
+"""A token bucket: strangers can make gRPC's core write thousands of lines a second."""
+
+
+def capture_native_lines() -> TextIO:
+    """Put what native code writes to descriptor 2 into our own log, at a limited rate.
+
+    gRPC's core writes there, in its own format. Returns a stream to the real standard error, which
+    replaces ``sys.stderr``. The last line of a process that aborts in native code is lost;
+    ``faulthandler`` writes the Python stack instead.
+    """
+    sys.stderr.flush()
+    real = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    reading, writing = os.pipe()
+    os.dup2(writing, 2)
+    os.close(writing)
+    sys.stderr = real
+    faulthandler.enable(real)
+    Thread(target=_log_native_lines, args=(reading,), name="native-log", daemon=True).start()
+    return real
+
+
+def _log_native_lines(descriptor: int) -> None:
+    tokens, then, suppressed = float(NATIVE_BURST), time.monotonic(), 0
+    with open(descriptor, "rb") as lines:
+        # A limit, because native code need not end its lines.
+        while line := lines.readline(MAX_NATIVE_LINE):
+            now = time.monotonic()
+            tokens = min(NATIVE_BURST, tokens + (now - then) * NATIVE_LINES_PER_SECOND)
+            then = now
+            if tokens < 1.0:
+                suppressed += 1
+                continue
+            tokens -= 1.0
+            text = line.decode(errors="replace").rstrip()
+            log.warning("native code logs", line=text, suppressed_before=suppressed)
+            suppressed = 0
 
 
 def _event_first(_: object, __: str, entry: structlog.typing.EventDict) -> Any:
@@ -78,8 +135,11 @@ def _event_first(_: object, __: str, entry: structlog.typing.EventDict) -> Any:
     return {**first, **entry}
 
 
-def configure_logs(settings: Logs) -> LogWriter:
-    """Send our log lines, and those of libraries that use ``logging``, to standard error."""
+def configure_logs(settings: Logs, stream: TextIO | None = None) -> LogWriter:
+    """Send our log lines, and those of libraries that use ``logging``, to ``stream``.
+
+    None is standard error.
+    """
     json = settings.log_format == "json" or (
         settings.log_format == "auto" and not sys.stderr.isatty()
     )
@@ -105,7 +165,7 @@ def configure_logs(settings: Logs) -> LogWriter:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
-    handler = LogWriter(sys.stderr)
+    handler = LogWriter(stream or sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -1,7 +1,6 @@
 """``serve --check``: whether a server with these settings could start here, without serving."""
 
 import asyncio
-import os
 import queue
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +13,7 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, EngineReady, Event
 from darkroom_server.rpc.server import probe_port
 from darkroom_server.settings import Network, Settings
+from darkroom_server.settings.sources import measurement_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,9 @@ async def preflight(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding(False, f"settings: {error}")
     for finding in _ports(settings.network):
         yield finding
-    yield _cache_folder()
+    folder = measurement_folder()
+    if settings.engine.measurement_cache and folder is not None:
+        yield _cache(Path(folder))
     for number, engine in enumerate(engines):
         yield await asyncio.to_thread(_load, number, engine)
 
@@ -55,9 +57,8 @@ def _ports(network: Network) -> Iterator[Finding]:
             yield Finding(True, f"{name}: {free} on {host}")
 
 
-def _cache_folder() -> Finding:
-    """Whether the folder that models and measurements are cached in can be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+def _cache(folder: Path) -> Finding:
+    """Whether ``folder`` can be written, or created."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
@@ -73,15 +74,15 @@ def _load(number: int, engine: Engine) -> Finding:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     try:
         engine.start(events.put)
-        while True:
-            match events.get():
-                case EngineReady(models=models, load_seconds=seconds):
-                    device = models[0].runtime.device
-                    names = ", ".join(model.id for model in models)
-                    text = f"engine {number}: loaded {names} on {device} in {seconds:.1f} s"
-                    return Finding(True, text)
-                case EngineDied(message=message):
-                    return Finding(False, f"engine {number}: {message}")
+        event = events.get()
+        while not isinstance(event, EngineReady | EngineDied):
+            event = events.get()
+        if isinstance(event, EngineDied):
+            return Finding(False, f"engine {number}: {event.message}")
+        device = event.models[0].runtime.device
+        names = ", ".join(model.id for model in event.models)
+        seconds = f"{event.load_seconds:.1f} s"
+        return Finding(True, f"engine {number}: loaded {names} on {device} in {seconds}")
     except (OSError, RuntimeError) as error:
         return Finding(False, f"engine {number}: cannot be started: {error}")
     finally:

@@ -32,6 +32,10 @@ class ServerProcess:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def until(self, event: str) -> dict[str, Any]:
         """The first log entry called ``event`` from now on."""
         assert self._process.stderr

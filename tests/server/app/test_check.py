@@ -96,7 +96,7 @@ def test_the_printed_settings_are_a_file_that_gives_the_same(tmp_path: Path) -> 
     assert tables["shutdown"]["grace"] == 2.5
     assert "port = 1234  # --port" in printed
     assert "grace = 2.5  # DARKROOM_SERVE_GRACE" in printed
-    assert "# max_rows: measured at start" in printed
+    assert "# rows: measured" in printed
     file = tmp_path / "again.toml"
     file.write_text(printed)
     assert tomllib.loads(print_config("--config", str(file))) == tables

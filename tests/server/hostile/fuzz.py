@@ -56,6 +56,8 @@ METHODS: dict[str, type[Message]] = {
     "GenerationService/SubmitGeneration": generation_pb2.SubmitGenerationRequest,
     "GenerationService/WatchGeneration": generation_pb2.WatchGenerationRequest,
     "GenerationService/CancelGeneration": generation_pb2.CancelGenerationRequest,
+    "GenerationService/GetGeneration": generation_pb2.GetGenerationRequest,
+    "GenerationService/ListGenerations": generation_pb2.ListGenerationsRequest,
     "GenerationService/EstimateGeneration": generation_pb2.EstimateGenerationRequest,
     "ModelService/GetModel": model_pb2.GetModelRequest,
     "ServerService/GetStatus": server_pb2.GetStatusRequest,

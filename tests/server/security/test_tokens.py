@@ -1,6 +1,7 @@
 """Tokens: which callers are accepted, and what a token file may contain."""
 
 import os
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ async def test_handlers_and_the_log_get_the_caller(file: Path, monkeypatch: Any)
         async with serving() as wire:
             await refusal(list_models(wire))
     web = Caller(name="web", priority=2, max_jobs=3, jobs_per_minute=90.5)
-    assert callers == [web, ANONYMOUS]
+    assert callers == [web, replace(ANONYMOUS, address="127.0.0.1")]
     first, second = [line for line in logs if line["event"] == "handler failed"]
     assert first["caller"] == "web"
     assert "caller" not in second

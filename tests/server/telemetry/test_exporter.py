@@ -82,7 +82,7 @@ def test_slow_clients_take_a_bounded_number_of_threads() -> None:
     host, port = address.split(":")
     try:
         with ExitStack() as slow:
-            for _ in range(400):
+            for _ in range(200):
                 client = slow.enter_context(socket.create_connection((host, int(port))))
                 client.sendall(b"GET /metr")
                 most = threading.active_count() - before

@@ -1,5 +1,7 @@
 """From the arguments of a client's methods to calls and sessions."""
 
+import secrets
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -9,24 +11,28 @@ from google.protobuf.message import Message
 
 from darkroom.v1 import generation_pb2, model_pb2, server_pb2
 from darkroom_client._checks import check_seconds, check_text, is_unicode
-from darkroom_client._protocol.call import Call
+from darkroom_client._protocol.retries import Call
 from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._protocol.stubs import Stubs
 from darkroom_client._settings import Settings
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
+from darkroom_client._types.job import Job
 from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._types.result import GenerationResult
 from darkroom_client._types.status import Estimate, ServerStatus
 from darkroom_client._wire.events import decode_accepted
+from darkroom_client._wire.jobs import JobPage, decode_job, decode_page
 from darkroom_client._wire.models import decode_model
-from darkroom_client._wire.requests import encode_preview, encode_request, with_id_and_seed
+from darkroom_client._wire.requests import encode_preview, encode_request
 from darkroom_client._wire.results import decode_response
 from darkroom_client._wire.status import decode_estimate, decode_status
 
 A = TypeVar("A")
+
+_SEED_BOUND = 2**63
 
 
 class Calls:
@@ -39,14 +45,15 @@ class Calls:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._keep = settings.retry.attempts > 1
+        self._keep = settings.retry.enabled
 
     def generate(
         self, request: GenerationRequest, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[GenerationResult]:
         """Generate images, and answer when all are done."""
-        message = encode_request(with_id_and_seed(request), keep=self._keep)
+        message = encode_request(_with_id_and_seed(request), keep=self._keep)
         return self._call(
+            "Generate",
             lambda stubs: stubs.health_checked_generation.Generate,
             message,
             decode_response,
@@ -66,7 +73,7 @@ class Calls:
         metadata: Mapping[str, str] | None,
     ) -> GenerationSession:
         """Generate images, with events."""
-        message = encode_request(with_id_and_seed(request), keep=self._keep)
+        message = encode_request(_with_id_and_seed(request), keep=self._keep)
         return GenerationSession(
             message.request_id,
             request=message,
@@ -98,7 +105,7 @@ class Calls:
         metadata: Mapping[str, str] | None,
     ) -> Call[Accepted]:
         """Start a job without waiting for it."""
-        generation = encode_request(with_id_and_seed(request))
+        generation = encode_request(_with_id_and_seed(request))
         message = generation_pb2.SubmitGenerationRequest(generation=generation)
         limited = check_seconds("time_limit", time_limit)
         if limited is not None:
@@ -106,6 +113,7 @@ class Calls:
             limit.FromNanoseconds(round(limited * 1e9))
             message.time_limit.CopyFrom(limit)
         return self._call(
+            "SubmitGeneration",
             lambda stubs: stubs.health_checked_generation.SubmitGeneration,
             message,
             lambda response: decode_accepted(response.accepted),
@@ -121,7 +129,8 @@ class Calls:
         """Cancel a job."""
         _check_name("request_id", request_id)
         return self._call(
-            lambda stubs: stubs.generation.CancelGeneration,
+            "CancelGeneration",
+            lambda stubs: stubs.control.CancelGeneration,
             generation_pb2.CancelGenerationRequest(request_id=request_id),
             lambda response: bool(response.cancelled),
             timeout,
@@ -129,12 +138,41 @@ class Calls:
             request_id=request_id,
         )
 
+    def job(
+        self, request_id: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[Job]:
+        """Get the state of one job."""
+        _check_name("request_id", request_id)
+        return self._call(
+            "GetGeneration",
+            lambda stubs: stubs.control.GetGeneration,
+            generation_pb2.GetGenerationRequest(request_id=request_id),
+            lambda response: decode_job(response.generation),
+            timeout,
+            metadata,
+            request_id=request_id,
+        )
+
+    def jobs(
+        self, page_token: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[JobPage]:
+        """List one page of the caller's jobs."""
+        return self._call(
+            "ListGenerations",
+            lambda stubs: stubs.control.ListGenerations,
+            generation_pb2.ListGenerationsRequest(page_token=page_token),
+            decode_page,
+            timeout,
+            metadata,
+        )
+
     def estimate(
         self, request: GenerationRequest, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[Estimate]:
         """Estimate a request."""
         return self._call(
-            lambda stubs: stubs.generation.EstimateGeneration,
+            "EstimateGeneration",
+            lambda stubs: stubs.control.EstimateGeneration,
             generation_pb2.EstimateGenerationRequest(generation=encode_request(request)),
             decode_estimate,
             timeout,
@@ -146,6 +184,7 @@ class Calls:
     ) -> Call[list[Model]]:
         """List the models."""
         return self._call(
+            "ListModels",
             lambda stubs: stubs.models.ListModels,
             model_pb2.ListModelsRequest(),
             lambda response: [decode_model(model) for model in response.models],
@@ -159,6 +198,7 @@ class Calls:
         """Describe one model."""
         _check_name("id", id)
         return self._call(
+            "GetModel",
             lambda stubs: stubs.models.GetModel,
             model_pb2.GetModelRequest(model=id),
             lambda response: decode_model(response.model),
@@ -171,6 +211,7 @@ class Calls:
     ) -> Call[ServerStatus]:
         """Get the server's status."""
         return self._call(
+            "GetStatus",
             lambda stubs: stubs.server.GetStatus,
             server_pb2.GetStatusRequest(),
             decode_status,
@@ -180,6 +221,7 @@ class Calls:
 
     def _call(
         self,
+        name: str,
         method: Callable[[Stubs], Any],
         message: Message,
         decode: Callable[[Any], A],
@@ -191,6 +233,7 @@ class Calls:
         fallback_method: Callable[[Stubs], Any] | None = None,
     ) -> Call[A]:
         return Call(
+            name=name,
             method=method,
             message=message,
             decode=decode,
@@ -200,8 +243,19 @@ class Calls:
             request_id=request_id,
             survives_disconnect=survives_disconnect,
             fallback_method=fallback_method,
-            retried=self._settings.retry.attempts > 1,
+            retry=self._settings.retry,
+            # Only job-starting calls have a second method.
+            control=fallback_method is None,
         )
+
+
+def _with_id_and_seed(request: GenerationRequest) -> GenerationRequest:
+    """``request`` with its id and seed set, so each retry generates the same image."""
+    return replace(
+        request,
+        request_id=request.request_id or uuid.uuid4().hex,
+        seed=secrets.randbelow(_SEED_BOUND) if request.seed is None else request.seed,
+    )
 
 
 def _check_name(name: str, value: str) -> None:

@@ -156,7 +156,7 @@ def is_bare(error: DarkroomError, kind: type[DarkroomError]) -> bool:
 
 
 def may_retry(error: grpc.RpcError) -> bool:
-    """Whether gRPC itself would retry after ``error``."""
+    """Whether a further try may succeed after ``error``, and the server does not forbid it."""
     trailers = cast(grpc.Call, error).trailing_metadata() or ()
     forbidden = any(key == _PUSHBACK and str(value).startswith("-") for key, value in trailers)
     return error.code() in RETRIED and not forbidden

@@ -1,13 +1,10 @@
 """One job as its caller sees it, over any number of connections."""
 
-import math
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from google.protobuf.message import Message
+import grpc
 
 from darkroom.v1 import generation_pb2
 from darkroom_client._errors import (
@@ -16,11 +13,12 @@ from darkroom_client._errors import (
     DeadlineExceeded,
     Overloaded,
     ServerError,
+    TLSError,
     Unavailable,
     UnknownRequest,
 )
-from darkroom_client._protocol.rpc_errors import is_bare
-from darkroom_client._protocol.stubs import Stubs
+from darkroom_client._protocol.retries import NextCall, Retries, log
+from darkroom_client._protocol.rpc_errors import from_rpc_error, is_bare
 from darkroom_client._settings import Metadata
 from darkroom_client._types.connection import Retry
 from darkroom_client._types.events import (
@@ -29,6 +27,7 @@ from darkroom_client._types.events import (
     Finished,
     ImageReady,
     Queued,
+    Reconnecting,
     Restarted,
     Started,
 )
@@ -43,9 +42,6 @@ from darkroom_client._wire.events import (
 )
 from darkroom_client._wire.results import decode_timings, unreadable
 
-LONGEST_OUTAGE = 120.0
-"""A stream without a timeout fails after that many seconds without any server."""
-
 MAX_BACKENDS_PROBED = 6
 """A job counts as lost after that many UNKNOWN_REQUEST answers in a row: servers behind one name do
 not share jobs, and a balanced connection sends each call to the next of them."""
@@ -54,12 +50,11 @@ _SEED_BOUND = 2**63
 
 
 @dataclass(frozen=True, slots=True)
-class NextCall:
-    """The next call to make."""
+class Pause:
+    """Wait ``seconds`` before the next call; ``event`` is for the caller, before that."""
 
-    method: Callable[[Stubs], Any]
-    message: Message
-    timeout: float | None
+    seconds: float
+    event: Reconnecting | None = None
 
 
 class GenerationSession:
@@ -87,15 +82,18 @@ class GenerationSession:
         self.timeout = timeout
         self.metadata = metadata
         # The server continues the job after a lost connection: a reader that stops must cancel it.
-        self.survives_disconnect = request is not None and retry.attempts > 1
+        self.survives_disconnect = request is not None and retry.enabled
         self.ended = False
         self.result: GenerationResult | None = None
         self._request = request
         self._preview = preview
-        self._retry = retry
-        self._ends_at: float | None = None
-        self._last_event_at = 0.0
-        self._failures = 0
+        self._retries = Retries(
+            "WatchGeneration" if request is None else "GenerateStream",
+            retry=retry,
+            timeout=timeout,
+            address=address,
+            request_id=request_id,
+        )
         self._unknown = 0
         self._sent = False
         self._job_ended = False
@@ -105,9 +103,10 @@ class GenerationSession:
         self._skip_health_check = False
         self._accepted: Accepted | None = None
         self._server_id = ""
-        # Why the last server did not accept the job.
-        self._rejection: Unavailable | None = None
+        self._queue_position = 0
         self._started = False
+        # The last step of each image that has begun: (step, steps), by index.
+        self._steps: dict[int, tuple[int, int]] = {}
         self._crashes = 0
         self._losses = 0
         # The index in the request of the first image of the job that runs now.
@@ -125,20 +124,28 @@ class GenerationSession:
         """The name of the server that has the job; empty while it is not known."""
         return self._server_id
 
+    @property
+    def remaining(self) -> float:
+        """The remaining seconds of the call; infinite without a timeout."""
+        return self._retries.remaining
+
+    def failure(self, error: grpc.RpcError, tls_problem: str) -> DarkroomError:
+        """``error`` as the client's own error; ``tls_problem`` as in ``CallTries``."""
+        failure = from_rpc_error(
+            error, address=self.address, timeout=self.timeout, request_id=self.request_id
+        )
+        if tls_problem:
+            return TLSError(tls_problem, code=failure.code, request_id=self.request_id)
+        return failure
+
     def next_call(self) -> NextCall:
         """The call to make now; raises the caller's error if the time is up."""
-        now = time.monotonic()
-        if self._ends_at is None:
-            self._ends_at = math.inf if self.timeout is None else now + self.timeout
-            self._last_event_at = now
-        remaining = self._ends_at - now
-        if remaining <= 0:
-            self.ended = True
-            raise self._rejection or self._deadline_exceeded()
+        if self._retries.remaining <= 0:
+            raise self._final(self._retries.outage or self._deadline_exceeded())
         self._assembly = ImageAssembly(self.request_id)
-        timeout = None if math.isinf(remaining) else remaining
         if self._joinable or self._request is None:
-            return watch_call(self.request_id, timeout)
+            return watch_call(self.request_id, self._retries.begin("WatchGeneration"))
+        timeout = self._retries.begin("GenerateStream")
         self._sent = True
         message = generation_pb2.GenerateStreamRequest(
             generation=self._remaining_request(self._request), preview=self._preview
@@ -147,20 +154,25 @@ class GenerationSession:
 
     def feed(self, event: generation_pb2.GenerationEvent) -> list[Event]:
         """Return the caller's events for ``event``; raises ``ServerError`` if it is unreadable."""
-        self._failures = self._unknown = 0
-        self._rejection = None
-        self._last_event_at = time.monotonic()
+        self._unknown = 0
+        self._retries.answered()
         try:
             return list(self._decode(event))
         except ServerError:
             self.ended = True
             raise
 
-    def on_call_ended(self, error: DarkroomError | None, *, sent: bool = True) -> float:
-        """Return the seconds to wait before ``next_call``; raises ``error`` if it is final.
+    def on_call_ended(
+        self,
+        error: DarkroomError | None,
+        *,
+        sent: bool = True,
+        connected: bool = True,
+    ) -> Pause:
+        """Return the pause before ``next_call``; raises the caller's error if it is final.
 
         ``error`` is None if the call ended with OK before the job did. ``sent``: there was a server
-        to send the call to.
+        to send the call to; ``connected``: there is a connection to one now.
         """
         error = error or Unavailable(
             f"the server at {self.address} ended the stream before the generation",
@@ -168,27 +180,28 @@ class GenerationSession:
             request_id=self.request_id,
         )
         skipped_health_check, self._skip_health_check = self._skip_health_check, False
-        if is_bare(error, Unavailable) and not self._joinable and not skipped_health_check:
+        checked = not self._joinable and not skipped_health_check
+        if checked and is_bare(error, Unavailable) and not isinstance(error, TLSError):
             # No server accepts jobs, or it was lost: another one gives the reason, or accepts it.
             self._skip_health_check = True
             if not sent:
-                return 0.0
+                return Pause(0.0)
         if isinstance(error, UnknownRequest) and self._joinable and self._probe_another_backend():
             # Random, or clients that probe in step would each meet the same backend every time.
-            return random.uniform(0.0, 0.02)
-        self._failures += 1
-        if self._accepted is None and isinstance(error, Unavailable):
-            self._rejection = error
-        elif self._rejection is not None and is_bare(error, DeadlineExceeded):
-            # The deadline passed before a server accepted the job: keep the earlier reason.
-            error = self._rejection
+            return Pause(random.uniform(0.0, 0.02))
+        if is_bare(error, DeadlineExceeded):
+            if self._accepted is not None and connected:
+                error = self._deadline_exceeded()
+            raise self._final(self._retries.expired(error, connected=connected))
+        self._retries.failed(error)
         if not self._may_retry(error):
-            self.ended = True
-            # Every error with a reason is the server's, so the job has ended, except if the server
-            # is unavailable. An error without a reason, such as the client's own deadline, is not.
-            self._job_ended = bool(error.reason) and not isinstance(error, Unavailable)
-            raise error
-        return self._pause(error)
+            raise self._final(error)
+        try:
+            seconds = self._retries.pause(error)
+        except DarkroomError as late:
+            raise self._final(late) from None
+        reason = error.reason or error.code
+        return Pause(seconds, Reconnecting(attempt=self._retries.failures, reason=reason))
 
     def _probe_another_backend(self) -> bool:
         """Whether to call again at once for a job that the last backend does not know."""
@@ -204,31 +217,39 @@ class GenerationSession:
         return True
 
     def _may_retry(self, error: DarkroomError) -> bool:
-        """Whether to call again: some times, and for an accepted job until the time is up."""
-        if self.timeout is None and time.monotonic() - self._last_event_at > LONGEST_OUTAGE:
-            return False
-        accepted = self._accepted is not None
-        if isinstance(error, Unavailable) and accepted and self._retry.attempts > 1:
-            return True
+        """Whether to call again if there is time."""
         if isinstance(error, Overloaded):
             # The job lost its place in the queue when its server restarted.
             return self._losses > 0 and not self._joinable
+        accepted = self._accepted is not None
         # gRPC's own errors for a connection that broke during the call, such as "Stream removed".
         # A server that shuts down before it has accepted the job ends the call with CANCELLED.
         lost = isinstance(error, Unavailable) or is_bare(error, Cancelled)
         lost = lost or (accepted and is_bare(error, ServerError))
-        return lost and self._failures < self._retry.attempts
+        return lost and self._retries.allowed(error, accepted=accepted)
 
-    def _pause(self, error: DarkroomError) -> float:
-        """Seconds until the next call; raises ``error`` if there is no time for one."""
-        grown = self._retry.initial_backoff * self._retry.multiplier ** (self._failures - 1)
-        backoff = min(grown, self._retry.max_backoff) * random.uniform(0.8, 1.2)
-        wait = error.retry_after or backoff
-        remaining = (self._ends_at or math.inf) - time.monotonic()
-        if wait >= remaining and self._accepted is None:
-            self.ended = True
-            raise error
-        return max(0.0, min(wait, remaining))
+    def _final(self, error: DarkroomError) -> DarkroomError:
+        """``error``, which ends the stream; for an accepted job it says how far that was."""
+        self.ended = True
+        # Every error with a reason is the server's, so the job has ended, except if the server is
+        # unavailable. An error without a reason, such as the client's own deadline, is not.
+        self._job_ended = bool(error.reason) and not isinstance(error, Unavailable)
+        log.debug("%s: request id %s failed: %s", self.address, self.request_id, error)
+        if self._accepted is not None:
+            error.args = (f"{error} ({self._how_far(self._accepted)})",)
+        return error
+
+    def _how_far(self, accepted: Accepted) -> str:
+        """How far the job was at its last event."""
+        count = len(accepted.seeds)
+        done = f"{len(self._images)} of {count} images had arrived"
+        running = {index: step for index, step in self._steps.items() if index not in self._images}
+        if running:
+            step, steps = max(running.values())
+            return f"the job was at step {step} of {steps}; {done}"
+        if self._started:
+            return f"the job had started; {done}"
+        return f"the job was accepted, with {self._queue_position} jobs before it; {done}"
 
     def _deadline_exceeded(self) -> DarkroomError:
         return DeadlineExceeded(
@@ -260,6 +281,7 @@ class GenerationSession:
                 yield from self._decode_accepted(decode_accepted(event.accepted))
             case "queued":
                 if not self._started:
+                    self._queue_position = event.queued.position
                     yield Queued(position=event.queued.position)
             case "started":
                 if not self._started:
@@ -270,7 +292,9 @@ class GenerationSession:
                     self._crashes = event.restarted.crashes
                     yield self._restarted()
             case "progress":
-                yield decode_progress(event.progress, self._first)
+                progress = decode_progress(event.progress, self._first)
+                self._steps[progress.image_index] = (progress.step, progress.steps)
+                yield progress
             case "preview":
                 if (preview := decode_preview(event.preview, self._first)) is not None:
                     yield preview
@@ -284,6 +308,7 @@ class GenerationSession:
         self._server_id = accepted.server_id
         if self._accepted is None:
             self._accepted = accepted
+            self._queue_position = accepted.queue_position
             yield accepted
         elif not self._joinable and not accepted.joined:
             self._crashes = 0
@@ -292,6 +317,7 @@ class GenerationSession:
 
     def _restarted(self) -> Restarted:
         self._started = False
+        self._steps.clear()
         return Restarted(times=self._crashes + self._losses)
 
     def _decode_image(self, chunk: generation_pb2.ImageChunk) -> Iterator[Event]:
@@ -324,7 +350,9 @@ class GenerationSession:
 def watch_call(request_id: str, timeout: float | None) -> NextCall:
     """Follow a job that exists."""
     message = generation_pb2.WatchGenerationRequest(request_id=request_id)
-    return NextCall(lambda stubs: stubs.generation.WatchGeneration, message, timeout)
+    return NextCall(
+        "WatchGeneration", lambda stubs: stubs.generation.WatchGeneration, message, timeout
+    )
 
 
 def generate_call(
@@ -332,5 +360,12 @@ def generate_call(
 ) -> NextCall:
     """Start a job: at a server whose health says that it accepts jobs, or at any server."""
     if skip_health_check:
-        return NextCall(lambda stubs: stubs.generation.GenerateStream, message, timeout)
-    return NextCall(lambda stubs: stubs.health_checked_generation.GenerateStream, message, timeout)
+        return NextCall(
+            "GenerateStream", lambda stubs: stubs.generation.GenerateStream, message, timeout
+        )
+    return NextCall(
+        "GenerateStream",
+        lambda stubs: stubs.health_checked_generation.GenerateStream,
+        message,
+        timeout,
+    )

@@ -1,4 +1,4 @@
-"""The services of a server, over the two channels of a client."""
+"""The services of a server, over the channels of a client."""
 
 from typing import Any
 
@@ -11,12 +11,15 @@ class Stubs:
     """One stub of each service. Blocking or asyncio channels decide the kind of their calls.
 
     ``health_checked_generation``: for calls that begin jobs, over the channel that goes only to
-    servers whose health says that they accept jobs.
+    servers whose health says that they accept jobs. ``generation``: for other calls that last as
+    long as a job. ``control``, ``models``, ``server``, ``health``: for short calls, over the
+    control channel.
     """
 
-    def __init__(self, checked: Any, channel: Any) -> None:
+    def __init__(self, checked: Any, plain: Any, control: Any) -> None:
         self.health_checked_generation: Any = generation_pb2_grpc.GenerationServiceStub(checked)
-        self.generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)
-        self.models: Any = model_pb2_grpc.ModelServiceStub(channel)
-        self.server: Any = server_pb2_grpc.ServerServiceStub(channel)
-        self.health: Any = health_pb2_grpc.HealthStub(channel)
+        self.generation: Any = generation_pb2_grpc.GenerationServiceStub(plain)
+        self.control: Any = generation_pb2_grpc.GenerationServiceStub(control)
+        self.models: Any = model_pb2_grpc.ModelServiceStub(control)
+        self.server: Any = server_pb2_grpc.ServerServiceStub(control)
+        self.health: Any = health_pb2_grpc.HealthStub(control)

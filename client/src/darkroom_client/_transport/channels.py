@@ -1,11 +1,15 @@
 """From a client's settings to its gRPC channels.
 
-There are two. Calls that start jobs go over the checked channel, to servers whose health says that
-they accept jobs. If there is none, gRPC fails the call, and the second try goes over the plain
-channel, to get the server's own reason. All other calls go over the plain channel: a draining
-server still answers calls about its jobs. The channels have equal connection options, so gRPC
-shares one connection to each server between them. With TLS gRPC shares none: the plain channel
-opens its own at its first call.
+Calls that last as long as a job go over a pair of channels. Those that start jobs go over the
+checked channel, to servers whose health says that they accept jobs. If there is none, gRPC fails
+the call, and the next try goes over the plain channel, to get the server's own reason. Watches go
+over the plain channel: a draining server still answers calls about its jobs. The two have equal
+connection options, so gRPC shares one connection to each server between them. With TLS gRPC shares
+none: the plain channel opens its own at its first call.
+
+A server limits the streams of a connection (about 100), and gRPC queues further calls in silence.
+So a client opens a further pair before that (``CALLS_PER_PAIR``), and short calls have a channel
+and a connection of their own.
 """
 
 import ipaddress
@@ -17,28 +21,44 @@ import grpc
 import grpc.aio
 
 from darkroom_client._settings import Settings
-from darkroom_client._transport.retry_policy import service_config
+from darkroom_client._transport.service_config import service_config
 from darkroom_client._types.connection import TLS
+
+CALLS_PER_PAIR = 90
+"""Calls at a time on one pair of channels. A server limits the streams of a connection to about
+100, and the health check of the checked channel is one of them."""
 
 Options = tuple[tuple[str, str | int], ...]
 
 _clients = itertools.count()
 
 
-def open_channels(settings: Settings) -> tuple[grpc.Channel, grpc.Channel]:
-    """The checked and the plain channel for blocking calls; each connects at its first call."""
+def open_pair(settings: Settings) -> tuple[grpc.Channel, grpc.Channel]:
+    """A checked and a plain channel for blocking calls; each connects at its first call."""
     own = _own_connections()
     checked, plain = (channel_options(settings, checked=each) + own for each in (True, False))
     target = dial_target(settings.target)
     return _open(settings, target, checked), _open(settings, target, plain)
 
 
-def open_async_channels(settings: Settings) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
-    """Like ``open_channels``, for the running event loop, which they belong to."""
+def open_async_pair(settings: Settings) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
+    """Like ``open_pair``, for the running event loop, which they belong to."""
     own = _own_connections()
     checked, plain = (channel_options(settings, checked=each) + own for each in (True, False))
     target = dial_target(settings.target)
     return _open_async(settings, target, checked), _open_async(settings, target, plain)
+
+
+def open_control_channel(settings: Settings) -> grpc.Channel:
+    """A channel for short blocking calls, with connections of its own."""
+    options = channel_options(settings, checked=False) + _own_connections()
+    return _open(settings, dial_target(settings.target), options)
+
+
+def open_async_control_channel(settings: Settings) -> grpc.aio.Channel:
+    """Like ``open_control_channel``, for the running event loop."""
+    options = channel_options(settings, checked=False) + _own_connections()
+    return _open_async(settings, dial_target(settings.target), options)
 
 
 def open_direct_channel(settings: Settings, address: str) -> grpc.Channel:
@@ -64,10 +84,11 @@ def _open_async(settings: Settings, target: str, options: Options) -> grpc.aio.C
 
 
 def _own_connections() -> Options:
-    """An option that separates a client's connections from those of all other clients.
+    """An option that separates the connections of its channels from those of all others.
 
-    Without it all clients of a process share gRPC's subchannels: a new client would fail for
-    seconds because an earlier client's connection attempt to that address failed.
+    Without it all channels of a process share gRPC's subchannels: they would share the server's
+    limit of streams, and a new client would fail for seconds because an earlier client's
+    connection attempt to that address failed.
     """
     return (("darkroom.client", next(_clients)),)
 
@@ -108,7 +129,7 @@ def channel_options(settings: Settings, *, checked: bool) -> Options:
         ("grpc.keepalive_time_ms", round(settings.keepalive.interval * 1000)),
         ("grpc.keepalive_timeout_ms", round(settings.keepalive.timeout * 1000)),
         ("grpc.max_receive_message_length", settings.max_reply_bytes),
-        ("grpc.service_config", json.dumps(service_config(settings, checked=checked))),
+        ("grpc.service_config", json.dumps(service_config(checked=checked))),
         # To notice a new server within seconds: gRPC's own backoff grows to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 250),
         ("grpc.max_reconnect_backoff_ms", 5000),

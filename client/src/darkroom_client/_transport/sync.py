@@ -4,27 +4,49 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
 
 import grpc
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_client._errors import DarkroomError
-from darkroom_client._protocol.call import Call, client_closed_error
-from darkroom_client._protocol.session import GenerationSession, NextCall
+from darkroom_client._protocol.retries import Call, CallTries, NextCall, client_closed_error
+from darkroom_client._protocol.rpc_errors import was_sent
+from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._protocol.stubs import Stubs
-from darkroom_client._settings import Settings
-from darkroom_client._transport.channels import check_files, open_channels, open_direct_channel
+from darkroom_client._settings import Metadata, Settings
+from darkroom_client._transport.channels import (
+    CALLS_PER_PAIR,
+    check_files,
+    open_control_channel,
+    open_direct_channel,
+    open_pair,
+)
 from darkroom_client._transport.server_address import server_address
+from darkroom_client._transport.tls_probe import find_tls_problem
 
 CANCEL_ON_EXIT_SECONDS = 2.0
 """The time limit of a cancel call, the lookup of the server's address included."""
+
+STATE_SECONDS = 0.5
+"""The time limit of asking gRPC for the state of a channel, which it sends from a thread."""
 
 STATUS_SECONDS = 5.0
 """How long a finished stream waits for the status of its call; then it cancels the call."""
 
 A = TypeVar("A")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    channels: tuple[grpc.Channel, grpc.Channel]
+    stubs: Stubs
+    # One object for each open call. gRPC's threads remove them: each step is atomic.
+    calls: set[object] = field(default_factory=set)
 
 
 class SyncTransport:
@@ -40,20 +62,23 @@ class SyncTransport:
     no lock, so signal handlers and finalizers may run ``finish`` and ``close`` at any moment: each
     step below is one atomic operation of a dict or a set.
 
-    ``_lock`` guards the opening only: the channels open at most once, and none is open after
+    ``_lock`` guards the opening only: each channel opens at most once, and none is open after
     ``close``. It is reentrant, for a signal handler may close the client that is being opened.
+
+    ``_sleepers``: the queues that wake a thread which waits before its next try.
     """
 
     def __init__(self, settings: Settings) -> None:
         check_files(settings.tls)
         self.closed = False
         self._settings = settings
-        self._channels: tuple[grpc.Channel, ...] = ()
-        self._stubs: Stubs | None = None
+        self._control: grpc.Channel | None = None
+        self._pairs: list[_Pair] = []
         self._process = 0
         self._lock = threading.RLock()
         self._in_flight: dict[str, Call[Any] | GenerationSession] = {}
         self._cancels: set[threading.Thread] = set()
+        self._sleepers: set[SimpleQueue[Any]] = set()
 
     @property
     def stubs(self) -> Stubs:
@@ -62,12 +87,28 @@ class SyncTransport:
         Raises ``RuntimeError`` in a process that was forked after that.
         """
         self._check_process()
-        return self._stubs or self._open()
+        return self._pairs[0].stubs if self._pairs else self._open().stubs
 
     @property
     def forked(self) -> bool:
         """Whether the channels belong to the parent of this process."""
-        return self._stubs is not None and self._process != os.getpid()
+        return bool(self._pairs) and self._process != os.getpid()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection to a server now."""
+        channels = [channel for channel in self._all_channels() if not self.closed]
+        states: SimpleQueue[grpc.ChannelConnectivity] = SimpleQueue()
+        for channel in channels:
+            channel.subscribe(states.put)
+        try:
+            found = (states.get(timeout=STATE_SECONDS) for _ in channels)
+            return any(state is grpc.ChannelConnectivity.READY for state in found)
+        except Empty:
+            return False
+        finally:
+            for channel in channels:
+                channel.unsubscribe(states.put)
 
     def _check_process(self) -> None:
         if self.forked:
@@ -75,15 +116,20 @@ class SyncTransport:
                 "this client was in use before the process forked: make one in each process"
             )
 
-    def _open(self) -> Stubs:
+    def _open(self) -> _Pair:
+        """A pair of channels with room for a call."""
         with self._lock:
-            if self._stubs is None:
-                self._process = os.getpid()
-                self._channels = open_channels(self._settings)
-                self._stubs = Stubs(*self._channels)
+            free = next((pair for pair in self._pairs if len(pair.calls) < CALLS_PER_PAIR), None)
+            if free is None:
+                if self._control is None:
+                    self._process = os.getpid()
+                    self._control = open_control_channel(self._settings)
+                channels = open_pair(self._settings)
+                free = _Pair(channels, Stubs(*channels, self._control))
+                self._pairs.append(free)
                 if self.closed:  # Before this, or meanwhile by a signal handler.
                     self._close_channels()
-            return self._stubs
+            return free
 
     def run(self, call: Call[A]) -> A:
         """Make ``call`` and wait for its answer."""
@@ -100,16 +146,11 @@ class SyncTransport:
         self.register(call)  # Before the call: an interrupt may come at any moment after it.
         return InFlightCall(self, call)
 
-    def open(self, call: Call[A]) -> Any:
-        """Make one try of ``call``; returns gRPC's future."""
-        try:
-            return call.method(self.stubs).future(
-                call.message, timeout=call.timeout, metadata=call.metadata
-            )
-        except ValueError:
-            if self.closed:
-                raise client_closed_error(call.request_id) from None
-            raise
+    def open(self, call: NextCall, metadata: Metadata, request_id: str | None) -> Any:
+        """Make one unary call; returns gRPC's future."""
+        if self.closed:
+            raise client_closed_error(request_id)
+        return self._start(call, metadata, request_id, stream=False)
 
     def open_stream(self, session: GenerationSession, call: NextCall) -> Any:
         """Open the stream of ``call``; returns gRPC's call."""
@@ -117,14 +158,52 @@ class SyncTransport:
             raise client_closed_error(session.request_id)
         self._check_process()
         self.register(session)
+        return self._start(call, session.metadata, session.request_id, stream=True)
+
+    def _start(
+        self, call: NextCall, metadata: Metadata, request_id: str | None, *, stream: bool
+    ) -> Any:
+        place = object()
+        if call.control:
+            stubs, calls = self.stubs, set[object]()
+        else:
+            self._check_process()
+            with self._lock:  # Two threads must not both take the last place.
+                pair = self._open()
+                stubs, calls = pair.stubs, pair.calls
+                calls.add(place)
+        method = call.method(stubs)
+        start = method if stream else method.future
         try:
-            return call.method(self.stubs)(
-                call.message, timeout=call.timeout, metadata=session.metadata
-            )
-        except ValueError:
-            if self.closed:
-                raise client_closed_error(session.request_id) from None
+            started = start(call.message, timeout=call.timeout, metadata=metadata)
+        except BaseException as error:
+            calls.discard(place)
+            if isinstance(error, ValueError) and self.closed:
+                raise client_closed_error(request_id) from None
             raise
+        started.add_done_callback(lambda _: calls.discard(place))
+        return started
+
+    def find_tls_problem(self, error: grpc.RpcError, seconds: float) -> str:
+        """Why TLS is the cause of ``error``; empty if it is not."""
+        return "" if was_sent(error) else find_tls_problem(self._settings, seconds)
+
+    def sleep(self, seconds: float, wake: SimpleQueue[Any]) -> None:
+        """Wait until ``seconds`` have passed, ``wake`` gets an item, or the client is closed."""
+        with self.waking(wake), suppress(Empty):
+            wake.get(timeout=seconds)
+
+    @contextmanager
+    def waking(self, wake: SimpleQueue[Any]) -> Iterator[None]:
+        """``close`` puts None into ``wake`` until the end of the block."""
+        # A SimpleQueue: unlike an Event it may be set by a signal handler in the waiting thread.
+        self._sleepers.add(wake)
+        try:
+            if self.closed:
+                wake.put(None)
+            yield
+        finally:
+            self._sleepers.discard(wake)
 
     def register(self, job: Call[Any] | GenerationSession) -> None:
         """Note that a job is in flight, if the server continues it after a lost connection."""
@@ -149,6 +228,8 @@ class SyncTransport:
         self.closed = True
         if self.forked:
             return
+        for wake in self._sleepers.copy():
+            wake.put(None)
         for request_id in self._in_flight.copy():
             self.finish(request_id, needs_cancel=True)
         for thread in self._cancels.copy():
@@ -159,11 +240,15 @@ class SyncTransport:
             self._close_channels()
 
     def _close_channels(self) -> None:
-        for channel in self._channels:
+        for channel in self._all_channels():
             channel.close()
 
+    def _all_channels(self) -> list[grpc.Channel]:
+        control = [] if self._control is None else [self._control]
+        return control + [channel for pair in self._pairs for channel in pair.channels]
+
     def _start_cancel(self, job: Call[Any] | GenerationSession) -> None:
-        if self._stubs is None or self.forked or sys.is_finalizing():
+        if not self._pairs or self.forked or sys.is_finalizing():
             # No call was made; or the parent made it; or no thread can start any more, and the
             # job ends after the server's grace time.
             return
@@ -189,7 +274,7 @@ class SyncTransport:
                 job.server_id, self._settings.target, CANCEL_ON_EXIT_SECONDS / 2
             )
             if address is None:
-                call(self.stubs.generation)
+                call(self.stubs.control)
             else:
                 with open_direct_channel(self._settings, address) as channel:
                     call(generation_pb2_grpc.GenerationServiceStub(channel))
@@ -201,95 +286,96 @@ class SyncTransport:
             self._cancels.discard(threading.current_thread())
 
 
-class _Try(NamedTuple):
-    call: Call[Any]
-    future: Any
-
-
 class InFlightCall(Generic[A]):
-    """A unary call in flight: one try, or two.
+    """A unary call in flight: one try after the other.
 
-    One thread at a time moves it from the first try to the second: gRPC's thread if ``when_done``
-    is used, else the thread in ``result``. Any thread may cancel it at any moment, a signal handler
-    and a finalizer included, and no lock is needed: ``cancel`` sets ``_cancelled`` and then reads
-    ``_current``, the mover sets ``_current`` and then reads ``_cancelled``. So at least one of the
-    two sees the other's write, and cancels the second try.
+    One thread moves it from try to try: the one in ``result``, or the batch that uses
+    ``when_try_ended``, ``end_of_try`` and ``retry``. ``cancel`` may interrupt that thread.
     """
 
     def __init__(self, transport: SyncTransport, call: Call[A]) -> None:
         self._transport = transport
         self._call = call
-        self._ends_at = call.ends_at()
+        self._tries = CallTries(call)
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._response: Any = None
+        self._future: Any = None
         self._cancelled = False
-        self._current = _Try(call, transport.open(call))
+        # The client was closed before a try.
+        self._closed: DarkroomError | None = None
+        self.retry()
 
     def result(self) -> A:
         """Wait for the answer; raises the call's ``DarkroomError``."""
-        while True:
-            current = self._current
-            try:
-                response = current.future.result()
-                break
-            except grpc.FutureCancelledError:
-                raise client_closed_error(self._call.request_id) from None
-            except grpc.RpcError as error:
-                if self._retry(current):
-                    continue
-                failure = self._call.failure(error)
-                self._finish(needs_cancel=self._call.needs_cancel(failure))
-                raise failure from error
-        self._finish(needs_cancel=False)
-        return self._call.decode(response)
+        while (pause := self.end_of_try()) is not None:
+            self._transport.sleep(pause, self._wake)
+            self.retry()
+        return self.answer()
 
-    def outcome(self) -> A | DarkroomError:
-        """The answer, or the error in its place."""
+    def retry(self) -> None:
+        """Begin the next try; ``end_of_try`` raises the error if there is none."""
         try:
-            return self.result()
-        except DarkroomError as error:
-            return error
+            self._future = self._transport.open(
+                self._tries.next_call(), self._call.metadata, self._call.request_id
+            )
+        except DarkroomError as closed:
+            self._closed = closed
+        else:
+            if self._cancelled:  # While the try was being opened: cancel that one too.
+                self._transport.register(self._call)
+                self.cancel()
 
-    def when_done(self, notify: Callable[[], None]) -> None:
-        """Call ``notify`` in some thread once the answer is there. Call this at most once."""
+    def when_try_ended(self, notify: Callable[[], None]) -> None:
+        """Call ``notify`` in some thread once the current try has ended."""
+        if self._closed is not None:
+            notify()
+            return
+        self._future.add_done_callback(lambda _: notify())
 
-        def done(_: Any) -> None:
-            retried = False
-            try:
-                retried = self._retry(self._current)
-            finally:
-                # Also after an error here, or the reader would wait forever.
-                if not retried:
-                    notify()
-            if retried:
-                self._current.future.add_done_callback(done)
+    def end_of_try(self) -> float | None:
+        """Wait for the end of the try; returns the seconds until the next, None for an answer.
 
-        self._current.future.add_done_callback(done)
+        Raises the call's ``DarkroomError`` if there is no next try.
+        """
+        if self._closed is not None:
+            raise self._closed
+        try:
+            self._response = self._future.result()
+        except grpc.FutureCancelledError:
+            raise client_closed_error(self._call.request_id) from None
+        except grpc.RpcError as error:
+            if self._transport.closed:
+                raise client_closed_error(self._call.request_id) from error
+            return self._after(error)
+        self._finish(needs_cancel=False)
+        return None
+
+    def answer(self) -> A:
+        """The answer, after ``end_of_try`` returned None."""
+        return self._call.decode(self._response)
 
     def cancel(self) -> None:
         """Cancel the call and its job, unless the answer is there."""
-        current = self._current
-        needs_cancel = not current.future.done() or self._retry_call(current) is not None
         self._cancelled = True
-        self._finish(needs_cancel=needs_cancel)
+        future = self._future
+        if future is None:
+            return
+        answered = future.done() and not future.cancelled() and future.exception() is None
+        self._finish(needs_cancel=not answered)
         if not self._transport.forked:
-            self._current.future.cancel()
+            future.cancel()
 
-    def _retry(self, ended: _Try) -> bool:
-        """Begin the try that follows ``ended``; false if there is none."""
-        call = self._retry_call(ended)
-        if call is None:
-            return False
-        self._current = _Try(call, self._transport.open(call))
-        if self._cancelled:  # While the second try was being opened: cancel that one too.
-            self._transport.register(call)
-            self.cancel()
-        return True
-
-    def _retry_call(self, ended: _Try) -> Call[A] | None:
-        """The call to make after the try that ended; None if that was the last."""
-        if self._cancelled or self._transport.closed or ended.future.cancelled():
-            return None
-        error = ended.future.exception()
-        return None if error is None else ended.call.retry_call(error, self._ends_at)
+    def _after(self, error: grpc.RpcError) -> float:
+        transport, late = self._transport, error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        try:
+            return self._tries.on_failed(
+                error,
+                connected=not late or transport.connected,
+                tls_problem=transport.find_tls_problem(error, self._tries.remaining),
+            )
+        except DarkroomError as failure:
+            self._finish(needs_cancel=self._tries.needs_cancel(error))
+            raise failure from error
 
     def _finish(self, *, needs_cancel: bool) -> None:
         self._transport.finish(self._call.request_id, needs_cancel=needs_cancel)

@@ -28,31 +28,35 @@ class Keepalive:
 class Retry:
     """Retries while the server answers UNAVAILABLE, within the call's timeout.
 
-    A call is tried at most ``attempts`` times (1 to 5; 1 means no retry). The first wait is
-    ``initial_backoff`` seconds (at least 0.01), plus or minus 20 %; each further wait is
-    ``multiplier`` times longer, up to ``max_backoff``. A wait that the server sends overrides it.
-    The second try of ``generate`` and ``submit`` is made at once, at any server. If many calls
-    fail, retries stop until some succeed. Every try has the same seed and request id, so a retry
-    generates the same image.
+    ``attempts``: how often a call is tried; None, the default, means until its timeout, and 1 means
+    no retry. A stream whose job was accepted is always retried until its timeout, except with 1.
+    The first wait is ``initial_backoff`` seconds (at least 0.01), plus or minus 20 %; each further
+    wait is ``multiplier`` times longer, up to ``max_backoff``. A wait that the server sends
+    overrides it, and does not end the call: there is always a further try before the timeout.
+    Without a timeout, a call fails after 120 seconds without any server. Every try has the same
+    seed and request id, so a retry generates the same image.
     """
 
-    attempts: int = 5
+    attempts: int | None = None
     initial_backoff: float = 0.2
     max_backoff: float = 5.0
     multiplier: float = 2.0
 
     def __post_init__(self) -> None:
-        # gRPC limits the attempts to 5 without an error.
-        if not 1 <= self.attempts <= 5:
-            raise ValueError("Retry: attempts must be 1 to 5")
+        if self.attempts is not None and self.attempts < 1:
+            raise ValueError("Retry: attempts must be at least 1, or None for no limit")
         numbers = (self.initial_backoff, self.max_backoff, self.multiplier)
         if not all(math.isfinite(number) for number in numbers):
             raise ValueError("Retry: initial_backoff, max_backoff and multiplier must be finite")
-        # Below 2 ms, calls hang in gRPC until after their deadline (grpc/grpc#41036).
         if not 0.01 <= self.initial_backoff <= self.max_backoff or self.multiplier < 1:
             raise ValueError(
                 "Retry: 0.01 <= initial_backoff <= max_backoff and multiplier >= 1 must hold"
             )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is more than one try."""
+        return self.attempts != 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,19 @@ class Restarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reconnecting:
+    """No server has the call now; the stream tries again.
+
+    ``attempt``: the number of the next try since the last answer, from 1. ``reason``: the server's
+    reason, such as "MODEL_LOADING" or "DRAINING"; or "UNAVAILABLE" if no server answered, and
+    gRPC's code for any other error of a connection.
+    """
+
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """An image made a step; a slow reader gets fewer of these.
 
@@ -105,5 +118,15 @@ class Finished:
     result: GenerationResult
 
 
-Event = Accepted | Queued | Started | Restarted | Progress | Preview | ImageReady | Finished
+Event = (
+    Accepted
+    | Queued
+    | Started
+    | Restarted
+    | Reconnecting
+    | Progress
+    | Preview
+    | ImageReady
+    | Finished
+)
 """The events that a stream yields."""

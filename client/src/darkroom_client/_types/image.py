@@ -1,5 +1,6 @@
 """One finished image."""
 
+import importlib.util
 import io
 import os
 from dataclasses import dataclass, field
@@ -78,9 +79,28 @@ class Image:
             return flat.reshape(self.height, self.width, 3).copy()
         return numpy.array(self.to_pil(), dtype=numpy.uint8)
 
+    def show(self) -> None:
+        """Open the image in the system's picture viewer, or in the notebook.
+
+        Needs the extra ``pil``. Raises ``ImageWithheld`` if there are no pixels to show.
+        """
+        self.to_pil().show()
+
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows: the image, if it is a PNG."""
-        return self.data if self.format is ImageFormat.PNG and self.data else None
+        """What a notebook shows; None for a JPEG, and without Pillow for other formats than PNG."""
+        if not self.data or self.format is ImageFormat.JPEG:
+            return None
+        if self.format is ImageFormat.PNG:
+            return self.data
+        if importlib.util.find_spec("PIL") is None:
+            return None
+        buffer = io.BytesIO()
+        self.to_pil().save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def _repr_jpeg_(self) -> bytes | None:
+        """What a notebook shows of a JPEG."""
+        return self.data if self.format is ImageFormat.JPEG and self.data else None
 
     def _pixels(self) -> bytes:
         if not self.data:

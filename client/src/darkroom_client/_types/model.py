@@ -43,7 +43,7 @@ class ModelLimits:
 
     ``prompt_tokens``: tokens that the model reads of a prompt; the rest is ignored and
     reported as ``Image.prompt_truncated``. ``max_rows``: rows of one denoiser pass at the
-    default size, now; an image with guidance takes two. ``row_limit_source``: where it comes from.
+    default size, now; an image with guidance takes two. ``row_limit_source``: how it was found.
     """
 
     min_size: int

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
+from darkroom_client._types.picture import embedded_text, is_picture
 from darkroom_client._types.request import GenerationRequest
 
 _VERSION_KEY = "darkroom_replay"
 _VERSION = 1
+_OPTIONAL = {"embed_record", "request_id", "rows_in_last_pass"}
+"""Keys that a record in a picture, or one of an older client, may lack."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +24,7 @@ class ReplayRecord:
     ``request`` generates this image alone, with every field set. ``pixels_sha256`` is the SHA-256,
     in hex, of the height × width × 3 bytes of RGB before encoding. Two images are the same if
     their ``pixels_sha256`` are equal; if not, ``differences`` lists what else differs.
-    ``rows_in_last_pass``: rows in the image's last denoiser pass.
+    ``rows_in_last_pass``: rows in the image's last denoiser pass; 0 in the record of a picture.
     """
 
     request: GenerationRequest
@@ -30,12 +35,14 @@ class ReplayRecord:
     device: str
     preset: str
     library_versions: Mapping[str, str]
-    rows_in_last_pass: int
+    rows_in_last_pass: int = 0
     pixels_sha256: str
 
     def to_json(self) -> str:
         """This record as a readable JSON document, stable across versions of this client."""
-        document = {_VERSION_KEY: _VERSION, **dataclasses.asdict(self)}
+        document: dict[str, Any] = {_VERSION_KEY: _VERSION, **dataclasses.asdict(self)}
+        if not self.request.embed_record:  # Older clients do not know this field.
+            del document["request"]["embed_record"]
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -57,12 +64,32 @@ class ReplayRecord:
         request = _exactly(GenerationRequest, document.get("request"), "request")
         return cls(**{**_exactly(cls, document, "record"), "request": GenerationRequest(**request)})
 
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the record of a file: what ``to_json`` wrote, or a picture with ``embed_record``.
+
+        Raises ``ValueError`` for any other file; the message says what is wrong.
+        """
+        data = Path(path).read_bytes()
+        if is_picture(data):
+            text = embedded_text(data)
+            if text is None:
+                raise ValueError(f"{path} is a picture without a replay record")
+            return cls.from_json(text)
+        try:
+            return cls.from_json(data.decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is neither a replay record nor a picture") from error
+
     def differences(self, other: Self) -> dict[str, tuple[str, str]]:
         """Compare with ``other``: ``{name: (here, there)}`` of what differs, with dotted names.
 
-        The request ids are ignored: they do not affect the pixels.
+        What does not affect the pixels is ignored: the request ids, and whether the record is in
+        the file. So are the rows of the last pass, if a record lacks them.
         """
         here, there = _flat(self), _flat(other)
+        if not (self.rows_in_last_pass and other.rows_in_last_pass):
+            del here["rows_in_last_pass"], there["rows_in_last_pass"]
         names = sorted(here.keys() | there.keys())
         pairs = {name: (here.get(name, "-"), there.get(name, "-")) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -73,7 +100,7 @@ def _exactly(kind: type, value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"not a replay record: {where} is not an object")
     wanted = {field.name for field in dataclasses.fields(kind)}
-    if missing := sorted(wanted - value.keys()):
+    if missing := sorted(wanted - _OPTIONAL - value.keys()):
         raise ValueError(f"not a replay record: {where} lacks {', '.join(missing)}")
     if unknown := sorted(value.keys() - wanted):
         raise ValueError(f"not a replay record: {where} has unknown {', '.join(unknown)}")
@@ -87,5 +114,5 @@ def _flat(record: ReplayRecord) -> dict[str, str]:
             flat.update({f"{name}.{key}": str(inner) for key, inner in value.items()})
         else:
             flat[name] = str(value)
-    flat.pop("request.request_id", None)
+    del flat["request.request_id"], flat["request.embed_record"]
     return flat

@@ -1,6 +1,7 @@
 """What to generate, as plain data."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TypedDict
 
 from darkroom_client._checks import check_text
@@ -9,7 +10,9 @@ from darkroom_client._types.enums import ImageFormat, Scheduler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One request; each field but ``prompt`` may be unset, which means the model's default.
+    """One request: ``GenerationRequest("a star", steps=20)``.
+
+    Each field but ``prompt`` may be unset, which means the model's default.
 
     ``model``: an id from ``Client.models``; may be empty if the server has a single model.
     ``negative_prompt``: what the images should not show; used when guidance is above 1.
@@ -18,12 +21,13 @@ class GenerationRequest:
     none. ``seed``: 0 to 2^63 - 1; image i uses (seed + i) mod 2^63; if unset, the client picks a
     random one. ``quality``: 1 to 100, for JPEG and WebP. ``exact``: identical bytes
     whatever else the server is doing; slower. ``request_id``: at most 64 of A-Z a-z 0-9 . _ - ; if
-    unset, the client picks a random one.
+    unset, the client picks a random one. ``embed_record``: the file of each image holds its replay
+    record, the prompt included; not for RAW_RGB.
 
     The server checks the bounds, and reports all violations at once.
     """
 
-    prompt: str
+    prompt: str = field(kw_only=False)
     model: str = ""
     negative_prompt: str = ""
     width: int | None = None
@@ -37,6 +41,7 @@ class GenerationRequest:
     quality: int | None = None
     exact: bool = False
     request_id: str | None = None
+    embed_record: bool = False
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -55,6 +60,7 @@ class GenerationOptions(TypedDict, total=False):
     quality: int | None
     exact: bool
     request_id: str | None
+    embed_record: bool
 
 
 def as_request(
@@ -62,7 +68,35 @@ def as_request(
 ) -> GenerationRequest:
     """Make a request of a prompt and options, or copy a request with these options changed."""
     given: GenerationOptions = options or {}
+    _check_names(given)
     if isinstance(prompt, GenerationRequest):
         return replace(prompt, **given)
     check_text("prompt", prompt)
     return GenerationRequest(prompt=prompt, **given)
+
+
+_OTHER_NAMES = {
+    "num_images": "image_count",
+    "num_images_per_prompt": "image_count",
+    "n": "image_count",
+    "count": "image_count",
+    "num_inference_steps": "steps",
+    "num_steps": "steps",
+    "guidance": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "size": "width and height",
+    "generator": "seed",
+    "sampler": "scheduler",
+    "output_format": "format",
+}
+"""What other libraries call the fields."""
+
+
+def _check_names(options: Mapping[str, object]) -> None:
+    """Raise ``TypeError`` for an option that a request does not have."""
+    known = {field.name for field in fields(GenerationRequest)} - {"prompt"}
+    for name in options:
+        if name not in known:
+            meant = _OTHER_NAMES.get(name)
+            advice = f"use {meant}" if meant else f"the options are {', '.join(sorted(known))}"
+            raise TypeError(f"{name} is not an option of a request: {advice}")

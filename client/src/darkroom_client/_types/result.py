@@ -33,3 +33,23 @@ class GenerationResult:
     timings: Timings
     model: str
     model_revision: str
+
+    @property
+    def image(self) -> Image:
+        """The image of a result that has one; raises ``ValueError`` if it has several."""
+        if len(self.images) != 1:
+            raise ValueError(f"the result has {len(self.images)} images: use result.images")
+        return self.images[0]
+
+    def show(self) -> None:
+        """Show each image as ``Image.show`` does."""
+        for image in self.images:
+            image.show()
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows: the image, if there is one."""
+        return self.image._repr_png_() if len(self.images) == 1 else None
+
+    def _repr_jpeg_(self) -> bytes | None:
+        """What a notebook shows of a single JPEG."""
+        return self.image._repr_jpeg_() if len(self.images) == 1 else None

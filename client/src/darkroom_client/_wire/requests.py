@@ -1,14 +1,11 @@
 """Encode and decode requests."""
 
 import operator
-import secrets
-import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 
 from darkroom.v1 import generation_pb2
 from darkroom_client._checks import (
-    check_flag,
+    check_flags,
     check_integer,
     check_number,
     check_text,
@@ -31,15 +28,6 @@ _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 _TEXTS = ("prompt", "negative_prompt", "model")
 _INTEGERS = ("width", "height", "steps", "image_count", "quality")
-
-
-def with_id_and_seed(request: GenerationRequest) -> GenerationRequest:
-    """``request`` with its id and seed set, so each retry generates the same image."""
-    return replace(
-        request,
-        request_id=request.request_id or uuid.uuid4().hex,
-        seed=secrets.randbelow(_SEED_BOUND) if request.seed is None else request.seed,
-    )
 
 
 def encode_request(
@@ -75,6 +63,7 @@ def encode_request(
         quality=request.quality,
         request_id=request.request_id or "",
         exact=request.exact,
+        embed_record=request.embed_record,
         on_disconnect=(
             generation_pb2.ON_DISCONNECT_KEEP if keep else generation_pb2.ON_DISCONNECT_CANCEL
         ),
@@ -117,6 +106,7 @@ def decode_request(request: generation_pb2.GenerateRequest) -> GenerationRequest
         format=decode_format(request.format),
         quality=request.quality if request.HasField("quality") else None,
         exact=request.exact,
+        embed_record=request.embed_record,
         request_id=request.request_id or None,
     )
 
@@ -131,7 +121,7 @@ def _check_types(request: GenerationRequest) -> None:
             check_integer(field, value)
     if request.guidance_scale is not None:
         check_number("guidance_scale", request.guidance_scale)
-    check_flag("exact", request.exact)
+    check_flags(exact=request.exact, embed_record=request.embed_record)
 
 
 def _violations(request: GenerationRequest) -> Iterator[Violation]:

@@ -49,11 +49,12 @@ def decode_image(image: generation_pb2.Image, request_id: str, data: bytes) -> I
         seed=image.seed,
         prompt_truncated=image.prompt_truncated,
         flagged=image.flagged,
-        replay=_decode_replay(image.replay, request_id),
+        replay=decode_replay(image.replay, request_id),
     )
 
 
-def _decode_replay(record: generation_pb2.ReplayRecord, request_id: str) -> ReplayRecord:
+def decode_replay(record: generation_pb2.ReplayRecord, request_id: str) -> ReplayRecord:
+    """Decode a replay record; raises ``ServerError`` if it is unreadable."""
     try:
         config = json.loads(record.scheduler_config_json or "{}")
     except ValueError as error:

@@ -16,6 +16,7 @@ from darkroom_client.cli.commands import (
     _completion,
     _estimate,
     _generate,
+    _jobs,
     _models,
     _replay,
     _status,
@@ -60,9 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         _add_connection(added, timeout)
         return added
 
-    _add_generate(
-        command("generate", "generate images from prompts", _generate.run, DEFAULT_TIMEOUT)
-    )
+    _add_generate(command("generate", "generate images from prompts", _generate.run, None))
     estimate = command("estimate", "estimate what a request would take now", _estimate.run, 10.0)
     estimate.add_argument("prompt", nargs="?", default="a picture", metavar="PROMPT")
     estimate.add_argument("--json", action="store_true", help="print one JSON object")
@@ -71,6 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_watch(command("watch", "follow a job, and save its images", _watch.run, None))
     cancel = command("cancel", "cancel jobs", _cancel.run, 10.0)
     cancel.add_argument("request_ids", nargs="+", metavar="ID", help="what `submit` printed")
+    _add_jobs(command("jobs", "list your jobs on the server", _jobs.run, 10.0))
     _add_models(command("models", "list the models of the server", _models.run, 10.0))
     _add_replay(command("replay", "reproduce a recorded image", _replay.run, DEFAULT_TIMEOUT))
     status = command("status", "show the status of the server", _status.run, 10.0)
@@ -119,12 +119,15 @@ def _add_connection(parser: argparse.ArgumentParser, timeout: float | None) -> N
         metavar="SECONDS",
         type=float,
         default=timeout,
-        help=f"how long to wait for an answer (default: {_default(timeout)})",
+        help=(
+            "how long to wait for an answer (default: "
+            + (
+                f"no limit on a terminal, else {_generate.UNATTENDED_SECONDS:g} for each prompt)"
+                if timeout is None
+                else f"{timeout:g})"
+            )
+        ),
     )
-
-
-def _default(timeout: float | None) -> str:
-    return "no limit" if timeout is None else f"{timeout:g}"
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +144,12 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         metavar="ID",
         default="",
         help="the id of the job, for one prompt; the same command again joins that job",
+    )
+    add(
+        "--no-embed-record",
+        dest="embed_record",
+        action="store_false",
+        help="keep the record, the prompt included, out of the image files",
     )
 
 
@@ -232,13 +241,31 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     add("--exact", action="store_true", help="the same bytes at any load of the server; slower")
 
 
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("request_ids", nargs="*", metavar="ID", help="only these jobs")
+    add("--json", action="store_true", help="print one JSON object per line")
+    add(
+        "--limit",
+        metavar="N",
+        type=int,
+        default=100,
+        help="the last N jobs (default: %(default)s)",
+    )
+
+
 def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _add_replay(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("record", metavar="RECORD.json", type=Path, help="what `generate --record` wrote")
+    add(
+        "record",
+        metavar="FILE",
+        type=Path,
+        help="an image that `generate` saved, or the NAME.json of its --record",
+    )
     add("-o", "--output", metavar="FILE", type=Path, help="write the new image to FILE")
     add("--overwrite", action="store_true", help="replace FILE if it exists")
 

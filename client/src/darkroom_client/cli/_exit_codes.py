@@ -11,13 +11,14 @@ FORBIDDEN = 5
 TOO_LARGE = 6
 FAILED = 7
 FILE = 8
+NEARLY_SAME = 9
 INTERRUPTED = 130
 PIPE = 141
 
 TABLE = """\
 exit codes:
   0    done
-  1    replay: the image is not identical
+  1    replay: the image is different
   2    the command line or the request is wrong, or the model or request id is unknown
   3    try again later: the server is down, loading, overloaded, or the quota is used up
   4    the deadline passed
@@ -25,6 +26,7 @@ exit codes:
   6    too large for the server's memory or for one reply
   7    the server failed, withheld the image, or is of another version
   8    a file is missing, exists already or cannot be written
+  9    replay: the image is nearly the same (40 dB or more), but not identical
   130  interrupted
   141  the reader of the output closed it
 With several prompts, it is the code of the first prompt that failed.
@@ -35,6 +37,7 @@ _CODES: dict[type[DarkroomError], int] = {
     errors.ModelNotFound: USAGE,
     errors.UnknownRequest: USAGE,
     errors.Unavailable: LATER,
+    errors.TLSError: USAGE,
     errors.Overloaded: LATER,
     errors.QuotaExceeded: LATER,
     errors.DeadlineExceeded: DEADLINE,

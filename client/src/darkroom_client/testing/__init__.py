@@ -13,8 +13,9 @@ It has a real port, no weights, and no dependencies but the client's. With pytes
 fixture ``darkroom_server``.
 """
 
+from darkroom_client._types.job import JobState
 from darkroom_client.testing._behaviour import Behaviour
-from darkroom_client.testing._job import FakeJob, JobState
+from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._models import fake_model
 from darkroom_client.testing._server import FakeServer
 

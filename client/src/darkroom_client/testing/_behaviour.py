@@ -12,7 +12,8 @@ class Behaviour:
     """What happens to one request; by default it finishes at once.
 
     ``error``: the error that its caller gets: instead of the acceptance, or after
-    ``error_at_step`` steps. The client retries after ``Unavailable``: script one for each try.
+    ``error_at_step`` steps. The client retries after
+    ``Unavailable`` until its timeout: script one for each try, or use ``Retry(attempts=1)``.
     ``queue``: the number of jobs before it; each emits one event. ``step_seconds``: the duration of
     each of those and of each step. ``hold``: the first step waits until this event is set.
 

@@ -3,12 +3,12 @@
 import math
 import threading
 import time
-from enum import StrEnum
 
 from google.protobuf.duration_pb2 import Duration
 
 from darkroom.v1 import generation_pb2, types_pb2
 from darkroom_client._errors import Cancelled, DarkroomError, DeadlineExceeded
+from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._wire.requests import decode_request
@@ -21,6 +21,7 @@ from darkroom_client.testing._pictures import (
     gradient,
     has_pillow,
 )
+from darkroom_client.testing._statuses import sent_as
 
 CHUNK = 16 * 1024
 PREVIEW_SIZE = 8
@@ -29,19 +30,10 @@ POLL_SECONDS = 0.01
 Event = generation_pb2.GenerationEvent
 
 
-class JobState(StrEnum):
-    """The state of a job."""
-
-    RUNNING = "running"
-    FINISHED = "finished"
-    FAILED = "failed"
-    EXPIRED = "expired"
-    CANCELLED = "cancelled"
-
-
 class FakeJob:
     """A job of the fake server, with its ``request`` and ``state``.
 
+    The state is RUNNING from the start, also while the job reports a place in the queue.
     ``steps_done`` counts the steps of all its images, including those before a crash.
     """
 
@@ -72,6 +64,7 @@ class FakeJob:
         self._behaviour = behaviour
         self._changed = changed
         self._preview = preview
+        self._accepted_at = time.monotonic_ns()
         self._ends_at = _end(time_limit)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -124,6 +117,36 @@ class FakeJob:
             model_revision=self._model.revision,
             joined=joined,
             server_id=server_id,
+        )
+
+    def generation(self) -> generation_pb2.Generation:
+        """Its state for callers that do not follow it. The thread must hold the condition."""
+        position, state, error = None, self.state, self.error
+        step = [0] * self.count
+        for event in self.events:
+            match event.WhichOneof("event"):
+                case "queued":
+                    position = event.queued.position
+                case "started" | "restarted":
+                    position, step = None, [0] * self.count
+                case "progress":
+                    step[event.progress.image_index] = event.progress.step
+        if state is JobState.RUNNING and position is not None:
+            state = JobState.QUEUED
+        age = Duration()
+        age.FromNanoseconds(time.monotonic_ns() - self._accepted_at)
+        return generation_pb2.Generation(
+            request_id=self.message.request_id,
+            state=generation_pb2.GenerationState.Value(f"GENERATION_STATE_{state.name}"),
+            model=self.message.model,
+            image_count=self.count,
+            finished_images=len(self.images),
+            step=sum(step),
+            steps=self.message.steps * self.count,
+            queue_position=position if state is JobState.QUEUED else None,
+            age=age,
+            error_reason=(error.reason or sent_as(error)[1]) if error is not None else "",
+            error_message=str(error) if error is not None else "",
         )
 
     def response(self) -> generation_pb2.GenerateResponse:

@@ -14,10 +14,11 @@ from darkroom_client._errors import (
     UnknownRequest,
     Violation,
 )
+from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.status import ServerState
 from darkroom_client.testing._behaviour import Behaviour
-from darkroom_client.testing._job import FakeJob, JobState
+from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._models import RETRY_SECONDS, fill_defaults
 from darkroom_client.testing._pictures import check_format
 from darkroom_client.testing._validation import NO_PREVIEWS, check_reply, check_request, invalid
@@ -89,6 +90,7 @@ class JobRegistry:
                 time_limit=time_limit,
                 kept=kept,
             )
+            self._known.pop(request.request_id, None)
             self._known[request.request_id] = job
             self.jobs.append(job)
             job.start()
@@ -102,6 +104,10 @@ class JobRegistry:
             if job is None or job.forgotten:
                 raise UnknownRequest(f"no generation {request_id!r} is known")
             return job
+
+    def known(self) -> list[FakeJob]:
+        """The jobs that callers can ask about, in the order of acceptance."""
+        return [job for job in self._known.values() if not job.forgotten]
 
     def running(self, model: str | None = None) -> int:
         """The number of jobs that run, of ``model`` or of all models."""

@@ -15,9 +15,10 @@ from darkroom.v1 import (
     server_pb2_grpc,
 )
 from darkroom_client._errors import DarkroomError, Unauthenticated
+from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.status import Estimate
-from darkroom_client.testing._job import FakeJob, JobState
+from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._jobs import JobRegistry
 from darkroom_client.testing._models import encode_model
 from darkroom_client.testing._statuses import abort, drop
@@ -25,6 +26,9 @@ from darkroom_client.testing._validation import NO_PREVIEWS, check_request_id, c
 
 DEFAULT_MAX_REPLY_BYTES = 4 * 2**20
 """gRPC's default limit of a message, for a caller that sends none."""
+
+ENDED = (JobState.FINISHED, JobState.FAILED, JobState.EXPIRED, JobState.CANCELLED)
+DEFAULT_PAGE_SIZE = 100
 
 _NOT_REPEATED = ("progress", "preview")
 
@@ -99,6 +103,24 @@ class Services(
         with self._registry.changed:
             return generation_pb2.CancelGenerationResponse(cancelled=job.cancel())
 
+    def GetGeneration(self, request: generation_pb2.GetGenerationRequest, context: Any) -> Any:
+        job = self._found(request.request_id, context)
+        with self._registry.changed:
+            return generation_pb2.GetGenerationResponse(generation=job.generation())
+
+    def ListGenerations(self, request: generation_pb2.ListGenerationsRequest, context: Any) -> Any:
+        self._authenticate(context)
+        with self._registry.changed:
+            jobs = self._registry.known()
+            # The token is the number of jobs that the pages to come have.
+            left = int(request.page_token or len(jobs))
+            page = jobs[:left][-(request.page_size or DEFAULT_PAGE_SIZE) :]
+            left -= len(page)
+            return generation_pb2.ListGenerationsResponse(
+                generations=[job.generation() for job in reversed(page)],
+                next_page_token=str(left) if left else "",
+            )
+
     def EstimateGeneration(
         self, request: generation_pb2.EstimateGenerationRequest, context: Any
     ) -> Any:
@@ -134,9 +156,7 @@ class Services(
         with registry.changed:
             running = registry.running()
             ended = {
-                state.value: sum(job.state is state for job in registry.jobs)
-                for state in JobState
-                if state is not JobState.RUNNING
+                state.value: sum(job.state is state for job in registry.jobs) for state in ENDED
             }
             state = f"SERVER_STATE_{registry.state.name}"
             return server_pb2.GetStatusResponse(

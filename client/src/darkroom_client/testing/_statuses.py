@@ -41,7 +41,8 @@ def sent_as(error: DarkroomError) -> tuple[int, str]:
     if error.reason == "REQUEST_CONFLICT":
         return code_pb2.ALREADY_EXISTS, error.reason
     for kind in type(error).__mro__:
-        if kind in SENT:
+        # The client itself finds a TLS problem: no server sends it.
+        if kind in SENT and not isinstance(error, errors.TLSError):
             return SENT[kind]
     names = ", ".join(kind.__name__ for kind in SENT)
     raise TypeError(f"no server sends {type(error).__name__}; it may be one of {names}")

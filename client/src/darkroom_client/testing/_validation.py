@@ -1,5 +1,6 @@
 """The checks of a Darkroom server: all violations at once, in the server's words."""
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from darkroom_client.testing._models import as_float32, fill_defaults, loaded
 SEED_BOUND = 2**63
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 ID_RULE = "must be at most 64 of A-Z a-z 0-9 . _ -"
+MAX_JPEG_PROMPT_BYTES = 52 * 2**10
+_MARKUP = re.compile("[&<>]")
 LOSSY = (ImageFormat.JPEG, ImageFormat.WEBP)
 
 MAX_TIME_LIMIT_SECONDS = 366 * 86400.0
@@ -47,6 +50,7 @@ def check_request(
         *_seed(request),
         *_between("image_count", request, 1, limits.max_image_count),
         *_quality(request, model),
+        *_record(request, model),
         *_preview(preview),
     )
     if violations:
@@ -165,6 +169,22 @@ def _quality(request: generation_pb2.GenerateRequest, model: Model) -> Iterator[
         yield Violation(field="quality", description=description)
     else:
         yield from _between("quality", request, 1, 100)
+
+
+def _record(request: generation_pb2.GenerateRequest, model: Model) -> Iterator[Violation]:
+    image_format = decode_format(fill_defaults(request, model).format)
+    if not request.embed_record or image_format is None:
+        return
+    if image_format is ImageFormat.RAW_RGB:
+        description = f"is for PNG, JPEG and WEBP, not for {image_format.name}"
+        yield Violation(field="embed_record", description=description)
+    elif image_format is ImageFormat.JPEG:
+        # Each of & < > is written as six characters.
+        prompts = [json.dumps(text) for text in (request.prompt, request.negative_prompt)]
+        size = sum(len(text) + 5 * len(_MARKUP.findall(text)) for text in prompts)
+        if size > MAX_JPEG_PROMPT_BYTES:
+            description = "the prompts are too long for a JPEG's XMP; ask for PNG"
+            yield Violation(field="embed_record", description=description)
 
 
 def _preview(preview: generation_pb2.PreviewOptions) -> Iterator[Violation]:

@@ -51,6 +51,46 @@ is cancelled.
 """
 Global___OnDisconnect: _TypeAlias = OnDisconnect  # noqa: Y015
 
+class _GenerationState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GenerationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GenerationState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GENERATION_STATE_UNSPECIFIED: _GenerationState.ValueType  # 0
+    """Not used."""
+    GENERATION_STATE_QUEUED: _GenerationState.ValueType  # 1
+    """The job waits for an engine."""
+    GENERATION_STATE_RUNNING: _GenerationState.ValueType  # 2
+    """An engine has the job."""
+    GENERATION_STATE_FINISHED: _GenerationState.ValueType  # 3
+    """Every image is ready; WatchGeneration returns them."""
+    GENERATION_STATE_FAILED: _GenerationState.ValueType  # 4
+    """The server failed the job."""
+    GENERATION_STATE_EXPIRED: _GenerationState.ValueType  # 5
+    """The deadline passed before the job finished."""
+    GENERATION_STATE_CANCELLED: _GenerationState.ValueType  # 6
+    """The job was cancelled."""
+
+class GenerationState(_GenerationState, metaclass=_GenerationStateEnumTypeWrapper):
+    """GenerationState is how far a job is, or how it ended."""
+
+GENERATION_STATE_UNSPECIFIED: GenerationState.ValueType  # 0
+"""Not used."""
+GENERATION_STATE_QUEUED: GenerationState.ValueType  # 1
+"""The job waits for an engine."""
+GENERATION_STATE_RUNNING: GenerationState.ValueType  # 2
+"""An engine has the job."""
+GENERATION_STATE_FINISHED: GenerationState.ValueType  # 3
+"""Every image is ready; WatchGeneration returns them."""
+GENERATION_STATE_FAILED: GenerationState.ValueType  # 4
+"""The server failed the job."""
+GENERATION_STATE_EXPIRED: GenerationState.ValueType  # 5
+"""The deadline passed before the job finished."""
+GENERATION_STATE_CANCELLED: GenerationState.ValueType  # 6
+"""The job was cancelled."""
+Global___GenerationState: _TypeAlias = GenerationState  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -98,6 +138,7 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
     ON_DISCONNECT_FIELD_NUMBER: _builtins.int
+    EMBED_RECORD_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's id; may be empty if the server has a single model."""
     prompt: _builtins.str
@@ -136,6 +177,12 @@ class GenerateRequest(_message.Message):
     """What happens to the job when its last subscriber disconnects: a server
     cannot distinguish a caller that cancelled from one that lost its connection.
     """
+    embed_record: _builtins.bool
+    """Write the replay record into the file of each image, as JSON: in PNG as the
+    iTXt chunk "darkroom-record", in JPEG and WEBP as the element record of the
+    XMP namespace "urn:darkroom:v1". It holds nothing that changes from call to
+    call: no request_id, no rows_in_last_pass. INVALID_ARGUMENT for RAW_RGB.
+    """
     def __init__(
         self,
         *,
@@ -154,10 +201,11 @@ class GenerateRequest(_message.Message):
         request_id: _builtins.str = ...,
         exact: _builtins.bool = ...,
         on_disconnect: Global___OnDisconnect.ValueType = ...,
+        embed_record: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "quality", b"quality", "seed", b"seed", "steps", b"steps", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_width", b"_width", "exact", b"exact", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "on_disconnect", b"on_disconnect", "prompt", b"prompt", "quality", b"quality", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_width", b"_width", "embed_record", b"embed_record", "exact", b"exact", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "on_disconnect", b"on_disconnect", "prompt", b"prompt", "quality", b"quality", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -631,6 +679,184 @@ class CancelGenerationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelGenerationResponse: _TypeAlias = CancelGenerationResponse  # noqa: Y015
+
+@_typing.final
+class GetGenerationRequest(_message.Message):
+    """GetGenerationRequest names a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The job's id."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetGenerationRequest: _TypeAlias = GetGenerationRequest  # noqa: Y015
+
+@_typing.final
+class GetGenerationResponse(_message.Message):
+    """GetGenerationResponse holds the state of the job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def generation(self) -> Global___Generation:
+        """The job."""
+
+    def __init__(
+        self,
+        *,
+        generation: Global___Generation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetGenerationResponse: _TypeAlias = GetGenerationResponse  # noqa: Y015
+
+@_typing.final
+class ListGenerationsRequest(_message.Message):
+    """ListGenerationsRequest asks for one page of the caller's jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """The most jobs in the response, 1 to 1000; 100 if it is 0."""
+    page_token: _builtins.str
+    """next_page_token of the page before; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGenerationsRequest: _TypeAlias = ListGenerationsRequest  # noqa: Y015
+
+@_typing.final
+class ListGenerationsResponse(_message.Message):
+    """ListGenerationsResponse holds one page of the caller's jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty on the last page."""
+    @_builtins.property
+    def generations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Generation]:
+        """The jobs, the last accepted first."""
+
+    def __init__(
+        self,
+        *,
+        generations: _abc.Iterable[Global___Generation] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generations", b"generations", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGenerationsResponse: _TypeAlias = ListGenerationsResponse  # noqa: Y015
+
+@_typing.final
+class Generation(_message.Message):
+    """Generation is the state of a job at one moment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    IMAGE_COUNT_FIELD_NUMBER: _builtins.int
+    FINISHED_IMAGES_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
+    ESTIMATED_FINISH_FIELD_NUMBER: _builtins.int
+    ERROR_REASON_FIELD_NUMBER: _builtins.int
+    ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The job's id."""
+    state: Global___GenerationState.ValueType
+    """How far it is, or how it ended."""
+    model: _builtins.str
+    """The model that generates the images."""
+    image_count: _builtins.int
+    """Number of images that the request asks for."""
+    finished_images: _builtins.int
+    """Number of images that are finished."""
+    step: _builtins.int
+    """Denoiser calls done, of all images together."""
+    steps: _builtins.int
+    """Denoiser calls in total, of all images together; some schedulers make more
+    of them than the request has `steps`.
+    """
+    queue_position: _builtins.int
+    """Number of jobs ahead; only for a job that waits."""
+    error_reason: _builtins.str
+    """The reason of google.rpc.ErrorInfo, if the job failed, expired or was
+    cancelled.
+    """
+    error_message: _builtins.str
+    """The message for people, if the job failed, expired or was cancelled."""
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """Time since the request arrived."""
+
+    @_builtins.property
+    def estimated_finish(self) -> _duration_pb2.Duration:
+        """Expected time from now to the last image; unset if it is not known, and for
+        a job that ended.
+        """
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        state: Global___GenerationState.ValueType = ...,
+        model: _builtins.str = ...,
+        image_count: _builtins.int = ...,
+        finished_images: _builtins.int = ...,
+        step: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        queue_position: _builtins.int | None = ...,
+        age: _duration_pb2.Duration | None = ...,
+        estimated_finish: _duration_pb2.Duration | None = ...,
+        error_reason: _builtins.str = ...,
+        error_message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position", "age", b"age", "estimated_finish", b"estimated_finish", "queue_position", b"queue_position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position", "age", b"age", "error_message", b"error_message", "error_reason", b"error_reason", "estimated_finish", b"estimated_finish", "finished_images", b"finished_images", "image_count", b"image_count", "model", b"model", "queue_position", b"queue_position", "request_id", b"request_id", "state", b"state", "step", b"step", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__queue_position: _TypeAlias = _typing.Literal["queue_position"]  # noqa: Y015
+    _WhichOneofArgType__queue_position: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__queue_position) -> _WhichOneofReturnType__queue_position | None: ...
+
+Global___Generation: _TypeAlias = Generation  # noqa: Y015
 
 @_typing.final
 class EstimateGenerationRequest(_message.Message):

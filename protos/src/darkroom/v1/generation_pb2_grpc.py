@@ -60,6 +60,16 @@ class GenerationServiceStub(object):
                 request_serializer=darkroom_dot_v1_dot_generation__pb2.CancelGenerationRequest.SerializeToString,
                 response_deserializer=darkroom_dot_v1_dot_generation__pb2.CancelGenerationResponse.FromString,
                 _registered_method=True)
+        self.GetGeneration = channel.unary_unary(
+                '/darkroom.v1.GenerationService/GetGeneration',
+                request_serializer=darkroom_dot_v1_dot_generation__pb2.GetGenerationRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_generation__pb2.GetGenerationResponse.FromString,
+                _registered_method=True)
+        self.ListGenerations = channel.unary_unary(
+                '/darkroom.v1.GenerationService/ListGenerations',
+                request_serializer=darkroom_dot_v1_dot_generation__pb2.ListGenerationsRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_generation__pb2.ListGenerationsResponse.FromString,
+                _registered_method=True)
         self.EstimateGeneration = channel.unary_unary(
                 '/darkroom.v1.GenerationService/EstimateGeneration',
                 request_serializer=darkroom_dot_v1_dot_generation__pb2.EstimateGenerationRequest.SerializeToString,
@@ -128,6 +138,23 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetGeneration(self, request, context):
+        """GetGeneration returns the state of a job of the same caller at this moment,
+        without a subscription to it. NOT_FOUND as in WatchGeneration.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListGenerations(self, request, context):
+        """ListGenerations returns the jobs of the caller that the server knows, the
+        last accepted first, page by page. A job that is accepted meanwhile is not
+        on a later page. INVALID_ARGUMENT for a page_token that no page had.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EstimateGeneration(self, request, context):
         """EstimateGeneration returns the time and memory that a request would need,
         without running it.
@@ -163,6 +190,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.CancelGeneration,
                     request_deserializer=darkroom_dot_v1_dot_generation__pb2.CancelGenerationRequest.FromString,
                     response_serializer=darkroom_dot_v1_dot_generation__pb2.CancelGenerationResponse.SerializeToString,
+            ),
+            'GetGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetGeneration,
+                    request_deserializer=darkroom_dot_v1_dot_generation__pb2.GetGenerationRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_generation__pb2.GetGenerationResponse.SerializeToString,
+            ),
+            'ListGenerations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGenerations,
+                    request_deserializer=darkroom_dot_v1_dot_generation__pb2.ListGenerationsRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_generation__pb2.ListGenerationsResponse.SerializeToString,
             ),
             'EstimateGeneration': grpc.unary_unary_rpc_method_handler(
                     servicer.EstimateGeneration,
@@ -306,6 +343,60 @@ class GenerationService(object):
             '/darkroom.v1.GenerationService/CancelGeneration',
             darkroom_dot_v1_dot_generation__pb2.CancelGenerationRequest.SerializeToString,
             darkroom_dot_v1_dot_generation__pb2.CancelGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.GenerationService/GetGeneration',
+            darkroom_dot_v1_dot_generation__pb2.GetGenerationRequest.SerializeToString,
+            darkroom_dot_v1_dot_generation__pb2.GetGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGenerations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.GenerationService/ListGenerations',
+            darkroom_dot_v1_dot_generation__pb2.ListGenerationsRequest.SerializeToString,
+            darkroom_dot_v1_dot_generation__pb2.ListGenerationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -70,6 +70,15 @@ class GenerationServiceStub:
     """CancelGeneration ends a job of the same caller at the next step, for all its
     subscribers. NOT_FOUND as in WatchGeneration.
     """
+    GetGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetGenerationRequest, _generation_pb2.GetGenerationResponse]
+    """GetGeneration returns the state of a job of the same caller at this moment,
+    without a subscription to it. NOT_FOUND as in WatchGeneration.
+    """
+    ListGenerations: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListGenerationsRequest, _generation_pb2.ListGenerationsResponse]
+    """ListGenerations returns the jobs of the caller that the server knows, the
+    last accepted first, page by page. A job that is accepted meanwhile is not
+    on a later page. INVALID_ARGUMENT for a page_token that no page had.
+    """
     EstimateGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.EstimateGenerationRequest, _generation_pb2.EstimateGenerationResponse]
     """EstimateGeneration returns the time and memory that a request would need,
     without running it.
@@ -116,6 +125,15 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     CancelGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelGenerationRequest, _generation_pb2.CancelGenerationResponse]  # type: ignore[assignment]
     """CancelGeneration ends a job of the same caller at the next step, for all its
     subscribers. NOT_FOUND as in WatchGeneration.
+    """
+    GetGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetGenerationRequest, _generation_pb2.GetGenerationResponse]  # type: ignore[assignment]
+    """GetGeneration returns the state of a job of the same caller at this moment,
+    without a subscription to it. NOT_FOUND as in WatchGeneration.
+    """
+    ListGenerations: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListGenerationsRequest, _generation_pb2.ListGenerationsResponse]  # type: ignore[assignment]
+    """ListGenerations returns the jobs of the caller that the server knows, the
+    last accepted first, page by page. A job that is accepted meanwhile is not
+    on a later page. INVALID_ARGUMENT for a page_token that no page had.
     """
     EstimateGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.EstimateGenerationRequest, _generation_pb2.EstimateGenerationResponse]  # type: ignore[assignment]
     """EstimateGeneration returns the time and memory that a request would need,
@@ -190,6 +208,27 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_generation_pb2.CancelGenerationResponse, _abc.Awaitable[_generation_pb2.CancelGenerationResponse]]:
         """CancelGeneration ends a job of the same caller at the next step, for all its
         subscribers. NOT_FOUND as in WatchGeneration.
+        """
+
+    @_abc_1.abstractmethod
+    def GetGeneration(
+        self,
+        request: _generation_pb2.GetGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.GetGenerationResponse, _abc.Awaitable[_generation_pb2.GetGenerationResponse]]:
+        """GetGeneration returns the state of a job of the same caller at this moment,
+        without a subscription to it. NOT_FOUND as in WatchGeneration.
+        """
+
+    @_abc_1.abstractmethod
+    def ListGenerations(
+        self,
+        request: _generation_pb2.ListGenerationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.ListGenerationsResponse, _abc.Awaitable[_generation_pb2.ListGenerationsResponse]]:
+        """ListGenerations returns the jobs of the caller that the server knows, the
+        last accepted first, page by page. A job that is accepted meanwhile is not
+        on a later page. INVALID_ARGUMENT for a page_token that no page had.
         """
 
     @_abc_1.abstractmethod

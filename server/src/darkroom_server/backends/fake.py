@@ -28,6 +28,7 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.record import embedded_record
 from darkroom_server.engine.output.formats import (
     encode_image,
     encode_preview,
@@ -253,22 +254,24 @@ def fake_image(job: Job, index: int) -> EncodedImage:
     seed = job.seed_of(index)
     pixels = np.full((job.height, job.width, 3), _colour(seed), np.uint8)
     flagged = FLAGGED in job.prompt
+    replay = Replay(
+        scheduler_class="FakeScheduler",
+        scheduler_config_json="{}",
+        device="cpu",
+        library_versions={"darkroom-server": "fake"},
+        rows_in_last_pass=job.rows_per_image,
+        pixels_sha256=sha256_of(pixels),
+    )
+    record = embedded_record(job, seed, fake_model(job.model), replay) if job.embed_record else ""
     return EncodedImage(
-        data=b"" if flagged else encode_image(pixels, job.format, job.quality),
+        data=b"" if flagged else encode_image(pixels, job.format, job.quality, record),
         format=job.format,
         width=job.width,
         height=job.height,
         seed=seed,
         prompt_truncated=len(job.prompt.split()) > 75,
         flagged=flagged,
-        replay=Replay(
-            scheduler_class="FakeScheduler",
-            scheduler_config_json="{}",
-            device="cpu",
-            library_versions={"darkroom-server": "fake"},
-            rows_in_last_pass=job.rows_per_image,
-            pixels_sha256=sha256_of(pixels),
-        ),
+        replay=replay,
     )
 
 

@@ -175,8 +175,14 @@ class QuotaExceeded(Refused):
 class NotReady(Refused):
     """The model is still loading, or the server is draining; see ``reason``."""
 
-    def __init__(self, message: str, reason: Reason, retry_after: float) -> None:
-        super().__init__(message, retry_after)
+    def __init__(
+        self,
+        message: str,
+        reason: Reason,
+        retry_after: float,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, retry_after, metadata)
         self.reason = reason
 
 

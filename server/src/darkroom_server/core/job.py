@@ -23,6 +23,11 @@ class ImageFormat(StrEnum):
     RAW_RGB = "raw_rgb"
 
     @property
+    def takes_record(self) -> bool:
+        """True if a file of this format can hold the replay record."""
+        return self is not ImageFormat.RAW_RGB
+
+    @property
     def takes_quality(self) -> bool:
         """True if the encoding is lossy and has a quality of 1 to 100."""
         return self in (ImageFormat.JPEG, ImageFormat.WEBP)
@@ -55,7 +60,7 @@ class Job:
     Linux all processes of a machine share. A higher ``priority`` is more urgent. ``skip`` are the
     indices of images that an earlier engine finished. ``caller`` is the caller's name.
     ``preview_every``: a preview every that many steps, 0 for none. ``request_id`` and ``trace_id``
-    are for the log.
+    are for the log. ``embed_record``: write the replay record into each image's file.
     """
 
     id: str
@@ -81,6 +86,7 @@ class Job:
     preview_format: ImageFormat = ImageFormat.JPEG
     request_id: str = ""
     trace_id: str = ""
+    embed_record: bool = False
 
     @property
     def log_fields(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ from darkroom_server.dispatch.admission.quotas import (
 )
 from darkroom_server.dispatch.dispatcher import Dispatcher
 from darkroom_server.dispatch.estimation.estimate import Estimate
+from darkroom_server.dispatch.estimation.load_times import LoadTimes
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome
@@ -25,7 +26,7 @@ from darkroom_server.dispatch.observer import (
     ReadyChanged,
     RetryJoined,
 )
-from darkroom_server.dispatch.results import ResultStore
+from darkroom_server.dispatch.results import Page, ResultStore
 from darkroom_server.dispatch.status import EngineStatus, ModelStatus, Snapshot
 
 __all__ = [
@@ -48,8 +49,10 @@ __all__ = [
     "JobEvent",
     "JobOutcome",
     "JobRerun",
+    "LoadTimes",
     "ModelStatus",
     "Observer",
+    "Page",
     "Queued",
     "ReadyChanged",
     "Restarted",

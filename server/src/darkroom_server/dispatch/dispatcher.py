@@ -18,6 +18,7 @@ from darkroom_server.dispatch.admission.limits import QueueLimits
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.estimation.estimate import Estimate
 from darkroom_server.dispatch.estimation.estimator import Estimator
+from darkroom_server.dispatch.estimation.load_times import LoadTimes
 from darkroom_server.dispatch.event_router import EventRouter
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
@@ -51,6 +52,7 @@ class Dispatcher:
         max_restarts: int = 5,
         observer: Observer | None = None,
         on_state: Callable[[State], None] = lambda _: None,
+        load_times: LoadTimes | None = None,
     ) -> None:
         self._observer = observer or Observer()
         self._registry = JobRegistry()
@@ -60,7 +62,10 @@ class Dispatcher:
             max_restarts=max_restarts,
             observer=self._observer,
         )
-        self.availability = Availability(model_ids, self._pool, self._observer, on_state)
+        self._load_times = load_times or LoadTimes()
+        self.availability = Availability(
+            model_ids, self._pool, self._observer, on_state, self._load_times
+        )
         estimator = Estimator(self._pool, self._registry)
         self._admission = AdmissionController(
             self.availability,
@@ -114,6 +119,7 @@ class Dispatcher:
 
     def start(self) -> None:
         """Let the engines load; ``loaded`` waits for the first."""
+        self._load_times.begin()
         self._pool.start(self._router.route)
 
     async def loaded(self) -> None:

@@ -1,6 +1,7 @@
 """Which job a caller's request id names, and the results that are kept for a while."""
 
 import asyncio
+import itertools
 import math
 import time
 from collections import Counter, defaultdict
@@ -19,10 +20,24 @@ Key = tuple[str, str]
 """A caller's name, and one of its request ids."""
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some of a caller's jobs with their request ids, the last accepted first.
+
+    ``end``: the end of this page, for the next one; None if this is the last page.
+    """
+
+    jobs: tuple[tuple[str, ActiveJob], ...]
+    end: int | None
+
+
 @dataclass(slots=True)
 class _Entry:
+    """``serial``: counts the accepted jobs of the store."""
+
     active: ActiveJob
     fingerprint: bytes
+    serial: int
     ended_at: float = math.inf
     size: int = 0
 
@@ -47,7 +62,9 @@ class ResultStore:
         self._result_ttl = result_ttl
         self._result_bytes = result_bytes
         self._reattach_grace = reattach_grace
-        self._entries: dict[Key, _Entry] = {}
+        self._entries: dict[str, dict[str, _Entry]] = {}
+        """By caller and request id, in the order of acceptance."""
+        self._serial = itertools.count(1)
         self._ended: dict[Key, _Entry] = {}
         """In the order of their ends; ``_callers`` has the same entries by caller."""
         self._callers: defaultdict[str, dict[Key, _Entry]] = defaultdict(dict)
@@ -84,7 +101,7 @@ class ResultStore:
         images is submitted again. Raises ``RequestConflict`` if the earlier call asked for
         something else.
         """
-        entry = self._entries.get((caller.name, request_id))
+        entry = self._entry((caller.name, request_id))
         if entry is None:
             return None
         if entry.fingerprint != fingerprint:
@@ -112,7 +129,8 @@ class ResultStore:
         key = caller.name, request_id
         active = self._dispatcher.submit(job, caller)
         self._remove(key)
-        self._entries[key] = entry = _Entry(active, fingerprint)
+        entry = _Entry(active, fingerprint, next(self._serial))
+        self._entries.setdefault(caller.name, {})[request_id] = entry
         active.add_end_callback(lambda: self._on_end(key, entry))
         if keep:
             self._keep(active)
@@ -120,10 +138,21 @@ class ResultStore:
 
     def find(self, caller: str, request_id: str) -> ActiveJob:
         """The job of this id; raises ``UnknownRequest``."""
-        entry = self._entries.get((caller, request_id))
+        entry = self._entry((caller, request_id))
         if entry is None:
             raise UnknownRequest(request_id)
         return entry.active
+
+    def page(self, caller: str, size: int, after: int | None) -> Page:
+        """At most ``size`` jobs of ``caller``; ``after``: the ``end`` of the page before."""
+        entries = reversed(self._entries.get(caller, {}).items())
+        older = ((id, e) for id, e in entries if after is None or e.serial < after)
+        found = list(itertools.islice(older, size + 1))
+        shown = found[:size]
+        return Page(
+            jobs=tuple((request_id, entry.active) for request_id, entry in shown),
+            end=shown[-1][1].serial if len(found) > size else None,
+        )
 
     def cancel(self, caller: str, request_id: str) -> bool:
         """Cancel the job of this id; False if it had ended. Raises ``UnknownRequest``."""
@@ -141,8 +170,12 @@ class ResultStore:
     def _keep(self, active: ActiveJob) -> None:
         active.reattach_grace = max(active.reattach_grace, self._reattach_grace)
 
+    def _entry(self, key: Key) -> _Entry | None:
+        caller, request_id = key
+        return self._entries.get(caller, {}).get(request_id)
+
     def _on_end(self, key: Key, entry: _Entry) -> None:
-        if self._entries.get(key) is not entry:
+        if self._entry(key) is not entry:
             return
         job = entry.active.job
         images = sum(len(image.data) for image in entry.active.images.values())
@@ -161,9 +194,12 @@ class ResultStore:
         return next(iter(self._callers[most]))
 
     def _remove(self, key: Key) -> None:
-        self._entries.pop(key, None)
+        caller, request_id = key
+        if entries := self._entries.get(caller):
+            entries.pop(request_id, None)
+            if not entries:
+                del self._entries[caller]
         if entry := self._ended.pop(key, None):
-            caller = key[0]
             del self._callers[caller][key]
             self._sizes[caller] -= entry.size
             if not self._callers[caller]:

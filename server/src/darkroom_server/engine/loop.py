@@ -51,7 +51,7 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Job | Cancel | Extend | Close] = queue.SimpleQueue()
         self._scheduler = BatchScheduler(row_limits, emit)
         self._runner = Runner(models, row_limits, emit)
-        self._encode_pool = EncodePool()
+        self._encode_pool = EncodePool(models)
         self._counters = CounterReporter(self._runner.counts, emit)
         self._memory = MemoryReporter(self._runner.devices, self._runner.peaks, emit)
 

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_server.rpc.context import CURRENT_ANSWER, Context
 from darkroom_server.rpc.event_stream import accepted_message, event_stream, finished_event
+from darkroom_server.rpc.jobs import generation_message
 from darkroom_server.rpc.requests import generation_request, reply_limit, time_limit
 from darkroom_server.rpc.responses import duration_message, response_of
 from darkroom_server.service.call_context import CURRENT_CALL, CallContext
@@ -125,6 +126,23 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """Cancel a job, even if other calls follow it."""
         cancelled = self._service.cancel(CURRENT_CALL.get(), request.request_id)
         return generation_pb2.CancelGenerationResponse(cancelled=cancelled)
+
+    async def GetGeneration(
+        self, request: generation_pb2.GetGenerationRequest, context: Context
+    ) -> generation_pb2.GetGenerationResponse:
+        """Return the state of one job."""
+        generation = self._service.jobs.get(CURRENT_CALL.get(), request.request_id)
+        return generation_pb2.GetGenerationResponse(generation=generation_message(generation))
+
+    async def ListGenerations(
+        self, request: generation_pb2.ListGenerationsRequest, context: Context
+    ) -> generation_pb2.ListGenerationsResponse:
+        """Return the state of one page of the caller's jobs."""
+        page = self._service.jobs.page(CURRENT_CALL.get(), request.page_size, request.page_token)
+        return generation_pb2.ListGenerationsResponse(
+            generations=[generation_message(generation) for generation in page.generations],
+            next_page_token=page.next_token,
+        )
 
     async def EstimateGeneration(
         self, request: generation_pb2.EstimateGenerationRequest, context: Context

@@ -37,6 +37,7 @@ def generation_request(
         format=_name(message.format, FORMAT_FROM_WIRE),
         quality=message.quality if message.HasField("quality") else None,
         exact=message.exact,
+        embed_record=message.embed_record,
         request_id=message.request_id,
         keep=message.on_disconnect == generation_pb2.ON_DISCONNECT_KEEP,
         preview_every=preview.every_steps,

@@ -66,6 +66,7 @@ def _replay_request(job: Job, seed: int) -> generation_pb2.GenerateRequest:
         format=FORMAT_TO_WIRE[job.format],
         quality=job.quality if job.format.takes_quality else None,
         exact=job.exact,
+        embed_record=job.embed_record,
     )
 
 

@@ -21,11 +21,11 @@ from darkroom_server.dispatch import Dispatcher
 from darkroom_server.rpc.dropped_calls import DroppedCalls
 from darkroom_server.rpc.generation import GenerationServicer
 from darkroom_server.rpc.health import Health
-from darkroom_server.rpc.interceptors.auth import Auth, AuthObserver
+from darkroom_server.rpc.interceptors.auth import OPEN, Auth, AuthObserver
 from darkroom_server.rpc.interceptors.call_context import CallContexts, PeerAddresses
-from darkroom_server.rpc.interceptors.decoding import Decoding
 from darkroom_server.rpc.interceptors.errors import Errors
 from darkroom_server.rpc.interceptors.in_flight import InFlightCalls
+from darkroom_server.rpc.interceptors.receiving import Decoding, Receiving
 from darkroom_server.rpc.interceptors.stalled_readers import StalledReaders
 from darkroom_server.rpc.interceptors.telemetry import CallObserver, Telemetry
 from darkroom_server.rpc.limits import LONGEST_CALL_SECONDS, OPTIONS
@@ -79,14 +79,22 @@ class RpcServer:
         self._closing: asyncio.Task[None] | None = None
         self._in_flight = InFlightCalls()
         self.dropped_calls = DroppedCalls()
-        interceptors = [
-            Telemetry(calls, self.dropped_calls),
+        addresses = addresses or PeerAddresses()
+        auth = Auth(tokens, rejections) if tokens is not None else None
+        interceptors: list[grpc.aio.ServerInterceptor] = [
+            Receiving(
+                addresses.of_call,
+                auth.allows if auth is not None else None,
+                OPEN,
+                self.dropped_calls,
+            ),
+            Telemetry(calls),
             self._in_flight,
             Errors(),
-            CallContexts(addresses or PeerAddresses(), anonymous, begin_traces=begin_traces),
+            CallContexts(addresses, anonymous, begin_traces=begin_traces),
         ]
-        if tokens is not None:
-            interceptors.append(Auth(tokens, rejections))
+        if auth is not None:
+            interceptors.append(auth)
         interceptors += [StalledReaders(), Decoding()]
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
         self.dropped_calls.watch_newest_server()

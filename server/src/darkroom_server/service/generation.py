@@ -16,6 +16,7 @@ from darkroom_server.dispatch import (
 )
 from darkroom_server.service.call_context import REQUEST_ID, CallContext
 from darkroom_server.service.idempotency import check_request_id, fingerprint
+from darkroom_server.service.jobs import JobService
 from darkroom_server.service.request import GenerationRequest
 from darkroom_server.service.summary import RequestObserver, RequestSummary, Summaries
 from darkroom_server.service.validation import ReplyLimit, job_of
@@ -47,6 +48,7 @@ class GenerationService:
         log_prompts: bool = False,
     ) -> None:
         self.summaries = Summaries(observers, log_prompts=log_prompts)
+        self.jobs = JobService(results)
         self._dispatcher = dispatcher
         self._results = results
         self._open_calls = ConcurrentCallLimiter(dispatcher.max_jobs)

@@ -10,6 +10,7 @@ class GenerationRequest:
     ``model`` is "" if the caller named none. ``scheduler``, ``format`` and ``preview_format`` are
     names as the caller wrote them, known or not. ``request_id`` is "" if the caller chose none.
     ``keep``: the job continues for a while after its last call disconnects.
+    ``embed_record``: write the replay record into each image's file.
     ``preview_every``: a preview every N steps, 0 for none.
     """
 
@@ -26,6 +27,7 @@ class GenerationRequest:
     format: str | None = None
     quality: int | None = None
     exact: bool = False
+    embed_record: bool = False
     request_id: str = ""
     keep: bool = False
     preview_every: int = 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from darkroom_server.core.errors import InvalidRequest, Reason, Violation
 from darkroom_server.core.job import SEED_BOUND, ImageFormat, Job, SchedulerName
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.record import prompts_fit_in_jpeg
 from darkroom_server.service.call_context import REQUEST_ID, RULE, CallContext
 from darkroom_server.service.request import GenerationRequest
 
@@ -64,6 +65,7 @@ def job_of(
         format=format or model.defaults.format,
         quality=fields.quality(format),
         exact=request.exact,
+        embed_record=fields.embed_record(format),
         submitted_at=submitted_at,
         deadline=deadline,
         priority=call.caller.priority,
@@ -212,6 +214,18 @@ class _Fields:
             self.wrong("quality", f"is for JPEG and WEBP only, not for {format.name}")
             return default
         return self._number("quality", asked, default, 1, 100)
+
+    def embed_record(self, format: ImageFormat | None) -> bool:
+        """Whether each image's file has its record, for formats that can hold it."""
+        request = self.request
+        if request.embed_record and format:
+            if not format.takes_record:
+                self.wrong("embed_record", f"is for PNG, JPEG and WEBP, not for {format.name}")
+            elif format is ImageFormat.JPEG and not prompts_fit_in_jpeg(
+                request.prompt, request.negative_prompt
+            ):
+                self.wrong("embed_record", "the prompts are too long for a JPEG's XMP; ask for PNG")
+        return request.embed_record
 
     def preview_every(self) -> int:
         """A preview every N steps, 0 for none."""

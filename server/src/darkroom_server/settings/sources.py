@@ -1,5 +1,6 @@
 """Parses ``--model`` (a folder, a file or a hub id), and builds each engine's configuration."""
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -36,12 +37,20 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         threads=engine.threads,
         rows=engine.rows,
         max_rows=engine.max_rows,
-        measurement_cache=_measurement_folder() if engine.measurement_cache else None,
+        measurement_cache=measurement_folder() if engine.measurement_cache else None,
         safety_checker=engine.safety_checker,
     )
 
 
-def _measurement_folder() -> str | None:
+def load_times_file(settings: Settings) -> tuple[Path | None, str]:
+    """The file that remembers how long loads take, and the key of these models and devices."""
+    folder = measurement_folder() if settings.engine.measurement_cache else None
+    sources = [source.location for source in model_sources(settings.models)]
+    key = json.dumps([*sources, settings.engine.device, settings.engine.engines])
+    return (Path(folder) / "load-times.json" if folder else None), key
+
+
+def measurement_folder() -> str | None:
     """The folder of the XDG base directory specification; None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification: a relative path is invalid and is ignored.

@@ -58,7 +58,8 @@ def seeded_request(prompt: str, arguments: argparse.Namespace) -> GenerationRequ
         digest = hashlib.sha256(arguments.request_id.encode()).digest()
         seed = int.from_bytes(digest[:4], "big")
     request = request_of(prompt, arguments, seed=seed)
-    return replace(request, request_id=arguments.request_id)
+    embed = arguments.embed_record and arguments.format is not ImageFormat.RAW_RGB
+    return replace(request, request_id=arguments.request_id, embed_record=embed)
 
 
 def request_of(

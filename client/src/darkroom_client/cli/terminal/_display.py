@@ -1,5 +1,6 @@
 """The live display of ``generate``: a bar for each image, and the unfinished images."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,12 @@ from darkroom_client._types.events import (
     Preview,
     Progress,
     Queued,
+    Reconnecting,
     Restarted,
     Started,
 )
 from darkroom_client._types.image import Image
-from darkroom_client.cli.terminal._console import open_console, print_line, progress_bar
+from darkroom_client.cli.terminal._console import print_line, progress_bar
 from darkroom_client.cli.terminal._halfblocks import check_pillow, half_blocks, side_by_side
 from darkroom_client.cli.terminal._picture import leave_picture
 
@@ -26,6 +28,16 @@ if TYPE_CHECKING:
     import rich.live
     import rich.progress
     import rich.text
+
+WAIT_WORDS = {
+    "QUEUE_FULL": "the server's queue is full",
+    "QUOTA_EXCEEDED": "the quota is used up",
+    "DEADLINE_UNREACHABLE": "the queue is longer than the timeout",
+    "MODEL_LOADING": "the model is loading",
+    "DRAINING": "the server is shutting down",
+    "UNAVAILABLE": "no server answers",
+}
+"""What a command waits for, by the reason of the error."""
 
 _PROMPT_WIDTH = 30
 _PICTURE_WIDTH = 32
@@ -51,14 +63,16 @@ class Display:
         if preview:
             check_pillow()
         self._console = console
-        self._shown = shown and console.is_terminal
+        # Whether there is a live part.
+        self.shown = shown and console.is_terminal
         self._bars = progress_bar(console)
         self._all = self._bars.add_task("all", total=images, visible=images > 1, note="", unit="")
-        self._lines = shown
         self._picture = picture
         self._began_at = time.monotonic()
         self._counted = 0
         self._last: Image | None = None
+        self._many = images > 1
+        self._wait = ""
         self._pictures: dict[int, rich.text.Text] = {}
         self._live: rich.live.Live | None = None
 
@@ -79,7 +93,26 @@ class Display:
             yield bars
         finally:
             bars.remove()
-            self._bars.advance(self._all, images)
+
+    def advance(self, images: int) -> None:
+        """Count ``images`` whose prompt has ended."""
+        self._bars.advance(self._all, images)
+
+    def show_wait(self, reason: str, seconds: float | None = None) -> None:
+        """Show what the command waits for: in a bar, or once on stderr without a terminal."""
+        words = WAIT_WORDS.get(reason, reason.lower().replace("_", " "))
+        if self.shown:
+            at_most = "" if seconds is None else f", up to {seconds:.0f} s"
+            self._bars.update(self._all, visible=True, note=f"waits: {words}{at_most}")
+        elif self._wait != words:
+            print(f"darkroom: waits: {words}", file=sys.stderr, flush=True)
+        self._wait = words
+
+    def end_wait(self) -> None:
+        """The server has accepted a request again."""
+        if self._wait:
+            self._wait = ""
+            self._bars.update(self._all, visible=self._many, note="")
 
     def render(self) -> "rich.console.RenderableType":
         """The live part of the screen."""
@@ -94,7 +127,7 @@ class Display:
     def __enter__(self) -> Self:
         from rich.live import Live
 
-        if self._shown:
+        if self.shown:
             self._live = Live(
                 get_renderable=self.render,
                 console=self._console,
@@ -114,20 +147,18 @@ class Display:
     ) -> None:
         if self._live is not None:
             self._live.stop()
-        if error is None and self._lines:
+        if error is None and self.shown:
             self._close()
 
     def _close(self) -> None:
         """Leave the last picture and the closing line."""
         if self._last is None:
             return
-        if self._picture and self._console.is_terminal:
+        if self._picture:
             leave_picture(self._console, self._last)
         seconds = time.monotonic() - self._began_at
         images = "1 image" if self._counted == 1 else f"{self._counted} images"
-        line = f"{images} in {seconds:.1f} s, {self._counted / seconds:.2f} images/s"
-        # In a pipe, stdout has a line for each image and nothing else.
-        open_console(stderr=not self._console.is_terminal).print(line)
+        self._console.print(f"{images} in {seconds:.1f} s, {self._counted / seconds:.2f} images/s")
 
 
 class PromptBars:
@@ -148,8 +179,14 @@ class PromptBars:
     def show(self, event: Event) -> None:
         """Show ``event``."""
         match event:
-            case Accepted(queue_position=position) | Queued(position=position) if position:
-                self._note(f"{position} before")
+            case Accepted() | Queued():
+                position = event.queue_position if isinstance(event, Accepted) else event.position
+                self._display.end_wait()
+                self._note(f"{position} before" if position else "")
+            case Reconnecting(attempt=attempt, reason=reason):
+                self._note(f"reconnecting ({attempt}): {WAIT_WORDS.get(reason, reason)}")
+                if not self._display.shown:
+                    self._display.show_wait(reason)
             case Started():
                 self._began_at = time.monotonic()
                 self._note("")

@@ -13,10 +13,14 @@ from darkroom_server.core.errors import (
 )
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.estimation.load_times import LoadTimes
 from darkroom_server.dispatch.observer import Observer, ReadyChanged
 
 LOADING_RETRY_SECONDS = 2.0
 """Loading takes seconds to minutes; asking this often costs nothing."""
+
+LONGEST_LOADING_RETRY_SECONDS = 30.0
+"""The last load is an estimate: this one may be faster."""
 
 AWAY_RETRY_SECONDS = 1.0
 """If this server shuts down, another one may take the call at once."""
@@ -35,7 +39,7 @@ class Availability:
     """The server's state as callers see it, and the models that it holds.
 
     ``model_ids`` are the configured models, in their order. ``on_state`` is called with the state
-    when it may have changed.
+    when it may have changed. ``load_times``: how long a load takes.
     """
 
     def __init__(
@@ -44,11 +48,13 @@ class Availability:
         pool: EnginePool,
         observer: Observer,
         on_state: Callable[[State], None],
+        load_times: LoadTimes,
     ) -> None:
         self.models: dict[str, ModelInfo | None] = dict.fromkeys(model_ids)
         self._pool = pool
         self._observer = observer
         self._on_state = on_state
+        self._load_times = load_times
         self._loaded = asyncio.Event()
         self._failed = asyncio.Event()
         self._failure = ""
@@ -92,12 +98,24 @@ class Availability:
             )
         info = self.models[model_id]
         if info is None:
-            raise NotReady(
-                f"model {model_id!r} is still loading; try again in a moment",
-                Reason.MODEL_LOADING,
-                LOADING_RETRY_SECONDS,
-            )
+            raise self._loading(model_id)
         return info
+
+    def _loading(self, model_id: str) -> NotReady:
+        times = self._load_times
+        metadata = {"elapsed_seconds": f"{times.elapsed:.3f}"}
+        known, retry_after = "", LOADING_RETRY_SECONDS
+        if times.expected is not None:
+            metadata["load_seconds"] = f"{times.expected:.3f}"
+            known = f" ({times.elapsed:.0f} s; the last load took {times.expected:.0f} s)"
+        if times.remaining is not None:
+            retry_after = min(max(times.remaining, 0.25), LONGEST_LOADING_RETRY_SECONDS)
+        return NotReady(
+            f"model {model_id!r} is still loading{known}; try again in {retry_after:.1f} s",
+            Reason.MODEL_LOADING,
+            retry_after,
+            metadata,
+        )
 
     async def loaded(self) -> str:
         """Wait until the models are loaded, or cannot be: then the reason, else ""."""
@@ -112,6 +130,7 @@ class Availability:
     def set_loaded(self, models: Iterable[ModelInfo]) -> None:
         """An engine holds ``models`` now."""
         self.models |= {info.id: info for info in models}
+        self._load_times.record()
         self._loaded.set()
 
     def set_row_limit(self, model_id: str, max_rows: int) -> None:

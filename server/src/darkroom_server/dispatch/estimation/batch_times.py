@@ -31,8 +31,11 @@ LARGEST_SURPRISE = 1.0
 SHORTEST_SECONDS, LONGEST_SECONDS = 1e-6, 1e5
 """Times outside this range are ignored."""
 
-RECENT = 256
-"""Batches of a group that its optimistic level is taken from: more than one slow stretch."""
+BLOCK = 16
+"""Batches whose mean is one observation of the level: a job meets the mean of many batches."""
+
+RECENT = 64
+"""Blocks of a group that its optimistic level is taken from: more than one slow stretch."""
 
 MAX_GROUPS = 64
 """Sizes kept, least recently used removed first: callers must not make memory grow."""
@@ -69,9 +72,10 @@ class BatchTimeCurve:
     def __init__(self, points: dict[int, float], *, measured: bool) -> None:
         self.points = dict(sorted(points.items()))
         self.level = 0.0
-        # As many batches at the measured level as the optimistic share takes to be outvoted.
+        # Enough observations of the measured level to be the optimistic share of a full window.
         known = int(RECENT * OPTIMISTIC) + 1 if measured else 0
         self._recent: deque[float] = deque([0.0] * known, maxlen=RECENT)
+        self._block: list[float] = []
         self._met = 1000 if measured else 0
         self._given = frozenset(points)
         self._points_met = dict.fromkeys(points, self._met)
@@ -102,7 +106,7 @@ class BatchTimeCurve:
         return seconds * math.exp(self.level)
 
     def optimistic_level(self) -> float:
-        """The level of the batches that were fast recently; infinite if there was none."""
+        """The level of the blocks that were fast recently; infinite if there was none."""
         return quantile(self._recent, OPTIMISTIC) if self._recent else math.inf
 
     def learn(self, rows: int, surprise: float, level: float) -> None:
@@ -110,7 +114,10 @@ class BatchTimeCurve:
 
         ``level``: that of this batch alone, the level of the engine included.
         """
-        self._recent.append(level)
+        self._block.append(level)
+        if len(self._block) == BLOCK:
+            self._recent.append(sum(self._block) / BLOCK)
+            self._block.clear()
         if rows not in self.points:
             self.points[rows] = self.at(rows) / math.exp(self.level)
             self.points = dict(sorted(self.points.items()))

@@ -88,6 +88,25 @@ class ActiveJob:
         return self._result is not None
 
     @property
+    def outcome(self) -> JobOutcome | None:
+        """How the job ended, None if it has not."""
+        match self._result:
+            case None:
+                return None
+            case Finished():
+                return JobOutcome.FINISHED
+            case DeadlineExceeded():
+                return JobOutcome.EXPIRED
+            case JobCancelled():
+                return JobOutcome.CANCELLED
+        return JobOutcome.FAILED
+
+    @property
+    def error(self) -> DarkroomError | None:
+        """Why the job ended without all its images, None if it did not."""
+        return self._result if isinstance(self._result, DarkroomError) else None
+
+    @property
     def started(self) -> bool:
         """An engine has run a batch with it."""
         return self.state in PHASES
@@ -96,6 +115,23 @@ class ActiveJob:
     def phase(self) -> str:
         """The phase: "queue", "denoise" while an image has steps to take, or "decode"."""
         return PHASES.get(self.state, "queue")
+
+    @property
+    def assigned(self) -> bool:
+        """An engine has it, or had it at its end."""
+        return self.state not in (JobState.NEW, JobState.QUEUED)
+
+    @property
+    def steps(self) -> int:
+        """Denoiser calls in total, of all images together."""
+        return self.model.denoiser_calls(self.job) * self.job.image_count
+
+    @property
+    def steps_done(self) -> int:
+        """Denoiser calls done, of all images together; from 0 again after a restart."""
+        each = self.model.denoiser_calls(self.job)
+        begun = sum(each - left for i, left in self.remaining.items() if i not in self.images)
+        return each * len(self.images) + begun
 
     @property
     def complete(self) -> bool:
@@ -233,15 +269,4 @@ class ActiveJob:
         self._subscriptions.clear()
         for callback in self._end_callbacks:
             callback()
-        return _outcome(result)
-
-
-def _outcome(result: Finished | DarkroomError) -> JobOutcome:
-    match result:
-        case Finished():
-            return JobOutcome.FINISHED
-        case DeadlineExceeded():
-            return JobOutcome.EXPIRED
-        case JobCancelled():
-            return JobOutcome.CANCELLED
-    return JobOutcome.FAILED
+        return self.outcome

@@ -1,5 +1,6 @@
 """The encode pool: pixels to the caller's format, on threads beside the loop's."""
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -7,8 +8,10 @@ import structlog
 from numpy.typing import NDArray
 
 from darkroom_server.core.events import EncodedImage, JobFailed, PreviewReady
+from darkroom_server.core.record import embedded_record
 from darkroom_server.engine.batching.resident_job import ResidentJob
 from darkroom_server.engine.failures import ENCODE_FAILED
+from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.output.formats import (
     encode_image,
     encode_preview,
@@ -26,7 +29,8 @@ THREADS = 2
 class EncodePool:
     """Encodes finished images and delivers them; Pillow releases the GIL while it compresses."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Mapping[str, Model]) -> None:
+        self._models = models
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="encode-image")
 
     def submit(
@@ -78,15 +82,20 @@ class EncodePool:
     ) -> None:
         job = sample.job
         try:
+            replay = replay_of(sample, "" if flagged else sha256_of(pixels))
+            record = ""
+            if job.embed_record and not flagged:
+                model = self._models[job.model].info
+                record = embedded_record(job, sample.seed, model, replay)
             image = EncodedImage(
-                data=b"" if flagged else encode_image(pixels, job.format, job.quality),
+                data=b"" if flagged else encode_image(pixels, job.format, job.quality, record),
                 format=job.format,
                 width=job.width,
                 height=job.height,
                 seed=sample.seed,
                 prompt_truncated=sample.prompt_truncated,
                 flagged=flagged,
-                replay=replay_of(sample, "" if flagged else sha256_of(pixels)),
+                replay=replay,
             )
             resident.deliver(sample.index, image)
         except Exception:

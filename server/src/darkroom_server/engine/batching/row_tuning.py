@@ -13,6 +13,9 @@ from darkroom_server.engine.warmup.row_measurement import MAX_BATCH_SECONDS, MIN
 PAIRS = 9
 """Pairs of batches in a trial."""
 
+LONG_BATCHES = 3
+"""Batches of a trial that must take longer than ``MAX_BATCH_SECONDS`` before it is ended."""
+
 KEEP_GAIN = 1.05
 """Below this gain for doubling the rows, half of them is enough. It is less than what raises the
 limit, so that noise does not move the limit up and down."""
@@ -91,10 +94,10 @@ class RowTuner:
         side = trial.next_rows
         if not FULL * side < rows <= side or seconds <= 0:
             return False
-        if side > self.rows and seconds > MAX_BATCH_SECONDS:
+        trial.rates[side].append(rows / seconds)
+        if side > self.rows and self._takes_too_long(trial):
             self._end_trial(accepted=False)
             return False
-        trial.rates[side].append(rows / seconds)
         if not trial.complete:
             return False
         accepted = trial.accepts()
@@ -102,6 +105,11 @@ class RowTuner:
             self.rows = trial.wide if trial.upwards else trial.narrow
         self._end_trial(accepted=accepted)
         return accepted
+
+    def _takes_too_long(self, trial: _Trial) -> bool:
+        """Whether each of several wide batches took too long; one may be a busy moment."""
+        rates = trial.rates[trial.wide]
+        return len(rates) >= LONG_BATCHES and trial.wide / max(rates) > MAX_BATCH_SECONDS
 
     def _new_trial(self, waiting: int, most: int) -> _Trial | None:
         """The trial in the direction whose turn it is, or in the other one if it cannot go on."""

@@ -2,10 +2,11 @@
 
 import hashlib
 import io
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from darkroom_server.core.job import ImageFormat
 
@@ -19,16 +20,43 @@ PREVIEW_SIDE = 256
 """Pixels of a preview's longer side, at most."""
 
 
-def encode_image(pixels: NDArray[np.uint8], format: ImageFormat, quality: int) -> bytes:
-    """``pixels`` [height, width, 3] in ``format``; ``quality`` 1 to 100, for JPEG and WebP."""
+PNG_RECORD_KEYWORD = "darkroom-record"
+"""The keyword of the iTXt chunk that holds the replay record."""
+
+XMP_PACKET = (
+    '<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:darkroom="urn:darkroom:v1">'
+    "<darkroom:record>{record}</darkroom:record>"
+    "</rdf:Description></rdf:RDF></x:xmpmeta>"
+    '<?xpacket end="r"?>'
+)
+"""An XMP packet (ISO 16684-1) with the replay record as its one property."""
+
+
+def encode_image(
+    pixels: NDArray[np.uint8], format: ImageFormat, quality: int, record: str = ""
+) -> bytes:
+    """``pixels`` [height, width, 3] in ``format``; ``quality`` 1 to 100, for JPEG and WebP.
+
+    ``record``: the replay record to write into the file, in ASCII without markup; "" for none.
+    """
     if format is ImageFormat.RAW_RGB:
         return pixels.tobytes()
     buffer = io.BytesIO()
     image = Image.fromarray(pixels)
+    options: dict[str, Any] = {}
     if format is ImageFormat.PNG:
-        image.save(buffer, "PNG", compress_level=PNG_COMPRESSION)
+        options["compress_level"] = PNG_COMPRESSION
+        if record:
+            options["pnginfo"] = PngImagePlugin.PngInfo()
+            options["pnginfo"].add_itxt(PNG_RECORD_KEYWORD, record)
     else:
-        image.save(buffer, format.name, quality=quality)
+        options["quality"] = quality
+        if record:
+            options["xmp"] = XMP_PACKET.format(record=record).encode("ascii")
+    image.save(buffer, format.name, **options)
     return buffer.getvalue()
 
 

@@ -32,9 +32,9 @@ PLAUSIBLE = 1.25
 have been split into such batches."""
 
 MAX_ROUNDS = 8
-MAX_SECONDS = 10.0
-"""After this many rounds or seconds, readings that still do not agree are used as they are. Real
-batches correct them."""
+MAX_SECONDS = 12.0
+"""After this many rounds, or about this many seconds of readings, those that still do not agree are
+used as they are. Real batches correct them."""
 
 CONFIRMATIONS, MAX_CONFIRMATIONS = 4, 16
 """Further readings around the best row count that must not change it, and the most of them."""
@@ -120,9 +120,7 @@ def _read_first(rows: int, readings: Readings, time_batch: TimeBatch) -> None:
 
 
 def _believable(rows: int, readings: Readings) -> bool:
-    if rows == min(readings):
-        return min(readings[rows]) <= MAX_BATCH_SECONDS
-    return _is_proportional(rows, readings)
+    return min(readings[rows]) <= MAX_BATCH_SECONDS and _is_proportional(rows, readings)
 
 
 def _gains_nothing(readings: Readings, time_batch: TimeBatch) -> bool:
@@ -140,11 +138,12 @@ def _gains_nothing(readings: Readings, time_batch: TimeBatch) -> bool:
 
 def _repeat(readings: Readings, time_batch: TimeBatch) -> None:
     """Measure again, in rounds, the row counts whose readings do not agree or are implausible."""
-    spent = 0.0
     for _ in range(MAX_ROUNDS):
         unsettled = [rows for rows in readings if not _is_settled(rows, readings)]
         if not unsettled:
             return
+        if _spent(readings) > MAX_SECONDS:
+            break
         for rows in unsettled:
             if _agree(readings[rows]):
                 log.info(
@@ -152,13 +151,7 @@ def _repeat(readings: Readings, time_batch: TimeBatch) -> None:
                     rows=rows,
                     milliseconds=_milliseconds(min(readings[rows])),
                 )
-            seconds = time_batch(rows)
-            readings[rows].append(seconds)
-            spent += min(seconds, MAX_BATCH_SECONDS)
-            if spent > MAX_SECONDS:
-                break
-        if spent > MAX_SECONDS:
-            break
+            readings[rows].append(time_batch(rows))
     log.warning(
         "measurements do not agree: the machine is busy; real batches will correct them",
         milliseconds={
@@ -166,6 +159,11 @@ def _repeat(readings: Readings, time_batch: TimeBatch) -> None:
             for rows, found in readings.items()
         },
     )
+
+
+def _spent(readings: Readings) -> float:
+    """Seconds of all readings; a long one counts in part, or a few of them would end the search."""
+    return sum(min(each, MAX_BATCH_SECONDS) for found in readings.values() for each in found)
 
 
 def _is_settled(rows: int, readings: Readings) -> bool:
@@ -195,16 +193,14 @@ def _is_proportional(rows: int, readings: Readings) -> bool:
 
 def _confirm(readings: Readings, time_batch: TimeBatch) -> None:
     """Measure the best row count and its neighbours again until it stays the same."""
-    best, confirmed, spent = 0, 0, 0.0
+    best, confirmed = 0, 0
     for _ in range(MAX_CONFIRMATIONS):
         previous, best = best, best_rows(_lowest(readings))
         confirmed = confirmed + 1 if best == previous else 0
-        if confirmed == CONFIRMATIONS or spent > MAX_SECONDS / 2:
+        if confirmed == CONFIRMATIONS or _spent(readings) > 1.5 * MAX_SECONDS:
             return
         for rows in _neighbours(best, readings):
-            seconds = time_batch(rows)
-            readings[rows].append(seconds)
-            spent += min(seconds, MAX_BATCH_SECONDS)
+            readings[rows].append(time_batch(rows))
 
 
 def _neighbours(best: int, readings: Readings) -> list[int]:

@@ -10,7 +10,12 @@ import structlog
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import NotAllowed, Reason, Unauthenticated
 from darkroom_server.rpc.context import Context
-from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method, metadata_value
+from darkroom_server.rpc.interceptors.base import (
+    ContextInterceptor,
+    Metadata,
+    Method,
+    metadata_value,
+)
 from darkroom_server.security.tokens import Tokens
 from darkroom_server.service.call_context import CURRENT_CALL
 
@@ -52,25 +57,33 @@ class Auth(ContextInterceptor):
     async def _around(self, method: Method, context: Context) -> AsyncIterator[None]:
         if method.service not in OPEN:
             try:
-                caller = self._authorize(method, context)
+                caller = self._caller(method.service, context.invocation_metadata() or ())
+                structlog.contextvars.bind_contextvars(caller=caller.name)
                 CURRENT_CALL.set(replace(CURRENT_CALL.get(), caller=caller))
             except (Unauthenticated, NotAllowed) as error:
                 self._observer.call_rejected(error.reason)
                 raise
         yield
 
-    def _authorize(self, method: Method, context: Context) -> Caller:
-        caller = self._tokens.caller(_bearer_of(context))
-        structlog.contextvars.bind_contextvars(caller=caller.name)
-        if method.service in ADMIN and not caller.admin:
+    def allows(self, service: str, metadata: Metadata) -> bool:
+        """Whether a call with this metadata may be made: its message is worth receiving."""
+        try:
+            self._caller(service, metadata)
+        except (Unauthenticated, NotAllowed):
+            return False
+        return True
+
+    def _caller(self, service: str, metadata: Metadata) -> Caller:
+        caller = self._tokens.caller(_bearer_of(metadata))
+        if service in ADMIN and not caller.admin:
             raise NotAllowed(
-                f"{method.service} is for callers whose token says admin = true, and that of "
+                f"{service} is for callers whose token says admin = true, and that of "
                 f"{caller.name!r} does not"
             )
         return caller
 
 
-def _bearer_of(context: Context) -> str | None:
-    value = metadata_value(context, "authorization") or ""
+def _bearer_of(metadata: Metadata) -> str | None:
+    value = metadata_value(metadata, "authorization") or ""
     scheme, token = value[: len(SCHEME)], value[len(SCHEME) :].strip()
     return token if scheme.lower() == SCHEME else None

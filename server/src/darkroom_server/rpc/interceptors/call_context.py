@@ -60,6 +60,10 @@ class PeerAddresses:
                     break
         return _counted(found)
 
+    def of_call(self, context: Context) -> str:
+        """The address of a call's caller."""
+        return self.address_of(context.peer(), context.invocation_metadata() or ())
+
     def _is_proxy(self, address: Address) -> bool:
         return any(address in network for network in self._trusted)
 
@@ -107,8 +111,7 @@ class CallContexts(ContextInterceptor):
 
     @asynccontextmanager
     async def _around(self, context: Context, request: Any) -> AsyncIterator[None]:
-        entries = context.invocation_metadata() or ()
-        metadata = dict(entries)
+        metadata = dict(context.invocation_metadata() or ())
         sent = _text(metadata.get(REQUEST_ID_KEY))
         message = _message_with_id(request)
         if message is not None and sent and _valid(sent) and not getattr(message, FIELD):
@@ -119,7 +122,7 @@ class CallContexts(ContextInterceptor):
         trace = parse_traceparent(traceparent) if traceparent else None
         if trace is None and self._begin_traces:
             trace = new_trace()
-        address = self._addresses.address_of(context.peer(), entries)
+        address = self._addresses.of_call(context)
         caller = replace(self._anonymous, address=address)
         CURRENT_CALL.set(CallContext(id, caller, trace))
         structlog.contextvars.bind_contextvars(request_id=id)

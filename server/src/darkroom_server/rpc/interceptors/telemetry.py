@@ -2,18 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import grpc
 
 from darkroom_server.rpc.context import CURRENT_ANSWER, Answer, Context, has_expired
-from darkroom_server.rpc.dropped_calls import DroppedCalls
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
-
-if TYPE_CHECKING:
-    from darkroom_server.rpc.interceptors.base import Handler
 
 
 class CallObserver(Protocol):
@@ -35,18 +31,8 @@ class Telemetry(ContextInterceptor):
     Outside ``Errors``, to see the status that is sent.
     """
 
-    def __init__(self, observer: CallObserver, dropped: DroppedCalls) -> None:
+    def __init__(self, observer: CallObserver) -> None:
         self._observer = observer
-        self._dropped = dropped
-
-    async def intercept_service(
-        self,
-        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Count the call as seen, also one of an unknown method."""
-        self._dropped.seen += 1
-        return await super().intercept_service(continuation, handler_call_details)
 
     def around(
         self, method: Method, context: Context, request: Any

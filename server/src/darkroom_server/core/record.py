@@ -1,0 +1,74 @@
+"""The replay record as text, as it travels in an image's file."""
+
+import json
+import struct
+from typing import Any
+
+from darkroom_server.core.events import Replay
+from darkroom_server.core.job import Job
+from darkroom_server.core.model import ModelInfo
+
+RECORD_VERSION = 1
+"""The version of the document; ``ReplayRecord.from_json`` of the Python client reads it."""
+
+MAX_JPEG_PROMPT_BYTES = 52 * 1024
+"""The most bytes of both prompts in the record of a JPEG: its XMP has at most 65,502 bytes, and 12
+KiB of them are for the rest of the record."""
+
+
+def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> str:
+    """The record of the image of ``seed``, as JSON in ASCII without ``&``, ``<`` and ``>``.
+
+    It holds nothing that changes from call to call, so equal pixels of equal requests give equal
+    files: no request id, no rows of a batch, no times.
+    """
+    return _plain_json(
+        {
+            "darkroom_replay": RECORD_VERSION,
+            "request": {
+                "prompt": job.prompt,
+                "model": job.model,
+                "negative_prompt": job.negative_prompt,
+                "width": job.width,
+                "height": job.height,
+                "steps": job.steps,
+                "guidance_scale": _shortest_float32(job.guidance_scale),
+                "seed": seed,
+                "image_count": 1,
+                "scheduler": job.scheduler.value,
+                "format": job.format.value,
+                "quality": job.quality if job.format.takes_quality else None,
+                "exact": job.exact,
+                "embed_record": True,
+            },
+            "model_revision": model.revision,
+            "scheduler_class": replay.scheduler_class,
+            "scheduler_config": json.loads(replay.scheduler_config_json),
+            "dtype": model.runtime.dtype,
+            "device": replay.device,
+            "preset": model.runtime.preset,
+            "library_versions": dict(sorted(replay.library_versions.items())),
+            "pixels_sha256": replay.pixels_sha256,
+        }
+    )
+
+
+def prompts_fit_in_jpeg(prompt: str, negative_prompt: str) -> bool:
+    """Whether a JPEG can hold the record of an image with these prompts."""
+    size = len(_plain_json(prompt)) + len(_plain_json(negative_prompt))
+    return size <= MAX_JPEG_PROMPT_BYTES
+
+
+def _plain_json(value: Any) -> str:
+    """JSON that XML can hold as it is."""
+    text = json.dumps(value, ensure_ascii=True)
+    for character in "&<>":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _shortest_float32(value: float) -> float:
+    """The shortest decimal of the same 32-bit float: 7.1, not 7.099999904632568."""
+    bits = struct.pack("f", value)
+    candidates = (float(f"{value:.{digits}g}") for digits in range(6, 10))
+    return next((short for short in candidates if struct.pack("f", short) == bits), value)
