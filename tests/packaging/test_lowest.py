@@ -10,8 +10,9 @@ from tools.lowest_versions import lowest_versions
 def test_there_is_a_lowest_version_of_every_dependency() -> None:
     lowest = lowest_versions()
 
-    # Below it, no diffusers loads the demo model and guards against code in a model folder.
-    assert Version(lowest["diffusers"]) >= Version("0.38")
+    # Versions below do not load the demo model.
+    assert Version(lowest["diffusers"]) >= Version("0.40")
+    assert Version(lowest["transformers"]) >= Version("5.6")
     assert Version(lowest["torch"]) == Version(
         importlib.metadata.version("torch").partition("+")[0]
     )
