@@ -12,6 +12,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
+LOWEST_TESTS ?= tests/client tests/server tests/engine tests/wire
 # Whether `make test` runs `make test-tools` first: yes, no, or auto (if CI=true, or as root in a
 # container).
 INSTALL_TEST_TOOLS ?= auto
@@ -26,6 +27,7 @@ IMAGE ?= darkroom-server:latest
 IMAGE_FLAGS ?=
 
 PACKAGES := protos client server
+LOWEST_TOOLS := hypothesis packaging pytest pytest-asyncio pytest-timeout PyYAML trustme
 # The servers that Darkroom is measured beside; each has an environment in bench/work.
 PEERS := grpc litserve ray triton
 TYPED := $(wildcard client/src server/src tests examples training bench tools)
@@ -68,6 +70,10 @@ test-gpu: setup ## run the tests that need a CUDA device
 test-packaging: setup ## build the wheels, install them into empty environments, try them there
 	@$(BIN)/pytest tests/packaging -m "not gpu" $(PYTEST_FLAGS)
 
+.PHONY: test-lowest
+test-lowest: .venv-lowest/.installed ## run LOWEST_TESTS with the lowest version of each dependency, but torch's
+	@HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -m "not gpu" $(LOWEST_TESTS) $(PYTEST_FLAGS)
+
 .PHONY: test-compat
 test-compat: setup ## run clients and servers of 0.1.0 and of this checkout against each other
 	@$(BIN)/pytest tests/compat $(PYTEST_FLAGS)
@@ -100,7 +106,7 @@ bench-gpu: setup ## measure steps, decodes and load on the real SD 1.4 (needs CU
 bench-peers-setup: setup $(PEERS:%=bench/work/%/.installed) ## install the other servers, each into its own environment
 
 .PHONY: observe
-observe: setup ## a server, a real Prometheus and a short load: what its rules say, and plots of it
+observe: setup ## a server, a real Prometheus and a short load: rules and plots, into observe-output/
 	@$(BIN)/python -m tools.observe $(OBSERVE_FLAGS)
 
 .PHONY: soak
@@ -215,7 +221,7 @@ constraints: setup ## write constraints.txt again from what .venv holds, after a
 
 .PHONY: clean
 clean: ## delete what was built, the environments too
-	@rm -rf .venv .venv-protos bench/work build dist demo-output examples/node/node_modules
+	@rm -rf .venv .venv-protos .venv-lowest bench/work build dist demo-output observe-output examples/node/node_modules
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
@@ -228,6 +234,15 @@ clean: ## delete what was built, the environments too
 	@echo "installing into .venv"
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -r requirements-dev.txt
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation \
+	    -e protos -e 'client[cli,pil,numpy]' -e 'server[otel]'
+	@touch $@
+
+# numpy's lowest version has no wheel for a Python newer than 3.12.
+.venv-lowest/.installed: .venv/.installed tools/lowest_versions.py constraints.txt $(PACKAGES:=/pyproject.toml)
+	@[ -x .venv-lowest/bin/python ] || $(PYTHON) -m venv .venv-lowest
+	@$(BIN)/python -m tools.lowest_versions >.venv-lowest/constraints.txt
+	@echo "installing into .venv-lowest"
+	@.venv-lowest/bin/python $(PIP_INSTALL) -c .venv-lowest/constraints.txt $(LOWEST_TOOLS) \
 	    -e protos -e 'client[cli,pil,numpy]' -e 'server[otel]'
 	@touch $@
 

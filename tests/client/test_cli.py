@@ -1,5 +1,6 @@
 """The command line, through its ``main`` and the real wire."""
 
+import asyncio
 import contextlib
 import hashlib
 import importlib.util
@@ -8,12 +9,14 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import grpc
 import PIL.Image
 import PIL.PngImagePlugin
 import pytest
@@ -24,10 +27,14 @@ from darkroom_client import (
     TLS,
     Client,
     DarkroomError,
+    EngineStatus,
     Estimate,
     GenerationFailed,
+    ModelStatus,
     Overloaded,
+    Scheduler,
     ServerState,
+    ServerStatus,
     TooLarge,
     Unavailable,
 )
@@ -36,10 +43,17 @@ from darkroom_client.cli import main
 from darkroom_client.cli._arguments import parse
 from darkroom_client.cli._connect import _options
 from darkroom_client.cli._exit_codes import exit_code
+from darkroom_client.cli._flags import PHRASES
 from darkroom_client.cli.commands._models import _row
 from darkroom_client.cli.commands._names import distinct, slug
+from darkroom_client.cli.commands._top import _lines
+from darkroom_client.cli.terminal._capability import QUERY
 from darkroom_client.cli.terminal._halfblocks import check_pillow
+from darkroom_client.cli.terminal._picture import _sixel
 from darkroom_client.testing import Behaviour, FakeServer, JobState
+from darkroom_server.settings import Security
+from tests.server.security.certificates import Authority
+from tests.server.wire import serving
 
 Capture = pytest.CaptureFixture[str]
 
@@ -69,16 +83,22 @@ def test_images_land_in_the_folder(capsys: Capture, here: Path) -> None:
     with PIL.Image.open(here / "out" / "a-large-yellow-star-7.png") as picture:
         assert picture.format == "PNG"
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == (
-        f"{Path('out/a-large-yellow-star-7.png')}  seed 7  queue 0.001  encode_prompt 0.001  "
-        "denoise 0.001  decode 0.001  encode_image 0.001  total 0.005 s"
-    )
+    assert lines[0] == f"{Path('out/a-large-yellow-star-7.png')}  seed 7  0.01 s"
     assert len(lines) == 2
+
+
+def test_verbose_lines_have_the_stages(capsys: Capture) -> None:
+    assert main(["generate", "a star", "--seed", "7", "-v"]) == 0
+
+    assert capsys.readouterr().out == (
+        "a-star-7.png  seed 7  queue 0.001  encode_prompt 0.001  denoise 0.001  decode 0.001  "
+        "encode_image 0.001  total 0.005 s\n"
+    )
 
 
 def test_every_option_reaches_the_server(fake: FakeServer, here: Path) -> None:
     options = "--steps 9 --guidance 3.5 --seed 0 --size 64x32 --count 2 --scheduler heun"
-    options += " --format raw_rgb --quality 80 --negative rain --model demo --exact"
+    options += " --format jpeg --quality 80 --negative rain --model demo --exact"
 
     assert main(["generate", "a star", *options.split()]) == 0
 
@@ -86,7 +106,7 @@ def test_every_option_reaches_the_server(fake: FakeServer, here: Path) -> None:
     assert (sent.steps, sent.guidance_scale, sent.seed) == (9, 3.5, 0)
     assert (sent.width, sent.height, sent.image_count, sent.quality) == (64, 32, 2, 80)
     assert (sent.negative_prompt, sent.model, sent.exact) == ("rain", "demo", True)
-    assert files(here) == ["a-star-0.rgb", "a-star-1.rgb"]
+    assert files(here) == ["a-star-0.jpg", "a-star-1.jpg"]
 
 
 def test_prompts_from_arguments_file_and_stdin(
@@ -354,7 +374,7 @@ def test_models_are_tab_separated_in_a_pipe(capsys: Capture, fake: FakeServer) -
         "7.5",
         "euler",
         "fake float32 fast",
-        "euler",
+        " ".join(Scheduler),
     ]
 
 
@@ -407,6 +427,8 @@ def test_certificates_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     assert tls() is None  # the environment is the client's to read
+    assert tls("--tls") == TLS(ca="env.pem")
+    assert tls("--server-name", "a.test") == TLS(ca="env.pem", server_name="a.test")
     assert tls("--ca", "ca.pem") == TLS(ca=Path("ca.pem"))
     both = tls("--cert", "me.pem", "--key", "me.key")
     assert both == TLS(ca="env.pem", cert=Path("me.pem"), key=Path("me.key"))
@@ -462,7 +484,10 @@ def test_an_interrupt_exits_with_130_and_cancels_the_job(fake: FakeServer, here:
     assert [job.state for job in fake.jobs] == [JobState.CANCELLED] * 2
 
 
-@pytest.mark.parametrize("arguments", [["models"], ["generate", "a star", "--json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["models"], ["generate", "a star", "--json"], ["generate", "a star"], ["status"]],
+)
 def test_a_closed_pipe_is_not_an_error(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -473,21 +498,38 @@ def test_a_closed_pipe_is_not_an_error(arguments: list[str]) -> None:
     )
     os.close(writer)
 
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert (done.returncode, done.stderr.decode()) == (141, "")
 
 
-def on_a_terminal(here: Path, *arguments: str) -> str:
-    """The output of a command on a terminal of 80 columns."""
+def on_a_terminal(
+    here: Path,
+    *arguments: str,
+    answer: str = "",
+    interrupt_at: str = "",
+) -> str:
+    """The output of a command on a terminal of 80 columns.
+
+    The terminal sends ``answer`` to the question what it can show, and an interrupt when the output
+    contains ``interrupt_at``.
+    """
     reader, writer = os.openpty()
     command = [sys.executable, "-m", "darkroom_client.cli", *arguments]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"}
-    with subprocess.Popen(command, stdout=writer, cwd=here, env=environment) as running:
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+    keyboard = writer if answer else subprocess.DEVNULL
+    with subprocess.Popen(
+        command, stdin=keyboard, stdout=writer, cwd=here, env=environment
+    ) as running:
         os.close(writer)
         written = b""
         # Linux reports the end of a pseudo-terminal as an input/output error.
         with contextlib.suppress(OSError):
             while part := os.read(reader, 65536):
-                written += part
+                asked, written = QUERY in written, written + part
+                if answer and not asked and QUERY in written:
+                    os.write(reader, answer.encode())
+                if interrupt_at and interrupt_at in written.decode(errors="ignore"):
+                    interrupt_at = ""
+                    running.send_signal(signal.SIGINT)
         assert running.wait(60) == 0
     os.close(reader)
     return written.decode()
@@ -502,7 +544,73 @@ def test_a_terminal_gets_bars_and_whole_lines(fake: FakeServer, here: Path) -> N
         assert words in written
     for name in ("a-star-7.png", "a-circle-7.png"):
         # Only the end of the style is between the two: the bars did not break the line.
-        assert f"{name}\x1b[0m  seed 7  queue 0.001" in written
+        assert f"{name}\x1b[0m  seed 7  0.01 s" in written
+    # The last picture, and the closing line.
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written).split("\r\n")
+    assert plain[-3] == "▀" * 32
+    assert re.fullmatch(r"2 images in [0-9.]+ s, [0-9.]+ images/s", plain[-2])
+
+
+@pytest.mark.parametrize(
+    ("answer", "begin", "end"),
+    [
+        ("\x1b_Gi=31;OK\x1b\\\x1b[?62;4c", "\x1b_Ga=T,f=100,q=2,c=32,m=0;iVBOR", "\x1b\\"),
+        ("\x1bP>|iTerm2 3.5\x1b\\\x1b[?62;4c", "\x1b]1337;File=inline=1;size=", "\x07"),
+        ("\x1b[?62;4;22c", '\x1bPq"1;1;256;256#0;2;', "\x1b\\"),
+        ("\x1b[?1;2c", "▀", "▀"),
+    ],
+)
+def test_the_picture_is_in_the_best_way_of_the_terminal(
+    here: Path, answer: str, begin: str, end: str
+) -> None:
+    written = on_a_terminal(here, "generate", "a star", "--seed", "7", answer=answer)
+
+    _, asked, after = written.partition(QUERY.decode())
+    assert asked
+    picture = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", after.split("\r\n1 image in")[0]).strip()
+    assert picture.startswith(begin)
+    assert picture.endswith(end)
+
+
+def test_no_picture(here: Path) -> None:
+    assert "▀" not in on_a_terminal(here, "generate", "a star", "--no-picture")
+
+
+def test_sixels_show_the_pixels() -> None:
+    picture = PIL.Image.new("RGB", (2, 2), (255, 0, 0))
+    picture.putpixel((1, 0), (0, 0, 255))
+    picture.putpixel((1, 1), (0, 0, 255))
+
+    shown = sixels(_sixel(picture))
+
+    assert shown.size == (256, 256)
+    assert [shown.getpixel((x, y)) for x, y in ((0, 0), (0, 255), (255, 0), (255, 255))] == [
+        (255, 0, 0),
+        (255, 0, 0),
+        (0, 0, 255),
+        (0, 0, 255),
+    ]
+
+
+def sixels(text: str) -> PIL.Image.Image:
+    """Decode a picture of sixels."""
+    match = re.fullmatch(r'\x1bPq"1;1;(\d+);(\d+)((?:#\d+;2;\d+;\d+;\d+)*)(.*)\x1b\\', text)
+    assert match is not None
+    picture = PIL.Image.new("RGB", (int(match[1]), int(match[2])))
+    colours = {
+        int(number): tuple(round(int(each) * 2.55) for each in values.split(";"))
+        for number, values in re.findall(r"#(\d+);2;(\d+;\d+;\d+)", match[3])
+    }
+    for band, lines in enumerate(match[4].split("-")):
+        for line in lines.split("$"):
+            number, body = re.fullmatch(r"#(\d+)(.*)", line).groups()  # type: ignore[union-attr]
+            runs = re.findall(r"(?:!(\d+))?([?-~])", body)
+            row = "".join(character * int(count or 1) for count, character in runs)
+            for x, character in enumerate(row):
+                for bit in range(6):
+                    if (ord(character) - 63) >> bit & 1:
+                        picture.putpixel((x, 6 * band + bit), colours[int(number)])
+    return picture
 
 
 def test_a_terminal_shows_what_generate_waits_for(fake: FakeServer, here: Path) -> None:
@@ -609,6 +717,207 @@ def test_equal_names_get_a_number() -> None:
         "a-7-2.png",
         "a-7-3.png",
     ]
+
+
+def test_a_submitted_job_can_be_watched_and_cancelled(
+    capsys: Capture, fake: FakeServer, here: Path
+) -> None:
+    held = Behaviour(hold=threading.Event())
+    fake.script(Behaviour(), held)
+
+    assert main(["submit", "a star", "--seed", "7", "--count", "2", "--time-limit", "60"]) == 0
+    (request_id,) = capsys.readouterr().out.splitlines()
+    assert main(["watch", request_id, "-o", "out", "--record"]) == 0
+
+    assert capsys.readouterr().out.splitlines() == [
+        f"{Path('out/a-star-7.png')}  seed 7  0.01 s",
+        f"{Path('out/a-star-8.png')}  seed 8  0.01 s",
+    ]
+    assert files(here / "out") == [
+        f"a-star-{seed}.{suffix}" for seed in (7, 8) for suffix in ("json", "png")
+    ]
+    assert main(["submit", "a circle", "--json", "--request-id", "mine"]) == 0
+    assert json.loads(capsys.readouterr().out)["request_id"] == "mine"
+    assert main(["cancel", "mine", request_id]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "mine  cancelled",
+        f"{request_id}  had already ended",
+    ]
+    assert fake.jobs[1].state is JobState.CANCELLED
+    assert main(["watch", "other"]) == 2
+
+
+def test_the_same_request_id_joins_the_same_job(capsys: Capture, fake: FakeServer) -> None:
+    for _ in range(2):
+        assert main(["generate", "a star", "--request-id", "mine", "--overwrite"]) == 0
+
+    assert [request.request_id for request in fake.requests] == ["mine"]
+    assert main(["generate", "a star", "a circle", "--request-id", "mine"]) == 2
+    assert "--request-id names one job" in capsys.readouterr().err
+
+
+def test_top_fills_the_bars(fake: FakeServer, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = EngineStatus(
+        index=0,
+        device="cuda:0",
+        ready=True,
+        restarts=1,
+        jobs=2,
+        samples=3,
+        rows_in_use=6,
+        memory_bytes={"device_used": 3 * 2**30, "device_total": 12 * 2**30, "allocated": 2**30},
+        host_memory_bytes=0,
+    )
+    model = ModelStatus(
+        id="demo", ready=True, queued_jobs=16, running_jobs=2, pass_times=(), max_rows=8
+    )
+    status = ServerStatus(
+        version="1",
+        uptime=61.0,
+        state=ServerState.READY,
+        models=(model,),
+        engines=(engine,),
+        queued_jobs=16,
+        max_queued_jobs=64,
+        running_jobs=2,
+        accepted_jobs=30,
+        ended_jobs={"finished": 12, "failed": 0},
+        host_memory_bytes=0,
+    )
+
+    assert [line.plain for line in _lines("here:1", status, 1.5)] == [
+        "here:1  ready, up 0:01:01, version 1",
+        f"queue     {'█' * 8}{'░' * 24} 16 of 64 jobs",
+        f"batch 0   {'█' * 24}{'░' * 8} 6 of 8 rows  3 images, cuda:0, 1 restarts",
+        f"memory 0  {'█' * 8}{'░' * 24} 3.00 GiB of 12.00 GiB  1.00 GiB by this engine",
+        "jobs      2 running; 12 finished  1.50 finished per second",
+        "demo      16 queued, 2 running",
+    ]
+
+
+def test_top_is_live_until_an_interrupt(capsys: Capture, fake: FakeServer, here: Path) -> None:
+    assert main(["generate", "a star"]) == 0
+
+    written = on_a_terminal(here, "top", "--interval", "0.1", interrupt_at="per second")
+
+    assert "1 finished  0.00 finished per second" in written
+    capsys.readouterr()
+    assert main(["top"]) == 2
+    assert "top needs a terminal" in capsys.readouterr().err
+
+
+async def test_tls_trusts_the_roots_of_the_machine(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("darkroom.test")
+    security = Security(tls_cert=str(cert), tls_key=str(key))
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+    credentials = grpc.ssl_channel_credentials(authority.file.read_bytes())
+    named = (("grpc.ssl_target_name_override", "darkroom.test"),)
+    async with serving(
+        security=security,
+        channel=lambda address: grpc.aio.secure_channel(address, credentials, named),
+    ) as wire:
+        monkeypatch.setenv("DARKROOM_TARGET", wire.server.address)
+
+        command = ["models", "--timeout", "20", "--tls"]
+        assert await asyncio.to_thread(main, [*command, "--server-name", "darkroom.test"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("demo\tready")
+        monkeypatch.delenv("SSL_CERT_FILE")
+        assert await asyncio.to_thread(main, [*command, "--server-name", "darkroom.test"]) != 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generat", "a star"], "no command 'generat'; did you mean generate?"),
+        (
+            ["generate", "a", "--stpes", "3"],
+            "unrecognized arguments: --stpes 3; did you mean --steps?",
+        ),
+        (["generate", "a", "--scheduler", "eulr"], "did you mean euler?"),
+        (["generate", "a", "--format", "jpge"], "did you mean jpeg?"),
+        (["generate", "a", "--model", "dmeo"], "this server holds demo; did you mean demo?"),
+    ],
+)
+def test_a_wrong_name_suggests_the_right_one(
+    capsys: Capture, arguments: list[str], words: str
+) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+
+    assert code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_errors_name_flags(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = "--guidance 70 --size 9x8 --count 17 --negative " + "n" * 9000
+    assert main(["generate", "a star", *wrong.split()]) == 2
+    err = capsys.readouterr().err
+    for words in (
+        "--guidance: must be 0 to 50",
+        "--size: must be a multiple of 8",
+        "--count: must",
+    ):
+        assert words in err
+    assert "--negative: must be at most" in err
+    assert main(["models", "--insecure", "--tls"]) == 2
+    assert main(["models", "--cert", "me.pem"]) == 2
+    assert main(["models", "--target", "127.0.0.1:1", "--timeout", "5"]) == 3
+    monkeypatch.setenv("DARKROOM_TOKEN", "secret")
+    assert main(["models"]) == 2
+    err = capsys.readouterr().err
+    for flags in (
+        "--insecure means no TLS",
+        "--cert and --key",
+        "(--target,",
+        "pass --tls or --ca",
+    ):
+        assert flags in err
+    assert not re.search(r"[A-Za-z]\(\.\.\.\)|TLS\(|insecure=|overwrite=", err)
+
+
+def test_every_replaced_phrase_is_in_the_sdk() -> None:
+    sources = Path(darkroom_client.__file__).parent.rglob("*.py")
+    # Adjacent literals are one text.
+    text = "".join(
+        re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in sources if "cli" not in path.parts
+    )
+
+    assert [phrase for phrase in PHRASES if phrase not in text] == []
+
+
+def test_bash_completes_commands_flags_and_values(capsys: Capture) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+
+    def complete(*words: str) -> list[str]:
+        line = " ".join(f"'{word}'" for word in words)
+        program = f"{script}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _darkroom\n"
+        program += 'printf "%s\\n" "${COMPREPLY[@]}"'
+        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+        return sorted(done.stdout.split())
+
+    assert complete("darkroom", "wa") == ["wait", "watch"]
+    assert complete("darkroom", "generate", "--st") == ["--steps"]
+    assert complete("darkroom", "generate", "--scheduler", "eu") == ["euler", "euler_ancestral"]
+    assert complete("darkroom", "cancel", "--st") == []
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_accept_their_script(capsys: Capture, shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    assert main(["completion", shell]) == 0
+
+    done = subprocess.run(
+        [shell, "-n"], input=capsys.readouterr().out, capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_jobs_are_listed_the_last_first(capsys: Capture, fake: FakeServer) -> None:

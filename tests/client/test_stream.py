@@ -72,7 +72,7 @@ def test_the_events_of_a_job_from_start_to_end(caller: Any, fake: FakeServer) ->
     assert steps == [(index, step, 4) for step in range(1, 5) for index in (0, 1)]
     previews = [event for event in rest if isinstance(event, Preview)]
     assert [(preview.image_index, preview.step) for preview in previews] == [(0, 4), (1, 4)]
-    assert previews[0].data.startswith(b"\x89PNG")
+    assert previews[0].data.startswith(b"\xff\xd8")  # JPEG
     finished = rest[-1]
     assert isinstance(finished, Finished)
     assert finished.reason is FinishReason.COMPLETED

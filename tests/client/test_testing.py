@@ -1,6 +1,8 @@
 """The fake server for tests of code that uses the client."""
 
+import dataclasses
 import doctest
+import io
 import subprocess
 import sys
 import threading
@@ -8,12 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import PIL.Image
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_status import rpc_status
 
 import darkroom_client
-from darkroom.v1.generation_pb2 import GenerateRequest
+from darkroom.v1 import model_pb2, types_pb2
+from darkroom.v1.generation_pb2 import (
+    CancelGenerationRequest,
+    EstimateGenerationRequest,
+    GenerateRequest,
+    GenerateStreamRequest,
+    PreviewOptions,
+    SubmitGenerationRequest,
+)
 from darkroom.v1.generation_pb2_grpc import GenerationServiceStub
 from darkroom_client import (
     DarkroomError,
@@ -24,6 +38,7 @@ from darkroom_client import (
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    Preview,
     QuotaExceeded,
     ReplayRecord,
     Retry,
@@ -33,9 +48,12 @@ from darkroom_client import (
     Violation,
     testing,
 )
-from darkroom_client.testing import Behaviour, FakeServer, JobState
+from darkroom_client._wire.models import decode_model
+from darkroom_client.testing import Behaviour, FakeServer, JobState, _pictures, fake_model
 from darkroom_client.testing._statuses import SENT
 from tests.client.conftest import Connect
+from tests.server.service.test_validation import WRONG
+from tests.server.wire import serving
 
 LOCAL = {"ImageWithheld", "Unsupported", "DarkroomError", "TLSError"}
 """Errors that no server sends."""
@@ -296,9 +314,175 @@ def test_its_images_are_valid(caller: Any) -> None:
     assert raw.format is ImageFormat.RAW_RGB
     assert png.replay.pixels_sha256 == raw.replay.pixels_sha256
     assert ReplayRecord.from_json(png.replay.to_json()) == png.replay
-    with pytest.raises(InvalidRequest) as caught:
-        caller.generate("a star", format="webp")
+
+
+@pytest.mark.parametrize("name", ["jpeg", "webp"])
+def test_jpeg_and_webp_need_pillow(
+    connect: Connect, fake: FakeServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    client = connect(fake.target)
+    fine, coarse = (
+        client.generate("a star", seed=7, width=64, format=name, quality=quality).images[0]
+        for quality in (95, 5)
+    )
+
+    with PIL.Image.open(io.BytesIO(fine.data)) as picture:
+        assert (picture.format, picture.size) == (name.upper(), (64, 64))
+    assert len(fine.data) > len(coarse.data)
+    assert fine.replay.request.quality == 95
+    with client.stream("a star", preview_every=1) as stream:
+        formats = {event.format for event in stream if isinstance(event, Preview)}
+    assert formats == {ImageFormat.JPEG}
+
+    monkeypatch.setattr(_pictures, "has_pillow", lambda: False)
+    with pytest.raises(InvalidRequest, match=r"pip install 'darkroom-client\[pil\]'") as caught:
+        client.generate("a star", format=name)
     assert caught.value.violations[0].field == "format"
+
+
+async def test_it_rejects_what_the_real_server_rejects() -> None:
+    """With the same words, in the same order."""
+    calls: list[tuple[str, Any]]
+    cases: list[dict[str, Any]] = [fields for fields, _, _ in WRONG]
+    cases.append({name: value for fields in cases for name, value in fields.items()})
+    cases += [{"model": "other"}, {"scheduler": types_pb2.SCHEDULER_LCM, "steps": 50}, {}]
+    async with serving(fake={"auto": True}) as wire:
+        model = (await wire.models.GetModel(model_pb2.GetModelRequest())).model
+        with FakeServer(models=[decode_model(model)]) as fake:
+            async with grpc.aio.insecure_channel(fake.target) as channel:
+                stub: Any = GenerationServiceStub(channel)
+                for fields in cases:
+                    request = GenerateRequest(**{"prompt": "a star", **fields})
+                    calls = [
+                        ("Generate", request),
+                        ("EstimateGeneration", EstimateGenerationRequest(generation=request)),
+                        ("GenerateStream", GenerateStreamRequest(generation=request)),
+                    ]
+                    for method, message in calls:
+                        real = await rejection(wire.generation, method, message)
+                        assert await rejection(stub, method, message) == real, (method, fields)
+                calls = [
+                    ("Generate", GenerateRequest(prompt="a", width=1200, height=1200)),
+                    ("CancelGeneration", CancelGenerationRequest(request_id="a b")),
+                    ("GenerateStream", previews(every_steps=-1)),
+                    ("GenerateStream", previews(format=types_pb2.IMAGE_FORMAT_PNG)),
+                    ("SubmitGeneration", limited(0)),
+                ]
+                for method, message in calls:
+                    reason, names, _ = await rejection(wire.generation, method, message)
+                    assert names, method
+                    assert (await rejection(stub, method, message))[:2] == (reason, names)
+
+
+def previews(**options: Any) -> GenerateStreamRequest:
+    """A stream with ``options`` of its previews."""
+    return GenerateStreamRequest(
+        generation=GenerateRequest(prompt="a star"), preview=PreviewOptions(**options)
+    )
+
+
+def limited(seconds: int) -> SubmitGenerationRequest:
+    """A job with a time limit."""
+    return SubmitGenerationRequest(
+        generation=GenerateRequest(prompt="a star"), time_limit=Duration(seconds=seconds)
+    )
+
+
+async def rejection(stub: Any, method: str, message: Any) -> tuple[str, list[str], list[str]]:
+    """The reason of a call's error, and the fields and descriptions of its violations."""
+    call = getattr(stub, method)(message)
+    try:
+        await (call.read() if method == "GenerateStream" else call)
+    except grpc.aio.AioRpcError as error:
+        status: Any = rpc_status.from_call(error)  # type: ignore[arg-type]
+        info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        for detail in status.details:
+            detail.Unpack(info)
+            detail.Unpack(bad)
+        return (
+            info.reason,
+            [each.field for each in bad.field_violations],
+            [each.description for each in bad.field_violations],
+        )
+    return "", [], []
+
+
+def test_it_holds_the_models_that_it_is_given(connect: Connect) -> None:
+    base = fake_model("large")
+    assert base.defaults is not None
+    assert base.limits is not None
+    large = dataclasses.replace(
+        base,
+        revision="r9",
+        defaults=dataclasses.replace(base.defaults, width=128, height=96, steps=2),
+        limits=dataclasses.replace(base.limits, max_size=256),
+    )
+    loading = dataclasses.replace(fake_model("slow"), ready=False)
+    with FakeServer(models=["small", large, loading]) as server:
+        client = connect(server.target, retry=Retry(attempts=1))
+
+        assert client.models() == [fake_model("small"), large, loading]
+        assert client.model("large") == large
+        result = client.generate("a star", model="large")
+        assert (result.model, result.model_revision) == ("large", "r9")
+        assert (result.images[0].width, result.images[0].height) == (128, 96)
+        assert server.jobs[0].steps_done == 2
+        assert client.generate("a star", model="small").images[0].width == 64
+        with pytest.raises(InvalidRequest, match="width: must be 8 to 256, not 512"):
+            client.generate("a star", model="large", width=512)
+        with pytest.raises(InvalidRequest, match="model: must be set, to one of small, large"):
+            client.generate("a star")
+        with pytest.raises(Unavailable) as caught:
+            client.generate("a star", model="slow")
+        assert caught.value.reason == "MODEL_LOADING"
+
+    for wrong in ((), ("a", "a")):
+        with pytest.raises(ValueError, match="at least one, each once"):
+            FakeServer(models=wrong)
+
+
+def test_reprs_say_what_a_failed_test_needs(connect: Connect) -> None:
+    with FakeServer(models=["one", "two"]) as server:
+        released = threading.Event()
+        server.script(Behaviour(hold=released, queue=0))
+        client = connect(server.target)
+        client.submit("a star", model="one", request_id="r-1", steps=9)
+
+        assert repr(server) == f"<FakeServer {server.target} ready: one, two; 1 of 1 jobs run>"
+        assert repr(server.jobs[0]) == "<FakeJob r-1 running, 0 of 9 steps: 'a star'>"
+        released.set()
+    assert "stopped" in repr(server)
+    assert repr(Behaviour(queue=2, withheld=True)) == "Behaviour(queue=2, withheld=True)"
+
+
+NOISY = """
+from darkroom_client import Client
+from darkroom_client.testing import Behaviour, FakeServer
+
+with FakeServer() as server, Client(server.target) as client:
+    for end in (server.restart, server.drop_connections):
+        server.script(Behaviour(step_seconds=0.05))
+        accepted = client.submit("a star", steps=20)
+        with client.watch(accepted.request_id) as watch:
+            next(iter(watch))
+            end()
+        client.generate("a circle")
+    try:
+        with FakeServer(port=int(server.target.rpartition(":")[2])):
+            pass
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_nothing_is_written_to_stderr() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY], capture_output=True, text=True, timeout=120
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "Address already in use: 127.0.0.1:" in done.stdout
+    assert done.stderr == ""
 
 
 def test_requests_equal_those_of_the_caller(caller: Any, fake: FakeServer) -> None:

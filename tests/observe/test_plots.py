@@ -1,11 +1,15 @@
 """The plots can be made from answers of Prometheus."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from PIL import Image
 
 from bench.report.markdown import write_section
+from tools.observe import __main__ as observe
 from tools.observe.__main__ import section
 from tools.observe.load import Received
 from tools.observe.plots import STAGES, plot
@@ -57,3 +61,28 @@ def test_the_page_shows_the_plots(tmp_path: Path) -> None:
     assert "4 callers with mixed requests, 9 images" in written
     assert "![observe-latency](images/observe-latency.png)" in written
     assert written.endswith("<!-- /bench:observe -->\n\n## Logs\n")
+
+
+def test_a_run_changes_the_docs_only_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs, output = tmp_path / "docs", tmp_path / "observe-output"
+    monkeypatch.setattr(observe, "DOCS", docs)
+    monkeypatch.setattr(observe, "OUTPUT", output)
+    monkeypatch.setattr(observe, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(observe, "print_rules", lambda scraped: None)
+    monkeypatch.setattr(observe, "run_load", lambda *_, **options: Received(images=9))
+    running = SimpleNamespace(address="", metrics="")
+    monkeypatch.setattr(observe, "server", lambda: nullcontext(running))
+    monkeypatch.setattr(observe, "prometheus", lambda *_, **options: nullcontext(Canned()))
+
+    observe.main([])
+
+    assert "](images/observe-memory.png)" in (output / "observe.md").read_text()
+    assert (output / "images" / "observe-memory.png").exists()
+    assert not docs.exists()
+
+    observe.main(["--docs"])
+
+    assert "9 images" in (docs / "operations.md").read_text()
+    assert (docs / "images" / "observe-memory.png").exists()

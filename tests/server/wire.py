@@ -167,4 +167,6 @@ async def refusal(call: Any) -> Refusal:
     # The types know the synchronous call only.
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
     assert status is not None, f"{error.code()}: {error.details()}"
-    return Refusal(error.code(), error.details() or "", status, dict(error.trailing_metadata()))
+    return Refusal(
+        error.code(), error.details() or "", status, dict(list(error.trailing_metadata()))
+    )

@@ -1,6 +1,7 @@
 """Runs a server, Prometheus and a short load, and shows what Prometheus measured.
 
-`make observe` runs it. Writes plots to ``docs/images`` and a section to ``docs/operations.md``.
+`make observe` runs it. Writes plots and a page to ``observe-output``; with ``--docs``, plots to
+``docs/images`` and a section to ``docs/operations.md``.
 """
 
 import argparse
@@ -13,12 +14,13 @@ import yaml
 
 from bench.report.machine import this_machine
 from bench.report.markdown import DOCS, write_section
-from bench.report.results import today
+from bench.report.results import ROOT, today
 from tools.observe.load import Received, run_load
 from tools.observe.plots import plot
 from tools.observe.prometheus import RULES, Missing, Prometheus, prometheus
 from tools.observe.server import server
 
+OUTPUT = ROOT / "observe-output"
 WINDOW = "1m"
 SETTLE_SECONDS = 3.0
 """For the last scrape, and the evaluation of the rules after it."""
@@ -29,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tools.observe", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="of load; default: 60")
     parser.add_argument("--callers", type=int, default=4, help="at once; default: 4")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where the plots go")
+    parser.add_argument("--docs", action="store_true", help="write into docs/, not observe-output/")
     options = parser.parse_args(arguments)
+    folder, page = (DOCS, "operations.md") if options.docs else (OUTPUT, "observe.md")
     try:
         print("a server loads the demo model", flush=True)
         with server() as running, prometheus(running.metrics, window=WINDOW) as scraped:
@@ -44,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{failed or 'no failures'}\n"
             )
             print_rules(scraped)
-            paths = plot(scraped, begin, time.time(), options.docs / "images")
+            paths = plot(scraped, begin, time.time(), folder / "images")
             text = section(today(), this_machine().text, options.callers, received, paths)
-            print(write_section("operations.md", "observe", text, options.docs))
+            print(write_section(page, "observe", text, folder))
     except Missing as error:
         sys.exit(str(error))
 

@@ -129,7 +129,7 @@ async def test_a_request_of_more_than_1_mib_is_rejected() -> None:
 
 
 async def trailing_id(call: Any) -> str:
-    trailers = dict(await call.trailing_metadata())
+    trailers = dict(list(await call.trailing_metadata()))
     id: str = trailers["darkroom-request-id"]
     return id
 

@@ -2,20 +2,28 @@
 
 import argparse
 import importlib.metadata
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from darkroom_client._settings import DEFAULT_TARGET, DEFAULT_TIMEOUT
 from darkroom_client._types.enums import ImageFormat, Scheduler
+from darkroom_client.cli._completion import SHELLS
 from darkroom_client.cli._exit_codes import TABLE
+from darkroom_client.cli._flags import flags_of, meant
 from darkroom_client.cli.commands import (
+    _cancel,
+    _completion,
     _estimate,
     _generate,
     _jobs,
     _models,
     _replay,
     _status,
+    _submit,
+    _top,
     _wait,
+    _watch,
 )
 
 _EPILOG = f"""\
@@ -49,7 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added, needs_rich=True)
         _add_connection(added, timeout)
         return added
 
@@ -58,21 +66,53 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     estimate.add_argument("prompt", nargs="?", default="a picture", metavar="PROMPT")
     estimate.add_argument("--json", action="store_true", help="print one JSON object")
     _add_request(estimate)
+    _add_submit(command("submit", "start jobs, and print their ids", _submit.run, 10.0))
+    _add_watch(command("watch", "follow a job, and save its images", _watch.run, None))
+    cancel = command("cancel", "cancel jobs", _cancel.run, 10.0)
+    cancel.add_argument("request_ids", nargs="+", metavar="ID", help="what `submit` printed")
     _add_jobs(command("jobs", "list your jobs on the server", _jobs.run, 10.0))
     _add_models(command("models", "list the models of the server", _models.run, 10.0))
     _add_replay(command("replay", "reproduce a recorded image", _replay.run, DEFAULT_TIMEOUT))
     status = command("status", "show the status of the server", _status.run, 10.0)
     status.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_top(command("top", "show what the server does, live", _top.run, 10.0))
     command("wait", "wait until the server is ready", _wait.run, DEFAULT_TIMEOUT)
-    return parser.parse_args(argv)
+    completion = commands.add_parser("completion", help="print a script that completes in a shell")
+    completion.set_defaults(run=_completion.run, parser=completion, needs_rich=False)
+    completion.set_defaults(commands=commands.choices)
+    completion.add_argument(
+        "shell", choices=SHELLS, help='such as: eval "$(darkroom completion bash)"'
+    )
+    return _parse_known(parser, commands.choices, argv)
+
+
+def _parse_known(
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, argparse.ArgumentParser],
+    argv: Sequence[str] | None,
+) -> argparse.Namespace:
+    """Parse; for an unknown command or flag, say which one may be meant."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and not given[0].startswith("-") and given[0] not in commands:
+        known = f"there are {', '.join(commands)}"
+        parser.error(f"no command {given[0]!r}{meant(given[0], commands) or f': {known}'}")
+    arguments, unknown = parser.parse_known_args(given)
+    if unknown:
+        command: argparse.ArgumentParser = arguments.parser
+        flags = [each.partition("=")[0] for each in unknown if each.startswith("-")]
+        hint = meant(flags[0], flags_of(command)) if flags else ""
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return arguments
 
 
 def _add_connection(parser: argparse.ArgumentParser, timeout: float | None) -> None:
     add = parser.add_argument_group("connection").add_argument
     add("--target", metavar="HOST:PORT", help="the server's address")
+    add("--tls", action="store_true", help="encrypt, and trust the CAs of this machine")
     add("--ca", metavar="FILE", type=Path, help="PEM file of the trusted CAs; turns TLS on")
     add("--cert", metavar="FILE", type=Path, help="PEM file of the client certificate; with --key")
     add("--key", metavar="FILE", type=Path, help="PEM file of the private key of --cert")
+    add("--server-name", metavar="NAME", help="the name in the server's certificate; turns TLS on")
     add("--insecure", action="store_true", help="no TLS, and send a token unencrypted")
     add(
         "--timeout",
@@ -90,7 +130,7 @@ def _add_connection(parser: argparse.ArgumentParser, timeout: float | None) -> N
     )
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "prompts",
@@ -99,6 +139,22 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="what to generate; - reads stdin, one prompt per line",
     )
     add("--file", metavar="FILE", type=Path, help="read prompts from FILE, one per line")
+    add(
+        "--request-id",
+        metavar="ID",
+        default="",
+        help="the id of the job, for one prompt; the same command again joins that job",
+    )
+    add(
+        "--no-embed-record",
+        dest="embed_record",
+        action="store_false",
+        help="keep the record, the prompt included, out of the image files",
+    )
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "-o",
         "--output",
@@ -109,13 +165,43 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     add("--overwrite", action="store_true", help="replace files that exist")
     add("--record", action="store_true", help="write NAME.json, for `replay`, beside each image")
-    add(
-        "--no-embed-record",
-        dest="embed_record",
-        action="store_false",
-        help="keep the record, the prompt included, out of the image files",
-    )
     add("--json", action="store_true", help="print one JSON object per line")
+    add("-v", "--verbose", action="store_true", help="print the seconds of each stage")
+    add(
+        "--no-picture",
+        dest="picture",
+        action="store_false",
+        help="do not leave the last image on the terminal",
+    )
+
+
+def _add_submit(parser: argparse.ArgumentParser) -> None:
+    _add_prompts(parser)
+    add = parser.add_argument
+    add("--time-limit", metavar="SECONDS", type=float, help="the job's deadline, from now on")
+    add("--json", action="store_true", help="print one JSON object per line")
+    _add_request(parser)
+
+
+def _add_watch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("request_id", metavar="ID", help="what `submit` printed")
+    _add_files(parser)
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--interval",
+        metavar="SECONDS",
+        type=float,
+        default=1.0,
+        help="the time between two looks (default: %(default)g)",
+    )
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_prompts(parser)
+    _add_files(parser)
+    add = parser.add_argument
     add(
         "--concurrency",
         metavar="N",
@@ -136,10 +222,17 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     add("--seed", metavar="N", type=int, help="image i uses the seed N + i")
     add("--size", metavar="WxH", type=_size, default=(None, None), help="pixels, such as 512x768")
     add("--count", metavar="N", type=int, default=1, help="images of each prompt")
-    add("--scheduler", choices=[scheduler.value for scheduler in Scheduler])
+    add(
+        "--scheduler",
+        type=_scheduler,
+        choices=list(Scheduler),
+        metavar="NAME",
+        help=f"one of {', '.join(Scheduler)}",
+    )
     add(
         "--format",
-        type=ImageFormat,
+        type=_format,
+        choices=list(ImageFormat),
         metavar="FORMAT",
         default=ImageFormat.PNG,
         help=f"one of {', '.join(ImageFormat)} (default: %(default)s)",
@@ -175,6 +268,25 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
     )
     add("-o", "--output", metavar="FILE", type=Path, help="write the new image to FILE")
     add("--overwrite", action="store_true", help="replace FILE if it exists")
+
+
+def _scheduler(text: str) -> Scheduler:
+    try:
+        return Scheduler(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(_unknown(text, Scheduler)) from None
+
+
+def _format(text: str) -> ImageFormat:
+    try:
+        return ImageFormat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(_unknown(text, ImageFormat)) from None
+
+
+def _unknown(text: str, names: Iterable[str]) -> str:
+    known = list(names)
+    return f"{text!r} is not one of {', '.join(known)}{meant(text, known)}"
 
 
 def _size(text: str) -> tuple[int, int]:

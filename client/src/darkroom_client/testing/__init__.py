@@ -8,7 +8,7 @@
 >>> result.images[0].seed
 7
 
-It has a real port, no model, and no dependencies but the client's. With pytest, put
+It has a real port, no weights, and no dependencies but the client's. With pytest, put
 ``pytest_plugins = ["darkroom_client.testing.plugin"]`` into your top ``conftest.py`` and use the
 fixture ``darkroom_server``.
 """
@@ -16,6 +16,7 @@ fixture ``darkroom_server``.
 from darkroom_client._types.job import JobState
 from darkroom_client.testing._behaviour import Behaviour
 from darkroom_client.testing._job import FakeJob
+from darkroom_client.testing._models import fake_model
 from darkroom_client.testing._server import FakeServer
 
-__all__ = ["Behaviour", "FakeJob", "FakeServer", "JobState"]
+__all__ = ["Behaviour", "FakeJob", "FakeServer", "JobState", "fake_model"]

@@ -1,13 +1,13 @@
 """How the fake server handles a request."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from darkroom_client._errors import DarkroomError
 from darkroom_client.testing._statuses import sent_as
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Behaviour:
     """What happens to one request; by default it finishes at once.
 
@@ -40,3 +40,8 @@ class Behaviour:
     def __post_init__(self) -> None:
         if self.error is not None:
             sent_as(self.error)
+
+    def __repr__(self) -> str:
+        values = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
+        changed = ", ".join(f"{name}={value!r}" for name, value, unset in values if value != unset)
+        return f"Behaviour({changed})"

@@ -9,15 +9,17 @@ from google.protobuf.duration_pb2 import Duration
 from darkroom.v1 import generation_pb2, types_pb2
 from darkroom_client._errors import Cancelled, DarkroomError, DeadlineExceeded
 from darkroom_client._types.job import JobState
+from darkroom_client._types.model import Model
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._wire.requests import decode_request
 from darkroom_client.testing._behaviour import Behaviour
+from darkroom_client.testing._models import fill_defaults
 from darkroom_client.testing._pictures import (
-    REVISION,
+    LOSSY,
     encode,
     generate_image,
     gradient,
-    steps_of,
+    has_pillow,
 )
 from darkroom_client.testing._statuses import sent_as
 
@@ -37,18 +39,19 @@ class FakeJob:
 
     def __init__(
         self,
-        message: generation_pb2.GenerateRequest,
+        sent: generation_pb2.GenerateRequest,
+        model: Model,
         behaviour: Behaviour,
         changed: threading.Condition,
         *,
-        preview_every: int,
+        preview: generation_pb2.PreviewOptions,
         time_limit: float | None,
         kept: bool,
     ) -> None:
-        self.request: GenerationRequest = decode_request(message)
+        self.request: GenerationRequest = decode_request(sent)
         self.state = JobState.RUNNING
         self.steps_done = 0
-        self.message = message
+        self.message = fill_defaults(sent, model)
         self.error: DarkroomError | None = None
         self.events: list[Event] = []
         self.images: list[generation_pb2.Image] = []
@@ -56,9 +59,11 @@ class FakeJob:
         self.drops = 0
         self.kept = kept
         self.forgotten = False
+        self._sent = sent
+        self._model = model
         self._behaviour = behaviour
         self._changed = changed
-        self._preview_every = preview_every
+        self._preview = preview
         self._accepted_at = time.monotonic_ns()
         self._ends_at = _end(time_limit)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -66,14 +71,21 @@ class FakeJob:
     @property
     def count(self) -> int:
         """The number of images."""
-        return self.message.image_count if self.message.HasField("image_count") else 1
+        return self.message.image_count
 
     def same_as(self, message: generation_pb2.GenerateRequest) -> bool:
         """Whether ``message`` is the same request; ``on_disconnect`` may differ."""
         same = generation_pb2.GenerateRequest()
         same.CopyFrom(message)
-        same.on_disconnect = self.message.on_disconnect
-        return same == self.message
+        same.on_disconnect = self._sent.on_disconnect
+        return same == self._sent
+
+    def __repr__(self) -> str:
+        total = self.message.steps * self.count
+        return (
+            f"<FakeJob {self.message.request_id} {self.state}, {self.steps_done} of {total} "
+            f"steps: {self.message.prompt!r}>"
+        )
 
     def add_caller(self, *, time_limit: float | None, kept: bool) -> None:
         """Add a caller. The thread must hold the condition."""
@@ -101,8 +113,8 @@ class FakeJob:
             request_id=self.message.request_id,
             seeds=[(self.message.seed + index) % 2**63 for index in range(self.count)],
             queue_position=self._behaviour.queue,
-            model=self.message.model or "demo",
-            model_revision=REVISION,
+            model=self.message.model,
+            model_revision=self._model.revision,
             joined=joined,
             server_id=server_id,
         )
@@ -126,11 +138,11 @@ class FakeJob:
         return generation_pb2.Generation(
             request_id=self.message.request_id,
             state=generation_pb2.GenerationState.Value(f"GENERATION_STATE_{state.name}"),
-            model=self.message.model or "demo",
+            model=self.message.model,
             image_count=self.count,
             finished_images=len(self.images),
             step=sum(step),
-            steps=steps_of(self.message) * self.count,
+            steps=self.message.steps * self.count,
             queue_position=position if state is JobState.QUEUED else None,
             age=age,
             error_reason=(error.reason or sent_as(error)[1]) if error is not None else "",
@@ -143,8 +155,8 @@ class FakeJob:
             request_id=self.message.request_id,
             images=self.images,
             timings=_timings(),
-            model=self.message.model or "demo",
-            model_revision=REVISION,
+            model=self.message.model,
+            model_revision=self._model.revision,
         )
 
     def _run(self) -> None:
@@ -162,7 +174,7 @@ class FakeJob:
 
     def _run_steps(self, crash_at: int | None) -> bool:
         """Run every step; true if the engine crashed meanwhile."""
-        behaviour, steps = self._behaviour, steps_of(self.message)
+        behaviour, steps = self._behaviour, self.message.steps
         self._emit(Event(started=generation_pb2.Started()))
         for step in range(1, steps + 1):
             self._pause(behaviour.step_seconds)
@@ -193,20 +205,24 @@ class FakeJob:
                 step_time=Duration(nanos=int(self._behaviour.step_seconds * 1e9) % 10**9),
             )
             self._emit(Event(progress=progress))
-            if self._preview_every and step % self._preview_every == 0:
-                self._emit(Event(preview=self._preview(index, step)))
+            every = self._preview.every_steps
+            if every and step % every == 0:
+                self._emit(Event(preview=self._preview_of(index, step)))
 
-    def _preview(self, index: int, step: int) -> generation_pb2.Preview:
-        side, png = PREVIEW_SIZE, types_pb2.IMAGE_FORMAT_PNG
-        data = encode(gradient(self.message.seed + index, side, side), side, side, png)
+    def _preview_of(self, index: int, step: int) -> generation_pb2.Preview:
+        side, image_format = PREVIEW_SIZE, types_pb2.IMAGE_FORMAT_PNG
+        if has_pillow():
+            chosen = self._preview.format
+            image_format = chosen if chosen in LOSSY else types_pb2.IMAGE_FORMAT_JPEG
+        data = encode(gradient(self.message.seed + index, side, side), side, side, image_format)
         return generation_pb2.Preview(
-            image_index=index, step=step, data=data, format=png, width=side, height=side
+            image_index=index, step=step, data=data, format=image_format, width=side, height=side
         )
 
     def _deliver(self) -> None:
         withheld = self._behaviour.withheld
         for index in range(self.count):
-            image = generate_image(self.message, index)
+            image = generate_image(self.message, index, self._model)
             image.prompt_truncated = self._behaviour.prompt_truncated
             image.flagged = withheld
             if withheld:
@@ -219,9 +235,11 @@ class FakeJob:
             else generation_pb2.FINISH_REASON_COMPLETED
         )
         finished = generation_pb2.Finished(
-            reason=reason, timings=_timings(), model=self.message.model, model_revision=REVISION
+            reason=reason,
+            timings=_timings(),
+            model=self.message.model,
+            model_revision=self._model.revision,
         )
-        finished.model = self.message.model or "demo"
         self._emit(Event(finished=finished))
         self._end(JobState.FINISHED, None)
 

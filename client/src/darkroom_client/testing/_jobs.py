@@ -12,25 +12,31 @@ from darkroom_client._errors import (
     Overloaded,
     Unavailable,
     UnknownRequest,
+    Violation,
 )
 from darkroom_client._types.job import JobState
+from darkroom_client._types.model import Model
 from darkroom_client._types.status import ServerState
 from darkroom_client.testing._behaviour import Behaviour
 from darkroom_client.testing._job import FakeJob
+from darkroom_client.testing._models import RETRY_SECONDS, fill_defaults
 from darkroom_client.testing._pictures import check_format
-
-RETRY_SECONDS = 0.05
+from darkroom_client.testing._validation import NO_PREVIEWS, check_reply, check_request, invalid
 
 
 class JobRegistry:
-    """Jobs by id; ``changed`` guards everything in it."""
+    """Jobs by id; ``changed`` guards everything in it.
 
-    def __init__(self, capacity: int | None) -> None:
+    ``closing``: the connections break, and every call has to end.
+    """
+
+    def __init__(self, capacity: int | None, models: dict[str, Model]) -> None:
         self.changed = threading.Condition()
         self.state = ServerState.READY
+        self.closing = False
         self.script: deque[Behaviour] = deque()
         self.default = Behaviour()
-        self.models = ["demo"]
+        self.models = models
         self.jobs: list[FakeJob] = []
         self.rejections: Counter[str] = Counter()
         self._known: dict[str, FakeJob] = {}
@@ -40,11 +46,15 @@ class JobRegistry:
         self,
         request: generation_pb2.GenerateRequest,
         *,
-        preview_every: int = 0,
+        preview: generation_pb2.PreviewOptions = NO_PREVIEWS,
         time_limit: float | None = None,
         submitted: bool = False,
+        max_reply_bytes: int | None = None,
     ) -> tuple[FakeJob, bool]:
-        """Return the job of ``request``, and whether it existed before; raises its rejection."""
+        """Return the job of ``request``, and whether it existed before; raises its rejection.
+
+        ``max_reply_bytes``: the limit of a reply in one message; None for a stream.
+        """
         if not request.request_id:
             named = generation_pb2.GenerateRequest(request_id=uuid.uuid4().hex)
             named.MergeFrom(request)
@@ -63,16 +73,20 @@ class JobRegistry:
                     known.add_caller(time_limit=time_limit, kept=kept)
                     return known, True
             try:
-                behaviour = self._behaviour(request)
+                model = self._accepting_model(request, preview)
+                if max_reply_bytes is not None:
+                    check_reply(request, model, max_reply_bytes)
+                behaviour = self._behaviour()
             except DarkroomError as error:
                 self.rejections[type(error).__name__] += 1
                 self.changed.notify_all()
                 raise
             job = FakeJob(
                 request,
+                model,
                 behaviour,
                 self.changed,
-                preview_every=preview_every,
+                preview=preview,
                 time_limit=time_limit,
                 kept=kept,
             )
@@ -95,9 +109,12 @@ class JobRegistry:
         """The jobs that callers can ask about, in the order of acceptance."""
         return [job for job in self._known.values() if not job.forgotten]
 
-    def running(self) -> int:
-        """The number of jobs that run."""
-        return sum(job.state is JobState.RUNNING for job in self.jobs)
+    def running(self, model: str | None = None) -> int:
+        """The number of jobs that run, of ``model`` or of all models."""
+        return sum(
+            job.state is JobState.RUNNING and model in (None, job.message.model)
+            for job in self.jobs
+        )
 
     def forget(self) -> None:
         """Cancel and forget every job, like a new server."""
@@ -113,16 +130,40 @@ class JobRegistry:
         for job in self.jobs:
             job.join()
 
-    def _behaviour(self, request: generation_pb2.GenerateRequest) -> Behaviour:
+    def model(self, name: str) -> Model:
+        """The model that ``name`` means, "" the only one; raises as a Darkroom server does."""
+        names = ", ".join(self.models)
+        if name in self.models:
+            return self.models[name]
+        if name:
+            raise ModelNotFound(f"no model {name!r}; this server holds {names}")
+        if len(self.models) != 1:
+            raise invalid(Violation(field="model", description=f"must be set, to one of {names}"))
+        return next(iter(self.models.values()))
+
+    def check(
+        self,
+        request: generation_pb2.GenerateRequest,
+        preview: generation_pb2.PreviewOptions = NO_PREVIEWS,
+    ) -> Model:
+        """The model of ``request``; raises if the model does not accept it."""
+        model = self.model(request.model)
+        check_request(request, model, preview)
+        check_format(fill_defaults(request, model).format)
+        return model
+
+    def _accepting_model(
+        self, request: generation_pb2.GenerateRequest, preview: generation_pb2.PreviewOptions
+    ) -> Model:
         if self.state is ServerState.LOADING:
             raise Unavailable(
                 "the model is loading", reason="MODEL_LOADING", retry_after=RETRY_SECONDS
             )
         if self.state is ServerState.DRAINING:
             raise Unavailable("the server is shutting down", retry_after=RETRY_SECONDS)
-        if request.model and request.model not in self.models:
-            raise ModelNotFound(f"no model {request.model!r}; this server holds {self.models}")
-        check_format(request)
+        return self.check(request, preview)
+
+    def _behaviour(self) -> Behaviour:
         if self._capacity is not None and self.running() >= self._capacity:
             raise Overloaded("the queue is full", retry_after=RETRY_SECONDS)
         behaviour = self.script.popleft() if self.script else self.default

@@ -1,47 +1,174 @@
-"""The description of the fake server's models."""
+"""The fake server's models: their description, and the requests that they accept."""
 
-from darkroom.v1 import model_pb2, types_pb2
-from darkroom_client.testing._pictures import (
-    DEFAULT_GUIDANCE,
-    DEFAULT_SIZE,
-    DEFAULT_STEPS,
-    REVISION,
+import struct
+from dataclasses import replace
+
+from darkroom.v1 import generation_pb2, model_pb2
+from darkroom_client._errors import Unavailable
+from darkroom_client._types.enums import ImageFormat, Scheduler
+from darkroom_client._types.model import (
+    Model,
+    ModelDefaults,
+    ModelLimits,
+    ModelRuntime,
+    RowLimitSource,
+    SchedulerOffer,
+)
+from darkroom_client._wire.values import encode_format, encode_scheduler
+
+RETRY_SECONDS = 0.05
+MAX_STEPS = 1000
+MAX_LCM_STEPS = 50
+
+_FAKE = Model(
+    id="demo",
+    ready=True,
+    revision="fake",
+    kind="StableDiffusionPipeline",
+    defaults=ModelDefaults(
+        width=64,
+        height=64,
+        steps=4,
+        guidance_scale=7.5,
+        scheduler=Scheduler.EULER,
+        format=ImageFormat.PNG,
+        quality=90,
+    ),
+    limits=ModelLimits(
+        min_size=8,
+        max_size=1024,
+        size_multiple=8,
+        max_guidance_scale=50.0,
+        max_image_count=16,
+        max_prompt_bytes=8192,
+        prompt_tokens=77,
+        max_rows=8,
+        row_limit_source=RowLimitSource.SET,
+    ),
+    schedulers=tuple(
+        SchedulerOffer(
+            scheduler=scheduler,
+            min_steps=1,
+            max_steps=MAX_LCM_STEPS if scheduler is Scheduler.LCM else MAX_STEPS,
+        )
+        for scheduler in Scheduler
+    ),
+    runtime=ModelRuntime(
+        device="fake",
+        dtype="float32",
+        preset="fast",
+        attention="sdpa",
+        slice_size="",
+        autocast=False,
+        vae_tiling=False,
+        channels_last=False,
+        fp8_storage=False,
+        safety_checker=False,
+    ),
 )
 
 
-def describe_model(name: str) -> model_pb2.Model:
-    """Describe a loaded model."""
-    return model_pb2.Model(
-        id=name,
-        revision=REVISION,
-        kind="StableDiffusionPipeline",
-        ready=True,
-        defaults=model_pb2.ModelDefaults(
-            width=DEFAULT_SIZE,
-            height=DEFAULT_SIZE,
-            steps=DEFAULT_STEPS,
-            guidance_scale=DEFAULT_GUIDANCE,
-            scheduler=types_pb2.SCHEDULER_EULER,
-            format=types_pb2.IMAGE_FORMAT_PNG,
-            quality=90,
-        ),
-        limits=model_pb2.ModelLimits(
-            min_size=8,
-            max_size=1024,
-            size_multiple=8,
-            max_guidance_scale=50,
-            max_image_count=16,
-            max_prompt_bytes=8192,
-            prompt_tokens=77,
-            max_rows=8,
-            row_limit_source=model_pb2.ROW_LIMIT_SOURCE_SET,
-        ),
-        schedulers=[
-            model_pb2.SchedulerOffer(
-                scheduler=types_pb2.SCHEDULER_EULER, min_steps=1, max_steps=1000
-            )
-        ],
-        runtime=model_pb2.ModelRuntime(
-            device="fake", dtype="float32", preset="fast", attention="sdpa"
-        ),
+def fake_model(id: str = "demo") -> Model:
+    """A loaded model of 8 to 1024 pixels (64 by default) that offers every scheduler.
+
+    Change it with ``dataclasses.replace``, for ``FakeServer(models=[...])``.
+    """
+    return replace(_FAKE, id=id)
+
+
+def encode_model(model: Model) -> model_pb2.Model:
+    """Encode ``model`` as the server sends it; parts that are None stay unset."""
+    message = model_pb2.Model(
+        id=model.id, revision=model.revision, kind=model.kind, ready=model.ready
     )
+    if model.defaults is not None:
+        defaults = model.defaults
+        message.defaults.CopyFrom(
+            model_pb2.ModelDefaults(
+                width=defaults.width,
+                height=defaults.height,
+                steps=defaults.steps,
+                guidance_scale=defaults.guidance_scale,
+                scheduler=encode_scheduler(defaults.scheduler),
+                format=encode_format(defaults.format),
+                quality=defaults.quality,
+            )
+        )
+    if model.limits is not None:
+        limits = model.limits
+        message.limits.CopyFrom(
+            model_pb2.ModelLimits(
+                min_size=limits.min_size,
+                max_size=limits.max_size,
+                size_multiple=limits.size_multiple,
+                max_guidance_scale=limits.max_guidance_scale,
+                max_image_count=limits.max_image_count,
+                max_prompt_bytes=limits.max_prompt_bytes,
+                prompt_tokens=limits.prompt_tokens,
+                max_rows=limits.max_rows,
+                row_limit_source=_encode_source(limits.row_limit_source),
+            )
+        )
+    for offer in model.schedulers:
+        message.schedulers.add(
+            scheduler=encode_scheduler(offer.scheduler),
+            min_steps=offer.min_steps,
+            max_steps=offer.max_steps,
+        )
+    if model.runtime is not None:
+        runtime = model.runtime
+        message.runtime.CopyFrom(
+            model_pb2.ModelRuntime(
+                device=runtime.device,
+                dtype=runtime.dtype,
+                preset=runtime.preset,
+                attention=runtime.attention,
+                slice_size=runtime.slice_size,
+                autocast=runtime.autocast,
+                vae_tiling=runtime.vae_tiling,
+                channels_last=runtime.channels_last,
+                fp8_storage=runtime.fp8_storage,
+                safety_checker=runtime.safety_checker,
+                format_rule=runtime.format_rule,
+            )
+        )
+    return message
+
+
+def _encode_source(source: RowLimitSource) -> model_pb2.RowLimitSource.ValueType:
+    name = "UNSPECIFIED" if source is RowLimitSource.UNKNOWN else source.name
+    return model_pb2.RowLimitSource.Value(f"ROW_LIMIT_SOURCE_{name}")
+
+
+def loaded(model: Model) -> tuple[ModelDefaults, ModelLimits]:
+    """The defaults and limits of ``model``; raises ``Unavailable`` until it is ready."""
+    if not model.ready or model.defaults is None or model.limits is None:
+        raise Unavailable(
+            f"model {model.id!r} is loading", reason="MODEL_LOADING", retry_after=RETRY_SECONDS
+        )
+    return model.defaults, model.limits
+
+
+def fill_defaults(
+    request: generation_pb2.GenerateRequest, model: Model
+) -> generation_pb2.GenerateRequest:
+    """``request`` with the defaults of ``model`` in every unset field but the seed."""
+    defaults = loaded(model)[0]
+    filled = generation_pb2.GenerateRequest(
+        width=defaults.width,
+        height=defaults.height,
+        steps=defaults.steps,
+        guidance_scale=defaults.guidance_scale,
+        image_count=1,
+        scheduler=encode_scheduler(defaults.scheduler),
+        format=encode_format(defaults.format),
+    )
+    filled.MergeFrom(request)
+    filled.model = model.id
+    return filled
+
+
+def as_float32(value: float) -> float:
+    """``value`` rounded to 32 bits, as on the wire."""
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded

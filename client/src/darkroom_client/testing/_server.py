@@ -1,66 +1,62 @@
 """The fake server: a port, and its jobs."""
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from darkroom.v1 import generation_pb2_grpc, model_pb2_grpc, server_pb2_grpc
+from darkroom_client._types.model import Model
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._types.status import Estimate, ServerState
 from darkroom_client.testing._behaviour import Behaviour
+from darkroom_client.testing._health import Health
 from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._jobs import JobRegistry
+from darkroom_client.testing._models import fake_model
 from darkroom_client.testing._services import Services
-
-SERVING = {
-    "": (ServerState.READY,),
-    "darkroom.v1.GenerationService": (ServerState.READY, ServerState.RECOVERING),
-}
-"""The states in which each health check answers SERVING."""
 
 HANDLERS = 256
 
-
-class _Health(health.HealthServicer):
-    """Runs each watch on its own thread.
-
-    Without that, ``HealthServicer`` sends while it holds its lock, and the end of a watch waits for
-    that lock: setting a state while a watch ends would deadlock.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(experimental_non_blocking=False)
-
-    def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:
-        """See ``HealthServicer.Watch``, which documents this."""
-        return super().Watch(request, context)
+GRACE_SECONDS = 2.0
+"""For the calls to end; gRPC cancels those that have not."""
 
 
 class FakeServer:
     """Generates gradients at once, or follows its script; a context manager.
 
-    ``token``: required of every caller. ``capacity``: concurrent jobs; further requests are
-    rejected as ``Overloaded``. ``port``: a port of 127.0.0.1; 0 for any free one.
+    ``models``: the models that it holds, as names (see ``fake_model``) or in full, such as
+    ``client.models()`` of a real server. ``token``: required of every caller. ``capacity``:
+    concurrent jobs; further requests are rejected as ``Overloaded``. ``port``: a port of 127.0.0.1;
+    0 for any free one.
 
-    All callers share its jobs. It keeps results until ``restart``. Images are PNG or raw RGB,
-    previews are PNG.
+    It rejects the requests that a Darkroom server with these models rejects. All callers share its
+    jobs. It keeps results until ``restart``. JPEG and WebP need Pillow; without it they are an
+    ``InvalidRequest``, and previews are PNG.
+
+    Raises ``OSError`` on entry if ``port`` is in use, and ``ValueError`` without a model or if two
+    have one name.
     """
 
     def __init__(
-        self, *, token: str | None = None, capacity: int | None = None, port: int = 0
+        self,
+        *,
+        models: Iterable[str | Model] = ("demo",),
+        token: str | None = None,
+        capacity: int | None = None,
+        port: int = 0,
     ) -> None:
         self.estimate = Estimate(queue_wait=0.0, run_time=1.0, peak_bytes=0, available_bytes=2**30)
-        self._registry = JobRegistry(capacity)
+        self._registry = JobRegistry(capacity, _by_name(models))
         self._services = Services(self._registry, lambda: self.estimate, token)
-        self._health = _Health()
+        self._health = Health(self._registry)
         self._port = port
         self._server: grpc.Server | None = None
         self._handlers: ThreadPoolExecutor | None = None
-        self.state = ServerState.READY
 
     @property
     def target(self) -> str:
@@ -74,11 +70,9 @@ class FakeServer:
 
     @state.setter
     def state(self, state: ServerState) -> None:
-        self._registry.state = state
-        for service, states in SERVING.items():
-            status = "SERVING" if state in states else "NOT_SERVING"
-            number = health_pb2.HealthCheckResponse.ServingStatus.Value(status)
-            self._health.set(service, number)
+        with self._registry.changed:
+            self._registry.state = state
+            self._registry.changed.notify_all()
 
     @property
     def jobs(self) -> tuple[FakeJob, ...]:
@@ -131,7 +125,16 @@ class FakeServer:
         self._stop()
         self._registry.close()
 
+    def __repr__(self) -> str:
+        state = self.state if self._server is not None else "stopped"
+        with self._registry.changed:
+            running, jobs = self._registry.running(), len(self._registry.jobs)
+        models = ", ".join(self._registry.models)
+        return f"<FakeServer {self.target} {state}: {models}; {running} of {jobs} jobs run>"
+
     def _listen(self) -> None:
+        self._check_port()
+        self._registry.closing = False
         self._handlers = ThreadPoolExecutor(HANDLERS)
         # No SO_REUSEPORT, or a second server could share the port.
         server = grpc.server(self._handlers, options=(("grpc.so_reuseport", 0),))
@@ -145,8 +148,30 @@ class FakeServer:
         server.start()
         self._server = server
 
+    def _check_port(self) -> None:
+        """Raise ``OSError`` if the port is in use: C-core would write a line to stderr as well."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self._port))
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror}: {self.target}") from None
+
     def _stop(self) -> None:
-        if self._server is not None:
-            self._server.stop(None).wait()
-        if self._handlers is not None:
+        if self._server is not None and self._handlers is not None:
+            # Cancelling the calls would make C-core write a line to stderr: end them here.
+            stopped = self._server.stop(GRACE_SECONDS)
+            with self._registry.changed:
+                self._registry.closing = True
+                self._registry.changed.notify_all()
+            stopped.wait()
             self._handlers.shutdown()
+            self._server = self._handlers = None
+
+
+def _by_name(models: Iterable[str | Model]) -> dict[str, Model]:
+    held = [fake_model(model) if isinstance(model, str) else model for model in models]
+    named = {model.id: model for model in held}
+    if len(named) < len(held) or not held:
+        raise ValueError(f"models {[model.id for model in held]}: give at least one, each once")
+    return named

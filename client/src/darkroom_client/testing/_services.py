@@ -14,13 +14,18 @@ from darkroom.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from darkroom_client._errors import DarkroomError, ModelNotFound, Unauthenticated
+from darkroom_client._errors import DarkroomError, Unauthenticated
 from darkroom_client._types.job import JobState
+from darkroom_client._types.model import Model
 from darkroom_client._types.status import Estimate
 from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._jobs import JobRegistry
-from darkroom_client.testing._models import describe_model
+from darkroom_client.testing._models import encode_model
 from darkroom_client.testing._statuses import abort, drop
+from darkroom_client.testing._validation import NO_PREVIEWS, check_request_id, check_time_limit
+
+DEFAULT_MAX_REPLY_BYTES = 4 * 2**20
+"""gRPC's default limit of a message, for a caller that sends none."""
 
 ENDED = (JobState.FINISHED, JobState.FAILED, JobState.EXPIRED, JobState.CANCELLED)
 DEFAULT_PAGE_SIZE = 100
@@ -45,7 +50,7 @@ class Services(
         self._token = token
 
     def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> Any:
-        job = self._admitted(request, context)[0]
+        job = self._admitted(request, context, max_reply_bytes=_max_reply_bytes(context))[0]
         for _ in self._events(job, context):
             pass
         return job.response()
@@ -53,8 +58,7 @@ class Services(
     def GenerateStream(
         self, request: generation_pb2.GenerateStreamRequest, context: Any
     ) -> Iterator[generation_pb2.GenerateStreamResponse]:
-        every = request.preview.every_steps
-        job, joined = self._admitted(request.generation, context, preview_every=every)
+        job, joined = self._admitted(request.generation, context, preview=request.preview)
         accepted = generation_pb2.GenerationEvent(
             accepted=job.accepted(self.server_id, joined=joined)
         )
@@ -68,9 +72,10 @@ class Services(
         self._authenticate(context)
         limit = request.time_limit.ToNanoseconds() / 1e9 if request.HasField("time_limit") else None
         try:
+            check_time_limit(limit)
             job, joined = self._registry.admit(
                 request.generation,
-                preview_every=request.preview.every_steps,
+                preview=request.preview,
                 time_limit=limit,
                 submitted=True,
             )
@@ -120,6 +125,10 @@ class Services(
         self, request: generation_pb2.EstimateGenerationRequest, context: Any
     ) -> Any:
         self._authenticate(context)
+        try:
+            self._registry.check(request.generation)
+        except DarkroomError as error:
+            abort(context, error)
         estimate = self._estimate()
         return generation_pb2.EstimateGenerationResponse(
             queue_wait=_duration(estimate.queue_wait),
@@ -130,15 +139,16 @@ class Services(
 
     def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> Any:
         self._authenticate(context)
-        models = [describe_model(name) for name in self._registry.models]
+        models = [encode_model(model) for model in self._registry.models.values()]
         return model_pb2.ListModelsResponse(models=models)
 
     def GetModel(self, request: model_pb2.GetModelRequest, context: Any) -> Any:
         self._authenticate(context)
-        name = request.model or self._registry.models[0]
-        if name not in self._registry.models:
-            abort(context, ModelNotFound(f"no model {name!r}"))
-        return model_pb2.GetModelResponse(model=describe_model(name))
+        try:
+            model = self._registry.model(request.model)
+        except DarkroomError as error:
+            abort(context, error)
+        return model_pb2.GetModelResponse(model=encode_model(model))
 
     def GetStatus(self, request: server_pb2.GetStatusRequest, context: Any) -> Any:
         self._authenticate(context)
@@ -152,7 +162,10 @@ class Services(
             return server_pb2.GetStatusResponse(
                 version="fake",
                 state=server_pb2.ServerState.Value(state),
-                models=[_model_status(name, running) for name in registry.models],
+                models=[
+                    _model_status(model, registry.running(name))
+                    for name, model in registry.models.items()
+                ],
                 engines=[server_pb2.EngineStatus(device="fake", ready=True, jobs=running)],
                 running_jobs=running,
                 max_queued_jobs=64,
@@ -161,14 +174,19 @@ class Services(
             )
 
     def _admitted(
-        self, request: generation_pb2.GenerateRequest, context: Any, preview_every: int = 0
+        self,
+        request: generation_pb2.GenerateRequest,
+        context: Any,
+        preview: generation_pb2.PreviewOptions = NO_PREVIEWS,
+        max_reply_bytes: int | None = None,
     ) -> tuple[FakeJob, bool]:
         self._authenticate(context)
         left = context.time_remaining()
         try:
             return self._registry.admit(
                 request,
-                preview_every=preview_every,
+                preview=preview,
+                max_reply_bytes=max_reply_bytes,
                 # gRPC represents "no limit" by some hundred years.
                 time_limit=left if left is not None and left < 1e8 else None,
             )
@@ -178,6 +196,7 @@ class Services(
     def _found(self, request_id: str, context: Any) -> FakeJob:
         self._authenticate(context)
         try:
+            check_request_id(request_id)
             return self._registry.find(request_id)
         except DarkroomError as error:
             abort(context, error)
@@ -197,7 +216,7 @@ class Services(
                 changed.wait_for(partial(self._has_news, job, context, sent, drops))
                 if not context.is_active():
                     return
-                if job.drops > drops or job.forgotten:
+                if job.drops > drops or job.forgotten or self._registry.closing:
                     drop(context)
                 fresh, sent = job.events[sent:], len(job.events)
                 ended, error = job.state is not JobState.RUNNING, job.error
@@ -209,10 +228,10 @@ class Services(
                     abort(context, error)
                 return
 
-    @staticmethod
-    def _has_news(job: FakeJob, context: Any, sent: int, drops: int) -> bool:
+    def _has_news(self, job: FakeJob, context: Any, sent: int, drops: int) -> bool:
         ended = job.state is not JobState.RUNNING or not context.is_active()
-        return ended or sent < len(job.events) or job.drops > drops
+        dropped = job.drops > drops or self._registry.closing
+        return ended or dropped or sent < len(job.events)
 
     def _remove_waiter(self, job: FakeJob) -> None:
         with self._registry.changed:
@@ -233,13 +252,18 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
-def _model_status(name: str, running: int) -> server_pb2.ModelStatus:
-    model = describe_model(name)
+def _model_status(model: Model, running: int) -> server_pb2.ModelStatus:
+    message = encode_model(model)
     return server_pb2.ModelStatus(
-        id=name,
-        ready=True,
+        id=model.id,
+        ready=model.ready,
         running_jobs=running,
-        runtime=model.runtime,
-        max_rows=model.limits.max_rows,
-        row_limit_source=model.limits.row_limit_source,
+        runtime=message.runtime if message.HasField("runtime") else None,
+        max_rows=message.limits.max_rows,
+        row_limit_source=message.limits.row_limit_source,
     )
+
+
+def _max_reply_bytes(context: Any) -> int:
+    sent = dict(context.invocation_metadata()).get("darkroom-max-reply-bytes")
+    return DEFAULT_MAX_REPLY_BYTES if sent is None else int(sent)

@@ -2,24 +2,20 @@
 
 import argparse
 import asyncio
-import dataclasses
-import json
 import sys
 from contextlib import aclosing
-from pathlib import Path
 
 from darkroom_client._async_client import AsyncClient
 from darkroom_client._batch import run_paced
 from darkroom_client._errors import DarkroomError, ImageWithheld
-from darkroom_client._files import write_atomically
 from darkroom_client._protocol.pacing import BatchPacer, is_not_now
 from darkroom_client._settings import DEFAULT_RETRY
 from darkroom_client._types.events import Finished, ImageReady
-from darkroom_client._types.image import Image
-from darkroom_client._types.result import GenerationResult
 from darkroom_client.cli._connect import connect_async
 from darkroom_client.cli._exit_codes import exit_code
+from darkroom_client.cli._flags import message
 from darkroom_client.cli.commands._plan import PlannedRequest, plan
+from darkroom_client.cli.commands._results import error_json, print_json, report, save
 from darkroom_client.cli.terminal._console import open_console
 from darkroom_client.cli.terminal._display import Display
 
@@ -42,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         images=sum(len(planned.paths) for planned in planned_requests),
         shown=not arguments.json,
         preview=arguments.preview,
+        picture=arguments.picture,
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     with display:
@@ -54,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     for index in sorted(failures):
         print(
-            f"darkroom: {planned_requests[index].request.prompt!r}: {failures[index]}",
+            f"darkroom: {planned_requests[index].request.prompt!r}: {message(failures[index])}",
             file=sys.stderr,
         )
     return exit_code(failures[min(failures)]) if failures else 0
@@ -86,7 +83,7 @@ async def _generate_all(
                     continue
                 failures[index] = answer
                 if arguments.json:
-                    _print_json({"prompt": planned.request.prompt, "error": _error_json(answer)})
+                    print_json({"prompt": planned.request.prompt, "error": error_json(answer)})
     return failures
 
 
@@ -102,67 +99,10 @@ async def _generate(
                 match event:
                     case ImageReady(image_index=index, image=image):
                         try:
-                            _save(planned.paths[index], image, arguments)
+                            save(planned.paths[index], image, arguments)
                         except ImageWithheld as error:
                             withheld = error
                     case Finished(result=result):
-                        _report(planned.paths, result, arguments, display)
+                        report(planned.paths, result, arguments, display)
     if withheld is not None:
         raise withheld
-
-
-def _save(path: Path, image: Image, arguments: argparse.Namespace) -> None:
-    image.save(path, overwrite=arguments.overwrite)
-    if arguments.record:
-        record = image.replay.to_json().encode()
-        write_atomically(path.with_suffix(".json"), record, overwrite=arguments.overwrite)
-
-
-def _report(
-    paths: tuple[Path, ...],
-    result: GenerationResult,
-    arguments: argparse.Namespace,
-    display: Display,
-) -> None:
-    for path, image in zip(paths, result.images, strict=True):
-        if image.flagged:
-            continue
-        if arguments.json:
-            _print_json(_image_json(path, image, result))
-            continue
-        stages = dataclasses.asdict(result.timings)
-        seconds = "  ".join(f"{stage} {value:.3f}" for stage, value in stages.items())
-        cut = "  (the prompt's end was ignored: it is too long)" if image.prompt_truncated else ""
-        display.print(str(path), f"  seed {image.seed}  {seconds} s{cut}")
-
-
-def _image_json(path: Path, image: Image, result: GenerationResult) -> dict[str, object]:
-    return {
-        "path": str(path),
-        "prompt": image.replay.request.prompt,
-        "seed": image.seed,
-        "width": image.width,
-        "height": image.height,
-        "prompt_truncated": image.prompt_truncated,
-        "pixels_sha256": image.replay.pixels_sha256,
-        "request_id": result.request_id,
-        "model": result.model,
-        "model_revision": result.model_revision,
-        "seconds": dataclasses.asdict(result.timings),
-    }
-
-
-def _error_json(error: DarkroomError) -> dict[str, object]:
-    return {
-        "message": str(error),
-        "kind": type(error).__name__,
-        "code": error.code,
-        "reason": error.reason,
-        "request_id": error.request_id,
-        "retry_after": error.retry_after,
-    }
-
-
-def _print_json(value: object) -> None:
-    # Flush, so the next program in a pipe can begin with the first image.
-    print(json.dumps(value), flush=True)

@@ -1,6 +1,7 @@
 """The requests of ``generate``, and the files for their images."""
 
 import argparse
+import hashlib
 import secrets
 import sys
 from collections.abc import Iterator
@@ -25,19 +26,8 @@ class PlannedRequest:
 
 def plan(arguments: argparse.Namespace) -> list[PlannedRequest]:
     """The requests of the command line; raises ``ValueError`` if there are none."""
-    prompts = list(_prompts(arguments))
-    if not prompts:
-        raise ValueError("no prompt: give some as arguments, --file FILE, or - for stdin")
-    if arguments.count < 1:
-        raise ValueError(f"--count is {arguments.count}, must be at least 1")
-    requests = [
-        # Pick the seeds now: file names that exist are then an error before the work.
-        replace(
-            request_of(prompt, arguments, seed=secrets.randbelow(_SEED_BOUND)),
-            embed_record=arguments.embed_record and arguments.format is not ImageFormat.RAW_RGB,
-        )
-        for prompt in prompts
-    ]
+    # Pick the seeds now: file names that exist are then an error before the work.
+    requests = [seeded_request(prompt, arguments) for prompt in prompts_of(arguments)]
     paths = iter(distinct(_paths(requests, arguments)))
     planned_requests = [
         PlannedRequest(request, tuple(next(paths) for _ in range(arguments.count)))
@@ -46,6 +36,30 @@ def plan(arguments: argparse.Namespace) -> list[PlannedRequest]:
     if not arguments.overwrite:
         _check_not_existing(planned_requests, record=arguments.record)
     return planned_requests
+
+
+def prompts_of(arguments: argparse.Namespace) -> list[str]:
+    """The prompts of the command line; raises ``ValueError`` if there are none."""
+    prompts = list(_prompts(arguments))
+    if not prompts:
+        raise ValueError("no prompt: give some as arguments, --file FILE, or - for stdin")
+    if arguments.count < 1:
+        raise ValueError(f"--count is {arguments.count}, must be at least 1")
+    if arguments.request_id and len(prompts) > 1:
+        raise ValueError("--request-id names one job: give one prompt")
+    return prompts
+
+
+def seeded_request(prompt: str, arguments: argparse.Namespace) -> GenerationRequest:
+    """The request of ``prompt``, with its request id and a seed."""
+    seed = secrets.randbelow(_SEED_BOUND)
+    if arguments.request_id:
+        # The same for each call of this id: they are one job only if their requests are equal.
+        digest = hashlib.sha256(arguments.request_id.encode()).digest()
+        seed = int.from_bytes(digest[:4], "big")
+    request = request_of(prompt, arguments, seed=seed)
+    embed = arguments.embed_record and arguments.format is not ImageFormat.RAW_RGB
+    return replace(request, request_id=arguments.request_id, embed_record=embed)
 
 
 def request_of(

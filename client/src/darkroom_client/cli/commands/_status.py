@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from darkroom_client._types.status import EngineStatus, ModelStatus, ServerState, ServerStatus
 from darkroom_client.cli._connect import connect
 from darkroom_client.cli._exit_codes import LATER
-from darkroom_client.cli.terminal._console import Row, open_console, readable_bytes, tabulate
+from darkroom_client.cli.terminal._console import (
+    Row,
+    open_console,
+    readable_bytes,
+    readable_seconds,
+    tabulate,
+)
 
 _ACCEPTING = (ServerState.READY, ServerState.RECOVERING)
 
@@ -27,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _rows(status: ServerStatus) -> Iterator[Row]:
     yield "state", status.state
     yield "version", status.version
-    yield "up", _readable_seconds(status.uptime)
+    yield "up", readable_seconds(status.uptime)
     yield "queue", f"{status.queued_jobs} of {status.max_queued_jobs}"
     yield "running", str(status.running_jobs)
     ended = ", ".join(f"{count} {how}" for how, count in status.ended_jobs.items() if count)
@@ -70,9 +76,3 @@ def _engine(engine: EngineStatus) -> str:
     memory = {"host": engine.host_memory_bytes, **engine.memory_bytes}
     parts.extend(f"{kind} {readable_bytes(count)}" for kind, count in memory.items() if count)
     return ", ".join(parts)
-
-
-def _readable_seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

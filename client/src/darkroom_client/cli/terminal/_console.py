@@ -14,7 +14,12 @@ def open_console(*, stderr: bool = False) -> "rich.console.Console":
     """A console on stdout or stderr; it prints text as it is, without markup."""
     from rich.console import Console
 
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Let the command end with its own exit code; rich would exit with 1."""
+            raise BrokenPipeError
+
+    return PlainConsole(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def print_line(console: "rich.console.Console", first: str, rest: str, style: str) -> None:
@@ -65,3 +70,10 @@ def tabulate(console: "rich.console.Console", names: Sequence[str], rows: Iterab
 def readable_bytes(count: int) -> str:
     """A number of bytes in MiB, or in GiB from 1 GiB on."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def readable_seconds(seconds: float) -> str:
+    """A duration as hours:minutes:seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

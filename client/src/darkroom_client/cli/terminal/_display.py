@@ -18,8 +18,10 @@ from darkroom_client._types.events import (
     Restarted,
     Started,
 )
+from darkroom_client._types.image import Image
 from darkroom_client.cli.terminal._console import print_line, progress_bar
 from darkroom_client.cli.terminal._halfblocks import check_pillow, half_blocks, side_by_side
+from darkroom_client.cli.terminal._picture import leave_picture
 
 if TYPE_CHECKING:
     import rich.console
@@ -42,10 +44,19 @@ _PICTURE_WIDTH = 32
 
 
 class Display:
-    """The live part of the screen, and the lines above it; silent unless stdout is a terminal."""
+    """The live part of the screen on a terminal, the lines above it, and what remains at the end.
+
+    ``shown``: there are lines at all. ``picture``: the last image remains on a terminal.
+    """
 
     def __init__(
-        self, console: "rich.console.Console", *, images: int, shown: bool, preview: bool
+        self,
+        console: "rich.console.Console",
+        *,
+        images: int,
+        shown: bool,
+        preview: bool,
+        picture: bool,
     ) -> None:
         if preview and not (shown and console.is_terminal):
             raise ValueError("--preview needs a terminal: no pipe, and no --json")
@@ -56,6 +67,10 @@ class Display:
         self.shown = shown and console.is_terminal
         self._bars = progress_bar(console)
         self._all = self._bars.add_task("all", total=images, visible=images > 1, note="", unit="")
+        self._picture = picture
+        self._began_at = time.monotonic()
+        self._counted = 0
+        self._last: Image | None = None
         self._many = images > 1
         self._wait = ""
         self._pictures: dict[int, rich.text.Text] = {}
@@ -64,6 +79,11 @@ class Display:
     def print(self, first: str, rest: str) -> None:
         """Print a permanent line above the live part."""
         print_line(self._console, first, rest, "bold")
+
+    def count(self, image: Image) -> None:
+        """Count a saved image; the last one stays on the screen."""
+        self._counted += 1
+        self._last = image
 
     @contextmanager
     def follow(self, prompt: str, images: int) -> "Iterator[PromptBars]":
@@ -127,6 +147,18 @@ class Display:
     ) -> None:
         if self._live is not None:
             self._live.stop()
+        if error is None and self.shown:
+            self._close()
+
+    def _close(self) -> None:
+        """Leave the last picture and the closing line."""
+        if self._last is None:
+            return
+        if self._picture:
+            leave_picture(self._console, self._last)
+        seconds = time.monotonic() - self._began_at
+        images = "1 image" if self._counted == 1 else f"{self._counted} images"
+        self._console.print(f"{images} in {seconds:.1f} s, {self._counted / seconds:.2f} images/s")
 
 
 class PromptBars:
