@@ -1,6 +1,7 @@
 """``make start-noise``: do starts on a busy machine agree with each other and with a quiet one?"""
 
 import argparse
+import signal
 import sys
 
 from tools.start_noise.run import Report, measure
@@ -19,6 +20,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=30.0, help="load after each start")
     parser.add_argument("--turns", type=int, default=3, help="second starts that are timed")
     arguments = parser.parse_args()
+    # Ended in any way, it stops its server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     report = measure(arguments.starts, arguments.seconds, arguments.turns)
     failures = list(failures_of(report))
     for failure in failures:
