@@ -66,7 +66,7 @@ class Crowd:
         job = self._job(request)
         pixels = self._pixels(replace(job, exact=exact))
         images = 1 if exact else len(jobs) + 1
-        if self._stepping[job.id] != images * job.rows_per_image:
+        if self._stepping[job.id] != images * self.info.rows_per_image(job):
             raise RuntimeError(f"a batch held {self._stepping[job.id]} rows, not {images} images")
         for job in jobs:
             self._engine.cancel(job.id)

@@ -32,6 +32,7 @@ CLASSES: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
     SchedulerName.UNIPC: ("UniPCMultistepScheduler", {}),
     SchedulerName.DEIS: ("DEISMultistepScheduler", {}),
     SchedulerName.LCM: ("LCMScheduler", {}),
+    SchedulerName.MODEL: ("DDIMScheduler", {}),
 }
 """Written from diffusers' documentation, and not from the server's own table."""
 

@@ -30,14 +30,18 @@ class PlainSample:
     index: int = 0
     step: int = 0
     engine_seconds: float = 0.0
+    closed: bool = False
 
     @property
     def rows(self) -> int:
-        return self.job.rows_per_image
+        return 2 if self.job.guidance_scale > 1.0 else 1
 
     @property
     def group(self) -> Group:
         return Group(self.job.model, self.job.width, self.job.height, tokens=77)
+
+    def close(self) -> None:
+        self.closed = True
 
     def key(self) -> OrderKey:
         return OrderKey(

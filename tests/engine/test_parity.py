@@ -10,6 +10,7 @@ from darkroom_server.core.job import Job, SchedulerName
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .reference import Reference
+from .test_schedulers import SD_SCHEDULERS
 from .tiny import write_tiny_model
 
 
@@ -40,12 +41,12 @@ def busy_mix(scheduler: SchedulerName) -> list[Job]:
                 negative_prompt=("", "blue")[i % 2],
             )
         )
-    others = [name for name in SchedulerName if name != scheduler][:5]
+    others = [name for name in SD_SCHEDULERS if name != scheduler][:5]
     jobs += [make_job(f"{scheduler}-with-{o}", scheduler=o, steps=11) for o in others]
     return jobs
 
 
-@pytest.mark.parametrize("scheduler", list(SchedulerName))
+@pytest.mark.parametrize("scheduler", SD_SCHEDULERS)
 def test_final_latents_equal_the_pipelines(
     scheduler: SchedulerName, shared_loop: LoopUnderTest, reference: Reference
 ) -> None:
@@ -56,7 +57,7 @@ def test_final_latents_equal_the_pipelines(
         assert error <= 1e-4, (job, error)
 
 
-@pytest.mark.parametrize("scheduler", list(SchedulerName))
+@pytest.mark.parametrize("scheduler", SD_SCHEDULERS)
 def test_exact_image_bytes_equal_the_pipelines(
     scheduler: SchedulerName, shared_loop: LoopUnderTest, reference: Reference
 ) -> None:
@@ -79,7 +80,7 @@ def test_spacings_and_predictions(spacing: str, prediction: str, tmp_path: Path)
     reference = Reference(folder)
     loop = LoopUnderTest(config_for(folder))
     try:
-        jobs = [make_job(name, scheduler=name, steps=7) for name in SchedulerName]
+        jobs = [make_job(name, scheduler=name, steps=7) for name in SD_SCHEDULERS]
         loop.run(*jobs)
         for job in jobs:
             error = relative_error(loop.latents[job.id, 0], reference.latents(job))

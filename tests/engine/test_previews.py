@@ -15,6 +15,7 @@ from darkroom_server.core.events import JobFinished, PreviewReady
 from darkroom_server.core.job import ImageFormat, SchedulerName
 
 from .conftest import LoopUnderTest, config_for, make_job
+from .test_schedulers import SD_SCHEDULERS
 
 DEMO = Path(darkroom_server.__file__).parent / "demo_model"
 
@@ -35,7 +36,7 @@ def colours(picture: Image.Image) -> NDArray[np.float32]:
     return np.asarray(picture.convert("RGB").resize((16, 16), Image.Resampling.BOX), np.float32)
 
 
-@pytest.mark.parametrize("scheduler", SchedulerName)
+@pytest.mark.parametrize("scheduler", SD_SCHEDULERS)
 def test_they_change_no_byte_of_the_image(
     shared_loop: LoopUnderTest, scheduler: SchedulerName
 ) -> None:
@@ -113,6 +114,7 @@ def test_a_model_without_previews_still_generates(own_loop: LoopUnderTest) -> No
 
 def test_running_out_of_memory_once_skips_one_preview(own_loop: LoopUnderTest) -> None:
     previewer = own_loop.models["tiny"].previewer
+    assert previewer is not None
     fit = previewer._fit
 
     def too_much() -> torch.Tensor:

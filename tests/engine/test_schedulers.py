@@ -10,6 +10,7 @@ from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.core.model import SchedulerOffer
 from darkroom_server.engine.components.prompt_encoder import Embedding
+from darkroom_server.engine.components.scheduler_table import DIFFUSION_SCHEDULERS
 from darkroom_server.engine.components.schedulers import (
     config_json,
     make_scheduler,
@@ -17,11 +18,15 @@ from darkroom_server.engine.components.schedulers import (
     offer,
     offers,
 )
-from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.latent_sample import LatentSample
 
 from .conftest import make_job
 
+SD_SCHEDULERS = [*DIFFUSION_SCHEDULERS, SchedulerName.MODEL]
+"""What models for diffusion offer."""
+
 BASE: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -31,9 +36,9 @@ BASE: dict[str, Any] = {
 }
 
 
-def run_to_end(name: SchedulerName, steps: int, config: dict[str, Any]) -> Sample:
+def run_to_end(name: SchedulerName, steps: int, config: dict[str, Any]) -> LatentSample:
     """A sample taken to its end with a denoiser that predicts a tenth of what it sees."""
-    sample = Sample(
+    sample = LatentSample(
         make_job("alone", scheduler=name, steps=steps, guidance_scale=1.0),
         0,
         scheduler=make_scheduler(name, config),
@@ -49,7 +54,7 @@ def run_to_end(name: SchedulerName, steps: int, config: dict[str, Any]) -> Sampl
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("name", list(SchedulerName))
+@pytest.mark.parametrize("name", SD_SCHEDULERS)
 def test_both_ends_of_the_offer(name: SchedulerName, spacing: str, prediction: str) -> None:
     config = {**BASE, "timestep_spacing": spacing, "prediction_type": prediction}
     offered = offer(name, config)
@@ -87,7 +92,7 @@ def miscounted(
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize(
     ("name", "skip_prk_steps"),
-    [*((name, True) for name in SchedulerName), (SchedulerName.PNDM, False)],
+    [*((name, True) for name in SD_SCHEDULERS), (SchedulerName.PNDM, False)],
 )
 def test_the_table_counts_the_denoiser_calls(
     name: SchedulerName, spacing: str, skip_prk_steps: bool
@@ -127,13 +132,21 @@ def test_pndm_needs_four_steps_for_its_warm_up() -> None:
     assert offer(SchedulerName.PNDM, {**BASE, "skip_prk_steps": True}).min_steps == 1
 
 
-@pytest.mark.parametrize("name", list(SchedulerName))
+@pytest.mark.parametrize("name", DIFFUSION_SCHEDULERS)
 def test_a_model_that_brings_a_scheduler_offers_it_by_name(name: SchedulerName) -> None:
     assert name_of(make_scheduler(name, BASE)) is name
 
 
+def test_the_models_own_scheduler_keeps_its_settings() -> None:
+    config = {**BASE, "_class_name": "HeunDiscreteScheduler", "use_karras_sigmas": True}
+    own = make_scheduler(SchedulerName.MODEL, config)
+    assert type(own).__name__ == "HeunDiscreteScheduler"
+    assert own.config.use_karras_sigmas
+    assert offer(SchedulerName.MODEL, config).denoiser_calls(10) == 19
+
+
 def test_every_scheduler_is_offered_once() -> None:
-    assert [o.name for o in offers(BASE)] == list(SchedulerName)
+    assert [o.name for o in offers(BASE)] == SD_SCHEDULERS
 
 
 def test_the_configuration_of_the_model_is_kept() -> None:

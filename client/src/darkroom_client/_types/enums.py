@@ -24,6 +24,10 @@ class Scheduler(StrEnum):
     UNIPC = "unipc"
     DEIS = "deis"
     LCM = "lcm"
+    FLOW_MATCH_EULER = "flow_match_euler"
+    FLOW_MATCH_HEUN = "flow_match_heun"
+    FLOW_MATCH_LCM = "flow_match_lcm"
+    MODEL = "model"
 
 
 class ImageFormat(StrEnum):

@@ -84,6 +84,14 @@ class _SchedulerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Scheduler.V
     """DEISMultistepScheduler."""
     SCHEDULER_LCM: _Scheduler.ValueType  # 14
     """LCMScheduler; for distilled models, with few steps."""
+    SCHEDULER_FLOW_MATCH_EULER: _Scheduler.ValueType  # 15
+    """FlowMatchEulerDiscreteScheduler; for models trained by flow matching."""
+    SCHEDULER_FLOW_MATCH_HEUN: _Scheduler.ValueType  # 16
+    """FlowMatchHeunDiscreteScheduler; two denoiser calls per step."""
+    SCHEDULER_FLOW_MATCH_LCM: _Scheduler.ValueType  # 17
+    """FlowMatchLCMScheduler; for distilled models, with few steps."""
+    SCHEDULER_MODEL: _Scheduler.ValueType  # 18
+    """The model's own, as its folder configures it."""
 
 class Scheduler(_Scheduler, metaclass=_SchedulerEnumTypeWrapper):
     """Scheduler is a noise scheduler of diffusers."""
@@ -118,4 +126,12 @@ SCHEDULER_DEIS: Scheduler.ValueType  # 13
 """DEISMultistepScheduler."""
 SCHEDULER_LCM: Scheduler.ValueType  # 14
 """LCMScheduler; for distilled models, with few steps."""
+SCHEDULER_FLOW_MATCH_EULER: Scheduler.ValueType  # 15
+"""FlowMatchEulerDiscreteScheduler; for models trained by flow matching."""
+SCHEDULER_FLOW_MATCH_HEUN: Scheduler.ValueType  # 16
+"""FlowMatchHeunDiscreteScheduler; two denoiser calls per step."""
+SCHEDULER_FLOW_MATCH_LCM: Scheduler.ValueType  # 17
+"""FlowMatchLCMScheduler; for distilled models, with few steps."""
+SCHEDULER_MODEL: Scheduler.ValueType  # 18
+"""The model's own, as its folder configures it."""
 Global___Scheduler: _TypeAlias = Scheduler  # noqa: Y015

@@ -103,7 +103,8 @@ class FakeEngine:
         """Add ``job`` to the next batch."""
         with self._lock:
             images = job.image_indices
-            self._residents[job.id] = _Resident(job, images, job.rows_per_image * len(images))
+            rows = fake_model(job.model).rows_per_image(job) * len(images)
+            self._residents[job.id] = _Resident(job, images, rows)
             self._submitted += 1
             self._on_submit(job)
             if self._submitted == self._dies_after:
@@ -259,7 +260,7 @@ def fake_image(job: Job, index: int) -> EncodedImage:
         scheduler_config_json="{}",
         device="cpu",
         library_versions={"darkroom-server": "fake"},
-        rows_in_last_pass=job.rows_per_image,
+        rows_in_last_pass=fake_model(job.model).rows_per_image(job),
         pixels_sha256=sha256_of(pixels),
     )
     record = embedded_record(job, seed, fake_model(job.model), replay) if job.embed_record else ""

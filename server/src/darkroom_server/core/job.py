@@ -50,6 +50,18 @@ class SchedulerName(StrEnum):
     UNIPC = "unipc"
     DEIS = "deis"
     LCM = "lcm"
+    FLOW_MATCH_EULER = "flow_match_euler"
+    FLOW_MATCH_HEUN = "flow_match_heun"
+    FLOW_MATCH_LCM = "flow_match_lcm"
+    MODEL = "model"
+    """The model's own, as its folder configures it."""
+
+
+class PromptSyntax(StrEnum):
+    """How a prompt is read: as it is, or with weights, such as ``a (red:1.3) circle``."""
+
+    PLAIN = "plain"
+    WEIGHTED = "weighted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +73,12 @@ class Job:
     indices of images that an earlier engine finished. ``caller`` is the caller's name.
     ``preview_every``: a preview every that many steps, 0 for none. ``request_id`` and ``trace_id``
     are for the log. ``embed_record``: write the replay record into each image's file.
+
+    The rest is for models that take it, see ``ModelInfo.optional_fields``, with the names of
+    diffusers. ``prompt_2`` and ``prompt_3`` go to further text encoders, "" means ``prompt``; so
+    with the negative prompts. An empty ``negative_prompt`` is the pipeline's None, unless
+    ``empty_negative_prompt``. ``true_cfg_scale``: guidance of a model with embedded guidance, 1 for
+    none. ``max_sequence_length``: tokens of the prompt, None for the pipeline's own number.
     """
 
     id: str
@@ -87,6 +105,15 @@ class Job:
     request_id: str = ""
     trace_id: str = ""
     embed_record: bool = False
+    prompt_2: str = ""
+    prompt_3: str = ""
+    negative_prompt_2: str = ""
+    negative_prompt_3: str = ""
+    empty_negative_prompt: bool = False
+    prompt_syntax: PromptSyntax = PromptSyntax.PLAIN
+    guidance_rescale: float = 0.0
+    true_cfg_scale: float = 1.0
+    max_sequence_length: int | None = None
 
     @property
     def log_fields(self) -> dict[str, str]:
@@ -108,6 +135,6 @@ class Job:
         return self.preview_every > 0 and step % self.preview_every == 0 and step < steps
 
     @property
-    def rows_per_image(self) -> int:
-        """Rows of one image in a batch: two with classifier-free guidance, else one."""
-        return 2 if self.guidance_scale > 1.0 else 1
+    def has_negative_prompt(self) -> bool:
+        """Whether the pipeline gets a negative prompt."""
+        return bool(self.negative_prompt) or self.empty_negative_prompt

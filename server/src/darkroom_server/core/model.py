@@ -2,14 +2,57 @@
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Self
+from typing import Literal, Self
 
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName
+
+OPTIONAL_FIELDS = (
+    "negative_prompt",
+    "empty_negative_prompt",
+    "guidance_scale",
+    "guidance_rescale",
+    "true_cfg_scale",
+    "max_sequence_length",
+    "prompt_2",
+    "prompt_3",
+    "negative_prompt_2",
+    "negative_prompt_3",
+    "prompt_syntax",
+    "preview",
+)
+"""Fields of a request that not every model takes; a request that sets another one is rejected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """How a model applies classifier-free guidance, and what it costs.
+
+    An image is guided if the job's field ``scale`` is more than ``above``, and, if
+    ``needs_negative``, only with a negative prompt. A guided image takes ``rows`` rows in each of
+    ``calls`` denoiser calls for each step of the scheduler; another takes one row in one call.
+    With ``scale`` None no image is guided.
+    """
+
+    scale: Literal["guidance_scale", "true_cfg_scale"] | None = "guidance_scale"
+    above: float = 1.0
+    needs_negative: bool = False
+    rows: int = 2
+    calls: int = 1
+
+    def applies_to(self, job: Job) -> bool:
+        """Whether the images of ``job`` are guided."""
+        if self.scale is None or (self.needs_negative and not job.has_negative_prompt):
+            return False
+        scale: float = getattr(job, self.scale)
+        return scale > self.above
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDefaults:
-    """What an unset field of a request means. Sizes in pixels."""
+    """What an unset field of a request means. Sizes in pixels.
+
+    ``max_sequence_length`` is None if the model does not take it.
+    """
 
     width: int
     height: int
@@ -18,6 +61,8 @@ class ModelDefaults:
     scheduler: SchedulerName
     format: ImageFormat = ImageFormat.PNG
     quality: int = 90
+    true_cfg_scale: float = 1.0
+    max_sequence_length: int | None = None
 
 
 class RowLimitSource(StrEnum):
@@ -38,6 +83,7 @@ class ModelLimits:
     """The bounds of a request to a model, all inclusive. Sizes in pixels.
 
     ``max_rows`` is the row limit of a batch now; ``row_limit_source`` says where it comes from.
+    ``max_sequence_length`` bounds the request's field, 0 if the model does not take it.
     """
 
     min_size: int
@@ -49,6 +95,7 @@ class ModelLimits:
     max_guidance_scale: float = 50.0
     max_image_count: int = 16
     max_prompt_bytes: int = 8192
+    max_sequence_length: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +121,7 @@ class ModelRuntime:
     """How a model runs; ``slice_size`` is empty without sliced attention.
 
     ``format_rule``: why ``dtype`` and ``channels_last`` were chosen, empty if they were configured.
+    ``preset_rule``: why ``preset`` is in force, empty if it was configured.
     """
 
     device: str
@@ -87,6 +135,7 @@ class ModelRuntime:
     fp8_storage: bool
     safety_checker: bool
     format_rule: str = ""
+    preset_rule: str = ""
 
     @property
     def memory_format(self) -> str:
@@ -102,6 +151,7 @@ class MemoryNeeds:
     to its pixels. A decode by tiles of ``tile_pixels`` needs no more than one tile.
     ``bytes_per_pass`` is needed once for all rows, and grows with the square of the pixels: the
     scores of sliced attention. ``available_bytes`` was free on the device, less a safety margin.
+    ``bytes_per_sample`` is what an unfinished image holds between its batches.
     """
 
     pixels: int
@@ -110,6 +160,7 @@ class MemoryNeeds:
     available_bytes: int
     bytes_per_pass: int = 0
     tile_pixels: int | None = None
+    bytes_per_sample: int = 0
 
     def needed(self, width: int, height: int, rows: int) -> int:
         """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more."""
@@ -144,7 +195,8 @@ class ModelInfo:
     """A model that is loaded and warmed up.
 
     Unless ``limits.row_limit_source`` is SET, real batches may raise ``limits.max_rows`` up to
-    ``most_rows``.
+    ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes.
+    ``unbatched_reason``: why its denoiser calls are not merged into batches, empty if they are.
     """
 
     id: str
@@ -157,6 +209,9 @@ class ModelInfo:
     memory: MemoryNeeds
     speed: ModelSpeed = ModelSpeed()
     most_rows: int = 0
+    guidance: Guidance = Guidance()
+    optional_fields: frozenset[str] = frozenset({"negative_prompt", "guidance_scale", "preview"})
+    unbatched_reason: str = ""
 
     def with_row_limit(self, max_rows: int) -> Self:
         """This model after real batches have corrected its row limit."""
@@ -171,6 +226,10 @@ class ModelInfo:
         """The offer of scheduler ``name``, None if this model does not have it."""
         return next((offer for offer in self.schedulers if offer.name == name), None)
 
+    def rows_per_image(self, job: Job) -> int:
+        """Rows of one image of ``job`` in a batch."""
+        return self.guidance.rows if self.guidance.applies_to(job) else 1
+
     def denoiser_calls(self, job: Job) -> int:
         """Denoiser calls that one image of ``job`` takes.
 
@@ -179,4 +238,5 @@ class ModelInfo:
         offer = self.offer(job.scheduler)
         if offer is None:
             raise ValueError(f"model {self.id!r} does not offer scheduler {job.scheduler!r}")
-        return offer.denoiser_calls(job.steps)
+        calls = self.guidance.calls if self.guidance.applies_to(job) else 1
+        return calls * offer.denoiser_calls(job.steps)

@@ -1,6 +1,6 @@
 """The batch: the samples that one forward pass of the denoiser serves."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 class Group:
     """Samples of one group can share a batch: same model, same shapes.
 
-    ``width`` and ``height`` are an image's, in pixels; ``tokens`` are those of its prompt.
+    ``width`` and ``height`` are an image's, in pixels; ``tokens`` are those of its prompt, or 0 if
+    ``key`` covers them. ``key`` is whatever else must be equal.
     """
 
     model: str
     width: int
     height: int
-    tokens: int
+    tokens: int = 0
+    key: Hashable = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,6 +134,9 @@ class EngineLoop:
             if pixels is not None:
                 self._encode_pool.submit_preview(self._scheduler.job_of(sample), sample, pixels)
         finished = [sample for sample in result.stepped if sample.done]
+        for sample in result.stepped:
+            if not sample.done:
+                self._scheduler.regroup(sample)
         for sample in finished:
             self._scheduler.denoised(sample, result.ended)
         for sample in finished:

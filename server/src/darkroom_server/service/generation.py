@@ -157,7 +157,7 @@ class GenerationService:
         job = job_of(request, model, call, job_id="", submitted_at=time.monotonic(), deadline=None)
         # The images of the job share a batch, as far as they fit.
         most = model.rows_of_a_pass(job.width, job.height)
-        rows = min(job.rows_per_image * job.image_count, most)
+        rows = min(model.rows_per_image(job) * job.image_count, most)
         return RequestEstimate(
             time=self._dispatcher.estimate(job),
             peak_bytes=model.memory.needed(job.width, job.height, rows),

@@ -78,7 +78,7 @@ class AdmissionController:
 
 def check_fits(job: Job, model: ModelInfo) -> None:
     """Raise ``TooLarge`` if one image of ``job`` does not fit in memory, even alone."""
-    needed = model.memory.needed(job.width, job.height, job.rows_per_image)
+    needed = model.memory.needed(job.width, job.height, model.rows_per_image(job))
     available = model.memory.available_bytes
     if needed > available:
         raise TooLarge(

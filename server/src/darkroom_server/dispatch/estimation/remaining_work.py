@@ -46,7 +46,7 @@ def remaining_work(active: ActiveJob) -> RemainingWork:
             remaining_steps=all_calls,
             priority=job.priority,
             deadline=job.deadline,
-            rows=job.rows_per_image,
+            rows=active.model.rows_per_image(job),
             alone=job.exact,
         ),
         calls=tuple(each for each in calls if each > 0),

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ class ResidentJob:
 
     def __init__(self, job: Job, emit: Callable[[Event], None]) -> None:
         self.job = job
-        self.samples: list[Sample] = []
+        self.samples: Sequence[Sample] = ()
         self._emit = emit
         self._lock = threading.Lock()
         self._ended = False
@@ -52,7 +52,7 @@ class ResidentJob:
         """True once the job's last event was emitted."""
         return self._ended
 
-    def prompt_encoded(self, samples: "list[Sample]", timer: "Timer") -> None:
+    def prompt_encoded(self, samples: "Sequence[Sample]", timer: "Timer") -> None:
         """Record the job's samples, and the timer of its prompts."""
         self.samples = samples
         self._prompt_timer = timer

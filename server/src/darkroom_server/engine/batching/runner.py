@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import structlog
@@ -87,21 +88,26 @@ class Runner:
 
     def new_samples(
         self, model_id: str, jobs: Sequence[Job]
-    ) -> tuple[list[list[Sample] | Failure], Timer]:
+    ) -> tuple[list[Sequence[Sample] | Failure], Timer]:
         """The samples of each job, all noise, and the timer of their prompts' encoding.
 
-        The prompts of all ``jobs``, which use one model, are encoded together.
+        All ``jobs`` use one model, which may encode their prompts together.
         """
         model = self.models[model_id]
         with Timer(model.device) as timer:
-            encoded = run_or_split(jobs, model.encode_prompts, self._prompts_failed)
-        started: list[list[Sample] | Failure] = []
-        for job, embeddings in zip(jobs, encoded, strict=True):
-            if isinstance(embeddings, Failure):
-                started.append(embeddings)
+            together = [jobs] if model.encodes_together else [[job] for job in jobs]
+            encoded = [
+                each
+                for part in together
+                for each in run_or_split(part, model.encode_prompts, self._prompts_failed)
+            ]
+        started: list[Sequence[Sample] | Failure] = []
+        for job, prepared in zip(jobs, encoded, strict=True):
+            if isinstance(prepared, Failure):
+                started.append(prepared)
                 continue
             try:
-                started.append(model.new_samples(job, embeddings))
+                started.append(model.new_samples(job, prepared))
             except Exception as error:
                 if is_fatal(error):
                     raise
@@ -128,6 +134,8 @@ class Runner:
         model = self.models[sample.job.model]
         if predicted_x0 is None or sample.preview_pending or model.safety is not None:
             return None
+        if model.previewer is None:
+            return None
         return model.previewer.decode_preview(predicted_x0)
 
     def decode(self, sample: Sample) -> NDArray[np.uint8] | Failure:
@@ -138,21 +146,21 @@ class Runner:
             structlog.contextvars.bound_contextvars(**job.log_fields),
             self.peaks.watch(model.device, job.model, job.width, job.height),
         ):
-            return model.decoder.decode(sample.latents)
+            return model.decode(sample)
 
     def is_flagged(self, sample: Sample, pixels: NDArray[np.uint8]) -> bool:
         """Whether the model's safety checker, if it has one, withholds ``pixels``."""
         safety = self.models[sample.job.model].safety
         return safety is not None and safety.flags(pixels)
 
-    def _denoise(self, samples: Sequence[Sample]) -> Sequence[torch.Tensor]:
+    def _denoise(self, samples: Sequence[Sample]) -> Sequence[Any]:
         group = samples[0].group
         predictions = self.models[group.model].denoise(samples)
         self._row_limits[group.model].record_success(group)
         return predictions
 
     def _step(
-        self, samples: Sequence[Sample], predictions: Sequence[torch.Tensor | Failure]
+        self, samples: Sequence[Sample], predictions: Sequence[Any]
     ) -> tuple[list[Sample], dict[str, Failure]]:
         """Give each sample its prediction. A job fails with the first of its samples that fails."""
         failures: dict[str, Failure] = {}

@@ -1,6 +1,6 @@
 """The batch scheduler: which jobs are in the engine, and which samples the next batch serves."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from darkroom_server.core.errors import Failure
@@ -30,6 +30,7 @@ class BatchScheduler:
         self._jobs: dict[str, ResidentJob] = {}
         self._newcomers: dict[str, ResidentJob] = {}
         self._samples: dict[Group, dict[tuple[str, int], Sample]] = {}
+        self._groups: dict[tuple[str, int], Group] = {}
         self._shares: FairShare[Group] = FairShare()
 
     @property
@@ -80,11 +81,11 @@ class BatchScheduler:
         self._newcomers = {}
         return by_model
 
-    def start(self, job_id: str, samples: "list[Sample]", prompt_timer: "Timer") -> None:
+    def start(self, job_id: str, samples: "Sequence[Sample]", prompt_timer: "Timer") -> None:
         """Let ``samples`` of a job take part in batches; ``prompt_timer`` timed its prompts."""
         self._jobs[job_id].prompt_encoded(samples, prompt_timer)
         for sample in samples:
-            self._samples.setdefault(sample.group, {})[job_id, sample.index] = sample
+            self._insert(sample)
 
     def next_batch(self) -> Batch | None:
         """The samples to run next, None if none waits.
@@ -108,6 +109,12 @@ class BatchScheduler:
         """Emit ``JobStarted`` for each job whose first batch this is; ``now`` is monotonic."""
         for sample in batch.samples:
             self.job_of(sample).begin_batch(now)
+
+    def regroup(self, sample: "Sample") -> None:
+        """Follow ``sample``, which took a step: its next call may be of another group."""
+        if sample.group != self._groups[sample.job.id, sample.index]:
+            self._forget(sample)
+            self._insert(sample)
 
     def charge(self, group: Group, seconds: float) -> None:
         """Count ``seconds`` of served time to ``group``."""
@@ -137,10 +144,19 @@ class BatchScheduler:
         self._newcomers.pop(resident.job.id, None)
         for sample in resident.samples:
             self._forget(sample)
+            sample.close()
+
+    def _insert(self, sample: "Sample") -> None:
+        id, group = (sample.job.id, sample.index), sample.group
+        self._groups[id] = group
+        self._samples.setdefault(group, {})[id] = sample
 
     def _forget(self, sample: "Sample") -> None:
-        group = sample.group
-        waiting = self._samples.get(group, {})
-        waiting.pop((sample.job.id, sample.index), None)
+        id = (sample.job.id, sample.index)
+        group = self._groups.pop(id, None)
+        if group is None:
+            return
+        waiting = self._samples[group]
+        del waiting[id]
         if not waiting:
-            self._samples.pop(group, None)
+            del self._samples[group]

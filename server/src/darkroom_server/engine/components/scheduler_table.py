@@ -16,7 +16,8 @@ MAX_STEPS = 150
 class SchedulerSpec:
     """A scheduler class of diffusers, and the settings that override the model's configuration.
 
-    A run of N steps makes ``calls_per_step`` × N + ``extra_calls`` denoiser calls.
+    A run of N steps makes ``calls_per_step`` × N + ``extra_calls`` denoiser calls. ``flow_match``:
+    for models trained by flow matching; the others are for diffusion.
     """
 
     name: SchedulerName
@@ -24,6 +25,7 @@ class SchedulerSpec:
     overrides: dict[str, Any] = field(default_factory=dict)
     calls_per_step: int = 1
     extra_calls: int = 0
+    flow_match: bool = False
 
     def offer(self, *, min_steps: int = 1, max_steps: int = MAX_STEPS) -> SchedulerOffer:
         """What a model offers that takes ``min_steps`` to ``max_steps`` steps of this scheduler."""
@@ -74,5 +76,26 @@ SCHEDULERS: dict[SchedulerName, SchedulerSpec] = {
             overrides={"algorithm_type": "deis", "solver_type": "logrho"},
         ),
         SchedulerSpec(name=SchedulerName.LCM, class_name="LCMScheduler"),
+        SchedulerSpec(
+            name=SchedulerName.FLOW_MATCH_EULER,
+            class_name="FlowMatchEulerDiscreteScheduler",
+            flow_match=True,
+        ),
+        SchedulerSpec(
+            name=SchedulerName.FLOW_MATCH_HEUN,
+            class_name="FlowMatchHeunDiscreteScheduler",
+            calls_per_step=2,
+            extra_calls=-1,
+            flow_match=True,
+        ),
+        SchedulerSpec(
+            name=SchedulerName.FLOW_MATCH_LCM,
+            class_name="FlowMatchLCMScheduler",
+            flow_match=True,
+        ),
     )
 }
+"""By name; without ``SchedulerName.MODEL``, whose class the model's folder names."""
+
+DIFFUSION_SCHEDULERS = tuple(name for name, spec in SCHEDULERS.items() if not spec.flow_match)
+FLOW_MATCH_SCHEDULERS = tuple(name for name, spec in SCHEDULERS.items() if spec.flow_match)

@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from darkroom_server.core.errors import StartupError
+from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo, ModelLimits
 from darkroom_server.engine.components.decoder import Decoder
@@ -44,8 +46,7 @@ class Model(Protocol):
     """
 
     info: ModelInfo
-    decoder: Decoder
-    previewer: Previewer
+    previewer: Previewer | None
     safety: SafetyChecker | None
 
     @property
@@ -53,20 +54,27 @@ class Model(Protocol):
         """Where the model is."""
 
     @property
+    def encodes_together(self) -> bool:
+        """True if the prompts of all new jobs are encoded in one call; False: job by job."""
+
+    @property
     def counts(self) -> tuple[Counts, ...]:
         """The counters of the model's components; the loop emits and clears them."""
 
-    def encode_prompts(self, jobs: Sequence[Job]) -> Sequence[Embeddings]:
-        """For each job, the embeddings of its prompts, in one call for all jobs."""
+    def encode_prompts(self, jobs: Sequence[Job]) -> Sequence[Any]:
+        """For each job what ``new_samples`` takes: its prompts, encoded."""
 
-    def new_samples(self, job: Job, embeddings: Embeddings) -> list[Sample]:
+    def new_samples(self, job: Job, encoded: Any) -> Sequence[Sample]:
         """A sample of pure noise for each of ``job.image_indices``."""
 
-    def denoise(self, samples: Sequence[Sample]) -> Sequence[torch.Tensor]:
-        """One denoiser call: for each sample its prediction [rows, channels, h, w].
+    def denoise(self, samples: Sequence[Any]) -> Sequence[Any]:
+        """One denoiser call: for each sample what its ``advance`` takes.
 
-        ``samples`` are of one ``Group``; each is at its own timestep.
+        ``samples`` are this model's and of one ``Group``; each is at its own timestep.
         """
+
+    def decode(self, sample: Any) -> NDArray[np.uint8] | Failure:
+        """The pixels of a finished sample of this model: [height, width, 3], 0 to 255."""
 
 
 class Family(ABC):

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from darkroom_server.core.errors import StartupError
+from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo, ModelLimits
@@ -15,9 +17,10 @@ from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import PromptEncoder
 from darkroom_server.engine.components.safety_checker import SafetyChecker
-from darkroom_server.engine.components.schedulers import make_scheduler
+from darkroom_server.engine.components.schedulers import config_of, make_scheduler
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.families.base import Embeddings, Family, Precision, random_normal
+from darkroom_server.engine.latent_sample import LatentSample
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
 from darkroom_server.engine.warmup.formats import MemoryFormat
@@ -116,7 +119,7 @@ class StableDiffusion(Family):
             previewer=Previewer(pipeline.vae, precision, self.latent_factor),
             safety=safety,
             precision=precision,
-            scheduler_config=dict(pipeline.scheduler.config),
+            scheduler_config=config_of(pipeline.scheduler),
             latent_channels=self.latent_channels,
             latent_factor=self.latent_factor,
             device=device,
@@ -132,7 +135,7 @@ class StableDiffusionModel:
     prompts: PromptEncoder
     unet: Any
     decoder: Decoder
-    previewer: Previewer
+    previewer: Previewer | None
     safety: SafetyChecker | None
     precision: Precision
     scheduler_config: dict[str, Any]
@@ -146,9 +149,11 @@ class StableDiffusionModel:
         """The counters of the model's components."""
         return (self.prompts.counts, self.decoder.counts)
 
+    encodes_together = True
+
     def encode_prompts(self, jobs: Sequence[Job]) -> list[Embeddings]:
         """For each job, the embeddings of its prompts, in one call for all jobs."""
-        found = self.prompts.encode(key for job in jobs for key in _prompts_of(job))
+        found = self.prompts.encode(key for job in jobs for key in self._prompts_of(job))
         return [found] * len(jobs)
 
     def new_samples(self, job: Job, embeddings: Embeddings) -> list[Sample]:
@@ -158,11 +163,11 @@ class StableDiffusionModel:
             job.height // self.latent_factor,
             job.width // self.latent_factor,
         )
-        rows = tuple(embeddings[key] for key in _prompts_of(job))
+        rows = tuple(embeddings[key] for key in self._prompts_of(job))
         if any(embedding.truncated for embedding in rows):
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
         return [
-            Sample(
+            LatentSample(
                 job,
                 index,
                 scheduler=make_scheduler(job.scheduler, self.scheduler_config),
@@ -174,7 +179,11 @@ class StableDiffusionModel:
             for index in job.image_indices
         ]
 
-    def denoise(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    def decode(self, sample: LatentSample) -> NDArray[np.uint8] | Failure:
+        """The pixels of a finished sample: [height, width, 3], 0 to 255."""
+        return self.decoder.decode(sample.latents)
+
+    def denoise(self, samples: Sequence[LatentSample]) -> list[torch.Tensor]:
         """One UNet call: for each sample its prediction [rows, channels, h, w]."""
         latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
         context = torch.cat([e.hidden for s in samples for e in s.embeddings])
@@ -188,8 +197,7 @@ class StableDiffusionModel:
             )[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
 
-
-def _prompts_of(job: Job) -> list[tuple[str, bool]]:
-    """What is encoded for each row of an image: (prompt, alone), in the order of the rows."""
-    texts = [job.negative_prompt] if job.rows_per_image == 2 else []
-    return [(text, job.exact) for text in [*texts, job.prompt]]
+    def _prompts_of(self, job: Job) -> list[tuple[str, bool]]:
+        """What is encoded for each row of an image: (prompt, alone), in the order of the rows."""
+        texts = [job.negative_prompt] if self.info.rows_per_image(job) == 2 else []
+        return [(text, job.exact) for text in [*texts, job.prompt]]

@@ -9,10 +9,9 @@ import structlog
 
 from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.events import ModelLoad
-from darkroom_server.core.job import SchedulerName
 from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
 from darkroom_server.engine.components.decoder import Decoder
-from darkroom_server.engine.components.schedulers import name_of, offers
+from darkroom_server.engine.components.schedulers import config_of, name_of, offers
 from darkroom_server.engine.families.base import Family, Model
 from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.loading.defaults import read_defaults
@@ -58,7 +57,7 @@ def load_model(
         kind=family.pipeline_class,
         defaults=_defaults(source, family),
         limits=replace(family.limits(measured.max_rows), row_limit_source=measured.source),
-        schedulers=offers(dict(pipeline.scheduler.config)),
+        schedulers=offers(config_of(pipeline.scheduler)),
         runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
         memory=measured.memory,
         speed=measured.speed,
@@ -90,21 +89,12 @@ def load_model(
 
 def _defaults(source: ModelSource, family: Family) -> ModelDefaults:
     defaults = read_defaults(source, family.defaults)
-    own = family.pipeline.scheduler
-    scheduler = name_of(own)
-    if scheduler is None:
-        scheduler = SchedulerName.DDIM
-        log.warning(
-            "the model's own scheduler is not offered",
-            scheduler=type(own).__name__,
-            default=scheduler,
-        )
     return ModelDefaults(
         width=family.size,
         height=family.size,
         steps=defaults.steps,
         guidance_scale=float(defaults.guidance_scale),
-        scheduler=scheduler,
+        scheduler=name_of(family.pipeline.scheduler),
     )
 
 
