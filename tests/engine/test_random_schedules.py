@@ -9,17 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from darkroom_server.core.events import JobCancelled, JobFinished, SampleProgress
-from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.core.job import Job
 
 from .conftest import LoopUnderTest, make_job
 from .reference import Reference
+from .test_schedulers import SD_SCHEDULERS
 
 names = itertools.count()
 
 plans = st.lists(
     st.fixed_dictionaries(
         {
-            "scheduler": st.sampled_from(SchedulerName),
+            "scheduler": st.sampled_from(SD_SCHEDULERS),
             "steps": st.integers(5, 24),
             "guidance_scale": st.sampled_from([1.0, 1.5, 4.0, 7.5, 12.0]),
             "width": st.sampled_from([64, 64, 72]),
