@@ -106,7 +106,9 @@ def test_a_model_without_previews_still_generates(own_loop: LoopUnderTest) -> No
     def broken(*_: object) -> None:
         raise RuntimeError("no encoder")
 
-    own_loop.models["tiny"].previewer._vae = type("Broken", (), {"parameters": broken})()
+    previewer = own_loop.models["tiny"].previewer
+    assert previewer is not None
+    previewer._vae = type("Broken", (), {"parameters": broken})()
     ends = own_loop.run(make_job("blind", preview_every=1), make_job("other", preview_every=1))
     assert all(isinstance(end, JobFinished) for end in ends.values())
     assert not previews(own_loop, "blind")

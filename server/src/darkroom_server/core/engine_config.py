@@ -62,7 +62,7 @@ class EngineConfig:
     batches; None: it is measured, and corrected while the engine runs, but never above
     ``max_rows``. ``measurement_cache``: the folder that remembers measurements, None for none.
     ``previous_measurements``: from an earlier engine of this server, so that a restarted one is
-    ready sooner.
+    ready sooner. ``prompt_cache_bytes``: host memory for the embeddings of prompts, for each model.
     """
 
     models: tuple[ModelSource, ...]
@@ -78,6 +78,7 @@ class EngineConfig:
     rows: int | None = None
     max_rows: int | None = None
     measurement_cache: str | None = None
+    prompt_cache_bytes: int = 256 * 1024**2
     safety_checker: bool = False
     previous_measurements: tuple[ModelInfo, ...] = ()
 

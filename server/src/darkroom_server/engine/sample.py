@@ -82,7 +82,7 @@ class Sample(ABC):
 
 
 def predict_x0(
-    scheduler: Any, prediction: torch.Tensor, timestep: torch.Tensor, noisy: torch.Tensor
+    scheduler: Any, prediction: torch.Tensor, timestep: Any, noisy: torch.Tensor
 ) -> torch.Tensor:
     """The final latents that the guided ``prediction`` implies, one formula for each kind of model.
 
@@ -94,6 +94,10 @@ def predict_x0(
     kind = scheduler.config.get("prediction_type")
     if kind == "sample":
         return predicted
+    if not hasattr(scheduler, "alphas_cumprod"):
+        # Flow matching (Lipman et al. 2022): the timestep is the share of noise.
+        share = float(timestep) / scheduler.config.num_train_timesteps
+        return noisy - share * predicted  # type: ignore[no-any-return]
     signal = float(scheduler.alphas_cumprod[round(float(timestep))])
     if kind == "v_prediction":
         return signal**0.5 * noisy - (1 - signal) ** 0.5 * predicted  # type: ignore[no-any-return]

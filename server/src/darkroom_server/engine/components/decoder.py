@@ -30,7 +30,7 @@ class Decoder:
     def __init__(self, vae: Any, precision: Callable[[], AbstractContextManager[Any]]) -> None:
         self.counts = Counts()
         self._vae = vae
-        self._precision = precision
+        self.precision = precision
 
     @property
     def tile_pixels(self) -> int | None:
@@ -44,6 +44,19 @@ class Decoder:
 
         Raises an error that means that the device is lost.
         """
+        image = self.decode_scaled(latents / self._vae.config.scaling_factor)
+        if isinstance(image, Failure):
+            return image
+        # The arithmetic of diffusers' VaeImageProcessor, for equal values.
+        unit = (image[0].cpu() * 0.5 + 0.5).clamp(0, 1)
+        pixels = unit.permute(1, 2, 0).float().numpy()
+        return (pixels * 255).round().astype(np.uint8)
+
+    def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor | Failure:
+        """What the VAE makes of ``latents``, which have its own scale: values of -1 to 1.
+
+        Raises an error that means that the device is lost.
+        """
         try:
             image = self._decode(latents)
             if not torch.isfinite(image).all():
@@ -53,9 +66,7 @@ class Decoder:
                     self.counts[Counted.NON_FINITE_FAILED] += 1
                     return NON_FINITE
                 self.counts[Counted.NON_FINITE_RECOVERED] += 1
-            # The arithmetic of diffusers' VaeImageProcessor, for equal values.
-            unit = (image * 0.5 + 0.5).clamp(0, 1)
-            pixels = unit[0].permute(1, 2, 0).float().cpu().numpy()
+            return image
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -65,12 +76,10 @@ class Decoder:
                 return OUT_OF_MEMORY
             log.exception("decode failed")
             return DECODE_FAILED
-        return (pixels * 255).round().astype(np.uint8)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        with self._precision():
-            scaled = (latents / self._vae.config.scaling_factor).to(self._vae.dtype)
-            return self._vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
+        with self.precision():
+            return self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0]  # type: ignore[no-any-return]
 
     def _decode_float32(self, latents: torch.Tensor) -> torch.Tensor:
         # A copy: if memory runs out, the served weights must not stay half converted. The encoder
@@ -78,5 +87,5 @@ class Decoder:
         parts = {id(self._vae.encoder): torch.nn.Identity()}
         vae = copy.deepcopy(self._vae, parts).to(dtype=torch.float32)
         with torch.autocast(latents.device.type, enabled=False):
-            scaled = latents.float() / vae.config.scaling_factor
-            return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
+            # The class's function: an instance may have one that decodes with the original.
+            return type(vae).decode(vae, latents.float(), return_dict=False)[0]  # type: ignore[no-any-return]

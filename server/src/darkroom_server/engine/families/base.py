@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.job import Job
-from darkroom_server.core.model import ModelInfo, ModelLimits
+from darkroom_server.core.model import Guidance, ModelInfo, ModelLimits, SchedulerOffer
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import Embedding
 from darkroom_server.engine.components.safety_checker import SafetyChecker
+from darkroom_server.engine.components.schedulers import config_of, offers
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
@@ -84,7 +86,8 @@ class Family(ABC):
     ``pipeline_class`` is the class in ``diffusers`` and in ``model_index.json``. ``components``
     have weights, all of which must be there. ``optional`` are left out, or replaced by None.
     ``pipeline_options`` are further arguments of ``from_pretrained``. ``defaults`` are for
-    requests that leave a field unset. ``denoiser_name`` is the component that runs every step.
+    requests that leave a field unset, see ``model_defaults``. ``denoiser_name`` is the component
+    that runs every step.
     ``convolutional``: it has two-dimensional convolutions, which channels last can make faster.
     """
 
@@ -112,9 +115,44 @@ class Family(ABC):
         """Raise ``StartupError`` if this pipeline needs what the family does not implement."""
 
     @property
+    def model_defaults(self) -> Defaults:
+        """The defaults of this pipeline, for requests that leave a field unset."""
+        return self.defaults
+
+    @property
     def denoiser(self) -> Any:
         """The module that runs every step."""
         return getattr(self.pipeline, self.denoiser_name)
+
+    def prepare(  # noqa: B027 - not every family has something to prepare.
+        self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
+    ) -> None:
+        """Get ready to be measured: the pipeline is on its device, in ``memory_format``."""
+
+    @property
+    def guidance(self) -> Guidance:
+        """How the model applies classifier-free guidance."""
+        return Guidance()
+
+    @property
+    def optional_fields(self) -> frozenset[str]:
+        """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
+        return frozenset({"negative_prompt", "guidance_scale", "preview"})
+
+    @property
+    def unbatched_reason(self) -> str:
+        """Why denoiser calls are not merged, empty if they are."""
+        return ""
+
+    @property
+    def scheduler_offers(self) -> tuple[SchedulerOffer, ...]:
+        """The schedulers that the model offers."""
+        return offers(config_of(self.pipeline.scheduler))
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """What an unfinished image of the default size holds between its batches, in bytes."""
+        return 0
 
     @property
     @abstractmethod

@@ -4,11 +4,13 @@ from typing import Any
 
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
+from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
 
 FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class: family
     for family in (
         StableDiffusion,
+        StableDiffusionXL,
         # One line for each family.
     )
 }

@@ -1,7 +1,7 @@
 """Loads one model: reads it, places it on its device, measures it there, describes it."""
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.events import ModelLoad
 from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
 from darkroom_server.engine.components.decoder import Decoder
-from darkroom_server.engine.components.schedulers import config_of, name_of, offers
+from darkroom_server.engine.components.schedulers import name_of
 from darkroom_server.engine.families.base import Family, Model
 from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.loading.defaults import read_defaults
@@ -20,7 +20,7 @@ from darkroom_server.engine.loading.revision import UNKNOWN, revision_of
 from darkroom_server.engine.warmup.formats import MemoryFormat
 from darkroom_server.engine.warmup.measurement import measure
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
-from darkroom_server.engine.warmup.placement import place
+from darkroom_server.engine.warmup.placement import place, vae_is_upcast
 from darkroom_server.engine.warmup.presets import Runtime
 
 log = structlog.get_logger(__name__)
@@ -49,7 +49,11 @@ def load_model(
     def precision() -> AbstractContextManager[Any]:
         return runtime.precision(memory_format.dtype)
 
-    decoder = Decoder(pipeline.vae, precision)
+    def vae_precision() -> AbstractContextManager[Any]:
+        return nullcontext() if vae_is_upcast(pipeline) else precision()
+
+    family.prepare(memory_format, precision, config)
+    decoder = Decoder(pipeline.vae, vae_precision)
     measured = measure(family, decoder, memory_format, runtime, config, previous)
     info = ModelInfo(
         id=source.id,
@@ -57,11 +61,14 @@ def load_model(
         kind=family.pipeline_class,
         defaults=_defaults(source, family),
         limits=replace(family.limits(measured.max_rows), row_limit_source=measured.source),
-        schedulers=offers(config_of(pipeline.scheduler)),
+        schedulers=family.scheduler_offers,
         runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
-        memory=measured.memory,
+        memory=replace(measured.memory, bytes_per_sample=family.bytes_per_sample),
         speed=measured.speed,
         most_rows=measured.most_rows,
+        guidance=family.guidance,
+        optional_fields=family.optional_fields,
+        unbatched_reason=family.unbatched_reason,
     )
     log.info(
         "model loaded",
@@ -88,7 +95,7 @@ def load_model(
 
 
 def _defaults(source: ModelSource, family: Family) -> ModelDefaults:
-    defaults = read_defaults(source, family.defaults)
+    defaults = read_defaults(source, family.model_defaults)
     return ModelDefaults(
         width=family.size,
         height=family.size,

@@ -26,6 +26,8 @@ def place(family: Family, runtime: Runtime) -> MemoryFormat:
         _tile(family)
     memory_format = MemoryFormat(runtime.dtype, runtime.channels_last and family.convolutional)
     pipeline.to(dtype=memory_format.dtype)
+    if vae_is_upcast(pipeline):
+        pipeline.vae.to(dtype=torch.float32)
     if memory_format.channels_last:
         family.denoiser.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
@@ -36,6 +38,15 @@ def place(family: Family, runtime: Runtime) -> MemoryFormat:
     # Last: a small device has no room for the weights in their first format.
     pipeline.to(device=runtime.device)
     return memory_format
+
+
+def vae_is_upcast(pipeline: Any) -> bool:
+    """Whether the VAE runs in float32 and without autocast: in half precision images are black.
+
+    diffusers' pipelines with ``upcast_vae`` convert the VAE for each image and back. Here it stays
+    in float32: samples share it.
+    """
+    return hasattr(pipeline, "upcast_vae") and bool(pipeline.vae.config.force_upcast)
 
 
 def denoiser_timer(family: Family, memory_format: MemoryFormat, runtime: Runtime) -> TimeBatch:

@@ -1,0 +1,297 @@
+"""Families whose samples are suspended runs of diffusers' own pipeline."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import structlog
+import torch
+
+from darkroom_server.core.engine_config import EngineConfig
+from darkroom_server.core.errors import StartupError
+from darkroom_server.core.job import ImageFormat, Job, SchedulerName
+from darkroom_server.core.model import ModelInfo, ModelLimits, SchedulerOffer
+from darkroom_server.engine.components.decoder import Decoder
+from darkroom_server.engine.components.previewer import Previewer
+from darkroom_server.engine.components.safety_checker import SafetyChecker
+from darkroom_server.engine.components.scheduler_table import (
+    DIFFUSION_SCHEDULERS,
+    FLOW_MATCH_SCHEDULERS,
+)
+from darkroom_server.engine.components.schedulers import config_of, make_scheduler, offer
+from darkroom_server.engine.families.base import Family, Precision
+from darkroom_server.engine.pipelines.arguments import ArgumentSpec, signature_of
+from darkroom_server.engine.pipelines.calls import DenoiserCall
+from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
+from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
+from darkroom_server.engine.pipelines.model import SuspendedModel
+from darkroom_server.engine.pipelines.runs import Runs
+from darkroom_server.engine.warmup.formats import MemoryFormat
+
+log = structlog.get_logger(__name__)
+
+PROBE_PROMPT = "a photograph of a tree"
+
+
+class SuspendedFamily(Family):
+    """A family that diffusers runs itself; a subclass describes its pipeline.
+
+    ``spec`` merges the denoiser's calls. ``size_multiple_factor``: sizes are multiples of that many
+    latent pixels. ``call_options`` are further arguments of each call. ``own_components`` have
+    state, so each sample has a copy of them. ``prompt_tokenizer`` cuts prompts that are too long.
+    """
+
+    spec: ClassVar[ArgumentSpec]
+    size_multiple_factor: ClassVar[int] = 1
+    call_options: ClassVar[Mapping[str, Any]] = {}
+    own_components: ClassVar[tuple[str, ...]] = ()
+    prompt_tokenizer: ClassVar[str] = "tokenizer"
+    has_previews: ClassVar[bool] = True
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self._call_parameters = frozenset(inspect.signature(type(pipeline).__call__).parameters)
+        self._runs: Runs
+        self._probe: dict[str, Any]
+        self._probe_latents: torch.Tensor
+        self._bytes_per_sample = 0
+
+    @classmethod
+    def check_folder(cls, folder: Path, name: str) -> None:
+        """Check each tokenizer: without a vocabulary, transformers makes an empty one.
+
+        Raises ``StartupError``.
+        """
+        for tokenizer in sorted(folder.glob("tokenizer*")):
+            if tokenizer.is_dir() and not _has_vocabulary(tokenizer):
+                raise StartupError(
+                    f"model {name!r} has no vocabulary in its {tokenizer.name}; copy or download "
+                    "it again"
+                )
+
+    def check_pipeline(self, name: str) -> None:
+        """Raise ``StartupError`` if the scheduler draws noise that no seed repeats."""
+        if self.pipeline.scheduler.config.get("stochastic_sampling"):
+            raise StartupError(
+                f"model {name!r}: its scheduler has stochastic_sampling, which draws noise that no "
+                "seed repeats; set it to false in the folder's scheduler_config.json"
+            )
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels of an image for one pixel of its latents, on each side."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.denoiser.config.in_channels)
+
+    @property
+    def latent_size(self) -> int:
+        """Width and height of the latents of an image of the default size."""
+        return int(self.pipeline.default_sample_size)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that the model reads of a prompt, the start and end marks included."""
+        return int(getattr(self.pipeline, self.prompt_tokenizer).model_max_length)
+
+    @property
+    def unbatched_reason(self) -> str:
+        """Why denoiser calls are not merged, empty if they are."""
+        found = signature_of(type(self.denoiser))
+        if found == self.spec.signature:
+            return ""
+        return (
+            f"{type(self.denoiser).__name__} has other arguments than in diffusers "
+            f"{self.spec.diffusers}"
+        )
+
+    @property
+    def scheduler_offers(self) -> tuple[SchedulerOffer, ...]:
+        """The schedulers that the pipeline takes, and that fit what the model predicts."""
+        config = config_of(self.pipeline.scheduler)
+        return tuple(offer(name, config) for name in self._runs.schedulers)
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """What an unfinished image of the default size holds between its batches, in bytes."""
+        return self._bytes_per_sample
+
+    def limits(self, max_rows: int) -> ModelLimits:
+        """Half to twice the size that the model was trained at; outside, images fall apart."""
+        multiple = self.latent_factor * self.size_multiple_factor
+        return ModelLimits(
+            min_size=max(multiple, self.size // 2 // multiple * multiple),
+            max_size=self.size * 2,
+            size_multiple=multiple,
+            prompt_tokens=self.prompt_tokens,
+            max_rows=max_rows,
+        )
+
+    def prepare(
+        self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
+    ) -> None:
+        """Share the pipeline's modules, and run it once to see what its calls look like."""
+        reason = self.unbatched_reason
+        if reason:
+            log.warning("denoiser calls are not batched", why=reason)
+        device = self.denoiser.device
+        host = HostedPipeline(
+            self.pipeline, self.denoiser_name, device, EncodeMemo(config.prompt_cache_bytes, device)
+        )
+        own_config = config_of(self.pipeline.scheduler)
+        self._runs = Runs(
+            host=host,
+            spec=None if reason else self._spec(memory_format),
+            arguments_of=self.call_arguments,
+            schedulers={
+                SchedulerName.MODEL: hosted_scheduler(
+                    make_scheduler(SchedulerName.MODEL, own_config)
+                )
+            },
+            own={name: getattr(self.pipeline, name) for name in self.own_components},
+            precision=precision,
+        )
+        self._runs.schedulers.update(self._usable_schedulers(own_config))
+        self._run_probe()
+
+    def denoiser_inputs(
+        self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
+    ) -> dict[str, Any]:
+        """Keyword arguments of one denoiser call of ``rows`` images of the default size."""
+        return self.spec.collate([self._probe] * rows)
+
+    def latents(self, dtype: torch.dtype, device: torch.device, images: int = 1) -> torch.Tensor:
+        """Latents of one image of the default size, as the VAE takes them."""
+        return self._probe_latents
+
+    def call_arguments(self, job: Job) -> dict[str, Any]:
+        """The arguments of the pipeline's call for ``job``, without those it does not have."""
+        negative = job.negative_prompt if job.has_negative_prompt else None
+        asked = {
+            "prompt": job.prompt,
+            "prompt_2": job.prompt_2 or None,
+            "prompt_3": job.prompt_3 or None,
+            "negative_prompt": negative,
+            "negative_prompt_2": job.negative_prompt_2 or None,
+            "negative_prompt_3": job.negative_prompt_3 or None,
+            "width": job.width,
+            "height": job.height,
+            "num_inference_steps": job.steps,
+            "guidance_scale": job.guidance_scale,
+            "guidance_rescale": job.guidance_rescale,
+            "true_cfg_scale": job.true_cfg_scale,
+            "max_sequence_length": job.max_sequence_length,
+            "output_type": "pt",
+            "return_dict": False,
+            **self.call_options,
+        }
+        return {
+            name: value
+            for name, value in asked.items()
+            if name in self._call_parameters and not (value is None and name.startswith("max_"))
+        }
+
+    def is_truncated(self, job: Job) -> bool:
+        """Whether the model does not read a prompt of ``job`` to its end."""
+        tokenizer = getattr(self.pipeline, self.prompt_tokenizer)
+        limit = job.max_sequence_length or self.prompt_tokens
+        texts = [text for text in (job.prompt, job.negative_prompt) if text]
+        lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+        return max(lengths) > limit
+
+    def new_model(
+        self,
+        info: ModelInfo,
+        memory_format: MemoryFormat,
+        device: torch.device,
+        precision: Precision,
+        decoder: Decoder,
+        safety: SafetyChecker | None,
+    ) -> SuspendedModel:
+        """The model to serve; its pipeline is on ``device``, in ``memory_format``, and measured."""
+        previewer = (
+            Previewer(self.pipeline.vae, decoder.precision, self.latent_factor)
+            if self.has_previews
+            else None
+        )
+        return SuspendedModel(
+            info=info,
+            runs=self._runs,
+            is_truncated=self.is_truncated,
+            decoder=decoder,
+            previewer=previewer,
+            safety=safety,
+        )
+
+    def _spec(self, memory_format: MemoryFormat) -> ArgumentSpec:
+        layout = memory_format.layout if self.convolutional else torch.contiguous_format
+        return replace(self.spec, layout=layout)
+
+    def _usable_schedulers(self, config: dict[str, Any]) -> dict[SchedulerName, Any]:
+        """The schedulers with which the pipeline reaches its first step, as templates."""
+        flow = config.get("prediction_type", "flow_prediction") == "flow_prediction"
+        names = FLOW_MATCH_SCHEDULERS if flow else DIFFUSION_SCHEDULERS
+        usable = {}
+        for name in names:
+            self._runs.schedulers[name] = hosted_scheduler(make_scheduler(name, config))
+            job = self._probe_job(name)
+            try:
+                sample, _ = self._runs.start(job, 0, steps=job.steps)
+            except ValueError as error:
+                # The pipeline asks for what this scheduler does not take, such as sigmas.
+                log.debug("scheduler is not offered", scheduler=name, why=str(error))
+            else:
+                sample.close()
+                usable[name] = self._runs.schedulers[name]
+        return usable
+
+    def _probe_job(self, scheduler: SchedulerName) -> Job:
+        """An image of the default size without guidance, so of one row."""
+        return Job(
+            id="warm-up",
+            model="",
+            prompt=PROBE_PROMPT,
+            negative_prompt="",
+            width=self.size,
+            height=self.size,
+            steps=4,
+            guidance_scale=self._unguided_scale,
+            seed=0,
+            image_count=1,
+            scheduler=scheduler,
+            format=ImageFormat.RAW_RGB,
+            quality=90,
+            exact=False,
+            submitted_at=0.0,
+        )
+
+    @property
+    def _unguided_scale(self) -> float:
+        turns_guidance_on = self.guidance.scale == "guidance_scale"
+        return self.guidance.above if turns_guidance_on else self.defaults.guidance_scale
+
+    def _run_probe(self) -> None:
+        """Keep an image's first denoiser call, and the latents of its decode."""
+        job = self._probe_job(SchedulerName.MODEL)
+        sample, _ = self._runs.start(job, 0, steps=job.steps)
+        assert isinstance(sample.pending, DenoiserCall)
+        self._probe = dict(sample.pending.arguments)
+        self._bytes_per_sample = sample.held_bytes()
+        output = self._runs.call_denoiser(self.spec.alone(self._probe))
+        for _ in range(sample.steps):
+            # The same output for each step: what is decoded is no picture, and need not be.
+            sample.advance(output)
+        self._probe_latents = sample.latents
+        sample.close()
+
+
+def _has_vocabulary(tokenizer: Path) -> bool:
+    single = ("tokenizer.json", "spiece.model", "tokenizer.model")
+    if any((tokenizer / name).is_file() for name in single):
+        return True
+    return all((tokenizer / name).is_file() for name in ("vocab.json", "merges.txt"))

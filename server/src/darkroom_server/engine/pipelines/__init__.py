@@ -1,0 +1,1 @@
+"""Suspended pipelines: diffusers' own ``__call__``, batched at its calls of shared modules."""

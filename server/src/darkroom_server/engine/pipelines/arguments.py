@@ -1,0 +1,234 @@
+"""Argument specs: what each argument of a denoiser is, so that calls of it can be merged.
+
+The kind of an argument is declared and never guessed from its value: a list of one tensor for each
+block and a list of one entry for each row can have the same length. An argument without a kind
+makes the call run alone, which is slow and never wrong.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Arguments = Mapping[str, Any]
+
+
+class Kind(Enum):
+    """What an argument is, or an entry of an argument that is a dict."""
+
+    ROWS = auto()
+    """A tensor with the rows in its first dimension."""
+    ROWS_IN_DIM_1 = auto()
+    """A tensor with the rows in its second dimension."""
+    ROW_LIST = auto()
+    """A list with a tensor for each row; the shapes may differ."""
+    PER_BLOCK = auto()
+    """A list with a tensor for each block of the denoiser, each with the rows in dimension 0."""
+    TIMESTEP = auto()
+    """A number or a tensor of a timestep for all rows of the call or for each; of any dtype."""
+    PADDED = auto()
+    """As ROWS; dimension 1 is padded at its end with zeros to the longest of a batch."""
+    MASK = auto()
+    """The mask of the PADDED arguments, [rows, length], nonzero where not padded; may be None."""
+    SAME = auto()
+    """A tensor that is equal in all calls of a batch, such as the positions of the pixels."""
+    EQUAL = auto()
+    """A plain value that is equal in all calls of a batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArgumentSpec:
+    """The arguments of one denoiser class.
+
+    ``kinds`` are by name, ``name.entry`` for an entry of a dict. ``rows_in`` names an argument that
+    says how many rows a call has. ``signature`` is ``signature_of`` the class that the spec was
+    proved on, with any of the versions ``diffusers``. ``output_is_list``: the denoiser returns a
+    list with a tensor for each row, else a tensor with the rows in its first dimension. ``layout``
+    is that of four-dimensional rows.
+    """
+
+    denoiser: str
+    kinds: Mapping[str, Kind]
+    rows_in: str
+    signature: str
+    diffusers: str
+    output_is_list: bool = False
+    layout: torch.memory_format = torch.contiguous_format
+
+    def rows(self, arguments: Arguments) -> int:
+        """The rows of a call."""
+        return len(arguments[self.rows_in])
+
+    def unknown(self, arguments: Arguments) -> list[str]:
+        """The arguments that are given and have no kind."""
+        return [
+            name for name, value in _flat(arguments) if value is not None and name not in self.kinds
+        ]
+
+    def group_key(self, arguments: Arguments) -> Hashable:
+        """Calls with equal keys can be merged. All arguments must be known."""
+        return tuple(
+            (name, _key(self.kinds[name], value))
+            for name, value in sorted(_flat(arguments), key=lambda pair: pair[0])
+            if name in self.kinds and (value is not None or self.kinds[name] is Kind.MASK)
+        )
+
+    def alone(self, arguments: Arguments) -> dict[str, Any]:
+        """The arguments of a call that is not merged: as given, but where the denoiser is."""
+        device = self._device(arguments)
+        given = dict(arguments)
+        for name, value in arguments.items():
+            kind = self.kinds.get(name)
+            if kind is Kind.TIMESTEP and isinstance(value, torch.Tensor):
+                given[name] = value.to(device)
+            elif kind is Kind.ROWS:
+                given[name] = self._laid_out(value)
+        return given
+
+    def collate(self, calls: Sequence[Arguments]) -> dict[str, Any]:
+        """The arguments of one call that stands for ``calls``, which have equal keys."""
+        rows = [self.rows(call) for call in calls]
+        lengths = self._lengths(calls)
+        device = self._device(calls[0])
+        merged: dict[str, Any] = {}
+        for name, value in calls[0].items():
+            given = [call[name] for call in calls]
+            if isinstance(value, dict):
+                merged[name] = {
+                    entry: self._merge(
+                        f"{name}.{entry}", [each[entry] for each in given], rows, lengths
+                    )
+                    for entry in value
+                }
+            elif self.kinds.get(name) is Kind.TIMESTEP:
+                timesteps = [timesteps_of(each, n) for each, n in zip(given, rows, strict=True)]
+                merged[name] = torch.cat(timesteps).to(device)
+            else:
+                merged[name] = self._merge(name, given, rows, lengths)
+        return merged
+
+    def split(self, output: Any, rows: Sequence[int]) -> list[tuple[Any, ...]]:
+        """What the denoiser returns for each of the calls that were merged."""
+        found = output[0]
+        if not self.output_is_list:
+            return [(part,) for part in found.split(list(rows))]
+        parts, start = [], 0
+        for count in rows:
+            parts.append((list(found[start : start + count]),))
+            start += count
+        return parts
+
+    def _device(self, arguments: Arguments) -> torch.device:
+        first = arguments[self.rows_in]
+        device: torch.device = first.device if isinstance(first, torch.Tensor) else first[0].device
+        return device
+
+    def _laid_out(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.ndim != 4:
+            return value
+        return value.contiguous(memory_format=self.layout)
+
+    def _lengths(self, calls: Sequence[Arguments]) -> list[int]:
+        """The length of each call's PADDED arguments, 0 without one."""
+        padded = [name for name, kind in self.kinds.items() if kind is Kind.PADDED]
+        return [max((call[n].shape[1] for n in padded if n in call), default=0) for call in calls]
+
+    def _merge(self, name: str, values: list[Any], rows: list[int], lengths: list[int]) -> Any:
+        kind = self.kinds.get(name)
+        longest = max(lengths)
+        if kind is Kind.MASK:
+            return _merge_masks(values, rows, lengths)
+        first = values[0]
+        if first is None:
+            return None
+        match kind:
+            case Kind.ROWS:
+                return self._laid_out(torch.cat(values))
+            case Kind.ROWS_IN_DIM_1:
+                return torch.cat(values, dim=1)
+            case Kind.ROW_LIST:
+                return [row for value in values for row in value]
+            case Kind.PER_BLOCK:
+                return [torch.cat(block) for block in zip(*values, strict=True)]
+            case Kind.PADDED:
+                return torch.cat([_pad(value, longest) for value in values])
+        return first
+
+
+def timesteps_of(value: Any, rows: int) -> torch.Tensor:
+    """The timestep of each row, [rows] in float32: schedulers differ in the dtype of theirs."""
+    return torch.as_tensor(value).float().reshape(-1).expand(rows)
+
+
+def signature_of(denoiser: type) -> str:
+    """A digest of the arguments of ``denoiser``'s forward: names, order and defaults."""
+    parameters = inspect.signature(denoiser.forward).parameters.values()  # type: ignore[attr-defined]
+    text = ", ".join(f"{p.kind.name} {p.name}={p.default!r}" for p in parameters)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _flat(arguments: Arguments) -> list[tuple[str, Any]]:
+    """The arguments, and in place of a dict its entries."""
+    flat: list[tuple[str, Any]] = []
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            flat += [(f"{name}.{entry}", each) for entry, each in value.items()]
+        else:
+            flat.append((name, value))
+    return flat
+
+
+def _key(kind: Kind, value: Any) -> Hashable:
+    match kind:
+        case Kind.ROWS:
+            return (value.dtype, value.shape[1:])
+        case Kind.ROWS_IN_DIM_1:
+            return (value.dtype, value.shape[0], value.shape[2:])
+        case Kind.ROW_LIST:
+            return (value[0].dtype, value[0].ndim)
+        case Kind.PER_BLOCK:
+            return tuple((each.dtype, each.shape[1:]) for each in value)
+        case Kind.PADDED:
+            return (value.dtype, value.shape[2:])
+        case Kind.SAME:
+            return (value.dtype, value.shape, _digest(value))
+        case Kind.EQUAL:
+            return repr(value)
+    return None
+
+
+def _digest(value: torch.Tensor) -> bytes:
+    data = value.detach().contiguous().cpu().view(torch.uint8).numpy()
+    return hashlib.blake2b(data.tobytes(), digest_size=16).digest()
+
+
+def _pad(value: torch.Tensor, length: int) -> torch.Tensor:
+    missing = length - value.shape[1]
+    if not missing:
+        return value
+    return F.pad(value, (0, 0) * (value.ndim - 2) + (0, missing))
+
+
+def _merge_masks(values: list[Any], rows: list[int], lengths: list[int]) -> torch.Tensor | None:
+    """One mask for all rows; None if no call has one and no length differs.
+
+    The fastest attention kernels take no mask.
+    """
+    given = next((value for value in values if value is not None), None)
+    longest = max(lengths)
+    if given is None:
+        if min(lengths) == longest:
+            return None
+        given = torch.ones((), dtype=torch.bool)
+    masks = [
+        torch.ones((count, length), dtype=given.dtype, device=given.device)
+        if value is None
+        else value
+        for value, count, length in zip(values, rows, lengths, strict=True)
+    ]
+    return torch.cat([_pad(mask, longest) for mask in masks])

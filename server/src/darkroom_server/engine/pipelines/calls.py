@@ -1,0 +1,34 @@
+"""The calls at which a pipeline's run is suspended."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(slots=True)
+class EncodeCall:
+    """The pipeline encodes a prompt that is not in the memo; ``run`` does it."""
+
+    run: Callable[[], Any]
+
+
+@dataclass(slots=True)
+class DenoiserCall:
+    """The pipeline calls its denoiser; resumed with the denoiser's output.
+
+    ``arguments`` are by name, as they were given; those that were not are absent.
+    """
+
+    arguments: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class DecodeCall:
+    """The pipeline decodes ``latents`` with its VAE; resumed with the decoded tensor."""
+
+    latents: torch.Tensor
+
+
+Call = EncodeCall | DenoiserCall | DecodeCall

@@ -1,0 +1,156 @@
+"""A pipeline's run in a greenlet, which can be suspended in the middle of a Python call.
+
+The run is suspended from inside, by ``suspend``, and resumed or ended from outside. Everything
+happens on one thread: greenlets switch on it, threads would not.
+"""
+
+import contextvars
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import greenlet
+import torch
+
+
+class SampleEnded(BaseException):
+    """Raised in a suspended run that must end; not an ``Exception``, so that no one handles it."""
+
+
+class SwallowedEnd(RuntimeError):
+    """A pipeline caught ``SampleEnded`` and went on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadState:
+    """The state that torch keeps for a thread, which greenlets of the thread share.
+
+    Each side of a switch has its own: a pipeline that enters ``no_grad`` or autocast must not
+    change what other pipelines, or the loop, compute.
+    """
+
+    grad: bool
+    inference: bool
+    autocast: bool
+    autocast_dtype: torch.dtype
+    device_type: str
+
+    @classmethod
+    def now(cls, device_type: str) -> Self:
+        """The state of this thread."""
+        return cls(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(device_type),
+            torch.get_autocast_dtype(device_type),
+            device_type,
+        )
+
+    def restore(self) -> None:
+        """Make this the state of the thread again.
+
+        Raises ``RuntimeError`` if the inference mode changed: its guard nests, so it cannot be set.
+        """
+        torch.set_grad_enabled(self.grad)
+        torch.set_autocast_enabled(self.device_type, self.autocast)
+        torch.set_autocast_dtype(self.device_type, self.autocast_dtype)
+        if torch.is_inference_mode_enabled() != self.inference:
+            raise RuntimeError("a pipeline left torch's inference mode while it was suspended")
+
+
+def is_suspendable() -> bool:
+    """Whether this code runs in a ``Coroutine``."""
+    return greenlet.getcurrent().parent is not None
+
+
+def suspend(call: Any, device_type: str) -> Any:
+    """Suspend the run that this code is part of; returns what it is resumed with.
+
+    ``call`` is what its ``Coroutine.resume`` returns. Raises ``SampleEnded`` if the run must end.
+    """
+    # No variable may lead to this run's own greenlet: a frame on the C stack that holds it is a
+    # cycle that the garbage collector cannot see, and would keep every tensor of the run.
+    hub = greenlet.getcurrent().parent
+    assert hub is not None, "only a Coroutine can be suspended"
+    state = ThreadState.now(device_type)
+    try:
+        return hub.switch(call)
+    finally:
+        state.restore()
+
+
+class Coroutine:
+    """One run of ``run``, which may call ``suspend``.
+
+    ``device_type`` is the kind of the device it computes on. Neither ``run`` nor what it reaches
+    may hold this object.
+    """
+
+    def __init__(self, run: Callable[[], Any], device_type: str) -> None:
+        self._greenlet = greenlet.greenlet(run)
+        # Otherwise the values that structlog has bound would be missing in the run.
+        self._greenlet.gr_context = contextvars.copy_context()
+        self._device_type = device_type
+
+    @property
+    def ended(self) -> bool:
+        """True once ``run`` has returned or raised."""
+        return bool(self._greenlet.dead)
+
+    def start(self) -> Any:
+        """Run to the first ``suspend``, and return its call; or to the end, and return the result.
+
+        Raises what ``run`` raises.
+        """
+        return self._switch()
+
+    def resume(self, value: Any) -> Any:
+        """Let ``suspend`` return ``value``; returns and raises as ``start`` does."""
+        return self._switch(value)
+
+    def held_bytes(self) -> int:
+        """The bytes of the tensors that the suspended run holds in its variables."""
+        sizes: dict[int, int] = {}
+        frame = self._greenlet.gr_frame
+        while frame is not None:
+            for value in frame.f_locals.values():
+                for tensor in _tensors(value):
+                    storage = tensor.untyped_storage()
+                    sizes[storage.data_ptr()] = storage.nbytes()
+            frame = frame.f_back
+        return sum(sizes.values())
+
+    def end(self) -> None:
+        """Raise ``SampleEnded`` in the run, on the thread that made it.
+
+        Raises ``SwallowedEnd`` if the run goes on, and what its own clean-up raises.
+        """
+        if not self._greenlet or self.ended:
+            return
+        state = ThreadState.now(self._device_type)
+        try:
+            # What the throw returns, if the run goes on, holds the run's tensors.
+            self._greenlet.throw(SampleEnded)
+        except SampleEnded:
+            return
+        finally:
+            state.restore()
+        raise SwallowedEnd("a pipeline did not end when it was told to")
+
+    def _switch(self, *values: Any) -> Any:
+        state = ThreadState.now(self._device_type)
+        try:
+            return self._greenlet.switch(*values)
+        finally:
+            state.restore()
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in ``value`` and in the lists, tuples and dicts that it consists of."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))

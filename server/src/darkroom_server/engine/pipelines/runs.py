@@ -1,0 +1,84 @@
+"""Starts the samples of jobs: each is a run of a hosted pipeline, up to its first step."""
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine.pipelines.arguments import ArgumentSpec
+from darkroom_server.engine.pipelines.calls import EncodeCall
+from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
+from darkroom_server.engine.pipelines.sample import SuspendedSample
+
+
+class PromptFailed(Exception):
+    """A text encoder failed; ``error`` says how."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runs:
+    """What the runs of one model have in common.
+
+    ``spec`` says how denoiser calls are merged, None: they are not. ``arguments_of`` are those of
+    the pipeline's call for a job. ``schedulers`` are templates, by name. ``own`` are further
+    components that each run has a copy of.
+    """
+
+    host: HostedPipeline
+    spec: ArgumentSpec | None
+    arguments_of: Callable[[Job], Mapping[str, Any]]
+    schedulers: dict[SchedulerName, Any]
+    own: Mapping[str, Any]
+    precision: Callable[[], AbstractContextManager[Any]]
+
+    def start(
+        self, job: Job, index: int, *, steps: int, prompt_truncated: bool = False
+    ) -> tuple[SuspendedSample, int]:
+        """The sample of image ``index`` at its first step, and the prompts encoded for it.
+
+        ``steps`` are the denoiser calls that it is expected to make. Raises ``PromptFailed``, and
+        what the pipeline raises.
+        """
+        # A copy is faster than a new scheduler.
+        scheduler = copy.deepcopy(self.schedulers[job.scheduler])
+        sample = SuspendedSample(
+            job,
+            index,
+            scheduler=scheduler,
+            steps=steps,
+            spec=self.spec,
+            prompt_truncated=prompt_truncated,
+            device=self.host.device,
+        )
+        arguments = {**self.arguments_of(job), "generator": sample.generator}
+        own = {name: copy.deepcopy(part) for name, part in self.own.items()}
+        encoded = 0
+        try:
+            sample.start(self.host.run(scheduler, arguments, own))
+            while isinstance(sample.pending, EncodeCall):
+                sample.resume(self._encode(sample.pending))
+                encoded += 1
+        except BaseException:
+            sample.close()
+            raise
+        return sample, encoded
+
+    def call_denoiser(self, arguments: Mapping[str, Any]) -> Any:
+        """What the denoiser returns for ``arguments``, in this model's precision."""
+        with self.precision(), torch.inference_mode():
+            return self.host.denoiser(**arguments)
+
+    def _encode(self, call: EncodeCall) -> Any:
+        try:
+            with self.precision():
+                return call.run()
+        except Exception as error:
+            raise PromptFailed(error) from error

@@ -1,0 +1,151 @@
+"""A sample whose pipeline runs in a coroutine."""
+
+from typing import Any
+
+import structlog
+import torch
+
+from darkroom_server.core.job import Job
+from darkroom_server.engine.batch import Group
+from darkroom_server.engine.pipelines.arguments import ArgumentSpec
+from darkroom_server.engine.pipelines.calls import Call, DecodeCall, DenoiserCall
+from darkroom_server.engine.pipelines.coroutine import Coroutine, SwallowedEnd
+from darkroom_server.engine.sample import Sample, predict_x0
+
+log = structlog.get_logger(__name__)
+
+
+class UnexpectedCall(RuntimeError):
+    """A pipeline went on in an order that cannot be served."""
+
+
+class SuspendedSample(Sample):
+    """One image: diffusers' own pipeline, suspended at ``pending``, or ended with ``result``.
+
+    With ``spec`` None its denoiser calls are not merged with those of others.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        index: int,
+        *,
+        scheduler: Any,
+        steps: int,
+        spec: ArgumentSpec | None,
+        prompt_truncated: bool,
+        device: torch.device,
+    ) -> None:
+        super().__init__(job, index, scheduler)
+        self.pending: Call | None = None
+        self.result: Any = None
+        self._steps = steps
+        self._spec = spec
+        self._prompt_truncated = prompt_truncated
+        self._coroutine: Coroutine | None = None
+        self._group = Group(job.model, job.width, job.height)
+        self._rows = 1
+        self._latents = torch.empty(0, device=device)
+
+    def start(self, run: Coroutine) -> None:
+        """Let ``run`` generate the image, up to its first call. Raises what it raises."""
+        self._coroutine = run
+        self._receive(run.start())
+
+    def resume(self, value: Any) -> None:
+        """Give the pending call its value, and go on to the next. Raises what the run raises."""
+        assert self._coroutine is not None
+        self.pending = None  # It holds tensors that the run may free now.
+        self._receive(self._coroutine.resume(value))
+
+    def advance(self, prediction: Any) -> None:
+        """Take one step: ``prediction`` is the denoiser's output for this sample's rows."""
+        self.scheduler.keeps_last_step = self.job.wants_preview(self.step + 1, self._steps)
+        self.resume(prediction)
+        self.step += 1
+        self._predict_x0()
+        if self.done and self.step != self._steps:
+            log.warning("steps differ from the estimate", steps=self.step, estimate=self._steps)
+            self._steps = self.step
+
+    @property
+    def steps(self) -> int:
+        """Denoiser calls from noise to image, as far as it is known."""
+        return max(self._steps, self.step + (not self.done))
+
+    @property
+    def done(self) -> bool:
+        """True once the latents are ready to be decoded."""
+        return not isinstance(self.pending, DenoiserCall)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the pending denoiser call."""
+        return self._rows
+
+    @property
+    def group(self) -> Group:
+        """The group of samples whose pending calls can be merged with this one's."""
+        return self._group
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """The latents that the VAE decodes; empty before."""
+        return self._latents
+
+    @property
+    def prompt_truncated(self) -> bool:
+        """True if the end of the prompt or of the negative prompt was cut off."""
+        return self._prompt_truncated
+
+    def held_bytes(self) -> int:
+        """The bytes of the tensors that the suspended run holds."""
+        return self._coroutine.held_bytes() if self._coroutine else 0
+
+    def close(self) -> None:
+        """End the run, if it has not ended, and free its tensors."""
+        run, self._coroutine, self.pending = self._coroutine, None, None
+        if run is None:
+            return
+        try:
+            run.end()
+        except SwallowedEnd:
+            log.error("a pipeline swallowed its end", **self.job.log_fields)
+        except Exception:
+            log.exception("a pipeline failed while it ended", **self.job.log_fields)
+
+    def _receive(self, found: Any) -> None:
+        assert self._coroutine is not None
+        if self._coroutine.ended:
+            self.result, self._coroutine = found, None
+            return
+        self.pending = found
+        if isinstance(found, DecodeCall):
+            self._latents = found.latents
+        elif isinstance(found, DenoiserCall):
+            self._describe(found)
+
+    def _predict_x0(self) -> None:
+        """Predict the final latents, if a preview is due and the scheduler took a step."""
+        last, self.scheduler.last_step = self.scheduler.last_step, None
+        if last is None or not isinstance(last.latents, torch.Tensor):
+            return
+        scaled = (
+            self.scheduler.scale_model_input(last.latents, last.timestep)
+            if hasattr(self.scheduler, "scale_model_input")
+            else last.latents
+        )
+        self.predicted_x0 = predict_x0(self.scheduler, last.prediction, last.timestep, scaled)
+
+    def _describe(self, call: DenoiserCall) -> None:
+        job, spec = self.job, self._spec
+        unique = (job.id, self.index)
+        if spec is None:
+            self._group = Group(job.model, job.width, job.height, key=unique)
+            return
+        self._rows = spec.rows(call.arguments)
+        # A merged output can only be split if it is a tuple.
+        mergeable = call.arguments.get("return_dict") is False
+        known = mergeable and not spec.unknown(call.arguments)
+        key = spec.group_key(call.arguments) if known else unique
+        self._group = Group(job.model, job.width, job.height, key=key)

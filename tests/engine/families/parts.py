@@ -1,0 +1,66 @@
+"""Tiny parts of pipelines, with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from training.tokenizer import write_tokenizer
+
+DIFFUSION: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
+def shaken(module: Any, seed: int = 0) -> Any:
+    """``module`` with random weights, none of which is zero or one by its initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim >= 2:
+                weight.copy_(noise / max(1, weight[0].numel()) ** 0.5)
+            elif "norm" in name and name.endswith("weight"):
+                weight.copy_(1 + 0.1 * noise)
+            else:
+                weight.copy_(0.1 * noise)
+    return module.eval().requires_grad_(False)
+
+
+def vae(channels: int = 4, **config: Any) -> Any:
+    """A VAE of 8 pixels for each latent pixel, on each side."""
+    return shaken(
+        diffusers.AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=channels,
+            sample_size=64,
+            **config,
+        )
+    )
+
+
+def clip(folder: Path, width: int = 32, *, projection: bool = False) -> tuple[Any, Any]:
+    """A tokenizer, which is written to ``folder``, and a CLIP text encoder."""
+    tokenizer = write_tokenizer(folder)
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return tokenizer, shaken(kind(config))

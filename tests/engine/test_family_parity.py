@@ -1,0 +1,167 @@
+"""Every family: what shares batches equals diffusers' own pipeline, which runs alone."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from darkroom_server.core.events import BatchDone, JobFinished
+from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine.pipelines.arguments import ArgumentSpec
+
+from .conftest import LoopUnderTest, config_for, make_job
+from .families import CASES
+from .families.case import FamilyCase
+
+NOTICEABLE = 1e-3
+"""A wrong batch is further off than this: otherwise the comparison would not notice it."""
+
+
+class Alone:
+    """diffusers' own pipeline on a folder, called as its users call it."""
+
+    def __init__(self, case: FamilyCase, folder: Any) -> None:
+        self._case = case
+        self.pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self._latents: list[torch.Tensor] = []
+        decode = self.pipeline.vae.decode
+
+        def keep(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._latents.append(z)
+            return decode(z, *args, **kwargs)
+
+        self.pipeline.vae.decode = keep
+
+    def image(self, job: Job) -> tuple[torch.Tensor, NDArray[np.uint8]]:
+        """What the VAE decodes for ``job``, and the pixels."""
+        # A new scheduler each time: some keep state from run to run.
+        self.pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
+        image = self.pipeline(
+            width=job.width,
+            height=job.height,
+            num_inference_steps=job.steps,
+            generator=torch.Generator("cpu").manual_seed(job.seed),
+            output_type="pil",
+            **self._case.call(job),
+        ).images[0]
+        return self._latents.pop(), np.asarray(image)
+
+
+class Served:
+    """The model of a case in a loop, and the jobs that it ran."""
+
+    def __init__(self, case: FamilyCase, folder: Any) -> None:
+        self.case = case
+        self.alone = Alone(case, folder)
+        self.loop = LoopUnderTest(config_for(folder))
+
+    def jobs(self, name: str, **fields: Any) -> list[Job]:
+        """The case's jobs, with ids that start with ``name``."""
+        defaults = self.loop.models["tiny"].info.defaults
+        size = {"width": defaults.width, "height": defaults.height}
+        usual = {**size, "scheduler": SchedulerName.MODEL}
+        return [
+            make_job(f"{name}-{i}", **{**usual, **each, **fields})
+            for i, each in enumerate(self.case.jobs)
+        ]
+
+    def run_with_late_arrivals(self, jobs: list[Job]) -> None:
+        """Run ``jobs``; each after the first two arrives when the one before has taken a step."""
+        waiting = jobs[2:]
+
+        def submit_next(_: object) -> None:
+            if waiting and self.loop.progress(jobs[-len(waiting) - 1].id):
+                self.loop.loop.submit(waiting.pop(0))
+
+        self.loop.on_event = submit_next
+        try:
+            for job in jobs[:2]:
+                self.loop.loop.submit(job)
+            self.loop.wait_for(lambda: all(job.id in self.loop.ends for job in jobs))
+        finally:
+            self.loop.on_event = lambda _: None
+        for job in jobs:
+            assert isinstance(self.loop.ends[job.id], JobFinished), self.loop.ends[job.id]
+
+    def errors(self, jobs: list[Job]) -> list[float]:
+        """How far each job's latents are from the pipeline's, relative to the largest value."""
+        errors = []
+        for job in jobs:
+            wanted, _ = self.alone.image(job)
+            found = self.loop.latents[job.id, 0]
+            errors.append(float((found - wanted).abs().max() / wanted.abs().max()))
+        return errors
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    torch.set_num_threads(1)
+    case: FamilyCase = request.param
+    made = Served(case, case.write(tmp_path_factory.mktemp("family")))
+    yield made
+    made.loop.close()
+
+
+def test_latents_equal_the_pipelines(served: Served) -> None:
+    assert served.loop.models["tiny"].info.unbatched_reason == ""
+    jobs = served.jobs("mixed")
+    served.run_with_late_arrivals(jobs)
+    assert max(served.errors(jobs)) <= served.case.tolerance
+    batches = [e for e in served.loop.events if isinstance(e, BatchDone)]
+    assert sum(batch.samples >= 2 for batch in batches) >= 3
+    assert max(batch.samples for batch in batches) >= 3
+
+
+def first_timestep_for_all(case: FamilyCase, merged: dict[str, Any]) -> None:
+    merged[case.timestep] = merged[case.timestep][:1].expand(len(merged[case.timestep]))
+
+
+def prompts_swapped(case: FamilyCase, merged: dict[str, Any]) -> None:
+    rows = merged[case.rows_in]
+    merged[case.rows_in] = rows[::-1] if isinstance(rows, list) else rows.flip(0)
+
+
+@pytest.mark.parametrize("spoil", [first_timestep_for_all, prompts_swapped])
+def test_a_wrong_batch_is_noticed(
+    served: Served,
+    spoil: Callable[[FamilyCase, dict[str, Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    collate = ArgumentSpec.collate
+
+    def wrong(self: ArgumentSpec, calls: Any) -> dict[str, Any]:
+        merged = collate(self, calls)
+        spoil(served.case, merged)
+        return merged
+
+    monkeypatch.setattr(ArgumentSpec, "collate", wrong)
+    jobs = served.jobs(spoil.__name__)
+    served.run_with_late_arrivals(jobs)
+    assert max(served.errors(jobs)) > NOTICEABLE
+
+
+def test_exact_images_have_the_pipelines_bytes(served: Served) -> None:
+    jobs = served.jobs("exact", exact=True)
+    served.loop.run(*jobs, *served.jobs("crowd"))
+    for job in jobs:
+        _, wanted = served.alone.image(job)
+        data = served.loop.image(job.id).image.data
+        found = np.frombuffer(data, np.uint8).reshape(job.height, job.width, 3)
+        assert np.array_equal(found, wanted), np.abs(found.astype(int) - wanted.astype(int)).max()
+
+
+def test_different_prompts_give_different_images(served: Served) -> None:
+    """A model that ignores its prompt would pass every comparison of prompts."""
+    first, second = served.jobs("prompts")[:2]
+    other, _ = served.alone.image(replace(first, prompt=second.prompt))
+    own, _ = served.alone.image(first)
+    assert float((other - own).abs().max() / own.abs().max()) > NOTICEABLE
