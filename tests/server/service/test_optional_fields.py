@@ -137,6 +137,34 @@ async def test_all_violations_come_at_once() -> None:
     assert set(error.violations) == set(wrong)
 
 
+async def test_a_weighted_prompt_that_cannot_be_parsed_is_rejected() -> None:
+    wrong = {
+        "prompt": "a (red:x) circle",
+        "negative_prompt": "a [blue circle",
+        "prompt_2": "a red) circle",
+        "negative_prompt_3": "(:1.2)",
+    }
+    weighted = types_pb2.PROMPT_SYNTAX_WEIGHTED
+    everything = replace(fake_flow_model("some"), optional_fields=frozenset(OPTIONAL_FIELDS))
+    async with served(everything) as wire:
+        for name, text in wrong.items():
+            error = await refusal(
+                wire.generate(**{"prompt": "a star", name: text, "prompt_syntax": weighted})
+            )
+            assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.violations.keys() == {name}
+            assert error.violations[name].startswith("character ")
+        error = await refusal(wire.generate(**wrong, steps=0, prompt_syntax=weighted))
+        assert error.violations.keys() == {*wrong, "steps"}
+        assert wire.submitted.empty()
+        assert (await wire.generate(**wrong)).images
+        assert (await wire.generate("a (red:1.3) circle", prompt_syntax=weighted)).images
+    # A model without the syntax says so, and does not parse.
+    async with served(fake_flow_model()) as wire:
+        error = await refusal(wire.generate("a (red:x) circle", prompt_syntax=weighted))
+        assert error.violations.keys() == {"prompt_syntax"}
+
+
 async def test_guidance_rescale_is_0_to_1() -> None:
     async with served(model_taking("guidance_rescale")) as wire:
         for value in (-0.1, 1.1, math.nan):

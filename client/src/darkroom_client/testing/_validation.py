@@ -203,6 +203,7 @@ def _sequence_length(
 
 
 def _syntax(request: generation_pb2.GenerateRequest) -> Iterator[Violation]:
+    # Unlike a Darkroom server, the fake one does not parse the weights of a prompt.
     if request.prompt_syntax and decode_syntax(request.prompt_syntax) is None:
         description = f"{request.prompt_syntax} is not a prompt syntax that this server knows"
         yield Violation(field="prompt_syntax", description=description)

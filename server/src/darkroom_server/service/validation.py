@@ -15,6 +15,7 @@ from darkroom_server.core.job import (
     SchedulerName,
 )
 from darkroom_server.core.model import OPTIONAL_FIELDS, ModelInfo
+from darkroom_server.core.prompt_syntax import PromptSyntaxError, parse
 from darkroom_server.core.record import prompts_fit_in_jpeg
 from darkroom_server.service.call_context import REQUEST_ID, RULE, CallContext
 from darkroom_server.service.request import GenerationRequest
@@ -244,7 +245,16 @@ class _Fields:
         if syntax is None:
             self.wrong("prompt_syntax", f"{asked} is not a prompt syntax that this server knows")
             return PromptSyntax.PLAIN
+        if syntax is PromptSyntax.WEIGHTED and self._takes("prompt_syntax"):
+            self._check_weights()
         return syntax
+
+    def _check_weights(self) -> None:
+        for name in PROMPT_FIELDS:
+            try:
+                parse(getattr(self.request, name))
+            except PromptSyntaxError as error:
+                self.wrong(name, str(error))
 
     def seed(self) -> int:
         """The seed of the first image, random if the request has none."""
