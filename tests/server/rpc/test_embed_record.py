@@ -69,7 +69,7 @@ async def test_the_record_in_the_file_has_the_optional_fields(tmp_path: Path) ->
         "true_cfg_scale": 4.1,
         "guidance_rescale": 0.7,
         "max_sequence_length": 77,
-        "prompt_2": PROMPT,
+        "prompt_2": "a moon & 🌙",
         "negative_prompt_3": "rain",
         "empty_negative_prompt": True,
         "prompt_syntax": "weighted",
