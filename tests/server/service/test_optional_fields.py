@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 
 from darkroom.v1 import generation_pb2, types_pb2
 from darkroom_server.backends.fake_model import fake_flow_model, fake_model
@@ -116,8 +117,9 @@ async def test_each_violation_names_its_field() -> None:
         for sent, name, description in FLOW_WRONG:
             error = await refusal(wire.generate(**sent))
             assert error.code is grpc.StatusCode.INVALID_ARGUMENT, sent
-            assert list(error.violations) == [name], sent
-            assert error.violations[name].startswith(description), error.violations
+            (violation,) = error.detail(error_details_pb2.BadRequest).field_violations
+            assert violation.field == name, sent
+            assert violation.description.startswith(description), violation
         assert wire.submitted.empty()
 
 
