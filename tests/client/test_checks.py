@@ -74,6 +74,12 @@ def test_a_prompt_must_be_text(caller: Any, fake: FakeServer, prompt: Any) -> No
         ("seed", True, "must be an integer"),
         ("guidance_scale", "7", "must be a number"),
         ("exact", "yes", "must be True or False"),
+        ("true_cfg_scale", "4", "must be a number"),
+        ("guidance_rescale", True, "must be a number"),
+        ("max_sequence_length", 77.0, "must be an integer"),
+        ("prompt_2", None, "must be a str"),
+        ("negative_prompt_3", 3, "must be a str"),
+        ("empty_negative_prompt", 1, "must be True or False"),
     ],
 )
 def test_the_error_names_a_field_of_the_wrong_type(
@@ -85,14 +91,34 @@ def test_the_error_names_a_field_of_the_wrong_type(
     assert fake.jobs == ()
 
 
+@pytest.mark.parametrize("field", ["guidance_scale", "true_cfg_scale", "guidance_rescale"])
 @pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan, 1e39])
-def test_a_guidance_that_is_not_finite_is_a_violation(
-    caller: Any, fake: FakeServer, scale: float
+def test_a_scale_that_is_not_finite_is_a_violation(
+    caller: Any, fake: FakeServer, field: str, scale: float
 ) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        caller.generate("a star", guidance_scale=scale)
+    with pytest.raises(InvalidRequest, match="not a finite 32-bit number") as caught:
+        caller.generate("a star", **{field: scale})
 
-    assert [violation.field for violation in caught.value.violations] == ["guidance_scale"]
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert fake.jobs == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("prompt_syntax", "compel", "is 'compel', must be one of plain, weighted"),
+        ("max_sequence_length", 2**31, "out of range for 32 bits"),
+        ("prompt_2", "\udc80", "is not valid Unicode text"),
+        ("negative_prompt_3", "\udc80", "is not valid Unicode text"),
+    ],
+)
+def test_a_value_that_the_message_cannot_hold_is_a_violation(
+    caller: Any, fake: FakeServer, field: str, value: object, words: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        caller.generate("a star", **{field: value})
+
+    assert [violation.field for violation in caught.value.violations] == [field]
     assert fake.jobs == ()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -30,14 +31,17 @@ from darkroom_client import (
     EngineStatus,
     Estimate,
     GenerationFailed,
+    GenerationRequest,
     ModelStatus,
     Overloaded,
+    PromptSyntax,
     Scheduler,
     ServerState,
     ServerStatus,
     TooLarge,
     Unavailable,
 )
+from darkroom_client._types.model import OPTIONAL_FIELDS
 from darkroom_client._wire.models import decode_model
 from darkroom_client.cli import main
 from darkroom_client.cli._arguments import parse
@@ -50,7 +54,7 @@ from darkroom_client.cli.commands._top import _lines
 from darkroom_client.cli.terminal._capability import QUERY
 from darkroom_client.cli.terminal._halfblocks import check_pillow
 from darkroom_client.cli.terminal._picture import _sixel
-from darkroom_client.testing import Behaviour, FakeServer, JobState
+from darkroom_client.testing import Behaviour, FakeServer, JobState, fake_model
 from darkroom_server.settings import Security
 from tests.server.security.certificates import Authority
 from tests.server.wire import serving
@@ -107,6 +111,50 @@ def test_every_option_reaches_the_server(fake: FakeServer, here: Path) -> None:
     assert (sent.width, sent.height, sent.image_count, sent.quality) == (64, 32, 2, 80)
     assert (sent.negative_prompt, sent.model, sent.exact) == ("rain", "demo", True)
     assert files(here) == ["a-star-0.jpg", "a-star-1.jpg"]
+
+
+def test_optional_fields_reach_a_model_that_takes_them(here: Path) -> None:
+    flags = "--true-cfg-scale 4.5 --guidance-rescale 0.25 --max-sequence-length 77"
+    flags += " --prompt-2 moon --prompt-3 sun --negative-2 snow --negative-3 hail"
+    flags += " --empty-negative --prompt-syntax weighted"
+    sent = GenerationRequest(
+        "a star",
+        true_cfg_scale=4.5,
+        guidance_rescale=0.25,
+        max_sequence_length=77,
+        prompt_2="moon",
+        prompt_3="sun",
+        negative_prompt_2="snow",
+        negative_prompt_3="hail",
+        empty_negative_prompt=True,
+        prompt_syntax="weighted",
+        image_count=1,
+        format="png",
+    )
+    with FakeServer(models=[fake_model(optional_fields=OPTIONAL_FIELDS)]) as fake:
+        target = ["--target", fake.target]
+        for command in ("generate", "submit"):
+            assert main([command, "a star", *flags.split(), *target]) == 0
+        assert main(["estimate", "a star", *flags.split(), *target]) == 0
+        for request in fake.requests:
+            assert (
+                dataclasses.replace(request, seed=None, request_id=None, embed_record=False) == sent
+            )
+        assert len(fake.requests) == 2
+        (picture,) = here.glob("*.png")
+        assert main(["replay", str(picture), *target]) == 0
+        assert fake.requests[-1].prompt_syntax is PromptSyntax.WEIGHTED
+        assert fake.requests[-1].true_cfg_scale == 4.5
+
+
+def test_a_flag_that_the_model_does_not_take_is_named(capsys: Capture) -> None:
+    flags = "--true-cfg-scale 4.5 --prompt-2 moon --negative-3 hail --prompt-syntax weighted"
+
+    assert main(["generate", "a star", *flags.split()]) == 2
+
+    err = capsys.readouterr().err
+    for flag in ("--true-cfg-scale", "--prompt-2", "--negative-3", "--prompt-syntax"):
+        assert f"{flag}: model 'demo' does not take it; it takes negative_prompt" in err
 
 
 def test_prompts_from_arguments_file_and_stdin(
@@ -375,6 +423,7 @@ def test_models_are_tab_separated_in_a_pipe(capsys: Capture, fake: FakeServer) -
         "euler",
         "fake float32 fast",
         " ".join(Scheduler),
+        "negative_prompt guidance_scale preview",
     ]
 
 
@@ -904,6 +953,8 @@ def test_bash_completes_commands_flags_and_values(capsys: Capture) -> None:
     assert complete("darkroom", "wa") == ["wait", "watch"]
     assert complete("darkroom", "generate", "--st") == ["--steps"]
     assert complete("darkroom", "generate", "--scheduler", "eu") == ["euler", "euler_ancestral"]
+    assert complete("darkroom", "submit", "--prompt-s") == ["--prompt-syntax"]
+    assert complete("darkroom", "submit", "--prompt-syntax", "") == ["plain", "weighted"]
     assert complete("darkroom", "cancel", "--st") == []
 
 

@@ -26,6 +26,35 @@ from tests.client.scripted import ScriptedServer, changed, fail, held, respond
 FAST_RETRY = Retry(initial_backoff=0.01, max_backoff=0.01)
 
 
+def test_every_optional_field_reaches_the_server(client: Any, server: ScriptedServer) -> None:
+    fields: dict[str, Any] = {
+        "true_cfg_scale": 0.0,
+        "max_sequence_length": 77,
+        "prompt_2": "a moon",
+        "negative_prompt_2": "snow",
+        "prompt_3": "a sun",
+        "negative_prompt_3": "hail",
+        "empty_negative_prompt": True,
+        "guidance_rescale": 0.25,
+        "prompt_syntax": "weighted",
+    }
+
+    result = client.generate("a star", **fields)
+    client.generate("a star")
+
+    sent: Any
+    plain: Any
+    sent, plain = server.requests
+    wire = {**fields, "prompt_syntax": types_pb2.PROMPT_SYNTAX_WEIGHTED}
+    assert {name: getattr(sent, name) for name in fields} == wire
+    unset = ("true_cfg_scale", "max_sequence_length", "guidance_rescale")
+    assert all(sent.HasField(name) for name in unset)
+    assert not any(plain.HasField(name) for name in unset)
+    assert plain.prompt_syntax == types_pb2.PROMPT_SYNTAX_UNSPECIFIED
+    request = result.images[0].replay.request
+    assert {name: getattr(request, name) for name in fields} == fields
+
+
 def test_the_result_is_plain_data(client: Any) -> None:
     result = client.generate("a star", steps=20, seed=7, image_count=2, request_id="r-1")
 
@@ -241,7 +270,7 @@ def test_a_record_is_reproduced_under_a_new_id(client: Any, server: ScriptedServ
         ("num_images", "use image_count"),
         ("n", "use image_count"),
         ("num_inference_steps", "use steps"),
-        ("colour", "the options are embed_record, exact, format"),
+        ("colour", "the options are embed_record, empty_negative_prompt, exact, format"),
     ],
 )
 def test_an_option_of_another_library_is_answered_with_ours(

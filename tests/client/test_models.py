@@ -6,6 +6,7 @@ import pytest
 
 from darkroom.v1 import model_pb2, types_pb2
 from darkroom_client import (
+    Guidance,
     ImageFormat,
     Model,
     ModelDefaults,
@@ -37,6 +38,34 @@ def test_a_model_is_plain_data(client: Any) -> None:
     )
     assert model.runtime is not None
     assert model.runtime.device == "cpu"
+
+
+def test_what_a_model_takes_and_how_it_is_guided(client: Any, server: ScriptedServer) -> None:
+    older = client.model()
+    assert (older.optional_fields, older.guidance, older.unbatched_reason) == ((), None, "")
+    assert older.defaults.true_cfg_scale is older.defaults.max_sequence_length is None
+
+    sent = server.models[0]
+    sent.optional_fields[:] = ["true_cfg_scale", "newer_than_this_client"]
+    sent.guidance.CopyFrom(
+        model_pb2.Guidance(scale="true_cfg_scale", above=1.1, needs_negative=True, rows=1, calls=2)
+    )
+    sent.unbatched_reason = "nobody described its calls"
+    sent.defaults.true_cfg_scale = 4.1
+    sent.defaults.max_sequence_length = 256
+    sent.limits.max_sequence_length = 512
+    sent.runtime.preset_rule = "it overflows in float16"
+
+    model = client.model()
+
+    assert model.optional_fields == ("true_cfg_scale", "newer_than_this_client")
+    assert model.guidance == Guidance(
+        scale="true_cfg_scale", above=1.1, needs_negative=True, rows=1, calls=2
+    )
+    assert model.unbatched_reason == "nobody described its calls"
+    assert (model.defaults.true_cfg_scale, model.defaults.max_sequence_length) == (4.1, 256)
+    assert model.limits.max_sequence_length == 512
+    assert model.runtime.preset_rule == "it overflows in float16"
 
 
 def test_one_model_by_its_id_or_alone(client: Any) -> None:

@@ -79,6 +79,32 @@ def test_the_document_is_stable() -> None:
     assert ReplayRecord.from_json(DOCUMENT) == RECORD
 
 
+OPTIONS: dict[str, Any] = {
+    "true_cfg_scale": 0.0,
+    "max_sequence_length": 77,
+    "prompt_2": "ein Mond",
+    "negative_prompt_2": "Regen",
+    "prompt_3": "eine Sonne",
+    "negative_prompt_3": "Hagel",
+    "empty_negative_prompt": True,
+    "guidance_rescale": 0.0,
+    "prompt_syntax": "plain",
+}
+
+
+def test_a_document_has_the_optional_fields_that_are_set() -> None:
+    """Each alone, because a client of 0.1.0 rejects a document with any of them."""
+    for name, value in OPTIONS.items():
+        record = dataclasses.replace(
+            RECORD, request=dataclasses.replace(RECORD.request, **{name: value})
+        )
+        request = json.loads(record.to_json())["request"]
+        assert request.keys() - json.loads(DOCUMENT)["request"].keys() == {name}
+        assert request[name] == value
+        assert ReplayRecord.from_json(record.to_json()) == record
+        assert RECORD.differences(record).keys() == {f"request.{name}"}
+
+
 def test_a_record_from_the_server_makes_the_round_trip(client: Any) -> None:
     record = client.generate("a star", seed=0, guidance_scale=7.1).images[0].replay
 

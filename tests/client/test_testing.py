@@ -48,10 +48,17 @@ from darkroom_client import (
     Violation,
     testing,
 )
+from darkroom_client._types.model import OPTIONAL_FIELDS
 from darkroom_client._wire.models import decode_model
 from darkroom_client.testing import Behaviour, FakeServer, JobState, _pictures, fake_model
 from darkroom_client.testing._statuses import SENT
+from darkroom_server.backends.fake_model import fake_flow_model
+from darkroom_server.backends.fake_model import fake_model as sd_model
+from darkroom_server.core.model import OPTIONAL_FIELDS as SERVERS_OPTIONAL_FIELDS
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.settings import Models
 from tests.client.conftest import Connect
+from tests.server.service.test_optional_fields import FLOW_WRONG, SET
 from tests.server.service.test_validation import WRONG
 from tests.server.wire import serving
 
@@ -340,15 +347,23 @@ def test_jpeg_and_webp_need_pillow(
     assert caught.value.violations[0].field == "format"
 
 
-async def test_it_rejects_what_the_real_server_rejects() -> None:
+@pytest.mark.parametrize(
+    ("model", "wrong"), [(sd_model(), WRONG), (fake_flow_model(), FLOW_WRONG)], ids=["sd", "flow"]
+)
+async def test_it_rejects_what_the_real_server_rejects(
+    model: ModelInfo, wrong: list[tuple[dict[str, Any], str, str]]
+) -> None:
     """With the same words, in the same order."""
     calls: list[tuple[str, Any]]
-    cases: list[dict[str, Any]] = [fields for fields, _, _ in WRONG]
+    cases: list[dict[str, Any]] = [fields for fields, _, _ in wrong]
     cases.append({name: value for fields in cases for name, value in fields.items()})
     cases += [{"model": "other"}, {"scheduler": types_pb2.SCHEDULER_LCM, "steps": 50}, {}]
-    async with serving(fake={"auto": True}) as wire:
-        model = (await wire.models.GetModel(model_pb2.GetModelRequest())).model
-        with FakeServer(models=[decode_model(model)]) as fake:
+    cases += [{name: value} for name, value in SET.items()]
+    async with serving(
+        fake={"models": [model], "auto": True}, models=Models(model=(f"{model.id}=fake",))
+    ) as wire:
+        message = (await wire.models.GetModel(model_pb2.GetModelRequest())).model
+        with FakeServer(models=[decode_model(message)]) as fake:
             async with grpc.aio.insecure_channel(fake.target) as channel:
                 stub: Any = GenerationServiceStub(channel)
                 for fields in cases:
@@ -358,9 +373,14 @@ async def test_it_rejects_what_the_real_server_rejects() -> None:
                         ("EstimateGeneration", EstimateGenerationRequest(generation=request)),
                         ("GenerateStream", GenerateStreamRequest(generation=request)),
                     ]
-                    for method, message in calls:
-                        real = await rejection(wire.generation, method, message)
-                        assert await rejection(stub, method, message) == real, (method, fields)
+                    for method, call in calls:
+                        real = await rejection(wire.generation, method, call)
+                        assert await rejection(stub, method, call) == real, (method, fields)
+                for preview in (previews(every_steps=2), previews()):
+                    real = await rejection(wire.generation, "GenerateStream", preview)
+                    assert await rejection(stub, "GenerateStream", preview) == real
+                    takes = "preview" in model.optional_fields or not preview.preview.every_steps
+                    assert (real[1] == []) is takes
                 calls = [
                     ("Generate", GenerateRequest(prompt="a", width=1200, height=1200)),
                     ("CancelGeneration", CancelGenerationRequest(request_id="a b")),
@@ -368,10 +388,33 @@ async def test_it_rejects_what_the_real_server_rejects() -> None:
                     ("GenerateStream", previews(format=types_pb2.IMAGE_FORMAT_PNG)),
                     ("SubmitGeneration", limited(0)),
                 ]
-                for method, message in calls:
-                    reason, names, _ = await rejection(wire.generation, method, message)
+                for method, call in calls:
+                    reason, names, _ = await rejection(wire.generation, method, call)
                     assert names, method
-                    assert (await rejection(stub, method, message))[:2] == (reason, names)
+                    assert (await rejection(stub, method, call))[:2] == (reason, names)
+
+
+def test_a_fake_model_takes_the_fields_that_it_is_given(connect: Connect) -> None:
+    model = fake_model("flux", optional_fields={"true_cfg_scale", "max_sequence_length"})
+    assert model.optional_fields == ("true_cfg_scale", "max_sequence_length")
+    with FakeServer(models=[model]) as server:
+        client = connect(server.target)
+        assert client.model() == model
+        image = client.generate("a star", true_cfg_scale=2.0).image
+        request = image.replay.request
+        assert (request.true_cfg_scale, request.max_sequence_length) == (2.0, 512)
+        assert request.guidance_scale is None
+        assert client.replay(image.replay).image.data == image.data
+        with pytest.raises(InvalidRequest, match="guidance_scale: model 'flux' does not take it"):
+            client.generate("a star", guidance_scale=3.0)
+        with pytest.raises(InvalidRequest, match="max_sequence_length: must be 1 to 512"):
+            client.generate("a star", max_sequence_length=513)
+    with pytest.raises(ValueError, match="steps: not among negative_prompt"):
+        fake_model(optional_fields=["steps"])
+
+
+def test_the_optional_fields_are_those_of_the_server() -> None:
+    assert OPTIONAL_FIELDS == SERVERS_OPTIONAL_FIELDS
 
 
 def previews(**options: Any) -> GenerateStreamRequest:

@@ -6,6 +6,7 @@ from contextlib import closing
 import pytest
 
 from darkroom_server.backends.fake import fake_image
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.events import (
     BatchDone,
     DecodeDone,
@@ -111,7 +112,9 @@ def test_other_events_are_sent_at_once_and_in_order(rig: Rig) -> None:
 
 
 def test_an_image_is_sent_alone_after_the_held_events(rig: Rig) -> None:
-    ready = ImageReady(job_id="a", image_index=0, image=fake_image(make_job("a"), 0))
+    ready = ImageReady(
+        job_id="a", image_index=0, image=fake_image(make_job("a"), 0, fake_model(), 2)
+    )
     rig.step(1)
     rig.step(2)
     rig.batcher.emit(ready)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from darkroom_client import Client
-from darkroom_client.testing import Behaviour, FakeServer, JobState
+from darkroom_client.testing import Behaviour, FakeServer, JobState, fake_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECONDS = 120
@@ -69,6 +69,18 @@ def test_node(darkroom_server: FakeServer, tmp_path: Path, script: str) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     if script == "stream.js":
         assert "step 4 of 4" in out
+
+
+@pytest.mark.needs("node")
+@pytest.mark.parametrize("takes", [("true_cfg_scale", "negative_prompt"), ("guidance_scale",)])
+def test_node_sets_what_the_model_takes(tmp_path: Path, takes: tuple[str, ...]) -> None:
+    with FakeServer(models=[fake_model("one", optional_fields=takes)]) as server:
+        with node("generate.js", server, "a star", tmp_path / "star.png") as running:
+            _, errors = running.communicate(timeout=SECONDS)
+        (request,) = server.requests
+    assert running.returncode == 0, errors
+    expected = (4.0, "blurry") if "true_cfg_scale" in takes else (None, "")
+    assert (request.true_cfg_scale, request.negative_prompt) == expected
 
 
 @pytest.mark.needs("node")

@@ -58,6 +58,23 @@ def test_buf_generates_an_image_by_reflection(address: str, tmp_path: Path) -> N
     check_png(base64.b64decode(image["data"]), size)
 
 
+def test_buf_gets_the_violation_of_a_field_that_the_model_does_not_take(
+    address: str, tmp_path: Path
+) -> None:
+    model = buf_curl(address, "ModelService/GetModel", {}, tmp_path)["model"]
+    assert "guidance_scale" in model["optionalFields"]
+    assert model["guidance"]["scale"] == "guidance_scale"
+    request = json.dumps({"prompt": PROMPT, "true_cfg_scale": 4, "prompt_syntax": 1})
+    command = [tool("buf"), "curl", "--http2-prior-knowledge", "--protocol", "grpc"]
+    command += ["--data", request, f"http://{address}/darkroom.v1.GenerationService/Generate"]
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+
+    assert done.returncode != 0
+    assert "invalid_argument" in done.stderr
+    assert "true_cfg_scale: model 'demo' does not take it" in done.stderr
+
+
 def test_buf_lists_the_services_by_reflection(address: str, tmp_path: Path) -> None:
     command = [tool("buf"), "curl", "--http2-prior-knowledge", "--protocol", "grpc"]
 

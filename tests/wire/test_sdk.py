@@ -3,12 +3,15 @@
 import time
 from pathlib import Path
 
+import pytest
+
 from darkroom_client import (
     Accepted,
     Cancelled,
     Client,
     Finished,
     ImageReady,
+    InvalidRequest,
     JobState,
     Preview,
     Progress,
@@ -35,6 +38,22 @@ def test_a_stream_with_previews(address: str) -> None:
     (ready,) = [event for event in events if isinstance(event, ImageReady)]
     assert ready.image.replay.pixels_sha256 == alone.images[0].replay.pixels_sha256
     assert any(event.data for event in events if isinstance(event, Preview))
+
+
+def test_a_field_that_the_model_does_not_take_is_rejected(address: str) -> None:
+    with Client(address, timeout=SECONDS) as client:
+        model = client.model()
+        takes = ", ".join(model.optional_fields)
+        with pytest.raises(InvalidRequest) as caught:
+            client.generate(PROMPT, steps=4, true_cfg_scale=4.0, prompt_2="a moon")
+        says = f"model {model.id!r} does not take it; it takes {takes}"
+        violations = {each.field: each.description for each in caught.value.violations}
+        assert violations == {"true_cfg_scale": says, "prompt_2": says}
+        assert {"negative_prompt", "guidance_scale", "preview"} <= {*model.optional_fields}
+        guided = client.generate(PROMPT, steps=2, seed=7, guidance_scale=3.0, negative_prompt="red")
+        assert guided.image.replay.request.true_cfg_scale is None
+        assert model.guidance is not None
+        assert guided.image.replay.rows_in_last_pass == model.guidance.rows == 2
 
 
 def test_submit_watch_and_cancel(address: str) -> None:

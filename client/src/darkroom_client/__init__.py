@@ -33,7 +33,7 @@ from darkroom_client._errors import (
 )
 from darkroom_client._stream import Stream
 from darkroom_client._types.connection import TLS, Keepalive, Retry
-from darkroom_client._types.enums import ImageFormat, Scheduler
+from darkroom_client._types.enums import ImageFormat, PromptSyntax, Scheduler
 from darkroom_client._types.events import (
     Accepted,
     Event,
@@ -50,6 +50,7 @@ from darkroom_client._types.events import (
 from darkroom_client._types.image import Image
 from darkroom_client._types.job import Job, JobState
 from darkroom_client._types.model import (
+    Guidance,
     Model,
     ModelDefaults,
     ModelLimits,
@@ -88,6 +89,7 @@ __all__ = [
     "GenerationOptions",
     "GenerationRequest",
     "GenerationResult",
+    "Guidance",
     "Image",
     "ImageFormat",
     "ImageReady",
@@ -107,6 +109,7 @@ __all__ = [
     "PermissionDenied",
     "Preview",
     "Progress",
+    "PromptSyntax",
     "Queued",
     "QuotaExceeded",
     "Reconnecting",

@@ -66,5 +66,8 @@ async def test_log_prompts_logs_prompts() -> None:
     with structlog.testing.capture_logs() as logs:
         async with serving(fake={"auto": True}, logs=Logs(log_prompts=True)) as wire:
             await wire.generate("a star")
-    (line,) = [line for line in logs if line["event"] == "request"]
-    assert line["prompt"] == "a star"
+            await refusal(wire.generate("a star", prompt_2="a moon", negative_prompt_2="rain"))
+    first, second = [line for line in logs if line["event"] == "request"]
+    assert first["prompt"] == "a star"
+    assert "prompt_2" not in first
+    assert (second["prompt_2"], second["negative_prompt_2"]) == ("a moon", "rain")

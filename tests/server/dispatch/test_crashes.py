@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from darkroom_server.backends.fake import FakeEngine, fake_image
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.errors import Failure, GenerationFailed, Reason, StartupError
 from darkroom_server.core.events import BatchDone, Event
 from darkroom_server.core.job import Job
@@ -65,7 +66,7 @@ async def test_jobs_are_run_again_with_their_seeds() -> None:
         assert [(job.id, job.seed) for job in again] == [(job.id, job.seed) for job in first]
         pool.engines[0].advance(4)
         for each in active:
-            assert (await each.result()).images == (fake_image(each.job, 0),)
+            assert (await each.result()).images == (fake_image(each.job, 0, fake_model(), 2),)
 
 
 async def test_finished_images_are_kept() -> None:

@@ -17,7 +17,7 @@ from darkroom_server.core.errors import (
     RequestConflict,
     UnknownRequest,
 )
-from darkroom_server.core.job import ImageFormat
+from darkroom_server.core.job import PROMPT_FIELDS, ImageFormat
 from darkroom_server.dispatch import ActiveJob, Dispatcher, JobOutcome, ResultStore
 from darkroom_server.dispatch.results import ENTRY_BYTES
 from tests.server.clock import Clock
@@ -150,6 +150,16 @@ async def test_the_oldest_results_are_evicted_first() -> None:
         assert [it.knows(id) for id in "abc"] == [False, True, True]
         assert IMAGE_BYTES < it.store.kept_bytes <= room_for_two
         assert not it.begin("a")[1]
+
+
+async def test_every_prompt_of_a_result_counts() -> None:
+    sizes = []
+    for names in ((), *((name,) for name in PROMPT_FIELDS)):
+        async with result_store() as it:
+            await it.finished("a", **dict.fromkeys(names, "é" * 1000))
+            sizes.append(it.store.kept_bytes)
+    # Up to four bytes for each character; the prompt replaces that of the other jobs.
+    assert sizes[1:] == [sizes[0] + 4 * (1000 - len("a star")), *[sizes[0] + 4000] * 5]
 
 
 async def test_a_caller_with_many_results_evicts_only_its_own() -> None:

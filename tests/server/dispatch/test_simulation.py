@@ -193,7 +193,7 @@ def test_remaining_work_is_computed_again_only_after_a_change() -> None:
     assert again[0] is first[0]
     assert again[1].calls == (4, 3)
     jobs["a"].state = JobState.DENOISING
-    jobs["a"].images[0] = fake_image(jobs["a"].job, 0)
+    jobs["a"].images[0] = fake_image(jobs["a"].job, 0, fake_model(), 2)
     (later,) = works.get([jobs["a"]])
     assert later.begun
     assert later.calls == (4,)

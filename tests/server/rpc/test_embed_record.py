@@ -1,6 +1,8 @@
 """The replay record in a picture's file, over the wire: what a server writes, the SDK reads."""
 
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,12 @@ import PIL.Image
 import pytest
 
 from darkroom_client import AsyncClient, ReplayRecord
+from darkroom_client._types.picture import embedded_text
+from darkroom_server.backends.fake_model import fake_flow_model, fake_model
+from darkroom_server.core.job import PROMPT_FIELDS
+from darkroom_server.core.model import OPTIONAL_FIELDS
+from darkroom_server.core.record import MAX_JPEG_PROMPT_BYTES
+from darkroom_server.settings import Models
 from tests.server.streams import assembled, kind, rest
 from tests.server.wire import Wire, refusal, serving
 
@@ -46,6 +54,61 @@ async def test_the_record_in_the_file_is_the_record_of_the_image(
             assert record.request.quality == (90 if format != "PNG" else None)
             again = (await client.replay(record)).images[0]
             assert again.data == image.data
+
+
+KEYS_OF_0_1_0 = {
+    *("prompt", "model", "negative_prompt", "width", "height", "steps", "guidance_scale", "seed"),
+    *("image_count", "scheduler", "format", "quality", "exact"),
+}
+"""What a client of 0.1.0 knows of a request; another key makes the record invalid there."""
+
+
+async def test_the_record_in_the_file_has_the_optional_fields(tmp_path: Path) -> None:
+    everything = replace(fake_flow_model(), optional_fields=frozenset(OPTIONAL_FIELDS))
+    options: dict[str, Any] = {
+        "true_cfg_scale": 4.1,
+        "guidance_rescale": 0.7,
+        "max_sequence_length": 77,
+        "prompt_2": "a moon & 🌙",
+        "negative_prompt_3": "rain",
+        "empty_negative_prompt": True,
+        "prompt_syntax": "weighted",
+    }
+    flow = {"models": [everything], "auto": True}
+    async with (
+        serving(fake=flow, models=Models(model=("flow=fake",))) as wire,
+        AsyncClient(wire.server.address) as client,
+    ):
+        for sent in (options, {}):
+            image = (await client.generate("a star", embed_record=True, **sent)).image
+            record = ReplayRecord.from_file(image.save(tmp_path / "flow.png", overwrite=True))
+            assert record.differences(image.replay) == {}
+            assert record.request == image.replay.request
+            request = record.request
+            assert request.true_cfg_scale == sent.get("true_cfg_scale", 1.0)
+            assert request.prompt_2 == sent.get("prompt_2", "")
+            assert request.prompt_syntax == sent.get("prompt_syntax")
+            assert request.guidance_scale == 3.5
+            assert (await client.replay(record)).image.data == image.data
+
+
+async def test_a_record_of_a_model_of_0_1_0_has_no_key_that_it_did_not_know() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        data = (await generated(wire, "PNG", prompt="a star", embed_record=True)).data
+    text = embedded_text(data)
+    assert text is not None
+    assert json.loads(text)["request"].keys() == {*KEYS_OF_0_1_0, "embed_record"}
+
+
+async def test_a_record_has_no_guidance_that_the_model_does_not_take() -> None:
+    unguided = replace(fake_model(), optional_fields=frozenset({"preview"}))
+    async with serving(fake={"models": [unguided], "auto": True}) as wire:
+        data = (await generated(wire, "PNG", prompt="a star", embed_record=True)).data
+        text = embedded_text(data)
+        assert text is not None
+        assert ReplayRecord.from_json(text).request.guidance_scale is None
+        async with AsyncClient(wire.server.address) as client:
+            assert (await client.replay(ReplayRecord.from_json(text))).image.data == data
 
 
 @pytest.mark.parametrize("format", HOLDS_RECORDS)
@@ -88,6 +151,16 @@ async def test_what_cannot_hold_a_record_is_named() -> None:
         fields: dict[str, Any] = {"negative_prompt": worst, "embed_record": True}
         error = await refusal(generated(wire, "JPEG", prompt=worst, **fields))
         assert error.violations.keys() == {"embed_record"}
+        everything = replace(fake_model("all"), optional_fields=frozenset(OPTIONAL_FIELDS))
+        many = dict.fromkeys(PROMPT_FIELDS, "&" * 3000)
+        assert len("&" * 3000) * 6 * 3 > MAX_JPEG_PROMPT_BYTES > len("&" * 3000) * 6 * 2
+        async with serving(
+            fake={"models": [everything], "auto": True}, models=Models(model=("all=fake",))
+        ) as other:
+            error = await refusal(generated(other, "JPEG", embed_record=True, **many))
+            assert error.violations.keys() == {"embed_record"}
+            two = {name: many[name] for name in ("prompt", "prompt_3")}
+            assert (await generated(other, "JPEG", embed_record=True, **two)).data
         for format in ("PNG", "WEBP"):
             assert (await generated(wire, format, prompt=worst, **fields)).data
         longest = {"prompt": "🌙" * 2048, "negative_prompt": "🌙" * 2048}

@@ -118,7 +118,7 @@ async def test_a_large_image_comes_in_chunks() -> None:
     # No message is near gRPC's default limit, though the reply would be three times as large.
     assert max(r.ByteSize() for r in events) < 1024**2
     images = assembled([r.event.image for r in events if kind(r) == "image"])
-    assert images == {index: fake_image(job, index).data for index in range(2)}
+    assert images == {index: fake_image(job, index, fake_model(), 2).data for index in range(2)}
     assert len(images[0]) == 2048 * 2048 * 3
 
 

@@ -30,6 +30,16 @@ class Scheduler(StrEnum):
     MODEL = "model"
 
 
+class PromptSyntax(StrEnum):
+    """How a prompt is read; calls accept plain strings, too.
+
+    PLAIN: as it is. WEIGHTED: with weights, such as ``a (red:1.3) circle``.
+    """
+
+    PLAIN = "plain"
+    WEIGHTED = "weighted"
+
+
 class ImageFormat(StrEnum):
     """The encoding of an image; calls accept plain strings, too, "jpg" included.
 

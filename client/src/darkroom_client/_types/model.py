@@ -11,6 +11,7 @@ class ModelDefaults:
     """The values of unset fields of a request; sizes in pixels.
 
     ``scheduler`` and ``format`` are None if the server's value is newer than this client.
+    ``true_cfg_scale`` and ``max_sequence_length`` are None if the model does not take them.
     """
 
     width: int
@@ -20,6 +21,8 @@ class ModelDefaults:
     scheduler: Scheduler | None
     format: ImageFormat | None
     quality: int
+    true_cfg_scale: float | None = None
+    max_sequence_length: int | None = None
 
 
 class RowLimitSource(StrEnum):
@@ -43,7 +46,9 @@ class ModelLimits:
 
     ``prompt_tokens``: tokens that the model reads of a prompt; the rest is ignored and
     reported as ``Image.prompt_truncated``. ``max_rows``: rows of one denoiser pass at the
-    default size, now; an image with guidance takes two. ``row_limit_source``: how it was found.
+    default size, now; a guided image takes ``Guidance.rows``. ``row_limit_source``: how it was
+    found. ``max_sequence_length``: the highest that a request may set, 0 if the model does not take
+    it.
     """
 
     min_size: int
@@ -55,6 +60,7 @@ class ModelLimits:
     prompt_tokens: int
     max_rows: int
     row_limit_source: RowLimitSource = RowLimitSource.UNKNOWN
+    max_sequence_length: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +78,8 @@ class ModelRuntime:
 
     ``attention`` is "sliced" or "sdpa"; ``slice_size`` is "auto", "max" or a number; it is empty
     without sliced attention. ``format_rule``: why ``dtype`` and ``channels_last`` were chosen;
-    empty if both are configured, or if the server is older than this field.
+    empty if both are configured, or if the server is older than this field. ``preset_rule``: why
+    ``preset`` is in force; empty in the same cases.
     """
 
     device: str
@@ -86,6 +93,42 @@ class ModelRuntime:
     fp8_storage: bool
     safety_checker: bool
     format_rule: str = ""
+    preset_rule: str = ""
+
+
+OPTIONAL_FIELDS = (
+    "negative_prompt",
+    "empty_negative_prompt",
+    "guidance_scale",
+    "guidance_rescale",
+    "true_cfg_scale",
+    "max_sequence_length",
+    "prompt_2",
+    "prompt_3",
+    "negative_prompt_2",
+    "negative_prompt_3",
+    "prompt_syntax",
+    "preview",
+)
+"""The fields of a request that not every model takes, and previews."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """How a model applies classifier-free guidance, and what it costs.
+
+    An image is guided if the request's field ``scale`` is more than ``above``, and, if
+    ``needs_negative``, only with a negative prompt or ``empty_negative_prompt``. ``scale`` is
+    "guidance_scale" or "true_cfg_scale", or empty if no image is guided. For each step of the
+    scheduler, a guided image takes ``rows`` rows in each of ``calls`` denoiser calls; other images
+    take one row in one call.
+    """
+
+    scale: str
+    above: float
+    needs_negative: bool
+    rows: int
+    calls: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +136,13 @@ class Model:
     """A diffusers pipeline on the server.
 
     Until it is ``ready`` (loaded and warmed up) only ``id`` is known: the strings are empty, and
-    ``defaults``, ``limits`` and ``runtime`` are None. ``schedulers`` omits those that are newer
-    than this client.
+    ``defaults``, ``limits``, ``runtime`` and ``guidance`` are None. ``schedulers`` omits those that
+    are newer than this client.
+
+    ``optional_fields``: the fields of a request that the model takes, of those that not every model
+    takes ("preview" are the previews of a stream); the server rejects the others. ``guidance``: how
+    the model is guided. ``unbatched_reason``: why its denoiser calls are not merged into batches,
+    empty if they are. From a server older than these fields they are empty and None.
     """
 
     id: str
@@ -105,3 +153,6 @@ class Model:
     limits: ModelLimits | None
     schedulers: tuple[SchedulerOffer, ...]
     runtime: ModelRuntime | None
+    optional_fields: tuple[str, ...] = ()
+    guidance: Guidance | None = None
+    unbatched_reason: str = ""

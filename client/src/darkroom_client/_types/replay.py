@@ -13,7 +13,26 @@ from darkroom_client._types.request import GenerationRequest
 
 _VERSION_KEY = "darkroom_replay"
 _VERSION = 1
-_OPTIONAL = {"embed_record", "request_id", "rows_in_last_pass"}
+_NEWER = {
+    field.name: field.default
+    for field in dataclasses.fields(GenerationRequest)
+    if field.name
+    in (
+        "embed_record",
+        "true_cfg_scale",
+        "max_sequence_length",
+        "prompt_2",
+        "negative_prompt_2",
+        "prompt_3",
+        "negative_prompt_3",
+        "empty_negative_prompt",
+        "guidance_rescale",
+        "prompt_syntax",
+    )
+}
+"""Fields of a request that clients of 0.1.0 do not know, and their defaults."""
+
+_OPTIONAL = {*_NEWER, "request_id", "rows_in_last_pass"}
 """Keys that a record in a picture, or one of an older client, may lack."""
 
 
@@ -21,10 +40,11 @@ _OPTIONAL = {"embed_record", "request_id", "rows_in_last_pass"}
 class ReplayRecord:
     """How one image was generated; ``Client.replay`` reproduces it.
 
-    ``request`` generates this image alone, with every field set. ``pixels_sha256`` is the SHA-256,
-    in hex, of the height × width × 3 bytes of RGB before encoding. Two images are the same if
-    their ``pixels_sha256`` are equal; if not, ``differences`` lists what else differs.
-    ``rows_in_last_pass``: rows in the image's last denoiser pass; 0 in the record of a picture.
+    ``request`` generates this image alone, with every default of the model filled in.
+    ``pixels_sha256`` is the SHA-256, in hex, of the height × width × 3 bytes of RGB before
+    encoding. Two images are the same if their ``pixels_sha256`` are equal; if not,
+    ``differences`` lists what else differs. ``rows_in_last_pass``: rows in the image's last
+    denoiser pass; 0 in the record of a picture.
     """
 
     request: GenerationRequest
@@ -41,8 +61,9 @@ class ReplayRecord:
     def to_json(self) -> str:
         """This record as a readable JSON document, stable across versions of this client."""
         document: dict[str, Any] = {_VERSION_KEY: _VERSION, **dataclasses.asdict(self)}
-        if not self.request.embed_record:  # Older clients do not know this field.
-            del document["request"]["embed_record"]
+        for name, default in _NEWER.items():
+            if document["request"][name] == default:
+                del document["request"][name]  # Older clients reject fields that they do not know.
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TypedDict
 
 from darkroom_client._checks import check_text
-from darkroom_client._types.enums import ImageFormat, Scheduler
+from darkroom_client._types.enums import ImageFormat, PromptSyntax, Scheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +15,7 @@ class GenerationRequest:
     Each field but ``prompt`` may be unset, which means the model's default.
 
     ``model``: an id from ``Client.models``; may be empty if the server has a single model.
-    ``negative_prompt``: what the images should not show; used when guidance is above 1.
+    ``negative_prompt``: what the images should not show; used if the image is guided.
     ``width``, ``height``: pixels, a multiple of 8 within the model's limits.
     ``steps``: denoising steps. ``guidance_scale``: classifier-free guidance; 1 and below mean
     none. ``seed``: 0 to 2^63 - 1; image i uses (seed + i) mod 2^63; if unset, the client picks a
@@ -23,6 +23,17 @@ class GenerationRequest:
     whatever else the server is doing; slower. ``request_id``: at most 64 of A-Z a-z 0-9 . _ - ; if
     unset, the client picks a random one. ``embed_record``: the file of each image holds its replay
     record, the prompt included; not for RAW_RGB.
+
+    Not every model takes the rest, nor ``negative_prompt``, ``guidance_scale`` and previews:
+    ``Model.optional_fields`` lists what it takes, and the server rejects what it does not take.
+
+    ``true_cfg_scale``: classifier-free guidance of a model with embedded guidance; 1 and below mean
+    none, more needs a negative prompt. ``guidance_rescale``: 0 to 1, against overexposed images.
+    ``max_sequence_length``: tokens of the prompt, at most the model's limit. ``prompt_2``,
+    ``prompt_3``: prompts for the model's further text encoders; ``prompt`` if empty. So with
+    ``negative_prompt_2`` and ``negative_prompt_3``. ``empty_negative_prompt``: an empty negative
+    prompt, and not none; some models treat the two differently. ``prompt_syntax``: "plain" or
+    "weighted", which reads weights such as ``a (red:1.3) circle`` in each prompt.
 
     The server checks the bounds, and reports all violations at once.
     """
@@ -42,6 +53,15 @@ class GenerationRequest:
     exact: bool = False
     request_id: str | None = None
     embed_record: bool = False
+    true_cfg_scale: float | None = None
+    max_sequence_length: int | None = None
+    prompt_2: str = ""
+    negative_prompt_2: str = ""
+    prompt_3: str = ""
+    negative_prompt_3: str = ""
+    empty_negative_prompt: bool = False
+    guidance_rescale: float | None = None
+    prompt_syntax: PromptSyntax | str | None = None
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -61,6 +81,15 @@ class GenerationOptions(TypedDict, total=False):
     exact: bool
     request_id: str | None
     embed_record: bool
+    true_cfg_scale: float | None
+    max_sequence_length: int | None
+    prompt_2: str
+    negative_prompt_2: str
+    prompt_3: str
+    negative_prompt_3: str
+    empty_negative_prompt: bool
+    guidance_rescale: float | None
+    prompt_syntax: PromptSyntax | str | None
 
 
 def as_request(

@@ -2,6 +2,7 @@
 
 from darkroom.v1 import model_pb2
 from darkroom_client._types.model import (
+    Guidance,
     Model,
     ModelDefaults,
     ModelLimits,
@@ -31,6 +32,19 @@ def decode_model(model: model_pb2.Model) -> Model:
             if (scheduler := decode_scheduler(offer.scheduler)) is not None
         ),
         runtime=decode_runtime(model.runtime) if model.HasField("runtime") else None,
+        optional_fields=tuple(model.optional_fields),
+        guidance=_decode_guidance(model.guidance) if model.HasField("guidance") else None,
+        unbatched_reason=model.unbatched_reason,
+    )
+
+
+def _decode_guidance(guidance: model_pb2.Guidance) -> Guidance:
+    return Guidance(
+        scale=guidance.scale,
+        above=decode_float(guidance.above),
+        needs_negative=guidance.needs_negative,
+        rows=guidance.rows,
+        calls=guidance.calls,
     )
 
 
@@ -43,6 +57,12 @@ def _decode_defaults(defaults: model_pb2.ModelDefaults) -> ModelDefaults:
         scheduler=decode_scheduler(defaults.scheduler),
         format=decode_format(defaults.format),
         quality=defaults.quality,
+        true_cfg_scale=(
+            decode_float(defaults.true_cfg_scale) if defaults.HasField("true_cfg_scale") else None
+        ),
+        max_sequence_length=(
+            defaults.max_sequence_length if defaults.HasField("max_sequence_length") else None
+        ),
     )
 
 
@@ -57,6 +77,7 @@ def _decode_limits(limits: model_pb2.ModelLimits) -> ModelLimits:
         prompt_tokens=limits.prompt_tokens,
         max_rows=limits.max_rows,
         row_limit_source=decode_row_limit_source(limits.row_limit_source),
+        max_sequence_length=limits.max_sequence_length,
     )
 
 
@@ -81,4 +102,5 @@ def decode_runtime(runtime: model_pb2.ModelRuntime) -> ModelRuntime:
         fp8_storage=runtime.fp8_storage,
         safety_checker=runtime.safety_checker,
         format_rule=runtime.format_rule,
+        preset_rule=runtime.preset_rule,
     )

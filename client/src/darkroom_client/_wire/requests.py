@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterator
+from enum import StrEnum
 
 from darkroom.v1 import generation_pb2
 from darkroom_client._checks import (
@@ -12,22 +13,34 @@ from darkroom_client._checks import (
     is_unicode,
 )
 from darkroom_client._errors import InvalidRequest, Violation
-from darkroom_client._types.enums import ImageFormat, Scheduler
+from darkroom_client._types.enums import ImageFormat, PromptSyntax, Scheduler
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._wire.values import (
     decode_float,
     decode_format,
     decode_scheduler,
+    decode_syntax,
     encode_format,
     encode_scheduler,
+    encode_syntax,
 )
 
 _SEED_BOUND = 2**63
 _INT32_BOUND = 2**31
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
-_TEXTS = ("prompt", "negative_prompt", "model")
-_INTEGERS = ("width", "height", "steps", "image_count", "quality")
+_TEXTS = (
+    "prompt",
+    "negative_prompt",
+    "model",
+    "prompt_2",
+    "negative_prompt_2",
+    "prompt_3",
+    "negative_prompt_3",
+)
+_INTEGERS = ("width", "height", "steps", "image_count", "quality", "max_sequence_length")
+_SCALES = ("guidance_scale", "true_cfg_scale", "guidance_rescale")
+_NAMES = (("scheduler", Scheduler), ("format", ImageFormat), ("prompt_syntax", PromptSyntax))
 
 
 def encode_request(
@@ -67,6 +80,15 @@ def encode_request(
         on_disconnect=(
             generation_pb2.ON_DISCONNECT_KEEP if keep else generation_pb2.ON_DISCONNECT_CANCEL
         ),
+        true_cfg_scale=request.true_cfg_scale,
+        max_sequence_length=request.max_sequence_length,
+        prompt_2=request.prompt_2,
+        negative_prompt_2=request.negative_prompt_2,
+        prompt_3=request.prompt_3,
+        negative_prompt_3=request.negative_prompt_3,
+        empty_negative_prompt=request.empty_negative_prompt,
+        guidance_rescale=request.guidance_rescale,
+        prompt_syntax=encode_syntax(request.prompt_syntax),
     )
 
 
@@ -108,24 +130,45 @@ def decode_request(request: generation_pb2.GenerateRequest) -> GenerationRequest
         exact=request.exact,
         embed_record=request.embed_record,
         request_id=request.request_id or None,
+        true_cfg_scale=(
+            decode_float(request.true_cfg_scale) if request.HasField("true_cfg_scale") else None
+        ),
+        max_sequence_length=(
+            request.max_sequence_length if request.HasField("max_sequence_length") else None
+        ),
+        prompt_2=request.prompt_2,
+        negative_prompt_2=request.negative_prompt_2,
+        prompt_3=request.prompt_3,
+        negative_prompt_3=request.negative_prompt_3,
+        empty_negative_prompt=request.empty_negative_prompt,
+        guidance_rescale=(
+            decode_float(request.guidance_rescale) if request.HasField("guidance_rescale") else None
+        ),
+        prompt_syntax=decode_syntax(request.prompt_syntax),
     )
 
 
 def _check_types(request: GenerationRequest) -> None:
     for field in _TEXTS:
-        check_text(field, getattr(request, field))
+        if (value := getattr(request, field)) != "":
+            check_text(field, value)
     if request.request_id is not None:
         check_text("request_id", request.request_id)
     for field in (*_INTEGERS, "seed"):
         if (value := getattr(request, field)) is not None:
             check_integer(field, value)
-    if request.guidance_scale is not None:
-        check_number("guidance_scale", request.guidance_scale)
-    check_flags(exact=request.exact, embed_record=request.embed_record)
+    for field in _SCALES:
+        if (value := getattr(request, field)) is not None:
+            check_number(field, value)
+    check_flags(
+        exact=request.exact,
+        embed_record=request.embed_record,
+        empty_negative_prompt=request.empty_negative_prompt,
+    )
 
 
 def _violations(request: GenerationRequest) -> Iterator[Violation]:
-    for field, kind in (("scheduler", Scheduler), ("format", ImageFormat)):
+    for field, kind in _NAMES:
         value = getattr(request, field)
         if value is not None and not _is_member(kind, value):
             names = ", ".join(kind)
@@ -134,19 +177,18 @@ def _violations(request: GenerationRequest) -> Iterator[Violation]:
         value = getattr(request, field)
         if value is not None and not -_INT32_BOUND <= operator.index(value) < _INT32_BOUND:
             yield Violation(field=field, description=f"is {value}, out of range for 32 bits")
-    scale = request.guidance_scale
-    if scale is not None and not abs(scale) <= _FLOAT32_MAX:
-        yield Violation(
-            field="guidance_scale", description=f"is {scale}, not a finite 32-bit number"
-        )
+    for field in _SCALES:
+        value = getattr(request, field)
+        if value is not None and not abs(value) <= _FLOAT32_MAX:
+            yield Violation(field=field, description=f"is {value}, not a finite 32-bit number")
     for field in (*_TEXTS, "request_id"):
-        if not is_unicode(getattr(request, field) or ""):
+        if (text := getattr(request, field)) and not is_unicode(text):
             yield Violation(field=field, description="is not valid Unicode text")
     if request.seed is not None and not 0 <= operator.index(request.seed) < _SEED_BOUND:
         yield Violation(field="seed", description=f"is {request.seed}, must be 0 to 2^63 - 1")
 
 
-def _is_member(kind: type[Scheduler] | type[ImageFormat], value: str) -> bool:
+def _is_member(kind: type[StrEnum], value: str) -> bool:
     try:
         kind(value)
     except ValueError:

@@ -5,10 +5,11 @@ import struct
 from google.protobuf.duration_pb2 import Duration
 
 from darkroom.v1 import types_pb2
-from darkroom_client._types.enums import ImageFormat, Scheduler
+from darkroom_client._types.enums import ImageFormat, PromptSyntax, Scheduler
 
 _SCHEDULER_PREFIX = "SCHEDULER_"
 _FORMAT_PREFIX = "IMAGE_FORMAT_"
+_SYNTAX_PREFIX = "PROMPT_SYNTAX_"
 
 
 def encode_scheduler(scheduler: Scheduler | str | None) -> types_pb2.Scheduler.ValueType:
@@ -35,6 +36,19 @@ def decode_format(number: types_pb2.ImageFormat.ValueType) -> ImageFormat | None
     known = types_pb2.ImageFormat.DESCRIPTOR.values_by_number.get(number)
     name = known.name.removeprefix(_FORMAT_PREFIX) if known else ""
     return ImageFormat.__members__.get(name)
+
+
+def encode_syntax(syntax: PromptSyntax | str | None) -> types_pb2.PromptSyntax.ValueType:
+    """The prompt syntax's number; raises ``ValueError`` for an unknown name."""
+    name = "UNSPECIFIED" if syntax is None else PromptSyntax(syntax).name
+    return types_pb2.PromptSyntax.Value(_SYNTAX_PREFIX + name)
+
+
+def decode_syntax(number: types_pb2.PromptSyntax.ValueType) -> PromptSyntax | None:
+    """The prompt syntax with that number; None if unset or newer than this client."""
+    known = types_pb2.PromptSyntax.DESCRIPTOR.values_by_number.get(number)
+    name = known.name.removeprefix(_SYNTAX_PREFIX) if known else ""
+    return PromptSyntax.__members__.get(name)
 
 
 def decode_float(value: float) -> float:

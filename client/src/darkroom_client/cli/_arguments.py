@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from darkroom_client._settings import DEFAULT_TARGET, DEFAULT_TIMEOUT
-from darkroom_client._types.enums import ImageFormat, Scheduler
+from darkroom_client._types.enums import ImageFormat, PromptSyntax, Scheduler
 from darkroom_client.cli._completion import SHELLS
 from darkroom_client.cli._exit_codes import TABLE
 from darkroom_client.cli._flags import flags_of, meant
@@ -239,6 +239,40 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     )
     add("--quality", metavar="1-100", type=int, help="for jpeg and webp")
     add("--exact", action="store_true", help="the same bytes at any load of the server; slower")
+    _add_optional_fields(parser)
+
+
+def _add_optional_fields(parser: argparse.ArgumentParser) -> None:
+    title = "request, for models that take it (see `darkroom models`)"
+    add = parser.add_argument_group(title).add_argument
+    add(
+        "--true-cfg-scale",
+        metavar="SCALE",
+        type=float,
+        help="guidance of a model with embedded guidance; above 1 it needs a negative prompt",
+    )
+    add("--guidance-rescale", metavar="0-1", type=float, help="against overexposed images")
+    add("--max-sequence-length", metavar="N", type=int, help="tokens of the prompt")
+    for number, encoder in ((2, "second"), (3, "third")):
+        add(
+            f"--prompt-{number}",
+            metavar="TEXT",
+            default="",
+            help=f"the prompt for the {encoder} text encoder",
+        )
+        add(
+            f"--negative-{number}",
+            metavar="TEXT",
+            default="",
+            help=f"the negative prompt for the {encoder} text encoder",
+        )
+    add("--empty-negative", action="store_true", help="an empty negative prompt, and not none")
+    add(
+        "--prompt-syntax",
+        choices=list(PromptSyntax),
+        metavar="NAME",
+        help='plain, or weighted to read weights such as "a (red:1.3) circle"',
+    )
 
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,16 @@ _FLAGS = {
     "quality": "--quality",
     "request_id": "--request-id",
     "time_limit": "--time-limit",
+    "true_cfg_scale": "--true-cfg-scale",
+    "max_sequence_length": "--max-sequence-length",
+    "prompt_2": "--prompt-2",
+    "negative_prompt_2": "--negative-2",
+    "prompt_3": "--prompt-3",
+    "negative_prompt_3": "--negative-3",
+    "empty_negative_prompt": "--empty-negative",
+    "guidance_rescale": "--guidance-rescale",
+    "prompt_syntax": "--prompt-syntax",
+    "preview.every_steps": "--preview",
 }
 """The flag of each field of a request."""
 

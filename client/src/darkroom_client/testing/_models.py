@@ -1,12 +1,15 @@
 """The fake server's models: their description, and the requests that they accept."""
 
 import struct
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 
 from darkroom.v1 import generation_pb2, model_pb2
 from darkroom_client._errors import Unavailable
 from darkroom_client._types.enums import ImageFormat, Scheduler
 from darkroom_client._types.model import (
+    OPTIONAL_FIELDS,
+    Guidance,
     Model,
     ModelDefaults,
     ModelLimits,
@@ -19,6 +22,7 @@ from darkroom_client._wire.values import encode_format, encode_scheduler
 RETRY_SECONDS = 0.05
 MAX_STEPS = 1000
 MAX_LCM_STEPS = 50
+MAX_SEQUENCE_LENGTH = 512
 
 _FAKE = Model(
     id="demo",
@@ -65,21 +69,46 @@ _FAKE = Model(
         fp8_storage=False,
         safety_checker=False,
     ),
+    guidance=Guidance(scale="guidance_scale", above=1.0, needs_negative=False, rows=2, calls=1),
 )
 
 
-def fake_model(id: str = "demo") -> Model:
+def fake_model(
+    id: str = "demo",
+    *,
+    optional_fields: Iterable[str] = ("negative_prompt", "guidance_scale", "preview"),
+) -> Model:
     """A loaded model of 8 to 1024 pixels (64 by default) that offers every scheduler.
 
-    Change it with ``dataclasses.replace``, for ``FakeServer(models=[...])``.
+    ``optional_fields``: what it takes of the fields that not every model takes, such as
+    ``true_cfg_scale``; a request that sets another of them is rejected. Change the rest with
+    ``dataclasses.replace``, for ``FakeServer(models=[...])``. Raises ``ValueError`` for a field
+    that is not optional.
     """
-    return replace(_FAKE, id=id)
+    given = set(optional_fields)
+    if unknown := sorted(given.difference(OPTIONAL_FIELDS)):
+        raise ValueError(f"{', '.join(unknown)}: not among {', '.join(OPTIONAL_FIELDS)}")
+    takes = tuple(name for name in OPTIONAL_FIELDS if name in given)
+    defaults, limits = _FAKE.defaults, _FAKE.limits
+    assert defaults is not None
+    assert limits is not None
+    if "true_cfg_scale" in takes:
+        defaults = replace(defaults, true_cfg_scale=1.0)
+    if "max_sequence_length" in takes:
+        defaults = replace(defaults, max_sequence_length=MAX_SEQUENCE_LENGTH)
+        limits = replace(limits, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    return replace(_FAKE, id=id, optional_fields=takes, defaults=defaults, limits=limits)
 
 
 def encode_model(model: Model) -> model_pb2.Model:
     """Encode ``model`` as the server sends it; parts that are None stay unset."""
     message = model_pb2.Model(
-        id=model.id, revision=model.revision, kind=model.kind, ready=model.ready
+        id=model.id,
+        revision=model.revision,
+        kind=model.kind,
+        ready=model.ready,
+        optional_fields=model.optional_fields,
+        unbatched_reason=model.unbatched_reason,
     )
     if model.defaults is not None:
         defaults = model.defaults
@@ -92,6 +121,8 @@ def encode_model(model: Model) -> model_pb2.Model:
                 scheduler=encode_scheduler(defaults.scheduler),
                 format=encode_format(defaults.format),
                 quality=defaults.quality,
+                true_cfg_scale=defaults.true_cfg_scale,
+                max_sequence_length=defaults.max_sequence_length,
             )
         )
     if model.limits is not None:
@@ -107,8 +138,11 @@ def encode_model(model: Model) -> model_pb2.Model:
                 prompt_tokens=limits.prompt_tokens,
                 max_rows=limits.max_rows,
                 row_limit_source=_encode_source(limits.row_limit_source),
+                max_sequence_length=limits.max_sequence_length,
             )
         )
+    if model.guidance is not None:
+        message.guidance.CopyFrom(model_pb2.Guidance(**asdict(model.guidance)))
     for offer in model.schedulers:
         message.schedulers.add(
             scheduler=encode_scheduler(offer.scheduler),
@@ -130,6 +164,7 @@ def encode_model(model: Model) -> model_pb2.Model:
                 fp8_storage=runtime.fp8_storage,
                 safety_checker=runtime.safety_checker,
                 format_rule=runtime.format_rule,
+                preset_rule=runtime.preset_rule,
             )
         )
     return message
@@ -152,13 +187,17 @@ def loaded(model: Model) -> tuple[ModelDefaults, ModelLimits]:
 def fill_defaults(
     request: generation_pb2.GenerateRequest, model: Model
 ) -> generation_pb2.GenerateRequest:
-    """``request`` with the defaults of ``model`` in every unset field but the seed."""
+    """``request`` with the defaults of ``model`` in its unset fields, but the seed."""
     defaults = loaded(model)[0]
     filled = generation_pb2.GenerateRequest(
         width=defaults.width,
         height=defaults.height,
         steps=defaults.steps,
-        guidance_scale=defaults.guidance_scale,
+        guidance_scale=(
+            defaults.guidance_scale if "guidance_scale" in model.optional_fields else None
+        ),
+        true_cfg_scale=defaults.true_cfg_scale,
+        max_sequence_length=defaults.max_sequence_length,
         image_count=1,
         scheduler=encode_scheduler(defaults.scheduler),
         format=encode_format(defaults.format),

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from darkroom.v1 import generation_pb2
+from darkroom.v1 import generation_pb2, types_pb2
 from darkroom_client._errors import InvalidRequest, ReplyTooLarge, Violation
 from darkroom_client._types.enums import ImageFormat
-from darkroom_client._types.model import Model, ModelLimits
-from darkroom_client._wire.values import decode_format, decode_scheduler
+from darkroom_client._types.model import OPTIONAL_FIELDS, Model, ModelLimits
+from darkroom_client._wire.values import decode_format, decode_scheduler, decode_syntax
 from darkroom_client.testing._models import as_float32, fill_defaults, loaded
 
 SEED_BOUND = 2**63
@@ -19,6 +19,14 @@ ID_RULE = "must be at most 64 of A-Z a-z 0-9 . _ -"
 MAX_JPEG_PROMPT_BYTES = 52 * 2**10
 _MARKUP = re.compile("[&<>]")
 LOSSY = (ImageFormat.JPEG, ImageFormat.WEBP)
+PROMPTS = (
+    "prompt",
+    "negative_prompt",
+    "prompt_2",
+    "negative_prompt_2",
+    "prompt_3",
+    "negative_prompt_3",
+)
 
 MAX_TIME_LIMIT_SECONDS = 366 * 86400.0
 MAX_REPLY_BYTES = 64 * 2**20
@@ -41,17 +49,22 @@ def check_request(
     """Raise ``InvalidRequest`` with everything in ``request`` that ``model`` does not accept."""
     limits = loaded(model)[1]
     violations = (
-        *_texts(request, limits),
+        *_texts(request, model, limits),
+        *_optional_fields(request, model, preview),
         *_scheduler(request, model),
         *_format(request),
         *_sizes(request, model, limits),
         *_steps(request, model),
-        *_guidance(request, limits),
+        *_scale("guidance_scale", request, model, limits.max_guidance_scale),
         *_seed(request),
         *_between("image_count", request, 1, limits.max_image_count),
         *_quality(request, model),
         *_record(request, model),
         *_preview(preview),
+        *_scale("true_cfg_scale", request, model, limits.max_guidance_scale),
+        *_scale("guidance_rescale", request, model, 1.0),
+        *_sequence_length(request, model, limits),
+        *_syntax(request),
     )
     if violations:
         raise invalid(*violations)
@@ -86,17 +99,51 @@ def check_reply(request: generation_pb2.GenerateRequest, model: Model, max_bytes
         )
 
 
-def _texts(request: generation_pb2.GenerateRequest, limits: ModelLimits) -> Iterator[Violation]:
+def _takes(model: Model, name: str) -> bool:
+    return name not in OPTIONAL_FIELDS or name in model.optional_fields
+
+
+def _texts(
+    request: generation_pb2.GenerateRequest, model: Model, limits: ModelLimits
+) -> Iterator[Violation]:
     if not request.prompt:
         yield Violation(field="prompt", description="must not be empty")
     most = limits.max_prompt_bytes
-    for name in ("prompt", "negative_prompt"):
+    for name in PROMPTS:
         size = len(getattr(request, name).encode())
-        if size > most:
+        if size > most and _takes(model, name):
             description = f"must be at most {most} bytes of UTF-8, and has {size}"
             yield Violation(field=name, description=description)
     if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
         yield Violation(field="request_id", description=ID_RULE)
+
+
+def _optional_fields(
+    request: generation_pb2.GenerateRequest, model: Model, preview: generation_pb2.PreviewOptions
+) -> Iterator[Violation]:
+    takes = ", ".join(model.optional_fields) or "no optional field"
+    for name in OPTIONAL_FIELDS:
+        if not _takes(model, name) and _is_set(name, request, preview):
+            field = "preview.every_steps" if name == "preview" else name
+            description = f"model {model.id!r} does not take it; it takes {takes}"
+            yield Violation(field=field, description=description)
+    if (
+        request.empty_negative_prompt
+        and request.negative_prompt
+        and _takes(model, "empty_negative_prompt")
+    ):
+        description = "must not be set with a negative_prompt"
+        yield Violation(field="empty_negative_prompt", description=description)
+
+
+def _is_set(name: str, request: Any, preview: generation_pb2.PreviewOptions) -> bool:
+    match name:
+        case "preview":
+            return preview.every_steps > 0
+        case "prompt_syntax":
+            return bool(request.prompt_syntax == types_pb2.PROMPT_SYNTAX_WEIGHTED)
+    field = request.DESCRIPTOR.fields_by_name[name]
+    return bool(request.HasField(name) if field.has_presence else getattr(request, name))
 
 
 def _sizes(
@@ -141,13 +188,25 @@ def _steps(request: generation_pb2.GenerateRequest, model: Model) -> Iterator[Vi
     yield from _between("steps", request, low, high)
 
 
-def _guidance(request: generation_pb2.GenerateRequest, limits: ModelLimits) -> Iterator[Violation]:
-    value, most = request.guidance_scale, limits.max_guidance_scale
-    if request.HasField("guidance_scale") and not (
-        math.isfinite(value) and 0.0 <= value <= as_float32(most)
-    ):
-        description = f"must be 0 to {most:g}, not {value:g}"
-        yield Violation(field="guidance_scale", description=description)
+def _scale(name: str, request: Any, model: Model, most: float) -> Iterator[Violation]:
+    value = getattr(request, name)
+    within = math.isfinite(value) and 0.0 <= value <= as_float32(most)
+    if request.HasField(name) and _takes(model, name) and not within:
+        yield Violation(field=name, description=f"must be 0 to {most:g}, not {value:g}")
+
+
+def _sequence_length(
+    request: generation_pb2.GenerateRequest, model: Model, limits: ModelLimits
+) -> Iterator[Violation]:
+    if _takes(model, "max_sequence_length"):
+        yield from _between("max_sequence_length", request, 1, limits.max_sequence_length)
+
+
+def _syntax(request: generation_pb2.GenerateRequest) -> Iterator[Violation]:
+    # Unlike a Darkroom server, the fake one does not parse the weights of a prompt.
+    if request.prompt_syntax and decode_syntax(request.prompt_syntax) is None:
+        description = f"{request.prompt_syntax} is not a prompt syntax that this server knows"
+        yield Violation(field="prompt_syntax", description=description)
 
 
 def _seed(request: generation_pb2.GenerateRequest) -> Iterator[Violation]:
@@ -180,7 +239,7 @@ def _record(request: generation_pb2.GenerateRequest, model: Model) -> Iterator[V
         yield Violation(field="embed_record", description=description)
     elif image_format is ImageFormat.JPEG:
         # Each of & < > is written as six characters.
-        prompts = [json.dumps(text) for text in (request.prompt, request.negative_prompt)]
+        prompts = [json.dumps(getattr(request, name)) for name in PROMPTS]
         size = sum(len(text) + 5 * len(_MARKUP.findall(text)) for text in prompts)
         if size > MAX_JPEG_PROMPT_BYTES:
             description = "the prompts are too long for a JPEG's XMP; ask for PNG"

@@ -118,7 +118,9 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 @_typing.final
 class GenerateRequest(_message.Message):
     """GenerateRequest describes the images. Only `prompt` is required; every unset
-    field means the model's default, which ModelService.GetModel returns.
+    field means the model's default, which ModelService.GetModel returns. Not every
+    model takes every field: a set field of those that Model.optional_fields may
+    list is INVALID_ARGUMENT if the model's list lacks it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -139,12 +141,25 @@ class GenerateRequest(_message.Message):
     EXACT_FIELD_NUMBER: _builtins.int
     ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     EMBED_RECORD_FIELD_NUMBER: _builtins.int
+    TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _builtins.int
+    PROMPT_2_FIELD_NUMBER: _builtins.int
+    NEGATIVE_PROMPT_2_FIELD_NUMBER: _builtins.int
+    PROMPT_3_FIELD_NUMBER: _builtins.int
+    NEGATIVE_PROMPT_3_FIELD_NUMBER: _builtins.int
+    EMPTY_NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
+    PROMPT_SYNTAX_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's id; may be empty if the server has a single model."""
     prompt: _builtins.str
     """What the images should show."""
     negative_prompt: _builtins.str
-    """What they should not show; used if guidance_scale is above 1."""
+    """What they should not show; used if the image is guided, see Model.guidance.
+    Empty means none, the pipeline's None; empty_negative_prompt asks for an empty
+    text. INVALID_ARGUMENT if the model does not take it, see
+    Model.optional_fields.
+    """
     width: _builtins.int
     """In pixels; a multiple of 8 within the model's limits."""
     height: _builtins.int
@@ -152,7 +167,11 @@ class GenerateRequest(_message.Message):
     steps: _builtins.int
     """Denoising steps, within the limits of the scheduler."""
     guidance_scale: _builtins.float
-    """Classifier-free guidance; 1 and below mean none, at half the cost."""
+    """Classifier-free guidance: 1 and below mean none, at half the cost. A model
+    that was distilled with embedded guidance reads it as a number instead, at no
+    extra cost. 0 to ModelLimits.max_guidance_scale. INVALID_ARGUMENT if the model
+    does not take it, see Model.optional_fields.
+    """
     seed: _builtins.int
     """0 to 2^63 - 1. Unset: the server chooses one at random and returns it.
     Image i uses the seed (seed + i) mod 2^63.
@@ -183,6 +202,51 @@ class GenerateRequest(_message.Message):
     XMP namespace "urn:darkroom:v1". It holds nothing that changes from call to
     call: no request_id, no rows_in_last_pass. INVALID_ARGUMENT for RAW_RGB.
     """
+    true_cfg_scale: _builtins.float
+    """Classifier-free guidance of a model with embedded guidance, such as FLUX.1 and
+    Qwen-Image: 1 and below mean none; above, the image needs a negative prompt and
+    twice the work. 0 to ModelLimits.max_guidance_scale. INVALID_ARGUMENT if the
+    model does not take it, see Model.optional_fields.
+    """
+    max_sequence_length: _builtins.int
+    """Tokens of the prompt that the model's long text encoder reads; the rest is cut.
+    1 to ModelLimits.max_sequence_length. INVALID_ARGUMENT if the model does not
+    take it, see Model.optional_fields.
+    """
+    prompt_2: _builtins.str
+    """The prompt for the model's second text encoder; `prompt` if empty. At most
+    ModelLimits.max_prompt_bytes. INVALID_ARGUMENT if the model does not take it,
+    see Model.optional_fields.
+    """
+    negative_prompt_2: _builtins.str
+    """The negative prompt for the second text encoder; `negative_prompt` if empty. At
+    most ModelLimits.max_prompt_bytes. INVALID_ARGUMENT if the model does not take
+    it, see Model.optional_fields.
+    """
+    prompt_3: _builtins.str
+    """The prompt for the model's third text encoder; `prompt` if empty. At most
+    ModelLimits.max_prompt_bytes. INVALID_ARGUMENT if the model does not take it,
+    see Model.optional_fields.
+    """
+    negative_prompt_3: _builtins.str
+    """The negative prompt for the third text encoder; `negative_prompt` if empty. At
+    most ModelLimits.max_prompt_bytes. INVALID_ARGUMENT if the model does not take
+    it, see Model.optional_fields.
+    """
+    empty_negative_prompt: _builtins.bool
+    """Give the pipeline an empty negative prompt, "", and not none: some models
+    treat the two differently. INVALID_ARGUMENT with a negative_prompt, and if the
+    model does not take it, see Model.optional_fields.
+    """
+    guidance_rescale: _builtins.float
+    """How far guidance is rescaled against overexposed images, 0 (not at all) to 1;
+    0 if unset. INVALID_ARGUMENT if the model does not take it, see
+    Model.optional_fields.
+    """
+    prompt_syntax: _types_pb2.PromptSyntax.ValueType
+    """How the prompts are read. INVALID_ARGUMENT for WEIGHTED if the model does not
+    take it, see Model.optional_fields, and for a prompt that cannot be parsed.
+    """
     def __init__(
         self,
         *,
@@ -202,25 +266,42 @@ class GenerateRequest(_message.Message):
         exact: _builtins.bool = ...,
         on_disconnect: Global___OnDisconnect.ValueType = ...,
         embed_record: _builtins.bool = ...,
+        true_cfg_scale: _builtins.float | None = ...,
+        max_sequence_length: _builtins.int | None = ...,
+        prompt_2: _builtins.str = ...,
+        negative_prompt_2: _builtins.str = ...,
+        prompt_3: _builtins.str = ...,
+        negative_prompt_3: _builtins.str = ...,
+        empty_negative_prompt: _builtins.bool = ...,
+        guidance_rescale: _builtins.float | None = ...,
+        prompt_syntax: _types_pb2.PromptSyntax.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "quality", b"quality", "seed", b"seed", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_max_sequence_length", b"_max_sequence_length", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "max_sequence_length", b"max_sequence_length", "quality", b"quality", "seed", b"seed", "steps", b"steps", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_width", b"_width", "embed_record", b"embed_record", "exact", b"exact", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "on_disconnect", b"on_disconnect", "prompt", b"prompt", "quality", b"quality", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_max_sequence_length", b"_max_sequence_length", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "embed_record", b"embed_record", "empty_negative_prompt", b"empty_negative_prompt", "exact", b"exact", "format", b"format", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "max_sequence_length", b"max_sequence_length", "model", b"model", "negative_prompt", b"negative_prompt", "negative_prompt_2", b"negative_prompt_2", "negative_prompt_3", b"negative_prompt_3", "on_disconnect", b"on_disconnect", "prompt", b"prompt", "prompt_2", b"prompt_2", "prompt_3", b"prompt_3", "prompt_syntax", b"prompt_syntax", "quality", b"quality", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance_rescale: _TypeAlias = _typing.Literal["guidance_rescale"]  # noqa: Y015
+    _WhichOneofArgType__guidance_rescale: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale"]  # noqa: Y015
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     _WhichOneofReturnType__height: _TypeAlias = _typing.Literal["height"]  # noqa: Y015
     _WhichOneofArgType__height: _TypeAlias = _typing.Literal["_height", b"_height"]  # noqa: Y015
     _WhichOneofReturnType__image_count: _TypeAlias = _typing.Literal["image_count"]  # noqa: Y015
     _WhichOneofArgType__image_count: _TypeAlias = _typing.Literal["_image_count", b"_image_count"]  # noqa: Y015
+    _WhichOneofReturnType__max_sequence_length: _TypeAlias = _typing.Literal["max_sequence_length"]  # noqa: Y015
+    _WhichOneofArgType__max_sequence_length: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length"]  # noqa: Y015
     _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
     _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__true_cfg_scale: _TypeAlias = _typing.Literal["true_cfg_scale"]  # noqa: Y015
+    _WhichOneofArgType__true_cfg_scale: _TypeAlias = _typing.Literal["_true_cfg_scale", b"_true_cfg_scale"]  # noqa: Y015
     _WhichOneofReturnType__width: _TypeAlias = _typing.Literal["width"]  # noqa: Y015
     _WhichOneofArgType__width: _TypeAlias = _typing.Literal["_width", b"_width"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_rescale) -> _WhichOneofReturnType__guidance_rescale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
     @_typing.overload
@@ -228,11 +309,15 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__image_count) -> _WhichOneofReturnType__image_count | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sequence_length) -> _WhichOneofReturnType__max_sequence_length | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__true_cfg_scale) -> _WhichOneofReturnType__true_cfg_scale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width) -> _WhichOneofReturnType__width | None: ...
 

@@ -155,6 +155,9 @@ class Model(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     SCHEDULERS_FIELD_NUMBER: _builtins.int
     RUNTIME_FIELD_NUMBER: _builtins.int
+    OPTIONAL_FIELDS_FIELD_NUMBER: _builtins.int
+    GUIDANCE_FIELD_NUMBER: _builtins.int
+    UNBATCHED_REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The name that requests use."""
     revision: _builtins.str
@@ -163,6 +166,8 @@ class Model(_message.Message):
     """The pipeline's class, such as "StableDiffusionPipeline"."""
     ready: _builtins.bool
     """Whether it is loaded and warmed up."""
+    unbatched_reason: _builtins.str
+    """Why the model's denoiser calls are not merged into batches; empty if they are."""
     @_builtins.property
     def defaults(self) -> Global___ModelDefaults:
         """The values of unset fields of a request."""
@@ -179,6 +184,20 @@ class Model(_message.Message):
     def runtime(self) -> Global___ModelRuntime:
         """How the model runs."""
 
+    @_builtins.property
+    def optional_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The fields of a request that the model takes, of those that not every model
+        takes: "negative_prompt", "empty_negative_prompt", "guidance_scale",
+        "guidance_rescale", "true_cfg_scale", "max_sequence_length", "prompt_2",
+        "prompt_3", "negative_prompt_2", "negative_prompt_3", "prompt_syntax" and
+        "preview". A request that sets another one of them is INVALID_ARGUMENT. Empty
+        from a server older than this field.
+        """
+
+    @_builtins.property
+    def guidance(self) -> Global___Guidance:
+        """How the model applies guidance, and what it costs."""
+
     def __init__(
         self,
         *,
@@ -190,14 +209,60 @@ class Model(_message.Message):
         limits: Global___ModelLimits | None = ...,
         schedulers: _abc.Iterable[Global___SchedulerOffer] | None = ...,
         runtime: Global___ModelRuntime | None = ...,
+        optional_fields: _abc.Iterable[_builtins.str] | None = ...,
+        guidance: Global___Guidance | None = ...,
+        unbatched_reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits", "runtime", b"runtime"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "guidance", b"guidance", "limits", b"limits", "runtime", b"runtime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "id", b"id", "kind", b"kind", "limits", b"limits", "ready", b"ready", "revision", b"revision", "runtime", b"runtime", "schedulers", b"schedulers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "guidance", b"guidance", "id", b"id", "kind", b"kind", "limits", b"limits", "optional_fields", b"optional_fields", "ready", b"ready", "revision", b"revision", "runtime", b"runtime", "schedulers", b"schedulers", "unbatched_reason", b"unbatched_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Guidance(_message.Message):
+    """Guidance is how a model applies classifier-free guidance. An image is guided if
+    the request's field `scale` is more than `above`, and, if `needs_negative`, only
+    with a negative prompt. Other images take one row in one denoiser call.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCALE_FIELD_NUMBER: _builtins.int
+    ABOVE_FIELD_NUMBER: _builtins.int
+    NEEDS_NEGATIVE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    scale: _builtins.str
+    """"guidance_scale" or "true_cfg_scale"; empty if no image is guided."""
+    above: _builtins.float
+    """The largest value of that field that means no guidance."""
+    needs_negative: _builtins.bool
+    """Whether an image is guided only with a negative prompt, or with
+    empty_negative_prompt.
+    """
+    rows: _builtins.int
+    """Rows that a guided image takes in each denoiser call."""
+    calls: _builtins.int
+    """Denoiser calls that a guided image takes for each step of the scheduler."""
+    def __init__(
+        self,
+        *,
+        scale: _builtins.str = ...,
+        above: _builtins.float = ...,
+        needs_negative: _builtins.bool = ...,
+        rows: _builtins.int = ...,
+        calls: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["above", b"above", "calls", b"calls", "needs_negative", b"needs_negative", "rows", b"rows", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Guidance: _TypeAlias = Guidance  # noqa: Y015
 
 @_typing.final
 class ModelDefaults(_message.Message):
@@ -212,6 +277,8 @@ class ModelDefaults(_message.Message):
     SCHEDULER_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
+    TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _builtins.int
     width: _builtins.int
     """In pixels."""
     height: _builtins.int
@@ -226,6 +293,12 @@ class ModelDefaults(_message.Message):
     """The encoding of the images."""
     quality: _builtins.int
     """For JPEG and WEBP."""
+    true_cfg_scale: _builtins.float
+    """Classifier-free guidance of a model with embedded guidance; unset if the model
+    does not take it.
+    """
+    max_sequence_length: _builtins.int
+    """Tokens of the prompt; unset if the model does not take it."""
     def __init__(
         self,
         *,
@@ -236,12 +309,21 @@ class ModelDefaults(_message.Message):
         scheduler: _types_pb2.Scheduler.ValueType = ...,
         format: _types_pb2.ImageFormat.ValueType = ...,
         quality: _builtins.int = ...,
+        true_cfg_scale: _builtins.float | None = ...,
+        max_sequence_length: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length", "_true_cfg_scale", b"_true_cfg_scale", "max_sequence_length", b"max_sequence_length", "true_cfg_scale", b"true_cfg_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "quality", b"quality", "scheduler", b"scheduler", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length", "_true_cfg_scale", b"_true_cfg_scale", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "max_sequence_length", b"max_sequence_length", "quality", b"quality", "scheduler", b"scheduler", "steps", b"steps", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_sequence_length: _TypeAlias = _typing.Literal["max_sequence_length"]  # noqa: Y015
+    _WhichOneofArgType__max_sequence_length: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length"]  # noqa: Y015
+    _WhichOneofReturnType__true_cfg_scale: _TypeAlias = _typing.Literal["true_cfg_scale"]  # noqa: Y015
+    _WhichOneofArgType__true_cfg_scale: _TypeAlias = _typing.Literal["_true_cfg_scale", b"_true_cfg_scale"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sequence_length) -> _WhichOneofReturnType__max_sequence_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__true_cfg_scale) -> _WhichOneofReturnType__true_cfg_scale | None: ...
 
 Global___ModelDefaults: _TypeAlias = ModelDefaults  # noqa: Y015
 
@@ -260,6 +342,7 @@ class ModelLimits(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_ROWS_FIELD_NUMBER: _builtins.int
     ROW_LIMIT_SOURCE_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _builtins.int
     min_size: _builtins.int
     """Width and height, in pixels."""
     max_size: _builtins.int
@@ -267,21 +350,23 @@ class ModelLimits(_message.Message):
     size_multiple: _builtins.int
     """Width and height are multiples of this."""
     max_guidance_scale: _builtins.float
-    """Classifier-free guidance."""
+    """Classifier-free guidance: guidance_scale and true_cfg_scale."""
     max_image_count: _builtins.int
     """Images in one request."""
     max_prompt_bytes: _builtins.int
-    """Bytes of UTF-8 in the prompt, and in the negative prompt."""
+    """Bytes of UTF-8 in each prompt and negative prompt."""
     prompt_tokens: _builtins.int
     """Most tokens of a prompt; a longer prompt is cut, and the image then has
     `prompt_truncated`.
     """
     max_rows: _builtins.int
-    """Most rows of one denoiser batch at the default size. An image with guidance
-    takes two rows. It is the limit now: see row_limit_source.
+    """Most rows of one denoiser batch at the default size. A guided image takes
+    Guidance.rows rows. It is the limit now: see row_limit_source.
     """
     row_limit_source: Global___RowLimitSource.ValueType
     """Where max_rows comes from."""
+    max_sequence_length: _builtins.int
+    """Most tokens of max_sequence_length; 0 if the model does not take it."""
     def __init__(
         self,
         *,
@@ -294,10 +379,11 @@ class ModelLimits(_message.Message):
         prompt_tokens: _builtins.int = ...,
         max_rows: _builtins.int = ...,
         row_limit_source: Global___RowLimitSource.ValueType = ...,
+        max_sequence_length: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_guidance_scale", b"max_guidance_scale", "max_image_count", b"max_image_count", "max_prompt_bytes", b"max_prompt_bytes", "max_rows", b"max_rows", "max_size", b"max_size", "min_size", b"min_size", "prompt_tokens", b"prompt_tokens", "row_limit_source", b"row_limit_source", "size_multiple", b"size_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_guidance_scale", b"max_guidance_scale", "max_image_count", b"max_image_count", "max_prompt_bytes", b"max_prompt_bytes", "max_rows", b"max_rows", "max_sequence_length", b"max_sequence_length", "max_size", b"max_size", "min_size", b"min_size", "prompt_tokens", b"prompt_tokens", "row_limit_source", b"row_limit_source", "size_multiple", b"size_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,6 +436,7 @@ class ModelRuntime(_message.Message):
     FP8_STORAGE_FIELD_NUMBER: _builtins.int
     SAFETY_CHECKER_FIELD_NUMBER: _builtins.int
     FORMAT_RULE_FIELD_NUMBER: _builtins.int
+    PRESET_RULE_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """The device, such as "cuda:0" or "cpu"."""
     dtype: _builtins.str
@@ -372,6 +459,8 @@ class ModelRuntime(_message.Message):
     """Images are checked; flagged ones are withheld."""
     format_rule: _builtins.str
     """Why `dtype` and `channels_last` were chosen; empty if both are configured."""
+    preset_rule: _builtins.str
+    """Why `preset` is in force; empty if it is configured."""
     def __init__(
         self,
         *,
@@ -386,10 +475,11 @@ class ModelRuntime(_message.Message):
         fp8_storage: _builtins.bool = ...,
         safety_checker: _builtins.bool = ...,
         format_rule: _builtins.str = ...,
+        preset_rule: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "autocast", b"autocast", "channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "format_rule", b"format_rule", "fp8_storage", b"fp8_storage", "preset", b"preset", "safety_checker", b"safety_checker", "slice_size", b"slice_size", "vae_tiling", b"vae_tiling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "autocast", b"autocast", "channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "format_rule", b"format_rule", "fp8_storage", b"fp8_storage", "preset", b"preset", "preset_rule", b"preset_rule", "safety_checker", b"safety_checker", "slice_size", b"slice_size", "vae_tiling", b"vae_tiling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

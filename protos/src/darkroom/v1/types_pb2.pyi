@@ -48,6 +48,30 @@ IMAGE_FORMAT_RAW_RGB: ImageFormat.ValueType  # 4
 """height × width × 3 bytes, row by row from the top left, no header."""
 Global___ImageFormat: _TypeAlias = ImageFormat  # noqa: Y015
 
+class _PromptSyntax:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PromptSyntaxEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PromptSyntax.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PROMPT_SYNTAX_UNSPECIFIED: _PromptSyntax.ValueType  # 0
+    """As PROMPT_SYNTAX_PLAIN."""
+    PROMPT_SYNTAX_PLAIN: _PromptSyntax.ValueType  # 1
+    """As it is."""
+    PROMPT_SYNTAX_WEIGHTED: _PromptSyntax.ValueType  # 2
+    """With weights, such as "a (red:1.3) circle"."""
+
+class PromptSyntax(_PromptSyntax, metaclass=_PromptSyntaxEnumTypeWrapper):
+    """PromptSyntax is how a prompt is read."""
+
+PROMPT_SYNTAX_UNSPECIFIED: PromptSyntax.ValueType  # 0
+"""As PROMPT_SYNTAX_PLAIN."""
+PROMPT_SYNTAX_PLAIN: PromptSyntax.ValueType  # 1
+"""As it is."""
+PROMPT_SYNTAX_WEIGHTED: PromptSyntax.ValueType  # 2
+"""With weights, such as "a (red:1.3) circle"."""
+Global___PromptSyntax: _TypeAlias = PromptSyntax  # noqa: Y015
+
 class _Scheduler:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015

@@ -42,9 +42,10 @@ FLAGGED = "[flagged]"
 
 @dataclass(slots=True)
 class _Resident:
-    """A job in the engine; ``encoded``: its prompts were."""
+    """A job in the engine; ``rows`` of each image in a batch; ``encoded``: its prompts were."""
 
     job: Job
+    model: ModelInfo
     images: list[int]
     rows: int
     step: int = 0
@@ -102,9 +103,9 @@ class FakeEngine:
     def submit(self, job: Job) -> None:
         """Add ``job`` to the next batch."""
         with self._lock:
-            images = job.image_indices
-            rows = fake_model(job.model).rows_per_image(job) * len(images)
-            self._residents[job.id] = _Resident(job, images, rows)
+            model = next(model for model in self.models if model.id == job.model)
+            resident = _Resident(job, model, job.image_indices, model.rows_per_image(job))
+            self._residents[job.id] = resident
             self._submitted += 1
             self._on_submit(job)
             if self._submitted == self._dies_after:
@@ -167,7 +168,8 @@ class FakeEngine:
     def deliver(self, job_id: str, index: int) -> None:
         """Emit one image of a job that continues."""
         with self._lock:
-            image = fake_image(self._residents[job_id].job, index)
+            resident = self._residents[job_id]
+            image = fake_image(resident.job, index, resident.model, resident.rows)
             self._emit(ImageReady(job_id=job_id, image_index=index, image=image))
 
     def fail(self, job_id: str, failure: Failure) -> None:
@@ -203,7 +205,7 @@ class FakeEngine:
         residents = list(self._residents.values())
         if not residents:
             return
-        rows = sum(resident.rows for resident in residents)
+        rows = sum(resident.rows * len(resident.images) for resident in residents)
         seconds = self._pass_seconds or 0.0
         self.take_newcomers()
         for resident in residents:
@@ -243,15 +245,15 @@ class FakeEngine:
     def _finish(self, resident: _Resident) -> None:
         job = resident.job
         for index in resident.images:
-            image = fake_image(job, index)
+            image = fake_image(job, index, resident.model, resident.rows)
             self._emit(ImageReady(job_id=job.id, image_index=index, image=image))
         del self._residents[job.id]
         denoise = (self._pass_seconds or 0.0) * job.steps
         self._emit(JobFinished(job.id, StageSeconds(denoise=denoise)))
 
 
-def fake_image(job: Job, index: int) -> EncodedImage:
-    """Image ``index`` of ``job``: one flat colour, derived from its seed."""
+def fake_image(job: Job, index: int, model: ModelInfo, rows: int) -> EncodedImage:
+    """Image ``index`` of ``job``, of ``rows`` rows: one flat colour, derived from its seed."""
     seed = job.seed_of(index)
     pixels = np.full((job.height, job.width, 3), _colour(seed), np.uint8)
     flagged = FLAGGED in job.prompt
@@ -260,10 +262,10 @@ def fake_image(job: Job, index: int) -> EncodedImage:
         scheduler_config_json="{}",
         device="cpu",
         library_versions={"darkroom-server": "fake"},
-        rows_in_last_pass=fake_model(job.model).rows_per_image(job),
+        rows_in_last_pass=rows,
         pixels_sha256=sha256_of(pixels),
     )
-    record = embedded_record(job, seed, fake_model(job.model), replay) if job.embed_record else ""
+    record = embedded_record(job, seed, model, replay) if job.embed_record else ""
     return EncodedImage(
         data=b"" if flagged else encode_image(pixels, job.format, job.quality, record),
         format=job.format,

@@ -1,7 +1,10 @@
-"""The fake engine's model."""
+"""The fake engine's models."""
+
+from dataclasses import replace
 
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.core.model import (
+    Guidance,
     MemoryNeeds,
     ModelDefaults,
     ModelInfo,
@@ -47,5 +50,42 @@ def fake_model(id: str = "demo") -> ModelInfo:
             bytes_per_row=1024**2,
             bytes_per_decode=1024**2,
             available_bytes=1024**3,
+        ),
+    )
+
+
+def fake_flow_model(id: str = "flow") -> ModelInfo:
+    """A small model with embedded guidance, like FLUX.1; what it takes differs from the other's.
+
+    Its guided images need a negative prompt, and take one row in each of two denoiser calls. It
+    takes prompts of 512 tokens, and a second prompt; its schedulers are those for flow matching.
+    """
+    model = fake_model(id)
+    return replace(
+        model,
+        kind="FluxPipeline",
+        defaults=replace(
+            model.defaults,
+            guidance_scale=3.5,
+            scheduler=SchedulerName.FLOW_MATCH_EULER,
+            true_cfg_scale=1.0,
+            max_sequence_length=512,
+        ),
+        limits=replace(model.limits, max_sequence_length=512),
+        schedulers=(
+            SCHEDULERS[SchedulerName.FLOW_MATCH_EULER].offer(max_steps=1000),
+            SCHEDULERS[SchedulerName.FLOW_MATCH_HEUN].offer(min_steps=2, max_steps=1000),
+        ),
+        guidance=Guidance(scale="true_cfg_scale", needs_negative=True, rows=1, calls=2),
+        optional_fields=frozenset(
+            {
+                "negative_prompt",
+                "empty_negative_prompt",
+                "guidance_scale",
+                "true_cfg_scale",
+                "max_sequence_length",
+                "prompt_2",
+                "negative_prompt_2",
+            }
         ),
     )

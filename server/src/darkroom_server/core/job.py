@@ -6,6 +6,15 @@ from enum import StrEnum
 SEED_BOUND = 2**63
 """Seeds are chosen and counted modulo this, so that each fits a signed 64-bit integer."""
 
+PROMPT_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "prompt_2",
+    "negative_prompt_2",
+    "prompt_3",
+    "negative_prompt_3",
+)
+"""The fields of a job, and of a request, that are prompts."""
 
 DEADLINE_SLACK_SECONDS = 0.25
 """A caller that cancels this shortly before its deadline did so because of the deadline.

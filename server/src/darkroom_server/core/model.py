@@ -1,8 +1,8 @@
 """Plain data about a loaded model: defaults, limits, schedulers, runtime, memory, speed."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName
 
@@ -63,6 +63,14 @@ class ModelDefaults:
     quality: int = 90
     true_cfg_scale: float = 1.0
     max_sequence_length: int | None = None
+
+
+_UNSET = {
+    field.name: field.default
+    for field in fields(Job)
+    if field.name in OPTIONAL_FIELDS and field.name not in ModelDefaults.__slots__
+}
+"""The optional fields whose default is the same for every model, and that default."""
 
 
 class RowLimitSource(StrEnum):
@@ -212,6 +220,20 @@ class ModelInfo:
     guidance: Guidance = Guidance()
     optional_fields: frozenset[str] = frozenset({"negative_prompt", "guidance_scale", "preview"})
     unbatched_reason: str = ""
+
+    def options_of(self, job: Job) -> dict[str, Any]:
+        """The optional fields that a request needs to generate the images of ``job`` again.
+
+        By name, without ``negative_prompt`` and ``preview``. A field whose default is the model's
+        own is among them with any value: another revision may have another default.
+        """
+        return {
+            name: value
+            for name in OPTIONAL_FIELDS
+            if name in self.optional_fields
+            and name not in ("negative_prompt", "preview")
+            and (value := getattr(job, name)) != _UNSET.get(name)
+        }
 
     def with_row_limit(self, max_rows: int) -> Self:
         """This model after real batches have corrected its row limit."""

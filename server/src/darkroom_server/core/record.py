@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 from darkroom_server.core.events import Replay
@@ -12,7 +13,7 @@ RECORD_VERSION = 1
 """The version of the document; ``ReplayRecord.from_json`` of the Python client reads it."""
 
 MAX_JPEG_PROMPT_BYTES = 52 * 1024
-"""The most bytes of both prompts in the record of a JPEG: its XMP has at most 65,502 bytes, and 12
+"""The most bytes of all prompts in the record of a JPEG: its XMP has at most 65,502 bytes, and 12
 KiB of them are for the rest of the record."""
 
 
@@ -20,7 +21,8 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
     """The record of the image of ``seed``, as JSON in ASCII without ``&``, ``<`` and ``>``.
 
     It holds nothing that changes from call to call, so equal pixels of equal requests give equal
-    files: no request id, no rows of a batch, no times.
+    files: no request id, no rows of a batch, no times. It has a field that 0.1.0 did not know only
+    if the image needs it: clients of that version reject unknown fields.
     """
     return _plain_json(
         {
@@ -32,7 +34,7 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
                 "width": job.width,
                 "height": job.height,
                 "steps": job.steps,
-                "guidance_scale": _shortest_float32(job.guidance_scale),
+                "guidance_scale": None,
                 "seed": seed,
                 "image_count": 1,
                 "scheduler": job.scheduler.value,
@@ -40,6 +42,10 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
                 "quality": job.quality if job.format.takes_quality else None,
                 "exact": job.exact,
                 "embed_record": True,
+                **{
+                    name: _shortest_float32(value) if isinstance(value, float) else value
+                    for name, value in model.options_of(job).items()
+                },
             },
             "model_revision": model.revision,
             "scheduler_class": replay.scheduler_class,
@@ -53,10 +59,9 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
     )
 
 
-def prompts_fit_in_jpeg(prompt: str, negative_prompt: str) -> bool:
-    """Whether a JPEG can hold the record of an image with these prompts."""
-    size = len(_plain_json(prompt)) + len(_plain_json(negative_prompt))
-    return size <= MAX_JPEG_PROMPT_BYTES
+def prompts_fit_in_jpeg(prompts: Iterable[str]) -> bool:
+    """Whether a JPEG can hold the record of an image with these prompts and negative prompts."""
+    return sum(len(_plain_json(prompt)) for prompt in prompts) <= MAX_JPEG_PROMPT_BYTES
 
 
 def _plain_json(value: Any) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import RequestConflict, UnknownRequest
-from darkroom_server.core.job import Job
+from darkroom_server.core.job import PROMPT_FIELDS, Job
 from darkroom_server.dispatch.dispatcher import Dispatcher
 from darkroom_server.dispatch.jobs.job import ActiveJob
 
@@ -179,7 +179,7 @@ class ResultStore:
             return
         job = entry.active.job
         images = sum(len(image.data) for image in entry.active.images.values())
-        prompts = len(job.prompt) + len(job.negative_prompt)
+        prompts = sum(len(getattr(job, name)) for name in PROMPT_FIELDS)
         entry.size = ENTRY_BYTES + 4 * prompts + images
         entry.ended_at = time.monotonic()
         self._ended[key] = self._callers[key[0]][key] = entry

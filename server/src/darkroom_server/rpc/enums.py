@@ -1,7 +1,7 @@
 """Core's enums and the wire's, by name: a test holds them equal."""
 
 from darkroom.v1 import model_pb2, types_pb2
-from darkroom_server.core.job import ImageFormat, SchedulerName
+from darkroom_server.core.job import ImageFormat, PromptSyntax, SchedulerName
 from darkroom_server.core.model import RowLimitSource
 
 FORMAT_TO_WIRE: dict[ImageFormat, types_pb2.ImageFormat.ValueType] = {
@@ -13,6 +13,11 @@ SCHEDULER_TO_WIRE: dict[SchedulerName, types_pb2.Scheduler.ValueType] = {
     name: types_pb2.Scheduler.Value(f"SCHEDULER_{name.name}") for name in SchedulerName
 }
 SCHEDULER_FROM_WIRE = {number: name for name, number in SCHEDULER_TO_WIRE.items()}
+
+SYNTAX_TO_WIRE: dict[PromptSyntax, types_pb2.PromptSyntax.ValueType] = {
+    name: types_pb2.PromptSyntax.Value(f"PROMPT_SYNTAX_{name.name}") for name in PromptSyntax
+}
+SYNTAX_FROM_WIRE = {number: name for name, number in SYNTAX_TO_WIRE.items()}
 
 SOURCE_TO_WIRE: dict[RowLimitSource, model_pb2.RowLimitSource.ValueType] = {
     name: model_pb2.RowLimitSource.Value(f"ROW_LIMIT_SOURCE_{name.name}") for name in RowLimitSource

@@ -1,7 +1,7 @@
 """ModelService: which models the server holds, and what they take."""
 
 from darkroom.v1 import model_pb2, model_pb2_grpc
-from darkroom_server.core.model import ModelInfo, ModelRuntime
+from darkroom_server.core.model import OPTIONAL_FIELDS, Guidance, ModelInfo, ModelRuntime
 from darkroom_server.dispatch import Availability
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE, SOURCE_TO_WIRE
@@ -36,6 +36,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
     if info is None:
         return model_pb2.Model(id=id, ready=False)
     defaults, limits = info.defaults, info.limits
+    takes = [name for name in OPTIONAL_FIELDS if name in info.optional_fields]
     return model_pb2.Model(
         id=id,
         revision=info.revision,
@@ -49,6 +50,8 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             scheduler=SCHEDULER_TO_WIRE[defaults.scheduler],
             format=FORMAT_TO_WIRE[defaults.format],
             quality=defaults.quality,
+            true_cfg_scale=defaults.true_cfg_scale if "true_cfg_scale" in takes else None,
+            max_sequence_length=defaults.max_sequence_length,
         ),
         limits=model_pb2.ModelLimits(
             min_size=limits.min_size,
@@ -60,6 +63,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             prompt_tokens=limits.prompt_tokens,
             max_rows=limits.max_rows,
             row_limit_source=SOURCE_TO_WIRE[limits.row_limit_source],
+            max_sequence_length=limits.max_sequence_length,
         ),
         schedulers=[
             model_pb2.SchedulerOffer(
@@ -70,6 +74,19 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             for offer in info.schedulers
         ],
         runtime=runtime_message(info.runtime),
+        optional_fields=takes,
+        guidance=_guidance_message(info.guidance),
+        unbatched_reason=info.unbatched_reason,
+    )
+
+
+def _guidance_message(guidance: Guidance) -> model_pb2.Guidance:
+    return model_pb2.Guidance(
+        scale=guidance.scale or "",
+        above=guidance.above,
+        needs_negative=guidance.needs_negative,
+        rows=guidance.rows,
+        calls=guidance.calls,
     )
 
 
@@ -87,4 +104,5 @@ def runtime_message(runtime: ModelRuntime) -> model_pb2.ModelRuntime:
         fp8_storage=runtime.fp8_storage,
         safety_checker=runtime.safety_checker,
         format_rule=runtime.format_rule,
+        preset_rule=runtime.preset_rule,
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.core.errors import InvalidRequest, Violation
-from darkroom_server.rpc.enums import FORMAT_FROM_WIRE, SCHEDULER_FROM_WIRE
+from darkroom_server.rpc.enums import FORMAT_FROM_WIRE, SCHEDULER_FROM_WIRE, SYNTAX_FROM_WIRE
 from darkroom_server.service.request import GenerationRequest
 from darkroom_server.service.validation import ReplyLimit
 
@@ -42,6 +42,17 @@ def generation_request(
         keep=message.on_disconnect == generation_pb2.ON_DISCONNECT_KEEP,
         preview_every=preview.every_steps,
         preview_format=_name(preview.format, FORMAT_FROM_WIRE),
+        true_cfg_scale=message.true_cfg_scale if message.HasField("true_cfg_scale") else None,
+        max_sequence_length=(
+            message.max_sequence_length if message.HasField("max_sequence_length") else None
+        ),
+        prompt_2=message.prompt_2,
+        negative_prompt_2=message.negative_prompt_2,
+        prompt_3=message.prompt_3,
+        negative_prompt_3=message.negative_prompt_3,
+        empty_negative_prompt=message.empty_negative_prompt,
+        guidance_rescale=message.guidance_rescale if message.HasField("guidance_rescale") else None,
+        prompt_syntax=_name(message.prompt_syntax, SYNTAX_FROM_WIRE),
     )
 
 

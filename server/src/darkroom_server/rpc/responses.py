@@ -7,7 +7,7 @@ from darkroom_server.core.events import EncodedImage, StageSeconds
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import Finished
-from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE
+from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE, SYNTAX_TO_WIRE
 
 
 def response_of(
@@ -36,7 +36,7 @@ def image_message(
         prompt_truncated=image.prompt_truncated,
         flagged=image.flagged,
         replay=generation_pb2.ReplayRecord(
-            request=_replay_request(job, image.seed),
+            request=_replay_request(job, model, image.seed),
             model_revision=model.revision,
             scheduler_class=image.replay.scheduler_class,
             scheduler_config_json=image.replay.scheduler_config_json,
@@ -50,8 +50,11 @@ def image_message(
     )
 
 
-def _replay_request(job: Job, seed: int) -> generation_pb2.GenerateRequest:
-    """The request that reproduces one image of ``job`` alone, with every field set."""
+def _replay_request(job: Job, model: ModelInfo, seed: int) -> generation_pb2.GenerateRequest:
+    """The request that reproduces one image of ``job`` alone, with every field that it needs."""
+    options = model.options_of(job)
+    if syntax := options.pop("prompt_syntax", None):
+        options["prompt_syntax"] = SYNTAX_TO_WIRE[syntax]
     return generation_pb2.GenerateRequest(
         model=job.model,
         prompt=job.prompt,
@@ -59,7 +62,6 @@ def _replay_request(job: Job, seed: int) -> generation_pb2.GenerateRequest:
         width=job.width,
         height=job.height,
         steps=job.steps,
-        guidance_scale=job.guidance_scale,
         seed=seed,
         image_count=1,
         scheduler=SCHEDULER_TO_WIRE[job.scheduler],
@@ -67,6 +69,7 @@ def _replay_request(job: Job, seed: int) -> generation_pb2.GenerateRequest:
         quality=job.quality if job.format.takes_quality else None,
         exact=job.exact,
         embed_record=job.embed_record,
+        **options,
     )
 
 

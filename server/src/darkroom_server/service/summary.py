@@ -25,7 +25,7 @@ from darkroom_server.core.errors import (
     UnknownRequest,
 )
 from darkroom_server.core.events import StageSeconds
-from darkroom_server.core.job import DEADLINE_SLACK_SECONDS
+from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, PROMPT_FIELDS
 from darkroom_server.dispatch import ActiveJob, Finished
 from darkroom_server.service.call_context import CallContext
 from darkroom_server.service.request import GenerationRequest
@@ -175,6 +175,7 @@ class Summaries:
         if summary.stages is not None:
             fields["stages"] = {k: round(v, 4) for k, v in asdict(summary.stages).items()}
         if self._log_prompts:
-            fields["prompt"] = request.prompt
-            fields["negative_prompt"] = request.negative_prompt
+            texts = {name: getattr(request, name) for name in PROMPT_FIELDS}
+            always = ("prompt", "negative_prompt")
+            fields |= {name: text for name, text in texts.items() if text or name in always}
         log.info("request", **fields)

@@ -6,15 +6,23 @@ import struct
 from dataclasses import dataclass, field
 
 from darkroom_server.core.errors import InvalidRequest, Reason, Violation
-from darkroom_server.core.job import SEED_BOUND, ImageFormat, Job, SchedulerName
-from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.job import (
+    PROMPT_FIELDS,
+    SEED_BOUND,
+    ImageFormat,
+    Job,
+    PromptSyntax,
+    SchedulerName,
+)
+from darkroom_server.core.model import OPTIONAL_FIELDS, ModelInfo
+from darkroom_server.core.prompt_syntax import PromptSyntaxError, parse
 from darkroom_server.core.record import prompts_fit_in_jpeg
 from darkroom_server.service.call_context import REQUEST_ID, RULE, CallContext
 from darkroom_server.service.request import GenerationRequest
 
 SCHEDULERS = {name.value: name for name in SchedulerName}
 FORMATS = {format.value: format for format in ImageFormat}
-
+SYNTAXES = {syntax.value: syntax for syntax in PromptSyntax}
 
 MAX_REPLY_BYTES = 64 * 1024**2
 """Whatever the caller accepts: a whole reply stays in memory until it is read."""
@@ -24,7 +32,7 @@ OVERHEAD_BYTES = 64 * 1024
 
 
 def as_float32(value: float) -> float:
-    """``value`` rounded to 32 bits, as guidance is on the wire.
+    """``value`` rounded to 32 bits, as a scale is on the wire.
 
     Defaults and bounds are rounded like what callers send: a replay has the same guidance, and a
     bound of 7.3 accepts a request for 7.3.
@@ -48,6 +56,7 @@ def job_of(
     """
     fields = _Fields(request, model)
     fields.check_texts()
+    fields.check_optional_fields()
     scheduler = fields.scheduler()
     format = fields.format()
     job = Job(
@@ -58,7 +67,7 @@ def job_of(
         width=fields.size("width", request.width, model.defaults.width),
         height=fields.size("height", request.height, model.defaults.height),
         steps=fields.steps(scheduler),
-        guidance_scale=fields.guidance_scale(),
+        guidance_scale=fields.scale("guidance_scale", model.defaults.guidance_scale),
         seed=fields.seed(),
         image_count=fields.image_count(),
         scheduler=scheduler or model.defaults.scheduler,
@@ -74,6 +83,15 @@ def job_of(
         preview_format=fields.preview_format(),
         request_id=job_id,
         trace_id=call.trace.trace_id if call.trace else "",
+        prompt_2=request.prompt_2,
+        prompt_3=request.prompt_3,
+        negative_prompt_2=request.negative_prompt_2,
+        negative_prompt_3=request.negative_prompt_3,
+        empty_negative_prompt=request.empty_negative_prompt,
+        true_cfg_scale=fields.scale("true_cfg_scale", model.defaults.true_cfg_scale),
+        guidance_rescale=fields.guidance_rescale(),
+        max_sequence_length=fields.max_sequence_length(),
+        prompt_syntax=fields.prompt_syntax(),
     )
     if fields.violations:
         raise InvalidRequest(fields.violations)
@@ -127,13 +145,43 @@ class _Fields:
         request = self.request
         if not request.prompt:
             self.wrong("prompt", "must not be empty")
-        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-        for name, text in texts.items():
-            size = len(text.encode())
-            if size > most:
+        for name in PROMPT_FIELDS:
+            size = len(getattr(request, name).encode())
+            if size > most and self._takes(name):
                 self.wrong(name, f"must be at most {most} bytes of UTF-8, and has {size}")
         if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
             self.wrong("request_id", RULE)
+
+    def check_optional_fields(self) -> None:
+        """Which fields the model takes, and which go together."""
+        request, model = self.request, self.model
+        takes = [name for name in OPTIONAL_FIELDS if name in model.optional_fields]
+        for name in OPTIONAL_FIELDS:
+            if name not in takes and self._is_set(name):
+                self.wrong(
+                    "preview.every_steps" if name == "preview" else name,
+                    f"model {model.id!r} does not take it; "
+                    f"it takes {', '.join(takes) or 'no optional field'}",
+                )
+        if (
+            request.empty_negative_prompt
+            and request.negative_prompt
+            and self._takes("empty_negative_prompt")
+        ):
+            self.wrong("empty_negative_prompt", "must not be set with a negative_prompt")
+
+    def _takes(self, name: str) -> bool:
+        return name not in OPTIONAL_FIELDS or name in self.model.optional_fields
+
+    def _is_set(self, name: str) -> bool:
+        request = self.request
+        match name:
+            case "preview":
+                return request.preview_every > 0
+            case "prompt_syntax":
+                return request.prompt_syntax == PromptSyntax.WEIGHTED
+        value = getattr(request, name)
+        return value is not None and value is not False and value != ""
 
     def size(self, name: str, value: int | None, default: int) -> int:
         """Width or height, in pixels."""
@@ -173,15 +221,40 @@ class _Fields:
             return default
         return self._number("steps", self.request.steps, default, low, high)
 
-    def guidance_scale(self) -> float:
-        """Classifier-free guidance, 0 to the model's limit."""
-        most = self.model.limits.max_guidance_scale
-        value = self.request.guidance_scale
-        if value is None:
-            return as_float32(self.model.defaults.guidance_scale)
-        if not math.isfinite(value) or not 0.0 <= value <= as_float32(most):
-            self.wrong("guidance_scale", f"must be 0 to {most:g}, not {value:g}")
-        return value
+    def scale(self, name: str, default: float) -> float:
+        """A scale of classifier-free guidance, 0 to the model's limit."""
+        return self._real(name, default, self.model.limits.max_guidance_scale)
+
+    def guidance_rescale(self) -> float:
+        """How far guidance is rescaled, 0 to 1."""
+        return self._real("guidance_rescale", 0.0, 1.0)
+
+    def max_sequence_length(self) -> int | None:
+        """Tokens of the prompt, None if neither the request nor the model sets them."""
+        value, name = self.request.max_sequence_length, "max_sequence_length"
+        if value is None or not self._takes(name):
+            return self.model.defaults.max_sequence_length
+        return self._number(name, value, value, 1, self.model.limits.max_sequence_length)
+
+    def prompt_syntax(self) -> PromptSyntax:
+        """How the prompts are read; each of them must be readable in that way."""
+        asked = self.request.prompt_syntax
+        if asked is None:
+            return PromptSyntax.PLAIN
+        syntax = SYNTAXES.get(asked)
+        if syntax is None:
+            self.wrong("prompt_syntax", f"{asked} is not a prompt syntax that this server knows")
+            return PromptSyntax.PLAIN
+        if syntax is PromptSyntax.WEIGHTED and self._takes("prompt_syntax"):
+            self._check_weights()
+        return syntax
+
+    def _check_weights(self) -> None:
+        for name in PROMPT_FIELDS:
+            try:
+                parse(getattr(self.request, name))
+            except PromptSyntaxError as error:
+                self.wrong(name, str(error))
 
     def seed(self) -> int:
         """The seed of the first image, random if the request has none."""
@@ -222,7 +295,7 @@ class _Fields:
             if not format.takes_record:
                 self.wrong("embed_record", f"is for PNG, JPEG and WEBP, not for {format.name}")
             elif format is ImageFormat.JPEG and not prompts_fit_in_jpeg(
-                request.prompt, request.negative_prompt
+                getattr(request, name) for name in PROMPT_FIELDS
             ):
                 self.wrong("embed_record", "the prompts are too long for a JPEG's XMP; ask for PNG")
         return request.embed_record
@@ -244,6 +317,14 @@ class _Fields:
             self.wrong("preview.format", "must be JPEG or WEBP")
             return ImageFormat.JPEG
         return format
+
+    def _real(self, name: str, default: float, most: float) -> float:
+        value: float | None = getattr(self.request, name)
+        if value is None or not self._takes(name):
+            return as_float32(default)
+        if not math.isfinite(value) or not 0.0 <= value <= as_float32(most):
+            self.wrong(name, f"must be 0 to {most:g}, not {value:g}")
+        return value
 
     def _number(self, name: str, value: int | None, default: int, low: int, high: int) -> int:
         if value is None:

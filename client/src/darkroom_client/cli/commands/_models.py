@@ -20,11 +20,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COLUMNS = ("model", "state", "size", "steps", "guidance", "scheduler", "runs on", "schedulers")
+_COLUMNS = (
+    "model",
+    "state",
+    "size",
+    "steps",
+    "guidance",
+    "scheduler",
+    "runs on",
+    "schedulers",
+    "takes",
+)
 
 
 def _row(model: Model) -> tuple[str, ...]:
-    """A row for ``_COLUMNS``; the numbers are the defaults."""
+    """A row for ``_COLUMNS``; the numbers are the defaults, and ``takes`` the optional fields."""
     defaults, runtime = model.defaults, model.runtime
     if not model.ready or defaults is None or runtime is None:
         return (model.id, "loading", *("-" for _ in _COLUMNS[2:]))
@@ -37,4 +47,5 @@ def _row(model: Model) -> tuple[str, ...]:
         defaults.scheduler or "-",
         f"{runtime.device} {runtime.dtype} {runtime.preset}",
         " ".join(offer.scheduler for offer in model.schedulers),
+        " ".join(model.optional_fields) or "-",
     )

@@ -81,6 +81,15 @@ def request_of(
         format=arguments.format,
         quality=arguments.quality,
         exact=arguments.exact,
+        true_cfg_scale=arguments.true_cfg_scale,
+        guidance_rescale=arguments.guidance_rescale,
+        max_sequence_length=arguments.max_sequence_length,
+        prompt_2=arguments.prompt_2,
+        negative_prompt_2=arguments.negative_2,
+        prompt_3=arguments.prompt_3,
+        negative_prompt_3=arguments.negative_3,
+        empty_negative_prompt=arguments.empty_negative,
+        prompt_syntax=arguments.prompt_syntax,
     )
 
 
