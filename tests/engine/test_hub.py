@@ -62,12 +62,15 @@ def repositories(
 def hub(
     repositories: dict[str, Repository], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Hub]:
-    """The hub that this process sees, and an empty cache."""
+    """The hub that this process sees, and an empty cache.
+
+    Logs are captured, because structlog takes most of a second to print a hub's traceback.
+    """
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    with running_hub(repositories) as hub:
+    with running_hub(repositories) as hub, structlog.testing.capture_logs():
         see(hub.url, monkeypatch)
         yield hub
 
