@@ -15,7 +15,7 @@ from darkroom_server.core.prompt_syntax import Part, parse
 class WeightedEmbedding:
     """A prompt as the denoiser's input.
 
-    ``hidden`` is [1, tokens, width]; tokens is a multiple of ``WeightedPromptEncoder.chunk``, and
+    ``hidden`` is [1, tokens, width]; tokens is a multiple of ``WeightedPromptEncoder.window``, and
     width the sum of the encoders' widths. ``pooled`` is [1, width] of the last encoder, None for a
     family without it.
     """
@@ -72,7 +72,7 @@ class WeightedPromptEncoder:
         ]
 
     @property
-    def chunk(self) -> int:
+    def window(self) -> int:
         """Tokens of one window, the start and end marks included."""
         return int(self._providers[0].max_token_count)
 

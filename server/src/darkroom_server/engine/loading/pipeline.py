@@ -1,5 +1,6 @@
 """From a folder, a single file or a hub id to a diffusers pipeline in memory."""
 
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,12 @@ from darkroom_server.engine.loading.folder import (
     read_index,
     variant_of,
 )
+from darkroom_server.engine.loading.hub_errors import explain
 
 log = structlog.get_logger(__name__)
+
+HUB_TIMEOUT = 10.0
+"""Seconds to wait for the hub's first answer, before an earlier download is used."""
 
 # This module logs what an operator needs; progress bars and advice are meant for notebooks.
 diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
@@ -138,21 +143,28 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
             "or a hub id"
         )
     try:
+        # The calls that follow wait for a silent hub for minutes or without a limit.
+        huggingface_hub.model_info(
+            name, revision=source.revision, token=source.token, timeout=HUB_TIMEOUT
+        )
         return _snapshot(source, safety_checker, local_files_only=False)
     except StartupError:
         raise
     except Exception as error:
         log.debug("hub failed", exc_info=True)
+        why, remedy = explain(error, source) or (
+            _one_line(error),
+            "check its name, HF_TOKEN and the network, or give a folder",
+        )
         # An earlier download works without the hub, the network and the token.
         with suppress(Exception):  # If the cache is unusable too, the hub's own error is raised.
             folder = _snapshot(source, safety_checker, local_files_only=True)
             for part in read_index(folder, name)[0].components:
                 check_weights(folder, part, name)
-            log.warning("the hub's cache is used", model=name, hub=_one_line(error))
+            log.warning("the hub's cache is used", model=name, hub=why)
             return folder
         raise StartupError(
-            f"model {name!r} is not cached, and the hub does not provide it ({_one_line(error)}); "
-            "check its name, HF_TOKEN and the network, or give a folder"
+            f"model {name!r} is not cached, and the hub does not provide it ({why}); {remedy}"
         ) from error
 
 
@@ -165,13 +177,16 @@ def _snapshot(source: ModelSource, safety_checker: bool, *, local_files_only: bo
     }
     index = huggingface_hub.hf_hub_download(source.location, INDEX, **common)
     family, _ = read_index(Path(index).parent, source.location)
-    folder = _pipeline_class(family).download(
-        source.location,
-        variant=source.variant,
-        use_safetensors=True,
-        **common,
-        **_left_out(family, safety_checker),
-    )
+    with warnings.catch_warnings():
+        # diffusers advises --variant in place of a branch called fp16, which older models have.
+        warnings.simplefilter("ignore", FutureWarning)
+        folder = _pipeline_class(family).download(
+            source.location,
+            variant=source.variant,
+            use_safetensors=True,
+            **common,
+            **_left_out(family, safety_checker),
+        )
     return Path(folder)
 
 
