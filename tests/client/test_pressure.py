@@ -267,10 +267,25 @@ def errors_of_all_verbs(
         return {verb: call.exception(timeout + 60) for verb, call in calls.items()}
 
 
-@pytest.mark.parametrize("timeout", [0.05, 0.4, 1.5])
-def test_a_server_that_is_down_is_reported_as_down_for_any_timeout(
-    connect: Connect, timeout: float
+@verbs
+@pytest.mark.parametrize("timeout", [0.05, 0.4])
+def test_a_server_that_is_down_is_reported_as_down_for_a_short_timeout(
+    connect: Connect, verb: str, timeout: float
 ) -> None:
+    with FakeServer() as gone:
+        pass
+    client = connect(gone.target)
+
+    began = time.monotonic()
+    with pytest.raises(Unavailable) as caught:
+        VERBS[verb](client, timeout=timeout)
+
+    assert f"no Darkroom server answers at {gone.target}" in str(caught.value)
+    assert time.monotonic() - began < timeout + 10
+
+
+def test_a_server_that_is_down_is_reported_as_down_for_a_longer_timeout(connect: Connect) -> None:
+    timeout = 1.5
     with FakeServer() as gone:
         pass
 
