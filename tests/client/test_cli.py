@@ -453,7 +453,7 @@ def test_a_target_on_the_command_line_overrides_the_environment(capsys: Capture)
     with FakeServer() as gone:
         pass
 
-    assert main(["models", "--target", gone.target]) == 3
+    assert main(["models", "--target", gone.target, "--timeout", "0.5"]) == 3
     assert gone.target in capsys.readouterr().err
 
 
@@ -915,7 +915,7 @@ def test_errors_name_flags(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> 
     assert "--negative: must be at most" in err
     assert main(["models", "--insecure", "--tls"]) == 2
     assert main(["models", "--cert", "me.pem"]) == 2
-    assert main(["models", "--target", "127.0.0.1:1", "--timeout", "5"]) == 3
+    assert main(["models", "--target", "127.0.0.1:1", "--timeout", "0.5"]) == 3
     monkeypatch.setenv("DARKROOM_TOKEN", "secret")
     assert main(["models"]) == 2
     err = capsys.readouterr().err

@@ -187,7 +187,7 @@ def test_the_error_of_a_wait_for_a_loading_model_says_so(
     server.ready = False
 
     with pytest.raises(Unavailable, match="answers, and is still not ready"):
-        client.wait_until_ready(timeout=2.0)
+        client.wait_until_ready(timeout=1.0)
 
 
 def test_waiting_raises_an_unauthenticated_error(connect: Connect, server: ScriptedServer) -> None:

@@ -264,8 +264,9 @@ def test_a_server_that_stays_down_is_unavailable_within_the_timeout(
 
 def test_the_timeout_cancels_the_job(caller: Any, fake: FakeServer) -> None:
     fake.script(Behaviour(hold=threading.Event()))
+    caller.status()
 
-    with caller.stream("a star", timeout=2.0) as stream, pytest.raises(DeadlineExceeded):
+    with caller.stream("a star", timeout=0.7) as stream, pytest.raises(DeadlineExceeded):
         list(stream)
 
     fake.wait_for(lambda: fake.jobs[0].state in (JobState.EXPIRED, JobState.CANCELLED))

@@ -154,12 +154,14 @@ def test_a_failed_job_runs_again(caller: Any, fake: FakeServer) -> None:
 
 
 def test_joining_a_job_extends_its_deadline(connect: Connect, fake: FakeServer) -> None:
-    fake.script(Behaviour(step_seconds=1.0))
+    fake.script(Behaviour(step_seconds=0.35))
     request = GenerationRequest(prompt="a star", seed=7, steps=4, request_id="r-1")
-    connect(fake.target).submit(request, time_limit=3.0)
+    joining = connect(fake.target, retry=Retry(attempts=1))
+    joining.status()
+    connect(fake.target).submit(request, time_limit=1.2)
 
     # It does not matter that this call does not ask to keep the job.
-    with connect(fake.target, retry=Retry(attempts=1)).stream(request, timeout=60.0) as stream:
+    with joining.stream(request, timeout=60.0) as stream:
         assert next(stream).joined
         assert stream.result().images
 
@@ -247,11 +249,11 @@ def test_health_and_status_report_its_state(connect: Connect, fake: FakeServer) 
             client.generate("a star")
         assert caught.value.reason == reason
         with pytest.raises(Unavailable, match="not ready"):
-            client.wait_until_ready(timeout=2.0)
+            client.wait_until_ready(timeout=0.7)
 
     fake.state = ServerState.RECOVERING
     with pytest.raises(Unavailable, match="not ready"):
-        client.wait_until_ready(timeout=2.0)
+        client.wait_until_ready(timeout=0.7)
     assert client.generate("a star").images
 
 

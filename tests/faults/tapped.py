@@ -89,13 +89,15 @@ class Wire:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **engine: Any) -> AsyncIterator[Wire]:
+async def serving(
+    folder: Path, *, dispatch: Dispatch | None = None, **engine: Any
+) -> AsyncIterator[Wire]:
     """A server with the model in ``folder``; ``engine`` holds settings of the engine section."""
     settings = Settings(
         models=Models(model=(f"tiny={folder}",)),
         network=Network(port=0, metrics_port=0),
         engine=Engine(**{"engine_timeout": 60.0, **engine}),
-        dispatch=Dispatch(max_queued_jobs=64),
+        dispatch=dispatch or Dispatch(max_queued_jobs=64),
     )
     assert engine_configs(settings, None)[0].models[0].id == "tiny"
     tapped = TappedEngine(config_for(folder, rows=4), timeout=settings.engine.engine_timeout)

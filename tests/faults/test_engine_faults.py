@@ -2,19 +2,22 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import pytest_asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.app import EngineLost
 from darkroom_server.backends import process
-from darkroom_server.core.events import EngineReady, Event, JobStarted, SampleProgress
+from darkroom_server.core.events import EngineReady, Event, JobStarted, JobTaken, SampleProgress
+from darkroom_server.dispatch.engines import pool
+from darkroom_server.settings import Dispatch
 from tests.engine.tiny import write_tiny_model
 
 from .tapped import NOT_SERVING, SERVING, Wire, serving
@@ -23,6 +26,28 @@ from .tapped import NOT_SERVING, SERVING, Wire, serving
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_wire(tiny_folder: Path) -> AsyncIterator[Wire]:
+    """One server whose engine may die often, starts again at once, and gets few jobs at a time."""
+    few = Dispatch(max_queued_jobs=64, max_resident_samples=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "FIRST_BACKOFF_SECONDS", 0.001)
+        async with serving(tiny_folder, dispatch=few, engine_max_restarts=100) as wire:
+            yield wire
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def wire(shared_wire: Wire) -> AsyncIterator[Wire]:
+    """The shared server, ready and without jobs."""
+    await shared_wire.health_becomes(SERVING)
+    assert not shared_wire.server.dispatcher.counts.live
+    shared_wire.engine.on_event = lambda _: None
+    yield shared_wire
+
+
+in_one_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 def pixel_hashes(response: generation_pb2.GenerateResponse) -> list[str]:
@@ -54,34 +79,34 @@ def restarts(wire: Wire) -> int:
     return engine.restarts
 
 
-async def test_killed_during_denoising(tiny_folder: Path) -> None:
-    async with serving(tiny_folder) as wire:
-        undisturbed = await wire.generate(image_count=2, steps=MANY)
-        signalled_at = signal_once(wire, lambda e: isinstance(e, SampleProgress), signal.SIGKILL)
-        again = await wire.generate(image_count=2, steps=MANY)
-        assert (len(signalled_at), restarts(wire)) == (1, 1)
-        assert pixel_hashes(again) == pixel_hashes(undisturbed)
-        assert [i.data for i in again.images] == [i.data for i in undisturbed.images]
+@in_one_loop
+async def test_killed_during_denoising(wire: Wire) -> None:
+    before, undisturbed = restarts(wire), await wire.generate(image_count=2, steps=MANY)
+    signalled_at = signal_once(wire, lambda e: isinstance(e, SampleProgress), signal.SIGKILL)
+    again = await wire.generate(image_count=2, steps=MANY)
+    assert (len(signalled_at), restarts(wire) - before) == (1, 1)
+    assert pixel_hashes(again) == pixel_hashes(undisturbed)
+    assert [i.data for i in again.images] == [i.data for i in undisturbed.images]
 
 
-async def test_killed_during_decoding(tiny_folder: Path) -> None:
-    async with serving(tiny_folder) as wire:
-        undisturbed = await wire.generate(image_count=3)
-        signalled_at = signal_once(
-            wire, lambda e: isinstance(e, SampleProgress) and e.step == e.steps, signal.SIGKILL
-        )
-        assert pixel_hashes(await wire.generate(image_count=3)) == pixel_hashes(undisturbed)
-        assert (len(signalled_at), restarts(wire)) == (1, 1)
+@in_one_loop
+async def test_killed_during_decoding(wire: Wire) -> None:
+    before, undisturbed = restarts(wire), await wire.generate(image_count=3)
+    signalled_at = signal_once(
+        wire, lambda e: isinstance(e, SampleProgress) and e.step == e.steps, signal.SIGKILL
+    )
+    assert pixel_hashes(await wire.generate(image_count=3)) == pixel_hashes(undisturbed)
+    assert (len(signalled_at), restarts(wire) - before) == (1, 1)
 
 
-async def test_killed_while_idle(tiny_folder: Path) -> None:
-    async with serving(tiny_folder) as wire:
-        wire.engine.kill()
-        await wire.health_becomes(NOT_SERVING)
-        assert await wire.alive()
-        call = asyncio.ensure_future(wire.generate())
-        assert len((await call).images) == 1
-        await wire.health_becomes(SERVING)
+@in_one_loop
+async def test_killed_while_idle(wire: Wire) -> None:
+    wire.engine.kill()
+    await wire.health_becomes(NOT_SERVING)
+    assert await wire.alive()
+    call = asyncio.ensure_future(wire.generate())
+    assert len((await call).images) == 1
+    await wire.health_becomes(SERVING)
 
 
 async def test_a_hang_is_noticed(tiny_folder: Path) -> None:
@@ -92,50 +117,57 @@ async def test_a_hang_is_noticed(tiny_folder: Path) -> None:
         assert (len(signalled_at), restarts(wire)) == (1, 1)
 
 
-async def test_sixteen_jobs_survive_three_kills(tiny_folder: Path) -> None:
-    async with serving(tiny_folder) as wire:
-        undisturbed = {seed: pixel_hashes(await wire.generate(seed=seed)) for seed in range(16)}
-        started: set[str] = set()
-        kills: list[int] = []
+@in_one_loop
+async def test_sixteen_jobs_survive_three_kills(wire: Wire) -> None:
+    counts = wire.server.dispatcher.counts
+    before = counts.accepted
+    undisturbed = {seed: pixel_hashes(await wire.generate(seed=seed)) for seed in range(16)}
+    inside: set[str] = set()
+    hit: set[str] = set()
+    kills, alive = 0, True
 
-        def kill_when_others_run(event: Event) -> None:
-            """Each kill hits jobs that no kill has hit before."""
-            if isinstance(event, JobStarted):
-                started.add(event.job_id)
-            fresh = len(started) - sum(kills)
-            if isinstance(event, SampleProgress) and len(kills) < 3 and fresh >= 1:
-                kills.append(fresh)
+    def kill_when_others_run(event: Event) -> None:
+        """Each kill hits jobs that no kill has hit before."""
+        nonlocal kills, alive
+        match event:
+            case JobTaken(job_id):
+                inside.add(job_id)
+            case EngineReady():
+                # The last events before a death arrive after the kill.
+                hit.update(inside)
+                inside.clear()
+                alive = True
+            case SampleProgress() if kills < 3 and alive and inside - hit:
+                kills, alive = kills + 1, False
                 wire.engine.kill()
 
-        wire.engine.on_event = kill_when_others_run
-        answers = await asyncio.gather(
-            *(wire.generate(seed=seed, request_id=f"job-{seed}") for seed in range(16))
-        )
-        assert len(kills) == 3
-        assert {seed: pixel_hashes(answer) for seed, answer in enumerate(answers)} == undisturbed
-        counts = wire.server.dispatcher.counts
-        assert counts.accepted == counts.ended == 32
+    wire.engine.on_event = kill_when_others_run
+    answers = await asyncio.gather(
+        *(wire.generate(seed=seed, request_id=f"job-{seed}") for seed in range(16))
+    )
+    assert kills == 3
+    assert {seed: pixel_hashes(answer) for seed, answer in enumerate(answers)} == undisturbed
+    assert counts.accepted == counts.ended == before + 32
 
 
-async def test_a_poison_job_fails_alone(tiny_folder: Path) -> None:
-    async with serving(tiny_folder) as wire:
+@in_one_loop
+async def test_a_poison_job_fails_alone(wire: Wire) -> None:
+    def poison(event: Event) -> None:
+        if isinstance(event, JobStarted) and event.job_id == "poison":
+            wire.engine.kill()
 
-        def poison(event: Event) -> None:
-            if isinstance(event, JobStarted) and event.job_id == "poison":
-                wire.engine.kill()
-
-        wire.engine.on_event = poison
-        others = [asyncio.ensure_future(wire.generate(seed=i, steps=20)) for i in range(4)]
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await wire.generate(request_id="poison", steps=MANY)
-        assert caught.value.code() is grpc.StatusCode.INTERNAL
-        failed: Any = caught.value  # The types know the synchronous call only.
-        status = rpc_status.from_call(failed)
-        info = error_details_pb2.ErrorInfo()
-        assert any(detail.Unpack(info) for detail in status.details)
-        assert info.reason == "ENGINE_CRASHED"
-        for other in others:
-            assert len((await other).images) == 1
+    wire.engine.on_event = poison
+    others = [asyncio.ensure_future(wire.generate(seed=i, steps=20)) for i in range(4)]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await wire.generate(request_id="poison", steps=MANY)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    failed: Any = caught.value  # The types know the synchronous call only.
+    status = rpc_status.from_call(failed)
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in status.details)
+    assert info.reason == "ENGINE_CRASHED"
+    for other in others:
+        assert len((await other).images) == 1
 
 
 class ExitsOnce:

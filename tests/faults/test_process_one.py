@@ -13,7 +13,7 @@ import pytest
 
 from darkroom_client import Client
 from tests.engine.tiny import write_tiny_model
-from tests.server.app.process import ServerProcess
+from tests.server.app.process import MAIN, ServerProcess
 
 PRIVILEGES = () if os.geteuid() == 0 else ("--user", "--map-root-user")
 NAMESPACE = ("unshare", *PRIVILEGES, "--pid", "--fork", "--mount-proc", "--kill-child")
@@ -29,13 +29,12 @@ class ProcessOne(ServerProcess):
 
 
 @contextmanager
-def served(folder: Path, *flags: str) -> Iterator[ProcessOne]:
+def served(*program: str) -> Iterator[ProcessOne]:
+    """A server as process 1; ``program``: the arguments of Python that start it."""
     tried = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"no process namespace can be made here: {tried.stderr.strip()}")
-    model = f"tiny={write_tiny_model(folder)}"
-    serve = [sys.executable, "-m", "darkroom_server", "serve", "--model", model, "--port", "0"]
-    command = [*NAMESPACE, *serve, "--metrics-port", "0", "--log-format", "json", *flags]
+    command = [*NAMESPACE, sys.executable, *program, "--log-format", "json"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as outer:
         try:
             yield ProcessOne(outer)
@@ -44,7 +43,9 @@ def served(folder: Path, *flags: str) -> Iterator[ProcessOne]:
 
 
 def test_it_generates_an_image_and_exits_on_sigterm(tmp_path: Path) -> None:
-    with served(tmp_path) as server:
+    model = f"tiny={write_tiny_model(tmp_path)}"
+    serve = ["serve", "--model", model, "--port", "0", "--metrics-port", "0"]
+    with served("-m", "darkroom_server", *serve, "--threads", "1", "--rows", "2") as server:
         with Client(server.until("serving")["address"], insecure=True) as client:
             client.wait_until_ready(120)
             assert client.generate("a red circle", steps=1).images
@@ -52,8 +53,8 @@ def test_it_generates_an_image_and_exits_on_sigterm(tmp_path: Path) -> None:
         assert server.wait() == 0
 
 
-def test_a_second_signal_forces_the_exit(tmp_path: Path) -> None:
-    with served(tmp_path, "--drain-delay", "600") as server:
+def test_a_second_signal_forces_the_exit() -> None:
+    with served("-c", MAIN, "{}", "--drain-delay", "600") as server:
         server.until("serving")
         server.send(signal.SIGTERM)
         server.until("draining")

@@ -13,7 +13,7 @@ from tests.engine.tiny import write_tiny_model
 
 def test_the_engine_ends_and_the_port_is_free(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path)
-    flags = ["--model", f"tiny={folder}", "--port", "0", "--metrics-port", "0"]
+    flags = ["--model", f"tiny={folder}", "--port", "0", "--metrics-port", "0", "--threads", "1"]
     with subprocess.Popen(
         [sys.executable, "-m", "darkroom_server", "serve", *flags, "--log-format", "json"],
         stderr=subprocess.PIPE,

@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.message import Message
 from email.parser import Parser
+from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -46,22 +48,15 @@ class Distributions:
 
 def build_distributions(folder: Path) -> Distributions:
     """Build each package's source distribution, and its wheel from it."""
-    wheels = {}
-    for package in ("protos", "client", "server"):
-        output = folder / package
-        command = (
-            sys.executable,
-            "-m",
-            "build",
-            "--no-isolation",
-            "--outdir",
-            output,
-            ROOT / package,
-        )
-        run(*command)
-        (path,) = output.glob("*.whl")
-        wheels[package] = Wheel(path)
-    return Distributions(**wheels)
+    with ThreadPoolExecutor() as pool:
+        return Distributions(*pool.map(partial(_build, folder), ("protos", "client", "server")))
+
+
+def _build(folder: Path, package: str) -> Wheel:
+    output = folder / package
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", output, ROOT / package)
+    (path,) = output.glob("*.whl")
+    return Wheel(path)
 
 
 class Environment:

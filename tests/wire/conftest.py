@@ -46,8 +46,11 @@ class LogReader:
 
 
 @contextmanager
-def running_server(*flags: str) -> Iterator[str]:
-    """The address of a ready server with the demo model; its exit code must be 0."""
+def running_server() -> Iterator[str]:
+    """The address of a ready server with the demo model; its exit code must be 0.
+
+    It computes like plain diffusers: float32, no autocast.
+    """
     command = [
         sys.executable,
         "-m",
@@ -57,8 +60,16 @@ def running_server(*flags: str) -> Iterator[str]:
         "0",
         "--metrics-port",
         "0",
+        "--dtype",
+        "float32",
+        "--no-autocast",
+        "--no-channels-last",
+        "--threads",
+        "1",
+        "--rows",
+        "4",
     ]
-    with subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         log = LogReader(server.stderr)
         try:
@@ -77,6 +88,6 @@ def running_server(*flags: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def address() -> Iterator[str]:
-    """The address of a server with the default settings."""
+    """The address of one server for all tests."""
     with running_server() as address:
         yield address

@@ -1,6 +1,5 @@
 """A served image equals the image that diffusers' own pipeline generates from the same folder."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,25 +9,15 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
 from darkroom_client import Client
 
-from .conftest import running_server
-
 DEMO_MODEL = Path(__file__).parents[2] / "server" / "src" / "darkroom_server" / "demo_model"
 PROMPT = "a large yellow star on a blue background"
 
 
-@pytest.fixture(scope="module")
-def plain_address() -> Iterator[str]:
-    """A server that computes like plain diffusers: float32, no autocast."""
-    plain = ["--dtype", "float32", "--no-autocast", "--no-channels-last", "--max-rows", "2"]
-    with running_server(*plain) as address:
-        yield address
-
-
 @pytest.mark.parametrize(("scheduler", "steps", "guidance"), [("ddim", 8, 5.0), ("euler", 12, 1.0)])
 def test_a_served_image_equals_the_pipelines(
-    plain_address: str, scheduler: str, steps: int, guidance: float
+    address: str, scheduler: str, steps: int, guidance: float
 ) -> None:
-    with Client(plain_address, insecure=True) as client:
+    with Client(address, insecure=True) as client:
         served = client.generate(
             PROMPT, scheduler=scheduler, steps=steps, guidance_scale=guidance, seed=11
         )

@@ -13,7 +13,6 @@ from darkroom_server.core.errors import Failure, GenerationFailed, Reason, Start
 from darkroom_server.core.events import BatchDone, Event
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import Dispatcher, State
-from darkroom_server.dispatch.engines import pool as pool_module
 from darkroom_server.dispatch.jobs.job import CRASH_SUSPECT
 from darkroom_server.dispatch.jobs.outcomes import Finished
 from tests.server.dispatch.harness import settle
@@ -259,7 +258,6 @@ async def test_an_engine_that_can_never_be_started_fails_for_good(
 async def test_a_start_without_resources_does_not_count_as_a_death(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(pool_module, "FIRST_BACKOFF_SECONDS", 0.001)
     async with engine_pool(max_restarts=1) as engines:
         engine = engines.engines[0]
         start, failures = engine.start, [error] * 5

@@ -167,6 +167,13 @@ async def test_an_id_in_the_metadata_names_call_and_job() -> None:
         )
 
 
+async def test_the_first_of_two_ids_in_the_metadata_counts() -> None:
+    metadata = (("darkroom-request-id", "first"), ("darkroom-request-id", "second"))
+    async with serving() as wire:
+        call = wire.models.ListModels(ListModels(), metadata=metadata)
+        assert await trailing_id(call) == "first"
+
+
 async def test_metadata_that_cannot_be_an_id_is_rejected() -> None:
     async with serving() as wire:
         wrong = (("darkroom-request-id", "a b"),)

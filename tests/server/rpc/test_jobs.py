@@ -54,6 +54,9 @@ async def test_a_job_is_reported_from_the_queue_to_its_end() -> None:
         assert (name(first.state), first.step, first.finished_images) == ("FINISHED", 8, 2)
         assert not first.HasField("estimated_finish")
         assert first.error_reason == ""
+        for _ in range(2):  # Shutdown waits for the others.
+            await wire.submitted.get()
+            wire.engine.advance(4)
 
 
 async def test_asking_for_the_state_does_not_subscribe() -> None:

@@ -1,5 +1,6 @@
 """What gRPC's asyncio context reports about a call; its types say less than is true."""
 
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import grpc
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Metadata = Iterable[tuple[str, str | bytes]]
 
 
 @dataclass(slots=True)
@@ -23,6 +25,14 @@ class Answer:
 
 CURRENT_ANSWER: ContextVar[Answer] = ContextVar("CURRENT_ANSWER")
 """The answer of the current call."""
+
+
+def metadata_value(metadata: Metadata, key: str) -> str | None:
+    """The first value of ``key`` in a call's metadata, None if there is none."""
+    for name, value in metadata:
+        if name == key:
+            return value.decode("ascii", "replace") if isinstance(value, bytes) else value
+    return None
 
 
 def has_expired(context: Context) -> bool:

@@ -1,10 +1,11 @@
 """From protobuf requests to those of the service layer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.core.errors import InvalidRequest, Violation
+from darkroom_server.rpc.context import Metadata, metadata_value
 from darkroom_server.rpc.enums import FORMAT_FROM_WIRE, SCHEDULER_FROM_WIRE, SYNTAX_FROM_WIRE
 from darkroom_server.service.request import GenerationRequest
 from darkroom_server.service.validation import ReplyLimit
@@ -63,17 +64,16 @@ def time_limit(message: generation_pb2.SubmitGenerationRequest) -> float | None:
     return message.time_limit.seconds + message.time_limit.nanos / 1e9
 
 
-def reply_limit(metadata: Iterable[tuple[str, str | bytes]]) -> ReplyLimit:
+def reply_limit(metadata: Metadata) -> ReplyLimit:
     """What the caller accepts in one message; raises ``InvalidRequest``."""
-    limit = DEFAULT_MAX_REPLY_BYTES
-    for key, value in metadata:
-        if key == MAX_REPLY_BYTES_KEY:
-            text = value.decode("ascii", "replace") if isinstance(value, bytes) else value
-            if not (text.isascii() and text.isdecimal() and len(text) <= 18):
-                wrong = Violation(MAX_REPLY_BYTES_KEY, "metadata: must be a number of bytes")
-                raise InvalidRequest([wrong])
-            limit = int(text)
-            break
+    text = metadata_value(metadata, MAX_REPLY_BYTES_KEY)
+    if text is None:
+        limit = DEFAULT_MAX_REPLY_BYTES
+    elif text.isascii() and text.isdecimal() and len(text) <= 18:
+        limit = int(text)
+    else:
+        wrong = Violation(MAX_REPLY_BYTES_KEY, "metadata: must be a number of bytes")
+        raise InvalidRequest([wrong])
     advice = f"raise the client's gRPC receive limit and send it as metadata {MAX_REPLY_BYTES_KEY}"
     return ReplyLimit(limit, advice)
 

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,17 +24,6 @@ class Method:
     service: str
     name: str
     kind: str
-
-
-Metadata = Iterable[tuple[str, str | bytes]]
-
-
-def metadata_value(metadata: Metadata, key: str) -> str | None:
-    """The first value of ``key`` in a call's metadata, None if there is none."""
-    for name, value in metadata:
-        if name == key:
-            return value.decode("ascii", "replace") if isinstance(value, bytes) else value
-    return None
 
 
 class ContextInterceptor(grpc.aio.ServerInterceptor, ABC):

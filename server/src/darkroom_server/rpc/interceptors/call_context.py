@@ -1,6 +1,6 @@
 """The context of each call: its request id, sent back; its trace; its caller's address."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import InvalidRequest, Violation
-from darkroom_server.rpc.context import Context
+from darkroom_server.rpc.context import Context, Metadata, metadata_value
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 from darkroom_server.service.call_context import (
     CURRENT_CALL,
@@ -40,7 +40,7 @@ class PeerAddresses:
     def __init__(self, trusted: str | None = None) -> None:
         self._trusted = [ip_network(each.strip()) for each in trusted.split(",")] if trusted else []
 
-    def address_of(self, peer: str, metadata: Iterable[tuple[str, str | bytes]]) -> str:
+    def address_of(self, peer: str, metadata: Metadata) -> str:
         """The caller's address; ``peer`` is gRPC's name of the other end, such as "ipv4:::1:80".
 
         Behind a trusted proxy: the last address in ``x-forwarded-for`` that is not one of a
@@ -111,14 +111,14 @@ class CallContexts(ContextInterceptor):
 
     @asynccontextmanager
     async def _around(self, context: Context, request: Any) -> AsyncIterator[None]:
-        metadata = dict(context.invocation_metadata() or ())
-        sent = _text(metadata.get(REQUEST_ID_KEY))
+        metadata = context.invocation_metadata() or ()
+        sent = metadata_value(metadata, REQUEST_ID_KEY)
         message = _message_with_id(request)
         if message is not None and sent and _valid(sent) and not getattr(message, FIELD):
             setattr(message, FIELD, sent)
         asked = getattr(message, FIELD) if message is not None else sent
         id = asked if asked and _valid(asked) else new_request_id()
-        traceparent = _text(metadata.get(TRACE_KEY))
+        traceparent = metadata_value(metadata, TRACE_KEY)
         trace = parse_traceparent(traceparent) if traceparent else None
         if trace is None and self._begin_traces:
             trace = new_trace()
@@ -133,10 +133,6 @@ class CallContexts(ContextInterceptor):
             # Not ignored: the caller would not find the call, or the job, under this id.
             raise InvalidRequest([Violation(REQUEST_ID_KEY, f"metadata: {RULE}")])
         yield
-
-
-def _text(value: str | bytes | None) -> str | None:
-    return value.decode("ascii", "replace") if isinstance(value, bytes) else value
 
 
 def _valid(request_id: str) -> bool:
