@@ -17,7 +17,7 @@ from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance, ModelInfo, ModelLimits, SchedulerOffer
-from darkroom_server.engine.components.decoder import Decoder
+from darkroom_server.engine.components.decoder import NO_OPTIONS, Decoder
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import Embedding
 from darkroom_server.engine.components.safety_checker import SafetyChecker
@@ -123,6 +123,16 @@ class Family(ABC):
     def denoiser(self) -> Any:
         """The module that runs every step."""
         return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def vae(self) -> Any:
+        """The module that decodes latents, None if the denoiser makes pixels."""
+        return self.pipeline.vae
+
+    @property
+    def decode_options(self) -> Mapping[str, Any]:
+        """Further arguments of the VAE's decode, for measurements."""
+        return NO_OPTIONS
 
     def prepare(  # noqa: B027 - not every family has something to prepare.
         self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig

@@ -1,10 +1,12 @@
 """The registry of families: a pipeline's class decides how it is loaded and served."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
+from darkroom_server.engine.families.undescribed import undescribed_family
 
 FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class: family
@@ -20,6 +22,15 @@ SINGLE_FILE: type[Family] = StableDiffusion
 """The family of a single file that comes without ``--model-config``: it names no class."""
 
 
+def family_named(kind: str, index: Mapping[str, Any], name: str) -> type[Family]:
+    """The family of a pipeline of class ``kind`` with the components of ``index``.
+
+    ``name`` is what the operator calls the model. Raises ``StartupError`` if it cannot be served.
+    """
+    return FAMILIES.get(kind) or undescribed_family(kind, index, name)
+
+
 def family_of(pipeline: Any) -> Family:
-    """The family of a pipeline that was loaded. Raises ``KeyError`` if it has none."""
-    return FAMILIES[type(pipeline).__name__](pipeline)
+    """The family of a pipeline that was loaded. Raises ``StartupError`` as ``family_named``."""
+    kind = type(pipeline).__name__
+    return family_named(kind, pipeline.config, kind)(pipeline)

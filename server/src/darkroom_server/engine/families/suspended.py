@@ -141,7 +141,11 @@ class SuspendedFamily(Family):
             log.warning("denoiser calls are not batched", why=reason)
         device = self.denoiser.device
         host = HostedPipeline(
-            self.pipeline, self.denoiser_name, device, EncodeMemo(config.prompt_cache_bytes, device)
+            self.pipeline,
+            (self.denoiser_name,),
+            self.vae,
+            device,
+            EncodeMemo(config.prompt_cache_bytes, device),
         )
         own_config = config_of(self.pipeline.scheduler)
         self._runs = Runs(
@@ -215,7 +219,7 @@ class SuspendedFamily(Family):
     ) -> SuspendedModel:
         """The model to serve; its pipeline is on ``device``, in ``memory_format``, and measured."""
         previewer = (
-            Previewer(self.pipeline.vae, decoder.precision, self.latent_factor)
+            Previewer(self.vae, decoder.precision, self.latent_factor)
             if self.has_previews
             else None
         )
@@ -282,7 +286,7 @@ class SuspendedFamily(Family):
         assert isinstance(sample.pending, DenoiserCall)
         self._probe = dict(sample.pending.arguments)
         self._bytes_per_sample = sample.held_bytes()
-        output = self._runs.call_denoiser(self.spec.alone(self._probe))
+        output = self._runs.call_denoiser(self.denoiser, self.spec.alone(self._probe))
         for _ in range(sample.steps):
             # The same output for each step: what is decoded is no picture, and need not be.
             sample.advance(output)
@@ -291,7 +295,7 @@ class SuspendedFamily(Family):
 
 
 def _has_vocabulary(tokenizer: Path) -> bool:
-    single = ("tokenizer.json", "spiece.model", "tokenizer.model")
+    single = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt")
     if any((tokenizer / name).is_file() for name in single):
         return True
     return all((tokenizer / name).is_file() for name in ("vocab.json", "merges.txt"))

@@ -53,7 +53,7 @@ def load_model(
         return nullcontext() if vae_is_upcast(pipeline) else precision()
 
     family.prepare(memory_format, precision, config)
-    decoder = Decoder(pipeline.vae, vae_precision)
+    decoder = Decoder(family.vae, vae_precision)
     measured = measure(family, decoder, memory_format, runtime, config, previous)
     info = ModelInfo(
         id=source.id,

@@ -12,7 +12,8 @@ import transformers
 
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
-from darkroom_server.engine.failures import is_out_of_memory
+from darkroom_server.engine.components.classes import component_class
+from darkroom_server.engine.failures import is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.registry import SINGLE_FILE
 from darkroom_server.engine.loading.folder import (
@@ -99,12 +100,9 @@ def _load_part(
     source: ModelSource, folder: Path, part: str, index: dict[str, Any], dtype: torch.dtype
 ) -> Any:
     """One component of a pipeline, with every weight from its files."""
-    library, kind = index.get(part) or (None, None)
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    # As in diffusers, a pipeline may have components of its own, in its own module.
-    module = libraries.get(str(library)) or getattr(diffusers.pipelines, str(library), None)
-    made_by = getattr(module, str(kind), None)
+    made_by: Any = component_class(index.get(part))
     if made_by is None:
+        library, kind = index.get(part) or (None, None)
         raise StartupError(
             f"model {source.location!r}: its {part} is a {library}.{kind}, which is not supported"
         )
@@ -148,10 +146,10 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
             folder = _snapshot(source, safety_checker, local_files_only=True)
             for part in read_index(folder, name)[0].components:
                 check_weights(folder, part, name)
-            log.warning("the hub's cache is used", model=name, hub=_one_line(error))
+            log.warning("the hub's cache is used", model=name, hub=one_line(error))
             return folder
         raise StartupError(
-            f"model {name!r} is not cached, and the hub does not provide it ({_one_line(error)}); "
+            f"model {name!r} is not cached, and the hub does not provide it ({one_line(error)}); "
             "check its name, HF_TOKEN and the network, or give a folder"
         ) from error
 
@@ -201,6 +199,11 @@ def _load_single_file(source: ModelSource, path: Path, dtype: torch.dtype) -> An
         advice = "check the file" if config else "give --model-config FOLDER, or check the file"
         raise _failed(source, "the model", error, advice) from error
     for part in family.components:
+        if getattr(pipeline, part) is None:
+            raise StartupError(
+                f"model {source.location!r} has no {part}; check the file, and that --model-config "
+                "is of its architecture"
+            )
         weights = getattr(pipeline, part).state_dict()
         missing = [key for key, weight in weights.items() if weight.is_meta]
         if missing:
@@ -218,10 +221,5 @@ def _failed(
         raise error  # The caller knows the device.
     log.debug("model failed to load", exc_info=True)
     return StartupError(
-        f"model {source.location!r}: {what} cannot be loaded ({_one_line(error)}); {advice}"
+        f"model {source.location!r}: {what} cannot be loaded ({one_line(error)}); {advice}"
     )
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")

@@ -71,10 +71,10 @@ class Runs:
             raise
         return sample, encoded
 
-    def call_denoiser(self, arguments: Mapping[str, Any]) -> Any:
-        """What the denoiser returns for ``arguments``, in this model's precision."""
+    def call_denoiser(self, module: Any, arguments: Mapping[str, Any]) -> Any:
+        """What ``module``, a denoiser, returns for ``arguments``, in this model's precision."""
         with self.precision(), torch.inference_mode():
-            return self.host.denoiser(**arguments)
+            return module(**arguments)
 
     def _encode(self, call: EncodeCall) -> Any:
         try:
