@@ -30,6 +30,10 @@ class Alone:
         self._case = case
         self.pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
+        for part in self.pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                # torch multiplies strided inputs in another order by weights that want gradients.
+                part.requires_grad_(False)
         self._latents: list[torch.Tensor] = []
         decode = self.pipeline.vae.decode
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.families.sana import Sana, SanaSprint
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
 from darkroom_server.engine.families.undescribed import undescribed_family
@@ -13,6 +14,8 @@ FAMILIES: dict[str, type[Family]] = {
     for family in (
         StableDiffusion,
         StableDiffusionXL,
+        Sana,
+        SanaSprint,
         # One line for each family.
     )
 }

@@ -20,7 +20,7 @@ from darkroom_server.engine.components.scheduler_table import (
     DIFFUSION_SCHEDULERS,
     FLOW_MATCH_SCHEDULERS,
 )
-from darkroom_server.engine.components.schedulers import config_of, make_scheduler, offer
+from darkroom_server.engine.components.schedulers import config_of, make_scheduler, name_of, offer
 from darkroom_server.engine.families.base import Family, Precision
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, signature_of
 from darkroom_server.engine.pipelines.calls import DenoiserCall
@@ -250,13 +250,16 @@ class SuspendedFamily(Family):
         """The schedulers with which the pipeline reaches its first step, as templates."""
         flow = config.get("prediction_type", "flow_prediction") == "flow_prediction"
         names = FLOW_MATCH_SCHEDULERS if flow else DIFFUSION_SCHEDULERS
-        usable = {}
-        for name in names:
+        usable: dict[SchedulerName, Any] = {}
+        # The model's own first: its folder may name one that is meant for other models too.
+        for name in dict.fromkeys((name_of(self.pipeline.scheduler), *names)):
+            if name is SchedulerName.MODEL:
+                continue
             self._runs.schedulers[name] = hosted_scheduler(make_scheduler(name, config))
             job = self._probe_job(name)
             try:
                 sample, _ = self._runs.start(job, 0, steps=job.steps)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 # The pipeline asks for what this scheduler does not take, such as sigmas.
                 log.debug("scheduler is not offered", scheduler=name, why=str(error))
             else:
