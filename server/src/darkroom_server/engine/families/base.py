@@ -89,6 +89,7 @@ class Family(ABC):
     requests that leave a field unset, see ``model_defaults``. ``denoiser_name`` is the component
     that runs every step.
     ``convolutional``: it has two-dimensional convolutions, which channels last can make faster.
+    ``chosen_size`` is the default width and height that the operator set, in pixels.
     """
 
     pipeline_class: ClassVar[str]
@@ -101,6 +102,7 @@ class Family(ABC):
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
+        self.chosen_size: int | None = None
 
     @classmethod
     @abstractmethod
@@ -167,7 +169,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def latent_size(self) -> int:
-        """Width and height of the latents of an image of the default size."""
+        """Width and height of the latents of an image of the size that the model was trained at."""
 
     @property
     @abstractmethod
@@ -177,7 +179,12 @@ class Family(ABC):
     @property
     def size(self) -> int:
         """The default width and height of an image, in pixels."""
-        return self.latent_size * self.latent_factor
+        return self.chosen_size or self.latent_size * self.latent_factor
+
+    @property
+    def default_sequence_length(self) -> int | None:
+        """The ``max_sequence_length`` of a request that sets none, None if it is not taken."""
+        return None
 
     @abstractmethod
     def limits(self, max_rows: int) -> ModelLimits:
@@ -194,7 +201,8 @@ class Family(ABC):
 
     def latents(self, dtype: torch.dtype, device: torch.device, images: int = 1) -> torch.Tensor:
         """Random latents of ``images`` images of the default size."""
-        shape = (images, self.latent_channels, self.latent_size, self.latent_size)
+        side = self.size // self.latent_factor
+        shape = (images, self.latent_channels, side, side)
         return random_normal(shape, dtype, device)
 
     def safety_checker(self, name: str) -> SafetyChecker:

@@ -91,7 +91,7 @@ class SuspendedFamily(Family):
 
     @property
     def latent_size(self) -> int:
-        """Width and height of the latents of an image of the default size."""
+        """Width and height of the latents of an image of the size that the model was trained at."""
         return int(self.pipeline.default_sample_size)
 
     @property
