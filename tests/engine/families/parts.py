@@ -1,12 +1,15 @@
 """Tiny parts of pipelines, with random weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import tokenizers
 import torch
 import transformers
 
+from training.prompts import WORDS
 from training.tokenizer import write_tokenizer
 
 DIFFUSION: dict[str, Any] = {
@@ -32,7 +35,7 @@ def shaken(module: Any, seed: int = 0) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def vae(channels: int = 4, **config: Any) -> Any:
+def vae(channels: int = 4, *, sample_size: int = 64, **config: Any) -> Any:
     """A VAE of 8 pixels for each latent pixel, on each side."""
     return shaken(
         diffusers.AutoencoderKL(
@@ -41,7 +44,7 @@ def vae(channels: int = 4, **config: Any) -> Any:
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             latent_channels=channels,
-            sample_size=64,
+            sample_size=sample_size,
             **config,
         )
     )
@@ -64,3 +67,28 @@ def clip(folder: Path, width: int = 32, *, projection: bool = False) -> tuple[An
     )
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
     return tokenizer, shaken(kind(config))
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template in the form of Qwen's."""
+
+
+def qwen_tokenizer() -> Any:
+    """A Qwen2 tokenizer of a few hundred tokens, trained on the words of the demo model."""
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, show_progress=False
+    )
+    trained.train_from_iterator([" ".join(WORDS)], trainer)
+    model = json.loads(trained.to_str())["model"]
+    return transformers.Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=CHAT,
+    )

@@ -5,12 +5,14 @@ from typing import Any
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
+from darkroom_server.engine.families.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class: family
     for family in (
         StableDiffusion,
         StableDiffusionXL,
+        ZImage,
         # One line for each family.
     )
 }

@@ -198,11 +198,13 @@ class SuspendedFamily(Family):
 
     def is_truncated(self, job: Job) -> bool:
         """Whether the model does not read a prompt of ``job`` to its end."""
-        tokenizer = getattr(self.pipeline, self.prompt_tokenizer)
         limit = job.max_sequence_length or self.prompt_tokens
-        texts = [text for text in (job.prompt, job.negative_prompt) if text]
-        lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
-        return max(lengths) > limit
+        return any(self.prompt_length(t) > limit for t in (job.prompt, job.negative_prompt) if t)
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of ``prompt``, counted as the pipeline does for its ``max_sequence_length``."""
+        tokenizer = getattr(self.pipeline, self.prompt_tokenizer)
+        return len(tokenizer(prompt, verbose=False).input_ids)
 
     def new_model(
         self,
