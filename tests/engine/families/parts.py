@@ -1,5 +1,6 @@
 """Tiny parts of pipelines, with random weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import diffusers
 import torch
 import transformers
 
+from training.prompts import WORDS
 from training.tokenizer import write_tokenizer
 
 DIFFUSION: dict[str, Any] = {
@@ -64,3 +66,34 @@ def clip(folder: Path, width: int = 32, *, projection: bool = False) -> tuple[An
     )
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
     return tokenizer, shaken(kind(config))
+
+
+def t5(width: int = 32) -> tuple[Any, Any]:
+    """A tokenizer with a token for each letter and each word of the grammar, and a T5 encoder."""
+    letters = [chr(code) for code in range(0x20, 0x7F)]
+    pieces = [(piece, -8.0) for piece in letters] + [(f"\u2581{word}", -2.0) for word in WORDS]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("\u2581", -4.0)]
+    tokenizer = transformers.T5TokenizerFast(
+        vocab=special + pieces, extra_ids=0, model_max_length=512
+    )
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_ff=37,
+        d_kv=8,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return tokenizer, shaken(transformers.T5EncoderModel(config))
+
+
+def flow_match(**config: Any) -> Any:
+    """The scheduler of models that are trained by flow matching."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(**config)
+
+
+def set_size(folder: Path, size: int = 64) -> Path:
+    """Make ``size`` the default of the model in ``folder``, whose class has a larger one."""
+    (folder / "darkroom.json").write_text(json.dumps({"size": size}), "utf-8")
+    return folder

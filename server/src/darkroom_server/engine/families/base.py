@@ -83,6 +83,7 @@ class Family(ABC):
     """A kind of model: what its folder holds, and how a pipeline of it is placed and measured.
 
     Class attributes describe the family; an instance wraps one pipeline that is in memory.
+    ``given_size`` is the operator's default size, None for the model's own.
     ``pipeline_class`` is the class in ``diffusers`` and in ``model_index.json``. ``components``
     have weights, all of which must be there. ``optional`` are left out, or replaced by None.
     ``pipeline_options`` are further arguments of ``from_pretrained``. ``defaults`` are for
@@ -101,6 +102,7 @@ class Family(ABC):
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
+        self.given_size: int | None = None
 
     @classmethod
     @abstractmethod
@@ -167,7 +169,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def latent_size(self) -> int:
-        """Width and height of the latents of an image of the default size."""
+        """Width and height of the latents of an image of the size that the model was trained at."""
 
     @property
     @abstractmethod
@@ -177,7 +179,12 @@ class Family(ABC):
     @property
     def size(self) -> int:
         """The default width and height of an image, in pixels."""
-        return self.latent_size * self.latent_factor
+        return self.given_size or self.latent_size * self.latent_factor
+
+    @property
+    def size_multiple(self) -> int:
+        """The width and the height of an image are multiples of that many pixels."""
+        return self.latent_factor
 
     @abstractmethod
     def limits(self, max_rows: int) -> ModelLimits:
@@ -194,7 +201,8 @@ class Family(ABC):
 
     def latents(self, dtype: torch.dtype, device: torch.device, images: int = 1) -> torch.Tensor:
         """Random latents of ``images`` images of the default size."""
-        shape = (images, self.latent_channels, self.latent_size, self.latent_size)
+        side = self.size // self.latent_factor
+        shape = (images, self.latent_channels, side, side)
         return random_normal(shape, dtype, device)
 
     def safety_checker(self, name: str) -> SafetyChecker:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.families.flux import Flux
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
 
@@ -11,6 +12,7 @@ FAMILIES: dict[str, type[Family]] = {
     for family in (
         StableDiffusion,
         StableDiffusionXL,
+        Flux,
         # One line for each family.
     )
 }

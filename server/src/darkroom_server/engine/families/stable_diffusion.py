@@ -67,7 +67,7 @@ class StableDiffusion(Family):
 
     @property
     def latent_size(self) -> int:
-        """Width and height of the latents of an image of the default size."""
+        """Width and height of the latents of an image of the size that the model was trained at."""
         return int(self.pipeline.unet.config.sample_size)
 
     @property
@@ -80,7 +80,7 @@ class StableDiffusion(Family):
         return ModelLimits(
             min_size=max(8 * self.latent_factor, self.size // 2),
             max_size=self.size * 2,
-            size_multiple=self.latent_factor,
+            size_multiple=self.size_multiple,
             prompt_tokens=self.prompt_tokens,
             max_rows=max_rows,
         )

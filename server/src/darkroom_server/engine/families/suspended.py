@@ -91,8 +91,13 @@ class SuspendedFamily(Family):
 
     @property
     def latent_size(self) -> int:
-        """Width and height of the latents of an image of the default size."""
+        """Width and height of the latents of an image of the size that the model was trained at."""
         return int(self.pipeline.default_sample_size)
+
+    @property
+    def size_multiple(self) -> int:
+        """The width and the height of an image are multiples of that many pixels."""
+        return self.latent_factor * self.size_multiple_factor
 
     @property
     def prompt_tokens(self) -> int:
@@ -123,7 +128,7 @@ class SuspendedFamily(Family):
 
     def limits(self, max_rows: int) -> ModelLimits:
         """Half to twice the size that the model was trained at; outside, images fall apart."""
-        multiple = self.latent_factor * self.size_multiple_factor
+        multiple = self.size_multiple
         return ModelLimits(
             min_size=max(multiple, self.size // 2 // multiple * multiple),
             max_size=self.size * 2,
@@ -148,6 +153,7 @@ class SuspendedFamily(Family):
             host=host,
             spec=None if reason else self._spec(memory_format),
             arguments_of=self.call_arguments,
+            vae_latents=self.vae_latents,
             schedulers={
                 SchedulerName.MODEL: hosted_scheduler(
                     make_scheduler(SchedulerName.MODEL, own_config)
@@ -168,6 +174,13 @@ class SuspendedFamily(Family):
     def latents(self, dtype: torch.dtype, device: torch.device, images: int = 1) -> torch.Tensor:
         """Latents of one image of the default size, as the VAE takes them."""
         return self._probe_latents
+
+    def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
+        """``stepped``, what the scheduler steps for an image of ``job``, as [1, channels, h, w].
+
+        The previewer takes them with the scale and the shift of what the scheduler steps.
+        """
+        return stepped
 
     def call_arguments(self, job: Job) -> dict[str, Any]:
         """The arguments of the pipeline's call for ``job``, without those it does not have."""

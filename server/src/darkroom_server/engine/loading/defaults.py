@@ -10,13 +10,28 @@ from darkroom_server.core.errors import StartupError
 FILE = "darkroom.json"
 """Beside ``model_index.json``; the only file in a folder that is not diffusers' own."""
 
+BOUNDS: dict[str, tuple[tuple[type, ...], int, int]] = {
+    "steps": ((int,), 1, 150),
+    "guidance_scale": ((int, float), 0, 50),
+    "true_cfg_scale": ((int, float), 0, 50),
+    "size": ((int,), 8, 8192),
+}
+"""What the file may hold: the types of a value, its least and its greatest."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """Denoising steps, and classifier-free guidance, for requests that set none."""
+    """What requests that set nothing get.
+
+    ``size`` is the width and height in pixels, None for the size that the model was trained at.
+    ``max_sequence_length`` is None if the model does not take it.
+    """
 
     steps: int
     guidance_scale: float
+    size: int | None = None
+    true_cfg_scale: float = 1.0
+    max_sequence_length: int | None = None
 
 
 def read_defaults(source: ModelSource, family: Defaults) -> Defaults:
@@ -31,16 +46,14 @@ def read_defaults(source: ModelSource, family: Defaults) -> Defaults:
         given = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StartupError(f"model {source.location!r}: its {FILE} is not JSON: {error}") from None
-    if not isinstance(given, dict) or not given.keys() <= {"steps", "guidance_scale"}:
+    if not isinstance(given, dict) or not given.keys() <= BOUNDS.keys():
         raise StartupError(
-            f"model {source.location!r}: its {FILE} may hold steps and guidance_scale, and nothing "
-            "else"
+            f"model {source.location!r}: its {FILE} may hold {', '.join(BOUNDS)}, and nothing else"
         )
-    defaults = replace(family, **given)
-    if type(defaults.steps) is not int or not 1 <= defaults.steps <= 150:
-        raise StartupError(f"model {source.location!r}: steps in its {FILE} must be 1 to 150")
-    if type(defaults.guidance_scale) not in (int, float) or not 0 <= defaults.guidance_scale <= 50:
-        raise StartupError(
-            f"model {source.location!r}: guidance_scale in its {FILE} must be 0 to 50"
-        )
-    return defaults
+    for name, value in given.items():
+        types, least, most = BOUNDS[name]
+        if type(value) not in types or not least <= value <= most:
+            raise StartupError(
+                f"model {source.location!r}: {name} in its {FILE} must be {least} to {most}"
+            )
+    return replace(family, **given)

@@ -101,6 +101,7 @@ def cache_key(
     cuda = runtime.device.type == "cuda"
     return {
         "family": family.pipeline_class,
+        "size": family.size,
         "components": {
             name: _configuration(getattr(family.pipeline, name)) for name in family.components
         },

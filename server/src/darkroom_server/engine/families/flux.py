@@ -1,0 +1,102 @@
+"""FLUX.1: a CLIP and a T5 text encoder, a transformer over packed latents.
+
+Its text tokens have no mask, so prompts are never padded to the length of others.
+"""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from darkroom_server.core.job import Job
+from darkroom_server.core.model import Guidance, ModelLimits
+from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.loading.defaults import Defaults
+from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
+
+TRANSFORMER = ArgumentSpec(
+    denoiser="FluxTransformer2DModel",
+    kinds={
+        "hidden_states": Kind.ROWS,
+        "encoder_hidden_states": Kind.ROWS,
+        "pooled_projections": Kind.ROWS,
+        "timestep": Kind.TIMESTEP,
+        "guidance": Kind.ROWS,
+        "img_ids": Kind.SAME,
+        "txt_ids": Kind.SAME,
+        "return_dict": Kind.EQUAL,
+    },
+    rows_in="hidden_states",
+    signature="89cb6e5990d80cf0",
+    diffusers="0.42",
+)
+
+MAX_TOKENS = 512
+"""The pipeline rejects a greater ``max_sequence_length``."""
+
+
+class Flux(SuspendedFamily):
+    """The family of ``FluxPipeline``: dev, which takes the guidance as an input, and schnell."""
+
+    pipeline_class = "FluxPipeline"
+    components = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    optional = ("image_encoder", "feature_extractor")
+    defaults = Defaults(steps=28, guidance_scale=3.5, max_sequence_length=MAX_TOKENS)
+    denoiser_name = "transformer"
+    convolutional = False
+    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    slices_attention: ClassVar[bool] = False
+    spec = TRANSFORMER
+    size_multiple_factor = 2
+    prompt_tokenizer = "tokenizer_2"
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the transformer."""
+        return bool(self.pipeline.transformer.config.guidance_embeds)
+
+    @property
+    def model_defaults(self) -> Defaults:
+        """schnell, which has no input for the guidance, is distilled to four steps."""
+        if self.takes_guidance:
+            return self.defaults
+        return Defaults(steps=4, guidance_scale=0.0, max_sequence_length=256)
+
+    @property
+    def guidance(self) -> Guidance:
+        """A second call for the negative prompt, if there is one."""
+        return Guidance(scale="true_cfg_scale", needs_negative=True, rows=1, calls=2)
+
+    @property
+    def optional_fields(self) -> frozenset[str]:
+        """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
+        fields = {
+            "true_cfg_scale",
+            "negative_prompt",
+            "negative_prompt_2",
+            "empty_negative_prompt",
+            "prompt_2",
+            "max_sequence_length",
+            "preview",
+        }
+        return frozenset(fields | ({"guidance_scale"} if self.takes_guidance else set()))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that the model reads of a prompt by default, the end mark included."""
+        return self.model_defaults.max_sequence_length or MAX_TOKENS
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents: a token is a square of four latent pixels."""
+        return int(self.pipeline.transformer.config.in_channels) // 4
+
+    def limits(self, max_rows: int) -> ModelLimits:
+        """Half to twice the size that the model was trained at."""
+        return replace(super().limits(max_rows), max_sequence_length=MAX_TOKENS)
+
+    def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
+        """Tokens, [1, tokens, 4 × channels], as latents."""
+        height, width = job.height // self.latent_factor, job.width // self.latent_factor
+        squares = stepped.reshape(1, height // 2, width // 2, self.latent_channels, 2, 2)
+        return squares.permute(0, 3, 1, 4, 2, 5).reshape(1, -1, height, width)
