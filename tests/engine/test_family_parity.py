@@ -29,7 +29,7 @@ class Alone:
 
     def __init__(self, case: FamilyCase, folder: Any) -> None:
         self._case = case
-        self.pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+        self.pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **case.load)
         self.pipeline.set_progress_bar_config(disable=True)
         self._latents: list[torch.Tensor] = []
         decode = self.pipeline.vae.decode

@@ -5,6 +5,7 @@ from typing import Any
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.flux import Flux
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
+from darkroom_server.engine.families.stable_diffusion_3 import StableDiffusion3
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
 
 FAMILIES: dict[str, type[Family]] = {
@@ -13,6 +14,7 @@ FAMILIES: dict[str, type[Family]] = {
         StableDiffusion,
         StableDiffusionXL,
         Flux,
+        StableDiffusion3,
         # One line for each family.
     )
 }

@@ -47,7 +47,7 @@ class SuspendedFamily(Family):
     size_multiple_factor: ClassVar[int] = 1
     call_options: ClassVar[Mapping[str, Any]] = {}
     own_components: ClassVar[tuple[str, ...]] = ()
-    prompt_tokenizer: ClassVar[str] = "tokenizer"
+    prompt_tokenizer: str = "tokenizer"
     has_previews: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any) -> None:
