@@ -10,6 +10,7 @@ import torch
 
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance, ModelLimits
+from darkroom_server.engine.families.packed_latents import unpack
 from darkroom_server.engine.families.suspended import SuspendedFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -96,7 +97,5 @@ class Flux(SuspendedFamily):
         return replace(super().limits(max_rows), max_sequence_length=MAX_TOKENS)
 
     def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
-        """Tokens, [1, tokens, 4 × channels], as latents."""
-        height, width = job.height // self.latent_factor, job.width // self.latent_factor
-        squares = stepped.reshape(1, height // 2, width // 2, self.latent_channels, 2, 2)
-        return squares.permute(0, 3, 1, 4, 2, 5).reshape(1, -1, height, width)
+        """The tokens ``stepped`` as latents."""
+        return unpack(stepped, job.height // self.latent_factor, job.width // self.latent_factor)
