@@ -59,8 +59,12 @@ class Bench:
     def __init__(self, max_rows: int = 8) -> None:
         self.events: list[Event] = []
         self.limits = RowLimits(max_rows, NEEDS)
-        limits = {"demo": self.limits, "other": RowLimits(max_rows, NEEDS)}
-        self.scheduler = BatchScheduler(limits, self.events.append)
+        self.all_limits = {"demo": self.limits, "other": RowLimits(max_rows, NEEDS)}
+        self.scheduler = BatchScheduler(self.all_limits, self.events.append)
+
+    def take(self) -> list[str]:
+        """The ids of the jobs whose prompts are encoded now."""
+        return [r.job.id for found in self.scheduler.take_newcomers().values() for r in found]
 
     def start(self, id: str, **fields: Any) -> list[PlainSample]:
         """A job whose prompts are encoded."""
@@ -122,6 +126,28 @@ def test_newcomers_come_once_and_by_model() -> None:
         "other": ["b"],
     }
     assert bench.scheduler.take_newcomers() == {}
+
+
+def test_slow_encodes_take_turns_with_a_batch_of_every_group() -> None:
+    bench = Bench()
+    bench.scheduler = BatchScheduler(bench.all_limits, bench.events.append, encode_slowly={"demo"})
+    bench.start("small", model="other")
+    bench.start("large", model="other", width=128)
+    for id in ("a", "b", "c"):
+        bench.scheduler.add(make_job(id))
+    taken = [bench.take()]
+    for _ in range(5):
+        bench.run()
+        taken.append(bench.take())
+    assert taken == [["a"], [], ["b"], [], ["c"], []]
+
+
+def test_slow_encodes_follow_each_other_if_nothing_runs() -> None:
+    bench = Bench()
+    bench.scheduler = BatchScheduler(bench.all_limits, bench.events.append, encode_slowly={"demo"})
+    for id in ("a", "b"):
+        bench.scheduler.add(make_job(id))
+    assert [bench.take(), bench.take(), bench.take()] == [["a"], ["b"], []]
 
 
 def test_samples_of_one_group_share_a_batch_up_to_the_row_limit() -> None:

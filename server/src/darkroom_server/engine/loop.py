@@ -49,7 +49,8 @@ class EngineLoop:
         self._caches = caches
         self._emit = emit
         self._inbox: queue.SimpleQueue[Job | Cancel | Extend | Close] = queue.SimpleQueue()
-        self._scheduler = BatchScheduler(row_limits, emit)
+        slow = {id for id, model in models.items() if model.encodes_slowly}
+        self._scheduler = BatchScheduler(row_limits, emit, encode_slowly=slow)
         self._runner = Runner(models, row_limits, emit)
         self._encode_pool = EncodePool(models)
         self._counters = CounterReporter(self._runner.counts, emit)

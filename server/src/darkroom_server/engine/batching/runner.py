@@ -95,7 +95,7 @@ class Runner:
         """
         model = self.models[model_id]
         with Timer(model.device) as timer:
-            together = [jobs] if model.encodes_together else [[job] for job in jobs]
+            together = [jobs] if model.batches_prompts else [[job] for job in jobs]
             encoded = [
                 each
                 for part in together

@@ -1,6 +1,6 @@
 """The batch scheduler: which jobs are in the engine, and which samples the next batch serves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from darkroom_server.core.errors import Failure
@@ -21,14 +21,22 @@ class BatchScheduler:
 
     A job is a newcomer until its prompts are encoded. Then its samples wait for batches until each
     took its last step. The job is removed when its last image is decoded, or when it ends early.
+    ``encode_slowly`` are the ids of models whose prompts take long to encode.
     Used from the loop's thread only.
     """
 
-    def __init__(self, row_limits: Mapping[str, RowLimits], emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        row_limits: Mapping[str, RowLimits],
+        emit: Callable[[Event], None],
+        encode_slowly: Container[str] = (),
+    ) -> None:
+        self._encode_slowly = encode_slowly
         self._row_limits = row_limits
         self._emit = emit
         self._jobs: dict[str, ResidentJob] = {}
         self._newcomers: dict[str, ResidentJob] = {}
+        self._owed: set[Group] = set()
         self._samples: dict[Group, dict[tuple[str, int], Sample]] = {}
         self._groups: dict[tuple[str, int], Group] = {}
         self._shares: FairShare[Group] = FairShare()
@@ -74,11 +82,22 @@ class BatchScheduler:
         resident.end(JobFailed(job_id, failure))
 
     def take_newcomers(self) -> dict[str, list[ResidentJob]]:
-        """The newcomers by model id, in the order of arrival; each is returned once."""
+        """The newcomers to encode now, by model id, in the order of arrival; each once.
+
+        Of the models that encode slowly one job is returned, and the next one after each group that
+        waits now has had a batch: an encode must not hold up the jobs that run for long.
+        """
         by_model: dict[str, list[ResidentJob]] = {}
-        for resident in self._newcomers.values():
-            by_model.setdefault(resident.job.model, []).append(resident)
-        self._newcomers = {}
+        slow_is_due = not (self._owed & self._samples.keys())
+        for id, resident in list(self._newcomers.items()):
+            model = resident.job.model
+            if model in self._encode_slowly:
+                if not slow_is_due:
+                    continue
+                slow_is_due = False
+                self._owed = set(self._samples)
+            del self._newcomers[id]
+            by_model.setdefault(model, []).append(resident)
         return by_model
 
     def start(self, job_id: str, samples: "Sequence[Sample]", prompt_timer: "Timer") -> None:
@@ -117,7 +136,8 @@ class BatchScheduler:
             self._insert(sample)
 
     def charge(self, group: Group, seconds: float) -> None:
-        """Count ``seconds`` of served time to ``group``."""
+        """Count ``seconds`` of served time to ``group``, which had a batch."""
+        self._owed.discard(group)
         self._shares.charge(group, seconds)
 
     def denoised(self, sample: "Sample", now: float) -> None:

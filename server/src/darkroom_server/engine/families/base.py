@@ -56,8 +56,12 @@ class Model(Protocol):
         """Where the model is."""
 
     @property
-    def encodes_together(self) -> bool:
-        """True if the prompts of all new jobs are encoded in one call; False: job by job."""
+    def batches_prompts(self) -> bool:
+        """True if ``encode_prompts`` takes many jobs at once, False: one."""
+
+    @property
+    def encodes_slowly(self) -> bool:
+        """True if batches must run between the prompts of two jobs, as an encode takes long."""
 
     @property
     def counts(self) -> tuple[Counts, ...]:

@@ -149,7 +149,8 @@ class StableDiffusionModel:
         """The counters of the model's components."""
         return (self.prompts.counts, self.decoder.counts)
 
-    encodes_together = True
+    batches_prompts = True
+    encodes_slowly = False
 
     def encode_prompts(self, jobs: Sequence[Job]) -> list[Embeddings]:
         """For each job, the embeddings of its prompts, in one call for all jobs."""

@@ -32,6 +32,9 @@ from darkroom_server.engine.warmup.formats import MemoryFormat
 
 log = structlog.get_logger(__name__)
 
+LARGE_ENCODERS = 10**9
+"""Weights of all text encoders from which on an encode takes as long as batches."""
+
 PROBE_PROMPT = "a photograph of a tree"
 
 
@@ -239,7 +242,14 @@ class SuspendedFamily(Family):
             decoder=decoder,
             previewer=previewer,
             safety=safety,
+            encodes_slowly=self._encoder_weights() >= LARGE_ENCODERS,
         )
+
+    def _encoder_weights(self) -> int:
+        """The number of weights of all text encoders."""
+        encoders = [name for name in self.components if name.startswith("text_encoder")]
+        modules = [getattr(self.pipeline, name, None) for name in encoders]
+        return sum(w.numel() for module in modules if module for w in module.parameters())
 
     def _spec(self, memory_format: MemoryFormat) -> ArgumentSpec:
         layout = memory_format.layout if self.convolutional else torch.contiguous_format

@@ -36,6 +36,7 @@ class SuspendedModel:
     """A model in memory whose samples are ``runs`` of its pipeline.
 
     ``is_truncated`` says whether a job's prompts are longer than the model reads.
+    ``encodes_slowly``: batches must run between the prompts of two jobs.
     """
 
     info: ModelInfo
@@ -44,12 +45,11 @@ class SuspendedModel:
     decoder: Decoder
     previewer: Previewer | None
     safety: SafetyChecker | None
+    encodes_slowly: bool
     prompt_counts: Counts = field(default_factory=Counts)
 
-    @property
-    def encodes_together(self) -> bool:
-        """False: a large text encoder takes one prompt at a time, with batches in between."""
-        return False
+    # Each prompt is encoded alone, as by the pipeline, so exact jobs need no encode of their own.
+    batches_prompts = False
 
     @property
     def device(self) -> torch.device:
