@@ -38,7 +38,7 @@ class AuraFlow(SuspendedFamily):
 
     pipeline_class = "AuraFlowPipeline"
     components = ("transformer", "vae", "text_encoder")
-    defaults = Defaults(steps=50, guidance_scale=3.5, max_sequence_length=MAX_TOKENS)
+    defaults = Defaults(steps=50, guidance_scale=3.5)
     denoiser_name = "transformer"
     convolutional = False
     half_dtype: ClassVar[torch.dtype] = torch.bfloat16
@@ -60,6 +60,11 @@ class AuraFlow(SuspendedFamily):
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt by default, the end mark included."""
         return MAX_TOKENS
+
+    @property
+    def default_sequence_length(self) -> int | None:
+        """The ``max_sequence_length`` of a request that sets none."""
+        return self.prompt_tokens
 
     def limits(self, max_rows: int) -> ModelLimits:
         """Half to twice the size that the model was trained at, if it has so many positions."""

@@ -87,7 +87,6 @@ class Family(ABC):
     """A kind of model: what its folder holds, and how a pipeline of it is placed and measured.
 
     Class attributes describe the family; an instance wraps one pipeline that is in memory.
-    ``given_size`` is the operator's default size, None for the model's own.
     ``pipeline_class`` is the class in ``diffusers`` and in ``model_index.json``. ``components``
     have weights, all of which must be there but ``dispensable`` ones, which the index of a folder
     may leave out. ``optional`` are left out, or replaced by None.
@@ -95,6 +94,7 @@ class Family(ABC):
     requests that leave a field unset, see ``model_defaults``. ``denoiser_name`` is the component
     that runs every step.
     ``convolutional``: it has two-dimensional convolutions, which channels last can make faster.
+    ``chosen_size`` is the default width and height that the operator set, in pixels.
     """
 
     pipeline_class: ClassVar[str]
@@ -108,7 +108,7 @@ class Family(ABC):
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.given_size: int | None = None
+        self.chosen_size: int | None = None
 
     @classmethod
     @abstractmethod
@@ -185,12 +185,12 @@ class Family(ABC):
     @property
     def size(self) -> int:
         """The default width and height of an image, in pixels."""
-        return self.given_size or self.latent_size * self.latent_factor
+        return self.chosen_size or self.latent_size * self.latent_factor
 
     @property
-    def size_multiple(self) -> int:
-        """The width and the height of an image are multiples of that many pixels."""
-        return self.latent_factor
+    def default_sequence_length(self) -> int | None:
+        """The ``max_sequence_length`` of a request that sets none, None if it is not taken."""
+        return None
 
     @abstractmethod
     def limits(self, max_rows: int) -> ModelLimits:

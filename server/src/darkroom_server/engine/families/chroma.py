@@ -42,7 +42,7 @@ class Chroma(SuspendedFamily):
     pipeline_class = "ChromaPipeline"
     components = ("transformer", "vae", "text_encoder")
     optional = ("image_encoder", "feature_extractor")
-    defaults = Defaults(steps=35, guidance_scale=5.0, max_sequence_length=MAX_TOKENS)
+    defaults = Defaults(steps=35, guidance_scale=5.0)
     denoiser_name = "transformer"
     convolutional = False
     half_dtype: ClassVar[torch.dtype] = torch.bfloat16
@@ -69,6 +69,11 @@ class Chroma(SuspendedFamily):
     def latent_channels(self) -> int:
         """Channels of the latents: a token is a square of four latent pixels."""
         return int(self.pipeline.transformer.config.in_channels) // 4
+
+    @property
+    def default_sequence_length(self) -> int | None:
+        """The ``max_sequence_length`` of a request that sets none."""
+        return self.prompt_tokens
 
     def limits(self, max_rows: int) -> ModelLimits:
         """Half to twice the size that the model was trained at."""

@@ -35,6 +35,9 @@ TRANSFORMER = ArgumentSpec(
 MAX_TOKENS = 512
 """The pipeline rejects a greater ``max_sequence_length``."""
 
+SCHNELL_TOKENS = 256
+"""The length of the prompts that schnell was trained on."""
+
 
 class Flux(SuspendedFamily):
     """The family of ``FluxPipeline``: dev, which takes the guidance as an input, and schnell."""
@@ -42,7 +45,7 @@ class Flux(SuspendedFamily):
     pipeline_class = "FluxPipeline"
     components = ("transformer", "vae", "text_encoder", "text_encoder_2")
     optional = ("image_encoder", "feature_extractor")
-    defaults = Defaults(steps=28, guidance_scale=3.5, max_sequence_length=MAX_TOKENS)
+    defaults = Defaults(steps=28, guidance_scale=3.5)
     denoiser_name = "transformer"
     convolutional = False
     half_dtype: ClassVar[torch.dtype] = torch.bfloat16
@@ -61,7 +64,7 @@ class Flux(SuspendedFamily):
         """schnell, which has no input for the guidance, is distilled to four steps."""
         if self.takes_guidance:
             return self.defaults
-        return Defaults(steps=4, guidance_scale=0.0, max_sequence_length=256)
+        return Defaults(steps=4, guidance_scale=0.0)
 
     @property
     def guidance(self) -> Guidance:
@@ -85,12 +88,17 @@ class Flux(SuspendedFamily):
     @property
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt by default, the end mark included."""
-        return self.model_defaults.max_sequence_length or MAX_TOKENS
+        return MAX_TOKENS if self.takes_guidance else SCHNELL_TOKENS
 
     @property
     def latent_channels(self) -> int:
         """Channels of the latents: a token is a square of four latent pixels."""
         return int(self.pipeline.transformer.config.in_channels) // 4
+
+    @property
+    def default_sequence_length(self) -> int | None:
+        """The ``max_sequence_length`` of a request that sets none."""
+        return self.prompt_tokens
 
     def limits(self, max_rows: int) -> ModelLimits:
         """Half to twice the size that the model was trained at."""

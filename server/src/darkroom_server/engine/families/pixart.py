@@ -34,17 +34,18 @@ TRANSFORMER = ArgumentSpec(
 
 
 class PixArtSigma(SuspendedFamily):
-    """The family of ``PixArtSigmaPipeline``."""
+    """The family of ``PixArtSigmaPipeline``; ``max_tokens`` of a prompt were trained on."""
 
     pipeline_class = "PixArtSigmaPipeline"
     components = ("transformer", "vae", "text_encoder")
-    defaults = Defaults(steps=20, guidance_scale=4.5, max_sequence_length=300)
+    defaults = Defaults(steps=20, guidance_scale=4.5)
     denoiser_name = "transformer"
     convolutional = False
     half_dtype: ClassVar[torch.dtype] = torch.bfloat16
     slices_attention: ClassVar[bool] = False
     spec = TRANSFORMER
     size_multiple_factor = 2
+    max_tokens: ClassVar[int] = 300
     call_options: ClassVar[Mapping[str, Any]] = {
         "use_resolution_binning": False,
         "clean_caption": False,
@@ -63,8 +64,12 @@ class PixArtSigma(SuspendedFamily):
     @property
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt by default, the end mark included."""
-        assert self.defaults.max_sequence_length is not None
-        return self.defaults.max_sequence_length
+        return self.max_tokens
+
+    @property
+    def default_sequence_length(self) -> int | None:
+        """The ``max_sequence_length`` of a request that sets none."""
+        return self.max_tokens
 
     def limits(self, max_rows: int) -> ModelLimits:
         """Half to twice the size that the model was trained at."""
@@ -79,4 +84,4 @@ class PixArtAlpha(PixArtSigma):
     """The family of ``PixArtAlphaPipeline``, whose larger models take the image's size too."""
 
     pipeline_class = "PixArtAlphaPipeline"
-    defaults = Defaults(steps=20, guidance_scale=4.5, max_sequence_length=120)
+    max_tokens = 120

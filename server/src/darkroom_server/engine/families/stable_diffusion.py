@@ -80,7 +80,7 @@ class StableDiffusion(Family):
         return ModelLimits(
             min_size=max(8 * self.latent_factor, self.size // 2),
             max_size=self.size * 2,
-            size_multiple=self.size_multiple,
+            size_multiple=self.latent_factor,
             prompt_tokens=self.prompt_tokens,
             max_rows=max_rows,
         )

@@ -62,12 +62,11 @@ class StableDiffusion3(SuspendedFamily):
     def model_defaults(self) -> Defaults:
         """3.5 medium has dual attention, 3.5 large and medium normalise queries and keys."""
         config = self.pipeline.transformer.config
-        tokens = T5_TOKENS if self.has_t5 else None
         if config.dual_attention_layers:
-            return Defaults(steps=40, guidance_scale=4.5, max_sequence_length=tokens)
+            return Defaults(steps=40, guidance_scale=4.5)
         if config.qk_norm:
-            return Defaults(steps=28, guidance_scale=3.5, max_sequence_length=tokens)
-        return replace(self.defaults, max_sequence_length=tokens)
+            return Defaults(steps=28, guidance_scale=3.5)
+        return self.defaults
 
     @property
     def optional_fields(self) -> frozenset[str]:
@@ -81,6 +80,11 @@ class StableDiffusion3(SuspendedFamily):
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt by default, the end mark included."""
         return T5_TOKENS if self.has_t5 else super().prompt_tokens
+
+    @property
+    def default_sequence_length(self) -> int | None:
+        """The ``max_sequence_length`` of a request that sets none, None without a T5."""
+        return T5_TOKENS if self.has_t5 else None
 
     def limits(self, max_rows: int) -> ModelLimits:
         """Half to twice the size that the model was trained at, if it has so many positions."""

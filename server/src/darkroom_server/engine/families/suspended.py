@@ -98,11 +98,6 @@ class SuspendedFamily(Family):
         return int(self.pipeline.default_sample_size)
 
     @property
-    def size_multiple(self) -> int:
-        """The width and the height of an image are multiples of that many pixels."""
-        return self.latent_factor * self.size_multiple_factor
-
-    @property
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt, the start and end marks included."""
         return int(getattr(self.pipeline, self.prompt_tokenizer).model_max_length)
@@ -131,7 +126,7 @@ class SuspendedFamily(Family):
 
     def limits(self, max_rows: int) -> ModelLimits:
         """Half to twice the size that the model was trained at; outside, images fall apart."""
-        multiple = self.size_multiple
+        multiple = self.latent_factor * self.size_multiple_factor
         return ModelLimits(
             min_size=max(multiple, self.size // 2 // multiple * multiple),
             max_size=self.size * 2,

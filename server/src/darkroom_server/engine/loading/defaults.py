@@ -10,28 +10,27 @@ from darkroom_server.core.errors import StartupError
 FILE = "darkroom.json"
 """Beside ``model_index.json``; the only file in a folder that is not diffusers' own."""
 
-BOUNDS: dict[str, tuple[tuple[type, ...], int, int]] = {
-    "steps": ((int,), 1, 150),
-    "guidance_scale": ((int, float), 0, 50),
-    "true_cfg_scale": ((int, float), 0, 50),
-    "size": ((int,), 8, 8192),
-}
-"""What the file may hold: the types of a value, its least and its greatest."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What requests that set nothing get.
+    """Denoising steps, guidance and size for requests that set none.
 
-    ``size`` is the width and height in pixels, None for the size that the model was trained at.
-    ``max_sequence_length`` is None if the model does not take it.
+    ``size`` is the width and the height in pixels, None for what the model was trained at.
     """
 
     steps: int
     guidance_scale: float
-    size: int | None = None
     true_cfg_scale: float = 1.0
-    max_sequence_length: int | None = None
+    size: int | None = None
+
+
+BOUNDS: dict[str, tuple[type, float, float]] = {
+    "steps": (int, 1, 150),
+    "guidance_scale": (float, 0, 50),
+    "true_cfg_scale": (float, 0, 50),
+    "size": (int, 16, 8192),
+}
+"""What the file may hold: whole numbers or any, and their bounds."""
 
 
 def read_defaults(source: ModelSource, family: Defaults) -> Defaults:
@@ -47,12 +46,14 @@ def read_defaults(source: ModelSource, family: Defaults) -> Defaults:
     except ValueError as error:
         raise StartupError(f"model {source.location!r}: its {FILE} is not JSON: {error}") from None
     if not isinstance(given, dict) or not given.keys() <= BOUNDS.keys():
+        *names, last = BOUNDS
         raise StartupError(
-            f"model {source.location!r}: its {FILE} may hold {', '.join(BOUNDS)}, and nothing else"
+            f"model {source.location!r}: its {FILE} may hold {', '.join(names)} and {last}, and "
+            "nothing else"
         )
     for name, value in given.items():
-        types, least, most = BOUNDS[name]
-        if type(value) not in types or not least <= value <= most:
+        kind, least, most = BOUNDS[name]
+        if type(value) not in (int, kind) or not least <= value <= most:
             raise StartupError(
                 f"model {source.location!r}: {name} in its {FILE} must be {least} to {most}"
             )

@@ -62,7 +62,7 @@ def load_model(
         id=source.id,
         revision=revision_of(source, pipeline),
         kind=family.pipeline_class,
-        defaults=_defaults(defaults, family),
+        defaults=_model_defaults(family, defaults),
         limits=replace(family.limits(measured.max_rows), row_limit_source=measured.source),
         schedulers=family.scheduler_offers,
         runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
@@ -98,15 +98,17 @@ def load_model(
 
 
 def _set_size(source: ModelSource, family: Family, size: int | None) -> None:
-    multiple = family.size_multiple
-    if size is not None and size % multiple:
+    if size is None:
+        return
+    multiple = family.limits(0).size_multiple
+    if size % multiple:
         raise StartupError(
             f"model {source.location!r}: size in its {FILE} must be a multiple of {multiple}"
         )
-    family.given_size = size
+    family.chosen_size = size
 
 
-def _defaults(defaults: Defaults, family: Family) -> ModelDefaults:
+def _model_defaults(family: Family, defaults: Defaults) -> ModelDefaults:
     return ModelDefaults(
         width=family.size,
         height=family.size,
@@ -114,7 +116,7 @@ def _defaults(defaults: Defaults, family: Family) -> ModelDefaults:
         guidance_scale=float(defaults.guidance_scale),
         scheduler=name_of(family.pipeline.scheduler),
         true_cfg_scale=float(defaults.true_cfg_scale),
-        max_sequence_length=defaults.max_sequence_length,
+        max_sequence_length=family.default_sequence_length,
     )
 
 

@@ -48,8 +48,9 @@ class ArgumentSpec:
     ``kinds`` are by name, ``name.entry`` for an entry of a dict. ``rows_in`` names an argument that
     says how many rows a call has. ``signature`` is ``signature_of`` the class that the spec was
     proved on, with any of the versions ``diffusers``. ``output_is_list``: the denoiser returns a
-    list with a tensor for each row, else a tensor with the rows in its first dimension. ``layout``
-    is that of four-dimensional rows.
+    list with a tensor for each row, else a tensor with the rows in its first dimension.
+    ``mixes_sizes``: images of one ``common_square`` share batches. ``layout`` is that of
+    four-dimensional rows.
     """
 
     denoiser: str
@@ -58,6 +59,7 @@ class ArgumentSpec:
     signature: str
     diffusers: str
     output_is_list: bool = False
+    mixes_sizes: bool = False
     layout: torch.memory_format = torch.contiguous_format
 
     def rows(self, arguments: Arguments) -> int:

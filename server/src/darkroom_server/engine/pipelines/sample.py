@@ -7,7 +7,7 @@ import structlog
 import torch
 
 from darkroom_server.core.job import Job
-from darkroom_server.engine.batch import Group
+from darkroom_server.engine.batch import Group, common_square
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.calls import Call, DecodeCall, DenoiserCall
 from darkroom_server.engine.pipelines.coroutine import Coroutine, SwallowedEnd
@@ -152,4 +152,7 @@ class SuspendedSample(Sample):
         mergeable = call.arguments.get("return_dict") is False
         known = mergeable and not spec.unknown(call.arguments)
         key = spec.group_key(call.arguments) if known else unique
-        self._group = Group(job.model, job.width, job.height, key=key)
+        width, height = job.width, job.height
+        if known and spec.mixes_sizes:
+            width = height = common_square(width, height)
+        self._group = Group(job.model, width, height, key=key)
