@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import numpy as np
@@ -11,9 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from darkroom_server.core.events import BatchDone, JobFinished
+from darkroom_server.core.events import BatchDone, JobFinished, PreviewReady
 from darkroom_server.core.job import Job, SchedulerName
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
+from darkroom_server.engine.pipelines.model import SuspendedModel
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .families import CASES
@@ -28,7 +29,7 @@ class Alone:
 
     def __init__(self, case: FamilyCase, folder: Any) -> None:
         self._case = case
-        self.pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+        self.pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **case.load)
         self.pipeline.set_progress_bar_config(disable=True)
         self._latents: list[torch.Tensor] = []
         decode = self.pipeline.vae.decode
@@ -165,3 +166,31 @@ def test_different_prompts_give_different_images(served: Served) -> None:
     other, _ = served.alone.image(replace(first, prompt=second.prompt))
     own, _ = served.alone.image(first)
     assert float((other - own).abs().max() / own.abs().max()) > NOTICEABLE
+
+
+def test_previews_are_of_the_latents_that_the_vae_decodes(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = served.loop.models["tiny"]
+    if "preview" not in model.info.optional_fields:
+        assert model.previewer is None
+        return
+    (job,) = served.jobs("preview", preview_every=1)[:1]
+    served.loop.run(job)
+    shown = [e for e in served.loop.events if isinstance(e, PreviewReady) and e.job_id == job.id]
+    assert shown
+    scheduler = type(served.alone.pipeline.scheduler)
+    step, stepped = scheduler.step, []
+
+    def keep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = step(self, *args, **kwargs)
+        stepped.append(found[0])
+        return found
+
+    monkeypatch.setattr(scheduler, "step", keep)
+    decoded, _ = served.alone.image(job)
+    config = served.alone.pipeline.vae.config
+    wanted = (decoded - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+    found = cast("SuspendedModel", model).runs.vae_latents(stepped[-1], job)
+    assert found.shape == wanted.shape
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)

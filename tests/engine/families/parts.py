@@ -92,3 +92,38 @@ def qwen_tokenizer() -> Any:
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         chat_template=CHAT,
     )
+
+
+def t5(width: int = 32, *, multilingual: bool = False) -> tuple[Any, Any]:
+    """A tokenizer with a token for each letter and each word of the grammar, and a T5 encoder.
+
+    ``multilingual``: the encoder is a UMT5.
+    """
+    letters = [chr(code) for code in range(0x20, 0x7F)]
+    pieces = [(piece, -8.0) for piece in letters] + [(f"\u2581{word}", -2.0) for word in WORDS]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("\u2581", -4.0)]
+    tokenizer = transformers.T5TokenizerFast(
+        vocab=special + pieces, extra_ids=0, model_max_length=512
+    )
+    kind: Any = transformers.UMT5EncoderModel if multilingual else transformers.T5EncoderModel
+    config = kind.config_class(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_ff=37,
+        d_kv=8,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return tokenizer, shaken(kind(config))
+
+
+def flow_match(**config: Any) -> Any:
+    """The scheduler of models that are trained by flow matching."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(**config)
+
+
+def set_size(folder: Path, size: int = 64) -> Path:
+    """Make ``size`` the default of the model in ``folder``, whose class has a larger one."""
+    (folder / "darkroom.json").write_text(json.dumps({"size": size}), "utf-8")
+    return folder

@@ -69,8 +69,9 @@ class Previewer:
             with self._precision():
                 encoded = self._vae.encode(picture[None].to(weights.device, weights.dtype))
             latents.append(encoded.latent_dist.mean.float().cpu())
-        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
-        scaled = (torch.cat(latents) - shift) * self._vae.config.scaling_factor
+        config = self._vae.config
+        shift = config.get("shift_factor") or 0.0
+        scaled = (torch.cat(latents) - shift) * config.scaling_factor
         colours = torch.nn.functional.avg_pool2d(pictures, self._factor)
         known = scaled.permute(0, 2, 3, 1).flatten(0, 2)
         known = torch.cat([known, torch.ones(len(known), 1)], dim=1)

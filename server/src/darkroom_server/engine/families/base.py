@@ -88,7 +88,8 @@ class Family(ABC):
 
     Class attributes describe the family; an instance wraps one pipeline that is in memory.
     ``pipeline_class`` is the class in ``diffusers`` and in ``model_index.json``. ``components``
-    have weights, all of which must be there. ``optional`` are left out, or replaced by None.
+    have weights, all of which must be there but ``dispensable`` ones, which the index of a folder
+    may leave out. ``optional`` are left out, or replaced by None.
     ``pipeline_options`` are further arguments of ``from_pretrained``. ``defaults`` are for
     requests that leave a field unset, see ``model_defaults``. ``denoiser_name`` is the component
     that runs every step.
@@ -98,6 +99,7 @@ class Family(ABC):
 
     pipeline_class: ClassVar[str]
     components: ClassVar[tuple[str, ...]]
+    dispensable: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
     pipeline_options: ClassVar[Mapping[str, Any]] = {}
     defaults: ClassVar[Defaults]

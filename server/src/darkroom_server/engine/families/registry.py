@@ -2,8 +2,13 @@
 
 from typing import Any
 
+from darkroom_server.engine.families.aura_flow import AuraFlow
 from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.families.chroma import Chroma
+from darkroom_server.engine.families.flux import Flux
+from darkroom_server.engine.families.pixart import PixArtAlpha, PixArtSigma
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
+from darkroom_server.engine.families.stable_diffusion_3 import StableDiffusion3
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
 from darkroom_server.engine.families.z_image import ZImage
 
@@ -12,6 +17,12 @@ FAMILIES: dict[str, type[Family]] = {
     for family in (
         StableDiffusion,
         StableDiffusionXL,
+        Flux,
+        StableDiffusion3,
+        Chroma,
+        AuraFlow,
+        PixArtSigma,
+        PixArtAlpha,
         ZImage,
         # One line for each family.
     )

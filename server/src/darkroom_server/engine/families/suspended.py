@@ -50,7 +50,7 @@ class SuspendedFamily(Family):
     size_multiple_factor: ClassVar[int] = 1
     call_options: ClassVar[Mapping[str, Any]] = {}
     own_components: ClassVar[tuple[str, ...]] = ()
-    prompt_tokenizer: ClassVar[str] = "tokenizer"
+    prompt_tokenizer: str = "tokenizer"
     has_previews: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any) -> None:
@@ -151,6 +151,7 @@ class SuspendedFamily(Family):
             host=host,
             spec=None if reason else self._spec(memory_format),
             arguments_of=self.call_arguments,
+            vae_latents=self.vae_latents,
             schedulers={
                 SchedulerName.MODEL: hosted_scheduler(
                     make_scheduler(SchedulerName.MODEL, own_config)
@@ -171,6 +172,13 @@ class SuspendedFamily(Family):
     def latents(self, dtype: torch.dtype, device: torch.device, images: int = 1) -> torch.Tensor:
         """Latents of one image of the default size, as the VAE takes them."""
         return self._probe_latents
+
+    def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
+        """``stepped``, what the scheduler steps for an image of ``job``, as [1, channels, h, w].
+
+        The previewer takes them with the scale and the shift of what the scheduler steps.
+        """
+        return stepped
 
     def call_arguments(self, job: Job) -> dict[str, Any]:
         """The arguments of the pipeline's call for ``job``, without those it does not have."""
