@@ -52,7 +52,7 @@ def test_a_size_that_the_model_cannot_have_is_one_clear_line(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = edited(tiny_folder, tmp_path / "model", lambda f: write(f, {"size": 49}))
-    with pytest.raises(StartupError, match="size in its darkroom.json must be a multiple of 8"):
+    with pytest.raises(StartupError, match=r"size in its darkroom\.json must be a multiple of 8"):
         LoopUnderTest(config_for(folder))
 
 

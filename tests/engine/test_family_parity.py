@@ -194,3 +194,16 @@ def test_previews_are_of_the_latents_that_the_vae_decodes(
     found = cast("SuspendedModel", model).runs.vae_latents(stepped[-1], job)
     assert found.shape == wanted.shape
     assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_each_scheduler_on_offer_repeats_an_image_by_its_seed(served: Served) -> None:
+    first, *_ = served.jobs("schedulers")
+    for offer in served.loop.models["tiny"].info.schedulers:
+        again = [
+            replace(first, id=f"{offer.name}-{i}", scheduler=offer.name, steps=4) for i in range(2)
+        ]
+        for job in again:
+            end = served.loop.run(job)[job.id]
+            assert isinstance(end, JobFinished), end
+        one, other = (served.loop.latents[job.id, 0] for job in again)
+        assert torch.equal(one, other), offer.name

@@ -160,8 +160,7 @@ class SuspendedFamily(Family):
             own={name: getattr(self.pipeline, name) for name in self.own_components},
             precision=precision,
         )
-        self._runs.schedulers.update(self._usable_schedulers(own_config))
-        self._run_probe()
+        self._offer_schedulers(own_config, self._run_probe())
 
     def denoiser_inputs(
         self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
@@ -252,23 +251,36 @@ class SuspendedFamily(Family):
         layout = memory_format.layout if self.convolutional else torch.contiguous_format
         return replace(self.spec, layout=layout)
 
-    def _usable_schedulers(self, config: dict[str, Any]) -> dict[SchedulerName, Any]:
-        """The schedulers with which the pipeline reaches its first step, as templates."""
+    def _offer_schedulers(self, config: dict[str, Any], output: Any) -> None:
+        """Offer the schedulers with which the pipeline runs, and whose images a seed repeats.
+
+        ``output`` is the denoiser's for the first step of an image.
+        """
         flow = config.get("prediction_type", "flow_prediction") == "flow_prediction"
         names = FLOW_MATCH_SCHEDULERS if flow else DIFFUSION_SCHEDULERS
-        usable = {}
         for name in names:
             self._runs.schedulers[name] = hosted_scheduler(make_scheduler(name, config))
-            job = self._probe_job(name)
-            try:
-                sample, _ = self._runs.start(job, 0, steps=job.steps)
-            except ValueError as error:
-                # The pipeline asks for what this scheduler does not take, such as sigmas.
-                log.debug("scheduler is not offered", scheduler=name, why=str(error))
-            else:
-                sample.close()
-                usable[name] = self._runs.schedulers[name]
-        return usable
+            reason = self._why_unusable(name, output)
+            if reason:
+                log.debug("scheduler is not offered", scheduler=name, why=reason)
+                del self._runs.schedulers[name]
+
+    def _why_unusable(self, name: SchedulerName, output: Any) -> str:
+        """Why the pipeline cannot run with the scheduler ``name``, empty if it can."""
+        job = self._probe_job(name)
+        try:
+            sample, _ = self._runs.start(job, 0, steps=job.steps)
+        except ValueError as error:
+            # The pipeline asks for what this scheduler does not take, such as sigmas.
+            return str(error)
+        before = _global_generator(self.denoiser.device)
+        try:
+            sample.advance(output)
+        finally:
+            sample.close()
+        if not torch.equal(before, _global_generator(self.denoiser.device)):
+            return "it draws noise from the global generator, which no seed repeats"
+        return ""
 
     def _probe_job(self, scheduler: SchedulerName) -> Job:
         """An image of the default size without guidance, so of one row."""
@@ -295,8 +307,11 @@ class SuspendedFamily(Family):
         turns_guidance_on = self.guidance.scale == "guidance_scale"
         return self.guidance.above if turns_guidance_on else self.defaults.guidance_scale
 
-    def _run_probe(self) -> None:
-        """Keep an image's first denoiser call, and the latents of its decode."""
+    def _run_probe(self) -> Any:
+        """Keep an image's first denoiser call, and the latents of its decode.
+
+        Returns what the denoiser returned.
+        """
         job = self._probe_job(SchedulerName.MODEL)
         sample, _ = self._runs.start(job, 0, steps=job.steps)
         assert isinstance(sample.pending, DenoiserCall)
@@ -308,6 +323,12 @@ class SuspendedFamily(Family):
             sample.advance(output)
         self._probe_latents = sample.latents
         sample.close()
+        return output
+
+
+def _global_generator(device: torch.device) -> torch.Tensor:
+    """The state of the generator on ``device`` that code without one of its own uses."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _has_vocabulary(tokenizer: Path) -> bool:
