@@ -4,7 +4,9 @@ from .aura_flow import CASES as AURA_FLOW
 from .case import FamilyCase
 from .chroma import CASES as CHROMA
 from .flux import CASES as FLUX
+from .flux_2 import CASES as FLUX_2
 from .pixart import CASES as PIXART
+from .qwen_image import CASES as QWEN_IMAGE
 from .stable_diffusion_3 import CASES as STABLE_DIFFUSION_3
 from .stable_diffusion_xl import CASES as STABLE_DIFFUSION_XL
 from .z_image import CASES as Z_IMAGE
@@ -17,5 +19,7 @@ CASES: list[FamilyCase] = [
     *AURA_FLOW,
     *PIXART,
     *Z_IMAGE,
+    *QWEN_IMAGE,
+    *FLUX_2,
     # One line for each file.
 ]

@@ -76,15 +76,15 @@ CHAT = (
 """A chat template in the form of Qwen's."""
 
 
-def qwen_tokenizer() -> Any:
-    """A Qwen2 tokenizer of a few hundred tokens, trained on the words of the demo model."""
+def qwen_tokenizer(*texts: str) -> Any:
+    """A Qwen2 tokenizer of a few hundred tokens, trained on the demo model's words and ``texts``."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, show_progress=False
+        vocab_size=800, initial_alphabet=alphabet, show_progress=False
     )
-    trained.train_from_iterator([" ".join(WORDS)], trainer)
+    trained.train_from_iterator([" ".join(WORDS), *texts], trainer)
     model = json.loads(trained.to_str())["model"]
     return transformers.Qwen2Tokenizer(
         vocab=model["vocab"],

@@ -6,7 +6,9 @@ from darkroom_server.engine.families.aura_flow import AuraFlow
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.chroma import Chroma
 from darkroom_server.engine.families.flux import Flux
+from darkroom_server.engine.families.flux_2 import Flux2Klein
 from darkroom_server.engine.families.pixart import PixArtAlpha, PixArtSigma
+from darkroom_server.engine.families.qwen_image import QwenImage
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.families.stable_diffusion_3 import StableDiffusion3
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
@@ -24,6 +26,8 @@ FAMILIES: dict[str, type[Family]] = {
         PixArtSigma,
         PixArtAlpha,
         ZImage,
+        QwenImage,
+        Flux2Klein,
         # One line for each family.
     )
 }

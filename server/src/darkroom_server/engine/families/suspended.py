@@ -44,6 +44,7 @@ class SuspendedFamily(Family):
     ``spec`` merges the denoiser's calls. ``size_multiple_factor``: sizes are multiples of that many
     latent pixels. ``call_options`` are further arguments of each call. ``own_components`` have
     state, so each sample has a copy of them. ``prompt_tokenizer`` cuts prompts that are too long.
+    ``has_video_vae``: an image is a video of one frame for the VAE.
     """
 
     spec: ClassVar[ArgumentSpec]
@@ -52,6 +53,7 @@ class SuspendedFamily(Family):
     own_components: ClassVar[tuple[str, ...]] = ()
     prompt_tokenizer: str = "tokenizer"
     has_previews: ClassVar[bool] = True
+    has_video_vae: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -227,7 +229,9 @@ class SuspendedFamily(Family):
     ) -> SuspendedModel:
         """The model to serve; its pipeline is on ``device``, in ``memory_format``, and measured."""
         previewer = (
-            Previewer(self.pipeline.vae, decoder.precision, self.latent_factor)
+            Previewer(
+                self.pipeline.vae, decoder.precision, self.latent_factor, video=self.has_video_vae
+            )
             if self.has_previews
             else None
         )

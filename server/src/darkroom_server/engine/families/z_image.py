@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from darkroom_server.core.model import Guidance, ModelLimits
+from darkroom_server.engine.families.chat import chat_length
 from darkroom_server.engine.families.suspended import SuspendedFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -97,11 +98,4 @@ class ZImage(SuspendedFamily):
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of ``prompt`` in the chat template that the pipeline puts it into."""
-        tokenizer = self.pipeline.tokenizer
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=True,
-        )
-        return len(tokenizer(text, verbose=False).input_ids)
+        return chat_length(self.pipeline.tokenizer, prompt, enable_thinking=True)

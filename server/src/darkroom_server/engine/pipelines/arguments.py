@@ -37,6 +37,8 @@ class Kind(Enum):
     """The mask of the PADDED arguments, [rows, length], nonzero where not padded; may be None."""
     SAME = auto()
     """A tensor that is equal in all calls of a batch, such as the positions of the pixels."""
+    EQUAL_ROWS = auto()
+    """A list with a plain value for each row, all of which are equal in all calls of a batch."""
     EQUAL = auto()
     """A plain value that is equal in all calls of a batch."""
 
@@ -153,7 +155,7 @@ class ArgumentSpec:
                 return self._laid_out(torch.cat(values))
             case Kind.ROWS_IN_DIM_1:
                 return torch.cat(values, dim=1)
-            case Kind.ROW_LIST:
+            case Kind.ROW_LIST | Kind.EQUAL_ROWS:
                 return [row for value in values for row in value]
             case Kind.PER_BLOCK:
                 return [torch.cat(block) for block in zip(*values, strict=True)]
@@ -199,6 +201,8 @@ def _key(kind: Kind, value: Any) -> Hashable:
             return (value.dtype, value.shape[2:])
         case Kind.SAME:
             return (value.dtype, value.shape, _digest(value))
+        case Kind.EQUAL_ROWS:
+            return frozenset(map(repr, value))
         case Kind.EQUAL:
             return repr(value)
     return None

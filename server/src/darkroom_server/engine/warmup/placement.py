@@ -108,7 +108,7 @@ def measure_decode(
 
 def _decode(decoder: Decoder, latents: torch.Tensor) -> None:
     """Decode for a measurement; raises if it fails, because a failed decode measures nothing."""
-    found = decoder.decode(latents)
+    found = decoder.decode_scaled(latents)
     if found is OUT_OF_MEMORY:
         raise MemoryError(OUT_OF_MEMORY.message)
     if found is DECODE_FAILED:

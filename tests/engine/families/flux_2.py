@@ -1,0 +1,108 @@
+"""FLUX.2 klein, tiny, in the real folder format."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from darkroom_server.core.job import Job
+
+from .case import FamilyCase, mixed_jobs
+from .parts import flow_match, qwen_tokenizer, set_size, shaken
+
+
+def vae() -> Any:
+    """A VAE of 8 pixels for each latent pixel, with statistics of a batch norm."""
+    made = shaken(
+        diffusers.AutoencoderKLFlux2(
+            block_out_channels=(8, 8, 8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=64,
+        )
+    )
+    generator = torch.Generator().manual_seed(1)
+    made.bn.running_mean.copy_(torch.randn(16, generator=generator))
+    made.bn.running_var.copy_(0.5 + torch.rand(16, generator=generator))
+    return made
+
+
+def transformer(**config: Any) -> Any:
+    """A transformer whose text has three states of 16 values a token."""
+    return shaken(
+        diffusers.Flux2Transformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            axes_dims_rope=(4, 4, 4, 4),
+            **config,
+        )
+    )
+
+
+def write_klein(folder: Path, *, is_distilled: bool = False) -> Path:
+    """A FLUX.2 klein of 64×64 pixels."""
+    tokenizer = qwen_tokenizer()
+    encoder = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=24,
+            # The pipeline reads the states after 9, 18 and 27 layers.
+            num_hidden_layers=27,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=512,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    diffusers.Flux2KleinPipeline(
+        scheduler=flow_match(use_dynamic_shifting=True, shift=3.0),
+        vae=vae(),
+        text_encoder=shaken(encoder),
+        tokenizer=tokenizer,
+        transformer=transformer(guidance_embeds=False),
+        is_distilled=is_distilled,
+    ).save_pretrained(folder)
+    return set_size(folder)
+
+
+def write_distilled_klein(folder: Path) -> Path:
+    """One that takes no guidance."""
+    return write_klein(folder, is_distilled=True)
+
+
+def call(job: Job) -> dict[str, Any]:
+    """The arguments with which a user of diffusers asks for ``job``."""
+    return {
+        "prompt": job.prompt,
+        "guidance_scale": job.guidance_scale,
+        "max_sequence_length": job.max_sequence_length,
+    }
+
+
+SHORT = {"max_sequence_length": 48}
+
+KLEIN = mixed_jobs(
+    SHORT,
+    {**SHORT, "guidance_scale": 1.0},
+    SHORT,
+    # Without a mask, this length cannot share a batch with the others.
+    {"max_sequence_length": 64},
+    SHORT,
+)
+
+DISTILLED = mixed_jobs(SHORT, SHORT, SHORT, SHORT, SHORT)
+
+CASES = [
+    FamilyCase("FLUX.2 klein base", write_klein, KLEIN, call),
+    FamilyCase("FLUX.2 klein", write_distilled_klein, DISTILLED, call),
+]
