@@ -5,6 +5,7 @@ from .case import FamilyCase
 from .chroma import CASES as CHROMA
 from .flux import CASES as FLUX
 from .flux_2 import CASES as FLUX_2
+from .lumina_2 import CASES as LUMINA_2
 from .pixart import CASES as PIXART
 from .qwen_image import CASES as QWEN_IMAGE
 from .stable_diffusion_3 import CASES as STABLE_DIFFUSION_3
@@ -21,5 +22,6 @@ CASES: list[FamilyCase] = [
     *Z_IMAGE,
     *QWEN_IMAGE,
     *FLUX_2,
+    *LUMINA_2,
     # One line for each file.
 ]

@@ -127,3 +127,37 @@ def set_size(folder: Path, size: int = 64) -> Path:
     """Make ``size`` the default of the model in ``folder``, whose class has a larger one."""
     (folder / "darkroom.json").write_text(json.dumps({"size": size}), "utf-8")
     return folder
+
+
+def gemma(width: int = 16, *texts: str) -> tuple[Any, Any]:
+    """A tokenizer that is trained on the demo model's words and ``texts``, and a Gemma 2."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    trained.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=800, special_tokens=special, show_progress=False
+    )
+    trained.train_from_iterator([" ".join(WORDS), *WORDS, *texts], trainer)
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = transformers.GemmaTokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        model_max_length=512,
+    )
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer, shaken(transformers.Gemma2Model(config))
