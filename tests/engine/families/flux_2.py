@@ -1,4 +1,4 @@
-"""FLUX.2 klein, tiny, in the real folder format."""
+"""FLUX.2 dev and klein, tiny, in the real folder format."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
 from darkroom_server.core.job import Job
 
@@ -75,6 +76,53 @@ def write_klein(folder: Path, *, is_distilled: bool = False) -> Path:
     return set_size(folder)
 
 
+def write_dev(folder: Path) -> Path:
+    """A FLUX.2 dev of 64×64 pixels, whose tokenizer reads no images."""
+    tokenizer = qwen_tokenizer(SYSTEM_MESSAGE)
+    tokenizer.chat_template = CHAT_WITH_PARTS
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        # The pipeline reads the states after 10, 20 and 30 layers.
+        "num_hidden_layers": 30,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "image_size": 32,
+        "patch_size": 16,
+    }
+    encoder = transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(
+            text_config={"model_type": "mistral", **text},
+            vision_config={"model_type": "pixtral", **vision},
+        )
+    )
+    diffusers.Flux2Pipeline(
+        scheduler=flow_match(use_dynamic_shifting=True, shift=3.0),
+        vae=vae(),
+        text_encoder=shaken(encoder),
+        tokenizer=tokenizer,
+        transformer=transformer(guidance_embeds=True),
+    ).save_pretrained(folder)
+    return set_size(folder)
+
+
+CHAT_WITH_PARTS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
+"""A chat template of messages that have parts, as those of models that read images."""
+
+
 def write_distilled_klein(folder: Path) -> Path:
     """One that takes no guidance."""
     return write_klein(folder, is_distilled=True)
@@ -91,6 +139,9 @@ def call(job: Job) -> dict[str, Any]:
 
 SHORT = {"max_sequence_length": 48}
 
+LONGER = {"max_sequence_length": 96}
+"""Room for the system message of dev."""
+
 KLEIN = mixed_jobs(
     SHORT,
     {**SHORT, "guidance_scale": 1.0},
@@ -100,9 +151,12 @@ KLEIN = mixed_jobs(
     SHORT,
 )
 
+DEV = mixed_jobs(LONGER, LONGER, LONGER, {"max_sequence_length": 112}, LONGER)
+
 DISTILLED = mixed_jobs(SHORT, SHORT, SHORT, SHORT, SHORT)
 
 CASES = [
+    FamilyCase("FLUX.2 dev", write_dev, DEV, call),
     FamilyCase("FLUX.2 klein base", write_klein, KLEIN, call),
     FamilyCase("FLUX.2 klein", write_distilled_klein, DISTILLED, call),
 ]

@@ -36,10 +36,10 @@ MAX_TOKENS = 512
 """The tokens of a prompt that FLUX.2 was trained on, the chat template's included."""
 
 
-class Flux2Klein(SuspendedFamily):
-    """The family of ``Flux2KleinPipeline``: klein, distilled or base."""
+class Flux2(SuspendedFamily):
+    """The family of ``Flux2Pipeline``: dev, which takes the guidance as an input."""
 
-    pipeline_class = "Flux2KleinPipeline"
+    pipeline_class = "Flux2Pipeline"
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=50, guidance_scale=4.0)
     denoiser_name = "transformer"
@@ -48,6 +48,60 @@ class Flux2Klein(SuspendedFamily):
     slices_attention: ClassVar[bool] = False
     spec = TRANSFORMER
     size_multiple_factor = 2
+
+    @property
+    def guidance(self) -> Guidance:
+        """None: each image takes one call for each step."""
+        return Guidance(scale=None)
+
+    @property
+    def optional_fields(self) -> frozenset[str]:
+        """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
+        return frozenset({"guidance_scale", "max_sequence_length", "preview"})
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents: a token is a square of four latent pixels."""
+        return int(self.denoiser.config.in_channels) // 4
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that the model reads of a prompt, the chat template's included."""
+        return MAX_TOKENS
+
+    @property
+    def default_sequence_length(self) -> int:
+        """The ``max_sequence_length`` of a request that sets none."""
+        return MAX_TOKENS
+
+    def limits(self, max_rows: int) -> ModelLimits:
+        """The bounds of a request, with the row limit that was measured."""
+        return replace(super().limits(max_rows), max_sequence_length=MAX_TOKENS)
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of ``prompt`` and of the pipeline's system message, in its chat template."""
+        said = {"system": self.pipeline.system_message, "user": prompt}
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in said.items()
+        ]
+        tokens = self.pipeline.tokenizer.apply_chat_template(
+            [messages], add_generation_prompt=False, tokenize=True, return_dict=True
+        )
+        return len(tokens["input_ids"][0])
+
+    def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
+        """The tokens ``stepped`` as latents of the VAE, whose batch norm the pipeline undoes."""
+        norm, config = self.pipeline.vae.bn, self.pipeline.vae.config
+        std = (norm.running_var + config.batch_norm_eps).sqrt().to(stepped)
+        tokens = stepped * std + norm.running_mean.to(stepped)
+        return unpack(tokens, job.height // self.latent_factor, job.width // self.latent_factor)
+
+
+class Flux2Klein(Flux2):
+    """The family of ``Flux2KleinPipeline``: klein, distilled or base."""
+
+    pipeline_class = "Flux2KleinPipeline"
 
     @property
     def is_distilled(self) -> bool:
@@ -72,32 +126,6 @@ class Flux2Klein(SuspendedFamily):
         fields = {"max_sequence_length", "preview"}
         return frozenset(fields if self.is_distilled else fields | {"guidance_scale"})
 
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents: a token is a square of four latent pixels."""
-        return int(self.denoiser.config.in_channels) // 4
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens that the model reads of a prompt, the chat template's included."""
-        return MAX_TOKENS
-
-    @property
-    def default_sequence_length(self) -> int:
-        """The ``max_sequence_length`` of a request that sets none."""
-        return MAX_TOKENS
-
-    def limits(self, max_rows: int) -> ModelLimits:
-        """The bounds of a request, with the row limit that was measured."""
-        return replace(super().limits(max_rows), max_sequence_length=MAX_TOKENS)
-
     def prompt_length(self, prompt: str) -> int:
         """Tokens of ``prompt`` in the chat template that the pipeline puts it into."""
         return chat_length(self.pipeline.tokenizer, prompt, enable_thinking=False)
-
-    def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
-        """The tokens ``stepped`` as latents of the VAE, whose batch norm the pipeline undoes."""
-        norm, config = self.pipeline.vae.bn, self.pipeline.vae.config
-        std = (norm.running_var + config.batch_norm_eps).sqrt().to(stepped)
-        tokens = stepped * std + norm.running_mean.to(stepped)
-        return unpack(tokens, job.height // self.latent_factor, job.width // self.latent_factor)

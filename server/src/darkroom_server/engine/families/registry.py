@@ -6,7 +6,7 @@ from darkroom_server.engine.families.aura_flow import AuraFlow
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.chroma import Chroma
 from darkroom_server.engine.families.flux import Flux
-from darkroom_server.engine.families.flux_2 import Flux2Klein
+from darkroom_server.engine.families.flux_2 import Flux2, Flux2Klein
 from darkroom_server.engine.families.lumina_2 import Lumina2
 from darkroom_server.engine.families.pixart import PixArtAlpha, PixArtSigma
 from darkroom_server.engine.families.qwen_image import QwenImage
@@ -28,6 +28,7 @@ FAMILIES: dict[str, type[Family]] = {
         PixArtAlpha,
         ZImage,
         QwenImage,
+        Flux2,
         Flux2Klein,
         Lumina2,
         # One line for each family.
