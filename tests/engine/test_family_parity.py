@@ -194,3 +194,50 @@ def test_previews_are_of_the_latents_that_the_vae_decodes(
     found = cast("SuspendedModel", model).runs.vae_latents(stepped[-1], job)
     assert found.shape == wanted.shape
     assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_of_different_lengths_share_batches_if_they_are_padded_with_a_mask(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collate, alone = ArgumentSpec.collate, ArgumentSpec.alone
+    seen: list[set[int]] = []
+
+    def lengths(call: Any) -> set[int]:
+        return {len(row) for row in call[served.case.rows_in]}
+
+    def keep_merged(self: ArgumentSpec, calls: Any) -> dict[str, Any]:
+        seen.append(set[int]().union(*map(lengths, calls)))
+        return collate(self, calls)
+
+    def keep_alone(self: ArgumentSpec, call: Any) -> dict[str, Any]:
+        seen.append(lengths(call))
+        return alone(self, call)
+
+    monkeypatch.setattr(ArgumentSpec, "collate", keep_merged)
+    monkeypatch.setattr(ArgumentSpec, "alone", keep_alone)
+    served.run_with_late_arrivals(served.jobs("lengths"))
+    if served.case.mixes_lengths is None:
+        assert len(set[int]().union(*seen)) == 1
+        return
+    assert len(set[int]().union(*seen)) > 1
+    assert any(len(each) > 1 for each in seen) is served.case.mixes_lengths
+
+
+def test_cached_embeddings_are_not_written_into(served: Served) -> None:
+    memo = cast("SuspendedModel", served.loop.models["tiny"]).runs.host.memo
+
+    def cached() -> dict[Any, list[torch.Tensor]]:
+        tensors: dict[Any, list[torch.Tensor]] = {}
+        for key, (encoded, _) in memo._found.items():
+            values = encoded if isinstance(encoded, list | tuple) else [encoded]
+            tensors[key] = [v.clone() for v in values if isinstance(v, torch.Tensor)]
+        return tensors
+
+    served.loop.run(*served.jobs("first", steps=2))
+    before = cached()
+    served.loop.run(*served.jobs("again", steps=3))
+    after = cached()
+    assert before.keys() == after.keys()
+    assert sum(map(len, before.values())) >= len(before) > 1
+    for key, tensors in before.items():
+        assert all(torch.equal(*pair) for pair in zip(tensors, after[key], strict=True))
