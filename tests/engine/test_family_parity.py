@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from darkroom_server.core.events import BatchDone, JobFinished, PreviewReady
 from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine.pipelines import encode_memo
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.model import SuspendedModel
 
@@ -209,3 +210,49 @@ def test_each_scheduler_on_offer_repeats_an_image_by_its_seed(served: Served) ->
             assert isinstance(end, JobFinished), end
         one, other = (served.loop.latents[job.id, 0] for job in again)
         assert torch.equal(one, other), offer.name
+
+
+def test_prompts_of_different_lengths_share_batches_if_they_are_padded_with_a_mask(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collate, alone = ArgumentSpec.collate, ArgumentSpec.alone
+    seen: list[set[int]] = []
+
+    def lengths(call: Any) -> set[int]:
+        return {len(row) for row in call[served.case.rows_in]}
+
+    def keep_merged(self: ArgumentSpec, calls: Any) -> dict[str, Any]:
+        seen.append(set[int]().union(*map(lengths, calls)))
+        return collate(self, calls)
+
+    def keep_alone(self: ArgumentSpec, call: Any) -> dict[str, Any]:
+        seen.append(lengths(call))
+        return alone(self, call)
+
+    monkeypatch.setattr(ArgumentSpec, "collate", keep_merged)
+    monkeypatch.setattr(ArgumentSpec, "alone", keep_alone)
+    served.run_with_late_arrivals(served.jobs("lengths"))
+    if served.case.mixes_lengths is None:
+        assert len(set[int]().union(*seen)) == 1
+        return
+    assert len(set[int]().union(*seen)) > 1
+    assert any(len(each) > 1 for each in seen) is served.case.mixes_lengths
+
+
+def test_cached_embeddings_are_not_written_into(served: Served) -> None:
+    memo = cast("SuspendedModel", served.loop.models["tiny"]).runs.host.memo
+
+    def cached() -> dict[Any, list[torch.Tensor]]:
+        tensors: dict[Any, list[torch.Tensor]] = {}
+        for key, (encoded, _) in memo._found.items():
+            tensors[key] = [tensor.clone() for tensor in encode_memo._tensors(encoded)]
+        return tensors
+
+    served.loop.run(*served.jobs("first", steps=2))
+    before = cached()
+    served.loop.run(*served.jobs("again", steps=3))
+    after = cached()
+    assert before.keys() == after.keys()
+    assert sum(map(len, before.values())) >= len(before) > 1
+    for key, tensors in before.items():
+        assert all(torch.equal(*pair) for pair in zip(tensors, after[key], strict=True))

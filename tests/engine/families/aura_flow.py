@@ -59,4 +59,4 @@ JOBS = mixed_jobs(
     SHORT,
 )
 
-CASES = [FamilyCase("AuraFlow", write_aura_flow, JOBS, call)]
+CASES = [FamilyCase("AuraFlow", write_aura_flow, JOBS, call, mixes_lengths=False)]

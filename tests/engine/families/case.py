@@ -27,7 +27,8 @@ class FamilyCase:
     ``rows_in`` names the denoiser's argument that has a row for each prompt, and ``timestep`` that
     of its timestep: the negative controls change them. ``tolerance`` is the relative error that the
     last bits of a merged batch may cause. ``load`` are further arguments with which diffusers
-    reads the folder.
+    reads the folder. ``mixes_lengths``: whether prompts of different lengths share batches, None if
+    all jobs' prompts have one length.
     """
 
     name: str
@@ -38,6 +39,7 @@ class FamilyCase:
     timestep: str = "timestep"
     tolerance: float = 1e-5
     load: Mapping[str, Any] = field(default_factory=dict)
+    mixes_lengths: bool | None = None
 
 
 def mixed_jobs(*fields: Mapping[str, Any]) -> list[dict[str, Any]]:

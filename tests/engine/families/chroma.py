@@ -58,4 +58,4 @@ JOBS = mixed_jobs(
     SHORT,
 )
 
-CASES = [FamilyCase("Chroma", write_chroma, JOBS, call)]
+CASES = [FamilyCase("Chroma", write_chroma, JOBS, call, mixes_lengths=False)]

@@ -78,6 +78,6 @@ DEV = mixed_jobs(
 SCHNELL = mixed_jobs(SHORT, SHORT, SHORT, SHORT, SHORT)
 
 CASES = [
-    FamilyCase("FLUX.1 dev", write_dev, DEV, call),
+    FamilyCase("FLUX.1 dev", write_dev, DEV, call, mixes_lengths=False),
     FamilyCase("FLUX.1 schnell", write_schnell, SCHNELL, call),
 ]

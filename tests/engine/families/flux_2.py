@@ -76,7 +76,7 @@ def write_klein(folder: Path, *, is_distilled: bool = False) -> Path:
     return set_size(folder)
 
 
-def write_dev(folder: Path) -> Path:
+def write_flux_2_dev(folder: Path) -> Path:
     """A FLUX.2 dev of 64×64 pixels, whose tokenizer reads no images."""
     tokenizer = qwen_tokenizer(SYSTEM_MESSAGE)
     tokenizer.chat_template = CHAT_WITH_PARTS
@@ -156,7 +156,7 @@ DEV = mixed_jobs(LONGER, LONGER, LONGER, {"max_sequence_length": 112}, LONGER)
 DISTILLED = mixed_jobs(SHORT, SHORT, SHORT, SHORT, SHORT)
 
 CASES = [
-    FamilyCase("FLUX.2 dev", write_dev, DEV, call),
-    FamilyCase("FLUX.2 klein base", write_klein, KLEIN, call),
+    FamilyCase("FLUX.2 dev", write_flux_2_dev, DEV, call, mixes_lengths=False),
+    FamilyCase("FLUX.2 klein base", write_klein, KLEIN, call, mixes_lengths=False),
     FamilyCase("FLUX.2 klein", write_distilled_klein, DISTILLED, call),
 ]

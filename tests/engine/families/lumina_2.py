@@ -61,4 +61,4 @@ JOBS = mixed_jobs(
     {"max_sequence_length": 80},
 )
 
-CASES = [FamilyCase("Lumina 2", write_lumina_2, JOBS, call)]
+CASES = [FamilyCase("Lumina 2", write_lumina_2, JOBS, call, mixes_lengths=True)]

@@ -77,7 +77,7 @@ CHAT = (
 
 
 def qwen_tokenizer(*texts: str) -> Any:
-    """A Qwen2 tokenizer of a few hundred tokens, trained on the demo model's words and ``texts``."""
+    """A Qwen2 tokenizer that is trained on the demo model's words and ``texts``."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

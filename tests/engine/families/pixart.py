@@ -87,6 +87,6 @@ JOBS = mixed_jobs(
 )
 
 CASES = [
-    FamilyCase("PixArt-Sigma", write_sigma, JOBS, call),
-    FamilyCase("PixArt-Alpha", write_alpha, JOBS, call),
+    FamilyCase("PixArt-Sigma", write_sigma, JOBS, call, mixes_lengths=True),
+    FamilyCase("PixArt-Alpha", write_alpha, JOBS, call, mixes_lengths=True),
 ]

@@ -71,8 +71,9 @@ def write_qwen_image(folder: Path, **transformer: Any) -> Path:
 
 
 TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
-    "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}"
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}"
 )
 """About the pipeline's own, of which it drops the first 34 tokens."""
 
@@ -103,6 +104,6 @@ JOBS = mixed_jobs(
 )
 
 CASES = [
-    FamilyCase("Qwen-Image", write_qwen_image, JOBS, call),
-    FamilyCase("Qwen-Image zero_cond_t", write_zero_cond_t, JOBS, call),
+    FamilyCase("Qwen-Image", write_qwen_image, JOBS, call, mixes_lengths=True),
+    FamilyCase("Qwen-Image zero_cond_t", write_zero_cond_t, JOBS, call, mixes_lengths=True),
 ]

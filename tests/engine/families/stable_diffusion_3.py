@@ -82,8 +82,8 @@ JOBS = mixed_jobs(
 WITHOUT_T5 = mixed_jobs({}, {"negative_prompt": "blue"}, {"prompt_2": "a heart"}, {}, {})
 
 CASES = [
-    FamilyCase("Stable Diffusion 3", write_sd3, JOBS, call),
-    FamilyCase("Stable Diffusion 3.5", write_dual_attention, JOBS, call),
+    FamilyCase("Stable Diffusion 3", write_sd3, JOBS, call, mixes_lengths=False),
+    FamilyCase("Stable Diffusion 3.5", write_dual_attention, JOBS, call, mixes_lengths=False),
     FamilyCase(
         "Stable Diffusion 3 without T5",
         write_without_t5,

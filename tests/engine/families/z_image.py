@@ -84,7 +84,9 @@ TURBO = [
     )
 ]
 
+ROWS: dict[str, Any] = {"rows_in": "cap_feats", "timestep": "t", "mixes_lengths": True}
+
 CASES = [
-    FamilyCase("Z-Image", write_z_image, BASE, call, rows_in="cap_feats", timestep="t"),
-    FamilyCase("Z-Image Turbo", write_turbo, TURBO, call, rows_in="cap_feats", timestep="t"),
+    FamilyCase("Z-Image", write_z_image, BASE, call, **ROWS),
+    FamilyCase("Z-Image Turbo", write_turbo, TURBO, call, **ROWS),
 ]

@@ -7,15 +7,19 @@ makes the call run alone, which is slow and never wrong.
 
 import hashlib
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Arguments = Mapping[str, Any]
+
+_digests: MutableMapping[torch.Tensor, tuple[int, bytes]] = WeakTensorKeyDictionary()
+"""Digests of tensors that are alive, each with the number of changes that the tensor had then."""
 
 
 class Kind(Enum):
@@ -209,6 +213,17 @@ def _key(kind: Kind, value: Any) -> Hashable:
 
 
 def _digest(value: torch.Tensor) -> bytes:
+    """The digest of ``value``, computed once: a run gives the same tensor to each of its calls."""
+    if value.is_inference():  # It does not count its changes.
+        return _compute_digest(value)
+    version, digest = _digests.get(value, (None, b""))
+    if version != value._version:
+        digest = _compute_digest(value)
+        _digests[value] = (value._version, digest)
+    return digest
+
+
+def _compute_digest(value: torch.Tensor) -> bytes:
     data = value.detach().contiguous().cpu().view(torch.uint8).numpy()
     return hashlib.blake2b(data.tobytes(), digest_size=16).digest()
 
