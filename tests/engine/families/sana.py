@@ -124,6 +124,6 @@ SPRINT = [
 ]
 
 CASES = [
-    FamilyCase("Sana", write_sana, JOBS, call),
-    FamilyCase("Sana Sprint", write_sprint, SPRINT, call_sprint),
+    FamilyCase("Sana", write_sana, JOBS, call, mixes_lengths=True),
+    FamilyCase("Sana Sprint", write_sprint, SPRINT, call_sprint, mixes_lengths=True),
 ]

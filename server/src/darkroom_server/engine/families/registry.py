@@ -3,17 +3,37 @@
 from collections.abc import Mapping
 from typing import Any
 
+from darkroom_server.engine.families.aura_flow import AuraFlow
 from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.families.chroma import Chroma
+from darkroom_server.engine.families.flux import Flux
+from darkroom_server.engine.families.flux_2 import Flux2, Flux2Klein
+from darkroom_server.engine.families.lumina_2 import Lumina2
+from darkroom_server.engine.families.pixart import PixArtAlpha, PixArtSigma
+from darkroom_server.engine.families.qwen_image import QwenImage
 from darkroom_server.engine.families.sana import Sana, SanaSprint
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
+from darkroom_server.engine.families.stable_diffusion_3 import StableDiffusion3
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
 from darkroom_server.engine.families.undescribed import undescribed_family
+from darkroom_server.engine.families.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class: family
     for family in (
         StableDiffusion,
         StableDiffusionXL,
+        Flux,
+        StableDiffusion3,
+        Chroma,
+        AuraFlow,
+        PixArtSigma,
+        PixArtAlpha,
+        ZImage,
+        QwenImage,
+        Flux2,
+        Flux2Klein,
+        Lumina2,
         Sana,
         SanaSprint,
         # One line for each family.

@@ -61,6 +61,11 @@ class Sana(SuspendedFamily):
         return PROMPT_TOKENS
 
     @property
+    def default_sequence_length(self) -> int | None:
+        """The ``max_sequence_length`` of a request that sets none."""
+        return PROMPT_TOKENS
+
+    @property
     def optional_fields(self) -> frozenset[str]:
         """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
         return frozenset({"negative_prompt", "guidance_scale", "max_sequence_length"})

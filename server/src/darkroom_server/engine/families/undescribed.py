@@ -191,7 +191,7 @@ class Undescribed(SuspendedFamily):
     @property
     def size(self) -> int:
         """The default width and height of an image, in pixels."""
-        return self._size
+        return self.chosen_size or self._size
 
     @property
     def latent_factor(self) -> int:
@@ -252,6 +252,7 @@ class Undescribed(SuspendedFamily):
             ),
             spec=None,
             arguments_of=self.call_arguments,
+            vae_latents=self.vae_latents,
             schedulers=dict.fromkeys((SchedulerName.MODEL, name_of(scheduler)), scheduler),
             own={name: getattr(self.pipeline, name) for name in self.own_components},
             precision=precision,
@@ -298,7 +299,9 @@ class Undescribed(SuspendedFamily):
 
     @property
     def _size_multiple(self) -> int:
-        return math.gcd(SIZE_MULTIPLE, self.size) if self._takes_sizes else self.size
+        if not self._takes_sizes and self.size:
+            return self.size
+        return math.gcd(SIZE_MULTIPLE, self.size)
 
     def _known(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in arguments.items() if name in self._parameters}
@@ -306,7 +309,8 @@ class Undescribed(SuspendedFamily):
     def _probe_pipeline(self) -> None:
         try:
             random_state = torch.get_rng_state()
-            first = self._generate(FEWER_STEPS, {})
+            chosen = dict.fromkeys(("width", "height"), self.chosen_size)
+            first = self._generate(FEWER_STEPS, chosen if self.chosen_size else {})
             if not torch.equal(random_state, torch.get_rng_state()):
                 raise UnexpectedCall("it samples noise that no seed repeats")
             width, height = first.image_size
@@ -360,7 +364,7 @@ class Undescribed(SuspendedFamily):
         log.info("the pipeline takes one size only", asked=wanted, got=found.image_size)
         return None
 
-    def _generate(self, steps: int, size: Mapping[str, int]) -> "_Run":
+    def _generate(self, steps: int, size: Mapping[str, int | None]) -> "_Run":
         """Run the pipeline alone, to the end. Raises what it raises, and ``UnexpectedCall``."""
         runs = self._runs
         arguments = {

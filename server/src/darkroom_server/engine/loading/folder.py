@@ -37,6 +37,11 @@ def read_index(folder: Path, name: str) -> tuple[type[Family], dict[str, Any]]:
     return family_named(str(kind), index, name), index
 
 
+def absent_parts(family: type[Family], index: dict[str, Any]) -> dict[str, None]:
+    """The dispensable components that the folder of ``index`` does without, as arguments."""
+    return dict.fromkeys(part for part in family.dispensable if not (index.get(part) or [None])[0])
+
+
 def check_weights(folder: Path, part: str, name: str) -> None:
     """Raise ``StartupError`` if ``part`` has no weights that Darkroom reads."""
     files = list((folder / part).glob("*"))

@@ -18,6 +18,7 @@ from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.registry import SINGLE_FILE
 from darkroom_server.engine.loading.folder import (
     INDEX,
+    absent_parts,
     check_weights,
     read_index,
     variant_of,
@@ -78,7 +79,8 @@ def _load_folder(
     name = source.location
     family, index = read_index(folder, name)
     family.check_folder(folder, name)
-    wanted = [*family.components]
+    absent = absent_parts(family, index)
+    wanted = [part for part in family.components if part not in absent]
     if safety_checker and index.get("safety_checker", [None])[0]:
         wanted.append("safety_checker")
     for part in wanted:
@@ -92,7 +94,7 @@ def _load_folder(
         str(folder),
         local_files_only=True,
         **family.pipeline_options,
-        **{**_left_out(family, "safety_checker" in parts), **parts},
+        **{**_left_out(family, "safety_checker" in parts), **absent, **parts},
     )
 
 
@@ -144,7 +146,8 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
         # An earlier download works without the hub, the network and the token.
         with suppress(Exception):  # If the cache is unusable too, the hub's own error is raised.
             folder = _snapshot(source, safety_checker, local_files_only=True)
-            for part in read_index(folder, name)[0].components:
+            family, index = read_index(folder, name)
+            for part in set(family.components) - absent_parts(family, index).keys():
                 check_weights(folder, part, name)
             log.warning("the hub's cache is used", model=name, hub=one_line(error))
             return folder

@@ -35,9 +35,8 @@ log = structlog.get_logger(__name__)
 class SuspendedModel:
     """A model in memory whose samples are ``runs`` of its pipeline.
 
-    ``is_truncated`` says whether a job's prompts are longer than the model reads. ``to_latents``
-    turns what a scheduler steps into latents [1, channels, h, w], for previews. ``encodes_slowly``:
-    batches must run between the prompts of two jobs.
+    ``is_truncated`` says whether a job's prompts are longer than the model reads.
+    ``encodes_slowly``: batches must run between the prompts of two jobs.
     """
 
     info: ModelInfo

@@ -106,8 +106,11 @@ def cache_key(
     cuda = runtime.device.type == "cuda"
     return {
         "family": family.pipeline_class,
+        "size": family.size,
         "components": {
-            name: _configuration(getattr(family.pipeline, name)) for name in family.components
+            name: _configuration(component)
+            for name in family.components
+            if (component := getattr(family.pipeline, name)) is not None
         },
         "device": torch.cuda.get_device_name(runtime.device) if cuda else cpu_name(),
         "instructions": None if cuda else torch.backends.cpu.get_cpu_capability(),

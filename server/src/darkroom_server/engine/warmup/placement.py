@@ -144,7 +144,7 @@ def _tile(family: Family) -> None:
         return
     vae.enable_tiling()
     # A multiple of four: tiles overlap by a quarter, and must meet.
-    latent_size = max(4, family.latent_size * 3 // 16 * 4)
+    latent_size = max(4, family.size // family.latent_factor * 3 // 16 * 4)
     vae.tile_latent_min_size = latent_size
     vae.tile_sample_min_size = latent_size * family.latent_factor
 
