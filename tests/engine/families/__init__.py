@@ -5,6 +5,7 @@ from .case import FamilyCase
 from .chroma import CASES as CHROMA
 from .flux import CASES as FLUX
 from .flux_2 import CASES as FLUX_2
+from .hunyuan_image import CASES as HUNYUAN_IMAGE
 from .lumina_2 import CASES as LUMINA_2
 from .pixart import CASES as PIXART
 from .qwen_image import CASES as QWEN_IMAGE
@@ -25,5 +26,6 @@ CASES: list[FamilyCase] = [
     *FLUX_2,
     *LUMINA_2,
     *SANA,
+    *HUNYUAN_IMAGE,
     # One line for each file.
 ]

@@ -8,6 +8,7 @@ from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.chroma import Chroma
 from darkroom_server.engine.families.flux import Flux
 from darkroom_server.engine.families.flux_2 import Flux2, Flux2Klein
+from darkroom_server.engine.families.hunyuan_image import HunyuanImage
 from darkroom_server.engine.families.lumina_2 import Lumina2
 from darkroom_server.engine.families.pixart import PixArtAlpha, PixArtSigma
 from darkroom_server.engine.families.qwen_image import QwenImage
@@ -36,6 +37,7 @@ FAMILIES: dict[str, type[Family]] = {
         Lumina2,
         Sana,
         SanaSprint,
+        HunyuanImage,
         # One line for each family.
     )
 }

@@ -1,6 +1,7 @@
 """Families whose samples are suspended runs of diffusers' own pipeline."""
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -284,7 +285,8 @@ class SuspendedFamily(Family):
             return str(error)
         before = _global_generator(self.denoiser.device)
         try:
-            sample.advance(output)
+            for _ in range(self.guidance.calls if self.guidance.applies_to(job) else 1):
+                sample.advance(output)
         finally:
             sample.close()
         if not torch.equal(before, _global_generator(self.denoiser.device)):
@@ -322,12 +324,13 @@ class SuspendedFamily(Family):
         Returns what the denoiser returned.
         """
         job = self._probe_job(SchedulerName.MODEL)
-        sample, _ = self._runs.start(job, 0, steps=job.steps)
+        calls = self.guidance.calls if self.guidance.applies_to(job) else 1
+        sample, _ = self._runs.start(job, 0, steps=calls * job.steps)
         assert isinstance(sample.pending, DenoiserCall)
         self._probe = dict(sample.pending.arguments)
         self._bytes_per_sample = sample.held_bytes()
         output = self._runs.call_denoiser(self.denoiser, self.spec.alone(self._probe))
-        for _ in range(sample.steps):
+        while not sample.done:
             # The same output for each step: what is decoded is no picture, and need not be.
             sample.advance(output)
         self._probe_latents = sample.latents
@@ -341,6 +344,12 @@ def _global_generator(device: torch.device) -> torch.Tensor:
 
 
 def _has_vocabulary(tokenizer: Path) -> bool:
+    config = tokenizer / "tokenizer_config.json"
+    if config.is_file():
+        # Its tokens are the bytes.
+        kind = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+        if kind == "ByT5Tokenizer":
+            return True
     single = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt")
     if any((tokenizer / name).is_file() for name in single):
         return True

@@ -113,7 +113,7 @@ class ArgumentSpec:
                     )
                     for entry in value
                 }
-            elif self.kinds.get(name) is Kind.TIMESTEP:
+            elif self.kinds.get(name) is Kind.TIMESTEP and value is not None:
                 timesteps = [timesteps_of(each, n) for each, n in zip(given, rows, strict=True)]
                 merged[name] = torch.cat(timesteps).to(device)
             else:
