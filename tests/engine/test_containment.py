@@ -197,7 +197,7 @@ def test_non_finite_decode_is_tried_in_float32(
 ) -> None:
     decoder = own_loop.models["tiny"].decoder
     decode = decoder._decode
-    decoder._decode = lambda latents: decode(latents) * float("nan")  # type: ignore[method-assign]
+    decoder._decode = lambda latents, **_: decode(latents) * float("nan")  # type: ignore[method-assign]
     job = make_job("recovered")
     assert isinstance(own_loop.run(job)[job.id], JobFinished)
     assert_same_pictures(own_loop, shared_loop, [job])
@@ -215,7 +215,7 @@ def test_without_memory_for_float32_the_weights_stay_as_they_are(
             self.decoder.to(*args, **kwargs)
             raise torch.OutOfMemoryError("injected")
 
-        decoder._decode = lambda latents: decode(latents) * float("nan")  # type: ignore[method-assign]
+        decoder._decode = lambda latents, **_: decode(latents) * float("nan")  # type: ignore[method-assign]
         monkeypatch.setattr(AutoencoderKL, "to", to_half_of_it)
         failed = loop.run(make_job("first"))["first"]
         assert isinstance(failed, JobFailed)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import numpy as np
@@ -11,9 +11,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from darkroom_server.core.events import BatchDone, JobFinished
+from darkroom_server.core.events import BatchDone, JobFinished, PreviewReady
 from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine.pipelines import encode_memo
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
+from darkroom_server.engine.pipelines.model import SuspendedModel
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .families import CASES
@@ -28,8 +30,12 @@ class Alone:
 
     def __init__(self, case: FamilyCase, folder: Any) -> None:
         self._case = case
-        self.pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+        self.pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **case.load)
         self.pipeline.set_progress_bar_config(disable=True)
+        for part in self.pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                # torch multiplies strided inputs in another order by weights that want gradients.
+                part.requires_grad_(False)
         self._latents: list[torch.Tensor] = []
         decode = self.pipeline.vae.decode
 
@@ -165,3 +171,92 @@ def test_different_prompts_give_different_images(served: Served) -> None:
     other, _ = served.alone.image(replace(first, prompt=second.prompt))
     own, _ = served.alone.image(first)
     assert float((other - own).abs().max() / own.abs().max()) > NOTICEABLE
+
+
+def test_previews_are_of_the_latents_that_the_vae_decodes(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = served.loop.models["tiny"]
+    if "preview" not in model.info.optional_fields:
+        assert model.previewer is None
+        return
+    (job,) = served.jobs("preview", preview_every=1)[:1]
+    served.loop.run(job)
+    shown = [e for e in served.loop.events if isinstance(e, PreviewReady) and e.job_id == job.id]
+    assert shown
+    scheduler = type(served.alone.pipeline.scheduler)
+    step, stepped = scheduler.step, []
+
+    def keep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = step(self, *args, **kwargs)
+        stepped.append(found[0])
+        return found
+
+    monkeypatch.setattr(scheduler, "step", keep)
+    decoded, _ = served.alone.image(job)
+    config = served.alone.pipeline.vae.config
+    wanted = (decoded - (config.get("shift_factor") or 0.0)) * config.get("scaling_factor", 1.0)
+    if wanted.ndim == 5:  # A video of one frame.
+        wanted = wanted[:, :, 0]
+    found = cast("SuspendedModel", model).runs.vae_latents(stepped[-1], job)
+    assert found.shape == wanted.shape
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_each_scheduler_on_offer_repeats_an_image_by_its_seed(served: Served) -> None:
+    first, *_ = served.jobs("schedulers")
+    for offer in served.loop.models["tiny"].info.schedulers:
+        again = [
+            replace(first, id=f"{offer.name}-{i}", scheduler=offer.name, steps=4) for i in range(2)
+        ]
+        for job in again:
+            end = served.loop.run(job)[job.id]
+            assert isinstance(end, JobFinished), end
+        one, other = (served.loop.latents[job.id, 0] for job in again)
+        assert torch.equal(one, other), offer.name
+
+
+def test_prompts_of_different_lengths_share_batches_if_they_are_padded_with_a_mask(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collate, alone = ArgumentSpec.collate, ArgumentSpec.alone
+    seen: list[set[int]] = []
+
+    def lengths(call: Any) -> set[int]:
+        return {len(row) for row in call[served.case.rows_in]}
+
+    def keep_merged(self: ArgumentSpec, calls: Any) -> dict[str, Any]:
+        seen.append(set[int]().union(*map(lengths, calls)))
+        return collate(self, calls)
+
+    def keep_alone(self: ArgumentSpec, call: Any) -> dict[str, Any]:
+        seen.append(lengths(call))
+        return alone(self, call)
+
+    monkeypatch.setattr(ArgumentSpec, "collate", keep_merged)
+    monkeypatch.setattr(ArgumentSpec, "alone", keep_alone)
+    served.run_with_late_arrivals(served.jobs("lengths"))
+    if served.case.mixes_lengths is None:
+        assert len(set[int]().union(*seen)) == 1
+        return
+    assert len(set[int]().union(*seen)) > 1
+    assert any(len(each) > 1 for each in seen) is served.case.mixes_lengths
+
+
+def test_cached_embeddings_are_not_written_into(served: Served) -> None:
+    memo = cast("SuspendedModel", served.loop.models["tiny"]).runs.host.memo
+
+    def cached() -> dict[Any, list[torch.Tensor]]:
+        tensors: dict[Any, list[torch.Tensor]] = {}
+        for key, (encoded, _) in memo._found.items():
+            tensors[key] = [tensor.clone() for tensor in encode_memo._tensors(encoded)]
+        return tensors
+
+    served.loop.run(*served.jobs("first", steps=2))
+    before = cached()
+    served.loop.run(*served.jobs("again", steps=3))
+    after = cached()
+    assert before.keys() == after.keys()
+    assert sum(map(len, before.values())) >= len(before) > 1
+    for key, tensors in before.items():
+        assert all(torch.equal(*pair) for pair in zip(tensors, after[key], strict=True))

@@ -96,11 +96,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "other text": (lambda f: reshape_weight(f / TEXT, _final_norm(f)), "its text_encoder cannot"),
     "no vocabulary": (lambda f: shutil.rmtree(f / "tokenizer"), f"no vocabulary .*; {AGAIN}"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), f"cannot be loaded .*; {AGAIN}"),
-    "XL": (
-        lambda f: edit_index(f, _class_name="StableDiffusionXLPipeline"),
-        "is a StableDiffusionXLPipeline, which is not supported; Darkroom serves",
+    "unknown class": (
+        lambda f: edit_index(f, _class_name="StableDiffusion9Pipeline"),
+        "is a StableDiffusion9Pipeline, which diffusers .* does not know",
     ),
-    "no class": (lambda f: edit_index(f, _class_name=None), "a pipeline without a class"),
+    "no class": (lambda f: edit_index(f, _class_name=None), f"names no class; {AGAIN}"),
     "own code": (lambda f: edit_index(f, unet=["my_unet", "Net"]), "a my_unet.Net, which is not"),
 }
 

@@ -87,7 +87,7 @@ def test_another_architecture(
         tmp_path / "other",
         lambda f: edit_index(f, _class_name="StableDiffusionXLPipeline"),
     )
-    assert "StableDiffusionXLPipeline, which is not supported" in line_of(file, other)
+    assert "has no text_encoder_2; check the file, and that" in line_of(file, other)
     assert "no such folder" in line_of(file, tmp_path / "nowhere")
 
 

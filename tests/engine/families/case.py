@@ -1,7 +1,7 @@
 """What a family's test needs to know about it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ class FamilyCase:
     the arguments with which a user of diffusers asks for a job, without size, steps and generator.
     ``rows_in`` names the denoiser's argument that has a row for each prompt, and ``timestep`` that
     of its timestep: the negative controls change them. ``tolerance`` is the relative error that the
-    last bits of a merged batch may cause.
+    last bits of a merged batch may cause. ``load`` are further arguments with which diffusers
+    reads the folder. ``mixes_lengths``: whether prompts of different lengths share batches, None if
+    all jobs' prompts have one length.
     """
 
     name: str
@@ -36,6 +38,8 @@ class FamilyCase:
     rows_in: str = "encoder_hidden_states"
     timestep: str = "timestep"
     tolerance: float = 1e-5
+    load: Mapping[str, Any] = field(default_factory=dict)
+    mixes_lengths: bool | None = None
 
 
 def mixed_jobs(*fields: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -128,9 +128,10 @@ class PreviewReady:
 class BatchDone:
     """One batch of ``rows`` rows through the denoiser of ``model`` took ``seconds``.
 
-    All its images are of ``width`` × ``height`` pixels. Each of ``samples`` took one step;
-    ``joined`` of them took their first in a batch with samples that were further. ``max_rows`` is
-    the batch's row limit, 0 if unknown. ``ended_at`` is in ``time.monotonic`` seconds.
+    ``width`` × ``height`` are the pixels of its largest image; most models take only equal ones.
+    Each of ``samples`` took one step; ``joined`` of them took their first in a batch with samples
+    that were further. ``max_rows`` is the batch's row limit, 0 if unknown. ``ended_at`` is in
+    ``time.monotonic`` seconds.
     """
 
     model: str

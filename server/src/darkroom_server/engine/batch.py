@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 class Group:
     """Samples of one group can share a batch: same model, same shapes.
 
-    ``width`` and ``height`` are an image's, in pixels; ``tokens`` are those of its prompt, or 0 if
-    ``key`` covers them. ``key`` is whatever else must be equal.
+    ``width`` and ``height`` are an image's, in pixels, or the side of ``common_square`` if sizes
+    mix; ``tokens`` are those of its prompt, or 0 if ``key`` covers them. ``key`` is whatever else
+    must be equal.
     """
 
     model: str
@@ -21,6 +22,19 @@ class Group:
     height: int
     tokens: int = 0
     key: Hashable = None
+
+
+def common_square(width: int, height: int) -> int:
+    """The side of a square that images of many sizes have in common, in pixels.
+
+    Its side is 2^n or 3·2^n, the smallest with as many pixels as ``width`` × ``height``. Images
+    with the same one can share a batch: if they are padded to the largest, none has more than 2.25
+    times its own pixels.
+    """
+    side = 1
+    while side * side < width * height:
+        side = side * 4 // 3 if side % 3 == 0 else max(2, side * 3 // 2)
+    return side
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,12 @@ class Batch:
     def model(self) -> str:
         """The id of the model that all samples use."""
         return self.group.model
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Width and height of the image with the most pixels."""
+        sizes = [(sample.job.width, sample.job.height) for sample in self.samples]
+        return max(sizes, key=lambda size: size[0] * size[1])
 
     @classmethod
     def of(cls, samples: "Sequence[Sample]") -> Self:

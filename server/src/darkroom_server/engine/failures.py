@@ -39,6 +39,12 @@ def is_fatal(error: Exception) -> bool:
     return isinstance(error, _DEVICE_ERROR) or "CUDA error" in str(error)
 
 
+def one_line(error: Exception) -> str:
+    """The first line of what ``error`` says, for a line of the operator's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
+
+
 OUT_OF_MEMORY = Failure(
     Reason.OUT_OF_MEMORY,
     "this image does not fit in the device's memory, even alone; request a smaller size",

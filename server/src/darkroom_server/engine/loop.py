@@ -148,6 +148,7 @@ class EngineLoop:
         if not result.stepped:
             return
         rows, seconds = result.rows, result.seconds
+        width, height = batch.largest
         for sample in result.stepped:
             sample.rows_in_last_batch = rows
             sample.engine_seconds += seconds * sample.rows / rows
@@ -164,8 +165,8 @@ class EngineLoop:
         self._emit(
             BatchDone(
                 model=batch.model,
-                width=batch.group.width,
-                height=batch.group.height,
+                width=width,
+                height=height,
                 rows=rows,
                 seconds=seconds,
                 samples=len(result.stepped),

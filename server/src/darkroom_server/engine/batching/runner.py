@@ -116,9 +116,9 @@ class Runner:
 
     def run(self, batch: Batch) -> BatchResult:
         """Run the denoiser once: each sample of ``batch`` takes one step."""
-        model, group = self.models[batch.model], batch.group
+        model = self.models[batch.model]
         began = time.monotonic()
-        with self.peaks.watch(model.device, group.model, group.width, group.height, batch.rows):
+        with self.peaks.watch(model.device, batch.model, *batch.largest, batch.rows):
             predictions = run_or_split(batch.samples, self._denoise, self._denoiser_failed)
             stepped, failures = self._step(batch.samples, predictions)
             if model.device.type == "cuda":

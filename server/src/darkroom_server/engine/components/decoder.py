@@ -1,8 +1,9 @@
 """Latents to pixels, one image at a time."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from darkroom_server.engine.failures import (
 )
 
 log = structlog.get_logger(__name__)
+
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Decoder:
@@ -52,16 +55,19 @@ class Decoder:
         pixels = unit.permute(1, 2, 0).float().numpy()
         return (pixels * 255).round().astype(np.uint8)
 
-    def decode_scaled(self, latents: torch.Tensor) -> torch.Tensor | Failure:
+    def decode_scaled(
+        self, latents: torch.Tensor, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> torch.Tensor | Failure:
         """What the VAE makes of ``latents``, which have its own scale: values of -1 to 1.
 
-        Raises an error that means that the device is lost.
+        ``options`` are further arguments of the VAE's decode. Raises an error that means that
+        the device is lost.
         """
         try:
-            image = self._decode(latents)
+            image = self._decode(latents, **options)
             if not torch.isfinite(image).all():
                 log.warning("decode was not finite, trying float32")
-                image = self._decode_float32(latents)
+                image = self._decode_float32(latents, **options)
                 if not torch.isfinite(image).all():
                     self.counts[Counted.NON_FINITE_FAILED] += 1
                     return NON_FINITE
@@ -77,15 +83,19 @@ class Decoder:
             log.exception("decode failed")
             return DECODE_FAILED
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, **options: Any) -> torch.Tensor:
         with self.precision():
-            return self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0]  # type: ignore[no-any-return]
+            # Some VAEs decode numbers of codes, which stay integers.
+            given = latents.to(self._vae.dtype) if latents.is_floating_point() else latents
+            return self._vae.decode(given, return_dict=False, **options)[0]  # type: ignore[no-any-return]
 
-    def _decode_float32(self, latents: torch.Tensor) -> torch.Tensor:
+    def _decode_float32(self, latents: torch.Tensor, **options: Any) -> torch.Tensor:
         # A copy: if memory runs out, the served weights must not stay half converted. The encoder
         # is a third of the weights and is not needed.
-        parts = {id(self._vae.encoder): torch.nn.Identity()}
+        encoder = getattr(self._vae, "encoder", None)
+        parts = {} if encoder is None else {id(encoder): torch.nn.Identity()}
         vae = copy.deepcopy(self._vae, parts).to(dtype=torch.float32)
         with torch.autocast(latents.device.type, enabled=False):
             # The class's function: an instance may have one that decodes with the original.
-            return type(vae).decode(vae, latents.float(), return_dict=False)[0]  # type: ignore[no-any-return]
+            given = latents.float() if latents.is_floating_point() else latents
+            return type(vae).decode(vae, given, return_dict=False, **options)[0]  # type: ignore[no-any-return]

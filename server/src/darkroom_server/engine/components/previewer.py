@@ -27,11 +27,20 @@ PICTURE_LATENTS = 8
 
 
 class Previewer:
-    """Makes previews of one model's latents; the map is fitted for the first preview."""
+    """Makes previews of one model's latents; the map is fitted for the first preview.
+
+    With ``video`` the VAE encodes videos: a picture is one of a single frame.
+    """
 
     def __init__(
-        self, vae: Any, precision: Callable[[], AbstractContextManager[Any]], factor: int
+        self,
+        vae: Any,
+        precision: Callable[[], AbstractContextManager[Any]],
+        factor: int,
+        *,
+        video: bool = False,
     ) -> None:
+        self._video = video
         self._vae = vae
         self._precision = precision
         self._factor = factor
@@ -66,10 +75,14 @@ class Previewer:
         weights = next(self._vae.parameters())
         latents = []
         for picture in pictures:  # One at a time needs the least memory.
+            image = picture[None].to(weights.device, weights.dtype)
             with self._precision():
-                encoded = self._vae.encode(picture[None].to(weights.device, weights.dtype))
-            latents.append(encoded.latent_dist.mean.float().cpu())
-        scaled = torch.cat(latents) * self._vae.config.scaling_factor
+                encoded = self._vae.encode(image.unsqueeze(2) if self._video else image)
+            mean = encoded.latent_dist.mean.float().cpu()
+            latents.append(mean[:, :, 0] if self._video else mean)
+        config = self._vae.config
+        shift = config.get("shift_factor") or 0.0
+        scaled = (torch.cat(latents) - shift) * config.get("scaling_factor", 1.0)
         colours = torch.nn.functional.avg_pool2d(pictures, self._factor)
         known = scaled.permute(0, 2, 3, 1).flatten(0, 2)
         known = torch.cat([known, torch.ones(len(known), 1)], dim=1)

@@ -29,7 +29,11 @@ def config_of(scheduler: Any) -> dict[str, Any]:
 def make_scheduler(name: SchedulerName, config: dict[str, Any]) -> Any:
     """A new diffusers scheduler: ``name``'s class on the model's scheduler ``config``."""
     spec = _spec(name, config)
-    return getattr(diffusers, spec.class_name).from_config(config, **spec.overrides)
+    overrides = dict(spec.overrides)
+    if spec.flow_match and "flow_shift" in config and "shift" not in config:
+        # Schedulers that are not for flow matching alone have another name for it.
+        overrides["shift"] = config["flow_shift"]
+    return getattr(diffusers, spec.class_name).from_config(config, **overrides)
 
 
 def offer(name: SchedulerName, config: dict[str, Any]) -> SchedulerOffer:

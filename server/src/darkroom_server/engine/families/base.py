@@ -17,7 +17,7 @@ from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance, ModelInfo, ModelLimits, SchedulerOffer
-from darkroom_server.engine.components.decoder import Decoder
+from darkroom_server.engine.components.decoder import NO_OPTIONS, Decoder
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import Embedding
 from darkroom_server.engine.components.safety_checker import SafetyChecker
@@ -88,15 +88,18 @@ class Family(ABC):
 
     Class attributes describe the family; an instance wraps one pipeline that is in memory.
     ``pipeline_class`` is the class in ``diffusers`` and in ``model_index.json``. ``components``
-    have weights, all of which must be there. ``optional`` are left out, or replaced by None.
+    have weights, all of which must be there but ``dispensable`` ones, which the index of a folder
+    may leave out. ``optional`` are left out, or replaced by None.
     ``pipeline_options`` are further arguments of ``from_pretrained``. ``defaults`` are for
     requests that leave a field unset, see ``model_defaults``. ``denoiser_name`` is the component
     that runs every step.
     ``convolutional``: it has two-dimensional convolutions, which channels last can make faster.
+    ``chosen_size`` is the default width and height that the operator set, in pixels.
     """
 
     pipeline_class: ClassVar[str]
     components: ClassVar[tuple[str, ...]]
+    dispensable: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
     pipeline_options: ClassVar[Mapping[str, Any]] = {}
     defaults: ClassVar[Defaults]
@@ -105,6 +108,7 @@ class Family(ABC):
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
+        self.chosen_size: int | None = None
 
     @classmethod
     @abstractmethod
@@ -127,6 +131,16 @@ class Family(ABC):
     def denoiser(self) -> Any:
         """The module that runs every step."""
         return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def vae(self) -> Any:
+        """The module that decodes latents, None if the denoiser makes pixels."""
+        return self.pipeline.vae
+
+    @property
+    def decode_options(self) -> Mapping[str, Any]:
+        """Further arguments of the VAE's decode, for measurements."""
+        return NO_OPTIONS
 
     def prepare(  # noqa: B027 - not every family has something to prepare.
         self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
@@ -171,7 +185,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def latent_size(self) -> int:
-        """Width and height of the latents of an image of the default size."""
+        """Width and height of the latents of an image of the size that the model was trained at."""
 
     @property
     @abstractmethod
@@ -181,7 +195,12 @@ class Family(ABC):
     @property
     def size(self) -> int:
         """The default width and height of an image, in pixels."""
-        return self.latent_size * self.latent_factor
+        return self.chosen_size or self.latent_size * self.latent_factor
+
+    @property
+    def default_sequence_length(self) -> int | None:
+        """The ``max_sequence_length`` of a request that sets none, None if it is not taken."""
+        return None
 
     @abstractmethod
     def limits(self, max_rows: int) -> ModelLimits:
@@ -198,7 +217,8 @@ class Family(ABC):
 
     def latents(self, dtype: torch.dtype, device: torch.device, images: int = 1) -> torch.Tensor:
         """Random latents of ``images`` images of the default size."""
-        shape = (images, self.latent_channels, self.latent_size, self.latent_size)
+        side = self.size // self.latent_factor
+        shape = (images, self.latent_channels, side, side)
         return random_normal(shape, dtype, device)
 
     def safety_checker(self, name: str) -> SafetyChecker:

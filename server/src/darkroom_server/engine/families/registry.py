@@ -1,16 +1,43 @@
 """The registry of families: a pipeline's class decides how it is loaded and served."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from darkroom_server.engine.families.aura_flow import AuraFlow
 from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.families.chroma import Chroma
+from darkroom_server.engine.families.flux import Flux
+from darkroom_server.engine.families.flux_2 import Flux2, Flux2Klein
+from darkroom_server.engine.families.hunyuan_image import HunyuanImage
+from darkroom_server.engine.families.lumina_2 import Lumina2
+from darkroom_server.engine.families.pixart import PixArtAlpha, PixArtSigma
+from darkroom_server.engine.families.qwen_image import QwenImage
+from darkroom_server.engine.families.sana import Sana, SanaSprint
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
+from darkroom_server.engine.families.stable_diffusion_3 import StableDiffusion3
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
+from darkroom_server.engine.families.undescribed import undescribed_family
+from darkroom_server.engine.families.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class: family
     for family in (
         StableDiffusion,
         StableDiffusionXL,
+        Flux,
+        StableDiffusion3,
+        Chroma,
+        AuraFlow,
+        PixArtSigma,
+        PixArtAlpha,
+        ZImage,
+        QwenImage,
+        Flux2,
+        Flux2Klein,
+        Lumina2,
+        Sana,
+        SanaSprint,
+        HunyuanImage,
         # One line for each family.
     )
 }
@@ -20,6 +47,15 @@ SINGLE_FILE: type[Family] = StableDiffusion
 """The family of a single file that comes without ``--model-config``: it names no class."""
 
 
+def family_named(kind: str, index: Mapping[str, Any], name: str) -> type[Family]:
+    """The family of a pipeline of class ``kind`` with the components of ``index``.
+
+    ``name`` is what the operator calls the model. Raises ``StartupError`` if it cannot be served.
+    """
+    return FAMILIES.get(kind) or undescribed_family(kind, index, name)
+
+
 def family_of(pipeline: Any) -> Family:
-    """The family of a pipeline that was loaded. Raises ``KeyError`` if it has none."""
-    return FAMILIES[type(pipeline).__name__](pipeline)
+    """The family of a pipeline that was loaded. Raises ``StartupError`` as ``family_named``."""
+    kind = type(pipeline).__name__
+    return family_named(kind, pipeline.config, kind)(pipeline)

@@ -67,7 +67,7 @@ class StableDiffusion(Family):
 
     @property
     def latent_size(self) -> int:
-        """Width and height of the latents of an image of the default size."""
+        """Width and height of the latents of an image of the size that the model was trained at."""
         return int(self.pipeline.unet.config.sample_size)
 
     @property

@@ -1,6 +1,7 @@
 """Families whose samples are suspended runs of diffusers' own pipeline."""
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from darkroom_server.engine.components.scheduler_table import (
     DIFFUSION_SCHEDULERS,
     FLOW_MATCH_SCHEDULERS,
 )
-from darkroom_server.engine.components.schedulers import config_of, make_scheduler, offer
+from darkroom_server.engine.components.schedulers import config_of, make_scheduler, name_of, offer
 from darkroom_server.engine.families.base import Family, Precision
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, signature_of
 from darkroom_server.engine.pipelines.calls import DenoiserCall
@@ -44,14 +45,16 @@ class SuspendedFamily(Family):
     ``spec`` merges the denoiser's calls. ``size_multiple_factor``: sizes are multiples of that many
     latent pixels. ``call_options`` are further arguments of each call. ``own_components`` have
     state, so each sample has a copy of them. ``prompt_tokenizer`` cuts prompts that are too long.
+    ``has_video_vae``: an image is a video of one frame for the VAE.
     """
 
     spec: ClassVar[ArgumentSpec]
     size_multiple_factor: ClassVar[int] = 1
     call_options: ClassVar[Mapping[str, Any]] = {}
     own_components: ClassVar[tuple[str, ...]] = ()
-    prompt_tokenizer: ClassVar[str] = "tokenizer"
+    prompt_tokenizer: str = "tokenizer"
     has_previews: ClassVar[bool] = True
+    has_video_vae: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -94,7 +97,7 @@ class SuspendedFamily(Family):
 
     @property
     def latent_size(self) -> int:
-        """Width and height of the latents of an image of the default size."""
+        """Width and height of the latents of an image of the size that the model was trained at."""
         return int(self.pipeline.default_sample_size)
 
     @property
@@ -144,13 +147,18 @@ class SuspendedFamily(Family):
             log.warning("denoiser calls are not batched", why=reason)
         device = self.denoiser.device
         host = HostedPipeline(
-            self.pipeline, self.denoiser_name, device, EncodeMemo(config.prompt_cache_bytes, device)
+            self.pipeline,
+            (self.denoiser_name,),
+            self.vae,
+            device,
+            EncodeMemo(config.prompt_cache_bytes, device),
         )
         own_config = config_of(self.pipeline.scheduler)
         self._runs = Runs(
             host=host,
             spec=None if reason else self._spec(memory_format),
             arguments_of=self.call_arguments,
+            vae_latents=self.vae_latents,
             schedulers={
                 SchedulerName.MODEL: hosted_scheduler(
                     make_scheduler(SchedulerName.MODEL, own_config)
@@ -159,8 +167,7 @@ class SuspendedFamily(Family):
             own={name: getattr(self.pipeline, name) for name in self.own_components},
             precision=precision,
         )
-        self._runs.schedulers.update(self._usable_schedulers(own_config))
-        self._run_probe()
+        self._offer_schedulers(own_config, self._run_probe())
 
     def denoiser_inputs(
         self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
@@ -171,6 +178,13 @@ class SuspendedFamily(Family):
     def latents(self, dtype: torch.dtype, device: torch.device, images: int = 1) -> torch.Tensor:
         """Latents of one image of the default size, as the VAE takes them."""
         return self._probe_latents
+
+    def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
+        """``stepped``, what the scheduler steps for an image of ``job``, as [1, channels, h, w].
+
+        The previewer takes them with the scale and the shift of what the scheduler steps.
+        """
+        return stepped
 
     def call_arguments(self, job: Job) -> dict[str, Any]:
         """The arguments of the pipeline's call for ``job``, without those it does not have."""
@@ -201,11 +215,13 @@ class SuspendedFamily(Family):
 
     def is_truncated(self, job: Job) -> bool:
         """Whether the model does not read a prompt of ``job`` to its end."""
-        tokenizer = getattr(self.pipeline, self.prompt_tokenizer)
         limit = job.max_sequence_length or self.prompt_tokens
-        texts = [text for text in (job.prompt, job.negative_prompt) if text]
-        lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
-        return max(lengths) > limit
+        return any(self.prompt_length(t) > limit for t in (job.prompt, job.negative_prompt) if t)
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of ``prompt``, counted as the pipeline does for its ``max_sequence_length``."""
+        tokenizer = getattr(self.pipeline, self.prompt_tokenizer)
+        return len(tokenizer(prompt, verbose=False).input_ids)
 
     def new_model(
         self,
@@ -218,7 +234,7 @@ class SuspendedFamily(Family):
     ) -> SuspendedModel:
         """The model to serve; its pipeline is on ``device``, in ``memory_format``, and measured."""
         previewer = (
-            Previewer(self.pipeline.vae, decoder.precision, self.latent_factor)
+            Previewer(self.vae, decoder.precision, self.latent_factor, video=self.has_video_vae)
             if self.has_previews
             else None
         )
@@ -242,23 +258,40 @@ class SuspendedFamily(Family):
         layout = memory_format.layout if self.convolutional else torch.contiguous_format
         return replace(self.spec, layout=layout)
 
-    def _usable_schedulers(self, config: dict[str, Any]) -> dict[SchedulerName, Any]:
-        """The schedulers with which the pipeline reaches its first step, as templates."""
+    def _offer_schedulers(self, config: dict[str, Any], output: Any) -> None:
+        """Offer the schedulers with which the pipeline runs, and whose images a seed repeats.
+
+        ``output`` is the denoiser's for the first step of an image.
+        """
         flow = config.get("prediction_type", "flow_prediction") == "flow_prediction"
         names = FLOW_MATCH_SCHEDULERS if flow else DIFFUSION_SCHEDULERS
-        usable = {}
-        for name in names:
+        # The model's own has a name too, and may be meant for other kinds of models as well.
+        for name in dict.fromkeys((name_of(self.pipeline.scheduler), *names)):
+            if name is SchedulerName.MODEL:
+                continue
             self._runs.schedulers[name] = hosted_scheduler(make_scheduler(name, config))
-            job = self._probe_job(name)
-            try:
-                sample, _ = self._runs.start(job, 0, steps=job.steps)
-            except ValueError as error:
-                # The pipeline asks for what this scheduler does not take, such as sigmas.
-                log.debug("scheduler is not offered", scheduler=name, why=str(error))
-            else:
-                sample.close()
-                usable[name] = self._runs.schedulers[name]
-        return usable
+            reason = self._why_unusable(name, output)
+            if reason:
+                log.debug("scheduler is not offered", scheduler=name, why=reason)
+                del self._runs.schedulers[name]
+
+    def _why_unusable(self, name: SchedulerName, output: Any) -> str:
+        """Why the pipeline cannot run with the scheduler ``name``, empty if it can."""
+        job = self._probe_job(name)
+        try:
+            sample, _ = self._runs.start(job, 0, steps=job.steps)
+        except (ValueError, TypeError) as error:
+            # The pipeline asks for what this scheduler does not take, such as sigmas.
+            return str(error)
+        before = _global_generator(self.denoiser.device)
+        try:
+            for _ in range(self.guidance.calls if self.guidance.applies_to(job) else 1):
+                sample.advance(output)
+        finally:
+            sample.close()
+        if not torch.equal(before, _global_generator(self.denoiser.device)):
+            return "it draws noise from the global generator, which no seed repeats"
+        return ""
 
     def _probe_job(self, scheduler: SchedulerName) -> Job:
         """An image of the default size without guidance, so of one row."""
@@ -285,23 +318,39 @@ class SuspendedFamily(Family):
         turns_guidance_on = self.guidance.scale == "guidance_scale"
         return self.guidance.above if turns_guidance_on else self.defaults.guidance_scale
 
-    def _run_probe(self) -> None:
-        """Keep an image's first denoiser call, and the latents of its decode."""
+    def _run_probe(self) -> Any:
+        """Keep an image's first denoiser call, and the latents of its decode.
+
+        Returns what the denoiser returned.
+        """
         job = self._probe_job(SchedulerName.MODEL)
-        sample, _ = self._runs.start(job, 0, steps=job.steps)
+        calls = self.guidance.calls if self.guidance.applies_to(job) else 1
+        sample, _ = self._runs.start(job, 0, steps=calls * job.steps)
         assert isinstance(sample.pending, DenoiserCall)
         self._probe = dict(sample.pending.arguments)
         self._bytes_per_sample = sample.held_bytes()
-        output = self._runs.call_denoiser(self.spec.alone(self._probe))
-        for _ in range(sample.steps):
+        output = self._runs.call_denoiser(self.denoiser, self.spec.alone(self._probe))
+        while not sample.done:
             # The same output for each step: what is decoded is no picture, and need not be.
             sample.advance(output)
         self._probe_latents = sample.latents
         sample.close()
+        return output
+
+
+def _global_generator(device: torch.device) -> torch.Tensor:
+    """The state of the generator on ``device`` that code without one of its own uses."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _has_vocabulary(tokenizer: Path) -> bool:
-    single = ("tokenizer.json", "spiece.model", "tokenizer.model")
+    config = tokenizer / "tokenizer_config.json"
+    if config.is_file():
+        # Its tokens are the bytes.
+        kind = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+        if kind == "ByT5Tokenizer":
+            return True
+    single = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt")
     if any((tokenizer / name).is_file() for name in single):
         return True
     return all((tokenizer / name).is_file() for name in ("vocab.json", "merges.txt"))

@@ -13,10 +13,24 @@ FILE = "darkroom.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """Denoising steps, and classifier-free guidance, for requests that set none."""
+    """Denoising steps, guidance and size for requests that set none.
+
+    ``size`` is the width and the height in pixels, None for what the model was trained at.
+    """
 
     steps: int
     guidance_scale: float
+    true_cfg_scale: float = 1.0
+    size: int | None = None
+
+
+BOUNDS: dict[str, tuple[type, float, float]] = {
+    "steps": (int, 1, 150),
+    "guidance_scale": (float, 0, 50),
+    "true_cfg_scale": (float, 0, 50),
+    "size": (int, 16, 8192),
+}
+"""What the file may hold: whole numbers or any, and their bounds."""
 
 
 def read_defaults(source: ModelSource, family: Defaults) -> Defaults:
@@ -31,16 +45,16 @@ def read_defaults(source: ModelSource, family: Defaults) -> Defaults:
         given = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StartupError(f"model {source.location!r}: its {FILE} is not JSON: {error}") from None
-    if not isinstance(given, dict) or not given.keys() <= {"steps", "guidance_scale"}:
+    if not isinstance(given, dict) or not given.keys() <= BOUNDS.keys():
+        *names, last = BOUNDS
         raise StartupError(
-            f"model {source.location!r}: its {FILE} may hold steps and guidance_scale, and nothing "
-            "else"
+            f"model {source.location!r}: its {FILE} may hold {', '.join(names)} and {last}, and "
+            "nothing else"
         )
-    defaults = replace(family, **given)
-    if type(defaults.steps) is not int or not 1 <= defaults.steps <= 150:
-        raise StartupError(f"model {source.location!r}: steps in its {FILE} must be 1 to 150")
-    if type(defaults.guidance_scale) not in (int, float) or not 0 <= defaults.guidance_scale <= 50:
-        raise StartupError(
-            f"model {source.location!r}: guidance_scale in its {FILE} must be 0 to 50"
-        )
-    return defaults
+    for name, value in given.items():
+        kind, least, most = BOUNDS[name]
+        if type(value) not in (int, kind) or not least <= value <= most:
+            raise StartupError(
+                f"model {source.location!r}: {name} in its {FILE} must be {least} to {most}"
+            )
+    return replace(family, **given)

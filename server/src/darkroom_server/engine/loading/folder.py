@@ -6,7 +6,7 @@ from typing import Any
 
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.families.base import Family
-from darkroom_server.engine.families.registry import FAMILIES
+from darkroom_server.engine.families.registry import family_named
 
 INDEX = "model_index.json"
 
@@ -17,7 +17,7 @@ def read_index(folder: Path, name: str) -> tuple[type[Family], dict[str, Any]]:
     """The family of the pipeline in ``folder``, and its index.
 
     ``name`` is what the operator calls the model. Raises ``StartupError`` if the index is missing,
-    damaged, or of a class that no family serves.
+    damaged, or of a class that cannot be served.
     """
     file = folder / INDEX
     if not file.is_file():
@@ -32,13 +32,14 @@ def read_index(folder: Path, name: str) -> tuple[type[Family], dict[str, Any]]:
     if not isinstance(index, dict):
         raise StartupError(f"model {name!r}: its {INDEX} is damaged; copy or download it again")
     kind = index.get("_class_name")
-    family = FAMILIES.get(str(kind))
-    if family is None:
-        raise StartupError(
-            f"model {name!r} is a {kind or 'pipeline without a class'}, which is not supported; "
-            f"Darkroom serves {', '.join(FAMILIES)} models"
-        )
-    return family, index
+    if not kind:
+        raise StartupError(f"model {name!r}: its {INDEX} names no class; copy or download it again")
+    return family_named(str(kind), index, name), index
+
+
+def absent_parts(family: type[Family], index: dict[str, Any]) -> dict[str, None]:
+    """The dispensable components that the folder of ``index`` does without, as arguments."""
+    return dict.fromkeys(part for part in family.dispensable if not (index.get(part) or [None])[0])
 
 
 def check_weights(folder: Path, part: str, name: str) -> None:

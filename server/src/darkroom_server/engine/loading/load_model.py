@@ -8,13 +8,14 @@ from typing import Any
 import structlog
 
 from darkroom_server.core.engine_config import EngineConfig, ModelSource
+from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import ModelLoad
 from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of
 from darkroom_server.engine.families.base import Family, Model
 from darkroom_server.engine.families.registry import family_of
-from darkroom_server.engine.loading.defaults import read_defaults
+from darkroom_server.engine.loading.defaults import FILE, Defaults, read_defaults
 from darkroom_server.engine.loading.pipeline import load_pipeline, weights_of
 from darkroom_server.engine.loading.revision import UNKNOWN, revision_of
 from darkroom_server.engine.warmup.formats import MemoryFormat
@@ -43,6 +44,8 @@ def load_model(
     in_memory = time.monotonic()
     family = family_of(pipeline)
     family.check_pipeline(source.location)
+    defaults = read_defaults(source, family.model_defaults)
+    _set_size(source, family, defaults.size)
     safety = family.safety_checker(source.location) if config.safety_checker else None
     memory_format = place(family, runtime)
 
@@ -53,13 +56,13 @@ def load_model(
         return nullcontext() if vae_is_upcast(pipeline) else precision()
 
     family.prepare(memory_format, precision, config)
-    decoder = Decoder(pipeline.vae, vae_precision)
+    decoder = Decoder(family.vae, vae_precision)
     measured = measure(family, decoder, memory_format, runtime, config, previous)
     info = ModelInfo(
         id=source.id,
         revision=revision_of(source, pipeline),
         kind=family.pipeline_class,
-        defaults=_defaults(source, family),
+        defaults=_model_defaults(family, defaults),
         limits=replace(family.limits(measured.max_rows), row_limit_source=measured.source),
         schedulers=family.scheduler_offers,
         runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
@@ -94,14 +97,26 @@ def load_model(
     return model, load, measured.cache
 
 
-def _defaults(source: ModelSource, family: Family) -> ModelDefaults:
-    defaults = read_defaults(source, family.model_defaults)
+def _set_size(source: ModelSource, family: Family, size: int | None) -> None:
+    if size is None:
+        return
+    multiple = family.limits(0).size_multiple
+    if size % multiple:
+        raise StartupError(
+            f"model {source.location!r}: size in its {FILE} must be a multiple of {multiple}"
+        )
+    family.chosen_size = size
+
+
+def _model_defaults(family: Family, defaults: Defaults) -> ModelDefaults:
     return ModelDefaults(
         width=family.size,
         height=family.size,
         steps=defaults.steps,
         guidance_scale=float(defaults.guidance_scale),
         scheduler=name_of(family.pipeline.scheduler),
+        true_cfg_scale=float(defaults.true_cfg_scale),
+        max_sequence_length=family.default_sequence_length,
     )
 
 

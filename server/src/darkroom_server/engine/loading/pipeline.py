@@ -13,11 +13,13 @@ import transformers
 
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
-from darkroom_server.engine.failures import is_out_of_memory
+from darkroom_server.engine.components.classes import component_class
+from darkroom_server.engine.failures import is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.registry import SINGLE_FILE
 from darkroom_server.engine.loading.folder import (
     INDEX,
+    absent_parts,
     check_weights,
     read_index,
     variant_of,
@@ -82,7 +84,8 @@ def _load_folder(
     name = source.location
     family, index = read_index(folder, name)
     family.check_folder(folder, name)
-    wanted = [*family.components]
+    absent = absent_parts(family, index)
+    wanted = [part for part in family.components if part not in absent]
     if safety_checker and index.get("safety_checker", [None])[0]:
         wanted.append("safety_checker")
     for part in wanted:
@@ -96,7 +99,7 @@ def _load_folder(
         str(folder),
         local_files_only=True,
         **family.pipeline_options,
-        **{**_left_out(family, "safety_checker" in parts), **parts},
+        **{**_left_out(family, "safety_checker" in parts), **absent, **parts},
     )
 
 
@@ -104,12 +107,9 @@ def _load_part(
     source: ModelSource, folder: Path, part: str, index: dict[str, Any], dtype: torch.dtype
 ) -> Any:
     """One component of a pipeline, with every weight from its files."""
-    library, kind = index.get(part) or (None, None)
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    # As in diffusers, a pipeline may have components of its own, in its own module.
-    module = libraries.get(str(library)) or getattr(diffusers.pipelines, str(library), None)
-    made_by = getattr(module, str(kind), None)
+    made_by: Any = component_class(index.get(part))
     if made_by is None:
+        library, kind = index.get(part) or (None, None)
         raise StartupError(
             f"model {source.location!r}: its {part} is a {library}.{kind}, which is not supported"
         )
@@ -159,7 +159,8 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
         # An earlier download works without the hub, the network and the token.
         with suppress(Exception):  # If the cache is unusable too, the hub's own error is raised.
             folder = _snapshot(source, safety_checker, local_files_only=True)
-            for part in read_index(folder, name)[0].components:
+            family, index = read_index(folder, name)
+            for part in set(family.components) - absent_parts(family, index).keys():
                 check_weights(folder, part, name)
             log.warning("the hub's cache is used", model=name, hub=why)
             return folder
@@ -216,6 +217,11 @@ def _load_single_file(source: ModelSource, path: Path, dtype: torch.dtype) -> An
         advice = "check the file" if config else "give --model-config FOLDER, or check the file"
         raise _failed(source, "the model", error, advice) from error
     for part in family.components:
+        if getattr(pipeline, part) is None:
+            raise StartupError(
+                f"model {source.location!r} has no {part}; check the file, and that --model-config "
+                "is of its architecture"
+            )
         weights = getattr(pipeline, part).state_dict()
         missing = [key for key, weight in weights.items() if weight.is_meta]
         if missing:
@@ -233,10 +239,5 @@ def _failed(
         raise error  # The caller knows the device.
     log.debug("model failed to load", exc_info=True)
     return StartupError(
-        f"model {source.location!r}: {what} cannot be loaded ({_one_line(error)}); {advice}"
+        f"model {source.location!r}: {what} cannot be loaded ({one_line(error)}); {advice}"
     )
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")

@@ -7,15 +7,19 @@ makes the call run alone, which is slow and never wrong.
 
 import hashlib
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Arguments = Mapping[str, Any]
+
+_digests: MutableMapping[torch.Tensor, tuple[int, bytes]] = WeakTensorKeyDictionary()
+"""Digests of tensors that are alive, each with the number of changes that the tensor had then."""
 
 
 class Kind(Enum):
@@ -37,6 +41,8 @@ class Kind(Enum):
     """The mask of the PADDED arguments, [rows, length], nonzero where not padded; may be None."""
     SAME = auto()
     """A tensor that is equal in all calls of a batch, such as the positions of the pixels."""
+    EQUAL_ROWS = auto()
+    """A list with a plain value for each row, all of which are equal in all calls of a batch."""
     EQUAL = auto()
     """A plain value that is equal in all calls of a batch."""
 
@@ -48,8 +54,9 @@ class ArgumentSpec:
     ``kinds`` are by name, ``name.entry`` for an entry of a dict. ``rows_in`` names an argument that
     says how many rows a call has. ``signature`` is ``signature_of`` the class that the spec was
     proved on, with any of the versions ``diffusers``. ``output_is_list``: the denoiser returns a
-    list with a tensor for each row, else a tensor with the rows in its first dimension. ``layout``
-    is that of four-dimensional rows.
+    list with a tensor for each row, else a tensor with the rows in its first dimension.
+    ``mixes_sizes``: images of one ``common_square`` share batches. ``layout`` is that of
+    four-dimensional rows.
     """
 
     denoiser: str
@@ -58,6 +65,7 @@ class ArgumentSpec:
     signature: str
     diffusers: str
     output_is_list: bool = False
+    mixes_sizes: bool = False
     layout: torch.memory_format = torch.contiguous_format
 
     def rows(self, arguments: Arguments) -> int:
@@ -105,7 +113,7 @@ class ArgumentSpec:
                     )
                     for entry in value
                 }
-            elif self.kinds.get(name) is Kind.TIMESTEP:
+            elif self.kinds.get(name) is Kind.TIMESTEP and value is not None:
                 timesteps = [timesteps_of(each, n) for each, n in zip(given, rows, strict=True)]
                 merged[name] = torch.cat(timesteps).to(device)
             else:
@@ -151,7 +159,7 @@ class ArgumentSpec:
                 return self._laid_out(torch.cat(values))
             case Kind.ROWS_IN_DIM_1:
                 return torch.cat(values, dim=1)
-            case Kind.ROW_LIST:
+            case Kind.ROW_LIST | Kind.EQUAL_ROWS:
                 return [row for value in values for row in value]
             case Kind.PER_BLOCK:
                 return [torch.cat(block) for block in zip(*values, strict=True)]
@@ -197,12 +205,25 @@ def _key(kind: Kind, value: Any) -> Hashable:
             return (value.dtype, value.shape[2:])
         case Kind.SAME:
             return (value.dtype, value.shape, _digest(value))
+        case Kind.EQUAL_ROWS:
+            return frozenset(map(repr, value))
         case Kind.EQUAL:
             return repr(value)
     return None
 
 
 def _digest(value: torch.Tensor) -> bytes:
+    """The digest of ``value``, computed once: a run gives the same tensor to each of its calls."""
+    if value.is_inference():  # It does not count its changes.
+        return _compute_digest(value)
+    version, digest = _digests.get(value, (None, b""))
+    if version != value._version:
+        digest = _compute_digest(value)
+        _digests[value] = (value._version, digest)
+    return digest
+
+
+def _compute_digest(value: torch.Tensor) -> bytes:
     data = value.detach().contiguous().cpu().view(torch.uint8).numpy()
     return hashlib.blake2b(data.tobytes(), digest_size=16).digest()
 

@@ -16,19 +16,24 @@ class EncodeCall:
 
 @dataclass(slots=True)
 class DenoiserCall:
-    """The pipeline calls its denoiser; resumed with the denoiser's output.
+    """The pipeline calls ``module``, its denoiser; resumed with the denoiser's output.
 
     ``arguments`` are by name, as they were given; those that were not are absent.
     """
 
+    module: Any
     arguments: Mapping[str, Any]
 
 
 @dataclass(slots=True)
 class DecodeCall:
-    """The pipeline decodes ``latents`` with its VAE; resumed with the decoded tensor."""
+    """The pipeline decodes ``latents`` with its VAE; resumed with the decoded tensor.
+
+    ``options`` are the further arguments of the VAE's decode.
+    """
 
     latents: torch.Tensor
+    options: Mapping[str, Any]
 
 
 Call = EncodeCall | DenoiserCall | DecodeCall

@@ -4,11 +4,12 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
 
 from darkroom_server.engine.pipelines.calls import DecodeCall, DenoiserCall, EncodeCall
 from darkroom_server.engine.pipelines.coroutine import Coroutine, is_suspendable, suspend
@@ -19,21 +20,33 @@ class HostedPipeline:
     """One pipeline in memory, and as many runs of it as there are samples.
 
     A run has a shallow copy of the pipeline, with a scheduler of its own. It is suspended at each
-    prompt that is not in ``memo``, at each call of the denoiser and at the VAE's decode. Calls
+    prompt that is not in ``memo``, at each call of a denoiser and at the decode of ``vae``. Calls
     from outside of a run go straight to the modules.
+
+    ``denoisers`` are the names of the components that run every step. With ``isolated``, each run
+    has its own, which share their weights: the pipeline may write to their other attributes.
     """
 
     def __init__(
-        self, pipeline: Any, denoiser_name: str, device: torch.device, memo: EncodeMemo
+        self,
+        pipeline: Any,
+        denoisers: Sequence[str],
+        vae: Any,
+        device: torch.device,
+        memo: EncodeMemo,
+        *,
+        isolated: bool = False,
     ) -> None:
         self.memo = memo
         self.device = device
-        self.denoiser = getattr(pipeline, denoiser_name)
+        self._isolated = tuple(denoisers) if isolated else ()
         self._template = copy.copy(pipeline)
         self._template.__class__ = _hosted_class(type(pipeline), device, memo)
-        _suspend_forward(self.denoiser, device.type)
-        if getattr(pipeline, "vae", None) is not None:
-            _suspend_decode(pipeline.vae, device.type)
+        if not isolated:
+            for name in denoisers:
+                _suspend_forward(getattr(pipeline, name), device.type)
+        if vae is not None:
+            _suspend_decode(vae, device.type)
 
     def run(
         self,
@@ -48,7 +61,17 @@ class HostedPipeline:
         pipeline = copy.copy(self._template)
         # Past diffusers' ``__setattr__``, which would change the configuration that is shared.
         pipeline.__dict__.update(own, scheduler=scheduler)
+        for name in self._isolated:
+            module = sharing_copy(getattr(pipeline, name))
+            _suspend_forward(module, self.device.type)
+            pipeline.__dict__[name] = module
         return Coroutine(functools.partial(pipeline, **arguments), self.device.type)
+
+
+def sharing_copy(module: torch.nn.Module) -> torch.nn.Module:
+    """A deep copy of ``module`` that shares its weights and buffers with it."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
 
 
 @dataclass(slots=True)
@@ -60,21 +83,22 @@ class LastStep:
     latents: torch.Tensor
 
 
-def hosted_scheduler(scheduler: Any) -> Any:
+def hosted_scheduler(scheduler: Any, *, timesteps_on_cpu: bool = True) -> Any:
     """``scheduler`` with its timesteps on the CPU, where reading them does not wait for a GPU.
 
-    If ``keeps_last_step`` is set on it, each step replaces ``last_step``. It is data and no
-    callback, because nothing that a run reaches may lead to the run's sample.
+    With ``timesteps_on_cpu`` false they are where the pipeline asks for them. If
+    ``keeps_last_step`` is set on it, each step replaces ``last_step``. It is data and no callback,
+    because nothing that a run reaches may lead to the run's sample.
     """
     hosted = copy.copy(scheduler)
-    hosted.__class__ = _hosted_scheduler_class(scheduler.__class__)
+    hosted.__class__ = _hosted_scheduler_class(scheduler.__class__, timesteps_on_cpu)
     hosted.keeps_last_step = False
     hosted.last_step = None
     return hosted
 
 
 @functools.cache
-def _hosted_scheduler_class(base: Any) -> type:
+def _hosted_scheduler_class(base: Any, timesteps_on_cpu: bool) -> type:
     set_timesteps, step = base.set_timesteps, base.step
 
     # The wrappers keep the signatures: pipelines read them to see what a scheduler takes.
@@ -93,7 +117,9 @@ def _hosted_scheduler_class(base: Any) -> type:
             self.last_step = LastStep(model_output, timestep, sample)
         return step(self, model_output, timestep, sample, *args, **kwargs)
 
-    members = {"set_timesteps": set_timesteps_on_cpu, "step": kept_step}
+    members = {"step": kept_step}
+    if timesteps_on_cpu:
+        members["set_timesteps"] = set_timesteps_on_cpu
     return type(base.__name__, (base,), members)
 
 
@@ -154,18 +180,22 @@ def _suspend_forward(module: Any, device_type: str) -> None:
             return compute(*args, **kwargs)
         arguments = dict(zip(names, args, strict=False))
         arguments.update(kwargs)
-        return suspend(DenoiserCall(arguments), device_type)
+        return suspend(DenoiserCall(module, arguments), device_type)
 
     module.forward = forward
 
 
 def _suspend_decode(vae: Any, device_type: str) -> None:
     decode = vae.decode
+    names = tuple(inspect.signature(decode).parameters)[1:]
 
     @functools.wraps(decode)
     def suspended_decode(z: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_suspendable():
             return decode(z, *args, **kwargs)
-        return (suspend(DecodeCall(z), device_type),)
+        options = {**dict(zip(names, args, strict=False)), **kwargs}
+        return_dict = options.pop("return_dict", True)
+        image = suspend(DecodeCall(z, options), device_type)
+        return DecoderOutput(sample=image) if return_dict else (image,)
 
     vae.decode = suspended_decode

@@ -35,9 +35,8 @@ log = structlog.get_logger(__name__)
 class SuspendedModel:
     """A model in memory whose samples are ``runs`` of its pipeline.
 
-    ``is_truncated`` says whether a job's prompts are longer than the model reads. ``to_latents``
-    turns what a scheduler steps into latents [1, channels, h, w], for previews. ``encodes_slowly``:
-    batches must run between the prompts of two jobs.
+    ``is_truncated`` says whether a job's prompts are longer than the model reads.
+    ``encodes_slowly``: batches must run between the prompts of two jobs.
     """
 
     info: ModelInfo
@@ -79,14 +78,17 @@ class SuspendedModel:
 
     def denoise(self, samples: Sequence[SuspendedSample]) -> list[Any]:
         """One denoiser call: for each sample the output for its rows."""
-        calls = [_denoiser_arguments(sample) for sample in samples]
+        calls = [_denoiser_call(sample) for sample in samples]
+        module = calls[0].module
         spec = self.runs.spec
         if len(calls) == 1:
             # As the pipeline calls it: alone, an image is the pipeline's own to the last bit.
-            arguments = calls[0]
-            return [self.runs.call_denoiser(arguments if spec is None else spec.alone(arguments))]
+            arguments = calls[0].arguments
+            given = arguments if spec is None else spec.alone(arguments)
+            return [self.runs.call_denoiser(module, given)]
         assert spec is not None, "without a spec, each sample is a group of its own"
-        output = self.runs.call_denoiser(spec.collate(calls))
+        merged = spec.collate([call.arguments for call in calls])
+        output = self.runs.call_denoiser(module, merged)
         return list(spec.split(output, [sample.rows for sample in samples]))
 
     def decode(self, sample: SuspendedSample) -> NDArray[np.uint8] | Failure:
@@ -98,7 +100,8 @@ class SuspendedModel:
             while sample.pending is not None:
                 if not isinstance(sample.pending, DecodeCall):
                     raise UnexpectedCall(f"a {type(sample.pending).__name__} after the last step")
-                image = self.decoder.decode_scaled(sample.pending.latents)
+                call = sample.pending
+                image = self.decoder.decode_scaled(call.latents, call.options)
                 if isinstance(image, Failure):
                     return image
                 sample.resume(image)
@@ -139,10 +142,10 @@ class SuspendedModel:
         return samples
 
 
-def _denoiser_arguments(sample: SuspendedSample) -> dict[str, Any]:
+def _denoiser_call(sample: SuspendedSample) -> DenoiserCall:
     if not isinstance(sample.pending, DenoiserCall):
         raise UnexpectedCall(f"a {type(sample.pending).__name__} in place of a step")
-    return dict(sample.pending.arguments)
+    return sample.pending
 
 
 def _pixels(image: Any, job: Job) -> NDArray[np.uint8]:

@@ -28,13 +28,15 @@ class Runs:
     """What the runs of one model have in common.
 
     ``spec`` says how denoiser calls are merged, None: they are not. ``arguments_of`` are those of
-    the pipeline's call for a job. ``schedulers`` are templates, by name. ``own`` are further
-    components that each run has a copy of.
+    the pipeline's call for a job. ``vae_latents`` turns what a scheduler steps for a job into the
+    VAE's latents [1, channels, h, w], for previews. ``schedulers`` are templates, by name. ``own``
+    are further components that each run has a copy of.
     """
 
     host: HostedPipeline
     spec: ArgumentSpec | None
     arguments_of: Callable[[Job], Mapping[str, Any]]
+    vae_latents: Callable[[torch.Tensor, Job], torch.Tensor]
     schedulers: dict[SchedulerName, Any]
     own: Mapping[str, Any]
     precision: Callable[[], AbstractContextManager[Any]]
@@ -55,6 +57,7 @@ class Runs:
             scheduler=scheduler,
             steps=steps,
             spec=self.spec,
+            vae_latents=self.vae_latents,
             prompt_truncated=prompt_truncated,
             device=self.host.device,
         )
@@ -71,10 +74,10 @@ class Runs:
             raise
         return sample, encoded
 
-    def call_denoiser(self, arguments: Mapping[str, Any]) -> Any:
-        """What the denoiser returns for ``arguments``, in this model's precision."""
+    def call_denoiser(self, module: Any, arguments: Mapping[str, Any]) -> Any:
+        """What ``module``, a denoiser, returns for ``arguments``, in this model's precision."""
         with self.precision(), torch.inference_mode():
-            return self.host.denoiser(**arguments)
+            return module(**arguments)
 
     def _encode(self, call: EncodeCall) -> Any:
         try:

@@ -1,12 +1,13 @@
 """A sample whose pipeline runs in a coroutine."""
 
+from collections.abc import Callable
 from typing import Any
 
 import structlog
 import torch
 
 from darkroom_server.core.job import Job
-from darkroom_server.engine.batch import Group
+from darkroom_server.engine.batch import Group, common_square
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.calls import Call, DecodeCall, DenoiserCall
 from darkroom_server.engine.pipelines.coroutine import Coroutine, SwallowedEnd
@@ -33,6 +34,7 @@ class SuspendedSample(Sample):
         scheduler: Any,
         steps: int,
         spec: ArgumentSpec | None,
+        vae_latents: Callable[[torch.Tensor, Job], torch.Tensor],
         prompt_truncated: bool,
         device: torch.device,
     ) -> None:
@@ -41,6 +43,7 @@ class SuspendedSample(Sample):
         self.result: Any = None
         self._steps = steps
         self._spec = spec
+        self._vae_latents = vae_latents
         self._prompt_truncated = prompt_truncated
         self._coroutine: Coroutine | None = None
         self._group = Group(job.model, job.width, job.height)
@@ -135,7 +138,8 @@ class SuspendedSample(Sample):
             if hasattr(self.scheduler, "scale_model_input")
             else last.latents
         )
-        self.predicted_x0 = predict_x0(self.scheduler, last.prediction, last.timestep, scaled)
+        stepped = predict_x0(self.scheduler, last.prediction, last.timestep, scaled)
+        self.predicted_x0 = self._vae_latents(stepped, self.job)
 
     def _describe(self, call: DenoiserCall) -> None:
         job, spec = self.job, self._spec
@@ -148,4 +152,7 @@ class SuspendedSample(Sample):
         mergeable = call.arguments.get("return_dict") is False
         known = mergeable and not spec.unknown(call.arguments)
         key = spec.group_key(call.arguments) if known else unique
-        self._group = Group(job.model, job.width, job.height, key=key)
+        width, height = job.width, job.height
+        if known and spec.mixes_sizes:
+            width = height = common_square(width, height)
+        self._group = Group(job.model, width, height, key=key)

@@ -1,6 +1,6 @@
 """Measures a placed model, or takes what an earlier start measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -49,10 +49,14 @@ def measure(
     cache = MeasurementCache(
         config.measurement_cache, cache_key(family, memory_format, runtime, config)
     )
-    most = config.rows or min(config.max_rows or max(ROWS), max(ROWS))
+    # A sample whose calls are not merged is a batch of its own: a limit of one row keeps the
+    # estimates from assuming otherwise.
+    merged = not family.unbatched_reason
+    least = 2 if merged else 1
+    most = (config.rows or min(config.max_rows or max(ROWS), max(ROWS))) if merged else 1
     remembered = cache.load()
     if previous is not None:
-        time_batch(2)
+        time_batch(least)
         return Measured(
             memory=previous.memory,
             max_rows=previous.limits.max_rows,
@@ -62,7 +66,7 @@ def measure(
             cache=cache,
         )
     if remembered is not None:
-        time_batch(2)
+        time_batch(least)
         found, source = remembered, RowLimitSource.REMEMBERED
     else:
         found, source = (
@@ -79,13 +83,14 @@ def measure(
         available_bytes=available_bytes(runtime.device),
     )
     fit = memory.rows_that_fit(family.size, family.size)
-    if config.rows is not None and config.rows > fit:
-        log.warning("fewer rows fit the memory than are set", rows=config.rows, fit=fit)
+    rows = config.rows if merged else 1
+    if rows is not None and rows > fit:
+        log.warning("fewer rows fit the memory than are set", rows=rows, fit=fit)
     return Measured(
         memory=memory,
-        max_rows=config.rows or max(2, min(found.max_rows, most, fit)),
+        max_rows=rows or max(2, min(found.max_rows, most, fit)),
         most_rows=most,
-        source=source if config.rows is None else RowLimitSource.SET,
+        source=source if rows is None else RowLimitSource.SET,
         speed=ModelSpeed(passes=found.passes, decode=found.decode),
         cache=cache,
     )
@@ -101,8 +106,11 @@ def cache_key(
     cuda = runtime.device.type == "cuda"
     return {
         "family": family.pipeline_class,
+        "size": family.size,
         "components": {
-            name: _configuration(getattr(family.pipeline, name)) for name in family.components
+            name: _configuration(component)
+            for name in family.components
+            if (component := getattr(family.pipeline, name)) is not None
         },
         "device": torch.cuda.get_device_name(runtime.device) if cuda else cpu_name(),
         "instructions": None if cuda else torch.backends.cpu.get_cpu_capability(),
@@ -135,8 +143,11 @@ def _measure_now(
 ) -> Measurements:
     time_batch = denoiser_timer(family, memory_format, runtime)
     memory = measure_memory(time_batch, family, decoder, memory_format, runtime)
-    most = min(most, memory.rows_that_fit(family.size, family.size))
-    counts = row_counts(most) if config.rows is None else sorted({2, most})
+    if family.unbatched_reason:
+        counts: Sequence[int] = (1,)
+    else:
+        most = min(most, memory.rows_that_fit(family.size, family.size))
+        counts = row_counts(most) if config.rows is None else sorted({2, most})
     seconds = measure_rows(time_batch, counts)
     best = best_rows(seconds)
     log.info(

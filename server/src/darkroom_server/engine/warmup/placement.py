@@ -1,5 +1,6 @@
 """Places a pipeline on its device, and measures what it takes there."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ def place(family: Family, runtime: Runtime) -> MemoryFormat:
     memory_format = MemoryFormat(runtime.dtype, runtime.channels_last and family.convolutional)
     pipeline.to(dtype=memory_format.dtype)
     if vae_is_upcast(pipeline):
-        pipeline.vae.to(dtype=torch.float32)
+        family.vae.to(dtype=torch.float32)
     if memory_format.channels_last:
         family.denoiser.to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
+        family.vae.to(memory_format=torch.channels_last)
     if runtime.fp8_storage:
         family.denoiser.enable_layerwise_casting(
             storage_dtype=torch.float8_e4m3fn, compute_dtype=memory_format.dtype
@@ -78,19 +79,23 @@ def measure_memory(
     runtime: Runtime,
 ) -> MemoryNeeds:
     """The memory that a batch and a decode take at the default size."""
-    latents = family.latents(memory_format.dtype, runtime.device)
     if runtime.device.type == "cuda":
         time_batch(1)  # In the first call libraries allocate memory that they keep.
-    two_rows = peak_bytes(runtime.device, lambda: time_batch(2))
     once = 0
-    if runtime.attention is Attention.SLICED:
-        # A slice has the same size for any number of rows.
-        one_row = peak_bytes(runtime.device, lambda: time_batch(1))
-        once = min(max(0, 2 * one_row - two_rows), two_rows)
-    decode_peak = peak_bytes(runtime.device, lambda: _decode(decoder, latents))
+    if family.unbatched_reason:
+        bytes_per_row = peak_bytes(runtime.device, lambda: time_batch(1))
+    else:
+        two_rows = peak_bytes(runtime.device, lambda: time_batch(2))
+        if runtime.attention is Attention.SLICED:
+            # A slice has the same size for any number of rows.
+            one_row = peak_bytes(runtime.device, lambda: time_batch(1))
+            once = min(max(0, 2 * one_row - two_rows), two_rows)
+        bytes_per_row = (two_rows - once) // 2
+    decode = _decode_once(family, decoder, memory_format, runtime)
+    decode_peak = peak_bytes(runtime.device, decode)
     return MemoryNeeds(
         pixels=family.size**2,
-        bytes_per_row=(two_rows - once) // 2,
+        bytes_per_row=bytes_per_row,
         bytes_per_pass=once,
         bytes_per_decode=decode_peak,
         tile_pixels=decoder.tile_pixels,
@@ -101,18 +106,32 @@ def measure_memory(
 def measure_decode(
     family: Family, decoder: Decoder, memory_format: MemoryFormat, runtime: Runtime
 ) -> float:
-    """Seconds of the decode of one image of the default size."""
+    """Seconds of the decode of one image of the default size, 0 if the model has no VAE."""
+    if family.vae is None:
+        return 0.0
+    decode = _decode_once(family, decoder, memory_format, runtime)
+    return agreed_seconds(lambda: seconds_of(runtime.device, decode))
+
+
+def _decode_once(
+    family: Family, decoder: Decoder, memory_format: MemoryFormat, runtime: Runtime
+) -> Callable[[], None]:
+    """A function that decodes one image of the default size.
+
+    It raises if it fails, because a failed decode measures nothing.
+    """
+    if family.vae is None:
+        return lambda: None
     latents = family.latents(memory_format.dtype, runtime.device)
-    return agreed_seconds(lambda: seconds_of(runtime.device, lambda: _decode(decoder, latents)))
 
+    def decode() -> None:
+        found = decoder.decode_scaled(latents, family.decode_options)
+        if found is OUT_OF_MEMORY:
+            raise MemoryError(OUT_OF_MEMORY.message)
+        if found is DECODE_FAILED:
+            raise StartupError("the model's VAE cannot decode; the log above says why")
 
-def _decode(decoder: Decoder, latents: torch.Tensor) -> None:
-    """Decode for a measurement; raises if it fails, because a failed decode measures nothing."""
-    found = decoder.decode(latents)
-    if found is OUT_OF_MEMORY:
-        raise MemoryError(OUT_OF_MEMORY.message)
-    if found is DECODE_FAILED:
-        raise StartupError("the model's VAE cannot decode; the log above says why")
+    return decode
 
 
 def _tile(family: Family) -> None:
@@ -120,10 +139,12 @@ def _tile(family: Family) -> None:
 
     diffusers' own tiles are at least as large as the default size, so it would not be tiled.
     """
-    vae = family.pipeline.vae
+    vae = family.vae
+    if not hasattr(vae, "enable_tiling"):
+        return
     vae.enable_tiling()
     # A multiple of four: tiles overlap by a quarter, and must meet.
-    latent_size = max(4, family.latent_size * 3 // 16 * 4)
+    latent_size = max(4, family.size // family.latent_factor * 3 // 16 * 4)
     vae.tile_latent_min_size = latent_size
     vae.tile_sample_min_size = latent_size * family.latent_factor
 

@@ -1,0 +1,131 @@
+"""FLUX.2: a large language model reads the prompt, a transformer works on packed latents.
+
+Its text tokens have no mask, so prompts are never padded to the length of others.
+"""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from darkroom_server.core.job import Job
+from darkroom_server.core.model import Guidance, ModelLimits
+from darkroom_server.engine.families.chat import chat_length
+from darkroom_server.engine.families.packed_latents import unpack
+from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.loading.defaults import Defaults
+from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
+
+TRANSFORMER = ArgumentSpec(
+    denoiser="Flux2Transformer2DModel",
+    kinds={
+        "hidden_states": Kind.ROWS,
+        "encoder_hidden_states": Kind.ROWS,
+        "timestep": Kind.TIMESTEP,
+        "guidance": Kind.ROWS,
+        "img_ids": Kind.SAME,
+        "txt_ids": Kind.SAME,
+        "return_dict": Kind.EQUAL,
+    },
+    rows_in="hidden_states",
+    signature="7462bba2c5d29952",
+    diffusers="0.42",
+)
+
+MAX_TOKENS = 512
+"""The tokens of a prompt that FLUX.2 was trained on, the chat template's included."""
+
+
+class Flux2(SuspendedFamily):
+    """The family of ``Flux2Pipeline``: dev, which takes the guidance as an input."""
+
+    pipeline_class = "Flux2Pipeline"
+    components = ("transformer", "vae", "text_encoder")
+    defaults = Defaults(steps=50, guidance_scale=4.0)
+    denoiser_name = "transformer"
+    convolutional = False
+    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    slices_attention: ClassVar[bool] = False
+    spec = TRANSFORMER
+    size_multiple_factor = 2
+
+    @property
+    def guidance(self) -> Guidance:
+        """None: each image takes one call for each step."""
+        return Guidance(scale=None)
+
+    @property
+    def optional_fields(self) -> frozenset[str]:
+        """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
+        return frozenset({"guidance_scale", "max_sequence_length", "preview"})
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents: a token is a square of four latent pixels."""
+        return int(self.denoiser.config.in_channels) // 4
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that the model reads of a prompt, the chat template's included."""
+        return MAX_TOKENS
+
+    @property
+    def default_sequence_length(self) -> int:
+        """The ``max_sequence_length`` of a request that sets none."""
+        return MAX_TOKENS
+
+    def limits(self, max_rows: int) -> ModelLimits:
+        """The bounds of a request, with the row limit that was measured."""
+        return replace(super().limits(max_rows), max_sequence_length=MAX_TOKENS)
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of ``prompt`` and of the pipeline's system message, in its chat template."""
+        said = {"system": self.pipeline.system_message, "user": prompt}
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in said.items()
+        ]
+        tokens = self.pipeline.tokenizer.apply_chat_template(
+            [messages], add_generation_prompt=False, tokenize=True, return_dict=True
+        )
+        return len(tokens["input_ids"][0])
+
+    def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
+        """The tokens ``stepped`` as latents of the VAE, whose batch norm the pipeline undoes."""
+        norm, config = self.pipeline.vae.bn, self.pipeline.vae.config
+        std = (norm.running_var + config.batch_norm_eps).sqrt().to(stepped)
+        tokens = stepped * std + norm.running_mean.to(stepped)
+        return unpack(tokens, job.height // self.latent_factor, job.width // self.latent_factor)
+
+
+class Flux2Klein(Flux2):
+    """The family of ``Flux2KleinPipeline``: klein, distilled or base."""
+
+    pipeline_class = "Flux2KleinPipeline"
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model is distilled to four steps without guidance."""
+        return bool(self.pipeline.config.is_distilled)
+
+    @property
+    def model_defaults(self) -> Defaults:
+        """Four steps for the distilled model."""
+        return Defaults(steps=4, guidance_scale=1.0) if self.is_distilled else self.defaults
+
+    @property
+    def guidance(self) -> Guidance:
+        """A second call for the empty prompt."""
+        if self.is_distilled:
+            return Guidance(scale=None)
+        return Guidance(rows=1, calls=2)
+
+    @property
+    def optional_fields(self) -> frozenset[str]:
+        """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
+        fields = {"max_sequence_length", "preview"}
+        return frozenset(fields if self.is_distilled else fields | {"guidance_scale"})
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of ``prompt`` in the chat template that the pipeline puts it into."""
+        return chat_length(self.pipeline.tokenizer, prompt, enable_thinking=False)

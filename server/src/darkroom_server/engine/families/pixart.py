@@ -1,0 +1,87 @@
+"""PixArt-Sigma and PixArt-Alpha: a T5 text encoder, a transformer, classifier-free guidance.
+
+Prompts are padded with a mask. The pipelines round sizes to a table by default, and resize the
+image: here, an image has the size that the model generates.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+
+from darkroom_server.core.job import Job
+from darkroom_server.core.model import ModelLimits
+from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.loading.defaults import Defaults
+from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
+
+TRANSFORMER = ArgumentSpec(
+    denoiser="PixArtTransformer2DModel",
+    kinds={
+        "hidden_states": Kind.ROWS,
+        "encoder_hidden_states": Kind.PADDED,
+        "encoder_attention_mask": Kind.MASK,
+        "timestep": Kind.TIMESTEP,
+        "added_cond_kwargs.resolution": Kind.ROWS,
+        "added_cond_kwargs.aspect_ratio": Kind.ROWS,
+        "return_dict": Kind.EQUAL,
+    },
+    rows_in="hidden_states",
+    signature="866251a922f39226",
+    diffusers="0.42",
+)
+
+
+class PixArtSigma(SuspendedFamily):
+    """The family of ``PixArtSigmaPipeline``; ``max_tokens`` of a prompt were trained on."""
+
+    pipeline_class = "PixArtSigmaPipeline"
+    components = ("transformer", "vae", "text_encoder")
+    defaults = Defaults(steps=20, guidance_scale=4.5)
+    denoiser_name = "transformer"
+    convolutional = False
+    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    slices_attention: ClassVar[bool] = False
+    spec = TRANSFORMER
+    size_multiple_factor = 2
+    max_tokens: ClassVar[int] = 300
+    call_options: ClassVar[Mapping[str, Any]] = {
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    }
+
+    @property
+    def optional_fields(self) -> frozenset[str]:
+        """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
+        return frozenset({"guidance_scale", "negative_prompt", "max_sequence_length", "preview"})
+
+    @property
+    def latent_size(self) -> int:
+        """Width and height of the latents of an image of the size that the model was trained at."""
+        return int(self.pipeline.transformer.config.sample_size)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that the model reads of a prompt by default, the end mark included."""
+        return self.max_tokens
+
+    @property
+    def default_sequence_length(self) -> int | None:
+        """The ``max_sequence_length`` of a request that sets none."""
+        return self.max_tokens
+
+    def limits(self, max_rows: int) -> ModelLimits:
+        """Half to twice the size that the model was trained at."""
+        return replace(super().limits(max_rows), max_sequence_length=self.prompt_tokens)
+
+    def call_arguments(self, job: Job) -> dict[str, Any]:
+        """The arguments of the pipeline's call for ``job``: its negative prompt cannot be None."""
+        return {**super().call_arguments(job), "negative_prompt": job.negative_prompt}
+
+
+class PixArtAlpha(PixArtSigma):
+    """The family of ``PixArtAlphaPipeline``, whose larger models take the image's size too."""
+
+    pipeline_class = "PixArtAlphaPipeline"
+    max_tokens = 120

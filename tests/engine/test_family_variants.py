@@ -1,0 +1,156 @@
+"""What a family reads from a folder of the model's variant, and whether it has all its parts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from darkroom_server.core.engine_config import Dtype, ModelSource
+from darkroom_server.core.errors import StartupError
+from darkroom_server.core.events import JobFinished
+from darkroom_server.core.job import SchedulerName
+from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.families.qwen_image import QwenImage
+from darkroom_server.engine.families.registry import family_of
+from darkroom_server.engine.loading.defaults import Defaults
+from darkroom_server.engine.loading.pipeline import load_pipeline
+
+from .conftest import LoopUnderTest, config_for, make_job
+from .families.flux import write_dev, write_schnell
+from .families.flux_2 import write_distilled_klein, write_flux_2_dev, write_klein
+from .families.lumina_2 import write_lumina_2
+from .families.pixart import write_alpha, write_sigma
+from .families.qwen_image import write_qwen_image
+from .families.stable_diffusion_3 import write_dual_attention, write_sd3, write_without_t5
+from .families.z_image import write_turbo, write_z_image
+from .folders import edit_index
+
+
+def family_in(folder: Path) -> Family:
+    source = ModelSource(id="tiny", location=str(folder))
+    return family_of(load_pipeline(source, torch.float32, safety_checker=False))
+
+
+@pytest.mark.parametrize(
+    ("write", "defaults", "tokens"),
+    [
+        (write_dev, Defaults(steps=28, guidance_scale=3.5), 512),
+        (write_schnell, Defaults(steps=4, guidance_scale=0.0), 256),
+        (write_sd3, Defaults(steps=28, guidance_scale=7.0), 256),
+        (write_dual_attention, Defaults(steps=40, guidance_scale=4.5), 256),
+        (write_sigma, Defaults(steps=20, guidance_scale=4.5), 300),
+        (write_alpha, Defaults(steps=20, guidance_scale=4.5), 120),
+        (write_z_image, Defaults(steps=50, guidance_scale=4.0), 256),
+        (write_turbo, Defaults(steps=8, guidance_scale=0.0), 256),
+        (write_qwen_image, Defaults(steps=50, guidance_scale=1.0, true_cfg_scale=4.0), 512),
+        (write_flux_2_dev, Defaults(steps=50, guidance_scale=4.0), 512),
+        (write_klein, Defaults(steps=50, guidance_scale=4.0), 512),
+        (write_distilled_klein, Defaults(steps=4, guidance_scale=1.0), 512),
+        (write_lumina_2, Defaults(steps=30, guidance_scale=4.0), 127),
+    ],
+)
+def test_defaults_are_the_variant_s(
+    tmp_path: Path, write: Callable[[Path], Path], defaults: Defaults, tokens: int
+) -> None:
+    family = family_in(write(tmp_path))
+    assert family.model_defaults == defaults
+    assert family.prompt_tokens == family.default_sequence_length == tokens
+    assert family.limits(2).max_sequence_length >= tokens
+    assert "max_sequence_length" in family.optional_fields
+
+
+def test_only_flux_dev_takes_the_guidance_as_an_input(tmp_path: Path) -> None:
+    dev, schnell = family_in(write_dev(tmp_path / "a")), family_in(write_schnell(tmp_path / "b"))
+    assert dev.optional_fields - schnell.optional_fields == {"guidance_scale"}
+    for family in (dev, schnell):
+        assert family.guidance.scale == "true_cfg_scale"
+        assert not family.guidance.applies_to(make_job("a", guidance_scale=9.0))
+        assert not family.guidance.applies_to(make_job("b", true_cfg_scale=2.0))
+        guided = make_job("c", true_cfg_scale=2.0, empty_negative_prompt=True)
+        assert family.guidance.applies_to(guided)
+
+
+@pytest.mark.parametrize("entry", [[None, None], None])
+def test_stable_diffusion_3_does_without_its_t5(tmp_path: Path, entry: list[None] | None) -> None:
+    folder = write_without_t5(tmp_path)
+    edit_index(folder, text_encoder_3=entry, tokenizer_3=entry)
+    family = family_in(folder)
+    assert family.pipeline.text_encoder_3 is None
+    assert family.prompt_tokens == family.pipeline.tokenizer.model_max_length
+    assert family.default_sequence_length is None
+    assert family.limits(2).max_sequence_length == 0
+    assert not family.optional_fields & {"prompt_3", "negative_prompt_3", "max_sequence_length"}
+
+
+def test_a_t5_that_the_index_names_must_be_there(tmp_path: Path) -> None:
+    folder = write_without_t5(tmp_path)
+    edit_index(folder, text_encoder_3=["transformers", "T5EncoderModel"])
+    with pytest.raises(StartupError, match="no weights of its text_encoder_3"):
+        family_in(folder)
+
+
+WRITERS = [
+    write_dev,
+    write_sd3,
+    write_sigma,
+    write_z_image,
+    write_qwen_image,
+    write_flux_2_dev,
+    write_klein,
+    write_lumina_2,
+]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_bfloat16_is_served(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    loop = LoopUnderTest(config_for(write(tmp_path), dtype=Dtype.BFLOAT16, autocast=True))
+    try:
+        size = loop.models["tiny"].info.defaults.width
+        fields = {"scheduler": SchedulerName.MODEL, "width": size, "height": size}
+        jobs = [make_job(name, seed=i, **fields) for i, name in enumerate("ab")]
+        assert all(isinstance(end, JobFinished) for end in loop.run(*jobs).values())
+        assert loop.image("a").image.data != loop.image("b").image.data
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize(
+    "write", [write_z_image, write_qwen_image, write_flux_2_dev, write_klein, write_lumina_2]
+)
+def test_a_prompt_is_truncated_by_what_its_template_adds(
+    tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    """What the text encoder is given differs if, and only if, the prompt's end is cut off."""
+    family = family_in(write(tmp_path))
+    prompt, longer = "a red ring", "a red ring on a blue"
+    shortest = next(
+        length
+        for length in range(1, 200)
+        if not family.is_truncated(make_job("a", prompt=prompt, max_sequence_length=length))
+    )
+    assert shortest > 3, "the template adds nothing"
+    assert family.is_truncated(make_job("b", prompt=longer, max_sequence_length=shortest))
+    with torch.inference_mode():
+        enough, cut = (_read(family, prompt, length) for length in (shortest, shortest - 1))
+    assert enough > cut
+
+
+def _read(family: Family, prompt: str, length: int) -> int:
+    """Tokens of ``prompt`` that the pipeline's text encoder reads and does not mask."""
+    encoder, masks = family.pipeline.text_encoder, []
+    forward = encoder.forward
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        masks.append(kwargs["attention_mask"])
+        return forward(*args, **kwargs)
+
+    encoder.forward = keep
+    try:
+        encoded = family.pipeline.encode_prompt(prompt, max_sequence_length=length)
+    finally:
+        del encoder.forward
+    if isinstance(family, QwenImage):  # It cuts what the encoder returns.
+        return int(encoded[0].shape[1])
+    return int(masks[0].sum())
