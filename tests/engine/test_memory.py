@@ -164,7 +164,7 @@ def test_memory_once_a_batch_is_distinguished_from_memory_of_each_row(
     runtime = resolve(EngineConfig(models=(), device="cpu", attention=attention))
     taken: list[int] = []
     monkeypatch.setattr(placement, "peak_bytes", lambda _, work: (work(), taken.pop())[1])
-    decoder: Any = SimpleNamespace(decode=lambda _: taken.append(7), tile_pixels=None)
+    decoder: Any = SimpleNamespace(decode_scaled=lambda _: taken.append(7), tile_pixels=None)
     unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
 
     def time_batch(rows: int) -> float:
@@ -191,7 +191,7 @@ def test_a_decode_that_fails_at_warm_up_is_an_error(
     failure: Failure, error: type[Exception], words: str
 ) -> None:
     runtime = resolve(EngineConfig(models=(), device="cpu"))
-    decoder: Any = SimpleNamespace(decode=lambda _: failure)
+    decoder: Any = SimpleNamespace(decode_scaled=lambda _: failure)
     unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
     memory_format = MemoryFormat(torch.float32, channels_last=False)
     with pytest.raises(error, match=words):
