@@ -14,6 +14,7 @@ from darkroom_server.core.job import SchedulerName
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.qwen_image import QwenImage
 from darkroom_server.engine.families.registry import family_of
+from darkroom_server.engine.families.suspended import SuspendedFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.loading.pipeline import load_pipeline
 
@@ -124,6 +125,7 @@ def test_a_prompt_is_truncated_by_what_its_template_adds(
 ) -> None:
     """What the text encoder is given differs if, and only if, the prompt's end is cut off."""
     family = family_in(write(tmp_path))
+    assert isinstance(family, SuspendedFamily)
     prompt, longer = "a red ring", "a red ring on a blue"
     shortest = next(
         length

@@ -96,6 +96,7 @@ def test_measurements_use_random_values() -> None:
                 config=SimpleNamespace(sample_size=8, in_channels=4, cross_attention_dim=16)
             ),
             tokenizer=SimpleNamespace(model_max_length=77),
+            vae_scale_factor=8,
         )
     )
     inputs = family.denoiser_inputs(2, torch.float32, torch.device("cpu"), torch.contiguous_format)

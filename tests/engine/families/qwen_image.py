@@ -79,7 +79,7 @@ TEMPLATE = (
 
 
 def write_zero_cond_t(folder: Path) -> Path:
-    """A transformer that has a second, zero timestep for what is no noise."""
+    """A transformer that has a second timestep of zero, for reference images."""
     return write_qwen_image(folder, zero_cond_t=True)
 
 

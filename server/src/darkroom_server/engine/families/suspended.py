@@ -290,7 +290,7 @@ class SuspendedFamily(Family):
         finally:
             sample.close()
         if not torch.equal(before, _global_generator(self.denoiser.device)):
-            return "it draws noise from the global generator, which no seed repeats"
+            return "it takes noise from the global generator, which no seed repeats"
         return ""
 
     def _probe_job(self, scheduler: SchedulerName) -> Job:

@@ -48,7 +48,7 @@ class ZImage(SuspendedFamily):
 
     @property
     def model_defaults(self) -> Defaults:
-        """Eight steps without guidance for Turbo, which only its scheduler tells apart."""
+        """Eight steps without guidance for Turbo, which differs by its scheduler only."""
         if self.pipeline.scheduler.config.get("shift") == TURBO_SHIFT:
             return Defaults(steps=8, guidance_scale=0.0)
         return self.defaults
