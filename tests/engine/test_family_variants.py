@@ -11,7 +11,6 @@ from darkroom_server.core.engine_config import Dtype, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import JobFinished
 from darkroom_server.core.job import SchedulerName
-from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.qwen_image import QwenImage
 from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.families.suspended import SuspendedFamily
@@ -29,9 +28,11 @@ from .families.z_image import write_turbo, write_z_image
 from .folders import edit_index
 
 
-def family_in(folder: Path) -> Family:
+def family_in(folder: Path) -> SuspendedFamily:
     source = ModelSource(id="tiny", location=str(folder))
-    return family_of(load_pipeline(source, torch.float32, safety_checker=False))
+    family = family_of(load_pipeline(source, torch.float32, safety_checker=False))
+    assert isinstance(family, SuspendedFamily)
+    return family
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_a_prompt_is_truncated_by_what_its_template_adds(
     assert enough > cut
 
 
-def _read(family: Family, prompt: str, length: int) -> int:
+def _read(family: SuspendedFamily, prompt: str, length: int) -> int:
     """Tokens of ``prompt`` that the pipeline's text encoder reads and does not mask."""
     encoder, masks = family.pipeline.text_encoder, []
     forward = encoder.forward

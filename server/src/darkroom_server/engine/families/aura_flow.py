@@ -67,7 +67,7 @@ class AuraFlow(SuspendedFamily):
         return self.prompt_tokens
 
     def limits(self, max_rows: int) -> ModelLimits:
-        """Half to twice the size that the model was trained at, if it has so many positions."""
+        """Half to twice the size that the model was trained at, if it has the positions for it."""
         limits = super().limits(max_rows)
         config = self.pipeline.transformer.config
         positions = int(config.pos_embed_max_size**0.5)

@@ -87,7 +87,7 @@ class StableDiffusion3(SuspendedFamily):
         return T5_TOKENS if self.has_t5 else None
 
     def limits(self, max_rows: int) -> ModelLimits:
-        """Half to twice the size that the model was trained at, if it has so many positions."""
+        """Half to twice the size that the model was trained at, if it has the positions for it."""
         limits = super().limits(max_rows)
         config = self.pipeline.transformer.config
         side = config.pos_embed_max_size * config.patch_size * self.latent_factor

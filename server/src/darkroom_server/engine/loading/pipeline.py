@@ -153,7 +153,7 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
     except Exception as error:
         log.debug("hub failed", exc_info=True)
         why, remedy = explain(error, source) or (
-            _one_line(error),
+            one_line(error),
             "check its name, HF_TOKEN and the network, or give a folder",
         )
         # An earlier download works without the hub, the network and the token.
