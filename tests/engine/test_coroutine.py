@@ -35,7 +35,7 @@ def coroutine(run: Callable[[], Any]) -> Coroutine:
     return Coroutine(run, "cpu")
 
 
-def test_it_goes_on_where_it_was_suspended() -> None:
+def test_it_goes_on_from_its_suspension() -> None:
     def run() -> int:
         assert is_suspendable()
         first = suspend("a", "cpu")

@@ -153,7 +153,7 @@ def test_a_weight_below_one_moves_towards_the_prompt_without_the_word(encoders: 
     assert (found[2][:, behind] - half[:, behind]).abs().max() > 1e-3
 
 
-def test_a_space_with_a_weight_is_no_word(encoders: Encoders) -> None:
+def test_a_space_with_a_weight_is_not_a_word(encoders: Encoders) -> None:
     found = encoders.weighted.encode("[ (red:1.32) ] star").hidden
     assert torch.equal(found, encoders.weighted.encode("(red:1.2) star").hidden)
     assert_far(found, encoders.weighted.encode("red star").hidden)

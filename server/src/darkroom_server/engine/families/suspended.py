@@ -78,10 +78,10 @@ class SuspendedFamily(Family):
                 )
 
     def check_pipeline(self, name: str) -> None:
-        """Raise ``StartupError`` if the scheduler draws noise that no seed repeats."""
+        """Raise ``StartupError`` if the scheduler adds noise that no seed repeats."""
         if self.pipeline.scheduler.config.get("stochastic_sampling"):
             raise StartupError(
-                f"model {name!r}: its scheduler has stochastic_sampling, which draws noise that no "
+                f"model {name!r}: its scheduler has stochastic_sampling, which adds noise that no "
                 "seed repeats; set it to false in the folder's scheduler_config.json"
             )
 
@@ -331,7 +331,7 @@ class SuspendedFamily(Family):
         self._bytes_per_sample = sample.held_bytes()
         output = self._runs.call_denoiser(self.denoiser, self.spec.alone(self._probe))
         while not sample.done:
-            # The same output for each step: what is decoded is no picture, and need not be.
+            # The same output for each step: what is decoded need not be a picture.
             sample.advance(output)
         self._probe_latents = sample.latents
         sample.close()

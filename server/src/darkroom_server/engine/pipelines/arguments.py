@@ -38,7 +38,7 @@ class Kind(Enum):
     PADDED = auto()
     """As ROWS; dimension 1 is padded at its end with zeros to the longest of a batch."""
     MASK = auto()
-    """The mask of the PADDED arguments, [rows, length], nonzero where not padded; may be None."""
+    """The mask of the PADDED arguments, [rows, length], zero for padding; may be None."""
     SAME = auto()
     """A tensor that is equal in all calls of a batch, such as the positions of the pixels."""
     EQUAL_ROWS = auto()

@@ -135,7 +135,7 @@ class Coroutine:
             return
         finally:
             state.restore()
-        raise SwallowedEnd("a pipeline did not end when it was told to")
+        raise SwallowedEnd("a pipeline caught its end and went on")
 
     def _switch(self, *values: Any) -> Any:
         state = ThreadState.now(self._device_type)
