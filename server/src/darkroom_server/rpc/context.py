@@ -27,14 +27,6 @@ CURRENT_ANSWER: ContextVar[Answer] = ContextVar("CURRENT_ANSWER")
 """The answer of the current call."""
 
 
-def metadata_value(metadata: Metadata, key: str) -> str | None:
-    """The first value of ``key`` in a call's metadata, None if there is none."""
-    for name, value in metadata:
-        if name == key:
-            return value.decode("ascii", "replace") if isinstance(value, bytes) else value
-    return None
-
-
 def has_expired(context: Context) -> bool:
     """Whether a cancelled call was cancelled by its deadline; gRPC makes no difference."""
     remaining: float | None = context.time_remaining()

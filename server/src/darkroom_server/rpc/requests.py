@@ -5,7 +5,7 @@ from typing import Any
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.core.errors import InvalidRequest, Violation
-from darkroom_server.rpc.context import Metadata, metadata_value
+from darkroom_server.rpc.context import Metadata
 from darkroom_server.rpc.enums import FORMAT_FROM_WIRE, SCHEDULER_FROM_WIRE, SYNTAX_FROM_WIRE
 from darkroom_server.service.request import GenerationRequest
 from darkroom_server.service.validation import ReplyLimit
@@ -66,14 +66,15 @@ def time_limit(message: generation_pb2.SubmitGenerationRequest) -> float | None:
 
 def reply_limit(metadata: Metadata) -> ReplyLimit:
     """What the caller accepts in one message; raises ``InvalidRequest``."""
-    text = metadata_value(metadata, MAX_REPLY_BYTES_KEY)
-    if text is None:
-        limit = DEFAULT_MAX_REPLY_BYTES
-    elif text.isascii() and text.isdecimal() and len(text) <= 18:
-        limit = int(text)
-    else:
-        wrong = Violation(MAX_REPLY_BYTES_KEY, "metadata: must be a number of bytes")
-        raise InvalidRequest([wrong])
+    limit = DEFAULT_MAX_REPLY_BYTES
+    for key, value in metadata:
+        if key == MAX_REPLY_BYTES_KEY:
+            text = value.decode("ascii", "replace") if isinstance(value, bytes) else value
+            if not (text.isascii() and text.isdecimal() and len(text) <= 18):
+                wrong = Violation(MAX_REPLY_BYTES_KEY, "metadata: must be a number of bytes")
+                raise InvalidRequest([wrong])
+            limit = int(text)
+            break
     advice = f"raise the client's gRPC receive limit and send it as metadata {MAX_REPLY_BYTES_KEY}"
     return ReplyLimit(limit, advice)
 

@@ -16,7 +16,7 @@ from darkroom_server.engine.families.sana import Sana, SanaSprint
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.families.stable_diffusion_3 import StableDiffusion3
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
-from darkroom_server.engine.families.undescribed import undescribed_family
+from darkroom_server.engine.families.undescribed_class import undescribed_family
 from darkroom_server.engine.families.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {

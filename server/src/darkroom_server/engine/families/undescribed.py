@@ -5,32 +5,27 @@ of its denoiser runs as the pipeline makes it, so no two images share a batch; s
 """
 
 import copy
-import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import diffusers
 import structlog
 import torch
 import transformers
-from diffusers.utils import BaseOutput
 from PIL import Image
 
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.job import Job, SchedulerName
 from darkroom_server.core.model import Guidance, ModelLimits, SchedulerOffer
-from darkroom_server.engine.components.classes import component_class
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import config_of, name_of, offer
 from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
-from darkroom_server.engine.families.base import Family, Precision
+from darkroom_server.engine.families.base import Precision
 from darkroom_server.engine.families.suspended import PROBE_PROMPT, SuspendedFamily
-from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.calls import DecodeCall, DenoiserCall, EncodeCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
 from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
@@ -40,12 +35,6 @@ from darkroom_server.engine.warmup.formats import MemoryFormat
 
 log = structlog.get_logger(__name__)
 
-DENOISERS = ("unet", "transformer", "prior")
-"""The names that diffusers gives to the component that runs every step."""
-
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
-"""Components without which diffusers generates images from text, if the pipeline lets them out."""
-
 SIZE_MULTIPLE = 64
 """Sizes are multiples of it: no pipeline of diffusers asks for a larger one."""
 
@@ -53,57 +42,6 @@ FEWER_STEPS, MORE_STEPS = 2, 4
 """The steps of the two runs that count a pipeline's denoiser calls."""
 
 MAX_STEPS, MAX_GUIDANCE_SCALE = 150, 50.0
-
-
-def undescribed_family(kind: str, index: Mapping[str, Any], name: str) -> type[Family]:
-    """A family for the class ``kind`` of diffusers, with the components of ``index``.
-
-    ``name`` is what the operator calls the model. Raises ``StartupError`` if the class is unknown,
-    if it does not turn text into images, or if Darkroom does not load one of its components.
-    """
-    found = _pipeline_class(kind)
-    if found is None:
-        raise StartupError(
-            f"model {name!r} is a {kind}, which diffusers {diffusers.__version__} does not know, "
-            "or which needs a package that is not installed"
-        )
-    parameters = _parameters(found)
-    if why := _unfit(found, parameters):
-        raise StartupError(
-            f"model {name!r} is a {kind}, which {why}; Darkroom generates images from text"
-        )
-    classes = _component_classes(index, found._optional_components, name)
-    left_out = [part for part in LEFT_OUT if part in found._optional_components]
-    modules = {
-        part: each
-        for part, each in classes.items()
-        if issubclass(each, torch.nn.Module) and part not in left_out
-    }
-    denoisers = _denoisers(modules)
-    if not denoisers or "scheduler" not in classes:
-        missing = "scheduler" if denoisers else "denoiser"
-        raise StartupError(
-            f"model {name!r} is a {kind} without a {missing}, which is not supported"
-        )
-    members = {
-        "__doc__": f"The family of ``{kind}``, which nobody has described.",
-        "pipeline_class": kind,
-        "components": tuple(modules),
-        "optional": tuple(left_out),
-        "defaults": Defaults(
-            steps=min(MAX_STEPS, max(1, _number(parameters, "num_inference_steps", 30))),
-            guidance_scale=float(_number(parameters, "guidance_scale", 0.0)),
-        ),
-        "denoiser_name": denoisers[0],
-        "denoisers": denoisers,
-        "vae_name": next((p for p, each in modules.items() if hasattr(each, "decode")), None),
-        "own_components": tuple(
-            part
-            for part, each in classes.items()
-            if issubclass(each, diffusers.SchedulerMixin) and part != "scheduler"
-        ),
-    }
-    return cast("type[Family]", type(kind, (Undescribed,), members))
 
 
 class Undescribed(SuspendedFamily):
@@ -121,7 +59,7 @@ class Undescribed(SuspendedFamily):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
-        self._parameters = _parameters(type(pipeline))
+        self._parameters = call_parameters(type(pipeline))
         self._name = type(pipeline).__name__
         self._first: _Run | None = None
         self._offer: SchedulerOffer
@@ -179,7 +117,7 @@ class Undescribed(SuspendedFamily):
         fields |= {
             name
             for name in ("guidance_scale", "guidance_rescale")
-            if _number(self._parameters, name, None) is not None
+            if default_number(self._parameters, name, None) is not None
         }
         return frozenset(fields)
 
@@ -206,7 +144,7 @@ class Undescribed(SuspendedFamily):
     @property
     def latent_size(self) -> int:
         """Width and height of the latents of an image of the default size."""
-        size = self._size or _number(self._parameters, "height", 0) or 8 * self.latent_factor
+        size = self._size or default_number(self._parameters, "height", 0) or 8 * self.latent_factor
         return int(size) // self.latent_factor
 
     @property
@@ -216,7 +154,7 @@ class Undescribed(SuspendedFamily):
         most = tokenizer.model_max_length if tokenizer else 0
         # transformers' value for a tokenizer that does not say it is 1e30.
         known = int(most) if most < 1e6 else 0
-        limit = int(_number(self._parameters, "max_sequence_length", 0))
+        limit = int(default_number(self._parameters, "max_sequence_length", 0))
         return min(known, limit) or max(known, limit)
 
     def limits(self, max_rows: int) -> ModelLimits:
@@ -445,80 +383,13 @@ def _image_of(result: Any) -> Image.Image:
     raise UnexpectedCall("it does not return one image")
 
 
-def _pipeline_class(kind: str) -> Any:
-    found = getattr(diffusers, kind, None)
-    is_pipeline = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
-    return found if is_pipeline else None
-
-
-def _parameters(pipeline_class: type) -> Mapping[str, inspect.Parameter]:
+def call_parameters(pipeline_class: type) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a pipeline's call, by name."""
     return inspect.signature(pipeline_class.__call__).parameters
 
 
-def _number(parameters: Mapping[str, inspect.Parameter], name: str, otherwise: Any) -> Any:
+def default_number(parameters: Mapping[str, inspect.Parameter], name: str, otherwise: Any) -> Any:
     """The default of a parameter if it is a number, else ``otherwise``."""
     default = parameters[name].default if name in parameters else None
     is_number = isinstance(default, int | float) and not isinstance(default, bool)
     return default if is_number else otherwise
-
-
-def _unfit(pipeline_class: type, parameters: Mapping[str, inspect.Parameter]) -> str:
-    """Why a pipeline of this class cannot be served, "" if it may be."""
-    if "prompt" not in parameters:
-        return "takes no prompt"
-    if "generator" not in parameters:
-        return "takes no generator, so that no seed repeats its images"
-    outputs = _outputs(pipeline_class)
-    fields = {field for output in outputs for field in output.__dataclass_fields__}
-    if not fields:
-        return "does not say what it returns"
-    if not fields & {"images", "image"}:
-        return f"returns {', '.join(sorted(fields))}"
-    return ""
-
-
-def _outputs(pipeline_class: Any) -> list[Any]:
-    """The kinds of output that the pipeline's call makes: the classes that its code names."""
-    call = inspect.unwrap(pipeline_class.__call__)
-    if isinstance(call, functools.partial):
-        return []
-    named = [call.__globals__.get(name) for name in call.__code__.co_names]
-    return [each for each in named if isinstance(each, type) and issubclass(each, BaseOutput)]
-
-
-def _component_classes(
-    index: Mapping[str, Any], optional: Sequence[str], name: str
-) -> dict[str, type]:
-    """The classes of the components in ``index``, without the ``optional`` ones that are not there.
-
-    Raises ``StartupError``.
-    """
-    classes = {}
-    for part, entry in index.items():
-        is_component = isinstance(entry, list | tuple) and len(entry) == 2
-        if part.startswith("_") or not is_component:
-            continue
-        if entry[0] is None:
-            if part in optional:
-                continue
-            raise StartupError(f"model {name!r} has no {part}; copy or download it again")
-        found = component_class(entry)
-        if found is None:
-            raise StartupError(
-                f"model {name!r}: its {part} is a {entry[0]}.{entry[1]}, which is not supported"
-            )
-        classes[part] = found
-    return classes
-
-
-def _denoisers(modules: Mapping[str, type]) -> tuple[str, ...]:
-    """The components that run the steps; if no name says so, all but text encoders and VAEs."""
-    named = [part for part in DENOISERS if part in modules]
-    if named:
-        return tuple(named)
-    from_transformers = transformers.PreTrainedModel
-    return tuple(
-        part
-        for part, each in modules.items()
-        if not issubclass(each, from_transformers) and not hasattr(each, "decode")
-    )

@@ -9,8 +9,9 @@ import structlog
 
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import NotAllowed, Reason, Unauthenticated
-from darkroom_server.rpc.context import Context, Metadata, metadata_value
+from darkroom_server.rpc.context import Context, Metadata
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
+from darkroom_server.rpc.interceptors.call_context import metadata_value
 from darkroom_server.security.tokens import Tokens
 from darkroom_server.service.call_context import CURRENT_CALL
 

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import InvalidRequest, Violation
-from darkroom_server.rpc.context import Context, Metadata, metadata_value
+from darkroom_server.rpc.context import Context, Metadata
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 from darkroom_server.service.call_context import (
     CURRENT_CALL,
@@ -148,4 +148,12 @@ def _message_with_id(request: Any) -> Message | None:
         return request
     if "generation" in fields:
         return _message_with_id(request.generation)  # type: ignore[attr-defined]
+    return None
+
+
+def metadata_value(metadata: Metadata, key: str) -> str | None:
+    """The first value of ``key`` in a call's metadata, None if there is none."""
+    for name, value in metadata:
+        if name == key:
+            return value.decode("ascii", "replace") if isinstance(value, bytes) else value
     return None
