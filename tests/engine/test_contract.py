@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.engine import Engine
@@ -70,7 +71,7 @@ def build(kind: str, config: EngineConfig) -> Engine:
         return ThreadEngine(config)
     if kind == "process":
         return ProcessEngine(config)
-    return FakeEngine(pass_seconds=0.002)
+    return FakeEngine((fake_model("tiny"),), pass_seconds=0.002)
 
 
 @pytest.fixture(params=KINDS, scope="module")
