@@ -1,13 +1,10 @@
 """AuraFlow, tiny, in the real folder format."""
 
 from pathlib import Path
-from typing import Any
 
 import diffusers
 
-from darkroom_server.core.job import Job
-
-from .case import FamilyCase, mixed_jobs
+from .case import FamilyCase, guided_call, mixed_jobs
 from .parts import flow_match, set_size, shaken, t5, vae
 
 
@@ -38,16 +35,6 @@ def write_aura_flow(folder: Path) -> Path:
     return set_size(folder)
 
 
-def call(job: Job) -> dict[str, Any]:
-    """The arguments with which a user of diffusers asks for ``job``."""
-    return {
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt or None,
-        "guidance_scale": job.guidance_scale,
-        "max_sequence_length": job.max_sequence_length,
-    }
-
-
 SHORT = {"max_sequence_length": 32}
 
 JOBS = mixed_jobs(
@@ -59,4 +46,4 @@ JOBS = mixed_jobs(
     SHORT,
 )
 
-CASES = [FamilyCase("AuraFlow", write_aura_flow, JOBS, call, mixes_lengths=False)]
+CASES = [FamilyCase("AuraFlow", write_aura_flow, JOBS, guided_call, mixes_lengths=False)]

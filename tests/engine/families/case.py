@@ -50,3 +50,13 @@ def mixed_jobs(*fields: Mapping[str, Any]) -> list[dict[str, Any]]:
             zip(PROMPTS, STEPS, SCALES, fields, strict=True)
         )
     ]
+
+
+def guided_call(job: Job) -> dict[str, Any]:
+    """The arguments with which a user of diffusers asks a model with guidance for ``job``."""
+    return {
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt or None,
+        "guidance_scale": job.guidance_scale,
+        "max_sequence_length": job.max_sequence_length,
+    }

@@ -1,13 +1,10 @@
 """Lumina-Image 2.0, tiny, in the real folder format."""
 
 from pathlib import Path
-from typing import Any
 
 import diffusers
 
-from darkroom_server.core.job import Job
-
-from .case import FamilyCase, mixed_jobs
+from .case import FamilyCase, guided_call, mixed_jobs
 from .parts import flow_match, gemma, shaken, vae
 
 SYSTEM = (
@@ -43,16 +40,6 @@ def write_lumina_2(folder: Path) -> Path:
     return folder
 
 
-def call(job: Job) -> dict[str, Any]:
-    """The arguments with which a user of diffusers asks for ``job``."""
-    return {
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt or None,
-        "guidance_scale": job.guidance_scale,
-        "max_sequence_length": job.max_sequence_length,
-    }
-
-
 JOBS = mixed_jobs(
     {"max_sequence_length": 96},
     {"max_sequence_length": 80, "negative_prompt": "blue"},
@@ -61,4 +48,4 @@ JOBS = mixed_jobs(
     {"max_sequence_length": 80},
 )
 
-CASES = [FamilyCase("Lumina 2", write_lumina_2, JOBS, call, mixes_lengths=True)]
+CASES = [FamilyCase("Lumina 2", write_lumina_2, JOBS, guided_call, mixes_lengths=True)]

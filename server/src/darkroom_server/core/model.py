@@ -46,6 +46,14 @@ class Guidance:
         scale: float = getattr(job, self.scale)
         return scale > self.above
 
+    def rows_per_image(self, job: Job) -> int:
+        """Rows of one image of ``job`` in a denoiser call."""
+        return self.rows if self.applies_to(job) else 1
+
+    def calls_per_step(self, job: Job) -> int:
+        """Denoiser calls of one image of ``job`` for each step of its scheduler."""
+        return self.calls if self.applies_to(job) else 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDefaults:
@@ -250,7 +258,7 @@ class ModelInfo:
 
     def rows_per_image(self, job: Job) -> int:
         """Rows of one image of ``job`` in a batch."""
-        return self.guidance.rows if self.guidance.applies_to(job) else 1
+        return self.guidance.rows_per_image(job)
 
     def denoiser_calls(self, job: Job) -> int:
         """Denoiser calls that one image of ``job`` takes.
@@ -260,5 +268,4 @@ class ModelInfo:
         offer = self.offer(job.scheduler)
         if offer is None:
             raise ValueError(f"model {self.id!r} does not offer scheduler {job.scheduler!r}")
-        calls = self.guidance.calls if self.guidance.applies_to(job) else 1
-        return calls * offer.denoiser_calls(job.steps)
+        return self.guidance.calls_per_step(job) * offer.denoiser_calls(job.steps)

@@ -7,8 +7,9 @@ from contextlib import aclosing
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_server.rpc.context import CURRENT_ANSWER, Context
 from darkroom_server.rpc.event_stream import accepted_message, event_stream, finished_event
+from darkroom_server.rpc.interceptors.call_context import reply_limit
 from darkroom_server.rpc.jobs import generation_message
-from darkroom_server.rpc.requests import generation_request, reply_limit, time_limit
+from darkroom_server.rpc.requests import generation_request, time_limit
 from darkroom_server.rpc.responses import duration_message, response_of
 from darkroom_server.service.call_context import CURRENT_CALL, CallContext
 from darkroom_server.service.generation import GenerationService, request_id_of

@@ -4,17 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from darkroom.v1 import generation_pb2
-from darkroom_server.core.errors import InvalidRequest, Violation
-from darkroom_server.rpc.context import Metadata
 from darkroom_server.rpc.enums import FORMAT_FROM_WIRE, SCHEDULER_FROM_WIRE, SYNTAX_FROM_WIRE
 from darkroom_server.service.request import GenerationRequest
-from darkroom_server.service.validation import ReplyLimit
-
-MAX_REPLY_BYTES_KEY = "darkroom-max-reply-bytes"
-"""Metadata of a caller that raised its receive limit: a decimal number."""
-
-DEFAULT_MAX_REPLY_BYTES = 4 * 1024**2
-"""gRPC's default receive limit: a client with it fails on a larger reply, after the work."""
 
 NO_PREVIEWS = generation_pb2.PreviewOptions()
 
@@ -62,21 +53,6 @@ def time_limit(message: generation_pb2.SubmitGenerationRequest) -> float | None:
     if not message.HasField("time_limit"):
         return None
     return message.time_limit.seconds + message.time_limit.nanos / 1e9
-
-
-def reply_limit(metadata: Metadata) -> ReplyLimit:
-    """What the caller accepts in one message; raises ``InvalidRequest``."""
-    limit = DEFAULT_MAX_REPLY_BYTES
-    for key, value in metadata:
-        if key == MAX_REPLY_BYTES_KEY:
-            text = value.decode("ascii", "replace") if isinstance(value, bytes) else value
-            if not (text.isascii() and text.isdecimal() and len(text) <= 18):
-                wrong = Violation(MAX_REPLY_BYTES_KEY, "metadata: must be a number of bytes")
-                raise InvalidRequest([wrong])
-            limit = int(text)
-            break
-    advice = f"raise the client's gRPC receive limit and send it as metadata {MAX_REPLY_BYTES_KEY}"
-    return ReplyLimit(limit, advice)
 
 
 def _name(number: int, known: Mapping[Any, str]) -> str | None:

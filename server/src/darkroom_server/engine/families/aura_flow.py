@@ -4,12 +4,9 @@ All prompts are padded to one length. The transformer has no mask: padding is ze
 """
 
 from dataclasses import replace
-from typing import ClassVar
-
-import torch
 
 from darkroom_server.core.model import ModelLimits
-from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 
@@ -33,16 +30,12 @@ TRANSFORMER = ArgumentSpec(
 )
 
 
-class AuraFlow(SuspendedFamily):
+class AuraFlow(TransformerFamily):
     """The family of ``AuraFlowPipeline``."""
 
     pipeline_class = "AuraFlowPipeline"
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=50, guidance_scale=3.5)
-    denoiser_name = "transformer"
-    convolutional = False
-    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    slices_attention: ClassVar[bool] = False
     spec = TRANSFORMER
     size_multiple_factor = 2
 
@@ -61,15 +54,10 @@ class AuraFlow(SuspendedFamily):
         """Tokens that the model reads of a prompt by default, the end mark included."""
         return MAX_TOKENS
 
-    @property
-    def default_sequence_length(self) -> int | None:
-        """The ``max_sequence_length`` of a request that sets none."""
-        return self.prompt_tokens
-
     def limits(self, max_rows: int) -> ModelLimits:
         """Half to twice the size that the model was trained at, if it has the positions for it."""
         limits = super().limits(max_rows)
         config = self.pipeline.transformer.config
         positions = int(config.pos_embed_max_size**0.5)
         side = positions * config.patch_size * self.latent_factor
-        return replace(limits, max_size=min(limits.max_size, side), max_sequence_length=MAX_TOKENS)
+        return replace(limits, max_size=min(limits.max_size, side))

@@ -34,12 +34,6 @@ Embeddings = Mapping[tuple[str, bool], Embedding]
 """Embeddings by (prompt, alone); ``alone`` prompts were encoded in a call of their own."""
 
 
-def random_normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Normally distributed values, the same ones in each call, for measurements."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
-
-
 class Model(Protocol):
     """A model in memory, warmed up: what the runner calls.
 
@@ -179,11 +173,6 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def latent_channels(self) -> int:
-        """Channels of the latents."""
-
-    @property
-    @abstractmethod
     def latent_size(self) -> int:
         """Width and height of the latents of an image of the size that the model was trained at."""
 
@@ -215,11 +204,9 @@ class Family(ABC):
         The values are random, as those of real batches: zeros can be faster.
         """
 
-    def latents(self, dtype: torch.dtype, device: torch.device, images: int = 1) -> torch.Tensor:
-        """Random latents of ``images`` images of the default size."""
-        side = self.size // self.latent_factor
-        shape = (images, self.latent_channels, side, side)
-        return random_normal(shape, dtype, device)
+    @abstractmethod
+    def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Latents of one image of the default size, for measurements of its decode."""
 
     def safety_checker(self, name: str) -> SafetyChecker:
         """The pipeline's own safety checker. Raises ``StartupError`` if it has none."""

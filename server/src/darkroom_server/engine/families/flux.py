@@ -3,15 +3,8 @@
 Its text tokens have no mask, so prompts are never padded to the length of others.
 """
 
-from dataclasses import replace
-from typing import ClassVar
-
-import torch
-
-from darkroom_server.core.job import Job
-from darkroom_server.core.model import Guidance, ModelLimits
-from darkroom_server.engine.families.packed_latents import unpack
-from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.core.model import Guidance
+from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 
@@ -39,19 +32,14 @@ SCHNELL_TOKENS = 256
 """The length of the prompts that schnell was trained on."""
 
 
-class Flux(SuspendedFamily):
+class Flux(PackedLatentsFamily):
     """The family of ``FluxPipeline``: dev, which takes the guidance as an input, and schnell."""
 
     pipeline_class = "FluxPipeline"
     components = ("transformer", "vae", "text_encoder", "text_encoder_2")
     optional = ("image_encoder", "feature_extractor")
     defaults = Defaults(steps=28, guidance_scale=3.5)
-    denoiser_name = "transformer"
-    convolutional = False
-    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    slices_attention: ClassVar[bool] = False
     spec = TRANSFORMER
-    size_multiple_factor = 2
     prompt_tokenizer = "tokenizer_2"
 
     @property
@@ -91,19 +79,6 @@ class Flux(SuspendedFamily):
         return MAX_TOKENS if self.takes_guidance else SCHNELL_TOKENS
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of the latents: a token is a square of four latent pixels."""
-        return int(self.pipeline.transformer.config.in_channels) // 4
-
-    @property
-    def default_sequence_length(self) -> int | None:
-        """The ``max_sequence_length`` of a request that sets none."""
-        return self.prompt_tokens
-
-    def limits(self, max_rows: int) -> ModelLimits:
-        """Half to twice the size that the model was trained at."""
-        return replace(super().limits(max_rows), max_sequence_length=MAX_TOKENS)
-
-    def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
-        """The tokens ``stepped`` as latents."""
-        return unpack(stepped, job.height // self.latent_factor, job.width // self.latent_factor)
+    def most_tokens(self) -> int:
+        """The greatest ``max_sequence_length``: the pipeline rejects more."""
+        return MAX_TOKENS

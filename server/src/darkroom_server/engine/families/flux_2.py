@@ -3,16 +3,12 @@
 Its text tokens have no mask, so prompts are never padded to the length of others.
 """
 
-from dataclasses import replace
-from typing import ClassVar
-
 import torch
 
 from darkroom_server.core.job import Job
-from darkroom_server.core.model import Guidance, ModelLimits
+from darkroom_server.core.model import Guidance
 from darkroom_server.engine.families.chat import chat_length
-from darkroom_server.engine.families.packed_latents import unpack
-from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 
@@ -36,18 +32,13 @@ MAX_TOKENS = 512
 """The tokens of a prompt that FLUX.2 was trained on, the chat template's included."""
 
 
-class Flux2(SuspendedFamily):
+class Flux2(PackedLatentsFamily):
     """The family of ``Flux2Pipeline``: dev, which takes the guidance as an input."""
 
     pipeline_class = "Flux2Pipeline"
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=50, guidance_scale=4.0)
-    denoiser_name = "transformer"
-    convolutional = False
-    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    slices_attention: ClassVar[bool] = False
     spec = TRANSFORMER
-    size_multiple_factor = 2
 
     @property
     def guidance(self) -> Guidance:
@@ -60,23 +51,9 @@ class Flux2(SuspendedFamily):
         return frozenset({"guidance_scale", "max_sequence_length", "preview"})
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of the latents: a token is a square of four latent pixels."""
-        return int(self.denoiser.config.in_channels) // 4
-
-    @property
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt, the chat template's included."""
         return MAX_TOKENS
-
-    @property
-    def default_sequence_length(self) -> int:
-        """The ``max_sequence_length`` of a request that sets none."""
-        return MAX_TOKENS
-
-    def limits(self, max_rows: int) -> ModelLimits:
-        """The bounds of a request, with the row limit that was measured."""
-        return replace(super().limits(max_rows), max_sequence_length=MAX_TOKENS)
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of ``prompt`` and of the pipeline's system message, in its chat template."""
@@ -95,7 +72,7 @@ class Flux2(SuspendedFamily):
         norm, config = self.pipeline.vae.bn, self.pipeline.vae.config
         std = (norm.running_var + config.batch_norm_eps).sqrt().to(stepped)
         tokens = stepped * std + norm.running_mean.to(stepped)
-        return unpack(tokens, job.height // self.latent_factor, job.width // self.latent_factor)
+        return super().vae_latents(tokens, job)
 
 
 class Flux2Klein(Flux2):

@@ -1,12 +1,10 @@
 """HunyuanImage 2.1: Qwen2.5-VL and ByT5 as text encoders, and guidance by an object with state."""
 
-from typing import Any, ClassVar
-
-import torch
+from typing import Any
 
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance
-from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 
@@ -29,7 +27,7 @@ TRANSFORMER = ArgumentSpec(
 )
 
 
-class HunyuanImage(SuspendedFamily):
+class HunyuanImage(TransformerFamily):
     """The family of ``HunyuanImagePipeline``: the base model, and what is distilled from it.
 
     The base model's guidance scale is that of the guider in its folder. A guider remembers earlier
@@ -39,13 +37,9 @@ class HunyuanImage(SuspendedFamily):
     pipeline_class = "HunyuanImagePipeline"
     components = ("transformer", "vae", "text_encoder", "text_encoder_2")
     defaults = Defaults(steps=50, guidance_scale=3.5)
-    denoiser_name = "transformer"
-    convolutional = False
     spec = TRANSFORMER
     own_components = ("guider", "ocr_guider")
     has_previews = False
-    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    slices_attention: ClassVar[bool] = False
 
     @property
     def model_defaults(self) -> Defaults:

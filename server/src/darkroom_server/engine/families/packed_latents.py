@@ -2,12 +2,18 @@
 
 import torch
 
+from darkroom_server.core.job import Job
+from darkroom_server.engine.families.suspended import TransformerFamily
 
-def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """``tokens`` [1, height × width / 4, 4 × channels] as latents [1, channels, height, width].
 
-    ``height`` and ``width`` are in latent pixels and even.
-    """
-    channels = tokens.shape[-1] // 4
-    squares = tokens.reshape(1, height // 2, width // 2, channels, 2, 2)
-    return squares.permute(0, 3, 1, 4, 2, 5).reshape(1, channels, height, width)
+class PackedLatentsFamily(TransformerFamily):
+    """A family whose scheduler steps tokens [1, height × width / 4, 4 × channels]."""
+
+    size_multiple_factor = 2
+
+    def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
+        """The tokens ``stepped`` as latents [1, channels, height, width]."""
+        height, width = job.height // self.latent_factor, job.width // self.latent_factor
+        channels = stepped.shape[-1] // 4
+        squares = stepped.reshape(1, height // 2, width // 2, channels, 2, 2)
+        return squares.permute(0, 3, 1, 4, 2, 5).reshape(1, channels, height, width)

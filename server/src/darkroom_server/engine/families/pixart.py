@@ -5,14 +5,10 @@ image: here, an image has the size that the model generates.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
-
 from darkroom_server.core.job import Job
-from darkroom_server.core.model import ModelLimits
-from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 
@@ -33,16 +29,12 @@ TRANSFORMER = ArgumentSpec(
 )
 
 
-class PixArtSigma(SuspendedFamily):
+class PixArtSigma(TransformerFamily):
     """The family of ``PixArtSigmaPipeline``; ``max_tokens`` of a prompt were trained on."""
 
     pipeline_class = "PixArtSigmaPipeline"
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=20, guidance_scale=4.5)
-    denoiser_name = "transformer"
-    convolutional = False
-    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    slices_attention: ClassVar[bool] = False
     spec = TRANSFORMER
     size_multiple_factor = 2
     max_tokens: ClassVar[int] = 300
@@ -65,15 +57,6 @@ class PixArtSigma(SuspendedFamily):
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt by default, the end mark included."""
         return self.max_tokens
-
-    @property
-    def default_sequence_length(self) -> int | None:
-        """The ``max_sequence_length`` of a request that sets none."""
-        return self.max_tokens
-
-    def limits(self, max_rows: int) -> ModelLimits:
-        """Half to twice the size that the model was trained at."""
-        return replace(super().limits(max_rows), max_sequence_length=self.prompt_tokens)
 
     def call_arguments(self, job: Job) -> dict[str, Any]:
         """The arguments of the pipeline's call for ``job``: its negative prompt cannot be None."""

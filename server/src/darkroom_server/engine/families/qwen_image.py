@@ -1,14 +1,12 @@
 """Qwen-Image: a Qwen2.5-VL text encoder, a transformer over packed latents, a VAE of videos."""
 
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from darkroom_server.core.job import Job
-from darkroom_server.core.model import Guidance, ModelLimits
-from darkroom_server.engine.families.packed_latents import unpack
-from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.core.model import Guidance
+from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 
@@ -31,19 +29,14 @@ DEFAULT_TOKENS, MOST_TOKENS = 512, 1024
 """The pipeline's ``max_sequence_length``, and the greatest that it does not reject."""
 
 
-class QwenImage(SuspendedFamily):
+class QwenImage(PackedLatentsFamily):
     """The family of ``QwenImagePipeline``."""
 
     pipeline_class = "QwenImagePipeline"
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=50, guidance_scale=1.0, true_cfg_scale=4.0)
-    denoiser_name = "transformer"
-    convolutional = False
-    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    slices_attention: ClassVar[bool] = False
     has_video_vae = True
     spec = TRANSFORMER
-    size_multiple_factor = 2
 
     @property
     def guidance(self) -> Guidance:
@@ -64,23 +57,14 @@ class QwenImage(SuspendedFamily):
         )
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of the latents: a token is a square of four latent pixels."""
-        return int(self.denoiser.config.in_channels) // 4
-
-    @property
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt by default, without its template's first."""
         return DEFAULT_TOKENS
 
     @property
-    def default_sequence_length(self) -> int:
-        """The ``max_sequence_length`` of a request that sets none."""
-        return DEFAULT_TOKENS
-
-    def limits(self, max_rows: int) -> ModelLimits:
-        """The bounds of a request, with the row limit that was measured."""
-        return replace(super().limits(max_rows), max_sequence_length=MOST_TOKENS)
+    def most_tokens(self) -> int:
+        """The greatest ``max_sequence_length``: the pipeline rejects more."""
+        return MOST_TOKENS
 
     def call_arguments(self, job: Job) -> dict[str, Any]:
         """The arguments of the pipeline's call for ``job``.
@@ -101,7 +85,7 @@ class QwenImage(SuspendedFamily):
 
     def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
         """The tokens ``stepped`` as latents of the VAE, whose channels the pipeline scales."""
-        latents = unpack(stepped, job.height // self.latent_factor, job.width // self.latent_factor)
+        latents = super().vae_latents(stepped, job)
         config = self.pipeline.vae.config
         mean, std = (
             latents.new_tensor(values).view(1, -1, 1, 1)

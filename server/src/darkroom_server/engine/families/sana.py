@@ -1,14 +1,11 @@
 """Sana: a linear transformer on latents of a 32nd of the size, with Gemma as text encoder."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
-
 from darkroom_server.core.job import Job
-from darkroom_server.core.model import Guidance, ModelLimits
-from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.core.model import Guidance
+from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 
@@ -31,7 +28,7 @@ PROMPT_TOKENS = 300
 """Tokens of a prompt, after the instruction that the pipeline puts before it."""
 
 
-class Sana(SuspendedFamily):
+class Sana(TransformerFamily):
     """The family of ``SanaPipeline``.
 
     Images are generated at the size that is asked for: the pipeline's resolution binning, which
@@ -41,14 +38,10 @@ class Sana(SuspendedFamily):
     pipeline_class = "SanaPipeline"
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=20, guidance_scale=4.5)
-    denoiser_name = "transformer"
-    convolutional = False
     spec = TRANSFORMER
     call_options: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False}
     # The previewer reads the mean of a VAE's distribution, and this one has none.
     has_previews = False
-    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    slices_attention: ClassVar[bool] = False
 
     @property
     def latent_size(self) -> int:
@@ -61,18 +54,9 @@ class Sana(SuspendedFamily):
         return PROMPT_TOKENS
 
     @property
-    def default_sequence_length(self) -> int | None:
-        """The ``max_sequence_length`` of a request that sets none."""
-        return PROMPT_TOKENS
-
-    @property
     def optional_fields(self) -> frozenset[str]:
         """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
         return frozenset({"negative_prompt", "guidance_scale", "max_sequence_length"})
-
-    def limits(self, max_rows: int) -> ModelLimits:
-        """As of every family, with the longest prompt that the model was trained on."""
-        return replace(super().limits(max_rows), max_sequence_length=PROMPT_TOKENS)
 
     def call_arguments(self, job: Job) -> dict[str, Any]:
         """The arguments of the pipeline's call for ``job``, without those it does not have.

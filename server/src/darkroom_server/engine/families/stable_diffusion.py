@@ -19,7 +19,7 @@ from darkroom_server.engine.components.prompt_encoder import PromptEncoder
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler
 from darkroom_server.engine.counters import Counts
-from darkroom_server.engine.families.base import Embeddings, Family, Precision, random_normal
+from darkroom_server.engine.families.base import Embeddings, Family, Precision
 from darkroom_server.engine.latent_sample import LatentSample
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
@@ -91,12 +91,22 @@ class StableDiffusion(Family):
         """Keyword arguments of one UNet call of ``rows`` images of the default size, at random."""
         width = self.pipeline.unet.config.cross_attention_dim
         return {
-            "sample": self.latents(dtype, device, rows).contiguous(memory_format=layout),
+            "sample": self._random_latents(dtype, device, rows).contiguous(memory_format=layout),
             "timestep": torch.full((rows,), 500.0, device=device),
-            "encoder_hidden_states": random_normal(
+            "encoder_hidden_states": _random_normal(
                 (rows, self.prompt_tokens, width), dtype, device
             ),
         }
+
+    def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Random latents of one image of the default size."""
+        return self._random_latents(dtype, device, 1)
+
+    def _random_latents(
+        self, dtype: torch.dtype, device: torch.device, images: int
+    ) -> torch.Tensor:
+        side = self.size // self.latent_factor
+        return _random_normal((images, self.latent_channels, side, side), dtype, device)
 
     def new_model(
         self,
@@ -202,3 +212,11 @@ class StableDiffusionModel:
         """What is encoded for each row of an image: (prompt, alone), in the order of the rows."""
         texts = [job.negative_prompt] if self.info.rows_per_image(job) == 2 else []
         return [(text, job.exact) for text in [*texts, job.prompt]]
+
+
+def _random_normal(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Normally distributed values, the same ones in each call, for measurements."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)

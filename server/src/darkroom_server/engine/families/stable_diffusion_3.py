@@ -5,12 +5,10 @@ length of others. A folder may do without the T5, which is most of its weights.
 """
 
 from dataclasses import replace
-from typing import Any, ClassVar
-
-import torch
+from typing import Any
 
 from darkroom_server.core.model import ModelLimits
-from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 
@@ -33,7 +31,7 @@ MAX_T5_TOKENS = 512
 """The pipeline rejects a greater ``max_sequence_length``."""
 
 
-class StableDiffusion3(SuspendedFamily):
+class StableDiffusion3(TransformerFamily):
     """The family of ``StableDiffusion3Pipeline``."""
 
     pipeline_class = "StableDiffusion3Pipeline"
@@ -41,10 +39,6 @@ class StableDiffusion3(SuspendedFamily):
     dispensable = ("text_encoder_3", "tokenizer_3")
     optional = ("image_encoder", "feature_extractor")
     defaults = Defaults(steps=28, guidance_scale=7.0)
-    denoiser_name = "transformer"
-    convolutional = False
-    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    slices_attention: ClassVar[bool] = False
     spec = TRANSFORMER
     size_multiple_factor = 2
 
@@ -82,17 +76,13 @@ class StableDiffusion3(SuspendedFamily):
         return T5_TOKENS if self.has_t5 else super().prompt_tokens
 
     @property
-    def default_sequence_length(self) -> int | None:
-        """The ``max_sequence_length`` of a request that sets none, None without a T5."""
-        return T5_TOKENS if self.has_t5 else None
+    def most_tokens(self) -> int:
+        """The greatest ``max_sequence_length``, if there is a T5: the pipeline rejects more."""
+        return MAX_T5_TOKENS
 
     def limits(self, max_rows: int) -> ModelLimits:
         """Half to twice the size that the model was trained at, if it has the positions for it."""
         limits = super().limits(max_rows)
         config = self.pipeline.transformer.config
         side = config.pos_embed_max_size * config.patch_size * self.latent_factor
-        return replace(
-            limits,
-            max_size=min(limits.max_size, side),
-            max_sequence_length=MAX_T5_TOKENS if self.has_t5 else 0,
-        )
+        return replace(limits, max_size=min(limits.max_size, side))

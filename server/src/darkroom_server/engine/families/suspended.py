@@ -91,11 +91,6 @@ class SuspendedFamily(Family):
         return int(self.pipeline.vae_scale_factor)
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of the latents."""
-        return int(self.denoiser.config.in_channels)
-
-    @property
     def latent_size(self) -> int:
         """Width and height of the latents of an image of the size that the model was trained at."""
         return int(self.pipeline.default_sample_size)
@@ -104,6 +99,16 @@ class SuspendedFamily(Family):
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt, the start and end marks included."""
         return int(getattr(self.pipeline, self.prompt_tokenizer).model_max_length)
+
+    @property
+    def default_sequence_length(self) -> int | None:
+        """The ``max_sequence_length`` of a request that sets none, None if it is not taken."""
+        return self.prompt_tokens if "max_sequence_length" in self.optional_fields else None
+
+    @property
+    def most_tokens(self) -> int:
+        """The greatest ``max_sequence_length``, if it is taken."""
+        return self.prompt_tokens
 
     @property
     def unbatched_reason(self) -> str:
@@ -136,6 +141,7 @@ class SuspendedFamily(Family):
             size_multiple=multiple,
             prompt_tokens=self.prompt_tokens,
             max_rows=max_rows,
+            max_sequence_length=0 if self.default_sequence_length is None else self.most_tokens,
         )
 
     def prepare(
@@ -175,7 +181,7 @@ class SuspendedFamily(Family):
         """Keyword arguments of one denoiser call of ``rows`` images of the default size."""
         return self.spec.collate([self._probe] * rows)
 
-    def latents(self, dtype: torch.dtype, device: torch.device, images: int = 1) -> torch.Tensor:
+    def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Latents of one image of the default size, as the VAE takes them."""
         return self._probe_latents
 
@@ -216,7 +222,11 @@ class SuspendedFamily(Family):
     def is_truncated(self, job: Job) -> bool:
         """Whether the model does not read a prompt of ``job`` to its end."""
         limit = job.max_sequence_length or self.prompt_tokens
-        return any(self.prompt_length(t) > limit for t in (job.prompt, job.negative_prompt) if t)
+        return any(self.prompt_length(text) > limit for text in self.texts_read(job) if text)
+
+    def texts_read(self, job: Job) -> tuple[str, ...]:
+        """The texts of ``job`` that ``prompt_tokens`` limits, as the model reads them."""
+        return (job.prompt, job.negative_prompt)
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of ``prompt``, counted as the pipeline does for its ``max_sequence_length``."""
@@ -285,7 +295,7 @@ class SuspendedFamily(Family):
             return str(error)
         before = _global_generator(self.denoiser.device)
         try:
-            for _ in range(self.guidance.calls if self.guidance.applies_to(job) else 1):
+            for _ in range(self.guidance.calls_per_step(job)):
                 sample.advance(output)
         finally:
             sample.close()
@@ -324,8 +334,8 @@ class SuspendedFamily(Family):
         Returns what the denoiser returned.
         """
         job = self._probe_job(SchedulerName.MODEL)
-        calls = self.guidance.calls if self.guidance.applies_to(job) else 1
-        sample, _ = self._runs.start(job, 0, steps=calls * job.steps)
+        steps = self.guidance.calls_per_step(job) * job.steps
+        sample, _ = self._runs.start(job, 0, steps=steps)
         assert isinstance(sample.pending, DenoiserCall)
         self._probe = dict(sample.pending.arguments)
         self._bytes_per_sample = sample.held_bytes()
@@ -336,6 +346,13 @@ class SuspendedFamily(Family):
         self._probe_latents = sample.latents
         sample.close()
         return output
+
+
+class TransformerFamily(SuspendedFamily):
+    """A family whose denoiser is a transformer."""
+
+    denoiser_name = "transformer"
+    convolutional = False
 
 
 def _global_generator(device: torch.device) -> torch.Tensor:

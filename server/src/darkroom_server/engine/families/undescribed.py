@@ -137,11 +137,6 @@ class Undescribed(SuspendedFamily):
         return int(getattr(self.pipeline, "vae_scale_factor", 8))
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of the latents, 0 if the denoiser does not say."""
-        return int(self.denoiser.config.get("in_channels", 0))
-
-    @property
     def latent_size(self) -> int:
         """Width and height of the latents of an image of the default size."""
         size = self._size or default_number(self._parameters, "height", 0) or 8 * self.latent_factor
@@ -204,7 +199,7 @@ class Undescribed(SuspendedFamily):
         assert self._first is not None
         return dict(self._first.call.arguments)
 
-    def latents(self, dtype: torch.dtype, device: torch.device, images: int = 1) -> torch.Tensor:
+    def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Latents of one image of the default size, as the VAE takes them."""
         assert self._first is not None
         assert self._first.decode is not None

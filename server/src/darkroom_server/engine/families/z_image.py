@@ -1,13 +1,8 @@
 """Z-Image: a Qwen3 text encoder, a transformer whose rows may differ in length and in size."""
 
-from dataclasses import replace
-from typing import ClassVar
-
-import torch
-
-from darkroom_server.core.model import Guidance, ModelLimits
+from darkroom_server.core.model import Guidance
 from darkroom_server.engine.families.chat import chat_length
-from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 
@@ -33,18 +28,14 @@ TOKEN_MULTIPLE = 32
 """The transformer pads its prompts to multiples of that many tokens."""
 
 
-class ZImage(SuspendedFamily):
+class ZImage(TransformerFamily):
     """The family of ``ZImagePipeline``: Z-Image, and Turbo, which is distilled from it."""
 
     pipeline_class = "ZImagePipeline"
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=50, guidance_scale=4.0)
-    denoiser_name = "transformer"
-    convolutional = False
     spec = TRANSFORMER
     size_multiple_factor = 2
-    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    slices_attention: ClassVar[bool] = False
 
     @property
     def model_defaults(self) -> Defaults:
@@ -79,22 +70,13 @@ class ZImage(SuspendedFamily):
     @property
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt, the chat template's included."""
-        return min(512, self._most_tokens)
+        return min(512, self.most_tokens)
 
     @property
-    def default_sequence_length(self) -> int:
-        """The ``max_sequence_length`` of a request that sets none."""
-        return self.prompt_tokens
-
-    @property
-    def _most_tokens(self) -> int:
+    def most_tokens(self) -> int:
         """Tokens that the transformer has positions for, besides the image's and the first."""
         positions = int(self.denoiser.config.axes_lens[0]) - 2
         return positions // TOKEN_MULTIPLE * TOKEN_MULTIPLE
-
-    def limits(self, max_rows: int) -> ModelLimits:
-        """The bounds of a request, with the row limit that was measured."""
-        return replace(super().limits(max_rows), max_sequence_length=self._most_tokens)
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of ``prompt`` in the chat template that the pipeline puts it into."""

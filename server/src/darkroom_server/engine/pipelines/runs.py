@@ -76,7 +76,7 @@ class Runs:
 
     def call_denoiser(self, module: Any, arguments: Mapping[str, Any]) -> Any:
         """What ``module``, a denoiser, returns for ``arguments``, in this model's precision."""
-        with self.precision(), torch.inference_mode():
+        with self.precision():
             return module(**arguments)
 
     def _encode(self, call: EncodeCall) -> Any:

@@ -22,11 +22,18 @@ from darkroom_server.service.call_context import (
     new_request_id,
 )
 from darkroom_server.service.trace_context import new_trace, parse_traceparent
+from darkroom_server.service.validation import ReplyLimit
 
 REQUEST_ID_KEY = "darkroom-request-id"
 TRACE_KEY = "traceparent"
 FIELD = "request_id"
 FORWARDED_FOR = "x-forwarded-for"
+
+MAX_REPLY_BYTES_KEY = "darkroom-max-reply-bytes"
+"""Metadata of a caller that raised its receive limit: a decimal number."""
+
+DEFAULT_MAX_REPLY_BYTES = 4 * 1024**2
+"""gRPC's default receive limit: a client with it fails on a larger reply, after the work."""
 
 IPV6_PREFIX = 64
 """One subscriber has at least this network, so its addresses count as one."""
@@ -157,3 +164,16 @@ def metadata_value(metadata: Metadata, key: str) -> str | None:
         if name == key:
             return value.decode("ascii", "replace") if isinstance(value, bytes) else value
     return None
+
+
+def reply_limit(metadata: Metadata) -> ReplyLimit:
+    """What the caller accepts in one message; raises ``InvalidRequest``."""
+    limit = DEFAULT_MAX_REPLY_BYTES
+    text = metadata_value(metadata, MAX_REPLY_BYTES_KEY)
+    if text is not None:
+        if not (text.isascii() and text.isdecimal() and len(text) <= 18):
+            wrong = Violation(MAX_REPLY_BYTES_KEY, "metadata: must be a number of bytes")
+            raise InvalidRequest([wrong])
+        limit = int(text)
+    advice = f"raise the client's gRPC receive limit and send it as metadata {MAX_REPLY_BYTES_KEY}"
+    return ReplyLimit(limit, advice)
