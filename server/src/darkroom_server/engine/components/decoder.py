@@ -47,7 +47,7 @@ class Decoder:
 
         Raises an error that means that the device is lost.
         """
-        image = self.decode_scaled(latents / self._vae.config.scaling_factor)
+        image = self.decode_scaled(latents, divisor=self._vae.config.scaling_factor)
         if isinstance(image, Failure):
             return image
         # The arithmetic of diffusers' VaeImageProcessor, for equal values.
@@ -56,14 +56,20 @@ class Decoder:
         return (pixels * 255).round().astype(np.uint8)
 
     def decode_scaled(
-        self, latents: torch.Tensor, options: Mapping[str, Any] = NO_OPTIONS
+        self,
+        latents: torch.Tensor,
+        options: Mapping[str, Any] = NO_OPTIONS,
+        *,
+        divisor: float | None = None,
     ) -> torch.Tensor | Failure:
-        """What the VAE makes of ``latents``, which have its own scale: values of -1 to 1.
+        """What the VAE makes of ``latents``: values of -1 to 1.
 
-        ``options`` are further arguments of the VAE's decode. Raises an error that means that
-        the device is lost.
+        ``latents`` have the VAE's own scale, or get it by ``divisor``. ``options`` are further
+        arguments of the VAE's decode. Raises an error that means that the device is lost.
         """
         try:
+            if divisor is not None:
+                latents = latents / divisor
             image = self._decode(latents, **options)
             if not torch.isfinite(image).all():
                 log.warning("decode was not finite, trying float32")

@@ -41,8 +41,6 @@ SIZE_MULTIPLE = 64
 FEWER_STEPS, MORE_STEPS = 2, 4
 """The steps of the two runs that count a pipeline's denoiser calls."""
 
-MAX_STEPS, MAX_GUIDANCE_SCALE = 150, 50.0
-
 
 class Undescribed(SuspendedFamily):
     """The family of a pipeline that nobody has described; ``undescribed_family`` makes subclasses.

@@ -12,9 +12,9 @@ from diffusers.utils import BaseOutput
 
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.components.classes import component_class
+from darkroom_server.engine.components.scheduler_table import MAX_STEPS
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.undescribed import (
-    MAX_STEPS,
     Undescribed,
     call_parameters,
     default_number,
