@@ -219,9 +219,26 @@ constraints: setup ## write constraints.txt again from what .venv holds, after a
 	comment=$$(sed -n '/^#/p' constraints.txt); \
 	printf '%s\n' "$$comment" "$$pins" >constraints.txt
 
+PIP_COMPILE = .venv-lock/bin/pip-compile --generate-hashes --strip-extras --no-header \
+    --no-annotate --no-emit-options --unsafe-package torch --constraint constraints.txt
+
+# pip-compile ends its output with an empty line and a warning about torch.
+.PHONY: lock
+lock: setup .venv-lock/.installed ## write the container's packages again, with hashes, from constraints.txt
+	@$(BIN)/python -m tools.declared_requirements >.venv-lock/server.in
+	@echo hatchling >.venv-lock/build.in
+	@for name in server build; do \
+	    lock=deploy/requirements/$$name.txt; resolved=.venv-lock/$$name.txt; \
+	    log=$$($(PIP_COMPILE) --output-file "$$resolved" ".venv-lock/$$name.in" 2>&1) \
+	        || { echo "$$log"; exit 1; }; \
+	    comment=$$(sed -n '/^#/p' "$$lock"); \
+	    { printf '%s\n' "$$comment"; sed '/^$$/,$$d' "$$resolved"; } >"$$resolved.new"; \
+	    mv "$$resolved.new" "$$lock"; \
+	done
+
 .PHONY: clean
 clean: ## delete what was built, the environments too
-	@rm -rf .venv .venv-protos .venv-lowest bench/work build dist demo-output observe-output examples/node/node_modules
+	@rm -rf .venv .venv-protos .venv-lock .venv-lowest bench/work build dist demo-output observe-output examples/node/node_modules
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
@@ -244,6 +261,11 @@ clean: ## delete what was built, the environments too
 	@echo "installing into .venv-lowest"
 	@.venv-lowest/bin/python $(PIP_INSTALL) -c .venv-lowest/constraints.txt $(LOWEST_TOOLS) \
 	    -e protos -e 'client[cli,pil,numpy]' -e 'server[otel]'
+	@touch $@
+
+.venv-lock/.installed:
+	@[ -x .venv-lock/bin/python ] || $(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python $(PIP_INSTALL) pip-tools==7.6.2
 	@touch $@
 
 $(GENERATOR)/.installed: protos/requirements-generate.txt
