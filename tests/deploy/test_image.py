@@ -37,18 +37,18 @@ def locked(text: str) -> dict[str, str]:
 
 def needs(requirements: list[Requirement]) -> set[str]:
     """The packages that ``requirements`` need here, without those that only extras need."""
-    names: set[str] = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
     pending: list[tuple[Requirement, set[str]]] = [(each, set()) for each in requirements]
     while pending:
         requirement, extras = pending.pop()
         marker, name = requirement.marker, canonicalize_name(requirement.name)
         if marker and not any(marker.evaluate({"extra": extra}) for extra in extras | {""}):
             continue
-        if name not in names or requirement.extras:
-            names.add(name)
+        if (name, frozenset(requirement.extras)) not in seen:
+            seen.add((name, frozenset(requirement.extras)))
             declared = map(Requirement, importlib.metadata.requires(name) or [])
             pending += [(each, requirement.extras) for each in declared]
-    return names
+    return {name for name, _ in seen}
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.stem)

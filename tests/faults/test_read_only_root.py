@@ -1,6 +1,7 @@
 """A server on a file system that cannot be written, as in a container with a read-only root."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def test_it_works_if_the_state_folder_can_be_written(tmp_path: Path) -> None:
     with served(prefix, model, "--state-dir", str(state)) as server:
         with Client(server.until("serving")["address"], insecure=True) as client:
             assert client.generate("a red circle", steps=1).images
-        server.send(15)
+        server.send(signal.SIGTERM)
         assert server.wait() == 0
         warnings = [line for line in server.rest() if '"level": "warning"' in line]
     assert not [line for line in warnings if "not remembered" in line]
