@@ -20,8 +20,10 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
     """The record of the image of ``seed``, as JSON in ASCII without ``&``, ``<`` and ``>``.
 
     It holds nothing that changes from call to call, so equal pixels of equal requests give equal
-    files: no request id, no rows of a batch, no times.
+    files: no request id, no rows of a batch, no times. ``channels_last`` is there only if it is
+    true, because older readers do not know it.
     """
+    layout = {"channels_last": True} if model.runtime.channels_last else {}
     return _plain_json(
         {
             "darkroom_replay": RECORD_VERSION,
@@ -49,6 +51,7 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
             "preset": model.runtime.preset,
             "library_versions": dict(sorted(replay.library_versions.items())),
             "pixels_sha256": replay.pixels_sha256,
+            **layout,
         }
     )
 
