@@ -10,7 +10,7 @@ from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.events import JobFinished
 from darkroom_server.engine.families import registry
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
-from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .folders import edit_index, edited
@@ -37,7 +37,7 @@ def test_one_more_line_in_the_registry_serves_one_more_class(
     )
     source = ModelSource(id="tiny", location=str(folder))
     monkeypatch.setitem(registry.FAMILIES, Panorama.pipeline_class, Panorama)
-    pipeline = load_pipeline(source, torch.float32, safety_checker=False)
+    pipeline = load_pipeline(find_model(source, safety_checker=False), torch.float32)
     assert type(pipeline) is diffusers.StableDiffusionPanoramaPipeline
     loop = LoopUnderTest(config_for(folder))
     try:

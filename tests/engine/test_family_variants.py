@@ -15,7 +15,7 @@ from darkroom_server.engine.families.qwen_image import QwenImage
 from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.families.suspended import SuspendedFamily
 from darkroom_server.engine.loading.defaults import Defaults
-from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .families.flux import write_dev, write_schnell
@@ -30,7 +30,7 @@ from .folders import edit_index
 
 def family_in(folder: Path) -> SuspendedFamily:
     source = ModelSource(id="tiny", location=str(folder))
-    family = family_of(load_pipeline(source, torch.float32, safety_checker=False))
+    family = family_of(load_pipeline(find_model(source, safety_checker=False), torch.float32))
     assert isinstance(family, SuspendedFamily)
     return family
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
-from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .folders import edit_index, edited, truncate
@@ -24,7 +24,7 @@ def weights(tiny_folder: Path) -> dict[str, torch.Tensor]:
 def line_of(file: Path, config: Path | None) -> str:
     source = ModelSource(id="one", location=str(file), config=str(config) if config else None)
     with pytest.raises(StartupError) as caught:
-        load_pipeline(source, torch.float32, safety_checker=False)
+        load_pipeline(find_model(source, safety_checker=False), torch.float32)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -15,7 +15,7 @@ from darkroom_server.core.job import SchedulerName
 from darkroom_server.core.model import RowLimitSource
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
-from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 from darkroom_server.engine.warmup import measurement, placement
 from darkroom_server.engine.warmup.presets import Runtime, resolve
 
@@ -133,10 +133,12 @@ def test_frugal_equals_diffusers(scheduler: SchedulerName, tiny_folder: Path) ->
 
 def placed(folder: Path, **fields: Any) -> tuple[Any, Runtime]:
     """A pipeline placed by the preset ``tiny``, with ``fields`` changed."""
-    runtime = resolve(config_for(folder, preset=Preset.TINY, **OWN, vae_tiling=None))
+    runtime = resolve(
+        config_for(folder, preset=Preset.TINY, **OWN, vae_tiling=None), StableDiffusion.half
+    )
     runtime = dataclasses.replace(runtime, **fields)
     source = ModelSource(id="tiny", location=str(folder))
-    pipeline = load_pipeline(source, torch.bfloat16, safety_checker=False)
+    pipeline = load_pipeline(find_model(source, safety_checker=False), torch.bfloat16)
     placement.place(StableDiffusion(pipeline), runtime)
     return pipeline, runtime
 

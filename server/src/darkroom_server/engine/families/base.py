@@ -25,7 +25,7 @@ from darkroom_server.engine.components.schedulers import config_of, offers
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
-from darkroom_server.engine.warmup.formats import MemoryFormat
+from darkroom_server.engine.warmup.formats import HalfPrecision, MemoryFormat
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which a component of a model is called: autocast, or nothing."""
@@ -88,6 +88,7 @@ class Family(ABC):
     requests that leave a field unset, see ``model_defaults``. ``denoiser_name`` is the component
     that runs every step.
     ``convolutional``: it has two-dimensional convolutions, which channels last can make faster.
+    ``half`` says how it runs in half precision.
     ``chosen_size`` is the default width and height that the operator set, in pixels.
     """
 
@@ -99,6 +100,7 @@ class Family(ABC):
     defaults: ClassVar[Defaults]
     denoiser_name: ClassVar[str]
     convolutional: ClassVar[bool]
+    half: ClassVar[HalfPrecision] = HalfPrecision()
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline

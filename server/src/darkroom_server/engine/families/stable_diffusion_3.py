@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from darkroom_server.core.model import ModelLimits
+from darkroom_server.engine.families.half_precision import HOLDS_IN_FLOAT16
 from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -40,6 +41,7 @@ class StableDiffusion3(TransformerFamily):
     optional = ("image_encoder", "feature_extractor")
     defaults = Defaults(steps=28, guidance_scale=7.0)
     spec = TRANSFORMER
+    half = HOLDS_IN_FLOAT16
     size_multiple_factor = 2
 
     def __init__(self, pipeline: Any) -> None:

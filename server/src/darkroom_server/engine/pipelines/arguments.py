@@ -169,8 +169,14 @@ class ArgumentSpec:
 
 
 def timesteps_of(value: Any, rows: int) -> torch.Tensor:
-    """The timestep of each row, [rows] in float32: schedulers differ in the dtype of theirs."""
-    return torch.as_tensor(value).float().reshape(-1).expand(rows)
+    """The timestep of each row, [rows] in float32: schedulers differ in the dtype of theirs.
+
+    Half precision stays: a pipeline converts timesteps to it if its denoiser computes in theirs.
+    """
+    timestep = torch.as_tensor(value)
+    if timestep.dtype not in (torch.float16, torch.bfloat16):
+        timestep = timestep.float()
+    return timestep.reshape(-1).expand(rows)
 
 
 def signature_of(denoiser: type) -> str:

@@ -26,7 +26,7 @@ def place(family: Family, runtime: Runtime) -> MemoryFormat:
     if runtime.vae_tiling:
         _tile(family)
     memory_format = MemoryFormat(runtime.dtype, runtime.channels_last and family.convolutional)
-    pipeline.to(dtype=memory_format.dtype)
+    _convert(pipeline, memory_format.dtype)
     if vae_is_upcast(pipeline):
         family.vae.to(dtype=torch.float32)
     if memory_format.channels_last:
@@ -39,6 +39,17 @@ def place(family: Family, runtime: Runtime) -> MemoryFormat:
     # Last: a small device has no room for the weights in their first format.
     pipeline.to(device=runtime.device)
     return memory_format
+
+
+def _convert(pipeline: Any, dtype: torch.dtype) -> None:
+    """Convert the components that were not loaded in ``dtype``.
+
+    The others keep in float32 what their libraries keep there, as T5 in float16 some weights, and
+    rotary embeddings their frequencies: a conversion of the pipeline would round them.
+    """
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and part.dtype != dtype:
+            part.to(dtype=dtype)
 
 
 def vae_is_upcast(pipeline: Any) -> bool:
