@@ -79,7 +79,8 @@ class ModelRuntime:
     ``attention`` is "sliced" or "sdpa"; ``slice_size`` is "auto", "max" or a number; it is empty
     without sliced attention. ``format_rule``: why ``dtype`` and ``channels_last`` were chosen;
     empty if both are configured, or if the server is older than this field. ``preset_rule``: why
-    ``preset`` is in force; empty in the same cases.
+    ``preset`` is in force, and what of it does not suit the model; empty if it is configured and
+    all of it suits, or if the server is older.
     """
 
     device: str

@@ -460,7 +460,9 @@ class ModelRuntime(_message.Message):
     format_rule: _builtins.str
     """Why `dtype` and `channels_last` were chosen; empty if both are configured."""
     preset_rule: _builtins.str
-    """Why `preset` is in force; empty if it is configured."""
+    """Why `preset` is in force, and what of it does not suit the model; empty if it is configured and
+    all of it suits.
+    """
     def __init__(
         self,
         *,

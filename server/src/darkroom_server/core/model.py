@@ -137,7 +137,8 @@ class ModelRuntime:
     """How a model runs; ``slice_size`` is empty without sliced attention.
 
     ``format_rule``: why ``dtype`` and ``channels_last`` were chosen, empty if they were configured.
-    ``preset_rule``: why ``preset`` is in force, empty if it was configured.
+    ``preset_rule``: why ``preset`` is in force, and what of it does not suit the model; empty if
+    it was configured and all of it suits.
     """
 
     device: str

@@ -82,8 +82,9 @@ class Engine:
         Dtype,
         Setting(
             "The data type of the weights.",
-            choose="`auto` follows a rule, never a measurement, and logs it: float16 on a GPU; "
-            "bfloat16 on a CPU, but with `fast` float32 if the CPU has no bfloat16 instructions.",
+            choose="`auto` follows a rule, never a measurement, and logs it: on a GPU float16 for "
+            "UNets and bfloat16 for transformers; bfloat16 on a CPU, but with `fast` float32 if "
+            "the CPU has no bfloat16 instructions. A type that overflows in a model is a warning.",
         ),
     ] = Dtype.AUTO
     preset: Annotated[
@@ -91,14 +92,16 @@ class Engine:
         Setting(
             "A starting point for the settings below.",
             choose="`frugal` saves memory, `fast` is for speed, `tiny` fits into the smallest "
-            "GPUs; `auto` is `frugal` on a GPU and `fast` on a CPU.",
+            "GPUs; `auto` is `frugal` on a GPU and `fast` on a CPU. Each model takes of it what "
+            "suits its family.",
         ),
     ] = Preset.AUTO
     attention: Annotated[
         Attention | None,
         Setting(
             "The attention implementation.",
-            choose="`sdpa` is faster; `sliced` (diffusers' attention slicing) uses less memory.",
+            choose="`sdpa` is faster; `sliced` (diffusers' attention slicing) uses less memory. "
+            "Transformers have no slices and run with `sdpa`.",
             default="the preset's",
         ),
     ] = None
@@ -113,7 +116,10 @@ class Engine:
     ] = None
     autocast: Annotated[
         bool | None,
-        Setting("Run the denoiser under torch.autocast.", default="the preset's"),
+        Setting(
+            "Run the denoiser under torch.autocast.",
+            default="the preset's, and off for models that it would harm",
+        ),
     ] = None
     channels_last: Annotated[
         bool | None,
