@@ -17,7 +17,7 @@ from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, M
 from darkroom_server.core.events import BatchDone, JobFinished
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.engine.families.base import Family
-from darkroom_server.engine.families.half_precision import (
+from darkroom_server.engine.families.half_dtypes import (
     CLIPPED_IN_FLOAT16,
     HOLDS_IN_FLOAT16,
     LINEAR_ATTENTION,
@@ -41,7 +41,7 @@ AMPERE, TURING = (8, 0), (7, 5)
 
 UNETS = [family for family in FAMILIES.values() if not issubclass(family, TransformerFamily)]
 TRANSFORMERS = [family for family in FAMILIES.values() if issubclass(family, TransformerFamily)]
-KINDS = list({case.write: case for case in reversed(CASES)}.values())
+KINDS = list({case.write.__module__: case for case in reversed(CASES)}.values())
 
 
 def gpu(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -174,7 +174,7 @@ class Products(TorchDispatchMode):
     """The dtypes of matrix products."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtypes: list[torch.dtype] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -30,14 +30,14 @@ _COLUMNS = (
     "runs on",
     "schedulers",
     "takes",
-    "why so",
+    "why",
 )
 
 
 def _row(model: Model) -> tuple[str, ...]:
     """A row for ``_COLUMNS``; the numbers are the defaults, and ``takes`` the optional fields.
 
-    ``why so`` is why the model runs with its preset and its dtype.
+    ``why`` says why the model runs with its preset and its dtype.
     """
     defaults, runtime = model.defaults, model.runtime
     if not model.ready or defaults is None or runtime is None:

@@ -4,7 +4,7 @@ All prompts are padded to one length, with a mask that is among the rows.
 """
 
 from darkroom_server.core.model import Guidance
-from darkroom_server.engine.families.half_precision import CLIPPED_IN_FLOAT16
+from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind

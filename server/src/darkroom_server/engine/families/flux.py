@@ -4,7 +4,7 @@ Its text tokens have no mask, so prompts are never padded to the length of other
 """
 
 from darkroom_server.core.model import Guidance
-from darkroom_server.engine.families.half_precision import CLIPPED_IN_FLOAT16
+from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance
-from darkroom_server.engine.families.half_precision import LINEAR_ATTENTION
+from darkroom_server.engine.families.half_dtypes import LINEAR_ATTENTION
 from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from darkroom_server.core.model import ModelLimits
-from darkroom_server.engine.families.half_precision import HOLDS_IN_FLOAT16
+from darkroom_server.engine.families.half_dtypes import HOLDS_IN_FLOAT16
 from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind

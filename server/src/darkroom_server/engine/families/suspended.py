@@ -23,7 +23,7 @@ from darkroom_server.engine.components.scheduler_table import (
 )
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler, name_of, offer
 from darkroom_server.engine.families.base import Family, Precision
-from darkroom_server.engine.families.half_precision import NOT_KNOWN_TO_HOLD
+from darkroom_server.engine.families.half_dtypes import NOT_KNOWN_TO_HOLD
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, signature_of
 from darkroom_server.engine.pipelines.calls import DenoiserCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo

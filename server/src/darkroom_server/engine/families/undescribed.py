@@ -25,7 +25,7 @@ from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import config_of, name_of, offer
 from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Precision
-from darkroom_server.engine.families.half_precision import UNDESCRIBED
+from darkroom_server.engine.families.half_dtypes import UNDESCRIBED
 from darkroom_server.engine.families.suspended import PROBE_PROMPT, SuspendedFamily
 from darkroom_server.engine.pipelines.calls import DecodeCall, DenoiserCall, EncodeCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
