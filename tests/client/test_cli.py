@@ -431,10 +431,11 @@ def test_models_are_tab_separated_in_a_pipe(capsys: Capture, fake: FakeServer) -
 def test_models_say_why_they_run_so(capsys: Capture) -> None:
     model = fake_model()
     assert model.runtime is not None
-    rules = {"preset_rule": "the default on a GPU", "format_rule": "the GPU has bfloat16"}
-    runtime = dataclasses.replace(model.runtime, **rules)
+    runtime = dataclasses.replace(
+        model.runtime, preset_rule="the default on a GPU", format_rule="the GPU has bfloat16"
+    )
     with FakeServer(models=[dataclasses.replace(model, runtime=runtime)]) as fake:
-        assert main(["models", "--server", fake.target]) == 0
+        assert main(["models", "--target", fake.target]) == 0
     assert capsys.readouterr().out.strip().endswith("\tthe default on a GPU; the GPU has bfloat16")
 
 
