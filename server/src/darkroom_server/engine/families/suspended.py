@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -158,6 +158,7 @@ class SuspendedFamily(Family):
             self.vae,
             device,
             EncodeMemo(config.prompt_cache_bytes, device),
+            weighted_encoding=self.weighted_encoding(memory_format, precision),
         )
         own_config = config_of(self.pipeline.scheduler)
         self._runs = Runs(
@@ -174,6 +175,12 @@ class SuspendedFamily(Family):
             precision=precision,
         )
         self._offer_schedulers(own_config, self._run_probe())
+
+    def weighted_encoding(
+        self, memory_format: MemoryFormat, precision: Precision
+    ) -> Callable[..., Any] | None:
+        """What encodes weighted prompts in place of the pipeline, None if the model takes none."""
+        return None
 
     def denoiser_inputs(
         self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
