@@ -74,8 +74,8 @@ class WeightedPromptEncoder:
     def encode(self, *prompts: str) -> Embedding:
         """The embedding of a prompt: one text for all encoders, or one for each.
 
-        Its tokens are a multiple of ``window``, and none is cut off. Weights change ``hidden`` only:
-        ``pooled`` is that of the first window of the last encoder's text without its weights.
+        Its length is a multiple of ``window``, and no token is cut off. Weights change ``hidden``
+        only: ``pooled`` is that of the first window of the last encoder's text without its weights.
 
         Raises ``PromptSyntaxError`` or ``PromptTooLong`` before a text encoder runs.
         """
