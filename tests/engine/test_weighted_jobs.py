@@ -37,7 +37,7 @@ LONG = (
 
 OTHER_LONG = LONG.replace("red", "green")
 UNSPLIT = "7" * 300
-"""One word for whoever has no tokenizer, and more tokens than any prompt may have."""
+"""One word without a tokenizer; with it, more tokens than any prompt may have."""
 
 WEIGHTED = PromptSyntax.WEIGHTED
 

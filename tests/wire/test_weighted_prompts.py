@@ -72,7 +72,7 @@ def test_its_record_reproduces_an_image(address: str) -> None:
     ],
 )
 def test_what_cannot_be_encoded_whole_is_invalid(
-    address: str, fields: dict[str, str], violation: str
+    address: str, fields: dict[str, Any], violation: str
 ) -> None:
     with Client(address, timeout=SECONDS) as client:
         with pytest.raises(InvalidRequest) as caught:

@@ -82,11 +82,9 @@ class StableDiffusionXL(SuspendedFamily):
             }
         return frozenset(fields)
 
-    def texts_read(self, job: Job) -> tuple[str, ...]:
-        """The texts of ``job`` that ``prompt_tokens`` limits: no weighted ones, which are split."""
-        if job.prompt_syntax is PromptSyntax.WEIGHTED:
-            return ()
-        return (job.prompt, job.negative_prompt, job.prompt_2, job.negative_prompt_2)
+    def is_truncated(self, job: Job) -> bool:
+        """Whether no text encoder reads a prompt of ``job`` to its end; weighted ones are split."""
+        return job.prompt_syntax is PromptSyntax.PLAIN and super().is_truncated(job)
 
     def weighted_encoding(
         self, memory_format: MemoryFormat, precision: Precision
