@@ -15,7 +15,7 @@ from .conftest import make_job
 from .real import write_real_model
 
 MAX_BATCHES = 4
-"""Of the denoiser at start, each of seconds on a CPU: one for the memory, two readings, a warm-up."""
+"""Of the denoiser at start, each of seconds on a CPU: the memory, two readings and a warm-up."""
 
 
 @pytest.mark.slow
