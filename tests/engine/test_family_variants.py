@@ -140,6 +140,27 @@ def test_a_prompt_is_truncated_by_what_its_template_adds(
     assert enough > cut
 
 
+@pytest.mark.parametrize(("write", "name"), [(write_dev, "prompt_2"), (write_sd3, "prompt_3")])
+def test_a_prompt_whose_end_no_encoder_reads_is_truncated(
+    tmp_path: Path, write: Callable[[Path], Path], name: str
+) -> None:
+    family = family_in(write(tmp_path))
+    clip = int(family.pipeline.tokenizer.model_max_length)
+    long = "star " * (clip + 1)
+    fields: dict[str, Any] = {"max_sequence_length": 4 * clip}
+    # The T5 reads what is too long for CLIP.
+    assert not family.is_truncated(make_job("a", prompt=long, **fields))
+    assert not family.is_truncated(make_job("b", prompt="a star", **{**fields, name: long}))
+    # CLIP reads what is too long for the T5.
+    short = {**fields, "max_sequence_length": 4}
+    assert not family.is_truncated(make_job("c", prompt="a red star on a blue ring", **short))
+    # With a prompt of its own, the T5 reads nothing of the first.
+    assert family.is_truncated(make_job("d", prompt=long, **{**fields, name: "a star"}))
+    far = "star " * (4 * clip + 1)
+    assert family.is_truncated(make_job("e", prompt="a star", **{**fields, name: far}))
+    assert family.is_truncated(make_job("f", prompt=far, **fields))
+
+
 def _read(family: SuspendedFamily, prompt: str, length: int) -> int:
     """Tokens of ``prompt`` that the pipeline's text encoder reads and does not mask."""
     encoder, masks = family.pipeline.text_encoder, []

@@ -15,8 +15,8 @@ from .test_containment import assert_same_pictures
 from .test_events import counted
 
 
-def join_together(loop: LoopUnderTest, *jobs: Job) -> dict[str, End]:
-    """Let ``jobs`` join in one step, directly after a step of another job."""
+def join_together(loop: LoopUnderTest, *jobs: Job, before: str = "before") -> dict[str, End]:
+    """Let ``jobs`` join in one step, directly after a step of another job, ``before``."""
 
     def join(event: object) -> None:
         if isinstance(event, SampleProgress):  # Emitted during a step.
@@ -25,7 +25,7 @@ def join_together(loop: LoopUnderTest, *jobs: Job) -> dict[str, End]:
                 loop.loop.submit(job)
 
     loop.on_event = join
-    loop.run(make_job("before", prompt="a green square", steps=3))
+    loop.run(make_job(before, prompt="a green square", steps=3))
     loop.wait_for(lambda: all(job.id in loop.ends for job in jobs))
     return {job.id: loop.ends[job.id] for job in jobs}
 

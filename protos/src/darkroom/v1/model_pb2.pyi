@@ -357,7 +357,7 @@ class ModelLimits(_message.Message):
     """Bytes of UTF-8 in each prompt and negative prompt."""
     prompt_tokens: _builtins.int
     """Most tokens of a prompt; a longer prompt is cut, and the image then has
-    `prompt_truncated`.
+    `prompt_truncated`. A weighted prompt may have several times as many.
     """
     max_rows: _builtins.int
     """Most rows of one denoiser batch at the default size. A guided image takes

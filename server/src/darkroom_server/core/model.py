@@ -22,6 +22,9 @@ OPTIONAL_FIELDS = (
 )
 """Fields of a request that not every model takes; a request that sets another one is rejected."""
 
+EXTRAS = {"prompt_syntax": "prompt-weights"}
+"""The extra of ``darkroom-server`` that an optional field needs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
@@ -212,7 +215,8 @@ class ModelInfo:
     """A model that is loaded and warmed up.
 
     Unless ``limits.row_limit_source`` is SET, real batches may raise ``limits.max_rows`` up to
-    ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes.
+    ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes,
+    ``fields_without_extra`` those that it would take if their extra in ``EXTRAS`` were installed.
     ``unbatched_reason``: why its denoiser calls are not merged into batches, empty if they are.
     """
 
@@ -228,6 +232,7 @@ class ModelInfo:
     most_rows: int = 0
     guidance: Guidance = Guidance()
     optional_fields: frozenset[str] = frozenset({"negative_prompt", "guidance_scale", "preview"})
+    fields_without_extra: frozenset[str] = frozenset()
     unbatched_reason: str = ""
 
     def options_of(self, job: Job) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import Counted, Event
 from darkroom_server.core.job import Job
+from darkroom_server.core.prompt_syntax import PromptTooLong
 from darkroom_server.engine.batch import Batch
 from darkroom_server.engine.batching.row_limits import RowLimits
 from darkroom_server.engine.batching.run_or_split import run_or_split
@@ -27,6 +28,7 @@ from darkroom_server.engine.failures import (
     SCHEDULER_FAILED,
     is_fatal,
     is_out_of_memory,
+    prompt_too_long,
 )
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.sample import Sample
@@ -200,6 +202,8 @@ class Runner:
         return OUT_OF_MEMORY
 
     def _prompts_failed(self, jobs: Sequence[Job], error: Exception) -> Failure:
+        if isinstance(error, PromptTooLong):
+            return prompt_too_long(error, jobs[0])
         out_of_memory = is_out_of_memory(error)
         log.warning(
             "prompts could not be encoded",

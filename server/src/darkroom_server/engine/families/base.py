@@ -18,8 +18,9 @@ from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance, ModelInfo, ModelLimits, SchedulerOffer
 from darkroom_server.engine.components.decoder import NO_OPTIONS, Decoder
+from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
-from darkroom_server.engine.components.prompt_encoder import Embedding
+from darkroom_server.engine.components.prompt_encoder import PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, offers
 from darkroom_server.engine.counters import Counts
@@ -30,8 +31,8 @@ from darkroom_server.engine.warmup.formats import HalfPrecision, MemoryFormat
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which a component of a model is called: autocast, or nothing."""
 
-Embeddings = Mapping[tuple[str, bool], Embedding]
-"""Embeddings by (prompt, alone); ``alone`` prompts were encoded in a call of their own."""
+Embeddings = Mapping[PromptKey, Embedding]
+"""Embeddings by what decides them."""
 
 
 class Model(Protocol):
@@ -150,7 +151,7 @@ class Family(ABC):
 
     @property
     def optional_fields(self) -> frozenset[str]:
-        """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
+        """Those of ``core.model.OPTIONAL_FIELDS`` that it takes if their extra is installed."""
         return frozenset({"negative_prompt", "guidance_scale", "preview"})
 
     @property

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -159,6 +159,7 @@ class SuspendedFamily(Family):
             self.vae,
             device,
             EncodeMemo(config.prompt_cache_bytes, device),
+            weighted_encoding=self.weighted_encoding(memory_format, precision),
         )
         own_config = config_of(self.pipeline.scheduler)
         self._runs = Runs(
@@ -175,6 +176,12 @@ class SuspendedFamily(Family):
             precision=precision,
         )
         self._offer_schedulers(own_config, self._run_probe())
+
+    def weighted_encoding(
+        self, memory_format: MemoryFormat, precision: Precision
+    ) -> Callable[..., Any] | None:
+        """What encodes weighted prompts in place of the pipeline, None if the model takes none."""
+        return None
 
     def denoiser_inputs(
         self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
@@ -221,13 +228,29 @@ class SuspendedFamily(Family):
         }
 
     def is_truncated(self, job: Job) -> bool:
-        """Whether the model does not read a prompt of ``job`` to its end."""
+        """Whether no text encoder reads a prompt of ``job`` to its end."""
         limit = job.max_sequence_length or self.prompt_tokens
-        return any(self.prompt_length(text) > limit for text in self.texts_read(job) if text)
+        whole = {text: self.prompt_length(text) <= limit for text in self.texts_read(job) if text}
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            tokenizer = getattr(self.pipeline, name, None)
+            if tokenizer is None or name == self.prompt_tokenizer:
+                continue
+            for text in filter(None, self._texts_for(name, job)):
+                length = len(tokenizer(text, verbose=False).input_ids)
+                whole[text] = whole.get(text, False) or length <= tokenizer.model_max_length
+        return not all(whole.values())
 
     def texts_read(self, job: Job) -> tuple[str, ...]:
         """The texts of ``job`` that ``prompt_tokens`` limits, as the model reads them."""
-        return (job.prompt, job.negative_prompt)
+        return self._texts_for(self.prompt_tokenizer, job)
+
+    def _texts_for(self, tokenizer: str, job: Job) -> tuple[str, ...]:
+        """The texts of ``job`` for a text encoder; none if no argument is for it."""
+        prompt = tokenizer.replace("tokenizer", "prompt")
+        if prompt not in self._call_parameters:
+            return ()
+        negative = getattr(job, f"negative_{prompt}") or job.negative_prompt
+        return (getattr(job, prompt) or job.prompt, negative)
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of ``prompt``, counted as the pipeline does for its ``max_sequence_length``."""

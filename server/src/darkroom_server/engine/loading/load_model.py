@@ -13,6 +13,7 @@ from darkroom_server.core.events import ModelLoad
 from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of
+from darkroom_server.engine.components.weighted_prompts import compel_is_installed
 from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.families.base import Family, Model
 from darkroom_server.engine.families.registry import family_of
@@ -90,6 +91,7 @@ def _load(
 
     family.prepare(memory_format, precision, config)
     decoder = Decoder(family.vae, vae_precision)
+    without_extra = frozenset(() if compel_is_installed() else ("prompt_syntax",))
     measured = measure(family, decoder, memory_format, runtime, config, previous)
     info = ModelInfo(
         id=source.id,
@@ -103,7 +105,8 @@ def _load(
         speed=measured.speed,
         most_rows=measured.most_rows,
         guidance=family.guidance,
-        optional_fields=family.optional_fields,
+        optional_fields=family.optional_fields - without_extra,
+        fields_without_extra=family.optional_fields & without_extra,
         unbatched_reason=family.unbatched_reason,
     )
     log.info(

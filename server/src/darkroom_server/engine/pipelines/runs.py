@@ -65,7 +65,7 @@ class Runs:
         own = {name: copy.deepcopy(part) for name, part in self.own.items()}
         encoded = 0
         try:
-            sample.start(self.host.run(scheduler, arguments, own))
+            sample.start(self.host.run(scheduler, arguments, own, job.prompt_syntax))
             while isinstance(sample.pending, EncodeCall):
                 sample.resume(self._encode(sample.pending))
                 encoded += 1
