@@ -59,6 +59,7 @@ class SuspendedFamily(Family):
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         self._call_parameters = frozenset(inspect.signature(type(pipeline).__call__).parameters)
+        self._name = ""
         self._runs: Runs
         self._probe: dict[str, Any]
         self._probe_latents: torch.Tensor
@@ -79,6 +80,7 @@ class SuspendedFamily(Family):
 
     def check_pipeline(self, name: str) -> None:
         """Raise ``StartupError`` if the scheduler adds noise that no seed repeats."""
+        self._name = name
         if self.pipeline.scheduler.config.get("stochastic_sampling"):
             raise StartupError(
                 f"model {name!r}: its scheduler has stochastic_sampling, which adds noise that no "
@@ -293,13 +295,13 @@ class SuspendedFamily(Family):
         except (ValueError, TypeError) as error:
             # The pipeline asks for what this scheduler does not take, such as sigmas.
             return str(error)
-        before = _global_generator(self.denoiser.device)
+        before = _global_generators(self.denoiser.device)
         try:
             for _ in range(self.guidance.calls_per_step(job)):
                 sample.advance(output)
         finally:
             sample.close()
-        if not torch.equal(before, _global_generator(self.denoiser.device)):
+        if not torch.equal(before, _global_generators(self.denoiser.device)):
             return "it takes noise from the global generator, which no seed repeats"
         return ""
 
@@ -331,7 +333,8 @@ class SuspendedFamily(Family):
     def _run_probe(self) -> Any:
         """Keep an image's first denoiser call, and the latents of its decode.
 
-        Returns what the denoiser returned.
+        Returns what the denoiser returned. Raises ``StartupError`` if the model's own scheduler
+        takes noise that no seed repeats.
         """
         job = self._probe_job(SchedulerName.MODEL)
         steps = self.guidance.calls_per_step(job) * job.steps
@@ -340,9 +343,16 @@ class SuspendedFamily(Family):
         self._probe = dict(sample.pending.arguments)
         self._bytes_per_sample = sample.held_bytes()
         output = self._runs.call_denoiser(self.denoiser, self.spec.alone(self._probe))
+        before = _global_generators(self.denoiser.device)
         while not sample.done:
             # The same output for each step: what is decoded need not be a picture.
             sample.advance(output)
+        if not torch.equal(before, _global_generators(self.denoiser.device)):
+            sample.close()
+            raise StartupError(
+                f"model {self._name!r}: its {type(sample.scheduler).__name__} takes noise from the "
+                "global generator, which no seed repeats; give its folder another scheduler"
+            )
         self._probe_latents = sample.latents
         sample.close()
         return output
@@ -355,9 +365,12 @@ class TransformerFamily(SuspendedFamily):
     convolutional = False
 
 
-def _global_generator(device: torch.device) -> torch.Tensor:
-    """The state of the generator on ``device`` that code without one of its own uses."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def _global_generators(device: torch.device) -> torch.Tensor:
+    """The state of the generators that code without one of its own uses: the CPU's, ``device``'s."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
 
 
 def _has_vocabulary(tokenizer: Path) -> bool:
