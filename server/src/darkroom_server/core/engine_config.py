@@ -7,6 +7,10 @@ from typing import Self
 from darkroom_server.core.model import ModelInfo
 
 
+PROMPT_CACHE_BYTES = 256 * 1024**2
+"""The default of ``EngineConfig.prompt_cache_bytes``."""
+
+
 class Preset(StrEnum):
     """Defaults for the options of ``EngineConfig``; AUTO is FRUGAL on CUDA, else FAST."""
 
@@ -62,7 +66,7 @@ class EngineConfig:
     batches; None: it is measured, and corrected while the engine runs, but never above
     ``max_rows``. ``measurement_cache``: the folder that remembers measurements, None for none.
     ``previous_measurements``: from an earlier engine of this server, so that a restarted one is
-    ready sooner. ``prompt_cache_bytes``: host memory for the embeddings of prompts, for each model.
+    ready sooner. ``prompt_cache_bytes``: memory for the embeddings of prompts, for each model.
     """
 
     models: tuple[ModelSource, ...]
@@ -78,7 +82,7 @@ class EngineConfig:
     rows: int | None = None
     max_rows: int | None = None
     measurement_cache: str | None = None
-    prompt_cache_bytes: int = 256 * 1024**2
+    prompt_cache_bytes: int = PROMPT_CACHE_BYTES
     safety_checker: bool = False
     previous_measurements: tuple[ModelInfo, ...] = ()
 

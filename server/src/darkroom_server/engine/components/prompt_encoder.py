@@ -12,7 +12,8 @@ from darkroom_server.core.events import Counted
 from darkroom_server.engine.counters import Counts
 
 MAX_CACHED = 256
-"""Size of the LRU cache of embeddings: 118 kB each for SD 1.x in half precision."""
+"""Most embeddings in the LRU cache, which is on the device: 118 kB each for SD 1.x in half
+precision."""
 
 MAX_BATCH = 16
 """Prompts in one call, which bounds the memory of a burst of requests."""
@@ -25,11 +26,16 @@ class Embedding:
     hidden: torch.Tensor
     truncated: bool
 
+    @property
+    def bytes(self) -> int:
+        """The bytes of ``hidden``."""
+        return self.hidden.numel() * self.hidden.element_size()
+
 
 class PromptEncoder:
     """Encodes prompts with a pipeline's tokenizer and text encoder.
 
-    ``dtype`` is the denoiser's. A prompt of an exact job is encoded in a call of its own, because
+    ``dtype`` is the denoiser's. The cache has at most ``max_cache_bytes`` bytes. A prompt of an exact job is encoded in a call of its own, because
     a batch may change the last bits, and has a cache entry of its own.
     """
 
@@ -39,18 +45,25 @@ class PromptEncoder:
         text_encoder: Any,
         dtype: torch.dtype,
         precision: Callable[[], AbstractContextManager[Any]],
+        max_cache_bytes: int,
     ) -> None:
         self.counts = Counts()
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._dtype = dtype
         self._precision = precision
+        self._max_cache_bytes = max_cache_bytes
         self._cache: OrderedDict[tuple[str, bool], Embedding] = OrderedDict()
 
     @property
     def tokens(self) -> int:
         """Tokens that the model reads of a prompt, the start and end marks included."""
         return int(self._tokenizer.model_max_length)
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of all embeddings in the cache."""
+        return sum(embedding.bytes for embedding in self._cache.values())
 
     def encode(self, wanted: Iterable[tuple[str, bool]]) -> dict[tuple[str, bool], Embedding]:
         """The embedding of each wanted (prompt, alone); at most ``MAX_BATCH`` prompts a call."""
@@ -68,7 +81,7 @@ class PromptEncoder:
             self.counts[Counted.PROMPTS_ENCODED] += len(batch)
             found.update(encoded)
             self._cache.update(encoded)  # Before the next batch, which may fail.
-            while len(self._cache) > MAX_CACHED:
+            while len(self._cache) > MAX_CACHED or self.cache_bytes > self._max_cache_bytes:
                 self._cache.popitem(last=False)
         return found
 

@@ -61,6 +61,10 @@ class Model(Protocol):
     def counts(self) -> tuple[Counts, ...]:
         """The counters of the model's components; the loop emits and clears them."""
 
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """The bytes of the embeddings in the prompt cache."""
+
     def encode_prompts(self, jobs: Sequence[Job]) -> Sequence[Any]:
         """For each job what ``new_samples`` takes: its prompts, encoded."""
 

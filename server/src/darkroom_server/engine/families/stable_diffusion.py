@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
@@ -54,6 +55,19 @@ class StableDiffusion(Family):
         """Raise ``StartupError`` for a guidance-distilled UNet, which takes one more input."""
         if self.pipeline.unet.config.time_cond_proj_dim is not None:
             raise StartupError(f"model {name!r} is guidance-distilled: not supported")
+
+    def prepare(
+        self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
+    ) -> None:
+        """Make the prompt encoder."""
+        pipeline = self.pipeline
+        self._prompts = PromptEncoder(
+            pipeline.tokenizer,
+            pipeline.text_encoder,
+            memory_format.dtype,
+            precision,
+            config.prompt_cache_bytes,
+        )
 
     @property
     def latent_factor(self) -> int:
@@ -121,9 +135,7 @@ class StableDiffusion(Family):
         pipeline = self.pipeline
         return StableDiffusionModel(
             info=info,
-            prompts=PromptEncoder(
-                pipeline.tokenizer, pipeline.text_encoder, memory_format.dtype, precision
-            ),
+            prompts=self._prompts,
             unet=pipeline.unet,
             decoder=decoder,
             previewer=Previewer(pipeline.vae, precision, self.latent_factor),
@@ -158,6 +170,11 @@ class StableDiffusionModel:
     def counts(self) -> tuple[Counts, ...]:
         """The counters of the model's components."""
         return (self.prompts.counts, self.decoder.counts)
+
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """The bytes of the embeddings in the prompt cache."""
+        return self.prompts.cache_bytes
 
     batches_prompts = True
     encodes_slowly = False

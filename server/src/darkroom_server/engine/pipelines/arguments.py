@@ -145,11 +145,13 @@ class ArgumentSpec:
         if not same:
             return
         flat = [dict(_flat(call)) for call in calls]
-        differences = []
+        differences: list[torch.Tensor] = []
         for name in same:
-            given = {id(value): value for call in flat if (value := call.get(name)) is not None}
-            first, *others = given.values() or [None]
-            differences += [(first != other).any() for other in others]
+            given: dict[int, torch.Tensor] = {
+                id(value): value for call in flat if (value := call.get(name)) is not None
+            }
+            distinct = list(given.values())
+            differences += [(distinct[0] != other).any() for other in distinct[1:]]
         if differences and bool(torch.stack(differences).any()):
             raise StaleKey("a pipeline wrote into a tensor that must be equal in a batch")
 
