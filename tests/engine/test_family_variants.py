@@ -110,7 +110,7 @@ def test_a_scheduler_whose_noise_no_seed_repeats_is_rejected(
     edit_index(folder, scheduler=["diffusers", kind])
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({"_class_name": kind, "shift": 1.0, **config}))
-    with pytest.raises(StartupError, match="which (adds noise that )?no seed repeats") as caught:
+    with pytest.raises(StartupError, match=r"which (adds noise that )?no seed repeats") as caught:
         LoopUnderTest(config_for(folder))
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)

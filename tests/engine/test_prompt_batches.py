@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from darkroom_server.core.errors import Failure, Reason
-from darkroom_server.core.events import Counted, JobFailed, JobFinished, SampleProgress
+from darkroom_server.core.events import Counted, EncodeDone, JobFailed, JobFinished, SampleProgress
 from darkroom_server.core.job import Job, SchedulerName
 from darkroom_server.engine.families.base import Model
 
@@ -120,6 +120,26 @@ def test_a_device_lost_over_a_prompt_ends_the_loop(own_loop: LoopUnderTest) -> N
     own_loop.loop.submit(make_job("any"))
     with pytest.raises(torch.AcceleratorError):
         own_loop.wait_for(lambda: False)
+
+
+@pytest.mark.parametrize("write", [write_tiny_model, write_sdxl])
+def test_the_time_of_an_encode_is_measured_and_reported(
+    tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    loop = LoopUnderTest(config_for(write(tmp_path)))
+    try:
+        model: Model = loop.models["tiny"]
+        assert 0 < model.info.speed.encode < 10
+        for name, prompt in (("new", "a heart"), ("cached", "a heart"), ("other", "a ring")):
+            loop.run(make_job(name, prompt=prompt, scheduler=SchedulerName.EULER))
+        encodes = [event for event in loop.events if isinstance(event, EncodeDone)]
+        cached = model.prompt_cache_bytes
+    finally:
+        loop.close()
+    assert len(encodes) == 2, "the cached prompts have no encode"
+    assert all(encode.model == "tiny" and encode.seconds > 0 for encode in encodes)
+    assert encodes[0].prompts >= encodes[1].prompts == 1
+    assert 0 < encodes[0].cache_bytes < encodes[1].cache_bytes == cached
 
 
 @pytest.mark.parametrize("write", [write_tiny_model, write_sdxl])

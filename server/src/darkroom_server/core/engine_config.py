@@ -6,7 +6,6 @@ from typing import Self
 
 from darkroom_server.core.model import ModelInfo
 
-
 PROMPT_CACHE_BYTES = 256 * 1024**2
 """The default of ``EngineConfig.prompt_cache_bytes``."""
 

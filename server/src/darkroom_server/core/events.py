@@ -185,6 +185,20 @@ class PeakMeasured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeDone:
+    """The encode of ``prompts`` prompts that were not cached took ``seconds``.
+
+    A prompt is one call of a pipeline's ``encode_prompt``, or one text. ``cache_bytes`` are those
+    of the model's prompt cache after it.
+    """
+
+    model: str
+    prompts: int
+    seconds: float
+    cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeDone:
     """The decode of one image, from latents to pixels, took ``seconds``."""
 
@@ -259,6 +273,7 @@ Event = (
     | PreviewReady
     | BatchDone
     | RowLimitCorrected
+    | EncodeDone
     | DecodeDone
     | EngineCounts
     | PeakMeasured

@@ -199,11 +199,13 @@ class MemoryNeeds:
 class ModelSpeed:
     """Speed measured at warm-up for the default size, in seconds; empty if not measured.
 
-    ``passes`` are pairs of rows and the seconds of a batch, ``decode`` is for one image.
+    ``passes`` are pairs of rows and the seconds of a batch, ``decode`` is for one image, ``encode``
+    for one prompt that is not cached.
     """
 
     passes: tuple[tuple[int, float], ...] = ()
     decode: float = 0.0
+    encode: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

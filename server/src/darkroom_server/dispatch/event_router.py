@@ -7,6 +7,7 @@ from darkroom_server.core.errors import GenerationFailed
 from darkroom_server.core.events import (
     BatchDone,
     DecodeDone,
+    EncodeDone,
     EngineDied,
     EngineReady,
     Event,
@@ -72,6 +73,9 @@ class EventRouter:
                 case PreviewReady():
                     if active := engine.jobs.get(event.job_id):
                         self._add_preview(active, event)
+                case EncodeDone():
+                    engine.batch_times.record_encode(event)
+                    self._observer.on_event(event)
                 case DecodeDone():
                     engine.batch_times.record_decode(event)
                 case ImageReady():

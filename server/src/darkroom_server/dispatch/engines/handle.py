@@ -120,7 +120,7 @@ class EngineHandle:
         for active in self.jobs.values():
             # Prompts are encoded between batches: those of every job here are done.
             if active.state is JobState.ENCODING:
-                active.state = JobState.ASSIGNED
+                active.state = JobState.ENCODED
 
     def set_row_limit(self, model_id: str, max_rows: int) -> None:
         """Real batches have corrected the row limit of a model."""

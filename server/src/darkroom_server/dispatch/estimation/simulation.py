@@ -107,7 +107,7 @@ def _extrapolate(queue: list[RemainingWork], engines: list["_Engine"], forecast:
     for work in reversed(queue):
         engine = min(engines, key=lambda each: each.now)
         forecast.joins[work.id] = forecast.starts[work.id] = engine.now
-        engine.skip(work)
+        engine.skip_new(work)
         forecast.finishes[work.id] = engine.now
 
 
@@ -155,10 +155,11 @@ class _Engine:
         self._agenda: list[tuple[float, int, _GroupQueue]] = []
         for work in load.jobs:
             self._add(work)
+        encode = sum(map(self._prompt_seconds, load.jobs))
         if self._queues:
             # The next step boundary is half a batch away, on average.
             seconds = [self._full_batch_seconds(group) for group in self._queues.values()]
-            self.now = sum(seconds) / len(seconds) / 2
+            self.now = sum(seconds) / len(seconds) / 2 + encode
 
     @property
     def busy(self) -> bool:
@@ -172,7 +173,7 @@ class _Engine:
 
     def take(self, work: RemainingWork) -> None:
         """Add a job."""
-        self.now += 0.0 if work.begun else self._batch_times.prompt_seconds(work.group)
+        self.now += self._prompt_seconds(work)
         self._add(work)
 
     def fill(self) -> None:
@@ -235,6 +236,14 @@ class _Engine:
         """Advance by the time of a whole job."""
         self._forecast.starts.setdefault(work.id, self.now)
         self.now += self._full_seconds(work)
+
+    def skip_new(self, work: RemainingWork) -> None:
+        """Advance by the time of a job that never entered."""
+        self.now += self._prompt_seconds(work)
+        self.skip(work)
+
+    def _prompt_seconds(self, work: RemainingWork) -> float:
+        return 0.0 if work.encoded else self._batch_times.prompt_seconds(work.group)
 
     def _serve(self, service: float) -> None:
         """Run batches of each active group for ``service`` seconds."""

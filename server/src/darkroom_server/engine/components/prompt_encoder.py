@@ -35,8 +35,9 @@ class Embedding:
 class PromptEncoder:
     """Encodes prompts with a pipeline's tokenizer and text encoder.
 
-    ``dtype`` is the denoiser's. The cache has at most ``max_cache_bytes`` bytes. A prompt of an exact job is encoded in a call of its own, because
-    a batch may change the last bits, and has a cache entry of its own.
+    ``dtype`` is the denoiser's. The cache has at most ``max_cache_bytes`` bytes. A prompt of an
+    exact job is encoded in a call of its own, because a batch may change the last bits, and has a
+    cache entry of its own.
     """
 
     def __init__(
@@ -84,6 +85,10 @@ class PromptEncoder:
             while len(self._cache) > MAX_CACHED or self.cache_bytes > self._max_cache_bytes:
                 self._cache.popitem(last=False)
         return found
+
+    def encode_uncached(self, text: str) -> Embedding:
+        """The embedding of ``text``, from a call of its own; the cache stays as it is."""
+        return self._encode([text])[0]
 
     def _encode(self, texts: list[str]) -> list[Embedding]:
         limit = self.tokens

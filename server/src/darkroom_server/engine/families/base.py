@@ -212,6 +212,10 @@ class Family(ABC):
     def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Latents of one image of the default size, for measurements of its decode."""
 
+    def encode_prompt(self) -> bool:
+        """Encode a prompt past the cache, for measurements; False if the family cannot."""
+        return False
+
     def safety_checker(self, name: str) -> SafetyChecker:
         """The pipeline's own safety checker. Raises ``StartupError`` if it has none."""
         checker = getattr(self.pipeline, "safety_checker", None)

@@ -1,7 +1,6 @@
 """Families whose samples are suspended runs of diffusers' own pipeline."""
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from darkroom_server.engine.components.scheduler_table import (
 )
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler, name_of, offer
 from darkroom_server.engine.families.base import Family, Precision
+from darkroom_server.engine.loading.vocabulary import has_vocabulary
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, signature_of
 from darkroom_server.engine.pipelines.calls import DenoiserCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
@@ -72,7 +72,7 @@ class SuspendedFamily(Family):
         Raises ``StartupError``.
         """
         for tokenizer in sorted(folder.glob("tokenizer*")):
-            if tokenizer.is_dir() and not _has_vocabulary(tokenizer):
+            if tokenizer.is_dir() and not has_vocabulary(tokenizer):
                 raise StartupError(
                     f"model {name!r} has no vocabulary in its {tokenizer.name}; copy or download "
                     "it again"
@@ -186,6 +186,15 @@ class SuspendedFamily(Family):
     def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Latents of one image of the default size, as the VAE takes them."""
         return self._probe_latents
+
+    def encode_prompt(self) -> bool:
+        """Encode a prompt past the cache, for measurements."""
+        scale = self.model_defaults.guidance_scale
+        job = self._probe_job(SchedulerName.MODEL)
+        # Another prompt than the probe's, which is cached.
+        return self._runs.encode_once(
+            replace(job, prompt="a photograph of a house", guidance_scale=scale)
+        )
 
     def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
         """``stepped``, what the scheduler steps for an image of ``job``, as [1, channels, h, w].
@@ -366,21 +375,8 @@ class TransformerFamily(SuspendedFamily):
 
 
 def _global_generators(device: torch.device) -> torch.Tensor:
-    """The state of the generators that code without one of its own uses: the CPU's, ``device``'s."""
+    """The state of the generators that code without its own uses: the CPU's and ``device``'s."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return torch.cat(states)
-
-
-def _has_vocabulary(tokenizer: Path) -> bool:
-    config = tokenizer / "tokenizer_config.json"
-    if config.is_file():
-        # Its tokens are the bytes.
-        kind = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
-        if kind == "ByT5Tokenizer":
-            return True
-    single = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt")
-    if any((tokenizer / name).is_file() for name in single):
-        return True
-    return all((tokenizer / name).is_file() for name in ("vocab.json", "merges.txt"))

@@ -113,6 +113,13 @@ def measure_decode(
     return agreed_seconds(lambda: seconds_of(runtime.device, decode))
 
 
+def measure_encode(family: Family, runtime: Runtime) -> float:
+    """Seconds of the encode of one prompt, 0 if the family cannot measure it."""
+    if not family.encode_prompt():  # Also warms up.
+        return 0.0
+    return agreed_seconds(lambda: seconds_of(runtime.device, family.encode_prompt))
+
+
 def _decode_once(
     family: Family, decoder: Decoder, memory_format: MemoryFormat, runtime: Runtime
 ) -> Callable[[], None]:

@@ -8,6 +8,7 @@ from typing import Any
 from darkroom_server.core.events import (
     BatchDone,
     Counted,
+    EncodeDone,
     EngineCounts,
     EngineReady,
     RowLimitCorrected,
@@ -23,6 +24,24 @@ STEP_BUCKETS = (
 """Seconds of one batch: milliseconds on a large GPU, seconds for large images on a CPU."""
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+ENCODE_BUCKETS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+)
+"""Seconds of an encode: milliseconds for CLIP, seconds for billions of weights on a CPU."""
 
 OCCUPANCY_BUCKETS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
@@ -94,6 +113,18 @@ class EngineMetrics:
             "Lookups in the prompt cache: a `hit` was cached, a `miss` was encoded.",
             ("model", "result"),
         )
+        self.encode_seconds = declare.histogram(
+            "darkroom_encode_seconds",
+            "Seconds of an encode of prompts that were not cached; of jobs that arrive together, "
+            "some models encode the prompts together.",
+            ("model",),
+            ENCODE_BUCKETS,
+        )
+        self.prompt_cache = declare.gauge(
+            "darkroom_prompt_cache_bytes",
+            "Bytes of the embeddings in the prompt cache; `--prompt-cache-bytes` bounds them.",
+            ("model",),
+        )
         self.restarts = declare.counter(
             "darkroom_engine_restarts_total", "Engines restarted after they died."
         )
@@ -142,6 +173,7 @@ class EngineMetrics:
         self._batch_series: dict[tuple[str, int], _BatchSeries] = {}
         self.handlers: dict[type, Callable[[Any], None]] = {
             BatchDone: self.record_batch,
+            EncodeDone: self.record_encode,
             EngineCounts: self.record_counts,
             EngineReady: self.record_load,
             RowLimitCorrected: self.record_row_limit,
@@ -160,6 +192,8 @@ class EngineMetrics:
             self.wasted_seconds,
             self.rows_per_step,
             self.occupancy,
+            self.encode_seconds,
+            self.prompt_cache,
         ):
             metric.labels(model)
 
@@ -176,6 +210,11 @@ class EngineMetrics:
             series.occupancy.observe(min(1.0, batch.rows / batch.max_rows))
         if batch.joined:
             series.joins.inc(batch.joined)
+
+    def record_encode(self, encode: EncodeDone) -> None:
+        """Prompts were encoded."""
+        self.encode_seconds.labels(encode.model).observe(encode.seconds)
+        self.prompt_cache.labels(encode.model).set(encode.cache_bytes)
 
     def record_counts(self, counts: EngineCounts) -> None:
         """What an engine counted since its last report."""
