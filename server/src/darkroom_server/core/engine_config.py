@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
+from darkroom_server.core.events import Correction
 from darkroom_server.core.model import ModelInfo
 
 PROMPT_CACHE_BYTES = 256 * 1024**2
@@ -94,12 +95,12 @@ class EngineConfig:
         device = models[0].runtime.device if models else self.device
         return replace(self, device=device, previous_measurements=models)
 
-    def with_row_limit(self, model: str, max_rows: int) -> Self:
-        """The configuration after real batches have corrected the row limit of ``model``."""
+    def with_correction(self, correction: Correction) -> Self:
+        """The configuration after the engine has corrected what was measured."""
         return replace(
             self,
             previous_measurements=tuple(
-                info.with_row_limit(max_rows) if info.id == model else info
+                correction.of(info) if info.id == correction.model else info
                 for info in self.previous_measurements
             ),
         )

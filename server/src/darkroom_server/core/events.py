@@ -152,6 +152,26 @@ class RowLimitCorrected:
     model: str
     max_rows: int
 
+    def of(self, info: ModelInfo) -> ModelInfo:
+        """``info``, corrected."""
+        return info.with_row_limit(self.max_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleBytesCorrected:
+    """An unfinished image of ``model`` held more than was measured: now ``bytes_per_sample``."""
+
+    model: str
+    bytes_per_sample: int
+
+    def of(self, info: ModelInfo) -> ModelInfo:
+        """``info``, corrected."""
+        return info.with_bytes_per_sample(self.bytes_per_sample)
+
+
+Correction = RowLimitCorrected | SampleBytesCorrected
+"""What the engine learned about a model after its start."""
+
 
 class Counted(StrEnum):
     """What an engine counts besides batches."""
@@ -273,6 +293,7 @@ Event = (
     | PreviewReady
     | BatchDone
     | RowLimitCorrected
+    | SampleBytesCorrected
     | EncodeDone
     | DecodeDone
     | EngineCounts

@@ -20,6 +20,7 @@ from darkroom_server.core.events import (
     MemoryReport,
     PreviewReady,
     RowLimitCorrected,
+    SampleBytesCorrected,
     SampleProgress,
 )
 from darkroom_server.dispatch.admission.availability import Availability
@@ -60,9 +61,9 @@ class EventRouter:
                 case BatchDone():
                     engine.record_batch(event)
                     self._observer.on_event(event)
-                case RowLimitCorrected():
-                    self._availability.set_row_limit(event.model, event.max_rows)
-                    engine.set_row_limit(event.model, event.max_rows)
+                case RowLimitCorrected() | SampleBytesCorrected():
+                    self._availability.correct(event)
+                    engine.correct(event)
                     self._observer.on_event(event)
                 case JobTaken():
                     if active := engine.jobs.get(event.job_id):

@@ -19,6 +19,7 @@ from darkroom_server.core.events import (
 from darkroom_server.core.job import Job
 from darkroom_server.engine.batch import Batch
 from darkroom_server.engine.batching.encode_pool import EncodePool
+from darkroom_server.engine.batching.residency import Residency
 from darkroom_server.engine.batching.row_limits import RowLimits
 from darkroom_server.engine.batching.runner import BatchResult, Runner
 from darkroom_server.engine.batching.scheduler import BatchScheduler
@@ -53,7 +54,8 @@ class EngineLoop:
         self._encodes: list[tuple[str, int, Timer]] = []
         self._inbox: queue.SimpleQueue[Job | Cancel | Extend | Close] = queue.SimpleQueue()
         slow = {id for id, model in models.items() if model.encodes_slowly}
-        self._scheduler = BatchScheduler(row_limits, emit, encode_slowly=slow)
+        self._residency = Residency({id: model.info for id, model in models.items()})
+        self._scheduler = BatchScheduler(row_limits, self._residency, emit, encode_slowly=slow)
         self._runner = Runner(models, row_limits, emit)
         self._encode_pool = EncodePool(models)
         self._counters = CounterReporter(self._runner.counts, emit)
@@ -121,8 +123,10 @@ class EngineLoop:
             for job, samples in zip(jobs, started.samples, strict=True):
                 if isinstance(samples, Failure):
                     self._scheduler.fail(job.id, samples)
-                else:
-                    self._scheduler.start(job.id, samples, started.timer)
+                    continue
+                self._scheduler.start(job.id, samples, started.timer)
+                if correction := self._residency.record(job, samples[0].held_bytes()):
+                    self._emit(correction)
 
     def _run(self, batch: Batch) -> BatchResult:
         self._scheduler.begin(batch, time.monotonic())
@@ -203,7 +207,9 @@ class EngineLoop:
             return
         if (group.width, group.height) == (defaults.width, defaults.height):
             max_rows = limits.of(group)
-            self._emit(RowLimitCorrected(batch.model, max_rows))
+            correction = RowLimitCorrected(batch.model, max_rows)
+            self._residency.correct(correction)
+            self._emit(correction)
             self._caches[batch.model].save_row_limit(max_rows)
 
     def _decode(self, sample: Sample) -> None:

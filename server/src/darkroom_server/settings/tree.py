@@ -264,7 +264,8 @@ class Dispatch:
         int,
         Ge(1),
         Setting(
-            "Images in an engine at once; the next job goes to the engine while it has fewer.",
+            "Images in an engine at once; the next job goes to the engine while it has fewer, and "
+            "while what they hold between batches fits its memory.",
             choose="Several times the rows of a batch keep the engine busy. More only costs "
             "memory.",
             metavar="N",

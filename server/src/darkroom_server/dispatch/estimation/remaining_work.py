@@ -15,7 +15,7 @@ class RemainingWork:
 
     ``calls``: the denoiser calls that remain for each unfinished image. ``key``: that of an image
     without any step taken. ``begun``: the job has taken part in a batch. ``encoded``: its prompts
-    are encoded.
+    are encoded. ``bytes_per_image``: what an unfinished image holds between its batches.
     """
 
     id: str
@@ -24,6 +24,7 @@ class RemainingWork:
     calls: tuple[int, ...]
     begun: bool = False
     encoded: bool = False
+    bytes_per_image: int = 0
 
     def goal(self, calls: int) -> float:
         """When an image with ``calls`` remaining calls should be done; see ``core.order``."""
@@ -53,6 +54,7 @@ def remaining_work(active: ActiveJob) -> RemainingWork:
         ),
         calls=tuple(each for each in calls if each > 0),
         begun=active.started,
+        bytes_per_image=active.model.held_bytes(job),
         encoded=active.started or active.state is JobState.ENCODED,
     )
 

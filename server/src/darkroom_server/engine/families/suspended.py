@@ -350,10 +350,10 @@ class SuspendedFamily(Family):
         sample, _ = self._runs.start(job, 0, steps=steps)
         assert isinstance(sample.pending, DenoiserCall)
         self._probe = dict(sample.pending.arguments)
-        self._bytes_per_sample = sample.held_bytes()
         output = self._runs.call_denoiser(self.denoiser, self.spec.alone(self._probe))
         before = _global_generators(self.denoiser.device)
         while not sample.done:
+            self._bytes_per_sample = max(self._bytes_per_sample, sample.held_bytes())
             # The same output for each step: what is decoded need not be a picture.
             sample.advance(output)
         if not torch.equal(before, _global_generators(self.denoiser.device)):

@@ -20,6 +20,7 @@ from darkroom_server.engine.warmup.placement import (
     measure_decode,
     measure_encode,
     measure_memory,
+    sample_bytes,
 )
 from darkroom_server.engine.warmup.presets import Runtime
 from darkroom_server.engine.warmup.row_measurement import ROWS, best_rows, measure_rows, row_counts
@@ -85,6 +86,7 @@ def measure(
         bytes_per_pass=found.bytes_per_pass,
         bytes_per_decode=found.bytes_per_decode,
         tile_pixels=decoder.tile_pixels,
+        bytes_per_sample=sample_bytes(family),
         available_bytes=available_bytes(runtime.device),
     )
     fit = memory.rows_that_fit(family.size, family.size)

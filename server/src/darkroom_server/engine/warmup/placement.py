@@ -1,5 +1,6 @@
 """Places a pipeline on its device, and measures what it takes there."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from darkroom_server.core.engine_config import Attention
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.model import MemoryNeeds
+from darkroom_server.core.residency import HEADROOM
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.failures import DECODE_FAILED, OUT_OF_MEMORY, is_out_of_memory
@@ -99,8 +101,14 @@ def measure_memory(
         bytes_per_pass=once,
         bytes_per_decode=decode_peak,
         tile_pixels=decoder.tile_pixels,
+        bytes_per_sample=sample_bytes(family),
         available_bytes=available_bytes(runtime.device),
     )
+
+
+def sample_bytes(family: Family) -> int:
+    """Bytes that an unfinished image of the default size holds between its batches."""
+    return math.ceil(HEADROOM * family.bytes_per_sample)
 
 
 def measure_decode(

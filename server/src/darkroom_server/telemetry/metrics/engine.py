@@ -12,6 +12,7 @@ from darkroom_server.core.events import (
     EngineCounts,
     EngineReady,
     RowLimitCorrected,
+    SampleBytesCorrected,
 )
 from darkroom_server.core.metric_labels import rows_class
 from darkroom_server.dispatch import EngineRestarted, EngineRetired, EngineTimeWasted
@@ -148,6 +149,12 @@ class EngineMetrics:
             "`--rows` sets it.",
             ("model",),
         )
+        self.sample_bytes = declare.gauge(
+            "darkroom_bytes_per_sample",
+            "Bytes that an unfinished image of the default size holds between its batches, without "
+            "guidance; they bound the images in an engine. Images that hold more correct it.",
+            ("model",),
+        )
         self.model_info = declare.gauge(
             "darkroom_model_info",
             "1 for each loaded model; its labels say how it runs. `memory_format` is `contiguous` "
@@ -177,6 +184,7 @@ class EngineMetrics:
             EngineCounts: self.record_counts,
             EngineReady: self.record_load,
             RowLimitCorrected: self.record_row_limit,
+            SampleBytesCorrected: self.record_sample_bytes,
             EngineTimeWasted: self.record_wasted,
             EngineRestarted: lambda _: self.restarts.inc(),
             EngineRetired: lambda _: self.retired.inc(),
@@ -229,6 +237,7 @@ class EngineMetrics:
             self.warm_up_seconds.labels(load.model).set(load.warm_up_seconds)
         for model in ready.models:
             self.max_rows.labels(model.id).set(model.limits.max_rows)
+            self.sample_bytes.labels(model.id).set(model.memory.bytes_per_sample)
             runtime = model.runtime
             self.model_info.labels(
                 model.id,
@@ -243,6 +252,10 @@ class EngineMetrics:
     def record_row_limit(self, corrected: RowLimitCorrected) -> None:
         """Real batches have corrected the row limit of a model."""
         self.max_rows.labels(corrected.model).set(corrected.max_rows)
+
+    def record_sample_bytes(self, corrected: SampleBytesCorrected) -> None:
+        """An unfinished image held more than was measured."""
+        self.sample_bytes.labels(corrected.model).set(corrected.bytes_per_sample)
 
     def record_wasted(self, wasted: EngineTimeWasted) -> None:
         """A job left the engine unfinished."""
