@@ -67,6 +67,8 @@ class EngineHandle:
         """
         if not self.ready or self.samples >= max_samples:
             return False
+        if not self.jobs:
+            return True
         if any(active.crashes for active in self.jobs.values()):
             return False
         needed, held = self._bytes_of(new), self.held_bytes

@@ -140,7 +140,7 @@ class ArgumentSpec:
         return parts
 
     def _check_same(self, calls: Sequence[Arguments]) -> None:
-        """Compare the SAME arguments where they are, and wait for the device once."""
+        """Compare the SAME arguments on their device, and wait for it once."""
         same = [name for name, kind in self.kinds.items() if kind is Kind.SAME]
         if not same:
             return
