@@ -62,6 +62,7 @@ def test_a_tensor_that_was_written_into_is_not_merged(inference: bool) -> None:
         others[0] = 7
         with pytest.raises(StaleKey):
             SPEC.collate([call(ids), call(others), call(ids)])
+        assert key(ids) != key(others), "the next calls are not merged"
         assert SPEC.alone(call(others))["ids"] is others
 
 

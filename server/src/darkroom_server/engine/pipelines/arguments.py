@@ -141,19 +141,20 @@ class ArgumentSpec:
 
     def _check_same(self, calls: Sequence[Arguments]) -> None:
         """Compare the SAME arguments on their device, and wait for it once."""
-        same = [name for name, kind in self.kinds.items() if kind is Kind.SAME]
-        if not same:
+        names = [name for name, kind in self.kinds.items() if kind is Kind.SAME]
+        if not names:
             return
         flat = [dict(_flat(call)) for call in calls]
-        differences: list[torch.Tensor] = []
-        for name in same:
-            given: dict[int, torch.Tensor] = {
-                id(value): value for call in flat if (value := call.get(name)) is not None
-            }
-            distinct = list(given.values())
-            differences += [(distinct[0] != other).any() for other in distinct[1:]]
-        if differences and bool(torch.stack(differences).any()):
-            raise StaleKey("a pipeline wrote into a tensor that must be equal in a batch")
+        distinct: list[list[torch.Tensor]] = []
+        for name in names:
+            given = {id(call[name]): call[name] for call in flat if call.get(name) is not None}
+            distinct.append(list(given.values()))
+        differences = [(same[0] != other).any() for same in distinct for other in same[1:]]
+        if not differences or not torch.stack(differences).any():
+            return
+        for value in (value for same in distinct for value in same):
+            _digests.pop(value, None)  # So that the next calls have other keys.
+        raise StaleKey("a pipeline wrote into a tensor that must be equal in a batch")
 
     def _device(self, arguments: Arguments) -> torch.device:
         first = arguments[self.rows_in]
