@@ -32,16 +32,16 @@ ROW = 1000
 
 
 def held_model(room: int, id: str = "demo") -> ModelInfo:
-    """A model whose images hold 100 bytes, and ``room`` bytes for them beside a batch of 8 rows."""
+    """Images of this model hold 100 bytes; ``room`` bytes are free beside a batch of 2 rows."""
     model = fake_model(id)
     memory = replace(
         model.memory,
         bytes_per_row=ROW,
         bytes_per_decode=ROW,
         bytes_per_sample=100,
-        available_bytes=8 * ROW + room,
+        available_bytes=2 * ROW + room,
     )
-    return replace(model, memory=memory)
+    return replace(model, memory=memory, limits=replace(model.limits, max_rows=2))
 
 
 def test_an_image_holds_its_prompts_and_grows_with_its_pixels() -> None:
@@ -57,13 +57,19 @@ def test_the_room_is_what_the_largest_batch_of_any_model_leaves() -> None:
     model, other = held_model(500), held_model(300, "other")
     assert resident_bytes([model]) == 500
     assert resident_bytes([model, other]) == 300
-    assert resident_bytes([RowLimitCorrected("demo", 4).of(model)]) == 4 * ROW + 500
-    assert resident_bytes([RowLimitCorrected("demo", 64).of(model)]) == 0
     assert resident_bytes([]) == 0
 
 
+def test_the_room_is_at_least_what_the_images_of_the_largest_batch_hold() -> None:
+    model = held_model(3 * ROW)
+    assert resident_bytes([RowLimitCorrected("demo", 3).of(model)]) == 2 * ROW
+    assert resident_bytes([RowLimitCorrected("demo", 64).of(model)]) == ROW, "4 rows fit"
+    heavy = SampleBytesCorrected("demo", ROW).of(model)
+    assert resident_bytes([RowLimitCorrected("demo", 64).of(heavy)]) == 3 * ROW, "2 rows fit"
+
+
 def test_rows_leave_room_for_what_images_hold() -> None:
-    needs = held_model(800).memory
+    needs = replace(held_model(0).memory, available_bytes=8 * ROW + 800)
     assert needs.rows_that_fit(64, 64) == 8, "each row holds 100 bytes too"
     assert needs.rows_that_fit(64, 64, held=0) == 8
     assert needs.rows_that_fit(64, 64, held=2000) == 6
@@ -157,9 +163,10 @@ def limit_images(loop: LoopUnderTest, images: int) -> int:
     residency = loop.loop._residency
     info = residency._models["tiny"]
     room = images * info.memory.bytes_per_sample
-    batch = info.memory.needed(info.defaults.width, info.defaults.height, info.limits.max_rows)
+    batch = info.memory.needed(info.defaults.width, info.defaults.height, rows=2)
     memory = replace(info.memory, available_bytes=batch + room)
-    residency._models["tiny"] = replace(info, memory=memory)
+    limits = replace(info.limits, max_rows=2)
+    residency._models["tiny"] = replace(info, memory=memory, limits=limits)
     return room
 
 

@@ -45,16 +45,17 @@ def test_the_handle_follows_the_row_limit_of_the_engine() -> None:
 
 
 def held_model(images: int) -> ModelInfo:
-    """A model with memory for a batch of 8 rows and for what ``images`` images hold."""
+    """A model with memory for a batch of 2 rows and for what ``images`` images hold."""
     model = fake_model()
     memory = replace(
         model.memory,
         bytes_per_row=1000,
         bytes_per_decode=1000,
         bytes_per_sample=1000,
-        available_bytes=8 * 1000 + images * 1000,
+        available_bytes=2 * 1000 + images * 1000,
     )
-    return replace(model, memory=memory, speed=SPEED)
+    limits = replace(model.limits, max_rows=2)
+    return replace(model, memory=memory, speed=SPEED, limits=limits)
 
 
 def active(id: str, images: int = 1) -> ActiveJob:
@@ -96,8 +97,8 @@ async def test_jobs_wait_for_the_memory_of_an_engine() -> None:
 
 async def test_images_that_never_fit_together_are_rejected() -> None:
     async with dispatching(FakeEngine([held_model(2)])) as (dispatcher, engine):
-        fits = dispatcher.submit(make_job("fits", image_count=9, guidance_scale=1.0))
-        with pytest.raises(TooLarge, match=r"a job of 10 images .* ask for fewer or smaller ones"):
-            dispatcher.submit(make_job("too many", image_count=10, guidance_scale=1.0))
+        fits = dispatcher.submit(make_job("fits", image_count=3, guidance_scale=1.0))
+        with pytest.raises(TooLarge, match=r"a job of 4 images .* ask for fewer or smaller ones"):
+            dispatcher.submit(make_job("too many", image_count=4, guidance_scale=1.0))
         engine.advance(40)
         await fits.result()

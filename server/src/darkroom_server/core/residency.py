@@ -15,12 +15,11 @@ def resident_bytes(models: Iterable[ModelInfo]) -> int:
     These are the bytes that were free after all models were loaded, less what the largest batch or
     decode of a default size takes. Images of other sizes get fewer rows in a batch.
     """
-    needs = [
-        (
-            model.memory.available_bytes,
-            model.memory.needed(model.defaults.width, model.defaults.height, model.limits.max_rows),
-        )
-        for model in models
-    ]
-    available = min((free for free, _ in needs), default=0)
-    return max(0, available - max((batch for _, batch in needs), default=0))
+    models = tuple(models)
+    available = min((model.memory.available_bytes for model in models), default=0)
+    return max(0, available - max(map(_largest_batch, models), default=0))
+
+
+def _largest_batch(model: ModelInfo) -> int:
+    width, height = model.defaults.width, model.defaults.height
+    return model.memory.needed(width, height, model.rows_of_a_pass(width, height))
