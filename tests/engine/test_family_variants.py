@@ -1,5 +1,6 @@
 """What a family reads from a folder of the model's variant, and whether it has all its parts."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,28 @@ def test_a_t5_that_the_index_names_must_be_there(tmp_path: Path) -> None:
     edit_index(folder, text_encoder_3=["transformers", "T5EncoderModel"])
     with pytest.raises(StartupError, match="no weights of its text_encoder_3"):
         family_in(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        # It takes noise in each step.
+        ("FlowMatchLCMScheduler", {}),
+        # It takes it if it is configured to.
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ],
+)
+def test_a_scheduler_whose_noise_no_seed_repeats_is_rejected(
+    tmp_path: Path, kind: str, config: dict[str, Any]
+) -> None:
+    folder = write_schnell(tmp_path)
+    edit_index(folder, scheduler=["diffusers", kind])
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": kind, "shift": 1.0, **config}))
+    with pytest.raises(StartupError, match=r"which (adds noise that )?no seed repeats") as caught:
+        LoopUnderTest(config_for(folder))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
 
 
 WRITERS = [

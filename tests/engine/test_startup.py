@@ -11,6 +11,7 @@ import torch
 
 from darkroom_server.core.engine_config import Attention, Dtype, ModelSource, Preset
 from darkroom_server.core.errors import StartupError
+from darkroom_server.core.events import RowLimitCorrected
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.core.model import RowLimitSource
 from darkroom_server.engine.batch import Group
@@ -72,7 +73,7 @@ def test_a_restart_with_previous_measurements(
         following = dataclasses.replace(config, device="auto").with_measurements((info,))
         assert following.device == "cpu", "not what auto would make of a lost GPU"
         # What real batches corrected meanwhile is not lost either.
-        following = following.with_row_limit("tiny", info.limits.max_rows)
+        following = following.with_correction(RowLimitCorrected("tiny", info.limits.max_rows))
         previous_measurements = following.previous_measurements
         monkeypatch.setattr(measurement, "_measure_now", _never)
     assert found[0] == found[1]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Predicate
 
-from darkroom_server.core.engine_config import Attention, Dtype, Preset
+from darkroom_server.core.engine_config import PROMPT_CACHE_BYTES, Attention, Dtype, Preset
 from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
 from darkroom_server.settings.network import Network, Security
@@ -162,6 +162,19 @@ class Engine:
             default="64",
         ),
     ] = None
+    prompt_cache_bytes: Annotated[
+        int,
+        Ge(0),
+        Setting(
+            "Memory for the embeddings of prompts, in bytes, for each model; 0 caches none.",
+            choose="Raise it if `darkroom_prompt_lookups_total` has many misses and your callers "
+            "repeat prompts: an encoder of billions of weights takes as long as many batches. "
+            "Embeddings are kept in host memory; those of Stable Diffusion 1.x and 2.x, at most "
+            "256 of them, on the device.",
+            metavar="N",
+            default="268435456, which is 256 MiB",
+        ),
+    ] = PROMPT_CACHE_BYTES
     measurement_cache: Annotated[
         bool,
         Setting(
@@ -257,7 +270,8 @@ class Dispatch:
         int,
         Ge(1),
         Setting(
-            "Images in an engine at once; the next job goes to the engine while it has fewer.",
+            "Images in an engine at once; the next job goes to the engine while it has fewer, and "
+            "while what they hold between batches fits its memory.",
             choose="Several times the rows of a batch keep the engine busy. More only costs "
             "memory.",
             metavar="N",

@@ -60,6 +60,18 @@ class BatchResult:
         return sum(sample.rows for sample in self.stepped)
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What new jobs of one model got: ``samples``, all noise, or the failure of each.
+
+    ``timer`` timed their prompts, of which ``prompts`` were not cached.
+    """
+
+    samples: list[Sequence[Sample] | Failure]
+    timer: Timer
+    prompts: int
+
+
 class Runner:
     """Owns the models; encodes prompts, runs batches, decodes. Has no queues.
 
@@ -88,14 +100,10 @@ class Runner:
         """The counters of each model's components, by model id."""
         return {id: (*model.counts, self._counts[id]) for id, model in self.models.items()}
 
-    def new_samples(
-        self, model_id: str, jobs: Sequence[Job]
-    ) -> tuple[list[Sequence[Sample] | Failure], Timer]:
-        """The samples of each job, all noise, and the timer of their prompts' encoding.
-
-        All ``jobs`` use one model, which may encode their prompts together.
-        """
+    def new_samples(self, model_id: str, jobs: Sequence[Job]) -> Started:
+        """Start the samples of ``jobs``, all of one model, which may encode prompts together."""
         model = self.models[model_id]
+        before = _prompts_encoded(model)
         with Timer(model.device) as timer:
             together = [jobs] if model.batches_prompts else [[job] for job in jobs]
             encoded = [
@@ -114,7 +122,7 @@ class Runner:
                 if is_fatal(error):
                     raise
                 started.append(self._scheduler_failed(job, error))
-        return started, timer
+        return Started(started, timer, _prompts_encoded(model) - before)
 
     def run(self, batch: Batch) -> BatchResult:
         """Run the denoiser once: each sample of ``batch`` takes one step."""
@@ -230,3 +238,8 @@ class Runner:
         """Count a call that ran out of memory; one that is not ``alone`` is split."""
         outcome = Counted.OUT_OF_MEMORY_FAILED if alone else Counted.OUT_OF_MEMORY_SPLIT
         self._counts[model_id][outcome] += 1
+
+
+def _prompts_encoded(model: Model) -> int:
+    """The prompts that ``model`` has encoded since its counters were last emitted."""
+    return sum(counts[Counted.PROMPTS_ENCODED] for counts in model.counts)

@@ -17,3 +17,8 @@ class Embedding:
     hidden: torch.Tensor
     truncated: bool
     pooled: torch.Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of its tensors."""
+        return self.hidden.nbytes + (self.pooled.nbytes if self.pooled is not None else 0)

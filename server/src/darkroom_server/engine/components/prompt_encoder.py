@@ -14,7 +14,8 @@ from darkroom_server.engine.components.weighted_prompts import WeightedPromptEnc
 from darkroom_server.engine.counters import Counts
 
 MAX_CACHED = 256
-"""Windows of tokens in the LRU cache of embeddings: 118 kB each for SD 1.x in half precision."""
+"""Windows of tokens in the LRU cache of embeddings, which is on the device: 118 kB each for SD 1.x
+in half precision."""
 
 MAX_BATCH = 16
 """Prompts in one call, which bounds the memory of a burst of requests."""
@@ -31,9 +32,9 @@ class PromptKey(NamedTuple):
 class PromptEncoder:
     """Encodes prompts with a pipeline's tokenizer and text encoder.
 
-    ``dtype`` is the denoiser's. A prompt of an exact job is encoded in a call of its own, because
-    a batch may change the last bits, and has a cache entry of its own. So is each weighted prompt,
-    which needs ``weighted``.
+    ``dtype`` is the denoiser's. The cache has at most ``max_cache_bytes`` bytes. A prompt of an
+    exact job is encoded in a call of its own, because a batch may change the last bits, and has a
+    cache entry of its own. So is each weighted prompt, which needs ``weighted``.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class PromptEncoder:
         text_encoder: Any,
         dtype: torch.dtype,
         precision: Callable[[], AbstractContextManager[Any]],
+        max_cache_bytes: int,
         weighted: WeightedPromptEncoder | None = None,
     ) -> None:
         self.counts = Counts()
@@ -50,12 +52,18 @@ class PromptEncoder:
         self._dtype = dtype
         self._precision = precision
         self._weighted = weighted
+        self._max_cache_bytes = max_cache_bytes
         self._cache: OrderedDict[PromptKey, Embedding] = OrderedDict()
 
     @property
     def tokens(self) -> int:
         """Tokens that the model reads of a prompt, the start and end marks included."""
         return int(self._tokenizer.model_max_length)
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of all embeddings in the cache."""
+        return sum(embedding.bytes for embedding in self._cache.values())
 
     def encode(self, wanted: Iterable[PromptKey]) -> dict[PromptKey, Embedding]:
         """The embedding of each wanted prompt; at most ``MAX_BATCH`` prompts a call.
@@ -77,9 +85,13 @@ class PromptEncoder:
             self.counts[Counted.PROMPTS_ENCODED] += len(batch)
             found.update(encoded)
             self._cache.update(encoded)  # Before the next batch, which may fail.
-            while sum(each.hidden.shape[1] for each in self._cache.values()) > self._most_cached:
+            while self._cached_windows > MAX_CACHED or self.cache_bytes > self._max_cache_bytes:
                 self._cache.popitem(last=False)
         return found
+
+    def encode_uncached(self, text: str) -> Embedding:
+        """The embedding of ``text``, from a call of its own; the cache stays as it is."""
+        return self._encode([text])[0]
 
     def padded(self, *embeddings: Embedding) -> tuple[Embedding, ...]:
         """The embeddings of the prompts of one image, all as long as the longest."""
@@ -89,8 +101,8 @@ class PromptEncoder:
         return tuple(self._weighted.padded(*embeddings))
 
     @property
-    def _most_cached(self) -> int:
-        return MAX_CACHED * self.tokens
+    def _cached_windows(self) -> float:
+        return sum(each.hidden.shape[1] for each in self._cache.values()) / self.tokens
 
     def _encode_batch(self, batch: list[PromptKey]) -> list[Embedding]:
         if batch[0].syntax is PromptSyntax.PLAIN:

@@ -62,6 +62,10 @@ class Model(Protocol):
     def counts(self) -> tuple[Counts, ...]:
         """The counters of the model's components; the loop emits and clears them."""
 
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """The bytes of the embeddings in the prompt cache."""
+
     def encode_prompts(self, jobs: Sequence[Job]) -> Sequence[Any]:
         """For each job what ``new_samples`` takes: its prompts, encoded."""
 
@@ -210,6 +214,10 @@ class Family(ABC):
     @abstractmethod
     def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Latents of one image of the default size, for measurements of its decode."""
+
+    def encode_prompt(self) -> bool:
+        """Encode a prompt past the cache, for measurements; False if the family cannot."""
+        return False
 
     def safety_checker(self, name: str) -> SafetyChecker:
         """The pipeline's own safety checker. Raises ``StartupError`` if it has none."""

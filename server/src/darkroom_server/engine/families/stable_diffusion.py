@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job, PromptSyntax
@@ -18,7 +19,10 @@ from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import PromptEncoder, PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler
-from darkroom_server.engine.components.weighted_prompts import WeightedPromptEncoder
+from darkroom_server.engine.components.weighted_prompts import (
+    WeightedPromptEncoder,
+    compel_is_installed,
+)
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
 from darkroom_server.engine.latent_sample import LatentSample
@@ -55,6 +59,19 @@ class StableDiffusion(Family):
         """Raise ``StartupError`` for a guidance-distilled UNet, which takes one more input."""
         if self.pipeline.unet.config.time_cond_proj_dim is not None:
             raise StartupError(f"model {name!r} is guidance-distilled: not supported")
+
+    def prepare(
+        self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
+    ) -> None:
+        """Make the prompt encoder."""
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        dtype = memory_format.dtype
+        weighted = None
+        if compel_is_installed():
+            weighted = WeightedPromptEncoder([tokenizer], [encoder], dtype, precision)
+        self._prompts = PromptEncoder(
+            tokenizer, encoder, dtype, precision, config.prompt_cache_bytes, weighted
+        )
 
     @property
     def optional_fields(self) -> frozenset[str]:
@@ -108,6 +125,11 @@ class StableDiffusion(Family):
         """Random latents of one image of the default size."""
         return self._random_latents(dtype, device, 1)
 
+    def encode_prompt(self) -> bool:
+        """Encode a prompt past the cache, for measurements."""
+        self._prompts.encode_uncached("a photograph of a tree")
+        return True
+
     def _random_latents(
         self, dtype: torch.dtype, device: torch.device, images: int
     ) -> torch.Tensor:
@@ -125,13 +147,9 @@ class StableDiffusion(Family):
     ) -> "StableDiffusionModel":
         """The model to serve; its pipeline is on ``device``, in ``memory_format``, and measured."""
         pipeline = self.pipeline
-        tokenizer, encoder, dtype = pipeline.tokenizer, pipeline.text_encoder, memory_format.dtype
-        weighted = None
-        if "prompt_syntax" in info.optional_fields:
-            weighted = WeightedPromptEncoder([tokenizer], [encoder], dtype, precision)
         return StableDiffusionModel(
             info=info,
-            prompts=PromptEncoder(tokenizer, encoder, dtype, precision, weighted),
+            prompts=self._prompts,
             unet=pipeline.unet,
             decoder=decoder,
             previewer=Previewer(pipeline.vae, precision, self.latent_factor),
@@ -166,6 +184,11 @@ class StableDiffusionModel:
     def counts(self) -> tuple[Counts, ...]:
         """The counters of the model's components."""
         return (self.prompts.counts, self.decoder.counts)
+
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """The bytes of the embeddings in the prompt cache."""
+        return self.prompts.cache_bytes
 
     batches_prompts = True
     encodes_slowly = False

@@ -1,7 +1,6 @@
 """Families whose samples are suspended runs of diffusers' own pipeline."""
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from darkroom_server.engine.components.scheduler_table import (
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler, name_of, offer
 from darkroom_server.engine.families.base import Family, Precision
 from darkroom_server.engine.families.half_dtypes import NOT_KNOWN_TO_HOLD
+from darkroom_server.engine.loading.vocabulary import has_vocabulary
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, signature_of
 from darkroom_server.engine.pipelines.calls import DenoiserCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
@@ -60,6 +60,7 @@ class SuspendedFamily(Family):
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         self._call_parameters = frozenset(inspect.signature(type(pipeline).__call__).parameters)
+        self._name = ""
         self._runs: Runs
         self._probe: dict[str, Any]
         self._probe_latents: torch.Tensor
@@ -72,7 +73,7 @@ class SuspendedFamily(Family):
         Raises ``StartupError``.
         """
         for tokenizer in sorted(folder.glob("tokenizer*")):
-            if tokenizer.is_dir() and not _has_vocabulary(tokenizer):
+            if tokenizer.is_dir() and not has_vocabulary(tokenizer):
                 raise StartupError(
                     f"model {name!r} has no vocabulary in its {tokenizer.name}; copy or download "
                     "it again"
@@ -80,6 +81,7 @@ class SuspendedFamily(Family):
 
     def check_pipeline(self, name: str) -> None:
         """Raise ``StartupError`` if the scheduler adds noise that no seed repeats."""
+        self._name = name
         if self.pipeline.scheduler.config.get("stochastic_sampling"):
             raise StartupError(
                 f"model {name!r}: its scheduler has stochastic_sampling, which adds noise that no "
@@ -192,6 +194,15 @@ class SuspendedFamily(Family):
     def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Latents of one image of the default size, as the VAE takes them."""
         return self._probe_latents
+
+    def encode_prompt(self) -> bool:
+        """Encode a prompt past the cache, for measurements."""
+        scale = self.model_defaults.guidance_scale
+        job = self._probe_job(SchedulerName.MODEL)
+        # Another prompt than the probe's, which is cached.
+        return self._runs.encode_once(
+            replace(job, prompt="a photograph of a house", guidance_scale=scale)
+        )
 
     def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
         """``stepped``, what the scheduler steps for an image of ``job``, as [1, channels, h, w].
@@ -317,13 +328,13 @@ class SuspendedFamily(Family):
         except (ValueError, TypeError) as error:
             # The pipeline asks for what this scheduler does not take, such as sigmas.
             return str(error)
-        before = _global_generator(self.denoiser.device)
+        before = _global_generators(self.denoiser.device)
         try:
             for _ in range(self.guidance.calls_per_step(job)):
                 sample.advance(output)
         finally:
             sample.close()
-        if not torch.equal(before, _global_generator(self.denoiser.device)):
+        if not torch.equal(before, _global_generators(self.denoiser.device)):
             return "it takes noise from the global generator, which no seed repeats"
         return ""
 
@@ -355,18 +366,26 @@ class SuspendedFamily(Family):
     def _run_probe(self) -> Any:
         """Keep an image's first denoiser call, and the latents of its decode.
 
-        Returns what the denoiser returned.
+        Returns what the denoiser returned. Raises ``StartupError`` if the model's own scheduler
+        takes noise that no seed repeats.
         """
         job = self._probe_job(SchedulerName.MODEL)
         steps = self.guidance.calls_per_step(job) * job.steps
         sample, _ = self._runs.start(job, 0, steps=steps)
         assert isinstance(sample.pending, DenoiserCall)
         self._probe = dict(sample.pending.arguments)
-        self._bytes_per_sample = sample.held_bytes()
         output = self._runs.call_denoiser(self.denoiser, self.spec.alone(self._probe))
+        before = _global_generators(self.denoiser.device)
         while not sample.done:
+            self._bytes_per_sample = max(self._bytes_per_sample, sample.held_bytes())
             # The same output for each step: what is decoded need not be a picture.
             sample.advance(output)
+        if not torch.equal(before, _global_generators(self.denoiser.device)):
+            sample.close()
+            raise StartupError(
+                f"model {self._name!r}: its {type(sample.scheduler).__name__} takes noise from the "
+                "global generator, which no seed repeats; give its folder another scheduler"
+            )
         self._probe_latents = sample.latents
         sample.close()
         return output
@@ -380,19 +399,9 @@ class TransformerFamily(SuspendedFamily):
     half = NOT_KNOWN_TO_HOLD
 
 
-def _global_generator(device: torch.device) -> torch.Tensor:
-    """The state of the generator on ``device`` that code without one of its own uses."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _has_vocabulary(tokenizer: Path) -> bool:
-    config = tokenizer / "tokenizer_config.json"
-    if config.is_file():
-        # Its tokens are the bytes.
-        kind = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
-        if kind == "ByT5Tokenizer":
-            return True
-    single = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt")
-    if any((tokenizer / name).is_file() for name in single):
-        return True
-    return all((tokenizer / name).is_file() for name in ("vocab.json", "merges.txt"))
+def _global_generators(device: torch.device) -> torch.Tensor:
+    """The state of the generators that code without its own uses: the CPU's and ``device``'s."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)

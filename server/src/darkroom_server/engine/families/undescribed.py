@@ -319,8 +319,8 @@ class Undescribed(SuspendedFamily):
                         with runs.precision():
                             pending = run.resume(pending.run())
                     case DenoiserCall() if decode is None:
-                        if first is None:
-                            first, held_bytes = pending, run.held_bytes()
+                        first = first or pending
+                        held_bytes = max(held_bytes, run.held_bytes())
                         calls += 1
                         pending = run.resume(runs.call_denoiser(pending.module, pending.arguments))
                     case DecodeCall() if first is not None:
@@ -349,7 +349,7 @@ class Undescribed(SuspendedFamily):
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What a run of a pipeline showed; ``held_bytes`` are those at its first denoiser ``call``."""
+    """What a run of a pipeline showed; ``held_bytes`` are the most at a denoiser call."""
 
     call: DenoiserCall
     calls: int

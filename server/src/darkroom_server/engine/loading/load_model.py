@@ -101,7 +101,7 @@ def _load(
         limits=replace(family.limits(measured.max_rows), row_limit_source=measured.source),
         schedulers=family.scheduler_offers,
         runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
-        memory=replace(measured.memory, bytes_per_sample=family.bytes_per_sample),
+        memory=measured.memory,
         speed=measured.speed,
         most_rows=measured.most_rows,
         guidance=family.guidance,

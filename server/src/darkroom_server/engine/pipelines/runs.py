@@ -74,6 +74,25 @@ class Runs:
             raise
         return sample, encoded
 
+    def encode_once(self, job: Job) -> bool:
+        """Encode a prompt of ``job`` and keep nothing of it; False if its prompt is cached.
+
+        Raises ``PromptFailed``, and what the pipeline raises.
+        """
+        run = self.host.run(
+            copy.deepcopy(self.schedulers[job.scheduler]),
+            {**self.arguments_of(job), "generator": torch.Generator("cpu").manual_seed(0)},
+            {name: copy.deepcopy(part) for name, part in self.own.items()},
+        )
+        try:
+            call = run.start()
+            if not isinstance(call, EncodeCall):
+                return False
+            self._encode(call)
+            return True
+        finally:
+            run.end()
+
     def call_denoiser(self, module: Any, arguments: Mapping[str, Any]) -> Any:
         """What ``module``, a denoiser, returns for ``arguments``, in this model's precision."""
         with self.precision():
