@@ -51,7 +51,12 @@ def vae(channels: int = 4, *, sample_size: int = 64, **config: Any) -> Any:
 
 
 def clip(
-    folder: Path, width: int = 32, *, projection: bool = False, positions: int | None = None
+    folder: Path,
+    width: int = 32,
+    *,
+    projection: bool = False,
+    positions: int | None = None,
+    layers: int = 3,
 ) -> tuple[Any, Any]:
     """A tokenizer, which is written to ``folder``, and a CLIP text encoder.
 
@@ -62,7 +67,7 @@ def clip(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=37,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=positions or tokenizer.model_max_length,
         projection_dim=32,

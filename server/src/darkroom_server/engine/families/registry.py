@@ -51,7 +51,7 @@ FAMILIES: dict[str, type[Family]] = {
 """By the class of the pipeline, as ``model_index.json`` names it."""
 
 SINGLE_FILE: type[Family] = StableDiffusion
-"""The family of a single file that comes without ``--model-config``: it names no class."""
+"""The family of a single file that comes without ``--model-config``, if no key names another."""
 
 
 def family_named(kind: str, index: Mapping[str, Any], name: str) -> type[Family]:

@@ -16,7 +16,8 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.components.classes import component_class
 from darkroom_server.engine.failures import is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Family
-from darkroom_server.engine.families.registry import SINGLE_FILE
+from darkroom_server.engine.families.registry import FAMILIES, SINGLE_FILE
+from darkroom_server.engine.loading.checkpoint import pipeline_class_of, read_shapes
 from darkroom_server.engine.loading.folder import (
     INDEX,
     absent_parts,
@@ -197,7 +198,12 @@ def _load_single_file(source: ModelSource, path: Path, dtype: torch.dtype) -> An
             f"model file {source.location!r} is not a .safetensors file: convert it to one, or "
             "give a pipeline's folder"
         )
-    config, family = None, SINGLE_FILE
+    try:
+        shapes = read_shapes(path)
+    except Exception as error:  # safetensors has errors of several types.
+        raise _failed(source, "the model", error, "check the file") from error
+    kind = pipeline_class_of(shapes, source.location)
+    config, family = None, FAMILIES[kind] if kind else SINGLE_FILE
     if source.config is not None:
         folder = Path(source.config).expanduser()
         if not folder.is_dir():
@@ -205,13 +211,26 @@ def _load_single_file(source: ModelSource, path: Path, dtype: torch.dtype) -> An
         family, _ = read_index(folder, source.config)
         family.check_folder(folder, source.config)
         config = str(folder)
+    if kind not in (None, family.pipeline_class):
+        raise StartupError(
+            f"model file {source.location!r} is of a {kind}, and --model-config {source.config} of "
+            f"a {family.pipeline_class}; give a folder of the file's architecture"
+        )
+    loader = _pipeline_class(family)
+    if not hasattr(loader, "from_single_file"):
+        raise StartupError(
+            f"model file {source.location!r}: diffusers reads no single file of a "
+            f"{family.pipeline_class}; give a pipeline's folder"
+        )
     try:
-        pipeline = _pipeline_class(family).from_single_file(
+        pipeline = loader.from_single_file(
             str(path),
             config=config,
             dtype=dtype,
             token=source.token,
             local_files_only=config is not None,
+            **family.pipeline_options,
+            **_left_out(family, safety_checker=False),
         )
     except Exception as error:
         advice = "check the file" if config else "give --model-config FOLDER, or check the file"
