@@ -155,6 +155,24 @@ def test_the_second_start_measures_nothing(
         started(dataclasses.replace(config, threads=2))
 
 
+@pytest.mark.parametrize(("seconds", "remembered"), [(3.008, False), (1.9, True)])
+def test_batches_of_seconds_are_not_remembered(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    remembered: bool,
+) -> None:
+    slow = dataclasses.replace(FOUND, max_rows=2, passes=((2, seconds),))
+    monkeypatch.setattr(measurement, "_measure_now", lambda *_: slow)
+    config = config_for(tiny_folder, rows=None, max_rows=8, measurement_cache=str(tmp_path))
+    first, _ = started(config)
+    assert first.limits.row_limit_source is RowLimitSource.MEASURED
+    second, _ = started(config)
+    expected = RowLimitSource.REMEMBERED if remembered else RowLimitSource.MEASURED
+    assert second.limits.row_limit_source is expected
+
+
 def test_fine_tunes_share_measurements(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

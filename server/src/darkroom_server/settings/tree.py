@@ -160,8 +160,8 @@ class Engine:
         bool,
         Setting(
             "Remember measurements on disk, so that the next start is faster.",
-            choose="They are in `$XDG_CACHE_HOME/darkroom/measurements` (`~/.cache` if the "
-            "variable is not set), and hold for models of equal configuration on equal hardware.",
+            choose="They are in `measurements` below `--state-dir`, and hold for models of equal "
+            "configuration on equal hardware.",
         ),
     ] = True
     safety_checker: Annotated[
@@ -260,11 +260,30 @@ class Dispatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """Where the server writes."""
+
+    state_dir: Annotated[
+        str | None,
+        Setting(
+            "The folder below which the server writes; it is created if it does not exist.",
+            choose="A mount that can be written, if the root file system is read-only. With it, "
+            "temporary files and compiled kernels are there too, unless `TMPDIR`, "
+            "`CUDA_CACHE_PATH` or `PYTORCH_KERNEL_CACHE_PATH` name other folders. Models from the "
+            "hub are in `HF_HOME`.",
+            metavar="FOLDER",
+            default="`$XDG_CACHE_HOME/darkroom`, or `~/.cache/darkroom` without the variable",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All settings. Each part of the server receives only its own section."""
 
     models: Models = field(default_factory=Models)
     engine: Engine = field(default_factory=Engine)
+    storage: Storage = field(default_factory=Storage)
     network: Network = field(default_factory=Network)
     security: Security = field(default_factory=Security)
     dispatch: Dispatch = field(default_factory=Dispatch)

@@ -17,7 +17,13 @@ from darkroom_server.engine.warmup.formats import MemoryFormat, cpu_name
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache, Measurements
 from darkroom_server.engine.warmup.placement import denoiser_timer, measure_decode, measure_memory
 from darkroom_server.engine.warmup.presets import Runtime
-from darkroom_server.engine.warmup.row_measurement import ROWS, best_rows, measure_rows, row_counts
+from darkroom_server.engine.warmup.row_measurement import (
+    MAX_BATCH_SECONDS,
+    ROWS,
+    best_rows,
+    measure_rows,
+    row_counts,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -73,7 +79,10 @@ def measure(
             _measure_now(family, decoder, memory_format, runtime, config, most),
             RowLimitSource.MEASURED,
         )
-        cache.save(found)
+        # A batch of seconds may be one of a busy machine, which each later start would believe. It
+        # is read twice only, so a slow model loses little.
+        if found.passes[0][1] <= MAX_BATCH_SECONDS:
+            cache.save(found)
     memory = MemoryNeeds(
         pixels=family.size**2,
         bytes_per_row=found.bytes_per_row,
