@@ -17,9 +17,14 @@ from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.loading.pipeline import load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
+from .families import CASES
 from .families.kolors import save_sentencepiece, write_kolors
 from .families.pixart import write_sigma
 from .folders import edit_index, edited
+from .model_table import cells, check_row, read_table
+
+STABLE_DIFFUSION = "Stable Diffusion 1.x, 2.x"
+"""The row of the family whose samples are not suspended pipelines."""
 
 
 @pytest.mark.parametrize("name", registry.FAMILIES)
@@ -100,3 +105,18 @@ def test_a_tokenizer_that_has_only_a_sentencepiece_model(tmp_path: Path) -> None
     ids = read("a red ring").input_ids
     assert ids[-1] == read.eos_token_id
     assert read.unk_token_id not in ids
+
+
+def test_every_family_has_a_row_in_the_table() -> None:
+    rows = read_table()
+    assert {row["pipeline class"] for row in rows.values()} == {f"`{n}`" for n in registry.FAMILIES}
+    assert {row["tasks"] for row in rows.values()} == {"text to image"}
+    # The other rows are compared with the code in test_family_parity.
+    assert rows.keys() - {case.name for case in CASES} == {STABLE_DIFFUSION}
+
+
+def test_the_row_of_stable_diffusion(shared_loop: LoopUnderTest, tiny_folder: Path) -> None:
+    found = cells(shared_loop.models["tiny"].info, None, registry.family_of(load(tiny_folder)).size)
+    check_row(STABLE_DIFFUSION, found)
+    with pytest.raises(AssertionError):
+        check_row(STABLE_DIFFUSION, {**found, "steps": "31"})
