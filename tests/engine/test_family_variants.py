@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 from darkroom_server.core.engine_config import Dtype, ModelSource
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.events import JobFinished
+from darkroom_server.core.events import BatchDone, JobFinished
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.engine.families.qwen_image import QwenImage
 from darkroom_server.engine.families.registry import family_of
@@ -21,6 +23,8 @@ from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 from .conftest import LoopUnderTest, config_for, make_job
 from .families.flux import write_dev, write_schnell
 from .families.flux_2 import write_distilled_klein, write_flux_2_dev, write_klein
+from .families.hidream import LLAMA_LAYERS, write_hidream
+from .families.kolors import write_kolors
 from .families.lumina_2 import write_lumina_2
 from .families.pixart import write_alpha, write_sigma
 from .families.qwen_image import write_qwen_image
@@ -52,6 +56,7 @@ def family_in(folder: Path) -> SuspendedFamily:
         (write_klein, Defaults(steps=50, guidance_scale=4.0), 512),
         (write_distilled_klein, Defaults(steps=4, guidance_scale=1.0), 512),
         (write_lumina_2, Defaults(steps=30, guidance_scale=4.0), 127),
+        (write_hidream, Defaults(steps=50, guidance_scale=5.0), 128),
     ],
 )
 def test_defaults_are_the_variant_s(
@@ -125,6 +130,8 @@ WRITERS = [
     write_flux_2_dev,
     write_klein,
     write_lumina_2,
+    write_kolors,
+    write_hidream,
 ]
 
 
@@ -201,3 +208,85 @@ def _read(family: SuspendedFamily, prompt: str, length: int) -> int:
     if isinstance(family, QwenImage):  # It cuts what the encoder returns.
         return int(encoded[0].shape[1])
     return int(masks[0].sum())
+
+
+def test_hidream_takes_the_sizes_that_its_pipeline_does_not_rescale(tmp_path: Path) -> None:
+    folder = write_hidream(tmp_path)
+    limits = family_in(folder).limits(2)
+    assert (128, 128) in limits.sizes
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def size_of(width: int, height: int) -> tuple[int, int]:
+        image = pipeline(
+            "a red ring",
+            width=width,
+            height=height,
+            num_inference_steps=1,
+            guidance_scale=0.0,
+            max_sequence_length=16,
+        ).images[0]
+        return (image.width, image.height)
+
+    for size in limits.sizes:
+        assert size_of(*size) == size
+    assert len(limits.sizes) > 2
+    others = [(64, 64), (256, 256), (128, 32)]
+    assert not set(others) & set(limits.sizes)
+    for size in others:
+        assert size_of(*size) != size
+
+
+def test_hidream_s_images_need_not_be_square(tmp_path: Path) -> None:
+    """Its denoiser then pads the latents, and masks them."""
+    folder = write_hidream(tmp_path)
+    wide, high, *_ = [size for size in family_in(folder).limits(2).sizes if size[0] != size[1]]
+    loop = LoopUnderTest(config_for(folder))
+    try:
+        jobs = [
+            make_job(f"{name}-{i}", seed=i, width=width, height=height, exact=name == "exact")
+            for name in ("exact", "shared")
+            for i, (width, height) in enumerate((wide, wide, high))
+        ]
+        jobs = [replace(job, scheduler=SchedulerName.MODEL) for job in jobs]
+        assert all(isinstance(end, JobFinished) for end in loop.run(*jobs).values())
+        for i in range(3):
+            alone, shared = (loop.latents[f"{name}-{i}", 0] for name in ("exact", "shared"))
+            assert float((alone - shared).abs().max() / alone.abs().max()) <= 1e-5
+        assert max(e.samples for e in loop.events if isinstance(e, BatchDone)) == 2
+        first, second = (loop.latents[f"shared-{i}", 0] for i in range(2))
+        assert float((first - second).abs().max() / first.abs().max()) > 1e-3
+    finally:
+        loop.close()
+
+
+def test_a_size_that_hidream_s_pipeline_rescales_cannot_be_the_default(tmp_path: Path) -> None:
+    folder = write_hidream(tmp_path)
+    (folder / "darkroom.json").write_text(json.dumps({"size": 64}), "utf-8")
+    with pytest.raises(StartupError, match="makes certain sizes only; leave it out"):
+        LoopUnderTest(config_for(folder))
+
+
+def test_hidream_s_suspended_images_hold_all_layers_of_its_llama(tmp_path: Path) -> None:
+    loop = LoopUnderTest(config_for(write_hidream(tmp_path)))
+    try:
+        latents = 4 * 128 * 128 * 4  # Channels, height, width, bytes.
+        states = LLAMA_LAYERS * 128 * 16 * 4  # Layers, tokens, channels, bytes.
+        held = loop.models["tiny"].info.memory.bytes_per_sample - latents
+        assert states < held < 2 * states
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("write", [write_sd3, write_hidream])
+def test_a_model_s_own_scheduler_must_repeat_its_images(
+    tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    """As that of HiDream's distilled models, which the pipeline gives no generator."""
+    folder = write(tmp_path)
+    edit_index(folder, scheduler=["diffusers", "FlowMatchLCMScheduler"])
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**config, "_class_name": "FlowMatchLCMScheduler"}), "utf-8")
+    with pytest.raises(StartupError, match=r"FlowMatchLCMScheduler of this .* global generator"):
+        LoopUnderTest(config_for(folder))

@@ -48,7 +48,7 @@ class ModelLimits:
     reported as ``Image.prompt_truncated``. ``max_rows``: rows of one denoiser pass at the
     default size, now; a guided image takes ``Guidance.rows``. ``row_limit_source``: how it was
     found. ``max_sequence_length``: the highest that a request may set, 0 if the model does not take
-    it.
+    it. ``sizes``: the only pairs of width and height that the model makes; any, if empty.
     """
 
     min_size: int
@@ -61,6 +61,7 @@ class ModelLimits:
     max_rows: int
     row_limit_source: RowLimitSource = RowLimitSource.UNKNOWN
     max_sequence_length: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,6 +104,7 @@ class ModelLimits:
 
     ``max_rows`` is the row limit of a batch now; ``row_limit_source`` says where it comes from.
     ``max_sequence_length`` bounds the request's field, 0 if the model does not take it.
+    ``sizes`` are the only pairs of width and height that the model makes; any, if empty.
     """
 
     min_size: int
@@ -116,6 +117,7 @@ class ModelLimits:
     max_image_count: int = 16
     max_prompt_bytes: int = 8192
     max_sequence_length: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,6 +93,7 @@ def job_of(
         max_sequence_length=fields.max_sequence_length(),
         prompt_syntax=fields.prompt_syntax(),
     )
+    fields.check_size(job.width, job.height)
     if fields.violations:
         raise InvalidRequest(fields.violations)
     return job
@@ -201,6 +202,20 @@ class _Fields:
         if size % limits.size_multiple:
             self.wrong(name, f"must be a multiple of {limits.size_multiple}, not {size}")
         return size
+
+    def check_size(self, width: int, height: int) -> None:
+        """Check a width and a height together, if the model makes certain sizes only."""
+        sizes = self.model.limits.sizes
+        if not sizes or (width, height) in sizes:
+            return
+        if any(violation.field in ("width", "height") for violation in self.violations):
+            return
+        nearest = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
+        self.wrong(
+            "width",
+            f"model {self.model.id!r} makes certain sizes only, not {width}×{height}; the one of "
+            f"the nearest shape is {nearest[0]}×{nearest[1]}",
+        )
 
     def scheduler(self) -> SchedulerName | None:
         """The scheduler, None if the model does not offer the request's."""

@@ -139,10 +139,16 @@ def _load(
 def _set_size(source: ModelSource, family: Family, size: int | None) -> None:
     if size is None:
         return
-    multiple = family.limits(0).size_multiple
-    if size % multiple:
+    limits = family.limits(0)
+    if size % limits.size_multiple:
         raise StartupError(
-            f"model {source.location!r}: size in its {FILE} must be a multiple of {multiple}"
+            f"model {source.location!r}: size in its {FILE} must be a multiple of "
+            f"{limits.size_multiple}"
+        )
+    if limits.sizes and (size, size) not in limits.sizes:
+        raise StartupError(
+            f"model {source.location!r}: size in its {FILE} is {size}, and a "
+            f"{family.pipeline_class} makes certain sizes only; leave it out"
         )
     family.chosen_size = size
 

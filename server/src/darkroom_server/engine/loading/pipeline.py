@@ -18,7 +18,8 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.components.classes import component_class
 from darkroom_server.engine.failures import is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Family
-from darkroom_server.engine.families.registry import SINGLE_FILE
+from darkroom_server.engine.families.registry import FAMILIES, SINGLE_FILE
+from darkroom_server.engine.loading.checkpoint import pipeline_class_of, read_shapes
 from darkroom_server.engine.loading.folder import (
     INDEX,
     absent_parts,
@@ -228,31 +229,48 @@ def _find_single_file(source: ModelSource, path: Path) -> ModelFiles:
             f"model file {source.location!r} is not a .safetensors file: convert it to one, or "
             "give a pipeline's folder"
         )
-    family = SINGLE_FILE
+    try:
+        shapes = read_shapes(path)
+    except Exception as error:  # safetensors has errors of several types.
+        raise failed(source, "the model", error, "check the file") from error
+    kind = pipeline_class_of(shapes, source.location)
+    family = FAMILIES[kind] if kind else SINGLE_FILE
     if source.config is not None:
         folder = Path(source.config).expanduser()
         if not folder.is_dir():
             raise StartupError(f"--model-config {source.config}: no such folder")
         family, _ = read_index(folder, source.config)
         family.check_folder(folder, source.config)
+    if kind not in (None, family.pipeline_class):
+        raise StartupError(
+            f"model file {source.location!r} is of a {kind}, and --model-config {source.config} of "
+            f"a {family.pipeline_class}; give a folder of the file's architecture"
+        )
+    if not hasattr(_pipeline_class(family), "from_single_file"):
+        raise StartupError(
+            f"model file {source.location!r}: diffusers reads no single file of a "
+            f"{family.pipeline_class}; give a pipeline's folder"
+        )
     return ModelFiles(source=source, path=path, family=family)
 
 
 def _load_single_file(files: ModelFiles, dtype: torch.dtype) -> Any:
-    source = files.source
+    source, family = files.source, files.family
     config = str(Path(source.config).expanduser()) if source.config is not None else None
     try:
-        pipeline = _pipeline_class(files.family).from_single_file(
+        pipeline = _pipeline_class(family).from_single_file(
             str(files.path),
             config=config,
             dtype=dtype,
             token=source.token,
             local_files_only=config is not None,
+            **family.pipeline_options,
+            **_left_out(family, safety_checker=False),
         )
     except Exception as error:
         advice = "check the file" if config else "give --model-config FOLDER, or check the file"
         raise failed(source, "the model", error, advice) from error
-    for part in files.family.components:
+    for part in family.components:
         if getattr(pipeline, part) is None:
             raise StartupError(
                 f"model {source.location!r} has no {part}; check the file, and that --model-config "
