@@ -29,7 +29,7 @@ from darkroom_server.engine.pipelines.calls import DenoiserCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
 from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
 from darkroom_server.engine.pipelines.model import SuspendedModel
-from darkroom_server.engine.pipelines.runs import Runs
+from darkroom_server.engine.pipelines.runs import Runs, global_generators
 from darkroom_server.engine.warmup.formats import MemoryFormat
 
 log = structlog.get_logger(__name__)
@@ -321,28 +321,11 @@ class SuspendedFamily(Family):
             if name is SchedulerName.MODEL:
                 continue
             self._runs.schedulers[name] = hosted_scheduler(make_scheduler(name, config))
-            reason = self._why_unusable(name, output)
+            job = self._probe_job(name)
+            reason = self._runs.why_unusable(job, output, self.guidance.calls_per_step(job))
             if reason:
                 log.debug("scheduler is not offered", scheduler=name, why=reason)
                 del self._runs.schedulers[name]
-
-    def _why_unusable(self, name: SchedulerName, output: Any) -> str:
-        """Why the pipeline cannot run with the scheduler ``name``, empty if it can."""
-        job = self._probe_job(name)
-        try:
-            sample, _ = self._runs.start(job, 0, steps=job.steps)
-        except (ValueError, TypeError) as error:
-            # The pipeline asks for what this scheduler does not take, such as sigmas.
-            return str(error)
-        before = _global_generators(self.denoiser.device)
-        try:
-            for _ in range(self.guidance.calls_per_step(job)):
-                sample.advance(output)
-        finally:
-            sample.close()
-        if not torch.equal(before, _global_generators(self.denoiser.device)):
-            return "it takes noise from the global generator, which no seed repeats"
-        return ""
 
     def _probe_job(self, scheduler: SchedulerName) -> Job:
         """An image of the default size without guidance, so of one row."""
@@ -381,12 +364,12 @@ class SuspendedFamily(Family):
         assert isinstance(sample.pending, DenoiserCall)
         self._probe = dict(sample.pending.arguments)
         output = self._runs.call_denoiser(self.denoiser, self.spec.alone(self._probe))
-        before = _global_generators(self.denoiser.device)
+        before = global_generators(self.denoiser.device)
         while not sample.done:
             self._bytes_per_sample = max(self._bytes_per_sample, sample.held_bytes())
             # The same output for each step: what is decoded need not be a picture.
             sample.advance(output)
-        if not torch.equal(before, _global_generators(self.denoiser.device)):
+        if not torch.equal(before, global_generators(self.denoiser.device)):
             sample.close()
             raise StartupError(
                 f"model {self._name!r}: its {type(sample.scheduler).__name__} takes noise from the "
@@ -403,11 +386,3 @@ class TransformerFamily(SuspendedFamily):
     denoiser_name = "transformer"
     convolutional = False
     half = NOT_KNOWN_TO_HOLD
-
-
-def _global_generators(device: torch.device) -> torch.Tensor:
-    """The state of the generators that code without its own uses: the CPU's and ``device``'s."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)

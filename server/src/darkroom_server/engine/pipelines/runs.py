@@ -93,6 +93,26 @@ class Runs:
         finally:
             run.end()
 
+    def why_unusable(self, job: Job, output: Any, calls: int) -> str:
+        """Why the pipeline cannot run with the scheduler of ``job``, empty if it can.
+
+        ``output`` is the denoiser's for each of the ``calls`` calls of the first step.
+        """
+        try:
+            sample, _ = self.start(job, 0, steps=job.steps)
+        except (ValueError, TypeError) as error:
+            # The pipeline asks for what this scheduler does not take, such as sigmas.
+            return str(error)
+        before = global_generators(self.host.device)
+        try:
+            for _ in range(calls):
+                sample.advance(output)
+        finally:
+            sample.close()
+        if not torch.equal(before, global_generators(self.host.device)):
+            return "it takes noise from the global generator, which no seed repeats"
+        return ""
+
     def call_denoiser(self, module: Any, arguments: Mapping[str, Any]) -> Any:
         """What ``module``, a denoiser, returns for ``arguments``, in this model's precision."""
         with self.precision():
@@ -104,3 +124,11 @@ class Runs:
                 return call.run()
         except Exception as error:
             raise PromptFailed(error) from error
+
+
+def global_generators(device: torch.device) -> torch.Tensor:
+    """The state of the generators that code without its own uses: the CPU's and ``device``'s."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
