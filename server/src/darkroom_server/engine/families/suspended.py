@@ -306,16 +306,10 @@ class SuspendedFamily(Family):
     def _offer_schedulers(self, config: dict[str, Any], output: Any) -> None:
         """Offer the schedulers with which the pipeline runs, and whose images a seed repeats.
 
-        ``output`` is the denoiser's for the first step of an image. Raises ``StartupError`` if the
-        model's own is none of them.
+        ``output`` is the denoiser's for the first step of an image.
         """
         flow = config.get("prediction_type", "flow_prediction") == "flow_prediction"
         names = FLOW_MATCH_SCHEDULERS if flow else DIFFUSION_SCHEDULERS
-        if reason := self._why_unusable(SchedulerName.MODEL, output):
-            raise StartupError(
-                f"the {type(self.pipeline.scheduler).__name__} of this {self.pipeline_class} "
-                f"cannot be served: {reason}; name another in its scheduler_config.json"
-            )
         # The model's own has a name too, and may be meant for other kinds of models as well.
         for name in dict.fromkeys((name_of(self.pipeline.scheduler), *names)):
             if name is SchedulerName.MODEL:
