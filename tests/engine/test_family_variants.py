@@ -191,6 +191,15 @@ def test_a_prompt_whose_end_no_encoder_reads_is_truncated(
     assert family.is_truncated(make_job("f", prompt=far, **fields))
 
 
+def test_hidream_reads_no_prompt_beyond_its_limit(tmp_path: Path) -> None:
+    family = family_in(write_hidream(tmp_path))
+    fields: dict[str, Any] = {"prompt": "a star", "max_sequence_length": 32}
+    long = "star " * 33
+    assert not family.is_truncated(make_job("a", **fields))
+    for name in ("prompt", "prompt_2", "prompt_3", "negative_prompt_2"):
+        assert family.is_truncated(make_job("b", **{**fields, name: long}))
+
+
 def _read(family: SuspendedFamily, prompt: str, length: int) -> int:
     """Tokens of ``prompt`` that the pipeline's text encoder reads and does not mask."""
     encoder, masks = family.pipeline.text_encoder, []

@@ -7,6 +7,7 @@ what the pipeline makes of it.
 import math
 from dataclasses import replace
 
+from darkroom_server.core.job import PROMPT_FIELDS, Job
 from darkroom_server.core.model import ModelLimits
 from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
@@ -67,6 +68,10 @@ class HiDream(TransformerFamily):
     def prompt_tokens(self) -> int:
         """Tokens that each text encoder reads of a prompt by default, the end mark included."""
         return PROMPT_TOKENS
+
+    def texts_read(self, job: Job) -> tuple[str, ...]:
+        """All prompts: each text encoder has the same limit."""
+        return tuple(getattr(job, name) for name in PROMPT_FIELDS)
 
     def prompt_length(self, prompt: str) -> int:
         """The most tokens of ``prompt``, of all text encoders."""

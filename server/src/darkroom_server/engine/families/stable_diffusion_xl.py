@@ -13,6 +13,7 @@ from darkroom_server.engine.components.weighted_prompts import (
     compel_is_installed,
 )
 from darkroom_server.engine.families.base import Precision
+from darkroom_server.engine.families.several_prompts import is_cut
 from darkroom_server.engine.families.suspended import SuspendedFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -84,7 +85,8 @@ class StableDiffusionXL(SuspendedFamily):
 
     def is_truncated(self, job: Job) -> bool:
         """Whether no text encoder reads a prompt of ``job`` to its end; weighted ones are split."""
-        return job.prompt_syntax is PromptSyntax.PLAIN and super().is_truncated(job)
+        windows = dict.fromkeys(("tokenizer", "tokenizer_2"), self.prompt_tokens)
+        return job.prompt_syntax is PromptSyntax.PLAIN and is_cut(job, self.pipeline, windows)
 
     def weighted_encoding(
         self, memory_format: MemoryFormat, precision: Precision

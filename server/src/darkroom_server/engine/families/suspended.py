@@ -239,29 +239,13 @@ class SuspendedFamily(Family):
         }
 
     def is_truncated(self, job: Job) -> bool:
-        """Whether no text encoder reads a prompt of ``job`` to its end."""
+        """Whether the model does not read a prompt of ``job`` to its end."""
         limit = job.max_sequence_length or self.prompt_tokens
-        whole = {text: self.prompt_length(text) <= limit for text in self.texts_read(job) if text}
-        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-            tokenizer = getattr(self.pipeline, name, None)
-            if tokenizer is None or name == self.prompt_tokenizer:
-                continue
-            for text in filter(None, self._texts_for(name, job)):
-                length = len(tokenizer(text, verbose=False).input_ids)
-                whole[text] = whole.get(text, False) or length <= tokenizer.model_max_length
-        return not all(whole.values())
+        return any(self.prompt_length(text) > limit for text in self.texts_read(job) if text)
 
     def texts_read(self, job: Job) -> tuple[str, ...]:
         """The texts of ``job`` that ``prompt_tokens`` limits, as the model reads them."""
-        return self._texts_for(self.prompt_tokenizer, job)
-
-    def _texts_for(self, tokenizer: str, job: Job) -> tuple[str, ...]:
-        """The texts of ``job`` for a text encoder; none if no argument is for it."""
-        prompt = tokenizer.replace("tokenizer", "prompt")
-        if prompt not in self._call_parameters:
-            return ()
-        negative = getattr(job, f"negative_{prompt}") or job.negative_prompt
-        return (getattr(job, prompt) or job.prompt, negative)
+        return (job.prompt, job.negative_prompt)
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of ``prompt``, counted as the pipeline does for its ``max_sequence_length``."""
