@@ -16,9 +16,8 @@ from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.caller import ANONYMOUS
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.engine_config import Preset
-from darkroom_server.dispatch import Dispatcher, LoadTimes, ResultStore, State
+from darkroom_server.dispatch import Dispatcher, LoadTimes, PeerAddresses, ResultStore, State
 from darkroom_server.logs import LogWriter
-from darkroom_server.rpc.interceptors.call_context import PeerAddresses
 from darkroom_server.rpc.server import RpcServer
 from darkroom_server.security.bind_policy import check_bind_policy
 from darkroom_server.security.tls import server_credentials

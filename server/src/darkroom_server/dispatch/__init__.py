@@ -3,6 +3,7 @@
 from darkroom_server.dispatch.admission.availability import Availability, State
 from darkroom_server.dispatch.admission.quotas import (
     ConcurrentCallLimiter,
+    PeerAddresses,
     counted_as,
     quota_subject,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "ModelStatus",
     "Observer",
     "Page",
+    "PeerAddresses",
     "Queued",
     "ReadyChanged",
     "Restarted",
