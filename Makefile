@@ -254,7 +254,7 @@ clean: ## delete what was built, the environments too
 	@echo "installing into .venv"
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -r requirements-dev.txt
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation \
-	    -e protos -e 'client[cli,pil,numpy]' -e 'server[otel,prompt-weights]'
+	    -e protos -e 'client[cli,pil,numpy]' -e 'server[http,otel,prompt-weights]'
 	@touch $@
 
 # numpy's lowest version has no wheel for a Python newer than 3.12.
@@ -263,7 +263,7 @@ clean: ## delete what was built, the environments too
 	@$(BIN)/python -m tools.lowest_versions >.venv-lowest/constraints.txt
 	@echo "installing into .venv-lowest"
 	@.venv-lowest/bin/python $(PIP_INSTALL) -c .venv-lowest/constraints.txt $(LOWEST_TOOLS) \
-	    -e protos -e 'client[cli,pil,numpy]' -e 'server[otel,prompt-weights]'
+	    -e protos -e 'client[cli,pil,numpy]' -e 'server[http,otel,prompt-weights]'
 	@touch $@
 
 .venv-lock/.installed:
