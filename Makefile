@@ -60,7 +60,7 @@ test: setup ## run the tests: no network, no GPU; options in PYTEST_FLAGS
 	@! command -v npm >/dev/null || $(MAKE) --no-print-directory $(NODE_MODULES)
 	@$(BIN)/pytest $(PYTEST_FLAGS)
 
-test-tools: ## install promtool, Prometheus and Node for the tests, by apt; needs root
+test-tools: ## install promtool, Prometheus, Node and Chromium for the tests, by apt; needs root
 	@tools/test_tools.sh yes
 
 .PHONY: test-gpu

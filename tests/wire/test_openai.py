@@ -19,7 +19,7 @@ from tests.wire.conftest import READY_SECONDS
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = "a large yellow star on a blue background"
 REQUEST: dict[str, Any] = {"model": "demo", "prompt": PROMPT}
-OURS = {"seed": 3, "steps": 6}
+OURS: dict[str, Any] = {"seed": 3, "steps": 6}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.images.generate(**REQUEST, size="13x13", extra_body={"style": "vivid"})  # type: ignore[call-overload]
+        client.images.generate(**REQUEST, size="13x13", extra_body={"style": "vivid"})
     assert caught.value.param == "style"
     violations: Any = caught.value.body
     assert {each["field"] for each in violations["violations"]} == {"style", "size"}
