@@ -43,7 +43,10 @@ class TinyModel:
 
 
 def sdxl(channels: tuple[int, int, int], heads: tuple[int, int, int], latents: int) -> TinyModel:
-    """A Stable Diffusion XL: ``channels`` and attention ``heads`` of its UNet's three levels."""
+    """A Stable Diffusion XL: ``channels`` and attention ``heads`` of its UNet's three levels.
+
+    It has as many layers as the real one, except in the deepest transformers: 4, not 10.
+    """
 
     def write(folder: Path) -> None:
         tokenizer = write_tokenizer(folder / "tokenizer")
@@ -51,10 +54,10 @@ def sdxl(channels: tuple[int, int, int], heads: tuple[int, int, int], latents: i
             sample_size=latents,
             block_out_channels=channels,
             norm_num_groups=16,
-            layers_per_block=1,
+            layers_per_block=2,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 1, 2),
+            transformer_layers_per_block=(1, 2, 4),
             attention_head_dim=heads,
             use_linear_projection=True,
             cross_attention_dim=2 * TEXT_WIDTH,
@@ -78,8 +81,8 @@ def sdxl(channels: tuple[int, int, int], heads: tuple[int, int, int], latents: i
     return TinyModel(name="SDXL", latents=latents, rows_per_image=2, options={}, write=write)
 
 
-def flux(heads: int, layers: int, single_layers: int, latents: int) -> TinyModel:
-    """A FLUX.1 dev: a transformer of ``heads`` × 64 channels with blocks of both kinds."""
+def flux(heads: int, latents: int) -> TinyModel:
+    """A FLUX.1 dev: a transformer of ``heads`` × 64 channels, with half the real blocks."""
     size = latents * 8
 
     def write(folder: Path) -> None:
@@ -88,8 +91,8 @@ def flux(heads: int, layers: int, single_layers: int, latents: int) -> TinyModel
         transformer = diffusers.FluxTransformer2DModel(
             patch_size=1,
             in_channels=64,
-            num_layers=layers,
-            num_single_layers=single_layers,
+            num_layers=9,
+            num_single_layers=18,
             attention_head_dim=64,
             num_attention_heads=heads,
             joint_attention_dim=TEXT_WIDTH,
@@ -127,12 +130,12 @@ def flux(heads: int, layers: int, single_layers: int, latents: int) -> TinyModel
 
 
 MODELS = (
+    sdxl((32, 64, 112), (1, 2, 7), latents=16),
     sdxl((64, 128, 160), (2, 4, 5), latents=16),
-    sdxl((96, 192, 256), (3, 6, 8), latents=16),
-    sdxl((96, 192, 256), (3, 6, 8), latents=24),
-    flux(4, 2, 5, latents=16),
-    flux(6, 3, 5, latents=16),
-    flux(6, 3, 5, latents=24),
+    sdxl((64, 128, 160), (2, 4, 5), latents=24),
+    flux(heads=2, latents=16),
+    flux(heads=3, latents=16),
+    flux(heads=3, latents=24),
 )
 """Three of each; the first of each is the one that has goals: 10 million weights."""
 
