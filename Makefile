@@ -12,7 +12,8 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
-LOWEST_TESTS ?= tests/client tests/server tests/engine tests/wire
+# Without the types: the type checkers and the stubs are of one version only.
+LOWEST_TESTS ?= tests/client tests/server tests/engine tests/wire --ignore tests/client/test_types.py
 # Whether `make test` runs `make test-tools` first: yes, no, or auto (if CI=true, or as root in a
 # container).
 INSTALL_TEST_TOOLS ?= auto
@@ -27,7 +28,7 @@ IMAGE ?= darkroom-server:latest
 IMAGE_FLAGS ?=
 
 PACKAGES := protos client server
-LOWEST_TOOLS := hypothesis packaging pytest pytest-asyncio pytest-timeout PyYAML trustme
+LOWEST_TOOLS := buf-bin hypothesis packaging pytest pytest-asyncio pytest-timeout PyYAML trustme
 # The servers that Darkroom is measured beside; each has an environment in bench/work.
 PEERS := grpc litserve ray triton
 TYPED := $(wildcard client/src server/src tests examples training bench tools)
@@ -72,7 +73,9 @@ test-packaging: setup ## build the wheels, install them into empty environments,
 
 .PHONY: test-lowest
 test-lowest: .venv-lowest/.installed ## run LOWEST_TESTS with the lowest version of each dependency, but torch's
-	@HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -m "not gpu" $(LOWEST_TESTS) $(PYTEST_FLAGS)
+	@# Old versions of libraries call what other libraries have deprecated since.
+	@HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -m "not gpu" -W ignore::DeprecationWarning \
+	    $(LOWEST_TESTS) $(PYTEST_FLAGS)
 
 .PHONY: test-compat
 test-compat: setup ## run clients and servers of 0.1.0 and of this checkout against each other
@@ -219,9 +222,26 @@ constraints: setup ## write constraints.txt again from what .venv holds, after a
 	comment=$$(sed -n '/^#/p' constraints.txt); \
 	printf '%s\n' "$$comment" "$$pins" >constraints.txt
 
+PIP_COMPILE = .venv-lock/bin/pip-compile --generate-hashes --strip-extras --no-header \
+    --no-annotate --no-emit-options --unsafe-package torch --constraint constraints.txt
+
+# pip-compile ends its output with an empty line and a warning about torch.
+.PHONY: lock
+lock: setup .venv-lock/.installed ## write the container's packages again, with hashes, from constraints.txt
+	@$(BIN)/python -m tools.declared_requirements >.venv-lock/server.in
+	@echo hatchling >.venv-lock/build.in
+	@for name in server build; do \
+	    lock=deploy/requirements/$$name.txt; resolved=.venv-lock/$$name.txt; \
+	    log=$$($(PIP_COMPILE) --output-file "$$resolved" ".venv-lock/$$name.in" 2>&1) \
+	        || { echo "$$log"; exit 1; }; \
+	    comment=$$(sed -n '/^#/p' "$$lock"); \
+	    { printf '%s\n' "$$comment"; sed '/^$$/,$$d' "$$resolved"; } >"$$resolved.new"; \
+	    mv "$$resolved.new" "$$lock"; \
+	done
+
 .PHONY: clean
 clean: ## delete what was built, the environments too
-	@rm -rf .venv .venv-protos .venv-lowest bench/work build dist demo-output observe-output examples/node/node_modules
+	@rm -rf .venv .venv-protos .venv-lock .venv-lowest bench/work build dist demo-output observe-output examples/node/node_modules
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
@@ -244,6 +264,11 @@ clean: ## delete what was built, the environments too
 	@echo "installing into .venv-lowest"
 	@.venv-lowest/bin/python $(PIP_INSTALL) -c .venv-lowest/constraints.txt $(LOWEST_TOOLS) \
 	    -e protos -e 'client[cli,pil,numpy]' -e 'server[otel,prompt-weights]'
+	@touch $@
+
+.venv-lock/.installed:
+	@[ -x .venv-lock/bin/python ] || $(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python $(PIP_INSTALL) pip-tools==7.6.2
 	@touch $@
 
 $(GENERATOR)/.installed: protos/requirements-generate.txt

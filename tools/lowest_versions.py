@@ -3,13 +3,10 @@
 torch is the exception: its version is that of ``constraints.txt``, the one that the tests run with.
 """
 
-import tomllib
-from pathlib import Path
-
-from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).parents[1]
+from tools.declared_requirements import ROOT, declared_requirements
+
 PACKAGES = ("protos", "client", "server")
 PINNED = "torch"
 
@@ -20,24 +17,13 @@ def lowest_versions() -> dict[str, str]:
     Raises ``ValueError`` for a dependency without a lower bound.
     """
     lowest: dict[str, Version] = {}
-    for requirement in _requirements():
+    for requirement in declared_requirements(PACKAGES):
         bounds = [each.version for each in requirement.specifier if each.operator == ">="]
         if not bounds:
             raise ValueError(f"{requirement} has no lower bound")
         bound = Version(bounds[0])
         lowest[requirement.name] = max(bound, lowest.get(requirement.name, bound))
     return {**{name: str(version) for name, version in lowest.items()}, PINNED: _pinned()}
-
-
-def _requirements() -> list[Requirement]:
-    texts: list[str] = []
-    for package in PACKAGES:
-        project = tomllib.loads((ROOT / package / "pyproject.toml").read_text())["project"]
-        texts += project["dependencies"]
-        for extra in project.get("optional-dependencies", {}).values():
-            texts += extra
-    requirements = [Requirement(text) for text in texts]
-    return [each for each in requirements if not each.name.startswith("darkroom-")]
 
 
 def _pinned() -> str:

@@ -1,7 +1,7 @@
-// Lists your jobs on a Darkroom server, using only the .proto files.
+// Shows your jobs on a Darkroom server, all or those of the ids, using only the .proto files.
 //
 //   npm ci
-//   node jobs.js [HOST:PORT]
+//   node jobs.js [REQUEST_ID ...]
 
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
@@ -9,7 +9,8 @@ import { promisify } from "node:util";
 import grpc from "@grpc/grpc-js";
 import protoLoader from "@grpc/proto-loader";
 
-const [target = process.env.DARKROOM_TARGET ?? "127.0.0.1:50051"] = process.argv.slice(2);
+const target = process.env.DARKROOM_TARGET ?? "127.0.0.1:50051";
+const ids = process.argv.slice(2);
 
 const definition = protoLoader.loadSync("darkroom/v1/generation.proto", {
   includeDirs: [fileURLToPath(new URL("../../protos", import.meta.url))],
@@ -20,19 +21,29 @@ const definition = protoLoader.loadSync("darkroom/v1/generation.proto", {
 });
 const { GenerationService } = grpc.loadPackageDefinition(definition).darkroom.v1;
 const client = new GenerationService(target, grpc.credentials.createInsecure());
+const get = promisify(client.GetGeneration.bind(client));
 const list = promisify(client.ListGenerations.bind(client));
 
-try {
+async function* jobs() {
+  for (const request_id of ids) {
+    yield (await get({ request_id })).generation;
+  }
   let page_token = "";
-  do {
+  while (ids.length === 0) {
     const page = await list({ page_size: 100, page_token });
-    for (const job of page.generations) {
-      const state = job.state.replace("GENERATION_STATE_", "").toLowerCase();
-      const ahead = job._queue_position ? `, ${job.queue_position} ahead` : "";
-      console.log(`${job.request_id}: ${state}, step ${job.step} of ${job.steps}${ahead}`);
-    }
+    yield* page.generations;
     page_token = page.next_page_token;
-  } while (page_token);
+    if (!page_token) return;
+  }
+}
+
+try {
+  for await (const job of jobs()) {
+    const state = job.state.replace("GENERATION_STATE_", "").toLowerCase();
+    const ahead = job._queue_position ? `, ${job.queue_position} ahead` : "";
+    const why = job.error_reason ? ` (${job.error_reason}: ${job.error_message})` : "";
+    console.log(`${job.request_id}: ${state}${why}, step ${job.step} of ${job.steps}${ahead}`);
+  }
 } catch (error) {
   console.error(`${grpc.status[error.code]}: ${error.details}`);
   process.exitCode = 1;

@@ -22,6 +22,7 @@ FOUND = Measurements(
     max_rows=8,
     passes=((2, 0.01), (4, 0.012), (8, 0.015)),
     decode=0.03,
+    encode=0.02,
     bytes_per_row=1000,
     bytes_per_pass=0,
     bytes_per_decode=2000,
@@ -63,6 +64,7 @@ DAMAGED: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "one row": lambda data: broken(data, max_rows=1),
     "true rows": lambda data: broken(data, max_rows=True),
     "a billion rows": lambda data: broken(data, max_rows=10**9),
+    "an encode of no time": lambda data: broken(data, encode=-1.0),
     "not a number": lambda data: broken(data, decode=float("nan")),
     "a negative time": lambda data: broken(data, passes=[[2, -1.0]]),
     "half rows": lambda data: broken(data, passes=[[2.5, 1.0]]),
@@ -153,6 +155,24 @@ def test_the_second_start_measures_nothing(
         started(dataclasses.replace(config, measurement_cache=None))
     with pytest.raises(AssertionError, match="measured again"):
         started(dataclasses.replace(config, threads=2))
+
+
+@pytest.mark.parametrize(("seconds", "remembered"), [(3.008, False), (1.9, True)])
+def test_batches_of_seconds_are_not_remembered(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    remembered: bool,
+) -> None:
+    slow = dataclasses.replace(FOUND, max_rows=2, passes=((2, seconds),))
+    monkeypatch.setattr(measurement, "_measure_now", lambda *_: slow)
+    config = config_for(tiny_folder, rows=None, max_rows=8, measurement_cache=str(tmp_path))
+    first, _ = started(config)
+    assert first.limits.row_limit_source is RowLimitSource.MEASURED
+    second, _ = started(config)
+    expected = RowLimitSource.REMEMBERED if remembered else RowLimitSource.MEASURED
+    assert second.limits.row_limit_source is expected
 
 
 def test_fine_tunes_share_measurements(

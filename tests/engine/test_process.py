@@ -65,6 +65,20 @@ def test_a_killed_process_is_reported_and_can_be_started_again(tiny_folder: Path
     assert open_files() == files
 
 
+@pytest.mark.parametrize("set_to", [None, "ACTIVE"])
+def test_its_threads_sleep_while_they_wait_unless_the_environment_says_otherwise(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, set_to: str | None
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if set_to:
+        monkeypatch.setenv("OMP_WAIT_POLICY", set_to)
+    engine, _, pid = started(tiny_folder)
+    environment = psutil.Process(pid).environ()
+    engine.close()
+    assert environment["OMP_WAIT_POLICY"] == (set_to or "PASSIVE")
+    assert environment["PATH"] == os.environ["PATH"]
+
+
 HANGING = """
 import sys
 from darkroom_server.core.events import EngineReady, MemoryReport

@@ -14,8 +14,8 @@ from darkroom_server.engine.loading.startup import start_loop
 from .conftest import make_job
 from .real import write_real_model
 
-MAX_BATCHES = 3
-"""Of the denoiser at start; each takes seconds on a CPU."""
+MAX_BATCHES = 4
+"""Of the denoiser at start, each of seconds on a CPU: the memory, two readings and a warm-up."""
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from darkroom_client import Client
+from darkroom_client import Client, RowLimitSource
 from darkroom_client.testing import Behaviour, FakeServer, JobState, fake_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -94,11 +95,54 @@ def test_node_lists_jobs(darkroom_server: FakeServer) -> None:
         with node("jobs.js", darkroom_server) as running:
             out, errors = running.communicate(timeout=SECONDS)
 
+        with node("jobs.js", darkroom_server, done) as running_one:
+            one, _ = running_one.communicate(timeout=SECONDS)
+
     assert running.returncode == 0, errors
     assert out.splitlines() == [
         f"{waits}: queued, step 0 of 4, 1 ahead",
         f"{done}: finished, step 4 of 4",
     ]
+    assert one.splitlines() == [f"{done}: finished, step 4 of 4"]
+
+
+@pytest.mark.needs("node")
+def test_node_reports_a_job_that_is_not_known(darkroom_server: FakeServer) -> None:
+    with node("jobs.js", darkroom_server, "nobody") as running:
+        out, errors = running.communicate(timeout=SECONDS)
+
+    assert (running.returncode, out) == (1, "")
+    assert errors.startswith("NOT_FOUND: ")
+
+
+@pytest.mark.needs("node")
+def test_node_shows_the_status() -> None:
+    measured = fake_model("measured")
+    assert measured.limits is not None
+    assert measured.runtime is not None
+    measured = replace(
+        measured,
+        limits=replace(measured.limits, max_rows=32, row_limit_source=RowLimitSource.CORRECTED),
+        runtime=replace(
+            measured.runtime, dtype="bfloat16", channels_last=True, format_rule="the CPU has amx"
+        ),
+    )
+    with (
+        FakeServer(models=[fake_model(), measured]) as server,
+        node("status.js", server) as running,
+    ):
+        out, errors = running.communicate(timeout=SECONDS)
+
+    assert running.returncode == 0, errors
+    state, *models, engine = out.splitlines()
+    assert ": ready; jobs: 0 running, 0 of " in state
+    assert models == [
+        "model demo: float32 contiguous, preset fast on fake",
+        "  rows of a batch: 8 at most (set)",
+        "model measured: bfloat16 channels_last (the CPU has amx), preset fast on fake",
+        "  rows of a batch: 32 at most (corrected)",
+    ]
+    assert engine == "engine 0 on fake: ready, 0 images, 0 restarts"
 
 
 @pytest.mark.needs("node")

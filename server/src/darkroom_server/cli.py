@@ -70,7 +70,7 @@ def _parser() -> Parser:
     instead.add_argument(
         "--check",
         action="store_true",
-        help="do not serve: check the settings, the ports and the cache folder, load the models, "
+        help="do not serve: check the settings, the ports and the state folder, load the models, "
         "and exit with 0 if all is well, with 1 if not, with 2 if a setting is invalid",
     )
     instead.add_argument(
@@ -140,10 +140,16 @@ def _serve(flags: dict[str, Any]) -> None:
 
     from darkroom_server.app import EngineLost, run
     from darkroom_server.logs import capture_native_lines, configure_logs
+    from darkroom_server.settings.state_folder import create_scratch_folders
 
     writer = configure_logs(loaded.settings.logs, capture_native_lines())
+    log = structlog.get_logger(__name__)
     for warning in loaded.warnings:
-        structlog.get_logger(__name__).warning(warning)
+        log.warning(warning)
+    try:
+        os.environ.update(create_scratch_folders(loaded.settings.storage, os.environ))
+    except OSError as error:
+        log.warning("state folder cannot be written", why=str(error))
     if check:
         _check(loaded.settings)
     try:

@@ -13,7 +13,7 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, EngineReady, Event
 from darkroom_server.rpc.server import probe_port
 from darkroom_server.settings import Network, Settings
-from darkroom_server.settings.sources import measurement_folder
+from darkroom_server.settings.state_folder import measurement_folder, state_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Finding:
 
 
 async def preflight(settings: Settings) -> AsyncIterator[Finding]:
-    """Check the settings together, the ports, the cache folder, and that every engine loads."""
+    """Check the settings together, the ports, the state folder, and that every engine loads."""
     engines: list[Engine] = []
     try:
         engines = app.build_engines(settings)
@@ -35,9 +35,10 @@ async def preflight(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding(False, f"settings: {error}")
     for finding in _ports(settings.network):
         yield finding
-    folder = measurement_folder()
-    if settings.engine.measurement_cache and folder is not None:
-        yield _cache(Path(folder))
+    storage = settings.storage
+    folder = state_folder(storage) if storage.state_dir else measurement_folder(settings)
+    if folder is not None:
+        yield _state(folder)
     for number, engine in enumerate(engines):
         yield await asyncio.to_thread(_load, number, engine)
 
@@ -57,16 +58,16 @@ def _ports(network: Network) -> Iterator[Finding]:
             yield Finding(True, f"{name}: {free} on {host}")
 
 
-def _cache(folder: Path) -> Finding:
+def _state(folder: Path) -> Finding:
     """Whether ``folder`` can be written, or created."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
     try:
         with tempfile.TemporaryFile(dir=existing):
-            return Finding(True, f"cache: {folder} can be written")
+            return Finding(True, f"state folder: {folder} can be written")
     except OSError as error:
-        return Finding(False, f"cache: {folder} cannot be written: {error.strerror}")
+        return Finding(False, f"state folder: {folder} cannot be written: {error.strerror}")
 
 
 def _load(number: int, engine: Engine) -> Finding:

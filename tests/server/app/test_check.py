@@ -32,7 +32,7 @@ def test_a_server_that_can_start_is_checked_with_exit_code_0(tmp_path: Path) -> 
     lines = result.stdout.splitlines()
     assert all(line.startswith("ok ") for line in lines)
     names = [line.split()[1] for line in lines]
-    assert names == ["settings:", "port:", "metrics", "cache:", "engine"]
+    assert names == ["settings:", "port:", "metrics", "state", "engine"]
     assert "loaded demo on cpu" in lines[-1]
 
 
@@ -59,6 +59,17 @@ def test_every_problem_is_reported_with_exit_code_1(tmp_path: Path) -> None:
         "no such folder",
     ]
     assert all(text in line for text, line in zip(texts, lines, strict=True))
+
+
+def test_the_state_folder_is_checked_even_if_nothing_is_remembered(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    flags = ("--no-measurement-cache", "--state-dir")
+    found = check(*FREE, *flags, str(tmp_path / "new"))
+    assert f"state folder: {tmp_path / 'new'} can be written" in found.stdout
+    missing = check(*FREE, *flags, str(tmp_path / "file" / "below"))
+    assert missing.returncode == 1
+    assert "cannot be written: Not a directory" in missing.stdout
+    assert "state folder cannot be written" in missing.stderr
 
 
 def test_a_model_that_does_not_exist_is_a_problem() -> None:

@@ -17,6 +17,7 @@ from darkroom_client._errors import (
     Unavailable,
     UnknownRequest,
 )
+from darkroom_client._protocol.mixed_images import warn_if_mixed
 from darkroom_client._protocol.retries import NextCall, Retries, log
 from darkroom_client._protocol.rpc_errors import from_rpc_error, is_bare
 from darkroom_client._settings import Metadata
@@ -343,6 +344,8 @@ class GenerationSession:
             model=finished.model,
             model_revision=finished.model_revision,
         )
+        if expected > 1:
+            warn_if_mixed(self.result, self.address)
         self.ended = self._job_ended = True
         return Finished(reason=decode_reason(finished), result=self.result)
 

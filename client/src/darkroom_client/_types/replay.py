@@ -32,7 +32,7 @@ _NEWER = {
 }
 """Fields of a request that clients of 0.1.0 do not know, and their defaults."""
 
-_OPTIONAL = {*_NEWER, "request_id", "rows_in_last_pass"}
+_OPTIONAL = {*_NEWER, "channels_last", "request_id", "rows_in_last_pass"}
 """Keys that a record in a picture, or one of an older client, may lack."""
 
 
@@ -45,6 +45,7 @@ class ReplayRecord:
     encoding. Two images are the same if their ``pixels_sha256`` are equal; if not,
     ``differences`` lists what else differs. ``rows_in_last_pass``: rows in the image's last
     denoiser pass; 0 in the record of a picture.
+    ``channels_last``: the order of the denoiser's weights in memory; false from an older server.
     """
 
     request: GenerationRequest
@@ -57,6 +58,7 @@ class ReplayRecord:
     library_versions: Mapping[str, str]
     rows_in_last_pass: int = 0
     pixels_sha256: str
+    channels_last: bool = False
 
     def to_json(self) -> str:
         """This record as a readable JSON document, stable across versions of this client."""
@@ -64,6 +66,8 @@ class ReplayRecord:
         for name, default in _NEWER.items():
             if document["request"][name] == default:
                 del document["request"][name]  # Older clients reject fields that they do not know.
+        if not self.channels_last:
+            del document["channels_last"]
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -114,6 +118,18 @@ class ReplayRecord:
         names = sorted(here.keys() | there.keys())
         pairs = {name: (here.get(name, "-"), there.get(name, "-")) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def origin(record: ReplayRecord) -> dict[str, str]:
+    """What images of one server share: its software, its kind of device and how the model runs."""
+    return {
+        "model_revision": record.model_revision,
+        "dtype": record.dtype,
+        "channels_last": str(record.channels_last).lower(),
+        "preset": record.preset,
+        "device": record.device.partition(":")[0],  # The engines of one server have numbers.
+        **{f"library_versions.{name}": text for name, text in record.library_versions.items()},
+    }
 
 
 def _exactly(kind: type, value: object, where: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from darkroom_client._types.image import Image
+from darkroom_client._types.replay import origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,22 @@ class GenerationResult:
         if len(self.images) != 1:
             raise ValueError(f"the result has {len(self.images)} images: use result.images")
         return self.images[0]
+
+    @property
+    def mixed(self) -> dict[str, tuple[str, ...]]:
+        """What the images do not share: ``{"dtype": ("bfloat16", "float32")}``, by their order.
+
+        Empty for almost every result. If a server ends during a request of several images, another
+        one generates those that are missing. It may run the model in another way, or another
+        revision of it. Then ``model_revision`` is that of the last image. The names are those of
+        ``ReplayRecord``.
+        """
+        origins = [origin(image.replay) for image in self.images]
+        names = dict.fromkeys(name for each in origins for name in each)
+        values = {
+            name: tuple(dict.fromkeys(each.get(name, "-") for each in origins)) for name in names
+        }
+        return {name: several for name, several in values.items() if len(several) > 1}
 
     def show(self) -> None:
         """Show each image as ``Image.show`` does."""

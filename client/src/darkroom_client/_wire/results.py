@@ -70,6 +70,7 @@ def decode_replay(record: generation_pb2.ReplayRecord, request_id: str) -> Repla
         library_versions=dict(sorted(record.library_versions.items())),
         rows_in_last_pass=record.rows_in_last_pass,
         pixels_sha256=record.pixels_sha256,
+        channels_last=record.channels_last,
     )
 
 

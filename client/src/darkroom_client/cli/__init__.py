@@ -1,6 +1,7 @@
 """The command line: ``darkroom generate``, ``models``, ``status`` and so on."""
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; if unset, ``argv`` is ``sys.argv[1:]``."""
+    # The commands print what matters themselves; without a handler Python prints warnings again.
+    logging.getLogger("darkroom_client").addHandler(logging.NullHandler())
     try:
         try:
             return _run(argv)

@@ -51,6 +51,7 @@ def generate_image(
         preset=runtime.preset if runtime else "",
         rows_in_last_pass=1,
         pixels_sha256=hashlib.sha256(pixels).hexdigest(),
+        channels_last=runtime.channels_last if runtime else False,
     )
     record = ""
     if request.embed_record:

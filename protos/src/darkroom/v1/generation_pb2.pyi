@@ -245,7 +245,8 @@ class GenerateRequest(_message.Message):
     """
     prompt_syntax: _types_pb2.PromptSyntax.ValueType
     """How the prompts are read. INVALID_ARGUMENT for WEIGHTED if the model does not
-    take it, see Model.optional_fields, and for a prompt that cannot be parsed.
+    take it, see Model.optional_fields, and for a prompt that cannot be parsed or
+    is too long: a weighted prompt is never cut.
     """
     def __init__(
         self,
@@ -457,6 +458,7 @@ class ReplayRecord(_message.Message):
     LIBRARY_VERSIONS_FIELD_NUMBER: _builtins.int
     ROWS_IN_LAST_PASS_FIELD_NUMBER: _builtins.int
     PIXELS_SHA256_FIELD_NUMBER: _builtins.int
+    CHANNELS_LAST_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """The model's revision."""
     scheduler_class: _builtins.str
@@ -473,6 +475,8 @@ class ReplayRecord(_message.Message):
     """Rows in the last denoiser batch of this image."""
     pixels_sha256: _builtins.str
     """SHA-256 of the height × width × 3 bytes of RGB before encoding, in hex."""
+    channels_last: _builtins.bool
+    """Whether the denoiser's weights are stored in channels-last order."""
     @_builtins.property
     def request(self) -> Global___GenerateRequest:
         """The request for this image alone, with every default filled in."""
@@ -494,10 +498,11 @@ class ReplayRecord(_message.Message):
         library_versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         rows_in_last_pass: _builtins.int = ...,
         pixels_sha256: _builtins.str = ...,
+        channels_last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "library_versions", b"library_versions", "model_revision", b"model_revision", "pixels_sha256", b"pixels_sha256", "preset", b"preset", "request", b"request", "rows_in_last_pass", b"rows_in_last_pass", "scheduler_class", b"scheduler_class", "scheduler_config_json", b"scheduler_config_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "library_versions", b"library_versions", "model_revision", b"model_revision", "pixels_sha256", b"pixels_sha256", "preset", b"preset", "request", b"request", "rows_in_last_pass", b"rows_in_last_pass", "scheduler_class", b"scheduler_class", "scheduler_config_json", b"scheduler_config_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

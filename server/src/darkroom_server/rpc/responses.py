@@ -46,6 +46,7 @@ def image_message(
             library_versions=image.replay.library_versions,
             rows_in_last_pass=image.replay.rows_in_last_pass,
             pixels_sha256=image.replay.pixels_sha256,
+            channels_last=model.runtime.channels_last,
         ),
     )
 

@@ -8,6 +8,7 @@ from darkroom_server.settings.tree import (
     Engine,
     Models,
     Settings,
+    Storage,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "Security",
     "Settings",
     "Shutdown",
+    "Storage",
 ]

@@ -14,7 +14,7 @@ and keys are errors; an unknown `{ENV_PREFIX}…` variable is a warning. The tok
 only from `HF_TOKEN`.
 
 `darkroom-server serve --print-config` prints the settings in effect as such a file, with the source
-of each and without secrets. `serve --check` checks them, the ports and the cache folder, loads the
+of each and without secrets. `serve --check` checks them, the ports and the state folder, loads the
 models, and exits with 0 if all is well, with 1 if not, and with 2 if a setting is invalid.
 
 `--no-reflection` turns off a switch such as `--reflection`; in the environment and in the file,

@@ -1,7 +1,6 @@
 """Parses ``--model`` (a folder, a file or a hub id), and builds each engine's configuration."""
 
 import json
-import os
 import re
 from dataclasses import replace
 from importlib.resources import files
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
+from darkroom_server.settings.state_folder import measurement_folder
 from darkroom_server.settings.tree import Models, Settings
 
 DEMO = "demo"
@@ -24,7 +24,7 @@ def engine_configs(settings: Settings, hub_token: str | None) -> list[EngineConf
 
 
 def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
-    engine = settings.engine
+    engine, cache = settings.engine, measurement_folder(settings)
     return EngineConfig(
         models=model_sources(settings.models, hub_token),
         dtype=engine.dtype,
@@ -37,28 +37,18 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         threads=engine.threads,
         rows=engine.rows,
         max_rows=engine.max_rows,
-        measurement_cache=measurement_folder() if engine.measurement_cache else None,
+        prompt_cache_bytes=engine.prompt_cache_bytes,
+        measurement_cache=str(cache) if cache else None,
         safety_checker=engine.safety_checker,
     )
 
 
 def load_times_file(settings: Settings) -> tuple[Path | None, str]:
     """The file that remembers how long loads take, and the key of these models and devices."""
-    folder = measurement_folder() if settings.engine.measurement_cache else None
+    folder = measurement_folder(settings)
     sources = [source.location for source in model_sources(settings.models)]
     key = json.dumps([*sources, settings.engine.device, settings.engine.engines])
-    return (Path(folder) / "load-times.json" if folder else None), key
-
-
-def measurement_folder() -> str | None:
-    """The folder of the XDG base directory specification; None for a user without a home."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification: a relative path is invalid and is ignored.
-    cache = Path(base) if Path(base).is_absolute() else Path("~/.cache")
-    try:
-        return str(cache.expanduser() / "darkroom" / "measurements")
-    except RuntimeError:
-        return None
+    return (folder / "load-times.json" if folder else None), key
 
 
 def model_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSource, ...]:

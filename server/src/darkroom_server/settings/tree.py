@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Predicate
 
-from darkroom_server.core.engine_config import Attention, Dtype, Preset
+from darkroom_server.core.engine_config import PROMPT_CACHE_BYTES, Attention, Dtype, Preset
 from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
 from darkroom_server.settings.network import Network, Security
@@ -82,8 +82,9 @@ class Engine:
         Dtype,
         Setting(
             "The data type of the weights.",
-            choose="`auto` follows a rule, never a measurement, and logs it: float16 on a GPU; "
-            "bfloat16 on a CPU, but with `fast` float32 if the CPU has no bfloat16 instructions.",
+            choose="`auto` follows a rule, never a measurement, and logs it: on a GPU float16 for "
+            "UNets and bfloat16 for transformers; bfloat16 on a CPU, but with `fast` float32 if "
+            "the CPU has no bfloat16 instructions. A type that overflows in a model is a warning.",
         ),
     ] = Dtype.AUTO
     preset: Annotated[
@@ -91,14 +92,16 @@ class Engine:
         Setting(
             "A starting point for the settings below.",
             choose="`frugal` saves memory, `fast` is for speed, `tiny` fits into the smallest "
-            "GPUs; `auto` is `frugal` on a GPU and `fast` on a CPU.",
+            "GPUs; `auto` is `frugal` on a GPU and `fast` on a CPU. Each model takes of it what "
+            "suits its family.",
         ),
     ] = Preset.AUTO
     attention: Annotated[
         Attention | None,
         Setting(
             "The attention implementation.",
-            choose="`sdpa` is faster; `sliced` (diffusers' attention slicing) uses less memory.",
+            choose="`sdpa` is faster; `sliced` (diffusers' attention slicing) uses less memory. "
+            "Transformers have no slices and run with `sdpa`.",
             default="the preset's",
         ),
     ] = None
@@ -113,7 +116,10 @@ class Engine:
     ] = None
     autocast: Annotated[
         bool | None,
-        Setting("Run the denoiser under torch.autocast.", default="the preset's"),
+        Setting(
+            "Run the denoiser under torch.autocast.",
+            default="the preset's, and off for models that it would harm",
+        ),
     ] = None
     channels_last: Annotated[
         bool | None,
@@ -156,12 +162,25 @@ class Engine:
             default="64",
         ),
     ] = None
+    prompt_cache_bytes: Annotated[
+        int,
+        Ge(0),
+        Setting(
+            "Memory for the embeddings of prompts, in bytes, for each model; 0 caches none.",
+            choose="Raise it if `darkroom_prompt_lookups_total` has many misses and your callers "
+            "repeat prompts: an encoder of billions of weights takes as long as many batches. "
+            "Embeddings are kept in host memory; those of Stable Diffusion 1.x and 2.x, at most "
+            "256 of them, on the device.",
+            metavar="N",
+            default="268435456, which is 256 MiB",
+        ),
+    ] = PROMPT_CACHE_BYTES
     measurement_cache: Annotated[
         bool,
         Setting(
             "Remember measurements on disk, so that the next start is faster.",
-            choose="They are in `$XDG_CACHE_HOME/darkroom/measurements` (`~/.cache` if the "
-            "variable is not set), and hold for models of equal configuration on equal hardware.",
+            choose="They are in `measurements` below `--state-dir`, and hold for models of equal "
+            "configuration on equal hardware.",
         ),
     ] = True
     safety_checker: Annotated[
@@ -251,7 +270,8 @@ class Dispatch:
         int,
         Ge(1),
         Setting(
-            "Images in an engine at once; the next job goes to the engine while it has fewer.",
+            "Images in an engine at once; the next job goes to the engine while it has fewer, and "
+            "while what they hold between batches fits its memory.",
             choose="Several times the rows of a batch keep the engine busy. More only costs "
             "memory.",
             metavar="N",
@@ -260,11 +280,30 @@ class Dispatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """Where the server writes."""
+
+    state_dir: Annotated[
+        str | None,
+        Setting(
+            "The folder below which the server writes; it is created if it does not exist.",
+            choose="A mount that can be written, if the root file system is read-only. With it, "
+            "temporary files and compiled kernels are there too, unless `TMPDIR`, "
+            "`CUDA_CACHE_PATH` or `PYTORCH_KERNEL_CACHE_PATH` name other folders. Models from the "
+            "hub are in `HF_HOME`.",
+            metavar="FOLDER",
+            default="`$XDG_CACHE_HOME/darkroom`, or `~/.cache/darkroom` without the variable",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All settings. Each part of the server receives only its own section."""
 
     models: Models = field(default_factory=Models)
     engine: Engine = field(default_factory=Engine)
+    storage: Storage = field(default_factory=Storage)
     network: Network = field(default_factory=Network)
     security: Security = field(default_factory=Security)
     dispatch: Dispatch = field(default_factory=Dispatch)

@@ -3,10 +3,12 @@
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from darkroom_client._errors import DarkroomError
 from darkroom_client._files import write_atomically
+from darkroom_client._protocol.mixed_images import mixed_text
 from darkroom_client._types.image import Image
 from darkroom_client._types.result import GenerationResult
 from darkroom_client.cli.terminal._display import Display
@@ -37,6 +39,12 @@ def report(
         seconds = _seconds(result, verbose=arguments.verbose)
         display.print(str(path), f"  seed {image.seed}  {seconds} s{cut}")
         display.count(image)
+    if result.mixed:
+        print(
+            f"darkroom: the images of request {result.request_id} were not all "
+            f"generated in the same way: {mixed_text(result.mixed)}",
+            file=sys.stderr,
+        )
 
 
 def error_json(error: DarkroomError) -> dict[str, object]:
@@ -76,5 +84,6 @@ def _image_json(path: Path, image: Image, result: GenerationResult) -> dict[str,
         "request_id": result.request_id,
         "model": result.model,
         "model_revision": result.model_revision,
+        "mixed": result.mixed,
         "seconds": dataclasses.asdict(result.timings),
     }

@@ -168,12 +168,13 @@ class PromptBars:
         self._display = display
         self._bars = display._bars
         name = prompt if len(prompt) <= _PROMPT_WIDTH else f"{prompt[: _PROMPT_WIDTH - 1]}…"
-        self._tasks = [
-            self._bars.add_task(
+        # The bars of the unfinished images, by their index.
+        self._tasks = {
+            index: self._bars.add_task(
                 f"{name} #{index + 1}" if images > 1 else name, total=None, note="", unit="step"
             )
             for index in range(images)
-        ]
+        }
         self._began_at = 0.0
 
     def show(self, event: Event) -> None:
@@ -191,29 +192,31 @@ class PromptBars:
                 self._began_at = time.monotonic()
                 self._note("")
             case Restarted():
-                for task in self._tasks:
+                for task in self._tasks.values():
                     self._bars.reset(task, total=None, note="again: the server restarted")
             case Progress(image_index=index, step=step, steps=steps):
                 seconds = time.monotonic() - self._began_at
                 speed = f"{step / seconds:.1f} it/s" if seconds > 0 else ""
-                task = self._tasks[index]
-                self._bars.update(task, completed=step, total=steps, note=speed)
-            case Preview(image_index=index, data=data):
+                # A new server may generate an image again that has arrived.
+                if index in self._tasks:
+                    task = self._tasks[index]
+                    self._bars.update(task, completed=step, total=steps, note=speed)
+            case Preview(image_index=index, data=data) if index in self._tasks:
                 picture = half_blocks(data, _PICTURE_WIDTH)
                 self._display._pictures[self._tasks[index]] = picture
             case ImageReady(image_index=index):
-                self._remove(self._tasks[index])
+                self._remove(index)
 
     def remove(self) -> None:
         """Remove the bars and pictures."""
-        for task in self._tasks:
-            self._remove(task)
+        for index in list(self._tasks):
+            self._remove(index)
 
     def _note(self, note: str) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             self._bars.update(task, note=note)
 
-    def _remove(self, task: "rich.progress.TaskID") -> None:
+    def _remove(self, index: int) -> None:
+        task = self._tasks.pop(index)
         self._display._pictures.pop(task, None)
-        if task in self._bars.task_ids:
-            self._bars.remove_task(task)
+        self._bars.remove_task(task)

@@ -15,9 +15,21 @@ from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.warmup.formats import MemoryFormat, cpu_name
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache, Measurements
-from darkroom_server.engine.warmup.placement import denoiser_timer, measure_decode, measure_memory
+from darkroom_server.engine.warmup.placement import (
+    denoiser_timer,
+    measure_decode,
+    measure_encode,
+    measure_memory,
+    sample_bytes,
+)
 from darkroom_server.engine.warmup.presets import Runtime
-from darkroom_server.engine.warmup.row_measurement import ROWS, best_rows, measure_rows, row_counts
+from darkroom_server.engine.warmup.row_measurement import (
+    MAX_BATCH_SECONDS,
+    ROWS,
+    best_rows,
+    measure_rows,
+    row_counts,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -73,13 +85,17 @@ def measure(
             _measure_now(family, decoder, memory_format, runtime, config, most),
             RowLimitSource.MEASURED,
         )
-        cache.save(found)
+        # A batch of seconds may be one of a busy machine, which each later start would believe. It
+        # is read twice only, so a slow model loses little.
+        if found.passes[0][1] <= MAX_BATCH_SECONDS:
+            cache.save(found)
     memory = MemoryNeeds(
         pixels=family.size**2,
         bytes_per_row=found.bytes_per_row,
         bytes_per_pass=found.bytes_per_pass,
         bytes_per_decode=found.bytes_per_decode,
         tile_pixels=decoder.tile_pixels,
+        bytes_per_sample=sample_bytes(family),
         available_bytes=available_bytes(runtime.device),
     )
     fit = memory.rows_that_fit(family.size, family.size)
@@ -91,7 +107,7 @@ def measure(
         max_rows=rows or max(2, min(found.max_rows, most, fit)),
         most_rows=most,
         source=source if rows is None else RowLimitSource.SET,
-        speed=ModelSpeed(passes=found.passes, decode=found.decode),
+        speed=ModelSpeed(passes=found.passes, decode=found.decode, encode=found.encode),
         cache=cache,
     )
 
@@ -157,6 +173,7 @@ def _measure_now(
         max_rows=best,
         passes=tuple(seconds.items()),
         decode=measure_decode(family, decoder, memory_format, runtime),
+        encode=measure_encode(family, runtime),
         bytes_per_row=memory.bytes_per_row,
         bytes_per_pass=memory.bytes_per_pass,
         bytes_per_decode=memory.bytes_per_decode,
