@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -41,6 +42,9 @@ FIRST_SECONDS = 60.0
 
 MAX_GROWTH = 10.0
 """The most that a process may grow, in MB/h."""
+
+KINDS = ("RssAnon", "VmSwap")
+"""The kinds of memory that count, as proc(5) names them."""
 
 STRANGER = "127.0.0.2"
 """The address of all attackers: the limits of an address must not affect others."""
@@ -82,9 +86,14 @@ class Memory:
     readings: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
 
     def read(self, process: psutil.Process) -> None:
-        """Note the resident megabytes of ``process`` now."""
-        reading = (time.monotonic() / 3600, process.memory_info().rss / 1e6)
-        self.readings.setdefault(process.pid, []).append(reading)
+        """Note the anonymous megabytes of ``process`` now, resident or swapped out.
+
+        The pages of libraries do not count: the kernel drops and reads them as it likes.
+        """
+        status = Path(f"/proc/{process.pid}/status").read_text("ascii")
+        kilobytes = [re.search(rf"^{name}:\s+(\d+) kB$", status, re.M) for name in KINDS]
+        size = sum(int(found[1]) for found in kilobytes if found) / 1e3
+        self.readings.setdefault(process.pid, []).append((time.monotonic() / 3600, size))
 
     def slope(self, since: float) -> tuple[float, float]:
         """MB/h and their standard error, in common for all processes.
@@ -214,7 +223,9 @@ async def watch_memory(
     """Read the memory of both processes until the time ``end``."""
     while time.monotonic() < end:
         of_server.read(serving)
-        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+        with contextlib.suppress(
+            psutil.NoSuchProcess, ProcessLookupError, IndexError, FileNotFoundError
+        ):
             of_engine.read(_engine_of(serving))
         await asyncio.sleep(SAMPLE_SECONDS)
 
