@@ -109,10 +109,8 @@ def test_each_violation_is_reported(served: Served, capsys: pytest.CaptureFixtur
             with pytest.raises(InvalidRequest) as caught:
                 client.generate(PROMPT, model=model, **fields)
             assert {each.field for each in caught.value.violations} == fields.keys()
-    code = main(
-        ["generate", PROMPT, "--target", served.address, "--model", "flux", "--scheduler", "ddim"]
-        + ["--guidance-rescale", "0.5", "--size", "72x64"]
-    )
+    flags = "--model flux --scheduler ddim --guidance-rescale 0.5 --size 72x64"
+    code = main(["generate", PROMPT, "--target", served.address, *flags.split()])
     assert code == 2
     line = capsys.readouterr().err
     for flag in ("--guidance-rescale: model 'flux' does not take it", "--scheduler:", "--size:"):
