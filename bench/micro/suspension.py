@@ -24,12 +24,12 @@ from bench.report.results import Results
 from bench.report.statistics import bootstrap_median, quantile
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName
-from darkroom_server.engine.components.prompt_encoder import Embedding
+from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
 from darkroom_server.engine.latent_sample import LatentSample
-from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 from darkroom_server.engine.pipelines.calls import EncodeCall
 from darkroom_server.engine.pipelines.coroutine import ThreadState
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
@@ -223,7 +223,7 @@ def count_step(forms: Forms, form: str, scheduler: SchedulerName) -> dict[str, i
 
 def count_steps(source: ModelSource) -> list[dict[str, Any]]:
     """The counts of both forms of the model of ``source``, with each scheduler."""
-    pipeline = load_pipeline(source, torch.bfloat16, safety_checker=False).to("meta")
+    pipeline = load_pipeline(find_model(source, safety_checker=False), torch.bfloat16).to("meta")
     now = ThreadState.now
     # Autocast, which both forms leave off, has no meta device.
     with mock.patch.object(ThreadState, "now", lambda _: now("cpu")), torch.inference_mode():
@@ -239,7 +239,7 @@ def count_steps(source: ModelSource) -> list[dict[str, Any]]:
 def measure(options: argparse.Namespace) -> Measurement:
     """Both forms in turns on the CPU, then the counts on the meta device."""
     source = model_source(options.model)
-    pipeline = load_pipeline(source, torch.bfloat16, safety_checker=False)
+    pipeline = load_pipeline(find_model(source, safety_checker=False), torch.bfloat16)
     torch.set_num_threads(1)
     forms = Forms(pipeline, torch.device("cpu"))
     times = []

@@ -7,7 +7,7 @@ from bench.micro.suspension import FORMS, SCHEDULERS, Kernels, count_steps
 from bench.report.machine import model_source
 
 
-def test_kernels_copies_and_host_calls_are_told_apart() -> None:
+def test_kernels_copies_and_host_calls_are_counted_apart() -> None:
     on_device = torch.ones(4, 4, device="meta")
     on_host = torch.ones(4, 4)
     with Kernels() as seen:
