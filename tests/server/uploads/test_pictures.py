@@ -204,7 +204,7 @@ async def test_a_mask_of_another_size_is_rejected(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("name", NOT_PICTURES)
-async def test_what_is_no_picture_is_rejected(decoder: Decoder, name: str) -> None:
+async def test_other_files_are_rejected(decoder: Decoder, name: str) -> None:
     assert await rejected(decoder, NOT_PICTURES[name]) == "is not a PNG, JPEG or WebP picture"
 
 

@@ -102,7 +102,7 @@ class Job:
     none. ``max_sequence_length``: tokens of the prompt, None for the pipeline's own number.
 
     ``image`` and ``mask_image`` have the size of the job's images, the mask one channel: white is
-    generated anew. ``strength``, above 0 to 1: how much of ``image`` is replaced.
+    generated again. ``strength``, above 0 to 1: how much of ``image`` is replaced.
     ``reference_images`` have sizes of their own.
     """
 
