@@ -58,7 +58,6 @@ PHRASES = {
     ", or raise max_reply_bytes": "",
     "needs image": "needs --image",
     "needs ip_adapter_image": "needs --ip-adapter-image",
-    "the size of image,": "the size of --image,",
 }
 """Parts of the SDK's errors that name its arguments, and the words for the command line."""
 
