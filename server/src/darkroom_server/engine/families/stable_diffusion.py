@@ -9,15 +9,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
-from darkroom_server.core.job import Job
+from darkroom_server.core.job import Job, PromptSyntax
 from darkroom_server.core.model import ModelInfo, ModelLimits
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.previewer import Previewer
-from darkroom_server.engine.components.prompt_encoder import PromptEncoder
+from darkroom_server.engine.components.prompt_encoder import PromptEncoder, PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler
+from darkroom_server.engine.components.weighted_prompts import (
+    WeightedPromptEncoder,
+    compel_is_installed,
+)
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
 from darkroom_server.engine.latent_sample import LatentSample
@@ -54,6 +59,24 @@ class StableDiffusion(Family):
         """Raise ``StartupError`` for a guidance-distilled UNet, which takes one more input."""
         if self.pipeline.unet.config.time_cond_proj_dim is not None:
             raise StartupError(f"model {name!r} is guidance-distilled: not supported")
+
+    def prepare(
+        self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
+    ) -> None:
+        """Make the prompt encoder."""
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        dtype = memory_format.dtype
+        weighted = None
+        if compel_is_installed():
+            weighted = WeightedPromptEncoder([tokenizer], [encoder], dtype, precision)
+        self._prompts = PromptEncoder(
+            tokenizer, encoder, dtype, precision, config.prompt_cache_bytes, weighted
+        )
+
+    @property
+    def optional_fields(self) -> frozenset[str]:
+        """Those of ``core.model.OPTIONAL_FIELDS`` that it takes if their extra is installed."""
+        return super().optional_fields | {"prompt_syntax"}
 
     @property
     def latent_factor(self) -> int:
@@ -102,6 +125,11 @@ class StableDiffusion(Family):
         """Random latents of one image of the default size."""
         return self._random_latents(dtype, device, 1)
 
+    def encode_prompt(self) -> bool:
+        """Encode a prompt past the cache, for measurements."""
+        self._prompts.encode_uncached("a photograph of a tree")
+        return True
+
     def _random_latents(
         self, dtype: torch.dtype, device: torch.device, images: int
     ) -> torch.Tensor:
@@ -121,9 +149,7 @@ class StableDiffusion(Family):
         pipeline = self.pipeline
         return StableDiffusionModel(
             info=info,
-            prompts=PromptEncoder(
-                pipeline.tokenizer, pipeline.text_encoder, memory_format.dtype, precision
-            ),
+            prompts=self._prompts,
             unet=pipeline.unet,
             decoder=decoder,
             previewer=Previewer(pipeline.vae, precision, self.latent_factor),
@@ -159,6 +185,11 @@ class StableDiffusionModel:
         """The counters of the model's components."""
         return (self.prompts.counts, self.decoder.counts)
 
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """The bytes of the embeddings in the prompt cache."""
+        return self.prompts.cache_bytes
+
     batches_prompts = True
     encodes_slowly = False
 
@@ -174,7 +205,7 @@ class StableDiffusionModel:
             job.height // self.latent_factor,
             job.width // self.latent_factor,
         )
-        rows = tuple(embeddings[key] for key in self._prompts_of(job))
+        rows = self.prompts.padded(*(embeddings[key] for key in self._prompts_of(job)))
         if any(embedding.truncated for embedding in rows):
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
         return [
@@ -208,10 +239,12 @@ class StableDiffusionModel:
             )[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
 
-    def _prompts_of(self, job: Job) -> list[tuple[str, bool]]:
-        """What is encoded for each row of an image: (prompt, alone), in the order of the rows."""
+    def _prompts_of(self, job: Job) -> list[PromptKey]:
+        """What is encoded for each row of an image, in the order of the rows."""
         texts = [job.negative_prompt] if self.info.rows_per_image(job) == 2 else []
-        return [(text, job.exact) for text in [*texts, job.prompt]]
+        # Weighted prompts are never encoded together, so exact jobs share theirs with others.
+        alone = job.exact or job.prompt_syntax is PromptSyntax.WEIGHTED
+        return [PromptKey(text, alone, job.prompt_syntax) for text in [*texts, job.prompt]]
 
 
 def _random_normal(
