@@ -281,7 +281,8 @@ def test_hidream_s_suspended_images_hold_all_layers_of_its_llama(tmp_path: Path)
     try:
         latents = 4 * 128 * 128 * 4  # Channels, height, width, bytes.
         states = LLAMA_LAYERS * 128 * 16 * 4  # Layers, tokens, channels, bytes.
-        held = loop.models["tiny"].info.memory.bytes_per_sample - latents
+        # Before a step also the denoiser's output is held, and a tenth is added for safety.
+        held = loop.models["tiny"].info.memory.bytes_per_sample / 1.1 - 2 * latents
         assert states < held < 2 * states
     finally:
         loop.close()
@@ -297,5 +298,5 @@ def test_a_model_s_own_scheduler_must_repeat_its_images(
     file = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(file.read_text("utf-8"))
     file.write_text(json.dumps({**config, "_class_name": "FlowMatchLCMScheduler"}), "utf-8")
-    with pytest.raises(StartupError, match=r"FlowMatchLCMScheduler of this .* global generator"):
+    with pytest.raises(StartupError, match=r"FlowMatchLCMScheduler takes .* global generator"):
         LoopUnderTest(config_for(folder))

@@ -48,10 +48,11 @@ class LogReader:
 
 
 @contextmanager
-def running_server() -> Iterator[tuple[str, str]]:
-    """The addresses of a ready server with the demo model, for gRPC and HTTP; it must exit with 0.
+def running_server(*models: str) -> Iterator[tuple[str, str]]:
+    """The addresses of a ready server with ``models``, or the demo model, for gRPC and HTTP.
 
-    It computes like plain diffusers: float32, no autocast.
+    Its exit code must be 0. It computes like plain diffusers: float32, no autocast. A model is
+    NAME=FOLDER.
     """
     command = [
         sys.executable,
@@ -72,6 +73,7 @@ def running_server() -> Iterator[tuple[str, str]]:
         "1",
         "--rows",
         "4",
+        *(flag for model in models for flag in ("--model", model)),
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None

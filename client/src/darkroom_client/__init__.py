@@ -29,6 +29,7 @@ from darkroom_client._errors import (
     Unavailable,
     UnknownRequest,
     Unsupported,
+    UploadNotFound,
     Violation,
 )
 from darkroom_client._stream import Stream
@@ -48,6 +49,7 @@ from darkroom_client._types.events import (
     Started,
 )
 from darkroom_client._types.image import Image
+from darkroom_client._types.inputs import Control, ImageSource, UploadedImage
 from darkroom_client._types.job import Job, JobState
 from darkroom_client._types.model import (
     Guidance,
@@ -57,6 +59,7 @@ from darkroom_client._types.model import (
     ModelRuntime,
     RowLimitSource,
     SchedulerOffer,
+    Task,
 )
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationOptions, GenerationRequest
@@ -77,6 +80,7 @@ __all__ = [
     "AsyncStream",
     "Cancelled",
     "Client",
+    "Control",
     "DarkroomError",
     "DeadlineExceeded",
     "DeadlineUnreachable",
@@ -93,6 +97,7 @@ __all__ = [
     "Image",
     "ImageFormat",
     "ImageReady",
+    "ImageSource",
     "ImageWithheld",
     "InvalidRequest",
     "Job",
@@ -126,11 +131,14 @@ __all__ = [
     "Started",
     "Stream",
     "TLSError",
+    "Task",
     "Timings",
     "TooLarge",
     "Unauthenticated",
     "Unavailable",
     "UnknownRequest",
     "Unsupported",
+    "UploadNotFound",
+    "UploadedImage",
     "Violation",
 ]

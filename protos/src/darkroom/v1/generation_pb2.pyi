@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from darkroom.v1 import image_pb2 as _image_pb2
 from darkroom.v1 import types_pb2 as _types_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -150,6 +151,14 @@ class GenerateRequest(_message.Message):
     EMPTY_NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
     PROMPT_SYNTAX_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    MASK_IMAGE_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    REFERENCE_IMAGES_FIELD_NUMBER: _builtins.int
+    LORAS_FIELD_NUMBER: _builtins.int
+    CONTROLS_FIELD_NUMBER: _builtins.int
+    IP_ADAPTER_IMAGE_FIELD_NUMBER: _builtins.int
+    IP_ADAPTER_SCALE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's id; may be empty if the server has a single model."""
     prompt: _builtins.str
@@ -248,6 +257,50 @@ class GenerateRequest(_message.Message):
     take it, see Model.optional_fields, and for a prompt that cannot be parsed or
     is too long: a weighted prompt is never cut.
     """
+    strength: _builtins.float
+    """How much of `image` is replaced, above 0 (almost nothing) to 1 (all). The run
+    takes about strength × steps denoiser calls. Needs `image`.
+    """
+    ip_adapter_scale: _builtins.float
+    """How strong the IP-Adapter is, 0 to 1; 1 if unset. Needs `ip_adapter_image`."""
+    @_builtins.property
+    def image(self) -> _image_pb2.ImageInput:
+        """The image to start from. INVALID_ARGUMENT if the model does not take it, see
+        Model.optional_fields; so with all fields below. It is scaled to cover width ×
+        height, then cropped in the centre. If both are unset, they are the image's own
+        size, scaled down or up to ModelLimits.min_size and max_size and rounded to
+        size_multiple; if one is, it follows from the image's aspect ratio.
+        """
+
+    @_builtins.property
+    def mask_image(self) -> _image_pb2.ImageInput:
+        """White parts of `image` are generated again, black ones stay: inpainting. Needs
+        `image`, and has its size as sent. A gray of 128 and more is white.
+        """
+
+    @_builtins.property
+    def reference_images(self) -> _containers.RepeatedCompositeFieldContainer[_image_pb2.ImageInput]:
+        """Images to edit or to refer to, as the prompt says. At most
+        ModelLimits.max_reference_images. They keep their sizes; one with a side above
+        ModelLimits.max_size is scaled down.
+        """
+
+    @_builtins.property
+    def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
+        """LoRA adapters, all applied at once. At most ModelLimits.max_loras, none twice.
+        NOT_FOUND for an id that ModelService.ListAdapters does not list.
+        """
+
+    @_builtins.property
+    def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Control]:
+        """ControlNets, all applied at once. At most ModelLimits.max_controls. NOT_FOUND for
+        an id that ModelService.ListAdapters does not list.
+        """
+
+    @_builtins.property
+    def ip_adapter_image(self) -> _image_pb2.ImageInput:
+        """The image that an IP-Adapter takes the content or the style from."""
+
     def __init__(
         self,
         *,
@@ -276,10 +329,18 @@ class GenerateRequest(_message.Message):
         empty_negative_prompt: _builtins.bool = ...,
         guidance_rescale: _builtins.float | None = ...,
         prompt_syntax: _types_pb2.PromptSyntax.ValueType = ...,
+        image: _image_pb2.ImageInput | None = ...,
+        mask_image: _image_pb2.ImageInput | None = ...,
+        strength: _builtins.float | None = ...,
+        reference_images: _abc.Iterable[_image_pb2.ImageInput] | None = ...,
+        loras: _abc.Iterable[Global___Lora] | None = ...,
+        controls: _abc.Iterable[Global___Control] | None = ...,
+        ip_adapter_image: _image_pb2.ImageInput | None = ...,
+        ip_adapter_scale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_max_sequence_length", b"_max_sequence_length", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "max_sequence_length", b"max_sequence_length", "quality", b"quality", "seed", b"seed", "steps", b"steps", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_ip_adapter_scale", b"_ip_adapter_scale", "_max_sequence_length", b"_max_sequence_length", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "ip_adapter_image", b"ip_adapter_image", "ip_adapter_scale", b"ip_adapter_scale", "mask_image", b"mask_image", "max_sequence_length", b"max_sequence_length", "quality", b"quality", "seed", b"seed", "steps", b"steps", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_max_sequence_length", b"_max_sequence_length", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "embed_record", b"embed_record", "empty_negative_prompt", b"empty_negative_prompt", "exact", b"exact", "format", b"format", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_count", b"image_count", "max_sequence_length", b"max_sequence_length", "model", b"model", "negative_prompt", b"negative_prompt", "negative_prompt_2", b"negative_prompt_2", "negative_prompt_3", b"negative_prompt_3", "on_disconnect", b"on_disconnect", "prompt", b"prompt", "prompt_2", b"prompt_2", "prompt_3", b"prompt_3", "prompt_syntax", b"prompt_syntax", "quality", b"quality", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_count", b"_image_count", "_ip_adapter_scale", b"_ip_adapter_scale", "_max_sequence_length", b"_max_sequence_length", "_quality", b"_quality", "_seed", b"_seed", "_steps", b"_steps", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "_width", b"_width", "controls", b"controls", "embed_record", b"embed_record", "empty_negative_prompt", b"empty_negative_prompt", "exact", b"exact", "format", b"format", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_count", b"image_count", "ip_adapter_image", b"ip_adapter_image", "ip_adapter_scale", b"ip_adapter_scale", "loras", b"loras", "mask_image", b"mask_image", "max_sequence_length", b"max_sequence_length", "model", b"model", "negative_prompt", b"negative_prompt", "negative_prompt_2", b"negative_prompt_2", "negative_prompt_3", b"negative_prompt_3", "on_disconnect", b"on_disconnect", "prompt", b"prompt", "prompt_2", b"prompt_2", "prompt_3", b"prompt_3", "prompt_syntax", b"prompt_syntax", "quality", b"quality", "reference_images", b"reference_images", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "steps", b"steps", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_rescale: _TypeAlias = _typing.Literal["guidance_rescale"]  # noqa: Y015
     _WhichOneofArgType__guidance_rescale: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale"]  # noqa: Y015
@@ -289,6 +350,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__height: _TypeAlias = _typing.Literal["_height", b"_height"]  # noqa: Y015
     _WhichOneofReturnType__image_count: _TypeAlias = _typing.Literal["image_count"]  # noqa: Y015
     _WhichOneofArgType__image_count: _TypeAlias = _typing.Literal["_image_count", b"_image_count"]  # noqa: Y015
+    _WhichOneofReturnType__ip_adapter_scale: _TypeAlias = _typing.Literal["ip_adapter_scale"]  # noqa: Y015
+    _WhichOneofArgType__ip_adapter_scale: _TypeAlias = _typing.Literal["_ip_adapter_scale", b"_ip_adapter_scale"]  # noqa: Y015
     _WhichOneofReturnType__max_sequence_length: _TypeAlias = _typing.Literal["max_sequence_length"]  # noqa: Y015
     _WhichOneofArgType__max_sequence_length: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length"]  # noqa: Y015
     _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
@@ -297,6 +360,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     _WhichOneofReturnType__true_cfg_scale: _TypeAlias = _typing.Literal["true_cfg_scale"]  # noqa: Y015
     _WhichOneofArgType__true_cfg_scale: _TypeAlias = _typing.Literal["_true_cfg_scale", b"_true_cfg_scale"]  # noqa: Y015
     _WhichOneofReturnType__width: _TypeAlias = _typing.Literal["width"]  # noqa: Y015
@@ -310,6 +375,8 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__image_count) -> _WhichOneofReturnType__image_count | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ip_adapter_scale) -> _WhichOneofReturnType__ip_adapter_scale | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sequence_length) -> _WhichOneofReturnType__max_sequence_length | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
@@ -318,11 +385,94 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__true_cfg_scale) -> _WhichOneofReturnType__true_cfg_scale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width) -> _WhichOneofReturnType__width | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Lora(_message.Message):
+    """Lora is a LoRA adapter of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The adapter's id."""
+    scale: _builtins.float
+    """How strong it is, -4 to 4; 1 if unset."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "id", b"id", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___Lora: _TypeAlias = Lora  # noqa: Y015
+
+@_typing.final
+class Control(_message.Message):
+    """Control is a ControlNet of a request, with its image."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The ControlNet's id."""
+    scale: _builtins.float
+    """How strong it is, 0 to 2; 1 if unset."""
+    start: _builtins.float
+    """The part of the steps after which it begins, 0 to 1; 0 if unset."""
+    end: _builtins.float
+    """The part of the steps after which it ends, above `start`, to 1; 1 if unset."""
+    @_builtins.property
+    def image(self) -> _image_pb2.ImageInput:
+        """What it is controlled by, such as edges or depths; scaled and cropped as
+        GenerateRequest.image.
+        """
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        image: _image_pb2.ImageInput | None = ...,
+        scale: _builtins.float | None = ...,
+        start: _builtins.float | None = ...,
+        end: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "image", b"image", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "id", b"id", "image", b"image", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
+    _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
+    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
+
+Global___Control: _TypeAlias = Control  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):

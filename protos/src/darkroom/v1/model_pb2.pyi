@@ -20,6 +20,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Task:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Task.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TASK_UNSPECIFIED: _Task.ValueType  # 0
+    """Not used."""
+    TASK_TEXT_TO_IMAGE: _Task.ValueType  # 1
+    """From a prompt alone."""
+    TASK_IMAGE_TO_IMAGE: _Task.ValueType  # 2
+    """From `image`."""
+    TASK_INPAINT: _Task.ValueType  # 3
+    """From `image` and `mask_image`."""
+    TASK_EDIT: _Task.ValueType  # 4
+    """From `reference_images`."""
+
+class Task(_Task, metaclass=_TaskEnumTypeWrapper):
+    """Task is a kind of request; it follows from the fields that a request sets."""
+
+TASK_UNSPECIFIED: Task.ValueType  # 0
+"""Not used."""
+TASK_TEXT_TO_IMAGE: Task.ValueType  # 1
+"""From a prompt alone."""
+TASK_IMAGE_TO_IMAGE: Task.ValueType  # 2
+"""From `image`."""
+TASK_INPAINT: Task.ValueType  # 3
+"""From `image` and `mask_image`."""
+TASK_EDIT: Task.ValueType  # 4
+"""From `reference_images`."""
+Global___Task: _TypeAlias = Task  # noqa: Y015
+
 class _RowLimitSource:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -158,6 +190,7 @@ class Model(_message.Message):
     OPTIONAL_FIELDS_FIELD_NUMBER: _builtins.int
     GUIDANCE_FIELD_NUMBER: _builtins.int
     UNBATCHED_REASON_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The name that requests use."""
     revision: _builtins.str
@@ -189,14 +222,20 @@ class Model(_message.Message):
         """The fields of a request that the model takes, of those that not every model
         takes: "negative_prompt", "empty_negative_prompt", "guidance_scale",
         "guidance_rescale", "true_cfg_scale", "max_sequence_length", "prompt_2",
-        "prompt_3", "negative_prompt_2", "negative_prompt_3", "prompt_syntax" and
-        "preview". A request that sets another one of them is INVALID_ARGUMENT. Empty
-        from a server older than this field.
+        "prompt_3", "negative_prompt_2", "negative_prompt_3", "prompt_syntax",
+        "preview", "image", "mask_image", "strength", "reference_images", "loras",
+        "controls", "ip_adapter_image" and "ip_adapter_scale". A request that sets
+        another one of them is INVALID_ARGUMENT. Empty from a server older than this
+        field.
         """
 
     @_builtins.property
     def guidance(self) -> Global___Guidance:
         """How the model applies guidance, and what it costs."""
+
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
+        """What the model can do. Empty from a server older than this field."""
 
     def __init__(
         self,
@@ -212,10 +251,11 @@ class Model(_message.Message):
         optional_fields: _abc.Iterable[_builtins.str] | None = ...,
         guidance: Global___Guidance | None = ...,
         unbatched_reason: _builtins.str = ...,
+        tasks: _abc.Iterable[Global___Task.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "guidance", b"guidance", "limits", b"limits", "runtime", b"runtime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "guidance", b"guidance", "id", b"id", "kind", b"kind", "limits", b"limits", "optional_fields", b"optional_fields", "ready", b"ready", "revision", b"revision", "runtime", b"runtime", "schedulers", b"schedulers", "unbatched_reason", b"unbatched_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "guidance", b"guidance", "id", b"id", "kind", b"kind", "limits", b"limits", "optional_fields", b"optional_fields", "ready", b"ready", "revision", b"revision", "runtime", b"runtime", "schedulers", b"schedulers", "tasks", b"tasks", "unbatched_reason", b"unbatched_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -279,6 +319,7 @@ class ModelDefaults(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
     width: _builtins.int
     """In pixels."""
     height: _builtins.int
@@ -299,6 +340,8 @@ class ModelDefaults(_message.Message):
     """
     max_sequence_length: _builtins.int
     """Tokens of the prompt; unset if the model does not take it."""
+    strength: _builtins.float
+    """How much of `image` is replaced; unset if the model does not take it."""
     def __init__(
         self,
         *,
@@ -311,17 +354,22 @@ class ModelDefaults(_message.Message):
         quality: _builtins.int = ...,
         true_cfg_scale: _builtins.float | None = ...,
         max_sequence_length: _builtins.int | None = ...,
+        strength: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length", "_true_cfg_scale", b"_true_cfg_scale", "max_sequence_length", b"max_sequence_length", "true_cfg_scale", b"true_cfg_scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "max_sequence_length", b"max_sequence_length", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length", "_true_cfg_scale", b"_true_cfg_scale", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "max_sequence_length", b"max_sequence_length", "quality", b"quality", "scheduler", b"scheduler", "steps", b"steps", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "max_sequence_length", b"max_sequence_length", "quality", b"quality", "scheduler", b"scheduler", "steps", b"steps", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_sequence_length: _TypeAlias = _typing.Literal["max_sequence_length"]  # noqa: Y015
     _WhichOneofArgType__max_sequence_length: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     _WhichOneofReturnType__true_cfg_scale: _TypeAlias = _typing.Literal["true_cfg_scale"]  # noqa: Y015
     _WhichOneofArgType__true_cfg_scale: _TypeAlias = _typing.Literal["_true_cfg_scale", b"_true_cfg_scale"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sequence_length) -> _WhichOneofReturnType__max_sequence_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__true_cfg_scale) -> _WhichOneofReturnType__true_cfg_scale | None: ...
 
@@ -343,6 +391,9 @@ class ModelLimits(_message.Message):
     MAX_ROWS_FIELD_NUMBER: _builtins.int
     ROW_LIMIT_SOURCE_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_REFERENCE_IMAGES_FIELD_NUMBER: _builtins.int
+    MAX_LORAS_FIELD_NUMBER: _builtins.int
+    MAX_CONTROLS_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
     min_size: _builtins.int
     """Width and height, in pixels."""
@@ -368,6 +419,12 @@ class ModelLimits(_message.Message):
     """Where max_rows comes from."""
     max_sequence_length: _builtins.int
     """Most tokens of max_sequence_length; 0 if the model does not take it."""
+    max_reference_images: _builtins.int
+    """Most reference_images; 0 if the model does not take them."""
+    max_loras: _builtins.int
+    """Most loras; 0 if the model does not take them."""
+    max_controls: _builtins.int
+    """Most controls; 0 if the model does not take them."""
     @_builtins.property
     def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageSize]:
         """The only sizes that the model makes; if empty, any size within the bounds."""
@@ -385,11 +442,14 @@ class ModelLimits(_message.Message):
         max_rows: _builtins.int = ...,
         row_limit_source: Global___RowLimitSource.ValueType = ...,
         max_sequence_length: _builtins.int = ...,
+        max_reference_images: _builtins.int = ...,
+        max_loras: _builtins.int = ...,
+        max_controls: _builtins.int = ...,
         sizes: _abc.Iterable[Global___ImageSize] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_guidance_scale", b"max_guidance_scale", "max_image_count", b"max_image_count", "max_prompt_bytes", b"max_prompt_bytes", "max_rows", b"max_rows", "max_sequence_length", b"max_sequence_length", "max_size", b"max_size", "min_size", b"min_size", "prompt_tokens", b"prompt_tokens", "row_limit_source", b"row_limit_source", "size_multiple", b"size_multiple", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_controls", b"max_controls", "max_guidance_scale", b"max_guidance_scale", "max_image_count", b"max_image_count", "max_loras", b"max_loras", "max_prompt_bytes", b"max_prompt_bytes", "max_reference_images", b"max_reference_images", "max_rows", b"max_rows", "max_sequence_length", b"max_sequence_length", "max_size", b"max_size", "min_size", b"min_size", "prompt_tokens", b"prompt_tokens", "row_limit_source", b"row_limit_source", "size_multiple", b"size_multiple", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

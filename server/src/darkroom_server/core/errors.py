@@ -4,6 +4,7 @@ DarkroomError
 ├── InvalidRequest        correct the request
 ├── UnknownModel          name another model
 ├── UnknownRequest        no job of that id is known, or its result is no longer kept
+├── UploadNotFound        upload the image again
 ├── RequestConflict       the same caller used that id for another request
 ├── Unauthenticated       send a valid token
 ├── NotAllowed            this caller may not make this call
@@ -34,6 +35,7 @@ class Reason(StrEnum):
     UNKNOWN_MODEL = "UNKNOWN_MODEL"
     UNKNOWN_REQUEST = "UNKNOWN_REQUEST"
     REQUEST_CONFLICT = "REQUEST_CONFLICT"
+    UPLOAD_NOT_FOUND = "UPLOAD_NOT_FOUND"
     UNAUTHENTICATED = "UNAUTHENTICATED"
     PERMISSION_DENIED = "PERMISSION_DENIED"
     REPLY_TOO_LARGE = "REPLY_TOO_LARGE"
@@ -120,6 +122,19 @@ class UnknownRequest(DarkroomError):
             "longer kept"
         )
         self.request_id = request_id
+
+
+class UploadNotFound(DarkroomError):
+    """The server does not have these uploads of this caller, or has removed them."""
+
+    reason = Reason.UPLOAD_NOT_FOUND
+
+    def __init__(self, upload_ids: Sequence[str]) -> None:
+        named = ",".join(upload_ids)
+        super().__init__(
+            f"this caller has no upload {named} here, or it was removed; upload it again",
+            metadata={"upload_ids": named},
+        )
 
 
 class RequestConflict(DarkroomError):

@@ -1,7 +1,10 @@
 """The job: one accepted request, as plain data that crosses process boundaries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Self
+
+from darkroom_server.core.inputs import Control, InputImage, Lora
 
 SEED_BOUND = 2**63
 """Seeds are chosen and counted modulo this, so that each fits a signed 64-bit integer."""
@@ -73,6 +76,15 @@ class PromptSyntax(StrEnum):
     WEIGHTED = "weighted"
 
 
+class Task(StrEnum):
+    """What a job asks for; it follows from the fields that are set."""
+
+    TEXT_TO_IMAGE = "text_to_image"
+    IMAGE_TO_IMAGE = "image_to_image"
+    INPAINT = "inpaint"
+    EDIT = "edit"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One accepted request, with the model's defaults filled in.
@@ -88,6 +100,10 @@ class Job:
     with the negative prompts. An empty ``negative_prompt`` is the pipeline's None, unless
     ``empty_negative_prompt``. ``true_cfg_scale``: guidance of a model with embedded guidance, 1 for
     none. ``max_sequence_length``: tokens of the prompt, None for the pipeline's own number.
+
+    ``image`` and ``mask_image`` have the size of the job's images, the mask one channel: white is
+    generated again. ``strength``, above 0 to 1: how much of ``image`` is replaced.
+    ``reference_images`` have sizes of their own.
     """
 
     id: str
@@ -123,6 +139,48 @@ class Job:
     guidance_rescale: float = 0.0
     true_cfg_scale: float = 1.0
     max_sequence_length: int | None = None
+    image: InputImage | None = None
+    mask_image: InputImage | None = None
+    strength: float = 1.0
+    reference_images: tuple[InputImage, ...] = ()
+    loras: tuple[Lora, ...] = ()
+    controls: tuple[Control, ...] = ()
+    ip_adapter_image: InputImage | None = None
+    ip_adapter_scale: float = 1.0
+
+    @property
+    def task(self) -> Task:
+        """What this job asks for."""
+        if self.mask_image is not None:
+            return Task.INPAINT
+        if self.image is not None:
+            return Task.IMAGE_TO_IMAGE
+        return Task.EDIT if self.reference_images else Task.TEXT_TO_IMAGE
+
+    @property
+    def pictures(self) -> list[InputImage]:
+        """Every picture that the job brings."""
+        single = [self.image, self.mask_image, self.ip_adapter_image]
+        controls = [control.image for control in self.controls]
+        return [*filter(None, single), *self.reference_images, *controls]
+
+    def without_pixels(self) -> Self:
+        """This job with the digests and sizes of its pictures only."""
+
+        def bare(picture: InputImage | None) -> InputImage | None:
+            return picture and replace(picture, pixels=b"")
+
+        return replace(
+            self,
+            image=bare(self.image),
+            mask_image=bare(self.mask_image),
+            ip_adapter_image=bare(self.ip_adapter_image),
+            reference_images=tuple(replace(each, pixels=b"") for each in self.reference_images),
+            controls=tuple(
+                replace(control, image=replace(control.image, pixels=b""))
+                for control in self.controls
+            ),
+        )
 
     @property
     def log_fields(self) -> dict[str, str]:

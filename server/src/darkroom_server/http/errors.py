@@ -23,6 +23,7 @@ from darkroom_server.core.errors import (
     Unauthenticated,
     UnknownModel,
     UnknownRequest,
+    UploadNotFound,
     Violation,
 )
 
@@ -30,6 +31,7 @@ STATUSES: dict[type[DarkroomError], int] = {
     InvalidRequest: 400,
     UnknownModel: 404,
     UnknownRequest: 404,
+    UploadNotFound: 404,
     RequestConflict: 422,
     Unauthenticated: 401,
     NotAllowed: 403,

@@ -30,6 +30,7 @@ from darkroom_server.core.errors import (
     Unauthenticated,
     UnknownModel,
     UnknownRequest,
+    UploadNotFound,
     Violation,
 )
 
@@ -50,6 +51,7 @@ CODES: dict[type[DarkroomError], int] = {
     InvalidRequest: code_pb2.INVALID_ARGUMENT,
     UnknownModel: code_pb2.NOT_FOUND,
     UnknownRequest: code_pb2.NOT_FOUND,
+    UploadNotFound: code_pb2.FAILED_PRECONDITION,
     RequestConflict: code_pb2.ALREADY_EXISTS,
     Unauthenticated: code_pb2.UNAUTHENTICATED,
     NotAllowed: code_pb2.PERMISSION_DENIED,

@@ -1,6 +1,7 @@
 """The server's settings: each declared once, set by flag, environment variable or file."""
 
 from darkroom_server.settings.http import Http
+from darkroom_server.settings.images import Images
 from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
 from darkroom_server.settings.network import Network, Security
@@ -16,6 +17,7 @@ __all__ = [
     "Dispatch",
     "Engine",
     "Http",
+    "Images",
     "Logs",
     "Models",
     "Network",

@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Predicate
 
 from darkroom_server.core.engine_config import PROMPT_CACHE_BYTES, Attention, Dtype, Preset
 from darkroom_server.settings.http import Http
+from darkroom_server.settings.images import Images
 from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
 from darkroom_server.settings.network import Network, Security
@@ -309,6 +310,7 @@ class Settings:
     http: Http = field(default_factory=Http)
     security: Security = field(default_factory=Security)
     dispatch: Dispatch = field(default_factory=Dispatch)
+    images: Images = field(default_factory=Images)
     results: Results = field(default_factory=Results)
     shutdown: Shutdown = field(default_factory=Shutdown)
     logs: Logs = field(default_factory=Logs)

@@ -112,6 +112,7 @@ def _load(
     log.info(
         "model loaded",
         model=info.id,
+        kind=info.kind,
         revision=info.revision,
         device=info.runtime.device,
         dtype=info.runtime.dtype,

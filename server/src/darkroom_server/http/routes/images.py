@@ -43,7 +43,7 @@ class ImageRoutes:
 
     async def generate(self, call: Call) -> Answer:
         """Generate images: one answer, or a stream of events."""
-        request = self._request(call)
+        request = await self._request(call)
         if request.stream:
             events = self._stream(call, request)
             await anext(events)  # An error before the job is accepted is a status, not an event.
@@ -51,7 +51,7 @@ class ImageRoutes:
         with self._service.summaries.record(
             request.generation, call.context, call.arrived, call.deadline
         ) as summary:
-            writer, active, _ = self._accept(call, request, summary)
+            writer, active, _ = await self._accept(call, request, summary)
             with active.subscribe():
                 finished = await active.result()
             summary.finished(finished)
@@ -61,9 +61,9 @@ class ImageRoutes:
 
     async def estimate(self, call: Call) -> Answer:
         """What a request would take now, without running it."""
-        request = self._request(call)
+        request = await self._request(call)
         try:
-            estimate = self._service.estimate(request.generation, call.context)
+            estimate = await self._service.estimate(request.generation, call.context)
         except InvalidRequest as error:
             raise self._renamed(error, request) from None
         known = estimate.time
@@ -97,7 +97,7 @@ class ImageRoutes:
         with self._service.summaries.record(
             request.generation, call.context, call.arrived, call.deadline
         ) as summary:
-            writer, active, joined = self._accept(call, request, summary)
+            writer, active, joined = await self._accept(call, request, summary)
             with active.subscribe() as subscription:
                 del active  # A subscription releases the job of a stalled reader.
                 events = event_stream(writer, subscription, summary, joined=joined)
@@ -106,14 +106,14 @@ class ImageRoutes:
                     async for event in events:
                         yield event
 
-    def _accept(
+    async def _accept(
         self, call: Call, request: ImageRequest, summary: RequestSummary
     ) -> tuple[ResultWriter, ActiveJob, bool]:
         """The job of ``request``, how its images are written, and whether it was joined."""
         context = call.context
         call.ending.callback(self._service.open_call(context, context.request_id))
         try:
-            active, joined = self._service.accept(
+            active, joined = await self._service.accept(
                 request.generation,
                 context,
                 summary,
@@ -135,7 +135,7 @@ class ImageRoutes:
         )
         return writer, active, joined
 
-    def _request(self, call: Call) -> ImageRequest:
+    async def _request(self, call: Call) -> ImageRequest:
         """The request in the body; raises ``InvalidRequest`` with all violations."""
         body = json_object(call.headers, call.body)
         request = image_request(body, call.key, self._model(body.get("model")))
@@ -143,7 +143,7 @@ class ImageRoutes:
         if request.as_urls and not self._urls.seconds:
             wrong.append(Violation("response_format", "this server keeps no results: url is off"))
         if wrong:
-            raise InvalidRequest(wrong + self._more_violations(call, request))
+            raise InvalidRequest(wrong + await self._more_violations(call, request))
         return request
 
     def _model(self, asked: object) -> ModelInfo | None:
@@ -153,11 +153,11 @@ class ImageRoutes:
             return self._availability.models[id]
         return None
 
-    def _more_violations(self, call: Call, request: ImageRequest) -> list[Violation]:
+    async def _more_violations(self, call: Call, request: ImageRequest) -> list[Violation]:
         """What the service layer would find wrong with the valid fields of an invalid request."""
         known = {each.field for each in request.violations}
         try:
-            self._service.estimate(request.generation, call.context)
+            await self._service.estimate(request.generation, call.context)
         except InvalidRequest as error:
             found = self._renamed(error, request).violations
             return [each for each in found if each.field not in known]
