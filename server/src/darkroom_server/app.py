@@ -52,7 +52,7 @@ ANSWER_SECONDS = 5.0
 STEP_SECONDS = 30.0
 """The most that one step of the shutdown takes after the jobs have ended; normally a second."""
 
-HTTP_LIBRARIES = ("h11", "starlette", "uvicorn")
+HTTP_LIBRARIES = ("h11", "python_multipart", "starlette", "uvicorn")
 
 REJECT_SECONDS = 3.0
 """How long a server that shuts down rejects calls before it closes its port.

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -18,19 +19,38 @@ BODY_SECONDS = 20.0
 MAX_RECEIVING = 128
 """Bodies that are received at once, in the process."""
 
+LARGE_BYTES = 1024**2
+LARGE_BODY_SECONDS = 60.0
+MAX_RECEIVING_LARGE = 8
+MAX_RECEIVING_LARGE_PER_CALLER = 2
+"""Forms with pictures have more time, and are received a few at once: each is in memory."""
+
 MAX_RECEIVING_PER_CALLER = 16
 """So that slow bodies of one caller delay no other caller."""
 
 MAX_DEPTH_MESSAGE = "the body is nested too deeply"
 
 
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    seconds: float
+    at_once: int
+    per_caller: int
+
+
+def _limits(max_bytes: int) -> _Limits:
+    if max_bytes > LARGE_BYTES:
+        return _Limits(LARGE_BODY_SECONDS, MAX_RECEIVING_LARGE, MAX_RECEIVING_LARGE_PER_CALLER)
+    return _Limits(BODY_SECONDS, MAX_RECEIVING, MAX_RECEIVING_PER_CALLER)
+
+
 class BodyReader:
     """Receives bodies, a bounded number of them at once."""
 
     def __init__(self) -> None:
-        self._places = asyncio.Semaphore(MAX_RECEIVING)
-        self._places_of: dict[str, asyncio.Semaphore] = {}
-        self._reading: Counter[str] = Counter()
+        self._places: dict[int, asyncio.Semaphore] = {}
+        self._places_of: dict[tuple[str, int], asyncio.Semaphore] = {}
+        self._reading: Counter[tuple[str, int]] = Counter()
 
     async def read(
         self, receive: Receive, headers: Headers, caller: Caller, max_bytes: int
@@ -42,14 +62,16 @@ class BodyReader:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > max_bytes:
             raise _too_large(max_bytes)
-        key = counted_as(caller)
-        places = self._places_of.setdefault(key, asyncio.Semaphore(MAX_RECEIVING_PER_CALLER))
+        limits = _limits(max_bytes)
+        key = counted_as(caller), max_bytes
+        places = self._places.setdefault(max_bytes, asyncio.Semaphore(limits.at_once))
+        own_places = self._places_of.setdefault(key, asyncio.Semaphore(limits.per_caller))
         self._reading[key] += 1
         try:
-            async with asyncio.timeout(BODY_SECONDS), places, self._places:
+            async with asyncio.timeout(limits.seconds), own_places, places:
                 return await _read(receive, max_bytes)
         except TimeoutError:
-            message = f"the body did not arrive within {BODY_SECONDS:g} s"
+            message = f"the body did not arrive within {limits.seconds:g} s"
             raise HttpError(408, "slow_body", message, {"connection": "close"}) from None
         finally:
             self._reading[key] -= 1

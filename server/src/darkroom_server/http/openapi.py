@@ -5,7 +5,7 @@ from importlib.resources import files
 from typing import Any
 
 from darkroom_server.http.call import ID_HEADER, KEY_HEADER, TIMEOUT_HEADER
-from darkroom_server.http.messages.fields import FIELDS
+from darkroom_server.http.messages.fields import FIELDS, FORM_FIELDS
 from darkroom_server.http.signed_urls import PATH
 
 DOCUMENT = files("darkroom_server.http") / "openapi.json"
@@ -51,6 +51,8 @@ def document() -> dict[str, Any]:
                     "`image_generation.completed`, and those of `darkroom.…` with `progress`.",
                 )
             },
+            "/v1/images/edits": {"post": _form_operation("Change images", mask=True)},
+            "/v1/images/variations": {"post": _form_operation("Vary an image", mask=False)},
             "/v1/images/estimate": {
                 "post": _operation("Estimate a request without running it", "Estimate", body=True)
             },
@@ -215,6 +217,15 @@ def _file_operation() -> dict[str, Any]:
             "404": {"description": "The URL is not valid, or the result is no longer kept."},
         },
     }
+
+
+def _form_operation(summary: str, *, mask: bool) -> dict[str, Any]:
+    picture = {"type": "string", "format": "binary"}
+    pictures = {"image": picture, "image[]": _list(picture), **({"mask": picture} if mask else {})}
+    schema = _object({**pictures, **{n: f.schema for n, f in FORM_FIELDS.items()}})
+    operation = _operation(summary, "Images", body=True)
+    operation["requestBody"]["content"] = {"multipart/form-data": {"schema": schema}}
+    return operation
 
 
 def text() -> str:

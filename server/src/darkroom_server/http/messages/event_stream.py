@@ -96,7 +96,7 @@ class PartialImages:
 
     def event(self, preview: PreviewReady, index: int) -> bytes:
         """The event of the preview with number ``index``."""
-        name = "image_generation.partial_image"
+        name = f"{self._writer.request.events}.partial_image"
         data = {
             "type": name,
             "partial_image_index": index,
@@ -115,7 +115,7 @@ class PartialImages:
 
 async def _completed(writer: ResultWriter, subscription: Subscription, index: int) -> bytes:
     image = subscription.image(index)
-    name = "image_generation.completed"
+    name = f"{writer.request.events}.completed"
     head = {
         "type": name,
         "created_at": int(time.time()),

@@ -10,6 +10,8 @@ from darkroom_server.core.job import ImageFormat, PromptSyntax, SchedulerName
 
 MAX_WHOLE = 2**63
 
+MAX_LORAS = 64
+
 MAX_UNKNOWN = 20
 """Unknown fields that an error lists."""
 
@@ -33,6 +35,8 @@ class Field:
         match self.type:
             case "string":
                 return self._text_violation(value)
+            case "array":
+                return _lora_violation(value)
             case "boolean":
                 return None if isinstance(value, bool) else "must be true or false"
             case "integer":
@@ -74,6 +78,18 @@ class Field:
         }
 
 
+def _lora_violation(value: Any) -> str | None:
+    rule = 'must be a list such as [{"id": "ink", "scale": 0.8}], of at most 64'
+    if not isinstance(value, list) or len(value) > MAX_LORAS:
+        return rule
+    for each in value:
+        if not isinstance(each, dict) or not each.keys() <= {"id", "scale"}:
+            return rule
+        if LORA_ID.violation(each.get("id")) or LORA_SCALE.violation(each.get("scale", 1.0)):
+            return rule
+    return None
+
+
 def _text(name: str, help: str, *choices: str) -> Field:
     return Field(name=name, type="string", help=help, choices=choices)
 
@@ -89,6 +105,9 @@ def _real(name: str, help: str) -> Field:
 def _switch(name: str, help: str) -> Field:
     return Field(name=name, type="boolean", help=help)
 
+
+LORA_ID = _text("id", "The id of the adapter.")
+LORA_SCALE = _real("scale", "How strong the adapter is.")
 
 OPENAI_FIELDS = (
     _text("prompt", "What the images show."),
@@ -142,9 +161,16 @@ OUR_FIELDS = (
     _real("true_cfg_scale", "Guidance of a model with embedded guidance."),
     _whole("max_sequence_length", "Tokens of the prompt."),
     _text("prompt_syntax", "How prompts are read.", *(syntax.value for syntax in PromptSyntax)),
+    Field(name="loras", type="array", help='LoRA adapters, such as [{"id": "ink", "scale": 0.8}].'),
 )
 
+STRENGTH = _real("strength", "How much of the image is replaced, above 0 to 1.")
+
 FIELDS = {field.name: field for field in (*OPENAI_FIELDS, *OUR_FIELDS)}
+"""Of ``/v1/images/generations``."""
+
+FORM_FIELDS = {**FIELDS, "strength": STRENGTH}
+"""Of ``/v1/images/edits`` and ``/v1/images/variations``, besides the pictures."""
 
 
 def checked_values(

@@ -1,17 +1,20 @@
 """From a JSON body to a request of the service layer."""
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from darkroom_server.core.errors import InvalidRequest, Violation
-from darkroom_server.core.job import ImageFormat, PromptSyntax, SchedulerName
+from darkroom_server.core.inputs import Lora
+from darkroom_server.core.job import ImageFormat, PromptSyntax, SchedulerName, Task
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.http.call import KEY_HEADER
 from darkroom_server.http.messages.fields import FIELDS, Field, checked_values
-from darkroom_server.service.request import GenerationRequest
+from darkroom_server.http.messages.multipart import Form
+from darkroom_server.service.request import GenerationRequest, ImageSource, Inputs
 from darkroom_server.service.validation import as_float32
 
 SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
@@ -19,7 +22,10 @@ SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 STEPS_OF_QUALITY = {"low": 0.5, "high": 1.5, "hd": 1.5}
 """Multiples of the model's default; the other qualities take the default."""
 
+NO_IMAGES = Inputs()
+
 NAMES = {
+    "mask_image": "mask",
     "image_count": "n",
     "format": "output_format",
     "quality": "output_compression",
@@ -36,7 +42,8 @@ class ImageRequest:
     """A request for images over HTTP: ``generation``, and how it is answered.
 
     ``partial_images`` are previews of each image. ``progress``: send our own events too.
-    ``quality`` is that of OpenAI. ``sized``: the caller set `size`.
+    ``quality`` is that of OpenAI. ``events``: what the names of the
+    events of a stream begin with. ``sized``: the caller set `size`.
     ``violations`` are those that are known so far.
     """
 
@@ -46,6 +53,7 @@ class ImageRequest:
     partial_images: int
     progress: bool
     quality: str
+    events: str
     sized: bool
     violations: tuple[Violation, ...]
 
@@ -55,8 +63,13 @@ def image_request(
     key: str,
     model: ModelInfo | None,
     fields: Mapping[str, Field] = FIELDS,
+    images: Inputs = NO_IMAGES,
+    events: str = "image_generation",
 ) -> ImageRequest:
-    """The request in ``body``; ``key`` names its job. ``model`` is None if it is not known."""
+    """The request in ``body``; ``key`` names its job. ``model`` is None if it is not known.
+
+    ``images`` are the pictures that came with it, ``events`` as in ``ImageRequest``.
+    """
     values, wrong = checked_values(body, fields)
     width, height = _size(values, wrong)
     steps = _steps(values, model, wrong)
@@ -96,6 +109,7 @@ def image_request(
         empty_negative_prompt=values.get("empty_negative_prompt", False),
         guidance_rescale=_real(values, "guidance_rescale"),
         prompt_syntax=syntax,
+        inputs=_inputs(values, images),
     )
     return ImageRequest(
         generation=generation,
@@ -104,6 +118,7 @@ def image_request(
         partial_images=partial,
         progress=values.get("progress", False),
         quality=values.get("quality", "auto"),
+        events=events,
         sized="size" in values,
         violations=tuple(wrong),
     )
@@ -113,10 +128,45 @@ def renamed(error: InvalidRequest, *, sized: bool) -> InvalidRequest:
     """``error`` with the names of the fields over HTTP; ``sized``: the request has `size`."""
     names = {**NAMES, "width": "size", "height": "size"} if sized else NAMES
     violations = [
-        Violation(names.get(each.field, each.field), each.description) for each in error.violations
+        Violation(names.get(each.field, _plain(each.field)), each.description)
+        for each in error.violations
     ]
     # Width and height may have the same error.
     return InvalidRequest(list(dict.fromkeys(violations)), error.reason)
+
+
+def _plain(field: str) -> str:
+    """The name over HTTP of a field that is not in ``NAMES``; all pictures are `image`."""
+    return "image" if field.startswith(("reference_images", "image.")) else field
+
+
+def edit_images(form: Form, model: ModelInfo | None) -> Inputs:
+    """The pictures of an edit: with a mask, what is repainted; else what the model starts from.
+
+    A model that edits takes them as references, unless the form has a strength.
+    """
+    sources = tuple(map(_source, form.images))
+    edits = model is not None and Task.EDIT in model.tasks and "strength" not in form.values
+    if form.mask is None and edits:
+        return Inputs(reference_images=sources)
+    return Inputs(
+        image=sources[0] if sources else None,
+        mask_image=_source(form.mask) if form.mask is not None else None,
+        reference_images=sources[1:],
+    )
+
+
+def _source(data: bytes) -> ImageSource:
+    return ImageSource(digest="sha256:" + hashlib.sha256(data).hexdigest(), data=data)
+
+
+def _inputs(values: Mapping[str, Any], images: Inputs) -> Inputs | None:
+    loras = tuple(
+        Lora(id=each["id"], scale=as_float32(float(each.get("scale", 1.0))))
+        for each in values.get("loras", ())
+    )
+    inputs = replace(images, loras=loras, strength=_real(values, "strength"))
+    return None if inputs == NO_IMAGES else inputs
 
 
 def _size(values: Mapping[str, Any], wrong: list[Violation]) -> tuple[int | None, int | None]:

@@ -14,7 +14,14 @@ from darkroom_server.dispatch import ActiveJob, Availability
 from darkroom_server.http.body import json_object
 from darkroom_server.http.call import Answer, Call, Stream
 from darkroom_server.http.messages.event_stream import event_stream
-from darkroom_server.http.messages.request import ImageRequest, image_request, renamed
+from darkroom_server.http.messages.fields import FORM_FIELDS
+from darkroom_server.http.messages.multipart import Form, form_of
+from darkroom_server.http.messages.request import (
+    ImageRequest,
+    edit_images,
+    image_request,
+    renamed,
+)
 from darkroom_server.http.messages.results import ResultWriter, json_bytes
 from darkroom_server.http.signed_urls import EXTENSIONS, SignedUrls
 from darkroom_server.service.generation import GenerationService
@@ -27,6 +34,11 @@ CONTENT_TYPES = {
     "webp": "image/webp",
     "rgb": "application/octet-stream",
 }
+
+NO_PROMPT = " "
+"""Of a variation without one: an empty prompt would be invalid."""
+
+EDIT_EVENTS = "image_edit"
 
 REPLY_LIMIT = ReplyLimit(MAX_REPLY_BYTES, "response_format: url")
 
@@ -43,7 +55,28 @@ class ImageRoutes:
 
     async def generate(self, call: Call) -> Answer:
         """Generate images: one answer, or a stream of events."""
-        request = await self._request(call)
+        body = json_object(call.headers, call.body)
+        request = image_request(body, call.key, self._model(body.get("model")))
+        return await self._answer(call, await self._checked(call, request))
+
+    async def edit(self, call: Call) -> Answer:
+        """Change the pictures of a form as its prompt says, all of them or where a mask says."""
+        form = await form_of(call.headers, call.body, FORM_FIELDS)
+        model = self._model(form.values.get("model"))
+        images = edit_images(form, model)
+        request = image_request(form.values, call.key, model, FORM_FIELDS, images, EDIT_EVENTS)
+        return await self._answer(call, await self._checked(call, _with_image(request, form)))
+
+    async def vary(self, call: Call) -> Answer:
+        """Make variations of the picture of a form; a prompt is not needed."""
+        form = await form_of(call.headers, call.body, FORM_FIELDS)
+        values = {"prompt": NO_PROMPT, **form.values}
+        images = edit_images(Form(values={}, images=form.images, mask=form.mask), None)
+        model = self._model(values.get("model"))
+        request = image_request(values, call.key, model, FORM_FIELDS, images, EDIT_EVENTS)
+        return await self._answer(call, await self._checked(call, _with_image(request, form)))
+
+    async def _answer(self, call: Call, request: ImageRequest) -> Answer:
         if request.stream:
             events = self._stream(call, request)
             await anext(events)  # An error before the job is accepted is a status, not an event.
@@ -61,7 +94,9 @@ class ImageRoutes:
 
     async def estimate(self, call: Call) -> Answer:
         """What a request would take now, without running it."""
-        request = await self._request(call)
+        body = json_object(call.headers, call.body)
+        request = image_request(body, call.key, self._model(body.get("model")))
+        request = await self._checked(call, request)
         try:
             estimate = await self._service.estimate(request.generation, call.context)
         except InvalidRequest as error:
@@ -135,10 +170,8 @@ class ImageRoutes:
         )
         return writer, active, joined
 
-    async def _request(self, call: Call) -> ImageRequest:
-        """The request in the body; raises ``InvalidRequest`` with all violations."""
-        body = json_object(call.headers, call.body)
-        request = image_request(body, call.key, self._model(body.get("model")))
+    async def _checked(self, call: Call, request: ImageRequest) -> ImageRequest:
+        """``request``; raises ``InvalidRequest`` with all violations if it has any."""
         wrong = [*call.violations, *request.violations]
         if request.as_urls and not self._urls.seconds:
             wrong.append(Violation("response_format", "this server keeps no results: url is off"))
@@ -167,3 +200,11 @@ class ImageRoutes:
 
     def _renamed(self, error: InvalidRequest, request: ImageRequest) -> InvalidRequest:
         return renamed(error, sized=request.sized)
+
+
+def _with_image(request: ImageRequest, form: Form) -> ImageRequest:
+    """``request``, with a violation if its form has no picture."""
+    if form.images:
+        return request
+    wrong = Violation("image", "must be a file: a PNG, JPEG or WebP")
+    return replace(request, violations=(*request.violations, wrong))

@@ -6,6 +6,7 @@ from starlette.responses import Response
 
 from darkroom_server.dispatch import Dispatcher
 from darkroom_server.http.call import Answer, Call
+from darkroom_server.http.messages.multipart import MAX_FORM_BYTES
 from darkroom_server.http.openapi import DOCUMENT
 from darkroom_server.http.routes.images import ImageRoutes
 from darkroom_server.http.routes.models import ModelRoutes
@@ -26,6 +27,8 @@ def routes_of(
     status = StatusRoutes(dispatcher, started_at)
     routes = [
         Route("POST", "/v1/images/generations", images.generate),
+        Route("POST", "/v1/images/edits", images.edit, max_body=MAX_FORM_BYTES),
+        Route("POST", "/v1/images/variations", images.vary, max_body=MAX_FORM_BYTES),
         Route("POST", "/v1/images/estimate", images.estimate),
         Route("GET", PATH, images.result, Access.OPEN),
         Route("GET", "/v1/models", models.list),
