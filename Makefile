@@ -49,8 +49,8 @@ demo: setup ## start a server, generate a few images into demo-output/, stop
 	@$(BIN)/python examples/demo.py
 
 .PHONY: serve
-serve: setup ## serve the demo model on this machine; options in SERVE_FLAGS
-	@exec $(BIN)/darkroom-server serve $(SERVE_FLAGS)
+serve: setup ## serve the demo model on this machine, HTTP on port 8000; options in SERVE_FLAGS
+	@exec $(BIN)/darkroom-server serve --http-port 8000 $(SERVE_FLAGS)
 
 # ---- check ----
 

@@ -38,7 +38,7 @@ install_missing() {
     apt-get update -qq || return 1
     apt_install prometheus promtool prometheus && apt_install nodejs node && apt_install npm npm \
         && apt_install chromium-driver chromedriver
-    # The driver brings Debian's browser; where there is another one, it is used.
+    # The tests take either browser.
     command -v google-chrome >/dev/null || apt_install chromium chromium
 }
 

@@ -28,7 +28,7 @@ async def job_of(there: Door, path: str, files: Any, **fields: Any) -> Job:
 
 
 def transparent_on_the_left() -> bytes:
-    """As OpenAI's masks: what is transparent is painted again; its colours do not count."""
+    """As OpenAI's masks: what is transparent is generated again; colours do not count."""
     image = halves().convert("RGBA")
     image.paste((255, 255, 255, 0), (0, 0, image.width // 2, image.height))
     image.paste((255, 255, 255, 255), (image.width // 2, 0, *image.size))
