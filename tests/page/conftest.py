@@ -22,8 +22,8 @@ EVIL = "evil.example"
 RECORDER = """
 window.seen = {pictures: [], texts: [], copied: ''};
 new MutationObserver(() => {
-  const source = document.getElementById('picture').src;
-  if (seen.pictures.at(-1) !== source) seen.pictures.push(source);
+  const {src, alt} = document.getElementById('picture');
+  if (src && seen.pictures.at(-1)?.alt !== alt) seen.pictures.push({src, alt});
   const text = document.getElementById('status').textContent;
   if (seen.texts.at(-1) !== text) seen.texts.push(text);
 }).observe(document.getElementById('output'),

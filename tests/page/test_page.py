@@ -1,6 +1,7 @@
 """The page, driven in a real browser."""
 
 import base64
+import hashlib
 import json
 import shutil
 import socket
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from tests.page.conftest import EVIL, Page, opened
 from tests.server.app.process import start
 from tests.server.http.door import token_file
+from tests.server.uploads.pictures import plain
 
 pytestmark = pytest.mark.needs("chromium")
 
@@ -39,15 +42,16 @@ def image_of(url: str, **fields: Any) -> str:
 
 def test_a_prompt_becomes_an_image_step_by_step(page: Page, url: str) -> None:
     page.open(url)
-    page.generate(prompt="a star", steps=10, seed=2**53 + 1, width=72)
+    page.generate(prompt="a star", steps=20, seed=2**53 + 1, width=72)
     picture = page.finished()
-    expected = image_of(url, prompt="a star", steps=10, seed=2**53 + 1, width=72)
+    expected = image_of(url, prompt="a star", steps=20, seed=2**53 + 1, width=72)
     assert picture == f"data:image/png;base64,{expected}"
-    *previews, last = filter(None, page.seen("pictures"))
-    assert last == picture
+    *previews, last = page.seen("pictures")
+    assert last == {"src": picture, "alt": "a star"}
     assert len(previews) >= 2
-    assert all(each.startswith("data:image/jpeg") for each in previews)
-    assert any(text.startswith("Step 5 of 10") for text in page.seen("texts"))
+    assert all(each["alt"].startswith("Preview after step") for each in previews)
+    assert all(each["src"].startswith("data:image/jpeg") for each in previews)
+    assert any(text.startswith("Step ") and "of 20" in text for text in page.seen("texts"))
     assert page["picture"].get_attribute("alt") == "a star"
     assert str(2**53 + 1) in page["facts"].text
     assert f'"seed": "{2**53 + 1}"' in (page["record"].get_attribute("textContent") or "")
@@ -56,7 +60,7 @@ def test_a_prompt_becomes_an_image_step_by_step(page: Page, url: str) -> None:
     assert page.finished() == picture
     page["variation"].click()
     page.wait(lambda: str(2**53 + 2) in page["facts"].text)
-    other = image_of(url, prompt="a star", steps=10, seed=2**53 + 2, width=72)
+    other = image_of(url, prompt="a star", steps=20, seed=2**53 + 2, width=72)
     assert page.finished() == f"data:image/png;base64,{other}" != picture
     thumbnails = page["results"].find_elements("tag name", "button")
     assert len(thumbnails) == 3
@@ -166,6 +170,43 @@ def test_a_server_that_restarts_in_the_middle(page: Page) -> None:
         picture = page.finished()
         expected = image_of(url, prompt="a star", steps=200, seed=1)
         assert picture == f"data:image/png;base64,{expected}"
+
+
+@pytest.mark.needs("node")
+def test_an_image_with_a_painted_mask(page: Page, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    picture.write_bytes(plain())
+    with start("--http-port", "0", pass_seconds=0.02, images=True) as server:
+        page.open(f"http://{server.until('serving')['http']}")
+        page["picture-input"].find_element("tag name", "summary").click()
+        page["image"].send_keys(str(picture))
+        page.wait(lambda: page["canvas"].get_attribute("width") == "96")
+        page.driver.execute_script("arguments[0].scrollIntoView()", page["canvas"])
+        page.fill(strength=0.8, loras="ink:0.5, grain")
+        canvas = page["canvas"]
+        actions = ActionChains(page.driver).move_to_element_with_offset(canvas, 40, 0)
+        actions.click_and_hold().move_by_offset(10, 5).release().perform()
+        page.generate(prompt="a star", steps=10, seed=3)
+        page.finished()
+        request = json.loads(page["record"].get_attribute("textContent") or "")["request"]
+        digest = f"sha256:{hashlib.sha256(picture.read_bytes()).hexdigest()}"
+        assert digest in json.dumps(request["image"])
+        assert request["mask_image"]
+        assert request["loras"] == {"ink": 0.5, "grain": 1}
+        painted = """
+          const context = document.getElementById('canvas').getContext('2d');
+          return [5, 60].map((x) => context.getImageData(x, 32, 1, 1).data[3] > 0);
+        """
+        assert page.driver.execute_script(painted) == [False, True]
+        check_with_axe(page)
+        page.driver.execute_script("arguments[0].scrollIntoView()", page["remove-image"])
+        page["remove-image"].click()
+        page["clear-mask"].click()
+        page.fill(loras="")
+        page.generate(prompt="a star")
+        page.finished()
+        plain_request = json.loads(page["record"].get_attribute("textContent") or "")["request"]
+        assert "image" not in plain_request
 
 
 @pytest.mark.needs("node")

@@ -147,6 +147,7 @@ MODEL = {
         "created": _whole(),
         "owned_by": _text(),
         "ready": {"type": "boolean"},
+        "tasks": _list(_text()),
     },
 }
 

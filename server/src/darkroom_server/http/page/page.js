@@ -10,8 +10,9 @@ const RETRIES = 8;
 const LONGEST_RETRY_SECONDS = 10;
 const SMALL_PIXELS = 160; // Images below this are shown with sharp pixels.
 
-// Inputs of the form by field of the API. Other inputs, such as images, are added here.
-const NUMBERS = ["width", "height", "steps", "guidance_scale"];
+// Inputs of the form by field of the API.
+const NUMBERS = ["width", "height", "steps", "guidance_scale", "strength"];
+const IMAGE_TASKS = ["image_to_image", "inpaint", "edit"];
 const TEXTS = ["prompt", "negative_prompt"];
 
 const models = new Map();
@@ -95,7 +96,8 @@ function showModel() {
   for (const row of document.querySelectorAll("[data-option]")) {
     row.hidden = !model.optional_fields.includes(row.dataset.option);
   }
-  for (const name of NUMBERS) $(name).placeholder = String(model.defaults[name]);
+  $("picture-input").hidden = !IMAGE_TASKS.some((task) => model.tasks.includes(task));
+  for (const name of NUMBERS) $(name).placeholder = String(model.defaults[name] ?? "");
   for (const name of ["width", "height"]) {
     $(name).min = model.limits.min_size;
     $(name).max = model.limits.max_size;
@@ -114,9 +116,78 @@ function readForm() {
     if ($(name).value && visible(name)) fields[name] = $(name).value;
   }
   for (const name of NUMBERS) {
-    if ($(name).value !== "" && visible(name)) fields[name] = Number($(name).value);
+    if ($(name).value === "" || !visible(name)) continue;
+    if (name !== "strength" || $("image").files.length) fields[name] = Number($(name).value);
   }
+  if ($("loras").value.trim() && visible("loras")) fields.loras = readLoras($("loras").value);
   return fields;
+}
+
+const readLoras = (text) =>
+  text.split(",").map((part) => {
+    const [id, scale] = part.split(":").map((each) => each.trim());
+    return scale ? { id, scale: Number(scale) } : { id };
+  });
+
+// The image to start from and its mask, null without an image.
+async function readPictures() {
+  const [image] = $("image").files;
+  if (!image || $("picture-input").hidden) return null;
+  const [file] = $("mask").files;
+  return { image, mask: file ?? (painted ? await paintedMask() : null) };
+}
+
+// ---- the mask ----
+
+let painted = false;
+
+async function showOriginal() {
+  clearMask();
+  const [image] = $("image").files;
+  $("easel").hidden = !image;
+  if (!image) return;
+  URL.revokeObjectURL($("original").src);
+  $("original").src = URL.createObjectURL(image);
+  await $("original").decode();
+  $("canvas").width = $("original").naturalWidth;
+  $("canvas").height = $("original").naturalHeight;
+}
+
+function clearMask() {
+  painted = false;
+  const canvas = $("canvas");
+  canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+}
+
+function paint(event) {
+  if (!(event.buttons & 1)) return;
+  const canvas = $("canvas");
+  const box = canvas.getBoundingClientRect();
+  const [x, y] = [
+    ((event.clientX - box.left) / box.width) * canvas.width,
+    ((event.clientY - box.top) / box.height) * canvas.height,
+  ];
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#ff3b1f";
+  context.beginPath();
+  context.arc(x, y, (canvas.width * Number($("brush").value)) / 100, 0, 2 * Math.PI);
+  context.fill();
+  painted = true;
+}
+
+// White where the canvas is painted, black elsewhere.
+function paintedMask() {
+  const { width, height } = $("canvas");
+  const mask = Object.assign(document.createElement("canvas"), { width, height });
+  const context = mask.getContext("2d");
+  context.drawImage($("canvas"), 0, 0);
+  context.globalCompositeOperation = "source-in";
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, width, height);
+  context.globalCompositeOperation = "destination-over";
+  context.fillStyle = "#000";
+  context.fillRect(0, 0, width, height);
+  return new Promise((resolve) => mask.toBlob(resolve, "image/png"));
 }
 
 function clearErrors() {
@@ -160,13 +231,13 @@ function askForToken() {
 
 // ---- one request ----
 
-async function generate(fields, seed) {
+async function generate(fields, seed, pictures) {
   if (running) return;
   clearErrors();
   running = new AbortController();
   setBusy(true);
   try {
-    await follow(fields, seed, running.signal);
+    await follow({ fields, seed, pictures }, running.signal);
   } catch (error) {
     hideProgress(error.name === "AbortError" ? "Cancelled" : "");
     if (error.name !== "AbortError") showError(error);
@@ -178,11 +249,11 @@ async function generate(fields, seed) {
 }
 
 // Sends the request, and sends it again with the same key if the server is away for a while.
-async function follow(fields, seed, signal) {
+async function follow(request, signal) {
   const key = randomText(16);
   for (let attempt = 1; ; attempt++) {
     try {
-      await stream(fields, seed, key, signal);
+      await stream(request, key, signal);
       return;
     } catch (error) {
       const lost = error instanceof TypeError || error.retryAfter != null;
@@ -194,15 +265,27 @@ async function follow(fields, seed, signal) {
   }
 }
 
-async function stream(fields, seed, key, signal) {
+function formOf(fields, seed, { image, mask }) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries({ ...fields, seed })) {
+    form.append(name, typeof value === "object" ? JSON.stringify(value) : String(value));
+  }
+  form.append("image", image);
+  if (mask) form.append("mask", mask, "mask.png");
+  return form;
+}
+
+async function stream({ fields, seed, pictures }, key, signal) {
   const model = models.get(fields.model);
   const steps = fields.steps ?? model?.defaults?.steps ?? 20;
   const previews = model?.optional_fields?.includes("preview") ? steps : 0;
   const extra = { stream: true, progress: true, partial_images: previews };
-  const reply = await call("/v1/images/generations", {
+  const all = { ...fields, ...extra };
+  const json = { "Content-Type": "application/json" };
+  const reply = await call(pictures ? "/v1/images/edits" : "/v1/images/generations", {
     method: "POST",
-    headers: { "Content-Type": "application/json", "Idempotency-Key": key },
-    body: bodyOf({ ...fields, ...extra }, seed),
+    headers: { "Idempotency-Key": key, ...(pictures ? {} : json) },
+    body: pictures ? formOf(all, seed, pictures) : bodyOf(all, seed),
     signal,
   });
   const began = performance.now();
@@ -225,13 +308,15 @@ async function stream(fields, seed, key, signal) {
         showProgress(event);
         break;
       case "image_generation.partial_image":
+      case "image_edit.partial_image":
         showPicture(dataUrl(event), `Preview after step ${event.step}`);
         break;
       case "image_generation.completed":
+      case "image_edit.completed":
         finished = event;
         break;
       case "darkroom.finished":
-        finish(finished, { fields, seed, darkroom: event, seconds: since(began) });
+        finish(finished, { fields, seed, pictures, darkroom: event, seconds: since(began) });
         return;
       case "error":
         throw new ApiError(500, event.error, null);
@@ -352,14 +437,28 @@ function showResults() {
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-function asCurl({ fields, seed }) {
+// The files of a form are named as the reader will have saved them.
+function asForm({ fields, seed, pictures }) {
+  const lines = [`curl ${api("/v1/images/edits")}`];
+  if (token) lines.push('-H "Authorization: Bearer $DARKROOM_TOKEN"');
+  for (const [name, value] of Object.entries({ ...fields, seed })) {
+    const text = typeof value === "object" ? JSON.stringify(value) : String(value);
+    lines.push(`--form-string ${quoted(`${name}=${text}`)}`);
+  }
+  lines.push(`-F ${quoted(`image=@${pictures.image.name}`)}`);
+  if (pictures.mask) lines.push("-F 'mask=@mask.png'");
+  return lines.join(" \\\n  ");
+}
+
+function asCurl({ fields, seed, pictures }) {
+  if (pictures) return asForm({ fields, seed, pictures });
   const lines = [`curl ${api("/v1/images/generations")}`, "-H 'Content-Type: application/json'"];
   if (token) lines.push('-H "Authorization: Bearer $DARKROOM_TOKEN"');
   lines.push(`-d ${quoted(bodyOf(fields, seed))}`);
   return lines.join(" \\\n  ");
 }
 
-function asPython({ fields, seed }) {
+function asPython({ fields, seed, pictures }) {
   const { prompt, model, ...others } = fields;
   // JSON texts and numbers are Python ones too.
   const extra = [...Object.entries(others).map(([k, v]) => `"${k}": ${JSON.stringify(v)}`), `"seed": ${seed}`];
@@ -372,7 +471,9 @@ function asPython({ fields, seed }) {
     "from openai import OpenAI",
     "",
     `client = OpenAI(base_url="${api("/v1")}", api_key=${key})`,
-    "images = client.images.generate(",
+    `images = client.images.${pictures ? "edit" : "generate"}(`,
+    ...(pictures ? [`    image=Path(${JSON.stringify(pictures.image.name)}),`] : []),
+    ...(pictures?.mask ? ['    mask=Path("mask.png"),'] : []),
     `    model=${JSON.stringify(model)},`,
     `    prompt=${JSON.stringify(prompt)},`,
     `    extra_body={${extra.join(", ")}},`,
@@ -437,8 +538,17 @@ function showStatus(status) {
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   token = $("token").value.trim() || token;
-  generate(readForm(), $("seed").value || randomSeed());
+  const seed = $("seed").value || randomSeed();
+  readPictures().then((pictures) => generate(readForm(), seed, pictures));
 });
+
+$("image").addEventListener("change", () => showOriginal().catch(() => clearMask()));
+$("clear-mask").addEventListener("click", clearMask);
+$("remove-image").addEventListener("click", () => {
+  $("image").value = $("mask").value = "";
+  showOriginal();
+});
+for (const kind of ["pointerdown", "pointermove"]) $("canvas").addEventListener(kind, paint);
 
 $("token").addEventListener("change", () => {
   token = $("token").value.trim();
@@ -454,9 +564,9 @@ $("prompt").addEventListener("keydown", (event) => {
 
 $("model").addEventListener("change", showModel);
 $("cancel").addEventListener("click", () => running?.abort());
-$("again").addEventListener("click", () => generate(shown.fields, shown.seed));
+$("again").addEventListener("click", () => generate(shown.fields, shown.seed, shown.pictures));
 $("variation").addEventListener("click", () => {
-  generate(shown.fields, String((BigInt(shown.seed) + 1n) % 2n ** 63n));
+  generate(shown.fields, String((BigInt(shown.seed) + 1n) % 2n ** 63n), shown.pictures);
 });
 $("copy-curl").addEventListener("click", (event) => copy(asCurl(shown), event.target));
 $("copy-python").addEventListener("click", (event) => copy(asPython(shown), event.target));

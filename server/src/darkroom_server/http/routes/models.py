@@ -51,6 +51,7 @@ class ModelRoutes:
                 for offer in info.schedulers
             ],
             "optional_fields": [name for name in OPTIONAL_FIELDS if name in info.optional_fields],
+            "tasks": list(info.tasks),
             "guidance": asdict(info.guidance),
             "runtime": asdict(info.runtime),
         }
