@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, Self
 
-from darkroom_server.core.job import ImageFormat, Job, SchedulerName
+from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
 
 OPTIONAL_FIELDS = (
     "negative_prompt",
@@ -19,6 +19,14 @@ OPTIONAL_FIELDS = (
     "negative_prompt_3",
     "prompt_syntax",
     "preview",
+    "image",
+    "mask_image",
+    "strength",
+    "reference_images",
+    "loras",
+    "controls",
+    "ip_adapter_image",
+    "ip_adapter_scale",
 )
 """Fields of a request that not every model takes; a request that sets another one is rejected."""
 
@@ -55,11 +63,29 @@ class Guidance:
         return self.calls if self.applies_to(job) else 1
 
 
+class StrengthRounding(StrEnum):
+    """What a family's pipelines round down in their ``get_timesteps`` if ``strength`` is set.
+
+    TAKEN: the steps that an image takes. SKIPPED: the first steps, which it does not take.
+    """
+
+    TAKEN = "taken"
+    SKIPPED = "skipped"
+
+    def steps_taken(self, steps: int, strength: float) -> int:
+        """The steps of ``steps`` that an image takes which starts from another one."""
+        # The operations of diffusers in their order: another order rounds otherwise.
+        if self is StrengthRounding.TAKEN:
+            return min(int(steps * strength), steps)
+        return steps - int(max(steps - min(steps * strength, steps), 0))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDefaults:
     """What an unset field of a request means. Sizes in pixels.
 
-    ``max_sequence_length`` is None if the model does not take it.
+    ``max_sequence_length`` is None if the model does not take it, and so are ``strength``, for
+    image to image, and ``inpaint_strength``.
     """
 
     width: int
@@ -71,6 +97,13 @@ class ModelDefaults:
     quality: int = 90
     true_cfg_scale: float = 1.0
     max_sequence_length: int | None = None
+    strength: float | None = None
+    inpaint_strength: float | None = None
+
+    def strength_of(self, task: Task) -> float:
+        """The strength of a job of ``task``; 1 if the model does not take it."""
+        own = self.inpaint_strength if task is Task.INPAINT else self.strength
+        return 1.0 if own is None else own
 
 
 _UNSET = {
@@ -99,7 +132,8 @@ class ModelLimits:
     """The bounds of a request to a model, all inclusive. Sizes in pixels.
 
     ``max_rows`` is the row limit of a batch now; ``row_limit_source`` says where it comes from.
-    ``max_sequence_length`` bounds the request's field, 0 if the model does not take it.
+    ``max_sequence_length`` bounds the request's field, 0 if the model does not take it; so with
+    the numbers of reference images, LoRAs and ControlNets.
     """
 
     min_size: int
@@ -112,6 +146,9 @@ class ModelLimits:
     max_image_count: int = 16
     max_prompt_bytes: int = 8192
     max_sequence_length: int = 0
+    max_reference_images: int = 0
+    max_loras: int = 0
+    max_controls: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +250,7 @@ class ModelInfo:
     Unless ``limits.row_limit_source`` is SET, real batches may raise ``limits.max_rows`` up to
     ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes.
     ``unbatched_reason``: why its denoiser calls are not merged into batches, empty if they are.
+    ``tasks`` are what it can be asked for.
     """
 
     id: str
@@ -228,6 +266,8 @@ class ModelInfo:
     guidance: Guidance = Guidance()
     optional_fields: frozenset[str] = frozenset({"negative_prompt", "guidance_scale", "preview"})
     unbatched_reason: str = ""
+    tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
+    strength_rounding: StrengthRounding = StrengthRounding.TAKEN
 
     def options_of(self, job: Job) -> dict[str, Any]:
         """The optional fields that a request needs to generate the images of ``job`` again.
@@ -240,6 +280,7 @@ class ModelInfo:
             for name in OPTIONAL_FIELDS
             if name in self.optional_fields
             and name not in ("negative_prompt", "preview")
+            and (name != "strength" or job.image is not None)
             and (value := getattr(job, name)) != _UNSET.get(name)
         }
 
@@ -261,11 +302,23 @@ class ModelInfo:
         return self.guidance.rows_per_image(job)
 
     def denoiser_calls(self, job: Job) -> int:
-        """Denoiser calls that one image of ``job`` takes.
+        """Denoiser calls that one image of ``job`` takes; 0 if its strength leaves no step.
 
         Raises ``ValueError`` if the model does not offer the job's scheduler.
         """
         offer = self.offer(job.scheduler)
         if offer is None:
             raise ValueError(f"model {self.id!r} does not offer scheduler {job.scheduler!r}")
-        return self.guidance.calls_per_step(job) * offer.denoiser_calls(job.steps)
+        taken = self.steps_taken(job)
+        if taken < 1:
+            return 0
+        # The first steps are skipped, and those are never the ones that take another number.
+        skipped_calls = (job.steps - taken) * offer.calls_per_step
+        calls = offer.denoiser_calls(job.steps) - skipped_calls
+        return self.guidance.calls_per_step(job) * calls
+
+    def steps_taken(self, job: Job) -> int:
+        """The steps that one image of ``job`` takes: fewer than asked if it starts from another."""
+        if job.image is None:
+            return job.steps
+        return self.strength_rounding.steps_taken(job.steps, job.strength)

@@ -3,6 +3,10 @@
 Its text tokens have no mask, so prompts are never padded to the length of others.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
+from darkroom_server.core.job import Task
 from darkroom_server.core.model import Guidance
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
@@ -39,6 +43,10 @@ class Flux(PackedLatentsFamily):
     components = ("transformer", "vae", "text_encoder", "text_encoder_2")
     optional = ("image_encoder", "feature_extractor")
     defaults = Defaults(steps=28, guidance_scale=3.5)
+    tasks: ClassVar[Mapping[Task, str]] = {
+        Task.IMAGE_TO_IMAGE: "FluxImg2ImgPipeline",
+        Task.INPAINT: "FluxInpaintPipeline",
+    }
     spec = TRANSFORMER
     prompt_tokenizer = "tokenizer_2"
 

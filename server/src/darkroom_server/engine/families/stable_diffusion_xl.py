@@ -3,26 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from darkroom_server.core.model import Guidance
+from darkroom_server.core.job import Task
+from darkroom_server.core.model import Guidance, StrengthRounding
 from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.loading.defaults import Defaults
-from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
-
-UNET = ArgumentSpec(
-    denoiser="UNet2DConditionModel",
-    kinds={
-        "sample": Kind.ROWS,
-        "timestep": Kind.TIMESTEP,
-        "encoder_hidden_states": Kind.ROWS,
-        "timestep_cond": Kind.ROWS,
-        "added_cond_kwargs.text_embeds": Kind.ROWS,
-        "added_cond_kwargs.time_ids": Kind.ROWS,
-        "return_dict": Kind.EQUAL,
-    },
-    rows_in="sample",
-    signature="77d680c563abf52d",
-    diffusers="0.42",
-)
 
 
 class StableDiffusionXL(SuspendedFamily):
@@ -35,6 +20,11 @@ class StableDiffusionXL(SuspendedFamily):
     defaults = Defaults(steps=30, guidance_scale=5.0)
     denoiser_name = "unet"
     convolutional = True
+    tasks: ClassVar[Mapping[Task, str]] = {
+        Task.IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline",
+        Task.INPAINT: "StableDiffusionXLInpaintPipeline",
+    }
+    strength_rounding = StrengthRounding.TAKEN
     spec = UNET
 
     @property

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,9 @@ from darkroom_server.engine.components.scheduler_table import (
     FLOW_MATCH_SCHEDULERS,
 )
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler, name_of, offer
+from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
+from darkroom_server.engine.conditioning.input_images import image_arguments
+from darkroom_server.engine.conditioning.task_pipelines import made_of
 from darkroom_server.engine.families.base import Family, Precision
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, signature_of
 from darkroom_server.engine.pipelines.calls import DenoiserCall
@@ -30,6 +34,7 @@ from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hos
 from darkroom_server.engine.pipelines.model import SuspendedModel
 from darkroom_server.engine.pipelines.runs import Runs
 from darkroom_server.engine.warmup.formats import MemoryFormat
+from darkroom_server.engine.warmup.placement import vae_is_upcast
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +63,10 @@ class SuspendedFamily(Family):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
-        self._call_parameters = frozenset(inspect.signature(type(pipeline).__call__).parameters)
+        self._call_parameters = {
+            task: frozenset(inspect.signature(each.__call__).parameters)
+            for task, each in self.task_classes.items()
+        }
         self._runs: Runs
         self._probe: dict[str, Any]
         self._probe_latents: torch.Tensor
@@ -160,8 +168,15 @@ class SuspendedFamily(Family):
             EncodeMemo(config.prompt_cache_bytes, device),
         )
         own_config = config_of(self.pipeline.scheduler)
+        hosts = {self.own_task: host}
+        for task, pipeline_class in self.task_classes.items():
+            if task is not self.own_task:
+                hosts[task] = host.sharing(made_of(self.pipeline, pipeline_class))
         self._runs = Runs(
-            host=host,
+            hosts=hosts,
+            images=ImageEncoder(
+                self.vae, nullcontext if vae_is_upcast(self.pipeline) else precision
+            ),
             spec=None if reason else self._spec(memory_format),
             arguments_of=self.call_arguments,
             vae_latents=self.vae_latents,
@@ -211,12 +226,14 @@ class SuspendedFamily(Family):
             "max_sequence_length": job.max_sequence_length,
             "output_type": "pt",
             "return_dict": False,
+            **image_arguments(job),
             **self.call_options,
         }
+        taken = self._call_parameters[job.task]
         return {
             name: value
             for name, value in asked.items()
-            if name in self._call_parameters and not (value is None and name.startswith("max_"))
+            if name in taken and not (value is None and name.startswith("max_"))
         }
 
     def is_truncated(self, job: Job) -> bool:

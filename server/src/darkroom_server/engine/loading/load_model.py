@@ -10,9 +10,11 @@ import structlog
 from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import ModelLoad
+from darkroom_server.core.job import Task
 from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of
+from darkroom_server.engine.conditioning.task_pipelines import default_strength
 from darkroom_server.engine.families.base import Family, Model
 from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.loading.defaults import FILE, Defaults, read_defaults
@@ -70,8 +72,10 @@ def load_model(
         speed=measured.speed,
         most_rows=measured.most_rows,
         guidance=family.guidance,
-        optional_fields=family.optional_fields,
+        optional_fields=family.optional_fields | family.image_fields,
         unbatched_reason=family.unbatched_reason,
+        tasks=tuple(family.task_classes),
+        strength_rounding=family.strength_rounding,
     )
     log.info(
         "model loaded",
@@ -109,6 +113,7 @@ def _set_size(source: ModelSource, family: Family, size: int | None) -> None:
 
 
 def _model_defaults(family: Family, defaults: Defaults) -> ModelDefaults:
+    strengths = {task: default_strength(each) for task, each in family.task_classes.items()}
     return ModelDefaults(
         width=family.size,
         height=family.size,
@@ -117,6 +122,8 @@ def _model_defaults(family: Family, defaults: Defaults) -> ModelDefaults:
         scheduler=name_of(family.pipeline.scheduler),
         true_cfg_scale=float(defaults.true_cfg_scale),
         max_sequence_length=family.default_sequence_length,
+        strength=strengths.get(Task.IMAGE_TO_IMAGE),
+        inpaint_strength=strengths.get(Task.INPAINT),
     )
 
 
