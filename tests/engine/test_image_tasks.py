@@ -20,6 +20,7 @@ from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from .conftest import LoopUnderTest, config_for, make_job
 from .families.case import FamilyCase
 from .families.image_tasks import CASES, mask, picture, pipelines_of
+from .families.inpainting import CASES as INPAINTING
 from .test_family_parity import NOTICEABLE, first_timestep_for_all, prompts_swapped
 
 
@@ -99,7 +100,7 @@ class Served:
         return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+@pytest.fixture(scope="module", params=[*CASES, *INPAINTING], ids=lambda case: case.name)
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
@@ -131,7 +132,7 @@ def test_the_model_offers_the_tasks(served: Served) -> None:
     assert set(info.tasks) == set(pipelines)
     assert {"image", "strength"} <= info.optional_fields
     assert ("mask_image" in info.optional_fields) is (Task.INPAINT in pipelines)
-    for task in info.tasks[1:]:
+    for task in {Task.IMAGE_TO_IMAGE, Task.INPAINT} & pipelines.keys():
         call = inspect.signature(type(pipelines[task]).__call__)
         assert info.defaults.strength_of(task) == call.parameters["strength"].default
 
@@ -140,7 +141,8 @@ def test_latents_equal_the_pipelines(served: Served, batches: list[list[Task]]) 
     jobs = served.jobs("mixed")
     served.run(jobs)
     assert max(map(served.error, jobs)) <= served.case.tolerance
-    assert any(set(tasks) == set(served.info.tasks) for tasks in batches), batches
+    whole = [tasks for tasks in batches if set(tasks) == set(served.info.tasks)]
+    assert max(map(len, whole)) >= 3, batches
 
 
 @pytest.mark.parametrize("spoil", [first_timestep_for_all, prompts_swapped])
@@ -172,7 +174,7 @@ def test_a_wrong_input_is_noticed(served: Served) -> None:
         assert served.error(job, of=replace(job, image=picture(9))) > NOTICEABLE
         assert served.error(job, of=replace(job, strength=job.strength - 0.3)) > NOTICEABLE
         if job.mask_image is not None:
-            assert served.error(job, of=replace(job, mask_image=mask(48))) > NOTICEABLE
+            assert served.error(job, of=replace(job, mask_image=mask(8))) > NOTICEABLE
 
 
 def test_exact_images_have_the_pipelines_bytes(served: Served) -> None:

@@ -59,7 +59,7 @@ def inputs(size: int = 64) -> tuple[Mapping[str, Any], ...]:
         {"image": picture(1, size), "strength": 0.6},
         {"image": picture(2, size), "mask_image": mask(size // 2, size), "strength": 1.0},
         {"steps": 9},
-        {"image": picture(3, size), "strength": 0.9},
+        {"image": picture(3, size), "strength": 0.6},
         {"image": picture(4, size), "mask_image": mask(size // 4, size), "strength": 0.7},
     )
 
@@ -86,6 +86,8 @@ def image_call(call: Callable[[Job], Mapping[str, Any]], job: Job) -> dict[str, 
 
 def pipelines_of(text_pipeline: Any) -> dict[Task, Any]:
     """``text_pipeline``, and diffusers' pipelines of the other tasks with its components."""
+    if "Inpaint" in type(text_pipeline).__name__:
+        return {Task.INPAINT: text_pipeline}
     names = PIPELINES[type(text_pipeline).__name__]
     tasks = (Task.IMAGE_TO_IMAGE, Task.INPAINT)[: len(names)]
     # Without a dtype, from_pipe would convert the weights to float32.
@@ -109,7 +111,13 @@ def _case(case: FamilyCase, *, inpaints: bool = True, **changes: Any) -> FamilyC
         [{k: v for k, v in job.items() if k not in ("width", "height")} for job in case.jobs]
     )
     if not inpaints:
-        jobs = [{k: v for k, v in job.items() if k != "mask_image"} for job in jobs]
+        # From strength 1, an image to image job of flow matching is noise alone.
+        jobs = [
+            {**{k: v for k, v in job.items() if k != "mask_image"}, "strength": 0.8}
+            if "mask_image" in job
+            else job
+            for job in jobs
+        ]
     return replace(case, jobs=jobs, call=partial(image_call, case.call), **changes)
 
 

@@ -24,3 +24,9 @@ def image_arguments(job: Job) -> dict[str, Any]:
     if job.mask_image is not None:
         arguments["mask_image"] = pil_image(job.mask_image).convert("L")
     return arguments
+
+
+def white_image(size: int, channels: int) -> InputImage:
+    """A white square of ``size`` pixels on each side, for measurements."""
+    pixels = b"\xff" * (size * size * channels)
+    return InputImage(digest="", width=size, height=size, channels=channels, pixels=pixels)

@@ -9,6 +9,10 @@ from darkroom_server.engine.families.chroma import Chroma
 from darkroom_server.engine.families.flux import Flux
 from darkroom_server.engine.families.flux_2 import Flux2, Flux2Klein
 from darkroom_server.engine.families.hunyuan_image import HunyuanImage
+from darkroom_server.engine.families.inpainting import (
+    StableDiffusionInpaint,
+    StableDiffusionXLInpaint,
+)
 from darkroom_server.engine.families.lumina_2 import Lumina2
 from darkroom_server.engine.families.pixart import PixArtAlpha, PixArtSigma
 from darkroom_server.engine.families.qwen_image import QwenImage
@@ -38,6 +42,8 @@ FAMILIES: dict[str, type[Family]] = {
         Sana,
         SanaSprint,
         HunyuanImage,
+        StableDiffusionInpaint,
+        StableDiffusionXLInpaint,
         # One line for each family.
     )
 }

@@ -13,7 +13,7 @@ import torch
 
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.job import ImageFormat, Job, SchedulerName
+from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
 from darkroom_server.core.model import ModelInfo, ModelLimits, SchedulerOffer
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.previewer import Previewer
@@ -24,7 +24,7 @@ from darkroom_server.engine.components.scheduler_table import (
 )
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler, name_of, offer
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
-from darkroom_server.engine.conditioning.input_images import image_arguments
+from darkroom_server.engine.conditioning.input_images import image_arguments, white_image
 from darkroom_server.engine.conditioning.task_pipelines import made_of
 from darkroom_server.engine.families.base import Family, Precision
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, signature_of
@@ -322,6 +322,7 @@ class SuspendedFamily(Family):
 
     def _probe_job(self, scheduler: SchedulerName) -> Job:
         """An image of the default size without guidance, so of one row."""
+        inpaints = self.own_task is Task.INPAINT
         return Job(
             id="warm-up",
             model="",
@@ -338,6 +339,8 @@ class SuspendedFamily(Family):
             quality=90,
             exact=False,
             submitted_at=0.0,
+            image=white_image(self.size, channels=3) if inpaints else None,
+            mask_image=white_image(self.size, channels=1) if inpaints else None,
         )
 
     @property
