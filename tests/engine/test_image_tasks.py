@@ -94,7 +94,8 @@ class Served:
         """How far ``job``'s latents are from the pipeline's, relative to the largest value."""
         wanted, _ = self.alone.image(of or job, index)
         found = self.loop.latents[job.id, index]
-        if isinstance(self.loop.models["tiny"], StableDiffusionModel) and job.image is None:
+        model: Any = self.loop.models["tiny"]
+        if isinstance(model, StableDiffusionModel) and job.image is None:
             # The latents of the engine's own loop are not yet scaled for the VAE.
             found = found / self.alone.pipelines[job.task].vae.config.scaling_factor
         return float((found - wanted).abs().max() / wanted.abs().max())
