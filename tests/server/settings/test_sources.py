@@ -90,3 +90,9 @@ def test_the_engine_gets_its_section_and_the_token_is_not_shown() -> None:
     assert (config.models[0].variant, config.models[0].token) == ("fp16", "hf_secret")
     assert "hf_secret" not in repr(config)
     assert "hf_secret" not in repr(settings)
+
+
+def test_the_prompt_cache_is_configured_for_each_engine() -> None:
+    assert engine_configs(Settings(), None)[0].prompt_cache_bytes == 256 * 1024**2
+    settings = Settings(engine=Engine(prompt_cache_bytes=0, device="cuda:0,cuda:1"))
+    assert [each.prompt_cache_bytes for each in engine_configs(settings, None)] == [0, 0]

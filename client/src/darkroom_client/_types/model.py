@@ -48,7 +48,7 @@ class ModelLimits:
     reported as ``Image.prompt_truncated``. ``max_rows``: rows of one denoiser pass at the
     default size, now; a guided image takes ``Guidance.rows``. ``row_limit_source``: how it was
     found. ``max_sequence_length``: the highest that a request may set, 0 if the model does not take
-    it.
+    it. ``sizes``: the only pairs of width and height that the model makes; any, if empty.
     """
 
     min_size: int
@@ -61,6 +61,7 @@ class ModelLimits:
     max_rows: int
     row_limit_source: RowLimitSource = RowLimitSource.UNKNOWN
     max_sequence_length: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,8 @@ class ModelRuntime:
     ``attention`` is "sliced" or "sdpa"; ``slice_size`` is "auto", "max" or a number; it is empty
     without sliced attention. ``format_rule``: why ``dtype`` and ``channels_last`` were chosen;
     empty if both are configured, or if the server is older than this field. ``preset_rule``: why
-    ``preset`` is in force; empty in the same cases.
+    ``preset`` is in force, and what of it does not suit the model; empty if it is configured and
+    all of it suits, or if the server is older.
     """
 
     device: str

@@ -78,6 +78,7 @@ def _decode_limits(limits: model_pb2.ModelLimits) -> ModelLimits:
         max_rows=limits.max_rows,
         row_limit_source=decode_row_limit_source(limits.row_limit_source),
         max_sequence_length=limits.max_sequence_length,
+        sizes=tuple((size.width, size.height) for size in limits.sizes),
     )
 
 

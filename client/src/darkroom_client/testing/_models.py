@@ -139,6 +139,7 @@ def encode_model(model: Model) -> model_pb2.Model:
                 max_rows=limits.max_rows,
                 row_limit_source=_encode_source(limits.row_limit_source),
                 max_sequence_length=limits.max_sequence_length,
+                sizes=[model_pb2.ImageSize(width=w, height=h) for w, h in limits.sizes],
             )
         )
     if model.guidance is not None:

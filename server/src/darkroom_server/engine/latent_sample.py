@@ -7,8 +7,8 @@ import torch
 
 from darkroom_server.core.job import Job
 from darkroom_server.engine.batch import Group
+from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.guidance import guide
-from darkroom_server.engine.components.prompt_encoder import Embedding
 from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.sample import Sample, predict_x0
 
@@ -16,7 +16,8 @@ from darkroom_server.engine.sample import Sample, predict_x0
 class LatentSample(Sample):
     """The latents of one image, and its embeddings.
 
-    ``embeddings`` has one entry per row: the prompt's, or the negative prompt's and the prompt's.
+    ``embeddings`` has one entry per row: the prompt's, or the negative prompt's and the prompt's,
+    which are equally long.
     """
 
     def __init__(

@@ -64,6 +64,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             max_rows=limits.max_rows,
             row_limit_source=SOURCE_TO_WIRE[limits.row_limit_source],
             max_sequence_length=limits.max_sequence_length,
+            sizes=[model_pb2.ImageSize(width=w, height=h) for w, h in limits.sizes],
         ),
         schedulers=[
             model_pb2.SchedulerOffer(

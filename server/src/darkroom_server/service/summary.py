@@ -15,9 +15,11 @@ from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
     DeadlineUnreachable,
+    GenerationFailed,
     InvalidRequest,
     JobCancelled,
     NotAllowed,
+    Reason,
     Refused,
     RequestConflict,
     Unauthenticated,
@@ -106,6 +108,8 @@ def outcome_of(error: DarkroomError) -> Outcome:
     """The outcome of a request that ended with ``error``."""
     match error:
         case InvalidRequest() | UnknownModel() | UnknownRequest() | RequestConflict():
+            return Outcome.INVALID
+        case GenerationFailed(reason=Reason.INVALID_REQUEST):  # Only the engine could find out.
             return Outcome.INVALID
         case Refused() | DeadlineUnreachable() | Unauthenticated() | NotAllowed():
             return Outcome.REFUSED

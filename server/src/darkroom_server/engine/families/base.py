@@ -24,21 +24,22 @@ from darkroom_server.core.model import (
     StrengthRounding,
 )
 from darkroom_server.engine.components.decoder import NO_OPTIONS, Decoder
+from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
-from darkroom_server.engine.components.prompt_encoder import Embedding
+from darkroom_server.engine.components.prompt_encoder import PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, offers
 from darkroom_server.engine.conditioning.task_pipelines import task_classes
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
-from darkroom_server.engine.warmup.formats import MemoryFormat
+from darkroom_server.engine.warmup.formats import HalfPrecision, MemoryFormat
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which a component of a model is called: autocast, or nothing."""
 
-Embeddings = Mapping[tuple[str, bool], Embedding]
-"""Embeddings by (prompt, alone); ``alone`` prompts were encoded in a call of their own."""
+Embeddings = Mapping[PromptKey, Embedding]
+"""Embeddings by what decides them."""
 
 
 class Model(Protocol):
@@ -67,6 +68,10 @@ class Model(Protocol):
     @property
     def counts(self) -> tuple[Counts, ...]:
         """The counters of the model's components; the loop emits and clears them."""
+
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """The bytes of the embeddings in the prompt cache."""
 
     def encode_prompts(self, jobs: Sequence[Job]) -> Sequence[Any]:
         """For each job what ``new_samples`` takes: its prompts, encoded."""
@@ -97,6 +102,7 @@ class Family(ABC):
     ``convolutional``: it has two-dimensional convolutions, which channels last can make faster.
     ``own_task`` is what ``pipeline_class`` does, ``tasks`` names the classes of diffusers that do
     further tasks with the same components. ``strength_rounding`` is that of their steps.
+    ``half`` says how it runs in half precision.
     ``chosen_size`` is the default width and height that the operator set, in pixels.
     """
 
@@ -111,6 +117,7 @@ class Family(ABC):
     own_task: ClassVar[Task] = Task.TEXT_TO_IMAGE
     tasks: ClassVar[Mapping[Task, str]] = {}
     strength_rounding: ClassVar[StrengthRounding] = StrengthRounding.SKIPPED
+    half: ClassVar[HalfPrecision] = HalfPrecision()
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -160,7 +167,7 @@ class Family(ABC):
 
     @property
     def optional_fields(self) -> frozenset[str]:
-        """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
+        """Those of ``core.model.OPTIONAL_FIELDS`` that it takes if their extra is installed."""
         return frozenset({"negative_prompt", "guidance_scale", "preview"})
 
     @property
@@ -235,6 +242,10 @@ class Family(ABC):
     @abstractmethod
     def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Latents of one image of the default size, for measurements of its decode."""
+
+    def encode_prompt(self) -> bool:
+        """Encode a prompt past the cache, for measurements; False if the family cannot."""
+        return False
 
     def safety_checker(self, name: str) -> SafetyChecker:
         """The pipeline's own safety checker. Raises ``StartupError`` if it has none."""

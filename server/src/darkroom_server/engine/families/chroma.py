@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from darkroom_server.core.job import Task
 from darkroom_server.core.model import Guidance
+from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -43,6 +44,7 @@ class Chroma(PackedLatentsFamily):
     # ChromaInpaintPipeline of diffusers 0.42 fails: it reads a setting that Chroma does not have.
     tasks: ClassVar[Mapping[Task, str]] = {Task.IMAGE_TO_IMAGE: "ChromaImg2ImgPipeline"}
     spec = TRANSFORMER
+    half = CLIPPED_IN_FLOAT16
 
     @property
     def guidance(self) -> Guidance:

@@ -7,6 +7,7 @@ import torch
 
 from darkroom_server.core.job import Job, Task
 from darkroom_server.core.model import Guidance
+from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -42,6 +43,7 @@ class QwenImage(PackedLatentsFamily):
         Task.INPAINT: "QwenImageInpaintPipeline",
     }
     spec = TRANSFORMER
+    half = CLIPPED_IN_FLOAT16
 
     @property
     def guidance(self) -> Guidance:

@@ -12,13 +12,18 @@ from numpy.typing import NDArray
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
-from darkroom_server.core.job import Job, Task
+from darkroom_server.core.job import Job, PromptSyntax, Task
 from darkroom_server.core.model import ModelInfo, ModelLimits, StrengthRounding
 from darkroom_server.engine.components.decoder import Decoder
+from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
-from darkroom_server.engine.components.prompt_encoder import Embedding, PromptEncoder
+from darkroom_server.engine.components.prompt_encoder import PromptEncoder, PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler
+from darkroom_server.engine.components.weighted_prompts import (
+    WeightedPromptEncoder,
+    compel_is_installed,
+)
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.conditioning.input_images import image_arguments
 from darkroom_server.engine.conditioning.task_pipelines import made_of
@@ -76,6 +81,25 @@ class StableDiffusion(Family):
         if self.pipeline.unet.config.time_cond_proj_dim is not None:
             raise StartupError(f"model {name!r} is guidance-distilled: not supported")
 
+    def prepare(
+        self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
+    ) -> None:
+        """Make the prompt encoder, and the pipelines of the tasks that start from an image."""
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        dtype = memory_format.dtype
+        weighted = None
+        if compel_is_installed():
+            weighted = WeightedPromptEncoder([tokenizer], [encoder], dtype, precision)
+        self._prompts = PromptEncoder(
+            tokenizer, encoder, dtype, precision, config.prompt_cache_bytes, weighted
+        )
+        self._image_runs = _image_runs(self, memory_format, precision)
+
+    @property
+    def optional_fields(self) -> frozenset[str]:
+        """Those of ``core.model.OPTIONAL_FIELDS`` that it takes if their extra is installed."""
+        return super().optional_fields | {"prompt_syntax"}
+
     @property
     def latent_factor(self) -> int:
         """Pixels of an image for one pixel of its latents, on each side."""
@@ -106,12 +130,6 @@ class StableDiffusion(Family):
             max_rows=max_rows,
         )
 
-    def prepare(
-        self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
-    ) -> None:
-        """Make the pipelines of the tasks that start from an image."""
-        self._image_runs = _image_runs(self, memory_format, precision)
-
     def denoiser_inputs(
         self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> dict[str, torch.Tensor]:
@@ -128,6 +146,11 @@ class StableDiffusion(Family):
     def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Random latents of one image of the default size."""
         return self._random_latents(dtype, device, 1)
+
+    def encode_prompt(self) -> bool:
+        """Encode a prompt past the cache, for measurements."""
+        self._prompts.encode_uncached("a photograph of a tree")
+        return True
 
     def _random_latents(
         self, dtype: torch.dtype, device: torch.device, images: int
@@ -148,9 +171,7 @@ class StableDiffusion(Family):
         pipeline = self.pipeline
         return StableDiffusionModel(
             info=info,
-            prompts=PromptEncoder(
-                pipeline.tokenizer, pipeline.text_encoder, memory_format.dtype, precision
-            ),
+            prompts=self._prompts,
             unet=pipeline.unet,
             decoder=decoder,
             previewer=Previewer(pipeline.vae, precision, self.latent_factor),
@@ -239,6 +260,11 @@ class StableDiffusionModel:
         """The counters of the model's components."""
         return (self.prompts.counts, self.decoder.counts)
 
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """The bytes of the embeddings in the prompt cache."""
+        return self.prompts.cache_bytes
+
     batches_prompts = True
     encodes_slowly = False
 
@@ -254,7 +280,7 @@ class StableDiffusionModel:
             job.height // self.latent_factor,
             job.width // self.latent_factor,
         )
-        rows = tuple(embeddings[key] for key in self._prompts_of(job))
+        rows = self.prompts.padded(*(embeddings[key] for key in self._prompts_of(job)))
         if any(embedding.truncated for embedding in rows):
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
         if job.image is not None:
@@ -325,10 +351,12 @@ class StableDiffusionModel:
         )
         return samples
 
-    def _prompts_of(self, job: Job) -> list[tuple[str, bool]]:
-        """What is encoded for each row of an image: (prompt, alone), in the order of the rows."""
+    def _prompts_of(self, job: Job) -> list[PromptKey]:
+        """What is encoded for each row of an image, in the order of the rows."""
         texts = [job.negative_prompt] if self.info.rows_per_image(job) == 2 else []
-        return [(text, job.exact) for text in [*texts, job.prompt]]
+        # Weighted prompts are never encoded together, so exact jobs share theirs with others.
+        alone = job.exact or job.prompt_syntax is PromptSyntax.WEIGHTED
+        return [PromptKey(text, alone, job.prompt_syntax) for text in [*texts, job.prompt]]
 
 
 def _random_normal(

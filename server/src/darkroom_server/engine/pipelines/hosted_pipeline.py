@@ -4,13 +4,15 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
+from darkroom_server.core.job import PromptSyntax
 from darkroom_server.engine.pipelines.calls import (
     DecodeCall,
     DenoiserCall,
@@ -30,6 +32,8 @@ class HostedPipeline:
 
     ``denoisers`` are the names of the components that run every step. With ``isolated``, each run
     has its own, which share their weights: the pipeline may write to their other attributes.
+    ``weighted_encoding`` takes the arguments of the pipeline's ``encode_prompt``, and returns what
+    it returns, for prompts in the weighted syntax.
     """
 
     def __init__(
@@ -41,16 +45,18 @@ class HostedPipeline:
         memo: EncodeMemo,
         *,
         isolated: bool = False,
+        weighted_encoding: Callable[..., Any] | None = None,
     ) -> None:
         self.memo = memo
         self.device = device
         self._isolated = tuple(denoisers) if isolated else ()
+        self._weighted_encoding = weighted_encoding
         self._vae = vae
         self._hosted_vae = None if vae is None else _hosted_vae(vae, device.type)
         self._template = self._hosted(pipeline)
         if not isolated:
             for name in denoisers:
-                _suspend_forward(getattr(pipeline, name), device.type)
+                _suspend_forward(getattr(pipeline, name), device.type, as_tuples=True)
 
     def sharing(self, pipeline: Any) -> Self:
         """``pipeline``, which has the same modules, hosted with the same memo."""
@@ -63,23 +69,26 @@ class HostedPipeline:
         scheduler: Any,
         arguments: Mapping[str, Any],
         own: Mapping[str, Any],
+        syntax: PromptSyntax = PromptSyntax.PLAIN,
     ) -> Coroutine:
         """A run of the pipeline with ``arguments``, not yet started; its result is the pipeline's.
 
-        ``own`` are further components that the run does not share.
+        ``own`` are further components that the run does not share. ``syntax`` is its prompts'.
         """
         pipeline = copy.copy(self._template)
         # Past diffusers' ``__setattr__``, which would change the configuration that is shared.
-        pipeline.__dict__.update(own, scheduler=scheduler)
+        pipeline.__dict__.update(own, scheduler=scheduler, prompt_syntax=syntax)
         for name in self._isolated:
             module = sharing_copy(getattr(pipeline, name))
-            _suspend_forward(module, self.device.type)
+            _suspend_forward(module, self.device.type, as_tuples=False)
             pipeline.__dict__[name] = module
         return Coroutine(functools.partial(pipeline, **arguments), self.device.type)
 
     def _hosted(self, pipeline: Any) -> Any:
         hosted = copy.copy(pipeline)
-        hosted.__class__ = _hosted_class(type(pipeline), self.device, self.memo)
+        hosted.__class__ = _hosted_class(
+            type(pipeline), self.device, self.memo, self._weighted_encoding
+        )
         for name, part in vars(pipeline).items():
             if self._vae is not None and part is self._vae:
                 hosted.__dict__[name] = self._hosted_vae
@@ -149,7 +158,12 @@ class _NoProgress:
         """Do nothing: progress is counted where the run is suspended."""
 
 
-def _hosted_class(base: type, device: torch.device, memo: EncodeMemo) -> type:
+def _hosted_class(
+    base: type,
+    device: torch.device,
+    memo: EncodeMemo,
+    weighted_encoding: Callable[..., Any] | None,
+) -> type:
     """The pipeline's class, without what takes time for each image or touches shared state."""
 
     @contextlib.contextmanager
@@ -164,25 +178,32 @@ def _hosted_class(base: type, device: torch.device, memo: EncodeMemo) -> type:
         "maybe_free_model_hooks": lambda self: None,
     }
     if hasattr(base, "encode_prompt"):
-        members["encode_prompt"] = _remembered(base.encode_prompt, memo, device.type)
+        members["encode_prompt"] = _remembered(
+            base.encode_prompt, weighted_encoding, memo, device.type
+        )
     return type(base.__name__, (base,), members)
 
 
-def _remembered(encode: Any, memo: EncodeMemo, device_type: str) -> Any:
+def _remembered(
+    encode: Any, encode_weighted: Callable[..., Any] | None, memo: EncodeMemo, device_type: str
+) -> Any:
     signature = inspect.signature(encode)
 
     @functools.wraps(encode)
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
+        del given["self"]
         try:
-            key = memo_key([[n, v] for n, v in sorted(given.items()) if n != "self"])
+            key = memo_key([self.prompt_syntax, sorted(given.items())])
         except TypeError:
             # Given embeddings: there is nothing to encode.
             return encode(self, *args, **kwargs)
         if key not in memo:
-            encoded = suspend(
-                EncodeCall(functools.partial(encode, self, *args, **kwargs)), device_type
-            )
+            compute = functools.partial(encode, self, *args, **kwargs)
+            if self.prompt_syntax is PromptSyntax.WEIGHTED:
+                assert encode_weighted is not None, "the model does not take weighted prompts"
+                compute = functools.partial(encode_weighted, **given)
+            encoded = suspend(EncodeCall(compute), device_type)
             memo.keep(key, encoded)
             return encoded
         return memo.find(key)
@@ -190,10 +211,15 @@ def _remembered(encode: Any, memo: EncodeMemo, device_type: str) -> Any:
     return encode_prompt
 
 
-def _suspend_forward(module: Any, device_type: str) -> None:
-    """Suspend each run that calls ``module``; what is called from elsewhere is computed at once."""
+def _suspend_forward(module: Any, device_type: str, *, as_tuples: bool) -> None:
+    """Suspend each run that calls ``module``; what is called from elsewhere is computed at once.
+
+    ``as_tuples``: the denoiser is asked for a tuple, which can be split, even if the pipeline wants
+    diffusers' output object; it gets one.
+    """
     compute = module.forward
     names = tuple(inspect.signature(compute).parameters)
+    makes_objects = as_tuples and "return_dict" in names
 
     @functools.wraps(compute)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -201,6 +227,10 @@ def _suspend_forward(module: Any, device_type: str) -> None:
             return compute(*args, **kwargs)
         arguments = dict(zip(names, args, strict=False))
         arguments.update(kwargs)
+        if makes_objects and arguments.get("return_dict", True):
+            arguments["return_dict"] = False
+            output = suspend(DenoiserCall(module, arguments), device_type)
+            return Transformer2DModelOutput(sample=output[0])
         return suspend(DenoiserCall(module, arguments), device_type)
 
     module.forward = forward
