@@ -391,10 +391,10 @@ class ModelLimits(_message.Message):
     MAX_ROWS_FIELD_NUMBER: _builtins.int
     ROW_LIMIT_SOURCE_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
     MAX_REFERENCE_IMAGES_FIELD_NUMBER: _builtins.int
     MAX_LORAS_FIELD_NUMBER: _builtins.int
     MAX_CONTROLS_FIELD_NUMBER: _builtins.int
-    SIZES_FIELD_NUMBER: _builtins.int
     min_size: _builtins.int
     """Width and height, in pixels."""
     max_size: _builtins.int
@@ -442,10 +442,10 @@ class ModelLimits(_message.Message):
         max_rows: _builtins.int = ...,
         row_limit_source: Global___RowLimitSource.ValueType = ...,
         max_sequence_length: _builtins.int = ...,
+        sizes: _abc.Iterable[Global___ImageSize] | None = ...,
         max_reference_images: _builtins.int = ...,
         max_loras: _builtins.int = ...,
         max_controls: _builtins.int = ...,
-        sizes: _abc.Iterable[Global___ImageSize] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

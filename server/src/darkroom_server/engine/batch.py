@@ -13,14 +13,12 @@ class Group:
     """Samples of one group can share a batch: same model, same shapes.
 
     ``width`` and ``height`` are an image's, in pixels, or the side of ``common_square`` if sizes
-    mix; ``tokens`` are those of its prompt, or 0 if ``key`` covers them. ``key`` is whatever else
-    must be equal.
+    mix. ``key`` is whatever else must be equal.
     """
 
     model: str
     width: int
     height: int
-    tokens: int = 0
     key: Hashable = None
 
 

@@ -9,6 +9,7 @@ from darkroom_server.core.job import Job
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.guidance import guide
+from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.sample import Sample, predict_x0
 
 
@@ -40,6 +41,9 @@ class LatentSample(Sample):
         accepted = inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"eta": 0.0, "generator": self.generator}
         self._extra = {name: value for name, value in extra.items() if name in accepted}
+        # No argument changes its shape from step to step.
+        key = UNET.group_key(self.denoiser_arguments())
+        self._group = Group(job.model, job.width, job.height, key=key)
 
     @property
     def steps(self) -> int:
@@ -59,8 +63,7 @@ class LatentSample(Sample):
     @property
     def group(self) -> Group:
         """The group of samples that can share a batch with this one."""
-        job = self.job
-        return Group(job.model, job.width, job.height, self.embeddings[0].hidden.shape[1])
+        return self._group
 
     @property
     def latents(self) -> torch.Tensor:
@@ -81,6 +84,15 @@ class LatentSample(Sample):
     def denoiser_input(self) -> torch.Tensor:
         """The latents as the denoiser takes them at this timestep, [1, channels, height, width]."""
         return self.scheduler.scale_model_input(self._latents, self.timestep)  # type: ignore[no-any-return]
+
+    def denoiser_arguments(self) -> dict[str, Any]:
+        """The arguments of the next denoiser call, as diffusers' own pipeline would call it."""
+        return {
+            "sample": self.denoiser_input().expand(self.rows, -1, -1, -1),
+            "timestep": self.timestep,
+            "encoder_hidden_states": torch.cat([each.hidden for each in self.embeddings]),
+            "return_dict": False,
+        }
 
     def advance(self, prediction: torch.Tensor) -> None:
         """Take one step: ``prediction`` is the denoiser's, one row per embedding."""

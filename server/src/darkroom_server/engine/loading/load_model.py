@@ -10,10 +10,12 @@ import structlog
 from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import ModelLoad
+from darkroom_server.core.job import Task
 from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of
 from darkroom_server.engine.components.weighted_prompts import compel_is_installed
+from darkroom_server.engine.conditioning.task_pipelines import default_strength
 from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.families.base import Family, Model
 from darkroom_server.engine.families.registry import family_of
@@ -105,9 +107,11 @@ def _load(
         speed=measured.speed,
         most_rows=measured.most_rows,
         guidance=family.guidance,
-        optional_fields=family.optional_fields - without_extra,
+        optional_fields=(family.optional_fields | family.image_fields) - without_extra,
         fields_without_extra=family.optional_fields & without_extra,
         unbatched_reason=family.unbatched_reason,
+        tasks=tuple(family.task_classes),
+        strength_rounding=family.strength_rounding,
     )
     log.info(
         "model loaded",
@@ -155,6 +159,7 @@ def _set_size(source: ModelSource, family: Family, size: int | None) -> None:
 
 
 def _model_defaults(family: Family, defaults: Defaults) -> ModelDefaults:
+    strengths = {task: default_strength(each) for task, each in family.task_classes.items()}
     return ModelDefaults(
         width=family.size,
         height=family.size,
@@ -163,6 +168,8 @@ def _model_defaults(family: Family, defaults: Defaults) -> ModelDefaults:
         scheduler=name_of(family.pipeline.scheduler),
         true_cfg_scale=float(defaults.true_cfg_scale),
         max_sequence_length=family.default_sequence_length,
+        strength=strengths.get(Task.IMAGE_TO_IMAGE),
+        inpaint_strength=strengths.get(Task.INPAINT),
     )
 
 

@@ -156,3 +156,10 @@ class SuspendedSample(Sample):
         if known and spec.mixes_sizes:
             width = height = common_square(width, height)
         self._group = Group(job.model, width, height, key=key)
+
+
+def denoiser_call(sample: SuspendedSample) -> DenoiserCall:
+    """The pending call of ``sample``. Raises ``UnexpectedCall`` if it is not one of a step."""
+    if not isinstance(sample.pending, DenoiserCall):
+        raise UnexpectedCall(f"a {type(sample.pending).__name__} in place of a step")
+    return sample.pending
