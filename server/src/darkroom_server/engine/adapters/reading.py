@@ -1,0 +1,184 @@
+"""Reads the file of a LoRA adapter: diffusers', kohya's or PEFT's layout, into a model's layers."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from darkroom_server.engine.adapters.weights import AdapterWeights, LayerWeights
+
+METADATA = "lora_adapter_metadata"
+"""The key of a file's metadata under which diffusers keeps PEFT's configuration."""
+
+PEFT_PREFIX = "base_model.model."
+"""The start of each key in a file that PEFT wrote."""
+
+
+class AdapterMismatch(ValueError):
+    """The adapter cannot be added to this model; the text says why, for the operator."""
+
+
+def read_adapter(file: Path, id: str, pipeline: Any, *, headers_only: bool = False) -> AdapterWeights:
+    """The weights of ``file`` for the components of ``pipeline``, in the file's data type.
+
+    With ``headers_only``, most of the tensors are on the meta device: their shapes are right.
+    Raises ``AdapterMismatch``, and ``OSError`` if the file cannot be read.
+    """
+    if not hasattr(pipeline, "lora_state_dict"):
+        raise AdapterMismatch("diffusers has no LoRA loader for this pipeline")
+    try:
+        tensors, metadata = _read(file, headers_only=headers_only)
+        converted = _convert(tensors, pipeline, metadata)
+    except SafetensorError as error:
+        raise AdapterMismatch(f"it is not a safetensors file ({error})") from error
+    except (NotImplementedError, RuntimeError):
+        if not headers_only:
+            raise
+        # Some layouts are told apart by their values.
+        return read_adapter(file, id, pipeline)
+    if not converted:
+        raise AdapterMismatch("it has no LoRA weights for a component of this model")
+    for name, layers in converted.items():
+        for layer, weights in layers.items():
+            _check(getattr(pipeline, name), f"{name}.{layer}", layer, weights)
+    return AdapterWeights(id=id, components=converted)
+
+
+def _read(file: Path, *, headers_only: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of ``file`` by key, and PEFT's configuration by component and option."""
+    tensors: dict[str, torch.Tensor] = {}
+    with safe_open(file, framework="pt") as opened:
+        metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
+        for key in opened.keys():  # noqa: SIM118 - it is not a mapping.
+            part = opened.get_slice(key)
+            shape = part.get_shape()
+            # Scalars are alphas, whose values matter.
+            if headers_only and shape:
+                tensors[key] = torch.empty(shape, dtype=_dtype_of(part.get_dtype()), device="meta")
+            else:
+                tensors[key] = opened.get_tensor(key)
+    if any("dora_scale" in key for key in tensors):
+        raise AdapterMismatch("it is a DoRA adapter in kohya's layout, which diffusers cannot read")
+    beside = file.with_name("adapter_config.json")
+    if not metadata and beside.is_file() and all(key.startswith(PEFT_PREFIX) for key in tensors):
+        metadata = {f"{PEFT_PREFIX}{k}": v for k, v in json.loads(beside.read_text()).items()}
+    return tensors, metadata
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return names.get(name, torch.float32)
+
+
+def _convert(
+    tensors: dict[str, torch.Tensor], pipeline: Any, metadata: dict[str, Any]
+) -> dict[str, dict[str, LayerWeights]]:
+    """The layers of each component, by diffusers' own conversions of keys and weights."""
+    denoiser = next(name for name in ("transformer", "unet") if hasattr(pipeline, name))
+    modules = {name for name, _ in getattr(pipeline, denoiser).named_modules()}
+    if all(_module_of(key.removeprefix(PEFT_PREFIX)) in modules for key in tensors):
+        # PEFT names the layers of the module alone.
+        tensors = {f"{denoiser}.{k.removeprefix(PEFT_PREFIX)}": v for k, v in tensors.items()}
+        metadata = {f"{denoiser}.{k.removeprefix(PEFT_PREFIX)}": v for k, v in metadata.items()}
+    options: dict[str, Any] = {"return_lora_metadata": True, "return_alphas": True}
+    if denoiser == "unet":
+        options["unet_config"] = pipeline.unet.config
+    try:
+        # The key of a diffusers pipeline's own loader; PEFT's configuration is read above.
+        state, *rest = type(pipeline).lora_state_dict(tensors, **options)
+    except (KeyError, ValueError, IndexError) as error:
+        raise AdapterMismatch(f"diffusers cannot convert it ({error})") from error
+    alphas = {_module_of(k): v for k, v in ((rest[0] or {}) if len(rest) == 2 else {}).items()}  # noqa: PLR2004
+    found: dict[str, dict[str, LayerWeights]] = {}
+    for name in type(pipeline)._lora_loadable_modules:
+        prefix = f"{name}."
+        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if not part or getattr(pipeline, name, None) is None:
+            continue
+        own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+        part = _as_peft(part, getattr(pipeline, name), is_encoder=name != denoiser)
+        found[name] = _layers(part, own, prefix, alphas)
+    return found
+
+
+def _as_peft(
+    state: dict[str, torch.Tensor], module: Any, *, is_encoder: bool
+) -> dict[str, torch.Tensor]:
+    """``state`` with PEFT's names, as diffusers converts it when it loads an adapter."""
+    if not is_encoder:
+        peft = "lora_A" in next(iter(state))
+        return state if peft else convert_unet_state_dict_to_peft(state)  # type: ignore[no-any-return]
+    state = convert_state_dict_to_peft(convert_state_dict_to_diffusers(state))
+    if hasattr(module, "text_model"):
+        return state
+    # Newer versions of transformers have no such level in CLIP.
+    return {key.removeprefix("text_model."): value for key, value in state.items()}
+
+
+def _layers(
+    state: Mapping[str, torch.Tensor],
+    configuration: Mapping[str, Any],
+    prefix: str,
+    alphas: Mapping[str, Any],
+) -> dict[str, LayerWeights]:
+    by_layer: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        layer, _, kind = key.partition(".lora_")
+        by_layer.setdefault(layer, {})[kind.removesuffix(".weight")] = value
+    layers = {}
+    for name, parts in by_layer.items():
+        if parts.keys() - {"magnitude_vector"} != {"A", "B"}:
+            raise AdapterMismatch(f"{prefix}{name} has {', '.join(sorted(parts)) or 'no'} weights, "
+                                  "which are not those of a LoRA layer")
+        down, up = parts["A"], parts["B"]
+        alpha = alphas.get(f"{prefix}{name}", alphas.get(f"{prefix}text_model.{name}"))
+        scale = _scale(name, down.shape[0], configuration, alpha)
+        layers[name] = LayerWeights(
+            down=down,
+            up=(up if scale == 1 else (up.float() * scale)).reshape(up.shape[0], -1),
+            magnitude=parts.get("magnitude_vector"),
+        )
+    return layers
+
+
+def _scale(layer: str, rank: int, configuration: Mapping[str, Any], alpha: Any) -> float:
+    """Alpha by rank; without an alpha anywhere 1, as in diffusers."""
+    if alpha is not None:
+        return float(alpha) / rank
+    if not configuration:
+        return 1.0
+    patterns: Mapping[str, float] = configuration.get("alpha_pattern") or {}
+    # As PEFT: a pattern is a regular expression for the end of the layer's name.
+    matching = (a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", layer))
+    chosen = float(next(matching, configuration["lora_alpha"]))
+    return chosen / (rank**0.5 if configuration.get("use_rslora") else rank)
+
+
+def _module_of(key: str) -> str:
+    """The module that a key of an adapter's weights is of."""
+    return re.split(r"\.(?:lora(?:_A|_B|_down|_up|_linear_layer|_magnitude_vector)?|alpha)(?:\.|$)", key)[0]
+
+
+def _check(component: Any, full_name: str, name: str, weights: LayerWeights) -> None:
+    """Raise ``AdapterMismatch`` if ``weights`` cannot be added to the layer ``name``."""
+    try:
+        layer = component.get_submodule(name)
+    except AttributeError:
+        raise AdapterMismatch(f"the model has no {full_name}") from None
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise AdapterMismatch(f"{full_name} is a {type(layer).__name__}, not a linear layer")
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or weights.magnitude is not None):
+        raise AdapterMismatch(f"{full_name} is a convolution with groups or of DoRA")
+    outputs, *inputs = layer.weight.shape
+    found = (weights.up.shape[0], *weights.down.shape[1:])
+    if found != (outputs, *inputs) or weights.up.shape[1] != weights.rank:
+        raise AdapterMismatch(
+            f"{full_name} has weights of {[outputs, *inputs]}, the adapter is for {list(found)}"
+        )
