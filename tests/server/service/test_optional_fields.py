@@ -13,7 +13,7 @@ from darkroom_server.backends.fake_model import fake_flow_model, fake_model
 from darkroom_server.core.job import Job, PromptSyntax
 from darkroom_server.core.model import OPTIONAL_FIELDS, ModelInfo
 from darkroom_server.service.idempotency import fingerprint
-from darkroom_server.service.request import GenerationRequest
+from darkroom_server.service.request import INPUT_FIELDS, GenerationRequest
 from darkroom_server.settings import Models
 from tests.server.streams import rest
 from tests.server.wire import refusal, serving
@@ -31,7 +31,7 @@ SET: dict[str, Any] = {
     "negative_prompt_3": "hail",
     "prompt_syntax": types_pb2.PROMPT_SYNTAX_WEIGHTED,
 }
-"""Each optional field with a value that counts as set, but ``preview``."""
+"""Each optional field with a value that counts as set, but ``preview`` and images."""
 
 LONG = "é" * 4097
 FLOW_WRONG: list[tuple[dict[str, Any], str, str]] = [
@@ -69,7 +69,7 @@ def model_taking(*names: str) -> ModelInfo:
 
 
 def test_the_table_has_every_optional_field() -> None:
-    assert {*SET, "preview"} == set(OPTIONAL_FIELDS)
+    assert {*SET, "preview", *INPUT_FIELDS} == set(OPTIONAL_FIELDS)
 
 
 @pytest.mark.parametrize("name", SET)

@@ -224,8 +224,9 @@ class Model(_message.Message):
         "guidance_rescale", "true_cfg_scale", "max_sequence_length", "prompt_2",
         "prompt_3", "negative_prompt_2", "negative_prompt_3", "prompt_syntax",
         "preview", "image", "mask_image", "strength", "reference_images", "loras",
-        "controls", "ip_adapter_image" and "ip_adapter_scale". A request that sets another one of them is INVALID_ARGUMENT. Empty
-        from a server older than this field.
+        "controls", "ip_adapter_image" and "ip_adapter_scale". A request that sets
+        another one of them is INVALID_ARGUMENT. Empty from a server older than this
+        field.
         """
 
     @_builtins.property

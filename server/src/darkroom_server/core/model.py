@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, Self
 
-from darkroom_server.core.job import ImageFormat, Job, SchedulerName
+from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
 
 OPTIONAL_FIELDS = (
     "negative_prompt",
@@ -19,6 +19,14 @@ OPTIONAL_FIELDS = (
     "negative_prompt_3",
     "prompt_syntax",
     "preview",
+    "image",
+    "mask_image",
+    "strength",
+    "reference_images",
+    "loras",
+    "controls",
+    "ip_adapter_image",
+    "ip_adapter_scale",
 )
 """Fields of a request that not every model takes; a request that sets another one is rejected."""
 
@@ -59,7 +67,7 @@ class Guidance:
 class ModelDefaults:
     """What an unset field of a request means. Sizes in pixels.
 
-    ``max_sequence_length`` is None if the model does not take it.
+    ``max_sequence_length`` and ``strength`` are None if the model does not take them.
     """
 
     width: int
@@ -71,6 +79,7 @@ class ModelDefaults:
     quality: int = 90
     true_cfg_scale: float = 1.0
     max_sequence_length: int | None = None
+    strength: float | None = None
 
 
 _UNSET = {
@@ -99,7 +108,8 @@ class ModelLimits:
     """The bounds of a request to a model, all inclusive. Sizes in pixels.
 
     ``max_rows`` is the row limit of a batch now; ``row_limit_source`` says where it comes from.
-    ``max_sequence_length`` bounds the request's field, 0 if the model does not take it.
+    ``max_sequence_length`` bounds the request's field, 0 if the model does not take it; so with
+    the numbers of reference images, LoRAs and ControlNets.
     """
 
     min_size: int
@@ -112,6 +122,9 @@ class ModelLimits:
     max_image_count: int = 16
     max_prompt_bytes: int = 8192
     max_sequence_length: int = 0
+    max_reference_images: int = 0
+    max_loras: int = 0
+    max_controls: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +226,7 @@ class ModelInfo:
     Unless ``limits.row_limit_source`` is SET, real batches may raise ``limits.max_rows`` up to
     ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes.
     ``unbatched_reason``: why its denoiser calls are not merged into batches, empty if they are.
+    ``tasks``: what it can do.
     """
 
     id: str
@@ -228,6 +242,7 @@ class ModelInfo:
     guidance: Guidance = Guidance()
     optional_fields: frozenset[str] = frozenset({"negative_prompt", "guidance_scale", "preview"})
     unbatched_reason: str = ""
+    tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
 
     def options_of(self, job: Job) -> dict[str, Any]:
         """The optional fields that a request needs to generate the images of ``job`` again.
@@ -240,6 +255,7 @@ class ModelInfo:
             for name in OPTIONAL_FIELDS
             if name in self.optional_fields
             and name not in ("negative_prompt", "preview")
+            and (name != "strength" or job.image is not None)
             and (value := getattr(job, name)) != _UNSET.get(name)
         }
 

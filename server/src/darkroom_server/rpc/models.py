@@ -4,7 +4,12 @@ from darkroom.v1 import model_pb2, model_pb2_grpc
 from darkroom_server.core.model import OPTIONAL_FIELDS, Guidance, ModelInfo, ModelRuntime
 from darkroom_server.dispatch import Availability
 from darkroom_server.rpc.context import Context
-from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE, SOURCE_TO_WIRE
+from darkroom_server.rpc.enums import (
+    FORMAT_TO_WIRE,
+    SCHEDULER_TO_WIRE,
+    SOURCE_TO_WIRE,
+    TASK_TO_WIRE,
+)
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
@@ -52,6 +57,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             quality=defaults.quality,
             true_cfg_scale=defaults.true_cfg_scale if "true_cfg_scale" in takes else None,
             max_sequence_length=defaults.max_sequence_length,
+            strength=defaults.strength,
         ),
         limits=model_pb2.ModelLimits(
             min_size=limits.min_size,
@@ -64,6 +70,9 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             max_rows=limits.max_rows,
             row_limit_source=SOURCE_TO_WIRE[limits.row_limit_source],
             max_sequence_length=limits.max_sequence_length,
+            max_reference_images=limits.max_reference_images,
+            max_loras=limits.max_loras,
+            max_controls=limits.max_controls,
         ),
         schedulers=[
             model_pb2.SchedulerOffer(
@@ -77,6 +86,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
         optional_fields=takes,
         guidance=_guidance_message(info.guidance),
         unbatched_reason=info.unbatched_reason,
+        tasks=[TASK_TO_WIRE[task] for task in info.tasks],
     )
 
 
