@@ -219,6 +219,26 @@ class ModelSpeed:
     decode: float = 0.0
 
 
+class AdapterKind(StrEnum):
+    """What an adapter is."""
+
+    LORA = "lora"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterOffer:
+    """An adapter that fits a model. ``rank`` is its greatest, ``bytes`` are those in memory.
+
+    ``rejection``: why requests for it are rejected, empty if they are not.
+    """
+
+    id: str
+    rank: int
+    bytes: int
+    kind: AdapterKind = AdapterKind.LORA
+    rejection: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """A model that is loaded and warmed up.
@@ -226,7 +246,7 @@ class ModelInfo:
     Unless ``limits.row_limit_source`` is SET, real batches may raise ``limits.max_rows`` up to
     ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes.
     ``unbatched_reason``: why its denoiser calls are not merged into batches, empty if they are.
-    ``tasks``: what it can do.
+    ``tasks``: what it can do. ``adapters`` are those that fit it.
     """
 
     id: str
@@ -243,6 +263,7 @@ class ModelInfo:
     optional_fields: frozenset[str] = frozenset({"negative_prompt", "guidance_scale", "preview"})
     unbatched_reason: str = ""
     tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
+    adapters: tuple[AdapterOffer, ...] = ()
 
     def options_of(self, job: Job) -> dict[str, Any]:
         """The optional fields that a request needs to generate the images of ``job`` again.

@@ -1,6 +1,7 @@
 """A sample whose latents the engine advances itself, with the pipeline's parts."""
 
 import inspect
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ class LatentSample(Sample):
     """The latents of one image, and its embeddings.
 
     ``embeddings`` has one entry per row: the prompt's, or the negative prompt's and the prompt's.
+    ``adapter_key`` must be equal for all rows of a batch.
     """
 
     def __init__(
@@ -28,9 +30,11 @@ class LatentSample(Sample):
         latent_shape: tuple[int, int, int],
         device: torch.device,
         dtype: torch.dtype,
+        adapter_key: Hashable = None,
     ) -> None:
         super().__init__(job, index, scheduler)
         self.embeddings = embeddings
+        self._adapter_key = adapter_key
         # On the CPU: reading a timestep must not wait for the device.
         scheduler.set_timesteps(job.steps, device="cpu")
         self._timesteps = scheduler.timesteps
@@ -59,7 +63,8 @@ class LatentSample(Sample):
     def group(self) -> Group:
         """The group of samples that can share a batch with this one."""
         job = self.job
-        return Group(job.model, job.width, job.height, self.embeddings[0].hidden.shape[1])
+        tokens = self.embeddings[0].hidden.shape[1]
+        return Group(job.model, job.width, job.height, tokens, self._adapter_key)
 
     @property
     def latents(self) -> torch.Tensor:

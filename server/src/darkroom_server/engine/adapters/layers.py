@@ -39,7 +39,8 @@ class AdaptedLayer:
         self._dtype = dtype
         self._device = layer.weight.device
         self._is_convolution = isinstance(layer, nn.Conv2d)
-        self._weights: dict[int, LayerWeights] = {}
+        self._ranks: dict[int, int] = {}
+        self._magnitudes: dict[int, torch.Tensor] = {}
         self._down = self._zeros(0, 0, *layer.weight.shape[1:])
         self._up = self._zeros(0, 0, layer.weight.shape[0])
         self._planned: Plan | None = None
@@ -50,7 +51,7 @@ class AdaptedLayer:
     @property
     def bytes_per_gathered_row(self) -> int:
         """Bytes of the weights that a row with one adapter selects from the slots."""
-        if self._is_convolution or not self._weights:
+        if self._is_convolution or not self._ranks:
             return 0
         element = self._down.element_size()
         return (self._down[0].numel() + self._up[0].numel()) * element
@@ -58,14 +59,17 @@ class AdaptedLayer:
     def put(self, slot: int, weights: LayerWeights | None) -> None:
         """Put ``weights`` into ``slot``; None, for an adapter without this layer, clears it."""
         self._planned = None
+        self._magnitudes.pop(slot, None)
         if weights is None:
-            if self._weights.pop(slot, None) is not None:
+            if self._ranks.pop(slot, None) is not None:
                 self._down[slot] = 0
                 self._up[slot] = 0
             return
-        self._grow(slot + 1, weights.rank)
-        self._weights[slot] = weights
         rank = weights.rank
+        self._grow(slot + 1, rank)
+        self._ranks[slot] = rank
+        if weights.magnitude is not None:
+            self._magnitudes[slot] = weights.magnitude.to(self._device)
         self._down[slot, :rank] = weights.down
         self._down[slot, rank:] = 0
         self._up[slot, :rank] = weights.up.reshape(-1, rank).T
@@ -82,27 +86,23 @@ class AdaptedLayer:
 
     def _choose(self, plan: Plan) -> Form | None:
         """The form for ``plan``, None if none of its adapters has this layer."""
-        if not any(slot in self._weights for slot in plan.slots.values()):
+        if not any(slot in self._ranks for slot in plan.slots.values()):
             return None
         if plan.common is not None:
             return self._uniform(plan.common, plan)
         if self._is_convolution:
-            used = [slot for slot in plan.slots.values() if slot in self._weights]
+            used = [slot for slot in plan.slots.values() if slot in self._ranks]
             thin = len(used) * self._down.shape[1] <= MASKED_RANK
             return self._masked(plan, used) if thin else self._sliced(plan)
         return self._gathered(plan) if plan.gathers else self._sliced(plan)
 
     def _uniform(self, mix: Mix, plan: Plan) -> Form:
         """All rows have the same adapters: one product, whatever the input's dimensions are."""
-        parts = [
-            (self._weights[slot], slot, scale)
-            for id, scale in mix
-            if (slot := plan.slots[id]) in self._weights
-        ]
-        if any(weights.magnitude is not None for weights, _, _ in parts):
+        parts = [(slot, scale) for id, scale in mix if (slot := plan.slots[id]) in self._ranks]
+        if any(slot in self._magnitudes for slot, _ in parts):
             return self._dora(parts)
-        down = torch.cat([self._down[slot, : w.rank] for w, slot, _ in parts])
-        up = torch.cat([self._up[slot, : w.rank] * scale for w, slot, scale in parts])
+        down = torch.cat([self._down[slot, : self._ranks[slot]] for slot, _ in parts])
+        up = torch.cat([self._up[slot, : self._ranks[slot]] * scale for slot, scale in parts])
         if self._is_convolution:
             down, kernel = self._laid_out(down), self._laid_out(up.T[:, :, None, None])
             return lambda x, output: output + F.conv2d(self._convolve(x, down), kernel)
@@ -115,19 +115,20 @@ class AdaptedLayer:
 
         return add
 
-    def _dora(self, parts: list[tuple[LayerWeights, int, float]]) -> Form:
+    def _dora(self, parts: list[tuple[int, float]]) -> Form:
         """As ``_uniform``, one adapter after the other; some scale the layer's own output."""
         weight, bias = self._layer.weight, self._layer.bias
 
         def add(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-            for weights, slot, scale in parts:
-                down, up = self._down[slot, : weights.rank], self._up[slot, : weights.rank] * scale
+            for slot, scale in parts:
+                rank, magnitude = self._ranks[slot], self._magnitudes.get(slot)
+                down, up = self._down[slot, :rank], self._up[slot, :rank] * scale
                 added = (x @ down.T) @ up
-                if weights.magnitude is None:
+                if magnitude is None:
                     output = output + added
                     continue
                 length = torch.linalg.norm(weight + (up.T @ down), dim=1)
-                factor = weights.magnitude.to(length) / length
+                factor = magnitude / length
                 plain = output if bias is None else output - bias
                 output = output + (factor - 1) * plain + factor * added
             return output
@@ -173,7 +174,7 @@ class AdaptedLayer:
         forms = [
             (start, end, self._uniform(mix, plan))
             for start, end, mix in plan.runs
-            if any(plan.slots[id] in self._weights for id, _ in mix)
+            if any(plan.slots[id] in self._ranks for id, _ in mix)
         ]
         rows = plan.rows
 

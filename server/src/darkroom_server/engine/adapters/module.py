@@ -4,14 +4,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import structlog
 import torch
 
 from darkroom_server.engine.adapters.layers import AdaptedLayer
 from darkroom_server.engine.adapters.plan import ActivePlan, Plan
 from darkroom_server.engine.adapters.weights import LayerWeights, Mix
-
-log = structlog.get_logger(__name__)
 
 GATHERED_BYTES = 256 * 1024**2
 """Copies of weights, one for each row, that a batch may keep; above it, layers make none."""
@@ -75,6 +72,12 @@ class AdaptedModule:
         finally:
             self._active.plan = None
 
+    def remove(self, id: str) -> None:
+        """Free the slot of an adapter that is not in memory any more, if it has one."""
+        held = self._held.pop(id, None)
+        if held is not None:
+            self._free.append(held[0])
+
     def _plan(
         self, mixes: Sequence[Mix], weights: Mapping[str, Mapping[str, LayerWeights]]
     ) -> Plan:
@@ -95,9 +98,7 @@ class AdaptedModule:
         )
         return self._last
 
-    def _place(
-        self, id: str, layers: Mapping[str, LayerWeights], needed: Collection[str]
-    ) -> None:
+    def _place(self, id: str, layers: Mapping[str, LayerWeights], needed: Collection[str]) -> None:
         """Put an adapter into a slot, in place of the least recently used one if none is free."""
         held = self._held.pop(id, None)
         if held is not None and held[1] is layers:

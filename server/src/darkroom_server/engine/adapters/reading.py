@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
@@ -25,24 +26,68 @@ class AdapterMismatch(ValueError):
     """The adapter cannot be added to this model; the text says why, for the operator."""
 
 
-def read_adapter(file: Path, id: str, pipeline: Any, *, headers_only: bool = False) -> AdapterWeights:
-    """The weights of ``file`` for the components of ``pipeline``, in the file's data type.
+def read_headers(file: Path, id: str, pipeline: Any) -> AdapterWeights:
+    """The shapes of an adapter's weights; the tensors but scalars are on the meta device.
 
-    With ``headers_only``, most of the tensors are on the meta device: their shapes are right.
     Raises ``AdapterMismatch``, and ``OSError`` if the file cannot be read.
     """
-    if not hasattr(pipeline, "lora_state_dict"):
-        raise AdapterMismatch("diffusers has no LoRA loader for this pipeline")
+    tensors: dict[str, torch.Tensor] = {}
     try:
-        tensors, metadata = _read(file, headers_only=headers_only)
-        converted = _convert(tensors, pipeline, metadata)
+        with safe_open(file, framework="pt") as opened:
+            written = opened.metadata()
+            for key in opened.keys():  # noqa: SIM118 - it is not a mapping.
+                part = opened.get_slice(key)
+                shape = part.get_shape()
+                # Scalars are alphas, whose values matter.
+                tensors[key] = (
+                    torch.empty(shape, dtype=_dtype_of(part.get_dtype()), device="meta")
+                    if shape
+                    else opened.get_tensor(key)
+                )
     except SafetensorError as error:
         raise AdapterMismatch(f"it is not a safetensors file ({error})") from error
+    try:
+        return _adapter(id, tensors, configuration(written, file), pipeline)
     except (NotImplementedError, RuntimeError):
-        if not headers_only:
-            raise
         # Some layouts are told apart by their values.
-        return read_adapter(file, id, pipeline)
+        return parse_adapter(file.read_bytes(), file, id, pipeline)
+
+
+def parse_adapter(data: bytes, file: Path, id: str, pipeline: Any) -> AdapterWeights:
+    """The weights in ``data``, which was read from ``file``, in the file's data type.
+
+    Raises ``AdapterMismatch``.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise AdapterMismatch(f"it is not a safetensors file ({error})") from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return _adapter(id, tensors, configuration(header.get("__metadata__"), file), pipeline)
+
+
+def configuration(written: Mapping[str, str] | None, file: Path) -> dict[str, Any]:
+    """PEFT's configuration of an adapter, by component and option; empty if there is none.
+
+    It is in the metadata of the file, ``written``, or as PEFT saves it in a file beside it.
+    """
+    text = (written or {}).get(METADATA)
+    if text:
+        return dict(json.loads(text))
+    beside = file.with_name("adapter_config.json")
+    if not beside.is_file():
+        return {}
+    return {f"{PEFT_PREFIX}{name}": value for name, value in json.loads(beside.read_text()).items()}
+
+
+def _adapter(
+    id: str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any], pipeline: Any
+) -> AdapterWeights:
+    if not hasattr(pipeline, "lora_state_dict"):
+        raise AdapterMismatch("diffusers has no LoRA loader for this pipeline")
+    if any("dora_scale" in key for key in tensors):
+        raise AdapterMismatch("it is a DoRA adapter in kohya's layout, which diffusers cannot read")
+    converted = _convert(tensors, pipeline, metadata)
     if not converted:
         raise AdapterMismatch("it has no LoRA weights for a component of this model")
     for name, layers in converted.items():
@@ -51,29 +96,13 @@ def read_adapter(file: Path, id: str, pipeline: Any, *, headers_only: bool = Fal
     return AdapterWeights(id=id, components=converted)
 
 
-def _read(file: Path, *, headers_only: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of ``file`` by key, and PEFT's configuration by component and option."""
-    tensors: dict[str, torch.Tensor] = {}
-    with safe_open(file, framework="pt") as opened:
-        metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
-        for key in opened.keys():  # noqa: SIM118 - it is not a mapping.
-            part = opened.get_slice(key)
-            shape = part.get_shape()
-            # Scalars are alphas, whose values matter.
-            if headers_only and shape:
-                tensors[key] = torch.empty(shape, dtype=_dtype_of(part.get_dtype()), device="meta")
-            else:
-                tensors[key] = opened.get_tensor(key)
-    if any("dora_scale" in key for key in tensors):
-        raise AdapterMismatch("it is a DoRA adapter in kohya's layout, which diffusers cannot read")
-    beside = file.with_name("adapter_config.json")
-    if not metadata and beside.is_file() and all(key.startswith(PEFT_PREFIX) for key in tensors):
-        metadata = {f"{PEFT_PREFIX}{k}": v for k, v in json.loads(beside.read_text()).items()}
-    return tensors, metadata
-
-
 def _dtype_of(name: str) -> torch.dtype:
-    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    names = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+    }
     return names.get(name, torch.float32)
 
 
@@ -95,7 +124,7 @@ def _convert(
         state, *rest = type(pipeline).lora_state_dict(tensors, **options)
     except (KeyError, ValueError, IndexError) as error:
         raise AdapterMismatch(f"diffusers cannot convert it ({error})") from error
-    alphas = {_module_of(k): v for k, v in ((rest[0] or {}) if len(rest) == 2 else {}).items()}  # noqa: PLR2004
+    alphas = {_module_of(k): v for k, v in ((rest[0] or {}) if len(rest) == 2 else {}).items()}
     found: dict[str, dict[str, LayerWeights]] = {}
     for name in type(pipeline)._lora_loadable_modules:
         prefix = f"{name}."
@@ -114,7 +143,7 @@ def _as_peft(
     """``state`` with PEFT's names, as diffusers converts it when it loads an adapter."""
     if not is_encoder:
         peft = "lora_A" in next(iter(state))
-        return state if peft else convert_unet_state_dict_to_peft(state)  # type: ignore[no-any-return]
+        return state if peft else convert_unet_state_dict_to_peft(state)
     state = convert_state_dict_to_peft(convert_state_dict_to_diffusers(state))
     if hasattr(module, "text_model"):
         return state
@@ -135,8 +164,10 @@ def _layers(
     layers = {}
     for name, parts in by_layer.items():
         if parts.keys() - {"magnitude_vector"} != {"A", "B"}:
-            raise AdapterMismatch(f"{prefix}{name} has {', '.join(sorted(parts)) or 'no'} weights, "
-                                  "which are not those of a LoRA layer")
+            raise AdapterMismatch(
+                f"{prefix}{name} has {', '.join(sorted(parts)) or 'no'} weights, "
+                "which are not those of a LoRA layer"
+            )
         down, up = parts["A"], parts["B"]
         alpha = alphas.get(f"{prefix}{name}", alphas.get(f"{prefix}text_model.{name}"))
         scale = _scale(name, down.shape[0], configuration, alpha)
@@ -163,7 +194,9 @@ def _scale(layer: str, rank: int, configuration: Mapping[str, Any], alpha: Any) 
 
 def _module_of(key: str) -> str:
     """The module that a key of an adapter's weights is of."""
-    return re.split(r"\.(?:lora(?:_A|_B|_down|_up|_linear_layer|_magnitude_vector)?|alpha)(?:\.|$)", key)[0]
+    return re.split(
+        r"\.(?:lora(?:_A|_B|_down|_up|_linear_layer|_magnitude_vector)?|alpha)(?:\.|$)", key
+    )[0]
 
 
 def _check(component: Any, full_name: str, name: str, weights: LayerWeights) -> None:

@@ -35,10 +35,10 @@ class LayerWeights:
         return self.down.shape[0]
 
     @property
-    def bytes(self) -> int:
-        """The bytes of all tensors."""
+    def elements(self) -> int:
+        """The numbers in all tensors."""
         given = (self.down, self.up, self.magnitude)
-        return sum(tensor.numel() * tensor.element_size() for tensor in given if tensor is not None)
+        return sum(tensor.numel() for tensor in given if tensor is not None)
 
     def to(self, dtype: torch.dtype) -> "LayerWeights":
         """These weights as ``dtype``."""
@@ -64,10 +64,10 @@ class AdapterWeights:
         """The greatest rank of a layer."""
         return max(layer.rank for layers in self.components.values() for layer in layers.values())
 
-    @property
-    def bytes(self) -> int:
-        """The bytes of all tensors."""
-        return sum(layer.bytes for layers in self.components.values() for layer in layers.values())
+    def bytes_as(self, dtype: torch.dtype) -> int:
+        """The bytes of all tensors as ``dtype``."""
+        layers = [layer for layers in self.components.values() for layer in layers.values()]
+        return sum(layer.elements for layer in layers) * dtype.itemsize
 
     def to(self, dtype: torch.dtype) -> "AdapterWeights":
         """These weights as ``dtype``."""

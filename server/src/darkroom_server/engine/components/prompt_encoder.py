@@ -2,13 +2,15 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from darkroom_server.core.events import Counted
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters
+from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.counters import Counts
 
 MAX_CACHED = 256
@@ -16,6 +18,14 @@ MAX_CACHED = 256
 
 MAX_BATCH = 16
 """Prompts in one call, which bounds the memory of a burst of requests."""
+
+
+class PromptKey(NamedTuple):
+    """A prompt, whether it is encoded in a call of its own, and the encoder's adapters."""
+
+    text: str
+    alone: bool
+    mix: Mix = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +40,7 @@ class PromptEncoder:
     """Encodes prompts with a pipeline's tokenizer and text encoder.
 
     ``dtype`` is the denoiser's. A prompt of an exact job is encoded in a call of its own, because
-    a batch may change the last bits, and has a cache entry of its own.
+    a batch may change the last bits, and has a cache entry of its own; so has one with adapters.
     """
 
     def __init__(
@@ -39,32 +49,33 @@ class PromptEncoder:
         text_encoder: Any,
         dtype: torch.dtype,
         precision: Callable[[], AbstractContextManager[Any]],
+        adapters: ModelAdapters | None = None,
     ) -> None:
         self.counts = Counts()
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._dtype = dtype
         self._precision = precision
-        self._cache: OrderedDict[tuple[str, bool], Embedding] = OrderedDict()
+        self._adapters = adapters
+        self._cache: OrderedDict[PromptKey, Embedding] = OrderedDict()
 
     @property
     def tokens(self) -> int:
         """Tokens that the model reads of a prompt, the start and end marks included."""
         return int(self._tokenizer.model_max_length)
 
-    def encode(self, wanted: Iterable[tuple[str, bool]]) -> dict[tuple[str, bool], Embedding]:
-        """The embedding of each wanted (prompt, alone); at most ``MAX_BATCH`` prompts a call."""
+    def encode(self, wanted: Iterable[PromptKey]) -> dict[PromptKey, Embedding]:
+        """The embedding of each wanted prompt; at most ``MAX_BATCH`` prompts a call."""
         keys = list(dict.fromkeys(wanted))
         missing = [key for key in keys if key not in self._cache]
         found = {key: self._cache[key] for key in keys if key in self._cache}
         self.counts[Counted.PROMPTS_CACHED] += len(found)
         for key in found:
             self._cache.move_to_end(key)
-        shared = [key for key in missing if not key[1]]
-        batches = [shared[i : i + MAX_BATCH] for i in range(0, len(shared), MAX_BATCH)]
-        batches += [[key] for key in missing if key[1]]
-        for batch in batches:
-            encoded = dict(zip(batch, self._encode([text for text, _ in batch]), strict=True))
+        for batch in _batches(missing):
+            texts = [key.text for key in batch]
+            with nullcontext() if self._adapters is None else self._adapters.encoding(batch[0].mix):
+                encoded = dict(zip(batch, self._encode(texts), strict=True))
             self.counts[Counted.PROMPTS_ENCODED] += len(batch)
             found.update(encoded)
             self._cache.update(encoded)  # Before the next batch, which may fail.
@@ -90,3 +101,17 @@ class PromptEncoder:
             Embedding(hidden[i : i + 1].clone(), truncated=length > limit)
             for i, length in enumerate(lengths)
         ]
+
+
+def _batches(keys: Iterable[PromptKey]) -> list[list[PromptKey]]:
+    """The prompts of each call; those of one call have the same adapters."""
+    batches: list[list[PromptKey]] = []
+    shared: dict[Mix, list[PromptKey]] = {}
+    for key in keys:
+        if key.alone:
+            batches.append([key])
+        else:
+            shared.setdefault(key.mix, []).append(key)
+    for together in shared.values():
+        batches += [together[i : i + MAX_BATCH] for i in range(0, len(together), MAX_BATCH)]
+    return batches

@@ -17,9 +17,10 @@ from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance, ModelInfo, ModelLimits, SchedulerOffer
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters
 from darkroom_server.engine.components.decoder import NO_OPTIONS, Decoder
 from darkroom_server.engine.components.previewer import Previewer
-from darkroom_server.engine.components.prompt_encoder import Embedding
+from darkroom_server.engine.components.prompt_encoder import Embedding, PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, offers
 from darkroom_server.engine.counters import Counts
@@ -30,8 +31,7 @@ from darkroom_server.engine.warmup.formats import MemoryFormat
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which a component of a model is called: autocast, or nothing."""
 
-Embeddings = Mapping[tuple[str, bool], Embedding]
-"""Embeddings by (prompt, alone); ``alone`` prompts were encoded in a call of their own."""
+Embeddings = Mapping[PromptKey, Embedding]
 
 
 class Model(Protocol):
@@ -44,6 +44,10 @@ class Model(Protocol):
     info: ModelInfo
     previewer: Previewer | None
     safety: SafetyChecker | None
+
+    @property
+    def adapters(self) -> ModelAdapters | None:
+        """The adapters of the rows of its batches, None if the server offers it none."""
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +92,9 @@ class Family(ABC):
     requests that leave a field unset, see ``model_defaults``. ``denoiser_name`` is the component
     that runs every step.
     ``convolutional``: it has two-dimensional convolutions, which channels last can make faster.
-    ``chosen_size`` is the default width and height that the operator set, in pixels.
+    ``takes_loras``: the rows of its denoiser may have LoRA adapters.
+    ``chosen_size`` is the default width and height that the operator set, in pixels. ``adapters``
+    are set before ``new_model``, None if the server offers none for this pipeline.
     """
 
     pipeline_class: ClassVar[str]
@@ -99,10 +105,12 @@ class Family(ABC):
     defaults: ClassVar[Defaults]
     denoiser_name: ClassVar[str]
     convolutional: ClassVar[bool]
+    takes_loras: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.chosen_size: int | None = None
+        self.adapters: ModelAdapters | None = None
 
     @classmethod
     @abstractmethod

@@ -13,9 +13,11 @@ from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo, ModelLimits
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters, denoising
+from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.previewer import Previewer
-from darkroom_server.engine.components.prompt_encoder import PromptEncoder
+from darkroom_server.engine.components.prompt_encoder import PromptEncoder, PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler
 from darkroom_server.engine.counters import Counts
@@ -122,7 +124,11 @@ class StableDiffusion(Family):
         return StableDiffusionModel(
             info=info,
             prompts=PromptEncoder(
-                pipeline.tokenizer, pipeline.text_encoder, memory_format.dtype, precision
+                pipeline.tokenizer,
+                pipeline.text_encoder,
+                memory_format.dtype,
+                precision,
+                self.adapters,
             ),
             unet=pipeline.unet,
             decoder=decoder,
@@ -134,6 +140,7 @@ class StableDiffusion(Family):
             latent_factor=self.latent_factor,
             device=device,
             memory_format=memory_format,
+            adapters=self.adapters,
         )
 
 
@@ -153,6 +160,7 @@ class StableDiffusionModel:
     latent_factor: int
     device: torch.device
     memory_format: MemoryFormat
+    adapters: ModelAdapters | None = None
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -186,6 +194,7 @@ class StableDiffusionModel:
                 latent_shape=shape,
                 device=self.device,
                 dtype=self.memory_format.dtype,
+                adapter_key=None if self.adapters is None else self.adapters.group_key(job),
             )
             for index in job.image_indices
         ]
@@ -199,7 +208,8 @@ class StableDiffusionModel:
         latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
         context = torch.cat([e.hidden for s in samples for e in s.embeddings])
         timesteps = torch.stack([s.timestep.float() for s in samples for _ in range(s.rows)])
-        with self.precision():
+        jobs = [(sample.job, sample.rows) for sample in samples]
+        with self.precision(), denoising(self.adapters, jobs):
             predicted: torch.Tensor = self.unet(
                 latents.contiguous(memory_format=self.memory_format.layout),
                 timesteps.to(latents.device),
@@ -208,10 +218,11 @@ class StableDiffusionModel:
             )[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
 
-    def _prompts_of(self, job: Job) -> list[tuple[str, bool]]:
-        """What is encoded for each row of an image: (prompt, alone), in the order of the rows."""
+    def _prompts_of(self, job: Job) -> list[PromptKey]:
+        """What is encoded for each row of an image, in the order of the rows."""
         texts = [job.negative_prompt] if self.info.rows_per_image(job) == 2 else []
-        return [(text, job.exact) for text in [*texts, job.prompt]]
+        mix: Mix = () if self.adapters is None else self.adapters.encoder_mix(job)
+        return [PromptKey(text, job.exact, mix) for text in [*texts, job.prompt]]
 
 
 def _random_normal(

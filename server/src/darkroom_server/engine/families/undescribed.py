@@ -49,6 +49,7 @@ class Undescribed(SuspendedFamily):
     """
 
     convolutional = False
+    takes_loras = False
     has_previews = False
     half_dtype: ClassVar[torch.dtype] = torch.bfloat16
     slices_attention: ClassVar[bool] = False

@@ -11,6 +11,7 @@ from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import ModelLoad
 from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
+from darkroom_server.engine.adapters.offering import Adapters, model_adapters
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of
 from darkroom_server.engine.families.base import Family, Model
@@ -28,12 +29,12 @@ log = structlog.get_logger(__name__)
 
 
 def load_model(
-    source: ModelSource, runtime: Runtime, config: EngineConfig
+    source: ModelSource, runtime: Runtime, config: EngineConfig, adapters: Adapters
 ) -> tuple[Model, ModelLoad, MeasurementCache]:
     """The model of ``source``, on its device, warmed up and measured. Raises ``StartupError``.
 
     What an earlier engine of this server measured, or an earlier start, is not measured again. The
-    cache is that of the model's measurements.
+    cache is that of the model's measurements. ``adapters`` records which of them fit the model.
     """
     began = time.monotonic()
     previous = next((info for info in config.previous_measurements if info.id == source.id), None)
@@ -56,6 +57,12 @@ def load_model(
         return nullcontext() if vae_is_upcast(pipeline) else precision()
 
     family.prepare(memory_format, precision, config)
+    offered = adapters.offer(source.id, family, memory_format.dtype)
+    if adapters.may_fit(family):
+        family.adapters = model_adapters(
+            family, memory_format, runtime.device, precision, config.max_loras
+        )
+    takes_loras = family.adapters is not None
     decoder = Decoder(family.vae, vae_precision)
     measured = measure(family, decoder, memory_format, runtime, config, previous)
     info = ModelInfo(
@@ -63,15 +70,20 @@ def load_model(
         revision=revision_of(source, pipeline),
         kind=family.pipeline_class,
         defaults=_model_defaults(family, defaults),
-        limits=replace(family.limits(measured.max_rows), row_limit_source=measured.source),
+        limits=replace(
+            family.limits(measured.max_rows),
+            row_limit_source=measured.source,
+            max_loras=config.max_loras if takes_loras else 0,
+        ),
         schedulers=family.scheduler_offers,
         runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
         memory=replace(measured.memory, bytes_per_sample=family.bytes_per_sample),
         speed=measured.speed,
         most_rows=measured.most_rows,
         guidance=family.guidance,
-        optional_fields=family.optional_fields,
+        optional_fields=family.optional_fields | ({"loras"} if takes_loras else set()),
         unbatched_reason=family.unbatched_reason,
+        adapters=offered,
     )
     log.info(
         "model loaded",

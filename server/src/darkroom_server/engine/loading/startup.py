@@ -10,6 +10,7 @@ import torch
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineReady, Event
+from darkroom_server.engine.adapters.offering import Adapters
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.families.base import Model
@@ -35,10 +36,11 @@ def start_loop(
         # CUDA events are recorded on the current device, which must be this engine's.
         torch.cuda.set_device(runtime.device)
     models, loads, caches = {}, [], {}
+    adapters = Adapters.of(config)
     for source in config.models:
         try:
             with torch.inference_mode():
-                model, load, cache = load_model(source, runtime, config)
+                model, load, cache = load_model(source, runtime, config, adapters)
             models[source.id], caches[source.id] = model, cache
             loads.append(load)
         except Exception as error:
@@ -53,7 +55,8 @@ def start_loop(
         _share_memory(models.values(), config, runtime)
     infos = tuple(model.info for model in models.values())
     seconds = time.monotonic() - began
-    return EngineLoop(models, emit, caches), EngineReady(infos, seconds, tuple(loads))
+    loop = EngineLoop(models, emit, caches, adapters.setup())
+    return loop, EngineReady(infos, seconds, tuple(loads))
 
 
 def _share_memory(models: Iterable[Model], config: EngineConfig, runtime: Runtime) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 
+from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.pipelines.calls import DecodeCall, DenoiserCall, EncodeCall
 from darkroom_server.engine.pipelines.coroutine import Coroutine, is_suspendable, suspend
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo, memo_key
@@ -53,14 +54,16 @@ class HostedPipeline:
         scheduler: Any,
         arguments: Mapping[str, Any],
         own: Mapping[str, Any],
+        encoder_mix: Mix = (),
     ) -> Coroutine:
         """A run of the pipeline with ``arguments``, not yet started; its result is the pipeline's.
 
-        ``own`` are further components that the run does not share.
+        ``own`` are further components that the run does not share. ``encoder_mix`` are the
+        adapters with which its prompts are encoded.
         """
         pipeline = copy.copy(self._template)
         # Past diffusers' ``__setattr__``, which would change the configuration that is shared.
-        pipeline.__dict__.update(own, scheduler=scheduler)
+        pipeline.__dict__.update(own, scheduler=scheduler, encoder_mix=encoder_mix)
         for name in self._isolated:
             module = sharing_copy(getattr(pipeline, name))
             _suspend_forward(module, self.device.type)
@@ -138,6 +141,7 @@ def _hosted_class(base: type, device: torch.device, memo: EncodeMemo) -> type:
     members: dict[str, Any] = {
         # diffusers looks for it in every module of every component.
         "_execution_device": device,
+        "encoder_mix": (),
         "progress_bar": progress_bar,
         # It resets the hooks of the modules that are shared.
         "maybe_free_model_hooks": lambda self: None,
@@ -155,6 +159,7 @@ def _remembered(encode: Any, memo: EncodeMemo, device_type: str) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         try:
             key = memo_key([[n, v] for n, v in sorted(given.items()) if n != "self"])
+            key = (key, self.encoder_mix)
         except TypeError:
             # Given embeddings: there is nothing to encode.
             return encode(self, *args, **kwargs)

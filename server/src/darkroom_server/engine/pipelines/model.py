@@ -14,6 +14,7 @@ from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters, denoising
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.safety_checker import SafetyChecker
@@ -57,6 +58,11 @@ class SuspendedModel:
         return self.runs.host.device
 
     @property
+    def adapters(self) -> ModelAdapters | None:
+        """The adapters of its jobs."""
+        return self.runs.adapters
+
+    @property
     def counts(self) -> tuple[Counts, ...]:
         """The counters of the model's components."""
         return (self.prompt_counts, self.decoder.counts)
@@ -80,15 +86,18 @@ class SuspendedModel:
         """One denoiser call: for each sample the output for its rows."""
         calls = [_denoiser_call(sample) for sample in samples]
         module = calls[0].module
+        jobs = [(sample.job, sample.rows) for sample in samples]
         spec = self.runs.spec
         if len(calls) == 1:
             # As the pipeline calls it: alone, an image is the pipeline's own to the last bit.
             arguments = calls[0].arguments
             given = arguments if spec is None else spec.alone(arguments)
-            return [self.runs.call_denoiser(module, given)]
+            with denoising(self.adapters, jobs):
+                return [self.runs.call_denoiser(module, given)]
         assert spec is not None, "without a spec, each sample is a group of its own"
         merged = spec.collate([call.arguments for call in calls])
-        output = self.runs.call_denoiser(module, merged)
+        with denoising(self.adapters, jobs):
+            output = self.runs.call_denoiser(module, merged)
         return list(spec.split(output, [sample.rows for sample in samples]))
 
     def decode(self, sample: SuspendedSample) -> NDArray[np.uint8] | Failure:

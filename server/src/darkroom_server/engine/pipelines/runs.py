@@ -2,13 +2,15 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters
+from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.calls import EncodeCall
 from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
@@ -30,7 +32,7 @@ class Runs:
     ``spec`` says how denoiser calls are merged, None: they are not. ``arguments_of`` are those of
     the pipeline's call for a job. ``vae_latents`` turns what a scheduler steps for a job into the
     VAE's latents [1, channels, h, w], for previews. ``schedulers`` are templates, by name. ``own``
-    are further components that each run has a copy of.
+    are further components that each run has a copy of. ``adapters`` are those of its jobs.
     """
 
     host: HostedPipeline
@@ -40,6 +42,7 @@ class Runs:
     schedulers: dict[SchedulerName, Any]
     own: Mapping[str, Any]
     precision: Callable[[], AbstractContextManager[Any]]
+    adapters: ModelAdapters | None = None
 
     def start(
         self, job: Job, index: int, *, steps: int, prompt_truncated: bool = False
@@ -60,14 +63,16 @@ class Runs:
             vae_latents=self.vae_latents,
             prompt_truncated=prompt_truncated,
             device=self.host.device,
+            adapter_key=None if self.adapters is None else self.adapters.group_key(job),
         )
+        mix: Mix = () if self.adapters is None else self.adapters.encoder_mix(job)
         arguments = {**self.arguments_of(job), "generator": sample.generator}
-        own = {name: copy.deepcopy(part) for name, part in self.own.items()}
+        own: dict[str, Any] = {name: copy.deepcopy(part) for name, part in self.own.items()}
         encoded = 0
         try:
-            sample.start(self.host.run(scheduler, arguments, own))
+            sample.start(self.host.run(scheduler, arguments, own, encoder_mix=mix))
             while isinstance(sample.pending, EncodeCall):
-                sample.resume(self._encode(sample.pending))
+                sample.resume(self._encode(sample.pending, mix))
                 encoded += 1
         except BaseException:
             sample.close()
@@ -79,9 +84,10 @@ class Runs:
         with self.precision():
             return module(**arguments)
 
-    def _encode(self, call: EncodeCall) -> Any:
+    def _encode(self, call: EncodeCall, mix: Mix) -> Any:
+        encoding = nullcontext() if self.adapters is None else self.adapters.encoding(mix)
         try:
-            with self.precision():
+            with self.precision(), encoding:
                 return call.run()
         except Exception as error:
             raise PromptFailed(error) from error
