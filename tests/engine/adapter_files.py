@@ -59,7 +59,7 @@ def write_adapter(
     targets: tuple[str, ...] = TARGETS,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """An adapter for the denoiser of ``pipeline``, and its CLIP text encoders, as diffusers saves it.
+    """An adapter for the denoiser and the CLIP text encoders of ``pipeline``, in diffusers' layout.
 
     ``metadata`` is PEFT's configuration, for the denoiser.
     """

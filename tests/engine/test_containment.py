@@ -24,6 +24,7 @@ from darkroom_server.core.events import (
 from darkroom_server.core.job import Job, SchedulerName
 from darkroom_server.engine.batching import row_limits
 from darkroom_server.engine.batching.resident_job import ResidentJob
+from darkroom_server.engine.components.prompt_encoder import PromptKey
 from darkroom_server.engine.latent_sample import LatentSample
 
 from .conftest import LoopUnderTest, config_for, make_job
@@ -134,7 +135,7 @@ def test_a_broken_batch_fails_only_the_poison_job(
     own_loop: LoopUnderTest, shared_loop: LoopUnderTest
 ) -> None:
     poison = make_job("poison", prompt="a black heart", steps=9)
-    key = ("a black heart", False)
+    key = PromptKey("a black heart", alone=False)
 
     def breaks(original: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = own_loop.models["tiny"].prompts.encode([key])
@@ -231,7 +232,7 @@ def test_without_memory_for_float32_the_weights_stay_as_they_are(
 def test_non_finite_latents_fail_and_give_no_black_image(
     own_loop: LoopUnderTest, shared_loop: LoopUnderTest
 ) -> None:
-    poison = ("not a number", False)
+    poison = PromptKey("not a number", alone=False)
 
     def poisons_its_rows(original: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = own_loop.models["tiny"].prompts.encode([poison])[poison].hidden[0]

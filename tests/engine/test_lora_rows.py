@@ -59,7 +59,9 @@ class ServedWithAdapters(Served):
 
     def __init__(self, case: FamilyCase, folder: Path, adapters: Path) -> None:
         self.adapters = adapters
-        sources = [AdapterSource(id=id, location=str(adapters / f"{id}.safetensors")) for id in "ab"]
+        sources = [
+            AdapterSource(id=id, location=str(adapters / f"{id}.safetensors")) for id in "ab"
+        ]
         probe = diffusers.DiffusionPipeline.from_pretrained(folder, **case.load)
         write_adapter(adapters / "a.safetensors", probe, rank=4, seed=1)
         write_adapter(adapters / "b.safetensors", probe, rank=8, seed=2)

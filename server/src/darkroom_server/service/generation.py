@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from darkroom_server.core.errors import DarkroomError, InvalidRequest, Violation
+from darkroom_server.core.errors import DarkroomError, InvalidRequest, UnknownAdapter, Violation
 from darkroom_server.dispatch import (
     ActiveJob,
     ConcurrentCallLimiter,
@@ -88,9 +88,11 @@ class GenerationService:
         joined = active is not None
         if active is None:
             summary.model = model_id = self._dispatcher.availability.resolve(request.model)
+            model = self._dispatcher.availability.model(model_id)
+            self._check_adapters(request)
             job = job_of(
                 request,
-                self._dispatcher.availability.model(model_id),
+                model,
                 call,
                 job_id=request_id,
                 submitted_at=summary.arrived,
@@ -154,6 +156,7 @@ class GenerationService:
         """
         availability = self._dispatcher.availability
         model = availability.model(availability.resolve(request.model))
+        self._check_adapters(request)
         job = job_of(request, model, call, job_id="", submitted_at=time.monotonic(), deadline=None)
         # The images of the job share a batch, as far as they fit.
         most = model.rows_of_a_pass(job.width, job.height)
@@ -163,6 +166,15 @@ class GenerationService:
             peak_bytes=model.memory.needed(job.width, job.height, rows),
             available_bytes=model.memory.available_bytes,
         )
+
+    def _check_adapters(self, request: GenerationRequest) -> None:
+        """Raise ``UnknownAdapter`` for an adapter that fits no model of this server."""
+        if request.inputs is None or not request.inputs.loras:
+            return
+        known = [adapter.id for adapter in self._dispatcher.availability.adapters]
+        for lora in request.inputs.loras:
+            if lora.id and lora.id not in known:
+                raise UnknownAdapter(lora.id[:256], known)
 
     async def _record_when_done(
         self, request: GenerationRequest, call: CallContext, arrived: float, active: ActiveJob

@@ -56,7 +56,7 @@ def check_inputs(inputs: Inputs | None, model: ModelInfo, steps: int) -> list[Vi
         most = model.limits.max_reference_images
         found += _at_most("reference_images", len(inputs.reference_images), most)
     if "loras" in takes:
-        found += _loras(inputs, model.limits.max_loras)
+        found += _loras(inputs, model)
     if "controls" in takes:
         found += _controls(inputs.controls, model.limits.max_controls)
     scale = inputs.ip_adapter_scale
@@ -112,9 +112,14 @@ def _strength(inputs: Inputs, steps: int) -> Iterator[Violation]:
         )
 
 
-def _loras(inputs: Inputs, most: int) -> Iterator[Violation]:
-    yield from _at_most("loras", len(inputs.loras), most)
+def _loras(inputs: Inputs, model: ModelInfo) -> Iterator[Violation]:
+    yield from _at_most("loras", len(inputs.loras), model.limits.max_loras)
+    offers = {offer.id: offer for offer in model.adapters}
     for index, lora in enumerate(inputs.loras):
+        if lora.id and lora.id not in offers:
+            yield Violation(f"loras[{index}].id", f"{lora.id[:128]!r} does not fit {model.id!r}")
+        elif lora.id and (rejection := offers[lora.id].rejection):
+            yield Violation(f"loras[{index}].id", rejection)
         yield from _between(f"loras[{index}].scale", lora.scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
     yield from _ids("loras", [lora.id for lora in inputs.loras], distinct=True)
 

@@ -119,22 +119,42 @@ def _convert(
     options: dict[str, Any] = {"return_lora_metadata": True, "return_alphas": True}
     if denoiser == "unet":
         options["unet_config"] = pipeline.unet.config
-    try:
-        # The key of a diffusers pipeline's own loader; PEFT's configuration is read above.
-        state, *rest = type(pipeline).lora_state_dict(tensors, **options)
-    except (KeyError, ValueError, IndexError) as error:
-        raise AdapterMismatch(f"diffusers cannot convert it ({error})") from error
-    alphas = {_module_of(k): v for k, v in ((rest[0] or {}) if len(rest) == 2 else {}).items()}
     found: dict[str, dict[str, LayerWeights]] = {}
-    for name in type(pipeline)._lora_loadable_modules:
-        prefix = f"{name}."
-        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if not part or getattr(pipeline, name, None) is None:
-            continue
-        own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-        part = _as_peft(part, getattr(pipeline, name), is_encoder=name != denoiser)
-        found[name] = _layers(part, own, prefix, alphas)
+    try:
+        state, *rest = type(pipeline).lora_state_dict(tensors, **options)
+        # The other one is PEFT's configuration, which is read above.
+        alphas: Mapping[str, Any] = (rest[0] or {}) if len(rest) > 1 else {}
+        for name in type(pipeline)._lora_loadable_modules:
+            module, is_encoder = getattr(pipeline, name, None), name != denoiser
+            part = _of_component(name, state)
+            if not part or module is None:
+                continue
+            found[name] = _layers(
+                name,
+                _as_peft(part, module, is_encoder=is_encoder),
+                _of_component(name, metadata),
+                _alphas(_of_component(name, alphas), module, is_encoder=is_encoder),
+            )
+    except (KeyError, ValueError, IndexError) as error:
+        if isinstance(error, AdapterMismatch):
+            raise
+        raise AdapterMismatch(f"diffusers cannot convert it ({error})") from error
     return found
+
+
+def _of_component(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): v for key, v in values.items() if key.startswith(prefix)}
+
+
+def _alphas(given: Mapping[str, Any], module: Any, *, is_encoder: bool) -> dict[str, float]:
+    """The alpha of each layer; diffusers names some by the layer, some by its weights."""
+    by_key = {key.removesuffix(".alpha"): float(value) for key, value in given.items()}
+    by_weights: Any = {key: value for key, value in by_key.items() if key.endswith(".weight")}
+    if by_weights:
+        by_weights = _as_peft(by_weights, module, is_encoder=is_encoder)
+    alphas = {key: value for key, value in by_key.items() if not key.endswith(".weight")}
+    return alphas | {key.partition(".lora_")[0]: value for key, value in by_weights.items()}
 
 
 def _as_peft(
@@ -152,10 +172,10 @@ def _as_peft(
 
 
 def _layers(
+    component: str,
     state: Mapping[str, torch.Tensor],
     configuration: Mapping[str, Any],
-    prefix: str,
-    alphas: Mapping[str, Any],
+    alphas: Mapping[str, float],
 ) -> dict[str, LayerWeights]:
     by_layer: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in state.items():
@@ -165,12 +185,11 @@ def _layers(
     for name, parts in by_layer.items():
         if parts.keys() - {"magnitude_vector"} != {"A", "B"}:
             raise AdapterMismatch(
-                f"{prefix}{name} has {', '.join(sorted(parts)) or 'no'} weights, "
+                f"{component}.{name} has {', '.join(sorted(parts)) or 'no'} weights, "
                 "which are not those of a LoRA layer"
             )
         down, up = parts["A"], parts["B"]
-        alpha = alphas.get(f"{prefix}{name}", alphas.get(f"{prefix}text_model.{name}"))
-        scale = _scale(name, down.shape[0], configuration, alpha)
+        scale = _scale(name, down.shape[0], configuration, alphas.get(name))
         layers[name] = LayerWeights(
             down=down,
             up=(up if scale == 1 else (up.float() * scale)).reshape(up.shape[0], -1),
@@ -179,10 +198,10 @@ def _layers(
     return layers
 
 
-def _scale(layer: str, rank: int, configuration: Mapping[str, Any], alpha: Any) -> float:
+def _scale(layer: str, rank: int, configuration: Mapping[str, Any], alpha: float | None) -> float:
     """Alpha by rank; without an alpha anywhere 1, as in diffusers."""
     if alpha is not None:
-        return float(alpha) / rank
+        return alpha / rank
     if not configuration:
         return 1.0
     patterns: Mapping[str, float] = configuration.get("alpha_pattern") or {}

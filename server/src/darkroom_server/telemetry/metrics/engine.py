@@ -24,6 +24,8 @@ STEP_BUCKETS = (
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
+ADAPTER_BUCKETS = (0, 1, 2, 4, 8, 16, 32)
+
 OCCUPANCY_BUCKETS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 ROWS_HELP = "`rows` is rounded up to a power of two"
@@ -55,6 +57,12 @@ class EngineMetrics:
             "Rows of a batch; an image with guidance takes two.",
             ("model",),
             ROW_BUCKETS,
+        )
+        self.adapters_per_batch = declare.histogram(
+            "darkroom_adapters_per_batch",
+            "Different LoRA adapters among the rows of a batch; batches without any count too.",
+            ("model",),
+            ADAPTER_BUCKETS,
         )
         self.occupancy = declare.histogram(
             "darkroom_occupancy_ratio",
@@ -159,6 +167,7 @@ class EngineMetrics:
             self.joins,
             self.wasted_seconds,
             self.rows_per_step,
+            self.adapters_per_batch,
             self.occupancy,
         ):
             metric.labels(model)
@@ -170,6 +179,7 @@ class EngineMetrics:
         if series is None:
             series = self._batch_series[key] = _BatchSeries(self, *key)
         series.seconds.observe(batch.seconds)
+        series.adapters.observe(batch.adapters)
         series.rows.observe(batch.rows)
         series.steps.inc(batch.samples)
         if batch.max_rows:
@@ -216,6 +226,7 @@ class _BatchSeries:
     def __init__(self, engine: EngineMetrics, model: str, rows: int) -> None:
         self.seconds = engine.step_seconds.labels(model, rows_class(rows))
         self.rows = engine.rows_per_step.labels(model)
+        self.adapters = engine.adapters_per_batch.labels(model)
         self.steps = engine.steps.labels(model)
         self.occupancy = engine.occupancy.labels(model)
         self.joins = engine.joins.labels(model)
