@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from darkroom_server.core.errors import DarkroomError, InvalidRequest, UnknownAdapter, Violation
+from darkroom_server.core.errors import DarkroomError, InvalidRequest, Violation
+from darkroom_server.core.job import Job
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import (
     ActiveJob,
     ConcurrentCallLimiter,
@@ -16,6 +18,7 @@ from darkroom_server.dispatch import (
 )
 from darkroom_server.service.call_context import REQUEST_ID, CallContext
 from darkroom_server.service.idempotency import check_request_id, fingerprint
+from darkroom_server.service.input_fields import check_adapters
 from darkroom_server.service.jobs import JobService
 from darkroom_server.service.request import GenerationRequest
 from darkroom_server.service.summary import RequestObserver, RequestSummary, Summaries
@@ -89,7 +92,6 @@ class GenerationService:
         if active is None:
             summary.model = model_id = self._dispatcher.availability.resolve(request.model)
             model = self._dispatcher.availability.model(model_id)
-            self._check_adapters(request)
             job = job_of(
                 request,
                 model,
@@ -98,6 +100,7 @@ class GenerationService:
                 submitted_at=summary.arrived,
                 deadline=deadline,
             )
+            self._check_adapters(job, model)
             if reply_limit is not None:
                 reply_limit.check(job)
             summary.images, summary.steps = job.image_count, job.steps
@@ -156,8 +159,8 @@ class GenerationService:
         """
         availability = self._dispatcher.availability
         model = availability.model(availability.resolve(request.model))
-        self._check_adapters(request)
         job = job_of(request, model, call, job_id="", submitted_at=time.monotonic(), deadline=None)
+        self._check_adapters(job, model)
         # The images of the job share a batch, as far as they fit.
         most = model.rows_of_a_pass(job.width, job.height)
         rows = min(model.rows_per_image(job) * job.image_count, most)
@@ -167,14 +170,13 @@ class GenerationService:
             available_bytes=model.memory.available_bytes,
         )
 
-    def _check_adapters(self, request: GenerationRequest) -> None:
-        """Raise ``UnknownAdapter`` for an adapter that fits no model of this server."""
-        if request.inputs is None or not request.inputs.loras:
+    def _check_adapters(self, job: Job, model: ModelInfo) -> None:
+        """Raise ``UnknownAdapter``, or ``InvalidRequest`` for one that ``model`` does not take."""
+        if not job.loras:
             return
         known = [adapter.id for adapter in self._dispatcher.availability.adapters]
-        for lora in request.inputs.loras:
-            if lora.id and lora.id not in known:
-                raise UnknownAdapter(lora.id[:256], known)
+        if violations := check_adapters(job.loras, model, known):
+            raise InvalidRequest(violations)
 
     async def _record_when_done(
         self, request: GenerationRequest, call: CallContext, arrived: float, active: ActiveJob

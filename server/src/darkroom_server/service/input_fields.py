@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from darkroom_server.core.errors import Violation
+from darkroom_server.core.errors import UnknownAdapter, Violation
+from darkroom_server.core.inputs import Lora
 from darkroom_server.core.job import Task
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.service.request import ImageSource, Inputs, RequestedControl
@@ -56,7 +57,7 @@ def check_inputs(inputs: Inputs | None, model: ModelInfo, steps: int) -> list[Vi
         most = model.limits.max_reference_images
         found += _at_most("reference_images", len(inputs.reference_images), most)
     if "loras" in takes:
-        found += _loras(inputs, model)
+        found += _loras(inputs, model.limits.max_loras)
     if "controls" in takes:
         found += _controls(inputs.controls, model.limits.max_controls)
     scale = inputs.ip_adapter_scale
@@ -112,14 +113,28 @@ def _strength(inputs: Inputs, steps: int) -> Iterator[Violation]:
         )
 
 
-def _loras(inputs: Inputs, model: ModelInfo) -> Iterator[Violation]:
-    yield from _at_most("loras", len(inputs.loras), model.limits.max_loras)
+def check_adapters(
+    loras: Sequence[Lora], model: ModelInfo, known: Sequence[str]
+) -> list[Violation]:
+    """Why ``loras`` cannot be added to ``model``; ``known`` are the adapters of all models.
+
+    Raises ``UnknownAdapter`` for one that is not among them.
+    """
     offers = {offer.id: offer for offer in model.adapters}
+    found = []
+    for index, lora in enumerate(loras):
+        if lora.id not in known:
+            raise UnknownAdapter(lora.id[:256], known)
+        offer = offers.get(lora.id)
+        reason = f"does not fit model {model.id!r}" if offer is None else offer.rejection
+        if reason:
+            found.append(Violation(f"loras[{index}].id", f"{lora.id!r}: {reason}"))
+    return found
+
+
+def _loras(inputs: Inputs, most: int) -> Iterator[Violation]:
+    yield from _at_most("loras", len(inputs.loras), most)
     for index, lora in enumerate(inputs.loras):
-        if lora.id and lora.id not in offers:
-            yield Violation(f"loras[{index}].id", f"{lora.id[:128]!r} does not fit {model.id!r}")
-        elif lora.id and (rejection := offers[lora.id].rejection):
-            yield Violation(f"loras[{index}].id", rejection)
         yield from _between(f"loras[{index}].scale", lora.scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
     yield from _ids("loras", [lora.id for lora in inputs.loras], distinct=True)
 

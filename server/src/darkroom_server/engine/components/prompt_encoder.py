@@ -1,7 +1,7 @@
 """Prompts to embeddings: each distinct text once, in batches, with a cache."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -103,15 +103,15 @@ class PromptEncoder:
         ]
 
 
-def _batches(keys: Iterable[PromptKey]) -> list[list[PromptKey]]:
+def _batches(keys: Sequence[PromptKey]) -> list[list[PromptKey]]:
     """The prompts of each call; those of one call have the same adapters."""
-    batches: list[list[PromptKey]] = []
     shared: dict[Mix, list[PromptKey]] = {}
     for key in keys:
-        if key.alone:
-            batches.append([key])
-        else:
+        if not key.alone:
             shared.setdefault(key.mix, []).append(key)
-    for together in shared.values():
-        batches += [together[i : i + MAX_BATCH] for i in range(0, len(together), MAX_BATCH)]
-    return batches
+    batches = [
+        together[i : i + MAX_BATCH]
+        for together in shared.values()
+        for i in range(0, len(together), MAX_BATCH)
+    ]
+    return batches + [[key] for key in keys if key.alone]
