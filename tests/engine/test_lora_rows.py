@@ -72,7 +72,7 @@ class ServedWithAdapters(Served):
             self.alone.pipeline.load_lora_weights(adapters / f"{id}.safetensors", adapter_name=id)
 
     def image(self, job: Job) -> tuple[torch.Tensor, Any]:
-        """The latents and the pixels of diffusers' pipeline, alone, with the adapters of ``job``."""
+        """diffusers' own latents and pixels, alone, with the adapters of ``job``."""
         pipeline = self.alone.pipeline
         if job.loras:
             pipeline.enable_lora()
