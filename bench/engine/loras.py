@@ -356,7 +356,7 @@ def describe(results: Results) -> list[str]:
 BENCHMARK = Benchmark(
     name="loras",
     title="LoRA rows",
-    command="python -m bench.engine.loras loras",
+    command="make bench-lora",
     amounts={
         "rounds": Amount(9, 1, "rounds of each number of adapters"),
         "images": Amount(2 * CALLERS, CALLERS, "images of each engine and round"),
