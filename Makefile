@@ -24,6 +24,7 @@ NOISE_FLAGS ?=
 WORDS_FLAGS ?=
 MINUTES ?= 5
 INPUTS ?= 100000
+IMAGES ?= 10000
 IMAGE ?= darkroom-server:latest
 IMAGE_FLAGS ?=
 
@@ -127,6 +128,10 @@ start-noise: setup ## start on a busy machine ten times, compare what was chosen
 .PHONY: fuzz
 fuzz: setup ## send INPUTS requests that no client would send to a server, over the wire
 	@$(BIN)/python -m tests.server.hostile.fuzz --inputs $(INPUTS)
+
+.PHONY: fuzz-images
+fuzz-images: setup ## decode IMAGES damaged pictures in the server's image workers
+	@$(BIN)/python -m tests.server.uploads.fuzz --inputs $(IMAGES)
 
 .PHONY: trace-request
 trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits

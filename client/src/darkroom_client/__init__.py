@@ -30,6 +30,7 @@ from darkroom_client._errors import (
     Unavailable,
     UnknownRequest,
     Unsupported,
+    UploadNotFound,
     Violation,
 )
 from darkroom_client._stream import Stream
@@ -50,6 +51,7 @@ from darkroom_client._types.events import (
     Started,
 )
 from darkroom_client._types.image import Image
+from darkroom_client._types.inputs import Control, ImageSource, UploadedImage
 from darkroom_client._types.job import Job, JobState
 from darkroom_client._types.model import (
     Guidance,
@@ -59,6 +61,7 @@ from darkroom_client._types.model import (
     ModelRuntime,
     RowLimitSource,
     SchedulerOffer,
+    Task,
 )
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationOptions, GenerationRequest
@@ -82,6 +85,7 @@ __all__ = [
     "AsyncStream",
     "Cancelled",
     "Client",
+    "Control",
     "DarkroomError",
     "DeadlineExceeded",
     "DeadlineUnreachable",
@@ -98,6 +102,7 @@ __all__ = [
     "Image",
     "ImageFormat",
     "ImageReady",
+    "ImageSource",
     "ImageWithheld",
     "InvalidRequest",
     "Job",
@@ -131,11 +136,14 @@ __all__ = [
     "Started",
     "Stream",
     "TLSError",
+    "Task",
     "Timings",
     "TooLarge",
     "Unauthenticated",
     "Unavailable",
     "UnknownRequest",
     "Unsupported",
+    "UploadNotFound",
+    "UploadedImage",
     "Violation",
 ]

@@ -25,6 +25,7 @@ from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
+from darkroom_client._types.inputs import ImageSource
 from darkroom_client._types.job import Job
 from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
@@ -124,14 +125,19 @@ class Client:
         self,
         record: ReplayRecord,
         *,
+        images: Iterable[ImageSource] = (),
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> GenerationResult:
         """Reproduce the image of ``record``, under a new request id.
 
-        It is the same image if ``pixels_sha256`` of both records is equal.
+        It is the same image if ``pixels_sha256`` of both records is equal. ``images``: the files
+        that the first request brought, in any order, which the record names by their digests;
+        without them, ``UploadNotFound`` if the server does not have them any more. Raises
+        ``ValueError`` for an image that the record does not name.
         """
-        return self._transport.run(self._calls.generate(replayed(record), timeout, metadata))
+        request = replayed(record, images)
+        return self._transport.run(self._calls.generate(request, timeout, metadata))
 
     def generate_many(
         self,

@@ -2,6 +2,7 @@
 
 DarkroomError
 ├── InvalidRequest      correct the request: `violations` lists every error in it
+│   └── UploadNotFound  the server does not have an image: send the image itself
 ├── ModelNotFound       use another model
 ├── AdapterNotFound     use another adapter
 ├── UnknownRequest      the server does not know that request id, or not any more
@@ -69,6 +70,19 @@ class DarkroomError(Exception):
 
 class InvalidRequest(DarkroomError):
     """The request is invalid; ``violations`` lists all errors at once."""
+
+
+class UploadNotFound(InvalidRequest):
+    """The server does not have an image that the request names: send the image itself.
+
+    The client sends an image again by itself if it has it. ``upload_ids`` are those that it does
+    not have.
+    """
+
+    @property
+    def upload_ids(self) -> tuple[str, ...]:
+        """The names of the missing images, "sha256:" and the digest of the file."""
+        return tuple(filter(None, self.metadata.get("upload_ids", "").split(",")))
 
 
 class ModelNotFound(DarkroomError):

@@ -24,6 +24,7 @@ REASONS: dict[str, type[DarkroomError]] = {
     "UNKNOWN_ADAPTER": errors.AdapterNotFound,
     "UNKNOWN_REQUEST": errors.UnknownRequest,
     "REQUEST_CONFLICT": errors.InvalidRequest,
+    "UPLOAD_NOT_FOUND": errors.UploadNotFound,
     "UNAUTHENTICATED": errors.Unauthenticated,
     "PERMISSION_DENIED": errors.PermissionDenied,
     "REPLY_TOO_LARGE": errors.ReplyTooLarge,

@@ -22,6 +22,7 @@ from darkroom_client.testing._behaviour import Behaviour
 from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._models import RETRY_SECONDS, fill_defaults
 from darkroom_client.testing._pictures import check_format
+from darkroom_client.testing._uploads import Uploads
 from darkroom_client.testing._validation import NO_PREVIEWS, check_reply, check_request, invalid
 
 
@@ -41,6 +42,7 @@ class JobRegistry:
         self.default = Behaviour()
         self.models = models
         self.adapters = adapters
+        self.uploads = Uploads()
         self.jobs: list[FakeJob] = []
         self.rejections: Counter[str] = Counter()
         self._known: dict[str, FakeJob] = {}
@@ -154,6 +156,7 @@ class JobRegistry:
         model = self.model(request.model)
         check_request(request, model, preview)
         check_format(fill_defaults(request, model).format)
+        self.uploads.check(request)
         return model
 
     def _accepting_model(

@@ -9,7 +9,7 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from darkroom.v1 import generation_pb2_grpc, model_pb2_grpc, server_pb2_grpc
+from darkroom.v1 import generation_pb2_grpc, image_pb2_grpc, model_pb2_grpc, server_pb2_grpc
 from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.model import Model
 from darkroom_client._types.request import GenerationRequest
@@ -35,9 +35,10 @@ class FakeServer:
     concurrent jobs; further requests are rejected as ``Overloaded``. ``port``: a port of 127.0.0.1;
     0 for any free one. ``adapters``: what ``Client.adapters`` returns, and requests may name.
 
-    It rejects the requests that a Darkroom server with these models rejects. All callers share its
-    jobs. It keeps results until ``restart``. JPEG and WebP need Pillow; without it they are an
-    ``InvalidRequest``, and previews are PNG.
+    It rejects the requests that a Darkroom server with these models rejects, but it does not decode
+    images: a damaged one is accepted, and an image does not decide the size of the result. All
+    callers share its jobs and uploads. It keeps results until ``restart``. JPEG and WebP need
+    Pillow; without it they are an ``InvalidRequest``, and previews are PNG.
 
     Raises ``OSError`` on entry if ``port`` is in use, and ``ValueError`` without a model or if two
     have one name.
@@ -86,6 +87,17 @@ class FakeServer:
     def requests(self) -> tuple[GenerationRequest, ...]:
         """The requests of those jobs."""
         return tuple(job.request for job in self.jobs)
+
+    @property
+    def uploads(self) -> tuple[bytes, ...]:
+        """The files of the images that callers uploaded, without those that were forgotten."""
+        with self._registry.changed:
+            return tuple(self._registry.uploads.files.values())
+
+    def forget_uploads(self) -> None:
+        """Remove every uploaded image, as a server does that needs the room."""
+        with self._registry.changed:
+            self._registry.uploads.files.clear()
 
     def script(self, *behaviours: Behaviour, default: Behaviour | None = None) -> None:
         """Set the behaviours of the next requests, one each; ``default``: of all after them."""
@@ -142,6 +154,7 @@ class FakeServer:
         server = grpc.server(self._handlers, options=(("grpc.so_reuseport", 0),))
         services: Any = self._services
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(services, server)
+        image_pb2_grpc.add_ImageServiceServicer_to_server(services, server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(services, server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(services, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -273,7 +273,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def mask_image(self) -> _image_pb2.ImageInput:
-        """White where `image` is generated anew, black where it stays: inpainting. Needs
+        """White parts of `image` are generated again, black ones stay: inpainting. Needs
         `image`, and has its size as sent. A gray of 128 and more is white.
         """
 

@@ -5,6 +5,7 @@ DarkroomError
 ├── UnknownModel          name another model
 ├── UnknownAdapter        name another adapter
 ├── UnknownRequest        no job of that id is known, or its result is no longer kept
+├── UploadNotFound        upload the image again
 ├── RequestConflict       the same caller used that id for another request
 ├── Unauthenticated       send a valid token
 ├── NotAllowed            this caller may not make this call
@@ -36,6 +37,7 @@ class Reason(StrEnum):
     UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
     UNKNOWN_REQUEST = "UNKNOWN_REQUEST"
     REQUEST_CONFLICT = "REQUEST_CONFLICT"
+    UPLOAD_NOT_FOUND = "UPLOAD_NOT_FOUND"
     UNAUTHENTICATED = "UNAUTHENTICATED"
     PERMISSION_DENIED = "PERMISSION_DENIED"
     REPLY_TOO_LARGE = "REPLY_TOO_LARGE"
@@ -128,6 +130,19 @@ class UnknownRequest(DarkroomError):
             "longer kept"
         )
         self.request_id = request_id
+
+
+class UploadNotFound(DarkroomError):
+    """The server does not have these uploads of this caller, or has removed them."""
+
+    reason = Reason.UPLOAD_NOT_FOUND
+
+    def __init__(self, upload_ids: Sequence[str]) -> None:
+        named = ",".join(upload_ids)
+        super().__init__(
+            f"this caller has no upload {named} here, or it was removed; upload it again",
+            metadata={"upload_ids": named},
+        )
 
 
 class RequestConflict(DarkroomError):

@@ -71,7 +71,9 @@ def _plain_value(value: Any) -> Any:
             return _shortest_float32(value)
         case InputImage(digest=digest):
             return {"upload_id": digest}
-        case Lora() | Control():
+        case (Lora(), *_):
+            return {lora.id: _shortest_float32(lora.scale) for lora in value}
+        case Control():
             return {name: _plain_value(getattr(value, name)) for name in value.__slots__}
         case tuple():
             return [_plain_value(each) for each in value]

@@ -29,6 +29,7 @@ from darkroom_server.core.errors import (
     UnknownAdapter,
     UnknownModel,
     UnknownRequest,
+    UploadNotFound,
 )
 
 DOMAIN = "darkroom"
@@ -49,6 +50,7 @@ CODES: dict[type[DarkroomError], int] = {
     UnknownModel: code_pb2.NOT_FOUND,
     UnknownAdapter: code_pb2.NOT_FOUND,
     UnknownRequest: code_pb2.NOT_FOUND,
+    UploadNotFound: code_pb2.FAILED_PRECONDITION,
     RequestConflict: code_pb2.ALREADY_EXISTS,
     Unauthenticated: code_pb2.UNAUTHENTICATED,
     NotAllowed: code_pb2.PERMISSION_DENIED,

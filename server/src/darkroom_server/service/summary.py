@@ -23,6 +23,7 @@ from darkroom_server.core.errors import (
     Unauthenticated,
     UnknownModel,
     UnknownRequest,
+    UploadNotFound,
 )
 from darkroom_server.core.events import StageSeconds
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, PROMPT_FIELDS
@@ -105,7 +106,13 @@ class RequestObserver(Protocol):
 def outcome_of(error: DarkroomError) -> Outcome:
     """The outcome of a request that ended with ``error``."""
     match error:
-        case InvalidRequest() | UnknownModel() | UnknownRequest() | RequestConflict():
+        case (
+            InvalidRequest()
+            | UnknownModel()
+            | UnknownRequest()
+            | UploadNotFound()
+            | RequestConflict()
+        ):
             return Outcome.INVALID
         case Refused() | DeadlineUnreachable() | Unauthenticated() | NotAllowed():
             return Outcome.REFUSED

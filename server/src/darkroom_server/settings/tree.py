@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Predicate
 
 from darkroom_server.core.engine_config import Attention, Dtype, Preset
 from darkroom_server.settings.adapters import Adapters
+from darkroom_server.settings.images import Images
 from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
 from darkroom_server.settings.network import Network, Security
@@ -289,6 +290,7 @@ class Settings:
     network: Network = field(default_factory=Network)
     security: Security = field(default_factory=Security)
     dispatch: Dispatch = field(default_factory=Dispatch)
+    images: Images = field(default_factory=Images)
     results: Results = field(default_factory=Results)
     shutdown: Shutdown = field(default_factory=Shutdown)
     logs: Logs = field(default_factory=Logs)
