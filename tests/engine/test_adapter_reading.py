@@ -206,7 +206,7 @@ def other_encoding(file: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [no_safetensors, no_lora, other_encoding])
-def test_what_is_no_adapter_does_not_fit(
+def test_another_kind_of_file_does_not_fit(
     spoil: Callable[[Path], None], pipeline: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "adapter.safetensors"

@@ -102,7 +102,7 @@ def test_a_job_in_the_engine_keeps_its_adapters(loop: LoopUnderTest) -> None:
     assert not any(isinstance(e, AdapterEvicted) for e in loop.events)
 
 
-def test_a_batch_has_at_most_so_many_adapters(loop: LoopUnderTest) -> None:
+def test_a_batch_has_at_most_max_loras_adapters(loop: LoopUnderTest) -> None:
     jobs = [job(f"job-{name}", name) for name in NAMES]
     ends = loop.run(*jobs, job("none"))
     assert all(isinstance(end, JobFinished) for end in ends.values())
@@ -212,7 +212,7 @@ def test_a_prompt_is_encoded_again_with_the_adapters_of_its_encoder(loop: LoopUn
         texts.extend(batch)
         return encode(batch)
 
-    encoder._encode = counted  # type: ignore[method-assign]
+    encoder._encode = counted  # type: ignore[assignment, method-assign]
     for name, loras in (("plain", ()), ("with", ("a",)), ("other", ("b",)), ("again", ("a",))):
         loop.run(job(name, *loras, prompt="a blue ring"))
     assert texts.count("a blue ring") == 3

@@ -148,7 +148,7 @@ def test_a_new_group_is_not_owed_time_from_before_it_came() -> None:
     assert Counter(taken) == {"old": 5, "new": 5}
 
 
-def test_a_batch_has_at_most_so_many_different_adapters() -> None:
+def test_a_batch_has_at_most_max_adapters_different_ones() -> None:
     candidates = [
         key("first", 1, adapters=frozenset("a")),
         key("same", 2, adapters=frozenset("a")),

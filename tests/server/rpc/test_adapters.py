@@ -50,8 +50,8 @@ async def test_adapters_are_listed_with_the_models_that_they_fit() -> None:
         assert [a.rejection for a in found] == ["its rank is 512", "", ""]
         only = (await wire.models.ListAdapters(LIST(model="b"))).adapters
         assert [a.id for a in only] == ["outline", "pastel"]
-        found = await refusal(wire.models.ListAdapters(LIST(model="none")))
-        assert found.code is grpc.StatusCode.NOT_FOUND
+        rejected = await refusal(wire.models.ListAdapters(LIST(model="none")))
+        assert rejected.code is grpc.StatusCode.NOT_FOUND
 
 
 async def test_an_adapter_in_memory_is_resident() -> None:

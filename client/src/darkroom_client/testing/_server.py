@@ -33,7 +33,7 @@ class FakeServer:
     ``models``: the models that it holds, as names (see ``fake_model``) or in full, such as
     ``client.models()`` of a real server. ``token``: required of every caller. ``capacity``:
     concurrent jobs; further requests are rejected as ``Overloaded``. ``port``: a port of 127.0.0.1;
-    0 for any free one. ``adapters``: what ``Client.adapters`` returns, and requests may name.
+    0 for any free one. ``adapters``: what ``Client.adapters`` returns.
 
     It rejects the requests that a Darkroom server with these models rejects, but it does not decode
     images: a damaged one is accepted, and an image does not decide the size of the result. All

@@ -78,7 +78,6 @@ class EngineConfig:
     ``max_rows``. ``measurement_cache``: the folder that remembers measurements, None for none.
     ``previous_measurements``: from an earlier engine of this server, so that a restarted one is
     ready sooner. ``prompt_cache_bytes``: host memory for the embeddings of prompts, for each model.
-    ``adapter_folder``: where adapters can be added from while the server runs.
     ``max_loras``: different LoRA adapters in one batch. ``max_lora_rank``: one with a greater
     rank is rejected. ``lora_cache_bytes``: host memory for the weights of adapters.
     """
@@ -99,7 +98,6 @@ class EngineConfig:
     prompt_cache_bytes: int = 256 * 1024**2
     safety_checker: bool = False
     adapters: tuple[AdapterSource, ...] = ()
-    adapter_folder: str | None = None
     max_loras: int = 8
     max_lora_rank: int = 128
     lora_cache_bytes: int = 1024**3

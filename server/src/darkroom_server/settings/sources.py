@@ -41,7 +41,6 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         measurement_cache=str(cache) if cache else None,
         safety_checker=engine.safety_checker,
         adapters=adapter_sources(settings.adapters, hub_token),
-        adapter_folder=settings.adapters.lora_dir,
         max_loras=settings.adapters.max_loras,
         max_lora_rank=settings.adapters.max_lora_rank,
         lora_cache_bytes=settings.adapters.lora_cache_bytes,

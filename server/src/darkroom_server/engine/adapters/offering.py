@@ -49,9 +49,9 @@ class Adapters:
         return cls(config, files)
 
     def may_fit(self, family: Family) -> bool:
-        """Whether the server has adapters, now or later, and the model of ``family`` takes some."""
-        wanted = bool(self.files) or self.config.adapter_folder is not None
-        return wanted and family.takes_loras and hasattr(family.pipeline, "lora_state_dict")
+        """Whether the server has adapters, and the model of ``family`` takes some."""
+        takes = family.takes_loras and hasattr(family.pipeline, "lora_state_dict")
+        return bool(self.files) and takes
 
     def offer(self, model_id: str, family: Family, dtype: torch.dtype) -> tuple[AdapterOffer, ...]:
         """The adapters that fit the model of ``family``, whose weights are of ``dtype``."""

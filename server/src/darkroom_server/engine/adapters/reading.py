@@ -49,7 +49,7 @@ def read_headers(file: Path, id: str, pipeline: Any) -> AdapterWeights:
     try:
         return _adapter(id, tensors, configuration(written, file), pipeline)
     except (NotImplementedError, RuntimeError):
-        # Some layouts are told apart by their values.
+        # Some layouts are distinguished by their values.
         return parse_adapter(file.read_bytes(), file, id, pipeline)
 
 
