@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.engine import families
 from bench.engine import plots as engine_plots
 from bench.engine import report as engine_report
 from bench.engine.loras import BENCHMARK as LORAS
@@ -21,6 +22,7 @@ from bench.serving.__main__ import BENCHMARKS as SERVING
 
 SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "engine": ("benchmarks.md", engine_report.section),
+    families.BENCHMARK.name: (families.BENCHMARK.page, families.BENCHMARK.section),
     "gpu": ("benchmarks.md", gpu_report.section),
     **{each.name: (each.page, each.section) for each in (LORAS, *MICRO, *SERVING)},
 }

@@ -17,7 +17,7 @@ def lowest_versions() -> dict[str, str]:
     Raises ``ValueError`` for a dependency without a lower bound.
     """
     lowest: dict[str, Version] = {}
-    for requirement in declared_requirements(PACKAGES, extras=True):
+    for requirement in declared_requirements(PACKAGES):
         bounds = [each.version for each in requirement.specifier if each.operator == ">="]
         if not bounds:
             raise ValueError(f"{requirement} has no lower bound")

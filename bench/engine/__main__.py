@@ -2,13 +2,14 @@
 
 Three peers serve the same requests: ``pipe()`` for one request after another, ``pipe()`` for
 batches of equal settings, and Darkroom's engine. Writes results, plots and a section of
-``docs/benchmarks.md``.
+``docs/benchmarks.md``. Then runs ``bench.engine.families``: tiny models of SDXL and FLUX.1.
 """
 
 import argparse
 from collections.abc import Sequence
 
 from bench.engine.comparison import CALLERS, LONE_STEPS, Comparison
+from bench.engine.families import main as families
 from bench.engine.plots import plot
 from bench.engine.report import goals, section
 from bench.inprocess.remote import MAX_BATCH_IMAGES
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plot(results, options.docs / "images")
     write_section("benchmarks.md", "engine", section(results), options.docs)
     print_goals(goals(results))
+    families(["--results", str(options.results), "--docs", str(options.docs)])
 
 
 if __name__ == "__main__":

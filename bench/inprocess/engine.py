@@ -3,10 +3,12 @@
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from bench.workload.arrivals import Answer, Arrivals
-from bench.workload.requests import Request
+from bench.workload.requests import NO_OPTIONS, Request
 from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.engine_config import EngineConfig
@@ -65,10 +67,14 @@ def start(engine: Engine, emit: Callable[[Event], None]) -> EngineReady:
 
 
 class EnginePeer:
-    """Feeds an engine from the thread that calls ``serve``, which never calls torch."""
+    """Feeds an engine from the thread that calls ``serve``, which never calls torch.
 
-    def __init__(self, engine: Engine) -> None:
+    ``options`` are fields of every job.
+    """
+
+    def __init__(self, engine: Engine, options: Mapping[str, Any] = NO_OPTIONS) -> None:
         self._engine = engine
+        self._options = options
         self._changed = threading.Condition()
         self._batch_times: list[tuple[int, float]] = []
         self._run = 0
@@ -89,6 +95,7 @@ class EnginePeer:
             while len(self._answers) < arrivals.count:
                 for at, request in arrivals.until(time.monotonic() - self._began):
                     job = job_of(request, self.info, self._began + at, self._run)
+                    job = replace(job, **self._options)
                     self._waiting[job.id] = at, request
                     self._engine.submit(job)
                 moment = arrivals.next_at()
@@ -127,7 +134,9 @@ class EnginePeer:
                     self._changed.notify()
 
 
-def make_engine(config: EngineConfig) -> tuple[EnginePeer, ModelInfo]:
+def make_engine(
+    config: EngineConfig, options: Mapping[str, Any] = NO_OPTIONS
+) -> tuple[EnginePeer, ModelInfo]:
     """For ``Remote``."""
-    peer = EnginePeer(ThreadEngine(config))
+    peer = EnginePeer(ThreadEngine(config), options)
     return peer, peer.info

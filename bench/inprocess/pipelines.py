@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ import transformers
 
 from bench.inprocess.batching import serve_batches
 from bench.workload.arrivals import Answer, Arrivals
-from bench.workload.requests import Request
+from bench.workload.requests import NO_OPTIONS, Request
 from darkroom_server.core.model import ModelRuntime
 from darkroom_server.engine.output.formats import PNG_COMPRESSION
 from darkroom_server.engine.warmup.presets import allowed_threads
@@ -27,9 +27,9 @@ def load_pipeline(folder: str, runtime: ModelRuntime) -> Any:
         library.utils.logging.disable_progress_bar()
     if runtime.device == "cpu":
         torch.set_num_threads(allowed_threads())
-    pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(
-        folder, dtype=DTYPES[runtime.dtype], safety_checker=None, requires_safety_checker=False
-    )
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[runtime.dtype])
+    if hasattr(pipeline, "safety_checker"):
+        pipeline.safety_checker = None
     pipeline.to(runtime.device)
     if runtime.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
@@ -57,12 +57,22 @@ class WallClock:
 
 
 class Pipelines:
-    """Calls ``pipe()`` for at most ``max_images`` requests, on the thread that created it."""
+    """Calls ``pipe()`` for at most ``max_images`` requests, on the thread that created it.
 
-    def __init__(self, folder: str, runtime: ModelRuntime, max_images: int) -> None:
+    ``options`` are further arguments of each call.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        runtime: ModelRuntime,
+        max_images: int,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> None:
         self._pipeline = load_pipeline(folder, runtime)
         self._runtime = runtime
         self._max_images = max_images
+        self._options = options
 
     def serve(self, arrivals: Arrivals) -> list[Answer]:
         """See ``ArrivalServer``."""
@@ -82,9 +92,8 @@ class Pipelines:
                 [request.prompt for request in batch],
                 num_inference_steps=batch[0].steps,
                 guidance_scale=batch[0].guidance_scale,
-                width=batch[0].width,
-                height=batch[0].height,
                 generator=[torch.Generator("cpu").manual_seed(r.seed) for r in batch],
+                **{"width": batch[0].width, "height": batch[0].height, **self._options},
             ).images
         return [_png(image) for image in images]
 
@@ -107,6 +116,8 @@ def _png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def make_pipelines(folder: str, runtime: ModelRuntime, max_images: int) -> tuple[Pipelines, None]:
+def make_pipelines(
+    folder: str, runtime: ModelRuntime, max_images: int, options: Mapping[str, Any] = NO_OPTIONS
+) -> tuple[Pipelines, None]:
     """For ``Remote``."""
-    return Pipelines(folder, runtime, max_images), None
+    return Pipelines(folder, runtime, max_images, options), None

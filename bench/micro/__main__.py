@@ -5,11 +5,12 @@ Each writes its results to ``bench/results`` and its section of a page in ``docs
 
 from collections.abc import Sequence
 
-from bench.micro import boundary, exactness, lifecycle, memory, metrics_cost
+from bench.micro import boundary, exactness, lifecycle, memory, metrics_cost, suspension
 from bench.report.benchmark import run_named
 
 BENCHMARKS = tuple(
-    module.BENCHMARK for module in (boundary, lifecycle, metrics_cost, exactness, memory)
+    module.BENCHMARK
+    for module in (boundary, lifecycle, metrics_cost, exactness, memory, suspension)
 )
 
 

@@ -1,7 +1,10 @@
 """The mixed workload: requests of three lengths, and the moments of their arrival."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from training.prompts import prompt_for
 from training.scenes import Scene, triples
@@ -10,7 +13,10 @@ STEPS = {8: 0.5, 16: 0.3, 40: 0.2}
 """Share of the requests, by their denoising steps: the classes of the workload."""
 
 GUIDANCE = (4.0, 7.5)
-"""Both are above 1: every image takes two rows of a batch."""
+"""Both are above 1: a model with classifier-free guidance takes two rows for every image."""
+
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+"""Nothing besides what a ``Request`` holds."""
 
 
 @dataclass(frozen=True, slots=True)

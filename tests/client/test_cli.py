@@ -424,7 +424,19 @@ def test_models_are_tab_separated_in_a_pipe(capsys: Capture, fake: FakeServer) -
         "fake float32 fast",
         " ".join(Scheduler),
         "negative_prompt guidance_scale preview",
+        "-",
     ]
+
+
+def test_models_say_why_they_run_so(capsys: Capture) -> None:
+    model = fake_model()
+    assert model.runtime is not None
+    runtime = dataclasses.replace(
+        model.runtime, preset_rule="the default on a GPU", format_rule="the GPU has bfloat16"
+    )
+    with FakeServer(models=[dataclasses.replace(model, runtime=runtime)]) as fake:
+        assert main(["models", "--target", fake.target]) == 0
+    assert capsys.readouterr().out.strip().endswith("\tthe default on a GPU; the GPU has bfloat16")
 
 
 def test_a_loading_model_has_only_a_name() -> None:
@@ -951,7 +963,7 @@ def test_bash_completes_commands_flags_and_values(capsys: Capture) -> None:
         return sorted(done.stdout.split())
 
     assert complete("darkroom", "wa") == ["wait", "watch"]
-    assert complete("darkroom", "generate", "--st") == ["--steps"]
+    assert complete("darkroom", "generate", "--st") == ["--steps", "--strength"]
     assert complete("darkroom", "generate", "--scheduler", "eu") == ["euler", "euler_ancestral"]
     assert complete("darkroom", "submit", "--prompt-s") == ["--prompt-syntax"]
     assert complete("darkroom", "submit", "--prompt-syntax", "") == ["plain", "weighted"]

@@ -54,6 +54,7 @@ def test_what_a_model_takes_and_how_it_is_guided(client: Any, server: ScriptedSe
     sent.defaults.true_cfg_scale = 4.1
     sent.defaults.max_sequence_length = 256
     sent.limits.max_sequence_length = 512
+    sent.limits.sizes.add(width=640, height=384)
     sent.runtime.preset_rule = "it overflows in float16"
 
     model = client.model()
@@ -65,6 +66,7 @@ def test_what_a_model_takes_and_how_it_is_guided(client: Any, server: ScriptedSe
     assert model.unbatched_reason == "nobody described its calls"
     assert (model.defaults.true_cfg_scale, model.defaults.max_sequence_length) == (4.1, 256)
     assert model.limits.max_sequence_length == 512
+    assert model.limits.sizes == ((640, 384),)
     assert model.runtime.preset_rule == "it overflows in float16"
 
 

@@ -460,7 +460,7 @@ def test_it_holds_the_models_that_it_is_given(connect: Connect) -> None:
         base,
         revision="r9",
         defaults=dataclasses.replace(base.defaults, width=128, height=96, steps=2),
-        limits=dataclasses.replace(base.limits, max_size=256),
+        limits=dataclasses.replace(base.limits, max_size=256, sizes=((128, 96), (96, 128))),
     )
     loading = dataclasses.replace(fake_model("slow"), ready=False)
     with FakeServer(models=["small", large, loading]) as server:
@@ -473,8 +473,11 @@ def test_it_holds_the_models_that_it_is_given(connect: Connect) -> None:
         assert (result.images[0].width, result.images[0].height) == (128, 96)
         assert server.jobs[0].steps_done == 2
         assert client.generate("a star", model="small").images[0].width == 64
-        with pytest.raises(InvalidRequest, match="width: must be 8 to 256, not 512"):
+        with pytest.raises(InvalidRequest, match=r"^width: must be 8 to 256, not 512$"):
             client.generate("a star", model="large", width=512)
+        nearest = "certain sizes only, not 96×96; the one of the nearest shape is 128×96"
+        with pytest.raises(InvalidRequest, match=nearest):
+            client.generate("a star", model="large", width=96)
         with pytest.raises(InvalidRequest, match="model: must be set, to one of small, large"):
             client.generate("a star")
         with pytest.raises(Unavailable) as caught:

@@ -14,6 +14,18 @@ UNET = {
     "mid_block.resnets.0": "middle_block.0",
     "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+OPEN_CLIP = {
+    "encoder.layers": "transformer.resblocks",
+    "embeddings.token_embedding": "token_embedding",
+    "final_layer_norm": "ln_final",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "fc1": "c_fc",
+    "fc2": "c_proj",
+    "self_attn": "attn",
 }
 RESNET = {
     "norm1": "in_layers.0",
@@ -52,16 +64,37 @@ def original_layout(pipeline: Any) -> dict[str, torch.Tensor]:
         found["first_stage_model." + _vae_key(key, blocks)] = (
             weight[:, :, None, None] if convolution else weight
         )
+    two = hasattr(pipeline, "text_encoder_2")
+    clip = ("conditioner.embedders.0" if two else "cond_stage_model") + ".transformer.text_model."
     for key, weight in pipeline.text_encoder.state_dict().items():
-        name = key.removeprefix("text_model.")
-        found[f"cond_stage_model.transformer.text_model.{name}"] = weight
+        found[clip + key.removeprefix("text_model.")] = weight
+    if two:
+        found.update(_open_clip(pipeline.text_encoder_2.state_dict()))
     # Which the original files have, and which nothing reads any more.
     tokens = pipeline.tokenizer.model_max_length
-    found["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(tokens)[
-        None
-    ]
+    found[clip + "embeddings.position_ids"] = torch.arange(tokens)[None]
     found["alphas_cumprod"] = pipeline.scheduler.alphas_cumprod
     return {key: weight.clone().contiguous() for key, weight in found.items()}
+
+
+def _open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The second text encoder of Stable Diffusion XL, with one matrix for q, k and v."""
+    found: dict[str, torch.Tensor] = {}
+    for key, weight in weights.items():
+        name = key.removeprefix("text_model.")
+        if name == "text_projection.weight":
+            found["text_projection"] = weight.T
+        elif name == "embeddings.position_embedding.weight":
+            found["positional_embedding"] = weight
+        elif "q_proj" in name:
+            parts = [
+                weights[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")
+            ]
+            joined = _renamed(name, OPEN_CLIP).replace(".q_proj.", ".in_proj_")
+            found[joined] = torch.cat(parts)
+        elif "k_proj" not in name and "v_proj" not in name:
+            found[_renamed(name, OPEN_CLIP)] = weight
+    return {f"conditioner.embedders.1.model.{name}": weight for name, weight in found.items()}
 
 
 def _unet_key(key: str, config: Any, weights: dict[str, torch.Tensor]) -> str:

@@ -40,14 +40,14 @@ def write_real_model() -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     StableDiffusionPipeline(
-        unet=_filled(
+        unet=filled(
             lambda: UNet2DConditionModel(
                 sample_size=64,
                 cross_attention_dim=768,
                 attention_head_dim=8,
             )
         ),
-        vae=_filled(
+        vae=filled(
             lambda: AutoencoderKL(
                 block_out_channels=(128, 256, 512, 512),
                 down_block_types=("DownEncoderBlock2D",) * 4,
@@ -56,7 +56,7 @@ def write_real_model() -> Path:
                 sample_size=512,
             )
         ),
-        text_encoder=_filled(lambda: CLIPTextModel(text_config)),
+        text_encoder=filled(lambda: CLIPTextModel(text_config)),
         tokenizer=tokenizer,
         scheduler=PNDMScheduler(
             beta_start=0.00085,
@@ -72,7 +72,7 @@ def write_real_model() -> Path:
     return part.rename(FOLDER)
 
 
-def _filled(make: Callable[[], Any]) -> Any:
+def filled(make: Callable[[], Any]) -> Any:
     """A model in bfloat16 with small random weights; torch's own initialization takes minutes."""
     with torch.device("meta"):
         model = make()

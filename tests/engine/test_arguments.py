@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from darkroom_server.engine.pipelines import arguments
-from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
+from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind, StaleKey
 
 SPEC = ArgumentSpec(
     denoiser="Denoiser",
@@ -41,28 +41,29 @@ def test_tensors_that_must_be_equal_are_compared_by_value() -> None:
     assert key(torch.arange(6)) != key(torch.arange(6).flip(0))
 
 
-def test_a_tensor_is_read_once(computed: list[torch.Tensor]) -> None:
-    ids = torch.arange(6)
-    assert key(ids) == key(ids) == key(ids)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_tensor_is_read_once(computed: list[torch.Tensor], inference: bool) -> None:
+    with torch.inference_mode(inference):
+        ids = torch.arange(6)
+        assert key(ids) == key(ids) == key(ids)
     assert len(computed) == 1
 
 
-def test_a_tensor_that_was_written_into_is_read_again() -> None:
-    ids = torch.arange(6)
-    before = key(ids)
-    ids[0] = 7
-    assert key(ids) != before
+def call(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"hidden_states": torch.zeros(1, 4), "ids": ids}
 
 
-def test_a_tensor_that_does_not_count_its_changes_is_read_each_time(
-    computed: list[torch.Tensor],
-) -> None:
-    with torch.inference_mode():
-        ids = torch.arange(6)
-        before = key(ids)
-        ids[0] = 7
-        assert key(ids) != before
-    assert len(computed) == 2
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_tensor_that_was_written_into_is_not_merged(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        ids, others = torch.arange(6), torch.arange(6)
+        assert key(ids) == key(others)
+        assert len(SPEC.collate([call(ids), call(others), call(ids)])["hidden_states"]) == 3
+        others[0] = 7
+        with pytest.raises(StaleKey):
+            SPEC.collate([call(ids), call(others), call(ids)])
+        assert key(ids) != key(others), "the next calls are not merged"
+        assert SPEC.alone(call(others))["ids"] is others
 
 
 def test_digests_do_not_outlive_their_tensors() -> None:

@@ -13,6 +13,7 @@ from darkroom_server.core.job import Job
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.core.order import OrderKey
 from darkroom_server.engine.batch import Batch, Group
+from darkroom_server.engine.batching.residency import Residency
 from darkroom_server.engine.batching.row_limits import RowLimits
 from darkroom_server.engine.batching.scheduler import BatchScheduler
 from tests.server.jobs import make_job
@@ -56,11 +57,19 @@ class PlainSample:
 class Bench:
     """A scheduler of one model, whose batches take a second each."""
 
-    def __init__(self, max_rows: int = 8) -> None:
+    def __init__(self, residency: Residency | None = None, *, max_rows: int = 8) -> None:
         self.events: list[Event] = []
         self.limits = RowLimits(max_rows, NEEDS)
         self.all_limits = {"demo": self.limits, "other": RowLimits(max_rows, NEEDS)}
-        self.scheduler = BatchScheduler(self.all_limits, self.events.append)
+        self.scheduler = BatchScheduler(
+            self.all_limits, residency or Residency({}), self.events.append
+        )
+
+    def slow_scheduler(self) -> BatchScheduler:
+        """A scheduler that takes prompts of ``demo`` to be slow to encode."""
+        return BatchScheduler(
+            self.all_limits, Residency({}), self.events.append, encode_slowly={"demo"}
+        )
 
     def take(self) -> list[str]:
         """The ids of the jobs whose prompts are encoded now."""
@@ -97,7 +106,7 @@ for name in ("torch", "numpy", "diffusers", "transformers"):
     sys.modules[name] = None
 {}
 from darkroom_server.engine.batching.scheduler import BatchScheduler
-assert BatchScheduler({{}}, print).next_batch() is None
+assert BatchScheduler({{}}, None, print).next_batch() is None
 """
     subprocess.run([sys.executable, "-c", code.format("")], check=True, timeout=60)
     blocked = code.format("import darkroom_server.engine.batching.runner")
@@ -130,7 +139,9 @@ def test_newcomers_come_once_and_by_model() -> None:
 
 def test_slow_encodes_take_turns_with_a_batch_of_every_group() -> None:
     bench = Bench()
-    bench.scheduler = BatchScheduler(bench.all_limits, bench.events.append, encode_slowly={"demo"})
+    bench.scheduler = BatchScheduler(
+        bench.all_limits, Residency({}), bench.events.append, encode_slowly={"demo"}
+    )
     bench.start("small", model="other")
     bench.start("large", model="other", width=128)
     for id in ("a", "b", "c"):
@@ -144,7 +155,9 @@ def test_slow_encodes_take_turns_with_a_batch_of_every_group() -> None:
 
 def test_slow_encodes_follow_each_other_if_nothing_runs() -> None:
     bench = Bench()
-    bench.scheduler = BatchScheduler(bench.all_limits, bench.events.append, encode_slowly={"demo"})
+    bench.scheduler = BatchScheduler(
+        bench.all_limits, Residency({}), bench.events.append, encode_slowly={"demo"}
+    )
     for id in ("a", "b"):
         bench.scheduler.add(make_job(id))
     assert [bench.take(), bench.take(), bench.take()] == [["a"], ["b"], []]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from darkroom_server.core.events import BatchDone, JobFinished, PreviewReady
 from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.pipelines import encode_memo
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.model import SuspendedModel
@@ -20,6 +21,7 @@ from darkroom_server.engine.pipelines.model import SuspendedModel
 from .conftest import LoopUnderTest, config_for, make_job
 from .families import CASES
 from .families.case import FamilyCase
+from .model_table import cells, check_row
 
 NOTICEABLE = 1e-3
 """A wrong batch is further off than this: otherwise the comparison would not notice it."""
@@ -163,6 +165,12 @@ def test_exact_images_have_the_pipelines_bytes(served: Served) -> None:
         data = served.loop.image(job.id).image.data
         found = np.frombuffer(data, np.uint8).reshape(job.height, job.width, 3)
         assert np.array_equal(found, wanted), np.abs(found.astype(int) - wanted.astype(int)).max()
+
+
+def test_the_table_of_families_says_what_the_code_does(served: Served) -> None:
+    model = cast("SuspendedModel", served.loop.models["tiny"])
+    found = cells(model.info, model.runs.spec, family_of(served.alone.pipeline).size)
+    check_row(served.case.name, found)
 
 
 def test_different_prompts_give_different_images(served: Served) -> None:

@@ -1,25 +1,30 @@
 """What a family reads from a folder of the model's variant, and whether it has all its parts."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 from darkroom_server.core.engine_config import Dtype, ModelSource
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.events import JobFinished
+from darkroom_server.core.events import BatchDone, JobFinished
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.engine.families.qwen_image import QwenImage
 from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.families.suspended import SuspendedFamily
 from darkroom_server.engine.loading.defaults import Defaults
-from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .families.flux import write_dev, write_schnell
 from .families.flux_2 import write_distilled_klein, write_flux_2_dev, write_klein
+from .families.hidream import LLAMA_LAYERS, write_hidream
+from .families.kolors import write_kolors
 from .families.lumina_2 import write_lumina_2
 from .families.pixart import write_alpha, write_sigma
 from .families.qwen_image import write_qwen_image
@@ -30,7 +35,7 @@ from .folders import edit_index
 
 def family_in(folder: Path) -> SuspendedFamily:
     source = ModelSource(id="tiny", location=str(folder))
-    family = family_of(load_pipeline(source, torch.float32, safety_checker=False))
+    family = family_of(load_pipeline(find_model(source, safety_checker=False), torch.float32))
     assert isinstance(family, SuspendedFamily)
     return family
 
@@ -51,6 +56,7 @@ def family_in(folder: Path) -> SuspendedFamily:
         (write_klein, Defaults(steps=50, guidance_scale=4.0), 512),
         (write_distilled_klein, Defaults(steps=4, guidance_scale=1.0), 512),
         (write_lumina_2, Defaults(steps=30, guidance_scale=4.0), 127),
+        (write_hidream, Defaults(steps=50, guidance_scale=5.0), 128),
     ],
 )
 def test_defaults_are_the_variant_s(
@@ -93,6 +99,28 @@ def test_a_t5_that_the_index_names_must_be_there(tmp_path: Path) -> None:
         family_in(folder)
 
 
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        # It takes noise in each step.
+        ("FlowMatchLCMScheduler", {}),
+        # It takes it if it is configured to.
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ],
+)
+def test_a_scheduler_whose_noise_no_seed_repeats_is_rejected(
+    tmp_path: Path, kind: str, config: dict[str, Any]
+) -> None:
+    folder = write_schnell(tmp_path)
+    edit_index(folder, scheduler=["diffusers", kind])
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": kind, "shift": 1.0, **config}))
+    with pytest.raises(StartupError, match=r"which (adds noise that )?no seed repeats") as caught:
+        LoopUnderTest(config_for(folder))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
 WRITERS = [
     write_dev,
     write_sd3,
@@ -102,6 +130,8 @@ WRITERS = [
     write_flux_2_dev,
     write_klein,
     write_lumina_2,
+    write_kolors,
+    write_hidream,
 ]
 
 
@@ -140,6 +170,36 @@ def test_a_prompt_is_truncated_by_what_its_template_adds(
     assert enough > cut
 
 
+@pytest.mark.parametrize(("write", "name"), [(write_dev, "prompt_2"), (write_sd3, "prompt_3")])
+def test_a_prompt_whose_end_no_encoder_reads_is_truncated(
+    tmp_path: Path, write: Callable[[Path], Path], name: str
+) -> None:
+    family = family_in(write(tmp_path))
+    clip = int(family.pipeline.tokenizer.model_max_length)
+    long = "star " * (clip + 1)
+    fields: dict[str, Any] = {"max_sequence_length": 4 * clip}
+    # The T5 reads what is too long for CLIP.
+    assert not family.is_truncated(make_job("a", prompt=long, **fields))
+    assert not family.is_truncated(make_job("b", prompt="a star", **{**fields, name: long}))
+    # CLIP reads what is too long for the T5.
+    short = {**fields, "max_sequence_length": 4}
+    assert not family.is_truncated(make_job("c", prompt="a red star on a blue ring", **short))
+    # With a prompt of its own, the T5 reads nothing of the first.
+    assert family.is_truncated(make_job("d", prompt=long, **{**fields, name: "a star"}))
+    far = "star " * (4 * clip + 1)
+    assert family.is_truncated(make_job("e", prompt="a star", **{**fields, name: far}))
+    assert family.is_truncated(make_job("f", prompt=far, **fields))
+
+
+def test_hidream_reads_no_prompt_beyond_its_limit(tmp_path: Path) -> None:
+    family = family_in(write_hidream(tmp_path))
+    fields: dict[str, Any] = {"prompt": "a star", "max_sequence_length": 32}
+    long = "star " * 33
+    assert not family.is_truncated(make_job("a", **fields))
+    for name in ("prompt", "prompt_2", "prompt_3", "negative_prompt_2"):
+        assert family.is_truncated(make_job("b", **{**fields, name: long}))
+
+
 def _read(family: SuspendedFamily, prompt: str, length: int) -> int:
     """Tokens of ``prompt`` that the pipeline's text encoder reads and does not mask."""
     encoder, masks = family.pipeline.text_encoder, []
@@ -157,3 +217,86 @@ def _read(family: SuspendedFamily, prompt: str, length: int) -> int:
     if isinstance(family, QwenImage):  # It cuts what the encoder returns.
         return int(encoded[0].shape[1])
     return int(masks[0].sum())
+
+
+def test_hidream_takes_the_sizes_that_its_pipeline_does_not_rescale(tmp_path: Path) -> None:
+    folder = write_hidream(tmp_path)
+    limits = family_in(folder).limits(2)
+    assert (128, 128) in limits.sizes
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def size_of(width: int, height: int) -> tuple[int, int]:
+        image = pipeline(
+            "a red ring",
+            width=width,
+            height=height,
+            num_inference_steps=1,
+            guidance_scale=0.0,
+            max_sequence_length=16,
+        ).images[0]
+        return (image.width, image.height)
+
+    for size in limits.sizes:
+        assert size_of(*size) == size
+    assert len(limits.sizes) > 2
+    others = [(64, 64), (256, 256), (128, 32)]
+    assert not set(others) & set(limits.sizes)
+    for size in others:
+        assert size_of(*size) != size
+
+
+def test_hidream_s_images_need_not_be_square(tmp_path: Path) -> None:
+    """Its denoiser then pads the latents, and masks them."""
+    folder = write_hidream(tmp_path)
+    wide, high, *_ = [size for size in family_in(folder).limits(2).sizes if size[0] != size[1]]
+    loop = LoopUnderTest(config_for(folder))
+    try:
+        jobs = [
+            make_job(f"{name}-{i}", seed=i, width=width, height=height, exact=name == "exact")
+            for name in ("exact", "shared")
+            for i, (width, height) in enumerate((wide, wide, high))
+        ]
+        jobs = [replace(job, scheduler=SchedulerName.MODEL) for job in jobs]
+        assert all(isinstance(end, JobFinished) for end in loop.run(*jobs).values())
+        for i in range(3):
+            alone, shared = (loop.latents[f"{name}-{i}", 0] for name in ("exact", "shared"))
+            assert float((alone - shared).abs().max() / alone.abs().max()) <= 1e-5
+        assert max(e.samples for e in loop.events if isinstance(e, BatchDone)) == 2
+        first, second = (loop.latents[f"shared-{i}", 0] for i in range(2))
+        assert float((first - second).abs().max() / first.abs().max()) > 1e-3
+    finally:
+        loop.close()
+
+
+def test_a_size_that_hidream_s_pipeline_rescales_cannot_be_the_default(tmp_path: Path) -> None:
+    folder = write_hidream(tmp_path)
+    (folder / "darkroom.json").write_text(json.dumps({"size": 64}), "utf-8")
+    with pytest.raises(StartupError, match="makes certain sizes only; leave it out"):
+        LoopUnderTest(config_for(folder))
+
+
+def test_hidream_s_suspended_images_hold_all_layers_of_its_llama(tmp_path: Path) -> None:
+    loop = LoopUnderTest(config_for(write_hidream(tmp_path)))
+    try:
+        latents = 4 * 128 * 128 * 4  # Channels, height, width, bytes.
+        states = LLAMA_LAYERS * 128 * 16 * 4  # Layers, tokens, channels, bytes.
+        # Before a step also the denoiser's output is held, and a tenth is added for safety.
+        held = loop.models["tiny"].info.memory.bytes_per_sample / 1.1 - 2 * latents
+        assert states < held < 2 * states
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("write", [write_sd3, write_hidream])
+def test_a_model_s_own_scheduler_must_repeat_its_images(
+    tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    """As that of HiDream's distilled models, which the pipeline gives no generator."""
+    folder = write(tmp_path)
+    edit_index(folder, scheduler=["diffusers", "FlowMatchLCMScheduler"])
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**config, "_class_name": "FlowMatchLCMScheduler"}), "utf-8")
+    with pytest.raises(StartupError, match=r"FlowMatchLCMScheduler takes .* global generator"):
+        LoopUnderTest(config_for(folder))

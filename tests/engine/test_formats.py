@@ -35,7 +35,7 @@ OLD = frozenset({"avx2", "avx512f"})
 def test_the_rule(
     preset: Preset, hardware: Hardware, dtype: torch.dtype, channels_last: bool, reason: str
 ) -> None:
-    rule = format_rule(preset, hardware)
+    rule = format_rule(preset, hardware, StableDiffusion.half)
     assert (rule.dtype, rule.channels_last) == (dtype, channels_last)
     assert reason in rule.reason
 
@@ -66,7 +66,7 @@ def test_a_system_without_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_two_starts_choose_the_same_and_log_the_rule(tiny_folder: Path) -> None:
     config = config_for(tiny_folder, dtype=Dtype.AUTO, channels_last=None, rows=2)
-    wanted = format_rule(Preset.FAST, Hardware.of(torch.device("cpu")))
+    wanted = format_rule(Preset.FAST, Hardware.of(torch.device("cpu")), StableDiffusion.half)
     for _ in range(2):
         with structlog.testing.capture_logs() as logs:
             loop = LoopUnderTest(config)
@@ -83,7 +83,7 @@ def test_two_starts_choose_the_same_and_log_the_rule(tiny_folder: Path) -> None:
 
 def test_no_rule_is_reported_for_what_is_configured() -> None:
     config = EngineConfig(models=(), device="cpu", dtype=Dtype.FLOAT32, channels_last=False)
-    assert resolve(config).format_rule == ""
+    assert resolve(config, StableDiffusion.half).format_rule == ""
 
 
 def test_measurements_use_random_values() -> None:

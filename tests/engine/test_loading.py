@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import SampleProgress
-from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 from darkroom_server.engine.loading.revision import revision_of
 
 from .conftest import LoopUnderTest, config_for, make_job
@@ -40,7 +40,7 @@ AGAIN = "copy or download it again"
 
 def load(location: Path | str, **fields: Any) -> Any:
     source = ModelSource(id="model", location=str(location), **fields)
-    return load_pipeline(source, torch.float32, safety_checker=False)
+    return load_pipeline(find_model(source, safety_checker=False), torch.float32)
 
 
 def line_of(location: Path | str, **fields: Any) -> str:

@@ -144,7 +144,7 @@ def test_a_batch_and_a_decode_are_measured() -> None:
         up_block_types=("UpDecoderBlock2D",) * 2,
         mid_block_add_attention=False,
     )
-    runtime = resolve(EngineConfig(models=(), device="cpu"))
+    runtime = resolve(EngineConfig(models=(), device="cpu"), StableDiffusion.half)
     memory_format = MemoryFormat(torch.float32, channels_last=False)
     decoder = Decoder(vae, lambda: runtime.precision(torch.float32))
     family = family_with(unet, vae_scale_factor=2, prompt_tokens=8)
@@ -163,7 +163,9 @@ def test_memory_once_a_batch_is_distinguished_from_memory_of_each_row(
     sliced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attention = Attention.SLICED if sliced else Attention.SDPA
-    runtime = resolve(EngineConfig(models=(), device="cpu", attention=attention))
+    runtime = resolve(
+        EngineConfig(models=(), device="cpu", attention=attention), StableDiffusion.half
+    )
     taken: list[int] = []
     monkeypatch.setattr(placement, "peak_bytes", lambda _, work: (work(), taken.pop())[1])
     decoder: Any = SimpleNamespace(decode_scaled=lambda *_: taken.append(7), tile_pixels=None)
@@ -192,7 +194,7 @@ def test_memory_once_a_batch_is_distinguished_from_memory_of_each_row(
 def test_a_decode_that_fails_at_warm_up_is_an_error(
     failure: Failure, error: type[Exception], words: str
 ) -> None:
-    runtime = resolve(EngineConfig(models=(), device="cpu"))
+    runtime = resolve(EngineConfig(models=(), device="cpu"), StableDiffusion.half)
     decoder: Any = SimpleNamespace(decode_scaled=lambda *_: failure)
     unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
     memory_format = MemoryFormat(torch.float32, channels_last=False)

@@ -11,15 +11,16 @@ import torch
 from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.device import cgroup
-from darkroom_server.engine.warmup.formats import Hardware, format_rule
+from darkroom_server.engine.families.stable_diffusion import StableDiffusion
+from darkroom_server.engine.warmup.formats import HalfPrecision, Hardware, format_rule
 from darkroom_server.engine.warmup.presets import Runtime, allowed_threads, resolve
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 PRESETS = (Preset.FRUGAL, Preset.FAST, Preset.TINY)
 
 
-def runtime(**fields: Any) -> Runtime:
-    return resolve(EngineConfig(models=(), **fields))
+def runtime(half: HalfPrecision = StableDiffusion.half, **fields: Any) -> Runtime:
+    return resolve(EngineConfig(models=(), **fields), half)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def in_words(preset: Preset) -> dict[str, str]:
     """A column of the page's table, made from what the code says."""
     gpu, cpu = (runtime(preset=preset, device=device) for device in ("cuda", "cpu"))
     rules = {
-        name: format_rule(preset, Hardware(frozenset(flags)))
+        name: format_rule(preset, Hardware(frozenset(flags)), StableDiffusion.half)
         for name, flags in {"none": {}, "bf16": {"avx512_bf16"}, "amx": {"amx_bf16"}}.items()
     }
     dtypes = {name: str(rule.dtype).removeprefix("torch.") for name, rule in rules.items()}

@@ -1,22 +1,26 @@
 """Prompts of jobs that arrive together are encoded together, and fail alone."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from darkroom_server.core.errors import Failure, Reason
-from darkroom_server.core.events import Counted, JobFailed, JobFinished, SampleProgress
-from darkroom_server.core.job import Job
+from darkroom_server.core.events import Counted, EncodeDone, JobFailed, JobFinished, SampleProgress
+from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine.families.base import Model
 
-from .conftest import End, LoopUnderTest, make_job
+from .conftest import End, LoopUnderTest, config_for, make_job
+from .families.stable_diffusion_xl import write_sdxl
 from .test_containment import assert_same_pictures
 from .test_events import counted
+from .tiny import write_tiny_model
 
 
-def join_together(loop: LoopUnderTest, *jobs: Job) -> dict[str, End]:
-    """Let ``jobs`` join in one step, directly after a step of another job."""
+def join_together(loop: LoopUnderTest, *jobs: Job, before: str = "before") -> dict[str, End]:
+    """Let ``jobs`` join in one step, directly after a step of another job, ``before``."""
 
     def join(event: object) -> None:
         if isinstance(event, SampleProgress):  # Emitted during a step.
@@ -25,7 +29,7 @@ def join_together(loop: LoopUnderTest, *jobs: Job) -> dict[str, End]:
                 loop.loop.submit(job)
 
     loop.on_event = join
-    loop.run(make_job("before", prompt="a green square", steps=3))
+    loop.run(make_job(before, prompt="a green square", steps=3))
     loop.wait_for(lambda: all(job.id in loop.ends for job in jobs))
     return {job.id: loop.ends[job.id] for job in jobs}
 
@@ -116,3 +120,49 @@ def test_a_device_lost_over_a_prompt_ends_the_loop(own_loop: LoopUnderTest) -> N
     own_loop.loop.submit(make_job("any"))
     with pytest.raises(torch.AcceleratorError):
         own_loop.wait_for(lambda: False)
+
+
+@pytest.mark.parametrize("write", [write_tiny_model, write_sdxl])
+def test_the_time_of_an_encode_is_measured_and_reported(
+    tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    loop = LoopUnderTest(config_for(write(tmp_path)))
+    try:
+        model: Model = loop.models["tiny"]
+        assert 0 < model.info.speed.encode < 10
+        for name, prompt in (("new", "a heart"), ("cached", "a heart"), ("other", "a ring")):
+            loop.run(make_job(name, prompt=prompt, scheduler=SchedulerName.EULER))
+        encodes = [event for event in loop.events if isinstance(event, EncodeDone)]
+        cached = model.prompt_cache_bytes
+    finally:
+        loop.close()
+    assert len(encodes) == 2, "the cached prompts have no encode"
+    assert all(encode.model == "tiny" and encode.seconds > 0 for encode in encodes)
+    assert encodes[0].prompts >= encodes[1].prompts == 1
+    assert 0 < encodes[0].cache_bytes < encodes[1].cache_bytes == cached
+
+
+@pytest.mark.parametrize("write", [write_tiny_model, write_sdxl])
+def test_the_cache_keeps_as_many_prompts_as_its_bytes_allow(
+    tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    folder = write(tmp_path)
+    before, after = cache_bytes(folder, 10**9, ["a red star"])
+    one = after - before
+    assert one > 0
+    prompts = ["a red star", "a blue ring", "a heart"]
+    for most in (0, 1, 2):
+        assert cache_bytes(folder, most * one + one // 2, prompts)[1] == most * one
+
+
+def cache_bytes(folder: Path, most: int, prompts: list[str]) -> tuple[int, int]:
+    """The bytes in a model's cache, before and after one job for each of ``prompts``."""
+    loop = LoopUnderTest(config_for(folder, prompt_cache_bytes=most))
+    try:
+        model: Model = loop.models["tiny"]
+        before = model.prompt_cache_bytes
+        usual = {"scheduler": SchedulerName.EULER, "steps": 2, "guidance_scale": 1.0}
+        loop.run(*(make_job(prompt, prompt=prompt, **usual) for prompt in prompts))
+        return before, model.prompt_cache_bytes
+    finally:
+        loop.close()

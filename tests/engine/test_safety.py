@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.components.safety_checker import SafetyChecker
-from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .folders import edit_index, edited
@@ -132,10 +132,10 @@ def test_without_the_flag_it_is_not_even_read(tiny_folder: Path, tmp_path: Path)
     (folder / "safety_checker" / "model.safetensors").write_bytes(b"broken")
     shutil.rmtree(folder / "feature_extractor")
     source = ModelSource(id="tiny", location=str(folder))
-    pipeline = load_pipeline(source, torch.float32, safety_checker=False)
+    pipeline = load_pipeline(find_model(source, safety_checker=False), torch.float32)
     assert pipeline.safety_checker is None
     with pytest.raises(StartupError, match="its safety_checker cannot be loaded"):
-        load_pipeline(source, torch.float32, safety_checker=True)
+        load_pipeline(find_model(source, safety_checker=True), torch.float32)
 
 
 def test_a_model_without_one_says_so(tiny_folder: Path) -> None:

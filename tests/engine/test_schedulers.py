@@ -9,7 +9,7 @@ import torch
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.core.model import SchedulerOffer
-from darkroom_server.engine.components.prompt_encoder import Embedding
+from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.scheduler_table import DIFFUSION_SCHEDULERS
 from darkroom_server.engine.components.schedulers import (
     config_json,

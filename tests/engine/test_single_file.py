@@ -2,16 +2,24 @@
 
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
+from safetensors.torch import load_file, save_file
 
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
-from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.core.events import JobFinished
+from darkroom_server.core.job import SchedulerName
+from darkroom_server.engine.families.registry import FAMILIES
+from darkroom_server.engine.loading.checkpoint import KINDS, pipeline_class_of, read_shapes
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
+from .families.aura_flow import write_aura_flow
+from .families.stable_diffusion_xl import write_sdxl
 from .folders import edit_index, edited, truncate
 from .original_layout import original_layout
 
@@ -24,7 +32,7 @@ def weights(tiny_folder: Path) -> dict[str, torch.Tensor]:
 def line_of(file: Path, config: Path | None) -> str:
     source = ModelSource(id="one", location=str(file), config=str(config) if config else None)
     with pytest.raises(StartupError) as caught:
-        load_pipeline(source, torch.float32, safety_checker=False)
+        load_pipeline(find_model(source, safety_checker=False), torch.float32)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -74,7 +82,8 @@ def test_a_truncated_file(
 def test_a_file_of_something_else(tiny_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "tiny.safetensors"
     save_file({"weight": torch.zeros(3)}, file)
-    assert "check the file" in line_of(file, tiny_folder)
+    line = line_of(file, tiny_folder)
+    assert "has no weights of a VAE and of a text encoder: give a file that holds" in line
 
 
 def test_another_architecture(
@@ -95,3 +104,87 @@ def test_a_file_that_is_not_safetensors(tiny_folder: Path, tmp_path: Path) -> No
     file = tmp_path / "model.ckpt"
     file.write_bytes(b"a pickle")
     assert "convert it" in line_of(file, tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion XL; a key of its second encoder's tenth layer names its kind."""
+    return write_sdxl(tmp_path_factory.mktemp("xl"), width_2=48, layers_2=10)
+
+
+@pytest.fixture(scope="module")
+def xl_file(xl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("xl-file") / "xl.safetensors"
+    save_file(original_layout(StableDiffusionXLPipeline.from_pretrained(xl_folder)), file)
+    return file
+
+
+def test_a_file_of_stable_diffusion_xl_is_the_same_model_as_its_folder(
+    xl_folder: Path, xl_file: Path, tmp_path: Path
+) -> None:
+    config = edited(xl_folder, tmp_path / "config", _drop_weights)
+    source = ModelSource(id="tiny", location=str(xl_file), config=str(config))
+    job = make_job("xl", exact=True, guidance_scale=5.0, scheduler=SchedulerName.MODEL)
+    images = []
+    for models in ((source,), None):
+        settings = {} if models is None else {"models": models}
+        loop = LoopUnderTest(config_for(xl_folder, **settings))
+        try:
+            assert loop.models["tiny"].info.kind == "StableDiffusionXLPipeline"
+            assert isinstance(loop.run(job)[job.id], JobFinished)
+            images.append(loop.image(job.id).image.data)
+        finally:
+            loop.close()
+    assert images[0] == images[1]
+
+
+@pytest.mark.parametrize("part", ["conditioner.embedders.0.", "conditioner.embedders.1.", "label"])
+def test_a_file_of_stable_diffusion_xl_that_lacks_a_weight(
+    part: str, xl_folder: Path, xl_file: Path, tmp_path: Path
+) -> None:
+    weights = load_file(xl_file)
+    # The last ones: the first name the kind of file.
+    lost = [key for key in weights if part in key and key.endswith(("bias", "weight"))][-1]
+    file = tmp_path / "xl.safetensors"
+    save_file({key: weight for key, weight in weights.items() if key != lost}, file)
+    assert "check the file" in line_of(file, xl_folder)
+
+
+def test_a_file_is_recognised_by_its_keys(
+    xl_file: Path, tiny_folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    shapes = read_shapes(xl_file)
+    assert pipeline_class_of(shapes, "xl") == "StableDiffusionXLPipeline"
+    assert pipeline_class_of(weights, "tiny") is None
+    line = line_of(xl_file, tiny_folder)
+    assert "is of a StableDiffusionXLPipeline, and --model-config" in line
+    assert "of a StableDiffusionPipeline; give a folder of the file's architecture" in line
+    refiner = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"
+    with pytest.raises(StartupError, match="of kind 'xl_refiner', which is not supported"):
+        pipeline_class_of({**weights, refiner: torch.zeros(3)}, "refiner")
+
+
+@pytest.mark.parametrize("key", ["flux", "z-image-turbo", "sd35_large", "chroma"])
+def test_a_file_that_holds_a_transformer_only(key: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """As most single files of these families are."""
+    file = tmp_path / "transformer.safetensors"
+    names = CHECKPOINT_KEY_NAMES[key]
+    save_file({name: torch.zeros(3) for name in names}, file)
+    line = line_of(file, tiny_folder)
+    assert "has no weights of a VAE and of a text encoder" in line
+    whole = {name: torch.zeros(3) for name in (*names, "vae.a", "text_encoders.b")}
+    assert pipeline_class_of(whole, "whole") in FAMILIES
+
+
+def test_every_kind_of_file_has_a_family_that_diffusers_reads_from_a_file() -> None:
+    for kind in set(KINDS.values()):
+        assert hasattr(getattr(diffusers, FAMILIES[kind].pipeline_class), "from_single_file")
+
+
+def test_a_family_that_diffusers_reads_from_folders_only(
+    weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    file = tmp_path / "sana.safetensors"
+    save_file(weights, file)
+    line = line_of(file, write_aura_flow(tmp_path / "config"))
+    assert "diffusers reads no single file of a AuraFlowPipeline; give a pipeline's folder" in line

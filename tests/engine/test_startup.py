@@ -11,11 +11,12 @@ import torch
 
 from darkroom_server.core.engine_config import Attention, Dtype, ModelSource, Preset
 from darkroom_server.core.errors import StartupError
+from darkroom_server.core.events import RowLimitCorrected
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.core.model import RowLimitSource
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
-from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 from darkroom_server.engine.warmup import measurement, placement
 from darkroom_server.engine.warmup.presets import Runtime, resolve
 
@@ -36,7 +37,7 @@ def test_a_model_that_does_not_fit(tiny_folder: Path, monkeypatch: pytest.Monkey
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(measurement, "measure_memory", allocate)
-    with pytest.raises(StartupError, match="does not fit the memory of cpu: use"):
+    with pytest.raises(StartupError, match=r"need \d+ of \d+ available bytes, and one"):
         LoopUnderTest(config_for(tiny_folder))
 
 
@@ -72,7 +73,7 @@ def test_a_restart_with_previous_measurements(
         following = dataclasses.replace(config, device="auto").with_measurements((info,))
         assert following.device == "cpu", "not what auto would make of a lost GPU"
         # What real batches corrected meanwhile is not lost either.
-        following = following.with_row_limit("tiny", info.limits.max_rows)
+        following = following.with_correction(RowLimitCorrected("tiny", info.limits.max_rows))
         previous_measurements = following.previous_measurements
         monkeypatch.setattr(measurement, "_measure_now", _never)
     assert found[0] == found[1]
@@ -133,10 +134,12 @@ def test_frugal_equals_diffusers(scheduler: SchedulerName, tiny_folder: Path) ->
 
 def placed(folder: Path, **fields: Any) -> tuple[Any, Runtime]:
     """A pipeline placed by the preset ``tiny``, with ``fields`` changed."""
-    runtime = resolve(config_for(folder, preset=Preset.TINY, **OWN, vae_tiling=None))
+    runtime = resolve(
+        config_for(folder, preset=Preset.TINY, **OWN, vae_tiling=None), StableDiffusion.half
+    )
     runtime = dataclasses.replace(runtime, **fields)
     source = ModelSource(id="tiny", location=str(folder))
-    pipeline = load_pipeline(source, torch.bfloat16, safety_checker=False)
+    pipeline = load_pipeline(find_model(source, safety_checker=False), torch.bfloat16)
     placement.place(StableDiffusion(pipeline), runtime)
     return pipeline, runtime
 

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,6 +28,7 @@ from darkroom_server.core.events import (
     SampleProgress,
 )
 from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.engine.batching import runner
 from darkroom_server.engine.pipelines import coroutine as coroutines
 from darkroom_server.engine.pipelines.model import SuspendedModel
 from darkroom_server.engine.pipelines.runs import Runs
@@ -35,6 +38,11 @@ from .conftest import LoopUnderTest, config_for, make_job
 from .families.stable_diffusion_xl import write_sdxl
 
 names = itertools.count()
+
+QUIET = structlog.wrap_logger(
+    structlog.PrintLogger(),
+    wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL),
+)
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +277,45 @@ def model_memo(max_bytes: int) -> Any:
     return EncodeMemo(max_bytes, torch.device("cpu"))
 
 
-def test_cancelled_samples_leave_no_tensor(own: LoopUnderTest) -> None:
-    """Two thousand runs, each cancelled after a step or two."""
+def cancel_at_first_step(loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch) -> type:
+    loop.on_event = lambda event: (
+        loop.loop.cancel(event.job_id) if isinstance(event, SampleProgress) else None
+    )
+    return JobCancelled
+
+
+def fail_in_the_pipeline(loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """The last sample of a batch fails in its scheduler, and with it its job."""
+    template = model_of(loop).runs.schedulers[SchedulerName.MODEL]
+    step = type(template).step
+
+    class Failing(type(template)):  # type: ignore[misc]
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.num_inference_steps == 50:
+                raise IndexError("injected")
+            return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(template, "__class__", Failing)
+    return JobFailed
+
+
+def fail_in_the_denoiser(loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """Each merged call fails, and so do its halves, down to single samples."""
+
+    def breaks(original: Any, arguments: dict[str, Any]) -> Any:
+        raise ValueError("injected", arguments)
+
+    replace_denoiser(monkeypatch, loop, breaks)
+    return JobFailed
+
+
+@pytest.mark.parametrize("end", [cancel_at_first_step, fail_in_the_pipeline, fail_in_the_denoiser])
+def test_samples_that_end_early_leave_no_tensor(
+    own: LoopUnderTest,
+    monkeypatch: pytest.MonkeyPatch,
+    end: Callable[[LoopUnderTest, pytest.MonkeyPatch], type],
+) -> None:
+    """Hundreds of samples, each cancelled or failed in its first or second step."""
     alive: list[weakref.ref[Any]] = []
     receive = SuspendedSample._receive
 
@@ -280,22 +325,20 @@ def test_cancelled_samples_leave_no_tensor(own: LoopUnderTest) -> None:
         alive.extend(weakref.ref(arguments[n]) for n in ("sample", "timestep") if n in arguments)
         receive(self, found)
 
-    patch = pytest.MonkeyPatch()
-    patch.setattr(SuspendedSample, "_receive", remember)
-    try:
-        own.on_event = lambda event: (
-            own.loop.cancel(event.job_id) if isinstance(event, SampleProgress) else None
-        )
-        for _ in range(125):
-            ends = own.run(job("cancelled", image_count=16, guidance_scale=1.0, steps=50))
-            assert all(isinstance(end, JobCancelled) for end in ends.values())
-        own.on_event = lambda _: None
-        own.run(job("last"))
-    finally:
-        patch.undo()
-    assert len(alive) > 2000
+    with monkeypatch.context() as patch:
+        patch.setattr(SuspendedSample, "_receive", remember)
+        # Thousands of tracebacks take longer than the steps.
+        patch.setattr(runner, "log", QUIET)
+        expected = end(own, patch)
+        for _ in range(40):
+            ends = own.run(job("ended", image_count=16, guidance_scale=1.0, steps=50))
+            assert {type(event) for event in ends.values()} == {expected}
+        assert len(alive) > 640
+    own.on_event = lambda _: None
+    last = job("last")
+    assert isinstance(own.run(last)[last.id], JobFinished)
     gc.collect()
-    assert sum(ref() is not None for ref in alive) <= 2, "only the last job's may be there"
+    assert sum(ref() is not None for ref in alive) <= 2, "only the last batch's may be there"
 
 
 def test_a_pipeline_that_swallows_its_end_costs_nobody_else_anything(

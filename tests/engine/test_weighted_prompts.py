@@ -1,6 +1,7 @@
 """Weighted and long prompts, compared with what diffusers' pipelines encode."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.prompt_syntax import PromptSyntaxError
+from darkroom_server.core.prompt_syntax import (
+    MAX_WINDOWS,
+    PromptSyntaxError,
+    PromptTooLong,
+    check_length,
+    parse,
+)
 from darkroom_server.engine.components.weighted_prompts import WeightedPromptEncoder
 
 from .families.stable_diffusion_xl import write_sdxl
@@ -344,3 +351,19 @@ def test_any_prompt_that_is_parsed_is_encoded(sd: Encoders, parts: list[tuple[st
     found = sd.weighted.encode(", ".join(f"({text}:{weight})" for text, weight in parts))
     assert found.hidden.isfinite().all()
     assert found.hidden.shape[1] % sd.weighted.window == 0
+
+
+ANY_TEXT = st.lists(WORD | st.text(max_size=6), max_size=20).map(" ".join)
+
+
+@settings(max_examples=300)
+@given(ANY_TEXT)
+def test_the_door_rejects_only_what_has_too_many_tokens(sd: Encoders, text: str) -> None:
+    escaped = re.sub(r"([\\()\[\]:|<])", r"\\\1", text).replace("AND", "&").replace("BREAK", "&")
+    tokens = sum(
+        len(sd.tokenizers[0](part.text, verbose=False).input_ids) - 2 for part in parse(escaped)
+    )
+    with contextlib.suppress(PromptTooLong):
+        check_length(escaped, 2 + 1)
+        return
+    assert tokens > MAX_WINDOWS

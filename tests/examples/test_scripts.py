@@ -85,6 +85,22 @@ def test_node_sets_what_the_model_takes(tmp_path: Path, takes: tuple[str, ...]) 
 
 
 @pytest.mark.needs("node")
+def test_node_uploads_an_image(tmp_path: Path) -> None:
+    data = b"\x89PNG\r\n\x1a\n" + bytes(1_300_000)  # Three chunks; the fake server does not decode.
+    (tmp_path / "photo.png").write_bytes(data)
+    model = fake_model(optional_fields=("image", "strength"))
+    with FakeServer(models=[model]) as server:
+        arguments = ("a star", tmp_path / "photo.png", tmp_path / "star.png")
+        with node("image.js", server, *arguments) as running:
+            _, errors = running.communicate(timeout=SECONDS)
+        assert running.returncode == 0, errors
+        (request,) = server.requests
+        assert server.uploads == (data,)
+        assert (tmp_path / "star.png").read_bytes().startswith(b"\x89PNG")
+    assert request.strength == 0.6
+
+
+@pytest.mark.needs("node")
 def test_node_lists_jobs(darkroom_server: FakeServer) -> None:
     darkroom_server.script(Behaviour(), Behaviour(queue=1, hold=threading.Event()))
     with Client(darkroom_server.target) as client:

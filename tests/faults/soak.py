@@ -1,75 +1,134 @@
-"""Mixed load with random cancels and kills: `python -m tests.faults.soak --minutes 5`.
+"""Mixed load with cancels, kills and attackers: `python -m tests.faults.soak --minutes 30`.
 
-At the end no job, task, file, thread or process may remain, and memory must not have grown.
+The server runs in processes of its own. At the end every accepted job must have ended, no
+descriptor, thread or process may remain, and the memory of both processes must not grow.
 """
 
 import argparse
 import asyncio
-import gc
+import contextlib
+import math
 import os
 import random
+import re
+import statistics
 import tempfile
-import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import grpc
 import psutil
 
-from darkroom.v1 import types_pb2
-from darkroom_server.core.events import BatchDone, Event
-from darkroom_server.dispatch.jobs.outcomes import JobOutcome
+from darkroom.v1 import generation_pb2, types_pb2
+from darkroom_client import AsyncClient, DarkroomError, Scheduler
 from tests.engine.tiny import write_tiny_model
-
-from .tapped import SERVING, Wire, serving
+from tests.server.hostile.http2 import CONTINUATION, END_HEADERS, HEADERS, call_headers, peer
+from tools.observe.server import Running, server
 
 CALLERS = 12
-BATCHES_BETWEEN_KILLS = 400
-MAX_GROWTH_BYTES = 48 << 20
-"""The most that the memory of the serving process may grow, once it is warm."""
+WARM_SECONDS = 90.0
+SAMPLE_SECONDS = 2.0
+BLOCK_SECONDS = 30.0
+"""Readings of memory are averaged over this time before a line is fitted."""
 
-SCHEDULERS = (types_pb2.SCHEDULER_DDIM, types_pb2.SCHEDULER_EULER, types_pb2.SCHEDULER_DPMPP_2M)
+KILL_SECONDS = 150.0
+"""The mean time between two kills of the engine."""
+
+FIRST_SECONDS = 60.0
+"""An engine's memory is not counted that long after its start."""
+
+MAX_GROWTH = 10.0
+"""The most that a process may grow, in MB/h."""
+
+KINDS = ("RssAnon", "VmSwap")
+"""The kinds of memory that count, as proc(5) names them."""
+
+STRANGER = "127.0.0.2"
+"""The address of all attackers: the limits of an address must not affect others."""
+
+SCHEDULERS = (Scheduler.DDIM, Scheduler.EULER, Scheduler.DPMPP_2M)
 
 
 @dataclass
 class Tally:
-    """How the calls ended, and how often the engine was killed."""
+    """How the calls ended, how often the engine was killed, and what the attackers did."""
 
-    outcomes: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    attacks: Counter[str] = field(default_factory=Counter)
     kills: int = 0
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What a process holds: equal before and after if nothing leaks; ``rss`` in bytes."""
+class Holdings:
+    """What the serving process holds: equal before and after if nothing leaks."""
 
-    tasks: int
     threads: int
-    files: int
+    descriptors: int
     children: int
-    rss: int
 
     @classmethod
-    def now(cls) -> "Resources":
-        """What this process holds now."""
-        gc.collect()
-        process = psutil.Process()
+    def of(cls, process: psutil.Process) -> "Holdings":
+        """What ``process`` holds now."""
         return cls(
-            tasks=len(asyncio.all_tasks()),
-            threads=threading.active_count(),
-            files=process.num_fds(),
+            threads=process.num_threads(),
+            descriptors=process.num_fds(),
             children=len(process.children(recursive=True)),
-            rss=process.memory_info().rss,
         )
 
 
-async def run_caller(end: float, wire: Wire, tally: Tally, dice: random.Random) -> None:
+@dataclass
+class Memory:
+    """Memory of one process by the time, or of processes that followed each other, by their ids."""
+
+    readings: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def read(self, process: psutil.Process) -> None:
+        """Note the anonymous megabytes of ``process`` now, resident or swapped out.
+
+        The pages of libraries do not count: the kernel drops and reads them as it likes.
+        """
+        status = Path(f"/proc/{process.pid}/status").read_text("ascii")
+        kilobytes = [re.search(rf"^{name}:\s+(\d+) kB$", status, re.M) for name in KINDS]
+        size = sum(int(found[1]) for found in kilobytes if found) / 1e3
+        self.readings.setdefault(process.pid, []).append((time.monotonic() / 3600, size))
+
+    def slope(self, since: float) -> tuple[float, float]:
+        """MB/h and their standard error, in common for all processes.
+
+        A process counts from ``since``, in monotonic seconds, and ``FIRST_SECONDS`` of its own on.
+        """
+        points: list[tuple[float, float]] = []
+        for readings in self.readings.values():
+            start = max(since, readings[0][0] * 3600 + FIRST_SECONDS) / 3600
+            blocks: dict[int, list[tuple[float, float]]] = {}
+            for at, size in readings:
+                if at >= start:
+                    blocks.setdefault(int(at * 3600 / BLOCK_SECONDS), []).append((at, size))
+            means = [
+                (statistics.fmean(a for a, _ in b), statistics.fmean(s for _, s in b))
+                for b in blocks.values()
+            ]
+            if len(means) > 1:
+                # Each process has its own level; the slope is what they have in common.
+                at, size = (statistics.fmean(each) for each in zip(*means, strict=True))
+                points += [(a - at, s - size) for a, s in means]
+        spread = sum(a * a for a, _ in points)
+        if len(points) < 3 or not spread:
+            return math.nan, math.nan
+        slope = sum(a * s for a, s in points) / spread
+        rest = sum((s - slope * a) ** 2 for a, s in points) / (len(points) - 2)
+        return slope, math.sqrt(rest / spread)
+
+
+async def run_caller(end: float, client: AsyncClient, tally: Tally, dice: random.Random) -> None:
     """One caller until the time ``end``: requests one by one, some cancelled at a random moment."""
     while time.monotonic() < end:
         call = asyncio.ensure_future(
-            wire.generate(
+            client.generate(
+                "a star",
                 seed=dice.randrange(1000),
                 steps=dice.choice((4, 8, 16)),
                 image_count=dice.choice((1, 1, 2)),
@@ -84,67 +143,172 @@ async def run_caller(end: float, wire: Wire, tally: Tally, dice: random.Random) 
             call.cancel()
         try:
             await call
-            tally.outcomes["finished"] += 1
+            tally.calls["finished"] += 1
         except asyncio.CancelledError:
-            tally.outcomes["cancelled"] += 1
-        except grpc.aio.AioRpcError as error:
-            tally.outcomes[error.code().name] += 1
+            tally.calls["cancelled"] += 1
+        except DarkroomError as error:
+            tally.calls[type(error).__name__] += 1
 
 
-def kill_repeatedly(wire: Wire, tally: Tally, dice: random.Random) -> None:
-    """Kill the engine every few hundred batches, in the middle of one."""
-    remaining = BATCHES_BETWEEN_KILLS
+async def attack(end: float, address: str, tally: Tally, dice: random.Random) -> None:
+    """One attacker until the time ``end``: connections of a few seconds, one after the other."""
+    attacks = (stall_watches, leave_streams_unread, read_slowly, flood_headers)
+    while time.monotonic() < end:
+        chosen = dice.choice(attacks)
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            await chosen(address, dice)
+        tally.attacks[chosen.__name__] += 1
 
-    def kill_when_due(event: Event) -> None:
-        nonlocal remaining
-        remaining -= isinstance(event, BatchDone)
-        if remaining <= 0:
-            remaining = round(BATCHES_BETWEEN_KILLS * (0.5 + dice.random()))
+
+async def stall_watches(address: str, dice: random.Random) -> None:
+    """Watch the server's health and read nothing."""
+    async with peer(address, window=0, source=STRANGER) as stranger:
+        for _ in range(20):
+            stranger.open("grpc.health.v1.Health/Watch")
+        await stranger.writer.drain()
+        await asyncio.sleep(dice.uniform(1, 10))
+
+
+async def leave_streams_unread(address: str, dice: random.Random) -> None:
+    """Begin generations and read no event."""
+    async with peer(address, window=0, source=STRANGER) as stranger:
+        for _ in range(dice.randint(1, 4)):
+            stranger.open("darkroom.v1.GenerationService/GenerateStream", data=_request())
+        await stranger.writer.drain()
+        await asyncio.sleep(dice.uniform(1, 10))
+
+
+async def read_slowly(address: str, dice: random.Random) -> None:
+    """Read the events of a generation in small parts."""
+    async with peer(address, window=16, source=STRANGER) as stranger:
+        stream = stranger.open("darkroom.v1.GenerationService/GenerateStream", data=_request())
+
+        async def read() -> None:
+            async for _ in stranger.frames():
+                stranger.allow(stream, 64)
+                await asyncio.sleep(0.05)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(dice.uniform(1, 10)):
+                await read()
+
+
+async def flood_headers(address: str, dice: random.Random) -> None:
+    """Send headers that name one entry of the HPACK table again and again, without an end."""
+    async with peer(address, source=STRANGER) as stranger:
+        for stream in range(1, 41, 2):
+            # An indexed field of 3 kB, then references to it: each takes one byte on the wire.
+            entry = b"\x40\x01x" + b"\x7f\xb9\x16" + b"v" * 3000
+            stranger.send(HEADERS, 0, stream, call_headers("a/b") + entry)
+            for _ in range(dice.randint(1, 4)):
+                stranger.send(CONTINUATION, 0, stream, b"\xbe" * 4000)
+            stranger.send(CONTINUATION, END_HEADERS, stream, b"\xbe" * 100)
+        await stranger.writer.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                async for _ in stranger.frames():
+                    pass
+
+
+def _request() -> bytes:
+    generation = generation_pb2.GenerateRequest(
+        prompt="a star", width=64, height=64, steps=4, format=types_pb2.IMAGE_FORMAT_RAW_RGB
+    )
+    return generation_pb2.GenerateStreamRequest(generation=generation).SerializeToString()
+
+
+async def watch_memory(
+    end: float, serving: psutil.Process, of_server: Memory, of_engine: Memory
+) -> None:
+    """Read the memory of both processes until the time ``end``."""
+    while time.monotonic() < end:
+        of_server.read(serving)
+        with contextlib.suppress(
+            psutil.NoSuchProcess, ProcessLookupError, IndexError, FileNotFoundError
+        ):
+            of_engine.read(_engine_of(serving))
+        await asyncio.sleep(SAMPLE_SECONDS)
+
+
+async def kill_engines(end: float, serving: psutil.Process, tally: Tally, dice: Any) -> None:
+    """Kill the engine at random moments until the time ``end``."""
+    while (pause := KILL_SECONDS * dice.uniform(0.5, 1.5)) < end - time.monotonic():
+        await asyncio.sleep(pause)
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            _engine_of(serving).kill()
             tally.kills += 1
-            wire.engine.kill()
-
-    wire.engine.on_event = kill_when_due
 
 
-async def soak(minutes: float, seed: int) -> list[str]:
+def _engine_of(serving: psutil.Process) -> psutil.Process:
+    """The process of the engine: the largest child."""
+    children = serving.children(recursive=True)
+    return sorted(children, key=lambda child: child.memory_info().rss)[-1]
+
+
+async def run_load(
+    seconds: float, client: AsyncClient, address: str, tally: Tally, dice: random.Random
+) -> None:
+    """Callers and attackers for ``seconds``."""
+    end = time.monotonic() + seconds
+    await asyncio.gather(
+        *(run_caller(end, client, tally, dice) for _ in range(CALLERS)),
+        *(attack(end, address, tally, dice) for _ in range(3)),
+    )
+
+
+async def settle(client: AsyncClient) -> Mapping[str, int]:
+    """Wait until no job is left; the jobs by how they ended, and those "accepted"."""
+    while True:
+        status = await client.status()
+        if not status.queued_jobs + status.running_jobs:
+            return {"accepted": status.accepted_jobs, **status.ended_jobs}
+        await asyncio.sleep(0.5)
+
+
+async def soak(minutes: float, seed: int, running: Running) -> list[str]:
     """Run the load; returns the problems that were found."""
-    dice = random.Random(seed)
-    tally = Tally()
-    with tempfile.TemporaryDirectory() as name:
-        folder = write_tiny_model(Path(name))
-        async with serving(folder, engine_max_restarts=10_000) as wire:
-            warm = time.monotonic() + min(20.0, minutes * 12)
-            await asyncio.gather(*(run_caller(warm, wire, tally, dice) for _ in range(CALLERS)))
-            before = Resources.now()
-            kill_repeatedly(wire, tally, dice)
-            end = time.monotonic() + 60 * minutes
-            await asyncio.gather(*(run_caller(end, wire, tally, dice) for _ in range(CALLERS)))
-            wire.engine.on_event = lambda _: None
-            await wire.health_becomes(SERVING)
-            await wire.generate()
-            dispatcher = wire.server.dispatcher
-            while dispatcher.running_jobs:
-                await wire.generate(steps=1)
-            after = Resources.now()
-            counts = dispatcher.counts
-    print(f"calls {dict(tally.outcomes)}, kills {tally.kills}")
-    print(f"jobs  accepted {counts.accepted}, ended {dict(counts.by_end)}")
-    print(f"before {before}\nafter  {after}")
+    dice, tally = random.Random(seed), Tally()
+    serving = psutil.Process(running.pid)
+    of_server, of_engine = Memory(), Memory()
+    async with AsyncClient(running.address, insecure=True, timeout=120) as client:
+        # The kept results are full after that.
+        await run_load(WARM_SECONDS, client, running.address, tally, dice)
+        await settle(client)
+        before, began = Holdings.of(serving), time.monotonic()
+        end = began + 60 * minutes
+        await asyncio.gather(
+            run_load(60 * minutes, client, running.address, tally, dice),
+            watch_memory(end, serving, of_server, of_engine),
+            kill_engines(end, serving, tally, dice),
+        )
+        counts = dict(await settle(client))
+        await client.generate("a star", steps=1)
+        after = Holdings.of(serving)
+    print(f"calls   {dict(tally.calls)}, kills {tally.kills}")
+    print(f"attacks {dict(tally.attacks)}")
+    print(f"jobs    {counts}")
+    print(f"before  {before}\nafter   {after}")
     problems = [
         f"{what}: {getattr(before, what)} before, {getattr(after, what)} after"
-        for what in ("tasks", "threads", "files", "children")
+        for what in ("threads", "descriptors", "children")
         if getattr(after, what) > getattr(before, what)
     ]
-    if after.rss - before.rss > MAX_GROWTH_BYTES:
-        problems.append(f"memory grew by {(after.rss - before.rss) >> 20} MiB")
-    if counts.accepted != counts.ended:
-        problems.append(f"{counts.accepted} jobs accepted, {counts.ended} ended")
-    if tally.outcomes["finished"] > counts.by_end[JobOutcome.FINISHED]:
+    for name, memory in (("server", of_server), ("engine", of_engine)):
+        slope, error = memory.slope(began)
+        print(f"memory of the {name}: {slope:+.1f} ± {error:.1f} MB/h")
+        if slope > MAX_GROWTH + 2 * error:
+            problems.append(f"the {name} grows by {slope:.1f} MB/h")
+    accepted = counts.pop("accepted")
+    if accepted != sum(counts.values()):
+        problems.append(f"{accepted} jobs accepted, {sum(counts.values())} ended")
+    if tally.calls["finished"] > counts["finished"]:
         problems.append("more calls finished than jobs")
-    if tally.outcomes["INTERNAL"] * 20 > tally.outcomes["finished"]:
-        problems.append(f"{tally.outcomes['INTERNAL']} calls failed")
-    unexpected = set(tally.outcomes) - {"finished", "cancelled", "INTERNAL"}
-    problems += [f"{tally.outcomes[code]} calls ended in {code}" for code in sorted(unexpected)]
+    if not tally.kills:
+        problems.append("no engine was killed: run it for longer")
+    if len(tally.attacks) < 4:
+        problems.append(f"only these attacks ran: {sorted(tally.attacks)}")
+    unexpected = set(tally.calls) - {"finished", "cancelled"}
+    problems += [f"{tally.calls[kind]} calls ended in {kind}" for kind in sorted(unexpected)]
     return problems
 
 
@@ -155,7 +319,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    problems = asyncio.run(soak(options.minutes, options.seed))
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_tiny_model(Path(name))
+        flags = ("--model", f"tiny={folder}", "--result-bytes", "1000000", "--rows", "4")
+        with server(*flags, "--engine-max-restarts", "10000") as running:
+            problems = asyncio.run(soak(options.minutes, options.seed, running))
     for line in problems:
         print(f"problem: {line}")
     if problems:

@@ -46,10 +46,10 @@ class LogReader:
 
 
 @contextmanager
-def running_server() -> Iterator[str]:
-    """The address of a ready server with the demo model; its exit code must be 0.
+def running_server(*models: str) -> Iterator[str]:
+    """The address of a ready server with ``models``, or the demo model; its exit code must be 0.
 
-    It computes like plain diffusers: float32, no autocast.
+    It computes like plain diffusers: float32, no autocast. A model is NAME=FOLDER.
     """
     command = [
         sys.executable,
@@ -68,6 +68,7 @@ def running_server() -> Iterator[str]:
         "1",
         "--rows",
         "4",
+        *(flag for model in models for flag in ("--model", model)),
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None

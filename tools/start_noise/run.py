@@ -27,11 +27,12 @@ LOAD = f"""
 {IMPORTS}
 from importlib.resources import files
 from darkroom_server.core.engine_config import EngineConfig, ModelSource
-from darkroom_server.engine.loading.pipeline import load_pipeline
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 from darkroom_server.engine.warmup.presets import resolve
-runtime = resolve(EngineConfig(models=()))
 source = ModelSource(id="demo", location=str(files("darkroom_server") / "demo_model"))
-load_pipeline(source, runtime.dtype, safety_checker=False).to(runtime.device)
+found = find_model(source, safety_checker=False)
+runtime = resolve(EngineConfig(models=()), found.family.half)
+load_pipeline(found, runtime.dtype).to(runtime.device)
 """
 """What a start cannot avoid: the imports, and the load itself."""
 

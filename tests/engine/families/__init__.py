@@ -5,7 +5,9 @@ from .case import FamilyCase
 from .chroma import CASES as CHROMA
 from .flux import CASES as FLUX
 from .flux_2 import CASES as FLUX_2
+from .hidream import CASES as HIDREAM
 from .hunyuan_image import CASES as HUNYUAN_IMAGE
+from .kolors import CASES as KOLORS
 from .lumina_2 import CASES as LUMINA_2
 from .pixart import CASES as PIXART
 from .qwen_image import CASES as QWEN_IMAGE
@@ -27,5 +29,7 @@ CASES: list[FamilyCase] = [
     *LUMINA_2,
     *SANA,
     *HUNYUAN_IMAGE,
+    *KOLORS,
+    *HIDREAM,
     # One line for each file.
 ]

@@ -50,16 +50,26 @@ def vae(channels: int = 4, *, sample_size: int = 64, **config: Any) -> Any:
     )
 
 
-def clip(folder: Path, width: int = 32, *, projection: bool = False) -> tuple[Any, Any]:
-    """A tokenizer, which is written to ``folder``, and a CLIP text encoder."""
+def clip(
+    folder: Path,
+    width: int = 32,
+    *,
+    projection: bool = False,
+    positions: int | None = None,
+    layers: int = 3,
+) -> tuple[Any, Any]:
+    """A tokenizer, which is written to ``folder``, and a CLIP text encoder.
+
+    ``positions``: the longest prompt that the encoder takes, the tokenizer's if None.
+    """
     tokenizer = write_tokenizer(folder)
     config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=37,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
+        max_position_embeddings=positions or tokenizer.model_max_length,
         projection_dim=32,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

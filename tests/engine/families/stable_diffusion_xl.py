@@ -11,10 +11,20 @@ from .case import FamilyCase, mixed_jobs
 from .parts import DIFFUSION, clip, shaken, vae
 
 
-def write_sdxl(folder: Path, *, unet: dict[str, Any] | None = None, **scheduler: Any) -> Path:
-    """A Stable Diffusion XL of 64×64 pixels; ``unet`` and ``scheduler`` change configurations."""
+def write_sdxl(
+    folder: Path,
+    *,
+    unet: dict[str, Any] | None = None,
+    width_2: int = 32,
+    layers_2: int = 3,
+    **scheduler: Any,
+) -> Path:
+    """A Stable Diffusion XL of 64×64 pixels; ``unet`` and ``scheduler`` change configurations.
+
+    ``width_2`` and ``layers_2`` are of the second text encoder.
+    """
     tokenizer, encoder = clip(folder / "tokenizer")
-    tokenizer_2, encoder_2 = clip(folder / "tokenizer_2", projection=True)
+    tokenizer_2, encoder_2 = clip(folder / "tokenizer_2", width_2, projection=True, layers=layers_2)
     diffusers.StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=encoder,
@@ -35,7 +45,7 @@ def write_sdxl(folder: Path, *, unet: dict[str, Any] | None = None, **scheduler:
                 addition_time_embed_dim=8,
                 transformer_layers_per_block=(1, 2),
                 projection_class_embeddings_input_dim=80,
-                cross_attention_dim=64,
+                cross_attention_dim=32 + width_2,
                 **(unet or {}),
             )
         ),

@@ -11,12 +11,16 @@ from hypothesis import strategies as st
 from darkroom_server.core.prompt_syntax import (
     MAX_ENCODED_BYTES,
     MAX_WEIGHT,
+    MAX_WINDOWS,
     Part,
     PromptSyntaxError,
+    PromptTooLong,
     check,
+    check_length,
     parse,
 )
 
+WINDOW = 77
 BELOW = round(1 / 1.1, 6)
 
 VALID: dict[str, list[tuple[str, float]]] = {
@@ -168,3 +172,17 @@ def test_the_parser_needs_no_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "[]"
+
+
+def test_a_prompt_is_surely_too_long_if_its_words_do_not_fit() -> None:
+    most = MAX_WINDOWS * (WINDOW - 2)
+    check_length("red " * most, WINDOW)
+    check_length("(red)" * most, WINDOW)
+    check_length("red ... - !" + " " * 10_000 + ", " * 10_000, WINDOW)
+    check_length("7" * 100_000, WINDOW)  # One word, of an unknown number of tokens.
+    for text in ("red " * (most + 1), "(red)" * (most + 1)):
+        with pytest.raises(PromptTooLong, match=f"more than {MAX_WINDOWS} windows of 77") as error:
+            check_length(text, WINDOW)
+        assert error.value.text == text
+    with pytest.raises(PromptSyntaxError):
+        check_length("(red", WINDOW)

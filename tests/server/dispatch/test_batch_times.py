@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from darkroom_server.backends.fake_model import fake_model
-from darkroom_server.core.events import BatchDone, DecodeDone, StageSeconds
+from darkroom_server.core.events import BatchDone, DecodeDone, EncodeDone, StageSeconds
 from darkroom_server.core.model import ModelSpeed
 from darkroom_server.dispatch.estimation.batch_times import MAX_GROUPS, BatchTimeModel, Group
 from tests.server.jobs import make_job
@@ -122,11 +122,21 @@ def test_decode_and_encode_times_scale_with_the_pixels() -> None:
     batch_times = warmed_up()
     for _ in range(100):
         batch_times.record_decode(DecodeDone(model="demo", width=64, height=64, seconds=0.08))
-        stages = StageSeconds(encode_image=0.01, encode_prompt=0.02)
+        stages = StageSeconds(encode_image=0.01)
         batch_times.record_job(make_job(image_count=1), stages)
     assert batch_times.decode_seconds(Group("demo", 128, 64)) == pytest.approx(0.16, rel=0.01)
     assert batch_times.encode_seconds(Group("demo", 128, 64)) == pytest.approx(0.02, rel=0.01)
-    assert batch_times.prompt_seconds(SMALL) == pytest.approx(0.02, rel=0.01)
+
+
+def test_the_time_of_a_prompt_is_that_of_one_that_is_not_cached() -> None:
+    batch_times = BatchTimeModel()
+    assert batch_times.prompt_seconds(SMALL) == 0.0
+    batch_times.start(replace(MODEL, speed=ModelSpeed(passes=BATCHES, encode=0.5)))
+    assert batch_times.prompt_seconds(SMALL) == 0.5
+    for _ in range(100):
+        batch_times.record_encode(EncodeDone(model="demo", prompts=2, seconds=2.0, cache_bytes=0))
+        batch_times.record_job(make_job(image_count=1), StageSeconds(encode_prompt=0.001))
+    assert batch_times.prompt_seconds(SMALL) == pytest.approx(1.0, rel=0.01)
 
 
 seconds = st.floats() | st.floats(1e-6, 1e6)

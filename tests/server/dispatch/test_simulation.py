@@ -22,10 +22,13 @@ BATCHES = {2: 1.0, 4: 1.5, 8: 2.5}
 SMALL, LARGE = Group("demo", 64, 64), Group("demo", 128, 128)
 
 
-def make_batch_times(decode: float = 0.5, slowness: float = 1.0) -> BatchTimeModel:
+def make_batch_times(
+    decode: float = 0.5, slowness: float = 1.0, encode: float = 0.0
+) -> BatchTimeModel:
     model = BatchTimeModel()
     passes = tuple((rows, slowness * seconds) for rows, seconds in BATCHES.items())
-    model.start(replace(fake_model(), speed=ModelSpeed(passes=passes, decode=decode)))
+    speed = ModelSpeed(passes=passes, decode=decode, encode=encode)
+    model.start(replace(fake_model(), speed=speed))
     return model
 
 
@@ -63,6 +66,26 @@ def test_jobs_share_batches_and_the_remaining_ones_go_faster() -> None:
     simulated = simulate_queue([load()], [work("a", 4), work("b", 2)], 64)
     assert simulated.finishes["b"] == pytest.approx(2 * 1.5 + 0.5)
     assert simulated.finishes["a"] == pytest.approx(2 * 1.5 + 0.5 + 2 * 1.0 + 0.5)
+
+
+def test_prompts_that_are_not_encoded_delay_all_jobs() -> None:
+    batch_times = make_batch_times(encode=3.0)
+    for encoded, before in ((True, 0.0), (False, 3.0)):
+        here = replace(work("here", 4), encoded=encoded)
+        engine = Load(batch_times=batch_times, max_rows=lambda _: 8, jobs=[here])
+        simulated = simulate_queue([engine], [], 64)
+        assert simulated.finishes["here"] == pytest.approx(0.5 + before + 4 * 1.0 + 0.5)
+        simulated = simulate_queue([engine], [work("new", 4)], 64)
+        assert simulated.starts["new"] == pytest.approx(0.5 + before + 3.0)
+        assert simulated.finishes["here"] == pytest.approx(0.5 + before + 3.0 + 4 * 1.5 + 0.5)
+
+
+def test_an_engine_with_a_long_queue_encodes_each_prompt() -> None:
+    engine = Load(batch_times=make_batch_times(encode=3.0), max_rows=lambda _: 8, jobs=[])
+    waiting = [work(str(i), 4) for i in range(8)]
+    few, all = (simulate_queue([engine], waiting, 1, max_images=n) for n in (1, MAX_IMAGES))
+    assert few.finishes["7"] == pytest.approx(8 * 3.0 + 4 * 1.0 + 0.5 + 7 * (2.5 + 0.5))
+    assert all.finishes["7"] == pytest.approx(8 * (3.0 + 4 * 1.0 + 0.5))
 
 
 def test_a_new_job_waits_for_the_end_of_a_batch() -> None:

@@ -78,6 +78,12 @@ EXAMPLES: list[tuple[DarkroomError, grpc.StatusCode, str | None, Outcome]] = [
         None,
         Outcome.FAILED,
     ),
+    (
+        GenerationFailed(Failure(Reason.INVALID_REQUEST, "prompt: too long")),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        None,
+        Outcome.INVALID,
+    ),
 ]
 
 

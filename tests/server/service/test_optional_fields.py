@@ -10,6 +10,7 @@ from google.rpc import error_details_pb2
 
 from darkroom.v1 import generation_pb2, types_pb2
 from darkroom_server.backends.fake_model import fake_flow_model, fake_model
+from darkroom_server.core.errors import Failure, Reason, Violation
 from darkroom_server.core.job import Job, PromptSyntax
 from darkroom_server.core.model import OPTIONAL_FIELDS, ModelInfo
 from darkroom_server.service.idempotency import fingerprint
@@ -17,6 +18,8 @@ from darkroom_server.service.request import INPUT_FIELDS, GenerationRequest
 from darkroom_server.settings import Models
 from tests.server.streams import rest
 from tests.server.wire import refusal, serving
+
+WEIGHTED = types_pb2.PROMPT_SYNTAX_WEIGHTED
 
 SET: dict[str, Any] = {
     "negative_prompt": "rain",
@@ -29,7 +32,7 @@ SET: dict[str, Any] = {
     "prompt_3": "a sun",
     "negative_prompt_2": "snow",
     "negative_prompt_3": "hail",
-    "prompt_syntax": types_pb2.PROMPT_SYNTAX_WEIGHTED,
+    "prompt_syntax": WEIGHTED,
 }
 """Each optional field with a value that counts as set, but ``preview`` and images."""
 
@@ -132,7 +135,7 @@ async def test_all_violations_come_at_once() -> None:
         "true_cfg_scale": -1.0,
         "max_sequence_length": 0,
         "guidance_rescale": 2.0,
-        "prompt_syntax": types_pb2.PROMPT_SYNTAX_WEIGHTED,
+        "prompt_syntax": WEIGHTED,
     }
     async with served(fake_flow_model()) as wire:
         error = await refusal(wire.generate(negative_prompt="rain", **wrong))
@@ -146,25 +149,66 @@ async def test_a_weighted_prompt_that_cannot_be_parsed_is_rejected() -> None:
         "prompt_2": "a red) circle",
         "negative_prompt_3": "(:1.2)",
     }
-    weighted = types_pb2.PROMPT_SYNTAX_WEIGHTED
     everything = replace(fake_flow_model("some"), optional_fields=frozenset(OPTIONAL_FIELDS))
     async with served(everything) as wire:
         for name, text in wrong.items():
             error = await refusal(
-                wire.generate(**{"prompt": "a star", name: text, "prompt_syntax": weighted})
+                wire.generate(**{"prompt": "a star", name: text, "prompt_syntax": WEIGHTED})
             )
             assert error.code is grpc.StatusCode.INVALID_ARGUMENT
             assert error.violations.keys() == {name}
             assert error.violations[name].startswith("character ")
-        error = await refusal(wire.generate(**wrong, steps=0, prompt_syntax=weighted))
+        error = await refusal(wire.generate(**wrong, steps=0, prompt_syntax=WEIGHTED))
         assert error.violations.keys() == {*wrong, "steps"}
         assert wire.submitted.empty()
         assert (await wire.generate(**wrong)).images
-        assert (await wire.generate("a (red:1.3) circle", prompt_syntax=weighted)).images
+        assert (await wire.generate("a (red:1.3) circle", prompt_syntax=WEIGHTED)).images
     # A model without the syntax says so, and does not parse.
     async with served(fake_flow_model()) as wire:
-        error = await refusal(wire.generate("a (red:x) circle", prompt_syntax=weighted))
+        error = await refusal(wire.generate("a (red:x) circle", prompt_syntax=WEIGHTED))
         assert error.violations.keys() == {"prompt_syntax"}
+
+
+async def test_a_field_whose_extra_is_not_installed_names_it() -> None:
+    model = replace(fake_model("some"), fields_without_extra=frozenset({"prompt_syntax"}))
+    async with served(model) as wire:
+        error = await refusal(wire.generate("a (red:x) star", prompt_syntax=WEIGHTED))
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert error.violations == {
+            "prompt_syntax": "model 'some' takes it only if the server has the extra "
+            "prompt-weights: pip install 'darkroom-server[prompt-weights]'"
+        }
+        assert (await wire.generate("a (red:x) star")).images
+
+
+def weighted_model() -> ModelInfo:
+    model = fake_model("some")
+    return replace(model, optional_fields=model.optional_fields | {"prompt_syntax"})
+
+
+async def test_a_weighted_prompt_that_is_surely_too_long_is_rejected() -> None:
+    most = " ".join(["a (star:1.2)"] * 300)  # Eight windows of 75 words.
+    says = "needs more than 8 windows of 77 tokens"
+    async with served(weighted_model()) as wire:
+        for wrong in ({"prompt": f"{most} a"}, {"prompt": "a", "negative_prompt": f"{most} a"}):
+            error = await refusal(wire.generate(**wrong, prompt_syntax=WEIGHTED))
+            assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.violations == {list(wrong)[-1]: says}
+        assert wire.submitted.empty()
+        assert (await wire.generate(f"{most} ... (,:1.2)", prompt_syntax=WEIGHTED)).images
+        assert (await wire.generate(f"{most} a")).images
+
+
+async def test_a_prompt_that_the_engine_finds_too_long_is_an_invalid_argument() -> None:
+    violation = Violation("prompt", "too long")
+    failure = Failure(Reason.INVALID_REQUEST, "prompt: too long", violations=(violation,))
+    async with served(weighted_model(), auto=False) as wire:
+        call = wire.generating("7" * 900, prompt_syntax=WEIGHTED)
+        job = await wire.submitted.get()
+        wire.engine.fail(job.id, failure)
+        error = await refusal(call)
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert error.violations == {"prompt": "too long"}
 
 
 async def test_guidance_rescale_is_0_to_1() -> None:
@@ -201,8 +245,7 @@ async def test_every_field_reaches_the_engine() -> None:
         "negative_prompt_3": "hail",
     }
     async with served(everything) as wire:
-        syntax = types_pb2.PROMPT_SYNTAX_WEIGHTED
-        await wire.generate("a (star:1.2)", prompt_syntax=syntax, **sent)
+        await wire.generate("a (star:1.2)", prompt_syntax=WEIGHTED, **sent)
         await wire.generate(empty_negative_prompt=True)
         job, other = [await wire.submitted.get() for _ in range(2)]
     assert {name: getattr(job, name) for name in sent} == sent

@@ -4,7 +4,7 @@ from typing import Any
 
 import grpc
 
-from darkroom.v1 import types_pb2
+from darkroom.v1 import model_pb2, types_pb2
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.job import SEED_BOUND
 from darkroom_server.core.model import ModelInfo
@@ -123,3 +123,22 @@ async def test_guidance_is_a_32_bit_float_everywhere() -> None:
         await wire.generation.Generate(reply.images[0].replay.request)
         _, first, replayed = [await wire.submitted.get() for _ in range(3)]
     assert first.guidance_scale == replayed.guidance_scale != 7.3
+
+
+async def test_a_model_that_makes_certain_sizes_only() -> None:
+    model = fake_model()
+    sizes = ((512, 512), (640, 384), (384, 640))
+    model = replace(model, limits=replace(model.limits, sizes=sizes))
+    async with serving(fake={"models": [model], "auto": True}) as wire:
+        for width, height in sizes:
+            assert (await wire.generate(width=width, height=height)).images
+        error = await refusal(wire.generate(width=640, height=320))
+        assert error.violations == {
+            "width": "model 'demo' makes certain sizes only, not 640×320; the one of the nearest "
+            "shape is 640×384"
+        }
+        # What is wrong with one side alone comes first.
+        error = await refusal(wire.generate(width=640, height=8))
+        assert error.violations == {"height": "must be 64 to 2048, not 8"}
+        reply = await wire.models.GetModel(model_pb2.GetModelRequest(model="demo"))
+    assert [(size.width, size.height) for size in reply.model.limits.sizes] == list(sizes)

@@ -125,6 +125,7 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
         ("log_format", "xml", "must be one of auto, console, json"),
         ("autocast", "maybe", "must be a valid boolean"),
         ("threads", "0", "must be greater than or equal to 1"),
+        ("prompt_cache_bytes", "-1", "must be greater than or equal to 0"),
         ("max_resident_samples", "0", "must be greater than or equal to 1"),
         ("grace", "nan", "must be"),
         ("grace", "-1", "must be greater than or equal to 0"),

@@ -127,3 +127,9 @@ def test_an_invalid_adapter_is_reported(text: str, complaint: str) -> None:
 def test_a_folder_of_adapters_must_exist(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="no such folder"):
         adapter_sources(Adapters(lora_dir=str(tmp_path / "nothing")))
+
+
+def test_the_prompt_cache_is_configured_for_each_engine() -> None:
+    assert engine_configs(Settings(), None)[0].prompt_cache_bytes == 256 * 1024**2
+    settings = Settings(engine=Engine(prompt_cache_bytes=0, device="cuda:0,cuda:1"))
+    assert [each.prompt_cache_bytes for each in engine_configs(settings, None)] == [0, 0]

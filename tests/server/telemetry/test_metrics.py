@@ -12,12 +12,14 @@ from darkroom_server.core.events import (
     AdapterLoaded,
     BatchDone,
     Counted,
+    EncodeDone,
     EngineCounts,
     EngineReady,
     MemoryReport,
     ModelLoad,
     PeakMeasured,
     RowLimitCorrected,
+    SampleBytesCorrected,
     Sensors,
 )
 from darkroom_server.dispatch import AdapterMemory, EstimateChecked, FirstPreview
@@ -237,8 +239,15 @@ async def test_loads_and_sensors_are_gauges() -> None:
             ("demo", "cpu", "float32", "contiguous", "fast", "sdpa"): 1
         }
         wire.engine._emit(RowLimitCorrected("demo", 16))
+        wire.engine._emit(SampleBytesCorrected("demo", 500))
+        encode = EncodeDone(model="demo", prompts=2, seconds=0.25, cache_bytes=1000)
+        wire.engine._emit(encode)
         await asyncio.sleep(0)
         assert await values(wire, "darkroom_max_rows", "model") == {("demo",): 16}
+        assert await values(wire, "darkroom_encode_seconds_sum", "model") == {("demo",): 0.25}
+        assert await values(wire, "darkroom_encode_seconds_count") == {(): 1}
+        assert await values(wire, "darkroom_bytes_per_sample", "model") == {("demo",): 500}
+        assert await values(wire, "darkroom_prompt_cache_bytes", "model") == {("demo",): 1000}
         assert await values(wire, "darkroom_model_warm_up_seconds") == {(): 2.5}
         assert await values(wire, "darkroom_model_memory_bytes", "component") == {("unet",): 7}
         assert await values(wire, "darkroom_gpu_utilisation_ratio", "device") == {("cuda:0",): 0.5}

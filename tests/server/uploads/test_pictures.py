@@ -176,6 +176,20 @@ async def test_the_size_follows_from_the_picture(
     assert found.source == picture
 
 
+@pytest.mark.parametrize(
+    ("picture", "width", "wanted"),
+    [((300, 100), None, (256, 128)), ((100, 90), None, (128, 128)), ((300, 100), 128, (128, 128))],
+)
+async def test_a_model_with_fixed_sizes_gets_the_nearest(
+    decoder: Decoder, picture: Any, width: Any, wanted: Any
+) -> None:
+    sizes = ((128, 128), (256, 128), (128, 256))
+    bounds = Bounds(least=64, most=512, multiple=8, sizes=sizes)
+    fit = Fit(kind="cover", bounds=bounds, width=width)
+    found = await decoder.decode("a", "image", plain(size=picture), fit)
+    assert (found.width, found.height) == wanted
+
+
 async def test_a_reference_keeps_its_size_within_the_limit(decoder: Decoder) -> None:
     within = Fit(kind="within", bounds=BOUNDS)
     assert (await shown(decoder, plain(size=(33, 7)), within)).size == (33, 7)

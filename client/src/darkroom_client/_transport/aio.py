@@ -54,6 +54,7 @@ class AsyncTransport:
         self._cancels: set[asyncio.Task[None]] = set()
         self._sleepers: set[asyncio.Event] = set()
         self._uploaded: set[str] = set()
+        self._uploading = asyncio.Lock()
 
     @property
     def stubs(self) -> Stubs:
@@ -117,11 +118,12 @@ class AsyncTransport:
         return call.decode(response)
 
     async def send(self, call: NextCall, metadata: Metadata) -> None:
-        """Send the files of ``call`` that this client has not sent before."""
+        """Send the files of ``call`` that this client has not sent before, one at a time."""
         for upload in call.uploads:
-            if upload.again or upload.upload_id not in self._uploaded:
-                await self.run(upload_call(upload, call, self._settings, metadata))
-                self._uploaded.add(upload.upload_id)
+            async with self._uploading:
+                if upload.again or upload.upload_id not in self._uploaded:
+                    await self.run(upload_call(upload, call, self._settings, metadata))
+                    self._uploaded.add(upload.upload_id)
 
     def open_stream(self, session: GenerationSession, call: NextCall) -> Any:
         """Open the stream of ``call``; returns gRPC's call."""

@@ -81,6 +81,7 @@ class SyncTransport:
         self._cancels: set[threading.Thread] = set()
         self._sleepers: set[SimpleQueue[Any]] = set()
         self._uploaded: set[str] = set()
+        self._uploading = threading.RLock()
 
     @property
     def stubs(self) -> Stubs:
@@ -167,11 +168,12 @@ class SyncTransport:
         return self._start(call, session.metadata, session.request_id, stream=True)
 
     def _send(self, call: NextCall, metadata: Metadata) -> None:
-        """Send the files of ``call`` that this client has not sent before."""
+        """Send the files of ``call`` that this client has not sent before, one at a time."""
         for upload in call.uploads:
-            if upload.again or upload.upload_id not in self._uploaded:
-                self.run(upload_call(upload, call, self._settings, metadata))
-                self._uploaded.add(upload.upload_id)
+            with self._uploading:
+                if upload.again or upload.upload_id not in self._uploaded:
+                    self.run(upload_call(upload, call, self._settings, metadata))
+                    self._uploaded.add(upload.upload_id)
 
     def _start(
         self, call: NextCall, metadata: Metadata, request_id: str | None, *, stream: bool

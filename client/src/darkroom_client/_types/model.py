@@ -64,6 +64,7 @@ class ModelLimits:
     default size, now; a guided image takes ``Guidance.rows``. ``row_limit_source``: how it was
     found. ``max_sequence_length``: the highest that a request may set, 0 if the model does not take
     it; so with the numbers of reference images, LoRAs and ControlNets.
+    it. ``sizes``: the only pairs of width and height that the model makes; any, if empty.
     """
 
     min_size: int
@@ -79,6 +80,7 @@ class ModelLimits:
     max_reference_images: int = 0
     max_loras: int = 0
     max_controls: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,8 @@ class ModelRuntime:
     ``attention`` is "sliced" or "sdpa"; ``slice_size`` is "auto", "max" or a number; it is empty
     without sliced attention. ``format_rule``: why ``dtype`` and ``channels_last`` were chosen;
     empty if both are configured, or if the server is older than this field. ``preset_rule``: why
-    ``preset`` is in force; empty in the same cases.
+    ``preset`` is in force, and what of it does not suit the model; empty if it is configured and
+    all of it suits, or if the server is older.
     """
 
     device: str

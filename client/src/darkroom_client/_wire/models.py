@@ -90,6 +90,7 @@ def _decode_limits(limits: model_pb2.ModelLimits) -> ModelLimits:
         max_reference_images=limits.max_reference_images,
         max_loras=limits.max_loras,
         max_controls=limits.max_controls,
+        sizes=tuple((size.width, size.height) for size in limits.sizes),
     )
 
 

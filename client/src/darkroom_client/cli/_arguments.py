@@ -11,6 +11,7 @@ from darkroom_client._types.enums import ImageFormat, PromptSyntax, Scheduler
 from darkroom_client.cli._completion import SHELLS
 from darkroom_client.cli._exit_codes import TABLE
 from darkroom_client.cli._flags import flags_of, meant
+from darkroom_client.cli._inputs import add_inputs
 from darkroom_client.cli.commands import (
     _adapters,
     _cancel,
@@ -275,6 +276,7 @@ def _add_optional_fields(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help='plain, or weighted to read weights such as "a (red:1.3) circle"',
     )
+    add_inputs(parser)
 
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
@@ -306,6 +308,14 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         help="an image that `generate` saved, or the NAME.json of its --record",
+    )
+    add(
+        "--input",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="an image that the recorded one started from; may be given several times",
     )
     add("-o", "--output", metavar="FILE", type=Path, help="write the new image to FILE")
     add("--overwrite", action="store_true", help="replace FILE if it exists")

@@ -34,6 +34,7 @@ With several prompts, it is the code of the first prompt that failed.
 
 _CODES: dict[type[DarkroomError], int] = {
     errors.InvalidRequest: USAGE,
+    errors.UploadNotFound: USAGE,
     errors.ModelNotFound: USAGE,
     errors.AdapterNotFound: USAGE,
     errors.UnknownRequest: USAGE,

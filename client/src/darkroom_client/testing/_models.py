@@ -168,6 +168,7 @@ def encode_model(model: Model) -> model_pb2.Model:
                 max_reference_images=limits.max_reference_images,
                 max_loras=limits.max_loras,
                 max_controls=limits.max_controls,
+                sizes=[model_pb2.ImageSize(width=w, height=h) for w, h in limits.sizes],
             )
         )
     if model.guidance is not None:

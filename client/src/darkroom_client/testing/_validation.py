@@ -67,6 +67,7 @@ def check_request(
         *_sequence_length(request, model, limits),
         *_syntax(request),
         *check_inputs(request, model, limits, fill_defaults(request, model).steps),
+        *_pairs_of_sizes(request, model, limits),
     )
     if violations:
         raise invalid(*violations)
@@ -158,6 +159,23 @@ def _sizes(
         if size % limits.size_multiple:
             description = f"must be a multiple of {limits.size_multiple}, not {size}"
             yield Violation(field=name, description=description)
+
+
+def _pairs_of_sizes(
+    request: generation_pb2.GenerateRequest, model: Model, limits: ModelLimits
+) -> Iterator[Violation]:
+    filled = fill_defaults(request, model)
+    width, height = filled.width, filled.height
+    in_bounds = next(_sizes(request, model, limits), None) is None
+    if in_bounds and limits.sizes and (width, height) not in limits.sizes:
+        nearest = min(
+            limits.sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width))
+        )
+        description = (
+            f"model {model.id!r} makes certain sizes only, not {width}×{height}; the one of the "
+            f"nearest shape is {nearest[0]}×{nearest[1]}"
+        )
+        yield Violation(field="width", description=description)
 
 
 def _scheduler(request: generation_pb2.GenerateRequest, model: Model) -> Iterator[Violation]:

@@ -254,7 +254,8 @@ class GenerateRequest(_message.Message):
     """
     prompt_syntax: _types_pb2.PromptSyntax.ValueType
     """How the prompts are read. INVALID_ARGUMENT for WEIGHTED if the model does not
-    take it, see Model.optional_fields, and for a prompt that cannot be parsed.
+    take it, see Model.optional_fields, and for a prompt that cannot be parsed or
+    is too long: a weighted prompt is never cut.
     """
     strength: _builtins.float
     """How much of `image` is replaced, above 0 (almost nothing) to 1 (all). The run

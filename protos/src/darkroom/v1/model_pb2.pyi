@@ -512,6 +512,7 @@ class ModelLimits(_message.Message):
     MAX_REFERENCE_IMAGES_FIELD_NUMBER: _builtins.int
     MAX_LORAS_FIELD_NUMBER: _builtins.int
     MAX_CONTROLS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
     min_size: _builtins.int
     """Width and height, in pixels."""
     max_size: _builtins.int
@@ -526,7 +527,7 @@ class ModelLimits(_message.Message):
     """Bytes of UTF-8 in each prompt and negative prompt."""
     prompt_tokens: _builtins.int
     """Most tokens of a prompt; a longer prompt is cut, and the image then has
-    `prompt_truncated`.
+    `prompt_truncated`. A weighted prompt may have several times as many.
     """
     max_rows: _builtins.int
     """Most rows of one denoiser batch at the default size. A guided image takes
@@ -542,6 +543,10 @@ class ModelLimits(_message.Message):
     """Most loras; 0 if the model does not take them."""
     max_controls: _builtins.int
     """Most controls; 0 if the model does not take them."""
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageSize]:
+        """The only sizes that the model makes; if empty, any size within the bounds."""
+
     def __init__(
         self,
         *,
@@ -558,14 +563,41 @@ class ModelLimits(_message.Message):
         max_reference_images: _builtins.int = ...,
         max_loras: _builtins.int = ...,
         max_controls: _builtins.int = ...,
+        sizes: _abc.Iterable[Global___ImageSize] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_controls", b"max_controls", "max_guidance_scale", b"max_guidance_scale", "max_image_count", b"max_image_count", "max_loras", b"max_loras", "max_prompt_bytes", b"max_prompt_bytes", "max_reference_images", b"max_reference_images", "max_rows", b"max_rows", "max_sequence_length", b"max_sequence_length", "max_size", b"max_size", "min_size", b"min_size", "prompt_tokens", b"prompt_tokens", "row_limit_source", b"row_limit_source", "size_multiple", b"size_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_controls", b"max_controls", "max_guidance_scale", b"max_guidance_scale", "max_image_count", b"max_image_count", "max_loras", b"max_loras", "max_prompt_bytes", b"max_prompt_bytes", "max_reference_images", b"max_reference_images", "max_rows", b"max_rows", "max_sequence_length", b"max_sequence_length", "max_size", b"max_size", "min_size", b"min_size", "prompt_tokens", b"prompt_tokens", "row_limit_source", b"row_limit_source", "size_multiple", b"size_multiple", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelLimits: _TypeAlias = ModelLimits  # noqa: Y015
+
+@_typing.final
+class ImageSize(_message.Message):
+    """ImageSize is the size of an image, in pixels."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    width: _builtins.int
+    """Columns."""
+    height: _builtins.int
+    """Rows."""
+    def __init__(
+        self,
+        *,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageSize: _TypeAlias = ImageSize  # noqa: Y015
 
 @_typing.final
 class SchedulerOffer(_message.Message):
@@ -638,7 +670,9 @@ class ModelRuntime(_message.Message):
     format_rule: _builtins.str
     """Why `dtype` and `channels_last` were chosen; empty if both are configured."""
     preset_rule: _builtins.str
-    """Why `preset` is in force; empty if it is configured."""
+    """Why `preset` is in force, and what of it does not suit the model; empty if it is configured and
+    all of it suits.
+    """
     def __init__(
         self,
         *,

@@ -17,6 +17,7 @@ import structlog
 from darkroom_server.backends.descriptors import reserved_descriptors
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import (
+    Correction,
     EngineDied,
     EngineReady,
     Event,
@@ -24,7 +25,6 @@ from darkroom_server.core.events import (
     JobFailed,
     JobFinished,
     MemoryReport,
-    RowLimitCorrected,
 )
 from darkroom_server.core.job import Job
 from darkroom_server.ipc.channel import Channel, ChannelClosed
@@ -85,8 +85,8 @@ class ProcessEngine:
                 self._load_limit.loaded(time.monotonic() - began)
             elif isinstance(event, EngineDied) and process.load_timed_out:
                 self._load_limit.timed_out()
-            elif isinstance(event, RowLimitCorrected):
-                self._config = self._config.with_row_limit(event.model, event.max_rows)
+            elif isinstance(event, Correction):
+                self._config = self._config.with_correction(event)
             emit(event)
 
         process = _EngineProcess(self._config, self._timeout, self._load_limit.seconds)

@@ -4,7 +4,11 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Self
 
+from darkroom_server.core.events import Correction
 from darkroom_server.core.model import ModelInfo
+
+PROMPT_CACHE_BYTES = 256 * 1024**2
+"""The default of ``EngineConfig.prompt_cache_bytes``."""
 
 
 class Preset(StrEnum):
@@ -77,7 +81,7 @@ class EngineConfig:
     batches; None: it is measured, and corrected while the engine runs, but never above
     ``max_rows``. ``measurement_cache``: the folder that remembers measurements, None for none.
     ``previous_measurements``: from an earlier engine of this server, so that a restarted one is
-    ready sooner. ``prompt_cache_bytes``: host memory for the embeddings of prompts, for each model.
+    ready sooner. ``prompt_cache_bytes``: memory for the embeddings of prompts, for each model.
     ``max_loras``: different LoRA adapters in one batch. ``max_lora_rank``: one with a greater
     rank is rejected. ``lora_cache_bytes``: host memory for the weights of adapters.
     """
@@ -95,7 +99,7 @@ class EngineConfig:
     rows: int | None = None
     max_rows: int | None = None
     measurement_cache: str | None = None
-    prompt_cache_bytes: int = 256 * 1024**2
+    prompt_cache_bytes: int = PROMPT_CACHE_BYTES
     safety_checker: bool = False
     adapters: tuple[AdapterSource, ...] = ()
     max_loras: int = 8
@@ -112,12 +116,12 @@ class EngineConfig:
         device = models[0].runtime.device if models else self.device
         return replace(self, device=device, previous_measurements=models)
 
-    def with_row_limit(self, model: str, max_rows: int) -> Self:
-        """The configuration after real batches have corrected the row limit of ``model``."""
+    def with_correction(self, correction: Correction) -> Self:
+        """The configuration after the engine has corrected what was measured."""
         return replace(
             self,
             previous_measurements=tuple(
-                info.with_row_limit(max_rows) if info.id == model else info
+                correction.of(info) if info.id == correction.model else info
                 for info in self.previous_measurements
             ),
         )

@@ -68,11 +68,15 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a job failed, as plain data; ``message`` is for the caller."""
+    """Why a job failed, as plain data; ``message`` is for the caller.
+
+    ``violations`` are errors of the request that only the engine can find.
+    """
 
     reason: Reason
     message: str
     metadata: dict[str, str] = field(default_factory=dict)
+    violations: tuple[Violation, ...] = ()
 
 
 class DarkroomError(Exception):

@@ -171,6 +171,26 @@ class RowLimitCorrected:
     model: str
     max_rows: int
 
+    def of(self, info: ModelInfo) -> ModelInfo:
+        """``info``, corrected."""
+        return info.with_row_limit(self.max_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleBytesCorrected:
+    """An unfinished image of ``model`` held more than was measured: now ``bytes_per_sample``."""
+
+    model: str
+    bytes_per_sample: int
+
+    def of(self, info: ModelInfo) -> ModelInfo:
+        """``info``, corrected."""
+        return info.with_bytes_per_sample(self.bytes_per_sample)
+
+
+Correction = RowLimitCorrected | SampleBytesCorrected
+"""What the engine learned about a model after its start."""
+
 
 class Counted(StrEnum):
     """What an engine counts besides batches."""
@@ -201,6 +221,20 @@ class PeakMeasured:
     height: int
     rows: int
     peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeDone:
+    """The encode of ``prompts`` prompts that were not cached took ``seconds``.
+
+    A prompt is one call of a pipeline's ``encode_prompt``, or one text. ``cache_bytes`` are those
+    of the model's prompt cache after it.
+    """
+
+    model: str
+    prompts: int
+    seconds: float
+    cache_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +314,8 @@ Event = (
     | AdapterLoaded
     | AdapterEvicted
     | RowLimitCorrected
+    | SampleBytesCorrected
+    | EncodeDone
     | DecodeDone
     | EngineCounts
     | PeakMeasured

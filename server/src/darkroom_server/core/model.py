@@ -1,5 +1,6 @@
 """Plain data about a loaded model: defaults, limits, schedulers, runtime, memory, speed."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, Self
@@ -29,6 +30,9 @@ OPTIONAL_FIELDS = (
     "ip_adapter_scale",
 )
 """Fields of a request that not every model takes; a request that sets another one is rejected."""
+
+EXTRAS = {"prompt_syntax": "prompt-weights"}
+"""The extra of ``darkroom-server`` that an optional field needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +114,8 @@ class ModelLimits:
     ``max_rows`` is the row limit of a batch now; ``row_limit_source`` says where it comes from.
     ``max_sequence_length`` bounds the request's field, 0 if the model does not take it; so with
     the numbers of reference images, LoRAs and ControlNets.
+    ``max_sequence_length`` bounds the request's field, 0 if the model does not take it.
+    ``sizes`` are the only pairs of width and height that the model makes; any, if empty.
     """
 
     min_size: int
@@ -125,6 +131,7 @@ class ModelLimits:
     max_reference_images: int = 0
     max_loras: int = 0
     max_controls: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +157,8 @@ class ModelRuntime:
     """How a model runs; ``slice_size`` is empty without sliced attention.
 
     ``format_rule``: why ``dtype`` and ``channels_last`` were chosen, empty if they were configured.
-    ``preset_rule``: why ``preset`` is in force, empty if it was configured.
+    ``preset_rule``: why ``preset`` is in force, and what of it does not suit the model; empty if
+    it was configured and all of it suits.
     """
 
     device: str
@@ -180,7 +188,8 @@ class MemoryNeeds:
     to its pixels. A decode by tiles of ``tile_pixels`` needs no more than one tile.
     ``bytes_per_pass`` is needed once for all rows, and grows with the square of the pixels: the
     scores of sliced attention. ``available_bytes`` was free on the device, less a safety margin.
-    ``bytes_per_sample`` is what an unfinished image holds between its batches.
+    ``bytes_per_sample`` is what an unfinished image of one row holds between its batches; it grows
+    at most in proportion to its pixels and rows.
     """
 
     pixels: int
@@ -199,24 +208,31 @@ class MemoryNeeds:
             scale = min(1.0, width * height / self.tile_pixels)
         return round(max(passes, self.bytes_per_decode * scale))
 
-    def rows_that_fit(self, width: int, height: int) -> int:
-        """Rows of one batch at this size, at least 2; admission rejects images that never fit."""
+    def rows_that_fit(self, width: int, height: int, held: int | None = None) -> int:
+        """Rows of one batch at this size, at least 2; admission rejects images that never fit.
+
+        Unfinished images hold ``held`` bytes now; with None, those of the batch itself are counted.
+        """
         scale = width * height / self.pixels
         # Half of the peak of two rows for each row: with more rows than were measured, the peak may
         # be in another layer, where more memory grows with the rows.
         per_row = self.bytes_per_row * scale + self.bytes_per_pass * scale**2 / 2
-        return max(2, int(self.available_bytes / max(1.0, per_row)))
+        if held is None:
+            per_row += self.bytes_per_sample * max(1.0, scale)
+        return max(2, int((self.available_bytes - (held or 0)) / max(1.0, per_row)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpeed:
     """Speed measured at warm-up for the default size, in seconds; empty if not measured.
 
-    ``passes`` are pairs of rows and the seconds of a batch, ``decode`` is for one image.
+    ``passes`` are pairs of rows and the seconds of a batch, ``decode`` is for one image, ``encode``
+    for one prompt that is not cached.
     """
 
     passes: tuple[tuple[int, float], ...] = ()
     decode: float = 0.0
+    encode: float = 0.0
 
 
 class AdapterKind(StrEnum):
@@ -244,7 +260,8 @@ class ModelInfo:
     """A model that is loaded and warmed up.
 
     Unless ``limits.row_limit_source`` is SET, real batches may raise ``limits.max_rows`` up to
-    ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes.
+    ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes,
+    ``fields_without_extra`` those that it would take if their extra in ``EXTRAS`` were installed.
     ``unbatched_reason``: why its denoiser calls are not merged into batches, empty if they are.
     ``tasks``: what it can do. ``adapters`` are those that fit it.
     """
@@ -261,6 +278,7 @@ class ModelInfo:
     most_rows: int = 0
     guidance: Guidance = Guidance()
     optional_fields: frozenset[str] = frozenset({"negative_prompt", "guidance_scale", "preview"})
+    fields_without_extra: frozenset[str] = frozenset()
     unbatched_reason: str = ""
     tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
     adapters: tuple[AdapterOffer, ...] = ()
@@ -284,6 +302,25 @@ class ModelInfo:
         """This model after real batches have corrected its row limit."""
         limits = replace(self.limits, max_rows=max_rows, row_limit_source=RowLimitSource.CORRECTED)
         return replace(self, limits=limits)
+
+    def with_bytes_per_sample(self, bytes_per_sample: int) -> Self:
+        """This model after a real image held more than was measured."""
+        return replace(self, memory=replace(self.memory, bytes_per_sample=bytes_per_sample))
+
+    def samples_per_image(self, job: Job) -> float:
+        """What an image of ``job`` holds, in multiples of ``memory.bytes_per_sample``."""
+        scale = max(1.0, job.width * job.height / self.memory.pixels)
+        prompts = self.guidance.rows * self.guidance.calls if self.guidance.applies_to(job) else 1
+        return prompts * scale
+
+    def held_bytes(self, job: Job) -> int:
+        """Bytes that one unfinished image of ``job`` holds between its batches, at most."""
+        return math.ceil(self.memory.bytes_per_sample * self.samples_per_image(job))
+
+    def needed_bytes(self, job: Job) -> int:
+        """Bytes that ``job`` needs alone: what its images hold, and a batch of one of them."""
+        batch = self.memory.needed(job.width, job.height, self.rows_per_image(job))
+        return batch + job.image_count * self.held_bytes(job)
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
         """Rows that a batch of this size may have; at least 2."""

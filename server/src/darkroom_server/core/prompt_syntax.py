@@ -28,6 +28,13 @@ Each part with a weight below 1 costs one more encoding of the whole prompt, bec
 compares the prompt with and without that part.
 """
 
+MAX_WINDOWS = 8
+"""Windows of the text encoder that one prompt may need.
+
+With 77 tokens each, the denoiser's attention to the prompt is smaller than that to an image of
+32×32 latent pixels, so a batch needs little more memory than was measured with one window.
+"""
+
 _ESCAPED = r"\\[\\()\[\]:|<]"
 _TOKEN = re.compile(rf"{_ESCAPED}|[()\[\]:|]|[^\\()\[\]:|]+|\\")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
@@ -59,6 +66,14 @@ class PromptSyntaxError(ValueError):
         super().__init__(f"character {position + 1}: {problem}")
 
 
+class PromptTooLong(ValueError):
+    """``text`` needs more than ``MAX_WINDOWS`` windows of ``window`` tokens."""
+
+    def __init__(self, text: str, window: int) -> None:
+        super().__init__(f"needs more than {MAX_WINDOWS} windows of {window} tokens")
+        self.text = text
+
+
 def check(text: str) -> None:
     """Raise ``PromptSyntaxError`` if ``text`` is not valid in the weighted syntax."""
     parse(text)
@@ -81,6 +96,17 @@ def parse(text: str) -> tuple[Part, ...]:
             f"{max(0, MAX_ENCODED_BYTES // size - 1)} are supported in a prompt of this length",
         )
     return parts
+
+
+def check_length(text: str, window: int) -> None:
+    """Raise ``PromptTooLong`` if ``text``, which is valid, surely needs too many windows.
+
+    ``window`` is in tokens, with a start and an end mark. A word has at least one token; how many
+    it has, only the text encoder's tokenizer knows.
+    """
+    words = (word for part in parse(text) for word in part.text.split())
+    if sum(any(map(str.isalnum, word)) for word in words) > MAX_WINDOWS * (window - 2):
+        raise PromptTooLong(text, window)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from darkroom_server.core.events import (
     AdapterLoaded,
     BatchDone,
     DecodeDone,
+    EncodeDone,
     EngineDied,
     EngineReady,
     Event,
@@ -21,6 +22,7 @@ from darkroom_server.core.events import (
     MemoryReport,
     PreviewReady,
     RowLimitCorrected,
+    SampleBytesCorrected,
     SampleProgress,
 )
 from darkroom_server.dispatch.adapters import AdapterKey
@@ -67,9 +69,9 @@ class EventRouter:
                 case BatchDone():
                     engine.record_batch(event)
                     self._observer.on_event(event)
-                case RowLimitCorrected():
-                    self._availability.set_row_limit(event.model, event.max_rows)
-                    engine.set_row_limit(event.model, event.max_rows)
+                case RowLimitCorrected() | SampleBytesCorrected():
+                    self._availability.correct(event)
+                    engine.correct(event)
                     self._observer.on_event(event)
                 case JobTaken():
                     if active := engine.jobs.get(event.job_id):
@@ -80,6 +82,9 @@ class EventRouter:
                 case PreviewReady():
                     if active := engine.jobs.get(event.job_id):
                         self._add_preview(active, event)
+                case EncodeDone():
+                    engine.batch_times.record_encode(event)
+                    self._observer.on_event(event)
                 case DecodeDone():
                     engine.batch_times.record_decode(event)
                 case ImageReady():

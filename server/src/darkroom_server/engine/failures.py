@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
-from darkroom_server.core.errors import Failure, Reason
+from darkroom_server.core.errors import Failure, Reason, Violation
+from darkroom_server.core.job import PROMPT_FIELDS, Job
+from darkroom_server.core.prompt_syntax import PromptTooLong
 
 _ALLOCATION = (
     "not enough memory",
@@ -43,6 +45,14 @@ def one_line(error: Exception) -> str:
     """The first line of what ``error`` says, for a line of the operator's."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
+
+
+def prompt_too_long(error: PromptTooLong, job: Job) -> Failure:
+    """The failure of ``job``, one of whose prompts is too long."""
+    field = next((name for name in PROMPT_FIELDS if getattr(job, name) == error.text), "prompt")
+    return Failure(
+        Reason.INVALID_REQUEST, f"{field}: {error}", violations=(Violation(field, str(error)),)
+    )
 
 
 OUT_OF_MEMORY = Failure(

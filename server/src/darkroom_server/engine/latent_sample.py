@@ -8,16 +8,16 @@ import torch
 
 from darkroom_server.core.job import Job
 from darkroom_server.engine.batch import Group
+from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.guidance import guide
-from darkroom_server.engine.components.prompt_encoder import Embedding
 from darkroom_server.engine.sample import Sample, predict_x0
 
 
 class LatentSample(Sample):
     """The latents of one image, and its embeddings.
 
-    ``embeddings`` has one entry per row: the prompt's, or the negative prompt's and the prompt's.
-    ``adapter_key`` must be equal for all rows of a batch.
+    ``embeddings`` has one entry per row: the prompt's, or the negative prompt's and the prompt's,
+    which are equally long. ``adapter_key`` must be equal for all rows of a batch.
     """
 
     def __init__(

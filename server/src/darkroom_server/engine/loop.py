@@ -10,6 +10,7 @@ from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
     BatchDone,
     DecodeDone,
+    EncodeDone,
     Event,
     JobTaken,
     RowLimitCorrected,
@@ -24,11 +25,13 @@ from darkroom_server.engine.adapters.store import (
 )
 from darkroom_server.engine.batch import Batch
 from darkroom_server.engine.batching.encode_pool import EncodePool
+from darkroom_server.engine.batching.residency import Residency
 from darkroom_server.engine.batching.row_limits import RowLimits
 from darkroom_server.engine.batching.runner import BatchResult, Runner
 from darkroom_server.engine.batching.scheduler import BatchScheduler
 from darkroom_server.engine.counters import CounterReporter
 from darkroom_server.engine.device.memory_reporter import MemoryReporter
+from darkroom_server.engine.device.timer import Timer
 from darkroom_server.engine.failures import ADAPTER_FAILED
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.sample import Sample
@@ -57,6 +60,7 @@ class EngineLoop:
         self._row_limits = row_limits
         self._caches = caches
         self._emit = emit
+        self._encodes: list[tuple[str, int, Timer]] = []
         self._inbox: queue.SimpleQueue[Job | Cancel | Extend | Close | AdapterRead] = (
             queue.SimpleQueue()
         )
@@ -68,8 +72,13 @@ class EngineLoop:
             emit,
         )
         slow = {id for id, model in models.items() if model.encodes_slowly}
+        self._residency = Residency({id: model.info for id, model in models.items()})
         self._scheduler = BatchScheduler(
-            row_limits, emit, encode_slowly=slow, max_adapters=adapters.max_in_batch
+            row_limits,
+            self._residency,
+            emit,
+            encode_slowly=slow,
+            max_adapters=adapters.max_in_batch,
         )
         self._runner = Runner(models, row_limits, emit)
         self._encode_pool = EncodePool(models)
@@ -144,12 +153,16 @@ class EngineLoop:
             for resident in residents:
                 self._emit(JobTaken(resident.job.id))
             jobs = [resident.job for resident in residents]
-            started, timer = self._runner.new_samples(model_id, jobs)
-            for job, samples in zip(jobs, started, strict=True):
+            started = self._runner.new_samples(model_id, jobs)
+            if started.prompts:
+                self._encodes.append((model_id, started.prompts, started.timer))
+            for job, samples in zip(jobs, started.samples, strict=True):
                 if isinstance(samples, Failure):
                     self._scheduler.fail(job.id, samples)
-                else:
-                    self._scheduler.start(job.id, samples, timer)
+                    continue
+                self._scheduler.start(job.id, samples, started.timer)
+                if correction := self._residency.record(job, samples[0].held_bytes()):
+                    self._emit(correction)
 
     def _run(self, batch: Batch) -> BatchResult:
         self._scheduler.begin(batch, time.monotonic())
@@ -160,6 +173,7 @@ class EngineLoop:
         for job_id, failure in result.failures.items():
             self._scheduler.fail(job_id, failure)
         self._scheduler.charge(batch.group, result.seconds)
+        self._publish_encodes()
         self._publish_steps(batch, result)
         self._correct_row_limit(batch, result)
         for sample in result.stepped:
@@ -174,6 +188,17 @@ class EngineLoop:
             self._scheduler.denoised(sample, result.ended)
         for sample in finished:
             self._decode(sample)
+
+    def _publish_encodes(self) -> None:
+        """Emit the encodes before a batch, which waited for the device."""
+        for model, prompts, timer in self._encodes:
+            cached = self._models[model].prompt_cache_bytes
+            self._emit(
+                EncodeDone(
+                    model=model, prompts=prompts, seconds=timer.seconds(), cache_bytes=cached
+                )
+            )
+        self._encodes.clear()
 
     def _publish_steps(self, batch: Batch, result: BatchResult) -> None:
         """Emit the steps and then their batch; charge each sample its rows' share of the time."""
@@ -219,7 +244,9 @@ class EngineLoop:
             return
         if (group.width, group.height) == (defaults.width, defaults.height):
             max_rows = limits.of(group)
-            self._emit(RowLimitCorrected(batch.model, max_rows))
+            correction = RowLimitCorrected(batch.model, max_rows)
+            self._residency.correct(correction)
+            self._emit(correction)
             self._caches[batch.model].save_row_limit(max_rows)
 
     def _decode(self, sample: Sample) -> None:

@@ -65,6 +65,10 @@ class Sample(ABC):
     def advance(self, prediction: Any) -> None:
         """Take one step: ``prediction`` is the denoiser's output for this sample's rows."""
 
+    def held_bytes(self) -> int:
+        """Bytes that this sample holds between its batches, 0 if they are few."""
+        return 0
+
     def close(self) -> None:  # noqa: B027 - most samples hold nothing but memory.
         """Free what the sample holds; called on the loop's thread, any number of times."""
 

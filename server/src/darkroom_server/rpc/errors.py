@@ -1,5 +1,6 @@
 """Domain errors to gRPC statuses, with details: the one module that knows both."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
     DeadlineUnreachable,
+    Failure,
     GenerationFailed,
     InvalidRequest,
     JobCancelled,
@@ -30,6 +32,7 @@ from darkroom_server.core.errors import (
     UnknownModel,
     UnknownRequest,
     UploadNotFound,
+    Violation,
 )
 
 DOMAIN = "darkroom"
@@ -65,7 +68,10 @@ CODES: dict[type[DarkroomError], int] = {
     GenerationFailed: code_pb2.INTERNAL,
 }
 
-CODES_OF_REASONS: dict[Reason, int] = {Reason.OUT_OF_MEMORY: code_pb2.RESOURCE_EXHAUSTED}
+CODES_OF_REASONS: dict[Reason, int] = {
+    Reason.INVALID_REQUEST: code_pb2.INVALID_ARGUMENT,
+    Reason.OUT_OF_MEMORY: code_pb2.RESOURCE_EXHAUSTED,
+}
 """Where the reason says more than the type."""
 
 
@@ -111,8 +117,10 @@ def _status(
 
 def _details(error: DarkroomError) -> list[Message]:
     match error:
-        case InvalidRequest():
-            return [_bad_request(error)]
+        case InvalidRequest(violations=violations):
+            return [_bad_request(violations)]
+        case GenerationFailed(failure=Failure(violations=violations)) if violations:
+            return [_bad_request(violations)]
         case UnknownModel(model=model):
             return [
                 error_details_pb2.ResourceInfo(
@@ -146,9 +154,9 @@ def _details(error: DarkroomError) -> list[Message]:
     return []
 
 
-def _bad_request(error: InvalidRequest) -> Any:
+def _bad_request(violations: Iterable[Violation]) -> Any:
     bad = error_details_pb2.BadRequest()
-    for violation in error.violations:
+    for violation in violations:
         bad.field_violations.add(field=violation.field, description=violation.description)
         if bad.ByteSize() > MAX_VIOLATIONS_BYTES:
             del bad.field_violations[-1]

@@ -97,6 +97,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             max_reference_images=limits.max_reference_images,
             max_loras=limits.max_loras,
             max_controls=limits.max_controls,
+            sizes=[model_pb2.ImageSize(width=w, height=h) for w, h in limits.sizes],
         ),
         schedulers=[
             model_pb2.SchedulerOffer(

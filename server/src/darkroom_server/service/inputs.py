@@ -105,7 +105,10 @@ class _Loading:
         self._owner = owner
         self._files = files
         self._bounds = Bounds(
-            least=limits.min_size, most=limits.max_size, multiple=limits.size_multiple
+            least=limits.min_size,
+            most=limits.max_size,
+            multiple=limits.size_multiple,
+            sizes=limits.sizes,
         )
 
     async def covering(

@@ -15,9 +15,11 @@ from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
     DeadlineUnreachable,
+    GenerationFailed,
     InvalidRequest,
     JobCancelled,
     NotAllowed,
+    Reason,
     Refused,
     RequestConflict,
     Unauthenticated,
@@ -113,6 +115,8 @@ def outcome_of(error: DarkroomError) -> Outcome:
             | UploadNotFound()
             | RequestConflict()
         ):
+            return Outcome.INVALID
+        case GenerationFailed(reason=Reason.INVALID_REQUEST):  # Only the engine could find out.
             return Outcome.INVALID
         case Refused() | DeadlineUnreachable() | Unauthenticated() | NotAllowed():
             return Outcome.REFUSED

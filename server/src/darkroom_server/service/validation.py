@@ -15,8 +15,8 @@ from darkroom_server.core.job import (
     SchedulerName,
     Task,
 )
-from darkroom_server.core.model import OPTIONAL_FIELDS, ModelInfo
-from darkroom_server.core.prompt_syntax import PromptSyntaxError, parse
+from darkroom_server.core.model import EXTRAS, OPTIONAL_FIELDS, ModelInfo
+from darkroom_server.core.prompt_syntax import PromptSyntaxError, PromptTooLong, check_length
 from darkroom_server.core.record import prompts_fit_in_jpeg
 from darkroom_server.service.call_context import REQUEST_ID, RULE, CallContext
 from darkroom_server.service.input_fields import check_inputs, input_values
@@ -99,6 +99,7 @@ def job_of(
         job = replace(job, **input_values(request.inputs, model))
     if request.inputs is not None or Task.TEXT_TO_IMAGE not in model.tasks:
         fields.violations += check_inputs(request.inputs, model, job.steps)
+    fields.check_size(job.width, job.height)
     if fields.violations:
         raise InvalidRequest(fields.violations)
     return job
@@ -160,14 +161,11 @@ class _Fields:
 
     def check_optional_fields(self) -> None:
         """Which fields the model takes, and which go together."""
-        request, model = self.request, self.model
-        takes = [name for name in OPTIONAL_FIELDS if name in model.optional_fields]
+        request = self.request
         for name in OPTIONAL_FIELDS:
-            if name not in takes and self._is_set(name):
+            if not self._takes(name) and self._is_set(name):
                 self.wrong(
-                    "preview.every_steps" if name == "preview" else name,
-                    f"model {model.id!r} does not take it; "
-                    f"it takes {', '.join(takes) or 'no optional field'}",
+                    "preview.every_steps" if name == "preview" else name, self._why_not(name)
                 )
         if (
             request.empty_negative_prompt
@@ -178,6 +176,20 @@ class _Fields:
 
     def _takes(self, name: str) -> bool:
         return name not in OPTIONAL_FIELDS or name in self.model.optional_fields
+
+    def _why_not(self, name: str) -> str:
+        """Why the model does not take the optional field ``name``."""
+        model = self.model
+        if name in model.fields_without_extra:
+            return (
+                f"model {model.id!r} takes it only if the server has the extra {EXTRAS[name]}: "
+                f"pip install 'darkroom-server[{EXTRAS[name]}]'"
+            )
+        takes = [each for each in OPTIONAL_FIELDS if each in model.optional_fields]
+        return (
+            f"model {model.id!r} does not take it; "
+            f"it takes {', '.join(takes) or 'no optional field'}"
+        )
 
     def _is_set(self, name: str) -> bool:
         request = self.request
@@ -197,6 +209,20 @@ class _Fields:
         if size % limits.size_multiple:
             self.wrong(name, f"must be a multiple of {limits.size_multiple}, not {size}")
         return size
+
+    def check_size(self, width: int, height: int) -> None:
+        """Check a width and a height together, if the model makes certain sizes only."""
+        sizes = self.model.limits.sizes
+        if not sizes or (width, height) in sizes:
+            return
+        if any(violation.field in ("width", "height") for violation in self.violations):
+            return
+        nearest = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
+        self.wrong(
+            "width",
+            f"model {self.model.id!r} makes certain sizes only, not {width}×{height}; the one of "
+            f"the nearest shape is {nearest[0]}×{nearest[1]}",
+        )
 
     def scheduler(self) -> SchedulerName | None:
         """The scheduler, None if the model does not offer the request's."""
@@ -244,7 +270,7 @@ class _Fields:
         return self._number(name, value, value, 1, self.model.limits.max_sequence_length)
 
     def prompt_syntax(self) -> PromptSyntax:
-        """How the prompts are read; each of them must be readable in that way."""
+        """How the prompts are read; each must be valid in that syntax, and not too long."""
         asked = self.request.prompt_syntax
         if asked is None:
             return PromptSyntax.PLAIN
@@ -253,14 +279,15 @@ class _Fields:
             self.wrong("prompt_syntax", f"{asked} is not a prompt syntax that this server knows")
             return PromptSyntax.PLAIN
         if syntax is PromptSyntax.WEIGHTED and self._takes("prompt_syntax"):
-            self._check_weights()
+            self._check_weighted_prompts()
         return syntax
 
-    def _check_weights(self) -> None:
+    def _check_weighted_prompts(self) -> None:
+        window = self.model.limits.prompt_tokens
         for name in PROMPT_FIELDS:
             try:
-                parse(getattr(self.request, name))
-            except PromptSyntaxError as error:
+                check_length(getattr(self.request, name), window)
+            except (PromptSyntaxError, PromptTooLong) as error:
                 self.wrong(name, str(error))
 
     def seed(self) -> int:

@@ -38,6 +38,7 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         threads=engine.threads,
         rows=engine.rows,
         max_rows=engine.max_rows,
+        prompt_cache_bytes=engine.prompt_cache_bytes,
         measurement_cache=str(cache) if cache else None,
         safety_checker=engine.safety_checker,
         adapters=adapter_sources(settings.adapters, hub_token),

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Predicate
 
-from darkroom_server.core.engine_config import Attention, Dtype, Preset
+from darkroom_server.core.engine_config import PROMPT_CACHE_BYTES, Attention, Dtype, Preset
 from darkroom_server.settings.adapters import Adapters
 from darkroom_server.settings.images import Images
 from darkroom_server.settings.lifetime import Results, Shutdown
@@ -84,8 +84,9 @@ class Engine:
         Dtype,
         Setting(
             "The data type of the weights.",
-            choose="`auto` follows a rule, never a measurement, and logs it: float16 on a GPU; "
-            "bfloat16 on a CPU, but with `fast` float32 if the CPU has no bfloat16 instructions.",
+            choose="`auto` follows a rule, never a measurement, and logs it: on a GPU float16 for "
+            "UNets and bfloat16 for transformers; bfloat16 on a CPU, but with `fast` float32 if "
+            "the CPU has no bfloat16 instructions. A type that overflows in a model is a warning.",
         ),
     ] = Dtype.AUTO
     preset: Annotated[
@@ -93,14 +94,16 @@ class Engine:
         Setting(
             "A starting point for the settings below.",
             choose="`frugal` saves memory, `fast` is for speed, `tiny` fits into the smallest "
-            "GPUs; `auto` is `frugal` on a GPU and `fast` on a CPU.",
+            "GPUs; `auto` is `frugal` on a GPU and `fast` on a CPU. Each model takes of it what "
+            "suits its family.",
         ),
     ] = Preset.AUTO
     attention: Annotated[
         Attention | None,
         Setting(
             "The attention implementation.",
-            choose="`sdpa` is faster; `sliced` (diffusers' attention slicing) uses less memory.",
+            choose="`sdpa` is faster; `sliced` (diffusers' attention slicing) uses less memory. "
+            "Transformers have no slices and run with `sdpa`.",
             default="the preset's",
         ),
     ] = None
@@ -115,7 +118,10 @@ class Engine:
     ] = None
     autocast: Annotated[
         bool | None,
-        Setting("Run the denoiser under torch.autocast.", default="the preset's"),
+        Setting(
+            "Run the denoiser under torch.autocast.",
+            default="the preset's, and off for models that it would harm",
+        ),
     ] = None
     channels_last: Annotated[
         bool | None,
@@ -158,6 +164,19 @@ class Engine:
             default="64",
         ),
     ] = None
+    prompt_cache_bytes: Annotated[
+        int,
+        Ge(0),
+        Setting(
+            "Memory for the embeddings of prompts, in bytes, for each model; 0 caches none.",
+            choose="Raise it if `darkroom_prompt_lookups_total` has many misses and your callers "
+            "repeat prompts: an encoder of billions of weights takes as long as many batches. "
+            "Embeddings are kept in host memory; those of Stable Diffusion 1.x and 2.x, at most "
+            "256 of them, on the device.",
+            metavar="N",
+            default="268435456, which is 256 MiB",
+        ),
+    ] = PROMPT_CACHE_BYTES
     measurement_cache: Annotated[
         bool,
         Setting(
@@ -253,7 +272,8 @@ class Dispatch:
         int,
         Ge(1),
         Setting(
-            "Images in an engine at once; the next job goes to the engine while it has fewer.",
+            "Images in an engine at once; the next job goes to the engine while it has fewer, and "
+            "while what they hold between batches fits its memory.",
             choose="Several times the rows of a batch keep the engine busy. More only costs "
             "memory.",
             metavar="N",

@@ -283,6 +283,7 @@ class _Worker:
             "least": fit.bounds.least,
             "most": fit.bounds.most,
             "multiple": fit.bounds.multiple,
+            "sizes": fit.bounds.sizes,
             "gray": fit.gray,
             "expected": fit.expected,
         }

@@ -1,15 +1,20 @@
 """How the size of a picture is made to fit: plain arithmetic, in the server and in its workers."""
 
+import math
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """The sizes that a model takes, in pixels: each side from ``least`` to ``most``."""
+    """The sizes that a model takes, in pixels: each side from ``least`` to ``most``.
+
+    ``sizes``: the only pairs of width and height, if not empty.
+    """
 
     least: int
     most: int
     multiple: int
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def nearest(self, side: float) -> int:
         """The side that the model takes, and that is nearest to ``side``."""
@@ -25,8 +30,15 @@ def own_size(
     """The width and height of a job that starts from ``picture`` and names only some of them.
 
     With none, the picture's own, scaled until both sides are within the bounds if its aspect ratio
-    allows that. With one, the other one follows from the picture's aspect ratio.
+    allows that. With one, the other one follows from the picture's aspect ratio. If the bounds have
+    ``sizes``, it is the one of them whose aspect ratio is nearest to the picture's.
     """
+    if width is not None and height is not None:
+        return width, height
+    if bounds.sizes:
+        known = [s for s in bounds.sizes if width in (None, s[0]) and height in (None, s[1])]
+        ratio = picture[0] / picture[1]
+        return min(known or bounds.sizes, key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
     own_width, own_height = picture
     if width is not None:
         scale = width / own_width

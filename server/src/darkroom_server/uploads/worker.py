@@ -104,7 +104,12 @@ def _fitted(image: Any, source: tuple[int, int], orientation: int, fit: dict[str
     if kind == "within":
         size = within(source, fit["most"])
     else:
-        bounds = Bounds(least=fit["least"], most=fit["most"], multiple=fit["multiple"])
+        bounds = Bounds(
+            least=fit["least"],
+            most=fit["most"],
+            multiple=fit["multiple"],
+            sizes=tuple((width, height) for width, height in fit["sizes"]),
+        )
         size = own_size(source, fit["width"], fit["height"], bounds)
         box = covering_box(source, size)
     if orientation in SIDEWAYS:  # The small image is turned, not the large one.

@@ -30,11 +30,15 @@ _COLUMNS = (
     "runs on",
     "schedulers",
     "takes",
+    "why",
 )
 
 
 def _row(model: Model) -> tuple[str, ...]:
-    """A row for ``_COLUMNS``; the numbers are the defaults, and ``takes`` the optional fields."""
+    """A row for ``_COLUMNS``; the numbers are the defaults, and ``takes`` the optional fields.
+
+    ``why`` says why the model runs with its preset and its dtype.
+    """
     defaults, runtime = model.defaults, model.runtime
     if not model.ready or defaults is None or runtime is None:
         return (model.id, "loading", *("-" for _ in _COLUMNS[2:]))
@@ -48,4 +52,5 @@ def _row(model: Model) -> tuple[str, ...]:
         f"{runtime.device} {runtime.dtype} {runtime.preset}",
         " ".join(offer.scheduler for offer in model.schedulers),
         " ".join(model.optional_fields) or "-",
+        "; ".join(filter(None, (runtime.preset_rule, runtime.format_rule))) or "-",
     )

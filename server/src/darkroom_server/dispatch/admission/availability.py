@@ -11,6 +11,7 @@ from darkroom_server.core.errors import (
     UnknownModel,
     Violation,
 )
+from darkroom_server.core.events import Correction
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.adapters import AdapterStatus, adapters_of
 from darkroom_server.dispatch.engines.pool import EnginePool
@@ -140,10 +141,10 @@ class Availability:
         self._load_times.record()
         self._loaded.set()
 
-    def set_row_limit(self, model_id: str, max_rows: int) -> None:
-        """Real batches have corrected the row limit of a model."""
-        if (info := self.models.get(model_id)) is not None:
-            self.models[model_id] = info.with_row_limit(max_rows)
+    def correct(self, correction: Correction) -> None:
+        """An engine has corrected what was measured of a model."""
+        if (info := self.models.get(correction.model)) is not None:
+            self.models[correction.model] = correction.of(info)
 
     def set_draining(self) -> None:
         """Accept no jobs from now on: the server shuts down."""

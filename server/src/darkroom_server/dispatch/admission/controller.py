@@ -52,10 +52,10 @@ class AdmissionController:
         if job.deadline is not None and job.deadline <= now:
             raise DeadlineExceeded("the deadline passed before the request was accepted")
         self._quotas.check(caller, now)
-        if not self._pool.has_room:
+        active = ActiveJob(job, model, caller)
+        if not self._pool.has_room(active):
             waiting = [active.job for active in self._registry.queue()]
             self.limits.check(job, waiting, self._estimator.retry_after)
-        active = ActiveJob(job, model, caller)
         if active.input_bytes:
             held = sum(each.input_bytes for each in self._registry.all() if not each.ended)
             self.limits.check_inputs(active.input_bytes, held, self._estimator.retry_after)
@@ -80,12 +80,14 @@ class AdmissionController:
 
 
 def check_fits(job: Job, model: ModelInfo) -> None:
-    """Raise ``TooLarge`` if one image of ``job`` does not fit in memory, even alone."""
-    needed = model.memory.needed(job.width, job.height, model.rows_per_image(job))
-    available = model.memory.available_bytes
+    """Raise ``TooLarge`` if ``job`` does not fit in memory, even alone."""
+    needed, available = model.needed_bytes(job), model.memory.available_bytes
     if needed > available:
+        images, smaller = "an image", "a smaller one"
+        if job.image_count > 1 and model.held_bytes(job):
+            images, smaller = f"a job of {job.image_count} images", "fewer or smaller ones"
         raise TooLarge(
-            f"an image of {job.width}×{job.height} pixels needs {needed >> 20} MiB of memory, and "
-            f"{model.runtime.device} has {available >> 20} MiB left; ask for a smaller one",
+            f"{images} of {job.width}×{job.height} pixels needs {needed >> 20} MiB of memory, and "
+            f"{model.runtime.device} has {available >> 20} MiB left; ask for {smaller}",
             metadata={"needed_bytes": str(needed), "available_bytes": str(available)},
         )

@@ -4,8 +4,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from darkroom_server.core.engine import Engine
-from darkroom_server.core.events import BatchDone, EngineReady, MemoryReport
+from darkroom_server.core.events import BatchDone, Correction, EngineReady, MemoryReport
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.residency import resident_bytes
 from darkroom_server.dispatch.adapters import AdapterKey
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache
@@ -57,19 +58,34 @@ class EngineHandle:
         """Images in the engine."""
         return sum(active.job.image_count for active in self.jobs.values())
 
-    def has_room(self, max_samples: int) -> bool:
-        """Whether it takes a new job now: it holds fewer than ``max_samples`` images.
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the unfinished images in the engine hold between their batches, at most."""
+        return sum(self._bytes_of(active) for active in self.jobs.values())
+
+    def has_room(self, max_samples: int, new: ActiveJob) -> bool:
+        """Whether it takes ``new`` now: it has fewer than ``max_samples`` images, and its memory.
 
         A job that may have killed an engine is isolated: it shares its engine with no other job.
         """
         if not self.ready or self.samples >= max_samples:
             return False
-        return not any(active.crashes for active in self.jobs.values())
+        if not self.jobs:
+            return True
+        if any(active.crashes for active in self.jobs.values()):
+            return False
+        needed, held = self._bytes_of(new), self.held_bytes
+        return not (needed and held) or held + needed <= resident_bytes(self.models.values())
 
     def load(self) -> Load:
         """Its state as the simulation takes it."""
         works = [work for work in self._cache.get(self.jobs.values()) if work.calls]
-        return Load(batch_times=self.batch_times, max_rows=self._max_rows, jobs=works)
+        return Load(
+            batch_times=self.batch_times,
+            max_rows=self._max_rows,
+            jobs=works,
+            resident_bytes=resident_bytes(self.models.values()),
+        )
 
     # Jobs.
 
@@ -123,12 +139,16 @@ class EngineHandle:
         for active in self.jobs.values():
             # Prompts are encoded between batches: those of every job here are done.
             if active.state is JobState.ENCODING:
-                active.state = JobState.ASSIGNED
+                active.state = JobState.ENCODED
 
-    def set_row_limit(self, model_id: str, max_rows: int) -> None:
-        """Real batches have corrected the row limit of a model."""
-        if (model := self.models.get(model_id)) is not None:
-            self.models[model_id] = model.with_row_limit(max_rows)
+    def correct(self, correction: Correction) -> None:
+        """The engine has corrected what was measured of a model."""
+        if (model := self.models.get(correction.model)) is not None:
+            self.models[correction.model] = correction.of(model)
+
+    def _bytes_of(self, active: ActiveJob) -> int:
+        model = self.models.get(active.job.model, active.model)
+        return (active.job.image_count - len(active.images)) * model.held_bytes(active.job)
 
     def _max_rows(self, group: Group) -> int:
         """The most rows of a batch of ``group``: as its last one was limited, or as measured."""

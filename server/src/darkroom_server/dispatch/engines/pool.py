@@ -32,6 +32,7 @@ Route = Callable[[EngineHandle, "deque[Event]"], None]
 class EnginePool:
     """All engines; a job enters one while fewer than ``max_resident_samples`` images are in it.
 
+    What the job's images hold between batches must fit the engine's memory, beside the others.
     An engine that dies more than ``max_restarts`` times in ten minutes is retired, and so is, at
     once, one that reports at its first start that it cannot load. A start that fails because the
     machine has no descriptors, processes or memory to give is not a death: it is tried again.
@@ -60,10 +61,10 @@ class EnginePool:
         """Whether an engine can run jobs now."""
         return any(engine.ready for engine in self.engines)
 
-    @property
-    def has_room(self) -> bool:
+    def has_room(self, active: ActiveJob) -> bool:
         """Whether an engine would take a new job now."""
-        return any(engine.has_room(self.max_resident_samples) for engine in self.engines)
+        most = self.max_resident_samples
+        return any(engine.has_room(most, active) for engine in self.engines)
 
     def start(self, route: Route) -> None:
         """Let every engine load; ``route`` handles their events."""
@@ -87,7 +88,7 @@ class EnginePool:
             able = [engine for engine in self.engines if engine.ready and not engine.jobs]
         else:
             most = self.max_resident_samples
-            able = [engine for engine in self.engines if engine.has_room(most)]
+            able = [engine for engine in self.engines if engine.has_room(most, active)]
         if len(able) < 2:
             return able[0] if able else None
         work = remaining_work(active)

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from darkroom_server.core.events import BatchDone, DecodeDone, StageSeconds
+from darkroom_server.core.events import BatchDone, DecodeDone, EncodeDone, StageSeconds
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.estimation.calibration import OPTIMISTIC, quantile
@@ -163,6 +163,8 @@ class BatchTimeModel:
             self._level = 0.0
         if _is_time(model.speed.decode):
             self._decode.setdefault(model.id, model.speed.decode / group.pixels)
+        if _is_time(model.speed.encode):
+            self._prompt.setdefault(model.id, model.speed.encode)
 
     def knows(self, model_id: str) -> bool:
         """Whether any batch of this model was measured."""
@@ -197,7 +199,10 @@ class BatchTimeModel:
         return self._encode.get(group.model, 0.0) * group.pixels
 
     def prompt_seconds(self, group: Group) -> float:
-        """Encoding a job's prompts; no batch runs meanwhile."""
+        """Encoding a job's prompts; no batch runs meanwhile.
+
+        Whether they are cached is not known before, so it is the time if they are not.
+        """
         return self._prompt.get(group.model, 0.0)
 
     def record_batch(self, event: BatchDone) -> None:
@@ -228,6 +233,10 @@ class BatchTimeModel:
             del self._curves[next(iter(self._curves))]
             self._nearest_known.clear()
 
+    def record_encode(self, event: EncodeDone) -> None:
+        """Learn from an encode of prompts that were not cached."""
+        _blend(self._prompt, event.model, event.seconds / event.prompts)
+
     def record_decode(self, event: DecodeDone) -> None:
         """Learn from a decode."""
         _blend(self._decode, event.model, event.seconds / (event.width * event.height))
@@ -235,7 +244,6 @@ class BatchTimeModel:
     def record_job(self, job: Job, stages: StageSeconds) -> None:
         """Learn from a finished job."""
         _blend(self._encode, job.model, stages.encode_image / (job.width * job.height))
-        _blend(self._prompt, job.model, stages.encode_prompt)
 
     def measured(self) -> Iterator[tuple[Group, int, float]]:
         """Every group and row count seen, with the expected seconds of a batch now."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from darkroom_server.core.job import Job
 from darkroom_server.core.order import OrderKey
 from darkroom_server.dispatch.estimation.batch_times import Group
-from darkroom_server.dispatch.jobs.job import ActiveJob
+from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +14,8 @@ class RemainingWork:
     """A job as the simulation sees it.
 
     ``calls``: the denoiser calls that remain for each unfinished image. ``key``: that of an image
-    without any step taken. ``begun``: the job has taken part in a batch.
+    without any step taken. ``begun``: the job has taken part in a batch. ``encoded``: its prompts
+    are encoded. ``bytes_per_image``: what an unfinished image holds between its batches.
     """
 
     id: str
@@ -22,6 +23,8 @@ class RemainingWork:
     key: OrderKey
     calls: tuple[int, ...]
     begun: bool = False
+    encoded: bool = False
+    bytes_per_image: int = 0
 
     def goal(self, calls: int) -> float:
         """When an image with ``calls`` remaining calls should be done; see ``core.order``."""
@@ -51,6 +54,8 @@ def remaining_work(active: ActiveJob) -> RemainingWork:
         ),
         calls=tuple(each for each in calls if each > 0),
         begun=active.started,
+        bytes_per_image=active.model.held_bytes(job),
+        encoded=active.started or active.state is JobState.ENCODED,
     )
 
 
@@ -67,7 +72,7 @@ class RemainingWorkCache:
             id = active.job.id
             state = (
                 active.job,
-                active.started,
+                active.state,
                 len(active.images),
                 tuple(active.remaining.items()),
             )

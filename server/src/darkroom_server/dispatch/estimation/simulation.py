@@ -20,11 +20,15 @@ MAX_IMAGES = 400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """One engine: its batch times, the most rows of a batch of a group, and the jobs in it."""
+    """One engine: its batch times, the most rows of a batch of a group, and the jobs in it.
+
+    ``resident_bytes``: what its unfinished images may hold.
+    """
 
     batch_times: BatchTimeModel
     max_rows: Callable[[Group], int]
     jobs: Sequence[RemainingWork]
+    resident_bytes: float = math.inf
 
 
 @dataclass(slots=True)
@@ -46,8 +50,9 @@ def simulate_queue(
 ) -> Forecast:
     """Simulate the engines of ``loads``, at least one, with their jobs and those that wait.
 
-    ``waiting`` is in its order; a job enters while an engine holds fewer than ``max_samples``. Jobs
-    of ``arrivals`` are submitted later, at their ``key.submitted_at`` in seconds from the start.
+    ``waiting`` is in its order; a job enters while an engine has fewer than ``max_samples`` images
+    and the memory. Jobs of ``arrivals`` are submitted later, at their ``key.submitted_at`` in
+    seconds from the start.
     """
     forecast = Forecast()
     engines = [_Engine(load, forecast) for load in loads]
@@ -88,7 +93,7 @@ def _admit(
     forecast: Forecast,
 ) -> None:
     while queue:
-        able = [engine for engine in engines if engine.samples < max_samples]
+        able = [engine for engine in engines if engine.has_room(queue[-1], max_samples)]
         if not able:
             return
         engine = min(able, key=_Engine.work_seconds) if len(able) > 1 else able[0]
@@ -107,7 +112,7 @@ def _extrapolate(queue: list[RemainingWork], engines: list["_Engine"], forecast:
     for work in reversed(queue):
         engine = min(engines, key=lambda each: each.now)
         forecast.joins[work.id] = forecast.starts[work.id] = engine.now
-        engine.skip(work)
+        engine.skip_new(work)
         forecast.finishes[work.id] = engine.now
 
 
@@ -140,6 +145,8 @@ class _Engine:
     def __init__(self, load: Load, forecast: Forecast) -> None:
         self.now = 0.0
         self.samples = 0
+        self._held_bytes = 0
+        self._resident_bytes = load.resident_bytes
         self._batch_times = load.batch_times
         self._max_rows = load.max_rows
         self._forecast = forecast
@@ -155,10 +162,11 @@ class _Engine:
         self._agenda: list[tuple[float, int, _GroupQueue]] = []
         for work in load.jobs:
             self._add(work)
+        encode = sum(map(self._prompt_seconds, load.jobs))
         if self._queues:
             # The next step boundary is half a batch away, on average.
             seconds = [self._full_batch_seconds(group) for group in self._queues.values()]
-            self.now = sum(seconds) / len(seconds) / 2
+            self.now = sum(seconds) / len(seconds) / 2 + encode
 
     @property
     def busy(self) -> bool:
@@ -170,9 +178,17 @@ class _Engine:
             return self.now
         return self.now + len(self._active) * self._service()
 
+    def has_room(self, work: RemainingWork, max_samples: int) -> bool:
+        """Whether it takes ``work`` now: by its images, and by what they hold in memory."""
+        if self.samples >= max_samples:
+            return False
+        needed = len(work.calls) * work.bytes_per_image
+        held = self._held_bytes
+        return not (needed and held) or held + needed <= self._resident_bytes
+
     def take(self, work: RemainingWork) -> None:
         """Add a job."""
-        self.now += 0.0 if work.begun else self._batch_times.prompt_seconds(work.group)
+        self.now += self._prompt_seconds(work)
         self._add(work)
 
     def fill(self) -> None:
@@ -236,6 +252,14 @@ class _Engine:
         self._forecast.starts.setdefault(work.id, self.now)
         self.now += self._full_seconds(work)
 
+    def skip_new(self, work: RemainingWork) -> None:
+        """Advance by the time of a job that never entered."""
+        self.now += self._prompt_seconds(work)
+        self.skip(work)
+
+    def _prompt_seconds(self, work: RemainingWork) -> float:
+        return 0.0 if work.encoded else self._batch_times.prompt_seconds(work.group)
+
     def _serve(self, service: float) -> None:
         """Run batches of each active group for ``service`` seconds."""
         self.now += service * len(self._active)
@@ -270,6 +294,7 @@ class _Engine:
         self._work_seconds += self._full_seconds(work)
         self._unfinished[work.id] = len(work.calls)
         self.samples += len(work.calls)
+        self._held_bytes += len(work.calls) * work.bytes_per_image
         if work.begun:
             self._forecast.starts[work.id] = 0.0
         for calls in work.calls:
@@ -300,6 +325,7 @@ class _Engine:
         """Finish one image of a job."""
         self.now += self._batch_times.decode_seconds(work.group)
         self._unfinished[work.id] -= 1
+        self._held_bytes -= work.bytes_per_image
         if not self._unfinished[work.id]:
             del self._unfinished[work.id]
             self._work_seconds -= self._full_seconds(work)

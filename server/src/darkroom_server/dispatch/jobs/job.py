@@ -32,6 +32,7 @@ class JobState(Enum):
     QUEUED = auto()
     ASSIGNED = auto()
     ENCODING = auto()
+    ENCODED = auto()
     DENOISING = auto()
     DECODING = auto()
 

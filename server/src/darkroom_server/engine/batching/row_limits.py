@@ -52,23 +52,26 @@ class RowLimits:
         fixed = model.limits.row_limit_source is RowLimitSource.SET
         return cls(model.limits.max_rows, model.memory, None if fixed else model.most_rows)
 
-    def of(self, group: Group) -> int:
-        """Rows that a batch of ``group`` may have now, at least 2."""
-        tuner = self._tuners.get(group)
-        return min(tuner.rows if tuner else self.max_rows, self._most_now(group))
+    def of(self, group: Group, held: int | None = None) -> int:
+        """Rows that a batch of ``group`` may have, at least 2.
 
-    def next_rows(self, group: Group, waiting: int) -> int:
+        ``held``: the bytes that unfinished images hold now, see ``MemoryNeeds.rows_that_fit``.
+        """
+        tuner = self._tuners.get(group)
+        return min(tuner.rows if tuner else self.max_rows, self._most_now(group, held))
+
+    def next_rows(self, group: Group, waiting: int, held: int | None = None) -> int:
         """The row limit of the next batch of ``group``, of which ``waiting`` rows wait.
 
         It is that of ``of``, except in a trial of another limit.
         """
         if self._most_rows is None:
-            return self.of(group)
+            return self.of(group, held)
         tuner = self._tuners.pop(group, None) or RowTuner(self.of(group), self._most_rows)
         self._tuners[group] = tuner  # Now the most recently used.
         if len(self._tuners) > MAX_GROUPS:
             del self._tuners[next(iter(self._tuners))]
-        return tuner.next_rows(waiting, self._most_now(group))
+        return tuner.next_rows(waiting, self._most_now(group, held))
 
     def record_batch(self, group: Group, rows: int, seconds: float) -> bool:
         """Learn from a batch of ``rows`` rows; returns whether the limit of ``group`` changed."""
@@ -78,9 +81,9 @@ class RowLimits:
         log.info("row limit corrected by real batches", group=str(group), max_rows=tuner.rows)
         return True
 
-    def _most_now(self, group: Group) -> int:
+    def _most_now(self, group: Group, held: int | None) -> int:
         """The most rows that fit the memory now."""
-        fit = self.memory.rows_that_fit(group.width, group.height)
+        fit = self.memory.rows_that_fit(group.width, group.height, held)
         if self._most_rows is None:
             fit = min(fit, self.max_rows)
         reduced = self._reduced_row_limits.get(group)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import Counted, Event
 from darkroom_server.core.job import Job
+from darkroom_server.core.prompt_syntax import PromptTooLong
 from darkroom_server.engine.batch import Batch
 from darkroom_server.engine.batching.row_limits import RowLimits
 from darkroom_server.engine.batching.run_or_split import run_or_split
@@ -27,6 +28,7 @@ from darkroom_server.engine.failures import (
     SCHEDULER_FAILED,
     is_fatal,
     is_out_of_memory,
+    prompt_too_long,
 )
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.sample import Sample
@@ -58,6 +60,18 @@ class BatchResult:
         return sum(sample.rows for sample in self.stepped)
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What new jobs of one model got: ``samples``, all noise, or the failure of each.
+
+    ``timer`` timed their prompts, of which ``prompts`` were not cached.
+    """
+
+    samples: list[Sequence[Sample] | Failure]
+    timer: Timer
+    prompts: int
+
+
 class Runner:
     """Owns the models; encodes prompts, runs batches, decodes. Has no queues.
 
@@ -86,14 +100,10 @@ class Runner:
         """The counters of each model's components, by model id."""
         return {id: (*model.counts, self._counts[id]) for id, model in self.models.items()}
 
-    def new_samples(
-        self, model_id: str, jobs: Sequence[Job]
-    ) -> tuple[list[Sequence[Sample] | Failure], Timer]:
-        """The samples of each job, all noise, and the timer of their prompts' encoding.
-
-        All ``jobs`` use one model, which may encode their prompts together.
-        """
+    def new_samples(self, model_id: str, jobs: Sequence[Job]) -> Started:
+        """Start the samples of ``jobs``, all of one model, which may encode prompts together."""
         model = self.models[model_id]
+        before = _prompts_encoded(model)
         with Timer(model.device) as timer:
             together = [jobs] if model.batches_prompts else [[job] for job in jobs]
             encoded = [
@@ -112,7 +122,7 @@ class Runner:
                 if is_fatal(error):
                     raise
                 started.append(self._scheduler_failed(job, error))
-        return started, timer
+        return Started(started, timer, _prompts_encoded(model) - before)
 
     def run(self, batch: Batch) -> BatchResult:
         """Run the denoiser once: each sample of ``batch`` takes one step."""
@@ -200,6 +210,8 @@ class Runner:
         return OUT_OF_MEMORY
 
     def _prompts_failed(self, jobs: Sequence[Job], error: Exception) -> Failure:
+        if isinstance(error, PromptTooLong):
+            return prompt_too_long(error, jobs[0])
         out_of_memory = is_out_of_memory(error)
         log.warning(
             "prompts could not be encoded",
@@ -226,3 +238,8 @@ class Runner:
         """Count a call that ran out of memory; one that is not ``alone`` is split."""
         outcome = Counted.OUT_OF_MEMORY_FAILED if alone else Counted.OUT_OF_MEMORY_SPLIT
         self._counts[model_id][outcome] += 1
+
+
+def _prompts_encoded(model: Model) -> int:
+    """The prompts that ``model`` has encoded since its counters were last emitted."""
+    return sum(counts[Counted.PROMPTS_ENCODED] for counts in model.counts)

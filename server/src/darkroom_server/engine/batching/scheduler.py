@@ -8,6 +8,7 @@ from darkroom_server.core.events import Event, JobCancelled, JobFailed
 from darkroom_server.core.job import Job
 from darkroom_server.core.order import FairShare, pick
 from darkroom_server.engine.batch import Batch, Group
+from darkroom_server.engine.batching.residency import Residency
 from darkroom_server.engine.batching.resident_job import ResidentJob
 from darkroom_server.engine.batching.row_limits import RowLimits
 
@@ -21,14 +22,15 @@ class BatchScheduler:
 
     A job is a newcomer until its prompts are encoded. Then its samples wait for batches until each
     took its last step. The job is removed when its last image is decoded, or when it ends early.
-    ``encode_slowly`` are the ids of models whose prompts take long to encode. A batch has at most
-    ``max_adapters`` different adapters.
+    ``encode_slowly`` are the ids of models whose prompts take long to encode. ``residency`` bounds
+    what unfinished samples hold. A batch has at most ``max_adapters`` different adapters.
     Used from the loop's thread only.
     """
 
     def __init__(
         self,
         row_limits: Mapping[str, RowLimits],
+        residency: Residency,
         emit: Callable[[Event], None],
         encode_slowly: Container[str] = (),
         max_adapters: int | None = None,
@@ -36,6 +38,7 @@ class BatchScheduler:
         self._max_adapters = max_adapters
         self._encode_slowly = encode_slowly
         self._row_limits = row_limits
+        self._residency = residency
         self._emit = emit
         self._jobs: dict[str, ResidentJob] = {}
         self._newcomers: dict[str, ResidentJob] = {}
@@ -100,6 +103,8 @@ class BatchScheduler:
     def take_newcomers(self) -> dict[str, list[ResidentJob]]:
         """The newcomers to encode now, by model id, in the order of arrival; each once.
 
+        The first job whose samples do not fit the memory waits, and those behind it too.
+
         Of the models that encode slowly one job is returned, and the next one after each group that
         waits now has had a batch: an encode must not hold up the jobs that run for long.
         """
@@ -107,12 +112,15 @@ class BatchScheduler:
         slow_is_due = not (self._owed & self._samples.keys())
         for id, resident in list(self._newcomers.items()):
             model = resident.job.model
+            if not self._residency.has_room(resident.job):
+                break
             if model in self._encode_slowly:
                 if not slow_is_due:
                     continue
                 slow_is_due = False
                 self._owed = set(self._samples)
             del self._newcomers[id]
+            self._residency.enter(resident.job)
             by_model.setdefault(model, []).append(resident)
         return by_model
 
@@ -132,13 +140,15 @@ class BatchScheduler:
         group = self._shares.next(self._samples)
         samples = self._samples[group]
         waiting = sum(sample.rows for sample in samples.values())
-        max_rows = self._row_limits[group.model].next_rows(group, waiting)
+        max_rows = self._row_limits[group.model].next_rows(
+            group, waiting, self._residency.held_bytes
+        )
         keys = pick([sample.key() for sample in samples.values()], max_rows, self._max_adapters)
         return Batch.of([samples[key.id] for key in keys])
 
     def max_rows(self, group: Group) -> int:
         """Rows that a batch of ``group`` may have now."""
-        return self._row_limits[group.model].of(group)
+        return self._row_limits[group.model].of(group, self._residency.held_bytes)
 
     def begin(self, batch: Batch, now: float) -> None:
         """Emit ``JobStarted`` for each job whose first batch this is; ``now`` is monotonic."""
@@ -159,6 +169,7 @@ class BatchScheduler:
     def denoised(self, sample: "Sample", now: float) -> None:
         """Take ``sample`` out of the batches: it took its last step, at ``now``."""
         self.job_of(sample).denoised(now)
+        self._residency.finish_image(sample.job.id)
         self._forget(sample)
 
     def decoded(self, sample: "Sample", now: float) -> ResidentJob:
@@ -178,6 +189,7 @@ class BatchScheduler:
     def _remove(self, resident: ResidentJob) -> None:
         del self._jobs[resident.job.id]
         self._newcomers.pop(resident.job.id, None)
+        self._residency.leave(resident.job.id)
         for sample in resident.samples:
             self._forget(sample)
             sample.close()

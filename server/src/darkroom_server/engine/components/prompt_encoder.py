@@ -3,44 +3,45 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from darkroom_server.core.events import Counted
+from darkroom_server.core.job import PromptSyntax
 from darkroom_server.engine.adapters.model_adapters import ModelAdapters
 from darkroom_server.engine.adapters.weights import Mix
+from darkroom_server.engine.components.embedding import Embedding
+from darkroom_server.engine.components.weighted_prompts import WeightedPromptEncoder
 from darkroom_server.engine.counters import Counts
 
 MAX_CACHED = 256
-"""Size of the LRU cache of embeddings: 118 kB each for SD 1.x in half precision."""
+"""Windows of tokens in the LRU cache of embeddings, which is on the device: 118 kB each for SD 1.x
+in half precision."""
 
 MAX_BATCH = 16
 """Prompts in one call, which bounds the memory of a burst of requests."""
 
 
 class PromptKey(NamedTuple):
-    """A prompt, whether it is encoded in a call of its own, and the encoder's adapters."""
+    """What decides a prompt's embedding, to the last bit; ``alone``: in a call of its own.
+
+    ``mix`` are the adapters of the text encoder.
+    """
 
     text: str
     alone: bool
+    syntax: PromptSyntax = PromptSyntax.PLAIN
     mix: Mix = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Embedding:
-    """A prompt as the denoiser's input: ``hidden`` is [1, tokens, width]."""
-
-    hidden: torch.Tensor
-    truncated: bool
 
 
 class PromptEncoder:
     """Encodes prompts with a pipeline's tokenizer and text encoder.
 
-    ``dtype`` is the denoiser's. A prompt of an exact job is encoded in a call of its own, because
-    a batch may change the last bits, and has a cache entry of its own; so has one with adapters.
+    ``dtype`` is the denoiser's. The cache has at most ``max_cache_bytes`` bytes. A prompt of an
+    exact job is encoded in a call of its own, because a batch may change the last bits, and has a
+    cache entry of its own; so has one with adapters. So is each weighted prompt, which needs
+    ``weighted``. ``adapters`` are the model's, None if it has none.
     """
 
     def __init__(
@@ -49,14 +50,17 @@ class PromptEncoder:
         text_encoder: Any,
         dtype: torch.dtype,
         precision: Callable[[], AbstractContextManager[Any]],
-        adapters: ModelAdapters | None = None,
+        max_cache_bytes: int,
+        weighted: WeightedPromptEncoder | None = None,
     ) -> None:
         self.counts = Counts()
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._dtype = dtype
         self._precision = precision
-        self._adapters = adapters
+        self._weighted = weighted
+        self._max_cache_bytes = max_cache_bytes
+        self.adapters: ModelAdapters | None = None
         self._cache: OrderedDict[PromptKey, Embedding] = OrderedDict()
 
     @property
@@ -64,8 +68,17 @@ class PromptEncoder:
         """Tokens that the model reads of a prompt, the start and end marks included."""
         return int(self._tokenizer.model_max_length)
 
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of all embeddings in the cache."""
+        return sum(embedding.bytes for embedding in self._cache.values())
+
     def encode(self, wanted: Iterable[PromptKey]) -> dict[PromptKey, Embedding]:
-        """The embedding of each wanted prompt; at most ``MAX_BATCH`` prompts a call."""
+        """The embedding of each wanted prompt; at most ``MAX_BATCH`` prompts a call.
+
+        Raises ``PromptTooLong`` for a weighted prompt of too many windows, and what a text encoder
+        raises. What was encoded before is in the cache then.
+        """
         keys = list(dict.fromkeys(wanted))
         missing = [key for key in keys if key not in self._cache]
         found = {key: self._cache[key] for key in keys if key in self._cache}
@@ -73,15 +86,35 @@ class PromptEncoder:
         for key in found:
             self._cache.move_to_end(key)
         for batch in _batches(missing):
-            texts = [key.text for key in batch]
-            with nullcontext() if self._adapters is None else self._adapters.encoding(batch[0].mix):
-                encoded = dict(zip(batch, self._encode(texts), strict=True))
+            with nullcontext() if self.adapters is None else self.adapters.encoding(batch[0].mix):
+                encoded = dict(zip(batch, self._encode_batch(batch), strict=True))
             self.counts[Counted.PROMPTS_ENCODED] += len(batch)
             found.update(encoded)
             self._cache.update(encoded)  # Before the next batch, which may fail.
-            while len(self._cache) > MAX_CACHED:
+            while self._cached_windows > MAX_CACHED or self.cache_bytes > self._max_cache_bytes:
                 self._cache.popitem(last=False)
         return found
+
+    def encode_uncached(self, text: str) -> Embedding:
+        """The embedding of ``text``, from a call of its own; the cache stays as it is."""
+        return self._encode([text])[0]
+
+    def padded(self, *embeddings: Embedding) -> tuple[Embedding, ...]:
+        """The embeddings of the prompts of one image, all as long as the longest."""
+        if len({embedding.hidden.shape[1] for embedding in embeddings}) == 1:
+            return embeddings
+        assert self._weighted is not None, "plain prompts have one length"
+        return tuple(self._weighted.padded(*embeddings))
+
+    @property
+    def _cached_windows(self) -> float:
+        return sum(each.hidden.shape[1] for each in self._cache.values()) / self.tokens
+
+    def _encode_batch(self, batch: list[PromptKey]) -> list[Embedding]:
+        if batch[0].syntax is PromptSyntax.PLAIN:
+            return self._encode([key.text for key in batch])
+        assert self._weighted is not None, "the model does not take weighted prompts"
+        return [self._weighted.encode(key.text) for key in batch]
 
     def _encode(self, texts: list[str]) -> list[Embedding]:
         limit = self.tokens

@@ -2,26 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.prompt_syntax import Part, parse
+from darkroom_server.core.model import EXTRAS
+from darkroom_server.core.prompt_syntax import MAX_WINDOWS, Part, PromptTooLong, parse
+from darkroom_server.engine.components.embedding import Embedding
 
 
-@dataclass(frozen=True, slots=True)
-class WeightedEmbedding:
-    """A prompt as the denoiser's input.
-
-    ``hidden`` is [1, tokens, width]; tokens is a multiple of ``WeightedPromptEncoder.window``, and
-    width the sum of the encoders' widths. ``pooled`` is [1, width] of the last encoder, None for a
-    family without it.
-    """
-
-    hidden: torch.Tensor
-    pooled: torch.Tensor | None
+def compel_is_installed() -> bool:
+    """Whether the extra for weighted prompts is installed."""
+    return find_spec("compel") is not None
 
 
 class WeightedPromptEncoder:
@@ -51,7 +46,7 @@ class WeightedPromptEncoder:
         except ImportError as error:
             raise StartupError(
                 f"weighted prompts need compel ({error.name} is missing): "
-                "pip install 'darkroom-server[prompt-weights]'"
+                f"pip install 'darkroom-server[{EXTRAS['prompt_syntax']}]'"
             ) from None
         kinds = ReturnedEmbeddingsType
         self._dtype = dtype
@@ -76,18 +71,27 @@ class WeightedPromptEncoder:
         """Tokens of one window, the start and end marks included."""
         return int(self._providers[0].max_token_count)
 
-    def encode(self, *prompts: str) -> WeightedEmbedding:
+    def encode(self, *prompts: str) -> Embedding:
         """The embedding of a prompt: one text for all encoders, or one for each.
 
-        Weights change ``hidden`` only: ``pooled`` is that of the first window of the last encoder's
-        text without its weights. Raises ``PromptSyntaxError``.
+        Its length is a multiple of ``window``, and no token is cut off. Weights change ``hidden``
+        only: ``pooled`` is that of the first window of the last encoder's text without its weights.
+
+        Raises ``PromptSyntaxError`` or ``PromptTooLong`` before a text encoder runs.
         """
         texts = prompts * len(self._providers) if len(prompts) == 1 else prompts
         parsed = [parse(text) for text in texts]
+        kept = [
+            _with_tokens(provider, parts)
+            for provider, parts in zip(self._providers, parsed, strict=True)
+        ]
+        for provider, text, parts in zip(self._providers, texts, kept, strict=True):
+            if _windows(provider, parts) > MAX_WINDOWS:
+                raise PromptTooLong(text, self.window)
         with self._precision():
             rows = [
                 _hidden(provider, parts)
-                for provider, parts in zip(self._providers, parsed, strict=True)
+                for provider, parts in zip(self._providers, kept, strict=True)
             ]
             tokens = max(row.shape[1] for row in rows)
             rows = [
@@ -96,11 +100,13 @@ class WeightedPromptEncoder:
             ]
             hidden = torch.cat(rows, dim=-1)
             pooled = _pooled(self._providers[-1], parsed[-1]) if self._has_pooled else None
-        return WeightedEmbedding(
-            hidden.to(self._dtype), None if pooled is None else pooled.to(self._dtype)
+        return Embedding(
+            hidden.to(self._dtype),
+            truncated=False,
+            pooled=None if pooled is None else pooled.to(self._dtype),
         )
 
-    def padded(self, *embeddings: WeightedEmbedding) -> list[WeightedEmbedding]:
+    def padded(self, *embeddings: Embedding) -> list[Embedding]:
         """The same embeddings, all as long as the longest: windows of an empty prompt are added.
 
         The rows of one image, its prompt and its negative prompt, must have one length.
@@ -122,18 +128,28 @@ def _padding_mask(text_encoder: Any) -> int:
 
 def _hidden(provider: Any, parts: Sequence[Part]) -> torch.Tensor:
     """The hidden states of one encoder: [1, tokens, width]."""
-    # compel fails for a weighted part without tokens, such as a space.
-    kept = [part for part in parts if _has_tokens(provider, part.text)] or [Part("", 1.0)]
     hidden: torch.Tensor = provider.get_embeddings_for_weighted_prompt_fragments(
-        [[part.text for part in kept]],
-        [[part.weight for part in kept]],
+        [[part.text for part in parts]],
+        [[part.weight for part in parts]],
         device=provider.text_encoder.device,
     )
     return hidden
 
 
-def _has_tokens(provider: Any, text: str) -> bool:
-    return bool(provider.get_token_ids([text], include_start_and_end_markers=False)[0])
+def _with_tokens(provider: Any, parts: Sequence[Part]) -> list[Part]:
+    """``parts`` without those that have no token, such as a space: compel fails for them."""
+    if not parts:
+        return [Part("", 1.0)]
+    ids = provider.get_token_ids([part.text for part in parts], include_start_and_end_markers=False)
+    return [part for part, found in zip(parts, ids, strict=True) if found] or [Part("", 1.0)]
+
+
+def _windows(provider: Any, parts: Sequence[Part]) -> int:
+    """The windows into which compel splits ``parts``."""
+    ids, _, _ = provider.get_token_ids_and_expand_weights(
+        [part.text for part in parts], [part.weight for part in parts], device="cpu"
+    )
+    return len(ids) // int(provider.max_token_count)
 
 
 def _pooled(provider: Any, parts: Sequence[Part]) -> torch.Tensor:

@@ -6,6 +6,7 @@ All prompts are padded to one length. The transformer has no mask: padding is ze
 from dataclasses import replace
 
 from darkroom_server.core.model import ModelLimits
+from darkroom_server.engine.families.half_dtypes import HOLDS_IN_FLOAT16
 from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -37,6 +38,7 @@ class AuraFlow(TransformerFamily):
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=50, guidance_scale=3.5)
     spec = TRANSFORMER
+    half = HOLDS_IN_FLOAT16
     size_multiple_factor = 2
 
     @property

@@ -19,19 +19,21 @@ from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance, ModelInfo, ModelLimits, SchedulerOffer
 from darkroom_server.engine.adapters.model_adapters import ModelAdapters
 from darkroom_server.engine.components.decoder import NO_OPTIONS, Decoder
+from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
-from darkroom_server.engine.components.prompt_encoder import Embedding, PromptKey
+from darkroom_server.engine.components.prompt_encoder import PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, offers
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
-from darkroom_server.engine.warmup.formats import MemoryFormat
+from darkroom_server.engine.warmup.formats import HalfPrecision, MemoryFormat
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which a component of a model is called: autocast, or nothing."""
 
 Embeddings = Mapping[PromptKey, Embedding]
+"""Embeddings by what decides them."""
 
 
 class Model(Protocol):
@@ -65,6 +67,10 @@ class Model(Protocol):
     def counts(self) -> tuple[Counts, ...]:
         """The counters of the model's components; the loop emits and clears them."""
 
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """The bytes of the embeddings in the prompt cache."""
+
     def encode_prompts(self, jobs: Sequence[Job]) -> Sequence[Any]:
         """For each job what ``new_samples`` takes: its prompts, encoded."""
 
@@ -92,6 +98,7 @@ class Family(ABC):
     requests that leave a field unset, see ``model_defaults``. ``denoiser_name`` is the component
     that runs every step.
     ``convolutional``: it has two-dimensional convolutions, which channels last can make faster.
+    ``half`` says how it runs in half precision.
     ``takes_loras``: the rows of its denoiser may have LoRA adapters.
     ``chosen_size`` is the default width and height that the operator set, in pixels. ``adapters``
     are set before ``new_model``, None if the server offers none for this pipeline.
@@ -105,6 +112,7 @@ class Family(ABC):
     defaults: ClassVar[Defaults]
     denoiser_name: ClassVar[str]
     convolutional: ClassVar[bool]
+    half: ClassVar[HalfPrecision] = HalfPrecision()
     takes_loras: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any) -> None:
@@ -156,7 +164,7 @@ class Family(ABC):
 
     @property
     def optional_fields(self) -> frozenset[str]:
-        """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
+        """Those of ``core.model.OPTIONAL_FIELDS`` that it takes if their extra is installed."""
         return frozenset({"negative_prompt", "guidance_scale", "preview"})
 
     @property
@@ -215,6 +223,10 @@ class Family(ABC):
     @abstractmethod
     def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Latents of one image of the default size, for measurements of its decode."""
+
+    def encode_prompt(self) -> bool:
+        """Encode a prompt past the cache, for measurements; False if the family cannot."""
+        return False
 
     def safety_checker(self, name: str) -> SafetyChecker:
         """The pipeline's own safety checker. Raises ``StartupError`` if it has none."""

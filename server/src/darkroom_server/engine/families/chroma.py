@@ -4,6 +4,7 @@ All prompts are padded to one length, with a mask that is among the rows.
 """
 
 from darkroom_server.core.model import Guidance
+from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -37,6 +38,7 @@ class Chroma(PackedLatentsFamily):
     optional = ("image_encoder", "feature_extractor")
     defaults = Defaults(steps=35, guidance_scale=5.0)
     spec = TRANSFORMER
+    half = CLIPPED_IN_FLOAT16
 
     @property
     def guidance(self) -> Guidance:

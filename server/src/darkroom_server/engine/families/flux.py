@@ -3,8 +3,11 @@
 Its text tokens have no mask, so prompts are never padded to the length of others.
 """
 
+from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance
+from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
+from darkroom_server.engine.families.several_prompts import is_cut
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 
@@ -40,6 +43,7 @@ class Flux(PackedLatentsFamily):
     optional = ("image_encoder", "feature_extractor")
     defaults = Defaults(steps=28, guidance_scale=3.5)
     spec = TRANSFORMER
+    half = CLIPPED_IN_FLOAT16
     prompt_tokenizer = "tokenizer_2"
 
     @property
@@ -77,6 +81,14 @@ class Flux(PackedLatentsFamily):
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt by default, the end mark included."""
         return MAX_TOKENS if self.takes_guidance else SCHNELL_TOKENS
+
+    def is_truncated(self, job: Job) -> bool:
+        """Whether no text encoder reads a prompt of ``job`` to its end."""
+        windows = {
+            "tokenizer": self.pipeline.tokenizer.model_max_length,
+            "tokenizer_2": job.max_sequence_length or self.prompt_tokens,
+        }
+        return is_cut(job, self.pipeline, windows)
 
     @property
     def most_tokens(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance
 from darkroom_server.engine.families.chat import chat_length
+from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -39,6 +40,7 @@ class Flux2(PackedLatentsFamily):
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=50, guidance_scale=4.0)
     spec = TRANSFORMER
+    half = CLIPPED_IN_FLOAT16
 
     @property
     def guidance(self) -> Guidance:

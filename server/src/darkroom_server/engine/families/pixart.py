@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from darkroom_server.core.job import Job
+from darkroom_server.engine.families.half_dtypes import HOLDS_IN_FLOAT16
 from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -36,6 +37,7 @@ class PixArtSigma(TransformerFamily):
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=20, guidance_scale=4.5)
     spec = TRANSFORMER
+    half = HOLDS_IN_FLOAT16
     size_multiple_factor = 2
     max_tokens: ClassVar[int] = 300
     call_options: ClassVar[Mapping[str, Any]] = {

@@ -6,6 +6,7 @@ import torch
 
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance
+from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -37,6 +38,7 @@ class QwenImage(PackedLatentsFamily):
     defaults = Defaults(steps=50, guidance_scale=1.0, true_cfg_scale=4.0)
     has_video_vae = True
     spec = TRANSFORMER
+    half = CLIPPED_IN_FLOAT16
 
     @property
     def guidance(self) -> Guidance:

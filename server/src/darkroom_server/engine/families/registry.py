@@ -3,12 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
+
+from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.families.aura_flow import AuraFlow
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.chroma import Chroma
 from darkroom_server.engine.families.flux import Flux
 from darkroom_server.engine.families.flux_2 import Flux2, Flux2Klein
+from darkroom_server.engine.families.hidream import HiDream
 from darkroom_server.engine.families.hunyuan_image import HunyuanImage
+from darkroom_server.engine.families.kolors import Kolors
 from darkroom_server.engine.families.lumina_2 import Lumina2
 from darkroom_server.engine.families.pixart import PixArtAlpha, PixArtSigma
 from darkroom_server.engine.families.qwen_image import QwenImage
@@ -38,13 +43,15 @@ FAMILIES: dict[str, type[Family]] = {
         Sana,
         SanaSprint,
         HunyuanImage,
+        Kolors,
+        HiDream,
         # One line for each family.
     )
 }
 """By the class of the pipeline, as ``model_index.json`` names it."""
 
 SINGLE_FILE: type[Family] = StableDiffusion
-"""The family of a single file that comes without ``--model-config``: it names no class."""
+"""The family of a single file that comes without ``--model-config``, if no key names another."""
 
 
 def family_named(kind: str, index: Mapping[str, Any], name: str) -> type[Family]:
@@ -52,6 +59,11 @@ def family_named(kind: str, index: Mapping[str, Any], name: str) -> type[Family]
 
     ``name`` is what the operator calls the model. Raises ``StartupError`` if it cannot be served.
     """
+    if lacking := _lacking_packages(kind):
+        raise StartupError(
+            f"model {name!r} is a {kind}, which needs the package {' and '.join(lacking)}; "
+            "install it"
+        )
     return FAMILIES.get(kind) or undescribed_family(kind, index, name)
 
 
@@ -59,3 +71,12 @@ def family_of(pipeline: Any) -> Family:
     """The family of a pipeline that was loaded. Raises ``StartupError`` as ``family_named``."""
     kind = type(pipeline).__name__
     return family_named(kind, pipeline.config, kind)(pipeline)
+
+
+def _lacking_packages(kind: str) -> list[str]:
+    """The packages that are not installed, and without which diffusers does not load ``kind``."""
+    found = getattr(diffusers, kind, None)
+    if not isinstance(found, diffusers.utils.DummyObject):
+        return []
+    # It names all that the class needs; Darkroom requires these two itself.
+    return [package for package in found._backends if package not in ("torch", "transformers")]

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance
+from darkroom_server.engine.families.half_dtypes import LINEAR_ATTENTION
 from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -39,6 +40,7 @@ class Sana(TransformerFamily):
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=20, guidance_scale=4.5)
     spec = TRANSFORMER
+    half = LINEAR_ATTENTION
     call_options: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False}
     # The previewer reads the mean of a VAE's distribution, and this one has none.
     has_previews = False

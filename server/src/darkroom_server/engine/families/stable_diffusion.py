@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
-from darkroom_server.core.job import Job
+from darkroom_server.core.job import Job, PromptSyntax
 from darkroom_server.core.model import ModelInfo, ModelLimits
 from darkroom_server.engine.adapters.model_adapters import ModelAdapters, denoising
 from darkroom_server.engine.adapters.weights import Mix
@@ -20,6 +21,10 @@ from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import PromptEncoder, PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler
+from darkroom_server.engine.components.weighted_prompts import (
+    WeightedPromptEncoder,
+    compel_is_installed,
+)
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
 from darkroom_server.engine.latent_sample import LatentSample
@@ -56,6 +61,24 @@ class StableDiffusion(Family):
         """Raise ``StartupError`` for a guidance-distilled UNet, which takes one more input."""
         if self.pipeline.unet.config.time_cond_proj_dim is not None:
             raise StartupError(f"model {name!r} is guidance-distilled: not supported")
+
+    def prepare(
+        self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
+    ) -> None:
+        """Make the prompt encoder."""
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        dtype = memory_format.dtype
+        weighted = None
+        if compel_is_installed():
+            weighted = WeightedPromptEncoder([tokenizer], [encoder], dtype, precision)
+        self._prompts = PromptEncoder(
+            tokenizer, encoder, dtype, precision, config.prompt_cache_bytes, weighted
+        )
+
+    @property
+    def optional_fields(self) -> frozenset[str]:
+        """Those of ``core.model.OPTIONAL_FIELDS`` that it takes if their extra is installed."""
+        return super().optional_fields | {"prompt_syntax"}
 
     @property
     def latent_factor(self) -> int:
@@ -104,6 +127,11 @@ class StableDiffusion(Family):
         """Random latents of one image of the default size."""
         return self._random_latents(dtype, device, 1)
 
+    def encode_prompt(self) -> bool:
+        """Encode a prompt past the cache, for measurements."""
+        self._prompts.encode_uncached("a photograph of a tree")
+        return True
+
     def _random_latents(
         self, dtype: torch.dtype, device: torch.device, images: int
     ) -> torch.Tensor:
@@ -121,15 +149,10 @@ class StableDiffusion(Family):
     ) -> "StableDiffusionModel":
         """The model to serve; its pipeline is on ``device``, in ``memory_format``, and measured."""
         pipeline = self.pipeline
+        self._prompts.adapters = self.adapters
         return StableDiffusionModel(
             info=info,
-            prompts=PromptEncoder(
-                pipeline.tokenizer,
-                pipeline.text_encoder,
-                memory_format.dtype,
-                precision,
-                self.adapters,
-            ),
+            prompts=self._prompts,
             unet=pipeline.unet,
             decoder=decoder,
             previewer=Previewer(pipeline.vae, precision, self.latent_factor),
@@ -167,6 +190,11 @@ class StableDiffusionModel:
         """The counters of the model's components."""
         return (self.prompts.counts, self.decoder.counts)
 
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """The bytes of the embeddings in the prompt cache."""
+        return self.prompts.cache_bytes
+
     batches_prompts = True
     encodes_slowly = False
 
@@ -182,7 +210,7 @@ class StableDiffusionModel:
             job.height // self.latent_factor,
             job.width // self.latent_factor,
         )
-        rows = tuple(embeddings[key] for key in self._prompts_of(job))
+        rows = self.prompts.padded(*(embeddings[key] for key in self._prompts_of(job)))
         if any(embedding.truncated for embedding in rows):
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
         return [
@@ -222,7 +250,9 @@ class StableDiffusionModel:
         """What is encoded for each row of an image, in the order of the rows."""
         texts = [job.negative_prompt] if self.info.rows_per_image(job) == 2 else []
         mix: Mix = () if self.adapters is None else self.adapters.encoder_mix(job)
-        return [PromptKey(text, job.exact, mix) for text in [*texts, job.prompt]]
+        # Weighted prompts are never encoded together, so exact jobs share theirs with others.
+        alone = job.exact or job.prompt_syntax is PromptSyntax.WEIGHTED
+        return [PromptKey(text, alone, job.prompt_syntax, mix) for text in [*texts, job.prompt]]
 
 
 def _random_normal(

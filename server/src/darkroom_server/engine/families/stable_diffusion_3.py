@@ -7,7 +7,10 @@ length of others. A folder may do without the T5, which is most of its weights.
 from dataclasses import replace
 from typing import Any
 
+from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelLimits
+from darkroom_server.engine.families.half_dtypes import HOLDS_IN_FLOAT16
+from darkroom_server.engine.families.several_prompts import is_cut
 from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
@@ -40,6 +43,7 @@ class StableDiffusion3(TransformerFamily):
     optional = ("image_encoder", "feature_extractor")
     defaults = Defaults(steps=28, guidance_scale=7.0)
     spec = TRANSFORMER
+    half = HOLDS_IN_FLOAT16
     size_multiple_factor = 2
 
     def __init__(self, pipeline: Any) -> None:
@@ -79,6 +83,14 @@ class StableDiffusion3(TransformerFamily):
     def most_tokens(self) -> int:
         """The greatest ``max_sequence_length``, if there is a T5: the pipeline rejects more."""
         return MAX_T5_TOKENS
+
+    def is_truncated(self, job: Job) -> bool:
+        """Whether no text encoder reads a prompt of ``job`` to its end."""
+        clip = ("tokenizer", "tokenizer_2")
+        windows = {name: getattr(self.pipeline, name).model_max_length for name in clip}
+        if self.has_t5:
+            windows["tokenizer_3"] = job.max_sequence_length or self.prompt_tokens
+        return is_cut(job, self.pipeline, windows)
 
     def limits(self, max_rows: int) -> ModelLimits:
         """Half to twice the size that the model was trained at, if it has the positions for it."""

@@ -1,12 +1,23 @@
 """Stable Diffusion XL: two CLIP text encoders, a UNet, classifier-free guidance."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
+from darkroom_server.core.job import Job, PromptSyntax
 from darkroom_server.core.model import Guidance
+from darkroom_server.engine.components.weighted_prompts import (
+    WeightedPromptEncoder,
+    compel_is_installed,
+)
+from darkroom_server.engine.families.base import Precision
+from darkroom_server.engine.families.several_prompts import is_cut
 from darkroom_server.engine.families.suspended import SuspendedFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
+from darkroom_server.engine.warmup.formats import MemoryFormat
 
 UNET = ArgumentSpec(
     denoiser="UNet2DConditionModel",
@@ -61,8 +72,8 @@ class StableDiffusionXL(SuspendedFamily):
 
     @property
     def optional_fields(self) -> frozenset[str]:
-        """Those of ``core.model.OPTIONAL_FIELDS`` that the model takes."""
-        fields = {"guidance_scale", "prompt_2", "preview"}
+        """Those of ``core.model.OPTIONAL_FIELDS`` that it takes if their extra is installed."""
+        fields = {"guidance_scale", "prompt_2", "prompt_syntax", "preview"}
         if self.guidance.scale is not None:
             fields |= {
                 "negative_prompt",
@@ -71,3 +82,61 @@ class StableDiffusionXL(SuspendedFamily):
                 "guidance_rescale",
             }
         return frozenset(fields)
+
+    def is_truncated(self, job: Job) -> bool:
+        """Whether no text encoder reads a prompt of ``job`` to its end; weighted ones are split."""
+        windows = dict.fromkeys(("tokenizer", "tokenizer_2"), self.prompt_tokens)
+        return job.prompt_syntax is PromptSyntax.PLAIN and is_cut(job, self.pipeline, windows)
+
+    def weighted_encoding(
+        self, memory_format: MemoryFormat, precision: Precision
+    ) -> "WeightedEncoding | None":
+        """What encodes weighted prompts in place of the pipeline, None without the extra."""
+        if not compel_is_installed():
+            return None
+        pipeline = self.pipeline
+        encoder = WeightedPromptEncoder(
+            (pipeline.tokenizer, pipeline.tokenizer_2),
+            (pipeline.text_encoder, pipeline.text_encoder_2),
+            memory_format.dtype,
+            precision,
+            sdxl=True,
+        )
+        return WeightedEncoding(encoder, bool(pipeline.config.force_zeros_for_empty_prompt))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedEncoding:
+    """Encodes weighted prompts as the pipeline's ``encode_prompt`` encodes plain ones.
+
+    ``zeros_for_none``: without a negative prompt its embeddings are zeros, else those of "".
+    """
+
+    encoder: WeightedPromptEncoder
+    zeros_for_none: bool
+
+    def __call__(
+        self,
+        *,
+        prompt: str,
+        prompt_2: str | None,
+        negative_prompt: str | None,
+        negative_prompt_2: str | None,
+        do_classifier_free_guidance: bool,
+        **_: Any,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The embeddings of the prompt and the negative prompt, then their pooled ones.
+
+        The other arguments of ``encode_prompt`` are the same for each image.
+        """
+        row = self.encoder.encode(prompt, prompt_2 or prompt)
+        assert row.pooled is not None
+        if not do_classifier_free_guidance:
+            return row.hidden, None, row.pooled, None
+        if negative_prompt is None and self.zeros_for_none:
+            zeros = torch.zeros_like(row.hidden), torch.zeros_like(row.pooled)
+            return row.hidden, zeros[0], row.pooled, zeros[1]
+        negative_text = negative_prompt or ""
+        negative = self.encoder.encode(negative_text, negative_prompt_2 or negative_text)
+        row, negative = self.encoder.padded(row, negative)
+        return row.hidden, negative.hidden, row.pooled, negative.pooled

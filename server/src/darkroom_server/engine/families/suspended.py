@@ -1,8 +1,7 @@
 """Families whose samples are suspended runs of diffusers' own pipeline."""
 
 import inspect
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,12 +22,14 @@ from darkroom_server.engine.components.scheduler_table import (
 )
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler, name_of, offer
 from darkroom_server.engine.families.base import Family, Precision
+from darkroom_server.engine.families.half_dtypes import NOT_KNOWN_TO_HOLD
+from darkroom_server.engine.loading.vocabulary import has_vocabulary
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, signature_of
 from darkroom_server.engine.pipelines.calls import DenoiserCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
 from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
 from darkroom_server.engine.pipelines.model import SuspendedModel
-from darkroom_server.engine.pipelines.runs import Runs
+from darkroom_server.engine.pipelines.runs import Runs, global_generators
 from darkroom_server.engine.warmup.formats import MemoryFormat
 
 log = structlog.get_logger(__name__)
@@ -59,6 +60,7 @@ class SuspendedFamily(Family):
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         self._call_parameters = frozenset(inspect.signature(type(pipeline).__call__).parameters)
+        self._name = ""
         self._runs: Runs
         self._probe: dict[str, Any]
         self._probe_latents: torch.Tensor
@@ -71,7 +73,7 @@ class SuspendedFamily(Family):
         Raises ``StartupError``.
         """
         for tokenizer in sorted(folder.glob("tokenizer*")):
-            if tokenizer.is_dir() and not _has_vocabulary(tokenizer):
+            if tokenizer.is_dir() and not has_vocabulary(tokenizer):
                 raise StartupError(
                     f"model {name!r} has no vocabulary in its {tokenizer.name}; copy or download "
                     "it again"
@@ -79,6 +81,7 @@ class SuspendedFamily(Family):
 
     def check_pipeline(self, name: str) -> None:
         """Raise ``StartupError`` if the scheduler adds noise that no seed repeats."""
+        self._name = name
         if self.pipeline.scheduler.config.get("stochastic_sampling"):
             raise StartupError(
                 f"model {name!r}: its scheduler has stochastic_sampling, which adds noise that no "
@@ -158,6 +161,7 @@ class SuspendedFamily(Family):
             self.vae,
             device,
             EncodeMemo(config.prompt_cache_bytes, device),
+            weighted_encoding=self.weighted_encoding(memory_format, precision),
         )
         own_config = config_of(self.pipeline.scheduler)
         self._runs = Runs(
@@ -175,6 +179,12 @@ class SuspendedFamily(Family):
         )
         self._offer_schedulers(own_config, self._run_probe())
 
+    def weighted_encoding(
+        self, memory_format: MemoryFormat, precision: Precision
+    ) -> Callable[..., Any] | None:
+        """What encodes weighted prompts in place of the pipeline, None if the model takes none."""
+        return None
+
     def denoiser_inputs(
         self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
     ) -> dict[str, Any]:
@@ -184,6 +194,15 @@ class SuspendedFamily(Family):
     def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Latents of one image of the default size, as the VAE takes them."""
         return self._probe_latents
+
+    def encode_prompt(self) -> bool:
+        """Encode a prompt past the cache, for measurements."""
+        scale = self.model_defaults.guidance_scale
+        job = self._probe_job(SchedulerName.MODEL)
+        # Another prompt than the probe's, which is cached.
+        return self._runs.encode_once(
+            replace(job, prompt="a photograph of a house", guidance_scale=scale)
+        )
 
     def vae_latents(self, stepped: torch.Tensor, job: Job) -> torch.Tensor:
         """``stepped``, what the scheduler steps for an image of ``job``, as [1, channels, h, w].
@@ -280,28 +299,11 @@ class SuspendedFamily(Family):
             if name is SchedulerName.MODEL:
                 continue
             self._runs.schedulers[name] = hosted_scheduler(make_scheduler(name, config))
-            reason = self._why_unusable(name, output)
+            job = self._probe_job(name)
+            reason = self._runs.why_unusable(job, output, self.guidance.calls_per_step(job))
             if reason:
                 log.debug("scheduler is not offered", scheduler=name, why=reason)
                 del self._runs.schedulers[name]
-
-    def _why_unusable(self, name: SchedulerName, output: Any) -> str:
-        """Why the pipeline cannot run with the scheduler ``name``, empty if it can."""
-        job = self._probe_job(name)
-        try:
-            sample, _ = self._runs.start(job, 0, steps=job.steps)
-        except (ValueError, TypeError) as error:
-            # The pipeline asks for what this scheduler does not take, such as sigmas.
-            return str(error)
-        before = _global_generator(self.denoiser.device)
-        try:
-            for _ in range(self.guidance.calls_per_step(job)):
-                sample.advance(output)
-        finally:
-            sample.close()
-        if not torch.equal(before, _global_generator(self.denoiser.device)):
-            return "it takes noise from the global generator, which no seed repeats"
-        return ""
 
     def _probe_job(self, scheduler: SchedulerName) -> Job:
         """An image of the default size without guidance, so of one row."""
@@ -331,18 +333,26 @@ class SuspendedFamily(Family):
     def _run_probe(self) -> Any:
         """Keep an image's first denoiser call, and the latents of its decode.
 
-        Returns what the denoiser returned.
+        Returns what the denoiser returned. Raises ``StartupError`` if the model's own scheduler
+        takes noise that no seed repeats.
         """
         job = self._probe_job(SchedulerName.MODEL)
         steps = self.guidance.calls_per_step(job) * job.steps
         sample, _ = self._runs.start(job, 0, steps=steps)
         assert isinstance(sample.pending, DenoiserCall)
         self._probe = dict(sample.pending.arguments)
-        self._bytes_per_sample = sample.held_bytes()
         output = self._runs.call_denoiser(self.denoiser, self.spec.alone(self._probe))
+        before = global_generators(self.denoiser.device)
         while not sample.done:
+            self._bytes_per_sample = max(self._bytes_per_sample, sample.held_bytes())
             # The same output for each step: what is decoded need not be a picture.
             sample.advance(output)
+        if not torch.equal(before, global_generators(self.denoiser.device)):
+            sample.close()
+            raise StartupError(
+                f"model {self._name!r}: its {type(sample.scheduler).__name__} takes noise from the "
+                "global generator, which no seed repeats; give its folder another scheduler"
+            )
         self._probe_latents = sample.latents
         sample.close()
         return output
@@ -353,21 +363,4 @@ class TransformerFamily(SuspendedFamily):
 
     denoiser_name = "transformer"
     convolutional = False
-
-
-def _global_generator(device: torch.device) -> torch.Tensor:
-    """The state of the generator on ``device`` that code without one of its own uses."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _has_vocabulary(tokenizer: Path) -> bool:
-    config = tokenizer / "tokenizer_config.json"
-    if config.is_file():
-        # Its tokens are the bytes.
-        kind = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
-        if kind == "ByT5Tokenizer":
-            return True
-    single = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt")
-    if any((tokenizer / name).is_file() for name in single):
-        return True
-    return all((tokenizer / name).is_file() for name in ("vocab.json", "merges.txt"))
+    half = NOT_KNOWN_TO_HOLD

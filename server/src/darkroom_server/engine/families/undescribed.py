@@ -25,6 +25,7 @@ from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import config_of, name_of, offer
 from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Precision
+from darkroom_server.engine.families.half_dtypes import UNDESCRIBED
 from darkroom_server.engine.families.suspended import PROBE_PROMPT, SuspendedFamily
 from darkroom_server.engine.pipelines.calls import DecodeCall, DenoiserCall, EncodeCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
@@ -51,8 +52,7 @@ class Undescribed(SuspendedFamily):
     convolutional = False
     takes_loras = False
     has_previews = False
-    half_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    slices_attention: ClassVar[bool] = False
+    half = UNDESCRIBED
     denoisers: ClassVar[tuple[str, ...]]
     vae_name: ClassVar[str | None]
 
@@ -320,8 +320,8 @@ class Undescribed(SuspendedFamily):
                         with runs.precision():
                             pending = run.resume(pending.run())
                     case DenoiserCall() if decode is None:
-                        if first is None:
-                            first, held_bytes = pending, run.held_bytes()
+                        first = first or pending
+                        held_bytes = max(held_bytes, run.held_bytes())
                         calls += 1
                         pending = run.resume(runs.call_denoiser(pending.module, pending.arguments))
                     case DecodeCall() if first is not None:
@@ -350,7 +350,7 @@ class Undescribed(SuspendedFamily):
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What a run of a pipeline showed; ``held_bytes`` are those at its first denoiser ``call``."""
+    """What a run of a pipeline showed; ``held_bytes`` are the most at a denoiser call."""
 
     call: DenoiserCall
     calls: int

@@ -1,6 +1,7 @@
 """Checks of a pipeline's folder, before anything of it is loaded."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def read_index(folder: Path, name: str) -> tuple[type[Family], dict[str, Any]]:
     return family_named(str(kind), index, name), index
 
 
-def absent_parts(family: type[Family], index: dict[str, Any]) -> dict[str, None]:
+def absent_parts(family: type[Family], index: Mapping[str, Any]) -> dict[str, None]:
     """The dispensable components that the folder of ``index`` does without, as arguments."""
     return dict.fromkeys(part for part in family.dispensable if not (index.get(part) or [None])[0])
 

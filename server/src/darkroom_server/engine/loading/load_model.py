@@ -14,22 +14,30 @@ from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
 from darkroom_server.engine.adapters.offering import Adapters, model_adapters
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of
+from darkroom_server.engine.components.weighted_prompts import compel_is_installed
+from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.families.base import Family, Model
 from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.loading.defaults import FILE, Defaults, read_defaults
-from darkroom_server.engine.loading.pipeline import load_pipeline, weights_of
+from darkroom_server.engine.loading.fit import check_weights_fit
+from darkroom_server.engine.loading.pipeline import (
+    ModelFiles,
+    find_model,
+    load_pipeline,
+    weights_of,
+)
 from darkroom_server.engine.loading.revision import UNKNOWN, revision_of
 from darkroom_server.engine.warmup.formats import MemoryFormat
 from darkroom_server.engine.warmup.measurement import measure
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
 from darkroom_server.engine.warmup.placement import place, vae_is_upcast
-from darkroom_server.engine.warmup.presets import Runtime
+from darkroom_server.engine.warmup.presets import Runtime, resolve
 
 log = structlog.get_logger(__name__)
 
 
 def load_model(
-    source: ModelSource, runtime: Runtime, config: EngineConfig, adapters: Adapters
+    source: ModelSource, config: EngineConfig, adapters: Adapters
 ) -> tuple[Model, ModelLoad, MeasurementCache]:
     """The model of ``source``, on its device, warmed up and measured. Raises ``StartupError``.
 
@@ -41,7 +49,34 @@ def load_model(
     if previous is not None and previous.revision != UNKNOWN:
         # The same weights, even if the hub has newer ones now.
         source = replace(source, revision=previous.revision)
-    pipeline = load_pipeline(source, runtime.dtype, safety_checker=config.safety_checker)
+    files = find_model(source, safety_checker=config.safety_checker)
+    runtime = resolve(config, files.family.half)
+    for risk in runtime.risks:
+        log.warning("a setting is risky for this model", model=source.id, why=risk)
+    needed, available = check_weights_fit(files, runtime)
+    try:
+        return _load(files, runtime, config, adapters, previous, began)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        log.warning("out of memory", model=source.id, why=str(error))
+        raise StartupError(
+            f"model {source.location!r} does not fit the memory of {runtime.device}: its weights "
+            f"need {needed} of {available} available bytes, and one image does not fit the rest; "
+            "use --preset tiny, or fewer models"
+        ) from error
+
+
+def _load(
+    files: ModelFiles,
+    runtime: Runtime,
+    config: EngineConfig,
+    adapters: Adapters,
+    previous: ModelInfo | None,
+    began: float,
+) -> tuple[Model, ModelLoad, MeasurementCache]:
+    source = files.source
+    pipeline = load_pipeline(files, runtime.dtype)
     in_memory = time.monotonic()
     family = family_of(pipeline)
     family.check_pipeline(source.location)
@@ -64,6 +99,7 @@ def load_model(
         )
     takes_loras = family.adapters is not None
     decoder = Decoder(family.vae, vae_precision)
+    without_extra = frozenset(() if compel_is_installed() else ("prompt_syntax",))
     measured = measure(family, decoder, memory_format, runtime, config, previous)
     info = ModelInfo(
         id=source.id,
@@ -77,23 +113,29 @@ def load_model(
         ),
         schedulers=family.scheduler_offers,
         runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
-        memory=replace(measured.memory, bytes_per_sample=family.bytes_per_sample),
+        memory=measured.memory,
         speed=measured.speed,
         most_rows=measured.most_rows,
         guidance=family.guidance,
-        optional_fields=family.optional_fields | ({"loras"} if takes_loras else set()),
+        optional_fields=(family.optional_fields - without_extra)
+        | ({"loras"} if takes_loras else set()),
+        fields_without_extra=family.optional_fields & without_extra,
         unbatched_reason=family.unbatched_reason,
         adapters=offered,
     )
     log.info(
         "model loaded",
         model=info.id,
+        kind=info.kind,
         revision=info.revision,
         device=info.runtime.device,
         dtype=info.runtime.dtype,
         memory_format=info.runtime.memory_format,
         format_rule=info.runtime.format_rule,
         preset=info.runtime.preset,
+        preset_rule=info.runtime.preset_rule,
+        attention=info.runtime.attention,
+        autocast=info.runtime.autocast,
         max_rows=measured.max_rows,
         row_limit_source=measured.source,
         bytes_per_row=info.memory.bytes_per_row,
@@ -112,10 +154,16 @@ def load_model(
 def _set_size(source: ModelSource, family: Family, size: int | None) -> None:
     if size is None:
         return
-    multiple = family.limits(0).size_multiple
-    if size % multiple:
+    limits = family.limits(0)
+    if size % limits.size_multiple:
         raise StartupError(
-            f"model {source.location!r}: size in its {FILE} must be a multiple of {multiple}"
+            f"model {source.location!r}: size in its {FILE} must be a multiple of "
+            f"{limits.size_multiple}"
+        )
+    if limits.sizes and (size, size) not in limits.sizes:
+        raise StartupError(
+            f"model {source.location!r}: size in its {FILE} is {size}, and a "
+            f"{family.pipeline_class} makes certain sizes only; leave it out"
         )
     family.chosen_size = size
 
@@ -137,7 +185,7 @@ def _describe(
 ) -> ModelRuntime:
     return ModelRuntime(
         device=str(runtime.device),
-        dtype=str(memory_format.dtype).removeprefix("torch."),
+        dtype=runtime.dtype_name,
         preset=runtime.preset,
         attention=runtime.attention,
         slice_size=runtime.slice_size,
@@ -147,4 +195,5 @@ def _describe(
         fp8_storage=runtime.fp8_storage,
         safety_checker=safety_checker,
         format_rule=runtime.format_rule,
+        preset_rule=runtime.preset_rule,
     )

@@ -1,7 +1,9 @@
 """From a folder, a single file or a hub id to a diffusers pipeline in memory."""
 
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.components.classes import component_class
 from darkroom_server.engine.failures import is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Family
-from darkroom_server.engine.families.registry import SINGLE_FILE
+from darkroom_server.engine.families.registry import FAMILIES, SINGLE_FILE
+from darkroom_server.engine.loading.checkpoint import pipeline_class_of, read_shapes
 from darkroom_server.engine.loading.folder import (
     INDEX,
     absent_parts,
@@ -38,23 +41,49 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def load_pipeline(source: ModelSource, dtype: torch.dtype, *, safety_checker: bool) -> Any:
-    """The diffusers pipeline of ``source``, on the CPU, with weights of ``dtype``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """The files of a model on this machine, before any weight is read.
 
-    Its class is one of the registry's. Reads safetensors only, and never runs remote code. Raises
-    ``StartupError``.
+    ``path`` is a pipeline's folder, or a single file. ``index`` is the folder's, and ``parts`` are
+    its components with weights that are loaded; both are empty for a single file.
     """
+
+    source: ModelSource
+    path: Path
+    family: type[Family]
+    index: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+
+
+def find_model(source: ModelSource, *, safety_checker: bool) -> ModelFiles:
+    """The files of ``source``, checked; downloads them from the hub. Raises ``StartupError``."""
     path = Path(source.location).expanduser()
     try:
         if path.is_file():
-            return _load_single_file(source, path, dtype)
+            return _find_single_file(source, path)
         folder = path if path.is_dir() else _download(source, safety_checker)
-        return _load_folder(source, folder, dtype, safety_checker)
+        return _find_folder(source, folder, safety_checker)
     except StartupError:
         raise
     except Exception as error:
-        # diffusers, transformers, safetensors and the hub raise errors of any type.
-        raise _failed(source, "the model", error) from error
+        # The hub raises errors of any type.
+        raise failed(source, "the model", error) from error
+
+
+def load_pipeline(files: ModelFiles, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline of ``files``, on the CPU, with weights of ``dtype``.
+
+    Its class is that of ``files.family``. Reads safetensors only, and never runs remote code.
+    Raises ``StartupError``.
+    """
+    try:
+        return _load_folder(files, dtype) if files.index else _load_single_file(files, dtype)
+    except StartupError:
+        raise
+    except Exception as error:
+        # diffusers, transformers and safetensors raise errors of any type.
+        raise failed(files.source, "the model", error) from error
 
 
 def weights_of(family: Family) -> dict[str, int]:
@@ -78,9 +107,7 @@ def _left_out(family: type[Family], safety_checker: bool) -> dict[str, None]:
     return dict.fromkeys(part for part in family.optional if part not in wanted)
 
 
-def _load_folder(
-    source: ModelSource, folder: Path, dtype: torch.dtype, safety_checker: bool
-) -> Any:
+def _find_folder(source: ModelSource, folder: Path, safety_checker: bool) -> ModelFiles:
     name = source.location
     family, index = read_index(folder, name)
     family.check_folder(folder, name)
@@ -94,37 +121,42 @@ def _load_folder(
         raise StartupError(
             f"model {name!r} has no weights of variant {source.variant!r}: leave --variant out"
         )
-    parts = {part: _load_part(source, folder, part, index, dtype) for part in wanted}
+    return ModelFiles(source=source, path=folder, family=family, index=index, parts=tuple(wanted))
+
+
+def _load_folder(files: ModelFiles, dtype: torch.dtype) -> Any:
+    family = files.family
+    parts = {part: _load_part(files, part, dtype) for part in files.parts}
+    absent = absent_parts(family, files.index)
     return _pipeline_class(family).from_pretrained(
-        str(folder),
+        str(files.path),
         local_files_only=True,
         **family.pipeline_options,
         **{**_left_out(family, "safety_checker" in parts), **absent, **parts},
     )
 
 
-def _load_part(
-    source: ModelSource, folder: Path, part: str, index: dict[str, Any], dtype: torch.dtype
-) -> Any:
+def _load_part(files: ModelFiles, part: str, dtype: torch.dtype) -> Any:
     """One component of a pipeline, with every weight from its files."""
-    made_by: Any = component_class(index.get(part))
+    source = files.source
+    made_by: Any = component_class(files.index.get(part))
     if made_by is None:
-        library, kind = index.get(part) or (None, None)
+        library, kind = files.index.get(part) or (None, None)
         raise StartupError(
             f"model {source.location!r}: its {part} is a {library}.{kind}, which is not supported"
         )
     try:
         model, report = made_by.from_pretrained(
-            str(folder),
+            str(files.path),
             subfolder=part,
             dtype=dtype,
-            variant=variant_of(folder, part, source.variant),
+            variant=variant_of(files.path, part, source.variant),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
         )
     except Exception as error:
-        raise _failed(source, f"its {part}", error) from error
+        raise failed(source, f"its {part}", error) from error
     # The libraries only warn of missing weights, and fill them with random values.
     if missing := sorted(report["missing_keys"]):
         raise StartupError(
@@ -191,31 +223,53 @@ def _snapshot(source: ModelSource, safety_checker: bool, *, local_files_only: bo
     return Path(folder)
 
 
-def _load_single_file(source: ModelSource, path: Path, dtype: torch.dtype) -> Any:
+def _find_single_file(source: ModelSource, path: Path) -> ModelFiles:
     if path.suffix != ".safetensors":
         raise StartupError(
             f"model file {source.location!r} is not a .safetensors file: convert it to one, or "
             "give a pipeline's folder"
         )
-    config, family = None, SINGLE_FILE
+    try:
+        shapes = read_shapes(path)
+    except Exception as error:  # safetensors has errors of several types.
+        raise failed(source, "the model", error, "check the file") from error
+    kind = pipeline_class_of(shapes, source.location)
+    family = FAMILIES[kind] if kind else SINGLE_FILE
     if source.config is not None:
         folder = Path(source.config).expanduser()
         if not folder.is_dir():
             raise StartupError(f"--model-config {source.config}: no such folder")
         family, _ = read_index(folder, source.config)
         family.check_folder(folder, source.config)
-        config = str(folder)
+    if kind not in (None, family.pipeline_class):
+        raise StartupError(
+            f"model file {source.location!r} is of a {kind}, and --model-config {source.config} of "
+            f"a {family.pipeline_class}; give a folder of the file's architecture"
+        )
+    if not hasattr(_pipeline_class(family), "from_single_file"):
+        raise StartupError(
+            f"model file {source.location!r}: diffusers reads no single file of a "
+            f"{family.pipeline_class}; give a pipeline's folder"
+        )
+    return ModelFiles(source=source, path=path, family=family)
+
+
+def _load_single_file(files: ModelFiles, dtype: torch.dtype) -> Any:
+    source, family = files.source, files.family
+    config = str(Path(source.config).expanduser()) if source.config is not None else None
     try:
         pipeline = _pipeline_class(family).from_single_file(
-            str(path),
+            str(files.path),
             config=config,
             dtype=dtype,
             token=source.token,
             local_files_only=config is not None,
+            **family.pipeline_options,
+            **_left_out(family, safety_checker=False),
         )
     except Exception as error:
         advice = "check the file" if config else "give --model-config FOLDER, or check the file"
-        raise _failed(source, "the model", error, advice) from error
+        raise failed(source, "the model", error, advice) from error
     for part in family.components:
         if getattr(pipeline, part) is None:
             raise StartupError(
@@ -232,9 +286,13 @@ def _load_single_file(source: ModelSource, path: Path, dtype: torch.dtype) -> An
     return pipeline
 
 
-def _failed(
+def failed(
     source: ModelSource, what: str, error: Exception, advice: str = "copy or download it again"
 ) -> StartupError:
+    """``error`` of ``what`` of a model, in one line for the operator.
+
+    Raises ``error`` itself if an allocation failed.
+    """
     if is_out_of_memory(error):
         raise error  # The caller knows the device.
     log.debug("model failed to load", exc_info=True)

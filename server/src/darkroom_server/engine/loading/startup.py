@@ -4,21 +4,16 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-import structlog
 import torch
 
 from darkroom_server.core.engine_config import EngineConfig
-from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineReady, Event
 from darkroom_server.engine.adapters.offering import Adapters
 from darkroom_server.engine.device.memory import available_bytes
-from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.loading.load_model import load_model
 from darkroom_server.engine.loop import EngineLoop
-from darkroom_server.engine.warmup.presets import Runtime, allowed_threads, resolve
-
-log = structlog.get_logger(__name__)
+from darkroom_server.engine.warmup.presets import allowed_threads, device_of
 
 
 def start_loop(
@@ -29,40 +24,31 @@ def start_loop(
     Raises ``StartupError`` with one line for the operator.
     """
     began = time.monotonic()
-    runtime = resolve(config)
-    if runtime.device.type == "cpu":
+    device = device_of(config)
+    if device.type == "cpu":
         torch.set_num_threads(config.threads or allowed_threads())
     else:
         # CUDA events are recorded on the current device, which must be this engine's.
-        torch.cuda.set_device(runtime.device)
+        torch.cuda.set_device(device)
     models, loads, caches = {}, [], {}
     adapters = Adapters.of(config)
     for source in config.models:
-        try:
-            with torch.inference_mode():
-                model, load, cache = load_model(source, runtime, config, adapters)
-            models[source.id], caches[source.id] = model, cache
-            loads.append(load)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            log.warning("out of memory", model=source.id, why=str(error))
-            raise StartupError(
-                f"model {source.location!r} does not fit the memory of {runtime.device}: use "
-                "--preset tiny, or fewer models"
-            ) from error
+        with torch.inference_mode():
+            model, load, cache = load_model(source, config, adapters)
+        models[source.id], caches[source.id] = model, cache
+        loads.append(load)
     if len(models) > 1:
-        _share_memory(models.values(), config, runtime)
+        _share_memory(models.values(), config, device)
     infos = tuple(model.info for model in models.values())
     seconds = time.monotonic() - began
     loop = EngineLoop(models, emit, caches, adapters.setup())
     return loop, EngineReady(infos, seconds, tuple(loads))
 
 
-def _share_memory(models: Iterable[Model], config: EngineConfig, runtime: Runtime) -> None:
+def _share_memory(models: Iterable[Model], config: EngineConfig, device: torch.device) -> None:
     """Correct each model's available memory by what the models loaded after it take."""
     previously_measured = {info.id for info in config.previous_measurements}
-    available = available_bytes(runtime.device)
+    available = available_bytes(device)
     for model in models:
         if model.info.id not in previously_measured:
             memory = replace(model.info.memory, available_bytes=available)

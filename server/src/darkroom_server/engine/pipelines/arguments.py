@@ -18,8 +18,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Arguments = Mapping[str, Any]
 
-_digests: MutableMapping[torch.Tensor, tuple[int, bytes]] = WeakTensorKeyDictionary()
-"""Digests of tensors that are alive, each with the number of changes that the tensor had then."""
+_digests: MutableMapping[torch.Tensor, bytes] = WeakTensorKeyDictionary()
+"""Digests of tensors that are alive, as they were when first seen."""
+
+
+class StaleKey(RuntimeError):
+    """Calls with equal keys have unequal arguments, because a pipeline wrote into a tensor."""
 
 
 class Kind(Enum):
@@ -99,7 +103,11 @@ class ArgumentSpec:
         return given
 
     def collate(self, calls: Sequence[Arguments]) -> dict[str, Any]:
-        """The arguments of one call that stands for ``calls``, which have equal keys."""
+        """The arguments of one call that stands for ``calls``, which have equal keys.
+
+        Raises ``StaleKey`` if they are not equal any more.
+        """
+        self._check_same(calls)
         rows = [self.rows(call) for call in calls]
         lengths = self._lengths(calls)
         device = self._device(calls[0])
@@ -130,6 +138,23 @@ class ArgumentSpec:
             parts.append((list(found[start : start + count]),))
             start += count
         return parts
+
+    def _check_same(self, calls: Sequence[Arguments]) -> None:
+        """Compare the SAME arguments on their device, and wait for it once."""
+        names = [name for name, kind in self.kinds.items() if kind is Kind.SAME]
+        if not names:
+            return
+        flat = [dict(_flat(call)) for call in calls]
+        distinct: list[list[torch.Tensor]] = []
+        for name in names:
+            given = {id(call[name]): call[name] for call in flat if call.get(name) is not None}
+            distinct.append(list(given.values()))
+        differences = [(same[0] != other).any() for same in distinct for other in same[1:]]
+        if not differences or not torch.stack(differences).any():
+            return
+        for value in (value for same in distinct for value in same):
+            _digests.pop(value, None)  # So that the next calls have other keys.
+        raise StaleKey("a pipeline wrote into a tensor that must be equal in a batch")
 
     def _device(self, arguments: Arguments) -> torch.device:
         first = arguments[self.rows_in]
@@ -169,8 +194,14 @@ class ArgumentSpec:
 
 
 def timesteps_of(value: Any, rows: int) -> torch.Tensor:
-    """The timestep of each row, [rows] in float32: schedulers differ in the dtype of theirs."""
-    return torch.as_tensor(value).float().reshape(-1).expand(rows)
+    """The timestep of each row, [rows] in float32: schedulers differ in the dtype of theirs.
+
+    Half precision stays: a pipeline converts timesteps to it if its denoiser computes in theirs.
+    """
+    timestep = torch.as_tensor(value)
+    if timestep.dtype not in (torch.float16, torch.bfloat16):
+        timestep = timestep.float()
+    return timestep.reshape(-1).expand(rows)
 
 
 def signature_of(denoiser: type) -> str:
@@ -213,13 +244,14 @@ def _key(kind: Kind, value: Any) -> Hashable:
 
 
 def _digest(value: torch.Tensor) -> bytes:
-    """The digest of ``value``, computed once: a run gives the same tensor to each of its calls."""
-    if value.is_inference():  # It does not count its changes.
-        return _compute_digest(value)
-    version, digest = _digests.get(value, (None, b""))
-    if version != value._version:
-        digest = _compute_digest(value)
-        _digests[value] = (value._version, digest)
+    """The digest of ``value``, computed once: a run gives the same tensor to each of its calls.
+
+    Reading it waits for a GPU. Tensors of the inference mode do not count their changes, so
+    ``collate`` compares what it merges.
+    """
+    digest = _digests.get(value)
+    if digest is None:
+        digest = _digests[value] = _compute_digest(value)
     return digest
 
 

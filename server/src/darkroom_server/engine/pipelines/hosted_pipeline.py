@@ -4,13 +4,14 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 
+from darkroom_server.core.job import PromptSyntax
 from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.pipelines.calls import DecodeCall, DenoiserCall, EncodeCall
 from darkroom_server.engine.pipelines.coroutine import Coroutine, is_suspendable, suspend
@@ -26,6 +27,8 @@ class HostedPipeline:
 
     ``denoisers`` are the names of the components that run every step. With ``isolated``, each run
     has its own, which share their weights: the pipeline may write to their other attributes.
+    ``weighted_encoding`` takes the arguments of the pipeline's ``encode_prompt``, and returns what
+    it returns, for prompts in the weighted syntax.
     """
 
     def __init__(
@@ -37,12 +40,13 @@ class HostedPipeline:
         memo: EncodeMemo,
         *,
         isolated: bool = False,
+        weighted_encoding: Callable[..., Any] | None = None,
     ) -> None:
         self.memo = memo
         self.device = device
         self._isolated = tuple(denoisers) if isolated else ()
         self._template = copy.copy(pipeline)
-        self._template.__class__ = _hosted_class(type(pipeline), device, memo)
+        self._template.__class__ = _hosted_class(type(pipeline), device, memo, weighted_encoding)
         if not isolated:
             for name in denoisers:
                 _suspend_forward(getattr(pipeline, name), device.type)
@@ -54,16 +58,19 @@ class HostedPipeline:
         scheduler: Any,
         arguments: Mapping[str, Any],
         own: Mapping[str, Any],
+        syntax: PromptSyntax = PromptSyntax.PLAIN,
         encoder_mix: Mix = (),
     ) -> Coroutine:
         """A run of the pipeline with ``arguments``, not yet started; its result is the pipeline's.
 
-        ``own`` are further components that the run does not share. ``encoder_mix`` are the
-        adapters with which its prompts are encoded.
+        ``own`` are further components that the run does not share. ``syntax`` is its prompts', and
+        ``encoder_mix`` are the adapters with which they are encoded.
         """
         pipeline = copy.copy(self._template)
         # Past diffusers' ``__setattr__``, which would change the configuration that is shared.
-        pipeline.__dict__.update(own, scheduler=scheduler, encoder_mix=encoder_mix)
+        pipeline.__dict__.update(
+            own, scheduler=scheduler, prompt_syntax=syntax, encoder_mix=encoder_mix
+        )
         for name in self._isolated:
             module = sharing_copy(getattr(pipeline, name))
             _suspend_forward(module, self.device.type)
@@ -131,7 +138,12 @@ class _NoProgress:
         """Do nothing: progress is counted where the run is suspended."""
 
 
-def _hosted_class(base: type, device: torch.device, memo: EncodeMemo) -> type:
+def _hosted_class(
+    base: type,
+    device: torch.device,
+    memo: EncodeMemo,
+    weighted_encoding: Callable[..., Any] | None,
+) -> type:
     """The pipeline's class, without what takes time for each image or touches shared state."""
 
     @contextlib.contextmanager
@@ -147,26 +159,32 @@ def _hosted_class(base: type, device: torch.device, memo: EncodeMemo) -> type:
         "maybe_free_model_hooks": lambda self: None,
     }
     if hasattr(base, "encode_prompt"):
-        members["encode_prompt"] = _remembered(base.encode_prompt, memo, device.type)
+        members["encode_prompt"] = _remembered(
+            base.encode_prompt, weighted_encoding, memo, device.type
+        )
     return type(base.__name__, (base,), members)
 
 
-def _remembered(encode: Any, memo: EncodeMemo, device_type: str) -> Any:
+def _remembered(
+    encode: Any, encode_weighted: Callable[..., Any] | None, memo: EncodeMemo, device_type: str
+) -> Any:
     signature = inspect.signature(encode)
 
     @functools.wraps(encode)
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
+        del given["self"]
         try:
-            key = memo_key([[n, v] for n, v in sorted(given.items()) if n != "self"])
-            key = (key, self.encoder_mix)
+            key = memo_key([self.prompt_syntax, self.encoder_mix, sorted(given.items())])
         except TypeError:
             # Given embeddings: there is nothing to encode.
             return encode(self, *args, **kwargs)
         if key not in memo:
-            encoded = suspend(
-                EncodeCall(functools.partial(encode, self, *args, **kwargs)), device_type
-            )
+            compute = functools.partial(encode, self, *args, **kwargs)
+            if self.prompt_syntax is PromptSyntax.WEIGHTED:
+                assert encode_weighted is not None, "the model does not take weighted prompts"
+                compute = functools.partial(encode_weighted, **given)
+            encoded = suspend(EncodeCall(compute), device_type)
             memo.keep(key, encoded)
             return encoded
         return memo.find(key)

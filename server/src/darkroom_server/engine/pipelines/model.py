@@ -67,6 +67,11 @@ class SuspendedModel:
         """The counters of the model's components."""
         return (self.prompt_counts, self.decoder.counts)
 
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """The bytes of the embeddings in the prompt cache."""
+        return self.runs.host.memo.bytes
+
     def encode_prompts(self, jobs: Sequence[Job]) -> list[list[SuspendedSample] | Exception]:
         """For each job its samples at their first step, or why its pipeline did not get there.
 

@@ -70,7 +70,8 @@ class Runs:
         own: dict[str, Any] = {name: copy.deepcopy(part) for name, part in self.own.items()}
         encoded = 0
         try:
-            sample.start(self.host.run(scheduler, arguments, own, encoder_mix=mix))
+            run = self.host.run(scheduler, arguments, own, job.prompt_syntax, mix)
+            sample.start(run)
             while isinstance(sample.pending, EncodeCall):
                 sample.resume(self._encode(sample.pending, mix))
                 encoded += 1
@@ -78,6 +79,45 @@ class Runs:
             sample.close()
             raise
         return sample, encoded
+
+    def encode_once(self, job: Job) -> bool:
+        """Encode a prompt of ``job`` and keep nothing of it; False if its prompt is cached.
+
+        Raises ``PromptFailed``, and what the pipeline raises.
+        """
+        run = self.host.run(
+            copy.deepcopy(self.schedulers[job.scheduler]),
+            {**self.arguments_of(job), "generator": torch.Generator("cpu").manual_seed(0)},
+            {name: copy.deepcopy(part) for name, part in self.own.items()},
+        )
+        try:
+            call = run.start()
+            if not isinstance(call, EncodeCall):
+                return False
+            self._encode(call, ())
+            return True
+        finally:
+            run.end()
+
+    def why_unusable(self, job: Job, output: Any, calls: int) -> str:
+        """Why the pipeline cannot run with the scheduler of ``job``, empty if it can.
+
+        ``output`` is the denoiser's for each of the ``calls`` calls of the first step.
+        """
+        try:
+            sample, _ = self.start(job, 0, steps=job.steps)
+        except (ValueError, TypeError) as error:
+            # The pipeline asks for what this scheduler does not take, such as sigmas.
+            return str(error)
+        before = global_generators(self.host.device)
+        try:
+            for _ in range(calls):
+                sample.advance(output)
+        finally:
+            sample.close()
+        if not torch.equal(before, global_generators(self.host.device)):
+            return "it takes noise from the global generator, which no seed repeats"
+        return ""
 
     def call_denoiser(self, module: Any, arguments: Mapping[str, Any]) -> Any:
         """What ``module``, a denoiser, returns for ``arguments``, in this model's precision."""
@@ -91,3 +131,11 @@ class Runs:
                 return call.run()
         except Exception as error:
             raise PromptFailed(error) from error
+
+
+def global_generators(device: torch.device) -> torch.Tensor:
+    """The state of the generators that code without its own uses: the CPU's and ``device``'s."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)

@@ -17,6 +17,9 @@ CPUINFO = Path("/proc/cpuinfo")
 TENSOR_CORES = (7, 0)
 """The first CUDA compute capability whose tensor cores take float16 channels last (Volta)."""
 
+BFLOAT16 = (8, 0)
+"""The first CUDA compute capability that computes in bfloat16 (Ampere)."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryFormat:
@@ -35,6 +38,21 @@ class MemoryFormat:
         return f"{dtype} channels_last" if self.channels_last else dtype
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HalfPrecision:
+    """How a family's models run in half precision; the risks are reasons, "" if there is none.
+
+    ``dtype`` is the one of a GPU. ``float16_risk``: why weights in float16 may fail.
+    ``autocast_risk``: why autocast may do harm. ``slices_attention``: diffusers can slice the
+    denoiser's attention.
+    """
+
+    dtype: torch.dtype = torch.float16
+    float16_risk: str = ""
+    autocast_risk: str = ""
+    slices_attention: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """What the rule looks at.
@@ -45,6 +63,16 @@ class Hardware:
 
     cpu_flags: frozenset[str] = frozenset()
     capability: tuple[int, int] | None = None
+
+    @property
+    def is_gpu_without_bfloat16(self) -> bool:
+        """Whether it is a GPU on which torch only emulates bfloat16."""
+        return self.capability is not None and self.capability < BFLOAT16
+
+    @property
+    def version(self) -> str:
+        """The compute capability as NVIDIA writes it, such as "9.0"."""
+        return ".".join(map(str, self.capability or ()))
 
     @classmethod
     def of(cls, device: torch.device) -> Self:
@@ -67,8 +95,11 @@ class FormatRule:
     reason: str
 
 
-def format_rule(preset: Preset, hardware: Hardware) -> FormatRule:
+def format_rule(preset: Preset, hardware: Hardware, half: HalfPrecision) -> FormatRule:
     """The dtype and layout of ``preset``, which is not AUTO, on ``hardware``.
+
+    A GPU without bfloat16 runs a family of it in float16 if no risk of that is known, else in
+    float32.
 
     On a CPU with bfloat16 instructions, the demo model's denoiser takes 0.6 to 0.8 of the CPU time
     in bfloat16 (AMD EPYC with AVX-512 BF16, 2 to 16 rows; layouts differ by less than 10 %, and
@@ -76,13 +107,12 @@ def format_rule(preset: Preset, hardware: Hardware) -> FormatRule:
     """
     fast = preset is Preset.FAST
     if hardware.capability is not None:
-        version = ".".join(map(str, hardware.capability))
         tensor_cores = hardware.capability >= TENSOR_CORES
-        which = "with" if tensor_cores else "without"
+        dtype, reason = _dtype_on_gpu(preset, hardware, half, tensor_cores)
         return FormatRule(
-            torch.float16,
+            dtype,
             channels_last=fast and tensor_cores,
-            reason=f"preset {preset} on a GPU {which} tensor cores (compute capability {version})",
+            reason=f"{reason} (compute capability {hardware.version})",
         )
     # float16 is never chosen: on a CPU it is hundreds of times slower.
     if not fast:
@@ -98,6 +128,20 @@ def format_rule(preset: Preset, hardware: Hardware) -> FormatRule:
         channels_last=False,
         reason="the CPU has no bfloat16 instructions that torch uses",
     )
+
+
+def _dtype_on_gpu(
+    preset: Preset, hardware: Hardware, half: HalfPrecision, tensor_cores: bool
+) -> tuple[torch.dtype, str]:
+    if half.dtype is torch.float16:
+        which = "with" if tensor_cores else "without"
+        return torch.float16, f"preset {preset} on a GPU {which} tensor cores"
+    why = half.float16_risk or "transformers run in bfloat16"
+    if not hardware.is_gpu_without_bfloat16:
+        return torch.bfloat16, f"{why}, and the GPU has bfloat16"
+    if half.float16_risk:
+        return torch.float32, f"{why}, and the GPU has no bfloat16"
+    return torch.float16, "the GPU has no bfloat16, and the model holds in float16"
 
 
 def cpu_name() -> str:

@@ -15,7 +15,13 @@ from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.warmup.formats import MemoryFormat, cpu_name
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache, Measurements
-from darkroom_server.engine.warmup.placement import denoiser_timer, measure_decode, measure_memory
+from darkroom_server.engine.warmup.placement import (
+    denoiser_timer,
+    measure_decode,
+    measure_encode,
+    measure_memory,
+    sample_bytes,
+)
 from darkroom_server.engine.warmup.presets import Runtime
 from darkroom_server.engine.warmup.row_measurement import (
     MAX_BATCH_SECONDS,
@@ -89,6 +95,7 @@ def measure(
         bytes_per_pass=found.bytes_per_pass,
         bytes_per_decode=found.bytes_per_decode,
         tile_pixels=decoder.tile_pixels,
+        bytes_per_sample=sample_bytes(family),
         available_bytes=available_bytes(runtime.device),
     )
     fit = memory.rows_that_fit(family.size, family.size)
@@ -100,7 +107,7 @@ def measure(
         max_rows=rows or max(2, min(found.max_rows, most, fit)),
         most_rows=most,
         source=source if rows is None else RowLimitSource.SET,
-        speed=ModelSpeed(passes=found.passes, decode=found.decode),
+        speed=ModelSpeed(passes=found.passes, decode=found.decode, encode=found.encode),
         cache=cache,
     )
 
@@ -166,6 +173,7 @@ def _measure_now(
         max_rows=best,
         passes=tuple(seconds.items()),
         decode=measure_decode(family, decoder, memory_format, runtime),
+        encode=measure_encode(family, runtime),
         bytes_per_row=memory.bytes_per_row,
         bytes_per_pass=memory.bytes_per_pass,
         bytes_per_decode=memory.bytes_per_decode,

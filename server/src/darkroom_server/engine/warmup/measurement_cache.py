@@ -19,7 +19,7 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the file's format and of the way to measure; another version is measured again."""
 
 LARGEST_BYTES = 65536
@@ -38,6 +38,7 @@ class Measurements:
     max_rows: int
     passes: tuple[tuple[int, float], ...]
     decode: float
+    encode: float
     bytes_per_row: int
     bytes_per_pass: int
     bytes_per_decode: int
@@ -55,6 +56,8 @@ class Measurements:
             raise ValueError("its passes are not rows and seconds")
         if not _is_rows(data["max_rows"]) or data["max_rows"] < 2 or not _is_time(data["decode"]):
             raise ValueError("its row limit or decode time is not plausible")
+        if data["encode"] != 0 and not _is_time(data["encode"]):
+            raise ValueError("its encode time is not plausible")
         sizes = [data[name] for name in ("bytes_per_row", "bytes_per_pass", "bytes_per_decode")]
         if not all(type(size) is int and 0 <= size < 2**50 for size in sizes):
             raise ValueError("its memory is not plausible")

@@ -1,5 +1,6 @@
 """Places a pipeline on its device, and measures what it takes there."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from darkroom_server.core.engine_config import Attention
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.model import MemoryNeeds
+from darkroom_server.core.residency import HEADROOM
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.failures import DECODE_FAILED, OUT_OF_MEMORY, is_out_of_memory
@@ -26,7 +28,7 @@ def place(family: Family, runtime: Runtime) -> MemoryFormat:
     if runtime.vae_tiling:
         _tile(family)
     memory_format = MemoryFormat(runtime.dtype, runtime.channels_last and family.convolutional)
-    pipeline.to(dtype=memory_format.dtype)
+    _convert(pipeline, memory_format.dtype)
     if vae_is_upcast(pipeline):
         family.vae.to(dtype=torch.float32)
     if memory_format.channels_last:
@@ -39,6 +41,17 @@ def place(family: Family, runtime: Runtime) -> MemoryFormat:
     # Last: a small device has no room for the weights in their first format.
     pipeline.to(device=runtime.device)
     return memory_format
+
+
+def _convert(pipeline: Any, dtype: torch.dtype) -> None:
+    """Convert the components that were not loaded in ``dtype``.
+
+    The others keep in float32 what their libraries keep there, as T5 in float16 some weights, and
+    rotary embeddings their frequencies: a conversion of the pipeline would round them.
+    """
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and part.dtype != dtype:
+            part.to(dtype=dtype)
 
 
 def vae_is_upcast(pipeline: Any) -> bool:
@@ -99,8 +112,14 @@ def measure_memory(
         bytes_per_pass=once,
         bytes_per_decode=decode_peak,
         tile_pixels=decoder.tile_pixels,
+        bytes_per_sample=sample_bytes(family),
         available_bytes=available_bytes(runtime.device),
     )
+
+
+def sample_bytes(family: Family) -> int:
+    """Bytes that an unfinished image of the default size holds between its batches."""
+    return math.ceil(HEADROOM * family.bytes_per_sample)
 
 
 def measure_decode(
@@ -111,6 +130,13 @@ def measure_decode(
         return 0.0
     decode = _decode_once(family, decoder, memory_format, runtime)
     return agreed_seconds(lambda: seconds_of(runtime.device, decode))
+
+
+def measure_encode(family: Family, runtime: Runtime) -> float:
+    """Seconds of the encode of one prompt, 0 if the family cannot measure it."""
+    if not family.encode_prompt():  # Also warms up.
+        return 0.0
+    return agreed_seconds(lambda: seconds_of(runtime.device, family.encode_prompt))
 
 
 def _decode_once(

@@ -10,7 +10,7 @@ import torch
 from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.device import cgroup
-from darkroom_server.engine.warmup.formats import Hardware, format_rule
+from darkroom_server.engine.warmup.formats import FormatRule, HalfPrecision, Hardware, format_rule
 
 DTYPES = {
     Dtype.FLOAT16: torch.float16,
@@ -21,9 +21,12 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """Every option of ``EngineConfig`` resolved.
+    """Every option of ``EngineConfig`` resolved for one model.
 
-    ``format_rule`` says why ``dtype`` and ``channels_last`` were chosen, "" if both are configured.
+    ``preset_rule`` says why ``preset`` is in force, "" if it is configured, and what of it does not
+    suit the model. ``format_rule`` says why ``dtype`` and ``channels_last`` were chosen, "" if both
+    are configured. ``half`` is the dtype of autocast for weights in float32. ``risks`` say what of
+    the configuration may fail with this model, each in one line.
     """
 
     device: torch.device
@@ -32,51 +35,72 @@ class Runtime:
     attention: Attention
     slice_size: str
     autocast: bool
+    half: torch.dtype
     vae_tiling: bool
     channels_last: bool
+    preset_rule: str
     format_rule: str
     fp8_storage: bool
+    risks: tuple[str, ...]
+
+    @property
+    def dtype_name(self) -> str:
+        """The name of ``dtype``, such as "float16"."""
+        return str(self.dtype).removeprefix("torch.")
 
     def precision(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
         """The context for each call of a model whose weights are ``dtype``."""
         if not self.autocast:
             return nullcontext()
         # Float32 weights are autocast to half precision, as in diffusers' own examples.
-        half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=half if dtype == torch.float32 else dtype)
+        half = self.half if dtype == torch.float32 else dtype
+        return torch.autocast(self.device.type, dtype=half)
 
 
-def resolve(config: EngineConfig) -> Runtime:
-    """Resolve ``config`` for this machine. Raises ``StartupError`` if it cannot run here."""
-    device = _device(config.device)
+def resolve(config: EngineConfig, half: HalfPrecision) -> Runtime:
+    """Resolve ``config`` for this machine, and for a model of a family that runs as ``half`` says.
+
+    What is configured is in force. A preset's attention, dtype and autocast are in force unless
+    they do not suit the family. Raises ``StartupError`` if ``config`` cannot run here.
+    """
+    device = device_of(config)
     cuda = device.type == "cuda"
     preset = config.preset
     if preset is Preset.AUTO:
         preset = Preset.FRUGAL if cuda else Preset.FAST
     frugal, fast, tiny = (preset is p for p in (Preset.FRUGAL, Preset.FAST, Preset.TINY))
-    if config.dtype is Dtype.FLOAT16 and not cuda:
-        raise StartupError(
-            "float16 on a CPU is hundreds of times slower than bfloat16: use --dtype bfloat16, "
-            "float32 or auto"
-        )
-    rule = format_rule(preset, Hardware.of(device))
+    hardware = Hardware.of(device)
+    rule = format_rule(preset, hardware, half)
     dtype = rule.dtype if config.dtype is Dtype.AUTO else DTYPES[config.dtype]
-    configured = config.dtype is not Dtype.AUTO and config.channels_last is not None
     attention = config.attention or (Attention.SDPA if fast else Attention.SLICED)
+    slice_size = _slice_size(config, attention, default="max" if tiny else "auto")
+    autocast_risk = _autocast_risk(dtype, hardware, half)
+    autocast = frugal and not autocast_risk if config.autocast is None else config.autocast
+    unsuitable = []
+    if attention is Attention.SLICED and not half.slices_attention:
+        attention, slice_size = Attention.SDPA, ""
+        if config.attention is None:
+            unsuitable.append("attention is sdpa: the model's cannot be sliced")
+    if frugal and autocast_risk and config.autocast is None:
+        unsuitable.append(f"autocast is off: {autocast_risk}")
+    chosen = f"the default on a {'GPU' if cuda else 'CPU'}"
     return Runtime(
         device=device,
         preset=preset,
         dtype=dtype,
         attention=attention,
-        slice_size=_slice_size(config, attention, default="max" if tiny else "auto"),
-        autocast=config.autocast if config.autocast is not None else frugal,
+        slice_size=slice_size,
+        autocast=autocast,
+        half=half.dtype if cuda else torch.bfloat16,
         vae_tiling=config.vae_tiling if config.vae_tiling is not None else tiny,
         channels_last=(
             rule.channels_last if config.channels_last is None else config.channels_last
         ),
-        format_rule="" if configured else rule.reason,
+        preset_rule="; ".join([chosen] * (config.preset is Preset.AUTO) + unsuitable),
+        format_rule=_format_reason(config, preset, rule),
         # Only on CUDA the saved memory is worth the time of the casts.
         fp8_storage=tiny and cuda,
+        risks=_risks(config, hardware, half, autocast_risk),
     )
 
 
@@ -84,6 +108,53 @@ def allowed_threads() -> int:
     """The CPU cores that the cgroup and the affinity mask allow this process, at least 1."""
     cores, quota = len(os.sched_getaffinity(0)), cgroup.cores()
     return cores if quota is None else min(cores, max(1, int(quota)))
+
+
+def _autocast_risk(dtype: torch.dtype, hardware: Hardware, half: HalfPrecision) -> str:
+    """Why autocast may do harm to a model with weights of ``dtype``, "" if it does not."""
+    if half.autocast_risk:
+        return half.autocast_risk
+    if half.dtype is torch.bfloat16 and dtype is torch.float16:
+        return "in float16 it would undo what text encoders such as T5 compute in float32"
+    if half.dtype is torch.bfloat16 and hardware.is_gpu_without_bfloat16:
+        return "the GPU has no bfloat16"
+    return ""
+
+
+def _format_reason(config: EngineConfig, preset: Preset, rule: FormatRule) -> str:
+    """Why the dtype and the layout are those of ``rule``, as far as they are."""
+    if config.dtype is Dtype.AUTO:
+        return rule.reason
+    return "" if config.channels_last is not None else f"the memory layout of preset {preset}"
+
+
+def _risks(
+    config: EngineConfig, hardware: Hardware, half: HalfPrecision, autocast_risk: str
+) -> tuple[str, ...]:
+    risks = []
+    if config.dtype is Dtype.FLOAT16 and half.float16_risk:
+        risks.append(f"--dtype float16: {half.float16_risk}")
+    if config.dtype is Dtype.BFLOAT16 and hardware.is_gpu_without_bfloat16:
+        risks.append(
+            "--dtype bfloat16: the GPU has no bfloat16, and torch emulates it slowly (compute "
+            f"capability {hardware.version})"
+        )
+    if not half.slices_attention and config.attention is Attention.SLICED:
+        risks.append("--attention sliced: the model's attention cannot be sliced, sdpa is used")
+    if config.autocast and autocast_risk:
+        risks.append(f"--autocast: {autocast_risk}")
+    return tuple(risks)
+
+
+def device_of(config: EngineConfig) -> torch.device:
+    """The device that ``config`` names. Raises ``StartupError`` if it cannot run there."""
+    device = _device(config.device)
+    if config.dtype is Dtype.FLOAT16 and device.type != "cuda":
+        raise StartupError(
+            "float16 on a CPU is hundreds of times slower than bfloat16: use --dtype bfloat16, "
+            "float32 or auto"
+        )
+    return device
 
 
 def _device(name: str) -> torch.device:

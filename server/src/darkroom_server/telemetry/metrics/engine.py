@@ -8,9 +8,11 @@ from typing import Any
 from darkroom_server.core.events import (
     BatchDone,
     Counted,
+    EncodeDone,
     EngineCounts,
     EngineReady,
     RowLimitCorrected,
+    SampleBytesCorrected,
 )
 from darkroom_server.core.metric_labels import rows_class
 from darkroom_server.dispatch import EngineRestarted, EngineRetired, EngineTimeWasted
@@ -24,6 +26,23 @@ STEP_BUCKETS = (
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
+ENCODE_BUCKETS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+)
+"""Seconds of an encode: milliseconds for CLIP, seconds for billions of weights on a CPU."""
 ADAPTER_BUCKETS = (0, 1, 2, 4, 8, 16, 32)
 
 OCCUPANCY_BUCKETS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -102,6 +121,18 @@ class EngineMetrics:
             "Lookups in the prompt cache: a `hit` was cached, a `miss` was encoded.",
             ("model", "result"),
         )
+        self.encode_seconds = declare.histogram(
+            "darkroom_encode_seconds",
+            "Seconds of an encode of prompts that were not cached; of jobs that arrive together, "
+            "some models encode the prompts together.",
+            ("model",),
+            ENCODE_BUCKETS,
+        )
+        self.prompt_cache = declare.gauge(
+            "darkroom_prompt_cache_bytes",
+            "Bytes of the embeddings in the prompt cache; `--prompt-cache-bytes` bounds them.",
+            ("model",),
+        )
         self.restarts = declare.counter(
             "darkroom_engine_restarts_total", "Engines restarted after they died."
         )
@@ -123,6 +154,12 @@ class EngineMetrics:
             "darkroom_max_rows",
             "Most rows of a batch of the model's default size now; real batches correct it, unless "
             "`--rows` sets it.",
+            ("model",),
+        )
+        self.sample_bytes = declare.gauge(
+            "darkroom_bytes_per_sample",
+            "Bytes that an unfinished image of the default size holds between its batches, without "
+            "guidance; they bound the images in an engine. Images that hold more correct it.",
             ("model",),
         )
         self.model_info = declare.gauge(
@@ -150,9 +187,11 @@ class EngineMetrics:
         self._batch_series: dict[tuple[str, int], _BatchSeries] = {}
         self.handlers: dict[type, Callable[[Any], None]] = {
             BatchDone: self.record_batch,
+            EncodeDone: self.record_encode,
             EngineCounts: self.record_counts,
             EngineReady: self.record_load,
             RowLimitCorrected: self.record_row_limit,
+            SampleBytesCorrected: self.record_sample_bytes,
             EngineTimeWasted: self.record_wasted,
             EngineRestarted: lambda _: self.restarts.inc(),
             EngineRetired: lambda _: self.retired.inc(),
@@ -169,6 +208,8 @@ class EngineMetrics:
             self.rows_per_step,
             self.adapters_per_batch,
             self.occupancy,
+            self.encode_seconds,
+            self.prompt_cache,
         ):
             metric.labels(model)
 
@@ -187,6 +228,11 @@ class EngineMetrics:
         if batch.joined:
             series.joins.inc(batch.joined)
 
+    def record_encode(self, encode: EncodeDone) -> None:
+        """Prompts were encoded."""
+        self.encode_seconds.labels(encode.model).observe(encode.seconds)
+        self.prompt_cache.labels(encode.model).set(encode.cache_bytes)
+
     def record_counts(self, counts: EngineCounts) -> None:
         """What an engine counted since its last report."""
         for counted, amount in counts.counts.items():
@@ -200,6 +246,7 @@ class EngineMetrics:
             self.warm_up_seconds.labels(load.model).set(load.warm_up_seconds)
         for model in ready.models:
             self.max_rows.labels(model.id).set(model.limits.max_rows)
+            self.sample_bytes.labels(model.id).set(model.memory.bytes_per_sample)
             runtime = model.runtime
             self.model_info.labels(
                 model.id,
@@ -214,6 +261,10 @@ class EngineMetrics:
     def record_row_limit(self, corrected: RowLimitCorrected) -> None:
         """Real batches have corrected the row limit of a model."""
         self.max_rows.labels(corrected.model).set(corrected.max_rows)
+
+    def record_sample_bytes(self, corrected: SampleBytesCorrected) -> None:
+        """An unfinished image held more than was measured."""
+        self.sample_bytes.labels(corrected.model).set(corrected.bytes_per_sample)
 
     def record_wasted(self, wasted: EngineTimeWasted) -> None:
         """A job left the engine unfinished."""

@@ -1,0 +1,302 @@
+"""The cost of suspending diffusers' pipeline, beside the loop that is written by hand for SD.
+
+The denoiser is replaced by one that returns zeros, so that only the rest of a step is measured.
+"""
+
+import argparse
+import functools
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.inprocess.suspended_sd import SuspendedStableDiffusion
+from bench.report.benchmark import Amount, Benchmark, Measurement
+from bench.report.machine import model_source
+from bench.report.markdown import table
+from bench.report.results import Results
+from bench.report.statistics import bootstrap_median, quantile
+from darkroom_server.core.engine_config import ModelSource
+from darkroom_server.core.job import ImageFormat, Job, SchedulerName
+from darkroom_server.engine.components.embedding import Embedding
+from darkroom_server.engine.components.schedulers import config_of, make_scheduler
+from darkroom_server.engine.families.base import Model
+from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
+from darkroom_server.engine.latent_sample import LatentSample
+from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
+from darkroom_server.engine.pipelines.calls import EncodeCall
+from darkroom_server.engine.pipelines.coroutine import ThreadState
+from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
+from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
+from darkroom_server.engine.pipelines.model import SuspendedModel
+from darkroom_server.engine.pipelines.runs import Runs
+from darkroom_server.engine.pipelines.sample import SuspendedSample
+from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.warmup.formats import MemoryFormat
+
+SAMPLES = (1, 8)
+SCHEDULERS = (SchedulerName.DDIM, SchedulerName.EULER)
+META = torch.device("meta")
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what a GPU would do, on the meta device, which has shapes and no values.
+
+    Reading a value from it raises, as it would make a GPU's caller wait. ``counts`` has kernels
+    (calls that write new values on the device), copies to the device, and host calls (those of
+    torch that compute on the CPU only).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, torch.Tensor)]
+        made = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
+        if not any(tensor.is_meta for tensor in (*given, *made)):
+            self.counts["host calls"] += 1
+        elif made and not self._is_view(func, given, made):
+            from_host = bool(given) and not any(tensor.is_meta for tensor in given)
+            self.counts["copies to the device" if from_host else "kernels"] += 1
+        return found
+
+    @staticmethod
+    def _is_view(func: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> bool:
+        if func._schema.is_mutable:
+            return False
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
+        return all(tensor.untyped_storage()._cdata in storages for tensor in made)
+
+
+class Forms:
+    """One pipeline whose UNet returns zeros, and the samples of both forms for it."""
+
+    def __init__(self, pipeline: Any, device: torch.device) -> None:
+        unet = pipeline.unet
+        compute = unet.forward
+
+        @functools.wraps(compute)
+        def zeros(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (torch.zeros_like(sample),)
+
+        unet.forward = zeros
+        self.device = device
+        self.unet = unet
+        family = SuspendedStableDiffusion(pipeline)
+        self.size = family.size
+        side = self.size // family.latent_factor
+        self.shape = (int(unet.config.in_channels), side, side)
+        self.runs = Runs(
+            host=HostedPipeline(pipeline, ("unet",), pipeline.vae, device, EncodeMemo(0, device)),
+            spec=family.spec,
+            arguments_of=family.call_arguments,
+            vae_latents=family.vae_latents,
+            schedulers={},
+            own={},
+            precision=nullcontext,
+        )
+        self.config = config_of(pipeline.scheduler)
+        # Neither a denoiser call nor a step needs the rest of a model.
+        unused: Any = None
+        self.models: dict[str, Model] = {
+            "by hand": StableDiffusionModel(
+                info=unused,
+                prompts=unused,
+                unet=unet,
+                decoder=unused,
+                previewer=None,
+                safety=None,
+                precision=nullcontext,
+                scheduler_config=self.config,
+                latent_channels=self.shape[0],
+                latent_factor=family.latent_factor,
+                device=device,
+                memory_format=MemoryFormat(unet.dtype, channels_last=False),
+            ),
+            "suspended": SuspendedModel(
+                info=unused,
+                runs=self.runs,
+                is_truncated=lambda _: False,
+                decoder=unused,
+                previewer=None,
+                safety=None,
+                encodes_slowly=False,
+            ),
+        }
+        hidden = (1, family.prompt_tokens, int(unet.config.cross_attention_dim))
+        self.embeddings = tuple(
+            torch.ones(hidden, device=device, dtype=unet.dtype) * i for i in range(2)
+        )
+
+    def new(self, form: str, job: Job) -> Sample:
+        """A sample of ``form``, "by hand" or "suspended", before its first step."""
+        scheduler = make_scheduler(job.scheduler, self.config)
+        if form == "by hand":
+            negative, positive = (Embedding(each, False) for each in self.embeddings)
+            return LatentSample(
+                job,
+                0,
+                scheduler=scheduler,
+                embeddings=(negative, positive),
+                latent_shape=self.shape,
+                device=self.device,
+                dtype=self.unet.dtype,
+            )
+        sample = SuspendedSample(
+            job,
+            0,
+            scheduler=hosted_scheduler(scheduler),
+            steps=job.steps,
+            spec=self.runs.spec,
+            vae_latents=self.runs.vae_latents,
+            prompt_truncated=False,
+            device=self.device,
+        )
+        arguments = {**self.runs.arguments_of(job), "generator": sample.generator}
+        sample.start(self.runs.host.run(sample.scheduler, arguments, {}))
+        while isinstance(sample.pending, EncodeCall):
+            sample.resume(self.embeddings[::-1])
+        return sample
+
+    def step(self, form: str, samples: Sequence[Sample]) -> None:
+        """One denoiser call, and the step of each of ``samples``."""
+        outputs = self.models[form].denoise(samples)
+        for sample, output in zip(samples, outputs, strict=True):
+            sample.advance(output)
+
+    def job(self, seed: int, steps: int, scheduler: SchedulerName) -> Job:
+        """A guided image of the default size."""
+        return Job(
+            id=str(seed),
+            model="",
+            prompt="a red star",
+            negative_prompt="",
+            width=self.size,
+            height=self.size,
+            steps=steps,
+            guidance_scale=7.5,
+            seed=seed,
+            image_count=1,
+            scheduler=scheduler,
+            format=ImageFormat.PNG,
+            quality=90,
+            exact=False,
+            submitted_at=0.0,
+        )
+
+
+FORMS = ("by hand", "suspended")
+
+
+def step_seconds(
+    forms: Forms, form: str, scheduler: SchedulerName, images: int, steps: int
+) -> float:
+    """Seconds of one step of one of ``images`` that share each batch, without the denoiser."""
+    jobs = [forms.job(seed, steps, scheduler) for seed in range(images)]
+    samples = [forms.new(form, job) for job in jobs]
+    began = time.perf_counter()
+    for _ in range(steps):
+        forms.step(form, samples)
+    seconds = time.perf_counter() - began
+    for sample in samples:
+        sample.close()
+    return seconds / steps / images
+
+
+def count_step(forms: Forms, form: str, scheduler: SchedulerName) -> dict[str, int]:
+    """What one step of a lone image does, from its second step to its third."""
+    sample = forms.new(form, forms.job(1, 4, scheduler))
+    forms.step(form, [sample])
+    with Kernels() as seen:
+        forms.step(form, [sample])
+    sample.close()
+    return dict(seen.counts)
+
+
+def count_steps(source: ModelSource) -> list[dict[str, Any]]:
+    """The counts of both forms of the model of ``source``, with each scheduler."""
+    pipeline = load_pipeline(find_model(source, safety_checker=False), torch.bfloat16).to("meta")
+    now = ThreadState.now
+    # Autocast, which both forms leave off, has no meta device.
+    with mock.patch.object(ThreadState, "now", lambda _: now("cpu")), torch.inference_mode():
+        forms = Forms(pipeline, META)
+        return [
+            {"scheduler": scheduler.value, "form": form, **count_step(forms, form, scheduler)}
+            for scheduler in SCHEDULERS
+            for form in FORMS
+        ]
+
+
+@torch.inference_mode()
+def measure(options: argparse.Namespace) -> Measurement:
+    """Both forms in turns on the CPU, then the counts on the meta device."""
+    source = model_source(options.model)
+    pipeline = load_pipeline(find_model(source, safety_checker=False), torch.bfloat16)
+    torch.set_num_threads(1)
+    forms = Forms(pipeline, torch.device("cpu"))
+    times = []
+    for scheduler in SCHEDULERS:
+        for images in SAMPLES:
+            pairs: list[dict[str, float]] = []
+            for round in range(options.pairs + 1):
+                names = FORMS if round % 2 else FORMS[::-1]
+                pairs.append(
+                    {n: step_seconds(forms, n, scheduler, images, options.steps) for n in names}
+                )
+            # The first pair warms up.
+            times.append({"scheduler": scheduler.value, "images": images, "pairs": pairs[1:]})
+    figures = {"times": times, "counts": count_steps(source)}
+    return Measurement(figures=figures, model={"id": source.id})
+
+
+COUNTED = ("kernels", "copies to the device", "host calls")
+
+
+def describe(results: Results) -> list[str]:
+    """A text, the times and the counts."""
+    times = [
+        [
+            f"{each['scheduler']}, {each['images']} in a batch",
+            *(f"{quantile([p[n] for p in each['pairs']], 0.5) * 1e6:.0f}" for n in FORMS),
+            f"{difference.value:+.0f} ({difference.low:+.0f} to {difference.high:+.0f})",
+        ]
+        for each in results.figures["times"]
+        for difference in [
+            bootstrap_median([(p["suspended"] - p["by hand"]) * 1e6 for p in each["pairs"]])
+        ]
+    ]
+    counts = [
+        [f"{each['scheduler']}, {each['form']}", *(str(each.get(c, 0)) for c in COUNTED)]
+        for each in results.figures["counts"]
+    ]
+    return [
+        "Stable Diffusion has a loop written by hand; other families are suspended runs of "
+        "diffusers' own pipeline. Here the demo model runs in both forms, with a UNet that returns "
+        f"zeros: µs of an image's step, on one thread, medians of {results.settings['pairs']} "
+        "interleaved pairs, and the median of their differences with its 95 % interval.",
+        table(["", "by hand, µs", "suspended, µs", "difference, µs"], times),
+        "What the second step of a lone image asks of its device besides the UNet, counted on "
+        "torch's meta device. It has no values, so neither form waits for one:",
+        table(["", *COUNTED], counts),
+    ]
+
+
+BENCHMARK = Benchmark(
+    name="suspension",
+    title="Suspended pipelines beside the loop written by hand",
+    command="python -m bench.micro suspension",
+    amounts={
+        "pairs": Amount(40, 2, "runs of each form, in turns"),
+        "steps": Amount(40, 5, "steps of each run"),
+    },
+    measure=measure,
+    describe=describe,
+)

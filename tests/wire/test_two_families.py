@@ -1,0 +1,134 @@
+"""A tiny SDXL and a tiny FLUX.1 in one server: pictures, fields and errors, through the wire."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from darkroom_client import Client, InvalidRequest, Scheduler
+from darkroom_client.cli import main
+from tests.engine.families.flux import write_dev
+from tests.engine.families.stable_diffusion_xl import write_sdxl
+
+from .conftest import running_server
+from .test_other_clients import SECONDS, buf_curl
+
+PROMPT = "a large yellow star on a blue background"
+SEEDS = (11, 12, 13)
+
+XL: dict[str, Any] = {
+    "prompt_2": "a small heart",
+    "negative_prompt": "blue",
+    "guidance_scale": 5.0,
+    "guidance_rescale": 0.5,
+}
+FLUX: dict[str, Any] = {
+    "prompt_2": "a small heart",
+    "negative_prompt": "blue",
+    "guidance_scale": 2.5,
+    "true_cfg_scale": 3.0,
+    "max_sequence_length": 32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    address: str
+    folders: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("models")
+    folders = {"xl": write_sdxl(folder / "xl"), "flux": write_dev(folder / "flux")}
+    with running_server(*(f"{name}={path}" for name, path in folders.items())) as address:
+        yield Served(address, folders)
+
+
+def alone(folder: Path, seed: int, fields: dict[str, Any]) -> Any:
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(
+        PROMPT,
+        width=64,
+        height=64,
+        num_inference_steps=6,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        **fields,
+    ).images[0]
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize(("model", "fields"), [("xl", XL), ("flux", FLUX)])
+def test_images_equal_the_pipelines(served: Served, model: str, fields: dict[str, Any]) -> None:
+    with Client(served.address, timeout=SECONDS) as client:
+        result = client.generate(
+            PROMPT,
+            model=model,
+            steps=6,
+            seed=SEEDS[0],
+            image_count=len(SEEDS),
+            scheduler=Scheduler.MODEL,
+            **fields,
+        )
+        plain = client.generate(PROMPT, model=model, steps=6, seed=SEEDS[0]).image.to_numpy()
+    found = [image.to_numpy().astype(int) for image in result.images]
+    # Each image has two rows, or one; they cannot be in a batch of their own all the time.
+    own_rows = 2 if model == "xl" else 1
+    assert max(image.replay.rows_in_last_pass for image in result.images) > own_rows
+    expected = [alone(served.folders[model], seed, fields) for seed in SEEDS]
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(one - other).max() <= 2
+    assert np.abs(found[0] - expected[1]).max() > 20
+    assert np.abs(found[0] - plain.astype(int)).max() > 20, "the fields do nothing"
+
+
+def test_the_models_say_what_they_take(served: Served) -> None:
+    with Client(served.address, timeout=SECONDS) as client:
+        models = {model.id: model for model in client.models()}
+    assert models["xl"].kind == "StableDiffusionXLPipeline"
+    assert models["flux"].kind == "FluxPipeline"
+    assert XL.keys() <= {*models["xl"].optional_fields}
+    assert FLUX.keys() <= {*models["flux"].optional_fields}
+    assert "true_cfg_scale" not in models["xl"].optional_fields
+    assert "guidance_rescale" not in models["flux"].optional_fields
+
+
+def test_each_violation_is_reported(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong: dict[str, dict[str, Any]] = {
+        "xl": {"true_cfg_scale": 3.0, "prompt_3": "a moon", "width": 70, "height": 4096},
+        "flux": {"guidance_rescale": 0.5, "max_sequence_length": 513, "width": 72},
+    }
+    with Client(served.address, timeout=SECONDS) as client:
+        for model, fields in wrong.items():
+            with pytest.raises(InvalidRequest) as caught:
+                client.generate(PROMPT, model=model, **fields)
+            assert {each.field for each in caught.value.violations} == fields.keys()
+    flags = "--model flux --scheduler ddim --guidance-rescale 0.5 --size 72x64"
+    code = main(["generate", PROMPT, "--target", served.address, *flags.split()])
+    assert code == 2
+    line = capsys.readouterr().err
+    for flag in ("--guidance-rescale: model 'flux' does not take it", "--scheduler:", "--size:"):
+        assert flag in line
+
+
+def test_a_client_without_the_sdk_asks_for_a_family_s_fields(
+    served: Served, tmp_path: Path
+) -> None:
+    method = "GenerationService/Generate"
+    request = {
+        "model": "flux",
+        "prompt": PROMPT,
+        "negativePrompt": "blue",
+        "trueCfgScale": 3.0,
+        "maxSequenceLength": 32,
+        "scheduler": "SCHEDULER_MODEL",
+        "steps": 2,
+    }
+    recorded = buf_curl(served.address, method, request, tmp_path)["images"][0]["replay"]
+    assert {name: recorded["request"][name] for name in request} == request
