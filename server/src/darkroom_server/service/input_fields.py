@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from darkroom_server.core.errors import Violation
+from darkroom_server.core.errors import UnknownAdapter, Violation
+from darkroom_server.core.inputs import Lora
 from darkroom_server.core.job import Task
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.service.request import ImageSource, Inputs, RequestedControl
@@ -97,11 +98,12 @@ def _sources(inputs: Inputs, model: ModelInfo) -> Iterator[Violation]:
 
 def _strength(inputs: Inputs, model: ModelInfo, steps: int) -> Iterator[Violation]:
     asked, strength = inputs.strength, _strength_of(inputs, model)
+    taken = model.strength_rounding.steps_taken(steps, strength)
     if asked is not None and inputs.image is None:
         yield Violation("strength", "needs image")
     if asked is not None and not (math.isfinite(asked) and 0.0 < asked <= 1.0):
         yield Violation("strength", f"must be above 0, to 1, not {asked:g}")
-    elif inputs.image is not None and model.strength_rounding.steps_taken(steps, strength) < 1:
+    elif inputs.image is not None and taken < 1 <= steps:
         yield Violation(
             "strength", f"of {steps} steps, {strength:g} is less than one; use more of either"
         )
@@ -115,6 +117,25 @@ def _strength_of(inputs: Inputs, model: ModelInfo) -> float:
         return inputs.strength
     task = Task.IMAGE_TO_IMAGE if inputs.mask_image is None else Task.INPAINT
     return model.defaults.strength_of(task)
+
+
+def check_adapters(
+    loras: Sequence[Lora], model: ModelInfo, known: Sequence[str]
+) -> list[Violation]:
+    """Why ``loras`` cannot be added to ``model``; ``known`` are the adapters of all models.
+
+    Raises ``UnknownAdapter`` for one that is not among them.
+    """
+    offers = {offer.id: offer for offer in model.adapters}
+    found = []
+    for index, lora in enumerate(loras):
+        if lora.id not in known:
+            raise UnknownAdapter(lora.id[:256], known)
+        offer = offers.get(lora.id)
+        reason = f"does not fit model {model.id!r}" if offer is None else offer.rejection
+        if reason:
+            found.append(Violation(f"loras[{index}].id", f"{lora.id!r}: {reason}"))
+    return found
 
 
 def _loras(inputs: Inputs, most: int) -> Iterator[Violation]:
