@@ -98,15 +98,14 @@ def _sources(inputs: Inputs, model: ModelInfo) -> Iterator[Violation]:
 
 def _strength(inputs: Inputs, model: ModelInfo, steps: int) -> Iterator[Violation]:
     asked, strength = inputs.strength, _strength_of(inputs, model)
-    taken = model.strength_rounding.steps_taken(steps, strength)
     if asked is not None and inputs.image is None:
         yield Violation("strength", "needs image")
     if asked is not None and not (math.isfinite(asked) and 0.0 < asked <= 1.0):
         yield Violation("strength", f"must be above 0, to 1, not {asked:g}")
-    elif inputs.image is not None and taken < 1 <= steps:
-        yield Violation(
-            "strength", f"of {steps} steps, {strength:g} is less than one; use more of either"
-        )
+    elif inputs.image is not None and steps > 0:
+        taken = model.strength_rounding.steps_taken(steps, strength)
+        why = f"of {steps} steps, {strength:g} is less than one; use more of either"
+        yield from [Violation("strength", why)] if taken < 1 else []
 
 
 def _strength_of(inputs: Inputs, model: ModelInfo) -> float:
