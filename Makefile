@@ -86,6 +86,10 @@ test-compat: setup ## run clients and servers of 0.1.0 and of this checkout agai
 bench-engine: setup ## measure the engine beside diffusers' pipeline, on this machine; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.engine $(BENCH_FLAGS)
 
+.PHONY: bench-lora
+bench-lora: setup ## measure rows with different LoRAs beside grouping by adapter; options in BENCH_FLAGS
+	@$(BIN)/python -m bench.engine.loras loras $(BENCH_FLAGS)
+
 .PHONY: bench-memory
 bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
 	@$(BIN)/python -m bench.micro memory $(BENCH_FLAGS)

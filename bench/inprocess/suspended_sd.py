@@ -9,8 +9,8 @@ from unittest import mock
 
 from darkroom_server.engine.families.registry import FAMILIES
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
-from darkroom_server.engine.families.stable_diffusion_xl import UNET
 from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.families.unet import UNET
 
 
 class SuspendedStableDiffusion(SuspendedFamily):

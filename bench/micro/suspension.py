@@ -95,7 +95,11 @@ class Forms:
         side = self.size // family.latent_factor
         self.shape = (int(unet.config.in_channels), side, side)
         self.runs = Runs(
-            host=HostedPipeline(pipeline, ("unet",), pipeline.vae, device, EncodeMemo(0, device)),
+            hosts={
+                family.own_task: HostedPipeline(
+                    pipeline, ("unet",), pipeline.vae, device, EncodeMemo(0, device)
+                )
+            },
             spec=family.spec,
             arguments_of=family.call_arguments,
             vae_latents=family.vae_latents,

@@ -39,7 +39,7 @@ class PlainSample:
 
     @property
     def group(self) -> Group:
-        return Group(self.job.model, self.job.width, self.job.height, tokens=77)
+        return Group(self.job.model, self.job.width, self.job.height)
 
     def close(self) -> None:
         self.closed = True

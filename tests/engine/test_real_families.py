@@ -74,9 +74,11 @@ def host(family: SuspendedFamily) -> None:
     """Prepare ``family`` without its warm-up, which would compute."""
     pipeline = family.pipeline
     family._runs = Runs(
-        host=HostedPipeline(
-            pipeline, (family.denoiser_name,), pipeline.vae, CPU, EncodeMemo(0, CPU)
-        ),
+        hosts={
+            family.own_task: HostedPipeline(
+                pipeline, (family.denoiser_name,), pipeline.vae, CPU, EncodeMemo(0, CPU)
+            )
+        },
         spec=family.spec,
         arguments_of=family.call_arguments,
         vae_latents=family.vae_latents,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from darkroom_client import Client, RowLimitSource
+from darkroom_client import Adapter, Client, RowLimitSource
 from darkroom_client.testing import Behaviour, FakeServer, JobState, fake_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -172,3 +172,19 @@ def test_interrupting_node_cancels(darkroom_server: FakeServer, tmp_path: Path) 
 
     assert "CANCELLED" in errors
     darkroom_server.wait_for(lambda: darkroom_server.jobs[0].state is JobState.CANCELLED)
+
+
+@pytest.mark.needs("node")
+def test_node_lists_the_adapters() -> None:
+    adapters = [
+        Adapter(id="outline", models=("demo",), rank=8, resident=True),
+        Adapter(id="huge", models=("demo",), rank=512, rejection="its rank is 512"),
+    ]
+    with FakeServer(adapters=adapters) as server, node("adapters.js", server) as running:
+        out, errors = running.communicate(timeout=SECONDS)
+
+    assert running.returncode == 0, errors
+    assert out.splitlines() == [
+        "huge: rank 512, for demo; its rank is 512",
+        "outline: rank 8, for demo; in memory",
+    ]

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -29,22 +28,21 @@ from tests.server.hostile.http2 import CONTINUATION, END_HEADERS, HEADERS, call_
 from tools.observe.server import Running, server
 
 CALLERS = 12
-WARM_SECONDS = 90.0
-SAMPLE_SECONDS = 2.0
-BLOCK_SECONDS = 30.0
-"""Readings of memory are averaged over this time before a line is fitted."""
+ROUND_SECONDS = 110.0
+"""Callers and attackers work that long; then the memory is read, when nobody does anything."""
 
-KILL_SECONDS = 150.0
-"""The mean time between two kills of the engine."""
-
-FIRST_SECONDS = 60.0
-"""An engine's memory is not counted that long after its start."""
+QUIET_SECONDS = 5.0
+ROUNDS_PER_ENGINE = 4
+"""The engine is killed in the middle of every so many rounds."""
 
 MAX_GROWTH = 10.0
 """The most that a process may grow, in MB/h."""
 
 KINDS = ("RssAnon", "VmSwap")
 """The kinds of memory that count, as proc(5) names them."""
+
+MORE_THREADS = 5
+"""Pools may grow to their sizes after the first round."""
 
 STRANGER = "127.0.0.2"
 """The address of all attackers: the limits of an address must not affect others."""
@@ -81,12 +79,12 @@ class Holdings:
 
 @dataclass
 class Memory:
-    """Memory of one process by the time, or of processes that followed each other, by their ids."""
+    """Quiet readings of processes that followed each other, by their ids: hours and megabytes."""
 
     readings: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
 
     def read(self, process: psutil.Process) -> None:
-        """Note the anonymous megabytes of ``process`` now, resident or swapped out.
+        """Note the anonymous memory of ``process`` now, resident or swapped out.
 
         The pages of libraries do not count: the kernel drops and reads them as it likes.
         """
@@ -95,26 +93,18 @@ class Memory:
         size = sum(int(found[1]) for found in kilobytes if found) / 1e3
         self.readings.setdefault(process.pid, []).append((time.monotonic() / 3600, size))
 
-    def slope(self, since: float) -> tuple[float, float]:
+    def slope(self) -> tuple[float, float]:
         """MB/h and their standard error, in common for all processes.
 
-        A process counts from ``since``, in monotonic seconds, and ``FIRST_SECONDS`` of its own on.
+        The first reading of each process does not count: it is not warm.
         """
         points: list[tuple[float, float]] = []
         for readings in self.readings.values():
-            start = max(since, readings[0][0] * 3600 + FIRST_SECONDS) / 3600
-            blocks: dict[int, list[tuple[float, float]]] = {}
-            for at, size in readings:
-                if at >= start:
-                    blocks.setdefault(int(at * 3600 / BLOCK_SECONDS), []).append((at, size))
-            means = [
-                (statistics.fmean(a for a, _ in b), statistics.fmean(s for _, s in b))
-                for b in blocks.values()
-            ]
-            if len(means) > 1:
+            warm = readings[1:]
+            if len(warm) > 1:
                 # Each process has its own level; the slope is what they have in common.
-                at, size = (statistics.fmean(each) for each in zip(*means, strict=True))
-                points += [(a - at, s - size) for a, s in means]
+                at, size = (statistics.fmean(each) for each in zip(*warm, strict=True))
+                points += [(a - at, s - size) for a, s in warm]
         spread = sum(a * a for a, _ in points)
         if len(points) < 3 or not spread:
             return math.nan, math.nan
@@ -217,28 +207,6 @@ def _request() -> bytes:
     return generation_pb2.GenerateStreamRequest(generation=generation).SerializeToString()
 
 
-async def watch_memory(
-    end: float, serving: psutil.Process, of_server: Memory, of_engine: Memory
-) -> None:
-    """Read the memory of both processes until the time ``end``."""
-    while time.monotonic() < end:
-        of_server.read(serving)
-        with contextlib.suppress(
-            psutil.NoSuchProcess, ProcessLookupError, IndexError, FileNotFoundError
-        ):
-            of_engine.read(_engine_of(serving))
-        await asyncio.sleep(SAMPLE_SECONDS)
-
-
-async def kill_engines(end: float, serving: psutil.Process, tally: Tally, dice: Any) -> None:
-    """Kill the engine at random moments until the time ``end``."""
-    while (pause := KILL_SECONDS * dice.uniform(0.5, 1.5)) < end - time.monotonic():
-        await asyncio.sleep(pause)
-        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-            _engine_of(serving).kill()
-            tally.kills += 1
-
-
 def _engine_of(serving: psutil.Process) -> psutil.Process:
     """The process of the engine: the largest child."""
     children = serving.children(recursive=True)
@@ -265,37 +233,49 @@ async def settle(client: AsyncClient) -> Mapping[str, int]:
         await asyncio.sleep(0.5)
 
 
+async def kill_engine(serving: psutil.Process, tally: Tally) -> None:
+    """Kill the engine in the middle of a round."""
+    await asyncio.sleep(ROUND_SECONDS / 2)
+    _engine_of(serving).kill()
+    tally.kills += 1
+
+
 async def soak(minutes: float, seed: int, running: Running) -> list[str]:
     """Run the load; returns the problems that were found."""
     dice, tally = random.Random(seed), Tally()
     serving = psutil.Process(running.pid)
     of_server, of_engine = Memory(), Memory()
-    async with AsyncClient(running.address, insecure=True, timeout=120) as client:
-        # The kept results are full after that.
-        await run_load(WARM_SECONDS, client, running.address, tally, dice)
-        await settle(client)
-        before, began = Holdings.of(serving), time.monotonic()
-        end = began + 60 * minutes
-        await asyncio.gather(
-            run_load(60 * minutes, client, running.address, tally, dice),
-            watch_memory(end, serving, of_server, of_engine),
-            kill_engines(end, serving, tally, dice),
-        )
-        counts = dict(await settle(client))
-        await client.generate("a star", steps=1)
-        after = Holdings.of(serving)
+    holdings: list[Holdings] = []
+    rounds = max(3, round(minutes * 60 / (ROUND_SECONDS + QUIET_SECONDS)))
+    async with AsyncClient(running.address, insecure=True, timeout=300) as client:
+        for number in range(rounds):
+            load = [run_load(ROUND_SECONDS, client, running.address, tally, dice)]
+            if number % ROUNDS_PER_ENGINE == 0:
+                load.append(kill_engine(serving, tally))
+            await asyncio.gather(*load)
+            await client.generate("a star", steps=1)
+            counts = dict(await settle(client))
+            await asyncio.sleep(QUIET_SECONDS)
+            of_server.read(serving)
+            of_engine.read(_engine_of(serving))
+            holdings.append(Holdings.of(serving))
+            print(f"round {number + 1} of {rounds}: {counts}", flush=True)
+    before, after = holdings[0], holdings[-1]
     print(f"calls   {dict(tally.calls)}, kills {tally.kills}")
     print(f"attacks {dict(tally.attacks)}")
     print(f"jobs    {counts}")
     print(f"before  {before}\nafter   {after}")
     problems = [
         f"{what}: {getattr(before, what)} before, {getattr(after, what)} after"
-        for what in ("threads", "descriptors", "children")
-        if getattr(after, what) > getattr(before, what)
+        for what, more in (("threads", MORE_THREADS), ("descriptors", 0), ("children", 0))
+        if getattr(after, what) > getattr(before, what) + more
     ]
     for name, memory in (("server", of_server), ("engine", of_engine)):
-        slope, error = memory.slope(began)
-        print(f"memory of the {name}: {slope:+.1f} ± {error:.1f} MB/h")
+        slope, error = memory.slope()
+        sizes = [[round(size) for _, size in each] for each in memory.readings.values()]
+        print(f"memory of the {name}: {slope:+.1f} ± {error:.1f} MB/h, MB {sizes}")
+        if math.isnan(slope):
+            problems.append(f"too few readings of the {name}: run it for longer")
         if slope > MAX_GROWTH + 2 * error:
             problems.append(f"the {name} grows by {slope:.1f} MB/h")
     accepted = counts.pop("accepted")

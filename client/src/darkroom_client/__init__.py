@@ -10,6 +10,7 @@ from darkroom_client._async_client import AsyncClient
 from darkroom_client._async_stream import AsyncStream
 from darkroom_client._client import Client
 from darkroom_client._errors import (
+    AdapterNotFound,
     Cancelled,
     DarkroomError,
     DeadlineExceeded,
@@ -33,6 +34,7 @@ from darkroom_client._errors import (
     Violation,
 )
 from darkroom_client._stream import Stream
+from darkroom_client._types.adapter import Adapter, AdapterKind
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat, PromptSyntax, Scheduler
 from darkroom_client._types.events import (
@@ -76,6 +78,9 @@ from darkroom_client._types.status import (
 __all__ = [
     "TLS",
     "Accepted",
+    "Adapter",
+    "AdapterKind",
+    "AdapterNotFound",
     "AsyncClient",
     "AsyncStream",
     "Cancelled",

@@ -22,6 +22,7 @@ from darkroom_client._settings import (
     Settings,
 )
 from darkroom_client._transport.aio import AsyncTransport
+from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
@@ -225,6 +226,16 @@ class AsyncClient:
     ) -> list[Model]:
         """Like ``Client.models``."""
         return await self._transport.run(self._calls.models(timeout, metadata))
+
+    async def adapters(
+        self,
+        model: str = "",
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[Adapter]:
+        """Like ``Client.adapters``."""
+        return await self._transport.run(self._calls.adapters(model, timeout, metadata))
 
     async def model(
         self,

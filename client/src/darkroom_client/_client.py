@@ -21,6 +21,7 @@ from darkroom_client._settings import (
 )
 from darkroom_client._stream import Stream
 from darkroom_client._transport.sync import SyncTransport
+from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
@@ -290,6 +291,19 @@ class Client:
     ) -> list[Model]:
         """List the models that the server is configured with, in their configured order."""
         return self._transport.run(self._calls.models(timeout, metadata))
+
+    def adapters(
+        self,
+        model: str = "",
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[Adapter]:
+        """List the adapters that fit ``model``, or any model, by id.
+
+        Raises ``ModelNotFound`` for a model that the server does not have.
+        """
+        return self._transport.run(self._calls.adapters(model, timeout, metadata))
 
     def model(
         self,

@@ -4,6 +4,7 @@ DarkroomError
 ├── InvalidRequest      correct the request: `violations` lists every error in it
 │   └── UploadNotFound  the server does not have an image: send the image itself
 ├── ModelNotFound       use another model
+├── AdapterNotFound     use another adapter
 ├── UnknownRequest      the server does not know that request id, or not any more
 ├── TooLarge            ask for less, or use a bigger machine: it never fits this one
 ├── ReplyTooLarge       ask for fewer or smaller images, or raise the client's `max_reply_bytes`
@@ -86,6 +87,10 @@ class UploadNotFound(InvalidRequest):
 
 class ModelNotFound(DarkroomError):
     """The server has no model of that name."""
+
+
+class AdapterNotFound(DarkroomError):
+    """The server has no adapter of that name."""
 
 
 class UnknownRequest(DarkroomError):

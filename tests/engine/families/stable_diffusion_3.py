@@ -11,8 +11,11 @@ from .case import FamilyCase, mixed_jobs
 from .parts import clip, flow_match, shaken, t5, vae
 
 
-def write_sd3(folder: Path, *, with_t5: bool = True, **transformer: Any) -> Path:
-    """A Stable Diffusion 3 of 64×64 pixels; ``transformer`` is configuration."""
+def write_sd3(folder: Path, *, with_t5: bool = True, channels: int = 4, **transformer: Any) -> Path:
+    """A Stable Diffusion 3 of 64×64 pixels; ``transformer`` is configuration.
+
+    Its latents have ``channels``.
+    """
     tokenizer, encoder = clip(folder / "tokenizer", projection=True)
     tokenizer_2, encoder_2 = clip(folder / "tokenizer_2", projection=True)
     tokenizer_3, encoder_3 = t5(64) if with_t5 else (None, None)
@@ -21,8 +24,8 @@ def write_sd3(folder: Path, *, with_t5: bool = True, **transformer: Any) -> Path
             diffusers.SD3Transformer2DModel(
                 sample_size=8,
                 patch_size=2,
-                in_channels=4,
-                out_channels=4,
+                in_channels=channels,
+                out_channels=channels,
                 num_layers=2,
                 attention_head_dim=8,
                 num_attention_heads=4,
@@ -34,7 +37,7 @@ def write_sd3(folder: Path, *, with_t5: bool = True, **transformer: Any) -> Path
             )
         ),
         scheduler=flow_match(shift=3.0),
-        vae=vae(shift_factor=0.1),
+        vae=vae(channels, shift_factor=0.1),
         text_encoder=encoder,
         tokenizer=tokenizer,
         text_encoder_2=encoder_2,

@@ -21,6 +21,7 @@ from darkroom_client._protocol.uploads import (
     move_to_uploads,
 )
 from darkroom_client._settings import Metadata, Settings
+from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
 from darkroom_client._types.inputs import ImageSource
@@ -30,6 +31,7 @@ from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._types.result import GenerationResult
 from darkroom_client._types.status import Estimate, ServerStatus
+from darkroom_client._wire.adapters import decode_adapter
 from darkroom_client._wire.events import decode_accepted
 from darkroom_client._wire.inputs import with_images
 from darkroom_client._wire.jobs import JobPage, decode_job, decode_page
@@ -219,6 +221,20 @@ class Calls:
             lambda stubs: stubs.models.GetModel,
             model_pb2.GetModelRequest(model=id),
             lambda response: decode_model(response.model),
+            timeout,
+            metadata,
+        )
+
+    def adapters(
+        self, model: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[list[Adapter]]:
+        """List the adapters."""
+        _check_name("model", model)
+        return self._call(
+            "ListAdapters",
+            lambda stubs: stubs.models.ListAdapters,
+            model_pb2.ListAdaptersRequest(model=model),
+            lambda response: [decode_adapter(adapter) for adapter in response.adapters],
             timeout,
             metadata,
         )

@@ -13,6 +13,7 @@ from darkroom_client.cli._exit_codes import TABLE
 from darkroom_client.cli._flags import flags_of, meant
 from darkroom_client.cli._inputs import add_inputs
 from darkroom_client.cli.commands import (
+    _adapters,
     _cancel,
     _completion,
     _estimate,
@@ -73,6 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cancel.add_argument("request_ids", nargs="+", metavar="ID", help="what `submit` printed")
     _add_jobs(command("jobs", "list your jobs on the server", _jobs.run, 10.0))
     _add_models(command("models", "list the models of the server", _models.run, 10.0))
+    _add_adapters(command("adapters", "list the adapters of the server", _adapters.run, 10.0))
     _add_replay(command("replay", "reproduce a recorded image", _replay.run, DEFAULT_TIMEOUT))
     status = command("status", "show the status of the server", _status.run, 10.0)
     status.add_argument("--json", action="store_true", help="print one JSON object")
@@ -291,6 +293,11 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="ID", default="", help="only those that fit this model")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 

@@ -36,6 +36,7 @@ _CODES: dict[type[DarkroomError], int] = {
     errors.InvalidRequest: USAGE,
     errors.UploadNotFound: USAGE,
     errors.ModelNotFound: USAGE,
+    errors.AdapterNotFound: USAGE,
     errors.UnknownRequest: USAGE,
     errors.Unavailable: LATER,
     errors.TLSError: USAGE,

@@ -14,6 +14,7 @@ from darkroom_client._errors import (
     UnknownRequest,
     Violation,
 )
+from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.status import ServerState
@@ -31,13 +32,16 @@ class JobRegistry:
     ``closing``: the connections break, and every call has to end.
     """
 
-    def __init__(self, capacity: int | None, models: dict[str, Model]) -> None:
+    def __init__(
+        self, capacity: int | None, models: dict[str, Model], adapters: tuple[Adapter, ...] = ()
+    ) -> None:
         self.changed = threading.Condition()
         self.state = ServerState.READY
         self.closing = False
         self.script: deque[Behaviour] = deque()
         self.default = Behaviour()
         self.models = models
+        self.adapters = adapters
         self.uploads = Uploads()
         self.jobs: list[FakeJob] = []
         self.rejections: Counter[str] = Counter()

@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from darkroom.v1 import generation_pb2_grpc, image_pb2_grpc, model_pb2_grpc, server_pb2_grpc
+from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.model import Model
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._types.status import Estimate, ServerState
@@ -32,7 +33,7 @@ class FakeServer:
     ``models``: the models that it holds, as names (see ``fake_model``) or in full, such as
     ``client.models()`` of a real server. ``token``: required of every caller. ``capacity``:
     concurrent jobs; further requests are rejected as ``Overloaded``. ``port``: a port of 127.0.0.1;
-    0 for any free one.
+    0 for any free one. ``adapters``: what ``Client.adapters`` returns.
 
     It rejects the requests that a Darkroom server with these models rejects, but it does not decode
     images: a damaged one is accepted, and an image does not decide the size of the result. All
@@ -49,10 +50,11 @@ class FakeServer:
         models: Iterable[str | Model] = ("demo",),
         token: str | None = None,
         capacity: int | None = None,
+        adapters: Iterable[Adapter] = (),
         port: int = 0,
     ) -> None:
         self.estimate = Estimate(queue_wait=0.0, run_time=1.0, peak_bytes=0, available_bytes=2**30)
-        self._registry = JobRegistry(capacity, _by_name(models))
+        self._registry = JobRegistry(capacity, _by_name(models), tuple(adapters))
         self._services = Services(self._registry, lambda: self.estimate, token)
         self._health = Health(self._registry)
         self._port = port

@@ -20,6 +20,7 @@ from darkroom_client._errors import DarkroomError, Unauthenticated, Violation
 from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.status import Estimate
+from darkroom_client._wire.adapters import encode_adapter
 from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._jobs import JobRegistry
 from darkroom_client.testing._models import encode_model
@@ -165,6 +166,17 @@ class Services(
         self._authenticate(context)
         models = [encode_model(model) for model in self._registry.models.values()]
         return model_pb2.ListModelsResponse(models=models)
+
+    def ListAdapters(self, request: model_pb2.ListAdaptersRequest, context: Any) -> Any:
+        self._authenticate(context)
+        adapters = sorted(self._registry.adapters, key=lambda adapter: adapter.id)
+        if request.model:
+            try:
+                id = self._registry.model(request.model).id
+            except DarkroomError as error:
+                abort(context, error)
+            adapters = [adapter for adapter in adapters if id in adapter.models]
+        return model_pb2.ListAdaptersResponse(adapters=map(encode_adapter, adapters))
 
     def GetModel(self, request: model_pb2.GetModelRequest, context: Any) -> Any:
         self._authenticate(context)

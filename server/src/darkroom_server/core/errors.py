@@ -3,6 +3,7 @@
 DarkroomError
 ├── InvalidRequest        correct the request
 ├── UnknownModel          name another model
+├── UnknownAdapter        name another adapter
 ├── UnknownRequest        no job of that id is known, or its result is no longer kept
 ├── UploadNotFound        upload the image again
 ├── RequestConflict       the same caller used that id for another request
@@ -33,6 +34,7 @@ class Reason(StrEnum):
 
     INVALID_REQUEST = "INVALID_REQUEST"
     UNKNOWN_MODEL = "UNKNOWN_MODEL"
+    UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
     UNKNOWN_REQUEST = "UNKNOWN_REQUEST"
     REQUEST_CONFLICT = "REQUEST_CONFLICT"
     UPLOAD_NOT_FOUND = "UPLOAD_NOT_FOUND"
@@ -109,6 +111,16 @@ class UnknownModel(DarkroomError):
         super().__init__(f"no model {model!r}; this server holds {', '.join(known) or 'none'}")
         self.model = model
         self.known = known
+
+
+class UnknownAdapter(DarkroomError):
+    """The server has no adapter of that name; ``known`` are the names that it has."""
+
+    reason = Reason.UNKNOWN_ADAPTER
+
+    def __init__(self, adapter: str, known: Sequence[str]) -> None:
+        super().__init__(f"no adapter {adapter!r}; this server has {', '.join(known) or 'none'}")
+        self.adapter = adapter
 
 
 class UnknownRequest(DarkroomError):

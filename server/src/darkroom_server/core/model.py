@@ -67,11 +67,29 @@ class Guidance:
         return self.calls if self.applies_to(job) else 1
 
 
+class StrengthRounding(StrEnum):
+    """What a family's pipelines round down in their ``get_timesteps`` if ``strength`` is set.
+
+    TAKEN: the steps that an image takes. SKIPPED: the first steps, which it does not take.
+    """
+
+    TAKEN = "taken"
+    SKIPPED = "skipped"
+
+    def steps_taken(self, steps: int, strength: float) -> int:
+        """The steps of ``steps`` that an image takes which starts from another one."""
+        # The operations of diffusers in their order: another order rounds otherwise.
+        if self is StrengthRounding.TAKEN:
+            return min(int(steps * strength), steps)
+        return steps - int(max(steps - min(steps * strength, steps), 0))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDefaults:
     """What an unset field of a request means. Sizes in pixels.
 
-    ``max_sequence_length`` and ``strength`` are None if the model does not take them.
+    ``max_sequence_length`` is None if the model does not take it, and so are ``strength``, for
+    image to image, and ``inpaint_strength``.
     """
 
     width: int
@@ -84,6 +102,12 @@ class ModelDefaults:
     true_cfg_scale: float = 1.0
     max_sequence_length: int | None = None
     strength: float | None = None
+    inpaint_strength: float | None = None
+
+    def strength_of(self, task: Task) -> float:
+        """The strength of a job of ``task``; 1 if the model does not take it."""
+        own = self.inpaint_strength if task is Task.INPAINT else self.strength
+        return 1.0 if own is None else own
 
 
 _UNSET = {
@@ -113,9 +137,8 @@ class ModelLimits:
 
     ``max_rows`` is the row limit of a batch now; ``row_limit_source`` says where it comes from.
     ``max_sequence_length`` bounds the request's field, 0 if the model does not take it; so with
-    the numbers of reference images, LoRAs and ControlNets.
-    ``max_sequence_length`` bounds the request's field, 0 if the model does not take it.
-    ``sizes`` are the only pairs of width and height that the model makes; any, if empty.
+    the numbers of reference images, LoRAs and ControlNets. ``sizes`` are the only pairs of width
+    and height that the model makes; any, if empty.
     """
 
     min_size: int
@@ -235,6 +258,26 @@ class ModelSpeed:
     encode: float = 0.0
 
 
+class AdapterKind(StrEnum):
+    """What an adapter is."""
+
+    LORA = "lora"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterOffer:
+    """An adapter that fits a model. ``rank`` is its greatest, ``bytes`` are those in memory.
+
+    ``rejection``: why requests for it are rejected, empty if they are not.
+    """
+
+    id: str
+    rank: int
+    bytes: int
+    kind: AdapterKind = AdapterKind.LORA
+    rejection: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """A model that is loaded and warmed up.
@@ -243,7 +286,7 @@ class ModelInfo:
     ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes,
     ``fields_without_extra`` those that it would take if their extra in ``EXTRAS`` were installed.
     ``unbatched_reason``: why its denoiser calls are not merged into batches, empty if they are.
-    ``tasks``: what it can do.
+    ``tasks``: what it can do. ``adapters`` are those that fit it.
     """
 
     id: str
@@ -261,6 +304,8 @@ class ModelInfo:
     fields_without_extra: frozenset[str] = frozenset()
     unbatched_reason: str = ""
     tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
+    strength_rounding: StrengthRounding = StrengthRounding.TAKEN
+    adapters: tuple[AdapterOffer, ...] = ()
 
     def options_of(self, job: Job) -> dict[str, Any]:
         """The optional fields that a request needs to generate the images of ``job`` again.
@@ -314,11 +359,23 @@ class ModelInfo:
         return self.guidance.rows_per_image(job)
 
     def denoiser_calls(self, job: Job) -> int:
-        """Denoiser calls that one image of ``job`` takes.
+        """Denoiser calls that one image of ``job`` takes; 0 if its strength leaves no step.
 
         Raises ``ValueError`` if the model does not offer the job's scheduler.
         """
         offer = self.offer(job.scheduler)
         if offer is None:
             raise ValueError(f"model {self.id!r} does not offer scheduler {job.scheduler!r}")
-        return self.guidance.calls_per_step(job) * offer.denoiser_calls(job.steps)
+        taken = self.steps_taken(job)
+        if taken < 1:
+            return 0
+        # The first steps are skipped, and those are never the ones that take another number.
+        skipped_calls = (job.steps - taken) * offer.calls_per_step
+        calls = offer.denoiser_calls(job.steps) - skipped_calls
+        return self.guidance.calls_per_step(job) * calls
+
+    def steps_taken(self, job: Job) -> int:
+        """The steps that one image of ``job`` takes: fewer than asked if it starts from another."""
+        if job.image is None:
+            return job.steps
+        return self.strength_rounding.steps_taken(job.steps, job.strength)

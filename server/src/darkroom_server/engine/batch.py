@@ -13,14 +13,12 @@ class Group:
     """Samples of one group can share a batch: same model, same shapes.
 
     ``width`` and ``height`` are an image's, in pixels, or the side of ``common_square`` if sizes
-    mix; ``tokens`` are those of its prompt, or 0 if ``key`` covers them. ``key`` is whatever else
-    must be equal.
+    mix. ``key`` is whatever else must be equal.
     """
 
     model: str
     width: int
     height: int
-    tokens: int = 0
     key: Hashable = None
 
 
@@ -60,6 +58,11 @@ class Batch:
         """Width and height of the image with the most pixels."""
         sizes = [(sample.job.width, sample.job.height) for sample in self.samples]
         return max(sizes, key=lambda size: size[0] * size[1])
+
+    @property
+    def adapters(self) -> int:
+        """The number of different adapters of all rows."""
+        return len({lora.id for s in self.samples for lora in s.job.loras if lora.scale})
 
     @classmethod
     def of(cls, samples: "Sequence[Sample]") -> Self:

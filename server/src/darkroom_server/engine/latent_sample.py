@@ -1,6 +1,7 @@
 """A sample whose latents the engine advances itself, with the pipeline's parts."""
 
 import inspect
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from darkroom_server.core.job import Job
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.guidance import guide
+from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.sample import Sample, predict_x0
 
 
@@ -16,7 +18,7 @@ class LatentSample(Sample):
     """The latents of one image, and its embeddings.
 
     ``embeddings`` has one entry per row: the prompt's, or the negative prompt's and the prompt's,
-    which are equally long.
+    which are equally long. ``adapter_key`` must be equal for all rows of a batch.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class LatentSample(Sample):
         latent_shape: tuple[int, int, int],
         device: torch.device,
         dtype: torch.dtype,
+        adapter_key: Hashable = None,
     ) -> None:
         super().__init__(job, index, scheduler)
         self.embeddings = embeddings
@@ -40,6 +43,9 @@ class LatentSample(Sample):
         accepted = inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"eta": 0.0, "generator": self.generator}
         self._extra = {name: value for name, value in extra.items() if name in accepted}
+        # No argument changes its shape from step to step.
+        key = UNET.group_key(self.denoiser_arguments())
+        self._group = Group(job.model, job.width, job.height, key=(key, adapter_key))
 
     @property
     def steps(self) -> int:
@@ -59,8 +65,7 @@ class LatentSample(Sample):
     @property
     def group(self) -> Group:
         """The group of samples that can share a batch with this one."""
-        job = self.job
-        return Group(job.model, job.width, job.height, self.embeddings[0].hidden.shape[1])
+        return self._group
 
     @property
     def latents(self) -> torch.Tensor:
@@ -81,6 +86,15 @@ class LatentSample(Sample):
     def denoiser_input(self) -> torch.Tensor:
         """The latents as the denoiser takes them at this timestep, [1, channels, height, width]."""
         return self.scheduler.scale_model_input(self._latents, self.timestep)  # type: ignore[no-any-return]
+
+    def denoiser_arguments(self) -> dict[str, Any]:
+        """The arguments of the next denoiser call, as diffusers' own pipeline would call it."""
+        return {
+            "sample": self.denoiser_input().expand(self.rows, -1, -1, -1),
+            "timestep": self.timestep,
+            "encoder_hidden_states": torch.cat([each.hidden for each in self.embeddings]),
+            "return_dict": False,
+        }
 
     def advance(self, prediction: torch.Tensor) -> None:
         """Take one step: ``prediction`` is the denoiser's, one row per embedding."""

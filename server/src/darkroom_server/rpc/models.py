@@ -2,10 +2,11 @@
 
 from darkroom.v1 import model_pb2, model_pb2_grpc
 from darkroom_server.core.model import OPTIONAL_FIELDS, Guidance, ModelInfo, ModelRuntime
-from darkroom_server.dispatch import Availability
+from darkroom_server.dispatch import AdapterStatus, Availability
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.enums import (
     FORMAT_TO_WIRE,
+    KIND_TO_WIRE,
     SCHEDULER_TO_WIRE,
     SOURCE_TO_WIRE,
     TASK_TO_WIRE,
@@ -34,6 +35,29 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         id = self._availability.resolve(request.model)
         info = self._availability.models[id]
         return model_pb2.GetModelResponse(model=model_message(id, info))
+
+    async def ListAdapters(
+        self, request: model_pb2.ListAdaptersRequest, context: Context
+    ) -> model_pb2.ListAdaptersResponse:
+        """The adapters that fit one model, or any; raises ``UnknownModel``."""
+        adapters = self._availability.adapters
+        if request.model:
+            id = self._availability.resolve(request.model)
+            adapters = [adapter for adapter in adapters if id in adapter.models]
+        return model_pb2.ListAdaptersResponse(adapters=map(adapter_message, adapters))
+
+
+def adapter_message(adapter: AdapterStatus) -> model_pb2.Adapter:
+    """``adapter`` as a message."""
+    return model_pb2.Adapter(
+        id=adapter.id,
+        kind=KIND_TO_WIRE[adapter.kind],
+        models=adapter.models,
+        rank=adapter.rank,
+        bytes=adapter.bytes,
+        resident=adapter.resident,
+        rejection=adapter.rejection,
+    )
 
 
 def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:

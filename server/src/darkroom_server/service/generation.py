@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from darkroom_server.core.errors import DarkroomError, InvalidRequest, Violation
+from darkroom_server.core.job import Job
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import (
     ActiveJob,
     ConcurrentCallLimiter,
@@ -16,6 +18,7 @@ from darkroom_server.dispatch import (
 )
 from darkroom_server.service.call_context import REQUEST_ID, CallContext
 from darkroom_server.service.idempotency import check_request_id, fingerprint
+from darkroom_server.service.input_fields import check_adapters
 from darkroom_server.service.inputs import InputLoader
 from darkroom_server.service.jobs import JobService
 from darkroom_server.service.request import GenerationRequest
@@ -98,6 +101,7 @@ class GenerationService:
                 submitted_at=summary.arrived,
                 deadline=deadline,
             )
+            self._check_adapters(job, model)
             if request.inputs is not None:
                 job = await self._inputs.attach(job, request, model, call.caller)
                 if idempotent:  # Another call with this id may have begun the job meanwhile.
@@ -176,6 +180,7 @@ class GenerationService:
         availability = self._dispatcher.availability
         model = availability.model(availability.resolve(request.model))
         job = job_of(request, model, call, job_id="", submitted_at=time.monotonic(), deadline=None)
+        self._check_adapters(job, model)
         if request.inputs is not None:
             job = await self._inputs.attach(job, request, model, call.caller)
         # The images of the job share a batch, as far as they fit.
@@ -187,6 +192,14 @@ class GenerationService:
             + job.image_count * model.held_bytes(job),
             available_bytes=model.memory.available_bytes,
         )
+
+    def _check_adapters(self, job: Job, model: ModelInfo) -> None:
+        """Raise ``UnknownAdapter``, or ``InvalidRequest`` for one that ``model`` does not take."""
+        if not job.loras:
+            return
+        known = [adapter.id for adapter in self._dispatcher.availability.adapters]
+        if violations := check_adapters(job.loras, model, known):
+            raise InvalidRequest(violations)
 
     async def _record_when_done(
         self, request: GenerationRequest, call: CallContext, arrived: float, active: ActiveJob

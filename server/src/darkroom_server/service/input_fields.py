@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from darkroom_server.core.errors import Violation
+from darkroom_server.core.errors import UnknownAdapter, Violation
+from darkroom_server.core.inputs import Lora
 from darkroom_server.core.job import Task
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.service.request import ImageSource, Inputs, RequestedControl
@@ -17,12 +18,9 @@ MAX_CONTROL_SCALE = 2.0
 
 def input_values(inputs: Inputs, model: ModelInfo) -> dict[str, Any]:
     """The fields of a job that ``inputs`` decide, without the images."""
-    strength = inputs.strength
-    if strength is None:
-        strength = model.defaults.strength
     scale = inputs.ip_adapter_scale
     return {
-        "strength": 1.0 if strength is None or inputs.image is None else strength,
+        "strength": _strength_of(inputs, model),
         "loras": inputs.loras,
         "ip_adapter_scale": 1.0 if scale is None else scale,
     }
@@ -51,7 +49,7 @@ def check_inputs(inputs: Inputs | None, model: ModelInfo, steps: int) -> list[Vi
     if "mask_image" in takes and inputs.mask_image is not None and inputs.image is None:
         found.append(Violation("mask_image", "needs image"))
     if "strength" in takes:
-        found += _strength(inputs, steps)
+        found += _strength(inputs, model, steps)
     if "reference_images" in takes:
         most = model.limits.max_reference_images
         found += _at_most("reference_images", len(inputs.reference_images), most)
@@ -98,18 +96,45 @@ def _sources(inputs: Inputs, model: ModelInfo) -> Iterator[Violation]:
             yield Violation(f"{name}.data", "must be the bytes of a picture, and is empty")
 
 
-def _strength(inputs: Inputs, steps: int) -> Iterator[Violation]:
-    strength = inputs.strength
-    if strength is None:
-        return
-    if inputs.image is None:
+def _strength(inputs: Inputs, model: ModelInfo, steps: int) -> Iterator[Violation]:
+    asked, strength = inputs.strength, _strength_of(inputs, model)
+    if asked is not None and inputs.image is None:
         yield Violation("strength", "needs image")
-    if not (math.isfinite(strength) and 0.0 < strength <= 1.0):
-        yield Violation("strength", f"must be above 0, to 1, not {strength:g}")
-    elif int(steps * strength) < 1:
-        yield Violation(
-            "strength", f"of {steps} steps, {strength:g} is less than one; use more of either"
-        )
+    if asked is not None and not (math.isfinite(asked) and 0.0 < asked <= 1.0):
+        yield Violation("strength", f"must be above 0, to 1, not {asked:g}")
+    elif inputs.image is not None and steps > 0:
+        taken = model.strength_rounding.steps_taken(steps, strength)
+        why = f"of {steps} steps, {strength:g} is less than one; use more of either"
+        yield from [Violation("strength", why)] if taken < 1 else []
+
+
+def _strength_of(inputs: Inputs, model: ModelInfo) -> float:
+    """How much of the image is replaced; 1 without one."""
+    if inputs.image is None:
+        return 1.0
+    if inputs.strength is not None:
+        return inputs.strength
+    task = Task.IMAGE_TO_IMAGE if inputs.mask_image is None else Task.INPAINT
+    return model.defaults.strength_of(task)
+
+
+def check_adapters(
+    loras: Sequence[Lora], model: ModelInfo, known: Sequence[str]
+) -> list[Violation]:
+    """Why ``loras`` cannot be added to ``model``; ``known`` are the adapters of all models.
+
+    Raises ``UnknownAdapter`` for one that is not among them.
+    """
+    offers = {offer.id: offer for offer in model.adapters}
+    found = []
+    for index, lora in enumerate(loras):
+        if lora.id not in known:
+            raise UnknownAdapter(lora.id[:256], known)
+        offer = offers.get(lora.id)
+        reason = f"does not fit model {model.id!r}" if offer is None else offer.rejection
+        if reason:
+            found.append(Violation(f"loras[{index}].id", f"{lora.id!r}: {reason}"))
+    return found
 
 
 def _loras(inputs: Inputs, most: int) -> Iterator[Violation]:

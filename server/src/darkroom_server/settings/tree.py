@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Predicate
 
 from darkroom_server.core.engine_config import PROMPT_CACHE_BYTES, Attention, Dtype, Preset
+from darkroom_server.settings.adapters import Adapters
 from darkroom_server.settings.http import Http
 from darkroom_server.settings.images import Images
 from darkroom_server.settings.lifetime import Results, Shutdown
@@ -304,6 +305,7 @@ class Settings:
     """All settings. Each part of the server receives only its own section."""
 
     models: Models = field(default_factory=Models)
+    adapters: Adapters = field(default_factory=Adapters)
     engine: Engine = field(default_factory=Engine)
     storage: Storage = field(default_factory=Storage)
     network: Network = field(default_factory=Network)

@@ -152,7 +152,8 @@ class ActiveJob:
         return OrderKey(
             id=(self.job.id, 0),
             submitted_at=self.crashed_at or self.job.submitted_at,
-            remaining_steps=self.job.steps * (self.job.image_count - len(self.images)),
+            remaining_steps=self.model.steps_taken(self.job)
+            * (self.job.image_count - len(self.images)),
             priority=self.job.priority,
             deadline=None if self.crashes else self.job.deadline,
         )

@@ -22,10 +22,12 @@ from darkroom_server.engine.device.peak_memory import PeakMemoryTracker
 from darkroom_server.engine.device.timer import Timer
 from darkroom_server.engine.failures import (
     DENOISER_FAILED,
+    INPUT_FAILED,
     OUT_OF_MEMORY,
     PROMPT_FAILED,
     PROMPT_OUT_OF_MEMORY,
     SCHEDULER_FAILED,
+    ImageNotEncoded,
     is_fatal,
     is_out_of_memory,
     prompt_too_long,
@@ -121,7 +123,7 @@ class Runner:
             except Exception as error:
                 if is_fatal(error):
                     raise
-                started.append(self._scheduler_failed(job, error))
+                started.append(self._start_failed(job, error))
         return Started(started, timer, _prompts_encoded(model) - before)
 
     def run(self, batch: Batch) -> BatchResult:
@@ -224,6 +226,13 @@ class Runner:
             return PROMPT_FAILED
         self._count_out_of_memory(jobs[0].model, alone=len(jobs) == 1)
         return PROMPT_OUT_OF_MEMORY
+
+    def _start_failed(self, job: Job, error: Exception) -> Failure:
+        """The failure of a job whose samples could not be made because of ``error``."""
+        if isinstance(error, ImageNotEncoded):
+            log.error("input image could not be encoded", exc_info=error, **job.log_fields)
+            return INPUT_FAILED
+        return self._scheduler_failed(job, error)
 
     def _scheduler_failed(self, job: Job, error: Exception) -> Failure:
         """The failure of a job whose own noise scheduler raised ``error``."""

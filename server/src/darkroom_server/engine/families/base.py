@@ -15,14 +15,22 @@ from numpy.typing import NDArray
 
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
-from darkroom_server.core.job import Job
-from darkroom_server.core.model import Guidance, ModelInfo, ModelLimits, SchedulerOffer
+from darkroom_server.core.job import Job, Task
+from darkroom_server.core.model import (
+    Guidance,
+    ModelInfo,
+    ModelLimits,
+    SchedulerOffer,
+    StrengthRounding,
+)
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters
 from darkroom_server.engine.components.decoder import NO_OPTIONS, Decoder
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, offers
+from darkroom_server.engine.conditioning.task_pipelines import task_classes
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
@@ -45,6 +53,10 @@ class Model(Protocol):
     info: ModelInfo
     previewer: Previewer | None
     safety: SafetyChecker | None
+
+    @property
+    def adapters(self) -> ModelAdapters | None:
+        """The adapters of the rows of its batches, None if the server offers it none."""
 
     @property
     def device(self) -> torch.device:
@@ -93,8 +105,12 @@ class Family(ABC):
     requests that leave a field unset, see ``model_defaults``. ``denoiser_name`` is the component
     that runs every step.
     ``convolutional``: it has two-dimensional convolutions, which channels last can make faster.
+    ``own_task`` is what ``pipeline_class`` does, ``tasks`` names the classes of diffusers that do
+    further tasks with the same components. ``strength_rounding`` is that of their steps.
     ``half`` says how it runs in half precision.
-    ``chosen_size`` is the default width and height that the operator set, in pixels.
+    ``takes_loras``: the rows of its denoiser may have LoRA adapters.
+    ``chosen_size`` is the default width and height that the operator set, in pixels. ``adapters``
+    are set before ``new_model``, None if the server offers none for this pipeline.
     """
 
     pipeline_class: ClassVar[str]
@@ -105,11 +121,16 @@ class Family(ABC):
     defaults: ClassVar[Defaults]
     denoiser_name: ClassVar[str]
     convolutional: ClassVar[bool]
+    own_task: ClassVar[Task] = Task.TEXT_TO_IMAGE
+    tasks: ClassVar[Mapping[Task, str]] = {}
+    strength_rounding: ClassVar[StrengthRounding] = StrengthRounding.SKIPPED
     half: ClassVar[HalfPrecision] = HalfPrecision()
+    takes_loras: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.chosen_size: int | None = None
+        self.adapters: ModelAdapters | None = None
 
     @classmethod
     @abstractmethod
@@ -157,6 +178,22 @@ class Family(ABC):
     def optional_fields(self) -> frozenset[str]:
         """Those of ``core.model.OPTIONAL_FIELDS`` that it takes if their extra is installed."""
         return frozenset({"negative_prompt", "guidance_scale", "preview"})
+
+    @property
+    def task_classes(self) -> dict[Task, Any]:
+        """The class of diffusers that does each task which the model offers, its own first."""
+        return {self.own_task: type(self.pipeline), **task_classes(self.tasks)}
+
+    @property
+    def image_fields(self) -> frozenset[str]:
+        """Those of ``core.model.OPTIONAL_FIELDS`` that the offered tasks bring."""
+        tasks = self.task_classes
+        fields: set[str] = set()
+        if {Task.IMAGE_TO_IMAGE, Task.INPAINT} & tasks.keys():
+            fields |= {"image", "strength"}
+        if Task.INPAINT in tasks:
+            fields.add("mask_image")
+        return frozenset(fields)
 
     @property
     def unbatched_reason(self) -> str:

@@ -3,6 +3,10 @@
 All prompts are padded to one length, with a mask that is among the rows.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
+from darkroom_server.core.job import Task
 from darkroom_server.core.model import Guidance
 from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
@@ -37,6 +41,8 @@ class Chroma(PackedLatentsFamily):
     components = ("transformer", "vae", "text_encoder")
     optional = ("image_encoder", "feature_extractor")
     defaults = Defaults(steps=35, guidance_scale=5.0)
+    # ChromaInpaintPipeline of diffusers 0.42 fails: it reads a setting that Chroma does not have.
+    tasks: ClassVar[Mapping[Task, str]] = {Task.IMAGE_TO_IMAGE: "ChromaImg2ImgPipeline"}
     spec = TRANSFORMER
     half = CLIPPED_IN_FLOAT16
 

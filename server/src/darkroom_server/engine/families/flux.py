@@ -3,7 +3,10 @@
 Its text tokens have no mask, so prompts are never padded to the length of others.
 """
 
-from darkroom_server.core.job import Job
+from collections.abc import Mapping
+from typing import ClassVar
+
+from darkroom_server.core.job import Job, Task
 from darkroom_server.core.model import Guidance
 from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
@@ -42,6 +45,10 @@ class Flux(PackedLatentsFamily):
     components = ("transformer", "vae", "text_encoder", "text_encoder_2")
     optional = ("image_encoder", "feature_extractor")
     defaults = Defaults(steps=28, guidance_scale=3.5)
+    tasks: ClassVar[Mapping[Task, str]] = {
+        Task.IMAGE_TO_IMAGE: "FluxImg2ImgPipeline",
+        Task.INPAINT: "FluxInpaintPipeline",
+    }
     spec = TRANSFORMER
     half = CLIPPED_IN_FLOAT16
     prompt_tokenizer = "tokenizer_2"

@@ -6,8 +6,8 @@ All prompts are padded to one length.
 from typing import Any
 
 from darkroom_server.core.job import Job
-from darkroom_server.engine.families.stable_diffusion_xl import UNET
 from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.loading.defaults import Defaults
 
 PROMPT_TOKENS = 256

@@ -1,10 +1,11 @@
 """Qwen-Image: a Qwen2.5-VL text encoder, a transformer over packed latents, a VAE of videos."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
-from darkroom_server.core.job import Job
+from darkroom_server.core.job import Job, Task
 from darkroom_server.core.model import Guidance
 from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
@@ -37,6 +38,10 @@ class QwenImage(PackedLatentsFamily):
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=50, guidance_scale=1.0, true_cfg_scale=4.0)
     has_video_vae = True
+    tasks: ClassVar[Mapping[Task, str]] = {
+        Task.IMAGE_TO_IMAGE: "QwenImageImg2ImgPipeline",
+        Task.INPAINT: "QwenImageInpaintPipeline",
+    }
     spec = TRANSFORMER
     half = CLIPPED_IN_FLOAT16
 

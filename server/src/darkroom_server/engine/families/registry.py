@@ -13,6 +13,10 @@ from darkroom_server.engine.families.flux import Flux
 from darkroom_server.engine.families.flux_2 import Flux2, Flux2Klein
 from darkroom_server.engine.families.hidream import HiDream
 from darkroom_server.engine.families.hunyuan_image import HunyuanImage
+from darkroom_server.engine.families.inpainting import (
+    StableDiffusionInpaint,
+    StableDiffusionXLInpaint,
+)
 from darkroom_server.engine.families.kolors import Kolors
 from darkroom_server.engine.families.lumina_2 import Lumina2
 from darkroom_server.engine.families.pixart import PixArtAlpha, PixArtSigma
@@ -43,6 +47,8 @@ FAMILIES: dict[str, type[Family]] = {
         Sana,
         SanaSprint,
         HunyuanImage,
+        StableDiffusionInpaint,
+        StableDiffusionXLInpaint,
         Kolors,
         HiDream,
         # One line for each family.

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet, classifier-free guidance."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
-from darkroom_server.core.job import Job, PromptSyntax
-from darkroom_server.core.model import ModelInfo, ModelLimits
+from darkroom_server.core.job import Job, PromptSyntax, Task
+from darkroom_server.core.model import ModelInfo, ModelLimits, StrengthRounding
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters, denoising
+from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.components.decoder import Decoder
+from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import PromptEncoder, PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
@@ -23,10 +26,21 @@ from darkroom_server.engine.components.weighted_prompts import (
     WeightedPromptEncoder,
     compel_is_installed,
 )
+from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
+from darkroom_server.engine.conditioning.input_images import image_arguments
+from darkroom_server.engine.conditioning.task_pipelines import made_of
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
+from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.latent_sample import LatentSample
 from darkroom_server.engine.loading.defaults import Defaults
+from darkroom_server.engine.pipelines.arguments import signature_of
+from darkroom_server.engine.pipelines.calls import DenoiserCall
+from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
+from darkroom_server.engine.pipelines.finish import finish
+from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
+from darkroom_server.engine.pipelines.runs import Runs
+from darkroom_server.engine.pipelines.sample import SuspendedSample, denoiser_call
 from darkroom_server.engine.sample import Sample
 from darkroom_server.engine.warmup.formats import MemoryFormat
 
@@ -41,6 +55,15 @@ class StableDiffusion(Family):
     defaults = Defaults(steps=30, guidance_scale=7.5)
     denoiser_name = "unet"
     convolutional = True
+    tasks: ClassVar[Mapping[Task, str]] = {
+        Task.IMAGE_TO_IMAGE: "StableDiffusionImg2ImgPipeline",
+        Task.INPAINT: "StableDiffusionInpaintPipeline",
+    }
+    strength_rounding = StrengthRounding.TAKEN
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self._image_runs: Runs | None = None
 
     @classmethod
     def check_folder(cls, folder: Path, name: str) -> None:
@@ -63,7 +86,7 @@ class StableDiffusion(Family):
     def prepare(
         self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
     ) -> None:
-        """Make the prompt encoder."""
+        """Make the prompt encoder, and the pipelines of the tasks that start from an image."""
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         dtype = memory_format.dtype
         weighted = None
@@ -72,6 +95,7 @@ class StableDiffusion(Family):
         self._prompts = PromptEncoder(
             tokenizer, encoder, dtype, precision, config.prompt_cache_bytes, weighted
         )
+        self._image_runs = _image_runs(self, memory_format, precision)
 
     @property
     def optional_fields(self) -> frozenset[str]:
@@ -147,6 +171,10 @@ class StableDiffusion(Family):
     ) -> "StableDiffusionModel":
         """The model to serve; its pipeline is on ``device``, in ``memory_format``, and measured."""
         pipeline = self.pipeline
+        self._prompts.adapters = self.adapters
+        image_runs = self._image_runs
+        if image_runs is not None:
+            image_runs = replace(image_runs, adapters=self.adapters)
         return StableDiffusionModel(
             info=info,
             prompts=self._prompts,
@@ -160,12 +188,65 @@ class StableDiffusion(Family):
             latent_factor=self.latent_factor,
             device=device,
             memory_format=memory_format,
+            image_runs=image_runs,
+            adapters=self.adapters,
         )
+
+
+def _image_runs(
+    family: StableDiffusion, memory_format: MemoryFormat, precision: Precision
+) -> Runs | None:
+    """The runs of the tasks that start from an image, None if diffusers has no pipeline of one."""
+    pipeline, device = family.pipeline, family.denoiser.device
+    classes = {task: each for task, each in family.task_classes.items() if task in family.tasks}
+    made = {task: made_of(pipeline, each) for task, each in classes.items()}
+    if not made:
+        return None
+    # The prompts come encoded, so there is nothing to remember.
+    host = HostedPipeline(
+        next(iter(made.values())),
+        (family.denoiser_name,),
+        family.vae,
+        device,
+        EncodeMemo(0, device),
+    )
+    config = config_of(pipeline.scheduler)
+    merges = signature_of(type(family.denoiser)) == UNET.signature
+    return Runs(
+        hosts={task: host.sharing(each) for task, each in made.items()},
+        images=ImageEncoder(family.vae, precision),
+        spec=replace(UNET, layout=memory_format.layout) if merges else None,
+        arguments_of=_image_call,
+        vae_latents=lambda stepped, _: stepped,
+        schedulers={
+            offer.name: hosted_scheduler(make_scheduler(offer.name, config))
+            for offer in family.scheduler_offers
+        },
+        own={},
+        precision=precision,
+    )
+
+
+def _image_call(job: Job) -> dict[str, Any]:
+    """The arguments of the pipeline's call for ``job``, besides its prompts."""
+    size = {} if job.mask_image is None else {"width": job.width, "height": job.height}
+    return {
+        "num_inference_steps": job.steps,
+        "guidance_scale": job.guidance_scale,
+        "output_type": "pt",
+        "return_dict": False,
+        **size,
+        **image_arguments(job),
+    }
 
 
 @dataclass(slots=True, kw_only=True)
 class StableDiffusionModel:
-    """A Stable Diffusion model in memory; ``scheduler_config`` is the folder's own."""
+    """A Stable Diffusion model in memory; ``scheduler_config`` is the folder's own.
+
+    Images from text are ``LatentSample``. Those from another image are runs of diffusers' own
+    pipelines, ``image_runs``; both kinds share batches.
+    """
 
     info: ModelInfo
     prompts: PromptEncoder
@@ -179,6 +260,8 @@ class StableDiffusionModel:
     latent_factor: int
     device: torch.device
     memory_format: MemoryFormat
+    image_runs: Runs | None = None
+    adapters: ModelAdapters | None = None
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -198,8 +281,8 @@ class StableDiffusionModel:
         found = self.prompts.encode(key for job in jobs for key in self._prompts_of(job))
         return [found] * len(jobs)
 
-    def new_samples(self, job: Job, embeddings: Embeddings) -> list[Sample]:
-        """A sample of pure noise for each of ``job.image_indices``."""
+    def new_samples(self, job: Job, embeddings: Embeddings) -> Sequence[Sample]:
+        """A sample for each of ``job.image_indices``, at its first step."""
         shape = (
             self.latent_channels,
             job.height // self.latent_factor,
@@ -208,6 +291,8 @@ class StableDiffusionModel:
         rows = self.prompts.padded(*(embeddings[key] for key in self._prompts_of(job)))
         if any(embedding.truncated for embedding in rows):
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
+        if job.image is not None:
+            return self._start_from_image(job, rows)
         return [
             LatentSample(
                 job,
@@ -217,20 +302,44 @@ class StableDiffusionModel:
                 latent_shape=shape,
                 device=self.device,
                 dtype=self.memory_format.dtype,
+                adapter_key=None if self.adapters is None else self.adapters.group_key(job),
             )
             for index in job.image_indices
         ]
 
-    def decode(self, sample: LatentSample) -> NDArray[np.uint8] | Failure:
+    def decode(self, sample: LatentSample | SuspendedSample) -> NDArray[np.uint8] | Failure:
         """The pixels of a finished sample: [height, width, 3], 0 to 255."""
+        if isinstance(sample, SuspendedSample):
+            assert self.image_runs is not None
+            return finish(sample, self.decoder, self.image_runs)
         return self.decoder.decode(sample.latents)
 
-    def denoise(self, samples: Sequence[LatentSample]) -> list[torch.Tensor]:
-        """One UNet call: for each sample its prediction [rows, channels, h, w]."""
+    def denoise(self, samples: Sequence[LatentSample | SuspendedSample]) -> list[Any]:
+        """One UNet call: for each sample what its ``advance`` takes."""
+        from_text = [sample for sample in samples if isinstance(sample, LatentSample)]
+        if len(from_text) == len(samples):
+            return self._denoise_latents(from_text)
+        assert self.image_runs is not None
+        calls = [
+            DenoiserCall(self.unet, sample.denoiser_arguments())
+            if isinstance(sample, LatentSample)
+            else denoiser_call(sample)
+            for sample in samples
+        ]
+        with denoising(self.adapters, [(sample.job, sample.rows) for sample in samples]):
+            outputs = self.image_runs.denoise(calls)
+        return [
+            output[0] if isinstance(sample, LatentSample) else output
+            for sample, output in zip(samples, outputs, strict=True)
+        ]
+
+    def _denoise_latents(self, samples: Sequence[LatentSample]) -> list[torch.Tensor]:
+        """The prediction [rows, channels, h, w] of each sample, without the cost of a spec."""
         latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
         context = torch.cat([e.hidden for s in samples for e in s.embeddings])
         timesteps = torch.stack([s.timestep.float() for s in samples for _ in range(s.rows)])
-        with self.precision():
+        jobs = [(sample.job, sample.rows) for sample in samples]
+        with self.precision(), denoising(self.adapters, jobs):
             predicted: torch.Tensor = self.unet(
                 latents.contiguous(memory_format=self.memory_format.layout),
                 timesteps.to(latents.device),
@@ -239,12 +348,27 @@ class StableDiffusionModel:
             )[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
 
+    def _start_from_image(self, job: Job, rows: Sequence[Embedding]) -> list[SuspendedSample]:
+        """The samples of ``job``; ``rows`` are its prompts, as in a ``LatentSample``."""
+        assert self.image_runs is not None, "the model takes no images"
+        given = {"prompt_embeds": rows[-1].hidden}
+        if len(rows) == 2:
+            given["negative_prompt_embeds"] = rows[0].hidden
+        samples, _ = self.image_runs.start_all(
+            job,
+            steps=self.info.denoiser_calls(job),
+            prompt_truncated=any(row.truncated for row in rows),
+            given=given,
+        )
+        return samples
+
     def _prompts_of(self, job: Job) -> list[PromptKey]:
         """What is encoded for each row of an image, in the order of the rows."""
         texts = [job.negative_prompt] if self.info.rows_per_image(job) == 2 else []
+        mix: Mix = () if self.adapters is None else self.adapters.encoder_mix(job)
         # Weighted prompts are never encoded together, so exact jobs share theirs with others.
         alone = job.exact or job.prompt_syntax is PromptSyntax.WEIGHTED
-        return [PromptKey(text, alone, job.prompt_syntax) for text in [*texts, job.prompt]]
+        return [PromptKey(text, alone, job.prompt_syntax, mix) for text in [*texts, job.prompt]]
 
 
 def _random_normal(

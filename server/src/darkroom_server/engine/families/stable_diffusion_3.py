@@ -4,10 +4,11 @@ The tokens of CLIP and T5 follow each other without a mask, so prompts are never
 length of others. A folder may do without the T5, which is most of its weights.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
-from darkroom_server.core.job import Job
+from darkroom_server.core.job import Job, Task
 from darkroom_server.core.model import ModelLimits
 from darkroom_server.engine.families.half_dtypes import HOLDS_IN_FLOAT16
 from darkroom_server.engine.families.several_prompts import is_cut
@@ -42,6 +43,10 @@ class StableDiffusion3(TransformerFamily):
     dispensable = ("text_encoder_3", "tokenizer_3")
     optional = ("image_encoder", "feature_extractor")
     defaults = Defaults(steps=28, guidance_scale=7.0)
+    tasks: ClassVar[Mapping[Task, str]] = {
+        Task.IMAGE_TO_IMAGE: "StableDiffusion3Img2ImgPipeline",
+        Task.INPAINT: "StableDiffusion3InpaintPipeline",
+    }
     spec = TRANSFORMER
     half = HOLDS_IN_FLOAT16
     size_multiple_factor = 2

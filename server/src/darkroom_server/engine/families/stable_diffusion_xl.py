@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from darkroom_server.core.job import Job, PromptSyntax
-from darkroom_server.core.model import Guidance
+from darkroom_server.core.job import Job, PromptSyntax, Task
+from darkroom_server.core.model import Guidance, StrengthRounding
 from darkroom_server.engine.components.weighted_prompts import (
     WeightedPromptEncoder,
     compel_is_installed,
@@ -15,25 +15,9 @@ from darkroom_server.engine.components.weighted_prompts import (
 from darkroom_server.engine.families.base import Precision
 from darkroom_server.engine.families.several_prompts import is_cut
 from darkroom_server.engine.families.suspended import SuspendedFamily
+from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.loading.defaults import Defaults
-from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 from darkroom_server.engine.warmup.formats import MemoryFormat
-
-UNET = ArgumentSpec(
-    denoiser="UNet2DConditionModel",
-    kinds={
-        "sample": Kind.ROWS,
-        "timestep": Kind.TIMESTEP,
-        "encoder_hidden_states": Kind.ROWS,
-        "timestep_cond": Kind.ROWS,
-        "added_cond_kwargs.text_embeds": Kind.ROWS,
-        "added_cond_kwargs.time_ids": Kind.ROWS,
-        "return_dict": Kind.EQUAL,
-    },
-    rows_in="sample",
-    signature="77d680c563abf52d",
-    diffusers="0.42",
-)
 
 
 class StableDiffusionXL(SuspendedFamily):
@@ -46,6 +30,11 @@ class StableDiffusionXL(SuspendedFamily):
     defaults = Defaults(steps=30, guidance_scale=5.0)
     denoiser_name = "unet"
     convolutional = True
+    tasks: ClassVar[Mapping[Task, str]] = {
+        Task.IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline",
+        Task.INPAINT: "StableDiffusionXLInpaintPipeline",
+    }
+    strength_rounding = StrengthRounding.TAKEN
     spec = UNET
 
     @property

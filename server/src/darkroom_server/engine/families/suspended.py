@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import torch
 
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.job import ImageFormat, Job, SchedulerName
+from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
 from darkroom_server.core.model import ModelInfo, ModelLimits, SchedulerOffer
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.previewer import Previewer
@@ -21,6 +22,9 @@ from darkroom_server.engine.components.scheduler_table import (
     FLOW_MATCH_SCHEDULERS,
 )
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler, name_of, offer
+from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
+from darkroom_server.engine.conditioning.input_images import image_arguments, white_image
+from darkroom_server.engine.conditioning.task_pipelines import made_of
 from darkroom_server.engine.families.base import Family, Precision
 from darkroom_server.engine.families.half_dtypes import NOT_KNOWN_TO_HOLD
 from darkroom_server.engine.loading.vocabulary import has_vocabulary
@@ -31,6 +35,7 @@ from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hos
 from darkroom_server.engine.pipelines.model import SuspendedModel
 from darkroom_server.engine.pipelines.runs import Runs, global_generators
 from darkroom_server.engine.warmup.formats import MemoryFormat
+from darkroom_server.engine.warmup.placement import vae_is_upcast
 
 log = structlog.get_logger(__name__)
 
@@ -59,7 +64,10 @@ class SuspendedFamily(Family):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
-        self._call_parameters = frozenset(inspect.signature(type(pipeline).__call__).parameters)
+        self._call_parameters = {
+            task: frozenset(inspect.signature(each.__call__).parameters)
+            for task, each in self.task_classes.items()
+        }
         self._name = ""
         self._runs: Runs
         self._probe: dict[str, Any]
@@ -164,8 +172,15 @@ class SuspendedFamily(Family):
             weighted_encoding=self.weighted_encoding(memory_format, precision),
         )
         own_config = config_of(self.pipeline.scheduler)
+        hosts = {self.own_task: host}
+        for task, pipeline_class in self.task_classes.items():
+            if task is not self.own_task:
+                hosts[task] = host.sharing(made_of(self.pipeline, pipeline_class))
         self._runs = Runs(
-            host=host,
+            hosts=hosts,
+            images=ImageEncoder(
+                self.vae, nullcontext if vae_is_upcast(self.pipeline) else precision
+            ),
             spec=None if reason else self._spec(memory_format),
             arguments_of=self.call_arguments,
             vae_latents=self.vae_latents,
@@ -230,12 +245,14 @@ class SuspendedFamily(Family):
             "max_sequence_length": job.max_sequence_length,
             "output_type": "pt",
             "return_dict": False,
+            **image_arguments(job),
             **self.call_options,
         }
+        taken = self._call_parameters[job.task]
         return {
             name: value
             for name, value in asked.items()
-            if name in self._call_parameters and not (value is None and name.startswith("max_"))
+            if name in taken and not (value is None and name.startswith("max_"))
         }
 
     def is_truncated(self, job: Job) -> bool:
@@ -269,7 +286,7 @@ class SuspendedFamily(Family):
         )
         return SuspendedModel(
             info=info,
-            runs=self._runs,
+            runs=replace(self._runs, adapters=self.adapters),
             is_truncated=self.is_truncated,
             decoder=decoder,
             previewer=previewer,
@@ -307,6 +324,7 @@ class SuspendedFamily(Family):
 
     def _probe_job(self, scheduler: SchedulerName) -> Job:
         """An image of the default size without guidance, so of one row."""
+        inpaints = self.own_task is Task.INPAINT
         return Job(
             id="warm-up",
             model="",
@@ -323,6 +341,8 @@ class SuspendedFamily(Family):
             quality=90,
             exact=False,
             submitted_at=0.0,
+            image=white_image(self.size, channels=3) if inpaints else None,
+            mask_image=white_image(self.size, channels=1) if inpaints else None,
         )
 
     @property

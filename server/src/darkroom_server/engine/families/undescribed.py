@@ -50,6 +50,7 @@ class Undescribed(SuspendedFamily):
     """
 
     convolutional = False
+    takes_loras = False
     has_previews = False
     half = UNDESCRIBED
     denoisers: ClassVar[tuple[str, ...]]
@@ -173,14 +174,16 @@ class Undescribed(SuspendedFamily):
         scheduler = hosted_scheduler(self.pipeline.scheduler, timesteps_on_cpu=False)
         self._runs = Runs(
             # Without a memo: what else an encode changes, and who writes to its result, is unknown.
-            host=HostedPipeline(
-                self.pipeline,
-                self.denoisers,
-                self.vae,
-                device,
-                EncodeMemo(0, device),
-                isolated=True,
-            ),
+            hosts={
+                self.own_task: HostedPipeline(
+                    self.pipeline,
+                    self.denoisers,
+                    self.vae,
+                    device,
+                    EncodeMemo(0, device),
+                    isolated=True,
+                )
+            },
             spec=None,
             arguments_of=self.call_arguments,
             vae_latents=self.vae_latents,

@@ -1,5 +1,9 @@
 """Z-Image: a Qwen3 text encoder, a transformer whose rows may differ in length and in size."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
+from darkroom_server.core.job import Task
 from darkroom_server.core.model import Guidance
 from darkroom_server.engine.families.chat import chat_length
 from darkroom_server.engine.families.suspended import TransformerFamily
@@ -34,6 +38,10 @@ class ZImage(TransformerFamily):
     pipeline_class = "ZImagePipeline"
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=50, guidance_scale=4.0)
+    tasks: ClassVar[Mapping[Task, str]] = {
+        Task.IMAGE_TO_IMAGE: "ZImageImg2ImgPipeline",
+        Task.INPAINT: "ZImageInpaintPipeline",
+    }
     spec = TRANSFORMER
     size_multiple_factor = 2
 

@@ -98,14 +98,16 @@ class ArgumentSpec:
             kind = self.kinds.get(name)
             if kind is Kind.TIMESTEP and isinstance(value, torch.Tensor):
                 given[name] = value.to(device)
-            elif kind is Kind.ROWS:
+            elif kind is Kind.ROWS and self.layout is not torch.contiguous_format:
+                # Otherwise as given: another layout may change the last bits.
                 given[name] = self._laid_out(value)
         return given
 
     def collate(self, calls: Sequence[Arguments]) -> dict[str, Any]:
         """The arguments of one call that stands for ``calls``, which have equal keys.
 
-        Raises ``StaleKey`` if they are not equal any more.
+        An argument that is None in some calls may be absent in others. Raises ``StaleKey`` if the
+        calls are not equal any more.
         """
         self._check_same(calls)
         rows = [self.rows(call) for call in calls]
@@ -113,11 +115,14 @@ class ArgumentSpec:
         device = self._device(calls[0])
         merged: dict[str, Any] = {}
         for name, value in calls[0].items():
-            given = [call[name] for call in calls]
+            given = [call.get(name) for call in calls]
             if isinstance(value, dict):
                 merged[name] = {
                     entry: self._merge(
-                        f"{name}.{entry}", [each[entry] for each in given], rows, lengths
+                        f"{name}.{entry}",
+                        [each and each.get(entry) for each in given],
+                        rows,
+                        lengths,
                     )
                     for entry in value
                 }

@@ -36,4 +36,15 @@ class DecodeCall:
     options: Mapping[str, Any]
 
 
-Call = EncodeCall | DenoiserCall | DecodeCall
+@dataclass(slots=True)
+class EncodeImageCall:
+    """The pipeline encodes ``images`` with its VAE; resumed with what the VAE's encode returns.
+
+    ``options`` are the further arguments of the VAE's encode.
+    """
+
+    images: torch.Tensor
+    options: Mapping[str, Any]
+
+
+Call = EncodeCall | EncodeImageCall | DenoiserCall | DecodeCall

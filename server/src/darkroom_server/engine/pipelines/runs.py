@@ -1,18 +1,24 @@
 """Starts the samples of jobs: each is a run of a hosted pipeline, up to its first step."""
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from darkroom_server.core.job import Job, SchedulerName
+from darkroom_server.core.job import Job, SchedulerName, Task
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters
+from darkroom_server.engine.adapters.weights import Mix
+from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
-from darkroom_server.engine.pipelines.calls import EncodeCall
+from darkroom_server.engine.pipelines.calls import DenoiserCall, EncodeCall, EncodeImageCall
 from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
 from darkroom_server.engine.pipelines.sample import SuspendedSample
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class PromptFailed(Exception):
@@ -27,27 +33,67 @@ class PromptFailed(Exception):
 class Runs:
     """What the runs of one model have in common.
 
-    ``spec`` says how denoiser calls are merged, None: they are not. ``arguments_of`` are those of
-    the pipeline's call for a job. ``vae_latents`` turns what a scheduler steps for a job into the
-    VAE's latents [1, channels, h, w], for previews. ``schedulers`` are templates, by name. ``own``
-    are further components that each run has a copy of.
+    ``hosts`` are the pipelines by task, the model's own first; they share their modules. ``spec``
+    says how denoiser calls are merged, None: they are not. ``arguments_of`` are those of the
+    pipeline's call for a job. ``vae_latents`` turns what a scheduler steps for a job into the VAE's
+    latents [1, channels, h, w], for previews. ``schedulers`` are templates, by name. ``own`` are
+    further components that each run has a copy of. ``images`` encodes input images, None if the
+    model takes none. ``adapters`` are those of its jobs.
     """
 
-    host: HostedPipeline
+    hosts: Mapping[Task, HostedPipeline]
     spec: ArgumentSpec | None
     arguments_of: Callable[[Job], Mapping[str, Any]]
     vae_latents: Callable[[torch.Tensor, Job], torch.Tensor]
     schedulers: dict[SchedulerName, Any]
     own: Mapping[str, Any]
     precision: Callable[[], AbstractContextManager[Any]]
+    images: ImageEncoder | None = None
+    adapters: ModelAdapters | None = None
+
+    @property
+    def host(self) -> HostedPipeline:
+        """The pipeline of the model's own task."""
+        return next(iter(self.hosts.values()))
+
+    def start_all(
+        self,
+        job: Job,
+        *,
+        steps: int,
+        prompt_truncated: bool,
+        given: Mapping[str, Any] = NOTHING,
+    ) -> tuple[list[SuspendedSample], int]:
+        """A sample for each of ``job.image_indices``, as ``start``, and the prompts encoded."""
+        samples: list[SuspendedSample] = []
+        prompts = 0
+        try:
+            for index in job.image_indices:
+                sample, encoded = self.start(
+                    job, index, steps=steps, prompt_truncated=prompt_truncated, given=given
+                )
+                samples.append(sample)
+                prompts += encoded
+        except BaseException:
+            for sample in samples:
+                sample.close()
+            raise
+        return samples, prompts
 
     def start(
-        self, job: Job, index: int, *, steps: int, prompt_truncated: bool = False
+        self,
+        job: Job,
+        index: int,
+        *,
+        steps: int,
+        prompt_truncated: bool = False,
+        given: Mapping[str, Any] = NOTHING,
     ) -> tuple[SuspendedSample, int]:
         """The sample of image ``index`` at its first step, and the prompts encoded for it.
 
-        ``steps`` are the denoiser calls that it is expected to make. Raises ``PromptFailed``, and
-        what the pipeline raises.
+        ``steps`` are the denoiser calls that it is expected to make. ``given`` are further
+        arguments of the pipeline's call. Raises ``PromptFailed``, ``ImageNotEncoded``, and what the
+        pipeline raises.
         """
         # A copy is faster than a new scheduler.
         scheduler = copy.deepcopy(self.schedulers[job.scheduler])
@@ -60,19 +106,43 @@ class Runs:
             vae_latents=self.vae_latents,
             prompt_truncated=prompt_truncated,
             device=self.host.device,
+            adapter_key=None if self.adapters is None else self.adapters.group_key(job),
         )
-        arguments = {**self.arguments_of(job), "generator": sample.generator}
-        own = {name: copy.deepcopy(part) for name, part in self.own.items()}
+        mix: Mix = () if self.adapters is None else self.adapters.encoder_mix(job)
+        arguments = {**self.arguments_of(job), **given, "generator": sample.generator}
+        own: dict[str, Any] = {name: copy.deepcopy(part) for name, part in self.own.items()}
         encoded = 0
         try:
-            sample.start(self.host.run(scheduler, arguments, own, job.prompt_syntax))
-            while isinstance(sample.pending, EncodeCall):
-                sample.resume(self._encode(sample.pending))
-                encoded += 1
+            host = self.hosts[job.task]
+            sample.start(host.run(scheduler, arguments, own, job.prompt_syntax, mix))
+            while isinstance(call := sample.pending, EncodeCall | EncodeImageCall):
+                if isinstance(call, EncodeCall):
+                    sample.resume(self._encode(call, mix))
+                    encoded += 1
+                else:
+                    sample.resume(self.encode_image(call))
         except BaseException:
             sample.close()
             raise
         return sample, encoded
+
+    def denoise(self, calls: Sequence[DenoiserCall]) -> list[Any]:
+        """One denoiser call: what the denoiser returns for each of ``calls``, of equal keys."""
+        module, spec = calls[0].module, self.spec
+        if len(calls) == 1:
+            # As the pipeline calls it: alone, an image is the pipeline's own to the last bit.
+            arguments = calls[0].arguments
+            given = arguments if spec is None else spec.alone(arguments)
+            return [self.call_denoiser(module, given)]
+        assert spec is not None, "without a spec, each sample is a group of its own"
+        given = spec.collate([call.arguments for call in calls])
+        output = self.call_denoiser(module, given)
+        return list(spec.split(output, [spec.rows(call.arguments) for call in calls]))
+
+    def encode_image(self, call: EncodeImageCall) -> Any:
+        """What the VAE's encode returns; raises as ``ImageEncoder.encode``."""
+        assert self.images is not None, "the model takes no images"
+        return self.images.encode(call.images, call.options)
 
     def encode_once(self, job: Job) -> bool:
         """Encode a prompt of ``job`` and keep nothing of it; False if its prompt is cached.
@@ -88,7 +158,7 @@ class Runs:
             call = run.start()
             if not isinstance(call, EncodeCall):
                 return False
-            self._encode(call)
+            self._encode(call, ())
             return True
         finally:
             run.end()
@@ -118,9 +188,10 @@ class Runs:
         with self.precision():
             return module(**arguments)
 
-    def _encode(self, call: EncodeCall) -> Any:
+    def _encode(self, call: EncodeCall, mix: Mix) -> Any:
+        encoding = nullcontext() if self.adapters is None else self.adapters.encoding(mix)
         try:
-            with self.precision():
+            with self.precision(), encoding:
                 return call.run()
         except Exception as error:
             raise PromptFailed(error) from error

@@ -1,0 +1,1 @@
+"""What conditions an image besides its prompt: other images."""

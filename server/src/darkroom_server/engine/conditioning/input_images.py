@@ -1,0 +1,32 @@
+"""The input images of a job, as diffusers takes them."""
+
+from typing import Any
+
+from PIL import Image
+
+from darkroom_server.core.inputs import InputImage
+from darkroom_server.core.job import Job
+
+MODES = {1: "L", 3: "RGB"}
+"""PIL's names of the kinds of image, by the number of channels."""
+
+
+def pil_image(image: InputImage) -> Image.Image:
+    """``image`` as PIL holds it."""
+    return Image.frombytes(MODES[image.channels], (image.width, image.height), image.pixels)
+
+
+def image_arguments(job: Job) -> dict[str, Any]:
+    """The arguments of a pipeline's call that hold the images of ``job``; {} without any."""
+    if job.image is None:
+        return {}
+    arguments = {"image": pil_image(job.image).convert("RGB"), "strength": job.strength}
+    if job.mask_image is not None:
+        arguments["mask_image"] = pil_image(job.mask_image).convert("L")
+    return arguments
+
+
+def white_image(size: int, channels: int) -> InputImage:
+    """A white square of ``size`` pixels on each side, for measurements."""
+    pixels = b"\xff" * (size * size * channels)
+    return InputImage(digest="", width=size, height=size, channels=channels, pixels=pixels)
