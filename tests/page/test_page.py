@@ -173,7 +173,7 @@ def test_a_server_that_restarts_in_the_middle(page: Page) -> None:
 
 
 @pytest.mark.needs("node")
-def test_an_image_with_a_painted_mask(page: Page, tmp_path: Path) -> None:
+def test_an_image_with_a_marked_mask(page: Page, tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     picture.write_bytes(plain())
     with start("--http-port", "0", pass_seconds=0.02, images=True) as server:
@@ -193,11 +193,11 @@ def test_an_image_with_a_painted_mask(page: Page, tmp_path: Path) -> None:
         assert digest in json.dumps(request["image"])
         assert request["mask_image"]
         assert request["loras"] == {"ink": 0.5, "grain": 1}
-        painted = """
+        marked = """
           const context = document.getElementById('canvas').getContext('2d');
           return [5, 60].map((x) => context.getImageData(x, 32, 1, 1).data[3] > 0);
         """
-        assert page.driver.execute_script(painted) == [False, True]
+        assert page.driver.execute_script(marked) == [False, True]
         check_with_axe(page)
         page.driver.execute_script("arguments[0].scrollIntoView()", page["remove-image"])
         page["remove-image"].click()

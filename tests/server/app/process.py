@@ -1,7 +1,7 @@
 """A server with the fake engine in its own process, and its log.
 
 SIGUSR1 lets the engine take the four passes of a default job. With ``images`` its model takes
-images.
+images and two adapters.
 """
 
 import json
@@ -16,16 +16,18 @@ from typing import Any
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("DARKROOM_")}
 
 MAIN = """
-import json, signal, sys
+import dataclasses, json, signal, sys
 import structlog
 from darkroom_server import cli, app  # In the order of the real command.
 from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.backends.fake_model import fake_image_model
+from darkroom_server.core.model import AdapterOffer
 
 log = structlog.get_logger()
 options = json.loads(sys.argv[1])
 if options.pop("images", False):
-    options["models"] = [fake_image_model()]
+    offers = [AdapterOffer(id=name, rank=4, bytes=500) for name in ("ink", "grain")]
+    options["models"] = [dataclasses.replace(fake_image_model(), adapters=tuple(offers))]
 engine = FakeEngine(on_submit=lambda _: log.info("submitted"), **options)
 signal.signal(signal.SIGUSR1, lambda *_: engine.advance(4))
 app.build_engines = lambda _: [engine]

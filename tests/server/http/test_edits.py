@@ -1,6 +1,7 @@
 """POST /v1/images/edits and /v1/images/variations: forms with pictures."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -9,11 +10,16 @@ import pytest
 
 from darkroom_server.backends.fake_model import fake_image_model
 from darkroom_server.core.job import Job, Task
+from darkroom_server.core.model import AdapterOffer
 from darkroom_server.http import body as bodies
 from tests.server.http.door import Door, door
 from tests.server.uploads.pictures import encoded, halves, mask, plain
 
-IMAGES: dict[str, Any] = {"auto": True, "models": [fake_image_model()]}
+INK = AdapterOffer(id="ink", rank=4, bytes=500)
+IMAGES: dict[str, Any] = {
+    "auto": True,
+    "models": [replace(fake_image_model(), adapters=(INK,))],
+}
 PICTURE = ("a.png", plain(), "image/png")
 
 
@@ -78,6 +84,9 @@ async def test_a_variation_needs_no_prompt() -> None:
         loras = '[{"id": "ink", "scale": 0.5}]'
         job = await job_of(there, "variations", {"image": PICTURE}, prompt="ink", loras=loras)
         assert [(each.id, each.scale) for each in job.loras] == [("ink", 0.5)]
+        unknown = await there.generate(loras=[{"id": "none"}])
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_adapter")
+        assert (await there.client.get("/v1/models/demo")).json()["loras"] == ["ink"]
         reply = await there.generate(loras=[{"id": "ink"}])
         assert reply.status_code == 200
         assert (await there.wire.submitted.get()).loras[0].scale == 1.0

@@ -15,6 +15,7 @@ from darkroom_server.dispatch import JobOutcome
 from darkroom_server.http.messages.fields import FIELDS
 from darkroom_server.settings import Dispatch, Results, Security
 from tests.server.http.door import Door, bearer, door, token_file
+from tests.server.telemetry.scrape import counted
 
 
 async def job_of(there: Door, **fields: Any) -> Job:
@@ -279,6 +280,18 @@ async def test_a_caller_that_disconnects_cancels_its_job() -> None:
         assert await there.wire.cancelled.get() == job.id
         there.wire.engine.advance()
         await there.wire.counted(JobOutcome.CANCELLED)
+        labels = ("route", "status")
+        found = await counted(there.wire, "darkroom_http_requests_total", *labels)
+        assert found == {("/v1/images/generations", "499"): 1}
+
+
+async def test_a_trace_continues() -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    async with door(fake={"auto": True}) as there:
+        job = await job_of(there, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"})
+        assert job.trace_id == trace
+        job = await job_of(there, headers={"traceparent": "nonsense"})
+        assert job.trace_id == ""
 
 
 async def test_a_kept_job_goes_on_after_a_disconnect() -> None:

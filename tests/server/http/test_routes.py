@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from darkroom_server.core.errors import DarkroomError, Refused
 from darkroom_server.http import openapi
+from darkroom_server.http.errors import STATUSES
 from darkroom_server.http.routing import Route, find_route
 from darkroom_server.settings import Security
 from tests.server.http.door import bearer, door, token_file
@@ -136,3 +138,11 @@ def test_routing(path: str, expected: dict[str, str] | None) -> None:
     routes = [Route("GET", "/a/{one}", handler), Route("GET", "/b/{one}/{two}", handler)]
     route, found = find_route(routes, path)
     assert (found if route else None) == expected
+
+
+def test_every_error_has_a_status() -> None:
+    pending, found = [DarkroomError], set()
+    while pending:
+        pending += (subclasses := pending.pop().__subclasses__())
+        found |= {each for each in subclasses if each is not Refused}
+    assert set(STATUSES) == found

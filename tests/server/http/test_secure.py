@@ -3,6 +3,8 @@
 import asyncio
 import os
 import ssl
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx2
@@ -94,3 +96,15 @@ async def test_a_key_that_cannot_be_used(tmp_path: Path, content: bytes | None, 
     with pytest.raises(StartupError, match=wrong):
         async with door(http={"http_url_key": str(key)}):
             pass
+
+
+def test_without_the_extra() -> None:
+    code = """
+import sys
+sys.modules["uvicorn"] = None
+from darkroom_server import cli
+cli.main(["serve", "--port", "0", "--metrics-port", "0", "--http-port", "0"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "--http-port needs uvicorn: pip install 'darkroom-server[http]'" in done.stderr

@@ -21,6 +21,7 @@ from darkroom_server.core.errors import (
     RequestConflict,
     TooLarge,
     Unauthenticated,
+    UnknownAdapter,
     UnknownModel,
     UnknownRequest,
     UploadNotFound,
@@ -30,6 +31,7 @@ from darkroom_server.core.errors import (
 STATUSES: dict[type[DarkroomError], int] = {
     InvalidRequest: 400,
     UnknownModel: 404,
+    UnknownAdapter: 404,
     UnknownRequest: 404,
     UploadNotFound: 404,
     RequestConflict: 422,

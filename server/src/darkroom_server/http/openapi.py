@@ -148,6 +148,7 @@ MODEL = {
         "owned_by": _text(),
         "ready": {"type": "boolean"},
         "tasks": _list(_text()),
+        "loras": _list(_text()),
     },
 }
 

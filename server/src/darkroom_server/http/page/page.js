@@ -96,6 +96,7 @@ function showModel() {
   for (const row of document.querySelectorAll("[data-option]")) {
     row.hidden = !model.optional_fields.includes(row.dataset.option);
   }
+  $("loras").placeholder = model.loras.join(", ");
   $("picture-input").hidden = !IMAGE_TASKS.some((task) => model.tasks.includes(task));
   for (const name of NUMBERS) $(name).placeholder = String(model.defaults[name] ?? "");
   for (const name of ["width", "height"]) {
@@ -134,12 +135,12 @@ async function readPictures() {
   const [image] = $("image").files;
   if (!image || $("picture-input").hidden) return null;
   const [file] = $("mask").files;
-  return { image, mask: file ?? (painted ? await paintedMask() : null) };
+  return { image, mask: file ?? (marked ? await markedMask() : null) };
 }
 
 // ---- the mask ----
 
-let painted = false;
+let marked = false;
 
 async function showOriginal() {
   clearMask();
@@ -154,12 +155,12 @@ async function showOriginal() {
 }
 
 function clearMask() {
-  painted = false;
+  marked = false;
   const canvas = $("canvas");
   canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
 }
 
-function paint(event) {
+function mark(event) {
   if (!(event.buttons & 1)) return;
   const canvas = $("canvas");
   const box = canvas.getBoundingClientRect();
@@ -172,11 +173,11 @@ function paint(event) {
   context.beginPath();
   context.arc(x, y, (canvas.width * Number($("brush").value)) / 100, 0, 2 * Math.PI);
   context.fill();
-  painted = true;
+  marked = true;
 }
 
-// White where the canvas is painted, black elsewhere.
-function paintedMask() {
+// White where the canvas is marked, black elsewhere.
+function markedMask() {
   const { width, height } = $("canvas");
   const mask = Object.assign(document.createElement("canvas"), { width, height });
   const context = mask.getContext("2d");
@@ -548,7 +549,7 @@ $("remove-image").addEventListener("click", () => {
   $("image").value = $("mask").value = "";
   showOriginal();
 });
-for (const kind of ["pointerdown", "pointermove"]) $("canvas").addEventListener(kind, paint);
+for (const kind of ["pointerdown", "pointermove"]) $("canvas").addEventListener(kind, mark);
 
 $("token").addEventListener("change", () => {
   token = $("token").value.trim();

@@ -52,6 +52,7 @@ class ModelRoutes:
             ],
             "optional_fields": [name for name in OPTIONAL_FIELDS if name in info.optional_fields],
             "tasks": list(info.tasks),
+            "loras": [offer.id for offer in info.adapters if not offer.rejection],
             "guidance": asdict(info.guidance),
             "runtime": asdict(info.runtime),
         }
