@@ -24,6 +24,7 @@ NOISE_FLAGS ?=
 WORDS_FLAGS ?=
 MINUTES ?= 5
 INPUTS ?= 100000
+IMAGES ?= 10000
 IMAGE ?= darkroom-server:latest
 IMAGE_FLAGS ?=
 
@@ -85,6 +86,10 @@ test-compat: setup ## run clients and servers of 0.1.0 and of this checkout agai
 bench-engine: setup ## measure the engine beside diffusers' pipeline, on this machine; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.engine $(BENCH_FLAGS)
 
+.PHONY: bench-lora
+bench-lora: setup ## measure rows with different LoRAs beside grouping by adapter; options in BENCH_FLAGS
+	@$(BIN)/python -m bench.engine.loras loras $(BENCH_FLAGS)
+
 .PHONY: bench-memory
 bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
 	@$(BIN)/python -m bench.micro memory $(BENCH_FLAGS)
@@ -123,6 +128,10 @@ start-noise: setup ## start on a busy machine ten times, compare what was chosen
 .PHONY: fuzz
 fuzz: setup ## send INPUTS requests that no client would send to a server, over the wire
 	@$(BIN)/python -m tests.server.hostile.fuzz --inputs $(INPUTS)
+
+.PHONY: fuzz-images
+fuzz-images: setup ## decode IMAGES damaged pictures in the server's image workers
+	@$(BIN)/python -m tests.server.uploads.fuzz --inputs $(IMAGES)
 
 .PHONY: trace-request
 trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.engine import families
 from bench.engine import plots as engine_plots
 from bench.engine import report as engine_report
+from bench.engine.loras import BENCHMARK as LORAS
 from bench.gpu import report as gpu_report
 from bench.micro.__main__ import BENCHMARKS as MICRO
 from bench.peers.report.section import write_page
@@ -23,7 +24,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "engine": ("benchmarks.md", engine_report.section),
     families.BENCHMARK.name: (families.BENCHMARK.page, families.BENCHMARK.section),
     "gpu": ("benchmarks.md", gpu_report.section),
-    **{each.name: (each.page, each.section) for each in (*MICRO, *SERVING)},
+    **{each.name: (each.page, each.section) for each in (LORAS, *MICRO, *SERVING)},
 }
 """The page of each benchmark, and what makes its section; the peers' has several results."""
 

@@ -963,7 +963,7 @@ def test_bash_completes_commands_flags_and_values(capsys: Capture) -> None:
         return sorted(done.stdout.split())
 
     assert complete("darkroom", "wa") == ["wait", "watch"]
-    assert complete("darkroom", "generate", "--st") == ["--steps"]
+    assert complete("darkroom", "generate", "--st") == ["--steps", "--strength"]
     assert complete("darkroom", "generate", "--scheduler", "eu") == ["euler", "euler_ancestral"]
     assert complete("darkroom", "submit", "--prompt-s") == ["--prompt-syntax"]
     assert complete("darkroom", "submit", "--prompt-syntax", "") == ["plain", "weighted"]

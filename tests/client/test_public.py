@@ -43,12 +43,19 @@ def test_no_public_type_is_of_grpc_or_protobuf(kind: Any) -> None:
         assert base.__module__.partition(".")[0] not in {"grpc", "google", "darkroom"}
 
 
+POSITIONAL: dict[type, list[str]] = {
+    darkroom_client.GenerationRequest: ["prompt"],
+    darkroom_client.Control: ["id", "image"],
+    darkroom_client.UploadedImage: ["upload_id"],
+}
+
+
 @pytest.mark.parametrize("kind", [kind for kind in CLASSES if dataclasses.is_dataclass(kind)])
 def test_data_is_frozen_slotted_and_keyword_only(kind: Any) -> None:
     assert kind.__dataclass_params__.frozen
     assert "__slots__" in vars(kind)
     positional = [field.name for field in dataclasses.fields(kind) if not field.kw_only]
-    assert positional == (["prompt"] if kind is darkroom_client.GenerationRequest else [])
+    assert positional == POSITIONAL.get(kind, [])
     hints(kind)
 
 

@@ -65,10 +65,10 @@ class Alone:
 class Served:
     """The model of a case in a loop, and the jobs that it ran."""
 
-    def __init__(self, case: FamilyCase, folder: Any) -> None:
+    def __init__(self, case: FamilyCase, folder: Any, **config: Any) -> None:
         self.case = case
         self.alone = Alone(case, folder)
-        self.loop = LoopUnderTest(config_for(folder))
+        self.loop = LoopUnderTest(config_for(folder, **config))
 
     def jobs(self, name: str, **fields: Any) -> list[Job]:
         """The case's jobs, with ids that start with ``name``."""

@@ -89,14 +89,15 @@ def test_a_single_file_without_its_averaged_weights(tiny_folder: Path, tmp_path:
     weights = {
         "model.diffusion_model.a": torch.zeros(8, 4, dtype=torch.float16),
         "cond_stage_model.position_ids": torch.zeros(1, 7, dtype=torch.int64),
+        "first_stage_model.a": torch.zeros(3, dtype=torch.float16),
         "model_ema.a": torch.zeros(1000),
     }
     file = tmp_path / "one.safetensors"
     save_file(weights, file)
     source = ModelSource(id="one", location=str(file), config=str(tiny_folder))
     files = find_model(source, safety_checker=False)
-    assert weight_bytes(files, runtime_of(files)) == 8 * 4 * 4 + 7 * 8
-    assert weight_bytes(files, runtime_of(files, Dtype.BFLOAT16)) == 8 * 4 * 2 + 7 * 8
+    assert weight_bytes(files, runtime_of(files)) == (8 * 4 + 3) * 4 + 7 * 8
+    assert weight_bytes(files, runtime_of(files, Dtype.BFLOAT16)) == (8 * 4 + 3) * 2 + 7 * 8
 
 
 def test_a_model_that_is_too_large_is_not_read(

@@ -315,7 +315,7 @@ def test_samples_that_end_early_leave_no_tensor(
     monkeypatch: pytest.MonkeyPatch,
     end: Callable[[LoopUnderTest, pytest.MonkeyPatch], type],
 ) -> None:
-    """Two thousand samples, each cancelled or failed in its first or second step."""
+    """Hundreds of samples, each cancelled or failed in its first or second step."""
     alive: list[weakref.ref[Any]] = []
     receive = SuspendedSample._receive
 
@@ -330,10 +330,10 @@ def test_samples_that_end_early_leave_no_tensor(
         # Thousands of tracebacks take longer than the steps.
         patch.setattr(runner, "log", QUIET)
         expected = end(own, patch)
-        for _ in range(125):
+        for _ in range(40):
             ends = own.run(job("ended", image_count=16, guidance_scale=1.0, steps=50))
             assert {type(event) for event in ends.values()} == {expected}
-        assert len(alive) > 2000
+        assert len(alive) > 640
     own.on_event = lambda _: None
     last = job("last")
     assert isinstance(own.run(last)[last.id], JobFinished)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from darkroom_client import Client, RowLimitSource
+from darkroom_client import Adapter, Client, RowLimitSource
 from darkroom_client.testing import Behaviour, FakeServer, JobState, fake_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -82,6 +82,22 @@ def test_node_sets_what_the_model_takes(tmp_path: Path, takes: tuple[str, ...]) 
     assert running.returncode == 0, errors
     expected = (4.0, "blurry") if "true_cfg_scale" in takes else (None, "")
     assert (request.true_cfg_scale, request.negative_prompt) == expected
+
+
+@pytest.mark.needs("node")
+def test_node_uploads_an_image(tmp_path: Path) -> None:
+    data = b"\x89PNG\r\n\x1a\n" + bytes(1_300_000)  # Three chunks; the fake server does not decode.
+    (tmp_path / "photo.png").write_bytes(data)
+    model = fake_model(optional_fields=("image", "strength"))
+    with FakeServer(models=[model]) as server:
+        arguments = ("a star", tmp_path / "photo.png", tmp_path / "star.png")
+        with node("image.js", server, *arguments) as running:
+            _, errors = running.communicate(timeout=SECONDS)
+        assert running.returncode == 0, errors
+        (request,) = server.requests
+        assert server.uploads == (data,)
+        assert (tmp_path / "star.png").read_bytes().startswith(b"\x89PNG")
+    assert request.strength == 0.6
 
 
 @pytest.mark.needs("node")
@@ -156,3 +172,19 @@ def test_interrupting_node_cancels(darkroom_server: FakeServer, tmp_path: Path) 
 
     assert "CANCELLED" in errors
     darkroom_server.wait_for(lambda: darkroom_server.jobs[0].state is JobState.CANCELLED)
+
+
+@pytest.mark.needs("node")
+def test_node_lists_the_adapters() -> None:
+    adapters = [
+        Adapter(id="outline", models=("demo",), rank=8, resident=True),
+        Adapter(id="huge", models=("demo",), rank=512, rejection="its rank is 512"),
+    ]
+    with FakeServer(adapters=adapters) as server, node("adapters.js", server) as running:
+        out, errors = running.communicate(timeout=SECONDS)
+
+    assert running.returncode == 0, errors
+    assert out.splitlines() == [
+        "huge: rank 512, for demo; its rank is 512",
+        "outline: rank 8, for demo; in memory",
+    ]

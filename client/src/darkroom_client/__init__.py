@@ -10,6 +10,7 @@ from darkroom_client._async_client import AsyncClient
 from darkroom_client._async_stream import AsyncStream
 from darkroom_client._client import Client
 from darkroom_client._errors import (
+    AdapterNotFound,
     Cancelled,
     DarkroomError,
     DeadlineExceeded,
@@ -29,9 +30,11 @@ from darkroom_client._errors import (
     Unavailable,
     UnknownRequest,
     Unsupported,
+    UploadNotFound,
     Violation,
 )
 from darkroom_client._stream import Stream
+from darkroom_client._types.adapter import Adapter, AdapterKind
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat, PromptSyntax, Scheduler
 from darkroom_client._types.events import (
@@ -48,6 +51,7 @@ from darkroom_client._types.events import (
     Started,
 )
 from darkroom_client._types.image import Image
+from darkroom_client._types.inputs import Control, ImageSource, UploadedImage
 from darkroom_client._types.job import Job, JobState
 from darkroom_client._types.model import (
     Guidance,
@@ -57,6 +61,7 @@ from darkroom_client._types.model import (
     ModelRuntime,
     RowLimitSource,
     SchedulerOffer,
+    Task,
 )
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationOptions, GenerationRequest
@@ -73,10 +78,14 @@ from darkroom_client._types.status import (
 __all__ = [
     "TLS",
     "Accepted",
+    "Adapter",
+    "AdapterKind",
+    "AdapterNotFound",
     "AsyncClient",
     "AsyncStream",
     "Cancelled",
     "Client",
+    "Control",
     "DarkroomError",
     "DeadlineExceeded",
     "DeadlineUnreachable",
@@ -93,6 +102,7 @@ __all__ = [
     "Image",
     "ImageFormat",
     "ImageReady",
+    "ImageSource",
     "ImageWithheld",
     "InvalidRequest",
     "Job",
@@ -126,11 +136,14 @@ __all__ = [
     "Started",
     "Stream",
     "TLSError",
+    "Task",
     "Timings",
     "TooLarge",
     "Unauthenticated",
     "Unavailable",
     "UnknownRequest",
     "Unsupported",
+    "UploadNotFound",
+    "UploadedImage",
     "Violation",
 ]

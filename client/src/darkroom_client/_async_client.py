@@ -22,9 +22,11 @@ from darkroom_client._settings import (
     Settings,
 )
 from darkroom_client._transport.aio import AsyncTransport
+from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
+from darkroom_client._types.inputs import ImageSource
 from darkroom_client._types.job import Job
 from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
@@ -102,11 +104,13 @@ class AsyncClient:
         self,
         record: ReplayRecord,
         *,
+        images: Iterable[ImageSource] = (),
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> GenerationResult:
         """Like ``Client.replay``."""
-        return await self._transport.run(self._calls.generate(replayed(record), timeout, metadata))
+        request = replayed(record, images)
+        return await self._transport.run(self._calls.generate(request, timeout, metadata))
 
     async def generate_many(
         self,
@@ -222,6 +226,16 @@ class AsyncClient:
     ) -> list[Model]:
         """Like ``Client.models``."""
         return await self._transport.run(self._calls.models(timeout, metadata))
+
+    async def adapters(
+        self,
+        model: str = "",
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[Adapter]:
+        """Like ``Client.adapters``."""
+        return await self._transport.run(self._calls.adapters(model, timeout, metadata))
 
     async def model(
         self,

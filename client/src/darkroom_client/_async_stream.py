@@ -92,6 +92,8 @@ class AsyncStream:
         try:
             if self._call is None:
                 call = self._session.next_call()
+                if call.uploads:
+                    await self._transport.send(call, self._session.metadata)
                 self._call = self._transport.open_stream(self._session, call)
             response = await self._call.read()
         except grpc.RpcError as ended:

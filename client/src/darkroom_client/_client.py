@@ -21,9 +21,11 @@ from darkroom_client._settings import (
 )
 from darkroom_client._stream import Stream
 from darkroom_client._transport.sync import SyncTransport
+from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
+from darkroom_client._types.inputs import ImageSource
 from darkroom_client._types.job import Job
 from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
@@ -123,14 +125,19 @@ class Client:
         self,
         record: ReplayRecord,
         *,
+        images: Iterable[ImageSource] = (),
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> GenerationResult:
         """Reproduce the image of ``record``, under a new request id.
 
-        It is the same image if ``pixels_sha256`` of both records is equal.
+        It is the same image if ``pixels_sha256`` of both records is equal. ``images``: the files
+        that the first request brought, in any order, which the record names by their digests;
+        without them, ``UploadNotFound`` if the server does not have them any more. Raises
+        ``ValueError`` for an image that the record does not name.
         """
-        return self._transport.run(self._calls.generate(replayed(record), timeout, metadata))
+        request = replayed(record, images)
+        return self._transport.run(self._calls.generate(request, timeout, metadata))
 
     def generate_many(
         self,
@@ -284,6 +291,19 @@ class Client:
     ) -> list[Model]:
         """List the models that the server is configured with, in their configured order."""
         return self._transport.run(self._calls.models(timeout, metadata))
+
+    def adapters(
+        self,
+        model: str = "",
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[Adapter]:
+        """List the adapters that fit ``model``, or any model, by id.
+
+        Raises ``ModelNotFound`` for a model that the server does not have.
+        """
+        return self._transport.run(self._calls.adapters(model, timeout, metadata))
 
     def model(
         self,

@@ -2,7 +2,9 @@
 
 DarkroomError
 ├── InvalidRequest      correct the request: `violations` lists every error in it
+│   └── UploadNotFound  the server does not have an image: send the image itself
 ├── ModelNotFound       use another model
+├── AdapterNotFound     use another adapter
 ├── UnknownRequest      the server does not know that request id, or not any more
 ├── TooLarge            ask for less, or use a bigger machine: it never fits this one
 ├── ReplyTooLarge       ask for fewer or smaller images, or raise the client's `max_reply_bytes`
@@ -70,8 +72,25 @@ class InvalidRequest(DarkroomError):
     """The request is invalid; ``violations`` lists all errors at once."""
 
 
+class UploadNotFound(InvalidRequest):
+    """The server does not have an image that the request names: send the image itself.
+
+    The client sends an image again by itself if it has it. ``upload_ids`` are those that it does
+    not have.
+    """
+
+    @property
+    def upload_ids(self) -> tuple[str, ...]:
+        """The names of the missing images, "sha256:" and the digest of the file."""
+        return tuple(filter(None, self.metadata.get("upload_ids", "").split(",")))
+
+
 class ModelNotFound(DarkroomError):
     """The server has no model of that name."""
+
+
+class AdapterNotFound(DarkroomError):
+    """The server has no adapter of that name."""
 
 
 class UnknownRequest(DarkroomError):

@@ -24,12 +24,16 @@ from darkroom_server.security.bind_policy import check_bind_policy
 from darkroom_server.security.tls import server_credentials
 from darkroom_server.security.tokens import Tokens
 from darkroom_server.service.generation import GenerationService
+from darkroom_server.service.inputs import InputLoader
 from darkroom_server.service.summary import RequestObserver
+from darkroom_server.service.uploads import UploadService
 from darkroom_server.settings import Settings
 from darkroom_server.settings.sources import engine_configs, load_times_file, model_sources
 from darkroom_server.settings.tls import tls_files
 from darkroom_server.signals import exit_by_signal
 from darkroom_server.telemetry import Exporter, Metrics, open_traces
+from darkroom_server.uploads.decoder import Decoder
+from darkroom_server.uploads.store import UploadStore
 
 log = structlog.get_logger(__name__)
 
@@ -95,6 +99,7 @@ class Server:
             max_queued_jobs=settings.dispatch.max_queued_jobs,
             max_queued_megapixel_steps=settings.dispatch.max_queued_megapixel_steps,
             early_refusal=settings.dispatch.early_refusal,
+            max_input_bytes=settings.images.input_bytes,
             max_resident_samples=settings.dispatch.max_resident_samples,
             max_restarts=settings.engine.engine_max_restarts,
             observer=self.metrics,
@@ -120,11 +125,29 @@ class Server:
         observers: list[RequestObserver] = [self.metrics.requests]
         if self._spans is not None:
             observers.append(self._spans)
+        images = settings.images
+        store = UploadStore(
+            max_bytes=images.upload_bytes,
+            max_owner_bytes=images.upload_bytes_per_caller,
+            ttl=images.upload_ttl,
+        )
+        self.metrics.uploads.read_store(store)
+        self.decoder = Decoder(
+            workers=images.image_workers,
+            max_pixels=round(images.image_megapixels * 1e6),
+            timeout=images.image_timeout,
+            on_failure=self.metrics.uploads.decode_failed,
+        )
         service = GenerationService(
-            self.dispatcher, self.results, observers, log_prompts=settings.logs.log_prompts
+            self.dispatcher,
+            self.results,
+            InputLoader(store, self.decoder),
+            observers,
+            log_prompts=settings.logs.log_prompts,
         )
         self._rpc = RpcServer(
             service,
+            UploadService(store, self.decoder, self.metrics.uploads),
             self.dispatcher,
             self.metrics.calls,
             self.metrics.requests,
@@ -186,6 +209,7 @@ class Server:
         await self.dispatcher.drain(shutdown.grace)
         closing.cancel()
         await self._limited("calls", self._rpc.stop(ANSWER_SECONDS))
+        await self._limited("image workers", self.decoder.close())
         await self._limited("engines", self.dispatcher.close())
         self.results.close()
         await self._limited("metrics", asyncio.to_thread(self._exporter.stop))

@@ -146,3 +146,25 @@ def test_a_new_group_is_not_owed_time_from_before_it_came() -> None:
         taken.append(fair_share.next(["old", "new"]))
         fair_share.charge(taken[-1], 1.0)
     assert Counter(taken) == {"old": 5, "new": 5}
+
+
+def test_a_batch_has_at_most_max_adapters_different_ones() -> None:
+    candidates = [
+        key("first", 1, adapters=frozenset("a")),
+        key("same", 2, adapters=frozenset("a")),
+        key("second", 3, adapters=frozenset("b")),
+        key("third", 4, adapters=frozenset("c")),
+        key("none", 5),
+    ]
+    named = [k.id[0] for k in pick(candidates, 10, max_adapters=2)]
+    assert named == ["first", "same", "second", "none"]
+    assert [k.id[0] for k in pick(candidates, 10, max_adapters=1)] == ["first", "same", "none"]
+    assert len(pick(candidates, 10)) == 5
+
+
+def test_a_key_with_more_adapters_than_the_limit_runs_without_other_adapters() -> None:
+    candidates = [
+        key("many", 1, adapters=frozenset("abc")),
+        key("one", 2, adapters=frozenset("d")),
+    ]
+    assert [k.id[0] for k in pick(candidates, 10, max_adapters=2)] == ["many"]

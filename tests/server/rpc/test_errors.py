@@ -24,6 +24,7 @@ from darkroom_server.core.errors import (
     Unauthenticated,
     UnknownModel,
     UnknownRequest,
+    UploadNotFound,
     Violation,
 )
 from darkroom_server.rpc.errors import CODES, internal_error, status_of
@@ -38,6 +39,7 @@ EXAMPLES: list[tuple[DarkroomError, grpc.StatusCode, str | None, Outcome]] = [
     ),
     (UnknownModel("x", ["demo"]), grpc.StatusCode.NOT_FOUND, None, Outcome.INVALID),
     (UnknownRequest("r"), grpc.StatusCode.NOT_FOUND, None, Outcome.INVALID),
+    (UploadNotFound(["sha256:0"]), grpc.StatusCode.FAILED_PRECONDITION, None, Outcome.INVALID),
     (RequestConflict("r"), grpc.StatusCode.ALREADY_EXISTS, None, Outcome.INVALID),
     (Unauthenticated("who?"), grpc.StatusCode.UNAUTHENTICATED, None, Outcome.REFUSED),
     (NotAllowed("no"), grpc.StatusCode.PERMISSION_DENIED, None, Outcome.REFUSED),

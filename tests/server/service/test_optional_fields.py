@@ -14,7 +14,7 @@ from darkroom_server.core.errors import Failure, Reason, Violation
 from darkroom_server.core.job import Job, PromptSyntax
 from darkroom_server.core.model import OPTIONAL_FIELDS, ModelInfo
 from darkroom_server.service.idempotency import fingerprint
-from darkroom_server.service.request import GenerationRequest
+from darkroom_server.service.request import INPUT_FIELDS, GenerationRequest
 from darkroom_server.settings import Models
 from tests.server.streams import rest
 from tests.server.wire import refusal, serving
@@ -34,7 +34,7 @@ SET: dict[str, Any] = {
     "negative_prompt_3": "hail",
     "prompt_syntax": WEIGHTED,
 }
-"""Each optional field with a value that counts as set, but ``preview``."""
+"""Each optional field with a value that counts as set, but ``preview`` and images."""
 
 LONG = "é" * 4097
 FLOW_WRONG: list[tuple[dict[str, Any], str, str]] = [
@@ -72,7 +72,7 @@ def model_taking(*names: str) -> ModelInfo:
 
 
 def test_the_table_has_every_optional_field() -> None:
-    assert {*SET, "preview"} == set(OPTIONAL_FIELDS)
+    assert {*SET, "preview", *INPUT_FIELDS} == set(OPTIONAL_FIELDS)
 
 
 @pytest.mark.parametrize("name", SET)

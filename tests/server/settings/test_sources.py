@@ -4,7 +4,8 @@ import pytest
 
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings import Engine, Models, Settings
-from darkroom_server.settings.sources import engine_configs, model_sources
+from darkroom_server.settings.adapters import Adapters
+from darkroom_server.settings.sources import adapter_sources, engine_configs, model_sources
 
 
 def test_the_demo_model_is_the_default() -> None:
@@ -90,6 +91,42 @@ def test_the_engine_gets_its_section_and_the_token_is_not_shown() -> None:
     assert (config.models[0].variant, config.models[0].token) == ("fp16", "hf_secret")
     assert "hf_secret" not in repr(config)
     assert "hf_secret" not in repr(settings)
+
+
+def test_adapters_come_from_the_list_and_then_from_the_folder(tmp_path: Path) -> None:
+    for name in ("outline", "pastel", "not allowed"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    (tmp_path / "notes.txt").write_bytes(b"")
+    file = str(tmp_path / "outline.safetensors")
+    adapters = Adapters(lora=(f"mine={file}", "pastel=org/name@v2"), lora_dir=str(tmp_path))
+    found = adapter_sources(adapters, hub_token="hf_secret")
+    assert [(each.id, each.location, each.revision) for each in found] == [
+        ("mine", file, None),
+        ("pastel", "org/name", "v2"),
+        ("outline", file, None),
+    ]
+    assert [each.from_folder for each in found] == [False, False, True]
+    assert "hf_secret" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("org/name", "put NAME="),
+        ("=org/name", "put NAME="),
+        ("a=org/name@", "the revision after @ is missing"),
+        ("a=./nothing", "no such file or folder, and no hub id either"),
+    ],
+)
+def test_an_invalid_adapter_is_reported(text: str, complaint: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        adapter_sources(Adapters(lora=(text,)))
+    assert complaint in str(caught.value)
+
+
+def test_a_folder_of_adapters_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="no such folder"):
+        adapter_sources(Adapters(lora_dir=str(tmp_path / "nothing")))
 
 
 def test_the_prompt_cache_is_configured_for_each_engine() -> None:

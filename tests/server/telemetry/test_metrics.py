@@ -8,6 +8,8 @@ import pytest
 from darkroom.v1 import generation_pb2, model_pb2
 from darkroom_server.backends.fake import FLAGGED
 from darkroom_server.core.events import (
+    AdapterEvicted,
+    AdapterLoaded,
     BatchDone,
     Counted,
     EncodeDone,
@@ -20,7 +22,7 @@ from darkroom_server.core.events import (
     SampleBytesCorrected,
     Sensors,
 )
-from darkroom_server.dispatch import EstimateChecked, FirstPreview
+from darkroom_server.dispatch import AdapterMemory, EstimateChecked, FirstPreview
 from darkroom_server.rpc.models import ModelServicer
 from darkroom_server.settings import Engine
 from darkroom_server.telemetry import Metrics
@@ -315,3 +317,28 @@ async def test_counters_do_not_fall_when_an_engine_dies() -> None:
         assert await values(wire, "darkroom_steps_total") == {(): 7}
         assert await values(wire, "darkroom_engine_restarts_total") == {(): 1}
         assert await values(wire, "darkroom_job_replays_total", "model") == {("demo",): 1}
+
+
+def test_adapters_are_counted_by_the_names_on_offer() -> None:
+    metrics = Metrics(["demo"])
+    for event in (
+        AdapterLoaded("demo", "pastel", 1000, 0.1),
+        AdapterMemory("demo", "pastel", 1000),
+        AdapterLoaded("demo", "outline", 500, 0.1),
+        AdapterEvicted("demo", "pastel"),
+        AdapterMemory("demo", "pastel", 0),
+    ):
+        metrics.on_event(event)
+    batch = BatchDone(model="demo", width=64, height=64, rows=4, seconds=0.1, adapters=2)
+    metrics.on_event(batch)
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(name, {"model": "demo", **labels})
+
+    assert value("darkroom_adapter_loads_total", adapter="pastel") == 1
+    assert value("darkroom_adapter_loads_total", adapter="outline") == 1
+    assert value("darkroom_adapter_evictions_total", adapter="pastel") == 1
+    assert value("darkroom_adapter_bytes", adapter="pastel") == 0
+    assert value("darkroom_adapters_per_batch_sum") == 2
+    assert value("darkroom_adapters_per_batch_bucket", le="1.0") == 0
+    assert value("darkroom_adapters_per_batch_bucket", le="2.0") == 1

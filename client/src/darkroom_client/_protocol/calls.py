@@ -2,7 +2,7 @@
 
 import secrets
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,19 +11,29 @@ from google.protobuf.message import Message
 
 from darkroom.v1 import generation_pb2, model_pb2, server_pb2
 from darkroom_client._checks import check_seconds, check_text, is_unicode
-from darkroom_client._protocol.retries import Call
+from darkroom_client._protocol.retries import Call, NextCall
 from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._protocol.stubs import Stubs
-from darkroom_client._settings import Settings
+from darkroom_client._protocol.uploads import (
+    MAX_REQUEST_BYTES,
+    Upload,
+    UploadMethod,
+    move_to_uploads,
+)
+from darkroom_client._settings import Metadata, Settings
+from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
+from darkroom_client._types.inputs import ImageSource
 from darkroom_client._types.job import Job
 from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._types.result import GenerationResult
 from darkroom_client._types.status import Estimate, ServerStatus
+from darkroom_client._wire.adapters import decode_adapter
 from darkroom_client._wire.events import decode_accepted
+from darkroom_client._wire.inputs import with_images
 from darkroom_client._wire.jobs import JobPage, decode_job, decode_page
 from darkroom_client._wire.models import decode_model
 from darkroom_client._wire.requests import encode_preview, encode_request
@@ -52,6 +62,7 @@ class Calls:
     ) -> Call[GenerationResult]:
         """Generate images, and answer when all are done."""
         message = encode_request(_with_id_and_seed(request), keep=self._keep)
+        uploads = move_to_uploads(message) if message.ByteSize() > MAX_REQUEST_BYTES else ()
         return self._call(
             "Generate",
             lambda stubs: stubs.health_checked_generation.Generate,
@@ -62,6 +73,7 @@ class Calls:
             request_id=message.request_id,
             survives_disconnect=self._keep,
             fallback_method=lambda stubs: stubs.generation.Generate,
+            uploads=uploads,
         )
 
     def stream(
@@ -74,10 +86,12 @@ class Calls:
     ) -> GenerationSession:
         """Generate images, with events."""
         message = encode_request(_with_id_and_seed(request), keep=self._keep)
+        uploads = move_to_uploads(message) if message.ByteSize() > MAX_REQUEST_BYTES else ()
         return GenerationSession(
             message.request_id,
             request=message,
             preview=encode_preview(preview_every, preview_format),
+            uploads=uploads,
             address=self._settings.target,
             timeout=self._settings.deadline(timeout),
             metadata=self._settings.metadata(metadata),
@@ -106,6 +120,7 @@ class Calls:
     ) -> Call[Accepted]:
         """Start a job without waiting for it."""
         generation = encode_request(_with_id_and_seed(request))
+        uploads = move_to_uploads(generation)
         message = generation_pb2.SubmitGenerationRequest(generation=generation)
         limited = check_seconds("time_limit", time_limit)
         if limited is not None:
@@ -121,6 +136,7 @@ class Calls:
             metadata,
             request_id=generation.request_id,
             fallback_method=lambda stubs: stubs.generation.SubmitGeneration,
+            uploads=uploads,
         )
 
     def cancel(
@@ -170,13 +186,16 @@ class Calls:
         self, request: GenerationRequest, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[Estimate]:
         """Estimate a request."""
+        generation = encode_request(request)
+        uploads = move_to_uploads(generation)
         return self._call(
             "EstimateGeneration",
             lambda stubs: stubs.control.EstimateGeneration,
-            generation_pb2.EstimateGenerationRequest(generation=encode_request(request)),
+            generation_pb2.EstimateGenerationRequest(generation=generation),
             decode_estimate,
             timeout,
             metadata,
+            uploads=uploads,
         )
 
     def models(
@@ -206,6 +225,20 @@ class Calls:
             metadata,
         )
 
+    def adapters(
+        self, model: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[list[Adapter]]:
+        """List the adapters."""
+        _check_name("model", model)
+        return self._call(
+            "ListAdapters",
+            lambda stubs: stubs.models.ListAdapters,
+            model_pb2.ListAdaptersRequest(model=model),
+            lambda response: [decode_adapter(adapter) for adapter in response.adapters],
+            timeout,
+            metadata,
+        )
+
     def status(
         self, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[ServerStatus]:
@@ -231,6 +264,7 @@ class Calls:
         request_id: str | None = None,
         survives_disconnect: bool = False,
         fallback_method: Callable[[Stubs], Any] | None = None,
+        uploads: tuple[Upload, ...] = (),
     ) -> Call[A]:
         return Call(
             name=name,
@@ -246,7 +280,25 @@ class Calls:
             retry=self._settings.retry,
             # Only job-starting calls have a second method.
             control=fallback_method is None,
+            uploads=uploads,
         )
+
+
+def upload_call(
+    upload: Upload, call: NextCall, settings: Settings, metadata: Metadata
+) -> Call[str]:
+    """Send a file before ``call``, in the time that it has; answers with its upload id."""
+    return Call(
+        name="UploadImage",
+        method=lambda stubs: UploadMethod(stubs.images.UploadImage),
+        message=upload,
+        decode=lambda response: str(response.upload_id),
+        address=settings.target,
+        timeout=call.timeout,
+        metadata=metadata,
+        retry=settings.retry,
+        control=True,
+    )
 
 
 def _with_id_and_seed(request: GenerationRequest) -> GenerationRequest:
@@ -264,6 +316,13 @@ def _check_name(name: str, value: str) -> None:
         raise ValueError(f"{name} is {value!r}, not valid Unicode text")
 
 
-def replayed(record: ReplayRecord) -> GenerationRequest:
-    """The request of ``record``, without its id."""
-    return replace(record.request, request_id=None)
+def replayed(record: ReplayRecord, images: Iterable[ImageSource]) -> GenerationRequest:
+    """The request of ``record``, without its id, with those of ``images`` that it names.
+
+    Raises ``ValueError`` for an image that the record does not name.
+    """
+    request = record.request
+    given = list(images)
+    if given:
+        request = with_images(request, given)
+    return replace(request, request_id=None)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import grpc
-from google.protobuf.message import Message
 
 from darkroom_client._errors import (
     Cancelled,
@@ -26,6 +25,7 @@ from darkroom_client._protocol.rpc_errors import (
     was_sent,
 )
 from darkroom_client._protocol.stubs import Stubs
+from darkroom_client._protocol.uploads import Upload, UploadState
 from darkroom_client._settings import Metadata
 from darkroom_client._types.connection import Retry
 
@@ -55,12 +55,13 @@ class Call(Generic[A]):
     ``fallback_method``: the method of the next try, if ``method`` found no server or lost it.
     ``survives_disconnect``: the server continues ``request_id`` after a lost connection, so a
     caller that stops waiting must cancel it. ``control``: it is short, and goes over the control
-    channel, which job calls cannot block.
+    channel, which job calls cannot block. ``uploads``: what the message names and the server needs
+    before it.
     """
 
     name: str
     method: Callable[[Stubs], Any]
-    message: Message
+    message: Any
     decode: Callable[[Any], A]
     address: str
     timeout: float | None
@@ -70,6 +71,7 @@ class Call(Generic[A]):
     survives_disconnect: bool = False
     fallback_method: Callable[[Stubs], Any] | None = None
     control: bool = False
+    uploads: tuple[Upload, ...] = ()
 
     @property
     def server_id(self) -> str:
@@ -79,13 +81,14 @@ class Call(Generic[A]):
 
 @dataclass(frozen=True, slots=True)
 class NextCall:
-    """The next call to make; ``control``: over the control channel."""
+    """The next call to make, after ``uploads``; ``control``: over the control channel."""
 
     name: str
     method: Callable[[Stubs], Any]
-    message: Message
+    message: Any
     timeout: float | None
     control: bool = False
+    uploads: tuple[Upload, ...] = ()
 
 
 class Retries:
@@ -221,6 +224,7 @@ class CallTries(Generic[A]):
             address=call.address,
             request_id=call.request_id,
         )
+        self._uploads = UploadState(call.uploads) if call.uploads else None
         # The next try may go to servers whose health says that they accept no jobs.
         self._skip_health_check = False
 
@@ -236,7 +240,8 @@ class CallTries(Generic[A]):
         method = call.method
         if self._skip_health_check and call.fallback_method is not None:
             method = call.fallback_method
-        return NextCall(call.name, method, call.message, timeout, call.control)
+        uploads = self._uploads.take() if self._uploads is not None else ()
+        return NextCall(call.name, method, call.message, timeout, call.control, uploads)
 
     def on_failed(
         self, error: grpc.RpcError, *, connected: bool = True, tls_problem: str = ""
@@ -250,6 +255,8 @@ class CallTries(Generic[A]):
         failure = from_rpc_error(
             error, address=call.address, timeout=call.timeout, request_id=call.request_id
         )
+        if self._uploads is not None and self._uploads.lost(failure):
+            return 0.0
         if tls_problem:
             failure = TLSError(tls_problem, code=failure.code, request_id=call.request_id)
         skipped, self._skip_health_check = self._skip_health_check, False

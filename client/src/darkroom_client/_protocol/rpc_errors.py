@@ -21,8 +21,10 @@ DOMAIN = "darkroom"
 REASONS: dict[str, type[DarkroomError]] = {
     "INVALID_REQUEST": errors.InvalidRequest,
     "UNKNOWN_MODEL": errors.ModelNotFound,
+    "UNKNOWN_ADAPTER": errors.AdapterNotFound,
     "UNKNOWN_REQUEST": errors.UnknownRequest,
     "REQUEST_CONFLICT": errors.InvalidRequest,
+    "UPLOAD_NOT_FOUND": errors.UploadNotFound,
     "UNAUTHENTICATED": errors.Unauthenticated,
     "PERMISSION_DENIED": errors.PermissionDenied,
     "REPLY_TOO_LARGE": errors.ReplyTooLarge,

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -20,6 +20,7 @@ from darkroom_client._errors import (
 from darkroom_client._protocol.mixed_images import warn_if_mixed
 from darkroom_client._protocol.retries import NextCall, Retries, log
 from darkroom_client._protocol.rpc_errors import from_rpc_error, is_bare
+from darkroom_client._protocol.uploads import Upload, UploadState
 from darkroom_client._settings import Metadata
 from darkroom_client._types.connection import Retry
 from darkroom_client._types.events import (
@@ -77,6 +78,7 @@ class GenerationSession:
         retry: Retry,
         request: generation_pb2.GenerateRequest | None = None,
         preview: generation_pb2.PreviewOptions | None = None,
+        uploads: tuple[Upload, ...] = (),
     ) -> None:
         self.request_id = request_id
         self.address = address
@@ -88,6 +90,7 @@ class GenerationSession:
         self.result: GenerationResult | None = None
         self._request = request
         self._preview = preview
+        self._uploads = UploadState(uploads)
         self._retries = Retries(
             "WatchGeneration" if request is None else "GenerateStream",
             retry=retry,
@@ -151,7 +154,8 @@ class GenerationSession:
         message = generation_pb2.GenerateStreamRequest(
             generation=self._remaining_request(self._request), preview=self._preview
         )
-        return generate_call(message, timeout, skip_health_check=self._skip_health_check)
+        call = generate_call(message, timeout, skip_health_check=self._skip_health_check)
+        return replace(call, uploads=self._uploads.take())
 
     def feed(self, event: generation_pb2.GenerationEvent) -> list[Event]:
         """Return the caller's events for ``event``; raises ``ServerError`` if it is unreadable."""
@@ -187,6 +191,8 @@ class GenerationSession:
             self._skip_health_check = True
             if not sent:
                 return Pause(0.0)
+        if self._uploads.lost(error):
+            return Pause(0.0)
         if isinstance(error, UnknownRequest) and self._joinable and self._probe_another_backend():
             # Random, or clients that probe in step would each meet the same backend every time.
             return Pause(random.uniform(0.0, 0.02))

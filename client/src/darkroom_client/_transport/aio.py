@@ -9,6 +9,7 @@ import grpc
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_client._errors import DarkroomError
+from darkroom_client._protocol.calls import upload_call
 from darkroom_client._protocol.retries import Call, CallTries, NextCall, client_closed_error
 from darkroom_client._protocol.rpc_errors import was_sent
 from darkroom_client._protocol.session import GenerationSession
@@ -52,6 +53,8 @@ class AsyncTransport:
         self._in_flight: dict[str, Call[Any] | GenerationSession] = {}
         self._cancels: set[asyncio.Task[None]] = set()
         self._sleepers: set[asyncio.Event] = set()
+        self._uploaded: set[str] = set()
+        self._uploading = asyncio.Lock()
 
     @property
     def stubs(self) -> Stubs:
@@ -83,7 +86,10 @@ class AsyncTransport:
         try:
             while True:
                 try:
-                    response = await self._start(tries.next_call(), call.metadata)
+                    following = tries.next_call()
+                    if following.uploads:
+                        await self.send(following, call.metadata)
+                    response = await self._start(following, call.metadata)
                     break
                 except grpc.RpcError as error:
                     if self.closed:
@@ -110,6 +116,14 @@ class AsyncTransport:
         finally:
             self.finish(call.request_id, needs_cancel=needs_cancel)
         return call.decode(response)
+
+    async def send(self, call: NextCall, metadata: Metadata) -> None:
+        """Send the files of ``call`` that this client has not sent before, one at a time."""
+        for upload in call.uploads:
+            async with self._uploading:
+                if upload.again or upload.upload_id not in self._uploaded:
+                    await self.run(upload_call(upload, call, self._settings, metadata))
+                    self._uploaded.add(upload.upload_id)
 
     def open_stream(self, session: GenerationSession, call: NextCall) -> Any:
         """Open the stream of ``call``; returns gRPC's call."""

@@ -14,6 +14,7 @@ import grpc
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_client._errors import DarkroomError
+from darkroom_client._protocol.calls import upload_call
 from darkroom_client._protocol.retries import Call, CallTries, NextCall, client_closed_error
 from darkroom_client._protocol.rpc_errors import was_sent
 from darkroom_client._protocol.session import GenerationSession
@@ -79,6 +80,8 @@ class SyncTransport:
         self._in_flight: dict[str, Call[Any] | GenerationSession] = {}
         self._cancels: set[threading.Thread] = set()
         self._sleepers: set[SimpleQueue[Any]] = set()
+        self._uploaded: set[str] = set()
+        self._uploading = threading.RLock()
 
     @property
     def stubs(self) -> Stubs:
@@ -150,6 +153,8 @@ class SyncTransport:
         """Make one unary call; returns gRPC's future."""
         if self.closed:
             raise client_closed_error(request_id)
+        if call.uploads:
+            self._send(call, metadata)
         return self._start(call, metadata, request_id, stream=False)
 
     def open_stream(self, session: GenerationSession, call: NextCall) -> Any:
@@ -158,7 +163,17 @@ class SyncTransport:
             raise client_closed_error(session.request_id)
         self._check_process()
         self.register(session)
+        if call.uploads:
+            self._send(call, session.metadata)
         return self._start(call, session.metadata, session.request_id, stream=True)
+
+    def _send(self, call: NextCall, metadata: Metadata) -> None:
+        """Send the files of ``call`` that this client has not sent before, one at a time."""
+        for upload in call.uploads:
+            with self._uploading:
+                if upload.again or upload.upload_id not in self._uploaded:
+                    self.run(upload_call(upload, call, self._settings, metadata))
+                    self._uploaded.add(upload.upload_id)
 
     def _start(
         self, call: NextCall, metadata: Metadata, request_id: str | None, *, stream: bool

@@ -11,7 +11,8 @@ class ModelDefaults:
     """The values of unset fields of a request; sizes in pixels.
 
     ``scheduler`` and ``format`` are None if the server's value is newer than this client.
-    ``true_cfg_scale`` and ``max_sequence_length`` are None if the model does not take them.
+    ``true_cfg_scale``, ``max_sequence_length`` and ``strength`` are None if the model does not take
+    them.
     """
 
     width: int
@@ -23,6 +24,20 @@ class ModelDefaults:
     quality: int
     true_cfg_scale: float | None = None
     max_sequence_length: int | None = None
+    strength: float | None = None
+
+
+class Task(StrEnum):
+    """What a request asks for; it follows from the fields that it sets.
+
+    TEXT_TO_IMAGE: from a prompt alone. IMAGE_TO_IMAGE: from ``image``. INPAINT: from ``image`` and
+    ``mask_image``. EDIT: from ``reference_images``.
+    """
+
+    TEXT_TO_IMAGE = "text_to_image"
+    IMAGE_TO_IMAGE = "image_to_image"
+    INPAINT = "inpaint"
+    EDIT = "edit"
 
 
 class RowLimitSource(StrEnum):
@@ -48,6 +63,7 @@ class ModelLimits:
     reported as ``Image.prompt_truncated``. ``max_rows``: rows of one denoiser pass at the
     default size, now; a guided image takes ``Guidance.rows``. ``row_limit_source``: how it was
     found. ``max_sequence_length``: the highest that a request may set, 0 if the model does not take
+    it; so with the numbers of reference images, LoRAs and ControlNets.
     it. ``sizes``: the only pairs of width and height that the model makes; any, if empty.
     """
 
@@ -61,6 +77,9 @@ class ModelLimits:
     max_rows: int
     row_limit_source: RowLimitSource = RowLimitSource.UNKNOWN
     max_sequence_length: int = 0
+    max_reference_images: int = 0
+    max_loras: int = 0
+    max_controls: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
 
 
@@ -111,6 +130,14 @@ OPTIONAL_FIELDS = (
     "negative_prompt_3",
     "prompt_syntax",
     "preview",
+    "image",
+    "mask_image",
+    "strength",
+    "reference_images",
+    "loras",
+    "controls",
+    "ip_adapter_image",
+    "ip_adapter_scale",
 )
 """The fields of a request that not every model takes, and previews."""
 
@@ -144,7 +171,8 @@ class Model:
     ``optional_fields``: the fields of a request that the model takes, of those that not every model
     takes ("preview" are the previews of a stream); the server rejects the others. ``guidance``: how
     the model is guided. ``unbatched_reason``: why its denoiser calls are not merged into batches,
-    empty if they are. From a server older than these fields they are empty and None.
+    empty if they are. ``tasks``: what the model can do, without those that are newer than this
+    client. From a server older than these fields they are empty and None.
     """
 
     id: str
@@ -158,3 +186,4 @@ class Model:
     optional_fields: tuple[str, ...] = ()
     guidance: Guidance | None = None
     unbatched_reason: str = ""
+    tasks: tuple[Task, ...] = ()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from darkroom_client._types.inputs import Control, UploadedImage
 from darkroom_client._types.picture import embedded_text, is_picture
 from darkroom_client._types.request import GenerationRequest
 
@@ -28,6 +29,14 @@ _NEWER = {
         "empty_negative_prompt",
         "guidance_rescale",
         "prompt_syntax",
+        "image",
+        "mask_image",
+        "strength",
+        "reference_images",
+        "loras",
+        "controls",
+        "ip_adapter_image",
+        "ip_adapter_scale",
     )
 }
 """Fields of a request that clients of 0.1.0 do not know, and their defaults."""
@@ -40,7 +49,8 @@ _OPTIONAL = {*_NEWER, "channels_last", "request_id", "rows_in_last_pass"}
 class ReplayRecord:
     """How one image was generated; ``Client.replay`` reproduces it.
 
-    ``request`` generates this image alone, with every default of the model filled in.
+    ``request`` generates this image alone, with every default of the model filled in. The images
+    that it brings are named by the digests of their files.
     ``pixels_sha256`` is the SHA-256, in hex, of the height × width × 3 bytes of RGB before
     encoding. Two images are the same if their ``pixels_sha256`` are equal; if not,
     ``differences`` lists what else differs. ``rows_in_last_pass``: rows in the image's last
@@ -87,6 +97,7 @@ class ReplayRecord:
                 f"a replay record of version {version}; this client reads {_VERSION}: upgrade it"
             )
         request = _exactly(GenerationRequest, document.get("request"), "request")
+        request.update(_inputs(request))
         return cls(**{**_exactly(cls, document, "record"), "request": GenerationRequest(**request)})
 
     @classmethod
@@ -142,6 +153,26 @@ def _exactly(kind: type, value: object, where: str) -> dict[str, Any]:
     if unknown := sorted(value.keys() - wanted):
         raise ValueError(f"not a replay record: {where} has unknown {', '.join(unknown)}")
     return value
+
+
+def _inputs(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The images and ControlNets in the JSON of a request, as it has them."""
+    try:
+        found: dict[str, Any] = {
+            name: UploadedImage(**request[name])
+            for name in ("image", "mask_image", "ip_adapter_image")
+            if request.get(name) is not None
+        }
+        found["reference_images"] = tuple(
+            UploadedImage(**image) for image in request.get("reference_images", ())
+        )
+        found["controls"] = tuple(
+            Control(**{**control, "image": UploadedImage(**control["image"])})
+            for control in request.get("controls", ())
+        )
+    except (TypeError, KeyError) as error:
+        raise ValueError("not a replay record: an image in the request is not one") from error
+    return found
 
 
 def _flat(record: ReplayRecord) -> dict[str, str]:

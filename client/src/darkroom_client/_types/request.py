@@ -1,11 +1,12 @@
 """What to generate, as plain data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TypedDict
 
 from darkroom_client._checks import check_text
 from darkroom_client._types.enums import ImageFormat, PromptSyntax, Scheduler
+from darkroom_client._types.inputs import Control, ImageSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,15 @@ class GenerationRequest:
     prompt, and not none; some models treat the two differently. ``prompt_syntax``: "plain" or
     "weighted", which reads weights such as ``a (red:1.3) circle`` in each prompt.
 
+    ``image``: the image to start from. ``mask_image``: its white parts are generated again, its
+    black ones stay; of the same size as ``image``. ``strength``: how much of ``image`` is
+    replaced, above 0 to 1. Without ``width`` and ``height`` the size is that of ``image``.
+    ``reference_images``: images to edit or to refer to. ``loras``: adapters by id, with their
+    scales: ``{"outline": 0.8}``. ``controls``: ControlNets with their images.
+    ``ip_adapter_image``: what an IP-Adapter takes the content or the style from;
+    ``ip_adapter_scale``: how much of it, 0 to 1. An image is the bytes of a PNG, JPEG or WebP file,
+    its path, or a ``PIL.Image.Image``; files are read when the request is sent.
+
     The server checks the bounds, and reports all violations at once.
     """
 
@@ -62,6 +72,14 @@ class GenerationRequest:
     empty_negative_prompt: bool = False
     guidance_rescale: float | None = None
     prompt_syntax: PromptSyntax | str | None = None
+    image: ImageSource | None = field(default=None, repr=False)
+    mask_image: ImageSource | None = field(default=None, repr=False)
+    strength: float | None = None
+    reference_images: Sequence[ImageSource] = field(default=(), repr=False)
+    loras: Mapping[str, float] | None = None
+    controls: Sequence[Control] = field(default=(), repr=False)
+    ip_adapter_image: ImageSource | None = field(default=None, repr=False)
+    ip_adapter_scale: float | None = None
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -90,6 +108,14 @@ class GenerationOptions(TypedDict, total=False):
     empty_negative_prompt: bool
     guidance_rescale: float | None
     prompt_syntax: PromptSyntax | str | None
+    image: ImageSource | None
+    mask_image: ImageSource | None
+    strength: float | None
+    reference_images: Sequence[ImageSource]
+    loras: Mapping[str, float] | None
+    controls: Sequence[Control]
+    ip_adapter_image: ImageSource | None
+    ip_adapter_scale: float | None
 
 
 def as_request(
@@ -117,6 +143,11 @@ _OTHER_NAMES = {
     "generator": "seed",
     "sampler": "scheduler",
     "output_format": "format",
+    "mask": "mask_image",
+    "init_image": "image",
+    "lora": "loras",
+    "control_image": "controls",
+    "images": "reference_images",
 }
 """What other libraries call the fields."""
 

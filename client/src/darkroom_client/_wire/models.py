@@ -9,6 +9,7 @@ from darkroom_client._types.model import (
     ModelRuntime,
     RowLimitSource,
     SchedulerOffer,
+    Task,
 )
 from darkroom_client._wire.values import decode_float, decode_format, decode_scheduler
 
@@ -35,7 +36,14 @@ def decode_model(model: model_pb2.Model) -> Model:
         optional_fields=tuple(model.optional_fields),
         guidance=_decode_guidance(model.guidance) if model.HasField("guidance") else None,
         unbatched_reason=model.unbatched_reason,
+        tasks=tuple(task for task in map(_decode_task, model.tasks) if task is not None),
     )
+
+
+def _decode_task(number: model_pb2.Task.ValueType) -> Task | None:
+    known = model_pb2.Task.DESCRIPTOR.values_by_number.get(number)
+    name = known.name.removeprefix("TASK_") if known else ""
+    return Task.__members__.get(name)
 
 
 def _decode_guidance(guidance: model_pb2.Guidance) -> Guidance:
@@ -63,6 +71,7 @@ def _decode_defaults(defaults: model_pb2.ModelDefaults) -> ModelDefaults:
         max_sequence_length=(
             defaults.max_sequence_length if defaults.HasField("max_sequence_length") else None
         ),
+        strength=decode_float(defaults.strength) if defaults.HasField("strength") else None,
     )
 
 
@@ -78,6 +87,9 @@ def _decode_limits(limits: model_pb2.ModelLimits) -> ModelLimits:
         max_rows=limits.max_rows,
         row_limit_source=decode_row_limit_source(limits.row_limit_source),
         max_sequence_length=limits.max_sequence_length,
+        max_reference_images=limits.max_reference_images,
+        max_loras=limits.max_loras,
+        max_controls=limits.max_controls,
         sizes=tuple((size.width, size.height) for size in limits.sizes),
     )
 

@@ -15,6 +15,7 @@ from darkroom_client._checks import (
 from darkroom_client._errors import InvalidRequest, Violation
 from darkroom_client._types.enums import ImageFormat, PromptSyntax, Scheduler
 from darkroom_client._types.request import GenerationRequest
+from darkroom_client._wire.inputs import decode_inputs, encode_inputs
 from darkroom_client._wire.values import (
     decode_float,
     decode_format,
@@ -40,6 +41,16 @@ _TEXTS = (
 )
 _INTEGERS = ("width", "height", "steps", "image_count", "quality", "max_sequence_length")
 _SCALES = ("guidance_scale", "true_cfg_scale", "guidance_rescale")
+_INPUTS = (
+    "image",
+    "mask_image",
+    "strength",
+    "reference_images",
+    "loras",
+    "controls",
+    "ip_adapter_image",
+    "ip_adapter_scale",
+)
 _NAMES = (("scheduler", Scheduler), ("format", ImageFormat), ("prompt_syntax", PromptSyntax))
 
 
@@ -50,7 +61,7 @@ def encode_request(
 
     Raises ``InvalidRequest`` for values that the message cannot hold (an unknown name, a number
     out of its type's range) and ``TypeError`` for values of the wrong type. The server checks all
-    other bounds.
+    other bounds. Raises ``OSError`` for the file of an image that cannot be read.
     """
     _check_types(request)
     if violations := tuple(_violations(request)):
@@ -61,6 +72,7 @@ def encode_request(
             request_id=request.request_id,
             violations=violations,
         )
+    brings = any(getattr(request, field) not in (None, (), []) for field in _INPUTS)
     return generation_pb2.GenerateRequest(
         model=request.model,
         prompt=request.prompt,
@@ -89,6 +101,7 @@ def encode_request(
         empty_negative_prompt=request.empty_negative_prompt,
         guidance_rescale=request.guidance_rescale,
         prompt_syntax=encode_syntax(request.prompt_syntax),
+        **(encode_inputs(request) if brings else {}),
     )
 
 
@@ -112,6 +125,7 @@ def encode_preview(
 
 def decode_request(request: generation_pb2.GenerateRequest) -> GenerationRequest:
     """Decode a request; unset fields are None."""
+    brings = any(field.name in _INPUTS for field, _ in request.ListFields())
     return GenerationRequest(
         model=request.model,
         prompt=request.prompt,
@@ -145,6 +159,7 @@ def decode_request(request: generation_pb2.GenerateRequest) -> GenerationRequest
             decode_float(request.guidance_rescale) if request.HasField("guidance_rescale") else None
         ),
         prompt_syntax=decode_syntax(request.prompt_syntax),
+        **(decode_inputs(request) if brings else {}),
     )
 
 

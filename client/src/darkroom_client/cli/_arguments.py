@@ -11,7 +11,9 @@ from darkroom_client._types.enums import ImageFormat, PromptSyntax, Scheduler
 from darkroom_client.cli._completion import SHELLS
 from darkroom_client.cli._exit_codes import TABLE
 from darkroom_client.cli._flags import flags_of, meant
+from darkroom_client.cli._inputs import add_inputs
 from darkroom_client.cli.commands import (
+    _adapters,
     _cancel,
     _completion,
     _estimate,
@@ -72,6 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cancel.add_argument("request_ids", nargs="+", metavar="ID", help="what `submit` printed")
     _add_jobs(command("jobs", "list your jobs on the server", _jobs.run, 10.0))
     _add_models(command("models", "list the models of the server", _models.run, 10.0))
+    _add_adapters(command("adapters", "list the adapters of the server", _adapters.run, 10.0))
     _add_replay(command("replay", "reproduce a recorded image", _replay.run, DEFAULT_TIMEOUT))
     status = command("status", "show the status of the server", _status.run, 10.0)
     status.add_argument("--json", action="store_true", help="print one JSON object")
@@ -273,6 +276,7 @@ def _add_optional_fields(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help='plain, or weighted to read weights such as "a (red:1.3) circle"',
     )
+    add_inputs(parser)
 
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
@@ -292,6 +296,11 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="ID", default="", help="only those that fit this model")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
 def _add_replay(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -299,6 +308,14 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         help="an image that `generate` saved, or the NAME.json of its --record",
+    )
+    add(
+        "--input",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="an image that the recorded one started from; may be given several times",
     )
     add("-o", "--output", metavar="FILE", type=Path, help="write the new image to FILE")
     add("--overwrite", action="store_true", help="replace FILE if it exists")

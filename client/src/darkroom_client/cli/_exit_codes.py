@@ -34,7 +34,9 @@ With several prompts, it is the code of the first prompt that failed.
 
 _CODES: dict[type[DarkroomError], int] = {
     errors.InvalidRequest: USAGE,
+    errors.UploadNotFound: USAGE,
     errors.ModelNotFound: USAGE,
+    errors.AdapterNotFound: USAGE,
     errors.UnknownRequest: USAGE,
     errors.Unavailable: LATER,
     errors.TLSError: USAGE,

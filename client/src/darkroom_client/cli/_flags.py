@@ -32,6 +32,14 @@ _FLAGS = {
     "guidance_rescale": "--guidance-rescale",
     "prompt_syntax": "--prompt-syntax",
     "preview.every_steps": "--preview",
+    "image": "--image",
+    "mask_image": "--mask",
+    "strength": "--strength",
+    "reference_images": "--reference",
+    "loras": "--lora",
+    "controls": "--control",
+    "ip_adapter_image": "--ip-adapter-image",
+    "ip_adapter_scale": "--ip-adapter-scale",
 }
 """The flag of each field of a request."""
 
@@ -48,6 +56,8 @@ PHRASES = {
     "pass overwrite=True to replace it": "--overwrite replaces it",
     "Then pass a longer timeout": "Then pass a longer --timeout",
     ", or raise max_reply_bytes": "",
+    "needs image": "needs --image",
+    "needs ip_adapter_image": "needs --ip-adapter-image",
 }
 """Parts of the SDK's errors that name its arguments, and the words for the command line."""
 
@@ -56,14 +66,17 @@ def message(error: Exception) -> str:
     """The text of ``error`` for the command line."""
     text = str(error)
     if isinstance(error, DarkroomError) and error.violations:
-        text = "; ".join(
-            f"{_FLAGS.get(each.field, each.field)}: {each.description}" for each in error.violations
-        )
+        text = "; ".join(f"{_flag_of(each.field)}: {each.description}" for each in error.violations)
     for phrase, words in PHRASES.items():
         text = text.replace(phrase, words)
     if isinstance(error, ModelNotFound):
         text += _model_meant(text)
     return text
+
+
+def _flag_of(field: str) -> str:
+    """The flag of a field; of a part such as ``loras[0].scale``, that of the whole."""
+    return _FLAGS.get(field) or _FLAGS.get(re.split(r"[\[.]", field)[0], field)
 
 
 def meant(name: str, known: Iterable[str]) -> str:

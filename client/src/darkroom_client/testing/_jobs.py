@@ -14,6 +14,7 @@ from darkroom_client._errors import (
     UnknownRequest,
     Violation,
 )
+from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.status import ServerState
@@ -21,6 +22,7 @@ from darkroom_client.testing._behaviour import Behaviour
 from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._models import RETRY_SECONDS, fill_defaults
 from darkroom_client.testing._pictures import check_format
+from darkroom_client.testing._uploads import Uploads
 from darkroom_client.testing._validation import NO_PREVIEWS, check_reply, check_request, invalid
 
 
@@ -30,13 +32,17 @@ class JobRegistry:
     ``closing``: the connections break, and every call has to end.
     """
 
-    def __init__(self, capacity: int | None, models: dict[str, Model]) -> None:
+    def __init__(
+        self, capacity: int | None, models: dict[str, Model], adapters: tuple[Adapter, ...] = ()
+    ) -> None:
         self.changed = threading.Condition()
         self.state = ServerState.READY
         self.closing = False
         self.script: deque[Behaviour] = deque()
         self.default = Behaviour()
         self.models = models
+        self.adapters = adapters
+        self.uploads = Uploads()
         self.jobs: list[FakeJob] = []
         self.rejections: Counter[str] = Counter()
         self._known: dict[str, FakeJob] = {}
@@ -150,6 +156,7 @@ class JobRegistry:
         model = self.model(request.model)
         check_request(request, model, preview)
         check_format(fill_defaults(request, model).format)
+        self.uploads.check(request)
         return model
 
     def _accepting_model(

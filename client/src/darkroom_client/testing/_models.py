@@ -16,6 +16,7 @@ from darkroom_client._types.model import (
     ModelRuntime,
     RowLimitSource,
     SchedulerOffer,
+    Task,
 )
 from darkroom_client._wire.values import encode_format, encode_scheduler
 
@@ -23,6 +24,12 @@ RETRY_SECONDS = 0.05
 MAX_STEPS = 1000
 MAX_LCM_STEPS = 50
 MAX_SEQUENCE_LENGTH = 512
+MAX_INPUTS = 4
+TASK_FIELDS = {
+    Task.IMAGE_TO_IMAGE: "image",
+    Task.INPAINT: "mask_image",
+    Task.EDIT: "reference_images",
+}
 
 _FAKE = Model(
     id="demo",
@@ -97,7 +104,24 @@ def fake_model(
     if "max_sequence_length" in takes:
         defaults = replace(defaults, max_sequence_length=MAX_SEQUENCE_LENGTH)
         limits = replace(limits, max_sequence_length=MAX_SEQUENCE_LENGTH)
-    return replace(_FAKE, id=id, optional_fields=takes, defaults=defaults, limits=limits)
+    if "strength" in takes:
+        defaults = replace(defaults, strength=0.8)
+    limits = replace(
+        limits,
+        max_reference_images=MAX_INPUTS if "reference_images" in takes else 0,
+        max_loras=MAX_INPUTS if "loras" in takes else 0,
+        max_controls=MAX_INPUTS if "controls" in takes else 0,
+    )
+    tasks = [Task.TEXT_TO_IMAGE]
+    tasks += [task for task, name in TASK_FIELDS.items() if name in takes]
+    return replace(
+        _FAKE,
+        id=id,
+        optional_fields=takes,
+        defaults=defaults,
+        limits=limits,
+        tasks=tuple(tasks),
+    )
 
 
 def encode_model(model: Model) -> model_pb2.Model:
@@ -109,6 +133,7 @@ def encode_model(model: Model) -> model_pb2.Model:
         ready=model.ready,
         optional_fields=model.optional_fields,
         unbatched_reason=model.unbatched_reason,
+        tasks=[model_pb2.Task.Value(f"TASK_{task.name}") for task in model.tasks],
     )
     if model.defaults is not None:
         defaults = model.defaults
@@ -123,6 +148,7 @@ def encode_model(model: Model) -> model_pb2.Model:
                 quality=defaults.quality,
                 true_cfg_scale=defaults.true_cfg_scale,
                 max_sequence_length=defaults.max_sequence_length,
+                strength=defaults.strength,
             )
         )
     if model.limits is not None:
@@ -139,6 +165,9 @@ def encode_model(model: Model) -> model_pb2.Model:
                 max_rows=limits.max_rows,
                 row_limit_source=_encode_source(limits.row_limit_source),
                 max_sequence_length=limits.max_sequence_length,
+                max_reference_images=limits.max_reference_images,
+                max_loras=limits.max_loras,
+                max_controls=limits.max_controls,
                 sizes=[model_pb2.ImageSize(width=w, height=h) for w, h in limits.sizes],
             )
         )
@@ -199,6 +228,7 @@ def fill_defaults(
         ),
         true_cfg_scale=defaults.true_cfg_scale,
         max_sequence_length=defaults.max_sequence_length,
+        strength=defaults.strength if request.HasField("image") else None,
         image_count=1,
         scheduler=encode_scheduler(defaults.scheduler),
         format=encode_format(defaults.format),

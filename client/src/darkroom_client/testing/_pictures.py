@@ -15,6 +15,7 @@ from darkroom_client._errors import InvalidRequest, Violation
 from darkroom_client._types.model import Model
 from darkroom_client._types.picture import PNG_KEYWORD
 from darkroom_client._wire.results import decode_replay
+from darkroom_client.testing._uploads import name_by_digest
 
 DEFAULT_QUALITY = 90
 _XMP = (
@@ -38,6 +39,7 @@ def generate_image(
     alone.CopyFrom(request)
     alone.ClearField("request_id")
     alone.ClearField("on_disconnect")
+    name_by_digest(alone)
     alone.seed, alone.image_count = (request.seed + index) % 2**63, 1
     pixels = gradient(alone.seed, alone.width, alone.height)
     runtime = model.runtime

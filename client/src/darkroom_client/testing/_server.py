@@ -9,7 +9,8 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from darkroom.v1 import generation_pb2_grpc, model_pb2_grpc, server_pb2_grpc
+from darkroom.v1 import generation_pb2_grpc, image_pb2_grpc, model_pb2_grpc, server_pb2_grpc
+from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.model import Model
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._types.status import Estimate, ServerState
@@ -32,11 +33,12 @@ class FakeServer:
     ``models``: the models that it holds, as names (see ``fake_model``) or in full, such as
     ``client.models()`` of a real server. ``token``: required of every caller. ``capacity``:
     concurrent jobs; further requests are rejected as ``Overloaded``. ``port``: a port of 127.0.0.1;
-    0 for any free one.
+    0 for any free one. ``adapters``: what ``Client.adapters`` returns.
 
-    It rejects the requests that a Darkroom server with these models rejects. All callers share its
-    jobs. It keeps results until ``restart``. JPEG and WebP need Pillow; without it they are an
-    ``InvalidRequest``, and previews are PNG.
+    It rejects the requests that a Darkroom server with these models rejects, but it does not decode
+    images: a damaged one is accepted, and an image does not decide the size of the result. All
+    callers share its jobs and uploads. It keeps results until ``restart``. JPEG and WebP need
+    Pillow; without it they are an ``InvalidRequest``, and previews are PNG.
 
     Raises ``OSError`` on entry if ``port`` is in use, and ``ValueError`` without a model or if two
     have one name.
@@ -48,10 +50,11 @@ class FakeServer:
         models: Iterable[str | Model] = ("demo",),
         token: str | None = None,
         capacity: int | None = None,
+        adapters: Iterable[Adapter] = (),
         port: int = 0,
     ) -> None:
         self.estimate = Estimate(queue_wait=0.0, run_time=1.0, peak_bytes=0, available_bytes=2**30)
-        self._registry = JobRegistry(capacity, _by_name(models))
+        self._registry = JobRegistry(capacity, _by_name(models), tuple(adapters))
         self._services = Services(self._registry, lambda: self.estimate, token)
         self._health = Health(self._registry)
         self._port = port
@@ -84,6 +87,17 @@ class FakeServer:
     def requests(self) -> tuple[GenerationRequest, ...]:
         """The requests of those jobs."""
         return tuple(job.request for job in self.jobs)
+
+    @property
+    def uploads(self) -> tuple[bytes, ...]:
+        """The files of the images that callers uploaded, without those that were forgotten."""
+        with self._registry.changed:
+            return tuple(self._registry.uploads.files.values())
+
+    def forget_uploads(self) -> None:
+        """Remove every uploaded image, as a server does that needs the room."""
+        with self._registry.changed:
+            self._registry.uploads.files.clear()
 
     def script(self, *behaviours: Behaviour, default: Behaviour | None = None) -> None:
         """Set the behaviours of the next requests, one each; ``default``: of all after them."""
@@ -140,6 +154,7 @@ class FakeServer:
         server = grpc.server(self._handlers, options=(("grpc.so_reuseport", 0),))
         services: Any = self._services
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(services, server)
+        image_pb2_grpc.add_ImageServiceServicer_to_server(services, server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(services, server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(services, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -9,20 +9,29 @@ from google.protobuf.duration_pb2 import Duration
 from darkroom.v1 import (
     generation_pb2,
     generation_pb2_grpc,
+    image_pb2,
+    image_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
 )
-from darkroom_client._errors import DarkroomError, Unauthenticated
+from darkroom_client._errors import DarkroomError, Unauthenticated, Violation
 from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.status import Estimate
+from darkroom_client._wire.adapters import encode_adapter
 from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._jobs import JobRegistry
 from darkroom_client.testing._models import encode_model
 from darkroom_client.testing._statuses import abort, drop
-from darkroom_client.testing._validation import NO_PREVIEWS, check_request_id, check_time_limit
+from darkroom_client.testing._uploads import NOT_A_PICTURE, SIGNATURES
+from darkroom_client.testing._validation import (
+    NO_PREVIEWS,
+    check_request_id,
+    check_time_limit,
+    invalid,
+)
 
 DEFAULT_MAX_REPLY_BYTES = 4 * 2**20
 """gRPC's default limit of a message, for a caller that sends none."""
@@ -30,11 +39,14 @@ DEFAULT_MAX_REPLY_BYTES = 4 * 2**20
 ENDED = (JobState.FINISHED, JobState.FAILED, JobState.EXPIRED, JobState.CANCELLED)
 DEFAULT_PAGE_SIZE = 100
 
+UPLOAD_SECONDS = 3600.0
+
 _NOT_REPEATED = ("progress", "preview")
 
 
 class Services(
     generation_pb2_grpc.GenerationServiceServicer,
+    image_pb2_grpc.ImageServiceServicer,
     model_pb2_grpc.ModelServiceServicer,
     server_pb2_grpc.ServerServiceServicer,
 ):
@@ -137,10 +149,34 @@ class Services(
             available_bytes=estimate.available_bytes,
         )
 
+    def UploadImage(
+        self, request_iterator: Iterator[image_pb2.UploadImageRequest], context: Any
+    ) -> Any:
+        self._authenticate(context)
+        data = b"".join(request.chunk for request in request_iterator)
+        if not SIGNATURES.match(data):
+            abort(context, invalid(Violation(field="chunk", description=NOT_A_PICTURE)))
+        with self._registry.changed:
+            upload_id = self._registry.uploads.add(data)
+        return image_pb2.UploadImageResponse(
+            upload_id=upload_id, expires_in=_duration(UPLOAD_SECONDS)
+        )
+
     def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> Any:
         self._authenticate(context)
         models = [encode_model(model) for model in self._registry.models.values()]
         return model_pb2.ListModelsResponse(models=models)
+
+    def ListAdapters(self, request: model_pb2.ListAdaptersRequest, context: Any) -> Any:
+        self._authenticate(context)
+        adapters = sorted(self._registry.adapters, key=lambda adapter: adapter.id)
+        if request.model:
+            try:
+                id = self._registry.model(request.model).id
+            except DarkroomError as error:
+                abort(context, error)
+            adapters = [adapter for adapter in adapters if id in adapter.models]
+        return model_pb2.ListAdaptersResponse(adapters=map(encode_adapter, adapters))
 
     def GetModel(self, request: model_pb2.GetModelRequest, context: Any) -> Any:
         self._authenticate(context)

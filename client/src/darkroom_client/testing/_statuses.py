@@ -14,8 +14,10 @@ from darkroom_client._errors import DarkroomError
 PUSHBACK = "grpc-retry-pushback-ms"
 
 SENT: dict[type[DarkroomError], tuple[int, str]] = {
+    errors.UploadNotFound: (code_pb2.FAILED_PRECONDITION, "UPLOAD_NOT_FOUND"),
     errors.InvalidRequest: (code_pb2.INVALID_ARGUMENT, "INVALID_REQUEST"),
     errors.ModelNotFound: (code_pb2.NOT_FOUND, "UNKNOWN_MODEL"),
+    errors.AdapterNotFound: (code_pb2.NOT_FOUND, "UNKNOWN_ADAPTER"),
     errors.UnknownRequest: (code_pb2.NOT_FOUND, "UNKNOWN_REQUEST"),
     errors.TooLarge: (code_pb2.RESOURCE_EXHAUSTED, "DOES_NOT_FIT"),
     errors.ReplyTooLarge: (code_pb2.INVALID_ARGUMENT, "REPLY_TOO_LARGE"),

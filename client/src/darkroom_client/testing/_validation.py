@@ -12,6 +12,7 @@ from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.model import OPTIONAL_FIELDS, Model, ModelLimits
 from darkroom_client._wire.values import decode_format, decode_scheduler, decode_syntax
 from darkroom_client.testing._models import as_float32, fill_defaults, loaded
+from darkroom_client.testing._uploads import check_inputs
 
 SEED_BOUND = 2**63
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -65,6 +66,7 @@ def check_request(
         *_scale("guidance_rescale", request, model, 1.0),
         *_sequence_length(request, model, limits),
         *_syntax(request),
+        *check_inputs(request, model, limits, fill_defaults(request, model).steps),
         *_pairs_of_sizes(request, model, limits),
     )
     if violations:

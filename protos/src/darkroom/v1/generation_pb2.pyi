@@ -265,20 +265,24 @@ class GenerateRequest(_message.Message):
     """How strong the IP-Adapter is, 0 to 1; 1 if unset. Needs `ip_adapter_image`."""
     @_builtins.property
     def image(self) -> _image_pb2.ImageInput:
-        """The image to start from, resized to width × height. INVALID_ARGUMENT if the
-        model does not take it, see Model.optional_fields; so with all fields below.
+        """The image to start from. INVALID_ARGUMENT if the model does not take it, see
+        Model.optional_fields; so with all fields below. It is scaled to cover width ×
+        height, then cropped in the centre. If both are unset, they are the image's own
+        size, scaled down or up to ModelLimits.min_size and max_size and rounded to
+        size_multiple; if one is, it follows from the image's aspect ratio.
         """
 
     @_builtins.property
     def mask_image(self) -> _image_pb2.ImageInput:
-        """White where `image` is generated anew, black where it stays: inpainting. Needs
-        `image`.
+        """White parts of `image` are generated again, black ones stay: inpainting. Needs
+        `image`, and has its size as sent. A gray of 128 and more is white.
         """
 
     @_builtins.property
     def reference_images(self) -> _containers.RepeatedCompositeFieldContainer[_image_pb2.ImageInput]:
         """Images to edit or to refer to, as the prompt says. At most
-        ModelLimits.max_reference_images.
+        ModelLimits.max_reference_images. They keep their sizes; one with a side above
+        ModelLimits.max_size is scaled down.
         """
 
     @_builtins.property
@@ -435,10 +439,12 @@ class Control(_message.Message):
     start: _builtins.float
     """The part of the steps after which it begins, 0 to 1; 0 if unset."""
     end: _builtins.float
-    """The part of the steps after which it ends, `start` to 1; 1 if unset."""
+    """The part of the steps after which it ends, above `start`, to 1; 1 if unset."""
     @_builtins.property
     def image(self) -> _image_pb2.ImageInput:
-        """What it is controlled by, such as edges or depths; resized to width × height."""
+        """What it is controlled by, such as edges or depths; scaled and cropped as
+        GenerateRequest.image.
+        """
 
     def __init__(
         self,

@@ -77,7 +77,11 @@ Global___UploadImageResponse: _TypeAlias = UploadImageResponse  # noqa: Y015
 
 @_typing.final
 class ImageInput(_message.Message):
-    """ImageInput is a picture that a request starts from: PNG, JPEG or WebP."""
+    """ImageInput is a picture that a request starts from: PNG, JPEG or WebP, of an
+    animation the first frame. Its EXIF orientation is applied, transparency is
+    composited on white, 16 bits become 8, other colours become sRGB without a profile.
+    INVALID_ARGUMENT for anything else, and for a picture that is too large to decode.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -54,7 +54,8 @@ class ImageServiceServicer(object):
         the same id.
 
         INVALID_ARGUMENT for bytes that are not such a picture, RESOURCE_EXHAUSTED if
-        the picture is larger than the server stores for one caller.
+        the file is larger than the server stores for one caller, or if too many uploads
+        arrive at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,8 @@ class ImageServiceStub:
     the same id.
 
     INVALID_ARGUMENT for bytes that are not such a picture, RESOURCE_EXHAUSTED if
-    the picture is larger than the server stores for one caller.
+    the file is larger than the server stores for one caller, or if too many uploads
+    arrive at once.
     """
 
 @_typing.type_check_only
@@ -57,7 +58,8 @@ class ImageServiceAsyncStub(ImageServiceStub):
     the same id.
 
     INVALID_ARGUMENT for bytes that are not such a picture, RESOURCE_EXHAUSTED if
-    the picture is larger than the server stores for one caller.
+    the file is larger than the server stores for one caller, or if too many uploads
+    arrive at once.
     """
 
 class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -76,7 +78,8 @@ class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
         the same id.
 
         INVALID_ARGUMENT for bytes that are not such a picture, RESOURCE_EXHAUSTED if
-        the picture is larger than the server stores for one caller.
+        the file is larger than the server stores for one caller, or if too many uploads
+        arrive at once.
         """
 
 def add_ImageServiceServicer_to_server(servicer: ImageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,39 +25,47 @@ _sym_db = _symbol_database.Default()
 from darkroom.v1 import types_pb2 as darkroom_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x61rkroom/v1/model.proto\x12\x0b\x64\x61rkroom.v1\x1a\x17\x64\x61rkroom/v1/types.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.darkroom.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.darkroom.v1.Model\"\xf5\x02\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12,\n\x08\x64\x65\x66\x61ults\x18\x05 \x01(\x0b\x32\x1a.darkroom.v1.ModelDefaults\x12(\n\x06limits\x18\x06 \x01(\x0b\x32\x18.darkroom.v1.ModelLimits\x12/\n\nschedulers\x18\x07 \x03(\x0b\x32\x1b.darkroom.v1.SchedulerOffer\x12*\n\x07runtime\x18\x08 \x01(\x0b\x32\x19.darkroom.v1.ModelRuntime\x12\x17\n\x0foptional_fields\x18\t \x03(\t\x12\'\n\x08guidance\x18\n \x01(\x0b\x32\x15.darkroom.v1.Guidance\x12\x18\n\x10unbatched_reason\x18\x0b \x01(\t\x12 \n\x05tasks\x18\x0c \x03(\x0e\x32\x11.darkroom.v1.Task\"]\n\x08Guidance\x12\r\n\x05scale\x18\x01 \x01(\t\x12\r\n\x05\x61\x62ove\x18\x02 \x01(\x02\x12\x16\n\x0eneeds_negative\x18\x03 \x01(\x08\x12\x0c\n\x04rows\x18\x04 \x01(\x05\x12\r\n\x05\x63\x61lls\x18\x05 \x01(\x05\"\xc9\x02\n\rModelDefaults\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\r\n\x05steps\x18\x03 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x02\x12)\n\tscheduler\x18\x05 \x01(\x0e\x32\x16.darkroom.v1.Scheduler\x12(\n\x06\x66ormat\x18\x06 \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\x12\x0f\n\x07quality\x18\x07 \x01(\x05\x12\x1b\n\x0etrue_cfg_scale\x18\x08 \x01(\x02H\x00\x88\x01\x01\x12 \n\x13max_sequence_length\x18\t \x01(\x05H\x01\x88\x01\x01\x12\x15\n\x08strength\x18\n \x01(\x02H\x02\x88\x01\x01\x42\x11\n\x0f_true_cfg_scaleB\x16\n\x14_max_sequence_lengthB\x0b\n\t_strength\"\x82\x03\n\x0bModelLimits\x12\x10\n\x08min_size\x18\x01 \x01(\x05\x12\x10\n\x08max_size\x18\x02 \x01(\x05\x12\x15\n\rsize_multiple\x18\x03 \x01(\x05\x12\x1a\n\x12max_guidance_scale\x18\x04 \x01(\x02\x12\x17\n\x0fmax_image_count\x18\x05 \x01(\x05\x12\x18\n\x10max_prompt_bytes\x18\x06 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x05\x12\x10\n\x08max_rows\x18\x08 \x01(\x05\x12\x35\n\x10row_limit_source\x18\t \x01(\x0e\x32\x1b.darkroom.v1.RowLimitSource\x12\x1b\n\x13max_sequence_length\x18\n \x01(\x05\x12%\n\x05sizes\x18\x0b \x03(\x0b\x32\x16.darkroom.v1.ImageSize\x12\x1c\n\x14max_reference_images\x18\x0c \x01(\x05\x12\x11\n\tmax_loras\x18\r \x01(\x05\x12\x14\n\x0cmax_controls\x18\x0e \x01(\x05\"*\n\tImageSize\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\"a\n\x0eSchedulerOffer\x12)\n\tscheduler\x18\x01 \x01(\x0e\x32\x16.darkroom.v1.Scheduler\x12\x11\n\tmin_steps\x18\x02 \x01(\x05\x12\x11\n\tmax_steps\x18\x03 \x01(\x05\"\xf8\x01\n\x0cModelRuntime\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06preset\x18\x03 \x01(\t\x12\x11\n\tattention\x18\x04 \x01(\t\x12\x12\n\nslice_size\x18\x05 \x01(\t\x12\x10\n\x08\x61utocast\x18\x06 \x01(\x08\x12\x12\n\nvae_tiling\x18\x07 \x01(\x08\x12\x15\n\rchannels_last\x18\x08 \x01(\x08\x12\x13\n\x0b\x66p8_storage\x18\t \x01(\x08\x12\x16\n\x0esafety_checker\x18\n \x01(\x08\x12\x13\n\x0b\x66ormat_rule\x18\x0b \x01(\t\x12\x13\n\x0bpreset_rule\x18\x0c \x01(\t*n\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_TEXT_TO_IMAGE\x10\x01\x12\x17\n\x13TASK_IMAGE_TO_IMAGE\x10\x02\x12\x10\n\x0cTASK_INPAINT\x10\x03\x12\r\n\tTASK_EDIT\x10\x04*\xac\x01\n\x0eRowLimitSource\x12 \n\x1cROW_LIMIT_SOURCE_UNSPECIFIED\x10\x00\x12\x18\n\x14ROW_LIMIT_SOURCE_SET\x10\x01\x12\x1d\n\x19ROW_LIMIT_SOURCE_MEASURED\x10\x02\x12\x1f\n\x1bROW_LIMIT_SOURCE_REMEMBERED\x10\x03\x12\x1e\n\x1aROW_LIMIT_SOURCE_CORRECTED\x10\x04\x32\xa6\x01\n\x0cModelService\x12M\n\nListModels\x12\x1e.darkroom.v1.ListModelsRequest\x1a\x1f.darkroom.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.darkroom.v1.GetModelRequest\x1a\x1d.darkroom.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x61rkroom/v1/model.proto\x12\x0b\x64\x61rkroom.v1\x1a\x17\x64\x61rkroom/v1/types.proto\"$\n\x13ListAdaptersRequest\x12\r\n\x05model\x18\x01 \x01(\t\">\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.darkroom.v1.Adapter\"\x8f\x01\n\x07\x41\x64\x61pter\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.darkroom.v1.AdapterKind\x12\x0e\n\x06models\x18\x03 \x03(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\r\n\x05\x62ytes\x18\x05 \x01(\x03\x12\x10\n\x08resident\x18\x06 \x01(\x08\x12\x11\n\trejection\x18\x07 \x01(\t\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.darkroom.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.darkroom.v1.Model\"\xf5\x02\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12,\n\x08\x64\x65\x66\x61ults\x18\x05 \x01(\x0b\x32\x1a.darkroom.v1.ModelDefaults\x12(\n\x06limits\x18\x06 \x01(\x0b\x32\x18.darkroom.v1.ModelLimits\x12/\n\nschedulers\x18\x07 \x03(\x0b\x32\x1b.darkroom.v1.SchedulerOffer\x12*\n\x07runtime\x18\x08 \x01(\x0b\x32\x19.darkroom.v1.ModelRuntime\x12\x17\n\x0foptional_fields\x18\t \x03(\t\x12\'\n\x08guidance\x18\n \x01(\x0b\x32\x15.darkroom.v1.Guidance\x12\x18\n\x10unbatched_reason\x18\x0b \x01(\t\x12 \n\x05tasks\x18\x0c \x03(\x0e\x32\x11.darkroom.v1.Task\"]\n\x08Guidance\x12\r\n\x05scale\x18\x01 \x01(\t\x12\r\n\x05\x61\x62ove\x18\x02 \x01(\x02\x12\x16\n\x0eneeds_negative\x18\x03 \x01(\x08\x12\x0c\n\x04rows\x18\x04 \x01(\x05\x12\r\n\x05\x63\x61lls\x18\x05 \x01(\x05\"\xc9\x02\n\rModelDefaults\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\r\n\x05steps\x18\x03 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x02\x12)\n\tscheduler\x18\x05 \x01(\x0e\x32\x16.darkroom.v1.Scheduler\x12(\n\x06\x66ormat\x18\x06 \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\x12\x0f\n\x07quality\x18\x07 \x01(\x05\x12\x1b\n\x0etrue_cfg_scale\x18\x08 \x01(\x02H\x00\x88\x01\x01\x12 \n\x13max_sequence_length\x18\t \x01(\x05H\x01\x88\x01\x01\x12\x15\n\x08strength\x18\n \x01(\x02H\x02\x88\x01\x01\x42\x11\n\x0f_true_cfg_scaleB\x16\n\x14_max_sequence_lengthB\x0b\n\t_strength\"\x82\x03\n\x0bModelLimits\x12\x10\n\x08min_size\x18\x01 \x01(\x05\x12\x10\n\x08max_size\x18\x02 \x01(\x05\x12\x15\n\rsize_multiple\x18\x03 \x01(\x05\x12\x1a\n\x12max_guidance_scale\x18\x04 \x01(\x02\x12\x17\n\x0fmax_image_count\x18\x05 \x01(\x05\x12\x18\n\x10max_prompt_bytes\x18\x06 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x05\x12\x10\n\x08max_rows\x18\x08 \x01(\x05\x12\x35\n\x10row_limit_source\x18\t \x01(\x0e\x32\x1b.darkroom.v1.RowLimitSource\x12\x1b\n\x13max_sequence_length\x18\n \x01(\x05\x12%\n\x05sizes\x18\x0b \x03(\x0b\x32\x16.darkroom.v1.ImageSize\x12\x1c\n\x14max_reference_images\x18\x0c \x01(\x05\x12\x11\n\tmax_loras\x18\r \x01(\x05\x12\x14\n\x0cmax_controls\x18\x0e \x01(\x05\"*\n\tImageSize\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\"a\n\x0eSchedulerOffer\x12)\n\tscheduler\x18\x01 \x01(\x0e\x32\x16.darkroom.v1.Scheduler\x12\x11\n\tmin_steps\x18\x02 \x01(\x05\x12\x11\n\tmax_steps\x18\x03 \x01(\x05\"\xf8\x01\n\x0cModelRuntime\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06preset\x18\x03 \x01(\t\x12\x11\n\tattention\x18\x04 \x01(\t\x12\x12\n\nslice_size\x18\x05 \x01(\t\x12\x10\n\x08\x61utocast\x18\x06 \x01(\x08\x12\x12\n\nvae_tiling\x18\x07 \x01(\x08\x12\x15\n\rchannels_last\x18\x08 \x01(\x08\x12\x13\n\x0b\x66p8_storage\x18\t \x01(\x08\x12\x16\n\x0esafety_checker\x18\n \x01(\x08\x12\x13\n\x0b\x66ormat_rule\x18\x0b \x01(\t\x12\x13\n\x0bpreset_rule\x18\x0c \x01(\t*B\n\x0b\x41\x64\x61pterKind\x12\x1c\n\x18\x41\x44\x41PTER_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x44\x41PTER_KIND_LORA\x10\x01*n\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_TEXT_TO_IMAGE\x10\x01\x12\x17\n\x13TASK_IMAGE_TO_IMAGE\x10\x02\x12\x10\n\x0cTASK_INPAINT\x10\x03\x12\r\n\tTASK_EDIT\x10\x04*\xac\x01\n\x0eRowLimitSource\x12 \n\x1cROW_LIMIT_SOURCE_UNSPECIFIED\x10\x00\x12\x18\n\x14ROW_LIMIT_SOURCE_SET\x10\x01\x12\x1d\n\x19ROW_LIMIT_SOURCE_MEASURED\x10\x02\x12\x1f\n\x1bROW_LIMIT_SOURCE_REMEMBERED\x10\x03\x12\x1e\n\x1aROW_LIMIT_SOURCE_CORRECTED\x10\x04\x32\xfb\x01\n\x0cModelService\x12M\n\nListModels\x12\x1e.darkroom.v1.ListModelsRequest\x1a\x1f.darkroom.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.darkroom.v1.GetModelRequest\x1a\x1d.darkroom.v1.GetModelResponse\x12S\n\x0cListAdapters\x12 .darkroom.v1.ListAdaptersRequest\x1a!.darkroom.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'darkroom.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASK']._serialized_start=1819
-  _globals['_TASK']._serialized_end=1929
-  _globals['_ROWLIMITSOURCE']._serialized_start=1932
-  _globals['_ROWLIMITSOURCE']._serialized_end=2104
-  _globals['_LISTMODELSREQUEST']._serialized_start=65
-  _globals['_LISTMODELSREQUEST']._serialized_end=84
-  _globals['_LISTMODELSRESPONSE']._serialized_start=86
-  _globals['_LISTMODELSRESPONSE']._serialized_end=142
-  _globals['_GETMODELREQUEST']._serialized_start=144
-  _globals['_GETMODELREQUEST']._serialized_end=176
-  _globals['_GETMODELRESPONSE']._serialized_start=178
-  _globals['_GETMODELRESPONSE']._serialized_end=231
-  _globals['_MODEL']._serialized_start=234
-  _globals['_MODEL']._serialized_end=607
-  _globals['_GUIDANCE']._serialized_start=609
-  _globals['_GUIDANCE']._serialized_end=702
-  _globals['_MODELDEFAULTS']._serialized_start=705
-  _globals['_MODELDEFAULTS']._serialized_end=1034
-  _globals['_MODELLIMITS']._serialized_start=1037
-  _globals['_MODELLIMITS']._serialized_end=1423
-  _globals['_IMAGESIZE']._serialized_start=1425
-  _globals['_IMAGESIZE']._serialized_end=1467
-  _globals['_SCHEDULEROFFER']._serialized_start=1469
-  _globals['_SCHEDULEROFFER']._serialized_end=1566
-  _globals['_MODELRUNTIME']._serialized_start=1569
-  _globals['_MODELRUNTIME']._serialized_end=1817
-  _globals['_MODELSERVICE']._serialized_start=2107
-  _globals['_MODELSERVICE']._serialized_end=2273
+  _globals['_ADAPTERKIND']._serialized_start=2067
+  _globals['_ADAPTERKIND']._serialized_end=2133
+  _globals['_TASK']._serialized_start=2135
+  _globals['_TASK']._serialized_end=2245
+  _globals['_ROWLIMITSOURCE']._serialized_start=2248
+  _globals['_ROWLIMITSOURCE']._serialized_end=2420
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=65
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=101
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=103
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=165
+  _globals['_ADAPTER']._serialized_start=168
+  _globals['_ADAPTER']._serialized_end=311
+  _globals['_LISTMODELSREQUEST']._serialized_start=313
+  _globals['_LISTMODELSREQUEST']._serialized_end=332
+  _globals['_LISTMODELSRESPONSE']._serialized_start=334
+  _globals['_LISTMODELSRESPONSE']._serialized_end=390
+  _globals['_GETMODELREQUEST']._serialized_start=392
+  _globals['_GETMODELREQUEST']._serialized_end=424
+  _globals['_GETMODELRESPONSE']._serialized_start=426
+  _globals['_GETMODELRESPONSE']._serialized_end=479
+  _globals['_MODEL']._serialized_start=482
+  _globals['_MODEL']._serialized_end=855
+  _globals['_GUIDANCE']._serialized_start=857
+  _globals['_GUIDANCE']._serialized_end=950
+  _globals['_MODELDEFAULTS']._serialized_start=953
+  _globals['_MODELDEFAULTS']._serialized_end=1282
+  _globals['_MODELLIMITS']._serialized_start=1285
+  _globals['_MODELLIMITS']._serialized_end=1671
+  _globals['_IMAGESIZE']._serialized_start=1673
+  _globals['_IMAGESIZE']._serialized_end=1715
+  _globals['_SCHEDULEROFFER']._serialized_start=1717
+  _globals['_SCHEDULEROFFER']._serialized_end=1814
+  _globals['_MODELRUNTIME']._serialized_start=1817
+  _globals['_MODELRUNTIME']._serialized_end=2065
+  _globals['_MODELSERVICE']._serialized_start=2423
+  _globals['_MODELSERVICE']._serialized_end=2674
 # @@protoc_insertion_point(module_scope)

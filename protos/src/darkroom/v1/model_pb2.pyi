@@ -20,6 +20,26 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _AdapterKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_KIND_UNSPECIFIED: _AdapterKind.ValueType  # 0
+    """Not used."""
+    ADAPTER_KIND_LORA: _AdapterKind.ValueType  # 1
+    """For GenerateRequest.loras."""
+
+class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
+    """AdapterKind is a kind of adapter."""
+
+ADAPTER_KIND_UNSPECIFIED: AdapterKind.ValueType  # 0
+"""Not used."""
+ADAPTER_KIND_LORA: AdapterKind.ValueType  # 1
+"""For GenerateRequest.loras."""
+Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
+
 class _Task:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -83,6 +103,104 @@ ROW_LIMIT_SOURCE_REMEMBERED: RowLimitSource.ValueType  # 3
 ROW_LIMIT_SOURCE_CORRECTED: RowLimitSource.ValueType  # 4
 """Measured or remembered, then changed by what real batches took."""
 Global___RowLimitSource: _TypeAlias = RowLimitSource  # noqa: Y015
+
+@_typing.final
+class ListAdaptersRequest(_message.Message):
+    """ListAdaptersRequest may name a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Only adapters that fit this model; empty: of all models."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class ListAdaptersResponse(_message.Message):
+    """ListAdaptersResponse holds the adapters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """By id."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class Adapter(_message.Message):
+    """Adapter is a LoRA adapter, which requests name in `loras`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    REJECTION_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The name that requests use."""
+    kind: Global___AdapterKind.ValueType
+    """What it is."""
+    rank: _builtins.int
+    """The greatest rank of its layers."""
+    bytes: _builtins.int
+    """Its weights in memory, in bytes."""
+    resident: _builtins.bool
+    """Whether an engine has it in memory; a request for another one waits until it is
+    read.
+    """
+    rejection: _builtins.str
+    """Why requests for it are INVALID_ARGUMENT, such as a rank above the server's limit;
+    empty if they are not.
+    """
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the models that it fits."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        kind: Global___AdapterKind.ValueType = ...,
+        models: _abc.Iterable[_builtins.str] | None = ...,
+        rank: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        resident: _builtins.bool = ...,
+        rejection: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "id", b"id", "kind", b"kind", "models", b"models", "rank", b"rank", "rejection", b"rejection", "resident", b"resident"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
@@ -224,8 +342,9 @@ class Model(_message.Message):
         "guidance_rescale", "true_cfg_scale", "max_sequence_length", "prompt_2",
         "prompt_3", "negative_prompt_2", "negative_prompt_3", "prompt_syntax",
         "preview", "image", "mask_image", "strength", "reference_images", "loras",
-        "controls", "ip_adapter_image" and "ip_adapter_scale". A request that sets another one of them is INVALID_ARGUMENT. Empty
-        from a server older than this field.
+        "controls", "ip_adapter_image" and "ip_adapter_scale". A request that sets
+        another one of them is INVALID_ARGUMENT. Empty from a server older than this
+        field.
         """
 
     @_builtins.property

@@ -45,6 +45,11 @@ class ModelServiceStub(object):
                 request_serializer=darkroom_dot_v1_dot_model__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=darkroom_dot_v1_dot_model__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/darkroom.v1.ModelService/ListAdapters',
+                request_serializer=darkroom_dot_v1_dot_model__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_model__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
@@ -66,6 +71,14 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAdapters(self, request, context):
+        """ListAdapters returns the adapters that requests may name. NOT_FOUND with
+        google.rpc.ResourceInfo for an unknown model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +91,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=darkroom_dot_v1_dot_model__pb2.GetModelRequest.FromString,
                     response_serializer=darkroom_dot_v1_dot_model__pb2.GetModelResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=darkroom_dot_v1_dot_model__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_model__pb2.ListAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +153,33 @@ class ModelService(object):
             '/darkroom.v1.ModelService/GetModel',
             darkroom_dot_v1_dot_model__pb2.GetModelRequest.SerializeToString,
             darkroom_dot_v1_dot_model__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.ModelService/ListAdapters',
+            darkroom_dot_v1_dot_model__pb2.ListAdaptersRequest.SerializeToString,
+            darkroom_dot_v1_dot_model__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

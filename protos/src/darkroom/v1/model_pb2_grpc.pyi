@@ -39,6 +39,10 @@ class ModelServiceStub:
     """GetModel returns one model. NOT_FOUND with google.rpc.ResourceInfo for an
     unknown id.
     """
+    ListAdapters: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListAdaptersRequest, _model_pb2.ListAdaptersResponse]
+    """ListAdapters returns the adapters that requests may name. NOT_FOUND with
+    google.rpc.ResourceInfo for an unknown model.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -50,6 +54,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
     """GetModel returns one model. NOT_FOUND with google.rpc.ResourceInfo for an
     unknown id.
+    """
+    ListAdapters: _aio.UnaryUnaryMultiCallable[_model_pb2.ListAdaptersRequest, _model_pb2.ListAdaptersResponse]  # type: ignore[assignment]
+    """ListAdapters returns the adapters that requests may name. NOT_FOUND with
+    google.rpc.ResourceInfo for an unknown model.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -71,6 +79,16 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_model_pb2.GetModelResponse, _abc.Awaitable[_model_pb2.GetModelResponse]]:
         """GetModel returns one model. NOT_FOUND with google.rpc.ResourceInfo for an
         unknown id.
+        """
+
+    @_abc_1.abstractmethod
+    def ListAdapters(
+        self,
+        request: _model_pb2.ListAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ListAdaptersResponse, _abc.Awaitable[_model_pb2.ListAdaptersResponse]]:
+        """ListAdapters returns the adapters that requests may name. NOT_FOUND with
+        google.rpc.ResourceInfo for an unknown model.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

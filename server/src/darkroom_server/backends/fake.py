@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.errors import Failure
@@ -26,6 +27,7 @@ from darkroom_server.core.events import (
     SampleProgress,
     StageSeconds,
 )
+from darkroom_server.core.inputs import InputImage
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.record import embedded_record
@@ -253,9 +255,17 @@ class FakeEngine:
 
 
 def fake_image(job: Job, index: int, model: ModelInfo, rows: int) -> EncodedImage:
-    """Image ``index`` of ``job``, of ``rows`` rows: one flat colour, derived from its seed."""
+    """Image ``index`` of ``job``, of ``rows`` rows: one flat colour, derived from its seed.
+
+    With ``job.image``, the colour replaces the white part of its mask, or as much of all of it as
+    ``strength`` says.
+    """
     seed = job.seed_of(index)
     pixels = np.full((job.height, job.width, 3), _colour(seed), np.uint8)
+    if job.image is not None:
+        shown = _array(job.image)
+        part = _array(job.mask_image) / 255 if job.mask_image is not None else job.strength
+        pixels = np.round(shown * (1 - part) + pixels * part).astype(np.uint8)
     flagged = FLAGGED in job.prompt
     replay = Replay(
         scheduler_class="FakeScheduler",
@@ -291,6 +301,11 @@ def fake_preview(job: Job, index: int, step: int) -> PreviewReady:
         width=size[0],
         height=size[1],
     )
+
+
+def _array(image: InputImage) -> npt.NDArray[np.uint8]:
+    array = np.frombuffer(image.pixels, np.uint8)
+    return array.reshape(image.height, image.width, image.channels)
 
 
 def _colour(seed: int) -> list[int]:

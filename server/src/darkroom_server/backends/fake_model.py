@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from darkroom_server.core.job import SchedulerName
+from darkroom_server.core.job import SchedulerName, Task
 from darkroom_server.core.model import (
     Guidance,
     MemoryNeeds,
@@ -88,4 +88,26 @@ def fake_flow_model(id: str = "flow") -> ModelInfo:
                 "negative_prompt_2",
             }
         ),
+    )
+
+
+def fake_image_model(id: str = "demo") -> ModelInfo:
+    """Like ``fake_model``, and it takes images and adapters: all tasks and all their fields."""
+    model = fake_model(id)
+    return replace(
+        model,
+        defaults=replace(model.defaults, strength=0.8),
+        limits=replace(model.limits, max_reference_images=4, max_loras=4, max_controls=4),
+        optional_fields=model.optional_fields
+        | {
+            "image",
+            "mask_image",
+            "strength",
+            "reference_images",
+            "loras",
+            "controls",
+            "ip_adapter_image",
+            "ip_adapter_scale",
+        },
+        tasks=tuple(Task),
     )

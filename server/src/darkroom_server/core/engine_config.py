@@ -1,6 +1,6 @@
 """The engine's configuration: plain data that crosses process boundaries."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Self
 
@@ -58,6 +58,21 @@ class ModelSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSource:
+    """Where a LoRA adapter comes from: a file, a folder or a hub id. ``id`` is its name here.
+
+    ``from_folder``: it was found in the folder of adapters, and need not fit any model. ``token``
+    is for the hub.
+    """
+
+    id: str
+    location: str
+    revision: str | None = None
+    from_folder: bool = False
+    token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How the engine runs its models; None means the preset's value.
 
@@ -67,6 +82,8 @@ class EngineConfig:
     ``max_rows``. ``measurement_cache``: the folder that remembers measurements, None for none.
     ``previous_measurements``: from an earlier engine of this server, so that a restarted one is
     ready sooner. ``prompt_cache_bytes``: memory for the embeddings of prompts, for each model.
+    ``max_loras``: different LoRA adapters in one batch. ``max_lora_rank``: one with a greater
+    rank is rejected. ``lora_cache_bytes``: host memory for the weights of adapters.
     """
 
     models: tuple[ModelSource, ...]
@@ -84,6 +101,10 @@ class EngineConfig:
     measurement_cache: str | None = None
     prompt_cache_bytes: int = PROMPT_CACHE_BYTES
     safety_checker: bool = False
+    adapters: tuple[AdapterSource, ...] = ()
+    max_loras: int = 8
+    max_lora_rank: int = 128
+    lora_cache_bytes: int = 1024**3
     previous_measurements: tuple[ModelInfo, ...] = ()
 
     def with_measurements(self, models: tuple[ModelInfo, ...]) -> Self:

@@ -3,7 +3,9 @@
 DarkroomError
 ├── InvalidRequest        correct the request
 ├── UnknownModel          name another model
+├── UnknownAdapter        name another adapter
 ├── UnknownRequest        no job of that id is known, or its result is no longer kept
+├── UploadNotFound        upload the image again
 ├── RequestConflict       the same caller used that id for another request
 ├── Unauthenticated       send a valid token
 ├── NotAllowed            this caller may not make this call
@@ -32,8 +34,10 @@ class Reason(StrEnum):
 
     INVALID_REQUEST = "INVALID_REQUEST"
     UNKNOWN_MODEL = "UNKNOWN_MODEL"
+    UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
     UNKNOWN_REQUEST = "UNKNOWN_REQUEST"
     REQUEST_CONFLICT = "REQUEST_CONFLICT"
+    UPLOAD_NOT_FOUND = "UPLOAD_NOT_FOUND"
     UNAUTHENTICATED = "UNAUTHENTICATED"
     PERMISSION_DENIED = "PERMISSION_DENIED"
     REPLY_TOO_LARGE = "REPLY_TOO_LARGE"
@@ -109,6 +113,16 @@ class UnknownModel(DarkroomError):
         self.known = known
 
 
+class UnknownAdapter(DarkroomError):
+    """The server has no adapter of that name; ``known`` are the names that it has."""
+
+    reason = Reason.UNKNOWN_ADAPTER
+
+    def __init__(self, adapter: str, known: Sequence[str]) -> None:
+        super().__init__(f"no adapter {adapter!r}; this server has {', '.join(known) or 'none'}")
+        self.adapter = adapter
+
+
 class UnknownRequest(DarkroomError):
     """This caller has no job of that id, or its result is no longer kept."""
 
@@ -120,6 +134,19 @@ class UnknownRequest(DarkroomError):
             "longer kept"
         )
         self.request_id = request_id
+
+
+class UploadNotFound(DarkroomError):
+    """The server does not have these uploads of this caller, or has removed them."""
+
+    reason = Reason.UPLOAD_NOT_FOUND
+
+    def __init__(self, upload_ids: Sequence[str]) -> None:
+        named = ",".join(upload_ids)
+        super().__init__(
+            f"this caller has no upload {named} here, or it was removed; upload it again",
+            metadata={"upload_ids": named},
+        )
 
 
 class RequestConflict(DarkroomError):

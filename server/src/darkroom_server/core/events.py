@@ -131,7 +131,7 @@ class BatchDone:
     ``width`` × ``height`` are the pixels of its largest image; most models take only equal ones.
     Each of ``samples`` took one step; ``joined`` of them took their first in a batch with samples
     that were further. ``max_rows`` is the batch's row limit, 0 if unknown. ``ended_at`` is in
-    ``time.monotonic`` seconds.
+    ``time.monotonic`` seconds. ``adapters`` is the number of different adapters of its rows.
     """
 
     model: str
@@ -143,6 +143,25 @@ class BatchDone:
     joined: int = 0
     max_rows: int = 0
     ended_at: float = 0.0
+    adapters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoaded:
+    """An adapter of ``model`` is in memory, with ``bytes``; it took ``seconds`` to read."""
+
+    model: str
+    adapter: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvicted:
+    """An adapter of ``model`` is in memory no more."""
+
+    model: str
+    adapter: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +311,8 @@ Event = (
     | SampleProgress
     | PreviewReady
     | BatchDone
+    | AdapterLoaded
+    | AdapterEvicted
     | RowLimitCorrected
     | SampleBytesCorrected
     | EncodeDone

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 class InputImage:
     """A decoded picture. ``digest`` is "sha256:" and the SHA-256 of the file it came in, in hex.
 
-    ``pixels`` are height × width × ``channels`` bytes: 3 for RGB, 1 for gray.
+    ``pixels`` are height × width × ``channels`` bytes: 3 for RGB, 1 for gray. They are empty once
+    its job has ended.
     """
 
     digest: str
@@ -15,6 +16,11 @@ class InputImage:
     height: int
     channels: int
     pixels: bytes = field(repr=False)
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of its pixels, whether or not they are there."""
+        return self.width * self.height * self.channels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The job: one accepted request, as plain data that crosses process boundaries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Self
 
 from darkroom_server.core.inputs import Control, InputImage, Lora
 
@@ -101,7 +102,7 @@ class Job:
     none. ``max_sequence_length``: tokens of the prompt, None for the pipeline's own number.
 
     ``image`` and ``mask_image`` have the size of the job's images, the mask one channel: white is
-    generated anew. ``strength``, above 0 to 1: how much of ``image`` is replaced.
+    generated again. ``strength``, above 0 to 1: how much of ``image`` is replaced.
     ``reference_images`` have sizes of their own.
     """
 
@@ -155,6 +156,31 @@ class Job:
         if self.image is not None:
             return Task.IMAGE_TO_IMAGE
         return Task.EDIT if self.reference_images else Task.TEXT_TO_IMAGE
+
+    @property
+    def pictures(self) -> list[InputImage]:
+        """Every picture that the job brings."""
+        single = [self.image, self.mask_image, self.ip_adapter_image]
+        controls = [control.image for control in self.controls]
+        return [*filter(None, single), *self.reference_images, *controls]
+
+    def without_pixels(self) -> Self:
+        """This job with the digests and sizes of its pictures only."""
+
+        def bare(picture: InputImage | None) -> InputImage | None:
+            return picture and replace(picture, pixels=b"")
+
+        return replace(
+            self,
+            image=bare(self.image),
+            mask_image=bare(self.mask_image),
+            ip_adapter_image=bare(self.ip_adapter_image),
+            reference_images=tuple(replace(each, pixels=b"") for each in self.reference_images),
+            controls=tuple(
+                replace(control, image=replace(control.image, pixels=b""))
+                for control in self.controls
+            ),
+        )
 
     @property
     def log_fields(self) -> dict[str, str]:

@@ -258,6 +258,26 @@ class ModelSpeed:
     encode: float = 0.0
 
 
+class AdapterKind(StrEnum):
+    """What an adapter is."""
+
+    LORA = "lora"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterOffer:
+    """An adapter that fits a model. ``rank`` is its greatest, ``bytes`` are those in memory.
+
+    ``rejection``: why requests for it are rejected, empty if they are not.
+    """
+
+    id: str
+    rank: int
+    bytes: int
+    kind: AdapterKind = AdapterKind.LORA
+    rejection: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """A model that is loaded and warmed up.
@@ -266,7 +286,7 @@ class ModelInfo:
     ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes,
     ``fields_without_extra`` those that it would take if their extra in ``EXTRAS`` were installed.
     ``unbatched_reason``: why its denoiser calls are not merged into batches, empty if they are.
-    ``tasks`` are what it can be asked for.
+    ``tasks``: what it can do. ``adapters`` are those that fit it.
     """
 
     id: str
@@ -285,6 +305,7 @@ class ModelInfo:
     unbatched_reason: str = ""
     tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
     strength_rounding: StrengthRounding = StrengthRounding.TAKEN
+    adapters: tuple[AdapterOffer, ...] = ()
 
     def options_of(self, job: Job) -> dict[str, Any]:
         """The optional fields that a request needs to generate the images of ``job`` again.

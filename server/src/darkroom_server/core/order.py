@@ -24,7 +24,7 @@ class OrderKey:
 
     ``submitted_at``, ``deadline``: ``time.monotonic`` seconds. ``remaining_steps``: denoiser calls
     remaining, over all images of a job. ``priority``: each level up halves the patience.
-    ``rows``: its rows in a batch. ``alone``: shares no batch.
+    ``rows``: its rows in a batch. ``alone``: shares no batch. ``adapters``: those of its rows.
     """
 
     id: tuple[str, int]
@@ -34,6 +34,7 @@ class OrderKey:
     deadline: float | None = None
     rows: int = 1
     alone: bool = False
+    adapters: frozenset[str] = frozenset()
 
     @property
     def patience(self) -> float:
@@ -54,21 +55,29 @@ def order(keys: Iterable[OrderKey]) -> list[OrderKey]:
     return sorted(keys, key=lambda key: (key.goal, key.submitted_at, key.id))
 
 
-def pick(keys: Sequence[OrderKey], max_rows: int) -> list[OrderKey]:
+def pick(
+    keys: Sequence[OrderKey], max_rows: int, max_adapters: int | None = None
+) -> list[OrderKey]:
     """The keys of the next batch, together at most ``max_rows`` rows, most urgent first.
 
-    The most urgent key is always included, even if it alone has more rows than ``max_rows``, so
-    that none starves. A key that is ``alone`` gets a batch of its own when it is the most urgent.
+    Together they have at most ``max_adapters`` different adapters, None: any number. The most
+    urgent key is always included, even if it alone has more rows than ``max_rows``, so that none
+    starves. A key that is ``alone`` gets a batch of its own when it is the most urgent.
     """
     chosen: list[OrderKey] = []
     rows = 0
+    adapters: frozenset[str] = frozenset()
     for key in order(keys):
         if not chosen and key.alone:
             return [key]
         if key.alone or (chosen and rows + key.rows > max_rows):
             continue
+        together = adapters | key.adapters
+        if chosen and max_adapters is not None and len(together) > max_adapters:
+            continue
         chosen.append(key)
         rows += key.rows
+        adapters = together
     return chosen
 
 

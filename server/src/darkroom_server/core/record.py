@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from darkroom_server.core.events import Replay
+from darkroom_server.core.inputs import Control, InputImage, Lora
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 
@@ -43,10 +44,7 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
                 "quality": job.quality if job.format.takes_quality else None,
                 "exact": job.exact,
                 "embed_record": True,
-                **{
-                    name: _shortest_float32(value) if isinstance(value, float) else value
-                    for name, value in model.options_of(job).items()
-                },
+                **{name: _plain_value(value) for name, value in model.options_of(job).items()},
             },
             "model_revision": model.revision,
             "scheduler_class": replay.scheduler_class,
@@ -64,6 +62,22 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
 def prompts_fit_in_jpeg(prompts: Iterable[str]) -> bool:
     """Whether a JPEG can hold the record of an image with these prompts and negative prompts."""
     return sum(len(_plain_json(prompt)) for prompt in prompts) <= MAX_JPEG_PROMPT_BYTES
+
+
+def _plain_value(value: Any) -> Any:
+    """A field of the request as JSON; an image is the digest of its file."""
+    match value:
+        case float():
+            return _shortest_float32(value)
+        case InputImage(digest=digest):
+            return {"upload_id": digest}
+        case (Lora(), *_):
+            return {lora.id: _shortest_float32(lora.scale) for lora in value}
+        case Control():
+            return {name: _plain_value(getattr(value, name)) for name in value.__slots__}
+        case tuple():
+            return [_plain_value(each) for each in value]
+    return value
 
 
 def _plain_json(value: Any) -> str:

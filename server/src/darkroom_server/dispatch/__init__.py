@@ -1,5 +1,6 @@
 """Admits, queues and hands out jobs; knows neither gRPC nor torch."""
 
+from darkroom_server.dispatch.adapters import AdapterStatus
 from darkroom_server.dispatch.admission.availability import Availability, State
 from darkroom_server.dispatch.admission.quotas import (
     ConcurrentCallLimiter,
@@ -14,6 +15,7 @@ from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome
 from darkroom_server.dispatch.jobs.subscription import Subscription
 from darkroom_server.dispatch.observer import (
+    AdapterMemory,
     DispatchEvent,
     EngineRestarted,
     EngineRetired,
@@ -31,6 +33,8 @@ from darkroom_server.dispatch.status import EngineStatus, ModelStatus, Snapshot
 
 __all__ = [
     "ActiveJob",
+    "AdapterMemory",
+    "AdapterStatus",
     "Availability",
     "ConcurrentCallLimiter",
     "Counts",

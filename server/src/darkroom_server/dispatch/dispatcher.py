@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -33,7 +34,8 @@ class Dispatcher:
     """Admits jobs, keeps the waiting ones in order, and feeds the engines.
 
     All methods belong to one event loop. ``model_ids``: the configured models, in their order.
-    ``max_queued_jobs`` and ``max_queued_megapixel_steps`` limit what waits. An engine takes jobs
+    ``max_queued_jobs`` and ``max_queued_megapixel_steps`` limit what waits, ``max_input_bytes`` the
+    decoded images that all jobs hold. An engine takes jobs
     while fewer than ``max_resident_samples`` images are in it. With ``early_refusal``, jobs that
     are not expected to meet their deadlines are rejected. An engine that dies more than
     ``max_restarts`` times in ten minutes is retired. ``on_state`` is called with the state when it
@@ -48,6 +50,7 @@ class Dispatcher:
         max_queued_jobs: int,
         max_resident_samples: int,
         max_queued_megapixel_steps: float = math.inf,
+        max_input_bytes: int = sys.maxsize,
         early_refusal: bool = True,
         max_restarts: int = 5,
         observer: Observer | None = None,
@@ -72,7 +75,11 @@ class Dispatcher:
             estimator,
             self._pool,
             self._registry,
-            QueueLimits(jobs=max_queued_jobs, megapixel_steps=max_queued_megapixel_steps),
+            QueueLimits(
+                jobs=max_queued_jobs,
+                megapixel_steps=max_queued_megapixel_steps,
+                input_bytes=max_input_bytes,
+            ),
             early_refusal=early_refusal,
         )
         self._lifecycle = JobLifecycle(

@@ -5,6 +5,8 @@ from collections import deque
 
 from darkroom_server.core.errors import GenerationFailed
 from darkroom_server.core.events import (
+    AdapterEvicted,
+    AdapterLoaded,
     BatchDone,
     DecodeDone,
     EncodeDone,
@@ -23,12 +25,18 @@ from darkroom_server.core.events import (
     SampleBytesCorrected,
     SampleProgress,
 )
+from darkroom_server.dispatch.adapters import AdapterKey
 from darkroom_server.dispatch.admission.availability import Availability
 from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 from darkroom_server.dispatch.lifecycle import JobLifecycle
-from darkroom_server.dispatch.observer import EngineTimeWasted, FirstPreview, Observer
+from darkroom_server.dispatch.observer import (
+    AdapterMemory,
+    EngineTimeWasted,
+    FirstPreview,
+    Observer,
+)
 
 
 class EventRouter:
@@ -99,6 +107,12 @@ class EventRouter:
                     self._on_ready(engine, event)
                 case EngineDied():
                     self._on_death(engine, event)
+                case AdapterLoaded():
+                    engine.adapters[event.model, event.adapter] = event.bytes
+                    self._on_adapter(event)
+                case AdapterEvicted():
+                    engine.adapters.pop((event.model, event.adapter), None)
+                    self._on_adapter(event)
                 case MemoryReport():
                     engine.memory = event
                     self._observer.on_event(event)
@@ -110,6 +124,14 @@ class EventRouter:
             seconds = time.monotonic() - active.job.submitted_at
             self._observer.on_event(FirstPreview(active.job.model, seconds))
 
+    def _on_adapter(self, event: AdapterLoaded | AdapterEvicted) -> None:
+        self._observer.on_event(event)
+        self._report_memory((event.model, event.adapter))
+
+    def _report_memory(self, key: AdapterKey) -> None:
+        held = sum(engine.adapters.get(key, 0) for engine in self._pool.engines)
+        self._observer.on_event(AdapterMemory(*key, held))
+
     def _on_ready(self, engine: EngineHandle, ready: EngineReady) -> None:
         engine.set_ready(ready)
         self._observer.on_event(ready)
@@ -118,6 +140,9 @@ class EventRouter:
         self._availability.report()
 
     def _on_death(self, engine: EngineHandle, died: EngineDied) -> None:
+        lost, engine.adapters = engine.adapters, {}
+        for key in lost:
+            self._report_memory(key)
         jobs = self._pool.handle_death(engine, died)
         if jobs is None:
             return

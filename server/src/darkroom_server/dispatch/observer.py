@@ -62,6 +62,15 @@ class EngineTimeWasted:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterMemory:
+    """All engines together hold ``bytes`` of an adapter of ``model`` now."""
+
+    model: str
+    adapter: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRestarted:
     """An engine that died starts again."""
 
@@ -79,6 +88,7 @@ DispatchEvent = (
     | FirstPreview
     | EstimateChecked
     | EngineTimeWasted
+    | AdapterMemory
     | EngineRestarted
     | EngineRetired
 )

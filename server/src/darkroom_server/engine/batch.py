@@ -59,6 +59,11 @@ class Batch:
         sizes = [(sample.job.width, sample.job.height) for sample in self.samples]
         return max(sizes, key=lambda size: size[0] * size[1])
 
+    @property
+    def adapters(self) -> int:
+        """The number of different adapters of all rows."""
+        return len({lora.id for s in self.samples for lora in s.job.loras if lora.scale})
+
     @classmethod
     def of(cls, samples: "Sequence[Sample]") -> Self:
         """The batch of ``samples``, which are of one group and not empty."""

@@ -77,6 +77,7 @@ PROMPT_OUT_OF_MEMORY = Failure(
     Reason.OUT_OF_MEMORY,
     "the device's memory is too full to encode this prompt, even alone; try again later",
 )
+ADAPTER_FAILED = Failure(Reason.ENGINE_FAILED, "an adapter of this request could not be read")
 PROMPT_FAILED = Failure(Reason.ENGINE_FAILED, "the prompt could not be encoded")
 INPUT_FAILED = Failure(Reason.ENGINE_FAILED, "the input image could not be encoded")
 DECODE_FAILED = Failure(Reason.ENGINE_FAILED, "the image could not be decoded")

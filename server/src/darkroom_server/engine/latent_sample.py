@@ -1,6 +1,7 @@
 """A sample whose latents the engine advances itself, with the pipeline's parts."""
 
 import inspect
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class LatentSample(Sample):
     """The latents of one image, and its embeddings.
 
     ``embeddings`` has one entry per row: the prompt's, or the negative prompt's and the prompt's,
-    which are equally long.
+    which are equally long. ``adapter_key`` must be equal for all rows of a batch.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class LatentSample(Sample):
         latent_shape: tuple[int, int, int],
         device: torch.device,
         dtype: torch.dtype,
+        adapter_key: Hashable = None,
     ) -> None:
         super().__init__(job, index, scheduler)
         self.embeddings = embeddings
@@ -43,7 +45,7 @@ class LatentSample(Sample):
         self._extra = {name: value for name, value in extra.items() if name in accepted}
         # No argument changes its shape from step to step.
         key = UNET.group_key(self.denoiser_arguments())
-        self._group = Group(job.model, job.width, job.height, key=key)
+        self._group = Group(job.model, job.width, job.height, key=(key, adapter_key))
 
     @property
     def steps(self) -> int:

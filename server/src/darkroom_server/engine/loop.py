@@ -17,6 +17,12 @@ from darkroom_server.core.events import (
     SampleProgress,
 )
 from darkroom_server.core.job import Job
+from darkroom_server.engine.adapters.store import (
+    NO_ADAPTERS,
+    AdapterRead,
+    AdapterSetup,
+    AdapterStore,
+)
 from darkroom_server.engine.batch import Batch
 from darkroom_server.engine.batching.encode_pool import EncodePool
 from darkroom_server.engine.batching.residency import Residency
@@ -26,6 +32,7 @@ from darkroom_server.engine.batching.scheduler import BatchScheduler
 from darkroom_server.engine.counters import CounterReporter
 from darkroom_server.engine.device.memory_reporter import MemoryReporter
 from darkroom_server.engine.device.timer import Timer
+from darkroom_server.engine.failures import ADAPTER_FAILED
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.sample import Sample
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
@@ -38,6 +45,7 @@ class EngineLoop:
     Everything that touches torch happens on the thread that calls ``run``. ``submit``, ``cancel``,
     ``extend`` and ``close`` may be called from any thread. ``emit`` is called from ``run``'s
     thread, the encode pool's and the memory reporter's. ``caches`` remember each model's row limit.
+    ``adapters`` says which adapters there are.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class EngineLoop:
         models: Mapping[str, Model],
         emit: Callable[[Event], None],
         caches: Mapping[str, MeasurementCache],
+        adapters: AdapterSetup = NO_ADAPTERS,
     ) -> None:
         row_limits = {id: RowLimits.of_model(model.info) for id, model in models.items()}
         self._models = models
@@ -52,10 +61,25 @@ class EngineLoop:
         self._caches = caches
         self._emit = emit
         self._encodes: list[tuple[str, int, Timer]] = []
-        self._inbox: queue.SimpleQueue[Job | Cancel | Extend | Close] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Job | Cancel | Extend | Close | AdapterRead] = (
+            queue.SimpleQueue()
+        )
+        self._adapters = AdapterStore(
+            {id: model.adapters for id, model in models.items() if model.adapters is not None},
+            adapters.files,
+            adapters.cache_bytes,
+            self._inbox.put,
+            emit,
+        )
         slow = {id for id, model in models.items() if model.encodes_slowly}
         self._residency = Residency({id: model.info for id, model in models.items()})
-        self._scheduler = BatchScheduler(row_limits, self._residency, emit, encode_slowly=slow)
+        self._scheduler = BatchScheduler(
+            row_limits,
+            self._residency,
+            emit,
+            encode_slowly=slow,
+            max_adapters=adapters.max_in_batch,
+        )
         self._runner = Runner(models, row_limits, emit)
         self._encode_pool = EncodePool(models)
         self._counters = CounterReporter(self._runner.counts, emit)
@@ -89,6 +113,7 @@ class EngineLoop:
                 self._counters.report()
         finally:
             self._memory.close()
+            self._adapters.close()
             self._encode_pool.close()
 
     def _receive(self) -> bool:
@@ -100,7 +125,9 @@ class EngineLoop:
                 break
             match command:
                 case Job():
-                    self._scheduler.add(command)
+                    self._scheduler.add(command, ready=self._adapters.request(command))
+                case AdapterRead():
+                    self._add_adapter(command)
                 case Cancel(job_id):
                     self._scheduler.cancel(job_id)
                 case Extend(job_id, deadline):
@@ -109,6 +136,15 @@ class EngineLoop:
                     return False
         self._scheduler.expire(time.monotonic())
         return True
+
+    def _add_adapter(self, read: AdapterRead) -> None:
+        """Let the jobs that waited for an adapter go on, or fail if it could not be read."""
+        arrived = self._adapters.add(read, self._scheduler.adapters_in_use)
+        for job_id in arrived.ready:
+            self._scheduler.set_ready(job_id)
+        for job_id in arrived.failed:
+            if job_id in self._scheduler:
+                self._scheduler.fail(job_id, ADAPTER_FAILED)
 
     def _encode_newcomers(self) -> None:
         """Encode the prompts of new jobs together, and start their samples."""
@@ -194,6 +230,7 @@ class EngineLoop:
                 joined=batch.joined,
                 max_rows=self._scheduler.max_rows(batch.group),
                 ended_at=result.ended,
+                adapters=batch.adapters,
             )
         )
 

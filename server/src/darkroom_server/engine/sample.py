@@ -82,6 +82,7 @@ class Sample(ABC):
             deadline=self.job.deadline,
             rows=self.rows,
             alone=self.job.exact,
+            adapters=frozenset(lora.id for lora in self.job.loras if lora.scale),
         )
 
 

@@ -1,8 +1,8 @@
 """Core's enums and the wire's, by name: a test holds them equal."""
 
 from darkroom.v1 import model_pb2, types_pb2
-from darkroom_server.core.job import ImageFormat, PromptSyntax, SchedulerName
-from darkroom_server.core.model import RowLimitSource
+from darkroom_server.core.job import ImageFormat, PromptSyntax, SchedulerName, Task
+from darkroom_server.core.model import AdapterKind, RowLimitSource
 
 FORMAT_TO_WIRE: dict[ImageFormat, types_pb2.ImageFormat.ValueType] = {
     name: types_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{name.name}") for name in ImageFormat
@@ -21,4 +21,12 @@ SYNTAX_FROM_WIRE = {number: name for name, number in SYNTAX_TO_WIRE.items()}
 
 SOURCE_TO_WIRE: dict[RowLimitSource, model_pb2.RowLimitSource.ValueType] = {
     name: model_pb2.RowLimitSource.Value(f"ROW_LIMIT_SOURCE_{name.name}") for name in RowLimitSource
+}
+
+KIND_TO_WIRE: dict[AdapterKind, model_pb2.AdapterKind.ValueType] = {
+    name: model_pb2.AdapterKind.Value(f"ADAPTER_KIND_{name.name}") for name in AdapterKind
+}
+
+TASK_TO_WIRE: dict[Task, model_pb2.Task.ValueType] = {
+    name: model_pb2.Task.Value(f"TASK_{name.name}") for name in Task
 }

@@ -28,8 +28,10 @@ from darkroom_server.core.errors import (
     RequestConflict,
     TooLarge,
     Unauthenticated,
+    UnknownAdapter,
     UnknownModel,
     UnknownRequest,
+    UploadNotFound,
     Violation,
 )
 
@@ -49,7 +51,9 @@ NOT_TO_BE_RETRIED = (code_pb2.RESOURCE_EXHAUSTED, code_pb2.CANCELLED)
 CODES: dict[type[DarkroomError], int] = {
     InvalidRequest: code_pb2.INVALID_ARGUMENT,
     UnknownModel: code_pb2.NOT_FOUND,
+    UnknownAdapter: code_pb2.NOT_FOUND,
     UnknownRequest: code_pb2.NOT_FOUND,
+    UploadNotFound: code_pb2.FAILED_PRECONDITION,
     RequestConflict: code_pb2.ALREADY_EXISTS,
     Unauthenticated: code_pb2.UNAUTHENTICATED,
     NotAllowed: code_pb2.PERMISSION_DENIED,
@@ -123,6 +127,14 @@ def _details(error: DarkroomError) -> list[Message]:
                     resource_type="darkroom.v1.Model",
                     resource_name=model,
                     description="this server does not hold it",
+                )
+            ]
+        case UnknownAdapter(adapter=adapter):
+            return [
+                error_details_pb2.ResourceInfo(
+                    resource_type="darkroom.v1.Adapter",
+                    resource_name=adapter,
+                    description="this server does not offer it",
                 )
             ]
         case UnknownRequest(request_id=request_id) | RequestConflict(request_id=request_id):

@@ -35,7 +35,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             limit = reply_limit(context.invocation_metadata() or ())
             request_id = request_id_of(asked, call)
             self._open_call(call, request_id, context)
-            active, _ = self._service.accept(
+            active, _ = await self._service.accept(
                 asked,
                 call,
                 summary,
@@ -59,7 +59,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         with self._service.summaries.record(asked, call, arrived, deadline) as summary:
             request_id = request_id_of(asked, call)
             self._open_call(call, request_id, context)
-            active, joined = self._service.accept(
+            active, joined = await self._service.accept(
                 asked, call, summary, deadline=deadline, idempotent=True
             )
             subscription = active.subscribe()
@@ -90,7 +90,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """Accept a request that runs without a call that waits for it."""
         call = CURRENT_CALL.get()
         asked = generation_request(request.generation, request.preview)
-        active, joined = self._service.submit(
+        active, joined = await self._service.submit(
             asked, call, arrived=time.monotonic(), time_limit=time_limit(request)
         )
         message = accepted_message(
@@ -149,7 +149,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.EstimateGenerationRequest, context: Context
     ) -> generation_pb2.EstimateGenerationResponse:
         """Estimate what a request would take now, without running it."""
-        estimate = self._service.estimate(
+        estimate = await self._service.estimate(
             generation_request(request.generation), CURRENT_CALL.get()
         )
         response = generation_pb2.EstimateGenerationResponse(

@@ -2,9 +2,15 @@
 
 from darkroom.v1 import model_pb2, model_pb2_grpc
 from darkroom_server.core.model import OPTIONAL_FIELDS, Guidance, ModelInfo, ModelRuntime
-from darkroom_server.dispatch import Availability
+from darkroom_server.dispatch import AdapterStatus, Availability
 from darkroom_server.rpc.context import Context
-from darkroom_server.rpc.enums import FORMAT_TO_WIRE, SCHEDULER_TO_WIRE, SOURCE_TO_WIRE
+from darkroom_server.rpc.enums import (
+    FORMAT_TO_WIRE,
+    KIND_TO_WIRE,
+    SCHEDULER_TO_WIRE,
+    SOURCE_TO_WIRE,
+    TASK_TO_WIRE,
+)
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
@@ -30,6 +36,29 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         info = self._availability.models[id]
         return model_pb2.GetModelResponse(model=model_message(id, info))
 
+    async def ListAdapters(
+        self, request: model_pb2.ListAdaptersRequest, context: Context
+    ) -> model_pb2.ListAdaptersResponse:
+        """The adapters that fit one model, or any; raises ``UnknownModel``."""
+        adapters = self._availability.adapters
+        if request.model:
+            id = self._availability.resolve(request.model)
+            adapters = [adapter for adapter in adapters if id in adapter.models]
+        return model_pb2.ListAdaptersResponse(adapters=map(adapter_message, adapters))
+
+
+def adapter_message(adapter: AdapterStatus) -> model_pb2.Adapter:
+    """``adapter`` as a message."""
+    return model_pb2.Adapter(
+        id=adapter.id,
+        kind=KIND_TO_WIRE[adapter.kind],
+        models=adapter.models,
+        rank=adapter.rank,
+        bytes=adapter.bytes,
+        resident=adapter.resident,
+        rejection=adapter.rejection,
+    )
+
 
 def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
     """``info`` as a message; None is a model that is not loaded yet."""
@@ -52,6 +81,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             quality=defaults.quality,
             true_cfg_scale=defaults.true_cfg_scale if "true_cfg_scale" in takes else None,
             max_sequence_length=defaults.max_sequence_length,
+            strength=defaults.strength,
         ),
         limits=model_pb2.ModelLimits(
             min_size=limits.min_size,
@@ -64,6 +94,9 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             max_rows=limits.max_rows,
             row_limit_source=SOURCE_TO_WIRE[limits.row_limit_source],
             max_sequence_length=limits.max_sequence_length,
+            max_reference_images=limits.max_reference_images,
+            max_loras=limits.max_loras,
+            max_controls=limits.max_controls,
             sizes=[model_pb2.ImageSize(width=w, height=h) for w, h in limits.sizes],
         ),
         schedulers=[
@@ -78,6 +111,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
         optional_fields=takes,
         guidance=_guidance_message(info.guidance),
         unbatched_reason=info.unbatched_reason,
+        tasks=[TASK_TO_WIRE[task] for task in info.tasks],
     )
 
 

@@ -1,11 +1,19 @@
 """From protobuf requests to those of the service layer."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from darkroom.v1 import generation_pb2
+from darkroom.v1 import generation_pb2, image_pb2
+from darkroom_server.core.inputs import Lora
 from darkroom_server.rpc.enums import FORMAT_FROM_WIRE, SCHEDULER_FROM_WIRE, SYNTAX_FROM_WIRE
-from darkroom_server.service.request import GenerationRequest
+from darkroom_server.service.request import (
+    INPUT_FIELDS,
+    GenerationRequest,
+    ImageSource,
+    Inputs,
+    RequestedControl,
+)
 
 NO_PREVIEWS = generation_pb2.PreviewOptions()
 
@@ -45,6 +53,44 @@ def generation_request(
         empty_negative_prompt=message.empty_negative_prompt,
         guidance_rescale=message.guidance_rescale if message.HasField("guidance_rescale") else None,
         prompt_syntax=_name(message.prompt_syntax, SYNTAX_FROM_WIRE),
+        inputs=_inputs(message),
+    )
+
+
+def _inputs(message: generation_pb2.GenerateRequest) -> Inputs | None:
+    """The images and adapters, None if none of their fields is set."""
+    if not any(field.name in INPUT_FIELDS for field, _ in message.ListFields()):
+        return None
+    has = message.HasField
+    return Inputs(
+        image=_source(message.image) if has("image") else None,
+        mask_image=_source(message.mask_image) if has("mask_image") else None,
+        strength=message.strength if has("strength") else None,
+        reference_images=tuple(map(_source, message.reference_images)),
+        loras=tuple(
+            Lora(id=lora.id, scale=lora.scale if lora.HasField("scale") else 1.0)
+            for lora in message.loras
+        ),
+        controls=tuple(map(_control, message.controls)),
+        ip_adapter_image=_source(message.ip_adapter_image) if has("ip_adapter_image") else None,
+        ip_adapter_scale=message.ip_adapter_scale if has("ip_adapter_scale") else None,
+    )
+
+
+def _source(image: image_pb2.ImageInput) -> ImageSource:
+    if image.WhichOneof("source") == "data":
+        digest = "sha256:" + hashlib.sha256(image.data).hexdigest()
+        return ImageSource(digest=digest, data=image.data)
+    return ImageSource(digest=image.upload_id)
+
+
+def _control(control: generation_pb2.Control) -> RequestedControl:
+    return RequestedControl(
+        id=control.id,
+        image=_source(control.image) if control.HasField("image") else None,
+        scale=control.scale if control.HasField("scale") else 1.0,
+        start=control.start if control.HasField("start") else 0.0,
+        end=control.end if control.HasField("end") else 1.0,
     )
 
 

@@ -1,9 +1,12 @@
 """From finished jobs to messages."""
 
+from typing import Any
+
 from google.protobuf.duration_pb2 import Duration
 
-from darkroom.v1 import generation_pb2
+from darkroom.v1 import generation_pb2, image_pb2
 from darkroom_server.core.events import EncodedImage, StageSeconds
+from darkroom_server.core.inputs import Control, InputImage, Lora
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import Finished
@@ -53,7 +56,7 @@ def image_message(
 
 def _replay_request(job: Job, model: ModelInfo, seed: int) -> generation_pb2.GenerateRequest:
     """The request that reproduces one image of ``job`` alone, with every field that it needs."""
-    options = model.options_of(job)
+    options = {name: _field(value) for name, value in model.options_of(job).items()}
     if syntax := options.pop("prompt_syntax", None):
         options["prompt_syntax"] = SYNTAX_TO_WIRE[syntax]
     return generation_pb2.GenerateRequest(
@@ -72,6 +75,26 @@ def _replay_request(job: Job, model: ModelInfo, seed: int) -> generation_pb2.Gen
         embed_record=job.embed_record,
         **options,
     )
+
+
+def _field(value: Any) -> Any:
+    """A field of a request as protobuf takes it; an image is the digest of its file."""
+    match value:
+        case InputImage(digest=digest):
+            return image_pb2.ImageInput(upload_id=digest)
+        case Lora():
+            return generation_pb2.Lora(id=value.id, scale=value.scale)
+        case Control():
+            return generation_pb2.Control(
+                id=value.id,
+                image=_field(value.image),
+                scale=value.scale,
+                start=value.start,
+                end=value.end,
+            )
+        case tuple():
+            return [_field(each) for each in value]
+    return value
 
 
 def timings_message(stages: StageSeconds, total: float) -> generation_pb2.Timings:

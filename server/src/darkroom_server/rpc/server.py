@@ -10,6 +10,8 @@ from grpc_reflection.v1alpha import reflection
 from darkroom.v1 import (
     generation_pb2,
     generation_pb2_grpc,
+    image_pb2,
+    image_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     server_pb2,
@@ -21,6 +23,7 @@ from darkroom_server.dispatch import Dispatcher
 from darkroom_server.rpc.dropped_calls import DroppedCalls
 from darkroom_server.rpc.generation import GenerationServicer
 from darkroom_server.rpc.health import Health
+from darkroom_server.rpc.images import ImageServicer
 from darkroom_server.rpc.interceptors.auth import OPEN, Auth, AuthObserver
 from darkroom_server.rpc.interceptors.call_context import CallContexts, PeerAddresses
 from darkroom_server.rpc.interceptors.errors import Errors
@@ -33,6 +36,7 @@ from darkroom_server.rpc.models import ModelServicer
 from darkroom_server.rpc.status import ServerServicer
 from darkroom_server.security.tokens import Tokens
 from darkroom_server.service.generation import GenerationService
+from darkroom_server.service.uploads import UploadService
 
 FLUSH_SECONDS = 1.0
 """Enough to send the answers of the handlers, once none of them runs."""
@@ -50,7 +54,7 @@ def probe_port(host: str, port: int) -> None:
 
 
 class RpcServer:
-    """Serves ``service`` over gRPC; made and used on one event loop, and at most once.
+    """Serves ``service`` and ``uploads`` over gRPC; made and used on one event loop, at most once.
 
     With ``tokens``, callers need one; without, each is ``anonymous`` with its own address of
     ``addresses``. With ``credentials``, the port accepts TLS only. Clients
@@ -60,6 +64,7 @@ class RpcServer:
     def __init__(
         self,
         service: GenerationService,
+        uploads: UploadService,
         dispatcher: Dispatcher,
         calls: CallObserver,
         rejections: AuthObserver,
@@ -99,6 +104,7 @@ class RpcServer:
         self._server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
         self.dropped_calls.watch_newest_server()
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._server)
+        image_pb2_grpc.add_ImageServiceServicer_to_server(ImageServicer(uploads), self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(dispatcher.availability), self._server
         )
@@ -109,6 +115,7 @@ class RpcServer:
         if reflect:
             names = [
                 generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+                image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name,
                 model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
                 server_pb2.DESCRIPTOR.services_by_name["ServerService"].full_name,
                 health.SERVICE_NAME,

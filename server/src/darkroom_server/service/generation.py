@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from darkroom_server.core.errors import DarkroomError, InvalidRequest, Violation
+from darkroom_server.core.job import Job
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import (
     ActiveJob,
     ConcurrentCallLimiter,
@@ -16,6 +18,8 @@ from darkroom_server.dispatch import (
 )
 from darkroom_server.service.call_context import REQUEST_ID, CallContext
 from darkroom_server.service.idempotency import check_request_id, fingerprint
+from darkroom_server.service.input_fields import check_adapters
+from darkroom_server.service.inputs import InputLoader
 from darkroom_server.service.jobs import JobService
 from darkroom_server.service.request import GenerationRequest
 from darkroom_server.service.summary import RequestObserver, RequestSummary, Summaries
@@ -43,6 +47,7 @@ class GenerationService:
         self,
         dispatcher: Dispatcher,
         results: ResultStore,
+        inputs: InputLoader,
         observers: Sequence[RequestObserver],
         *,
         log_prompts: bool = False,
@@ -51,6 +56,7 @@ class GenerationService:
         self.jobs = JobService(results)
         self._dispatcher = dispatcher
         self._results = results
+        self._inputs = inputs
         self._open_calls = ConcurrentCallLimiter(dispatcher.max_jobs)
         self._detached: set[asyncio.Task[None]] = set()
 
@@ -61,7 +67,7 @@ class GenerationService:
         """
         return self._open_calls.acquire(call.caller, request_id)
 
-    def accept(
+    async def accept(
         self,
         request: GenerationRequest,
         call: CallContext,
@@ -76,26 +82,32 @@ class GenerationService:
         ``deadline`` is in ``time.monotonic`` seconds. ``idempotent``: the caller knows the request
         id, and a call with the same id joins. ``reply_limit``: the limit of a reply in one message.
         Raises ``InvalidRequest`` with all violations, ``RequestConflict``, and what
-        ``Dispatcher.submit`` raises.
+        ``InputLoader.attach`` and ``Dispatcher.submit`` raise. The images of a request that joins
+        are not looked at.
         """
         request_id = request_id_of(request, call)
         digest = fingerprint(request) if idempotent else b""
         active = None
         if idempotent:
-            active = self._results.join(
-                call.caller, request_id, digest, deadline, keep=request.keep
-            )
-        joined = active is not None
+            active = self._join(request, call, request_id, digest, deadline)
         if active is None:
             summary.model = model_id = self._dispatcher.availability.resolve(request.model)
+            model = self._dispatcher.availability.model(model_id)
             job = job_of(
                 request,
-                self._dispatcher.availability.model(model_id),
+                model,
                 call,
                 job_id=request_id,
                 submitted_at=summary.arrived,
                 deadline=deadline,
             )
+            self._check_adapters(job, model)
+            if request.inputs is not None:
+                job = await self._inputs.attach(job, request, model, call.caller)
+                if idempotent:  # Another call with this id may have begun the job meanwhile.
+                    active = self._join(request, call, request_id, digest, deadline)
+        joined = active is not None
+        if active is None:
             if reply_limit is not None:
                 reply_limit.check(job)
             summary.images, summary.steps = job.image_count, job.steps
@@ -110,7 +122,18 @@ class GenerationService:
             reply_limit.check(active.job)  # The call that began it may accept more, or streams.
         return active, joined
 
-    def submit(
+    def _join(
+        self,
+        request: GenerationRequest,
+        call: CallContext,
+        request_id: str,
+        digest: bytes,
+        deadline: float | None,
+    ) -> ActiveJob | None:
+        """The job that an earlier call with this id began, None if there is none."""
+        return self._results.join(call.caller, request_id, digest, deadline, keep=request.keep)
+
+    async def submit(
         self,
         request: GenerationRequest,
         call: CallContext,
@@ -125,7 +148,9 @@ class GenerationService:
         """
         with self.summaries.record(request, call, arrived, deadline=None) as summary:
             deadline = _deadline_after(time_limit)
-            active, joined = self.accept(request, call, summary, deadline=deadline, idempotent=True)
+            active, joined = await self.accept(
+                request, call, summary, deadline=deadline, idempotent=True
+            )
             self._results.detach(active)
             summary.continues = True
         if not joined:
@@ -147,7 +172,7 @@ class GenerationService:
         check_request_id(request_id)
         return self._results.cancel(call.caller.name, request_id)
 
-    def estimate(self, request: GenerationRequest, call: CallContext) -> RequestEstimate:
+    async def estimate(self, request: GenerationRequest, call: CallContext) -> RequestEstimate:
         """What ``request`` would take now, without running it.
 
         Raises what the request itself would raise, except for quotas, queue limits and deadlines.
@@ -155,6 +180,9 @@ class GenerationService:
         availability = self._dispatcher.availability
         model = availability.model(availability.resolve(request.model))
         job = job_of(request, model, call, job_id="", submitted_at=time.monotonic(), deadline=None)
+        self._check_adapters(job, model)
+        if request.inputs is not None:
+            job = await self._inputs.attach(job, request, model, call.caller)
         # The images of the job share a batch, as far as they fit.
         most = model.rows_of_a_pass(job.width, job.height)
         rows = min(model.rows_per_image(job) * job.image_count, most)
@@ -164,6 +192,14 @@ class GenerationService:
             + job.image_count * model.held_bytes(job),
             available_bytes=model.memory.available_bytes,
         )
+
+    def _check_adapters(self, job: Job, model: ModelInfo) -> None:
+        """Raise ``UnknownAdapter``, or ``InvalidRequest`` for one that ``model`` does not take."""
+        if not job.loras:
+            return
+        known = [adapter.id for adapter in self._dispatcher.availability.adapters]
+        if violations := check_adapters(job.loras, model, known):
+            raise InvalidRequest(violations)
 
     async def _record_when_done(
         self, request: GenerationRequest, call: CallContext, arrived: float, active: ActiveJob

@@ -1,7 +1,7 @@
 """Idempotency: the same request id and the same fingerprint mean the same job."""
 
 import hashlib
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 from darkroom_server.core.errors import InvalidRequest, Violation
 from darkroom_server.service.call_context import REQUEST_ID, RULE
@@ -11,11 +11,12 @@ from darkroom_server.service.request import GenerationRequest
 def fingerprint(request: GenerationRequest) -> bytes:
     """A digest of everything that decides the images.
 
-    Unset fields equal unset fields only. The request id, previews and what happens on a disconnect
+    Unset fields equal unset fields only. An image counts by its digest, so an upload equals the
+    same bytes in the request. The request id, previews and what happens on a disconnect
     are not part of it.
     """
     images = replace(request, request_id="", keep=False, preview_every=0, preview_format=None)
-    return hashlib.sha256(repr(astuple(images)).encode()).digest()
+    return hashlib.sha256(repr(images).encode()).digest()
 
 
 def check_request_id(request_id: str) -> None:

@@ -1,6 +1,50 @@
 """A request for images, as any door receives it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+
+from darkroom_server.core.inputs import Lora
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSource:
+    """A picture as a caller sent it, not decoded.
+
+    ``digest``: "sha256:" and the SHA-256 of the file in hex, or whatever the caller sent as an
+    upload id. ``data``: the file, None if the caller names an upload. Two sources are equal if
+    their digests are.
+    """
+
+    digest: str
+    data: bytes | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestedControl:
+    """A ControlNet as a caller asks for it; ``image`` is None if the caller sent none."""
+
+    id: str
+    image: ImageSource | None
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """The images and adapters of a request; None means the model's default."""
+
+    image: ImageSource | None = None
+    mask_image: ImageSource | None = None
+    strength: float | None = None
+    reference_images: tuple[ImageSource, ...] = ()
+    loras: tuple[Lora, ...] = ()
+    controls: tuple[RequestedControl, ...] = ()
+    ip_adapter_image: ImageSource | None = None
+    ip_adapter_scale: float | None = None
+
+
+INPUT_FIELDS = tuple(field.name for field in fields(Inputs))
+"""Those of ``OPTIONAL_FIELDS`` that are in ``GenerationRequest.inputs``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,6 +57,7 @@ class GenerationRequest:
     ``keep``: the job continues for a while after its last call disconnects.
     ``embed_record``: write the replay record into each image's file.
     ``preview_every``: a preview every N steps, 0 for none.
+    ``inputs`` is None if the caller set no field of it.
     """
 
     prompt: str
@@ -42,3 +87,4 @@ class GenerationRequest:
     empty_negative_prompt: bool = False
     guidance_rescale: float | None = None
     prompt_syntax: str | None = None
+    inputs: Inputs | None = None

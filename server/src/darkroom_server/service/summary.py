@@ -25,6 +25,7 @@ from darkroom_server.core.errors import (
     Unauthenticated,
     UnknownModel,
     UnknownRequest,
+    UploadNotFound,
 )
 from darkroom_server.core.events import StageSeconds
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, PROMPT_FIELDS
@@ -107,7 +108,13 @@ class RequestObserver(Protocol):
 def outcome_of(error: DarkroomError) -> Outcome:
     """The outcome of a request that ended with ``error``."""
     match error:
-        case InvalidRequest() | UnknownModel() | UnknownRequest() | RequestConflict():
+        case (
+            InvalidRequest()
+            | UnknownModel()
+            | UnknownRequest()
+            | UploadNotFound()
+            | RequestConflict()
+        ):
             return Outcome.INVALID
         case GenerationFailed(reason=Reason.INVALID_REQUEST):  # Only the engine could find out.
             return Outcome.INVALID

@@ -3,7 +3,7 @@
 import math
 import secrets
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from darkroom_server.core.errors import InvalidRequest, Reason, Violation
 from darkroom_server.core.job import (
@@ -13,12 +13,14 @@ from darkroom_server.core.job import (
     Job,
     PromptSyntax,
     SchedulerName,
+    Task,
 )
 from darkroom_server.core.model import EXTRAS, OPTIONAL_FIELDS, ModelInfo
 from darkroom_server.core.prompt_syntax import PromptSyntaxError, PromptTooLong, check_length
 from darkroom_server.core.record import prompts_fit_in_jpeg
 from darkroom_server.service.call_context import REQUEST_ID, RULE, CallContext
-from darkroom_server.service.request import GenerationRequest
+from darkroom_server.service.input_fields import check_inputs, input_values
+from darkroom_server.service.request import INPUT_FIELDS, GenerationRequest
 
 SCHEDULERS = {name.value: name for name in SchedulerName}
 FORMATS = {format.value: format for format in ImageFormat}
@@ -50,7 +52,7 @@ def job_of(
     submitted_at: float,
     deadline: float | None,
 ) -> Job:
-    """The job that ``request`` asks of ``model``; raises ``InvalidRequest``.
+    """The job that ``request`` asks of ``model``, without its images; raises ``InvalidRequest``.
 
     ``submitted_at`` and ``deadline`` are in ``time.monotonic`` seconds.
     """
@@ -93,6 +95,10 @@ def job_of(
         max_sequence_length=fields.max_sequence_length(),
         prompt_syntax=fields.prompt_syntax(),
     )
+    if request.inputs is not None:
+        job = replace(job, **input_values(request.inputs, model))
+    if request.inputs is not None or Task.TEXT_TO_IMAGE not in model.tasks:
+        fields.violations += check_inputs(request.inputs, model, job.steps)
     fields.check_size(job.width, job.height)
     if fields.violations:
         raise InvalidRequest(fields.violations)
@@ -192,8 +198,9 @@ class _Fields:
                 return request.preview_every > 0
             case "prompt_syntax":
                 return request.prompt_syntax == PromptSyntax.WEIGHTED
-        value = getattr(request, name)
-        return value is not None and value is not False and value != ""
+        holder = request.inputs if name in INPUT_FIELDS else request
+        value = getattr(holder, name, None)
+        return value is not None and value is not False and value != "" and value != ()
 
     def size(self, name: str, value: int | None, default: int) -> int:
         """Width or height, in pixels."""

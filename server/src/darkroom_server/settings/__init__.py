@@ -1,5 +1,6 @@
 """The server's settings: each declared once, set by flag, environment variable or file."""
 
+from darkroom_server.settings.images import Images
 from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
 from darkroom_server.settings.network import Network, Security
@@ -14,6 +15,7 @@ from darkroom_server.settings.tree import (
 __all__ = [
     "Dispatch",
     "Engine",
+    "Images",
     "Logs",
     "Models",
     "Network",

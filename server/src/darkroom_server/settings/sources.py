@@ -1,4 +1,4 @@
-"""Parses ``--model`` (a folder, a file or a hub id), and builds each engine's configuration."""
+"""Parses ``--model`` and ``--lora`` (a folder, a file or a hub id) into engine configurations."""
 
 import json
 import re
@@ -6,8 +6,9 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from darkroom_server.core.engine_config import EngineConfig, ModelSource
+from darkroom_server.core.engine_config import AdapterSource, EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
+from darkroom_server.settings.adapters import Adapters
 from darkroom_server.settings.state_folder import measurement_folder
 from darkroom_server.settings.tree import Models, Settings
 
@@ -17,7 +18,7 @@ MODEL_ID = re.compile(r"[\w][\w./-]{0,127}", re.ASCII)
 
 
 def engine_configs(settings: Settings, hub_token: str | None) -> list[EngineConfig]:
-    """Return one configuration per engine; raises ``StartupError`` for an invalid ``--model``."""
+    """Return one configuration per engine; raises ``StartupError`` for an invalid source."""
     config = _engine_config(settings, hub_token)
     devices = settings.engine.device.split(",")
     return [replace(config, device=d) for d in devices for _ in range(settings.engine.engines)]
@@ -40,6 +41,10 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         prompt_cache_bytes=engine.prompt_cache_bytes,
         measurement_cache=str(cache) if cache else None,
         safety_checker=engine.safety_checker,
+        adapters=adapter_sources(settings.adapters, hub_token),
+        max_loras=settings.adapters.max_loras,
+        max_lora_rank=settings.adapters.max_lora_rank,
+        lora_cache_bytes=settings.adapters.lora_cache_bytes,
     )
 
 
@@ -81,6 +86,50 @@ def model_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSo
     return tuple(sources)
 
 
+def adapter_sources(adapters: Adapters, hub_token: str | None = None) -> tuple[AdapterSource, ...]:
+    """Return the source of each adapter: of ``--lora``, then of the files in ``--lora-dir``.
+
+    Raises ``StartupError``.
+    """
+    sources: dict[str, AdapterSource] = {}
+    for text in adapters.lora:
+        name, equals, rest = text.partition("=")
+        if not equals or not MODEL_ID.fullmatch(name):
+            raise StartupError(
+                f"--lora {text}: put NAME= of letters, digits and . _ / - before the adapter"
+            )
+        if name in sources:
+            raise StartupError(f"--lora {text}: another adapter is named {name!r} already")
+        location, revision = _location_of(rest, f"--lora {text}")
+        sources[name] = AdapterSource(
+            id=name, location=location, revision=revision, token=hub_token
+        )
+    for file in adapter_files(adapters.lora_dir) if adapters.lora_dir is not None else ():
+        source = AdapterSource(id=file.stem, location=str(file), from_folder=True)
+        sources.setdefault(file.stem, source)
+    return tuple(sources.values())
+
+
+def adapter_files(folder: str) -> list[Path]:
+    """The files of ``--lora-dir`` whose names can be adapters'. Raises ``StartupError``."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise StartupError(f"--lora-dir {folder}: no such folder")
+    return [file for file in sorted(path.glob("*.safetensors")) if MODEL_ID.fullmatch(file.stem)]
+
+
+def _location_of(text: str, option: str) -> tuple[str, str | None]:
+    """Return location and revision of a path, which wins if it exists, or a hub id."""
+    if _exists(text):
+        return text, None
+    location, at, revision = text.partition("@")
+    if at and not revision:
+        raise StartupError(f"{option}: the revision after @ is missing")
+    if not HUB_ID.fullmatch(location):
+        raise StartupError(f"{option}: no such file or folder, and no hub id either")
+    return location, revision or None
+
+
 def _parse(text: str) -> tuple[str, str, str | None]:
     """Return name, location and revision. A path that exists wins: it may contain @ or =."""
     if _exists(text):
@@ -94,12 +143,8 @@ def _parse(text: str) -> tuple[str, str, str | None]:
         return name or _name_of(rest), rest, None
     if rest == DEMO:
         return name or DEMO, str(files("darkroom_server") / "demo_model"), None
-    location, at, revision = rest.partition("@")
-    if at and not revision:
-        raise StartupError(f"--model {text}: the revision after @ is missing")
-    if not HUB_ID.fullmatch(location):
-        raise StartupError(f"--model {text}: no such file or folder, and no hub id either")
-    return name or location, location, revision or None
+    location, revision = _location_of(rest, f"--model {text}")
+    return name or location, location, revision
 
 
 def _exists(text: str) -> bool:

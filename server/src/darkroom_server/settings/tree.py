@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Predicate
 
 from darkroom_server.core.engine_config import PROMPT_CACHE_BYTES, Attention, Dtype, Preset
+from darkroom_server.settings.adapters import Adapters
+from darkroom_server.settings.images import Images
 from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
 from darkroom_server.settings.network import Network, Security
@@ -302,11 +304,13 @@ class Settings:
     """All settings. Each part of the server receives only its own section."""
 
     models: Models = field(default_factory=Models)
+    adapters: Adapters = field(default_factory=Adapters)
     engine: Engine = field(default_factory=Engine)
     storage: Storage = field(default_factory=Storage)
     network: Network = field(default_factory=Network)
     security: Security = field(default_factory=Security)
     dispatch: Dispatch = field(default_factory=Dispatch)
+    images: Images = field(default_factory=Images)
     results: Results = field(default_factory=Results)
     shutdown: Shutdown = field(default_factory=Shutdown)
     logs: Logs = field(default_factory=Logs)

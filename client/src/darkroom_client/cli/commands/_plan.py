@@ -10,6 +10,7 @@ from pathlib import Path
 
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.request import GenerationRequest
+from darkroom_client.cli._inputs import inputs_of
 from darkroom_client.cli.commands._names import distinct, slug
 
 # Short seeds: they are part of file names, and people type them.
@@ -67,7 +68,7 @@ def request_of(
 ) -> GenerationRequest:
     """The request of ``prompt`` with the options of the command line; ``seed`` if it has none."""
     width, height = arguments.size
-    return GenerationRequest(
+    request = GenerationRequest(
         prompt=prompt,
         model=arguments.model,
         negative_prompt=arguments.negative,
@@ -91,6 +92,7 @@ def request_of(
         empty_negative_prompt=arguments.empty_negative,
         prompt_syntax=arguments.prompt_syntax,
     )
+    return replace(request, **inputs_of(arguments))
 
 
 def _prompts(arguments: argparse.Namespace) -> Iterator[str]:

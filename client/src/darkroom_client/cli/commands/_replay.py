@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     record = ReplayRecord.from_file(arguments.record)
     _check_output(arguments, record)
     with connect(arguments) as client:
-        image = client.replay(record).images[0]
+        image = client.replay(record, images=arguments.input).images[0]
     if arguments.output is not None:
         image.save(arguments.output, overwrite=arguments.overwrite)
     console = open_console()

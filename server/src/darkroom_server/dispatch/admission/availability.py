@@ -13,6 +13,7 @@ from darkroom_server.core.errors import (
 )
 from darkroom_server.core.events import Correction
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.dispatch.adapters import AdapterStatus, adapters_of
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.estimation.load_times import LoadTimes
 from darkroom_server.dispatch.observer import Observer, ReadyChanged
@@ -69,6 +70,12 @@ class Availability:
         if not self._loaded.is_set():
             return State.LOADING
         return State.READY if self._pool.ready else State.RECOVERING
+
+    @property
+    def adapters(self) -> list[AdapterStatus]:
+        """The adapters of all loaded models, by id."""
+        resident = [key for engine in self._pool.engines for key in engine.adapters]
+        return adapters_of(self.models, resident)
 
     def resolve(self, asked: str) -> str:
         """The id of the model that a request means; "" means the only one.

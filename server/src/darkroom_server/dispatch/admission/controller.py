@@ -56,6 +56,9 @@ class AdmissionController:
         if not self._pool.has_room(active):
             waiting = [active.job for active in self._registry.queue()]
             self.limits.check(job, waiting, self._estimator.retry_after)
+        if active.input_bytes:
+            held = sum(each.input_bytes for each in self._registry.all() if not each.ended)
+            self.limits.check_inputs(active.input_bytes, held, self._estimator.retry_after)
         active.estimate = self._estimator.estimate(active)
         if self._early_refusal and job.deadline is not None:
             self._estimator.check_deadline(job.deadline, active.estimate)

@@ -7,6 +7,7 @@ from darkroom_server.core.engine import Engine
 from darkroom_server.core.events import BatchDone, Correction, EngineReady, MemoryReport
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.residency import resident_bytes
+from darkroom_server.dispatch.adapters import AdapterKey
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache
 from darkroom_server.dispatch.estimation.simulation import Load
@@ -25,8 +26,9 @@ class EngineHandle:
     """The dispatcher's view of one engine.
 
     ``jobs``: those that the engine has, by id, whether or not a caller still wants them.
-    ``memory``: its last report. ``batches``: the number that it ran; ``last_rows``: the rows of the
-    last one. ``healthy_since_crash``: it finished a job since a death was last attributed to one.
+    ``memory``: its last report. ``adapters``: the bytes of those that it has in memory.
+    ``batches``: the number that it ran; ``last_rows``: the rows of the last one.
+    ``healthy_since_crash``: it finished a job since a death was last attributed to one.
     ``loaded``: it was ready once. ``retired``: it is never started again.
     ``starts_without_resources``: starts in a row that failed because the machine was exhausted.
     """
@@ -45,6 +47,7 @@ class EngineHandle:
         self.models: dict[str, ModelInfo] = {}
         self.batch_times = BatchTimeModel()
         self.memory: MemoryReport | None = None
+        self.adapters: dict[AdapterKey, int] = {}
         self.batches = 0
         self.last_rows = 0
         self._row_limits: dict[Group, int] = {}

@@ -53,13 +53,16 @@ class ActiveJob:
     that took a step. ``crashes``: engines that died while it ran; ``crashed_at``: when the last one
     did (``time.monotonic`` seconds). ``reattach_grace``: seconds that it continues without a
     subscription, infinite if it does not need one. ``on_unsubscribed`` is called after that.
-    ``caller``: the one that began it.
+    ``caller``: the one that began it. ``input_bytes``: the pixels that it brings; it holds them
+    until it ends.
     """
 
     def __init__(self, job: Job, model: ModelInfo, caller: Caller = ANONYMOUS) -> None:
         self.job = job
         self.caller = caller
         self.model = model
+        brings = job.image or job.reference_images or job.controls or job.ip_adapter_image
+        self.input_bytes = sum(each.size_bytes for each in job.pictures) if brings else 0
         self.state = JobState.NEW
         self.engine: EngineHandle | None = None
         self.position: int | None = None
@@ -263,6 +266,8 @@ class ActiveJob:
         if self._result is not None:
             return None
         self._result = result
+        if self.input_bytes:
+            self.job = self.job.without_pixels()
         self._ended.set()
         if self._grace_timer is not None:
             self._grace_timer.cancel()

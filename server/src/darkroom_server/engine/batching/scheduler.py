@@ -23,7 +23,7 @@ class BatchScheduler:
     A job is a newcomer until its prompts are encoded. Then its samples wait for batches until each
     took its last step. The job is removed when its last image is decoded, or when it ends early.
     ``encode_slowly`` are the ids of models whose prompts take long to encode. ``residency`` bounds
-    what unfinished samples hold.
+    what unfinished samples hold. A batch has at most ``max_adapters`` different adapters.
     Used from the loop's thread only.
     """
 
@@ -33,7 +33,9 @@ class BatchScheduler:
         residency: Residency,
         emit: Callable[[Event], None],
         encode_slowly: Container[str] = (),
+        max_adapters: int | None = None,
     ) -> None:
+        self._max_adapters = max_adapters
         self._encode_slowly = encode_slowly
         self._row_limits = row_limits
         self._residency = residency
@@ -57,9 +59,22 @@ class BatchScheduler:
         """The resident job of ``sample``. Raises ``KeyError`` if it was removed."""
         return self._jobs[sample.job.id]
 
-    def add(self, job: Job) -> None:
-        """Take a new job; the next ``take_newcomers`` returns it."""
-        self._jobs[job.id] = self._newcomers[job.id] = ResidentJob(job, self._emit)
+    @property
+    def adapters_in_use(self) -> set[tuple[str, str]]:
+        """The adapters of all resident jobs, each with its model's id first."""
+        jobs = [resident.job for resident in self._jobs.values()]
+        return {(job.model, lora.id) for job in jobs for lora in job.loras}
+
+    def add(self, job: Job, *, ready: bool = True) -> None:
+        """Take a new job; it is a newcomer once it is ``ready``: its adapters are in memory."""
+        self._jobs[job.id] = ResidentJob(job, self._emit)
+        if ready:
+            self.set_ready(job.id)
+
+    def set_ready(self, job_id: str) -> None:
+        """Let the next ``take_newcomers`` return a job; an unknown id is ignored."""
+        if resident := self._jobs.get(job_id):
+            self._newcomers[job_id] = resident
 
     def extend(self, job_id: str, deadline: float | None) -> None:
         """Replace a job's deadline; an unknown id is ignored."""
@@ -128,7 +143,7 @@ class BatchScheduler:
         max_rows = self._row_limits[group.model].next_rows(
             group, waiting, self._residency.held_bytes
         )
-        keys = pick([sample.key() for sample in samples.values()], max_rows)
+        keys = pick([sample.key() for sample in samples.values()], max_rows, self._max_adapters)
         return Batch.of([samples[key.id] for key in keys])
 
     def max_rows(self, group: Group) -> int:

@@ -1,14 +1,16 @@
 """Prompts to embeddings: each distinct text once, in batches, with a cache."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import PromptSyntax
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters
+from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.weighted_prompts import WeightedPromptEncoder
 from darkroom_server.engine.counters import Counts
@@ -22,11 +24,15 @@ MAX_BATCH = 16
 
 
 class PromptKey(NamedTuple):
-    """What decides a prompt's embedding, to the last bit; ``alone``: in a call of its own."""
+    """What decides a prompt's embedding, to the last bit; ``alone``: in a call of its own.
+
+    ``mix`` are the adapters of the text encoder.
+    """
 
     text: str
     alone: bool
     syntax: PromptSyntax = PromptSyntax.PLAIN
+    mix: Mix = ()
 
 
 class PromptEncoder:
@@ -34,7 +40,8 @@ class PromptEncoder:
 
     ``dtype`` is the denoiser's. The cache has at most ``max_cache_bytes`` bytes. A prompt of an
     exact job is encoded in a call of its own, because a batch may change the last bits, and has a
-    cache entry of its own. So is each weighted prompt, which needs ``weighted``.
+    cache entry of its own; so has one with adapters. So is each weighted prompt, which needs
+    ``weighted``. ``adapters`` are the model's, None if it has none.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class PromptEncoder:
         self._precision = precision
         self._weighted = weighted
         self._max_cache_bytes = max_cache_bytes
+        self.adapters: ModelAdapters | None = None
         self._cache: OrderedDict[PromptKey, Embedding] = OrderedDict()
 
     @property
@@ -77,11 +85,9 @@ class PromptEncoder:
         self.counts[Counted.PROMPTS_CACHED] += len(found)
         for key in found:
             self._cache.move_to_end(key)
-        shared = [key for key in missing if not key.alone]
-        batches = [shared[i : i + MAX_BATCH] for i in range(0, len(shared), MAX_BATCH)]
-        batches += [[key] for key in missing if key.alone]
-        for batch in batches:
-            encoded = dict(zip(batch, self._encode_batch(batch), strict=True))
+        for batch in _batches(missing):
+            with nullcontext() if self.adapters is None else self.adapters.encoding(batch[0].mix):
+                encoded = dict(zip(batch, self._encode_batch(batch), strict=True))
             self.counts[Counted.PROMPTS_ENCODED] += len(batch)
             found.update(encoded)
             self._cache.update(encoded)  # Before the next batch, which may fail.
@@ -128,3 +134,17 @@ class PromptEncoder:
             Embedding(hidden[i : i + 1].clone(), truncated=length > limit)
             for i, length in enumerate(lengths)
         ]
+
+
+def _batches(keys: Sequence[PromptKey]) -> list[list[PromptKey]]:
+    """The prompts of each call; those of one call have the same adapters."""
+    shared: dict[Mix, list[PromptKey]] = {}
+    for key in keys:
+        if not key.alone:
+            shared.setdefault(key.mix, []).append(key)
+    batches = [
+        together[i : i + MAX_BATCH]
+        for together in shared.values()
+        for i in range(0, len(together), MAX_BATCH)
+    ]
+    return batches + [[key] for key in keys if key.alone]

@@ -23,6 +23,7 @@ from darkroom_server.core.model import (
     SchedulerOffer,
     StrengthRounding,
 )
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters
 from darkroom_server.engine.components.decoder import NO_OPTIONS, Decoder
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
@@ -52,6 +53,10 @@ class Model(Protocol):
     info: ModelInfo
     previewer: Previewer | None
     safety: SafetyChecker | None
+
+    @property
+    def adapters(self) -> ModelAdapters | None:
+        """The adapters of the rows of its batches, None if the server offers it none."""
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +108,9 @@ class Family(ABC):
     ``own_task`` is what ``pipeline_class`` does, ``tasks`` names the classes of diffusers that do
     further tasks with the same components. ``strength_rounding`` is that of their steps.
     ``half`` says how it runs in half precision.
-    ``chosen_size`` is the default width and height that the operator set, in pixels.
+    ``takes_loras``: the rows of its denoiser may have LoRA adapters.
+    ``chosen_size`` is the default width and height that the operator set, in pixels. ``adapters``
+    are set before ``new_model``, None if the server offers none for this pipeline.
     """
 
     pipeline_class: ClassVar[str]
@@ -118,10 +125,12 @@ class Family(ABC):
     tasks: ClassVar[Mapping[Task, str]] = {}
     strength_rounding: ClassVar[StrengthRounding] = StrengthRounding.SKIPPED
     half: ClassVar[HalfPrecision] = HalfPrecision()
+    takes_loras: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.chosen_size: int | None = None
+        self.adapters: ModelAdapters | None = None
 
     @classmethod
     @abstractmethod

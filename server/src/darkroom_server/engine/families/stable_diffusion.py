@@ -14,6 +14,8 @@ from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job, PromptSyntax, Task
 from darkroom_server.core.model import ModelInfo, ModelLimits, StrengthRounding
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters, denoising
+from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
@@ -169,6 +171,10 @@ class StableDiffusion(Family):
     ) -> "StableDiffusionModel":
         """The model to serve; its pipeline is on ``device``, in ``memory_format``, and measured."""
         pipeline = self.pipeline
+        self._prompts.adapters = self.adapters
+        image_runs = self._image_runs
+        if image_runs is not None:
+            image_runs = replace(image_runs, adapters=self.adapters)
         return StableDiffusionModel(
             info=info,
             prompts=self._prompts,
@@ -182,7 +188,8 @@ class StableDiffusion(Family):
             latent_factor=self.latent_factor,
             device=device,
             memory_format=memory_format,
-            image_runs=self._image_runs,
+            image_runs=image_runs,
+            adapters=self.adapters,
         )
 
 
@@ -254,6 +261,7 @@ class StableDiffusionModel:
     device: torch.device
     memory_format: MemoryFormat
     image_runs: Runs | None = None
+    adapters: ModelAdapters | None = None
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -294,6 +302,7 @@ class StableDiffusionModel:
                 latent_shape=shape,
                 device=self.device,
                 dtype=self.memory_format.dtype,
+                adapter_key=None if self.adapters is None else self.adapters.group_key(job),
             )
             for index in job.image_indices
         ]
@@ -317,7 +326,8 @@ class StableDiffusionModel:
             else denoiser_call(sample)
             for sample in samples
         ]
-        outputs = self.image_runs.denoise(calls)
+        with denoising(self.adapters, [(sample.job, sample.rows) for sample in samples]):
+            outputs = self.image_runs.denoise(calls)
         return [
             output[0] if isinstance(sample, LatentSample) else output
             for sample, output in zip(samples, outputs, strict=True)
@@ -328,7 +338,8 @@ class StableDiffusionModel:
         latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
         context = torch.cat([e.hidden for s in samples for e in s.embeddings])
         timesteps = torch.stack([s.timestep.float() for s in samples for _ in range(s.rows)])
-        with self.precision():
+        jobs = [(sample.job, sample.rows) for sample in samples]
+        with self.precision(), denoising(self.adapters, jobs):
             predicted: torch.Tensor = self.unet(
                 latents.contiguous(memory_format=self.memory_format.layout),
                 timesteps.to(latents.device),
@@ -354,9 +365,10 @@ class StableDiffusionModel:
     def _prompts_of(self, job: Job) -> list[PromptKey]:
         """What is encoded for each row of an image, in the order of the rows."""
         texts = [job.negative_prompt] if self.info.rows_per_image(job) == 2 else []
+        mix: Mix = () if self.adapters is None else self.adapters.encoder_mix(job)
         # Weighted prompts are never encoded together, so exact jobs share theirs with others.
         alone = job.exact or job.prompt_syntax is PromptSyntax.WEIGHTED
-        return [PromptKey(text, alone, job.prompt_syntax) for text in [*texts, job.prompt]]
+        return [PromptKey(text, alone, job.prompt_syntax, mix) for text in [*texts, job.prompt]]
 
 
 def _random_normal(

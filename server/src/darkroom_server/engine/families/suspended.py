@@ -286,7 +286,7 @@ class SuspendedFamily(Family):
         )
         return SuspendedModel(
             info=info,
-            runs=self._runs,
+            runs=replace(self._runs, adapters=self.adapters),
             is_truncated=self.is_truncated,
             decoder=decoder,
             previewer=previewer,

@@ -50,6 +50,7 @@ class Undescribed(SuspendedFamily):
     """
 
     convolutional = False
+    takes_loras = False
     has_previews = False
     half = UNDESCRIBED
     denoisers: ClassVar[tuple[str, ...]]

@@ -12,6 +12,7 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import ModelLoad
 from darkroom_server.core.job import Task
 from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
+from darkroom_server.engine.adapters.offering import Adapters, model_adapters
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of
 from darkroom_server.engine.components.weighted_prompts import compel_is_installed
@@ -38,12 +39,12 @@ log = structlog.get_logger(__name__)
 
 
 def load_model(
-    source: ModelSource, config: EngineConfig
+    source: ModelSource, config: EngineConfig, adapters: Adapters
 ) -> tuple[Model, ModelLoad, MeasurementCache]:
     """The model of ``source``, on its device, warmed up and measured. Raises ``StartupError``.
 
     What an earlier engine of this server measured, or an earlier start, is not measured again. The
-    cache is that of the model's measurements.
+    cache is that of the model's measurements. ``adapters`` records which of them fit the model.
     """
     began = time.monotonic()
     previous = next((info for info in config.previous_measurements if info.id == source.id), None)
@@ -56,7 +57,7 @@ def load_model(
         log.warning("a setting is risky for this model", model=source.id, why=risk)
     needed, available = check_weights_fit(files, runtime)
     try:
-        return _load(files, runtime, config, previous, began)
+        return _load(files, runtime, config, adapters, previous, began)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -72,6 +73,7 @@ def _load(
     files: ModelFiles,
     runtime: Runtime,
     config: EngineConfig,
+    adapters: Adapters,
     previous: ModelInfo | None,
     began: float,
 ) -> tuple[Model, ModelLoad, MeasurementCache]:
@@ -92,26 +94,38 @@ def _load(
         return nullcontext() if vae_is_upcast(pipeline) else precision()
 
     family.prepare(memory_format, precision, config)
+    offered = adapters.offer(source.id, family, memory_format.dtype)
+    if adapters.may_fit(family):
+        family.adapters = model_adapters(
+            family, memory_format, runtime.device, precision, config.max_loras
+        )
+    takes_loras = family.adapters is not None
     decoder = Decoder(family.vae, vae_precision)
     without_extra = frozenset(() if compel_is_installed() else ("prompt_syntax",))
+    fields = family.optional_fields | family.image_fields | ({"loras"} if takes_loras else set())
     measured = measure(family, decoder, memory_format, runtime, config, previous)
     info = ModelInfo(
         id=source.id,
         revision=revision_of(source, pipeline),
         kind=family.pipeline_class,
         defaults=_model_defaults(family, defaults),
-        limits=replace(family.limits(measured.max_rows), row_limit_source=measured.source),
+        limits=replace(
+            family.limits(measured.max_rows),
+            row_limit_source=measured.source,
+            max_loras=config.max_loras if takes_loras else 0,
+        ),
         schedulers=family.scheduler_offers,
         runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
         memory=measured.memory,
         speed=measured.speed,
         most_rows=measured.most_rows,
         guidance=family.guidance,
-        optional_fields=(family.optional_fields | family.image_fields) - without_extra,
+        optional_fields=fields - without_extra,
         fields_without_extra=family.optional_fields & without_extra,
         unbatched_reason=family.unbatched_reason,
         tasks=tuple(family.task_classes),
         strength_rounding=family.strength_rounding,
+        adapters=offered,
     )
     log.info(
         "model loaded",

@@ -8,6 +8,7 @@ import torch
 
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import EngineReady, Event
+from darkroom_server.engine.adapters.offering import Adapters
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.loading.load_model import load_model
@@ -30,16 +31,18 @@ def start_loop(
         # CUDA events are recorded on the current device, which must be this engine's.
         torch.cuda.set_device(device)
     models, loads, caches = {}, [], {}
+    adapters = Adapters.of(config)
     for source in config.models:
         with torch.inference_mode():
-            model, load, cache = load_model(source, config)
+            model, load, cache = load_model(source, config, adapters)
         models[source.id], caches[source.id] = model, cache
         loads.append(load)
     if len(models) > 1:
         _share_memory(models.values(), config, device)
     infos = tuple(model.info for model in models.values())
     seconds = time.monotonic() - began
-    return EngineLoop(models, emit, caches), EngineReady(infos, seconds, tuple(loads))
+    loop = EngineLoop(models, emit, caches, adapters.setup())
+    return loop, EngineReady(infos, seconds, tuple(loads))
 
 
 def _share_memory(models: Iterable[Model], config: EngineConfig, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from darkroom_server.core.job import PromptSyntax
+from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.pipelines.calls import (
     DecodeCall,
     DenoiserCall,
@@ -70,14 +71,18 @@ class HostedPipeline:
         arguments: Mapping[str, Any],
         own: Mapping[str, Any],
         syntax: PromptSyntax = PromptSyntax.PLAIN,
+        encoder_mix: Mix = (),
     ) -> Coroutine:
         """A run of the pipeline with ``arguments``, not yet started; its result is the pipeline's.
 
-        ``own`` are further components that the run does not share. ``syntax`` is its prompts'.
+        ``own`` are further components that the run does not share. ``syntax`` is its prompts', and
+        ``encoder_mix`` are the adapters with which they are encoded.
         """
         pipeline = copy.copy(self._template)
         # Past diffusers' ``__setattr__``, which would change the configuration that is shared.
-        pipeline.__dict__.update(own, scheduler=scheduler, prompt_syntax=syntax)
+        pipeline.__dict__.update(
+            own, scheduler=scheduler, prompt_syntax=syntax, encoder_mix=encoder_mix
+        )
         for name in self._isolated:
             module = sharing_copy(getattr(pipeline, name))
             _suspend_forward(module, self.device.type, as_tuples=False)
@@ -173,6 +178,7 @@ def _hosted_class(
     members: dict[str, Any] = {
         # diffusers looks for it in every module of every component.
         "_execution_device": device,
+        "encoder_mix": (),
         "progress_bar": progress_bar,
         # It resets the hooks of the modules that are shared.
         "maybe_free_model_hooks": lambda self: None,
@@ -194,7 +200,7 @@ def _remembered(
         given = signature.bind(self, *args, **kwargs).arguments
         del given["self"]
         try:
-            key = memo_key([self.prompt_syntax, sorted(given.items())])
+            key = memo_key([self.prompt_syntax, self.encoder_mix, sorted(given.items())])
         except TypeError:
             # Given embeddings: there is nothing to encode.
             return encode(self, *args, **kwargs)

@@ -12,6 +12,7 @@ from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters, denoising
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.safety_checker import SafetyChecker
@@ -47,6 +48,11 @@ class SuspendedModel:
         return self.runs.host.device
 
     @property
+    def adapters(self) -> ModelAdapters | None:
+        """The adapters of its jobs."""
+        return self.runs.adapters
+
+    @property
     def counts(self) -> tuple[Counts, ...]:
         """The counters of the model's components."""
         return (self.prompt_counts, self.decoder.counts)
@@ -73,7 +79,9 @@ class SuspendedModel:
 
     def denoise(self, samples: Sequence[SuspendedSample]) -> list[Any]:
         """One denoiser call: for each sample the output for its rows."""
-        return self.runs.denoise([denoiser_call(sample) for sample in samples])
+        jobs = [(sample.job, sample.rows) for sample in samples]
+        with denoising(self.adapters, jobs):
+            return self.runs.denoise([denoiser_call(sample) for sample in samples])
 
     def decode(self, sample: SuspendedSample) -> NDArray[np.uint8] | Failure:
         """The pixels of a finished sample: [height, width, 3], 0 to 255.

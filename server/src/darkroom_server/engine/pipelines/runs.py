@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from darkroom_server.core.job import Job, SchedulerName, Task
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters
+from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.calls import DenoiserCall, EncodeCall, EncodeImageCall
@@ -36,7 +38,7 @@ class Runs:
     pipeline's call for a job. ``vae_latents`` turns what a scheduler steps for a job into the VAE's
     latents [1, channels, h, w], for previews. ``schedulers`` are templates, by name. ``own`` are
     further components that each run has a copy of. ``images`` encodes input images, None if the
-    model takes none.
+    model takes none. ``adapters`` are those of its jobs.
     """
 
     hosts: Mapping[Task, HostedPipeline]
@@ -47,6 +49,7 @@ class Runs:
     own: Mapping[str, Any]
     precision: Callable[[], AbstractContextManager[Any]]
     images: ImageEncoder | None = None
+    adapters: ModelAdapters | None = None
 
     @property
     def host(self) -> HostedPipeline:
@@ -103,16 +106,18 @@ class Runs:
             vae_latents=self.vae_latents,
             prompt_truncated=prompt_truncated,
             device=self.host.device,
+            adapter_key=None if self.adapters is None else self.adapters.group_key(job),
         )
+        mix: Mix = () if self.adapters is None else self.adapters.encoder_mix(job)
         arguments = {**self.arguments_of(job), **given, "generator": sample.generator}
-        own = {name: copy.deepcopy(part) for name, part in self.own.items()}
+        own: dict[str, Any] = {name: copy.deepcopy(part) for name, part in self.own.items()}
         encoded = 0
         try:
             host = self.hosts[job.task]
-            sample.start(host.run(scheduler, arguments, own, job.prompt_syntax))
+            sample.start(host.run(scheduler, arguments, own, job.prompt_syntax, mix))
             while isinstance(call := sample.pending, EncodeCall | EncodeImageCall):
                 if isinstance(call, EncodeCall):
-                    sample.resume(self._encode(call))
+                    sample.resume(self._encode(call, mix))
                     encoded += 1
                 else:
                     sample.resume(self.encode_image(call))
@@ -153,7 +158,7 @@ class Runs:
             call = run.start()
             if not isinstance(call, EncodeCall):
                 return False
-            self._encode(call)
+            self._encode(call, ())
             return True
         finally:
             run.end()
@@ -183,9 +188,10 @@ class Runs:
         with self.precision():
             return module(**arguments)
 
-    def _encode(self, call: EncodeCall) -> Any:
+    def _encode(self, call: EncodeCall, mix: Mix) -> Any:
+        encoding = nullcontext() if self.adapters is None else self.adapters.encoding(mix)
         try:
-            with self.precision():
+            with self.precision(), encoding:
                 return call.run()
         except Exception as error:
             raise PromptFailed(error) from error

@@ -1,6 +1,6 @@
 """A sample whose pipeline runs in a coroutine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import structlog
@@ -23,7 +23,8 @@ class UnexpectedCall(RuntimeError):
 class SuspendedSample(Sample):
     """One image: diffusers' own pipeline, suspended at ``pending``, or ended with ``result``.
 
-    With ``spec`` None its denoiser calls are not merged with those of others.
+    With ``spec`` None its denoiser calls are not merged with those of others. ``adapter_key`` must
+    be equal for all rows of a batch.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class SuspendedSample(Sample):
         vae_latents: Callable[[torch.Tensor, Job], torch.Tensor],
         prompt_truncated: bool,
         device: torch.device,
+        adapter_key: Hashable = None,
     ) -> None:
         super().__init__(job, index, scheduler)
         self.pending: Call | None = None
@@ -45,6 +47,7 @@ class SuspendedSample(Sample):
         self._spec = spec
         self._vae_latents = vae_latents
         self._prompt_truncated = prompt_truncated
+        self._adapter_key = adapter_key
         self._coroutine: Coroutine | None = None
         self._group = Group(job.model, job.width, job.height)
         self._rows = 1
@@ -155,7 +158,7 @@ class SuspendedSample(Sample):
         width, height = job.width, job.height
         if known and spec.mixes_sizes:
             width = height = common_square(width, height)
-        self._group = Group(job.model, width, height, key=key)
+        self._group = Group(job.model, width, height, key=(key, self._adapter_key))
 
 
 def denoiser_call(sample: SuspendedSample) -> DenoiserCall:

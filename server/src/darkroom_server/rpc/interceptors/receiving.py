@@ -226,6 +226,13 @@ class Decoding(ContextInterceptor):
         if method.kind in ("unary", "server_stream"):
             return super()._wrapped(behaviour, method)
 
+        if method.kind == "client_stream":
+
+            async def call(requests: AsyncIterator[Any], context: Context) -> Any:
+                return await behaviour(_checked(requests), context)
+
+            return call
+
         async def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             async with aclosing(behaviour(_checked(requests), context)) as responses:
                 async for response in responses:

@@ -19,6 +19,7 @@ from darkroom_server.telemetry.metrics.engine import EngineMetrics
 from darkroom_server.telemetry.metrics.memory import MemoryMetrics
 from darkroom_server.telemetry.metrics.process import ProcessMetrics
 from darkroom_server.telemetry.metrics.requests import RequestMetrics
+from darkroom_server.telemetry.metrics.uploads import UploadMetrics
 
 __all__ = ["Metrics"]
 
@@ -35,6 +36,7 @@ class Metrics(Observer):
         self.registry = CollectorRegistry()
         self.calls = CallMetrics(self._section("gRPC calls"))
         self.requests = RequestMetrics(self._section("Requests and jobs"))
+        self.uploads = UploadMetrics(self._section("Images of callers"))
         self.engine = EngineMetrics(self._section("Engine"))
         self.memory = MemoryMetrics(self._section("Memory and devices"))
         self.process = ProcessMetrics(self._section("Serving process"))

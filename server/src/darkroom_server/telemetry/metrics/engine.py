@@ -43,6 +43,7 @@ ENCODE_BUCKETS = (
     30.0,
 )
 """Seconds of an encode: milliseconds for CLIP, seconds for billions of weights on a CPU."""
+ADAPTER_BUCKETS = (0, 1, 2, 4, 8, 16, 32)
 
 OCCUPANCY_BUCKETS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
@@ -75,6 +76,12 @@ class EngineMetrics:
             "Rows of a batch; an image with guidance takes two.",
             ("model",),
             ROW_BUCKETS,
+        )
+        self.adapters_per_batch = declare.histogram(
+            "darkroom_adapters_per_batch",
+            "Different LoRA adapters among the rows of a batch; batches without any count too.",
+            ("model",),
+            ADAPTER_BUCKETS,
         )
         self.occupancy = declare.histogram(
             "darkroom_occupancy_ratio",
@@ -199,6 +206,7 @@ class EngineMetrics:
             self.joins,
             self.wasted_seconds,
             self.rows_per_step,
+            self.adapters_per_batch,
             self.occupancy,
             self.encode_seconds,
             self.prompt_cache,
@@ -212,6 +220,7 @@ class EngineMetrics:
         if series is None:
             series = self._batch_series[key] = _BatchSeries(self, *key)
         series.seconds.observe(batch.seconds)
+        series.adapters.observe(batch.adapters)
         series.rows.observe(batch.rows)
         series.steps.inc(batch.samples)
         if batch.max_rows:
@@ -268,6 +277,7 @@ class _BatchSeries:
     def __init__(self, engine: EngineMetrics, model: str, rows: int) -> None:
         self.seconds = engine.step_seconds.labels(model, rows_class(rows))
         self.rows = engine.rows_per_step.labels(model)
+        self.adapters = engine.adapters_per_batch.labels(model)
         self.steps = engine.steps.labels(model)
         self.occupancy = engine.occupancy.labels(model)
         self.joins = engine.joins.labels(model)

@@ -5,8 +5,15 @@ from typing import Any
 
 import psutil
 
-from darkroom_server.core.events import EngineReady, MemoryReport, PeakMeasured
+from darkroom_server.core.events import (
+    AdapterEvicted,
+    AdapterLoaded,
+    EngineReady,
+    MemoryReport,
+    PeakMeasured,
+)
 from darkroom_server.core.metric_labels import rows_class, size_class
+from darkroom_server.dispatch import AdapterMemory
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 from darkroom_server.telemetry.metrics.engine import ROWS_HELP
 
@@ -28,6 +35,21 @@ class MemoryMetrics:
             "darkroom_model_memory_bytes",
             "Weights of a model, by component: unet, vae, text_encoder, safety_checker.",
             ("model", "component"),
+        )
+        self.adapter = declare.gauge(
+            "darkroom_adapter_bytes",
+            "Weights of a LoRA adapter in the memory of engines, 0 after its eviction.",
+            ("model", "adapter"),
+        )
+        self.adapter_loads = declare.counter(
+            "darkroom_adapter_loads_total",
+            "LoRA adapters read into an engine's memory.",
+            ("model", "adapter"),
+        )
+        self.adapter_evictions = declare.counter(
+            "darkroom_adapter_evictions_total",
+            "LoRA adapters evicted from an engine's memory to make room for others.",
+            ("model", "adapter"),
         )
         self.pass_peak = declare.gauge(
             "darkroom_peak_memory_bytes",
@@ -70,6 +92,9 @@ class MemoryMetrics:
             EngineReady: self.record_weights,
             PeakMeasured: self.record_peak,
             MemoryReport: self.record_report,
+            AdapterLoaded: self.record_adapter_load,
+            AdapterEvicted: self.record_adapter_eviction,
+            AdapterMemory: self.record_adapter_memory,
         }
 
     def record_weights(self, ready: EngineReady) -> None:
@@ -77,6 +102,18 @@ class MemoryMetrics:
         for load in ready.loads:
             for component, size in load.bytes_by_component.items():
                 self.model.labels(load.model, component).set(size)
+
+    def record_adapter_load(self, loaded: AdapterLoaded) -> None:
+        """An engine has read an adapter."""
+        self.adapter_loads.labels(loaded.model, loaded.adapter).inc()
+
+    def record_adapter_eviction(self, evicted: AdapterEvicted) -> None:
+        """An engine has evicted an adapter."""
+        self.adapter_evictions.labels(evicted.model, evicted.adapter).inc()
+
+    def record_adapter_memory(self, memory: AdapterMemory) -> None:
+        """The bytes of an adapter, in all engines."""
+        self.adapter.labels(memory.model, memory.adapter).set(memory.bytes)
 
     def record_peak(self, peak: PeakMeasured) -> None:
         """The memory of a batch or a decode was measured; the highest counts."""

@@ -1,0 +1,1 @@
+"""LoRA adapters: rows of one denoiser batch with different ones, or none."""

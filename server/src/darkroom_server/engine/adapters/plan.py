@@ -1,0 +1,80 @@
+"""Which slots of adapters the rows of a batch take."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import torch
+
+from darkroom_server.engine.adapters.weights import Mix
+
+
+class Plan:
+    """The adapters of each row of a batch. A layer keeps what it made for a plan while it lasts.
+
+    ``mixes`` has one entry for each row, ``slots`` the slot of each adapter in it. ``gathers``:
+    linear layers may copy the weights of each row.
+    """
+
+    def __init__(
+        self,
+        mixes: Sequence[Mix],
+        slots: Mapping[str, int],
+        *,
+        gathers: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.mixes = tuple(mixes)
+        self.slots = dict(slots)
+        self.gathers = gathers
+        self._dtype = dtype
+        self._device = device
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.mixes)
+
+    @property
+    def common(self) -> Mix | None:
+        """The adapters of all rows, None if rows differ."""
+        return self.mixes[0] if len(set(self.mixes)) == 1 else None
+
+    @property
+    def runs(self) -> list[tuple[int, int, Mix]]:
+        """First row, end and adapters of each run of rows that have the same ones."""
+        runs, start = [], 0
+        for mix, rows in groupby(self.mixes):
+            end = start + len(list(rows))
+            runs.append((start, end, mix))
+            start = end
+        return runs
+
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """[rows, adapters of the row that has most]: slots, -1 in place of a missing adapter."""
+        most = max(map(len, self.mixes))
+        index = [[self.slots[id] for id, _ in mix] + [-1] * (most - len(mix)) for mix in self.mixes]
+        return torch.tensor(index, device=self._device)
+
+    @cached_property
+    def scales(self) -> torch.Tensor:
+        """As ``index``, the scales; 0 in place of a missing adapter."""
+        most = max(map(len, self.mixes))
+        scales = [[s for _, s in mix] + [0.0] * (most - len(mix)) for mix in self.mixes]
+        return torch.tensor(scales, dtype=self._dtype, device=self._device)
+
+    def scales_of(self, slots: Sequence[int]) -> torch.Tensor:
+        """[rows, slots]: how strong each row has the adapter in each of ``slots``."""
+        by_row = [{self.slots[id]: scale for id, scale in mix} for mix in self.mixes]
+        scales = [[row.get(slot, 0.0) for slot in slots] for row in by_row]
+        return torch.tensor(scales, dtype=self._dtype, device=self._device)
+
+
+@dataclass(slots=True)
+class ActivePlan:
+    """The plan of the batch that a module runs, None outside of one and without adapters."""
+
+    plan: Plan | None = None

@@ -1,0 +1,61 @@
+"""Finds the file of a LoRA adapter: a file, a folder with one, or a repository of the hub."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from darkroom_server.core.engine_config import AdapterSource
+from darkroom_server.core.errors import StartupError
+from darkroom_server.engine.failures import one_line
+
+USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""The names that diffusers and PEFT give their files."""
+
+
+def adapter_file(source: AdapterSource) -> Path:
+    """The file of an adapter; downloads it if ``source`` is a hub id. Raises ``StartupError``."""
+    path = Path(source.location).expanduser()
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise StartupError(f"LoRA {source.location!r} is not a .safetensors file: convert it")
+        return path
+    if path.is_dir():
+        return path / _only([file.name for file in path.glob("*.safetensors")], source)
+    return _download(source)
+
+
+def _download(source: AdapterSource) -> Path:
+    options: dict[str, Any] = {"revision": source.revision, "token": source.token}
+    try:
+        try:
+            files = huggingface_hub.list_repo_files(source.location, **options)
+        except OSError:
+            # An earlier download works without the hub and the network.
+            folder = huggingface_hub.snapshot_download(
+                source.location, local_files_only=True, **options
+            )
+            return Path(folder) / _only([f.name for f in Path(folder).iterdir()], source)
+        name = _only([file for file in files if "/" not in file], source)
+        if "adapter_config.json" in files:
+            huggingface_hub.hf_hub_download(source.location, "adapter_config.json", **options)
+        return Path(huggingface_hub.hf_hub_download(source.location, name, **options))
+    except (OSError, ValueError) as error:
+        raise StartupError(
+            f"LoRA {source.location!r} is not cached, and the hub does not provide it "
+            f"({one_line(error)}); check its name, HF_TOKEN and the network, or give a file"
+        ) from error
+
+
+def _only(names: Iterable[str], source: AdapterSource) -> str:
+    """The one adapter's file among ``names``."""
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    usual = [name for name in USUAL_NAMES if name in found]
+    if usual:
+        return usual[0]
+    if len(found) != 1:
+        raise StartupError(
+            f"LoRA {source.location!r} has {len(found)} .safetensors files, not one; give the file"
+        )
+    return found[0]

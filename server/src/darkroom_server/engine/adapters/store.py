@@ -1,0 +1,145 @@
+"""Adapters in memory: read while their jobs wait, the least recently used evicted."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from darkroom_server.core.events import AdapterEvicted, AdapterLoaded, Event
+from darkroom_server.core.job import Job
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters
+from darkroom_server.engine.adapters.reading import AdapterMismatch, parse_adapter
+from darkroom_server.engine.failures import one_line
+
+log = structlog.get_logger(__name__)
+
+Key = tuple[str, str]
+"""The ids of a model and of an adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRead:
+    """The file of an adapter was read; ``data`` is None if it could not. ``began`` is monotonic."""
+
+    key: Key
+    file: Path
+    data: bytes | None
+    began: float
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """The jobs that an adapter's arrival lets go on, and those that fail without it."""
+
+    ready: list[str]
+    failed: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSetup:
+    """The files of the adapters on offer, and the limits of batches and of memory."""
+
+    files: Mapping[Key, Path]
+    max_in_batch: int
+    cache_bytes: int
+
+
+NO_ADAPTERS = AdapterSetup({}, 0, 0)
+
+
+class AdapterStore:
+    """The adapters of all models in memory, together at most ``max_bytes`` bytes, unless in use.
+
+    ``files`` are those of the adapters on offer. Files are read on a thread of the store's own,
+    which passes each to ``receive``; all else is used from the loop's thread only.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelAdapters],
+        files: Mapping[Key, Path],
+        max_bytes: int,
+        receive: Callable[[AdapterRead], None],
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._models = models
+        self._files = files
+        self._max_bytes = max_bytes
+        self._receive = receive
+        self._emit = emit
+        self._bytes: OrderedDict[Key, int] = OrderedDict()
+        self._waiting: dict[str, set[Key]] = {}
+        self._reading: set[Key] = set()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-adapter")
+
+    def request(self, job: Job) -> bool:
+        """Whether the adapters of ``job`` are in memory; those that are not are read soon."""
+        keys = [(job.model, lora.id) for lora in job.loras]
+        missing = {key for key in keys if key not in self._bytes}
+        for key in keys:
+            if key in self._bytes:
+                self._bytes.move_to_end(key)
+        if not missing:
+            return True
+        self._waiting[job.id] = missing
+        for key in missing - self._reading:
+            self._reading.add(key)
+            self._reader.submit(self._read, key, self._files.get(key))
+        return False
+
+    def add(self, read: AdapterRead, in_use: Collection[Key]) -> Arrived:
+        """Keep an adapter that was read; those that are not ``in_use`` may be evicted for it."""
+        self._reading.discard(read.key)
+        kept = self._keep(read, in_use)
+        jobs = [id for id, missing in self._waiting.items() if read.key in missing]
+        ready = []
+        for id in jobs:
+            self._waiting[id].discard(read.key)
+            if kept and self._waiting[id]:
+                continue
+            del self._waiting[id]
+            ready.append(id)
+        return Arrived(ready, []) if kept else Arrived([], ready)
+
+    def close(self) -> None:
+        """Stop to read."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _read(self, key: Key, file: Path | None) -> None:
+        # No torch here: it would keep a pool of threads for this one.
+        began = time.monotonic()
+        data = None
+        try:
+            data = file.read_bytes() if file is not None else None
+        except (OSError, MemoryError) as error:
+            log.warning("adapter cannot be read", adapter=key[1], why=one_line(error))
+        self._receive(AdapterRead(key, file or Path(), data, began))
+
+    def _keep(self, read: AdapterRead, in_use: Collection[Key]) -> bool:
+        model_id, id = read.key
+        if read.data is None:
+            return False
+        model = self._models[model_id]
+        try:
+            model.add(parse_adapter(read.data, read.file, id, model.pipeline))
+        except AdapterMismatch as error:
+            # Its headers did fit: the file has changed.
+            log.warning("adapter does not fit", adapter=id, model=model_id, why=str(error))
+            return False
+        self._bytes[read.key] = size = model.resident[id].bytes_as(model.dtype)
+        self._emit(AdapterLoaded(model_id, id, size, time.monotonic() - read.began))
+        for key in [key for key in self._bytes if key not in in_use and key != read.key]:
+            if sum(self._bytes.values()) <= self._max_bytes:
+                break
+            self._evict(key)
+        return True
+
+    def _evict(self, key: Key) -> None:
+        model_id, id = key
+        del self._bytes[key]
+        self._models[model_id].remove(id)
+        self._emit(AdapterEvicted(model_id, id))

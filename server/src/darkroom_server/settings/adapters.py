@@ -1,0 +1,66 @@
+"""Settings of LoRA adapters: which ones there are, and how much of them a batch and memory hold."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+
+from darkroom_server.settings.option import Setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapters:
+    """The LoRA adapters on offer."""
+
+    lora: Annotated[
+        tuple[str, ...],
+        Setting(
+            "A LoRA adapter on offer: a `.safetensors` file in the layout of diffusers, kohya or "
+            "PEFT, a folder with one, or a hub id. May be given several times.",
+            choose="Requests name it by NAME. An existing path wins over a hub id. The server does "
+            "not start if it fits none of the models. In the environment, separate several by "
+            "commas.",
+            metavar="NAME=PATH_OR_HUB_ID[@REVISION]",
+            default="none",
+        ),
+    ] = ()
+    lora_dir: Annotated[
+        str | None,
+        Setting(
+            "A folder of LoRA adapters: each `.safetensors` file in it is on offer, by its name "
+            "without the ending.",
+            choose="Files that fit no model are logged and left out.",
+            metavar="FOLDER",
+            default="none",
+        ),
+    ] = None
+    max_loras: Annotated[
+        int,
+        Ge(1),
+        Setting(
+            "Most different LoRA adapters in one batch, and in one request.",
+            choose="As many as callers use at the same time. Each takes memory on the device, by "
+            "its rank.",
+            metavar="N",
+        ),
+    ] = 8
+    max_lora_rank: Annotated[
+        int,
+        Ge(1),
+        Setting(
+            "The greatest rank of a LoRA adapter; requests for one with a greater rank are "
+            "rejected.",
+            choose="Bounds the memory and the time that an adapter takes.",
+            metavar="N",
+        ),
+    ] = 128
+    lora_cache_bytes: Annotated[
+        int,
+        Ge(0),
+        Setting(
+            "Host memory for the weights of LoRA adapters, for each engine. When full, the least "
+            "recently used one is evicted.",
+            choose="Adapters of jobs that wait or run are kept, even above the limit.",
+            metavar="BYTES",
+        ),
+    ] = 1024**3
