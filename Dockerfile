@@ -44,14 +44,16 @@ ENV PATH=/opt/darkroom/bin:$PATH \
     DARKROOM_SERVE_STATE_DIR=/var/lib/darkroom/state \
     DARKROOM_SERVE_HOST=0.0.0.0 \
     DARKROOM_SERVE_METRICS_HOST=0.0.0.0 \
+    DARKROOM_SERVE_HTTP_HOST=0.0.0.0 \
+    DARKROOM_SERVE_HTTP_PORT=8000 \
     DARKROOM_SERVE_INSECURE=true \
     DARKROOM_SERVE_DRAIN_DELAY=3
 USER 10001:10001
 WORKDIR /var/lib/darkroom
 # Nothing else is written: the root file system may be read-only.
 VOLUME /var/lib/darkroom/huggingface /var/lib/darkroom/state
-# gRPC, and Prometheus metrics
-EXPOSE 50051 9464
+# gRPC, HTTP, and Prometheus metrics
+EXPOSE 50051 8000 9464
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
     CMD ["darkroom-server", "healthcheck"]

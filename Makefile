@@ -49,8 +49,8 @@ demo: setup ## start a server, generate a few images into demo-output/, stop
 	@$(BIN)/python examples/demo.py
 
 .PHONY: serve
-serve: setup ## serve the demo model on this machine; options in SERVE_FLAGS
-	@exec $(BIN)/darkroom-server serve $(SERVE_FLAGS)
+serve: setup ## serve the demo model on this machine, HTTP on port 8000; options in SERVE_FLAGS
+	@exec $(BIN)/darkroom-server serve --http-port 8000 $(SERVE_FLAGS)
 
 # ---- check ----
 
@@ -61,7 +61,7 @@ test: setup ## run the tests: no network, no GPU; options in PYTEST_FLAGS
 	@! command -v npm >/dev/null || $(MAKE) --no-print-directory $(NODE_MODULES)
 	@$(BIN)/pytest $(PYTEST_FLAGS)
 
-test-tools: ## install promtool, Prometheus and Node for the tests, by apt; needs root
+test-tools: ## install promtool, Prometheus, Node and Chromium for the tests, by apt; needs root
 	@tools/test_tools.sh yes
 
 .PHONY: test-gpu
@@ -263,7 +263,7 @@ clean: ## delete what was built, the environments too
 	@echo "installing into .venv"
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -r requirements-dev.txt
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation \
-	    -e protos -e 'client[cli,pil,numpy]' -e 'server[otel,prompt-weights]'
+	    -e protos -e 'client[cli,pil,numpy]' -e 'server[http,otel,prompt-weights]'
 	@touch $@
 
 # numpy's lowest version has no wheel for a Python newer than 3.12.
@@ -272,7 +272,7 @@ clean: ## delete what was built, the environments too
 	@$(BIN)/python -m tools.lowest_versions >.venv-lowest/constraints.txt
 	@echo "installing into .venv-lowest"
 	@.venv-lowest/bin/python $(PIP_INSTALL) -c .venv-lowest/constraints.txt $(LOWEST_TOOLS) \
-	    -e protos -e 'client[cli,pil,numpy]' -e 'server[otel,prompt-weights]'
+	    -e protos -e 'client[cli,pil,numpy]' -e 'server[http,otel,prompt-weights]'
 	@touch $@
 
 .venv-lock/.installed:

@@ -22,8 +22,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-PROGRAMS = {"promtool": ["promtool"], "prometheus": ["prometheus"], "node": ["node", "npm"]}
-"""What a test may need by ``@pytest.mark.needs``: `make test-tools` installs it."""
+PROGRAMS = {
+    "promtool": ["promtool"],
+    "prometheus": ["prometheus"],
+    "node": ["node", "npm"],
+    "chromium": ["chromium|google-chrome", "chromedriver"],
+}
+"""What a test may need by ``@pytest.mark.needs``: `make test-tools` installs it. "|" is "or"."""
+
+
+def is_installed(program: str) -> bool:
+    return any(map(shutil.which, program.split("|")))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,7 +40,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test if a program that it says it needs is not installed."""
     for marker in item.iter_markers("needs"):
         for tool in marker.args:
-            if not all(map(shutil.which, PROGRAMS[tool])):
+            if not all(map(is_installed, PROGRAMS[tool])):
                 pytest.skip(f"needs {tool}")
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install what the tests run and pip does not bring: promtool, Prometheus, Node and npm, by apt.
+# Install what the tests run and pip does not bring: promtool, Prometheus, Node, npm and Chromium
+# with its driver, by apt.
 #
 # test_tools.sh yes    install what is missing; fails without root, without apt, or if apt fails
 # test_tools.sh auto   the same if CI=true; as root in a container try to; elsewhere do nothing
@@ -16,9 +17,10 @@ in_container() {
 
 missing() {
     local program
-    for program in promtool prometheus node npm; do
+    for program in promtool prometheus node npm chromedriver; do
         command -v "$program" >/dev/null || printf '%s ' "$program"
     done
+    command -v chromium >/dev/null || command -v google-chrome >/dev/null || printf 'chromium '
 }
 
 # One after the other: the nodejs package of some sources brings npm, and conflicts with Debian's.
@@ -34,7 +36,10 @@ install_missing() {
     echo "installing $(missing)by apt"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq || return 1
-    apt_install prometheus promtool prometheus && apt_install nodejs node && apt_install npm npm
+    apt_install prometheus promtool prometheus && apt_install nodejs node && apt_install npm npm \
+        && apt_install chromium-driver chromedriver
+    # The tests take either browser.
+    command -v google-chrome >/dev/null || apt_install chromium chromium
 }
 
 # apt_install PACKAGE PROGRAM...: install the package if one of its programs is missing

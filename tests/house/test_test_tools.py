@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("promtool", "prometheus", "node", "npm")
+PROGRAMS = ("promtool", "prometheus", "node", "npm", "chromedriver", "chromium")
 SKIPPING = """
 import pytest
 
@@ -67,11 +67,11 @@ def test_what_is_missing_is_installed(
 ) -> None:
     done = run_script(mode, {**bare, "CI": ci})
     assert done.returncode == 0, done.stderr
-    assert installed(tmp_path) == ["prometheus", "nodejs", "npm"]
+    assert installed(tmp_path) == ["prometheus", "nodejs", "npm", "chromium-driver", "chromium"]
 
 
 def test_only_what_is_missing_is_installed(bare: dict[str, str], tmp_path: Path) -> None:
-    for program in ("node", "npm"):
+    for program in ("node", "npm", "chromedriver", "google-chrome"):
         (Path(bare["PATH"]) / program).symlink_to("/bin/true")
     assert run_script("yes", bare).returncode == 0
     assert installed(tmp_path) == ["prometheus"]

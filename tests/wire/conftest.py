@@ -24,6 +24,7 @@ class LogReader:
     def __init__(self, stream: IO[str]) -> None:
         self.lines: list[str] = []
         self.address = ""
+        self.http = ""
         self.located = threading.Event()
         self._stream = stream
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -33,7 +34,8 @@ class LogReader:
         for line in self._stream:
             self.lines.append(line)
             if not self.address and line.startswith("{"):
-                self.address = json.loads(line).get("address", "")
+                found = json.loads(line)
+                self.address, self.http = found.get("address", ""), found.get("http", "")
                 if self.address:
                     self.located.set()
         # The server has ended: wake the thread that waits for its address.
@@ -46,10 +48,11 @@ class LogReader:
 
 
 @contextmanager
-def running_server(*models: str) -> Iterator[str]:
-    """The address of a ready server with ``models``, or the demo model; its exit code must be 0.
+def running_server(*models: str) -> Iterator[tuple[str, str]]:
+    """The addresses of a ready server with ``models``, or the demo model, for gRPC and HTTP.
 
-    It computes like plain diffusers: float32, no autocast. A model is NAME=FOLDER.
+    Its exit code must be 0. It computes like plain diffusers: float32, no autocast. A model is
+    NAME=FOLDER.
     """
     command = [
         sys.executable,
@@ -59,6 +62,8 @@ def running_server(*models: str) -> Iterator[str]:
         "--port",
         "0",
         "--metrics-port",
+        "0",
+        "--http-port",
         "0",
         "--dtype",
         "float32",
@@ -80,7 +85,7 @@ def running_server(*models: str) -> Iterator[str]:
                 pytest.fail(f"the server did not start:\n{log.join()}")
             with Client(log.address, insecure=True) as client:
                 client.wait_until_ready(READY_SECONDS)
-            yield log.address
+            yield log.address, log.http
         finally:
             server.terminate()
             code = server.wait(60)
@@ -88,7 +93,19 @@ def running_server(*models: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def address() -> Iterator[str]:
-    """The address of one server for all tests."""
-    with running_server() as address:
-        yield address
+def addresses() -> Iterator[tuple[str, str]]:
+    """The addresses of one server for all tests."""
+    with running_server() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def address(addresses: tuple[str, str]) -> str:
+    """Its address for gRPC."""
+    return addresses[0]
+
+
+@pytest.fixture(scope="session")
+def http_url(addresses: tuple[str, str]) -> str:
+    """Its URL for HTTP."""
+    return f"http://{addresses[1]}"

@@ -46,7 +46,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("models")
     folders = {"xl": write_sdxl(folder / "xl"), "flux": write_dev(folder / "flux")}
-    with running_server(*(f"{name}={path}" for name, path in folders.items())) as address:
+    with running_server(*(f"{name}={path}" for name, path in folders.items())) as (address, _):
         yield Served(address, folders)
 
 

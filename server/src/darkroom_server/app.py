@@ -1,12 +1,15 @@
 """The server as a whole: the only file that knows every part."""
 
 import asyncio
+import importlib
 import logging
 import os
 import signal
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -16,12 +19,12 @@ from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.caller import ANONYMOUS
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.engine_config import Preset
-from darkroom_server.dispatch import Dispatcher, LoadTimes, ResultStore, State
+from darkroom_server.core.errors import StartupError
+from darkroom_server.dispatch import Dispatcher, LoadTimes, PeerAddresses, ResultStore, State
 from darkroom_server.logs import LogWriter
-from darkroom_server.rpc.interceptors.call_context import PeerAddresses
 from darkroom_server.rpc.server import RpcServer
 from darkroom_server.security.bind_policy import check_bind_policy
-from darkroom_server.security.tls import server_credentials
+from darkroom_server.security.tls import server_credentials, server_ssl_context
 from darkroom_server.security.tokens import Tokens
 from darkroom_server.service.generation import GenerationService
 from darkroom_server.service.inputs import InputLoader
@@ -35,6 +38,9 @@ from darkroom_server.telemetry import Exporter, Metrics, open_traces
 from darkroom_server.uploads.decoder import Decoder
 from darkroom_server.uploads.store import UploadStore
 
+if TYPE_CHECKING:
+    from darkroom_server.http.server import HttpServer
+
 log = structlog.get_logger(__name__)
 
 EXIT_UNFINISHED = 1
@@ -45,6 +51,8 @@ ANSWER_SECONDS = 5.0
 
 STEP_SECONDS = 30.0
 """The most that one step of the shutdown takes after the jobs have ended; normally a second."""
+
+HTTP_LIBRARIES = ("h11", "python_multipart", "starlette", "uvicorn")
 
 REJECT_SECONDS = 3.0
 """How long a server that shuts down rejects calls before it closes its port.
@@ -71,9 +79,9 @@ class EngineLost(Exception):
 class Server:
     """One server: ``startup``, ``serve``, ``shutdown``.
 
-    ``address`` and ``metrics_address`` are set by ``startup``, ``unfinished`` by ``shutdown``: the
-    steps of it that exceeded their time limit. The constructor raises ``StartupError`` for unusable
-    certificates and tokens.
+    ``address``, ``http_address`` ("" without HTTP) and ``metrics_address`` are set by ``startup``,
+    ``unfinished`` by ``shutdown``: the steps of it that exceeded their time limit. The constructor
+    raises ``StartupError`` for unusable certificates and tokens.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class Server:
         load_times: LoadTimes | None = None,
     ) -> None:
         self.address = ""
+        self.http_address = ""
         self.metrics_address = ""
         self._settings = settings
         self._stop = asyncio.Event()
@@ -145,6 +154,9 @@ class Server:
             observers,
             log_prompts=settings.logs.log_prompts,
         )
+        addresses = PeerAddresses(settings.security.trusted_proxies)
+        callers = Tokens(tokens) if tokens else None
+        anonymous = replace(ANONYMOUS, max_jobs=settings.security.max_jobs_per_address)
         self._rpc = RpcServer(
             service,
             UploadService(store, self.decoder, self.metrics.uploads),
@@ -154,13 +166,37 @@ class Server:
             reflect=settings.network.reflection,
             server_id=settings.network.server_id,
             begin_traces=self._spans is not None,
-            tokens=Tokens(tokens) if tokens else None,
-            addresses=PeerAddresses(settings.security.trusted_proxies),
-            anonymous=replace(ANONYMOUS, max_jobs=settings.security.max_jobs_per_address),
+            tokens=callers,
+            addresses=addresses,
+            anonymous=anonymous,
             credentials=server_credentials(certificates) if certificates else None,
         )
-
         self.metrics.process.read_dropped_calls(self._rpc.dropped_calls.read)
+        self._http: HttpServer | None = None
+        if settings.http.http_port is not None:
+            check_bind_policy(
+                settings.http.http_host,
+                tls=certificates is not None,
+                tokens=tokens is not None,
+                insecure=settings.security.insecure,
+                flag="--http-host",
+            )
+            self._http = _import_http().http_server(
+                service,
+                self.dispatcher,
+                self.metrics.http,
+                self.metrics.requests,
+                hosts=settings.http.http_hosts,
+                origins=settings.http.http_origins,
+                page=settings.http.page,
+                result_ttl=settings.results.result_ttl if settings.results.result_bytes else 0.0,
+                url_key=settings.http.http_url_key,
+                begin_traces=self._spans is not None,
+                tokens=callers,
+                addresses=addresses,
+                anonymous=anonymous,
+                tls=server_ssl_context(certificates) if certificates else None,
+            )
 
     async def run(self) -> None:
         """Run until ``stop``; raises ``StartupError`` or ``EngineLost``."""
@@ -176,7 +212,11 @@ class Server:
         network = self._settings.network
         self.metrics_address = self._exporter.start(network.metrics_host, network.metrics_port)
         self.address = await self._rpc.start(network.host, network.port)
-        log.info("loading", address=self.address, metrics=self.metrics_address)
+        ports = {"address": self.address, "metrics": self.metrics_address}
+        if self._http is not None and (port := self._settings.http.http_port) is not None:
+            host = self._settings.http.http_host
+            ports["http"] = self.http_address = await self._http.start(host, port)
+        log.info("loading", **ports)
         self.dispatcher.start()
 
     async def serve(self) -> None:
@@ -205,9 +245,11 @@ class Server:
         if self.dispatcher.ready:
             log.info("draining", jobs=self.dispatcher.counts.live, grace=shutdown.grace)
             await asyncio.sleep(shutdown.drain_delay)
-        closing = asyncio.get_running_loop().call_later(REJECT_SECONDS, self._rpc.close_port)
+        closing = asyncio.get_running_loop().call_later(REJECT_SECONDS, self._close_ports)
         await self.dispatcher.drain(shutdown.grace)
         closing.cancel()
+        if self._http is not None:
+            await self._limited("http", self._http.stop(ANSWER_SECONDS))
         await self._limited("calls", self._rpc.stop(ANSWER_SECONDS))
         await self._limited("image workers", self.decoder.close())
         await self._limited("engines", self.dispatcher.close())
@@ -224,6 +266,11 @@ class Server:
         except TimeoutError:
             log.error("shutdown step exceeded its time limit", step=step)
             self.unfinished.append(step)
+
+    def _close_ports(self) -> None:
+        self._rpc.close_port()
+        if self._http is not None:
+            self._http.close_port()
 
     def _publish_health(self, state: State) -> None:
         # Published before jobs are rejected, so that callers have moved on by then.
@@ -251,6 +298,7 @@ class Server:
             "serving",
             address=self.address,
             metrics=self.metrics_address,
+            **({"http": self.http_address} if self.http_address else {}),
             models=[model.id for model in models],
             device=runtime.device,
             dtype=runtime.dtype,
@@ -263,6 +311,18 @@ class Server:
             vae_tiling=runtime.vae_tiling,
             load_seconds=round(load_seconds, 2),
         )
+
+
+def _import_http() -> ModuleType:
+    """The package of the HTTP door, whose libraries are an extra."""
+    try:
+        return importlib.import_module("darkroom_server.http.assembly")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in HTTP_LIBRARIES:
+            raise
+        raise StartupError(
+            f"--http-port needs {error.name}: pip install 'darkroom-server[http]'"
+        ) from None
 
 
 def run(

@@ -12,7 +12,7 @@ from darkroom_server.core.engine import Engine
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, EngineReady, Event
 from darkroom_server.rpc.server import probe_port
-from darkroom_server.settings import Network, Settings
+from darkroom_server.settings import Http, Network, Settings
 from darkroom_server.settings.state_folder import measurement_folder, state_folder
 
 
@@ -33,7 +33,7 @@ async def preflight(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding(True, "settings: the TLS files, tokens and addresses fit together")
     except StartupError as error:
         yield Finding(False, f"settings: {error}")
-    for finding in _ports(settings.network):
+    for finding in _ports(settings.network, settings.http):
         yield finding
     storage = settings.storage
     folder = state_folder(storage) if storage.state_dir else measurement_folder(settings)
@@ -43,11 +43,13 @@ async def preflight(settings: Settings) -> AsyncIterator[Finding]:
         yield await asyncio.to_thread(_load, number, engine)
 
 
-def _ports(network: Network) -> Iterator[Finding]:
+def _ports(network: Network, http: Http) -> Iterator[Finding]:
     addresses = {
         "port": (network.host, network.port),
         "metrics port": (network.metrics_host, network.metrics_port),
     }
+    if http.http_port is not None:
+        addresses["HTTP port"] = (http.http_host, http.http_port)
     for name, (host, port) in addresses.items():
         try:
             probe_port(host, port)

@@ -1,6 +1,7 @@
 """A server with the fake engine in its own process, and its log.
 
-SIGUSR1 lets the engine take the four passes of a default job.
+SIGUSR1 lets the engine take the four passes of a default job. With ``images`` its model takes
+images.
 """
 
 import json
@@ -19,9 +20,13 @@ import json, signal, sys
 import structlog
 from darkroom_server import cli, app  # In the order of the real command.
 from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.backends.fake_model import fake_image_model
 
 log = structlog.get_logger()
-engine = FakeEngine(on_submit=lambda _: log.info("submitted"), **json.loads(sys.argv[1]))
+options = json.loads(sys.argv[1])
+if options.pop("images", False):
+    options["models"] = [fake_image_model()]
+engine = FakeEngine(on_submit=lambda _: log.info("submitted"), **options)
 signal.signal(signal.SIGUSR1, lambda *_: engine.advance(4))
 app.build_engines = lambda _: [engine]
 cli.main(["serve", "--port", "0", "--metrics-port", "0", *sys.argv[2:]])

@@ -3,7 +3,8 @@
 import pytest
 
 from darkroom.v1 import generation_pb2
-from darkroom_server.rpc.interceptors.call_context import PeerAddresses
+from darkroom_server.dispatch import PeerAddresses
+from darkroom_server.rpc.interceptors.receiving import peer_address
 from darkroom_server.settings import Security
 from tests.server.hostile.http2 import peer
 from tests.server.wire import Wire, refusal, serving
@@ -28,7 +29,7 @@ ONE_JOB = Security(max_jobs_per_address=1)
 )
 def test_the_address(peer_name: str, trusted: str | None, forwarded: str, expected: str) -> None:
     metadata = [("x-forwarded-for", forwarded)] if forwarded else []
-    assert PeerAddresses(trusted).address_of(peer_name, metadata) == expected
+    assert peer_address(PeerAddresses(trusted), peer_name, metadata) == expected
 
 
 async def begin_at(wire: Wire, source: str) -> None:

@@ -212,6 +212,14 @@ async def test_a_mask_is_black_and_white(decoder: Decoder) -> None:
     assert (await shown(decoder, clear, mask_fit())).getextrema() == (255, 255)
 
 
+async def test_the_transparency_of_a_mask_counts_if_it_has_any(decoder: Decoder) -> None:
+    opaque = PIL.Image.new("RGBA", SIZE, (255, 255, 255, 255))
+    assert set((await decoder.decode("a", "m", encoded(opaque), mask_fit())).pixels) == {255}
+    opaque.paste((0, 0, 0, 0), (0, 0, 1, 1))
+    pixels = (await decoder.decode("a", "m", encoded(opaque), mask_fit())).pixels
+    assert (pixels[0], set(pixels[1:])) == (255, {0})
+
+
 async def test_a_mask_of_another_size_is_rejected(decoder: Decoder) -> None:
     says = await rejected(decoder, mask((96, 72)), mask_fit())
     assert says == "must have the size of image, 96×64, and has 96×72"

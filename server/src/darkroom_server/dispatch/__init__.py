@@ -4,6 +4,7 @@ from darkroom_server.dispatch.adapters import AdapterStatus
 from darkroom_server.dispatch.admission.availability import Availability, State
 from darkroom_server.dispatch.admission.quotas import (
     ConcurrentCallLimiter,
+    PeerAddresses,
     counted_as,
     quota_subject,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "ModelStatus",
     "Observer",
     "Page",
+    "PeerAddresses",
     "Queued",
     "ReadyChanged",
     "Restarted",

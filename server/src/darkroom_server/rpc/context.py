@@ -26,6 +26,9 @@ class Answer:
 CURRENT_ANSWER: ContextVar[Answer] = ContextVar("CURRENT_ANSWER")
 """The answer of the current call."""
 
+CURRENT_ADDRESS: ContextVar[str] = ContextVar("CURRENT_ADDRESS")
+"""The address of the current call's caller, as the limits count it."""
+
 
 def has_expired(context: Context) -> bool:
     """Whether a cancelled call was cancelled by its deadline; gRPC makes no difference."""

@@ -19,13 +19,13 @@ from darkroom.v1 import (
 )
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import StartupError
-from darkroom_server.dispatch import Dispatcher
+from darkroom_server.dispatch import Dispatcher, PeerAddresses
 from darkroom_server.rpc.dropped_calls import DroppedCalls
 from darkroom_server.rpc.generation import GenerationServicer
 from darkroom_server.rpc.health import Health
 from darkroom_server.rpc.images import ImageServicer
 from darkroom_server.rpc.interceptors.auth import OPEN, Auth, AuthObserver
-from darkroom_server.rpc.interceptors.call_context import CallContexts, PeerAddresses
+from darkroom_server.rpc.interceptors.call_context import CallContexts
 from darkroom_server.rpc.interceptors.errors import Errors
 from darkroom_server.rpc.interceptors.in_flight import InFlightCalls
 from darkroom_server.rpc.interceptors.receiving import Decoding, Receiving
@@ -88,7 +88,7 @@ class RpcServer:
         auth = Auth(tokens, rejections) if tokens is not None else None
         interceptors: list[grpc.aio.ServerInterceptor] = [
             Receiving(
-                addresses.of_call,
+                addresses,
                 auth.allows if auth is not None else None,
                 OPEN,
                 self.dropped_calls,

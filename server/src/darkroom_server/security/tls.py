@@ -66,6 +66,34 @@ def server_credentials(files: Files) -> grpc.ServerCredentials:
     return credentials
 
 
+def server_ssl_context(files: Files) -> ssl.SSLContext:
+    """Return a context for HTTP that reloads the files, as ``server_credentials`` does."""
+    contexts = ReloadingFile("certificates of HTTP", files.paths, lambda: _ssl_context(files))
+    listening = _ssl_context(files)
+
+    def use_newest(handshake: ssl.SSLObject, name: str | None, own: ssl.SSLContext) -> None:
+        # OpenSSL calls this at every handshake, also if the caller names no server.
+        handshake.context = contexts.current()
+
+    listening.sni_callback = use_newest
+    return listening
+
+
+def _ssl_context(files: Files) -> ssl.SSLContext:
+    pair = read_pair(files)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(files.cert, files.key, password="")
+    except (ssl.SSLError, OSError):
+        raise StartupError(f"--tls-cert {files.cert}: changed while it was read") from None
+    if pair.client_ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=pair.client_ca.decode("ascii", "replace"))
+    return context
+
+
 def own_credentials(files: Files) -> tuple[grpc.ChannelCredentials, str]:
     """Return credentials for a probe on the server's own machine, and the name to expect.
 

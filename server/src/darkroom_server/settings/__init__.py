@@ -1,5 +1,6 @@
 """The server's settings: each declared once, set by flag, environment variable or file."""
 
+from darkroom_server.settings.http import Http
 from darkroom_server.settings.images import Images
 from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
@@ -15,6 +16,7 @@ from darkroom_server.settings.tree import (
 __all__ = [
     "Dispatch",
     "Engine",
+    "Http",
     "Images",
     "Logs",
     "Models",

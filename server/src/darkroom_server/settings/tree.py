@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Predicate
 
 from darkroom_server.core.engine_config import PROMPT_CACHE_BYTES, Attention, Dtype, Preset
 from darkroom_server.settings.adapters import Adapters
+from darkroom_server.settings.http import Http
 from darkroom_server.settings.images import Images
 from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
@@ -308,6 +309,7 @@ class Settings:
     engine: Engine = field(default_factory=Engine)
     storage: Storage = field(default_factory=Storage)
     network: Network = field(default_factory=Network)
+    http: Http = field(default_factory=Http)
     security: Security = field(default_factory=Security)
     dispatch: Dispatch = field(default_factory=Dispatch)
     images: Images = field(default_factory=Images)

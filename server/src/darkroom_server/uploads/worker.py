@@ -15,7 +15,7 @@ import sys
 import warnings
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from darkroom_server.uploads.failure import DecodeFailure
 from darkroom_server.uploads.fit import Bounds, covering_box, own_size, within
@@ -114,7 +114,10 @@ def _fitted(image: Any, source: tuple[int, int], orientation: int, fit: dict[str
         box = covering_box(source, size)
     if orientation in SIDEWAYS:  # The small image is turned, not the large one.
         box, size = (box[1], box[0], box[3], box[2]), size[::-1]
-    resized = _in_8_bits(image).resize(size, Image.Resampling.LANCZOS, box=box)
+    plain = _in_8_bits(image)
+    if fit["gray"]:
+        plain = _as_mask(plain)
+    resized = plain.resize(size, Image.Resampling.LANCZOS, box=box)
     if resized.mode == "RGBA":
         white = Image.new("RGBA", resized.size, "white")
         resized = Image.alpha_composite(white, resized).convert("RGB")
@@ -123,6 +126,13 @@ def _fitted(image: Any, source: tuple[int, int], orientation: int, fit: dict[str
     if fit["gray"]:
         return resized.convert("L").point(lambda value: 255 if value >= WHITE_FROM else 0)
     return resized
+
+
+def _as_mask(image: Any) -> Any:
+    """``image``, or its transparency as white if any of it is transparent."""
+    if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
+        return ImageChops.invert(image.getchannel("A"))
+    return image
 
 
 def _in_8_bits(image: Any) -> Any:

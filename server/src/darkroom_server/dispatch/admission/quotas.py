@@ -1,7 +1,11 @@
-"""Quotas of a caller: jobs at once, jobs per minute (a rate limit), and open calls."""
+"""Quotas of a caller: jobs at once, jobs per minute (a rate limit), and open calls.
+
+And the address that a caller without a token is counted as.
+"""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import QuotaExceeded
@@ -11,6 +15,11 @@ PER_JOB = 32
 
 BESIDES_JOBS = 256
 """Calls beyond the number of jobs: those that join one, or read slowly after its end."""
+
+IPV6_PREFIX = 64
+"""One subscriber has at least this network, so its addresses count as one."""
+
+Address = IPv4Address | IPv6Address
 
 
 def counted_as(caller: Caller) -> str:
@@ -114,3 +123,56 @@ class ConcurrentCallLimiter:
                     del self._open[key]
 
         return release
+
+
+class PeerAddresses:
+    """Finds callers' addresses; ``trusted``: networks of proxies, separated by commas."""
+
+    def __init__(self, trusted: str | None = None) -> None:
+        self._trusted = [ip_network(each.strip()) for each in trusted.split(",")] if trusted else []
+
+    def address_of(self, peer: str, forwarded_for: Sequence[str]) -> str:
+        """The caller's address, "" if ``peer``, the other end of the connection, has none.
+
+        Behind a trusted proxy: the last address in ``forwarded_for``, the values of
+        ``x-forwarded-for``, that is not one of a trusted proxy, because all entries before it may
+        be invented.
+        """
+        found = _parse(peer)
+        if found is None:
+            return ""
+        if self._is_proxy(found):
+            for entry in reversed(",".join(forwarded_for).split(",")):
+                address = _parse(entry.strip())
+                if address is None:
+                    break
+                found = address
+                if not self._is_proxy(found):
+                    break
+        return _counted(found)
+
+    def trusts(self, peer: str) -> bool:
+        """Whether ``peer`` is a trusted proxy."""
+        found = _parse(peer)
+        return found is not None and self._is_proxy(found)
+
+    def _is_proxy(self, address: Address) -> bool:
+        return any(address in network for network in self._trusted)
+
+
+def _parse(text: str) -> Address | None:
+    """The address in "1.2.3.4", "1.2.3.4:80", "::1" or "[::1]:80"; None if there is none."""
+    for host in (text, text.rpartition(":")[0], text.rpartition(":")[0].strip("[]")):
+        try:
+            address = ip_address(host.strip("[]"))
+        except ValueError:
+            continue
+        mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+        return mapped or address
+    return None
+
+
+def _counted(address: Address) -> str:
+    if isinstance(address, IPv6Address) and not address.is_loopback:
+        return str(IPv6Network((address, IPV6_PREFIX), strict=False))
+    return str(address)

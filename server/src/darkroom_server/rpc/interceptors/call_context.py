@@ -3,17 +3,17 @@
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
-from urllib.parse import unquote
 
 import structlog
 from google.protobuf.message import Message
 
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import InvalidRequest, Violation
-from darkroom_server.rpc.context import Context, Metadata
+from darkroom_server.dispatch import PeerAddresses
+from darkroom_server.rpc.context import CURRENT_ADDRESS, Context, Metadata
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
+from darkroom_server.rpc.interceptors.receiving import caller_address
 from darkroom_server.service.call_context import (
     CURRENT_CALL,
     REQUEST_ID,
@@ -27,70 +27,12 @@ from darkroom_server.service.validation import ReplyLimit
 REQUEST_ID_KEY = "darkroom-request-id"
 TRACE_KEY = "traceparent"
 FIELD = "request_id"
-FORWARDED_FOR = "x-forwarded-for"
 
 MAX_REPLY_BYTES_KEY = "darkroom-max-reply-bytes"
 """Metadata of a caller that raised its receive limit: a decimal number."""
 
 DEFAULT_MAX_REPLY_BYTES = 4 * 1024**2
 """gRPC's default receive limit: a client with it fails on a larger reply, after the work."""
-
-IPV6_PREFIX = 64
-"""One subscriber has at least this network, so its addresses count as one."""
-
-Address = IPv4Address | IPv6Address
-
-
-class PeerAddresses:
-    """Finds callers' addresses; ``trusted``: networks of proxies, separated by commas."""
-
-    def __init__(self, trusted: str | None = None) -> None:
-        self._trusted = [ip_network(each.strip()) for each in trusted.split(",")] if trusted else []
-
-    def address_of(self, peer: str, metadata: Metadata) -> str:
-        """The caller's address; ``peer`` is gRPC's name of the other end, such as "ipv4:::1:80".
-
-        Behind a trusted proxy: the last address in ``x-forwarded-for`` that is not one of a
-        trusted proxy, because all entries before it may be invented.
-        """
-        found = _parse(unquote(peer.partition(":")[2]))
-        if found is None:
-            return peer.partition(":")[0]  # Such as "unix".
-        if self._is_proxy(found):
-            sent = [str(value) for name, value in metadata if name == FORWARDED_FOR]
-            for entry in reversed(",".join(sent).split(",")):
-                address = _parse(entry.strip())
-                if address is None:
-                    break
-                found = address
-                if not self._is_proxy(found):
-                    break
-        return _counted(found)
-
-    def of_call(self, context: Context) -> str:
-        """The address of a call's caller."""
-        return self.address_of(context.peer(), context.invocation_metadata() or ())
-
-    def _is_proxy(self, address: Address) -> bool:
-        return any(address in network for network in self._trusted)
-
-
-def _parse(text: str) -> Address | None:
-    """The address in "1.2.3.4", "1.2.3.4:80", "::1" or "[::1]:80"; None if there is none."""
-    for host in (text, text.rpartition(":")[0], text.rpartition(":")[0].strip("[]")):
-        try:
-            address = ip_address(host.strip("[]"))
-        except ValueError:
-            continue
-        mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-        return mapped or address
-    return None
-
-
-def _counted(address: Address) -> str:
-    if isinstance(address, IPv6Address) and not address.is_loopback:
-        return str(IPv6Network((address, IPV6_PREFIX), strict=False))
-    return str(address)
 
 
 class CallContexts(ContextInterceptor):
@@ -129,7 +71,8 @@ class CallContexts(ContextInterceptor):
         trace = parse_traceparent(traceparent) if traceparent else None
         if trace is None and self._begin_traces:
             trace = new_trace()
-        address = self._addresses.of_call(context)
+        # ``Receiving`` sets it, unless the caller streams its messages.
+        address = CURRENT_ADDRESS.get("") or caller_address(self._addresses, context)
         caller = replace(self._anonymous, address=address)
         CURRENT_CALL.set(CallContext(id, caller, trace))
         structlog.contextvars.bind_contextvars(request_id=id)

@@ -10,6 +10,7 @@ from contextlib import (
     contextmanager,
 )
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -22,7 +23,8 @@ from darkroom_server.core.errors import (
     Unauthenticated,
     Violation,
 )
-from darkroom_server.rpc.context import Context
+from darkroom_server.dispatch import PeerAddresses
+from darkroom_server.rpc.context import CURRENT_ADDRESS, Context, Metadata
 from darkroom_server.rpc.dropped_calls import DroppedCalls
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 
@@ -43,6 +45,8 @@ MAX_OPEN = 4096
 
 MAX_OPEN_PER_ADDRESS = 2048
 
+FORWARDED_FOR = "x-forwarded-for"
+
 
 class Rejected:
     """Takes the place of a request that was not received, or cannot be decoded.
@@ -53,6 +57,18 @@ class Rejected:
 
     def __init__(self, error: DarkroomError) -> None:
         self.error = error
+
+
+def caller_address(addresses: PeerAddresses, context: Context) -> str:
+    """The address of a call's caller."""
+    return peer_address(addresses, context.peer(), context.invocation_metadata() or ())
+
+
+def peer_address(addresses: PeerAddresses, peer: str, metadata: Metadata) -> str:
+    """A caller's address; ``peer`` is gRPC's name of the other end, such as "ipv4:1.2.3.4:80"."""
+    forwarded = [str(value) for name, value in metadata if name == FORWARDED_FOR]
+    kind, _, address = peer.partition(":")
+    return addresses.address_of(unquote(address), forwarded) or kind  # Such as "unix".
 
 
 def _undecodable() -> Rejected:
@@ -71,20 +87,21 @@ class Receiving(grpc.aio.ServerInterceptor):
     """Reads the message of each unary request, within limits; the outermost interceptor.
 
     gRPC itself would read it before any interceptor runs, for any caller, and without a time limit.
-    ``address_of`` returns the address of a call's caller. ``has_token`` is None if no tokens are
-    needed. A service of ``open_services`` needs none in any case. Each call is counted as seen in
+    ``addresses`` finds the address of a call's caller, for the interceptors inside too.
+    ``has_token`` is None if no tokens are needed. A service of ``open_services`` needs none in any
+    case. Each call is counted as seen in
     ``dropped_calls``.
     """
 
     def __init__(
         self,
-        address_of: Callable[[Context], str],
+        addresses: PeerAddresses,
         has_token: MetadataCheck | None,
         open_services: frozenset[str],
         dropped_calls: DroppedCalls,
     ) -> None:
         self._dropped_calls = dropped_calls
-        self._address_of = address_of
+        self._addresses = addresses
         self._has_token = has_token
         self._open_services = open_services
         self._open: Counter[str] = Counter()
@@ -150,6 +167,11 @@ class Receiving(grpc.aio.ServerInterceptor):
             self._open[address] -= 1
             if not self._open[address]:
                 del self._open[address]
+
+    def _address_of(self, context: Context) -> str:
+        address = caller_address(self._addresses, context)
+        CURRENT_ADDRESS.set(address)
+        return address
 
     async def _request(
         self, address: str, context: Context, decode: Any, error: DarkroomError | None

@@ -1,8 +1,8 @@
 """Every metric of the server, declared once, on its own registry.
 
 The set of label values is bounded: the server's models ("unknown" for any other name), outcomes,
-stages, size and row classes, gRPC methods and codes. A label never holds a prompt, a seed or any
-other text of a caller.
+stages, size and row classes, gRPC methods and codes, HTTP routes and statuses. A label never holds
+a prompt, a seed or any other text of a caller.
 """
 
 from collections import defaultdict
@@ -16,6 +16,7 @@ from darkroom_server.dispatch import DispatchEvent, Observer
 from darkroom_server.telemetry.metrics.calls import CallMetrics
 from darkroom_server.telemetry.metrics.catalogue import Catalogue, Declared
 from darkroom_server.telemetry.metrics.engine import EngineMetrics
+from darkroom_server.telemetry.metrics.http import HttpMetrics
 from darkroom_server.telemetry.metrics.memory import MemoryMetrics
 from darkroom_server.telemetry.metrics.process import ProcessMetrics
 from darkroom_server.telemetry.metrics.requests import RequestMetrics
@@ -35,6 +36,7 @@ class Metrics(Observer):
         self._catalogues: list[Catalogue] = []
         self.registry = CollectorRegistry()
         self.calls = CallMetrics(self._section("gRPC calls"))
+        self.http = HttpMetrics(self._section("HTTP requests"))
         self.requests = RequestMetrics(self._section("Requests and jobs"))
         self.uploads = UploadMetrics(self._section("Images of callers"))
         self.engine = EngineMetrics(self._section("Engine"))

@@ -1,0 +1,1 @@
+"""Between JSON and the plain requests and results of the service layer."""
