@@ -270,7 +270,7 @@ def test_a_record_is_reproduced_under_a_new_id(client: Any, server: ScriptedServ
         ("num_images", "use image_count"),
         ("n", "use image_count"),
         ("num_inference_steps", "use steps"),
-        ("colour", "the options are embed_record, empty_negative_prompt, exact, format"),
+        ("colour", "the options are controls, embed_record, empty_negative_prompt, exact"),
     ],
 )
 def test_an_option_of_another_library_is_answered_with_ours(

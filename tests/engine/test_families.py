@@ -110,9 +110,13 @@ def test_a_tokenizer_that_has_only_a_sentencepiece_model(tmp_path: Path) -> None
 def test_every_family_has_a_row_in_the_table() -> None:
     rows = read_table()
     assert {row["pipeline class"] for row in rows.values()} == {f"`{n}`" for n in registry.FAMILIES}
-    assert {row["tasks"] for row in rows.values()} == {"text to image"}
+    for row in rows.values():
+        family = registry.FAMILIES[row["pipeline class"].strip("`")]
+        tasks = (family.own_task, *family.tasks)
+        assert row["tasks"] == ", ".join(task.value.replace("_", " ") for task in tasks)
     # The other rows are compared with the code in test_family_parity.
-    assert rows.keys() - {case.name for case in CASES} == {STABLE_DIFFUSION}
+    described = {STABLE_DIFFUSION, "Stable Diffusion, inpainting", "SDXL, inpainting"}
+    assert rows.keys() - {case.name for case in CASES} == described
 
 
 def test_the_row_of_stable_diffusion(shared_loop: LoopUnderTest, tiny_folder: Path) -> None:

@@ -33,7 +33,7 @@ ROUND_SECONDS = 110.0
 
 QUIET_SECONDS = 5.0
 ROUNDS_PER_ENGINE = 4
-"""The engine is killed in the middle of every so many rounds."""
+"""The engine is killed in the middle of that many rounds."""
 
 MAX_GROWTH = 10.0
 """The most that a process may grow, in MB/h."""
