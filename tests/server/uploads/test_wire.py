@@ -17,7 +17,6 @@ from darkroom_server.backends.fake_model import fake_image_model
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.inputs import InputImage
 from darkroom_server.core.job import Job, Task
-from darkroom_server.core.model import AdapterOffer
 from darkroom_server.rpc import images as images_module
 from darkroom_server.service import uploads as uploads_module
 from darkroom_server.settings import Images, Security
@@ -42,8 +41,7 @@ RAW = types_pb2.IMAGE_FORMAT_RAW_RGB
 
 
 def wired(*, auto: bool = True, **options: Any) -> Any:
-    model = replace(fake_image_model(), adapters=(AdapterOffer(id="outline", rank=4, bytes=500),))
-    return serving(fake={"models": [model], "auto": auto}, **options)
+    return serving(fake={"models": [fake_image_model()], "auto": auto}, **options)
 
 
 def data(picture: bytes) -> image_pb2.ImageInput:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from darkroom_server.core.job import SchedulerName, Task
 from darkroom_server.core.model import (
+    AdapterOffer,
     Guidance,
     MemoryNeeds,
     ModelDefaults,
@@ -92,7 +93,7 @@ def fake_flow_model(id: str = "flow") -> ModelInfo:
 
 
 def fake_image_model(id: str = "demo") -> ModelInfo:
-    """Like ``fake_model``, and it takes images and adapters: all tasks and all their fields."""
+    """Like ``fake_model``, and it takes images and the adapter "outline": all tasks and fields."""
     model = fake_model(id)
     return replace(
         model,
@@ -110,4 +111,5 @@ def fake_image_model(id: str = "demo") -> ModelInfo:
             "ip_adapter_scale",
         },
         tasks=tuple(Task),
+        adapters=(AdapterOffer(id="outline", rank=4, bytes=500),),
     )
