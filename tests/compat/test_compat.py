@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import descriptor_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
-from darkroom.v1 import generation_pb2, model_pb2, server_pb2
+from darkroom.v1 import generation_pb2, image_pb2, model_pb2, server_pb2
 from darkroom_client import Client, Unsupported
 
 HERE = Path(__file__).parent
@@ -28,6 +28,11 @@ CALLS_SECONDS = 60
 NEW_CALLS: dict[str, Callable[[Client], object]] = {
     "darkroom.v1.GenerationService/GetGeneration": lambda client: client.job("a-job"),
     "darkroom.v1.GenerationService/ListGenerations": lambda client: list(client.jobs()),
+    "darkroom.v1.ModelService/ListAdapters": lambda client: client.adapters(),
+    # Too large for a message, so it is uploaded.
+    "darkroom.v1.ImageService/UploadImage": lambda client: client.generate(
+        "a star", image=bytes(2 << 20)
+    ),
 }
 """How to make each call that 0.1.0 did not have, by the name of its RPC."""
 
@@ -144,7 +149,7 @@ def old_rpcs() -> set[str]:
 def new_rpcs() -> set[str]:
     return {
         f"{service.full_name}/{method.name}"
-        for module in (generation_pb2, model_pb2, server_pb2)
+        for module in (generation_pb2, image_pb2, model_pb2, server_pb2)
         for service in module.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     } - old_rpcs()

@@ -45,6 +45,14 @@ def test_generate(client: openai.OpenAI, expected: bytes) -> None:
     assert base64.b64decode(other.data[0].b64_json or "") != expected
 
 
+def test_the_snippet_of_the_documentation(http_url: str) -> None:
+    page = (EXAMPLES.parent / "docs" / "http.md").read_text("utf-8")
+    snippet = page.partition("```python\n")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(snippet.replace("http://127.0.0.1:8000", http_url), found)
+    assert base64.b64decode(found["images"].data[0].b64_json)[:4] == b"\x89PNG"
+
+
 def test_urls(client: openai.OpenAI, expected: bytes) -> None:
     images = client.images.generate(**REQUEST, response_format="url", extra_body=OURS)
     assert images.data is not None
