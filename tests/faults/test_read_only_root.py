@@ -18,9 +18,9 @@ PRIVILEGES = () if os.geteuid() == 0 else ("--user", "--map-root-user")
 ONLY_WRITABLE = 'mount --bind "$1" "$1" && mount -o remount,bind,ro / && shift && exec "$@"'
 """Makes the root file system read-only, except for the folder of the first argument."""
 
-ENVIRONMENT = {
-    name: value for name, value in CLEAN.items() if name not in ("TMPDIR", "XDG_CACHE_HOME")
-}
+# torch sets the last one when it is imported, as here.
+FOLDERS = ("TMPDIR", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR")
+ENVIRONMENT = {name: value for name, value in CLEAN.items() if name not in FOLDERS}
 
 
 def read_only(writable: Path) -> list[str]:
