@@ -60,6 +60,7 @@ METHODS: dict[str, type[Message]] = {
     "GenerationService/ListGenerations": generation_pb2.ListGenerationsRequest,
     "GenerationService/EstimateGeneration": generation_pb2.EstimateGenerationRequest,
     "ModelService/GetModel": model_pb2.GetModelRequest,
+    "ModelService/ListAdapters": model_pb2.ListAdaptersRequest,
     "ServerService/GetStatus": server_pb2.GetStatusRequest,
 }
 
@@ -94,10 +95,15 @@ def fill(message: Message, dice: random.Random, *, chance: float) -> None:
     for field in message.DESCRIPTOR.fields:
         if dice.random() > (0.9 if field.name in ("generation", "prompt") else chance):
             continue
-        if field.type == FieldDescriptor.TYPE_MESSAGE:
+        if field.type == FieldDescriptor.TYPE_MESSAGE and field.is_repeated:
+            for _ in range(dice.randint(1, 3)):
+                fill(getattr(message, field.name).add(), dice, chance=chance)
+        elif field.type == FieldDescriptor.TYPE_MESSAGE:
             inner: Message = getattr(message, field.name)
             inner.SetInParent()
             fill(inner, dice, chance=chance)
+        elif field.type == FieldDescriptor.TYPE_BYTES:
+            setattr(message, field.name, dice.randbytes(dice.choice((0, 1, 100, 10_000))))
         else:
             try:
                 setattr(message, field.name, value_of(field, dice))
