@@ -29,7 +29,7 @@ IMAGE ?= darkroom-server:latest
 IMAGE_FLAGS ?=
 
 PACKAGES := protos client server
-LOWEST_TOOLS := buf-bin hypothesis packaging pytest pytest-asyncio pytest-timeout PyYAML trustme
+LOWEST_TOOLS := buf-bin httpx2 hypothesis openai packaging peft pytest pytest-asyncio pytest-timeout PyYAML trustme
 # The servers that Darkroom is measured beside; each has an environment in bench/work.
 PEERS := grpc litserve ray triton
 TYPED := $(wildcard client/src server/src tests examples training bench tools)
