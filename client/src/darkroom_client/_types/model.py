@@ -11,8 +11,8 @@ class ModelDefaults:
     """The values of unset fields of a request; sizes in pixels.
 
     ``scheduler`` and ``format`` are None if the server's value is newer than this client.
-    ``true_cfg_scale``, ``max_sequence_length`` and ``strength`` are None if the model does not take
-    them.
+    ``true_cfg_scale``, ``max_sequence_length``, ``strength`` (without a mask) and
+    ``inpaint_strength`` (with one) are None if the model does not take them.
     """
 
     width: int
@@ -25,6 +25,7 @@ class ModelDefaults:
     true_cfg_scale: float | None = None
     max_sequence_length: int | None = None
     strength: float | None = None
+    inpaint_strength: float | None = None
 
 
 class Task(StrEnum):

@@ -72,6 +72,11 @@ def _decode_defaults(defaults: model_pb2.ModelDefaults) -> ModelDefaults:
             defaults.max_sequence_length if defaults.HasField("max_sequence_length") else None
         ),
         strength=decode_float(defaults.strength) if defaults.HasField("strength") else None,
+        inpaint_strength=(
+            decode_float(defaults.inpaint_strength)
+            if defaults.HasField("inpaint_strength")
+            else None
+        ),
     )
 
 

@@ -105,7 +105,7 @@ def fake_model(
         defaults = replace(defaults, max_sequence_length=MAX_SEQUENCE_LENGTH)
         limits = replace(limits, max_sequence_length=MAX_SEQUENCE_LENGTH)
     if "strength" in takes:
-        defaults = replace(defaults, strength=0.8)
+        defaults = replace(defaults, strength=0.8, inpaint_strength=1.0)
     limits = replace(
         limits,
         max_reference_images=MAX_INPUTS if "reference_images" in takes else 0,
@@ -149,6 +149,7 @@ def encode_model(model: Model) -> model_pb2.Model:
                 true_cfg_scale=defaults.true_cfg_scale,
                 max_sequence_length=defaults.max_sequence_length,
                 strength=defaults.strength,
+                inpaint_strength=defaults.inpaint_strength,
             )
         )
     if model.limits is not None:
@@ -228,7 +229,7 @@ def fill_defaults(
         ),
         true_cfg_scale=defaults.true_cfg_scale,
         max_sequence_length=defaults.max_sequence_length,
-        strength=defaults.strength if request.HasField("image") else None,
+        strength=_strength_of(request, defaults),
         image_count=1,
         scheduler=encode_scheduler(defaults.scheduler),
         format=encode_format(defaults.format),
@@ -242,3 +243,10 @@ def as_float32(value: float) -> float:
     """``value`` rounded to 32 bits, as on the wire."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
+
+
+def _strength_of(request: generation_pb2.GenerateRequest, defaults: ModelDefaults) -> float | None:
+    """How much of the request's image is replaced if it does not say so."""
+    if not request.HasField("image"):
+        return None
+    return defaults.inpaint_strength if request.HasField("mask_image") else defaults.strength

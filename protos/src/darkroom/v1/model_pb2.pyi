@@ -438,6 +438,7 @@ class ModelDefaults(_message.Message):
     TRUE_CFG_SCALE_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _builtins.int
     STRENGTH_FIELD_NUMBER: _builtins.int
+    INPAINT_STRENGTH_FIELD_NUMBER: _builtins.int
     width: _builtins.int
     """In pixels."""
     height: _builtins.int
@@ -459,7 +460,11 @@ class ModelDefaults(_message.Message):
     max_sequence_length: _builtins.int
     """Tokens of the prompt; unset if the model does not take it."""
     strength: _builtins.float
-    """How much of `image` is replaced; unset if the model does not take it."""
+    """How much of `image` is replaced without a mask_image; unset if the model does not
+    take it.
+    """
+    inpaint_strength: _builtins.float
+    """How much is replaced where mask_image is white; unset if the model does not take it."""
     def __init__(
         self,
         *,
@@ -473,17 +478,22 @@ class ModelDefaults(_message.Message):
         true_cfg_scale: _builtins.float | None = ...,
         max_sequence_length: _builtins.int | None = ...,
         strength: _builtins.float | None = ...,
+        inpaint_strength: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "max_sequence_length", b"max_sequence_length", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_inpaint_strength", b"_inpaint_strength", "_max_sequence_length", b"_max_sequence_length", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "inpaint_strength", b"inpaint_strength", "max_sequence_length", b"max_sequence_length", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "max_sequence_length", b"max_sequence_length", "quality", b"quality", "scheduler", b"scheduler", "steps", b"steps", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inpaint_strength", b"_inpaint_strength", "_max_sequence_length", b"_max_sequence_length", "_strength", b"_strength", "_true_cfg_scale", b"_true_cfg_scale", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "inpaint_strength", b"inpaint_strength", "max_sequence_length", b"max_sequence_length", "quality", b"quality", "scheduler", b"scheduler", "steps", b"steps", "strength", b"strength", "true_cfg_scale", b"true_cfg_scale", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__inpaint_strength: _TypeAlias = _typing.Literal["inpaint_strength"]  # noqa: Y015
+    _WhichOneofArgType__inpaint_strength: _TypeAlias = _typing.Literal["_inpaint_strength", b"_inpaint_strength"]  # noqa: Y015
     _WhichOneofReturnType__max_sequence_length: _TypeAlias = _typing.Literal["max_sequence_length"]  # noqa: Y015
     _WhichOneofArgType__max_sequence_length: _TypeAlias = _typing.Literal["_max_sequence_length", b"_max_sequence_length"]  # noqa: Y015
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     _WhichOneofReturnType__true_cfg_scale: _TypeAlias = _typing.Literal["true_cfg_scale"]  # noqa: Y015
     _WhichOneofArgType__true_cfg_scale: _TypeAlias = _typing.Literal["_true_cfg_scale", b"_true_cfg_scale"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inpaint_strength) -> _WhichOneofReturnType__inpaint_strength | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sequence_length) -> _WhichOneofReturnType__max_sequence_length | None: ...
     @_typing.overload

@@ -82,6 +82,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             true_cfg_scale=defaults.true_cfg_scale if "true_cfg_scale" in takes else None,
             max_sequence_length=defaults.max_sequence_length,
             strength=defaults.strength,
+            inpaint_strength=defaults.inpaint_strength,
         ),
         limits=model_pb2.ModelLimits(
             min_size=limits.min_size,
