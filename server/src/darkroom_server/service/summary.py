@@ -23,6 +23,7 @@ from darkroom_server.core.errors import (
     Refused,
     RequestConflict,
     Unauthenticated,
+    UnknownAdapter,
     UnknownModel,
     UnknownRequest,
     UploadNotFound,
@@ -110,6 +111,7 @@ def outcome_of(error: DarkroomError) -> Outcome:
     match error:
         case (
             InvalidRequest()
+            | UnknownAdapter()
             | UnknownModel()
             | UnknownRequest()
             | UploadNotFound()
