@@ -260,7 +260,7 @@ def test_a_model_lists_its_tasks(client: Client) -> None:
     model = client.model()
     assert model.tasks == tuple(Task)
     assert model.defaults is not None
-    assert model.defaults.strength == 0.8
+    assert (model.defaults.strength, model.defaults.inpaint_strength) == (0.8, 1.0)
     assert model.limits is not None
     assert (model.limits.max_loras, model.limits.max_controls) == (4, 4)
     assert model.limits.max_reference_images == 4
@@ -284,7 +284,7 @@ def test_a_record_names_its_images_by_digest(client: Client, tmp_path: Path) -> 
     record = recorded(client)
     assert record.request.image == UploadedImage(digest(LARGE))
     assert record.request.mask_image == UploadedImage(digest(OTHER))
-    assert record.request.strength == 0.8
+    assert record.request.strength == 1.0
     again = ReplayRecord.from_json(record.to_json())
     assert again == record
     assert again.request.controls == (Control("pose", UploadedImage(digest(SMALL)), end=0.9),)
