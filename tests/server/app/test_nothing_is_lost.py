@@ -51,8 +51,7 @@ async def test_300_prompts_at_a_time(tmp_path: Path) -> None:
         file.write_text("\n".join(prompts))
         flags = ["--file", str(file), "--concurrency", "300", "--no-picture", "-o", str(tmp_path)]
         await cli("--target", wire.server.address, *flags)
-        # The command starts slowly on a busy machine, and may then meet no full queue.
-        assert 0 < rejected <= await refusals(wire)
+        assert 0 < rejected < await refusals(wire)
     assert len(list(tmp_path.glob("*.png"))) == 300
 
 
