@@ -84,6 +84,15 @@ class Task(StrEnum):
     INPAINT = "inpaint"
     EDIT = "edit"
 
+    @classmethod
+    def of(cls, *, image: object, mask_image: object, reference_images: object) -> "Task":
+        """The task of what is set: None and empty are not."""
+        if mask_image is not None:
+            return cls.INPAINT
+        if image is not None:
+            return cls.IMAGE_TO_IMAGE
+        return cls.EDIT if reference_images else cls.TEXT_TO_IMAGE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -151,11 +160,11 @@ class Job:
     @property
     def task(self) -> Task:
         """What this job asks for."""
-        if self.mask_image is not None:
-            return Task.INPAINT
-        if self.image is not None:
-            return Task.IMAGE_TO_IMAGE
-        return Task.EDIT if self.reference_images else Task.TEXT_TO_IMAGE
+        return Task.of(
+            image=self.image,
+            mask_image=self.mask_image,
+            reference_images=self.reference_images,
+        )
 
     @property
     def pictures(self) -> list[InputImage]:

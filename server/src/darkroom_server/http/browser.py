@@ -66,8 +66,13 @@ class BrowserRules:
             "vary": "origin",
         }
 
-    def preflight_headers(self, origin: str) -> dict[str, str]:
-        """The answer to a browser that asks before a page of a listed origin calls."""
+    def preflight_headers(self, origin: str | None) -> dict[str, str]:
+        """The answer to a browser that asks before a page of a listed origin calls.
+
+        Raises ``HttpError`` without an origin.
+        """
+        if origin is None:
+            raise HttpError(400, "no_origin", "no origin is named")
         return {
             **self.cors_headers(origin),
             "access-control-allow-methods": ALLOWED_METHODS,

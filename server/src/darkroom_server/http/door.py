@@ -157,7 +157,7 @@ class HttpDoor:
             self._rules.check(headers)
             _check_framing(headers)
             if scope["method"] == "OPTIONS":
-                await _send_preflight(sent, self._rules.preflight_headers(headers["origin"]))
+                await _send_preflight(sent, self._rules.preflight_headers(headers.get("origin")))
                 return
             route = _checked_route(route, scope["method"])
             if route.access is not Access.OPEN:
@@ -181,8 +181,6 @@ class HttpDoor:
             if route.method == "POST":
                 body = await self._bodies.read(receive, headers, context.caller, route.max_body)
                 call = replace(call, body=body)
-        except KeyError:  # A preflight without an origin.
-            await _send_error(sent, error_answer(HttpError(400, "no_origin", "no origin is named")))
         except (DarkroomError, HttpError) as error:
             if isinstance(error, REJECTIONS):
                 self._rejections.call_rejected(error.reason)

@@ -12,6 +12,14 @@ from darkroom_server.core.model import ModelInfo
 from darkroom_server.service.request import ImageSource, Inputs, RequestedControl
 
 UPLOAD_ID = re.compile(r"sha256:[0-9a-f]{64}")
+FIELD_OF_TASK = {
+    Task.TEXT_TO_IMAGE: "image",
+    Task.IMAGE_TO_IMAGE: "image",
+    Task.INPAINT: "mask_image",
+    Task.EDIT: "reference_images",
+}
+"""The field that decides each task; a request from text alone lacks it."""
+
 MAX_LORA_SCALE = 4.0
 MAX_CONTROL_SCALE = 2.0
 
@@ -66,16 +74,10 @@ def check_inputs(inputs: Inputs | None, model: ModelInfo, steps: int) -> list[Vi
 
 
 def _task(inputs: Inputs, model: ModelInfo) -> Iterator[Violation]:
-    if inputs.mask_image is not None:
-        field, task = "mask_image", Task.INPAINT
-    elif inputs.image is not None:
-        field, task = "image", Task.IMAGE_TO_IMAGE
-    elif inputs.reference_images:
-        field, task = "reference_images", Task.EDIT
-    else:
-        field, task = "image", Task.TEXT_TO_IMAGE
-        if "image" not in model.optional_fields:
-            field = "reference_images"
+    task = inputs.task
+    field = FIELD_OF_TASK[task]
+    if task is Task.TEXT_TO_IMAGE and field not in model.optional_fields:
+        field = "reference_images"
     if task in model.tasks or (
         task is not Task.TEXT_TO_IMAGE and field not in model.optional_fields
     ):
@@ -102,10 +104,14 @@ def _strength(inputs: Inputs, model: ModelInfo, steps: int) -> Iterator[Violatio
         yield Violation("strength", "needs image")
     if asked is not None and not (math.isfinite(asked) and 0.0 < asked <= 1.0):
         yield Violation("strength", f"must be above 0, to 1, not {asked:g}")
-    elif inputs.image is not None and steps > 0:
-        taken = model.strength_rounding.steps_taken(steps, strength)
-        why = f"of {steps} steps, {strength:g} is less than one; use more of either"
-        yield from [Violation("strength", why)] if taken < 1 else []
+    elif (
+        inputs.image is not None
+        and steps > 0
+        and model.strength_rounding.steps_taken(steps, strength) < 1
+    ):
+        yield Violation(
+            "strength", f"of {steps} steps, {strength:g} is less than one; use more of either"
+        )
 
 
 def _strength_of(inputs: Inputs, model: ModelInfo) -> float:
@@ -114,8 +120,7 @@ def _strength_of(inputs: Inputs, model: ModelInfo) -> float:
         return 1.0
     if inputs.strength is not None:
         return inputs.strength
-    task = Task.IMAGE_TO_IMAGE if inputs.mask_image is None else Task.INPAINT
-    return model.defaults.strength_of(task)
+    return model.defaults.strength_of(inputs.task)
 
 
 def check_adapters(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 
 from darkroom_server.core.inputs import Lora
+from darkroom_server.core.job import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,15 @@ class Inputs:
     controls: tuple[RequestedControl, ...] = ()
     ip_adapter_image: ImageSource | None = None
     ip_adapter_scale: float | None = None
+
+    @property
+    def task(self) -> Task:
+        """What these images ask for."""
+        return Task.of(
+            image=self.image,
+            mask_image=self.mask_image,
+            reference_images=self.reference_images,
+        )
 
 
 INPUT_FIELDS = tuple(field.name for field in fields(Inputs))
