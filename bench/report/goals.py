@@ -15,7 +15,8 @@ class Goal:
     """``reached`` must be at least ``bound``, or at most if ``at_least`` is false.
 
     ``between``: the smallest and the largest value of the rounds of which ``reached`` is the
-    median, or its confidence interval; None if there is neither.
+    median, or its confidence interval; None if there is neither. ``is_cost``: the worse end of
+    ``between`` must reach the bound, not only the median.
     """
 
     name: str
@@ -23,11 +24,15 @@ class Goal:
     bound: float
     at_least: bool
     between: tuple[float, float] | None = None
+    is_cost: bool = False
 
     @property
     def met(self) -> bool:
         """True if the goal is reached."""
-        return self.reached >= self.bound if self.at_least else self.reached <= self.bound
+        judged = self.reached
+        if self.is_cost and self.between is not None:
+            judged = self.between[0] if self.at_least else self.between[1]
+        return judged >= self.bound if self.at_least else judged <= self.bound
 
 
 def of_class(answers: Sequence[Answer], steps: int | None) -> list[float]:
