@@ -91,3 +91,18 @@ def denoising(
 ) -> AbstractContextManager[None]:
     """As ``ModelAdapters.denoising``; nothing for a model without ``adapters``."""
     return nullcontext() if adapters is None else adapters.denoising(jobs)
+
+
+def encoding(adapters: ModelAdapters | None, mix: Mix) -> AbstractContextManager[None]:
+    """As ``ModelAdapters.encoding``; nothing for a model without ``adapters``."""
+    return nullcontext() if adapters is None else adapters.encoding(mix)
+
+
+def encoder_mix(adapters: ModelAdapters | None, job: Job) -> Mix:
+    """As ``ModelAdapters.encoder_mix``; empty for a model without ``adapters``."""
+    return () if adapters is None else adapters.encoder_mix(job)
+
+
+def group_key(adapters: ModelAdapters | None, job: Job) -> Hashable:
+    """As ``ModelAdapters.group_key``; None for a model without ``adapters``."""
+    return None if adapters is None else adapters.group_key(job)

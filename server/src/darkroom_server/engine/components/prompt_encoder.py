@@ -2,14 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import PromptSyntax
-from darkroom_server.engine.adapters.model_adapters import ModelAdapters
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters, encoding
 from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.weighted_prompts import WeightedPromptEncoder
@@ -86,7 +86,7 @@ class PromptEncoder:
         for key in found:
             self._cache.move_to_end(key)
         for batch in _batches(missing):
-            with nullcontext() if self.adapters is None else self.adapters.encoding(batch[0].mix):
+            with encoding(self.adapters, batch[0].mix):
                 encoded = dict(zip(batch, self._encode_batch(batch), strict=True))
             self.counts[Counted.PROMPTS_ENCODED] += len(batch)
             found.update(encoded)

@@ -14,8 +14,12 @@ from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job, PromptSyntax, Task
 from darkroom_server.core.model import ModelInfo, ModelLimits, StrengthRounding
-from darkroom_server.engine.adapters.model_adapters import ModelAdapters, denoising
-from darkroom_server.engine.adapters.weights import Mix
+from darkroom_server.engine.adapters.model_adapters import (
+    ModelAdapters,
+    denoising,
+    encoder_mix,
+    group_key,
+)
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
@@ -302,7 +306,7 @@ class StableDiffusionModel:
                 latent_shape=shape,
                 device=self.device,
                 dtype=self.memory_format.dtype,
-                adapter_key=None if self.adapters is None else self.adapters.group_key(job),
+                adapter_key=group_key(self.adapters, job),
             )
             for index in job.image_indices
         ]
@@ -365,7 +369,7 @@ class StableDiffusionModel:
     def _prompts_of(self, job: Job) -> list[PromptKey]:
         """What is encoded for each row of an image, in the order of the rows."""
         texts = [job.negative_prompt] if self.info.rows_per_image(job) == 2 else []
-        mix: Mix = () if self.adapters is None else self.adapters.encoder_mix(job)
+        mix = encoder_mix(self.adapters, job)
         # Weighted prompts are never encoded together, so exact jobs share theirs with others.
         alone = job.exact or job.prompt_syntax is PromptSyntax.WEIGHTED
         return [PromptKey(text, alone, job.prompt_syntax, mix) for text in [*texts, job.prompt]]

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -10,7 +10,12 @@ from typing import Any
 import torch
 
 from darkroom_server.core.job import Job, SchedulerName, Task
-from darkroom_server.engine.adapters.model_adapters import ModelAdapters
+from darkroom_server.engine.adapters.model_adapters import (
+    ModelAdapters,
+    encoder_mix,
+    encoding,
+    group_key,
+)
 from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
@@ -106,9 +111,9 @@ class Runs:
             vae_latents=self.vae_latents,
             prompt_truncated=prompt_truncated,
             device=self.host.device,
-            adapter_key=None if self.adapters is None else self.adapters.group_key(job),
+            adapter_key=group_key(self.adapters, job),
         )
-        mix: Mix = () if self.adapters is None else self.adapters.encoder_mix(job)
+        mix = encoder_mix(self.adapters, job)
         arguments = {**self.arguments_of(job), **given, "generator": sample.generator}
         own: dict[str, Any] = {name: copy.deepcopy(part) for name, part in self.own.items()}
         encoded = 0
@@ -189,9 +194,8 @@ class Runs:
             return module(**arguments)
 
     def _encode(self, call: EncodeCall, mix: Mix) -> Any:
-        encoding = nullcontext() if self.adapters is None else self.adapters.encoding(mix)
         try:
-            with self.precision(), encoding:
+            with self.precision(), encoding(self.adapters, mix):
                 return call.run()
         except Exception as error:
             raise PromptFailed(error) from error
