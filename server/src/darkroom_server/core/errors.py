@@ -80,9 +80,13 @@ class Failure:
 
 
 class DarkroomError(Exception):
-    """The root of the tree. ``str()`` of an instance is a message for the caller."""
+    """The root of the tree. ``str()`` of an instance is a message for the caller.
+
+    ``violations`` are those of the request, if it is at fault.
+    """
 
     reason: Reason = Reason.INTERNAL
+    violations: Sequence[Violation] = ()
 
     def __init__(self, message: str, metadata: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -253,6 +257,7 @@ class GenerationFailed(DarkroomError):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message, dict(failure.metadata))
         self.reason = failure.reason
+        self.violations = failure.violations
         self.failure = failure
 
 

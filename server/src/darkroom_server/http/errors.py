@@ -1,6 +1,7 @@
 """Errors to HTTP statuses, in OpenAI's shape: the one module that knows both."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +104,7 @@ def error_answer(error: DarkroomError | HttpError) -> ErrorAnswer:
         }
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    body = _body(status, error.reason.value.lower(), str(error), violations_of(error))
+    body = _body(status, error.reason.value.lower(), str(error), error.violations)
     return ErrorAnswer(status, body, headers)
 
 
@@ -113,20 +114,10 @@ def internal_error() -> ErrorAnswer:
     return ErrorAnswer(500, body, {"x-should-retry": "false"})
 
 
-def violations_of(error: DarkroomError) -> list[Violation]:
-    """Every violation that ``error`` names."""
-    match error:
-        case InvalidRequest(violations=violations):
-            return violations
-        case GenerationFailed(failure=failure):
-            return list(failure.violations)
-    return []
-
-
 def _body(
-    status: int, code: str, message: str, violations: list[Violation] | None = None
+    status: int, code: str, message: str, violations: Sequence[Violation] = ()
 ) -> dict[str, Any]:
-    listed = [{"field": v.field, "description": v.description} for v in violations or ()]
+    listed = [{"field": v.field, "description": v.description} for v in violations]
     error: dict[str, Any] = {
         "message": message,
         "type": TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),

@@ -14,7 +14,6 @@ from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
     DeadlineUnreachable,
-    Failure,
     GenerationFailed,
     InvalidRequest,
     JobCancelled,
@@ -117,10 +116,8 @@ def _status(
 
 def _details(error: DarkroomError) -> list[Message]:
     match error:
-        case InvalidRequest(violations=violations):
-            return [_bad_request(violations)]
-        case GenerationFailed(failure=Failure(violations=violations)) if violations:
-            return [_bad_request(violations)]
+        case InvalidRequest() | GenerationFailed() if error.violations:
+            return [_bad_request(error.violations)]
         case UnknownModel(model=model):
             return [
                 error_details_pb2.ResourceInfo(
