@@ -5,7 +5,7 @@ import pytest
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings import Engine, Models, Settings
 from darkroom_server.settings.adapters import Adapters
-from darkroom_server.settings.sources import adapter_sources, engine_configs, model_sources
+from darkroom_server.settings.sources import adapter_places, engine_configs, model_sources
 
 
 def test_the_demo_model_is_the_default() -> None:
@@ -99,7 +99,7 @@ def test_adapters_come_from_the_list_and_then_from_the_folder(tmp_path: Path) ->
     (tmp_path / "notes.txt").write_bytes(b"")
     file = str(tmp_path / "outline.safetensors")
     adapters = Adapters(lora=(f"mine={file}", "pastel=org/name@v2"), lora_dir=str(tmp_path))
-    found = adapter_sources(adapters, hub_token="hf_secret")
+    found = adapter_places(adapters, hub_token="hf_secret").sources()
     assert [(each.id, each.location, each.revision) for each in found] == [
         ("mine", file, None),
         ("pastel", "org/name", "v2"),
@@ -120,13 +120,13 @@ def test_adapters_come_from_the_list_and_then_from_the_folder(tmp_path: Path) ->
 )
 def test_an_invalid_adapter_is_reported(text: str, complaint: str) -> None:
     with pytest.raises(StartupError) as caught:
-        adapter_sources(Adapters(lora=(text,)))
+        adapter_places(Adapters(lora=(text,)))
     assert complaint in str(caught.value)
 
 
 def test_a_folder_of_adapters_must_exist(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="no such folder"):
-        adapter_sources(Adapters(lora_dir=str(tmp_path / "nothing")))
+        adapter_places(Adapters(lora_dir=str(tmp_path / "nothing")))
 
 
 def test_the_prompt_cache_is_configured_for_each_engine() -> None:

@@ -4,12 +4,13 @@ Every job that was submitted ends in exactly one of ``JobFinished``, ``JobFailed
 ``JobCancelled``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.job import ImageFormat
-from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model import AdapterOffer, ModelInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +145,19 @@ class BatchDone:
     max_rows: int = 0
     ended_at: float = 0.0
     adapters: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterChecked:
+    """``offers``: the adapter's offer to each model that it fits, by the model's id.
+
+    ``file`` is its file. ``reason``: why it fits no model, empty if it fits one.
+    """
+
+    adapter: str
+    file: str
+    offers: Mapping[str, AdapterOffer]
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +325,7 @@ Event = (
     | SampleProgress
     | PreviewReady
     | BatchDone
+    | AdapterChecked
     | AdapterLoaded
     | AdapterEvicted
     | RowLimitCorrected

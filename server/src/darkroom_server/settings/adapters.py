@@ -29,7 +29,9 @@ class Adapters:
         Setting(
             "A folder of LoRA adapters: each `.safetensors` file in it is on offer, by its name "
             "without the ending.",
-            choose="Files that fit no model are logged and left out.",
+            choose="Files that fit no model are logged and left out. A file that appears later is "
+            "on offer once an admin adds it by `darkroom adapters add NAME`. Only the operator "
+            "should be able to write to the folder.",
             metavar="FOLDER",
             default="none",
         ),

@@ -1,6 +1,7 @@
 """Finds the file of a LoRA adapter: a file, a folder with one, or a repository of the hub."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,23 @@ USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """The names that diffusers and PEFT give their files."""
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterFound:
+    """The file of ``source``; None if there is none, for ``reason``."""
+
+    source: AdapterSource
+    file: Path | None
+    reason: str = ""
+
+
+def find_adapter(source: AdapterSource) -> AdapterFound:
+    """Look for the file of an adapter; downloads it if ``source`` is a hub id."""
+    try:
+        return AdapterFound(source, adapter_file(source))
+    except StartupError as error:
+        return AdapterFound(source, None, str(error))
+
+
 def adapter_file(source: AdapterSource) -> Path:
     """The file of an adapter; downloads it if ``source`` is a hub id. Raises ``StartupError``."""
     path = Path(source.location).expanduser()
@@ -21,6 +39,9 @@ def adapter_file(source: AdapterSource) -> Path:
         if path.suffix != ".safetensors":
             raise StartupError(f"LoRA {source.location!r} is not a .safetensors file: convert it")
         return path
+    if source.from_folder:
+        # Never from the hub, where its path may be the name of a repository.
+        raise StartupError(f"LoRA file {source.location!r} is not there")
     if path.is_dir():
         return path / _only([file.name for file in path.glob("*.safetensors")], source)
     return _download(source)

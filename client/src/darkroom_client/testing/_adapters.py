@@ -1,0 +1,48 @@
+"""The adapters of the fake server."""
+
+from collections.abc import Iterable
+
+from darkroom_client._errors import AdapterNotFound, AdapterUnusable
+from darkroom_client._types.adapter import Adapter
+
+
+class Adapters:
+    """Those on offer, and those that can be added; one that was removed can be added again."""
+
+    def __init__(self, offered: Iterable[Adapter] = (), addable: Iterable[Adapter] = ()) -> None:
+        self._offered = {adapter.id: adapter for adapter in offered}
+        self._addable = {adapter.id: adapter for adapter in addable}
+
+    @property
+    def offered(self) -> list[Adapter]:
+        """Those that requests may name, by id."""
+        return [self._offered[id] for id in sorted(self._offered)]
+
+    def add(self, id: str, jobs: int) -> Adapter:
+        """Offer an adapter, which ``jobs`` unfinished jobs use; raises as a Darkroom server does.
+
+        One that is on offer is returned as it is.
+        """
+        if id in self._offered:
+            return self._offered[id]
+        if id not in self._addable:
+            others = ", ".join(sorted(self._addable)) or "none"
+            raise AdapterNotFound(
+                f"no adapter {id!r}; besides what it offers, the server has {others}"
+            )
+        adapter = self._addable[id]
+        if jobs:
+            raise AdapterUnusable(
+                f"unfinished jobs still use the adapter {id!r} that was removed ({jobs})"
+            )
+        if adapter.rejection:
+            raise AdapterUnusable(f"adapter {id!r} cannot be offered: {adapter.rejection}")
+        self._offered[id] = self._addable.pop(id)
+        return adapter
+
+    def remove(self, id: str) -> None:
+        """Offer an adapter no more; raises ``AdapterNotFound``."""
+        if id not in self._offered:
+            known = ", ".join(sorted(self._offered)) or "none"
+            raise AdapterNotFound(f"no adapter {id!r}; this server has {known}")
+        self._addable[id] = self._offered.pop(id)
