@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable
 
-from darkroom_client._errors import AdapterNotFound, AdapterUnusable
+from darkroom.v1 import generation_pb2
+from darkroom_client._errors import AdapterNotFound, AdapterUnusable, Violation
 from darkroom_client._types.adapter import Adapter
+from darkroom_client._types.model import Model
+from darkroom_client.testing._validation import invalid
 
 
 class Adapters:
@@ -17,6 +20,20 @@ class Adapters:
     def offered(self) -> list[Adapter]:
         """Those that requests may name, by id."""
         return [self._offered[id] for id in sorted(self._offered)]
+
+    def check(self, request: generation_pb2.GenerateRequest, model: Model) -> None:
+        """Raise ``AdapterNotFound``, or ``InvalidRequest`` for one that ``model`` does not take."""
+        violations = []
+        for index, lora in enumerate(request.loras):
+            adapter = self._find(lora.id)
+            reason = adapter.rejection
+            if model.id not in adapter.models:
+                reason = f"does not fit model {model.id!r}"
+            if reason:
+                field, description = f"loras[{index}].id", f"{lora.id!r}: {reason}"
+                violations.append(Violation(field=field, description=description))
+        if violations:
+            raise invalid(*violations)
 
     def add(self, id: str, jobs: int) -> Adapter:
         """Offer an adapter, which ``jobs`` unfinished jobs use; raises as a Darkroom server does.
@@ -42,7 +59,11 @@ class Adapters:
 
     def remove(self, id: str) -> None:
         """Offer an adapter no more; raises ``AdapterNotFound``."""
+        self._find(id)
+        self._addable[id] = self._offered.pop(id)
+
+    def _find(self, id: str) -> Adapter:
         if id not in self._offered:
             known = ", ".join(sorted(self._offered)) or "none"
             raise AdapterNotFound(f"no adapter {id!r}; this server has {known}")
-        self._addable[id] = self._offered.pop(id)
+        return self._offered[id]

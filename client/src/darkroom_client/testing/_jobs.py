@@ -162,6 +162,7 @@ class JobRegistry:
         """The model of ``request``; raises if the model does not accept it."""
         model = self.model(request.model)
         check_request(request, model, preview)
+        self.adapters.check(request, model)
         check_format(fill_defaults(request, model).format)
         self.uploads.check(request)
         return model
