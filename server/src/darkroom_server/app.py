@@ -40,7 +40,7 @@ from darkroom_server.settings.sources import (
 from darkroom_server.settings.tls import tls_files
 from darkroom_server.signals import exit_by_signal
 from darkroom_server.telemetry import Exporter, Metrics, open_traces
-from darkroom_server.uploads.decoder import Decoder
+from darkroom_server.uploads.decoder_pool import DecoderPool
 from darkroom_server.uploads.store import UploadStore
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Server:
             ttl=images.upload_ttl,
         )
         self.metrics.uploads.read_store(store)
-        self.decoder = Decoder(
+        self.decoder = DecoderPool(
             workers=images.image_workers,
             max_pixels=round(images.image_megapixels * 1e6),
             timeout=images.image_timeout,
