@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from darkroom_server.core.engine_config import ControlNetSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import AdapterLoaded, BatchDone, JobFinished
-from darkroom_server.core.job import Job, SchedulerName, Task
+from darkroom_server.core.job import Job, SchedulerName
 from darkroom_server.core.model import AdapterKind
 from darkroom_server.engine.conditioning.input_images import pil_image
 from darkroom_server.engine.controls import model_controls
@@ -41,10 +41,9 @@ class Alone:
                 part.requires_grad_(False)
         denoiser = getattr(self.text, "unet", None) or self.text.transformer
         self.folders = case.write_nets(nets, denoiser)
-        net_class = getattr(diffusers, type(case.net(denoiser)).__name__)
         self._nets = {
-            id: net_class.from_pretrained(each).requires_grad_(False)
-            for id, each in self.folders.items()
+            id: type(make(denoiser)).from_pretrained(self.folders[id]).requires_grad_(False)
+            for id, make in case.nets.items()
         }
         self._scheduler = copy.deepcopy(self.text.scheduler)
         self._latents: list[torch.Tensor] = []
@@ -70,7 +69,8 @@ class Alone:
             nets = [self._nets[control.id] for control in job.controls]
             pictures = [pil_image(control.image) for control in job.controls]
             # Without a dtype, from_pipe would convert the weights to float32.
-            pipeline = getattr(diffusers, self._case.pipelines[job.task]).from_pipe(
+            name, argument = self._case.pipelines[job.task]
+            pipeline = getattr(diffusers, name).from_pipe(
                 self.text,
                 controlnet=nets if len(nets) > 1 else nets[0],
                 torch_dtype=None,
@@ -83,18 +83,15 @@ class Alone:
                 "control_guidance_start": starts if len(nets) > 1 else starts[0],
                 "control_guidance_end": ends if len(nets) > 1 else ends[0],
             }
-            name = self._case.images[job.task]
             if job.image is not None:
                 arguments |= {"image": pil_image(job.image), "strength": job.strength}
             if job.mask_image is not None:
                 arguments["mask_image"] = pil_image(job.mask_image)
-            arguments[name] = pictures if len(nets) > 1 else pictures[0]
+            arguments[argument] = pictures if len(nets) > 1 else pictures[0]
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = copy.deepcopy(self._scheduler)
         taken = inspect.signature(pipeline.__call__).parameters
         size = {"width": job.width, "height": job.height}
-        if job.task is Task.IMAGE_TO_IMAGE:
-            size = {}
         torch.manual_seed(job.seed)
         image = pipeline(
             num_inference_steps=job.steps,
@@ -194,14 +191,14 @@ def test_the_model_offers_its_nets(served: Served) -> None:
     assert "controls" in info.optional_fields
     assert info.limits.max_controls == 4
     offers = {offer.id: offer for offer in info.adapters}
-    assert offers.keys() == {"a", "b"}
+    assert offers.keys() == served.case.nets.keys()
     for id, offer in offers.items():
         assert offer.kind is AdapterKind.CONTROLNET
         assert offer.bytes == sum(4 * w.numel() for w in served.controls.nets[id].parameters())
         assert 0.0 < offer.cost < 20.0
     assert info.memory.control_bytes_per_row > 0
     loaded = {event.adapter for event in served.loop.events if isinstance(event, AdapterLoaded)}
-    assert loaded == {"a", "b"}
+    assert loaded == set(served.case.nets)
 
 
 def test_mixed_rows_equal_the_pipelines_alone(served: Served, additions: Additions) -> None:
@@ -233,8 +230,8 @@ def test_zero_residuals_are_bitwise_none(served: Served, additions: Additions) -
 def images_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     condition = ModelControls.condition
 
-    def other(self: ModelControls, id: str, image: Any, generator: Any) -> Any:
-        return condition(self, id, replace(image, pixels=image.pixels[::-1]), generator)
+    def other(self: ModelControls, id: str, image: Any, rows: int, generator: Any) -> Any:
+        return condition(self, id, replace(image, pixels=image.pixels[::-1]), rows, generator)
 
     monkeypatch.setattr(ModelControls, "condition", other)
 
@@ -264,7 +261,7 @@ def nets_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     other = {"a": "b", "b": "a"}
 
     def wrong(self: ModelControls, id: str, given: Any, users: Any) -> Any:
-        return residuals(self, other[id], given, users)
+        return residuals(self, other.get(id, id), given, users)
 
     monkeypatch.setattr(ModelControls, "residuals", wrong)
 
@@ -311,13 +308,17 @@ def test_a_scale_of_zero_and_a_schedule_of_no_step_change_nothing(served: Served
         for i, each in enumerate((none, never))
     ]
     served.run([plain, *silent])
-    for each in silent:
-        assert torch.equal(served.loop.latents[each.id, 0], served.loop.latents["plain", 0])
+    # In FLUX, a control image takes noise before the image does.
+    same = [each.id for each in ([*silent, plain] if served.case.keeps_noise else silent)]
+    for id in same:
+        assert torch.equal(served.loop.latents[id, 0], served.loop.latents[same[0], 0])
 
 
 def test_what_a_sample_holds_is_what_admission_expects(served: Served) -> None:
     job = served.jobs("held")[2]
-    condition = served.controls.condition("a", job.controls[0].image, torch.Generator())
+    image, generator = job.controls[0].image, torch.Generator()
+    with torch.inference_mode():
+        condition = served.controls.condition("a", image, 2, generator)
     more = served.info.held_bytes(job) - served.info.held_bytes(replace(job, controls=()))
     assert more >= 2 * condition.untyped_storage().nbytes()
     served.run([job])

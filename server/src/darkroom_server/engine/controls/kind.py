@@ -40,11 +40,16 @@ class ControlKind(ABC):
 
     @abstractmethod
     def condition(
-        self, image: InputImage, net: Any, images: ImageEncoder, generator: torch.Generator
+        self,
+        image: InputImage,
+        rows: int,
+        net: Any,
+        images: ImageEncoder,
+        generator: torch.Generator,
     ) -> torch.Tensor:
-        """The input of ``net`` for one row, [1, ...], in its data type and on its device.
+        """The input of ``net`` for ``rows`` rows, or a single one for all, [rows or 1, ...].
 
-        ``generator`` is that of ``noise``.
+        In its data type and on its device. ``generator`` is that of ``noise``.
         """
 
     @abstractmethod

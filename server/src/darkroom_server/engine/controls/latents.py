@@ -12,16 +12,19 @@ def signed_pixels(image: InputImage) -> torch.Tensor:
     """The pixels of ``image``, -1 to 1, [1, 3, height, width]."""
     processor = VaeImageProcessor(do_convert_rgb=True)
     pixels: torch.Tensor = processor.preprocess(pil_image(image), image.height, image.width)
-    return pixels
+    # As in diffusers: another layout may change the last bits.
+    return pixels.contiguous()
 
 
 def control_latents(
-    image: InputImage, images: ImageEncoder, generator: torch.Generator, shift: float
+    image: InputImage, rows: int, images: ImageEncoder, generator: torch.Generator, shift: float
 ) -> torch.Tensor:
-    """The VAE's latents of ``image``, less ``shift`` and scaled, [1, channels, height, width].
+    """The VAE's latents of ``image``, less ``shift`` and scaled, [rows, channels, height, width].
 
-    ``generator`` makes the noise in them. Raises as ``ImageEncoder.encode``.
+    ``generator`` makes the noise in them, other noise for each row. Raises as
+    ``ImageEncoder.encode``.
     """
-    encoded = images.encode(signed_pixels(image).to(images.vae.device), {})
+    pixels = signed_pixels(image).to(images.vae.device)
+    encoded = images.encode(torch.cat([pixels] * rows), {})
     latents: torch.Tensor = encoded.latent_dist.sample(generator)
     return (latents - shift) * images.vae.config.scaling_factor  # type: ignore[no-any-return]

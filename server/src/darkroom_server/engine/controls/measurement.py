@@ -37,7 +37,7 @@ def measure_net(
     device = runtime.device
     given = family.denoiser_inputs(rows, memory_format.dtype, device, memory_format.layout)
     image = white_image(family.size, channels=3)
-    condition = controls.condition(id, image, torch.Generator("cpu").manual_seed(0))
+    condition = controls.condition(id, image, rows, torch.Generator("cpu").manual_seed(0))
     control = SampleControl(id=id, condition=condition, scale=1.0, start=0.0, end=1.0)
     use = Use(control, 0, rows, {})
     try:

@@ -54,10 +54,11 @@ class ModelControls:
     def of(self, sample: Sample) -> tuple[SampleControl, ...]:
         """The controls of a new sample. Raises as ``ImageEncoder.encode``."""
         generator = self.kind.noise(sample.generator)
+        rows = self.guidance.rows_per_image(sample.job)
         return tuple(
             SampleControl(
                 id=control.id,
-                condition=self.condition(control.id, control.image, generator),
+                condition=self.condition(control.id, control.image, rows, generator),
                 scale=control.scale,
                 start=control.start,
                 end=control.end,
@@ -65,9 +66,11 @@ class ModelControls:
             for control in sample.job.controls
         )
 
-    def condition(self, id: str, image: InputImage, generator: torch.Generator) -> torch.Tensor:
-        """The input of the net ``id`` for one row, in its data type and on its device, [1, ...]."""
-        return self.kind.condition(image, self.nets[id], self.images, generator)
+    def condition(
+        self, id: str, image: InputImage, rows: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        """The input of the net ``id`` for ``rows`` rows, or a single one for all."""
+        return self.kind.condition(image, rows, self.nets[id], self.images, generator)
 
     def add(self, given: Arguments, samples: Sequence[Sample]) -> Arguments:
         """The arguments ``given`` of a denoiser's call, with the residuals of its ``samples``.

@@ -7,9 +7,10 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleControl:
-    """A ControlNet that a sample asks for: its id, and its input ``condition``, [1, ...].
+    """A ControlNet that a sample asks for: its id, and its input ``condition``.
 
-    It is applied from ``start`` to ``end``, as parts of the steps.
+    The condition has a row for each of the sample's, or a single one for all. It is applied from
+    ``start`` to ``end``, as parts of the steps.
     """
 
     id: str

@@ -68,12 +68,17 @@ class FluxControls(ControlKind):
         return ""
 
     def condition(
-        self, image: InputImage, net: Any, images: ImageEncoder, generator: torch.Generator
+        self,
+        image: InputImage,
+        rows: int,
+        net: Any,
+        images: ImageEncoder,
+        generator: torch.Generator,
     ) -> torch.Tensor:
         """The latents of ``image`` as tokens, or its pixels for a net with a hint block."""
         if net.input_hint_block is not None:
             return signed_pixels(image).to(net.device, net.dtype)
-        latents = control_latents(image, images, generator, images.vae.config.shift_factor)
+        latents = control_latents(image, 1, images, generator, images.vae.config.shift_factor)
         return pack_latents(latents).to(net.device, net.dtype)
 
     def arguments(self, given: Arguments, net: Any) -> dict[str, Any]:

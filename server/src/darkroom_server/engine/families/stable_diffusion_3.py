@@ -67,12 +67,17 @@ class StableDiffusion3Controls(ControlKind):
         return torch.Generator("cpu").manual_seed(generator.initial_seed())
 
     def condition(
-        self, image: InputImage, net: Any, images: ImageEncoder, generator: torch.Generator
+        self,
+        image: InputImage,
+        rows: int,
+        net: Any,
+        images: ImageEncoder,
+        generator: torch.Generator,
     ) -> torch.Tensor:
         """The latents of ``image``; without their shift for a net that reads no pooled prompt."""
         unshifted = net.config.force_zeros_for_pooled_projection
         shift = 0 if unshifted else images.vae.config.shift_factor
-        return control_latents(image, images, generator, shift).to(net.device, net.dtype)
+        return control_latents(image, rows, images, generator, shift).to(net.device, net.dtype)
 
     def arguments(self, given: Arguments, net: Any) -> dict[str, Any]:
         """Those of the transformer that a ControlNet has too."""

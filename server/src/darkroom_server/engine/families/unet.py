@@ -59,12 +59,18 @@ class UNetControls(ControlKind):
         return "" if own == most else f"its in_channels is {own}, the model's latents have {most}"
 
     def condition(
-        self, image: InputImage, net: Any, images: ImageEncoder, generator: torch.Generator
+        self,
+        image: InputImage,
+        rows: int,
+        net: Any,
+        images: ImageEncoder,
+        generator: torch.Generator,
     ) -> torch.Tensor:
         """The pixels of ``image``, 0 to 1, [1, 3, height, width]."""
         processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
         pixels: torch.Tensor = processor.preprocess(pil_image(image), image.height, image.width)
-        return pixels.to(device=net.device, dtype=net.dtype)
+        # As in diffusers: another layout may change the last bits.
+        return pixels.contiguous().to(device=net.device, dtype=net.dtype)
 
     def arguments(self, given: Arguments, net: Any) -> dict[str, Any]:
         """Those of the UNet that a ControlNet has too."""
