@@ -1,6 +1,6 @@
-// Lists the LoRA adapters of a Darkroom server, adds one or removes one, using only the
-// .proto files. Adding and removing are for admins: with a token whose entry says so, in
-// DARKROOM_TOKEN, or without tokens from the server's own machine.
+// Lists the LoRA adapters and ControlNets of a Darkroom server, adds an adapter or removes
+// one, using only the .proto files. Adding and removing are for admins: with a token whose
+// entry says so, in DARKROOM_TOKEN, or without tokens from the server's own machine.
 //
 //   npm ci
 //   node adapters.js [HOST:PORT]
@@ -34,7 +34,7 @@ const verbs = { list, add, remove };
 async function list() {
   const { adapters } = await promisify(client.ListAdapters.bind(client))({}, metadata);
   adapters.forEach(show);
-  if (!adapters.length) console.log("no adapters: start the server with --lora or --lora-dir");
+  if (!adapters.length) console.log("no adapters: start the server with --lora or --controlnet");
 }
 
 async function add() {
@@ -50,9 +50,10 @@ async function remove() {
   console.log(`${id}: removed; unfinished jobs that use it: ${jobs}`);
 }
 
-function show({ id, models, rank, resident, rejection }) {
+function show({ id, kind, models, rank, resident, rejection }) {
   const state = rejection || (resident ? "in memory" : "on disk");
-  console.log(`${id}: rank ${rank}, for ${models.join(", ")}; ${state}`);
+  const what = kind === "ADAPTER_KIND_CONTROLNET" ? "ControlNet" : `LoRA of rank ${rank}`;
+  console.log(`${id}: ${what}, for ${models.join(", ")}; ${state}`);
 }
 
 try {

@@ -15,6 +15,7 @@ import pytest
 
 from darkroom_client import (
     Adapter,
+    AdapterKind,
     AdapterNotFound,
     AsyncClient,
     Client,
@@ -49,7 +50,9 @@ def digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-ADAPTERS = [Adapter(id=id, models=(MODEL.id,)) for id in ("outline", "pastel")]
+ADAPTERS = [Adapter(id=id, models=(MODEL.id,)) for id in ("outline", "pastel")] + [
+    Adapter(id=id, kind=AdapterKind.CONTROLNET, models=(MODEL.id,)) for id in ("edges", "pose")
+]
 
 
 @pytest.fixture
@@ -278,6 +281,10 @@ def test_the_server_rejects_adapters_that_cannot_be_used() -> None:
                 call("a star", loras={"outline": 1.0, "none": 1.0})
             with pytest.raises(InvalidRequest) as caught:
                 call("a star", loras={"other": 1.0, "huge": 1.0})
+            with pytest.raises(
+                AdapterNotFound, match="no adapter 'outline'; this server has edges, p"
+            ):
+                call("a star", controls=[Control("outline", SMALL)])
             assert [(v.field, v.description) for v in caught.value.violations] == [
                 ("loras[0].id", f"'other': does not fit model {MODEL.id!r}"),
                 ("loras[1].id", "'huge': its rank is 512"),

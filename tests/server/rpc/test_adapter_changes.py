@@ -13,7 +13,7 @@ from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.backends.fake_model import fake_image_model
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import NotAllowed
-from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model import AdapterKind, AdapterOffer, ModelInfo
 from darkroom_server.security.admin_policy import AdminPolicy
 from darkroom_server.settings import Security
 from darkroom_server.settings.adapters import Adapters
@@ -208,3 +208,15 @@ def test_without_tokens_the_address_decides_and_with_them_the_token() -> None:
     closed_server.check(Caller(name="ops", admin=True), forwarded=True)
     with pytest.raises(NotAllowed):
         closed_server.check(Caller(name="web", address="127.0.0.1"), forwarded=False)
+
+
+async def test_a_controlnet_is_neither_added_nor_removed(folder: Path) -> None:
+    pose = AdapterOffer(id="pose", rank=0, bytes=1, kind=AdapterKind.CONTROLNET)
+    (folder / "pose.safetensors").write_text("fits")
+    fake = {"models": [replace(model(), adapters=(pose,))]}
+    async with serving(fake=fake, adapters=Adapters(lora_dir=str(folder))) as wire:
+        for call in (add, remove):
+            found = await refusal(call(wire, "pose"))
+            assert found.code is grpc.StatusCode.FAILED_PRECONDITION
+            assert "'pose' is a controlnet" in found.message
+        assert await offered(wire) == ["pose"]

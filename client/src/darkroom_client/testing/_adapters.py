@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from darkroom.v1 import generation_pb2
 from darkroom_client._errors import AdapterNotFound, AdapterUnusable, Violation
-from darkroom_client._types.adapter import Adapter
+from darkroom_client._types.adapter import Adapter, AdapterKind
 from darkroom_client._types.model import Model
 from darkroom_client.testing._validation import invalid
 
@@ -24,14 +24,18 @@ class Adapters:
     def check(self, request: generation_pb2.GenerateRequest, model: Model) -> None:
         """Raise ``AdapterNotFound``, or ``InvalidRequest`` for one that ``model`` does not take."""
         violations = []
-        for index, lora in enumerate(request.loras):
-            adapter = self._find(lora.id)
+        asked = [(f"loras[{i}].id", AdapterKind.LORA, x.id) for i, x in enumerate(request.loras)]
+        asked += [
+            (f"controls[{i}].id", AdapterKind.CONTROLNET, x.id)
+            for i, x in enumerate(request.controls)
+        ]
+        for field, kind, id in asked:
+            adapter = self._find(id, kind)
             reason = adapter.rejection
             if model.id not in adapter.models:
                 reason = f"does not fit model {model.id!r}"
             if reason:
-                field, description = f"loras[{index}].id", f"{lora.id!r}: {reason}"
-                violations.append(Violation(field=field, description=description))
+                violations.append(Violation(field=field, description=f"{id!r}: {reason}"))
         if violations:
             raise invalid(*violations)
 
@@ -41,7 +45,7 @@ class Adapters:
         One that is on offer is returned as it is.
         """
         if id in self._offered:
-            return self._offered[id]
+            return self._find(id)
         if id not in self._addable:
             others = ", ".join(sorted(self._addable)) or "none"
             raise AdapterNotFound(
@@ -62,8 +66,9 @@ class Adapters:
         self._find(id)
         self._addable[id] = self._offered.pop(id)
 
-    def _find(self, id: str) -> Adapter:
-        if id not in self._offered:
-            known = ", ".join(sorted(self._offered)) or "none"
-            raise AdapterNotFound(f"no adapter {id!r}; this server has {known}")
-        return self._offered[id]
+    def _find(self, id: str, kind: AdapterKind = AdapterKind.LORA) -> Adapter:
+        known = {adapter.id: adapter for adapter in self.offered if adapter.kind is kind}
+        if id not in known:
+            names = ", ".join(known) or "none"
+            raise AdapterNotFound(f"no adapter {id!r}; this server has {names}")
+        return known[id]

@@ -9,6 +9,7 @@ from darkroom_server.core.adapter_places import AdapterPlaces
 from darkroom_server.core.engine_config import AdapterSource
 from darkroom_server.core.errors import AdapterUnusable, NotReady, Reason, UnknownAdapter
 from darkroom_server.core.events import AdapterChecked
+from darkroom_server.core.model import AdapterKind
 from darkroom_server.dispatch.adapters import AdapterStatus
 from darkroom_server.dispatch.admission.availability import Availability, State, shutting_down
 from darkroom_server.dispatch.engines.handle import EngineHandle
@@ -34,7 +35,7 @@ class _Check:
 
 
 class AdapterCatalog:
-    """Changes which adapters requests may name; ``places`` are those that adapters come from.
+    """Changes which LoRA adapters requests may name; ``places`` are those that they come from.
 
     What is on offer is part of ``availability``. One engine checks a new adapter; then every engine
     learns of it before the first job that names it, and so does one that starts later.
@@ -88,10 +89,11 @@ class AdapterCatalog:
     def remove(self, id: str) -> int:
         """Withdraw the adapter ``id``; returns the number of unfinished jobs that still use it.
 
-        Raises ``UnknownAdapter`` if it is not on offer.
+        Raises ``UnknownAdapter`` if it is not on offer, ``AdapterUnusable`` for a ControlNet.
         """
         if self._offered(id) is None:
-            raise UnknownAdapter(id[:256], [each.id for each in self._availability.adapters])
+            loras = [e.id for e in self._availability.adapters if e.kind is AdapterKind.LORA]
+            raise UnknownAdapter(id[:256], loras)
         self._availability.withdraw_adapter(id)
         for engine in self._pool.engines:
             engine.engine.withdraw_adapter(id)
@@ -124,7 +126,14 @@ class AdapterCatalog:
             check.done.set_exception(_no_engine("the engine died while it checked it"))
 
     def _offered(self, id: str) -> AdapterStatus | None:
-        return next((each for each in self._availability.adapters if each.id == id), None)
+        """The LoRA ``id`` if it is on offer; raises ``AdapterUnusable`` for a ControlNet."""
+        found = next((each for each in self._availability.adapters if each.id == id), None)
+        if found is not None and found.kind is not AdapterKind.LORA:
+            raise AdapterUnusable(
+                f"{id!r} is a {found.kind}, which can be neither added nor removed while the "
+                "server runs"
+            )
+        return found
 
     async def _source(self, id: str) -> AdapterSource:
         """Where ``id`` comes from; raises ``UnknownAdapter`` or, without any place, its reason."""
