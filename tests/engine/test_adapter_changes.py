@@ -39,7 +39,9 @@ def pipeline(tiny_folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def loop(tiny_folder: Path) -> Iterator[LoopUnderTest]:
     """Without adapters at its start; each test names its own."""
-    made = LoopUnderTest(config_for(tiny_folder, adapters_may_come=True, max_lora_rank=8))
+    made = LoopUnderTest(
+        config_for(tiny_folder, adapters_may_come=True, max_lora_rank=8, max_request_loras=3)
+    )
     yield made
     made.close()
 
@@ -70,7 +72,9 @@ def is_evicted(loop: LoopUnderTest, id: str) -> bool:
 def test_an_engine_finds_the_models_that_an_adapter_fits(
     loop: LoopUnderTest, pipeline: Any, tmp_path: Path
 ) -> None:
-    assert "loras" in loop.models["tiny"].info.optional_fields
+    info = loop.models["tiny"].info
+    assert "loras" in info.optional_fields
+    assert info.limits.max_loras == 3
     fits = checked(loop, write_adapter(tmp_path / "fits.safetensors", pipeline, rank=4))
     assert (fits.file, fits.reason) == (str(tmp_path / "fits.safetensors"), "")
     assert (fits.offers["tiny"].rank, fits.offers["tiny"].rejection) == (4, "")

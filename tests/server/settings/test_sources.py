@@ -134,6 +134,12 @@ def test_a_folder_of_adapters_must_exist(tmp_path: Path) -> None:
         adapter_places(Adapters(lora_dir=str(tmp_path / "nothing")))
 
 
+def test_the_numbers_of_adapters_are_bounded() -> None:
+    adapters = Adapters(max_loras=6, max_request_loras=2, max_controls=3)
+    (config,) = engine_configs(Settings(adapters=adapters), None)
+    assert (config.max_loras, config.max_request_loras, config.max_controls) == (6, 2, 3)
+
+
 def test_controlnets_are_for_each_model_or_for_one(tmp_path: Path) -> None:
     settings = Settings(
         models=Models(model=("a=demo", "b=demo")),

@@ -100,9 +100,10 @@ class EngineConfig:
     ``previous_measurements``: from an earlier engine of this server, so that a restarted one is
     ready sooner. ``prompt_cache_bytes``: memory for the embeddings of prompts, for each model.
     ``adapters_may_come``: adapters may be offered while the engine runs, even if there are none
-    yet. ``max_loras``: different LoRA adapters in one batch. ``max_lora_rank``: one with a greater
-    rank is rejected. ``lora_cache_bytes``: host memory for the weights of adapters.
-    ``max_controls``: ControlNets in one request.
+    yet. ``max_loras``: different LoRA adapters in one batch. ``max_request_loras``: those in one
+    request, if a batch may have as many. ``max_lora_rank``: one with a greater rank is rejected.
+    ``lora_cache_bytes``: host memory for the weights of adapters. ``max_controls``: ControlNets in
+    one request.
     """
 
     models: tuple[ModelSource, ...]
@@ -123,6 +124,7 @@ class EngineConfig:
     adapters: tuple[AdapterSource, ...] = ()
     adapters_may_come: bool = False
     max_loras: int = 8
+    max_request_loras: int = 4
     max_lora_rank: int = 128
     lora_cache_bytes: int = 1024**3
     controlnets: tuple[ControlNetSource, ...] = ()

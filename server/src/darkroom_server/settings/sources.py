@@ -51,6 +51,7 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         adapters=places.sources(),
         adapters_may_come=places.configured,
         max_loras=settings.adapters.max_loras,
+        max_request_loras=settings.adapters.max_request_loras,
         max_lora_rank=settings.adapters.max_lora_rank,
         lora_cache_bytes=settings.adapters.lora_cache_bytes,
         controlnets=controlnet_sources(settings, hub_token),

@@ -121,7 +121,7 @@ def _load(
         limits=replace(
             family.limits(measured.max_rows),
             row_limit_source=measured.source,
-            max_loras=config.max_loras if takes_loras else 0,
+            max_loras=min(config.max_loras, config.max_request_loras) if takes_loras else 0,
             max_controls=config.max_controls if controls else 0,
         ),
         schedulers=family.scheduler_offers,
