@@ -45,7 +45,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Skips(in_ci=os.environ.get("CI") == "true"))
+    # A worker reports its skips to the process that distributes the tests.
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Skips(in_ci=os.environ.get("CI") == "true"))
 
 
 class Skips:
