@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 # On a busy machine hypothesis must not fail a test for its time.
@@ -16,6 +17,14 @@ os.environ["DARKROOM_SERVE_MEASUREMENT_CACHE"] = "false"
 
 # On a busy machine the threads of one operation wait for each other longer than they compute.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# By default structlog shows the variables of each frame: seconds for each exception in the engine.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 # A shell starts what runs in the background with interrupts ignored, and so would the programs that
 # the tests start and interrupt.

@@ -27,6 +27,40 @@ from .conftest import config_for, make_job
 from .test_contract import Listener
 
 
+def child_with(start_loop: str) -> tuple[str, str]:
+    """What Python runs in the engine's process, with another ``start_loop``, and without torch."""
+    return (
+        "-c",
+        f"""
+import sys, types
+from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.backends.fake_model import fake_model
+from darkroom_server.core.events import BatchDone, EngineReady
+from darkroom_server.engine.main import main
+{start_loop}
+startup = types.ModuleType("startup")
+startup.start_loop = start_loop
+sys.modules["darkroom_server.engine.loading.startup"] = startup
+main()
+""",
+    )
+
+
+FAKE = child_with("""
+def start_loop(_, emit):
+    loop = FakeEngine((fake_model("tiny"),), pass_seconds=0.002, load=False)
+    loop.start(emit)
+    loop.run = loop.closed.wait
+    return loop, EngineReady(loop.models, 0.0)
+""")
+"""An engine's process with a loop that computes nothing."""
+
+
+@pytest.fixture
+def fake_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "CHILD", FAKE)
+
+
 def started(folder: Path, timeout: float = 60.0) -> tuple[ProcessEngine, Listener, int]:
     engine = ProcessEngine(config_for(folder), timeout=timeout)
     listener = Listener(engine)
@@ -43,6 +77,7 @@ def open_files() -> int:
     return psutil.Process().num_fds()
 
 
+@pytest.mark.usefixtures("fake_loop")
 def test_a_killed_process_is_reported_and_can_be_started_again(tiny_folder: Path) -> None:
     files = open_files()
     engine, listener, pid = started(tiny_folder)
@@ -72,6 +107,7 @@ def test_its_threads_sleep_while_they_wait_unless_the_environment_says_otherwise
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if set_to:
         monkeypatch.setenv("OMP_WAIT_POLICY", set_to)
+    monkeypatch.setattr(process, "CHILD", FAKE)
     engine, _, pid = started(tiny_folder)
     environment = psutil.Process(pid).environ()
     engine.close()
@@ -106,6 +142,7 @@ def test_memory_reports_do_not_reset_the_timeout(
     engine.close()
 
 
+@pytest.mark.usefixtures("fake_loop")
 def test_a_process_that_hangs_at_work_is_killed(tiny_folder: Path) -> None:
     engine, listener, pid = started(tiny_folder, timeout=0.5)
     engine.submit(make_job("stuck", steps=150))
@@ -204,6 +241,7 @@ def test_a_process_that_hangs_in_the_middle_of_a_message_is_killed(
     engine.close()
 
 
+@pytest.mark.usefixtures("fake_loop")
 def test_a_stopped_process_does_not_block_its_callers(tiny_folder: Path) -> None:
     engine, listener, pid = started(tiny_folder)
     os.kill(pid, signal.SIGSTOP)
@@ -213,21 +251,6 @@ def test_a_stopped_process_does_not_block_its_callers(tiny_folder: Path) -> None
     os.kill(pid, signal.SIGCONT)
     listener.until_end_of(*(f"heap-{i}" for i in range(300)))
     engine.close()
-
-
-def child_with(start_loop: str) -> tuple[str, str]:
-    """What Python runs in the engine's process, with another ``start_loop``."""
-    return (
-        "-c",
-        f"""
-import darkroom_server.engine.loading.startup
-from darkroom_server.core.events import EngineReady, BatchDone
-{start_loop}
-darkroom_server.engine.loading.startup.start_loop = start_loop
-from darkroom_server.engine.main import main
-main()
-""",
-    )
 
 
 FAILING = """
@@ -309,6 +332,7 @@ class Unreadable:
         return int, ("no number",)
 
 
+@pytest.mark.usefixtures("fake_loop")
 def test_a_process_that_cannot_understand_ends(tiny_folder: Path) -> None:
     engine, listener, _ = started(tiny_folder)
     assert engine._process is not None
