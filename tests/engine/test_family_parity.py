@@ -221,15 +221,18 @@ def test_previews_are_of_the_latents_that_the_vae_decodes(
 
 def test_each_scheduler_on_offer_repeats_an_image_by_its_seed(served: Served) -> None:
     first, *_ = served.jobs("schedulers")
-    for offer in served.loop.models["tiny"].info.schedulers:
-        again = [
-            replace(first, id=f"{offer.name}-{i}", scheduler=offer.name, steps=4) for i in range(2)
-        ]
-        for job in again:
-            end = served.loop.run(job)[job.id]
-            assert isinstance(end, JobFinished), end
-        one, other = (served.loop.latents[job.id, 0] for job in again)
-        assert torch.equal(one, other), offer.name
+    offers = served.loop.models["tiny"].info.schedulers
+    runs = [
+        [replace(first, id=f"{o.name}-{i}", scheduler=o.name, steps=4) for o in offers]
+        for i in range(2)
+    ]
+    for jobs in runs:
+        ends = served.loop.run(*jobs)
+        assert all(isinstance(ends[job.id], JobFinished) for job in jobs), ends
+    for pair in zip(*runs, strict=True):
+        one, other = (served.loop.latents[job.id, 0] for job in pair)
+        # They share batches, so the last bits may differ.
+        assert float((one - other).abs().max() / one.abs().max()) < NOTICEABLE, pair
 
 
 def test_prompts_of_different_lengths_share_batches_if_they_are_padded_with_a_mask(

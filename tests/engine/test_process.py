@@ -24,41 +24,13 @@ from darkroom_server.core.events import (
 )
 
 from .conftest import config_for, make_job
+from .engine_process import FAKE_LOOP, child_with
 from .test_contract import Listener
-
-
-def child_with(start_loop: str) -> tuple[str, str]:
-    """What Python runs in the engine's process, with another ``start_loop``, and without torch."""
-    return (
-        "-c",
-        f"""
-import sys, types
-from darkroom_server.backends.fake import FakeEngine
-from darkroom_server.backends.fake_model import fake_model
-from darkroom_server.core.events import BatchDone, EngineReady
-from darkroom_server.engine.main import main
-{start_loop}
-startup = types.ModuleType("startup")
-startup.start_loop = start_loop
-sys.modules["darkroom_server.engine.loading.startup"] = startup
-main()
-""",
-    )
-
-
-FAKE = child_with("""
-def start_loop(_, emit):
-    loop = FakeEngine((fake_model("tiny"),), pass_seconds=0.002, load=False)
-    loop.start(emit)
-    loop.run = loop.closed.wait
-    return loop, EngineReady(loop.models, 0.0)
-""")
-"""An engine's process with a loop that computes nothing."""
 
 
 @pytest.fixture
 def fake_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "CHILD", FAKE)
+    monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
 
 
 def started(folder: Path, timeout: float = 60.0) -> tuple[ProcessEngine, Listener, int]:
@@ -107,7 +79,7 @@ def test_its_threads_sleep_while_they_wait_unless_the_environment_says_otherwise
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if set_to:
         monkeypatch.setenv("OMP_WAIT_POLICY", set_to)
-    monkeypatch.setattr(process, "CHILD", FAKE)
+    monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
     engine, _, pid = started(tiny_folder)
     environment = psutil.Process(pid).environ()
     engine.close()

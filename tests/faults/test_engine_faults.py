@@ -18,6 +18,7 @@ from darkroom_server.backends import process
 from darkroom_server.core.events import EngineReady, Event, JobStarted, JobTaken, SampleProgress
 from darkroom_server.dispatch.engines import pool
 from darkroom_server.settings import Dispatch
+from tests.engine.engine_process import FAKE_LOOP
 from tests.engine.tiny import write_tiny_model
 
 from .tapped import NOT_SERVING, SERVING, Wire, serving
@@ -109,7 +110,8 @@ async def test_killed_while_idle(wire: Wire) -> None:
     await wire.health_becomes(SERVING)
 
 
-async def test_a_hang_is_noticed(tiny_folder: Path) -> None:
+async def test_a_hang_is_noticed(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
     async with serving(tiny_folder, engine_timeout=1.0) as wire:
         undisturbed = await wire.generate(steps=MANY)
         signalled_at = signal_once(wire, lambda e: isinstance(e, SampleProgress), signal.SIGSTOP)
@@ -185,14 +187,17 @@ class ExitsOnce:
 async def test_an_engine_that_exits_while_it_loads(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child = ExitsOnce(process.CHILD)
+    child = ExitsOnce(FAKE_LOOP)
     monkeypatch.setattr(process, "CHILD", child)
     async with serving(tiny_folder) as wire:
         assert len((await wire.generate()).images) == 1
         assert (child.times, restarts(wire)) == (2, 1)
 
 
-async def test_a_crash_loop_stops_the_server(tiny_folder: Path) -> None:
+async def test_a_crash_loop_stops_the_server(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
     async with serving(tiny_folder, engine_max_restarts=1) as wire:
 
         def kill_when_ready(event: Event) -> None:
