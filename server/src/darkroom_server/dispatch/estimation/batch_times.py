@@ -206,8 +206,9 @@ class BatchTimeModel:
         return self._prompt.get(group.model, 0.0)
 
     def record_batch(self, event: BatchDone) -> None:
-        """Learn from a batch."""
-        if not _is_time(event.seconds):
+        """Learn from a batch what it takes without ControlNets."""
+        seconds = event.seconds / (1.0 + event.control_cost)
+        if not _is_time(seconds):
             return
         group = Group(event.model, event.width, event.height)
         curve = self._curves.pop(group, None)
@@ -215,7 +216,7 @@ class BatchTimeModel:
             self._nearest_known.clear()
             known = self._nearest(group)
             if known is None:
-                first = event.seconds / math.exp(self._level)
+                first = seconds / math.exp(self._level)
                 curve = BatchTimeCurve({event.rows: first}, measured=False)
             else:
                 ratio = group.pixels / known.pixels
@@ -223,7 +224,7 @@ class BatchTimeModel:
                 points = {r: self._curves[known].at(r * ratio) for r in rows}
                 curve = BatchTimeCurve(points, measured=False)
         expected = max(curve.at(event.rows) * math.exp(self._level), SHORTEST_SECONDS)
-        surprise = math.log(event.seconds / expected)
+        surprise = math.log(seconds / expected)
         level = surprise + curve.level + self._level
         surprise = min(max(surprise, -LARGEST_SURPRISE), LARGEST_SURPRISE)
         curve.learn(event.rows, surprise, level)
