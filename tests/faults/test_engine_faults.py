@@ -48,6 +48,14 @@ async def wire(shared_wire: Wire) -> AsyncIterator[Wire]:
     yield shared_wire
 
 
+@pytest.fixture
+async def fake_wire(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
+    """A server whose engine's process computes nothing."""
+    monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
+    async with serving(tiny_folder) as wire:
+        yield wire
+
+
 in_one_loop = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -100,14 +108,14 @@ async def test_killed_during_decoding(wire: Wire) -> None:
     assert (len(signalled_at), restarts(wire) - before) == (1, 1)
 
 
-@in_one_loop
-async def test_killed_while_idle(wire: Wire) -> None:
-    wire.engine.kill()
-    await wire.health_becomes(NOT_SERVING)
-    assert await wire.alive()
-    call = asyncio.ensure_future(wire.generate())
+async def test_killed_while_idle(fake_wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "FIRST_BACKOFF_SECONDS", 2.0)
+    fake_wire.engine.kill()
+    await fake_wire.health_becomes(NOT_SERVING)
+    assert await fake_wire.alive()
+    call = asyncio.ensure_future(fake_wire.generate())
     assert len((await call).images) == 1
-    await wire.health_becomes(SERVING)
+    await fake_wire.health_becomes(SERVING)
 
 
 async def test_a_hang_is_noticed(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,16 +160,15 @@ async def test_sixteen_jobs_survive_three_kills(wire: Wire) -> None:
     assert counts.accepted == counts.ended == before + 32
 
 
-@in_one_loop
-async def test_a_poison_job_fails_alone(wire: Wire) -> None:
+async def test_a_poison_job_fails_alone(fake_wire: Wire) -> None:
     def poison(event: Event) -> None:
         if isinstance(event, JobStarted) and event.job_id == "poison":
-            wire.engine.kill()
+            fake_wire.engine.kill()
 
-    wire.engine.on_event = poison
-    others = [asyncio.ensure_future(wire.generate(seed=i, steps=20)) for i in range(4)]
+    fake_wire.engine.on_event = poison
+    others = [asyncio.ensure_future(fake_wire.generate(seed=i, steps=20)) for i in range(4)]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await wire.generate(request_id="poison", steps=MANY)
+        await fake_wire.generate(request_id="poison", steps=MANY)
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     failed: Any = caught.value  # The types know the synchronous call only.
     status = rpc_status.from_call(failed)
