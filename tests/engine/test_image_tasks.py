@@ -19,14 +19,14 @@ from darkroom_server.engine.families.stable_diffusion import StableDiffusionMode
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 
 from .conftest import LoopUnderTest, config_for, make_job
-from .families.case import FamilyCase
+from .families.case import FamilyCase, alone_key
 from .families.image_tasks import CASES, mask, picture, pipelines_of
 from .families.inpainting import CASES as INPAINTING
 from .test_family_parity import NOTICEABLE, first_timestep_for_all, prompts_swapped
 
 
 class Alone:
-    """diffusers' own pipelines on a folder, called as their users call them."""
+    """diffusers' own pipelines on a folder, called as users do, once for equal jobs."""
 
     def __init__(self, case: FamilyCase, folder: Any) -> None:
         self._case = case
@@ -38,6 +38,7 @@ class Alone:
         self._scheduler = copy.deepcopy(text.scheduler)
         self.pipelines = pipelines_of(text)
         self._latents: list[torch.Tensor] = []
+        self._images: dict[Job, tuple[torch.Tensor, NDArray[np.uint8]]] = {}
         decode = text.vae.decode
 
         def keep(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -48,6 +49,12 @@ class Alone:
 
     def image(self, job: Job, index: int = 0) -> tuple[torch.Tensor, NDArray[np.uint8]]:
         """What the VAE decodes for an image of ``job``, and the pixels."""
+        key = alone_key(job, index)
+        if key not in self._images:
+            self._images[key] = self._generate(key)
+        return self._images[key]
+
+    def _generate(self, job: Job) -> tuple[torch.Tensor, NDArray[np.uint8]]:
         pipeline = self.pipelines[job.task]
         pipeline.set_progress_bar_config(disable=True)
         # A new scheduler each time: some keep state from run to run.
@@ -56,7 +63,7 @@ class Alone:
         size = {"width": job.width, "height": job.height}
         image = pipeline(
             num_inference_steps=job.steps,
-            generator=torch.Generator("cpu").manual_seed(job.seed_of(index)),
+            generator=torch.Generator("cpu").manual_seed(job.seed),
             output_type="pil",
             **{name: value for name, value in size.items() if name in taken},
             **self._case.call(job),

@@ -20,6 +20,7 @@ from darkroom_server.core.events import EngineReady, Event, JobStarted, JobTaken
 from darkroom_server.dispatch.engines import pool
 from darkroom_server.settings import Dispatch
 from tests.engine.adapter_files import write_adapter
+from tests.engine.engine_process import FAKE_LOOP
 from tests.engine.tiny import write_tiny_model
 from tests.server.uploads.pictures import BLUE, WHITE, mask, plain
 
@@ -56,6 +57,14 @@ async def wire(shared_wire: Wire) -> AsyncIterator[Wire]:
     assert not shared_wire.server.dispatcher.counts.live
     shared_wire.engine.on_event = lambda _: None
     yield shared_wire
+
+
+@pytest.fixture
+async def fake_wire(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
+    """A server whose engine's process computes nothing."""
+    monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
+    async with serving(tiny_folder) as wire:
+        yield wire
 
 
 in_one_loop = pytest.mark.asyncio(loop_scope="module")
@@ -156,17 +165,18 @@ async def test_killed_under_an_inpaint_job_with_an_adapter(
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-@in_one_loop
-async def test_killed_while_idle(wire: Wire) -> None:
-    wire.engine.kill()
-    await wire.health_becomes(NOT_SERVING)
-    assert await wire.alive()
-    call = asyncio.ensure_future(wire.generate())
+async def test_killed_while_idle(fake_wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "FIRST_BACKOFF_SECONDS", 2.0)
+    fake_wire.engine.kill()
+    await fake_wire.health_becomes(NOT_SERVING)
+    assert await fake_wire.alive()
+    call = asyncio.ensure_future(fake_wire.generate())
     assert len((await call).images) == 1
-    await wire.health_becomes(SERVING)
+    await fake_wire.health_becomes(SERVING)
 
 
-async def test_a_hang_is_noticed(tiny_folder: Path) -> None:
+async def test_a_hang_is_noticed(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
     async with serving(tiny_folder, engine_timeout=1.0) as wire:
         undisturbed = await wire.generate(steps=MANY)
         signalled_at = signal_once(wire, lambda e: isinstance(e, SampleProgress), signal.SIGSTOP)
@@ -207,16 +217,15 @@ async def test_sixteen_jobs_survive_three_kills(wire: Wire) -> None:
     assert counts.accepted == counts.ended == before + 32
 
 
-@in_one_loop
-async def test_a_poison_job_fails_alone(wire: Wire) -> None:
+async def test_a_poison_job_fails_alone(fake_wire: Wire) -> None:
     def poison(event: Event) -> None:
         if isinstance(event, JobStarted) and event.job_id == "poison":
-            wire.engine.kill()
+            fake_wire.engine.kill()
 
-    wire.engine.on_event = poison
-    others = [asyncio.ensure_future(wire.generate(seed=i, steps=20)) for i in range(4)]
+    fake_wire.engine.on_event = poison
+    others = [asyncio.ensure_future(fake_wire.generate(seed=i, steps=20)) for i in range(4)]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await wire.generate(request_id="poison", steps=MANY)
+        await fake_wire.generate(request_id="poison", steps=MANY)
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     failed: Any = caught.value  # The types know the synchronous call only.
     status = rpc_status.from_call(failed)
@@ -242,14 +251,17 @@ class ExitsOnce:
 async def test_an_engine_that_exits_while_it_loads(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child = ExitsOnce(process.CHILD)
+    child = ExitsOnce(FAKE_LOOP)
     monkeypatch.setattr(process, "CHILD", child)
     async with serving(tiny_folder) as wire:
         assert len((await wire.generate()).images) == 1
         assert (child.times, restarts(wire)) == (2, 1)
 
 
-async def test_a_crash_loop_stops_the_server(tiny_folder: Path) -> None:
+async def test_a_crash_loop_stops_the_server(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
     async with serving(tiny_folder, engine_max_restarts=1) as wire:
 
         def kill_when_ready(event: Event) -> None:
