@@ -98,8 +98,11 @@ function showModel() {
   }
   $("loras").placeholder = model.loras.join(", ");
   $("picture-input").hidden = !IMAGE_TASKS.some((task) => model.tasks.includes(task));
-  for (const name of NUMBERS) $(name).placeholder = String(model.defaults[name] ?? "");
+  const strength = hasMask() ? model.defaults.inpaint_strength : model.defaults.strength;
+  const defaults = { ...model.defaults, strength };
+  for (const name of NUMBERS) $(name).placeholder = String(defaults[name] ?? "");
   for (const name of ["width", "height"]) {
+    if ($("image").files.length) $(name).placeholder = "as the image";
     $(name).min = model.limits.min_size;
     $(name).max = model.limits.max_size;
     $(name).step = model.limits.size_multiple;
@@ -140,40 +143,62 @@ async function readPictures() {
 
 // ---- the mask ----
 
+const hasMask = () => marked || $("mask").files.length > 0;
+
 let marked = false;
+let stroke = [0, 0]; // The last place of the pointer, in pixels of the image.
 
 async function showOriginal() {
-  clearMask();
+  clearErrors();
   const [image] = $("image").files;
-  $("easel").hidden = !image;
-  if (!image) return;
   URL.revokeObjectURL($("original").src);
-  $("original").src = URL.createObjectURL(image);
-  await $("original").decode();
-  $("canvas").width = $("original").naturalWidth;
-  $("canvas").height = $("original").naturalHeight;
+  $("original").removeAttribute("src");
+  if (image) {
+    $("original").src = URL.createObjectURL(image);
+    try {
+      await $("original").decode();
+    } catch {
+      showError({ violations: [{ field: "image", description: "must be a PNG, JPEG or WebP" }] });
+    }
+  }
+  const { naturalWidth, naturalHeight } = $("original");
+  [$("canvas").width, $("canvas").height] = [naturalWidth, naturalHeight];
+  marked = false;
+  for (const id of ["easel", "remove-image"]) $(id).hidden = !naturalWidth;
+  showModel();
 }
 
 function clearMask() {
+  $("mask").value = "";
+  $("canvas").width = $("original").naturalWidth; // Clears it.
   marked = false;
-  const canvas = $("canvas");
-  canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+  showModel();
 }
 
+// A stroke goes on from the previous place of the pointer, which may be far away.
 function mark(event) {
   if (!(event.buttons & 1)) return;
   const canvas = $("canvas");
   const box = canvas.getBoundingClientRect();
-  const [x, y] = [
+  const place = [
     ((event.clientX - box.left) / box.width) * canvas.width,
     ((event.clientY - box.top) / box.height) * canvas.height,
   ];
+  if (event.type === "pointerdown") {
+    canvas.setPointerCapture(event.pointerId);
+    stroke = place;
+    marked = true;
+    showModel();
+  }
   const context = canvas.getContext("2d");
-  context.fillStyle = "#ff3b1f";
+  context.strokeStyle = "#ff3b1f";
+  context.lineCap = "round";
+  context.lineWidth = (canvas.width * Number($("brush").value)) / 50;
   context.beginPath();
-  context.arc(x, y, (canvas.width * Number($("brush").value)) / 100, 0, 2 * Math.PI);
-  context.fill();
-  marked = true;
+  context.moveTo(...stroke);
+  context.lineTo(...place);
+  context.stroke();
+  stroke = place;
 }
 
 // White where the canvas is marked, black elsewhere.
@@ -201,7 +226,7 @@ function clearErrors() {
 
 function showError(error) {
   clearErrors();
-  if (error.status === 401) askForToken(error);
+  if (error.status === 401) askForToken();
   const list = document.createElement("ul");
   for (const { field, description } of error.violations ?? []) {
     const item = document.createElement("li");
@@ -543,7 +568,8 @@ $("form").addEventListener("submit", (event) => {
   readPictures().then((pictures) => generate(readForm(), seed, pictures));
 });
 
-$("image").addEventListener("change", () => showOriginal().catch(() => clearMask()));
+$("image").addEventListener("change", showOriginal);
+$("mask").addEventListener("change", showModel);
 $("clear-mask").addEventListener("click", clearMask);
 $("remove-image").addEventListener("click", () => {
   $("image").value = $("mask").value = "";
