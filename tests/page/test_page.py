@@ -181,7 +181,7 @@ def test_an_image_with_a_marked_mask(page: Page, url: str, tmp_path: Path) -> No
     page["picture-input"].find_element("tag name", "summary").click()
     page["image"].send_keys(str(tmp_path / "b.png"))
     page.wait(lambda: "must be a PNG" in page["errors"].text)
-    assert not page["easel"].is_displayed()
+    assert not page["image-options"].is_displayed()
     page["image"].send_keys(str(picture))
     page.wait(lambda: page["canvas"].get_attribute("width") == "96")
     assert not page["errors"].text
@@ -214,6 +214,13 @@ def test_an_image_with_a_marked_mask(page: Page, url: str, tmp_path: Path) -> No
     page.finished()
     plain_request = json.loads(page["record"].get_attribute("textContent") or "")["request"]
     assert "image" not in plain_request
+    result = base64.b64decode((page["picture"].get_attribute("src") or "").partition(",")[2])
+    page["edit"].click()
+    page.wait(lambda: page["easel"].is_displayed())
+    page.generate(strength=0.5)
+    page.finished()
+    digest = f"sha256:{hashlib.sha256(result).hexdigest()}"
+    page.wait(lambda: digest in (page["record"].get_attribute("textContent") or ""))
 
 
 @pytest.mark.needs("node")

@@ -169,7 +169,7 @@ async def test_a_body_that_becomes_malformed(
 async def test_a_reader_that_stalls_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "STALL_SECONDS", FAST)
     async with door(fake={"auto": True}) as there:
-        body = b'{"prompt": "a", "n": 16, "size": "1024x1024", "output_format": "raw_rgb"}'
+        body = b'{"prompt": "a", "n": 4, "size": "1024x1024", "output_format": "raw_rgb"}'
         json = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         async with opened(there, post(json, body)):
             await there.wire.submitted.get()
@@ -312,7 +312,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.data())
 def test_no_body_breaks_the_reading(data: st.DataObject) -> None:
     names = st.sampled_from([*FIELDS]) | st.text(max_size=5)

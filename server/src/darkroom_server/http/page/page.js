@@ -8,7 +8,6 @@ const STATUS_SECONDS = 2;
 const BUSY_STATUS_SECONDS = 0.5;
 const RETRIES = 8;
 const LONGEST_RETRY_SECONDS = 10;
-const SMALL_PIXELS = 160; // Images below this are shown with sharp pixels.
 
 // Inputs of the form by field of the API.
 const NUMBERS = ["width", "height", "steps", "guidance_scale", "strength"];
@@ -120,8 +119,7 @@ function readForm() {
     if ($(name).value && visible(name)) fields[name] = $(name).value;
   }
   for (const name of NUMBERS) {
-    if ($(name).value === "" || !visible(name)) continue;
-    if (name !== "strength" || $("image").files.length) fields[name] = Number($(name).value);
+    if ($(name).value !== "" && visible(name)) fields[name] = Number($(name).value);
   }
   if ($("loras").value.trim() && visible("loras")) fields.loras = readLoras($("loras").value);
   return fields;
@@ -158,14 +156,27 @@ async function showOriginal() {
     try {
       await $("original").decode();
     } catch {
+      $("image").value = "";
       showError({ violations: [{ field: "image", description: "must be a PNG, JPEG or WebP" }] });
     }
   }
   const { naturalWidth, naturalHeight } = $("original");
   [$("canvas").width, $("canvas").height] = [naturalWidth, naturalHeight];
   marked = false;
-  for (const id of ["easel", "remove-image"]) $(id).hidden = !naturalWidth;
+  $("image-options").hidden = !naturalWidth;
   showModel();
+}
+
+// Start from the displayed image.
+async function editShown() {
+  const { event } = shown;
+  const bytes = Uint8Array.from(atob(event.b64_json), (each) => each.charCodeAt(0));
+  const files = new DataTransfer();
+  files.items.add(new File([bytes], $("download").download, { type: `image/${event.output_format}` }));
+  $("image").files = files.files;
+  $("picture-input").open = true;
+  await showOriginal();
+  $("image").focus();
 }
 
 function clearMask() {
@@ -418,12 +429,11 @@ function showResult(result) {
   hideProgress(event.flagged ? "Withheld by the safety checker" : `Done in ${seconds.toFixed(1)} s`);
   if (result.url) {
     showPicture(result.url, fields.prompt);
-    const [width] = event.size.split("x").map(Number);
-    $("picture").classList.toggle("small", width < SMALL_PIXELS);
     $("download").href = result.url;
     $("download").download = `darkroom-${seed}.${event.output_format}`;
   }
   $("download").hidden = !result.url;
+  $("edit").hidden = !result.url || $("picture-input").hidden;
   const facts = {
     Seed: seed,
     Size: event.size.replace("x", " × "),
@@ -595,6 +605,7 @@ $("again").addEventListener("click", () => generate(shown.fields, shown.seed, sh
 $("variation").addEventListener("click", () => {
   generate(shown.fields, String((BigInt(shown.seed) + 1n) % 2n ** 63n), shown.pictures);
 });
+$("edit").addEventListener("click", editShown);
 $("copy-curl").addEventListener("click", (event) => copy(asCurl(shown), event.target));
 $("copy-python").addEventListener("click", (event) => copy(asPython(shown), event.target));
 document.addEventListener("visibilitychange", refreshStrip);
