@@ -99,12 +99,15 @@ bench-lora: setup ## measure rows with different LoRAs beside grouping by adapte
 bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
 	@$(BIN)/python -m bench.micro memory $(BENCH_FLAGS)
 
-.PHONY: bench-estimates bench-overload
+.PHONY: bench-estimates bench-overload bench-http
 bench-estimates: setup ## measure how good the server's estimates are; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving estimates $(BENCH_FLAGS)
 
 bench-overload: setup ## 200 callers at five times the capacity, each with a deadline; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving overload $(BENCH_FLAGS)
+
+bench-http: setup ## measure HTTP beside gRPC, and what idle streams cost; options in BENCH_FLAGS
+	@$(BIN)/python -m bench.serving http $(BENCH_FLAGS)
 
 .PHONY: bench bench-full bench-gpu bench-peers-setup
 bench: bench-peers-setup ## measure Darkroom beside other servers, 15 minutes; options in BENCH_FLAGS
@@ -131,8 +134,9 @@ start-noise: setup ## start on a busy machine ten times, compare what was chosen
 	@$(BIN)/python -m tools.start_noise $(NOISE_FLAGS)
 
 .PHONY: fuzz
-fuzz: setup ## send INPUTS requests that no client would send to a server, over the wire
+fuzz: setup ## send INPUTS requests that no client would send to a server, over gRPC and HTTP each
 	@$(BIN)/python -m tests.server.hostile.fuzz --inputs $(INPUTS)
+	@$(BIN)/python -m tests.server.hostile.http_fuzz --inputs $(INPUTS)
 
 .PHONY: fuzz-images
 fuzz-images: setup ## decode IMAGES damaged pictures in the server's image workers

@@ -202,6 +202,7 @@ class Server:
                 page=settings.http.page,
                 result_ttl=settings.results.result_ttl if settings.results.result_bytes else 0.0,
                 url_key=settings.http.http_url_key,
+                urls_by_default=settings.http.http_response_format == "url",
                 begin_traces=self._spans is not None,
                 tokens=callers,
                 addresses=addresses,

@@ -94,10 +94,10 @@ async def test_a_variation_needs_no_prompt() -> None:
 
 async def test_what_is_wrong_with_a_form() -> None:
     async with door(fake=IMAGES) as there:
-        reply = await post(there, "edits", {"mask": PICTURE}, prompt="a", n="x", style="y")
+        reply = await post(there, "edits", {"mask": PICTURE}, prompt="a", n="x", mood="y")
         found = {each["field"] for each in reply.json()["error"]["violations"]}
         assert reply.status_code == 400
-        assert {"image", "n", "style"} <= found
+        assert {"image", "n", "mood"} <= found
         text = ("a.png", b"no picture", "image/png")
         reply = await post(there, "edits", {"image": text}, prompt="a")
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "image")
