@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, Self
 
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
 
 OPTIONAL_FIELDS = (
@@ -228,10 +229,13 @@ class MemoryNeeds:
     bytes_per_sample: int = 0
     control_bytes_per_row: int = 0
 
-    def needed(self, width: int, height: int, rows: int) -> int:
-        """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more."""
+    def needed(self, width: int, height: int, rows: int, *, controlled: bool = False) -> int:
+        """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more.
+
+        ``controlled``: with ControlNets.
+        """
         scale = width * height / self.pixels
-        per_row = self.bytes_per_row + self.control_bytes_per_row
+        per_row = self.bytes_per_row + controlled * self.control_bytes_per_row
         passes = rows * per_row * scale + self.bytes_per_pass * scale**2
         if self.tile_pixels is not None:
             scale = min(1.0, width * height / self.tile_pixels)
@@ -263,29 +267,6 @@ class ModelSpeed:
     passes: tuple[tuple[int, float], ...] = ()
     decode: float = 0.0
     encode: float = 0.0
-
-
-class AdapterKind(StrEnum):
-    """What an adapter is."""
-
-    LORA = "lora"
-    CONTROLNET = "controlnet"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterOffer:
-    """An adapter that fits a model. ``rank`` is its greatest, ``bytes`` are those in memory.
-
-    ``rejection``: why requests for it are rejected, empty if they are not. ``cost``: seconds that
-    a ControlNet takes for a batch, as a part of those of the denoiser.
-    """
-
-    id: str
-    rank: int
-    bytes: int
-    kind: AdapterKind = AdapterKind.LORA
-    rejection: str = ""
-    cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,7 +335,8 @@ class ModelInfo:
 
     def needed_bytes(self, job: Job) -> int:
         """Bytes that ``job`` needs alone: what its images hold, and a batch of one of them."""
-        batch = self.memory.needed(job.width, job.height, self.rows_per_image(job))
+        rows, controlled = self.rows_per_image(job), bool(job.controls)
+        batch = self.memory.needed(job.width, job.height, rows, controlled=controlled)
         return batch + job.image_count * self.held_bytes(job)
 
     def rows_of_a_pass(self, width: int, height: int) -> int:

@@ -9,10 +9,10 @@ import structlog
 import torch
 from torch import nn
 
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.engine_config import AdapterSource, EngineConfig
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import AdapterChecked
-from darkroom_server.core.model import AdapterOffer
 from darkroom_server.engine.adapters.model_adapters import ModelAdapters
 from darkroom_server.engine.adapters.module import AdaptedModule, row_layers_of
 from darkroom_server.engine.adapters.reading import AdapterMismatch, read_headers
