@@ -11,9 +11,10 @@ from google.rpc import error_details_pb2
 from darkroom.v1 import generation_pb2, model_pb2
 from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.backends.fake_model import fake_image_model
+from darkroom_server.core.adapters import AdapterKind, AdapterOffer
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import NotAllowed
-from darkroom_server.core.model import AdapterKind, AdapterOffer, ModelInfo
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.security.admin_policy import AdminPolicy
 from darkroom_server.settings import Security
 from darkroom_server.settings.adapters import Adapters

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from darkroom_server.backends.fake_model import fake_model
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.engine_config import AdapterSource
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
@@ -32,7 +33,7 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.core.inputs import InputImage
 from darkroom_server.core.job import Job
-from darkroom_server.core.model import AdapterOffer, ModelInfo
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.record import embedded_record
 from darkroom_server.engine.output.formats import (
     encode_image,

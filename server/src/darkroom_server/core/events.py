@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.job import ImageFormat
-from darkroom_server.core.model import AdapterOffer, ModelInfo
+from darkroom_server.core.model import ModelInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import structlog
 
 from darkroom_server.core.adapter_places import AdapterPlaces
+from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.engine_config import AdapterSource
 from darkroom_server.core.errors import AdapterUnusable, NotReady, Reason, UnknownAdapter
 from darkroom_server.core.events import AdapterChecked
-from darkroom_server.core.model import AdapterKind
 from darkroom_server.dispatch.adapters import AdapterStatus
 from darkroom_server.dispatch.admission.availability import Availability, State, shutting_down
 from darkroom_server.dispatch.engines.handle import EngineHandle

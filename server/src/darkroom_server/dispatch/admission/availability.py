@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from enum import Enum, auto
 
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.errors import (
     InvalidRequest,
     NotReady,
@@ -13,7 +14,7 @@ from darkroom_server.core.errors import (
     Violation,
 )
 from darkroom_server.core.events import Correction
-from darkroom_server.core.model import AdapterOffer, ModelInfo
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.adapters import AdapterStatus, adapters_of
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.estimation.load_times import LoadTimes
