@@ -117,7 +117,7 @@ def run_pytest(
     return subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "-p", "tests.conftest"),
-            *("-p", "no:cacheprovider", "-W", "ignore", *flags, folder),
+            *("-p", "no:cacheprovider", "-W", "ignore", *flags, str(folder)),
         ],
         cwd=ROOT,
         capture_output=True,
