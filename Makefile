@@ -16,6 +16,9 @@ PYTEST_FLAGS ?=
 # need PEFT, which the packages do not: it wants a newer accelerate.
 LOWEST_TESTS ?= tests/client tests/server tests/engine tests/wire --ignore tests/client/test_types.py \
     --ignore tests/engine/test_lora_rows.py --ignore tests/engine/test_adapter_reading.py
+# A worker for each core, up to four: a worker and the servers that its tests start take about 2 GB.
+# PYTEST_FLAGS=-n0 runs the tests in one process.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 # Whether `make test` runs `make test-tools` first: yes, no, or auto (if CI=true, or as root in a
 # container).
 INSTALL_TEST_TOOLS ?= auto
@@ -61,7 +64,7 @@ test: export HF_HUB_OFFLINE := 1
 test: setup ## run the tests: no network, no GPU; options in PYTEST_FLAGS
 	@tools/test_tools.sh $(INSTALL_TEST_TOOLS)
 	@! command -v npm >/dev/null || $(MAKE) --no-print-directory $(NODE_MODULES)
-	@$(BIN)/pytest $(PYTEST_FLAGS)
+	@$(BIN)/pytest $(PARALLEL) $(PYTEST_FLAGS)
 
 test-tools: ## install promtool, Prometheus, Node and Chromium for the tests, by apt; needs root
 	@tools/test_tools.sh yes

@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 from darkroom_server.backends.fake_model import fake_image_model
-from darkroom_server.core.model import AdapterOffer
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.http import body, connection
 from darkroom_server.http import server as http_server
 from darkroom_server.http.messages.fields import FORM_FIELDS

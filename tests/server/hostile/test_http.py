@@ -144,7 +144,7 @@ async def test_malformed_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_body_that_becomes_malformed(
     answered: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is no error of the server's, whether its request was answered before or not."""
+    """It is not an error of the server, whether its request was answered before or not."""
     kind = "text/plain" if answered else "application/json"
     path = "nothing" if answered else "generations"
     head = post(f"Content-Type: {kind}\r\nTransfer-Encoding: chunked\r\n", path=path)

@@ -9,8 +9,8 @@ import openai
 import pytest
 
 from darkroom_server.backends.fake_model import fake_image_model
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.job import Job, Task
-from darkroom_server.core.model import AdapterOffer
 from darkroom_server.http import body as bodies
 from tests.server.http.door import Door, door
 from tests.server.uploads.pictures import encoded, halves, mask, plain
