@@ -124,6 +124,23 @@ def test_an_invalid_adapter_is_reported(text: str, complaint: str) -> None:
     assert complaint in str(caught.value)
 
 
+def test_the_demo_model_brings_its_adapters() -> None:
+    (config,) = engine_configs(Settings(), None)
+    assert [each.id for each in config.adapters] == ["night", "outline"]
+    assert all(Path(each.location).is_file() for each in config.adapters)
+    (other,) = engine_configs(Settings(models=Models(model=("a=x/y",))), None)
+    assert other.adapters == ()
+
+
+def test_an_adapter_of_the_settings_replaces_the_demo_models(tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.touch()
+    settings = Settings(adapters=Adapters(lora=(f"outline={file}",)))
+    (config,) = engine_configs(settings, None)
+    assert {each.id for each in config.adapters} == {"night", "outline"}
+    assert str(file) in [each.location for each in config.adapters if each.id == "outline"]
+
+
 def test_a_folder_of_adapters_must_exist(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="no such folder"):
         adapter_sources(Adapters(lora_dir=str(tmp_path / "nothing")))

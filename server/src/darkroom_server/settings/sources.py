@@ -26,8 +26,10 @@ def engine_configs(settings: Settings, hub_token: str | None) -> list[EngineConf
 
 def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
     engine, cache = settings.engine, measurement_folder(settings)
+    models = model_sources(settings.models, hub_token)
+    adapters = (*demo_adapters(models), *adapter_sources(settings.adapters, hub_token))
     return EngineConfig(
-        models=model_sources(settings.models, hub_token),
+        models=models,
         dtype=engine.dtype,
         preset=engine.preset,
         attention=engine.attention,
@@ -41,7 +43,8 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         prompt_cache_bytes=engine.prompt_cache_bytes,
         measurement_cache=str(cache) if cache else None,
         safety_checker=engine.safety_checker,
-        adapters=adapter_sources(settings.adapters, hub_token),
+        # An adapter of the settings wins over the demo model's of the same name.
+        adapters=tuple({source.id: source for source in adapters}.values()),
         max_loras=settings.adapters.max_loras,
         max_lora_rank=settings.adapters.max_lora_rank,
         lora_cache_bytes=settings.adapters.lora_cache_bytes,
@@ -110,6 +113,17 @@ def adapter_sources(adapters: Adapters, hub_token: str | None = None) -> tuple[A
     return tuple(sources.values())
 
 
+def demo_adapters(models: tuple[ModelSource, ...]) -> tuple[AdapterSource, ...]:
+    """Return the source of each adapter of the demo model, if it is among ``models``."""
+    if all(model.location != _demo_location() for model in models):
+        return ()
+    folder = Path(str(files("darkroom_server") / "demo_adapters" / "loras"))
+    return tuple(
+        AdapterSource(id=file.stem, location=str(file), from_folder=True)
+        for file in sorted(folder.glob("*.safetensors"))
+    )
+
+
 def adapter_files(folder: str) -> list[Path]:
     """The files of ``--lora-dir`` whose names can be adapters'. Raises ``StartupError``."""
     path = Path(folder).expanduser()
@@ -142,9 +156,13 @@ def _parse(text: str) -> tuple[str, str, str | None]:
     if _exists(rest):
         return name or _name_of(rest), rest, None
     if rest == DEMO:
-        return name or DEMO, str(files("darkroom_server") / "demo_model"), None
+        return name or DEMO, _demo_location(), None
     location, revision = _location_of(rest, f"--model {text}")
     return name or location, location, revision
+
+
+def _demo_location() -> str:
+    return str(files("darkroom_server") / "demo_model")
 
 
 def _exists(text: str) -> bool:
