@@ -17,7 +17,7 @@ import PIL.ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from darkroom_client import Client, DarkroomError, GenerationRequest, Timings, Unavailable
+from darkroom_client import Client, Control, DarkroomError, GenerationRequest, Timings, Unavailable
 
 TEXT = GenerationRequest("a small red circle on the left on a white background")
 SEED = 7
@@ -107,7 +107,8 @@ def generate(client: Client) -> str | None:
     try:
         with console.status("generating an image from text"):
             first = client.generate(TEXT, seed=SEED, format="png")
-        more = from_image(first.image.to_pil()) | with_adapters()
+        image = first.image.to_pil()
+        more = from_image(image) | with_adapters(image)
         with console.status(f"generating {len(more)} images in the same batches"):
             others = client.generate_many(
                 more.values(), concurrency=len(more), seed=SEED, format="png"
@@ -150,12 +151,15 @@ def from_image(image: PIL.Image.Image) -> dict[str, GenerationRequest]:
     }
 
 
-def with_adapters() -> dict[str, GenerationRequest]:
-    """Return requests with adapters of the demo model."""
+def with_adapters(image: PIL.Image.Image) -> dict[str, GenerationRequest]:
+    """Return requests with adapters of the demo model, for images of the size of ``image``."""
     prompt = "a large yellow star on a blue background"
     return {
         "LoRA": GenerationRequest(prompt, loras={"outline": 1.0}),
         "two LoRAs": GenerationRequest(prompt, loras={"outline": 1.0, "night": 1.0}),
+        "ControlNet": GenerationRequest(
+            "a red circle on a yellow background", controls=[Control("position", disc(image.size))]
+        ),
     }
 
 
@@ -164,12 +168,22 @@ def named(seconds: list[str]) -> str:
     return "  ".join(f"{stage} {figure}" for stage, figure in zip(STAGES, seconds, strict=True))
 
 
+def disc(size: tuple[int, int]) -> PIL.Image.Image:
+    """Return a control image: white where the shape shall be, near the lower right corner."""
+    width, height = size
+    image = PIL.Image.new("RGB", size)
+    box = (width * 0.5, height * 0.45, width * 0.95, height * 0.9)
+    PIL.ImageDraw.Draw(image).ellipse(box, "white")
+    return image
+
+
 def framed(picture: PIL.Image.Image, name: str, request: GenerationRequest) -> PIL.Image.Image:
-    """Return the picture, 256 pixels wide, above its name and prompt; with the mask, if any."""
+    """Return the picture, 256 pixels wide, above its name and prompt; with its mask or control image, if any."""
     scale = max(1, 256 // picture.width)
     large = picture.resize((picture.width * scale, picture.height * scale), RESAMPLING.NEAREST)
-    if isinstance(request.mask_image, PIL.Image.Image):
-        large.paste(request.mask_image.resize((64, 64)), (large.width - 68, 4))
+    for given in (request.mask_image, *(control.image for control in request.controls)):
+        if isinstance(given, PIL.Image.Image):
+            large.paste(given.resize((64, 64)), (large.width - 68, 4))
     frame = PIL.Image.new("RGB", (large.width, large.height + 34), "white")
     frame.paste(large)
     text = PIL.ImageDraw.Draw(frame)

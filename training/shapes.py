@@ -14,7 +14,7 @@ from training.scenes import COLOURS, Placement, Scene, random_placement
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Signed distance, negative inside, of points (x right, y down) to a shape of radius 1."""
 
-STROKE = 0.3
+STROKE = 0.35
 """Width of an outline in units of the shape's radius; its middle is the shape's edge."""
 
 

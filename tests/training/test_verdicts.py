@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from training.adapters.control import draw_anywhere
-from training.adapters.styles import STYLES
+from training.adapters.styles import STYLES, has_outline
 from training.adapters.trials import KINDS, trials
 from training.adapters.verdicts import follows, is_outlined, is_unchanged
 from training.evaluate import held_out_scenes
@@ -16,7 +16,8 @@ from training.latents import Drawing
 from training.scenes import SHAPES, Scene, is_held_out
 from training.shapes import draw_randomly
 
-SCENES = [Scene(shape, "red", "blue", size) for shape in SHAPES for size in ("small", "large")]
+SCENES = [Scene(shape, "red", "blue", size) for shape in SHAPES for size in ("medium", "large")]
+OUTLINED = [scene for scene in SCENES if has_outline(scene)]
 
 
 def drawn(drawing: Drawing, scenes: Sequence[Scene] = SCENES) -> tuple[Tensor, Tensor]:
@@ -26,14 +27,21 @@ def drawn(drawing: Drawing, scenes: Sequence[Scene] = SCENES) -> tuple[Tensor, T
 
 
 def test_outlines_are_recognized_and_filled_shapes_are_not() -> None:
-    outlined, _ = drawn(STYLES["outline"])
-    filled, _ = drawn(draw_randomly)
-    assert all(is_outlined(p, s) for p, s in zip(outlined, SCENES, strict=True))
-    assert not any(is_outlined(p, s) for p, s in zip(filled, SCENES, strict=True))
+    outlined, _ = drawn(STYLES["outline"], OUTLINED)
+    filled, _ = drawn(draw_randomly, OUTLINED)
+    assert all(is_outlined(p, s) for p, s in zip(outlined, OUTLINED, strict=True))
+    assert not any(is_outlined(p, s) for p, s in zip(filled, OUTLINED, strict=True))
+
+
+def test_rings_and_small_shapes_stay_as_they_are() -> None:
+    scenes = [Scene("ring", "red", "blue", "large"), Scene("heart", "red", "blue", "small")]
+    outlined, _ = drawn(STYLES["outline"], scenes)
+    filled, _ = drawn(draw_randomly, scenes)
+    assert torch.equal(outlined, filled)
 
 
 def test_an_outline_of_another_shape_is_wrong() -> None:
-    outlined, _ = drawn(STYLES["outline"], SCENES[:4])
+    outlined, _ = drawn(STYLES["outline"], OUTLINED[:4])
     other = Scene("star", "red", "blue")
     assert not any(is_outlined(picture, other) for picture in outlined)
 
@@ -72,5 +80,5 @@ def test_trials_are_repeatable_held_out_and_differ_from_their_controls(kind: str
     assert all(trial.request != trial.control for trial in some)
     assert all(trial.request.seed == trial.control.seed for trial in some)
     words = [set(trial.request.prompt.split()) for trial in some]
-    held_out = [s for s in held_out_scenes(200) if is_held_out(s.shape, s.colour, s.background)]
+    held_out = [s for s in held_out_scenes(400) if is_held_out(s.shape, s.colour, s.background)]
     assert all(any({s.shape, s.colour, s.background} <= w for s in held_out) for w in words)

@@ -12,7 +12,7 @@ def test_the_server_offers_the_adapters_of_its_demo_model(address: str) -> None:
     with Client(address, insecure=True) as client:
         (model,) = client.models()
         offered = {adapter.id: adapter for adapter in client.adapters()}
-    assert offered.keys() == {"outline", "night"}
+    assert offered.keys() == {"outline", "night", "position"}
     assert all(adapter.models == (model.id,) for adapter in offered.values())
     assert not any(adapter.rejection for adapter in offered.values())
 

@@ -18,6 +18,11 @@ _RIGHT = {
         "without the adapter",
     ),
     "two LoRAs": ("both of the above", "with `outline` only"),
+    "ControlNet": (
+        f"the shape overlaps the mask by at least {FOLLOWED} (intersection over union), though the"
+        " prompt says another place; the colours are right",
+        "without the ControlNet",
+    ),
     "image to image": (
         f"the shape overlaps the input's by at least {FOLLOWED} (intersection over union)",
         "with strength 1",
@@ -42,6 +47,8 @@ def _card(folder: Path, evaluation: dict[str, Any], training: dict[str, Any]) ->
         f"`{file.stem}` ({file.stat().st_size / 1e3:.0f} kB)"
         for file in sorted((folder / "loras").glob("*.safetensors"))
     )
+    position = folder / "controlnets" / "position" / "diffusion_pytorch_model.safetensors"
+    megabytes = position.stat().st_size / 1e6
     runs = "\n".join(
         f"* {name}: {run['steps']} batches, seed {run['seed']}, {run['minutes']} minutes."
         for name, run in training.items()
@@ -58,9 +65,14 @@ library_name: diffusers
 
 # Adapters of the Darkroom demo model
 
-LoRA adapters in diffusers' layout, fp16: {loras}. `outline` draws each shape as an outline,
-`night` makes the background black. A server with the demo model offers them by these names. They
-were trained only on scenes drawn by code in `training/`.
+LoRA adapters in diffusers' layout, fp16: {loras}. `outline` draws each shape as an
+outline, but for rings and small ones; `night` makes the background black.
+
+The ControlNet `position` ({megabytes:.1f} MB, fp16) fixes position and size of the shape: its image
+shows the shape in white on black.
+
+A server with the demo model offers all three by these names. They were trained only on scenes drawn
+by code in `training/`.
 
 ## Evaluation
 

@@ -70,6 +70,7 @@ def demo_server(adapters: Path) -> Iterator[Client]:
         port = chosen.getsockname()[1]
     command = [sys.executable, "-m", "darkroom_server", "serve", "--port", str(port)]
     command += ["--metrics-port", "0", "--lora-dir", str(adapters / "loras")]
+    command += [f"--controlnet=position={adapters / 'controlnets' / 'position'}"]
     with subprocess.Popen(command) as server:
         try:
             with Client(f"127.0.0.1:{port}", insecure=True, timeout=_SECONDS) as client:

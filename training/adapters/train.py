@@ -20,7 +20,7 @@ from training.adapters.styles import STYLES
 
 MODEL = Path(str(files("darkroom_server") / "demo_model"))
 CONTROLNET = "position"
-STEPS = {"night": 120, "outline": 1000, CONTROLNET: 400}
+STEPS = {"night": 120, "outline": 600, CONTROLNET: 400}
 """Batches for each adapter, which are trained in this order."""
 
 FACTS = "training.json"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from darkroom_client import Control, GenerationRequest
 from training.adapters.control import random_mask_placement
-from training.adapters.styles import at_night
+from training.adapters.styles import at_night, has_outline
 from training.adapters.verdicts import (
     follows,
     is_outlined,
@@ -29,6 +29,7 @@ from training.scenes import COLOURS, SHAPES, Placement, Scene, random_placement
 from training.shapes import coverage, draw
 
 SIDE = 128
+_MOST = 400
 STRENGTH = 0.3
 """Of image to image: low, so that the layout is the input's and not the prompt's."""
 
@@ -142,12 +143,18 @@ KINDS: dict[str, Callable[[Scene, np.random.Generator], Trial]] = {
 
 def trials(kind: str, count: int) -> list[Trial]:
     """Return `count` trials of a kind on held-out scenes, the same ones every time."""
-    # Black is what `night` adds, and what it changes.
-    scenes = [s for s in held_out_scenes(2 * count) if "black" not in (s.colour, s.background)]
+    scenes = [scene for scene in held_out_scenes(_MOST) if _is_judged(kind, scene)]
     return [
         KINDS[kind](scene, np.random.default_rng(number))
         for number, scene in enumerate(scenes[:count])
     ]
+
+
+def _is_judged(kind: str, scene: Scene) -> bool:
+    # Black is what `night` adds, and what it changes.
+    if "black" in (scene.colour, scene.background):
+        return False
+    return kind not in ("outline", "two LoRAs") or has_outline(scene)
 
 
 def as_image(picture: Tensor) -> PIL.Image.Image:
