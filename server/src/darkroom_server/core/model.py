@@ -137,8 +137,9 @@ class ModelLimits:
 
     ``max_rows`` is the row limit of a batch now; ``row_limit_source`` says where it comes from.
     ``max_sequence_length`` bounds the request's field, 0 if the model does not take it; so with
-    the numbers of reference images, LoRAs and ControlNets. ``sizes`` are the only pairs of width
-    and height that the model makes; any, if empty.
+    the numbers of reference images, LoRAs and ControlNets. ``min_reference_side``: no side of a
+    reference image is shorter. ``sizes`` are the only pairs of width and height that the model
+    makes; any, if empty.
     """
 
     min_size: int
@@ -152,6 +153,7 @@ class ModelLimits:
     max_prompt_bytes: int = 8192
     max_sequence_length: int = 0
     max_reference_images: int = 0
+    min_reference_side: int = 1
     max_loras: int = 0
     max_controls: int = 0
     sizes: tuple[tuple[int, int], ...] = ()

@@ -1,4 +1,4 @@
-"""Parses ``--model`` and ``--lora`` (a folder, a file or a hub id) into engine configurations."""
+"""Parses ``--model``, ``--lora`` and ``--ip-adapter`` into engine configurations."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from darkroom_server.settings.tree import Models, Settings
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
+HUB_FILE = re.compile(r"[\w][\w.-]*(/[\w][\w. -]*){2,}\.safetensors", re.ASCII)
 MODEL_ID = re.compile(r"[\w][\w./-]{0,127}", re.ASCII)
 
 
@@ -27,7 +28,9 @@ def engine_configs(settings: Settings, hub_token: str | None) -> list[EngineConf
 def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
     engine, cache = settings.engine, measurement_folder(settings)
     return EngineConfig(
-        models=model_sources(settings.models, hub_token),
+        models=with_ip_adapters(
+            model_sources(settings.models, hub_token), settings.adapters.ip_adapter
+        ),
         dtype=engine.dtype,
         preset=engine.preset,
         attention=engine.attention,
@@ -45,6 +48,7 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         max_loras=settings.adapters.max_loras,
         max_lora_rank=settings.adapters.max_lora_rank,
         lora_cache_bytes=settings.adapters.lora_cache_bytes,
+        max_reference_images=settings.images.max_reference_images,
     )
 
 
@@ -108,6 +112,31 @@ def adapter_sources(adapters: Adapters, hub_token: str | None = None) -> tuple[A
         source = AdapterSource(id=file.stem, location=str(file), from_folder=True)
         sources.setdefault(file.stem, source)
     return tuple(sources.values())
+
+
+def with_ip_adapters(
+    models: tuple[ModelSource, ...], ip_adapters: tuple[str, ...]
+) -> tuple[ModelSource, ...]:
+    """``models`` with the IP-Adapters of ``--ip-adapter``. Raises ``StartupError``."""
+    found: dict[str, AdapterSource] = {}
+    tokens = {model.id: model.token for model in models}
+    for text in ip_adapters:
+        option = f"--ip-adapter {text}"
+        name, equals, rest = text.partition("=")
+        if not equals or name not in tokens:
+            names = ", ".join(tokens)
+            raise StartupError(f"{option}: put MODEL= before the file, with a model of: {names}")
+        if name in found:
+            raise StartupError(f"{option}: model {name!r} has another one already")
+        location, at, revision = (rest, "", "") if _exists(rest) else rest.partition("@")
+        if at and not revision:
+            raise StartupError(f"{option}: the revision after @ is missing")
+        if not _exists(location) and not HUB_FILE.fullmatch(location):
+            raise StartupError(f"{option}: no such file, and no .safetensors of the hub either")
+        found[name] = AdapterSource(
+            id=name, location=location, revision=revision or None, token=tokens[name]
+        )
+    return tuple(replace(model, ip_adapter=found.get(model.id)) for model in models)
 
 
 def adapter_files(folder: str) -> list[Path]:

@@ -24,6 +24,7 @@ class StableDiffusionInpaint(SuspendedFamily):
     own_task = Task.INPAINT
     strength_rounding = StrengthRounding.TAKEN
     spec = UNET
+    takes_ip_adapter = True
 
     @property
     def latent_size(self) -> int:

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet, classifier-free guidance."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,12 @@ from darkroom_server.engine.components.weighted_prompts import (
 )
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.conditioning.input_images import image_arguments
+from darkroom_server.engine.conditioning.ip_adapter import (
+    IpAdapter,
+    image_prompt,
+    no_image_arguments,
+    row_scales,
+)
 from darkroom_server.engine.conditioning.task_pipelines import made_of
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
@@ -64,6 +71,7 @@ class StableDiffusion(Family):
         Task.INPAINT: "StableDiffusionInpaintPipeline",
     }
     strength_rounding = StrengthRounding.TAKEN
+    takes_ip_adapter = True
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -90,7 +98,7 @@ class StableDiffusion(Family):
     def prepare(
         self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
     ) -> None:
-        """Make the prompt encoder, and the pipelines of the tasks that start from an image."""
+        """Make the prompt encoder, and the pipelines of the jobs that bring an image."""
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         dtype = memory_format.dtype
         weighted = None
@@ -138,10 +146,11 @@ class StableDiffusion(Family):
 
     def denoiser_inputs(
         self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """Keyword arguments of one UNet call of ``rows`` images of the default size, at random."""
         width = self.pipeline.unet.config.cross_attention_dim
         return {
+            **no_image_arguments(self.ip_adapter, rows),
             "sample": self._random_latents(dtype, device, rows).contiguous(memory_format=layout),
             "timestep": torch.full((rows,), 500.0, device=device),
             "encoder_hidden_states": _random_normal(
@@ -194,33 +203,31 @@ class StableDiffusion(Family):
             memory_format=memory_format,
             image_runs=image_runs,
             adapters=self.adapters,
+            ip_adapter=self.ip_adapter,
         )
 
 
 def _image_runs(
     family: StableDiffusion, memory_format: MemoryFormat, precision: Precision
 ) -> Runs | None:
-    """The runs of the tasks that start from an image, None if diffusers has no pipeline of one."""
+    """The runs of the jobs that bring an image, None if the model takes none."""
     pipeline, device = family.pipeline, family.denoiser.device
-    classes = {task: each for task, each in family.task_classes.items() if task in family.tasks}
+    classes = family.task_classes
+    if family.ip_adapter is None:
+        del classes[family.own_task]
     made = {task: made_of(pipeline, each) for task, each in classes.items()}
     if not made:
         return None
     # The prompts come encoded, so there is nothing to remember.
-    host = HostedPipeline(
-        next(iter(made.values())),
-        (family.denoiser_name,),
-        family.vae,
-        device,
-        EncodeMemo(0, device),
-    )
+    first, memo = next(iter(made.values())), EncodeMemo(0, device)
+    host = HostedPipeline(first, (family.denoiser_name,), family.vae, device, memo)
     config = config_of(pipeline.scheduler)
     merges = signature_of(type(family.denoiser)) == UNET.signature
     return Runs(
         hosts={task: host.sharing(each) for task, each in made.items()},
         images=ImageEncoder(family.vae, precision),
         spec=replace(UNET, layout=memory_format.layout) if merges else None,
-        arguments_of=_image_call,
+        arguments_of=functools.partial(_image_call, family),
         vae_latents=lambda stepped, _: stepped,
         schedulers={
             offer.name: hosted_scheduler(make_scheduler(offer.name, config))
@@ -228,13 +235,15 @@ def _image_runs(
         },
         own={},
         precision=precision,
+        ip_adapter=family.ip_adapter,
     )
 
 
-def _image_call(job: Job) -> dict[str, Any]:
+def _image_call(family: StableDiffusion, job: Job) -> dict[str, Any]:
     """The arguments of the pipeline's call for ``job``, besides its prompts."""
-    size = {} if job.mask_image is None else {"width": job.width, "height": job.height}
+    size = {} if job.task is Task.IMAGE_TO_IMAGE else {"width": job.width, "height": job.height}
     return {
+        **image_prompt(family.ip_adapter, job, family.guidance),
         "num_inference_steps": job.steps,
         "guidance_scale": job.guidance_scale,
         "output_type": "pt",
@@ -248,8 +257,8 @@ def _image_call(job: Job) -> dict[str, Any]:
 class StableDiffusionModel:
     """A Stable Diffusion model in memory; ``scheduler_config`` is the folder's own.
 
-    Images from text are ``LatentSample``. Those from another image are runs of diffusers' own
-    pipelines, ``image_runs``; both kinds share batches.
+    Images from text are ``LatentSample``. Those of jobs that bring an image are runs of diffusers'
+    own pipelines, ``image_runs``; both kinds share batches.
     """
 
     info: ModelInfo
@@ -266,6 +275,7 @@ class StableDiffusionModel:
     memory_format: MemoryFormat
     image_runs: Runs | None = None
     adapters: ModelAdapters | None = None
+    ip_adapter: IpAdapter | None = None
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -295,8 +305,8 @@ class StableDiffusionModel:
         rows = self.prompts.padded(*(embeddings[key] for key in self._prompts_of(job)))
         if any(embedding.truncated for embedding in rows):
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
-        if job.image is not None:
-            return self._start_from_image(job, rows)
+        if job.image is not None or job.ip_adapter_image is not None:
+            return self._start_with_image(job, rows)
         return [
             LatentSample(
                 job,
@@ -306,6 +316,7 @@ class StableDiffusionModel:
                 latent_shape=shape,
                 device=self.device,
                 dtype=self.memory_format.dtype,
+                further_arguments=no_image_arguments(self.ip_adapter, len(rows)),
                 adapter_key=group_key(self.adapters, job),
             )
             for index in job.image_indices
@@ -330,7 +341,8 @@ class StableDiffusionModel:
             else denoiser_call(sample)
             for sample in samples
         ]
-        with denoising(self.adapters, [(sample.job, sample.rows) for sample in samples]):
+        jobs = [(sample.job, sample.rows) for sample in samples]
+        with denoising(self.adapters, jobs), row_scales(self.ip_adapter, jobs):
             outputs = self.image_runs.denoise(calls)
         return [
             output[0] if isinstance(sample, LatentSample) else output
@@ -349,10 +361,11 @@ class StableDiffusionModel:
                 timesteps.to(latents.device),
                 encoder_hidden_states=context,
                 return_dict=False,
+                **no_image_arguments(self.ip_adapter, len(context)),
             )[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
 
-    def _start_from_image(self, job: Job, rows: Sequence[Embedding]) -> list[SuspendedSample]:
+    def _start_with_image(self, job: Job, rows: Sequence[Embedding]) -> list[SuspendedSample]:
         """The samples of ``job``; ``rows`` are its prompts, as in a ``LatentSample``."""
         assert self.image_runs is not None, "the model takes no images"
         given = {"prompt_embeds": rows[-1].hidden}

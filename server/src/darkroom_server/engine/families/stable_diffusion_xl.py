@@ -36,6 +36,7 @@ class StableDiffusionXL(SuspendedFamily):
     }
     strength_rounding = StrengthRounding.TAKEN
     spec = UNET
+    takes_ip_adapter = True
 
     @property
     def model_defaults(self) -> Defaults:
