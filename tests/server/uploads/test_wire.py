@@ -117,6 +117,23 @@ async def test_the_size_is_that_of_the_image() -> None:
         assert (reply.images[0].width, reply.images[0].height) == (64, 64)
 
 
+async def test_an_edit_has_the_shape_of_its_first_reference_image() -> None:
+    async with wired() as wire:
+        images = [data(plain(size=(400, 100))), data(plain(size=(100, 400)))]
+        image = (await wire.generate(reference_images=images, format=RAW)).images[0]
+        # About the 64×64 pixels of the model's default size, but no side below its least.
+        assert (image.width, image.height) == (128, 64)
+        reply = await wire.generate(reference_images=images[::-1], width=64, format=RAW)
+        assert (reply.images[0].width, reply.images[0].height) == (64, 256)
+        reply = await wire.generate(reference_images=images, width=64, height=64, format=RAW)
+        assert (reply.images[0].width, reply.images[0].height) == (64, 64)
+        long = data(plain(size=(900, 100)))
+        error = await refusal(wire.generate(reference_images=[images[0], long]))
+        assert error.violations == {
+            "reference_images[1]": "must not be more than 8 times as long as wide, and is 900×100"
+        }
+
+
 async def test_strength_has_a_default_and_is_recorded() -> None:
     async with wired() as wire:
         reply = await wire.generate(image=data(plain(RED)), seed=3, format=RAW)
