@@ -1,4 +1,4 @@
-// Lists the LoRA adapters of a Darkroom server, using only the .proto files.
+// Lists the LoRA adapters and ControlNets of a Darkroom server, using only the .proto files.
 //
 //   npm ci
 //   node adapters.js [HOST:PORT]
@@ -24,11 +24,12 @@ const listAdapters = promisify(client.ListAdapters.bind(client));
 
 try {
   const { adapters } = await listAdapters({});
-  for (const { id, models, rank, resident, rejection } of adapters) {
+  for (const { id, kind, models, rank, resident, rejection } of adapters) {
     const state = rejection || (resident ? "in memory" : "on disk");
-    console.log(`${id}: rank ${rank}, for ${models.join(", ")}; ${state}`);
+    const what = kind === "ADAPTER_KIND_CONTROLNET" ? "ControlNet" : `LoRA of rank ${rank}`;
+    console.log(`${id}: ${what}, for ${models.join(", ")}; ${state}`);
   }
-  if (!adapters.length) console.log("no adapters: start the server with --lora or --lora-dir");
+  if (!adapters.length) console.log("no adapters: start the server with --lora or --controlnet");
 } catch (error) {
   console.error(`${grpc.status[error.code]}: ${error.details}`);
   process.exitCode = 1;

@@ -48,11 +48,11 @@ class LogReader:
 
 
 @contextmanager
-def running_server(*models: str, options: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+def running_server(*models: str, flags: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
     """The addresses of a ready server with ``models``, or the demo model, for gRPC and HTTP.
 
     Its exit code must be 0. It computes like plain diffusers: float32, no autocast. A model is
-    NAME=FOLDER. ``options`` are further ones of the command.
+    NAME=FOLDER; ``flags`` are further ones.
     """
     command = [
         sys.executable,
@@ -74,7 +74,7 @@ def running_server(*models: str, options: Sequence[str] = ()) -> Iterator[tuple[
         "--rows",
         "4",
         *(flag for model in models for flag in ("--model", model)),
-        *options,
+        *flags,
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None

@@ -1,6 +1,7 @@
 """A tiny SDXL, FLUX.1 and FLUX.2 klein in one server: pictures, fields, errors, over the wire."""
 
 import base64
+import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,15 +12,27 @@ from typing import Any
 import diffusers
 import httpx2
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from PIL import Image
 
-from darkroom_client import Client, InvalidRequest, Scheduler, Task
+from darkroom_client import (
+    AdapterKind,
+    AdapterNotFound,
+    Client,
+    Control,
+    InvalidRequest,
+    Scheduler,
+    Task,
+    UploadedImage,
+)
 from darkroom_client.cli import main
+from darkroom_server.engine.conditioning.input_images import pil_image
+from tests.engine.families.controls import flux_net, unet_net
 from tests.engine.families.flux import write_dev
 from tests.engine.families.flux_2 import write_distilled_klein
 from tests.engine.families.image_tasks import picture
+from tests.engine.families.parts import shaken
 from tests.engine.families.stable_diffusion_xl import write_sdxl
 from tests.engine.ip_adapter_files import write_image_encoder, write_ip_adapter
 
@@ -50,6 +63,7 @@ class Served:
     http: str
     folders: dict[str, Path]
     adapter: Path
+    nets: dict[str, Path]
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +74,18 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "flux": write_dev(folder / "flux"),
         "klein": write_distilled_klein(folder / "klein"),
     }
+    nets = {"xl": folder / "xl-edges", "flux": folder / "flux-edges"}
     unet = diffusers.UNet2DConditionModel.from_pretrained(folders["xl"] / "unet")
+    shaken(unet_net(unet)).save_pretrained(nets["xl"])
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(folders["flux"] / "transformer")
+    shaken(flux_net(num_layers=1, num_single_layers=1)(transformer)).save_pretrained(nets["flux"])
     adapter = write_ip_adapter(folder / "adapter" / "xl.safetensors", unet)
     write_image_encoder(adapter.parent / "image_encoder")
     models = [f"{name}={path}" for name, path in folders.items()]
-    with running_server(*models, options=("--ip-adapter", f"xl={adapter}")) as (address, http):
-        yield Served(address, http, folders, adapter)
+    flags = [flag for id, net in nets.items() for flag in ("--controlnet", f"{id}:edges={net}")]
+    flags += ["--ip-adapter", f"xl={adapter}"]
+    with running_server(*models, flags=flags) as (address, http):
+        yield Served(address, http, folders, adapter, nets)
 
 
 def alone(
@@ -111,9 +131,8 @@ def test_images_equal_the_pipelines(served: Served, model: str, fields: dict[str
     assert np.abs(found[0] - plain.astype(int)).max() > 20, "the fields do nothing"
 
 
-def pil(seed: int) -> Image.Image:
-    found = picture(seed)
-    return Image.frombytes("RGB", (found.width, found.height), found.pixels)
+def pil(seed: int) -> PIL.Image.Image:
+    return pil_image(picture(seed))
 
 
 def test_an_edit_equals_the_pipeline(served: Served) -> None:
@@ -140,7 +159,7 @@ def test_an_edit_equals_the_pipeline(served: Served) -> None:
         timeout=SECONDS,
     )
     data = base64.b64decode(reply.raise_for_status().json()["data"][0]["b64_json"])
-    with Image.open(io.BytesIO(data)) as opened:
+    with PIL.Image.open(io.BytesIO(data)) as opened:
         assert np.array_equal(np.asarray(opened.convert("RGB")), expected)
 
 
@@ -153,20 +172,20 @@ def test_an_image_prompt_equals_the_pipeline(served: Served, tmp_path: Path) -> 
     fields = {"ip_adapter_image": pil(3)}
     expected = alone(served.folders["xl"], 11, fields, served.adapter, scale=0.5)
     (file,) = folder.iterdir()
-    with Image.open(file) as opened:
+    with PIL.Image.open(file) as opened:
         assert np.array_equal(np.asarray(opened), expected)
     full = alone(served.folders["xl"], 11, fields, served.adapter)
     assert np.abs(full - expected).max() > 5
 
 
 def test_images_that_a_model_does_not_take(served: Served) -> None:
-    thin = Image.new("RGB", (600, 64))
+    thin = PIL.Image.new("RGB", (600, 64))
     wrong: list[tuple[str, dict[str, Any], str]] = [
         ("xl", {"reference_images": [pil(1)]}, "reference_images"),
         ("flux", {"ip_adapter_image": pil(1)}, "ip_adapter_image"),
         ("klein", {"image": pil(1)}, "image"),
         ("klein", {"reference_images": [pil(1)] * 5}, "reference_images"),
-        ("klein", {"reference_images": [pil(1), Image.new("RGB", (32, 64))]}, "side"),
+        ("klein", {"reference_images": [pil(1), PIL.Image.new("RGB", (32, 64))]}, "side"),
         ("klein", {"reference_images": [thin]}, "ratio"),
     ]
     reasons = {
@@ -189,8 +208,8 @@ def test_the_models_say_what_they_take(served: Served) -> None:
     assert models["xl"].kind == "StableDiffusionXLPipeline"
     assert models["flux"].kind == "FluxPipeline"
     assert models["klein"].tasks == (Task.TEXT_TO_IMAGE, Task.EDIT)
-    assert models["klein"].limits.max_reference_images == 4
-    assert models["xl"].limits.max_reference_images == 0
+    limits = {id: models[id].limits for id in ("xl", "klein")}
+    assert [each and each.max_reference_images for each in limits.values()] == [0, 4]
     adapter = {"ip_adapter_image", "ip_adapter_scale"}
     assert adapter <= {*models["xl"].optional_fields}
     assert not adapter & {*models["flux"].optional_fields}
@@ -233,3 +252,63 @@ def test_a_client_without_the_sdk_asks_for_a_family_s_fields(
     }
     recorded = buf_curl(served.address, method, request, tmp_path)["images"][0]["replay"]
     assert {name: recorded["request"][name] for name in request} == request
+
+
+EDGES = pil_image(picture(5))
+
+
+def png(image: PIL.Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_controlnet_changes_an_image_as_in_its_pipeline(served: Served) -> None:
+    file = png(EDGES)
+    control = Control("edges", file, scale=0.75, end=0.5)
+    with Client(served.address, timeout=SECONDS) as client:
+        fields: dict[str, Any] = {"steps": 6, "seed": 11, "scheduler": Scheduler.MODEL}
+        result = client.generate(PROMPT, model="xl", controls=[control], **fields)
+        plain = client.generate(PROMPT, model="xl", **fields).image.to_numpy().astype(int)
+        replayed = client.replay(result.image.replay, images=[file])
+        (listed,) = client.adapters("xl")
+        with pytest.raises(AdapterNotFound, match="this server has edges"):
+            client.generate(PROMPT, model="xl", controls=[Control("pose", file)])
+    assert (listed.id, listed.kind, listed.resident) == ("edges", AdapterKind.CONTROLNET, True)
+    assert listed.models == ("xl", "flux")
+    digest = f"sha256:{hashlib.sha256(file).hexdigest()}"
+    recorded = result.image.replay.request.controls
+    assert recorded == (Control("edges", UploadedImage(digest), scale=0.75, end=0.5),)
+    assert replayed.image.data == result.image.data
+    net = diffusers.ControlNetModel.from_pretrained(served.nets["xl"])
+    pipeline = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(
+        served.folders["xl"], controlnet=net
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        PROMPT,
+        image=EDGES,
+        controlnet_conditioning_scale=0.75,
+        control_guidance_end=0.5,
+        width=64,
+        height=64,
+        num_inference_steps=6,
+        generator=torch.Generator("cpu").manual_seed(11),
+    ).images[0]
+    wanted, found = np.asarray(expected).astype(int), result.image.to_numpy().astype(int)
+    assert np.abs(found - wanted).max() <= 2
+    assert np.abs(found - plain).max() > 20, "the ControlNet does nothing"
+
+
+def test_a_client_without_the_sdk_sends_a_control(served: Served, tmp_path: Path) -> None:
+    data = base64.b64encode(png(EDGES)).decode()
+    request = {
+        "model": "flux",
+        "prompt": PROMPT,
+        "steps": 2,
+        "controls": [{"id": "edges", "image": {"data": data}, "start": 0.5}],
+    }
+    (image,) = buf_curl(served.address, "GenerationService/Generate", request, tmp_path)["images"]
+    (recorded,) = image["replay"]["request"]["controls"]
+    assert (recorded["id"], recorded["start"]) == ("edges", 0.5)
+    assert recorded["image"]["uploadId"].startswith("sha256:")

@@ -49,6 +49,13 @@ def test_measured_batch_times_survive_a_restart() -> None:
     assert batch_times.batch_seconds(SMALL, 2) == pytest.approx(0.1, rel=0.01)
 
 
+def test_the_time_of_controlnets_is_not_the_denoisers() -> None:
+    batch_times = warmed_up()
+    for _ in range(50):
+        batch_times.record_batch(replace(batch_done(4, 0.054), control_cost=0.5))
+    assert batch_times.batch_seconds(SMALL, 4) == pytest.approx(0.036)
+
+
 def test_a_model_without_measurements_is_not_known() -> None:
     batch_times = BatchTimeModel()
     batch_times.start(fake_model())

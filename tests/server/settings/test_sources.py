@@ -5,7 +5,12 @@ import pytest
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings import Engine, Models, Settings
 from darkroom_server.settings.adapters import Adapters
-from darkroom_server.settings.sources import adapter_sources, engine_configs, model_sources
+from darkroom_server.settings.sources import (
+    adapter_sources,
+    controlnet_sources,
+    engine_configs,
+    model_sources,
+)
 
 
 def test_the_demo_model_is_the_default() -> None:
@@ -127,6 +132,47 @@ def test_an_invalid_adapter_is_reported(text: str, complaint: str) -> None:
 def test_a_folder_of_adapters_must_exist(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="no such folder"):
         adapter_sources(Adapters(lora_dir=str(tmp_path / "nothing")))
+
+
+def test_controlnets_are_for_each_model_or_for_one(tmp_path: Path) -> None:
+    settings = Settings(
+        models=Models(model=("a=demo", "b=demo")),
+        adapters=Adapters(
+            controlnet=(f"edges={tmp_path}", "a:pose=org/name@v2", f"b:pose={tmp_path}"),
+            max_controls=2,
+        ),
+    )
+    (config,) = engine_configs(settings, "hf_secret")
+    assert [(e.id, e.model, e.location, e.revision) for e in config.controlnets] == [
+        ("edges", None, str(tmp_path), None),
+        ("pose", "a", "org/name", "v2"),
+        ("pose", "b", str(tmp_path), None),
+    ]
+    assert config.max_controls == 2
+    assert "hf_secret" not in repr(config.controlnets)
+
+
+@pytest.mark.parametrize(
+    ("texts", "complaint"),
+    [
+        (("org/name",), "put NAME="),
+        (("a:=org/name",), "put NAME="),
+        (("c:pose=org/name",), "no model is named 'c'"),
+        (("pose=no such folder",), "no such file or folder, and no hub id either"),
+        (("pose=org/name", "pose=org/other"), "another ControlNet is named 'pose' already"),
+        (("pose=org/name", "a:pose=org/other"), "another ControlNet is named 'pose' already"),
+        (("a:pose=org/name", "pose=org/other"), "another ControlNet is named 'pose' already"),
+        (("ink=org/name",), "a LoRA adapter is named 'ink' already"),
+    ],
+)
+def test_an_invalid_controlnet_is_reported(texts: tuple[str, ...], complaint: str) -> None:
+    settings = Settings(
+        models=Models(model=("a=demo", "b=demo")),
+        adapters=Adapters(lora=("ink=org/ink",), controlnet=texts),
+    )
+    with pytest.raises(StartupError) as caught:
+        controlnet_sources(settings)
+    assert complaint in str(caught.value)
 
 
 def test_the_prompt_cache_is_configured_for_each_engine() -> None:

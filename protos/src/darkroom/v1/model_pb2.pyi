@@ -30,6 +30,8 @@ class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKi
     """Not used."""
     ADAPTER_KIND_LORA: _AdapterKind.ValueType  # 1
     """For GenerateRequest.loras."""
+    ADAPTER_KIND_CONTROLNET: _AdapterKind.ValueType  # 2
+    """For GenerateRequest.controls."""
 
 class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
     """AdapterKind is a kind of adapter."""
@@ -38,6 +40,8 @@ ADAPTER_KIND_UNSPECIFIED: AdapterKind.ValueType  # 0
 """Not used."""
 ADAPTER_KIND_LORA: AdapterKind.ValueType  # 1
 """For GenerateRequest.loras."""
+ADAPTER_KIND_CONTROLNET: AdapterKind.ValueType  # 2
+"""For GenerateRequest.controls."""
 Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
 
 class _Task:
@@ -152,7 +156,9 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):
-    """Adapter is a LoRA adapter, which requests name in `loras`."""
+    """Adapter is a LoRA adapter or a ControlNet, which requests name in `loras` and
+    `controls`.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -168,7 +174,7 @@ class Adapter(_message.Message):
     kind: Global___AdapterKind.ValueType
     """What it is."""
     rank: _builtins.int
-    """The greatest rank of its layers."""
+    """The greatest rank of its layers; 0 for a ControlNet."""
     bytes: _builtins.int
     """Its weights in memory, in bytes."""
     resident: _builtins.bool

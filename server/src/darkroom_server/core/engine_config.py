@@ -76,6 +76,21 @@ class AdapterSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ControlNetSource:
+    """Where a ControlNet comes from: a folder or a hub id. ``id`` is its name here.
+
+    ``model`` is the id of the model it is for, None for each that it fits. ``token`` is for the
+    hub.
+    """
+
+    id: str
+    location: str
+    model: str | None = None
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How the engine runs its models; None means the preset's value.
 
@@ -87,7 +102,8 @@ class EngineConfig:
     ready sooner. ``prompt_cache_bytes``: memory for the embeddings of prompts, for each model.
     ``max_loras``: different LoRA adapters in one batch. ``max_lora_rank``: one with a greater
     rank is rejected. ``lora_cache_bytes``: host memory for the weights of adapters.
-    ``max_reference_images``: of one edit, if its model takes as many.
+    ``max_controls``: ControlNets in one request. ``max_reference_images``: of one edit, if its
+    model takes as many.
     """
 
     models: tuple[ModelSource, ...]
@@ -110,6 +126,8 @@ class EngineConfig:
     max_lora_rank: int = 128
     lora_cache_bytes: int = 1024**3
     max_reference_images: int = 4
+    controlnets: tuple[ControlNetSource, ...] = ()
+    max_controls: int = 4
     previous_measurements: tuple[ModelInfo, ...] = ()
 
     def with_measurements(self, models: tuple[ModelInfo, ...]) -> Self:

@@ -132,6 +132,7 @@ class BatchDone:
     Each of ``samples`` took one step; ``joined`` of them took their first in a batch with samples
     that were further. ``max_rows`` is the batch's row limit, 0 if unknown. ``ended_at`` is in
     ``time.monotonic`` seconds. ``adapters`` is the number of different adapters of its rows.
+    ``control_cost``: the part of the denoiser's seconds that its ControlNets took besides.
     """
 
     model: str
@@ -144,6 +145,7 @@ class BatchDone:
     max_rows: int = 0
     ended_at: float = 0.0
     adapters: int = 0
+    control_cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, Literal, Self
 
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
+from darkroom_server.core.strength import StrengthRounding
 
 OPTIONAL_FIELDS = (
     "negative_prompt",
@@ -30,6 +31,9 @@ OPTIONAL_FIELDS = (
     "ip_adapter_scale",
 )
 """Fields of a request that not every model takes; a request that sets another one is rejected."""
+
+CONDITION_BYTES_PER_PIXEL = 12
+"""What the image of a ControlNet takes in memory, at most: three channels in float32."""
 
 EXTRAS = {"prompt_syntax": "prompt-weights"}
 """The extra of ``darkroom-server`` that an optional field needs."""
@@ -65,23 +69,6 @@ class Guidance:
     def calls_per_step(self, job: Job) -> int:
         """Denoiser calls of one image of ``job`` for each step of its scheduler."""
         return self.calls if self.applies_to(job) else 1
-
-
-class StrengthRounding(StrEnum):
-    """What a family's pipelines round down in their ``get_timesteps`` if ``strength`` is set.
-
-    TAKEN: the steps that an image takes. SKIPPED: the first steps, which it does not take.
-    """
-
-    TAKEN = "taken"
-    SKIPPED = "skipped"
-
-    def steps_taken(self, steps: int, strength: float) -> int:
-        """The steps of ``steps`` that an image takes which starts from another one."""
-        # The operations of diffusers in their order: another order rounds otherwise.
-        if self is StrengthRounding.TAKEN:
-            return min(int(steps * strength), steps)
-        return steps - int(max(steps - min(steps * strength, steps), 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +201,8 @@ class MemoryNeeds:
     ``bytes_per_pass`` is needed once for all rows, and grows with the square of the pixels: the
     scores of sliced attention. ``available_bytes`` was free on the device, less a safety margin.
     ``bytes_per_sample`` is what an unfinished image of one row holds between its batches; it grows
-    at most in proportion to its pixels and rows.
+    at most in proportion to its pixels and rows. ``control_bytes_per_row`` is what ControlNets add
+    to ``bytes_per_row``.
     """
 
     pixels: int
@@ -224,11 +212,19 @@ class MemoryNeeds:
     bytes_per_pass: int = 0
     tile_pixels: int | None = None
     bytes_per_sample: int = 0
+    control_bytes_per_row: int = 0
 
-    def needed(self, width: int, height: int, rows: int) -> int:
-        """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more."""
+    def needed(
+        self, width: int, height: int, rows: int, denoised: tuple[int, int] | None = None
+    ) -> int:
+        """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more.
+
+        ``denoised``: its size in a batch, see ``Job.denoised_size``; its own if None.
+        """
+        scale = math.prod(denoised or (width, height)) / self.pixels
+        per_row = self.bytes_per_row + self.control_bytes_per_row
+        passes = rows * per_row * scale + self.bytes_per_pass * scale**2
         scale = width * height / self.pixels
-        passes = rows * self.bytes_per_row * scale + self.bytes_per_pass * scale**2
         if self.tile_pixels is not None:
             scale = min(1.0, width * height / self.tile_pixels)
         return round(max(passes, self.bytes_per_decode * scale))
@@ -241,7 +237,8 @@ class MemoryNeeds:
         scale = width * height / self.pixels
         # Half of the peak of two rows for each row: with more rows than were measured, the peak may
         # be in another layer, where more memory grows with the rows.
-        per_row = self.bytes_per_row * scale + self.bytes_per_pass * scale**2 / 2
+        per_row = (self.bytes_per_row + self.control_bytes_per_row) * scale
+        per_row += self.bytes_per_pass * scale**2 / 2
         if held is None:
             per_row += self.bytes_per_sample * max(1.0, scale)
         return max(2, int((self.available_bytes - (held or 0)) / max(1.0, per_row)))
@@ -264,13 +261,15 @@ class AdapterKind(StrEnum):
     """What an adapter is."""
 
     LORA = "lora"
+    CONTROLNET = "controlnet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterOffer:
     """An adapter that fits a model. ``rank`` is its greatest, ``bytes`` are those in memory.
 
-    ``rejection``: why requests for it are rejected, empty if they are not.
+    ``rejection``: why requests for it are rejected, empty if they are not. ``cost``: seconds that
+    a ControlNet takes for a batch, as a part of those of the denoiser.
     """
 
     id: str
@@ -278,6 +277,7 @@ class AdapterOffer:
     bytes: int
     kind: AdapterKind = AdapterKind.LORA
     rejection: str = ""
+    cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,7 +288,8 @@ class ModelInfo:
     ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes,
     ``fields_without_extra`` those that it would take if their extra in ``EXTRAS`` were installed.
     ``unbatched_reason``: why its denoiser calls are not merged into batches, empty if they are.
-    ``tasks``: what it can do. ``adapters`` are those that fit it.
+    ``tasks``: what it can do. ``adapters`` are those that fit it. ``measured_references``: the
+    reference images in what was measured.
     """
 
     id: str
@@ -308,6 +309,14 @@ class ModelInfo:
     tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
     strength_rounding: StrengthRounding = StrengthRounding.TAKEN
     adapters: tuple[AdapterOffer, ...] = ()
+    measured_references: int = 0
+
+    def reference_pixels(self, images: int) -> int:
+        """``Job.reference_pixels`` of ``images`` reference images.
+
+        Each counts as an image of the default size: pipelines scale to about that.
+        """
+        return max(0, images - self.measured_references) * self.memory.pixels
 
     def options_of(self, job: Job) -> dict[str, Any]:
         """The optional fields that a request needs to generate the images of ``job`` again.
@@ -335,17 +344,19 @@ class ModelInfo:
 
     def samples_per_image(self, job: Job) -> float:
         """What an image of ``job`` holds, in multiples of ``memory.bytes_per_sample``."""
-        scale = max(1.0, job.width * job.height / self.memory.pixels)
+        scale = max(1.0, math.prod(job.denoised_size) / self.memory.pixels)
         prompts = self.guidance.rows * self.guidance.calls if self.guidance.applies_to(job) else 1
         return prompts * scale
 
     def held_bytes(self, job: Job) -> int:
         """Bytes that one unfinished image of ``job`` holds between its batches, at most."""
-        return math.ceil(self.memory.bytes_per_sample * self.samples_per_image(job))
+        controls = len(job.controls) * CONDITION_BYTES_PER_PIXEL * job.width * job.height
+        return controls + math.ceil(self.memory.bytes_per_sample * self.samples_per_image(job))
 
     def needed_bytes(self, job: Job) -> int:
         """Bytes that ``job`` needs alone: what its images hold, and a batch of one of them."""
-        batch = self.memory.needed(job.width, job.height, self.rows_per_image(job))
+        rows = self.rows_per_image(job)
+        batch = self.memory.needed(job.width, job.height, rows, job.denoised_size)
         return batch + job.image_count * self.held_bytes(job)
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
@@ -375,6 +386,12 @@ class ModelInfo:
         skipped_calls = (job.steps - taken) * offer.calls_per_step
         calls = offer.denoiser_calls(job.steps) - skipped_calls
         return self.guidance.calls_per_step(job) * calls
+
+    def control_cost(self, job: Job) -> float:
+        """What the ControlNets of ``job`` add to its batches, as a part of the denoiser's time."""
+        costs = {offer.id: offer.cost for offer in self.adapters}
+        applied = [control for control in job.controls if control.scale]
+        return sum(costs.get(each.id, 0.0) * (each.end - each.start) for each in applied)
 
     def steps_taken(self, job: Job) -> int:
         """The steps that one image of ``job`` takes: fewer than asked if it starts from another."""

@@ -231,6 +231,7 @@ class EngineLoop:
                 max_rows=self._scheduler.max_rows(batch.group),
                 ended_at=result.ended,
                 adapters=batch.adapters,
+                control_cost=self._runner.control_cost(batch.model, result.stepped),
             )
         )
 

@@ -78,6 +78,7 @@ class InputLoader:
             image=image,
             mask_image=mask,
             reference_images=tuple(filter(None, references)),
+            reference_pixels=model.reference_pixels(len(references)),
             ip_adapter_image=adapter,
             controls=tuple(controls),
         )

@@ -1,4 +1,4 @@
-"""Settings of adapters: which ones there are, and how much of them a batch and memory hold."""
+"""Settings of adapters and ControlNets: which ones there are, and their limits."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,7 +10,7 @@ from darkroom_server.settings.option import Setting
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapters:
-    """The LoRA adapters and IP-Adapters on offer."""
+    """The LoRA adapters, IP-Adapters and ControlNets on offer."""
 
     lora: Annotated[
         tuple[str, ...],
@@ -77,3 +77,24 @@ class Adapters:
             default="none",
         ),
     ] = ()
+    controlnet: Annotated[
+        tuple[str, ...],
+        Setting(
+            "A ControlNet on offer: a folder or a hub id, as diffusers saves it. May be given "
+            "several times.",
+            choose="Requests name it by NAME. Without MODEL it is for each model that it fits, and "
+            "the server does not start if it fits none. The device holds it beside the model. In "
+            "the environment, separate several by commas.",
+            metavar="[MODEL:]NAME=PATH_OR_HUB_ID[@REVISION]",
+            default="none",
+        ),
+    ] = ()
+    max_controls: Annotated[
+        int,
+        Ge(1),
+        Setting(
+            "Most ControlNets in one request.",
+            choose="Each adds a third to a half of the time of every step.",
+            metavar="N",
+        ),
+    ] = 4

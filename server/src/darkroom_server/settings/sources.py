@@ -1,4 +1,4 @@
-"""Parses ``--model``, ``--lora`` and ``--ip-adapter`` into engine configurations."""
+"""Parses what folders, files and hub ids the settings name, into engine configurations."""
 
 import json
 import re
@@ -6,7 +6,12 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from darkroom_server.core.engine_config import AdapterSource, EngineConfig, ModelSource
+from darkroom_server.core.engine_config import (
+    AdapterSource,
+    ControlNetSource,
+    EngineConfig,
+    ModelSource,
+)
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings.adapters import Adapters
 from darkroom_server.settings.state_folder import measurement_folder
@@ -49,6 +54,8 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         max_lora_rank=settings.adapters.max_lora_rank,
         lora_cache_bytes=settings.adapters.lora_cache_bytes,
         max_reference_images=settings.images.max_reference_images,
+        controlnets=controlnet_sources(settings, hub_token),
+        max_controls=settings.adapters.max_controls,
     )
 
 
@@ -137,6 +144,41 @@ def with_ip_adapters(
             id=name, location=location, revision=revision or None, token=tokens[name]
         )
     return tuple(replace(model, ip_adapter=found.get(model.id)) for model in models)
+
+
+def controlnet_sources(
+    settings: Settings, hub_token: str | None = None
+) -> tuple[ControlNetSource, ...]:
+    """Return the source of each ControlNet. Raises ``StartupError``."""
+    sources: list[ControlNetSource] = []
+    models = {source.id for source in model_sources(settings.models)}
+    taken = {source.id for source in adapter_sources(settings.adapters)}
+    for text in settings.adapters.controlnet:
+        option = f"--controlnet {text}"
+        target, equals, rest = text.partition("=")
+        model, colon, name = target.rpartition(":")
+        if not equals or not MODEL_ID.fullmatch(name):
+            raise StartupError(
+                f"{option}: put NAME= of letters, digits and . _ / - before the ControlNet"
+            )
+        if colon and model not in models:
+            raise StartupError(f"{option}: no model is named {model!r}")
+        for other in sources:
+            if other.id == name and (other.model in (None, model) or not colon):
+                raise StartupError(f"{option}: another ControlNet is named {name!r} already")
+        if name in taken:
+            raise StartupError(f"{option}: a LoRA adapter is named {name!r} already")
+        location, revision = _location_of(rest, option)
+        sources.append(
+            ControlNetSource(
+                id=name,
+                location=str(Path(location).expanduser()) if _exists(location) else location,
+                model=model if colon else None,
+                revision=revision,
+                token=hub_token,
+            )
+        )
+    return tuple(sources)
 
 
 def adapter_files(folder: str) -> list[Path]:

@@ -45,7 +45,10 @@ MAX_NEAREST = 1024
 
 
 class Group(NamedTuple):
-    """Images of one model and size, in pixels: they can share a batch."""
+    """Images of one model and size, in pixels: they can share a batch.
+
+    The size is a job's ``denoised_size``.
+    """
 
     model: str
     width: int
@@ -59,7 +62,7 @@ class Group(NamedTuple):
     @classmethod
     def of(cls, job: Job) -> "Group":
         """The group of a job's images."""
-        return cls(job.model, job.width, job.height)
+        return cls(job.model, *job.denoised_size)
 
 
 class BatchTimeCurve:
@@ -206,8 +209,9 @@ class BatchTimeModel:
         return self._prompt.get(group.model, 0.0)
 
     def record_batch(self, event: BatchDone) -> None:
-        """Learn from a batch."""
-        if not _is_time(event.seconds):
+        """Learn from a batch what it takes without ControlNets."""
+        seconds = event.seconds / (1.0 + event.control_cost)
+        if not _is_time(seconds):
             return
         group = Group(event.model, event.width, event.height)
         curve = self._curves.pop(group, None)
@@ -215,7 +219,7 @@ class BatchTimeModel:
             self._nearest_known.clear()
             known = self._nearest(group)
             if known is None:
-                first = event.seconds / math.exp(self._level)
+                first = seconds / math.exp(self._level)
                 curve = BatchTimeCurve({event.rows: first}, measured=False)
             else:
                 ratio = group.pixels / known.pixels
@@ -223,7 +227,7 @@ class BatchTimeModel:
                 points = {r: self._curves[known].at(r * ratio) for r in rows}
                 curve = BatchTimeCurve(points, measured=False)
         expected = max(curve.at(event.rows) * math.exp(self._level), SHORTEST_SECONDS)
-        surprise = math.log(event.seconds / expected)
+        surprise = math.log(seconds / expected)
         level = surprise + curve.level + self._level
         surprise = min(max(surprise, -LARGEST_SURPRISE), LARGEST_SURPRISE)
         curve.learn(event.rows, surprise, level)

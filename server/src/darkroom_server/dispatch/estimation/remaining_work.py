@@ -13,7 +13,8 @@ from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 class RemainingWork:
     """A job as the simulation sees it.
 
-    ``calls``: the denoiser calls that remain for each unfinished image. ``key``: that of an image
+    ``calls``: the denoiser calls that remain for each unfinished image; more than there are, as far
+    as ControlNets make them longer. ``key``: that of an image
     without any step taken. ``begun``: the job has taken part in a batch. ``encoded``: its prompts
     are encoded. ``bytes_per_image``: what an unfinished image holds between its batches.
     """
@@ -40,6 +41,9 @@ def remaining_work(active: ActiveJob) -> RemainingWork:
         for index in job.image_indices
         if index not in active.images
     ]
+    if job.controls:
+        longer = 1.0 + active.model.control_cost(job)
+        calls = [round(each * longer) for each in calls]
     return RemainingWork(
         id=job.id,
         group=Group.of(job),

@@ -16,13 +16,8 @@ from numpy.typing import NDArray
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.job import Job, Task
-from darkroom_server.core.model import (
-    Guidance,
-    ModelInfo,
-    ModelLimits,
-    SchedulerOffer,
-    StrengthRounding,
-)
+from darkroom_server.core.model import Guidance, ModelInfo, ModelLimits, SchedulerOffer
+from darkroom_server.core.strength import StrengthRounding
 from darkroom_server.engine.adapters.model_adapters import ModelAdapters
 from darkroom_server.engine.components.decoder import NO_OPTIONS, Decoder
 from darkroom_server.engine.components.embedding import Embedding
@@ -32,6 +27,8 @@ from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, offers
 from darkroom_server.engine.conditioning.ip_adapter import IpAdapter
 from darkroom_server.engine.conditioning.task_pipelines import task_classes
+from darkroom_server.engine.controls.kind import ControlKind
+from darkroom_server.engine.controls.model_controls import ModelControls
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
@@ -111,10 +108,11 @@ class Family(ABC):
     ``most_reference_images``: of one edit, if the model has that task.
     ``half`` says how it runs in half precision.
     ``takes_loras``: the rows of its denoiser may have LoRA adapters. ``takes_ip_adapter``: an
-    IP-Adapter can be loaded into its UNet.
+    IP-Adapter can be loaded into its UNet. ``control_kind`` are the ControlNets that its rows may
+    have, None for none.
     ``chosen_size`` is the default width and height that the operator set, in pixels. ``adapters``
-    are set before ``new_model``, None if the server offers none for this pipeline. ``ip_adapter``
-    is set before ``prepare``, None without one.
+    and ``controls`` are set before ``new_model``, None if the server offers none for this pipeline.
+    ``ip_adapter`` is set before ``prepare``, None without one.
     """
 
     pipeline_class: ClassVar[str]
@@ -132,12 +130,14 @@ class Family(ABC):
     half: ClassVar[HalfPrecision] = HalfPrecision()
     takes_loras: ClassVar[bool] = True
     takes_ip_adapter: ClassVar[bool] = False
+    control_kind: ClassVar[ControlKind | None] = None
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.chosen_size: int | None = None
         self.adapters: ModelAdapters | None = None
         self.ip_adapter: IpAdapter | None = None
+        self.controls: ModelControls | None = None
 
     @classmethod
     @abstractmethod

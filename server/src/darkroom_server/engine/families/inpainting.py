@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from darkroom_server.core.job import Task
-from darkroom_server.core.model import StrengthRounding
+from darkroom_server.core.strength import StrengthRounding
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
 from darkroom_server.engine.families.suspended import SuspendedFamily

@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet, classifier-free guidance."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job, PromptSyntax, Task
-from darkroom_server.core.model import ModelInfo, ModelLimits, StrengthRounding
+from darkroom_server.core.model import ModelInfo, ModelLimits
+from darkroom_server.core.strength import StrengthRounding
 from darkroom_server.engine.adapters.model_adapters import (
     ModelAdapters,
     denoising,
@@ -31,25 +31,21 @@ from darkroom_server.engine.components.weighted_prompts import (
     WeightedPromptEncoder,
     compel_is_installed,
 )
-from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
-from darkroom_server.engine.conditioning.input_images import image_arguments
 from darkroom_server.engine.conditioning.ip_adapter import (
     IpAdapter,
-    image_prompt,
     no_image_arguments,
     row_scales,
 )
-from darkroom_server.engine.conditioning.task_pipelines import made_of
+from darkroom_server.engine.controls.model_controls import ModelControls, controlled, controls_of
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
-from darkroom_server.engine.families.unet import UNET
+from darkroom_server.engine.families.image_runs import image_runs_of
+from darkroom_server.engine.families.unet import UNET_CONTROLS
 from darkroom_server.engine.latent_sample import LatentSample
 from darkroom_server.engine.loading.defaults import Defaults
-from darkroom_server.engine.pipelines.arguments import signature_of
+from darkroom_server.engine.pipelines.arguments import Arguments
 from darkroom_server.engine.pipelines.calls import DenoiserCall
-from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
 from darkroom_server.engine.pipelines.finish import finish
-from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
 from darkroom_server.engine.pipelines.runs import Runs
 from darkroom_server.engine.pipelines.sample import SuspendedSample, denoiser_call
 from darkroom_server.engine.sample import Sample
@@ -72,6 +68,7 @@ class StableDiffusion(Family):
     }
     strength_rounding = StrengthRounding.TAKEN
     takes_ip_adapter = True
+    control_kind = UNET_CONTROLS
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -107,7 +104,7 @@ class StableDiffusion(Family):
         self._prompts = PromptEncoder(
             tokenizer, encoder, dtype, precision, config.prompt_cache_bytes, weighted
         )
-        self._image_runs = _image_runs(self, memory_format, precision)
+        self._image_runs = image_runs_of(self, memory_format, precision)
 
     @property
     def optional_fields(self) -> frozenset[str]:
@@ -187,7 +184,7 @@ class StableDiffusion(Family):
         self._prompts.adapters = self.adapters
         image_runs = self._image_runs
         if image_runs is not None:
-            image_runs = replace(image_runs, adapters=self.adapters)
+            image_runs = replace(image_runs, adapters=self.adapters, controls=self.controls)
         return StableDiffusionModel(
             info=info,
             prompts=self._prompts,
@@ -204,53 +201,8 @@ class StableDiffusion(Family):
             image_runs=image_runs,
             adapters=self.adapters,
             ip_adapter=self.ip_adapter,
+            controls=self.controls,
         )
-
-
-def _image_runs(
-    family: StableDiffusion, memory_format: MemoryFormat, precision: Precision
-) -> Runs | None:
-    """The runs of the jobs that bring an image, None if the model takes none."""
-    pipeline, device = family.pipeline, family.denoiser.device
-    classes = family.task_classes
-    if family.ip_adapter is None:
-        del classes[family.own_task]
-    made = {task: made_of(pipeline, each) for task, each in classes.items()}
-    if not made:
-        return None
-    # The prompts come encoded, so there is nothing to remember.
-    first, memo = next(iter(made.values())), EncodeMemo(0, device)
-    host = HostedPipeline(first, (family.denoiser_name,), family.vae, device, memo)
-    config = config_of(pipeline.scheduler)
-    merges = signature_of(type(family.denoiser)) == UNET.signature
-    return Runs(
-        hosts={task: host.sharing(each) for task, each in made.items()},
-        images=ImageEncoder(family.vae, precision),
-        spec=replace(UNET, layout=memory_format.layout) if merges else None,
-        arguments_of=functools.partial(_image_call, family),
-        vae_latents=lambda stepped, _: stepped,
-        schedulers={
-            offer.name: hosted_scheduler(make_scheduler(offer.name, config))
-            for offer in family.scheduler_offers
-        },
-        own={},
-        precision=precision,
-        ip_adapter=family.ip_adapter,
-    )
-
-
-def _image_call(family: StableDiffusion, job: Job) -> dict[str, Any]:
-    """The arguments of the pipeline's call for ``job``, besides its prompts."""
-    size = {} if job.task is Task.IMAGE_TO_IMAGE else {"width": job.width, "height": job.height}
-    return {
-        **image_prompt(family.ip_adapter, job, family.guidance),
-        "num_inference_steps": job.steps,
-        "guidance_scale": job.guidance_scale,
-        "output_type": "pt",
-        "return_dict": False,
-        **size,
-        **image_arguments(job),
-    }
 
 
 @dataclass(slots=True, kw_only=True)
@@ -276,6 +228,7 @@ class StableDiffusionModel:
     image_runs: Runs | None = None
     adapters: ModelAdapters | None = None
     ip_adapter: IpAdapter | None = None
+    controls: ModelControls | None = None
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -307,7 +260,7 @@ class StableDiffusionModel:
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
         if job.image is not None or job.ip_adapter_image is not None:
             return self._start_with_image(job, rows)
-        return [
+        samples = [
             LatentSample(
                 job,
                 index,
@@ -321,6 +274,9 @@ class StableDiffusionModel:
             )
             for index in job.image_indices
         ]
+        for sample in samples:
+            sample.controls = controls_of(self.controls, sample)
+        return samples
 
     def decode(self, sample: LatentSample | SuspendedSample) -> NDArray[np.uint8] | Failure:
         """The pixels of a finished sample: [height, width, 3], 0 to 255."""
@@ -343,7 +299,7 @@ class StableDiffusionModel:
         ]
         jobs = [(sample.job, sample.rows) for sample in samples]
         with denoising(self.adapters, jobs), row_scales(self.ip_adapter, jobs):
-            outputs = self.image_runs.denoise(calls)
+            outputs = self.image_runs.denoise(calls, samples)
         return [
             output[0] if isinstance(sample, LatentSample) else output
             for sample, output in zip(samples, outputs, strict=True)
@@ -354,15 +310,17 @@ class StableDiffusionModel:
         latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
         context = torch.cat([e.hidden for s in samples for e in s.embeddings])
         timesteps = torch.stack([s.timestep.float() for s in samples for _ in range(s.rows)])
+        given: Arguments = {
+            "sample": latents.contiguous(memory_format=self.memory_format.layout),
+            "timestep": timesteps.to(latents.device),
+            "encoder_hidden_states": context,
+            "return_dict": False,
+            **no_image_arguments(self.ip_adapter, len(context)),
+        }
+        given = controlled(self.controls, given, samples)
         jobs = [(sample.job, sample.rows) for sample in samples]
         with self.precision(), denoising(self.adapters, jobs):
-            predicted: torch.Tensor = self.unet(
-                latents.contiguous(memory_format=self.memory_format.layout),
-                timesteps.to(latents.device),
-                encoder_hidden_states=context,
-                return_dict=False,
-                **no_image_arguments(self.ip_adapter, len(context)),
-            )[0]
+            predicted: torch.Tensor = self.unet(**given)[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
 
     def _start_with_image(self, job: Job, rows: Sequence[Embedding]) -> list[SuspendedSample]:

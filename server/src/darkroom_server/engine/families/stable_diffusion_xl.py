@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 
 from darkroom_server.core.job import Job, PromptSyntax, Task
-from darkroom_server.core.model import Guidance, StrengthRounding
+from darkroom_server.core.model import Guidance
+from darkroom_server.core.strength import StrengthRounding
 from darkroom_server.engine.components.weighted_prompts import (
     WeightedPromptEncoder,
     compel_is_installed,
@@ -15,7 +16,7 @@ from darkroom_server.engine.components.weighted_prompts import (
 from darkroom_server.engine.families.base import Precision
 from darkroom_server.engine.families.several_prompts import is_cut
 from darkroom_server.engine.families.suspended import SuspendedFamily
-from darkroom_server.engine.families.unet import UNET
+from darkroom_server.engine.families.unet import UNET, UNET_CONTROLS
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.warmup.formats import MemoryFormat
 
@@ -37,6 +38,7 @@ class StableDiffusionXL(SuspendedFamily):
     strength_rounding = StrengthRounding.TAKEN
     spec = UNET
     takes_ip_adapter = True
+    control_kind = UNET_CONTROLS
 
     @property
     def model_defaults(self) -> Defaults:

@@ -299,6 +299,8 @@ def _load_single_file(files: ModelFiles, dtype: torch.dtype) -> Any:
                 f"model {source.location!r} has no {part}; check the file, and that --model-config "
                 "is of its architecture"
             )
+        # diffusers leaves a T5 of a file in training mode, whose dropout no seed repeats.
+        getattr(pipeline, part).eval()
         weights = getattr(pipeline, part).state_dict()
         missing = [key for key, weight in weights.items() if weight.is_meta]
         if missing:

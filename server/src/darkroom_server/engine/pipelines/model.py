@@ -82,7 +82,7 @@ class SuspendedModel:
         """One denoiser call: for each sample the output for its rows."""
         jobs = [(sample.job, sample.rows) for sample in samples]
         with denoising(self.adapters, jobs), row_scales(self.runs.ip_adapter, jobs):
-            return self.runs.denoise([denoiser_call(sample) for sample in samples])
+            return self.runs.denoise([denoiser_call(sample) for sample in samples], samples)
 
     def decode(self, sample: SuspendedSample) -> NDArray[np.uint8] | Failure:
         """The pixels of a finished sample: [height, width, 3], 0 to 255.

@@ -19,10 +19,12 @@ from darkroom_server.engine.adapters.model_adapters import (
 from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.conditioning.ip_adapter import IpAdapter
+from darkroom_server.engine.controls.model_controls import ModelControls, controlled, controls_of
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.calls import DenoiserCall, EncodeCall, EncodeImageCall
 from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
 from darkroom_server.engine.pipelines.sample import SuspendedSample
+from darkroom_server.engine.sample import Sample
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -44,7 +46,8 @@ class Runs:
     pipeline's call for a job. ``vae_latents`` turns what a scheduler steps for a job into the VAE's
     latents [1, channels, h, w], for previews. ``schedulers`` are templates, by name. ``own`` are
     further components that each run has a copy of. ``images`` encodes input images, None if the
-    model takes none. ``adapters`` are those of its jobs. ``ip_adapter`` is None without one.
+    model takes none. ``adapters`` and ``controls`` are those of its jobs. ``ip_adapter`` is None
+    without one.
     """
 
     hosts: Mapping[Task, HostedPipeline]
@@ -57,6 +60,7 @@ class Runs:
     images: ImageEncoder | None = None
     adapters: ModelAdapters | None = None
     ip_adapter: IpAdapter | None = None
+    controls: ModelControls | None = None
 
     @property
     def host(self) -> HostedPipeline:
@@ -120,6 +124,8 @@ class Runs:
         own: dict[str, Any] = {name: copy.deepcopy(part) for name, part in self.own.items()}
         encoded = 0
         try:
+            # First, as diffusers: a control image may take noise from the sample's generator.
+            sample.controls = controls_of(self.controls, sample)
             host = self.hosts[job.task]
             sample.start(host.run(scheduler, arguments, own, job.prompt_syntax, mix))
             while isinstance(call := sample.pending, EncodeCall | EncodeImageCall):
@@ -133,17 +139,20 @@ class Runs:
             raise
         return sample, encoded
 
-    def denoise(self, calls: Sequence[DenoiserCall]) -> list[Any]:
-        """One denoiser call: what the denoiser returns for each of ``calls``, of equal keys."""
+    def denoise(self, calls: Sequence[DenoiserCall], samples: Sequence[Sample]) -> list[Any]:
+        """One denoiser call: what the denoiser returns for each of ``calls``, of equal keys.
+
+        Each is of one of ``samples``, whose ControlNets run before.
+        """
         module, spec = calls[0].module, self.spec
         if len(calls) == 1:
             # As the pipeline calls it: alone, an image is the pipeline's own to the last bit.
             arguments = calls[0].arguments
             given = arguments if spec is None else spec.alone(arguments)
-            return [self.call_denoiser(module, given)]
+            return [self.call_denoiser(module, controlled(self.controls, given, samples))]
         assert spec is not None, "without a spec, each sample is a group of its own"
         given = spec.collate([call.arguments for call in calls])
-        output = self.call_denoiser(module, given)
+        output = self.call_denoiser(module, controlled(self.controls, given, samples))
         return list(spec.split(output, [spec.rows(call.arguments) for call in calls]))
 
     def encode_image(self, call: EncodeImageCall) -> Any:

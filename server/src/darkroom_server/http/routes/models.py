@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from darkroom_server.core.model import OPTIONAL_FIELDS, ModelInfo
+from darkroom_server.core.model import OPTIONAL_FIELDS, AdapterKind, ModelInfo
 from darkroom_server.dispatch import Availability
 from darkroom_server.http.call import Answer, Call
 from darkroom_server.http.messages.results import json_bytes
@@ -52,7 +52,11 @@ class ModelRoutes:
             ],
             "optional_fields": [name for name in OPTIONAL_FIELDS if name in info.optional_fields],
             "tasks": list(info.tasks),
-            "loras": [offer.id for offer in info.adapters if not offer.rejection],
+            "loras": [
+                offer.id
+                for offer in info.adapters
+                if offer.kind is AdapterKind.LORA and not offer.rejection
+            ],
             "guidance": asdict(info.guidance),
             "runtime": asdict(info.runtime),
         }
