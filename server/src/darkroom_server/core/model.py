@@ -214,14 +214,12 @@ class MemoryNeeds:
     bytes_per_sample: int = 0
     control_bytes_per_row: int = 0
 
-    def needed(
-        self, width: int, height: int, rows: int, denoised: tuple[int, int] | None = None
-    ) -> int:
+    def needed(self, width: int, height: int, rows: int, reference_pixels: int = 0) -> int:
         """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more.
 
-        ``denoised``: its size in a batch, see ``Job.denoised_size``; its own if None.
+        ``reference_pixels`` are those of a job, which are not decoded.
         """
-        scale = math.prod(denoised or (width, height)) / self.pixels
+        scale = (width * height + reference_pixels) / self.pixels
         per_row = self.bytes_per_row + self.control_bytes_per_row
         passes = rows * per_row * scale + self.bytes_per_pass * scale**2
         scale = width * height / self.pixels
@@ -344,7 +342,8 @@ class ModelInfo:
 
     def samples_per_image(self, job: Job) -> float:
         """What an image of ``job`` holds, in multiples of ``memory.bytes_per_sample``."""
-        scale = max(1.0, math.prod(job.denoised_size) / self.memory.pixels)
+        pixels = job.width * job.height + job.reference_pixels
+        scale = max(1.0, pixels / self.memory.pixels)
         prompts = self.guidance.rows * self.guidance.calls if self.guidance.applies_to(job) else 1
         return prompts * scale
 
@@ -356,7 +355,7 @@ class ModelInfo:
     def needed_bytes(self, job: Job) -> int:
         """Bytes that ``job`` needs alone: what its images hold, and a batch of one of them."""
         rows = self.rows_per_image(job)
-        batch = self.memory.needed(job.width, job.height, rows, job.denoised_size)
+        batch = self.memory.needed(job.width, job.height, rows, job.reference_pixels)
         return batch + job.image_count * self.held_bytes(job)
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
