@@ -252,6 +252,13 @@ def test_a_client_without_the_sdk_asks_for_a_family_s_fields(
     }
     recorded = buf_curl(served.address, method, request, tmp_path)["images"][0]["replay"]
     assert {name: recorded["request"][name] for name in request} == request
+    data = png(pil(1))
+    edit = {"model": "klein", "prompt": PROMPT, "steps": 2, "width": 64, "height": 64}
+    images = {"referenceImages": [{"data": base64.b64encode(data).decode()}]}
+    reply = buf_curl(served.address, method, {**edit, **images}, tmp_path)
+    recorded = reply["images"][0]["replay"]["request"]
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    assert recorded["referenceImages"] == [{"uploadId": digest}]
 
 
 EDGES = pil_image(picture(5))
