@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
+from darkroom_server.core.adapters import AdapterKind, AdapterOffer
 from darkroom_server.core.job import SchedulerName, Task
 from darkroom_server.core.model import (
-    AdapterKind,
-    AdapterOffer,
     Guidance,
     MemoryNeeds,
     ModelDefaults,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, Self
 
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
 from darkroom_server.core.strength import StrengthRounding
 
@@ -214,13 +215,22 @@ class MemoryNeeds:
     bytes_per_sample: int = 0
     control_bytes_per_row: int = 0
 
-    def needed(self, width: int, height: int, rows: int, reference_pixels: int = 0) -> int:
+    def needed(
+        self,
+        width: int,
+        height: int,
+        rows: int,
+        *,
+        reference_pixels: int = 0,
+        controlled: bool = False,
+    ) -> int:
         """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more.
 
-        ``reference_pixels`` are those of a job, which are not decoded.
+        ``reference_pixels`` are those of a job, which are not decoded. ``controlled``: with
+        ControlNets.
         """
         scale = (width * height + reference_pixels) / self.pixels
-        per_row = self.bytes_per_row + self.control_bytes_per_row
+        per_row = self.bytes_per_row + controlled * self.control_bytes_per_row
         passes = rows * per_row * scale + self.bytes_per_pass * scale**2
         scale = width * height / self.pixels
         if self.tile_pixels is not None:
@@ -253,29 +263,6 @@ class ModelSpeed:
     passes: tuple[tuple[int, float], ...] = ()
     decode: float = 0.0
     encode: float = 0.0
-
-
-class AdapterKind(StrEnum):
-    """What an adapter is."""
-
-    LORA = "lora"
-    CONTROLNET = "controlnet"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterOffer:
-    """An adapter that fits a model. ``rank`` is its greatest, ``bytes`` are those in memory.
-
-    ``rejection``: why requests for it are rejected, empty if they are not. ``cost``: seconds that
-    a ControlNet takes for a batch, as a part of those of the denoiser.
-    """
-
-    id: str
-    rank: int
-    bytes: int
-    kind: AdapterKind = AdapterKind.LORA
-    rejection: str = ""
-    cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,9 +341,18 @@ class ModelInfo:
 
     def needed_bytes(self, job: Job) -> int:
         """Bytes that ``job`` needs alone: what its images hold, and a batch of one of them."""
-        rows = self.rows_per_image(job)
-        batch = self.memory.needed(job.width, job.height, rows, job.reference_pixels)
+        batch = self.needed_by_rows(job, self.rows_per_image(job))
         return batch + job.image_count * self.held_bytes(job)
+
+    def needed_by_rows(self, job: Job, rows: int) -> int:
+        """Bytes that a batch of ``rows`` rows of ``job`` needs, or the decode of an image of it."""
+        return self.memory.needed(
+            job.width,
+            job.height,
+            rows,
+            reference_pixels=job.reference_pixels,
+            controlled=bool(job.controls),
+        )
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
         """Rows that a batch of this size may have; at least 2."""

@@ -187,8 +187,7 @@ class GenerationService:
         rows = min(model.rows_per_image(job) * job.image_count, most)
         return RequestEstimate(
             time=self._dispatcher.estimate(job),
-            peak_bytes=model.memory.needed(job.width, job.height, rows, job.reference_pixels)
-            + job.image_count * model.held_bytes(job),
+            peak_bytes=model.needed_by_rows(job, rows) + job.image_count * model.held_bytes(job),
             available_bytes=model.memory.available_bytes,
         )
 

@@ -29,7 +29,9 @@ class Adapters:
         Setting(
             "A folder of LoRA adapters: each `.safetensors` file in it is on offer, by its name "
             "without the ending.",
-            choose="Files that fit no model are logged and left out.",
+            choose="Files that fit no model are logged and left out. A file that appears later is "
+            "on offer once an admin adds it by `darkroom adapters add NAME`. Only the operator "
+            "should be able to write to the folder.",
             metavar="FOLDER",
             default="none",
         ),
@@ -38,12 +40,21 @@ class Adapters:
         int,
         Ge(1),
         Setting(
-            "Most different LoRA adapters in one batch, and in one request.",
+            "Most different LoRA adapters in one batch.",
             choose="As many as callers use at the same time. Each takes memory on the device, by "
             "its rank.",
             metavar="N",
         ),
     ] = 8
+    max_request_loras: Annotated[
+        int,
+        Ge(1),
+        Setting(
+            "Most LoRA adapters in one request; never more than `--max-loras`.",
+            choose="One request with many leaves no room for others in its batches.",
+            metavar="N",
+        ),
+    ] = 4
     max_lora_rank: Annotated[
         int,
         Ge(1),

@@ -76,6 +76,9 @@ class Model(Protocol):
     def prompt_cache_bytes(self) -> int:
         """The bytes of the embeddings in the prompt cache."""
 
+    def clear_prompt_cache(self) -> None:
+        """Forget the embeddings of all prompts."""
+
     def encode_prompts(self, jobs: Sequence[Job]) -> Sequence[Any]:
         """For each job what ``new_samples`` takes: its prompts, encoded."""
 

@@ -240,6 +240,10 @@ class StableDiffusionModel:
         """The bytes of the embeddings in the prompt cache."""
         return self.prompts.cache_bytes
 
+    def clear_prompt_cache(self) -> None:
+        """Forget the embeddings of all prompts."""
+        self.prompts.clear()
+
     batches_prompts = True
     encodes_slowly = False
 

@@ -128,7 +128,7 @@ def _load(
         limits=replace(
             family.limits(measured.max_rows),
             row_limit_source=measured.source,
-            max_loras=config.max_loras if takes_loras else 0,
+            max_loras=min(config.max_loras, config.max_request_loras) if takes_loras else 0,
             max_reference_images=min(family.most_reference_images, config.max_reference_images)
             if "reference_images" in fields
             else 0,

@@ -27,7 +27,7 @@ from darkroom_server.engine.loading.folder import (
     read_index,
     variant_of,
 )
-from darkroom_server.engine.loading.hub_errors import explain
+from darkroom_server.engine.loading.hub_errors import HUB_TIMEOUT, explain
 from darkroom_server.engine.loading.ip_adapter import (
     IpAdapterFiles,
     find_ip_adapter,
@@ -35,9 +35,6 @@ from darkroom_server.engine.loading.ip_adapter import (
 )
 
 log = structlog.get_logger(__name__)
-
-HUB_TIMEOUT = 10.0
-"""Seconds to wait for the hub's first answer, before an earlier download is used."""
 
 # This module logs what an operator needs; progress bars and advice are meant for notebooks.
 diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
@@ -207,7 +204,7 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
         raise
     except Exception as error:
         log.debug("hub failed", exc_info=True)
-        why, remedy = explain(error, source) or (
+        why, remedy = explain(error, source.revision, source.variant) or (
             one_line(error),
             "check its name, HF_TOKEN and the network, or give a folder",
         )

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import AdapterLoaded, EngineReady, Event
-from darkroom_server.core.model import AdapterKind
 from darkroom_server.engine.adapters.offering import Adapters
 from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.device.memory import available_bytes

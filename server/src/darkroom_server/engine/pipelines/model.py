@@ -63,6 +63,10 @@ class SuspendedModel:
         """The bytes of the embeddings in the prompt cache."""
         return self.runs.host.memo.bytes
 
+    def clear_prompt_cache(self) -> None:
+        """Forget the embeddings of all prompts."""
+        self.runs.host.memo.clear()
+
     def encode_prompts(self, jobs: Sequence[Job]) -> list[list[SuspendedSample] | Exception]:
         """For each job its samples at their first step, or why its pipeline did not get there.
 
