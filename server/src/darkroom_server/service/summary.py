@@ -65,6 +65,7 @@ class RequestSummary:
     arrived: float
     request_id: str
     trace: TraceContext | None = None
+    protocol: str = "grpc"
     model: str = UNKNOWN_MODEL
     outcome: Outcome = Outcome.FAILED
     reason: str = ""
@@ -149,7 +150,12 @@ class Summaries:
         deadline: float | None,
     ) -> Iterator[RequestSummary]:
         """Record how the block ends. ``arrived``, ``deadline``: ``time.monotonic`` seconds."""
-        summary = RequestSummary(arrived=arrived, request_id=call.request_id, trace=call.trace)
+        summary = RequestSummary(
+            arrived=arrived,
+            request_id=call.request_id,
+            trace=call.trace,
+            protocol=call.protocol,
+        )
         try:
             yield summary
         except DarkroomError as error:
