@@ -4,7 +4,7 @@ from darkroom_client import Client
 from training.adapters.evaluate import generate, requests_of, shares
 from training.adapters.trials import KINDS, trials
 
-COUNT = 5
+COUNT = 4
 STEPS = 8
 
 

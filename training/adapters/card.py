@@ -50,7 +50,8 @@ def _card(folder: Path, evaluation: dict[str, Any], training: dict[str, Any]) ->
     position = folder / "controlnets" / "position" / "diffusion_pytorch_model.safetensors"
     megabytes = position.stat().st_size / 1e6
     runs = "\n".join(
-        f"* {name}: {run['steps']} batches, seed {run['seed']}, {run['minutes']} minutes."
+        f"* {name}: {run['steps']} batches, seed {run['seed']}, {run['minutes']} minutes on"
+        f" {run['threads']} CPU thread{'s' if run['threads'] > 1 else ''}."
         for name, run in training.items()
     )
     rows = "\n".join(
@@ -88,7 +89,7 @@ These numbers are written by `python -m training.adapters.evaluate`.
 
 ## Training
 
-`python -m training.adapters.train`, on two CPU cores:
+`python -m training.adapters.train`; other work on the machine counts in its minutes:
 
 {runs}
 """

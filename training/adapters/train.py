@@ -20,7 +20,7 @@ from training.adapters.styles import STYLES
 
 MODEL = Path(str(files("darkroom_server") / "demo_model"))
 CONTROLNET = "position"
-STEPS = {"night": 120, "outline": 600, CONTROLNET: 400}
+STEPS = {"night": 240, "outline": 600, CONTROLNET: 400}
 """Batches for each adapter, which are trained in this order."""
 
 FACTS = "training.json"
@@ -50,7 +50,12 @@ def main() -> None:
         else:
             target = options.folder / "loras"
             minutes = train_lora(name, options.model, STYLES[name], steps, options.seed, target)
-        facts[name] = {"seed": options.seed, "steps": steps, "minutes": round(minutes, 1)}
+        facts[name] = {
+            "seed": options.seed,
+            "steps": steps,
+            "threads": options.threads,
+            "minutes": round(minutes, 1),
+        }
         record.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
 
