@@ -35,6 +35,7 @@ from darkroom_server.engine.conditioning.input_images import image_arguments
 from darkroom_server.engine.conditioning.task_pipelines import made_of
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
+from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.latent_sample import LatentSample
 from darkroom_server.engine.loading.defaults import Defaults
@@ -346,7 +347,7 @@ class StableDiffusionModel:
         with self.precision(), denoising(self.adapters, jobs):
             predicted: torch.Tensor = self.unet(
                 latents.contiguous(memory_format=self.memory_format.layout),
-                timesteps.to(latents.device),
+                send(timesteps, latents.device),
                 encoder_hidden_states=context,
                 return_dict=False,
             )[0]
