@@ -145,13 +145,15 @@ def _load(
         bytes_per_row=info.memory.bytes_per_row,
         bytes_per_decode=info.memory.bytes_per_decode,
     )
+    model = family.new_model(info, memory_format, runtime.device, precision, decoder, safety)
+    if model.previewer is not None and safety is None:
+        model.previewer.fit()
     load = ModelLoad(
         model=info.id,
         load_seconds=in_memory - began,
         warm_up_seconds=time.monotonic() - in_memory,
         bytes_by_component=weights_of(family),
     )
-    model = family.new_model(info, memory_format, runtime.device, precision, decoder, safety)
     return model, load, measured.cache
 
 
