@@ -11,6 +11,7 @@ from darkroom_server.core.events import EngineReady, Event
 from darkroom_server.engine.adapters.offering import Adapters
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.families.base import Model
+from darkroom_server.engine.loading.first_images import generate_first_images
 from darkroom_server.engine.loading.load_model import load_model
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.warmup.presets import allowed_threads, device_of
@@ -39,6 +40,8 @@ def start_loop(
         loads.append(load)
     if len(models) > 1:
         _share_memory(models.values(), config, device)
+    if device.type == "cuda":
+        generate_first_images(models, caches)
     infos = tuple(model.info for model in models.values())
     seconds = time.monotonic() - began
     loop = EngineLoop(models, emit, caches, adapters.setup())
