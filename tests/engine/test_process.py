@@ -69,13 +69,17 @@ def test_a_killed_process_is_reported_and_can_be_started_again(tiny_folder: Path
 def test_its_threads_sleep_while_they_wait_unless_the_environment_says_otherwise(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, set_to: str | None
 ) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name in ("OMP_WAIT_POLICY", *process.ALLOCATOR):
+        monkeypatch.delenv(name, raising=False)
     if set_to:
         monkeypatch.setenv("OMP_WAIT_POLICY", set_to)
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
     engine, _, pid = started(tiny_folder)
     environment = psutil.Process(pid).environ()
     engine.close()
     assert environment["OMP_WAIT_POLICY"] == (set_to or "PASSIVE")
+    allocator = None if set_to else "expandable_segments:True"
+    assert environment.get("PYTORCH_CUDA_ALLOC_CONF") == allocator
     assert environment["PATH"] == os.environ["PATH"]
 
 

@@ -43,6 +43,13 @@ that is waited for gets no core. On a quiet machine there is no difference.
 """
 
 CLOSE_SECONDS = 10.0
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The variables that configure torch's allocator of GPU memory; only old versions need the first.
+
+If none is set, its segments grow. Otherwise images of many sizes leave gaps between them that no
+batch fits.
+"""
+
 """Time for the current batch to finish on ``close``, before the process is killed."""
 
 LOAD_FACTOR = 4.0
@@ -141,6 +148,14 @@ class _EngineProcess:
     """One process, from its start to its end."""
 
     def __init__(self, config: EngineConfig, timeout: float, load_timeout: float) -> None:
+def _environment() -> dict[str, str]:
+    """The environment of an engine's process: this one's, and what this one does not set."""
+    defaults = dict(OPENMP)
+    if not any(name in os.environ for name in ALLOCATOR):
+        defaults[ALLOCATOR[0]] = "expandable_segments:True"
+    return {**defaults, **os.environ}
+
+
         self._config = config
         self._timeout = timeout
         self._load_timeout = load_timeout
@@ -167,7 +182,7 @@ class _EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={**OPENMP, **os.environ},
+                env=_environment(),
             )
             self._channel = Channel(ours.detach())
         self.send(self._config)
