@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import IO
 
 import structlog
@@ -42,7 +43,6 @@ If they spin, a batch on a CPU that other programs use takes 10 to 100 times as 
 that is waited for gets no core. On a quiet machine there is no difference.
 """
 
-CLOSE_SECONDS = 10.0
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """The variables that configure torch's allocator of GPU memory; only old versions need the first.
 
@@ -50,7 +50,11 @@ If none is set, its segments grow. Otherwise images of many sizes leave gaps bet
 batch fits.
 """
 
+CLOSE_SECONDS = 10.0
 """Time for the current batch to finish on ``close``, before the process is killed."""
+
+REAP_SECONDS = 10.0
+"""Time for a killed process to end. With a lost GPU it may wait for the driver and never end."""
 
 LOAD_FACTOR = 4.0
 """An engine may load again for that multiple of its last load: the machine may be busier now."""
@@ -144,10 +148,6 @@ class LoadLimit:
         self.seconds = min(2 * self.seconds, self._longest)
 
 
-class _EngineProcess:
-    """One process, from its start to its end."""
-
-    def __init__(self, config: EngineConfig, timeout: float, load_timeout: float) -> None:
 def _environment() -> dict[str, str]:
     """The environment of an engine's process: this one's, and what this one does not set."""
     defaults = dict(OPENMP)
@@ -156,6 +156,10 @@ def _environment() -> dict[str, str]:
     return {**defaults, **os.environ}
 
 
+class _EngineProcess:
+    """One process, from its start to its end."""
+
+    def __init__(self, config: EngineConfig, timeout: float, load_timeout: float) -> None:
         self._config = config
         self._timeout = timeout
         self._load_timeout = load_timeout
@@ -222,13 +226,26 @@ def _environment() -> dict[str, str]:
             self.process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            if self._reap() is None:
+                return  # Its threads wait for it, and end with this process.
         self._to_send.put(None)
         for thread in self._threads:
             thread.join()
         self._channel.close()
         if self.process.stderr is not None:
             self.process.stderr.close()
+
+    def _reap(self) -> int | None:
+        """The exit code of the process, which was killed; None if it does not end."""
+        try:
+            return self.process.wait(REAP_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.error(
+                "the engine's process was killed and does not end; its GPU may be lost",
+                pid=self.process.pid,
+                seconds=REAP_SECONDS,
+            )
+            return None
 
     def _send_all(self) -> None:
         while (message := self._to_send.get()) is not None:
@@ -278,7 +295,7 @@ def _environment() -> dict[str, str]:
             return
         # With a lost device, it may hang while it exits.
         self.process.kill()
-        code = self.process.wait()
+        code = self._reap()
         self._to_send.put(None)
         self._channel.close()
         if self.load_timed_out:
@@ -287,6 +304,8 @@ def _environment() -> dict[str, str]:
             )
         elif self._timed_out:
             died = EngineDied(f"the engine was silent for {self._timeout:g} s, and was killed")
+        if code is None:
+            died = replace(died, message=f"{died.message}; its process does not end")
         log.error("engine died", message=died.message, exit_code=code)
         self._emit(died)
 

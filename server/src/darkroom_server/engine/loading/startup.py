@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import structlog
 import torch
 
 from darkroom_server.core.engine_config import EngineConfig
@@ -14,7 +15,9 @@ from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.loading.first_images import generate_first_images
 from darkroom_server.engine.loading.load_model import load_model
 from darkroom_server.engine.loop import EngineLoop
-from darkroom_server.engine.warmup.presets import allowed_threads, device_of
+from darkroom_server.engine.warmup.presets import allowed_threads, device_of, unused_gpu
+
+log = structlog.get_logger(__name__)
 
 
 def start_loop(
@@ -26,6 +29,8 @@ def start_loop(
     """
     began = time.monotonic()
     device = device_of(config)
+    if warning := unused_gpu(device, config):
+        log.error(warning)
     if device.type == "cpu":
         torch.set_num_threads(config.threads or allowed_threads())
     else:
