@@ -203,6 +203,15 @@ class ModelRuntime:
         return "channels_last" if self.channels_last else "contiguous"
 
 
+def heads_of_slice(heads: int, scale: float) -> int:
+    """The heads in a slice of attention whose image has ``scale`` times the default's pixels.
+
+    The scores of a head grow with the square of the pixels; at the default size a slice has
+    ``heads``.
+    """
+    return max(1, int(heads / max(1.0, scale) ** 2))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryNeeds:
     """Memory of batches and decodes besides the weights, measured at warm-up, in bytes.
@@ -213,6 +222,10 @@ class MemoryNeeds:
     scores of sliced attention. ``available_bytes`` was free on the device, less a safety margin.
     ``bytes_per_sample`` is what an unfinished image of one row holds between its batches; it grows
     at most in proportion to its pixels and rows.
+
+    ``heads_per_slice``: a slice of attention has so many heads at ``pixels``, and fewer at larger
+    sizes; 0: as many at each size. ``sdpa_bytes_per_row``: a row's bytes with SDPA in place of
+    slices, 0 if that is no choice.
     """
 
     pixels: int
@@ -222,11 +235,35 @@ class MemoryNeeds:
     bytes_per_pass: int = 0
     tile_pixels: int | None = None
     bytes_per_sample: int = 0
+    heads_per_slice: int = 0
+    sdpa_bytes_per_row: int = 0
+
+    def uses_sdpa(self, width: int, height: int) -> bool:
+        """Whether batches of this size run with SDPA: no slice is fine enough for two rows."""
+        if not self.sdpa_bytes_per_row:
+            return False
+        scale = width * height / self.pixels
+        sliced = 2 * self.bytes_per_row * scale + self._slice_bytes(scale)
+        return 2 * self.sdpa_bytes_per_row * scale < sliced > self.available_bytes
+
+    def _per_row_and_once(self, width: int, height: int) -> tuple[float, float]:
+        """The bytes of each row of a batch, and those that it needs once."""
+        scale = width * height / self.pixels
+        if self.uses_sdpa(width, height):
+            return self.sdpa_bytes_per_row * scale, 0.0
+        return self.bytes_per_row * scale, self._slice_bytes(scale)
+
+    def _slice_bytes(self, scale: float) -> float:
+        grown = self.bytes_per_pass * scale**2
+        if not self.heads_per_slice:
+            return grown
+        return grown * heads_of_slice(self.heads_per_slice, scale) / self.heads_per_slice
 
     def needed(self, width: int, height: int, rows: int) -> int:
         """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more."""
         scale = width * height / self.pixels
-        passes = rows * self.bytes_per_row * scale + self.bytes_per_pass * scale**2
+        per_row, once = self._per_row_and_once(width, height)
+        passes = rows * per_row + once
         if self.tile_pixels is not None:
             scale = min(1.0, width * height / self.tile_pixels)
         return round(max(passes, self.bytes_per_decode * scale))
@@ -239,7 +276,8 @@ class MemoryNeeds:
         scale = width * height / self.pixels
         # Half of the peak of two rows for each row: with more rows than were measured, the peak may
         # be in another layer, where more memory grows with the rows.
-        per_row = self.bytes_per_row * scale + self.bytes_per_pass * scale**2 / 2
+        each, once = self._per_row_and_once(width, height)
+        per_row = each + once / 2
         if held is None:
             per_row += self.bytes_per_sample * max(1.0, scale)
         return max(2, int((self.available_bytes - (held or 0)) / max(1.0, per_row)))
@@ -306,6 +344,17 @@ class ModelInfo:
     tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
     strength_rounding: StrengthRounding = StrengthRounding.TAKEN
     adapters: tuple[AdapterOffer, ...] = ()
+
+    @property
+    def preset_rule(self) -> str:
+        """Why the preset is in force, and what of it does not suit the model or the memory."""
+        limits, memory = self.limits, self.memory
+        sides = range(limits.min_size, limits.max_size + 1, max(1, limits.size_multiple))
+        first = next((side for side in sides if memory.uses_sdpa(side, side)), None)
+        if first is None:
+            return self.runtime.preset_rule
+        why = f"attention is sdpa from {first}×{first} on: no slice is fine enough for the memory"
+        return "; ".join(filter(None, (self.runtime.preset_rule, why)))
 
     def options_of(self, job: Job) -> dict[str, Any]:
         """The optional fields that a request needs to generate the images of ``job`` again.

@@ -16,7 +16,8 @@ class Sample(ABC):
     The first latents and all later noise come from the sample's own generator on the CPU, so a
     seed means the same on every device. ``step`` counts denoiser calls. ``predicted_x0`` are the
     final latents that the denoiser predicts, set only if a preview is due. ``preview_pending`` is
-    True while one is encoded.
+    True while one is encoded. ``memory_fallbacks`` are names of what was done otherwise than the
+    model's runtime says, because memory was short: see ``ReplayRecord`` of the protos.
     """
 
     def __init__(self, job: Job, index: int, scheduler: Any) -> None:
@@ -29,6 +30,7 @@ class Sample(ABC):
         self.engine_seconds = 0.0
         self.predicted_x0: torch.Tensor | None = None
         self.preview_pending = False
+        self.memory_fallbacks: set[str] = set()
         self.generator = torch.Generator("cpu").manual_seed(self.seed)
 
     @property

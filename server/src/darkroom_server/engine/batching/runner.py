@@ -158,7 +158,10 @@ class Runner:
             structlog.contextvars.bound_contextvars(**job.log_fields),
             self.peaks.watch(model.device, job.model, job.width, job.height),
         ):
-            return model.decode(sample)
+            pixels = model.decode(sample)
+        if model.decoder.tiled:
+            sample.memory_fallbacks.add("tiled_decode")
+        return pixels
 
     def is_flagged(self, sample: Sample, pixels: NDArray[np.uint8]) -> bool:
         """Whether the model's safety checker, if it has one, withholds ``pixels``."""
@@ -167,7 +170,13 @@ class Runner:
 
     def _denoise(self, samples: Sequence[Sample]) -> Sequence[Any]:
         group = samples[0].group
-        predictions = self.models[group.model].denoise(samples)
+        model = self.models[group.model]
+        if model.attention is not None and model.attention.fit(
+            model.info.memory, group.width, group.height
+        ):
+            for sample in samples:
+                sample.memory_fallbacks.add("sdpa")
+        predictions = model.denoise(samples)
         self._row_limits[group.model].record_success(group)
         return predictions
 

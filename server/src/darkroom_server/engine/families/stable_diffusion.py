@@ -20,6 +20,7 @@ from darkroom_server.engine.adapters.model_adapters import (
     encoder_mix,
     group_key,
 )
+from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
@@ -34,8 +35,8 @@ from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.conditioning.input_images import image_arguments
 from darkroom_server.engine.conditioning.task_pipelines import made_of
 from darkroom_server.engine.counters import Counts
-from darkroom_server.engine.families.base import Embeddings, Family, Precision
 from darkroom_server.engine.device.transfer import send
+from darkroom_server.engine.families.base import Embeddings, Family, Precision
 from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.latent_sample import LatentSample
 from darkroom_server.engine.loading.defaults import Defaults
@@ -267,6 +268,7 @@ class StableDiffusionModel:
     memory_format: MemoryFormat
     image_runs: Runs | None = None
     adapters: ModelAdapters | None = None
+    attention: SlicedAttention | None = None
 
     @property
     def counts(self) -> tuple[Counts, ...]:
