@@ -1,5 +1,6 @@
 """An engine loop under test: real weights in memory, every event and every latent kept."""
 
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ from .fake_cuda import FakeDevice, fake_cuda
 from .tiny import SIZE, write_tiny_model
 
 End = JobFinished | JobFailed | JobCancelled
+
+MEASUREMENTS = tempfile.TemporaryDirectory(prefix="measurements-")
+"""Each kind of model is measured once for all tests: that is most of the time of a start."""
 
 
 def make_job(id: str, **fields: Any) -> Job:
@@ -180,6 +184,7 @@ def config_for(folder: Path, **fields: Any) -> EngineConfig:
         "channels_last": False,
         "threads": 1,
         "rows": 16,
+        "measurement_cache": MEASUREMENTS.name,
     }
     return EngineConfig(**{**usual, **fields})
 

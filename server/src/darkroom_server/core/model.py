@@ -5,7 +5,9 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, Self
 
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
+from darkroom_server.core.memory_needs import MemoryNeeds
 
 OPTIONAL_FIELDS = (
     "negative_prompt",
@@ -30,6 +32,9 @@ OPTIONAL_FIELDS = (
     "ip_adapter_scale",
 )
 """Fields of a request that not every model takes; a request that sets another one is rejected."""
+
+CONDITION_BYTES_PER_PIXEL = 12
+"""What the image of a ControlNet takes in memory, at most: three channels in float32."""
 
 EXTRAS = {"prompt_syntax": "prompt-weights"}
 """The extra of ``darkroom-server`` that an optional field needs."""
@@ -203,86 +208,6 @@ class ModelRuntime:
         return "channels_last" if self.channels_last else "contiguous"
 
 
-def heads_of_slice(heads: int, scale: float) -> int:
-    """The heads in a slice of attention whose image has ``scale`` times the default's pixels.
-
-    The scores of a head grow with the square of the pixels; at the default size a slice has
-    ``heads``.
-    """
-    return max(1, int(heads / max(1.0, scale) ** 2))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryNeeds:
-    """Memory of batches and decodes besides the weights, measured at warm-up, in bytes.
-
-    ``bytes_per_row`` and ``bytes_per_decode`` are for an image of ``pixels`` and grow in proportion
-    to its pixels. A decode by tiles of ``tile_pixels`` needs no more than one tile.
-    ``bytes_per_pass`` is needed once for all rows, and grows with the square of the pixels: the
-    scores of sliced attention. ``available_bytes`` was free on the device, less a safety margin.
-    ``bytes_per_sample`` is what an unfinished image of one row holds between its batches; it grows
-    at most in proportion to its pixels and rows.
-
-    ``heads_per_slice``: a slice of attention has so many heads at ``pixels``, and fewer at larger
-    sizes; 0: as many at each size. ``sdpa_bytes_per_row``: a row's bytes with SDPA in place of
-    slices, 0 if that is no choice.
-    """
-
-    pixels: int
-    bytes_per_row: int
-    bytes_per_decode: int
-    available_bytes: int
-    bytes_per_pass: int = 0
-    tile_pixels: int | None = None
-    bytes_per_sample: int = 0
-    heads_per_slice: int = 0
-    sdpa_bytes_per_row: int = 0
-
-    def uses_sdpa(self, width: int, height: int) -> bool:
-        """Whether batches of this size run with SDPA: no slice is fine enough for two rows."""
-        if not self.sdpa_bytes_per_row:
-            return False
-        scale = width * height / self.pixels
-        sliced = 2 * self.bytes_per_row * scale + self._slice_bytes(scale)
-        return 2 * self.sdpa_bytes_per_row * scale < sliced > self.available_bytes
-
-    def _per_row_and_once(self, width: int, height: int) -> tuple[float, float]:
-        """The bytes of each row of a batch, and those that it needs once."""
-        scale = width * height / self.pixels
-        if self.uses_sdpa(width, height):
-            return self.sdpa_bytes_per_row * scale, 0.0
-        return self.bytes_per_row * scale, self._slice_bytes(scale)
-
-    def _slice_bytes(self, scale: float) -> float:
-        grown = self.bytes_per_pass * scale**2
-        if not self.heads_per_slice:
-            return grown
-        return grown * heads_of_slice(self.heads_per_slice, scale) / self.heads_per_slice
-
-    def needed(self, width: int, height: int, rows: int) -> int:
-        """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more."""
-        scale = width * height / self.pixels
-        per_row, once = self._per_row_and_once(width, height)
-        passes = rows * per_row + once
-        if self.tile_pixels is not None:
-            scale = min(1.0, width * height / self.tile_pixels)
-        return round(max(passes, self.bytes_per_decode * scale))
-
-    def rows_that_fit(self, width: int, height: int, held: int | None = None) -> int:
-        """Rows of one batch at this size, at least 2; admission rejects images that never fit.
-
-        Unfinished images hold ``held`` bytes now; with None, those of the batch itself are counted.
-        """
-        scale = width * height / self.pixels
-        # Half of the peak of two rows for each row: with more rows than were measured, the peak may
-        # be in another layer, where more memory grows with the rows.
-        each, once = self._per_row_and_once(width, height)
-        per_row = each + once / 2
-        if held is None:
-            per_row += self.bytes_per_sample * max(1.0, scale)
-        return max(2, int((self.available_bytes - (held or 0)) / max(1.0, per_row)))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpeed:
     """Speed measured at warm-up for the default size, in seconds; empty if not measured.
@@ -294,26 +219,6 @@ class ModelSpeed:
     passes: tuple[tuple[int, float], ...] = ()
     decode: float = 0.0
     encode: float = 0.0
-
-
-class AdapterKind(StrEnum):
-    """What an adapter is."""
-
-    LORA = "lora"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterOffer:
-    """An adapter that fits a model. ``rank`` is its greatest, ``bytes`` are those in memory.
-
-    ``rejection``: why requests for it are rejected, empty if they are not.
-    """
-
-    id: str
-    rank: int
-    bytes: int
-    kind: AdapterKind = AdapterKind.LORA
-    rejection: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,11 +293,13 @@ class ModelInfo:
 
     def held_bytes(self, job: Job) -> int:
         """Bytes that one unfinished image of ``job`` holds between its batches, at most."""
-        return math.ceil(self.memory.bytes_per_sample * self.samples_per_image(job))
+        controls = len(job.controls) * CONDITION_BYTES_PER_PIXEL * job.width * job.height
+        return controls + math.ceil(self.memory.bytes_per_sample * self.samples_per_image(job))
 
     def needed_bytes(self, job: Job) -> int:
         """Bytes that ``job`` needs alone: what its images hold, and a batch of one of them."""
-        batch = self.memory.needed(job.width, job.height, self.rows_per_image(job))
+        rows, controlled = self.rows_per_image(job), bool(job.controls)
+        batch = self.memory.needed(job.width, job.height, rows, controlled=controlled)
         return batch + job.image_count * self.held_bytes(job)
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
@@ -422,6 +329,12 @@ class ModelInfo:
         skipped_calls = (job.steps - taken) * offer.calls_per_step
         calls = offer.denoiser_calls(job.steps) - skipped_calls
         return self.guidance.calls_per_step(job) * calls
+
+    def control_cost(self, job: Job) -> float:
+        """What the ControlNets of ``job`` add to its batches, as a part of the denoiser's time."""
+        costs = {offer.id: offer.cost for offer in self.adapters}
+        applied = [control for control in job.controls if control.scale]
+        return sum(costs.get(each.id, 0.0) * (each.end - each.start) for each in applied)
 
     def steps_taken(self, job: Job) -> int:
         """The steps that one image of ``job`` takes: fewer than asked if it starts from another."""

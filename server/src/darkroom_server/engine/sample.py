@@ -1,6 +1,7 @@
 """A sample: one image that is being generated."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from darkroom_server.core.job import Job
 from darkroom_server.core.order import OrderKey
 from darkroom_server.engine.batch import Group
+from darkroom_server.engine.controls.sample_control import SampleControl
 
 
 class Sample(ABC):
@@ -16,8 +18,10 @@ class Sample(ABC):
     The first latents and all later noise come from the sample's own generator on the CPU, so a
     seed means the same on every device. ``step`` counts denoiser calls. ``predicted_x0`` are the
     final latents that the denoiser predicts, set only if a preview is due. ``preview_pending`` is
-    True while one is encoded. ``memory_fallbacks`` are names of what was done otherwise than the
-    model's runtime says, because memory was short: see ``ReplayRecord`` of the protos.
+    True while one is encoded. ``controls`` are its ControlNets; its model sets them.
+    ``first_prompts`` are what they read of the first denoiser call of a step that has several.
+    ``memory_fallbacks`` are names of what was done otherwise than the model's runtime says, because
+    memory was short: see ``ReplayRecord`` of the protos.
     """
 
     def __init__(self, job: Job, index: int, scheduler: Any) -> None:
@@ -31,6 +35,8 @@ class Sample(ABC):
         self.predicted_x0: torch.Tensor | None = None
         self.preview_pending = False
         self.memory_fallbacks: set[str] = set()
+        self.controls: Sequence[SampleControl] = ()
+        self.first_prompts: Mapping[str, torch.Tensor] = {}
         self.generator = torch.Generator("cpu").manual_seed(self.seed)
 
     @property
@@ -68,8 +74,8 @@ class Sample(ABC):
         """Take one step: ``prediction`` is the denoiser's output for this sample's rows."""
 
     def held_bytes(self) -> int:
-        """Bytes that this sample holds between its batches, 0 if they are few."""
-        return 0
+        """Bytes that this sample holds between its batches, without those that are few."""
+        return sum(control.bytes for control in self.controls)
 
     def close(self) -> None:  # noqa: B027 - most samples hold nothing but memory.
         """Free what the sample holds; called on the loop's thread, any number of times."""

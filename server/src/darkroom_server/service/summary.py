@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import structlog
 
 from darkroom_server.core.errors import (
+    AdapterUnusable,
     DarkroomError,
     DeadlineExceeded,
     DeadlineUnreachable,
@@ -114,6 +115,7 @@ def outcome_of(error: DarkroomError) -> Outcome:
             | UnknownAdapter()
             | UnknownModel()
             | UnknownRequest()
+            | AdapterUnusable()
             | UploadNotFound()
             | RequestConflict()
         ):

@@ -42,13 +42,15 @@ class BatchResult:
     """What a batch did, or what a GPU still does for it.
 
     ``stepped`` are the samples that took a step and whose job goes on, and ``steps`` are their
-    counters after it. ``rows`` are those of these samples. ``failures`` are those of the other
-    jobs, by job id. ``timer`` knows when the device has done the batch.
+    counters after it. ``rows`` are those of these samples. ``control_cost`` is what ControlNets
+    added, as a part of the denoiser's time. ``failures`` are those of the other jobs, by job id.
+    ``timer`` knows when the device has done the batch.
     """
 
     stepped: list[Sample]
     steps: list[int]
     rows: int
+    control_cost: float
     failures: dict[str, Failure]
     timer: Timer
 
@@ -133,9 +135,25 @@ class Runner:
             stepped=stepped,
             steps=[sample.step for sample in stepped],
             rows=sum(sample.rows for sample in stepped),
+            control_cost=self._control_cost(batch.model, stepped),
             failures=failures,
             timer=timer,
         )
+
+    def _control_cost(self, model_id: str, stepped: Sequence[Sample]) -> float:
+        """What ControlNets added to a batch, as a part of the denoiser's time.
+
+        ``stepped`` are its samples, which took their step.
+        """
+        info = self.models[model_id].info
+        costs = {offer.id: offer.cost for offer in info.adapters}
+        extra = 0.0
+        for sample in stepped:
+            calls = info.guidance.calls_per_step(sample.job)
+            step, steps = (sample.step - 1) // calls, sample.steps // calls
+            applied = [each for each in sample.controls if each.applies(step, steps)]
+            extra += sample.rows * sum(costs[control.id] for control in applied)
+        return extra / max(1, sum(sample.rows for sample in stepped))
 
     def preview(self, sample: Sample) -> NDArray[np.uint8] | None:
         """The pixels of ``sample``'s preview, None if none is due or the last is not yet encoded.

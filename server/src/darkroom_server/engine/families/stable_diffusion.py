@@ -34,13 +34,14 @@ from darkroom_server.engine.components.weighted_prompts import (
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.conditioning.input_images import image_arguments
 from darkroom_server.engine.conditioning.task_pipelines import made_of
+from darkroom_server.engine.controls.model_controls import ModelControls, controlled, controls_of
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
-from darkroom_server.engine.families.unet import UNET
+from darkroom_server.engine.families.unet import UNET, UNET_CONTROLS
 from darkroom_server.engine.latent_sample import LatentSample
 from darkroom_server.engine.loading.defaults import Defaults
-from darkroom_server.engine.pipelines.arguments import signature_of
+from darkroom_server.engine.pipelines.arguments import Arguments, signature_of
 from darkroom_server.engine.pipelines.calls import DenoiserCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
 from darkroom_server.engine.pipelines.finish import finish
@@ -66,6 +67,7 @@ class StableDiffusion(Family):
         Task.INPAINT: "StableDiffusionInpaintPipeline",
     }
     strength_rounding = StrengthRounding.TAKEN
+    control_kind = UNET_CONTROLS
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -180,7 +182,7 @@ class StableDiffusion(Family):
         self._prompts.adapters = self.adapters
         image_runs = self._image_runs
         if image_runs is not None:
-            image_runs = replace(image_runs, adapters=self.adapters)
+            image_runs = replace(image_runs, adapters=self.adapters, controls=self.controls)
         return StableDiffusionModel(
             info=info,
             prompts=self._prompts,
@@ -196,6 +198,7 @@ class StableDiffusion(Family):
             memory_format=memory_format,
             image_runs=image_runs,
             adapters=self.adapters,
+            controls=self.controls,
         )
 
 
@@ -269,6 +272,7 @@ class StableDiffusionModel:
     image_runs: Runs | None = None
     adapters: ModelAdapters | None = None
     attention: SlicedAttention | None = None
+    controls: ModelControls | None = None
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -279,6 +283,10 @@ class StableDiffusionModel:
     def prompt_cache_bytes(self) -> int:
         """The bytes of the embeddings in the prompt cache."""
         return self.prompts.cache_bytes
+
+    def clear_prompt_cache(self) -> None:
+        """Forget the embeddings of all prompts."""
+        self.prompts.clear()
 
     batches_prompts = True
     encodes_slowly = False
@@ -300,7 +308,7 @@ class StableDiffusionModel:
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
         if job.image is not None:
             return self._start_from_image(job, rows)
-        return [
+        samples = [
             LatentSample(
                 job,
                 index,
@@ -313,6 +321,9 @@ class StableDiffusionModel:
             )
             for index in job.image_indices
         ]
+        for sample in samples:
+            sample.controls = controls_of(self.controls, sample)
+        return samples
 
     def decode(self, sample: LatentSample | SuspendedSample) -> NDArray[np.uint8] | Failure:
         """The pixels of a finished sample: [height, width, 3], 0 to 255."""
@@ -334,7 +345,7 @@ class StableDiffusionModel:
             for sample in samples
         ]
         with denoising(self.adapters, [(sample.job, sample.rows) for sample in samples]):
-            outputs = self.image_runs.denoise(calls)
+            outputs = self.image_runs.denoise(calls, samples)
         return [
             output[0] if isinstance(sample, LatentSample) else output
             for sample, output in zip(samples, outputs, strict=True)
@@ -345,14 +356,16 @@ class StableDiffusionModel:
         latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
         context = torch.cat([e.hidden for s in samples for e in s.embeddings])
         timesteps = torch.stack([s.timestep.float() for s in samples for _ in range(s.rows)])
+        given: Arguments = {
+            "sample": latents.contiguous(memory_format=self.memory_format.layout),
+            "timestep": send(timesteps, latents.device),
+            "encoder_hidden_states": context,
+            "return_dict": False,
+        }
+        given = controlled(self.controls, given, samples)
         jobs = [(sample.job, sample.rows) for sample in samples]
         with self.precision(), denoising(self.adapters, jobs):
-            predicted: torch.Tensor = self.unet(
-                latents.contiguous(memory_format=self.memory_format.layout),
-                send(timesteps, latents.device),
-                encoder_hidden_states=context,
-                return_dict=False,
-            )[0]
+            predicted: torch.Tensor = self.unet(**given)[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
 
     def _start_from_image(self, job: Job, rows: Sequence[Embedding]) -> list[SuspendedSample]:
