@@ -49,8 +49,8 @@ class Card:
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     def entry(self, event: str) -> dict[str, Any]:
-        """The only log line of ``event``."""
-        (found,) = (each for each in self.entries if each["event"] == event)
+        """The last log line of ``event``: the one before may be of the first image's loop."""
+        *_, found = (each for each in self.entries if each["event"] == event)
         return found
 
 
@@ -76,9 +76,8 @@ def card(folder: Path) -> Card:
                     PROMPT, steps=STEPS, guidance_scale=SCALE, seed=SEED, exact=True
                 )
                 runtime = client.model().runtime
-            address = next(
-                entry["metrics"] for entry in map(json.loads, log.lines) if "metrics" in entry
-            )
+            started = [json.loads(line) for line in log.lines if line.startswith("{")]
+            address = next(entry["metrics"] for entry in started if "metrics" in entry)
             with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as reply:
                 metrics = reply.read().decode()
         finally:
@@ -92,7 +91,9 @@ def snippets(folder: Path, *, autocast: bool = True) -> NDArray[np.uint8]:
     """The image of the page's snippets."""
     with fake_cuda():
         pipe = StableDiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.float16, safety_checker=None
+            folder,
+            dtype=torch.float16,  # ``torch_dtype`` in 0.3.0.
+            safety_checker=None,
         )
         pipe.set_progress_bar_config(disable=True)
         pipe = pipe.to("cuda")
