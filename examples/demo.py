@@ -178,7 +178,7 @@ def disc(size: tuple[int, int]) -> PIL.Image.Image:
 
 
 def framed(picture: PIL.Image.Image, name: str, request: GenerationRequest) -> PIL.Image.Image:
-    """Return the picture, 256 pixels wide, above its name and prompt; with its mask or control image, if any."""
+    """Return the picture, 256 pixels wide, with its mask or control image, and with captions."""
     scale = max(1, 256 // picture.width)
     large = picture.resize((picture.width * scale, picture.height * scale), RESAMPLING.NEAREST)
     for given in (request.mask_image, *(control.image for control in request.controls)):
@@ -188,7 +188,8 @@ def framed(picture: PIL.Image.Image, name: str, request: GenerationRequest) -> P
     frame.paste(large)
     text = PIL.ImageDraw.Draw(frame)
     text.text((0, large.height + 3), name, "black", PIL.ImageFont.load_default(14))
-    text.text((0, large.height + 20), request.prompt, "gray", PIL.ImageFont.load_default(10))
+    words = ", ".join((request.prompt, *(request.loras or ())))
+    text.text((0, large.height + 20), words, "gray", PIL.ImageFont.load_default(10))
     return frame
 
 

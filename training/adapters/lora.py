@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -67,7 +66,8 @@ def train_lora(
             words = pipeline.text_encoder(tokens).last_hidden_state
             predicted = unet(noisy, times, words).sample
         descent.step((predicted.float() - target).square().mean())
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    # In PEFT's names: diffusers' older ones exist for attention only, and a file must not mix them.
+    layers = get_peft_model_state_dict(unet)
     StableDiffusionPipeline.save_lora_weights(
         folder,
         unet_lora_layers={key: value.half() for key, value in layers.items()},

@@ -282,7 +282,11 @@ class GenerateRequest(_message.Message):
     def reference_images(self) -> _containers.RepeatedCompositeFieldContainer[_image_pb2.ImageInput]:
         """Images to edit or to refer to, as the prompt says. At most
         ModelLimits.max_reference_images. They keep their sizes; one with a side above
-        ModelLimits.max_size is scaled down.
+        ModelLimits.max_size is scaled down. None may be more than 8 times as long as
+        wide. If `width` and `height` are both unset and there is no `image`, the images
+        of the job have the aspect ratio of the first reference image and about as many
+        pixels as ModelDefaults.width × height; if one is unset, it follows from the
+        aspect ratio.
         """
 
     @_builtins.property

@@ -48,10 +48,9 @@ class MemoryNeeds:
         sliced = 2 * self.bytes_per_row * scale + self._slice_bytes(scale)
         return 2 * self.sdpa_bytes_per_row * scale < sliced > self.available_bytes
 
-    def _per_row_and_once(self, width: int, height: int) -> tuple[float, float]:
+    def _per_row_and_once(self, scale: float, *, uses_sdpa: bool) -> tuple[float, float]:
         """The bytes of each row of a batch without ControlNets, and those that it needs once."""
-        scale = width * height / self.pixels
-        if self.uses_sdpa(width, height):
+        if uses_sdpa:
             return self.sdpa_bytes_per_row * scale, 0.0
         return self.bytes_per_row * scale, self._slice_bytes(scale)
 
@@ -61,14 +60,25 @@ class MemoryNeeds:
             return grown
         return grown * heads_of_slice(self.heads_per_slice, scale) / self.heads_per_slice
 
-    def needed(self, width: int, height: int, rows: int, *, controlled: bool = False) -> int:
+    def needed(
+        self,
+        width: int,
+        height: int,
+        rows: int,
+        *,
+        reference_pixels: int = 0,
+        controlled: bool = False,
+    ) -> int:
         """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more.
 
-        ``controlled``: with ControlNets.
+        ``reference_pixels`` are those of a job, which are not decoded. ``controlled``: with
+        ControlNets.
         """
-        scale = width * height / self.pixels
-        per_row, once = self._per_row_and_once(width, height)
+        scale = (width * height + reference_pixels) / self.pixels
+        sdpa = self.uses_sdpa(width, height)
+        per_row, once = self._per_row_and_once(scale, uses_sdpa=sdpa)
         passes = rows * (per_row + controlled * self.control_bytes_per_row * scale) + once
+        scale = width * height / self.pixels
         if self.tile_pixels is not None:
             scale = min(1.0, width * height / self.tile_pixels)
         return round(max(passes, self.bytes_per_decode * scale))
@@ -81,7 +91,8 @@ class MemoryNeeds:
         scale = width * height / self.pixels
         # Half of the peak of two rows for each row: with more rows than were measured, the peak may
         # be in another layer, where more memory grows with the rows.
-        each, once = self._per_row_and_once(width, height)
+        sdpa = self.uses_sdpa(width, height)
+        each, once = self._per_row_and_once(scale, uses_sdpa=sdpa)
         per_row = each + self.control_bytes_per_row * scale + once / 2
         if held is None:
             per_row += self.bytes_per_sample * max(1.0, scale)

@@ -1,7 +1,8 @@
 """A sample whose latents the engine advances itself, with the pipeline's parts."""
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ class LatentSample(Sample):
     """The latents of one image, and its embeddings.
 
     ``embeddings`` has one entry per row: the prompt's, or the negative prompt's and the prompt's,
-    which are equally long. ``adapter_key`` must be equal for all rows of a batch.
+    which are equally long. ``further_arguments`` are those of each denoiser call. ``adapter_key``
+    must be equal for all rows of a batch.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class LatentSample(Sample):
         latent_shape: tuple[int, int, int],
         device: torch.device,
         dtype: torch.dtype,
+        further_arguments: Mapping[str, Any] = MappingProxyType({}),
         adapter_key: Hashable = None,
     ) -> None:
         super().__init__(job, index, scheduler)
         self.embeddings = embeddings
+        self._further_arguments = further_arguments
         # On the CPU: reading a timestep must not wait for the device.
         scheduler.set_timesteps(job.steps, device="cpu")
         self._timesteps = scheduler.timesteps
@@ -95,6 +99,7 @@ class LatentSample(Sample):
             "timestep": self.timestep,
             "encoder_hidden_states": torch.cat([each.hidden for each in self.embeddings]),
             "return_dict": False,
+            **self._further_arguments,
         }
 
     def advance(self, prediction: torch.Tensor) -> None:

@@ -183,14 +183,11 @@ class GenerationService:
             self._check_adapters(request.inputs, model)
             job = await self._inputs.attach(job, request, model, call.caller)
         # The images of the job share a batch, as far as they fit.
-        most = model.rows_of_a_pass(job.width, job.height)
+        most = model.rows_of_a_pass(*job.denoised_size)
         rows = min(model.rows_per_image(job) * job.image_count, most)
         return RequestEstimate(
             time=self._dispatcher.estimate(job),
-            peak_bytes=model.memory.needed(
-                job.width, job.height, rows, controlled=bool(job.controls)
-            )
-            + job.image_count * model.held_bytes(job),
+            peak_bytes=model.needed_by_rows(job, rows) + job.image_count * model.held_bytes(job),
             available_bytes=model.memory.available_bytes,
         )
 

@@ -21,6 +21,7 @@ DEMO = "demo"
 DEMO_MODEL = Path(str(files("darkroom_server") / "demo_model"))
 DEMO_ADAPTERS = Path(str(files("darkroom_server") / "demo_adapters"))
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
+HUB_FILE = re.compile(r"[\w][\w.-]*(/[\w][\w. -]*){2,}\.safetensors", re.ASCII)
 MODEL_ID = re.compile(r"[\w][\w./-]{0,127}", re.ASCII)
 
 
@@ -35,7 +36,9 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
     engine, cache = settings.engine, measurement_folder(settings)
     places = adapter_places(settings, hub_token)
     return EngineConfig(
-        models=model_sources(settings.models, hub_token),
+        models=with_ip_adapters(
+            model_sources(settings.models, hub_token), settings.adapters.ip_adapter
+        ),
         dtype=engine.dtype,
         preset=engine.preset,
         attention=engine.attention,
@@ -55,6 +58,7 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         max_request_loras=settings.adapters.max_request_loras,
         max_lora_rank=settings.adapters.max_lora_rank,
         lora_cache_bytes=settings.adapters.lora_cache_bytes,
+        max_reference_images=settings.images.max_reference_images,
         controlnets=controlnet_sources(settings, hub_token),
         max_controls=settings.adapters.max_controls,
     )
@@ -132,6 +136,31 @@ def _demo_loras() -> tuple[AdapterSource, ...]:
 def _demo_models(models: Models) -> list[str]:
     """The ids of the models that are the demo model."""
     return [source.id for source in model_sources(models) if source.location == str(DEMO_MODEL)]
+
+
+def with_ip_adapters(
+    models: tuple[ModelSource, ...], ip_adapters: tuple[str, ...]
+) -> tuple[ModelSource, ...]:
+    """``models`` with the IP-Adapters of ``--ip-adapter``. Raises ``StartupError``."""
+    found: dict[str, AdapterSource] = {}
+    tokens = {model.id: model.token for model in models}
+    for text in ip_adapters:
+        option = f"--ip-adapter {text}"
+        name, equals, rest = text.partition("=")
+        if not equals or name not in tokens:
+            names = ", ".join(tokens)
+            raise StartupError(f"{option}: put MODEL= before the file, with a model of: {names}")
+        if name in found:
+            raise StartupError(f"{option}: model {name!r} has another one already")
+        location, at, revision = (rest, "", "") if _exists(rest) else rest.partition("@")
+        if at and not revision:
+            raise StartupError(f"{option}: the revision after @ is missing")
+        if not _exists(location) and not HUB_FILE.fullmatch(location):
+            raise StartupError(f"{option}: no such file, and no .safetensors of the hub either")
+        found[name] = AdapterSource(
+            id=name, location=location, revision=revision or None, token=tokens[name]
+        )
+    return tuple(replace(model, ip_adapter=found.get(model.id)) for model in models)
 
 
 def controlnet_sources(

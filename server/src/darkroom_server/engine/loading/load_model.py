@@ -17,6 +17,7 @@ from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of
 from darkroom_server.engine.components.weighted_prompts import compel_is_installed
+from darkroom_server.engine.conditioning.ip_adapter import IpAdapter
 from darkroom_server.engine.conditioning.task_pipelines import default_strength
 from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.failures import is_out_of_memory
@@ -55,7 +56,11 @@ def load_model(
         # The same weights, even if the hub has newer ones now.
         source = replace(source, revision=previous.revision)
     files = find_model(source, safety_checker=config.safety_checker)
-    runtime = resolve(config, files.family.half)
+    half = files.family.half
+    if files.ip_adapter is not None:
+        # Sliced attention would replace the attention that reads the image.
+        half = replace(half, slices_attention=False)
+    runtime = resolve(config, half)
     for risk in runtime.risks:
         log.warning("a setting is risky for this model", model=source.id, why=risk)
     needed, available = check_weights_fit(files, runtime)
@@ -97,6 +102,8 @@ def _load(
     def vae_precision() -> AbstractContextManager[Any]:
         return nullcontext() if vae_is_upcast(pipeline) else precision()
 
+    if files.ip_adapter is not None:
+        family.ip_adapter = IpAdapter(pipeline, precision)
     family.prepare(memory_format, precision, config)
     offered = adapters.offer(source.id, family, memory_format.dtype)
     if adapters.may_fit(family):
@@ -123,6 +130,9 @@ def _load(
             family.limits(measured.max_rows),
             row_limit_source=measured.source,
             max_loras=min(config.max_loras, config.max_request_loras) if takes_loras else 0,
+            max_reference_images=min(family.most_reference_images, config.max_reference_images)
+            if "reference_images" in fields
+            else 0,
             max_controls=config.max_controls if controls else 0,
         ),
         schedulers=family.scheduler_offers,
@@ -139,6 +149,7 @@ def _load(
         tasks=tuple(family.task_classes),
         strength_rounding=family.strength_rounding,
         adapters=offered,
+        measured_references=int(family.own_task is Task.EDIT),
     )
     log.info(
         "model loaded",

@@ -17,6 +17,7 @@ from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.safety_checker import SafetyChecker
+from darkroom_server.engine.conditioning.ip_adapter import row_scales
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.pipelines.finish import finish
 from darkroom_server.engine.pipelines.runs import PromptFailed, Runs
@@ -86,7 +87,7 @@ class SuspendedModel:
     def denoise(self, samples: Sequence[SuspendedSample]) -> list[Any]:
         """One denoiser call: for each sample the output for its rows."""
         jobs = [(sample.job, sample.rows) for sample in samples]
-        with denoising(self.adapters, jobs):
+        with denoising(self.adapters, jobs), row_scales(self.runs.ip_adapter, jobs):
             return self.runs.denoise([denoiser_call(sample) for sample in samples], samples)
 
     def decode(self, sample: SuspendedSample) -> NDArray[np.uint8] | Failure:
