@@ -53,7 +53,7 @@ def test_what_no_slice_fits_runs_with_sdpa() -> None:
     assert not tight.uses_sdpa(768, 768)
     assert tight.needed(1024, 1024, 2) == max(520, 4 * tight.bytes_per_decode)
     assert tight.rows_that_fit(1024, 1024) == 1700 // 260
-    assert not replace(tight, sdpa_bytes_per_row=0).uses_sdpa(1024, 1024), "it is no choice"
+    assert not replace(tight, sdpa_bytes_per_row=0).uses_sdpa(1024, 1024), "it cannot be chosen"
     assert not replace(tight, sdpa_bytes_per_row=900).uses_sdpa(1024, 1024), "it needs more"
 
 

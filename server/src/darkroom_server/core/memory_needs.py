@@ -24,9 +24,9 @@ class MemoryNeeds:
     at most in proportion to its pixels and rows. ``control_bytes_per_row`` is what ControlNets add
     to ``bytes_per_row``.
 
-    ``heads_per_slice``: a slice of attention has so many heads at ``pixels``, and fewer at larger
-    sizes; 0: as many at each size. ``sdpa_bytes_per_row``: a row's bytes with SDPA in place of
-    slices, 0 if that is no choice.
+    ``heads_per_slice``: a slice of attention has this number of heads at ``pixels``, and fewer at
+    larger sizes; 0: the same number at each size. ``sdpa_bytes_per_row``: a row's bytes with SDPA
+    in place of slices, 0 if the runtime has no such choice.
     """
 
     pixels: int
