@@ -5,6 +5,7 @@ import pytest
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings import Engine, Models, Settings
 from darkroom_server.settings.adapters import Adapters
+from darkroom_server.settings.images import Images
 from darkroom_server.settings.sources import (
     DEMO_ADAPTERS,
     adapter_places,
@@ -220,3 +221,40 @@ def test_the_prompt_cache_is_configured_for_each_engine() -> None:
     assert engine_configs(Settings(), None)[0].prompt_cache_bytes == 256 * 1024**2
     settings = Settings(engine=Engine(prompt_cache_bytes=0, device="cuda:0,cuda:1"))
     assert [each.prompt_cache_bytes for each in engine_configs(settings, None)] == [0, 0]
+
+
+def test_an_ip_adapter_belongs_to_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "at@home.safetensors"
+    file.touch()
+    hub = "owner/name/models/ip-adapter_sd15.safetensors"
+    settings = Settings(
+        models=Models(model=("a=x/y", "b=x/y", "c=x/y")),
+        adapters=Adapters(ip_adapter=(f"a={file}", f"b={hub}@v2")),
+        images=Images(max_reference_images=2),
+    )
+    (config,) = engine_configs(settings, "hf_secret")
+    found = [model.ip_adapter for model in config.models]
+    assert [each and (each.id, each.location, each.revision, each.token) for each in found] == [
+        ("a", str(file), None, "hf_secret"),
+        ("b", hub, "v2", "hf_secret"),
+        None,
+    ]
+    assert config.max_reference_images == 2
+    assert "hf_secret" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("texts", "complaint"),
+    [
+        (("owner/name/a.safetensors",), "put MODEL= before the file, with a model of: model"),
+        (("other=owner/name/a.safetensors",), "put MODEL= before the file"),
+        (("model=owner/name/a.safetensors@",), "the revision after @ is missing"),
+        (("model=owner/name",), "no such file, and no .safetensors of the hub either"),
+        (("model=owner/name/a.safetensors",) * 2, "model 'model' has another one already"),
+    ],
+)
+def test_an_invalid_ip_adapter_is_reported(texts: tuple[str, ...], complaint: str) -> None:
+    settings = Settings(models=Models(model=("model=x/y",)), adapters=Adapters(ip_adapter=texts))
+    with pytest.raises(StartupError) as caught:
+        engine_configs(settings, None)
+    assert complaint in str(caught.value)

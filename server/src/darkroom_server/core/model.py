@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
+from darkroom_server.core.memory_needs import MemoryNeeds
 from darkroom_server.core.strength import StrengthRounding
 
 OPTIONAL_FIELDS = (
@@ -194,65 +195,6 @@ class ModelRuntime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryNeeds:
-    """Memory of batches and decodes besides the weights, measured at warm-up, in bytes.
-
-    ``bytes_per_row`` and ``bytes_per_decode`` are for an image of ``pixels`` and grow in proportion
-    to its pixels. A decode by tiles of ``tile_pixels`` needs no more than one tile.
-    ``bytes_per_pass`` is needed once for all rows, and grows with the square of the pixels: the
-    scores of sliced attention. ``available_bytes`` was free on the device, less a safety margin.
-    ``bytes_per_sample`` is what an unfinished image of one row holds between its batches; it grows
-    at most in proportion to its pixels and rows. ``control_bytes_per_row`` is what ControlNets add
-    to ``bytes_per_row``.
-    """
-
-    pixels: int
-    bytes_per_row: int
-    bytes_per_decode: int
-    available_bytes: int
-    bytes_per_pass: int = 0
-    tile_pixels: int | None = None
-    bytes_per_sample: int = 0
-    control_bytes_per_row: int = 0
-
-    def needed(
-        self,
-        width: int,
-        height: int,
-        rows: int,
-        *,
-        reference_pixels: int = 0,
-        controlled: bool = False,
-    ) -> int:
-        """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more.
-
-        ``reference_pixels`` are those of a job, which are not decoded. ``controlled``: with
-        ControlNets.
-        """
-        scale = (width * height + reference_pixels) / self.pixels
-        per_row = self.bytes_per_row + controlled * self.control_bytes_per_row
-        passes = rows * per_row * scale + self.bytes_per_pass * scale**2
-        scale = width * height / self.pixels
-        if self.tile_pixels is not None:
-            scale = min(1.0, width * height / self.tile_pixels)
-        return round(max(passes, self.bytes_per_decode * scale))
-
-    def rows_that_fit(self, width: int, height: int, held: int | None = None) -> int:
-        """Rows of one batch at this size, at least 2; admission rejects images that never fit.
-
-        Unfinished images hold ``held`` bytes now; with None, those of the batch itself are counted.
-        """
-        scale = width * height / self.pixels
-        # Half of the peak of two rows for each row: with more rows than were measured, the peak may
-        # be in another layer, where more memory grows with the rows.
-        per_row = (self.bytes_per_row + self.control_bytes_per_row) * scale
-        per_row += self.bytes_per_pass * scale**2 / 2
-        if held is None:
-            per_row += self.bytes_per_sample * max(1.0, scale)
-        return max(2, int((self.available_bytes - (held or 0)) / max(1.0, per_row)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpeed:
     """Speed measured at warm-up for the default size, in seconds; empty if not measured.
 
@@ -302,6 +244,17 @@ class ModelInfo:
         Each counts as an image of the default size: pipelines scale to about that.
         """
         return max(0, images - self.measured_references) * self.memory.pixels
+
+    @property
+    def preset_rule(self) -> str:
+        """Why the preset is in force, and what of it does not suit the model or the memory."""
+        limits, memory = self.limits, self.memory
+        sides = range(limits.min_size, limits.max_size + 1, max(1, limits.size_multiple))
+        first = next((side for side in sides if memory.uses_sdpa(side, side)), None)
+        if first is None:
+            return self.runtime.preset_rule
+        why = f"attention is sdpa from {first}×{first} on: no slice is fine enough for the memory"
+        return "; ".join(filter(None, (self.runtime.preset_rule, why)))
 
     def options_of(self, job: Job) -> dict[str, Any]:
         """The optional fields that a request needs to generate the images of ``job`` again.

@@ -11,6 +11,7 @@ from darkroom_server.core.job import Job
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.guidance import guide
+from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.sample import Sample, predict_x0
 
@@ -43,7 +44,7 @@ class LatentSample(Sample):
         scheduler.set_timesteps(job.steps, device="cpu")
         self._timesteps = scheduler.timesteps
         noise = torch.randn((1, *latent_shape), generator=self.generator, dtype=dtype)
-        self._latents = noise.to(device) * scheduler.init_noise_sigma
+        self._latents = send(noise, device) * scheduler.init_noise_sigma
         accepted = inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"eta": 0.0, "generator": self.generator}
         self._extra = {name: value for name, value in extra.items() if name in accepted}

@@ -19,6 +19,7 @@ from darkroom_server.core.job import Job, Task
 from darkroom_server.core.model import Guidance, ModelInfo, ModelLimits, SchedulerOffer
 from darkroom_server.core.strength import StrengthRounding
 from darkroom_server.engine.adapters.model_adapters import ModelAdapters
+from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import NO_OPTIONS, Decoder
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
@@ -45,12 +46,15 @@ class Model(Protocol):
     """A model in memory, warmed up: what the runner calls.
 
     The methods raise whatever torch and diffusers raise; the runner splits and contains failures.
-    They run on the loop's thread.
+    They run on the loop's thread. ``attention`` is set up for each batch, None if nothing is
+    sliced.
     """
 
     info: ModelInfo
+    decoder: Decoder
     previewer: Previewer | None
     safety: SafetyChecker | None
+    attention: SlicedAttention | None
 
     @property
     def adapters(self) -> ModelAdapters | None:

@@ -21,6 +21,7 @@ from darkroom_server.engine.adapters.model_adapters import (
     encoder_mix,
     group_key,
 )
+from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
@@ -38,6 +39,7 @@ from darkroom_server.engine.conditioning.ip_adapter import (
 )
 from darkroom_server.engine.controls.model_controls import ModelControls, controlled, controls_of
 from darkroom_server.engine.counters import Counts
+from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
 from darkroom_server.engine.families.image_runs import image_runs_of
 from darkroom_server.engine.families.unet import UNET_CONTROLS
@@ -227,6 +229,7 @@ class StableDiffusionModel:
     memory_format: MemoryFormat
     image_runs: Runs | None = None
     adapters: ModelAdapters | None = None
+    attention: SlicedAttention | None = None
     ip_adapter: IpAdapter | None = None
     controls: ModelControls | None = None
 
@@ -316,7 +319,7 @@ class StableDiffusionModel:
         timesteps = torch.stack([s.timestep.float() for s in samples for _ in range(s.rows)])
         given: Arguments = {
             "sample": latents.contiguous(memory_format=self.memory_format.layout),
-            "timestep": timesteps.to(latents.device),
+            "timestep": send(timesteps, latents.device),
             "encoder_hidden_states": context,
             "return_dict": False,
             **no_image_arguments(self.ip_adapter, len(context)),

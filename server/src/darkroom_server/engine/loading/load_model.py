@@ -13,6 +13,7 @@ from darkroom_server.core.events import ModelLoad
 from darkroom_server.core.job import Task
 from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
 from darkroom_server.engine.adapters.offering import Adapters, model_adapters
+from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of
 from darkroom_server.engine.components.weighted_prompts import compel_is_installed
@@ -32,7 +33,7 @@ from darkroom_server.engine.loading.pipeline import (
 )
 from darkroom_server.engine.loading.revision import UNKNOWN, revision_of
 from darkroom_server.engine.warmup.formats import MemoryFormat
-from darkroom_server.engine.warmup.measurement import measure
+from darkroom_server.engine.warmup.measurement import measure, slices_get_finer
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
 from darkroom_server.engine.warmup.placement import place, vae_is_upcast
 from darkroom_server.engine.warmup.presets import Runtime, resolve
@@ -160,7 +161,7 @@ def _load(
         memory_format=info.runtime.memory_format,
         format_rule=info.runtime.format_rule,
         preset=info.runtime.preset,
-        preset_rule=info.runtime.preset_rule,
+        preset_rule=info.preset_rule,
         attention=info.runtime.attention,
         autocast=info.runtime.autocast,
         max_rows=measured.max_rows,
@@ -168,13 +169,17 @@ def _load(
         bytes_per_row=info.memory.bytes_per_row,
         bytes_per_decode=info.memory.bytes_per_decode,
     )
+    model = family.new_model(info, memory_format, runtime.device, precision, decoder, safety)
+    if slices_get_finer(runtime):
+        model.attention = SlicedAttention(family.denoiser)
+    if model.previewer is not None and safety is None:
+        model.previewer.fit()
     load = ModelLoad(
         model=info.id,
         load_seconds=in_memory - began,
         warm_up_seconds=time.monotonic() - in_memory,
         bytes_by_component=weights_of(family),
     )
-    model = family.new_model(info, memory_format, runtime.device, precision, decoder, safety)
     return model, load, measured.cache
 
 

@@ -13,6 +13,7 @@ from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.engine.adapters.model_adapters import ModelAdapters, denoising
+from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.safety_checker import SafetyChecker
@@ -39,6 +40,7 @@ class SuspendedModel:
     safety: SafetyChecker | None
     encodes_slowly: bool
     prompt_counts: Counts = field(default_factory=Counts)
+    attention: SlicedAttention | None = None
 
     # Each prompt is encoded alone, as by the pipeline, so exact jobs need no encode of their own.
     batches_prompts = False
