@@ -27,6 +27,8 @@ OBSERVE_FLAGS ?=
 TRACE_FLAGS ?=
 NOISE_FLAGS ?=
 WORDS_FLAGS ?=
+TRAIN_FLAGS ?=
+JUDGE_FLAGS ?=
 MINUTES ?= 5
 INPUTS ?= 100000
 IMAGES ?= 10000
@@ -50,7 +52,7 @@ help: ## list the targets
 setup: .venv/.installed ## install everything into .venv (again only when a requirement changed)
 
 .PHONY: demo
-demo: setup ## start a server, generate a few images into demo-output/, stop
+demo: setup ## start a server, generate images in every way into demo-output/, stop
 	@$(BIN)/python examples/demo.py
 
 .PHONY: serve
@@ -99,12 +101,15 @@ bench-lora: setup ## measure rows with different LoRAs beside grouping by adapte
 bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
 	@$(BIN)/python -m bench.micro memory $(BENCH_FLAGS)
 
-.PHONY: bench-estimates bench-overload
+.PHONY: bench-estimates bench-overload bench-http
 bench-estimates: setup ## measure how good the server's estimates are; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving estimates $(BENCH_FLAGS)
 
 bench-overload: setup ## 200 callers at five times the capacity, each with a deadline; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving overload $(BENCH_FLAGS)
+
+bench-http: setup ## measure HTTP beside gRPC, and what idle streams cost; options in BENCH_FLAGS
+	@$(BIN)/python -m bench.serving http $(BENCH_FLAGS)
 
 .PHONY: bench bench-full bench-gpu bench-peers-setup
 bench: bench-peers-setup ## measure Darkroom beside other servers, 15 minutes; options in BENCH_FLAGS
@@ -131,8 +136,9 @@ start-noise: setup ## start on a busy machine ten times, compare what was chosen
 	@$(BIN)/python -m tools.start_noise $(NOISE_FLAGS)
 
 .PHONY: fuzz
-fuzz: setup ## send INPUTS requests that no client would send to a server, over the wire
+fuzz: setup ## send INPUTS requests that no client would send to a server, over gRPC and HTTP each
 	@$(BIN)/python -m tests.server.hostile.fuzz --inputs $(INPUTS)
+	@$(BIN)/python -m tests.server.hostile.http_fuzz --inputs $(INPUTS)
 
 .PHONY: fuzz-images
 fuzz-images: setup ## decode IMAGES damaged pictures in the server's image workers
@@ -141,6 +147,13 @@ fuzz-images: setup ## decode IMAGES damaged pictures in the server's image worke
 .PHONY: trace-request
 trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits
 	@$(BIN)/python -m tools.trace_request $(TRACE_FLAGS)
+
+.PHONY: train-adapters judge-adapters
+train-adapters: setup ## train the demo model's adapters, minutes on two cores; options in TRAIN_FLAGS
+	@$(BIN)/python -m training.adapters.train build/demo_adapters $(TRAIN_FLAGS)
+
+judge-adapters: setup ## judge them, and tasks with images, on 50 held-out prompts each; options in JUDGE_FLAGS
+	@$(BIN)/python -m training.adapters.evaluate build/demo_adapters $(JUDGE_FLAGS)
 
 CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs lint-trace lint-words
 

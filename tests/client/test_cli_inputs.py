@@ -10,14 +10,15 @@ from darkroom_client import Control, UploadedImage
 from darkroom_client._types.model import OPTIONAL_FIELDS
 from darkroom_client.cli import main
 from darkroom_client.testing import FakeServer, fake_model
-from tests.client.test_inputs import LARGE, OTHER, SMALL, digest
+from tests.client.test_inputs import ADAPTERS, LARGE, OTHER, SMALL, digest
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
 def fake() -> Iterator[FakeServer]:
-    with FakeServer(models=[fake_model(optional_fields=OPTIONAL_FIELDS)]) as server:
+    model = fake_model(optional_fields=OPTIONAL_FIELDS)
+    with FakeServer(models=[model], adapters=ADAPTERS) as server:
         yield server
 
 

@@ -29,6 +29,8 @@ NEW_CALLS: dict[str, Callable[[Client], object]] = {
     "darkroom.v1.GenerationService/GetGeneration": lambda client: client.job("a-job"),
     "darkroom.v1.GenerationService/ListGenerations": lambda client: list(client.jobs()),
     "darkroom.v1.ModelService/ListAdapters": lambda client: client.adapters(),
+    "darkroom.v1.ModelService/AddAdapter": lambda client: client.add_adapter("neon"),
+    "darkroom.v1.ModelService/RemoveAdapter": lambda client: client.remove_adapter("neon"),
     # Too large for a message, so it is uploaded.
     "darkroom.v1.ImageService/UploadImage": lambda client: client.generate(
         "a star", image=bytes(2 << 20)

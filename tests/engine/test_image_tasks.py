@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from darkroom_server.core.events import JobFinished, PreviewReady
 from darkroom_server.core.job import Job, SchedulerName, Task
+from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 
@@ -196,10 +197,24 @@ def test_exact_images_have_the_pipelines_bytes(served: Served) -> None:
 
 
 def test_each_image_of_a_job_has_its_seed_and_is_generated_again_after_a_crash(
-    served: Served,
+    served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for job in served.jobs("images", image_count=3)[:2]:
-        served.run([job, again := replace(job, id=f"{job.id}-again", skip=frozenset({0, 1}))])
+    """What a job starts from is encoded once; each image has its own noise from it."""
+    encode = ImageEncoder.encode
+    encoded: list[torch.Tensor] = []
+
+    def counted(self: ImageEncoder, images: torch.Tensor, options: Any) -> Any:
+        encoded.append(images)
+        return encode(self, images, options)
+
+    monkeypatch.setattr(ImageEncoder, "encode", counted)
+    for job in served.jobs("images", image_count=3, exact=True)[:2]:
+        served.run([job])
+        for_three = len(encoded)
+        served.run([again := replace(job, id=f"{job.id}-again", skip=frozenset({0, 1}))])
+        assert for_three == len(encoded) - for_three > 0
+        encoded.clear()
+        assert torch.equal(served.loop.latents[job.id, 2], served.loop.latents[again.id, 2])
         for index in range(3):
             assert served.error(job, index) <= served.case.tolerance
         assert served.error(job, 1, of=replace(job, seed=job.seed + 5)) > NOTICEABLE

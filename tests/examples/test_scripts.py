@@ -190,3 +190,19 @@ def test_node_lists_the_adapters() -> None:
         "huge: LoRA of rank 512, for demo; its rank is 512",
         "outline: LoRA of rank 8, for demo; in memory",
     ]
+
+
+@pytest.mark.needs("node")
+def test_node_adds_and_removes_an_adapter() -> None:
+    neon = Adapter(id="neon", models=("demo",), rank=4)
+    printed = []
+    with FakeServer(addable_adapters=[neon]) as server:
+        for verb in ("add", "remove", "remove"):
+            with node("adapters.js", server, server.target, verb, "neon") as running:
+                printed.append(running.communicate(timeout=SECONDS))
+
+    assert printed == [
+        ("neon: LoRA of rank 4, for demo; on disk\n", ""),
+        ("neon: removed; unfinished jobs that use it: 0\n", ""),
+        ("", "NOT_FOUND: no adapter 'neon'; this server has none\n"),
+    ]

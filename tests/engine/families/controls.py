@@ -11,7 +11,7 @@ from darkroom_server.core.inputs import Control
 from darkroom_server.core.job import Task
 
 from ..tiny import write_tiny_model
-from . import flux, stable_diffusion_3
+from . import flux, inpainting, stable_diffusion_3
 from .case import FamilyCase, mixed_jobs
 from .image_tasks import mask, picture, sd_call
 from .parts import shaken
@@ -44,9 +44,10 @@ class ControlCase:
 
 
 def unet_net(unet: Any) -> Any:
-    """A ControlNet for ``unet``."""
+    """A ControlNet for ``unet``, which may take a mask in further channels."""
+    plain = diffusers.UNet2DConditionModel.from_config({**unet.config, "in_channels": 4})
     return diffusers.ControlNetModel.from_unet(
-        unet, conditioning_embedding_out_channels=(8, 16, 32, 64)
+        plain, conditioning_embedding_out_channels=(8, 16, 32, 64)
     )
 
 
@@ -186,6 +187,23 @@ CASES = [
             Task.IMAGE_TO_IMAGE: ("StableDiffusionXLControlNetImg2ImgPipeline", "control_image"),
             Task.INPAINT: ("StableDiffusionXLControlNetInpaintPipeline", "control_image"),
         },
+    ),
+    ControlCase(
+        FamilyCase(
+            "nine channels",
+            inpainting.write_sd,
+            with_controls(
+                mixed_jobs({}, {}, {}, {"guidance_scale": 1.0}, {}),
+                [
+                    {"image": picture(i), "mask_image": mask(16 + 8 * i), "strength": 0.9}
+                    for i in range(5)
+                ],
+            ),
+            sd_call,
+            load={"safety_checker": None},
+        ),
+        {"a": unet_net, "b": unet_net},
+        {Task.INPAINT: ("StableDiffusionControlNetInpaintPipeline", "control_image")},
     ),
     ControlCase(
         FamilyCase(

@@ -6,8 +6,9 @@ import grpc
 
 from darkroom.v1 import generation_pb2, image_pb2, model_pb2
 from darkroom_server.backends.fake_model import fake_model
+from darkroom_server.core.adapters import AdapterKind, AdapterOffer
 from darkroom_server.core.events import AdapterLoaded
-from darkroom_server.core.model import AdapterKind, AdapterOffer, ModelInfo
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.rpc.enums import KIND_TO_WIRE
 from darkroom_server.settings import Models
 from tests.server.wire import refusal, serving

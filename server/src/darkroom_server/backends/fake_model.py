@@ -2,17 +2,10 @@
 
 from dataclasses import replace
 
+from darkroom_server.core.adapters import AdapterKind, AdapterOffer
 from darkroom_server.core.job import SchedulerName, Task
-from darkroom_server.core.model import (
-    AdapterKind,
-    AdapterOffer,
-    Guidance,
-    MemoryNeeds,
-    ModelDefaults,
-    ModelInfo,
-    ModelLimits,
-    ModelRuntime,
-)
+from darkroom_server.core.memory_needs import MemoryNeeds
+from darkroom_server.core.model import Guidance, ModelDefaults, ModelInfo, ModelLimits, ModelRuntime
 from darkroom_server.engine.components.scheduler_table import SCHEDULERS
 
 

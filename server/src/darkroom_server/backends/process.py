@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import IO
 
 import structlog
 
 from darkroom_server.backends.descriptors import reserved_descriptors
-from darkroom_server.core.engine_config import EngineConfig
+from darkroom_server.core.engine_config import AdapterSource, EngineConfig
 from darkroom_server.core.events import (
     Correction,
     EngineDied,
@@ -28,7 +29,14 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.core.job import Job
 from darkroom_server.ipc.channel import Channel, ChannelClosed
-from darkroom_server.ipc.commands import Cancel, Close, Extend
+from darkroom_server.ipc.commands import (
+    Cancel,
+    CheckAdapter,
+    Close,
+    Extend,
+    OfferAdapter,
+    WithdrawAdapter,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -42,8 +50,18 @@ If they spin, a batch on a CPU that other programs use takes 10 to 100 times as 
 that is waited for gets no core. On a quiet machine there is no difference.
 """
 
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The variables that configure torch's allocator of GPU memory; only old versions need the first.
+
+If none is set, its segments grow. Otherwise images of many sizes leave gaps between them that no
+batch fits.
+"""
+
 CLOSE_SECONDS = 10.0
 """Time for the current batch to finish on ``close``, before the process is killed."""
+
+REAP_SECONDS = 10.0
+"""Time for a killed process to end. With a lost GPU it may wait for the driver and never end."""
 
 LOAD_FACTOR = 4.0
 """An engine may load again for that multiple of its last load: the machine may be busier now."""
@@ -66,6 +84,8 @@ class ProcessEngine:
         self, config: EngineConfig, *, timeout: float = 60.0, load_timeout: float = 1800.0
     ) -> None:
         self._config = config
+        # What is offered now. Not in ``_config``, which the receiving thread replaces.
+        self._offered = config
         self._timeout = timeout
         self._load_limit = LoadLimit(load_timeout)
         self._process: _EngineProcess | None = None
@@ -89,7 +109,8 @@ class ProcessEngine:
                 self._config = self._config.with_correction(event)
             emit(event)
 
-        process = _EngineProcess(self._config, self._timeout, self._load_limit.seconds)
+        config = replace(self._config, adapters=self._offered.adapters)
+        process = _EngineProcess(config, self._timeout, self._load_limit.seconds)
         with reserved_descriptors():
             process.start(learn)
         self._process = process
@@ -109,6 +130,23 @@ class ProcessEngine:
         """Replace a job's deadline."""
         if self._process is not None:
             self._process.send(Extend(job_id, deadline))
+
+    def check_adapter(self, source: AdapterSource) -> None:
+        """Find the models that an adapter fits; ``AdapterChecked`` follows if the engine runs."""
+        if self._process is not None:
+            self._process.send(CheckAdapter(source))
+
+    def offer_adapter(self, source: AdapterSource) -> None:
+        """Let later jobs use an adapter, also after a restart."""
+        self._offered = self._offered.with_adapter(source)
+        if self._process is not None:
+            self._process.send(OfferAdapter(source))
+
+    def withdraw_adapter(self, id: str) -> None:
+        """Free an adapter's memory once no job uses it. A job that comes later may still."""
+        self._offered = self._offered.without_adapter(id)
+        if self._process is not None:
+            self._process.send(WithdrawAdapter(id))
 
     def close(self) -> None:
         """Stop after the current batch; a process that does not is killed."""
@@ -135,6 +173,14 @@ class LoadLimit:
     def timed_out(self) -> None:
         """A load reached the limit."""
         self.seconds = min(2 * self.seconds, self._longest)
+
+
+def _environment() -> dict[str, str]:
+    """The environment of an engine's process: this one's, and what this one does not set."""
+    defaults = dict(OPENMP)
+    if not any(name in os.environ for name in ALLOCATOR):
+        defaults[ALLOCATOR[0]] = "expandable_segments:True"
+    return {**defaults, **os.environ}
 
 
 class _EngineProcess:
@@ -167,7 +213,7 @@ class _EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={**OPENMP, **os.environ},
+                env=_environment(),
             )
             self._channel = Channel(ours.detach())
         self.send(self._config)
@@ -207,13 +253,26 @@ class _EngineProcess:
             self.process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            if self._reap() is None:
+                return  # Its threads wait for it, and end with this process.
         self._to_send.put(None)
         for thread in self._threads:
             thread.join()
         self._channel.close()
         if self.process.stderr is not None:
             self.process.stderr.close()
+
+    def _reap(self) -> int | None:
+        """The exit code of the process, which was killed; None if it does not end."""
+        try:
+            return self.process.wait(REAP_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.error(
+                "the engine's process was killed and does not end; its GPU may be lost",
+                pid=self.process.pid,
+                seconds=REAP_SECONDS,
+            )
+            return None
 
     def _send_all(self) -> None:
         while (message := self._to_send.get()) is not None:
@@ -263,7 +322,7 @@ class _EngineProcess:
             return
         # With a lost device, it may hang while it exits.
         self.process.kill()
-        code = self.process.wait()
+        code = self._reap()
         self._to_send.put(None)
         self._channel.close()
         if self.load_timed_out:
@@ -272,6 +331,8 @@ class _EngineProcess:
             )
         elif self._timed_out:
             died = EngineDied(f"the engine was silent for {self._timeout:g} s, and was killed")
+        if code is None:
+            died = replace(died, message=f"{died.message}; its process does not end")
         log.error("engine died", message=died.message, exit_code=code)
         self._emit(died)
 

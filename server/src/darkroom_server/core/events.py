@@ -4,9 +4,11 @@ Every job that was submitted ends in exactly one of ``JobFinished``, ``JobFailed
 ``JobCancelled``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.job import ImageFormat
 from darkroom_server.core.model import ModelInfo
@@ -14,7 +16,10 @@ from darkroom_server.core.model import ModelInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What the engine adds to a job's fields to reproduce one of its images."""
+    """What the engine adds to a job's fields to reproduce one of its images.
+
+    ``memory_fallbacks``: what it did otherwise than the model's runtime says, as memory was short.
+    """
 
     scheduler_class: str
     scheduler_config_json: str
@@ -22,6 +27,7 @@ class Replay:
     library_versions: dict[str, str]
     rows_in_last_pass: int
     pixels_sha256: str
+    memory_fallbacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +152,19 @@ class BatchDone:
     ended_at: float = 0.0
     adapters: int = 0
     control_cost: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterChecked:
+    """``offers``: the adapter's offer to each model that it fits, by the model's id.
+
+    ``file`` is its file. ``reason``: why it fits no model, empty if it fits one.
+    """
+
+    adapter: str
+    file: str
+    offers: Mapping[str, AdapterOffer]
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +332,7 @@ Event = (
     | SampleProgress
     | PreviewReady
     | BatchDone
+    | AdapterChecked
     | AdapterLoaded
     | AdapterEvicted
     | RowLimitCorrected

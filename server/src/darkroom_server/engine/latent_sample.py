@@ -1,7 +1,8 @@
 """A sample whose latents the engine advances itself, with the pipeline's parts."""
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from darkroom_server.core.job import Job
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.guidance import guide
+from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.sample import Sample, predict_x0
 
@@ -18,7 +20,8 @@ class LatentSample(Sample):
     """The latents of one image, and its embeddings.
 
     ``embeddings`` has one entry per row: the prompt's, or the negative prompt's and the prompt's,
-    which are equally long. ``adapter_key`` must be equal for all rows of a batch.
+    which are equally long. ``further_arguments`` are those of each denoiser call. ``adapter_key``
+    must be equal for all rows of a batch.
     """
 
     def __init__(
@@ -31,15 +34,17 @@ class LatentSample(Sample):
         latent_shape: tuple[int, int, int],
         device: torch.device,
         dtype: torch.dtype,
+        further_arguments: Mapping[str, Any] = MappingProxyType({}),
         adapter_key: Hashable = None,
     ) -> None:
         super().__init__(job, index, scheduler)
         self.embeddings = embeddings
+        self._further_arguments = further_arguments
         # On the CPU: reading a timestep must not wait for the device.
         scheduler.set_timesteps(job.steps, device="cpu")
         self._timesteps = scheduler.timesteps
         noise = torch.randn((1, *latent_shape), generator=self.generator, dtype=dtype)
-        self._latents = noise.to(device) * scheduler.init_noise_sigma
+        self._latents = send(noise, device) * scheduler.init_noise_sigma
         accepted = inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"eta": 0.0, "generator": self.generator}
         self._extra = {name: value for name, value in extra.items() if name in accepted}
@@ -94,6 +99,7 @@ class LatentSample(Sample):
             "timestep": self.timestep,
             "encoder_hidden_states": torch.cat([each.hidden for each in self.embeddings]),
             "return_dict": False,
+            **self._further_arguments,
         }
 
     def advance(self, prediction: torch.Tensor) -> None:

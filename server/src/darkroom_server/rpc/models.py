@@ -1,8 +1,8 @@
 """ModelService: which models the server holds, and what they take."""
 
 from darkroom.v1 import model_pb2, model_pb2_grpc
-from darkroom_server.core.model import OPTIONAL_FIELDS, Guidance, ModelInfo, ModelRuntime
-from darkroom_server.dispatch import AdapterStatus, Availability
+from darkroom_server.core.model import OPTIONAL_FIELDS, Guidance, ModelInfo
+from darkroom_server.dispatch import AdapterStatus, Dispatcher
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.enums import (
     FORMAT_TO_WIRE,
@@ -11,13 +11,21 @@ from darkroom_server.rpc.enums import (
     SOURCE_TO_WIRE,
     TASK_TO_WIRE,
 )
+from darkroom_server.rpc.interceptors.receiving import FORWARDED_FOR
+from darkroom_server.security.admin_policy import AdminPolicy
+from darkroom_server.service.call_context import CURRENT_CALL
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    """Answers from what the engines reported; never asks them."""
+    """Answers from what the engines reported; only ``AddAdapter`` asks one.
 
-    def __init__(self, availability: Availability) -> None:
-        self._availability = availability
+    ``policy`` decides which callers may change what the server holds.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, policy: AdminPolicy) -> None:
+        self._availability = dispatcher.availability
+        self._catalog = dispatcher.adapters
+        self._policy = policy
 
     async def ListModels(
         self, request: model_pb2.ListModelsRequest, context: Context
@@ -45,6 +53,27 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             id = self._availability.resolve(request.model)
             adapters = [adapter for adapter in adapters if id in adapter.models]
         return model_pb2.ListAdaptersResponse(adapters=map(adapter_message, adapters))
+
+    async def AddAdapter(
+        self, request: model_pb2.AddAdapterRequest, context: Context
+    ) -> model_pb2.AddAdapterResponse:
+        """Offer an adapter; raises ``NotAllowed``, and what ``AdapterCatalog.add`` raises."""
+        self._check_may_change(context)
+        added = await self._catalog.add(request.id)
+        return model_pb2.AddAdapterResponse(adapter=adapter_message(added))
+
+    async def RemoveAdapter(
+        self, request: model_pb2.RemoveAdapterRequest, context: Context
+    ) -> model_pb2.RemoveAdapterResponse:
+        """Offer an adapter no more; raises ``NotAllowed`` or ``UnknownAdapter``."""
+        self._check_may_change(context)
+        jobs = self._catalog.remove(request.id)
+        return model_pb2.RemoveAdapterResponse(unfinished_jobs=jobs)
+
+    def _check_may_change(self, context: Context) -> None:
+        metadata = context.invocation_metadata() or ()
+        forwarded = any(name == FORWARDED_FOR for name, _ in metadata)
+        self._policy.check(CURRENT_CALL.get().caller, forwarded=forwarded)
 
 
 def adapter_message(adapter: AdapterStatus) -> model_pb2.Adapter:
@@ -108,7 +137,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             )
             for offer in info.schedulers
         ],
-        runtime=runtime_message(info.runtime),
+        runtime=runtime_message(info),
         optional_fields=takes,
         guidance=_guidance_message(info.guidance),
         unbatched_reason=info.unbatched_reason,
@@ -126,8 +155,9 @@ def _guidance_message(guidance: Guidance) -> model_pb2.Guidance:
     )
 
 
-def runtime_message(runtime: ModelRuntime) -> model_pb2.ModelRuntime:
+def runtime_message(info: ModelInfo) -> model_pb2.ModelRuntime:
     """How a model runs, as a message."""
+    runtime = info.runtime
     return model_pb2.ModelRuntime(
         device=runtime.device,
         dtype=runtime.dtype,
@@ -140,5 +170,5 @@ def runtime_message(runtime: ModelRuntime) -> model_pb2.ModelRuntime:
         fp8_storage=runtime.fp8_storage,
         safety_checker=runtime.safety_checker,
         format_rule=runtime.format_rule,
-        preset_rule=runtime.preset_rule,
+        preset_rule=info.preset_rule,
     )

@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.errors import UnknownAdapter, Violation
 from darkroom_server.core.job import Task
-from darkroom_server.core.model import AdapterKind, ModelInfo
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import AdapterStatus
 from darkroom_server.service.request import ImageSource, Inputs, RequestedControl
 

@@ -25,6 +25,9 @@ other row counts have set the level, and this one is off by more than ``WRONG_PO
 
 WRONG_POINT = math.log(1.5)
 
+LARGEST_ADAPTER_COST = math.log(4.0)
+"""Batches with LoRA adapters take at most that multiple of those without: four times as long."""
+
 LARGEST_SURPRISE = 1.0
 """In natural logarithms: limits the effect of one slow batch, such as the first of its shape."""
 
@@ -45,7 +48,10 @@ MAX_NEAREST = 1024
 
 
 class Group(NamedTuple):
-    """Images of one model and size, in pixels: they can share a batch."""
+    """Images of one model and size, in pixels: they can share a batch.
+
+    The size is a job's ``denoised_size``.
+    """
 
     model: str
     width: int
@@ -59,7 +65,7 @@ class Group(NamedTuple):
     @classmethod
     def of(cls, job: Job) -> "Group":
         """The group of a job's images."""
-        return cls(job.model, job.width, job.height)
+        return cls(job.model, *job.denoised_size)
 
 
 class BatchTimeCurve:
@@ -149,6 +155,8 @@ class BatchTimeModel:
         self._curves: dict[Group, BatchTimeCurve] = {}
         self._nearest_known: dict[Group, Group | None] = {}
         self._level = 0.0
+        # The logarithm of the factor by model, and the batches that it was learned from.
+        self._adapter_cost: dict[str, tuple[float, int]] = {}
         self._decode: dict[str, float] = {}
         self._encode: dict[str, float] = {}
         self._prompt: dict[str, float] = {}
@@ -170,8 +178,13 @@ class BatchTimeModel:
         """Whether any batch of this model was measured."""
         return any(group.model == model_id for group in self._curves)
 
+    def adapter_factor(self, model_id: str) -> float:
+        """How much longer a batch takes if some of its rows have LoRA adapters; at least 1."""
+        cost, _ = self._adapter_cost.get(model_id, (0.0, 0))
+        return math.exp(cost)
+
     def batch_seconds(self, group: Group, rows: float) -> float:
-        """One batch of ``rows`` rows."""
+        """One batch of ``rows`` rows without LoRA adapters."""
         if group in self._curves:
             known, equal_rows = group, rows
         elif (nearest := self._nearest(group)) is not None:
@@ -206,7 +219,11 @@ class BatchTimeModel:
         return self._prompt.get(group.model, 0.0)
 
     def record_batch(self, event: BatchDone) -> None:
-        """Learn from a batch what it takes without ControlNets."""
+        """Learn from a batch what it takes without ControlNets and LoRA adapters.
+
+        What a batch with LoRA adapters takes besides is learned for each model. The rest of its
+        surprise corrects the level, as that of any batch: the machine may have become slower.
+        """
         seconds = event.seconds / (1.0 + event.control_cost)
         if not _is_time(seconds):
             return
@@ -225,6 +242,8 @@ class BatchTimeModel:
                 curve = BatchTimeCurve(points, measured=False)
         expected = max(curve.at(event.rows) * math.exp(self._level), SHORTEST_SECONDS)
         surprise = math.log(seconds / expected)
+        if event.adapters:
+            surprise -= self._learn_adapter_cost(event.model, surprise)
         level = surprise + curve.level + self._level
         surprise = min(max(surprise, -LARGEST_SURPRISE), LARGEST_SURPRISE)
         curve.learn(event.rows, surprise, level)
@@ -233,6 +252,14 @@ class BatchTimeModel:
         if len(self._curves) > MAX_GROUPS:
             del self._curves[next(iter(self._curves))]
             self._nearest_known.clear()
+
+    def _learn_adapter_cost(self, model_id: str, surprise: float) -> float:
+        """The part of ``surprise`` that adapters explain, after it was learned from."""
+        cost, met = self._adapter_cost.get(model_id, (0.0, 0))
+        cost += (surprise - cost) * max(LEARNING, 1 / (met + 1))
+        cost = min(max(cost, 0.0), LARGEST_ADAPTER_COST)
+        self._adapter_cost[model_id] = cost, met + 1
+        return cost
 
     def record_encode(self, event: EncodeDone) -> None:
         """Learn from an encode of prompts that were not cached."""

@@ -17,6 +17,7 @@ class RemainingWork:
     as ControlNets make them longer. ``key``: that of an image
     without any step taken. ``begun``: the job has taken part in a batch. ``encoded``: its prompts
     are encoded. ``bytes_per_image``: what an unfinished image holds between its batches.
+    ``adapted``: its rows have LoRA adapters.
     """
 
     id: str
@@ -26,6 +27,7 @@ class RemainingWork:
     begun: bool = False
     encoded: bool = False
     bytes_per_image: int = 0
+    adapted: bool = False
 
     def goal(self, calls: int) -> float:
         """When an image with ``calls`` remaining calls should be done; see ``core.order``."""
@@ -59,6 +61,7 @@ def remaining_work(active: ActiveJob) -> RemainingWork:
         calls=tuple(each for each in calls if each > 0),
         begun=active.started,
         bytes_per_image=active.model.held_bytes(job),
+        adapted=any(lora.scale for lora in job.loras),
         encoded=active.started or active.state is JobState.ENCODED,
     )
 

@@ -8,9 +8,9 @@ from typing import Any
 import diffusers
 import torch
 
+from darkroom_server.core.adapters import AdapterKind, AdapterOffer
 from darkroom_server.core.engine_config import Attention, ControlNetSource, EngineConfig
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.model import AdapterKind, AdapterOffer
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.controls.kind import ControlKind
 from darkroom_server.engine.controls.measurement import measure_net

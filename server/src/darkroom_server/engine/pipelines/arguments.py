@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from darkroom_server.engine.device.transfer import send
+
 Arguments = Mapping[str, Any]
 
 _digests: MutableMapping[torch.Tensor, bytes] = WeakTensorKeyDictionary()
@@ -97,7 +99,7 @@ class ArgumentSpec:
         for name, value in arguments.items():
             kind = self.kinds.get(name)
             if kind is Kind.TIMESTEP and isinstance(value, torch.Tensor):
-                given[name] = value.to(device)
+                given[name] = send(value, device)
             elif kind is Kind.ROWS and self.layout is not torch.contiguous_format:
                 # Otherwise as given: another layout may change the last bits.
                 given[name] = self._laid_out(value)
@@ -147,7 +149,7 @@ class ArgumentSpec:
                 }
             elif self.kinds.get(name) is Kind.TIMESTEP and value is not None:
                 timesteps = [timesteps_of(each, n) for each, n in zip(given, rows, strict=True)]
-                merged[name] = torch.cat(timesteps).to(device)
+                merged[name] = send(torch.cat(timesteps), device)
             else:
                 merged[name] = self._merge(name, given, rows, lengths)
         return merged

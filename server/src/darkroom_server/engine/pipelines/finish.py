@@ -10,7 +10,7 @@ from PIL import Image
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
-from darkroom_server.engine.components.decoder import Decoder
+from darkroom_server.engine.components.decoder import Decoder, pixels_of
 from darkroom_server.engine.failures import (
     DECODE_FAILED,
     OUT_OF_MEMORY,
@@ -39,7 +39,7 @@ def finish(sample: SuspendedSample, decoder: Decoder, runs: Runs) -> NDArray[np.
                     sample.resume(image)
                 case EncodeImageCall():
                     # Some VAEs decode with the input image beside the latents.
-                    sample.resume(runs.encode_image(call))
+                    sample.resume(runs.encode_image(call.images, call.options))
                 case _:
                     raise UnexpectedCall(f"a {type(call).__name__} after the last step")
         return _pixels(sample.result[0], sample.job)
@@ -63,8 +63,7 @@ def _pixels(image: Any, job: Job) -> NDArray[np.uint8]:
         pixels: NDArray[np.uint8] = np.asarray(first.convert("RGB"))
     else:
         # The arithmetic of diffusers' VaeImageProcessor, for equal values.
-        unit = first.permute(1, 2, 0).float().cpu().numpy()
-        pixels = (unit * 255).round().astype(np.uint8)
+        pixels = pixels_of(first)
     if pixels.shape != (job.height, job.width, 3):
         raise UnexpectedCall(f"an image of {pixels.shape}, not {job.height}×{job.width}")
     return pixels

@@ -49,7 +49,7 @@ class SuspendedSample(Sample):
         self._prompt_truncated = prompt_truncated
         self._adapter_key = adapter_key
         self._coroutine: Coroutine | None = None
-        self._group = Group(job.model, job.width, job.height)
+        self._group = Group(job.model, *job.denoised_size)
         self._rows = 1
         self._latents = torch.empty(0, device=device)
 
@@ -149,14 +149,14 @@ class SuspendedSample(Sample):
         job, spec = self.job, self._spec
         unique = (job.id, self.index)
         if spec is None:
-            self._group = Group(job.model, job.width, job.height, key=unique)
+            self._group = Group(job.model, *job.denoised_size, key=unique)
             return
         self._rows = spec.rows(call.arguments)
         # A merged output can only be split if it is a tuple.
         mergeable = call.arguments.get("return_dict") is False
         known = mergeable and not spec.unknown(call.arguments)
         key = spec.group_key(call.arguments) if known else unique
-        width, height = job.width, job.height
+        width, height = job.denoised_size
         if known and spec.mixes_sizes:
             width = height = common_square(width, height)
         self._group = Group(job.model, width, height, key=(key, self._adapter_key))

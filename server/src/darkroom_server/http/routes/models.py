@@ -5,7 +5,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-from darkroom_server.core.model import OPTIONAL_FIELDS, AdapterKind, ModelInfo
+from darkroom_server.core.adapters import AdapterKind
+from darkroom_server.core.model import OPTIONAL_FIELDS, ModelInfo
 from darkroom_server.dispatch import Availability
 from darkroom_server.http.call import Answer, Call
 from darkroom_server.http.messages.results import json_bytes
