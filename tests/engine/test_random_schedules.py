@@ -46,7 +46,7 @@ def reference(tiny_folder: Path) -> Reference:
 
 
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(plans=plans, moments=moments)
 def test_any_schedule(
