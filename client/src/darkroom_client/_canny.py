@@ -70,8 +70,9 @@ def _load(image: "bytes | str | os.PathLike[str] | PIL.Image.Image") -> "PIL.Ima
     if isinstance(image, PIL.Image.Image):
         picture = image
     else:
+        data = file_bytes("image", image)
         try:
-            file = PIL.Image.open(io.BytesIO(file_bytes("image", image)), formats=_FORMATS)
+            file = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
         except PIL.UnidentifiedImageError as error:
             raise ValueError("image is not a PNG, JPEG or WebP file") from error
         picture = PIL.ImageOps.exif_transpose(file)
