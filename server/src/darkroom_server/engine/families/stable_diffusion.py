@@ -36,16 +36,18 @@ from darkroom_server.engine.conditioning.task_pipelines import made_of
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
 from darkroom_server.engine.families.unet import UNET
-from darkroom_server.engine.latent_sample import LatentSample
+from darkroom_server.engine.latent_sample import LatentSample, LinearSample, stack_inputs
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import signature_of
 from darkroom_server.engine.pipelines.calls import DenoiserCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
 from darkroom_server.engine.pipelines.finish import finish
-from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
+from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
+from darkroom_server.engine.pipelines.hosted_scheduler import hosted_scheduler
 from darkroom_server.engine.pipelines.runs import Runs
 from darkroom_server.engine.pipelines.sample import SuspendedSample, denoiser_call
 from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.stepping.schedules import Schedules
 from darkroom_server.engine.warmup.formats import MemoryFormat
 
 
@@ -187,7 +189,7 @@ class StableDiffusion(Family):
             previewer=Previewer(pipeline.vae, precision, self.latent_factor),
             safety=safety,
             precision=precision,
-            scheduler_config=config_of(pipeline.scheduler),
+            schedules=Schedules(config_of(pipeline.scheduler)),
             latent_channels=self.latent_channels,
             latent_factor=self.latent_factor,
             device=device,
@@ -246,7 +248,7 @@ def _image_call(job: Job) -> dict[str, Any]:
 
 @dataclass(slots=True, kw_only=True)
 class StableDiffusionModel:
-    """A Stable Diffusion model in memory; ``scheduler_config`` is the folder's own.
+    """A Stable Diffusion model in memory; ``schedules`` are on the folder's own configuration.
 
     Images from text are ``LatentSample``. Those from another image are runs of diffusers' own
     pipelines, ``image_runs``; both kinds share batches.
@@ -259,7 +261,7 @@ class StableDiffusionModel:
     previewer: Previewer | None
     safety: SafetyChecker | None
     precision: Precision
-    scheduler_config: dict[str, Any]
+    schedules: Schedules
     latent_channels: int
     latent_factor: int
     device: torch.device
@@ -297,16 +299,23 @@ class StableDiffusionModel:
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
         if job.image is not None:
             return self._start_from_image(job, rows)
+        fields: dict[str, Any] = {
+            "embeddings": rows,
+            "latent_shape": shape,
+            "device": self.device,
+            "dtype": self.memory_format.dtype,
+            "adapter_key": group_key(self.adapters, job),
+        }
+        # Images of exact jobs are diffusers' own to the last bit.
+        schedule = None if job.exact else self.schedules.shared(job.scheduler, job.steps)
+        if schedule is not None and (linear := schedule.linear) is not None:
+            return [
+                LinearSample(job, index, linear=linear, scheduler=schedule.scheduler, **fields)
+                for index in job.image_indices
+            ]
         return [
             LatentSample(
-                job,
-                index,
-                scheduler=make_scheduler(job.scheduler, self.scheduler_config),
-                embeddings=rows,
-                latent_shape=shape,
-                device=self.device,
-                dtype=self.memory_format.dtype,
-                adapter_key=group_key(self.adapters, job),
+                job, index, scheduler=self.schedules.new(job.scheduler, job.steps), **fields
             )
             for index in job.image_indices
         ]
@@ -339,9 +348,15 @@ class StableDiffusionModel:
 
     def _denoise_latents(self, samples: Sequence[LatentSample]) -> list[torch.Tensor]:
         """The prediction [rows, channels, h, w] of each sample, without the cost of a spec."""
-        latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
+        linear = [sample for sample in samples if isinstance(sample, LinearSample)]
+        if len(linear) == len(samples):
+            latents = stack_inputs(linear)
+        else:
+            latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
         context = torch.cat([e.hidden for s in samples for e in s.embeddings])
-        timesteps = torch.stack([s.timestep.float() for s in samples for _ in range(s.rows)])
+        timesteps = torch.tensor(
+            [s.timestep_number for s in samples for _ in range(s.rows)], dtype=torch.float32
+        )
         jobs = [(sample.job, sample.rows) for sample in samples]
         with self.precision(), denoising(self.adapters, jobs):
             predicted: torch.Tensor = self.unet(
