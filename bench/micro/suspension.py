@@ -10,7 +10,7 @@ import copy
 import functools
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -231,13 +231,16 @@ class Forms:
 def step_seconds(
     forms: Forms, form: str, scheduler: SchedulerName, images: int, steps: int
 ) -> float:
-    """Seconds of one step of one of ``images`` that share each batch, without the denoiser."""
+    """CPU seconds of one step of one of ``images`` that share each batch, without the denoiser.
+
+    It is one thread's time, which others on the machine hardly change.
+    """
     jobs = [forms.job(seed, steps, scheduler) for seed in range(images)]
     samples = [forms.new(form, job) for job in jobs]
-    began = time.perf_counter()
+    began = time.thread_time()
     for _ in range(steps):
         forms.step(form, samples)
-    seconds = time.perf_counter() - began
+    seconds = time.thread_time() - began
     for sample in samples:
         sample.close()
     return seconds / steps / images
@@ -299,33 +302,44 @@ def measure(options: argparse.Namespace) -> Measurement:
 COUNTED = ("kernels", "copies to the device", "host calls")
 
 
+RATIOS = ((SUSPENDED, BY_HAND), (BY_HAND + MERGED, BY_HAND), (SUSPENDED + MERGED, BY_HAND))
+"""The forms that are compared, each with the second."""
+
+
 def describe(results: Results) -> list[str]:
     """A text, the times and the counts."""
     times = [
         [
             f"{each['scheduler']}, {each['images']} in a batch",
-            *(f"{quantile([p[n] for p in each['rounds']], 0.5) * 1e6:.0f}" for n in FORMS),
-            f"{difference.value:+.0f} ({difference.low:+.0f} to {difference.high:+.0f})",
+            *(f"{quantile([r[n] for r in each['rounds']], 0.5) * 1e6:.0f}" for n in FORMS),
+            *(_ratio(each["rounds"], form, other) for form, other in RATIOS),
         ]
         for each in results.figures["times"]
-        for difference in [
-            bootstrap_median([(p["suspended"] - p["by hand"]) * 1e6 for p in each["rounds"]])
-        ]
     ]
     counts = [
-        [f"{each['scheduler']}, {each['form']}", *(str(each.get(c, 0)) for c in COUNTED)]
+        [
+            f"{each['scheduler']}, {each['images']} in a batch, {each['form']}",
+            *(str(each.get(c, 0)) for c in COUNTED),
+        ]
         for each in results.figures["counts"]
     ]
     return [
         "Stable Diffusion has a loop written by hand; other families are suspended runs of "
-        "diffusers' own pipeline. Here the demo model runs in both forms, with a UNet that returns "
-        f"zeros: µs of an image's step, on one thread, medians of {results.settings['rounds']} "
-        "interleaved rounds, and the median of their differences with its 95 % interval.",
-        table(["", "by hand, µs", "suspended, µs", "difference, µs"], times),
-        "What the second step of a lone image asks of its device besides the UNet, counted on "
-        "torch's meta device. It has no values, so neither form waits for one:",
+        "diffusers' own pipeline. Merged: the steps of a batch are one product; else each sample's "
+        "scheduler takes its own, as for `exact` jobs. Here the demo model runs in all forms, with "
+        "a UNet that returns random numbers made before: CPU µs of an image's step, on one thread, "
+        f"medians of {results.settings['rounds']} interleaved rounds, and medians of ratios within "
+        "a round with their 95 % interval.",
+        table(["", *FORMS, *(f"{form} / {other}" for form, other in RATIOS)], times),
+        "What the second step of a batch asks of its device besides the UNet, counted on torch's "
+        "meta device. It has no values, so no form waits for one:",
         table(["", *COUNTED], counts),
     ]
+
+
+def _ratio(rounds: Sequence[Mapping[str, float]], form: str, other: str) -> str:
+    ratio = bootstrap_median([each[form] / each[other] for each in rounds])
+    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 BENCHMARK = Benchmark(

@@ -15,6 +15,7 @@ from darkroom_server.engine.components.scheduler_table import (
 )
 from darkroom_server.engine.components.schedulers import make_scheduler, offer
 from darkroom_server.engine.latent_sample import LatentSample, LinearSample
+from darkroom_server.engine.pipelines.hosted_scheduler import hosted_scheduler
 from darkroom_server.engine.sample import Sample
 from darkroom_server.engine.stepping.linear_run import LinearRun, OutOfOrder
 from darkroom_server.engine.stepping.linear_steps import read_steps
@@ -234,3 +235,13 @@ def test_few_tensors_are_kept() -> None:
     }
     assert kept[SchedulerName.DDIM] == kept[SchedulerName.EULER] == 0
     assert max(kept.values()) <= 5, kept
+
+
+def test_previews_have_the_latents_as_the_denoiser_took_them() -> None:
+    hosted = hosted_scheduler(Schedules(BASE).new(SchedulerName.EULER, 4))
+    hosted.keeps_last_step = True
+    latents = torch.full((1, *SHAPE), 5.0)
+    for timestep in hosted.timesteps:
+        seen = hosted.scale_model_input(latents, timestep)
+        latents = hosted.step(seen * 0.1, timestep, latents, return_dict=False)[0]
+        assert torch.equal(hosted.last_step.latents, seen)

@@ -74,7 +74,19 @@ def _hosted_scheduler_class(base: Any, timesteps_on_cpu: bool) -> type:
     members = {"step": kept_step}
     if timesteps_on_cpu:
         members["set_timesteps"] = set_timesteps_on_cpu
+    if hasattr(base, "scale_model_input"):
+        members["scale_model_input"] = _scale_model_input(base.scale_model_input)
     return type(base.__name__, (base,), members)
+
+
+def _scale_model_input(scale: Any) -> Any:
+    @functools.wraps(scale)
+    def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.linear_run is None:
+            return scale(self, sample, *args, **kwargs)
+        return self.linear_run.scaled(sample)
+
+    return scale_model_input
 
 
 def _scaled(scheduler: Any, latents: Any, timestep: Any) -> Any:

@@ -22,6 +22,11 @@ class LinearRun:
         self._next = 0
         self._kept: torch.Tensor | None = None
 
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """``latents`` as the denoiser takes them at the next step."""
+        scale = self._steps.scales[self._next]
+        return latents if scale == 1.0 else latents * scale
+
     def begin(self, prediction: torch.Tensor, timestep: Any, latents: torch.Tensor) -> LinearStep:
         """The step at ``timestep``. Raises ``OutOfOrder`` if another one is next."""
         steps, place = self._steps, self._next
@@ -48,11 +53,12 @@ class LinearRun:
 def noise_of(
     steps: LinearSteps, place: int, prediction: torch.Tensor, generator: Any
 ) -> torch.Tensor:
-    """What step ``place`` takes from ``generator``, as diffusers would; zeros if nothing."""
+    """What step ``place`` takes from ``generator``, as diffusers would; zeros if nothing.
+
+    It is on the CPU, so that the noise of a batch is copied to the device at once.
+    """
     dtype = steps.noise_dtype or prediction.dtype
     if not steps.noisy[place]:
-        return torch.zeros(prediction.shape, dtype=dtype, device=prediction.device)
-    noise: torch.Tensor = randn_tensor(
-        prediction.shape, generator=generator, device=prediction.device, dtype=dtype
-    )
+        return torch.zeros(prediction.shape, dtype=dtype)
+    noise: torch.Tensor = randn_tensor(prediction.shape, generator=generator, dtype=dtype)
     return noise

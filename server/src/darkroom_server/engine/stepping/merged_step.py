@@ -11,7 +11,7 @@ class LinearStep:
     """A step that one sample has to take: ``matrix`` @ ``inputs``, one below the other.
 
     ``matrix`` is [outputs, sum of the inputs' rows] on the CPU, each input [rows, numbers of an
-    image] on the sample's device, and of any dtype.
+    image] of any dtype. The first is on the sample's device, the others may be on the CPU.
     """
 
     matrix: torch.Tensor
@@ -37,14 +37,11 @@ def take_steps(steps: Sequence[LinearStep]) -> list[torch.Tensor]:
 
 def _take_alike(steps: Sequence[LinearStep]) -> list[torch.Tensor]:
     """As ``take_steps``, for steps of equal shapes."""
-    first = steps[0]
-    numbers = first.inputs[0].shape[1]
+    device = steps[0].inputs[0].device
+    numbers = steps[0].inputs[0].shape[1]
     stacked = [
-        torch.cat(parts).float().view(len(steps), -1, numbers)
+        torch.cat(parts).to(device, torch.float32, non_blocking=True).view(len(steps), -1, numbers)
         for parts in zip(*(step.inputs for step in steps), strict=True)
     ]
-    matrices = torch.stack([step.matrix for step in steps])
-    device = first.inputs[0].device
-    if device.type != "cpu":
-        matrices = matrices.to(device, non_blocking=True)
+    matrices = torch.stack([step.matrix for step in steps]).to(device, non_blocking=True)
     return list(torch.bmm(matrices, torch.cat(stacked, dim=1)).unbind())
