@@ -16,6 +16,9 @@ PYTEST_FLAGS ?=
 # need PEFT, which the packages do not: it wants a newer accelerate.
 LOWEST_TESTS ?= tests/client tests/server tests/engine tests/wire --ignore tests/client/test_types.py \
     --ignore tests/engine/test_lora_rows.py --ignore tests/engine/test_adapter_reading.py
+# A worker for each core, up to four: a worker and the servers that its tests start take about 2 GB.
+# PYTEST_FLAGS=-n0 runs the tests in one process.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 # Whether `make test` runs `make test-tools` first: yes, no, or auto (if CI=true, or as root in a
 # container).
 INSTALL_TEST_TOOLS ?= auto
@@ -61,7 +64,7 @@ test: export HF_HUB_OFFLINE := 1
 test: setup ## run the tests: no network, no GPU; options in PYTEST_FLAGS
 	@tools/test_tools.sh $(INSTALL_TEST_TOOLS)
 	@! command -v npm >/dev/null || $(MAKE) --no-print-directory $(NODE_MODULES)
-	@$(BIN)/pytest $(PYTEST_FLAGS)
+	@$(BIN)/pytest $(PARALLEL) $(PYTEST_FLAGS)
 
 test-tools: ## install promtool, Prometheus, Node and Chromium for the tests, by apt; needs root
 	@tools/test_tools.sh yes
@@ -96,12 +99,15 @@ bench-lora: setup ## measure rows with different LoRAs beside grouping by adapte
 bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
 	@$(BIN)/python -m bench.micro memory $(BENCH_FLAGS)
 
-.PHONY: bench-estimates bench-overload
+.PHONY: bench-estimates bench-overload bench-http
 bench-estimates: setup ## measure how good the server's estimates are; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving estimates $(BENCH_FLAGS)
 
 bench-overload: setup ## 200 callers at five times the capacity, each with a deadline; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving overload $(BENCH_FLAGS)
+
+bench-http: setup ## measure HTTP beside gRPC, and what idle streams cost; options in BENCH_FLAGS
+	@$(BIN)/python -m bench.serving http $(BENCH_FLAGS)
 
 .PHONY: bench bench-full bench-gpu bench-peers-setup
 bench: bench-peers-setup ## measure Darkroom beside other servers, 15 minutes; options in BENCH_FLAGS
@@ -128,8 +134,9 @@ start-noise: setup ## start on a busy machine ten times, compare what was chosen
 	@$(BIN)/python -m tools.start_noise $(NOISE_FLAGS)
 
 .PHONY: fuzz
-fuzz: setup ## send INPUTS requests that no client would send to a server, over the wire
+fuzz: setup ## send INPUTS requests that no client would send to a server, over gRPC and HTTP each
 	@$(BIN)/python -m tests.server.hostile.fuzz --inputs $(INPUTS)
+	@$(BIN)/python -m tests.server.hostile.http_fuzz --inputs $(INPUTS)
 
 .PHONY: fuzz-images
 fuzz-images: setup ## decode IMAGES damaged pictures in the server's image workers

@@ -27,6 +27,16 @@ images = client.images.generate(
 for image in images.data or []:
     Path("star.png").write_bytes(base64.b64decode(image.b64_json or ""))
 
+# Without a mask, an image is a start: strength says how much of it is replaced.
+edited = client.images.edit(
+    model=model,
+    image=Path("star.png"),
+    prompt="a large red star on a blue background",
+    extra_body={"strength": 0.8, "seed": 7},
+)
+for image in edited.data or []:
+    Path("red-star.png").write_bytes(base64.b64decode(image.b64_json or ""))
+
 with client.images.generate(
     model=model, prompt="a red circle", stream=True, partial_images=2, extra_body={"seed": 7}
 ) as stream:

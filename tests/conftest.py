@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 # On a busy machine hypothesis must not fail a test for its time.
@@ -16,6 +17,14 @@ os.environ["DARKROOM_SERVE_MEASUREMENT_CACHE"] = "false"
 
 # On a busy machine the threads of one operation wait for each other longer than they compute.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# By default structlog shows the variables of each frame: seconds for each exception in the engine.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 # A shell starts what runs in the background with interrupts ignored, and so would the programs that
 # the tests start and interrupt.
@@ -45,7 +54,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Skips(in_ci=os.environ.get("CI") == "true"))
+    # A worker reports its skips to the process that distributes the tests.
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Skips(in_ci=os.environ.get("CI") == "true"))
 
 
 class Skips:

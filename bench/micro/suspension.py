@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -31,7 +32,7 @@ from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
-from darkroom_server.engine.latent_sample import LatentSample, LinearSample
+from darkroom_server.engine.latent_sample import new_sample
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 from darkroom_server.engine.pipelines import coroutine
 from darkroom_server.engine.pipelines.calls import EncodeCall
@@ -173,12 +174,7 @@ class Forms:
                 "device": self.device,
                 "dtype": self.unet.dtype,
             }
-            if not merges:
-                scheduler = self.schedules.new(job.scheduler, job.steps)
-                return LatentSample(job, 0, scheduler=scheduler, **fields)
-            shared = self.schedules.shared(job.scheduler, job.steps)
-            assert shared.linear is not None
-            return LinearSample(job, 0, linear=shared.linear, scheduler=shared.scheduler, **fields)
+            return new_sample(replace(job, exact=not merges), 0, self.schedules, **fields)
         scheduler = copy.deepcopy(self.templates[job.scheduler])
         scheduler.merges = merges
         sample = SuspendedSample(

@@ -1,1 +1,1 @@
-"""Estimates and overload, asked by ``python -m bench.serving NAME``."""
+"""Estimates, overload and the HTTP door, asked by ``python -m bench.serving NAME``."""

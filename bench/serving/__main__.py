@@ -1,4 +1,4 @@
-"""Measures estimates and overload: ``python -m bench.serving NAME ...``.
+"""Measures estimates, overload and the HTTP door: ``python -m bench.serving NAME ...``.
 
 Each writes its results to ``bench/results`` and its section of a page in ``docs``.
 """
@@ -6,9 +6,9 @@ Each writes its results to ``bench/results`` and its section of a page in ``docs
 from collections.abc import Sequence
 
 from bench.report.benchmark import run_named
-from bench.serving import estimates, overload
+from bench.serving import estimates, http_door, overload
 
-BENCHMARKS = tuple(module.BENCHMARK for module in (estimates, overload))
+BENCHMARKS = tuple(module.BENCHMARK for module in (estimates, overload, http_door))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,11 +1,11 @@
-"""The sections on estimates and on overload, from handwritten results."""
+"""The sections on estimates, overload and the HTTP door, from handwritten results."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from bench.serving import estimates, overload
+from bench.serving import estimates, http_door, overload
 from bench.serving.estimates import Pair
 from bench.serving.overload import Call, in_time
 from tests.bench.test_results import RESULTS
@@ -72,3 +72,32 @@ def test_a_late_image_does_not_count() -> None:
     late = Call(8, 1.0, 0.5, "image", 0.6)
     after = Call(8, 9.9, 5.0, "image", 0.6)
     assert in_time([late, after, *ANSWERED], seconds=10.0) == ANSWERED
+
+
+def doors(over_http: list[float], beside: list[float]) -> Any:
+    settings = {"pairs": 20, "rounds": 20, "seconds": 6.0, "streams": 200, "callers": 16}
+    settings |= {"steps": 8, "lone_steps": 20}
+    figures = {
+        "lone": {"grpc": [0.5] * 20, "http": over_http},
+        "closed": {"without": [20.0] * 20, "with": beside},
+    }
+    return replace(RESULTS, figures=figures, settings=settings)
+
+
+def test_the_http_section() -> None:
+    results = doors([0.505] * 20, [19.9] * 20)
+    page = http_door.BENCHMARK.section(results)
+    assert "| lone request, ms | 500.0 | 505.0 |" in page
+    assert "| closed loop, images/s | 20.00 | 19.90 |" in page
+    lone, closed = http_door.goals(results)
+    assert (lone.reached, closed.reached) == pytest.approx((1.01, 0.995))
+    assert lone.met
+    assert closed.met
+
+
+def test_the_worse_end_of_the_interval_decides() -> None:
+    results = doors([0.505] * 11 + [0.6] * 9, [19.9] * 11 + [18.0] * 9)
+    lone, closed = http_door.goals(results)
+    assert (lone.reached, closed.reached) == pytest.approx((1.01, 0.995))
+    assert not lone.met
+    assert not closed.met

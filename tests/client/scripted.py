@@ -168,7 +168,7 @@ class ScriptedServer(
 
     GenerateStream = SubmitGeneration = WatchGeneration = _unscripted
     CancelGeneration = EstimateGeneration = _unscripted
-    GetGeneration = ListGenerations = ListAdapters = _unscripted
+    GetGeneration = ListGenerations = ListAdapters = AddAdapter = RemoveAdapter = _unscripted
 
     def ListModels(
         self, request: model_pb2.ListModelsRequest, context: Any

@@ -10,14 +10,15 @@ from darkroom_client import Control, UploadedImage
 from darkroom_client._types.model import OPTIONAL_FIELDS
 from darkroom_client.cli import main
 from darkroom_client.testing import FakeServer, fake_model
-from tests.client.test_inputs import LARGE, OTHER, SMALL, digest
+from tests.client.test_inputs import ADAPTERS, LARGE, OTHER, SMALL, digest
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
 def fake() -> Iterator[FakeServer]:
-    with FakeServer(models=[fake_model(optional_fields=OPTIONAL_FIELDS)]) as server:
+    model = fake_model(optional_fields=OPTIONAL_FIELDS)
+    with FakeServer(models=[model], adapters=ADAPTERS) as server:
         yield server
 
 
@@ -34,6 +35,7 @@ def test_every_flag_reaches_the_server(fake: FakeServer) -> None:
     flags = (
         "--image large.png --mask other.png --strength 0.5 --reference small.png "
         "--reference other.png --lora outline:0.8 --lora pastel --control pose:small.png "
+        "--control edges:other.png:0.5 "
         "--ip-adapter-image small.png --ip-adapter-scale 0.25"
     )
     assert main(["generate", "a star", *flags.split()]) == 0
@@ -42,7 +44,7 @@ def test_every_flag_reaches_the_server(fake: FakeServer) -> None:
     assert (request.mask_image, request.strength) == (OTHER, 0.5)
     assert request.reference_images == (SMALL, OTHER)
     assert request.loras == {"outline": 0.8, "pastel": 1.0}
-    assert request.controls == (Control("pose", SMALL),)
+    assert request.controls == (Control("pose", SMALL), Control("edges", OTHER, scale=0.5))
     assert (request.ip_adapter_image, request.ip_adapter_scale) == (SMALL, 0.25)
     assert main(["submit", "a star", "--image", "small.png"]) == 0
     assert main(["estimate", "a star", "--image", "small.png"]) == 0
@@ -56,6 +58,9 @@ def test_every_flag_reaches_the_server(fake: FakeServer) -> None:
         ("--lora outline:much", "'outline:much' is not ID or ID:SCALE"),
         ("--lora a --lora a:0.5", "--lora: each adapter may be given once"),
         ("--control pose", "'pose' is not ID:FILE"),
+        ("--control pose:none:0.5", "none"),
+        ("--control pose:none:much", "none:much"),
+        ("--control pose:small.png:3", "--control: must be 0 to 2, not 3"),
         ("--mask small.png", "--mask: needs --image"),
         ("--lora a:9", "--lora: must be -4 to 4, not 9"),
     ],

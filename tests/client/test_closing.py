@@ -184,3 +184,15 @@ def test_a_call_on_a_channel_closed_meanwhile_is_cancelled(fake: FakeServer) -> 
         client.generate("a star")
     with pytest.raises(Cancelled):
         next(stream)
+
+
+def test_to_see_whether_a_client_is_connected_leaves_no_thread(fake: FakeServer) -> None:
+    """A thread of gRPC that watches a channel fails if the channel is closed meanwhile."""
+    with Client(fake.target) as client:
+        transport = client._transport
+        assert not transport.connected
+        client.models()
+        before = set(threading.enumerate())
+        assert transport.connected
+        assert set(threading.enumerate()) <= before
+    assert not transport.connected

@@ -14,6 +14,9 @@ import PIL.Image
 import pytest
 
 from darkroom_client import (
+    Adapter,
+    AdapterKind,
+    AdapterNotFound,
     AsyncClient,
     Client,
     Control,
@@ -47,9 +50,14 @@ def digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
+ADAPTERS = [Adapter(id=id, models=(MODEL.id,)) for id in ("outline", "pastel")] + [
+    Adapter(id=id, kind=AdapterKind.CONTROLNET, models=(MODEL.id,)) for id in ("edges", "pose")
+]
+
+
 @pytest.fixture
 def fake() -> Any:
-    with FakeServer(models=[MODEL]) as server:
+    with FakeServer(models=[MODEL], adapters=ADAPTERS) as server:
         yield server
 
 
@@ -254,6 +262,43 @@ def test_the_server_checks_the_rest(client: Client) -> None:
         pytest.raises(InvalidRequest, match="image: model 'demo' does not take it"),
     ):
         other.generate("a star", image=SMALL)
+
+
+def test_the_server_rejects_adapters_that_cannot_be_used() -> None:
+    adapters = [
+        *ADAPTERS,
+        Adapter(id="other", models=("another",)),
+        Adapter(id="huge", models=(MODEL.id,), rejection="its rank is 512"),
+    ]
+    with (
+        FakeServer(models=[MODEL], adapters=adapters) as server,
+        Client(server.target) as client,
+    ):
+        for call in (client.generate, client.estimate):
+            with pytest.raises(
+                AdapterNotFound, match="no adapter 'none'; this server has huge, other"
+            ):
+                call("a star", loras={"outline": 1.0, "none": 1.0})
+            with pytest.raises(InvalidRequest) as caught:
+                call("a star", loras={"other": 1.0, "huge": 1.0})
+            with pytest.raises(
+                AdapterNotFound, match="no adapter 'outline'; this server has edges, p"
+            ):
+                call("a star", controls=[Control("outline", SMALL)])
+            assert [(v.field, v.description) for v in caught.value.violations] == [
+                ("loras[0].id", f"'other': does not fit model {MODEL.id!r}"),
+                ("loras[1].id", "'huge': its rank is 512"),
+            ]
+        assert client.generate("a star", loras={"outline": 1.0}).images
+
+
+def test_the_server_rejects_a_default_strength_that_leaves_no_step(client: Client) -> None:
+    """The default is 0.8, and for a mask 1."""
+    with pytest.raises(InvalidRequest, match=r"strength: of 1 steps, 0\.8 is less than one"):
+        client.generate("a star", image=SMALL, steps=1)
+    client.generate("a star", image=SMALL, steps=2)
+    client.generate("a star", image=SMALL, mask_image=OTHER, steps=1)
+    client.generate("a star", steps=1)
 
 
 def test_a_model_lists_its_tasks(client: Client) -> None:

@@ -29,6 +29,8 @@ NEW_CALLS: dict[str, Callable[[Client], object]] = {
     "darkroom.v1.GenerationService/GetGeneration": lambda client: client.job("a-job"),
     "darkroom.v1.GenerationService/ListGenerations": lambda client: list(client.jobs()),
     "darkroom.v1.ModelService/ListAdapters": lambda client: client.adapters(),
+    "darkroom.v1.ModelService/AddAdapter": lambda client: client.add_adapter("neon"),
+    "darkroom.v1.ModelService/RemoveAdapter": lambda client: client.remove_adapter("neon"),
     # Too large for a message, so it is uploaded.
     "darkroom.v1.ImageService/UploadImage": lambda client: client.generate(
         "a star", image=bytes(2 << 20)
@@ -54,31 +56,25 @@ NEW = Version(ROOT)
 
 
 @pytest.fixture(scope="session")
-def old() -> Version:
+def old(tmp_path_factory: pytest.TempPathFactory) -> Version:
     """Version 0.1.0 from the history of this repository, without the weights of its demo model."""
-    folder = ROOT / "build" / "compat" / OLD_COMMIT
-    if not folder.exists():
-        known = subprocess.run(
-            ["git", "cat-file", "-e", f"{OLD_COMMIT}^{{commit}}"],
-            cwd=ROOT,
-            capture_output=True,
-            check=False,
-        )
-        if known.returncode:
-            pytest.skip(
-                f"the history lacks 0.1.0 ({OLD_COMMIT:.8}): `git fetch --unshallow` adds it"
-            )
-        half = folder.with_suffix(".part")
-        half.mkdir(parents=True, exist_ok=True)
-        without = ":(exclude)server/src/darkroom_server/demo_model"
-        archive = subprocess.run(
-            ["git", "archive", OLD_COMMIT, "--", *PACKAGES, without],
-            cwd=ROOT,
-            capture_output=True,
-            check=True,
-        )
-        subprocess.run(["tar", "x", "-C", half], input=archive.stdout, check=True)
-        half.rename(folder)
+    known = subprocess.run(
+        ["git", "cat-file", "-e", f"{OLD_COMMIT}^{{commit}}"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
+    if known.returncode:
+        pytest.skip(f"the history lacks 0.1.0 ({OLD_COMMIT:.8}): `git fetch --unshallow` adds it")
+    folder = tmp_path_factory.mktemp("compat")
+    without = ":(exclude)server/src/darkroom_server/demo_model"
+    archive = subprocess.run(
+        ["git", "archive", OLD_COMMIT, "--", *PACKAGES, without],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    subprocess.run(["tar", "x", "-C", folder], input=archive.stdout, check=True)
     return Version(folder)
 
 

@@ -57,13 +57,7 @@ def original_layout(pipeline: Any) -> dict[str, torch.Tensor]:
     unet = pipeline.unet.state_dict()
     for key, weight in unet.items():
         found["model.diffusion_model." + _unet_key(key, pipeline.unet.config, unet)] = weight
-    blocks = len(pipeline.vae.config.block_out_channels)
-    for key, weight in pipeline.vae.state_dict().items():
-        # Attention was made of convolutions of one pixel.
-        convolution = "mid_block.attentions" in key and weight.ndim == 2
-        found["first_stage_model." + _vae_key(key, blocks)] = (
-            weight[:, :, None, None] if convolution else weight
-        )
+    found.update(vae_in_original_layout(pipeline.vae))
     two = hasattr(pipeline, "text_encoder_2")
     clip = ("conditioner.embedders.0" if two else "cond_stage_model") + ".transformer.text_model."
     for key, weight in pipeline.text_encoder.state_dict().items():
@@ -75,6 +69,19 @@ def original_layout(pipeline: Any) -> dict[str, torch.Tensor]:
     found[clip + "embeddings.position_ids"] = torch.arange(tokens)[None]
     found["alphas_cumprod"] = pipeline.scheduler.alphas_cumprod
     return {key: weight.clone().contiguous() for key, weight in found.items()}
+
+
+def vae_in_original_layout(vae: Any) -> dict[str, torch.Tensor]:
+    """The weights of ``vae`` under the names of a single-file checkpoint."""
+    found: dict[str, torch.Tensor] = {}
+    blocks = len(vae.config.block_out_channels)
+    for key, weight in vae.state_dict().items():
+        # Attention was made of convolutions of one pixel.
+        convolution = "mid_block.attentions" in key and weight.ndim == 2
+        found["first_stage_model." + _vae_key(key, blocks)] = (
+            weight[:, :, None, None] if convolution else weight
+        )
+    return found
 
 
 def _open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

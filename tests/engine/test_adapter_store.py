@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 
+from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.engine_config import AdapterSource, EngineConfig
 from darkroom_server.core.errors import Reason, StartupError
 from darkroom_server.core.events import (
@@ -23,7 +24,6 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.core.inputs import Lora
 from darkroom_server.core.job import Job
-from darkroom_server.core.model import AdapterKind
 from darkroom_server.engine.adapters import store
 
 from .adapter_files import write_adapter

@@ -140,28 +140,13 @@ def test_cancelling_an_unknown_or_ended_job_is_ignored(listener: Listener) -> No
     listener.engine.cancel("bystander")
 
 
-@pytest.mark.parametrize("kind", ["thread", "process"])
-def test_an_expired_job_is_cancelled(kind: str, tiny_folder: Path) -> None:
-    listener = Listener(build(kind, config_for(tiny_folder)))
-    listener.until(lambda e: isinstance(e, EngineReady))
+@pytest.mark.parametrize("listener", ["thread", "process"], indirect=True)
+def test_an_expired_job_is_cancelled(listener: Listener) -> None:
     listener.engine.submit(make_job("late", steps=150, deadline=time.monotonic() + 0.1))
     listener.until_end_of("late")
     (end,) = [e for e in listener.of("late") if is_end(e)]
     assert isinstance(end, JobCancelled)
     assert end.expired
-    listener.engine.close()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_close_ends_it_with_jobs_inside(kind: str, tiny_folder: Path) -> None:
-    listener = Listener(build(kind, config_for(tiny_folder)))
-    listener.until(lambda e: isinstance(e, EngineReady))
-    listener.engine.submit(make_job("inside", steps=150))
-    listener.until(lambda e: isinstance(e, JobStarted))
-    listener.engine.close()
-    listener.engine.close()
-    while not listener.events.empty():
-        assert not is_end(listener.events.get())
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
@@ -173,3 +158,13 @@ def test_a_model_that_cannot_be_loaded_is_one_line(kind: str, tmp_path: Path) ->
     assert "has no model_index.json" in died.message
     assert "\n" not in died.message
     listener.engine.close()
+
+
+def test_close_ends_it_with_jobs_inside(listener: Listener) -> None:
+    """The last test: it closes the shared engine."""
+    listener.engine.submit(make_job("inside", steps=150))
+    listener.until(lambda e: isinstance(e, JobStarted) and e.job_id == "inside")
+    listener.engine.close()
+    listener.engine.close()
+    while not listener.events.empty():
+        assert not is_end(listener.events.get())

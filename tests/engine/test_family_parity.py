@@ -20,7 +20,7 @@ from darkroom_server.engine.pipelines.model import SuspendedModel
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .families import CASES
-from .families.case import FamilyCase
+from .families.case import FamilyCase, alone_key
 from .model_table import cells, check_row
 
 NOTICEABLE = 1e-3
@@ -28,7 +28,7 @@ NOTICEABLE = 1e-3
 
 
 class Alone:
-    """diffusers' own pipeline on a folder, called as its users call it."""
+    """diffusers' own pipeline on a folder, called as its users call it, once for equal jobs."""
 
     def __init__(self, case: FamilyCase, folder: Any) -> None:
         self._case = case
@@ -39,6 +39,7 @@ class Alone:
                 # torch multiplies strided inputs in another order by weights that want gradients.
                 part.requires_grad_(False)
         self._latents: list[torch.Tensor] = []
+        self._images: dict[Job, tuple[torch.Tensor, NDArray[np.uint8]]] = {}
         decode = self.pipeline.vae.decode
 
         def keep(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -49,6 +50,13 @@ class Alone:
 
     def image(self, job: Job) -> tuple[torch.Tensor, NDArray[np.uint8]]:
         """What the VAE decodes for ``job``, and the pixels."""
+        key = alone_key(job)
+        if key not in self._images:
+            self._images[key] = self.generate(job)
+        return self._images[key]
+
+    def generate(self, job: Job) -> tuple[torch.Tensor, NDArray[np.uint8]]:
+        """What ``image`` keeps; calls the pipeline."""
         # A new scheduler each time: some keep state from run to run.
         self.pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
         image = self.pipeline(
@@ -201,7 +209,7 @@ def test_previews_are_of_the_latents_that_the_vae_decodes(
         return found
 
     monkeypatch.setattr(scheduler, "step", keep)
-    decoded, _ = served.alone.image(job)
+    decoded, _ = served.alone.generate(job)
     config = served.alone.pipeline.vae.config
     wanted = (decoded - (config.get("shift_factor") or 0.0)) * config.get("scaling_factor", 1.0)
     if wanted.ndim == 5:  # A video of one frame.
@@ -213,15 +221,18 @@ def test_previews_are_of_the_latents_that_the_vae_decodes(
 
 def test_each_scheduler_on_offer_repeats_an_image_by_its_seed(served: Served) -> None:
     first, *_ = served.jobs("schedulers")
-    for offer in served.loop.models["tiny"].info.schedulers:
-        again = [
-            replace(first, id=f"{offer.name}-{i}", scheduler=offer.name, steps=4) for i in range(2)
-        ]
-        for job in again:
-            end = served.loop.run(job)[job.id]
-            assert isinstance(end, JobFinished), end
-        one, other = (served.loop.latents[job.id, 0] for job in again)
-        assert torch.equal(one, other), offer.name
+    offers = served.loop.models["tiny"].info.schedulers
+    runs = [
+        [replace(first, id=f"{o.name}-{i}", scheduler=o.name, steps=4) for o in offers]
+        for i in range(2)
+    ]
+    for jobs in runs:
+        ends = served.loop.run(*jobs)
+        assert all(isinstance(ends[job.id], JobFinished) for job in jobs), ends
+    for pair in zip(*runs, strict=True):
+        one, other = (served.loop.latents[job.id, 0] for job in pair)
+        # They share batches, so the last bits may differ.
+        assert float((one - other).abs().max() / one.abs().max()) < NOTICEABLE, pair
 
 
 def test_prompts_of_different_lengths_share_batches_if_they_are_padded_with_a_mask(

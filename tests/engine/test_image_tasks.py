@@ -14,18 +14,19 @@ from numpy.typing import NDArray
 
 from darkroom_server.core.events import JobFinished, PreviewReady
 from darkroom_server.core.job import Job, SchedulerName, Task
+from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 
 from .conftest import LoopUnderTest, config_for, make_job
-from .families.case import FamilyCase
+from .families.case import FamilyCase, alone_key
 from .families.image_tasks import CASES, mask, picture, pipelines_of
 from .families.inpainting import CASES as INPAINTING
 from .test_family_parity import NOTICEABLE, first_timestep_for_all, prompts_swapped
 
 
 class Alone:
-    """diffusers' own pipelines on a folder, called as their users call them."""
+    """diffusers' own pipelines on a folder, called as users do, once for equal jobs."""
 
     def __init__(self, case: FamilyCase, folder: Any) -> None:
         self._case = case
@@ -37,6 +38,7 @@ class Alone:
         self._scheduler = copy.deepcopy(text.scheduler)
         self.pipelines = pipelines_of(text)
         self._latents: list[torch.Tensor] = []
+        self._images: dict[Job, tuple[torch.Tensor, NDArray[np.uint8]]] = {}
         decode = text.vae.decode
 
         def keep(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -47,6 +49,12 @@ class Alone:
 
     def image(self, job: Job, index: int = 0) -> tuple[torch.Tensor, NDArray[np.uint8]]:
         """What the VAE decodes for an image of ``job``, and the pixels."""
+        key = alone_key(job, index)
+        if key not in self._images:
+            self._images[key] = self._generate(key)
+        return self._images[key]
+
+    def _generate(self, job: Job) -> tuple[torch.Tensor, NDArray[np.uint8]]:
         pipeline = self.pipelines[job.task]
         pipeline.set_progress_bar_config(disable=True)
         # A new scheduler each time: some keep state from run to run.
@@ -55,7 +63,7 @@ class Alone:
         size = {"width": job.width, "height": job.height}
         image = pipeline(
             num_inference_steps=job.steps,
-            generator=torch.Generator("cpu").manual_seed(job.seed_of(index)),
+            generator=torch.Generator("cpu").manual_seed(job.seed),
             output_type="pil",
             **{name: value for name, value in size.items() if name in taken},
             **self._case.call(job),
@@ -189,10 +197,24 @@ def test_exact_images_have_the_pipelines_bytes(served: Served) -> None:
 
 
 def test_each_image_of_a_job_has_its_seed_and_is_generated_again_after_a_crash(
-    served: Served,
+    served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for job in served.jobs("images", image_count=3)[:2]:
-        served.run([job, again := replace(job, id=f"{job.id}-again", skip=frozenset({0, 1}))])
+    """What a job starts from is encoded once; each image has its own noise from it."""
+    encode = ImageEncoder.encode
+    encoded: list[torch.Tensor] = []
+
+    def counted(self: ImageEncoder, images: torch.Tensor, options: Any) -> Any:
+        encoded.append(images)
+        return encode(self, images, options)
+
+    monkeypatch.setattr(ImageEncoder, "encode", counted)
+    for job in served.jobs("images", image_count=3, exact=True)[:2]:
+        served.run([job])
+        for_three = len(encoded)
+        served.run([again := replace(job, id=f"{job.id}-again", skip=frozenset({0, 1}))])
+        assert for_three == len(encoded) - for_three > 0
+        encoded.clear()
+        assert torch.equal(served.loop.latents[job.id, 2], served.loop.latents[again.id, 2])
         for index in range(3):
             assert served.error(job, index) <= served.case.tolerance
         assert served.error(job, 1, of=replace(job, seed=job.seed + 5)) > NOTICEABLE

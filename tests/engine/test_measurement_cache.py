@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,24 +117,26 @@ def test_a_disk_that_fails_leaves_the_old_file(
     assert len(list(tmp_path.iterdir())) == 1, "no temporary file remains"
 
 
-def _save_many(folder: str, rows: int) -> None:
-    cache = MeasurementCache(folder, KEY)
-    for _ in range(200):
-        cache.save(dataclasses.replace(FOUND, max_rows=rows))
+SAVE_MANY = """
+import json, sys
+from darkroom_server.engine.warmup.measurement_cache import MeasurementCache, Measurements
+
+folder, key, fields = sys.argv[1], *map(json.loads, sys.argv[2:])
+for _ in range(200):
+    MeasurementCache(folder, key).save(Measurements(**fields))
+"""
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
-    folder = str(tmp_path)
-    MeasurementCache(folder, KEY).save(FOUND)
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_save_many, args=(folder, rows)) for rows in (16, 32)]
-    for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
-        assert MeasurementCache(folder, KEY).load() is not None
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
+    MeasurementCache(str(tmp_path), KEY).save(FOUND)
+    writers = []
+    for rows in (16, 32):
+        fields = dataclasses.asdict(dataclasses.replace(FOUND, max_rows=rows))
+        command = [sys.executable, "-c", SAVE_MANY, str(tmp_path), *map(json.dumps, (KEY, fields))]
+        writers.append(subprocess.Popen(command))
+    while any(writer.poll() is None for writer in writers):
+        assert MeasurementCache(str(tmp_path), KEY).load() is not None
+    assert [writer.returncode for writer in writers] == [0, 0]
 
 
 def test_the_second_start_measures_nothing(

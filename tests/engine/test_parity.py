@@ -27,7 +27,7 @@ def busy_mix(scheduler: SchedulerName) -> list[Job]:
     """Jobs that share batches with one of every other scheduler, all settings mixed."""
     jobs = []
     for i, (steps, guidance, width) in enumerate(
-        [(5, 1.0, 64), (50, 12.0, 64), (17, 7.5, 72), (8, 4.0, 64)]
+        [(5, 1.0, 64), (25, 12.0, 64), (13, 7.5, 72), (8, 4.0, 64)]
     ):
         jobs.append(
             make_job(

@@ -24,7 +24,13 @@ from darkroom_server.core.events import (
 )
 
 from .conftest import config_for, make_job
+from .engine_process import FAKE_LOOP, child_with
 from .test_contract import Listener
+
+
+@pytest.fixture
+def fake_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
 
 
 def started(folder: Path, timeout: float = 60.0) -> tuple[ProcessEngine, Listener, int]:
@@ -43,6 +49,7 @@ def open_files() -> int:
     return psutil.Process().num_fds()
 
 
+@pytest.mark.usefixtures("fake_loop")
 def test_a_killed_process_is_reported_and_can_be_started_again(tiny_folder: Path) -> None:
     files = open_files()
     engine, listener, pid = started(tiny_folder)
@@ -72,6 +79,7 @@ def test_its_threads_sleep_while_they_wait_unless_the_environment_says_otherwise
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if set_to:
         monkeypatch.setenv("OMP_WAIT_POLICY", set_to)
+    monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
     engine, _, pid = started(tiny_folder)
     environment = psutil.Process(pid).environ()
     engine.close()
@@ -106,6 +114,7 @@ def test_memory_reports_do_not_reset_the_timeout(
     engine.close()
 
 
+@pytest.mark.usefixtures("fake_loop")
 def test_a_process_that_hangs_at_work_is_killed(tiny_folder: Path) -> None:
     engine, listener, pid = started(tiny_folder, timeout=0.5)
     engine.submit(make_job("stuck", steps=150))
@@ -204,6 +213,7 @@ def test_a_process_that_hangs_in_the_middle_of_a_message_is_killed(
     engine.close()
 
 
+@pytest.mark.usefixtures("fake_loop")
 def test_a_stopped_process_does_not_block_its_callers(tiny_folder: Path) -> None:
     engine, listener, pid = started(tiny_folder)
     os.kill(pid, signal.SIGSTOP)
@@ -213,21 +223,6 @@ def test_a_stopped_process_does_not_block_its_callers(tiny_folder: Path) -> None
     os.kill(pid, signal.SIGCONT)
     listener.until_end_of(*(f"heap-{i}" for i in range(300)))
     engine.close()
-
-
-def child_with(start_loop: str) -> tuple[str, str]:
-    """What Python runs in the engine's process, with another ``start_loop``."""
-    return (
-        "-c",
-        f"""
-import darkroom_server.engine.loading.startup
-from darkroom_server.core.events import EngineReady, BatchDone
-{start_loop}
-darkroom_server.engine.loading.startup.start_loop = start_loop
-from darkroom_server.engine.main import main
-main()
-""",
-    )
 
 
 FAILING = """
@@ -309,6 +304,7 @@ class Unreadable:
         return int, ("no number",)
 
 
+@pytest.mark.usefixtures("fake_loop")
 def test_a_process_that_cannot_understand_ends(tiny_folder: Path) -> None:
     engine, listener, _ = started(tiny_folder)
     assert engine._process is not None

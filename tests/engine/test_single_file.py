@@ -5,7 +5,11 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from safetensors.torch import load_file, save_file
 
@@ -19,9 +23,11 @@ from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .families.aura_flow import write_aura_flow
+from .families.stable_diffusion_3 import write_sd3
 from .families.stable_diffusion_xl import write_sdxl
 from .folders import edit_index, edited, truncate
 from .original_layout import original_layout
+from .original_layout_sd3 import original_sd3_layout
 
 
 @pytest.fixture(scope="module")
@@ -123,19 +129,30 @@ def test_a_file_of_stable_diffusion_xl_is_the_same_model_as_its_folder(
     xl_folder: Path, xl_file: Path, tmp_path: Path
 ) -> None:
     config = edited(xl_folder, tmp_path / "config", _drop_weights)
-    source = ModelSource(id="tiny", location=str(xl_file), config=str(config))
-    job = make_job("xl", exact=True, guidance_scale=5.0, scheduler=SchedulerName.MODEL)
-    images = []
-    for models in ((source,), None):
-        settings = {} if models is None else {"models": models}
-        loop = LoopUnderTest(config_for(xl_folder, **settings))
-        try:
-            assert loop.models["tiny"].info.kind == "StableDiffusionXLPipeline"
-            assert isinstance(loop.run(job)[job.id], JobFinished)
-            images.append(loop.image(job.id).image.data)
-        finally:
-            loop.close()
-    assert images[0] == images[1]
+    assert image_of(xl_file, config) == image_of(xl_folder, None)
+
+
+def test_a_file_of_stable_diffusion_3_is_the_same_model_as_its_folder(tmp_path: Path) -> None:
+    folder = write_sd3(tmp_path / "sd3", width_2=16)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    torch.nn.init.eye_(pipeline.text_encoder.text_projection.weight)
+    pipeline.text_encoder.save_pretrained(folder / "text_encoder")
+    file = tmp_path / "sd3.safetensors"
+    save_file(original_sd3_layout(pipeline), file)
+    config = edited(folder, tmp_path / "config", _drop_weights)
+    assert image_of(file, config) == image_of(folder, None)
+
+
+def image_of(model: Path, config: Path | None) -> bytes:
+    """The image that the model in a folder or a file makes."""
+    source = ModelSource(id="one", location=str(model), config=str(config) if config else None)
+    loop = LoopUnderTest(config_for(model, models=(source,)))
+    job = make_job("one", model="one", exact=True, scheduler=SchedulerName.MODEL)
+    try:
+        assert isinstance(loop.run(job)[job.id], JobFinished)
+        return loop.image(job.id).image.data
+    finally:
+        loop.close()
 
 
 @pytest.mark.parametrize("part", ["conditioner.embedders.0.", "conditioner.embedders.1.", "label"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from darkroom_client import Adapter, Client, RowLimitSource
+from darkroom_client import Adapter, AdapterKind, Client, RowLimitSource
 from darkroom_client.testing import Behaviour, FakeServer, JobState, fake_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -178,6 +178,7 @@ def test_interrupting_node_cancels(darkroom_server: FakeServer, tmp_path: Path) 
 def test_node_lists_the_adapters() -> None:
     adapters = [
         Adapter(id="outline", models=("demo",), rank=8, resident=True),
+        Adapter(id="edges", kind=AdapterKind.CONTROLNET, models=("demo",), resident=True),
         Adapter(id="huge", models=("demo",), rank=512, rejection="its rank is 512"),
     ]
     with FakeServer(adapters=adapters) as server, node("adapters.js", server) as running:
@@ -185,6 +186,23 @@ def test_node_lists_the_adapters() -> None:
 
     assert running.returncode == 0, errors
     assert out.splitlines() == [
-        "huge: rank 512, for demo; its rank is 512",
-        "outline: rank 8, for demo; in memory",
+        "edges: ControlNet, for demo; in memory",
+        "huge: LoRA of rank 512, for demo; its rank is 512",
+        "outline: LoRA of rank 8, for demo; in memory",
+    ]
+
+
+@pytest.mark.needs("node")
+def test_node_adds_and_removes_an_adapter() -> None:
+    neon = Adapter(id="neon", models=("demo",), rank=4)
+    printed = []
+    with FakeServer(addable_adapters=[neon]) as server:
+        for verb in ("add", "remove", "remove"):
+            with node("adapters.js", server, server.target, verb, "neon") as running:
+                printed.append(running.communicate(timeout=SECONDS))
+
+    assert printed == [
+        ("neon: LoRA of rank 4, for demo; on disk\n", ""),
+        ("neon: removed; unfinished jobs that use it: 0\n", ""),
+        ("", "NOT_FOUND: no adapter 'neon'; this server has none\n"),
     ]

@@ -11,11 +11,12 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from darkroom.v1 import generation_pb2, generation_pb2_grpc
+from darkroom.v1 import generation_pb2, generation_pb2_grpc, model_pb2_grpc
 from darkroom_server.app import EngineLost, Server
 from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.core.events import Event
 from darkroom_server.settings import Dispatch, Engine, Models, Network, Settings
+from darkroom_server.settings.adapters import Adapters
 from darkroom_server.settings.sources import engine_configs
 from tests.engine.conftest import config_for
 
@@ -56,6 +57,7 @@ class Wire:
         self.engine = engine
         self._channel: Any = channel
         self._stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+        self.models: Any = model_pb2_grpc.ModelServiceStub(channel)
 
     def stream(self, **fields: Any) -> Any:
         """A call of ``GenerateStream``."""
@@ -90,7 +92,11 @@ class Wire:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *, dispatch: Dispatch | None = None, **engine: Any
+    folder: Path,
+    *,
+    dispatch: Dispatch | None = None,
+    lora_dir: Path | None = None,
+    **engine: Any,
 ) -> AsyncIterator[Wire]:
     """A server with the model in ``folder``; ``engine`` holds settings of the engine section."""
     settings = Settings(
@@ -98,9 +104,11 @@ async def serving(
         network=Network(port=0, metrics_port=0),
         engine=Engine(**{"engine_timeout": 60.0, **engine}),
         dispatch=dispatch or Dispatch(max_queued_jobs=64),
+        adapters=Adapters(lora_dir=None if lora_dir is None else str(lora_dir)),
     )
     assert engine_configs(settings, None)[0].models[0].id == "tiny"
-    tapped = TappedEngine(config_for(folder, rows=4), timeout=settings.engine.engine_timeout)
+    config = config_for(folder, rows=4, adapters_may_come=lora_dir is not None)
+    tapped = TappedEngine(config, timeout=settings.engine.engine_timeout)
     server = Server(settings, [tapped])
     await server.startup()
     serve = asyncio.create_task(server.serve())

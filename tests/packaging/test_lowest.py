@@ -10,8 +10,10 @@ from tools.lowest_versions import lowest_versions
 def test_there_is_a_lowest_version_of_every_dependency() -> None:
     lowest = lowest_versions()
 
+    # With versions below, the denoisers of Z-Image and HiDream take other arguments than those that
+    # their families describe, so their calls would not be merged.
+    assert Version(lowest["diffusers"]) >= Version("0.42")
     # Versions below do not load the demo model.
-    assert Version(lowest["diffusers"]) >= Version("0.40")
     assert Version(lowest["transformers"]) >= Version("5.6")
     assert Version(lowest["torch"]) == Version(
         importlib.metadata.version("torch").partition("+")[0]

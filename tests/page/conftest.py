@@ -70,6 +70,17 @@ class Page:
     def seen(self, name: str) -> Any:
         return self.driver.execute_script(f"return seen.{name}")
 
+    @contextmanager
+    def emulated(self, *, dark: bool, width: int, height: int) -> Iterator[None]:
+        """A screen of that size in CSS pixels, of a phone if it is narrow."""
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        yield
+        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
     def script(self, code: str, *arguments: object) -> Any:
         return self.driver.execute_async_script(
             f"const done = arguments[arguments.length - 1]; (async () => {{{code}}})()"
@@ -78,8 +89,8 @@ class Page:
         )
 
 
-@contextmanager
-def opened(*, dark: bool = False, width: int = 1280, height: int = 1000) -> Iterator[Page]:
+@pytest.fixture(scope="package")
+def page() -> Iterator[Page]:
     """A browser with an empty profile."""
     options = webdriver.ChromeOptions()
     for flag in (
@@ -87,12 +98,10 @@ def opened(*, dark: bool = False, width: int = 1280, height: int = 1000) -> Iter
         "--no-sandbox",  # Tests may run as root.
         "--disable-gpu",
         "--disable-dev-shm-usage",
-        f"--window-size={width},{height}",
+        "--window-size=1280,1000",
         f"--host-resolver-rules=MAP {EVIL} 127.0.0.1",
     ):
         options.add_argument(flag)
-    if dark:
-        options.add_argument("--blink-settings=preferredColorScheme=0")
     found = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
     options.binary_location = found
     service = webdriver.ChromeService(shutil.which("chromedriver"))
@@ -104,14 +113,11 @@ def opened(*, dark: bool = False, width: int = 1280, height: int = 1000) -> Iter
 
 
 @pytest.fixture(scope="package")
-def page() -> Iterator[Page]:
-    with opened() as found:
-        yield found
-
-
-@pytest.fixture(scope="package")
 def url() -> Iterator[str]:
-    """The URL of a server that runs one job at a time, a batch each ``BATCH_SECONDS``."""
+    """The URL of a server that runs one job at a time, a batch each ``BATCH_SECONDS``.
+
+    Its model takes images and adapters.
+    """
     flags = ("--http-port", "0", "--max-resident-samples", "1")
-    with start(*flags, pass_seconds=BATCH_SECONDS) as server:
+    with start(*flags, pass_seconds=BATCH_SECONDS, images=True) as server:
         yield f"http://{server.until('serving')['http']}"

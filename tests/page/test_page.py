@@ -17,7 +17,7 @@ import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from tests.page.conftest import EVIL, Page, opened
+from tests.page.conftest import EVIL, Page
 from tests.server.app.process import start
 from tests.server.http.door import token_file
 from tests.server.uploads.pictures import plain
@@ -162,70 +162,81 @@ def test_a_server_that_restarts_in_the_middle(page: Page) -> None:
     with start("--http-port", port, pass_seconds=0.05) as server:
         server.until("serving")
         page.open(url)
-        page.generate(prompt="a star", steps=200, seed=1)
+        page.generate(prompt="a star", steps=100, seed=1)
         page.wait(lambda: "Step" in page["status"].text)
     page.wait(lambda: any("Connection lost" in text for text in page.seen("texts")))
     with start("--http-port", port, pass_seconds=0.01) as server:
         server.until("serving")
         picture = page.finished()
-        expected = image_of(url, prompt="a star", steps=200, seed=1)
+        expected = image_of(url, prompt="a star", steps=100, seed=1)
         assert picture == f"data:image/png;base64,{expected}"
 
 
 @pytest.mark.needs("node")
-def test_an_image_with_a_marked_mask(page: Page, tmp_path: Path) -> None:
+def test_an_image_with_a_marked_mask(page: Page, url: str, tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     picture.write_bytes(plain())
-    with start("--http-port", "0", pass_seconds=0.02, images=True) as server:
-        page.open(f"http://{server.until('serving')['http']}")
-        page["picture-input"].find_element("tag name", "summary").click()
-        page["image"].send_keys(str(picture))
-        page.wait(lambda: page["canvas"].get_attribute("width") == "96")
-        page.driver.execute_script("arguments[0].scrollIntoView()", page["canvas"])
-        page.fill(strength=0.8, loras="ink:0.5, grain")
-        canvas = page["canvas"]
-        actions = ActionChains(page.driver).move_to_element_with_offset(canvas, 40, 0)
-        actions.click_and_hold().move_by_offset(10, 5).release().perform()
-        page.generate(prompt="a star", steps=10, seed=3)
-        page.finished()
-        request = json.loads(page["record"].get_attribute("textContent") or "")["request"]
-        digest = f"sha256:{hashlib.sha256(picture.read_bytes()).hexdigest()}"
-        assert digest in json.dumps(request["image"])
-        assert request["mask_image"]
-        assert request["loras"] == {"ink": 0.5, "grain": 1}
-        marked = """
-          const context = document.getElementById('canvas').getContext('2d');
-          return [5, 60].map((x) => context.getImageData(x, 32, 1, 1).data[3] > 0);
-        """
-        assert page.driver.execute_script(marked) == [False, True]
-        check_with_axe(page)
-        page.driver.execute_script("arguments[0].scrollIntoView()", page["remove-image"])
-        page["remove-image"].click()
-        page["clear-mask"].click()
-        page.fill(loras="")
-        page.generate(prompt="a star")
-        page.finished()
-        plain_request = json.loads(page["record"].get_attribute("textContent") or "")["request"]
-        assert "image" not in plain_request
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    page.open(url)
+    page["picture-input"].find_element("tag name", "summary").click()
+    page["image"].send_keys(str(tmp_path / "b.png"))
+    page.wait(lambda: "must be a PNG" in page["errors"].text)
+    assert not page["image-options"].is_displayed()
+    page["image"].send_keys(str(picture))
+    page.wait(lambda: page["canvas"].get_attribute("width") == "96")
+    assert not page["errors"].text
+    page.driver.execute_script("arguments[0].scrollIntoView()", page["canvas"])
+    page.fill(strength=0.8, loras="ink:0.5, grain")
+    canvas = page["canvas"]
+    side = canvas.size["width"]
+    # One fast stroke: the browser reports its ends alone.
+    actions = ActionChains(page.driver, duration=0).move_to_element_with_offset(canvas, 0, 0)
+    actions.click_and_hold().move_by_offset(side // 3, 0).release().perform()
+    marked = """
+      const context = document.getElementById('canvas').getContext('2d');
+      return [5, 56, 64, 72].map((x) => context.getImageData(x, 32, 1, 1).data[3] > 0);
+    """
+    assert page.driver.execute_script(marked) == [False, True, True, True]
+    page.generate(prompt="a star", steps=10, seed=3)
+    page.finished()
+    request = json.loads(page["record"].get_attribute("textContent") or "")["request"]
+    digest = f"sha256:{hashlib.sha256(picture.read_bytes()).hexdigest()}"
+    assert digest in json.dumps(request["image"])
+    assert request["mask_image"]
+    assert request["loras"] == {"ink": 0.5, "grain": 1}
+    check_with_axe(page)
+    page.driver.execute_script("arguments[0].scrollIntoView()", page["remove-image"])
+    page["clear-mask"].click()
+    assert page.driver.execute_script(marked) == [False] * 4
+    page["remove-image"].click()
+    page.fill(loras="")
+    page.generate(prompt="a star")
+    page.finished()
+    plain_request = json.loads(page["record"].get_attribute("textContent") or "")["request"]
+    assert "image" not in plain_request
+    result = base64.b64decode((page["picture"].get_attribute("src") or "").partition(",")[2])
+    page["edit"].click()
+    page.wait(lambda: page["easel"].is_displayed())
+    page.generate(strength=0.5)
+    page.finished()
+    digest = f"sha256:{hashlib.sha256(result).hexdigest()}"
+    page.wait(lambda: digest in (page["record"].get_attribute("textContent") or ""))
 
 
 @pytest.mark.needs("node")
 def test_axe_finds_no_serious_fault(page: Page, url: str) -> None:
     page.open(url)
     check_with_axe(page)
-    page.generate(prompt="a star", steps=2)
-    page.finished()
-    check_with_axe(page)
-    with opened(dark=True, width=390, height=800) as phone:
-        phone.open(url)
-        phone.generate(prompt="a star", steps=2)
-        phone.finished()
+    with page.emulated(dark=True, width=390, height=800):
+        page.open(url)
+        page.generate(prompt="a star", steps=2)
+        page.finished()
         dark = "return matchMedia('(prefers-color-scheme: dark)').matches"
-        assert phone.driver.execute_script(dark)
-        check_with_axe(phone)
+        assert page.driver.execute_script(dark)
+        check_with_axe(page)
         sizes = "const e = document.documentElement; return [e.scrollWidth, e.clientWidth]"
-        wanted, there = phone.driver.execute_script(sizes)
-        assert wanted <= there
+        wanted, there = page.driver.execute_script(sizes)
+        assert wanted <= there == 390
 
 
 def check_with_axe(page: Page) -> None:
@@ -252,32 +263,57 @@ class Attacker(BaseHTTPRequestHandler):
 
 
 ATTACK = """
-const url = arguments[0] + '/v1/images/generations';
-const body = JSON.stringify({prompt: 'evil'});
+const api = arguments[0] + '/v1/images/';
+const json = JSON.stringify({prompt: 'evil'});
+const form = new FormData();
+form.append('prompt', 'evil');
+form.append('image', new Blob([Uint8Array.from(arguments[1])]), 'a.png');
 const results = [];
-for (const [type, mode] of [['application/json', 'cors'], ['text/plain', 'no-cors'],
-                            ['application/x-www-form-urlencoded', 'no-cors']]) {
+for (const [path, mode, body, type] of [
+  ['generations', 'cors', json, 'application/json'],
+  ['generations', 'no-cors', json, 'text/plain'],
+  ['generations', 'no-cors', json, 'application/x-www-form-urlencoded'],
+  ['edits', 'no-cors', form],
+]) {
   try {
-    const reply = await fetch(url, {method: 'POST', mode, body, headers: {'Content-Type': type}});
-    results.push(reply.type);
+    const headers = type ? {'Content-Type': type} : {};
+    results.push((await fetch(api + path, {method: 'POST', mode, body, headers})).type);
   } catch { results.push('blocked'); }
 }
 return results;
 """
 
+SUBMIT = """
+const form = document.createElement('form');
+Object.assign(form, {method: 'POST', action: arguments[0] + '/v1/images/edits',
+                     enctype: 'multipart/form-data'});
+const data = new DataTransfer();
+data.items.add(new File([Uint8Array.from(arguments[1])], 'a.png'));
+const image = Object.assign(document.createElement('input'), {type: 'file', name: 'image'});
+image.files = data.files;
+const prompt = Object.assign(document.createElement('input'), {name: 'prompt', value: 'evil'});
+form.append(image, prompt);
+document.body.append(form);
+form.submit();
+"""
+
 
 def test_a_foreign_page_generates_nothing(page: Page, url: str) -> None:
+    picture = list(plain())
     before = api(url, "/v1/status")["accepted_jobs"]
     with ThreadingHTTPServer(("127.0.0.1", 0), Attacker) as evil:
         threading.Thread(target=evil.serve_forever, daemon=True).start()
         page.driver.get(f"http://127.0.0.1:{evil.server_address[1]}/")
         assert page.driver.title == "evil"
-        assert page.script(ATTACK, url) == ["blocked"] * 3
+        assert page.script(ATTACK, url, picture) == ["blocked"] * 4
+        page.driver.execute_script(SUBMIT, url, picture)
+        page.wait(lambda: "foreign_origin" in page.driver.page_source)
+        assert api(url, "/v1/status")["accepted_jobs"] == before
         # The same requests of the server's own page are answered, so the attack would work.
         page.driver.get(url)
-        assert page.script(ATTACK, url)[0] == "basic"
+        assert page.script(ATTACK, url, picture) == ["basic"] * 4
         evil.shutdown()
-    assert api(url, "/v1/status")["accepted_jobs"] == before + 1
+    assert api(url, "/v1/status")["accepted_jobs"] == before + 2
 
 
 def test_rebinding_reaches_nothing(page: Page, url: str) -> None:
@@ -285,5 +321,5 @@ def test_rebinding_reaches_nothing(page: Page, url: str) -> None:
     page.driver.get(f"http://{EVIL}:{port}/")
     assert "unknown_host" in page.driver.page_source
     before = api(url, "/v1/status")["accepted_jobs"]
-    page.script(ATTACK, f"http://{EVIL}:{port}")
+    page.script(ATTACK, f"http://{EVIL}:{port}", list(plain()))
     assert api(url, "/v1/status")["accepted_jobs"] == before

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
@@ -48,11 +48,11 @@ class LogReader:
 
 
 @contextmanager
-def running_server(*models: str) -> Iterator[tuple[str, str]]:
+def running_server(*models: str, flags: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
     """The addresses of a ready server with ``models``, or the demo model, for gRPC and HTTP.
 
     Its exit code must be 0. It computes like plain diffusers: float32, no autocast. A model is
-    NAME=FOLDER.
+    NAME=FOLDER; ``flags`` are further ones.
     """
     command = [
         sys.executable,
@@ -74,6 +74,7 @@ def running_server(*models: str) -> Iterator[tuple[str, str]]:
         "--rows",
         "4",
         *(flag for model in models for flag in ("--model", model)),
+        *flags,
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None

@@ -90,10 +90,10 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.images.generate(**REQUEST, size="13x13", extra_body={"style": "vivid"})
-    assert caught.value.param == "style"
+        client.images.generate(**REQUEST, size="13x13", extra_body={"mood": "vivid"})
+    assert caught.value.param == "mood"
     violations: Any = caught.value.body
-    assert {each["field"] for each in violations["violations"]} == {"style", "size"}
+    assert {each["field"] for each in violations["violations"]} == {"mood", "size"}
     with pytest.raises(openai.NotFoundError):
         client.images.generate(prompt=PROMPT, model="dall-e-3")
     with pytest.raises(openai.InternalServerError) as late:
@@ -101,30 +101,61 @@ def test_errors(client: openai.OpenAI) -> None:
     assert late.value.status_code == 504
 
 
+def send(http_url: str, path: str, body: bytes, kind: str) -> Any:
+    """The answer to a request that no client library made."""
+    headers = {"Content-Type": kind, "Authorization": "Bearer sk-anything"}
+    request = urllib.request.Request(f"{http_url}/v1/images/{path}", body, headers)
+    with urllib.request.urlopen(request) as page:
+        return json.load(page)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
-        # Open WebUI.
-        {
-            "model": "demo",
-            "prompt": PROMPT,
-            "n": 1,
-            "size": "128x128",
-            "response_format": "b64_json",
-        },
-        # LangChain's wrapper.
-        {"prompt": PROMPT, "model": "demo", "n": 1, "size": "auto", "quality": "standard"},
+        # Open WebUI, whose address may end with ?api-version=….
+        {"n": 1, "size": "128x128", "response_format": "b64_json"},
         # Clients that send what they do not set.
-        {"prompt": PROMPT, "model": None, "n": None, "user": None, "background": "auto"},
+        {"n": None, "user": None, "background": "auto", "moderation": "auto"},
     ],
 )
 def test_call_shapes_of_other_programs(http_url: str, fields: dict[str, Any]) -> None:
-    body = json.dumps({**fields, "steps": 1}).encode()
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer sk-anything"}
-    request = urllib.request.Request(f"{http_url}/v1/images/generations", body, headers)
-    with urllib.request.urlopen(request) as page:
-        (image,) = json.load(page)["data"]
+    body = json.dumps({**REQUEST, **fields, "steps": 1}).encode()
+    answer = send(http_url, "generations?api-version=2024-02-01", body, "application/json")
+    (image,) = answer["data"]
     assert base64.b64decode(image["b64_json"])[:4] == b"\x89PNG"
+    assert not image.get("url")  # Open WebUI prefers it.
+
+
+def test_the_form_of_open_webui(http_url: str, expected: bytes) -> None:
+    """Each text has a type of its own, and there is no strength."""
+    part = '--x\r\nContent-Type: {}\r\nContent-Disposition: form-data; name="{}"{}\r\n\r\n'
+    fields = {**REQUEST, "n": "1", "size": "128x128", "response_format": "b64_json"}
+    texts = [
+        part.format("text/plain; charset=utf-8", name, "") + f"{value}\r\n"
+        for name, value in fields.items()
+    ]
+    file = part.format("image/png", "image", '; filename="a.png"')
+    body = "".join([*texts, file]).encode() + expected + b"\r\n--x--\r\n"
+    answer = send(http_url, "edits", body, "multipart/form-data; boundary=x")
+    (image,) = answer["data"]
+    assert image["record"]["request"]["image"]
+    assert base64.b64decode(image["b64_json"])[:4] == b"\x89PNG"
+
+
+def test_langchain_in_javascript(client: openai.OpenAI, expected: bytes) -> None:
+    """Its wrapper sends every field, and reads URLs."""
+    images = client.images.generate(
+        **REQUEST,
+        n=1,
+        size="128x128",
+        response_format="url",
+        style="vivid",
+        quality="standard",
+        extra_body=OURS,
+    )
+    assert images.data is not None
+    with urllib.request.urlopen(images.data[0].url or "") as page:
+        assert page.read() == expected
 
 
 def environment(http_url: str) -> dict[str, str]:
@@ -140,16 +171,17 @@ def test_the_python_example(http_url: str, tmp_path: Path) -> None:
         env=environment(http_url),
     )
     saved = sorted(path.name for path in tmp_path.iterdir())
-    assert saved == ["circle.png", "preview-0.jpg", "preview-1.jpg", "star.png"]
+    assert saved == ["circle.png", "preview-0.jpg", "preview-1.jpg", "red-star.png", "star.png"]
+    assert (tmp_path / "red-star.png").read_bytes() != (tmp_path / "star.png").read_bytes()
 
 
 @pytest.mark.needs("node")
 def test_the_node_example(http_url: str, tmp_path: Path) -> None:
     node = shutil.which("node")
     assert node
-    picture = tmp_path / "star.png"
+    picture, edited = tmp_path / "star.png", tmp_path / "edited.png"
     done = subprocess.run(
-        [node, EXAMPLES / "node" / "openai.js", PROMPT, picture],
+        [node, EXAMPLES / "node" / "openai.js", PROMPT, picture, edited],
         capture_output=True,
         text=True,
         check=False,
@@ -160,4 +192,5 @@ def test_the_node_example(http_url: str, tmp_path: Path) -> None:
     *previews, last = done.stdout.splitlines()
     assert previews == ["preview 0", "preview 1"]
     assert json.loads(last)["seed"] == 7
-    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert picture.read_bytes()[:4] == edited.read_bytes()[:4] == b"\x89PNG"
+    assert picture.read_bytes() != edited.read_bytes()

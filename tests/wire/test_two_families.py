@@ -1,5 +1,8 @@
 """A tiny SDXL and a tiny FLUX.1 in one server: pictures, fields and errors, through the wire."""
 
+import base64
+import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +10,25 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
-from darkroom_client import Client, InvalidRequest, Scheduler
+from darkroom_client import (
+    AdapterKind,
+    AdapterNotFound,
+    Client,
+    Control,
+    InvalidRequest,
+    Scheduler,
+    UploadedImage,
+)
 from darkroom_client.cli import main
+from darkroom_server.engine.conditioning.input_images import pil_image
+from tests.engine.families.controls import flux_net, unet_net
 from tests.engine.families.flux import write_dev
+from tests.engine.families.image_tasks import picture
+from tests.engine.families.parts import shaken
 from tests.engine.families.stable_diffusion_xl import write_sdxl
 
 from .conftest import running_server
@@ -40,14 +56,22 @@ FLUX: dict[str, Any] = {
 class Served:
     address: str
     folders: dict[str, Path]
+    nets: dict[str, Path]
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("models")
     folders = {"xl": write_sdxl(folder / "xl"), "flux": write_dev(folder / "flux")}
-    with running_server(*(f"{name}={path}" for name, path in folders.items())) as (address, _):
-        yield Served(address, folders)
+    nets = {"xl": folder / "xl-edges", "flux": folder / "flux-edges"}
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folders["xl"] / "unet")
+    shaken(unet_net(unet)).save_pretrained(nets["xl"])
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(folders["flux"] / "transformer")
+    shaken(flux_net(num_layers=1, num_single_layers=1)(transformer)).save_pretrained(nets["flux"])
+    models = [f"{name}={path}" for name, path in folders.items()]
+    flags = [flag for id, net in nets.items() for flag in ("--controlnet", f"{id}:edges={net}")]
+    with running_server(*models, flags=flags) as (address, _):
+        yield Served(address, folders, nets)
 
 
 def alone(folder: Path, seed: int, fields: dict[str, Any]) -> Any:
@@ -132,3 +156,63 @@ def test_a_client_without_the_sdk_asks_for_a_family_s_fields(
     }
     recorded = buf_curl(served.address, method, request, tmp_path)["images"][0]["replay"]
     assert {name: recorded["request"][name] for name in request} == request
+
+
+EDGES = pil_image(picture(5))
+
+
+def png(image: PIL.Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_controlnet_changes_an_image_as_in_its_pipeline(served: Served) -> None:
+    file = png(EDGES)
+    control = Control("edges", file, scale=0.75, end=0.5)
+    with Client(served.address, timeout=SECONDS) as client:
+        fields: dict[str, Any] = {"steps": 6, "seed": 11, "scheduler": Scheduler.MODEL}
+        result = client.generate(PROMPT, model="xl", controls=[control], **fields)
+        plain = client.generate(PROMPT, model="xl", **fields).image.to_numpy().astype(int)
+        replayed = client.replay(result.image.replay, images=[file])
+        (listed,) = client.adapters("xl")
+        with pytest.raises(AdapterNotFound, match="this server has edges"):
+            client.generate(PROMPT, model="xl", controls=[Control("pose", file)])
+    assert (listed.id, listed.kind, listed.resident) == ("edges", AdapterKind.CONTROLNET, True)
+    assert listed.models == ("xl", "flux")
+    digest = f"sha256:{hashlib.sha256(file).hexdigest()}"
+    recorded = result.image.replay.request.controls
+    assert recorded == (Control("edges", UploadedImage(digest), scale=0.75, end=0.5),)
+    assert replayed.image.data == result.image.data
+    net = diffusers.ControlNetModel.from_pretrained(served.nets["xl"])
+    pipeline = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(
+        served.folders["xl"], controlnet=net
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        PROMPT,
+        image=EDGES,
+        controlnet_conditioning_scale=0.75,
+        control_guidance_end=0.5,
+        width=64,
+        height=64,
+        num_inference_steps=6,
+        generator=torch.Generator("cpu").manual_seed(11),
+    ).images[0]
+    wanted, found = np.asarray(expected).astype(int), result.image.to_numpy().astype(int)
+    assert np.abs(found - wanted).max() <= 2
+    assert np.abs(found - plain).max() > 20, "the ControlNet does nothing"
+
+
+def test_a_client_without_the_sdk_sends_a_control(served: Served, tmp_path: Path) -> None:
+    data = base64.b64encode(png(EDGES)).decode()
+    request = {
+        "model": "flux",
+        "prompt": PROMPT,
+        "steps": 2,
+        "controls": [{"id": "edges", "image": {"data": data}, "start": 0.5}],
+    }
+    (image,) = buf_curl(served.address, "GenerationService/Generate", request, tmp_path)["images"]
+    (recorded,) = image["replay"]["request"]["controls"]
+    assert (recorded["id"], recorded["start"]) == ("edges", 0.5)
+    assert recorded["image"]["uploadId"].startswith("sha256:")

@@ -11,6 +11,7 @@ from darkroom_client._async_stream import AsyncStream
 from darkroom_client._client import Client
 from darkroom_client._errors import (
     AdapterNotFound,
+    AdapterUnusable,
     Cancelled,
     DarkroomError,
     DeadlineExceeded,
@@ -81,6 +82,7 @@ __all__ = [
     "Adapter",
     "AdapterKind",
     "AdapterNotFound",
+    "AdapterUnusable",
     "AsyncClient",
     "AsyncStream",
     "Cancelled",

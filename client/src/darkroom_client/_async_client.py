@@ -237,6 +237,26 @@ class AsyncClient:
         """Like ``Client.adapters``."""
         return await self._transport.run(self._calls.adapters(model, timeout, metadata))
 
+    async def add_adapter(
+        self,
+        id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Adapter:
+        """Like ``Client.add_adapter``."""
+        return await self._transport.run(self._calls.add_adapter(id, timeout, metadata))
+
+    async def remove_adapter(
+        self,
+        id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        """Like ``Client.remove_adapter``."""
+        return await self._transport.run(self._calls.remove_adapter(id, timeout, metadata))
+
     async def model(
         self,
         id: str = "",

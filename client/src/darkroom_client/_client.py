@@ -305,6 +305,35 @@ class Client:
         """
         return self._transport.run(self._calls.adapters(model, timeout, metadata))
 
+    def add_adapter(
+        self,
+        id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Adapter:
+        """Let requests name the adapter ``id``, and return it once they can; for admins.
+
+        ``id``: the name of a file in the server's folder of adapters, without the ending, or of an
+        adapter that was removed. One that is there already is returned as it is. Raises
+        ``AdapterNotFound``, ``AdapterUnusable`` and ``PermissionDenied``.
+        """
+        return self._transport.run(self._calls.add_adapter(id, timeout, metadata))
+
+    def remove_adapter(
+        self,
+        id: str,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        """Let no further request name the adapter ``id``; for admins.
+
+        Returns the number of unfinished jobs that still use it, to their end. Raises
+        ``AdapterNotFound`` and ``PermissionDenied``.
+        """
+        return self._transport.run(self._calls.remove_adapter(id, timeout, metadata))
+
     def model(
         self,
         id: str = "",

@@ -5,6 +5,7 @@ DarkroomError
 │   └── UploadNotFound  the server does not have an image: send the image itself
 ├── ModelNotFound       use another model
 ├── AdapterNotFound     use another adapter
+├── AdapterUnusable     the server cannot offer the adapter as it is now; the text says why
 ├── UnknownRequest      the server does not know that request id, or not any more
 ├── TooLarge            ask for less, or use a bigger machine: it never fits this one
 ├── ReplyTooLarge       ask for fewer or smaller images, or raise the client's `max_reply_bytes`
@@ -91,6 +92,10 @@ class ModelNotFound(DarkroomError):
 
 class AdapterNotFound(DarkroomError):
     """The server has no adapter of that name."""
+
+
+class AdapterUnusable(DarkroomError):
+    """The adapter cannot be added: it fits no model, or jobs use one of its name."""
 
 
 class UnknownRequest(DarkroomError):

@@ -31,11 +31,16 @@ from darkroom_server.service.inputs import InputLoader
 from darkroom_server.service.summary import RequestObserver
 from darkroom_server.service.uploads import UploadService
 from darkroom_server.settings import Settings
-from darkroom_server.settings.sources import engine_configs, load_times_file, model_sources
+from darkroom_server.settings.sources import (
+    adapter_places,
+    engine_configs,
+    load_times_file,
+    model_sources,
+)
 from darkroom_server.settings.tls import tls_files
 from darkroom_server.signals import exit_by_signal
 from darkroom_server.telemetry import Exporter, Metrics, open_traces
-from darkroom_server.uploads.decoder import Decoder
+from darkroom_server.uploads.decoder_pool import DecoderPool
 from darkroom_server.uploads.store import UploadStore
 
 if TYPE_CHECKING:
@@ -62,10 +67,15 @@ again; before their fifth and last try it is closed, and they find another one.
 """
 
 
+def hub_token() -> str | None:
+    """The token for the model hub, None if there is none."""
+    # Empty in compose files without a token; secrets made with echo end with a newline.
+    return os.environ.get("HF_TOKEN", "").strip() or None
+
+
 def build_engines(settings: Settings) -> list[Engine]:
     """The engines; torch is imported in their processes, not here."""
-    # Empty in compose files without a token; secrets made with echo end with a newline.
-    configs = engine_configs(settings, os.environ.get("HF_TOKEN", "").strip() or None)
+    configs = engine_configs(settings, hub_token())
     if settings.engine.engine == "thread":
         return [ThreadEngine(config) for config in configs]
     timeout, load_timeout = settings.engine.engine_timeout, settings.engine.load_timeout
@@ -114,6 +124,7 @@ class Server:
             observer=self.metrics,
             on_state=self._publish_health,
             load_times=load_times,
+            adapter_places=adapter_places(settings.adapters, hub_token()),
         )
         for model_id in model_ids:
             self.metrics.requests.read_jobs(model_id, self.dispatcher.job_counts)
@@ -141,7 +152,7 @@ class Server:
             ttl=images.upload_ttl,
         )
         self.metrics.uploads.read_store(store)
-        self.decoder = Decoder(
+        self.decoder = DecoderPool(
             workers=images.image_workers,
             max_pixels=round(images.image_megapixels * 1e6),
             timeout=images.image_timeout,
@@ -191,6 +202,7 @@ class Server:
                 page=settings.http.page,
                 result_ttl=settings.results.result_ttl if settings.results.result_bytes else 0.0,
                 url_key=settings.http.http_url_key,
+                urls_by_default=settings.http.http_response_format == "url",
                 begin_traces=self._spans is not None,
                 tokens=callers,
                 addresses=addresses,

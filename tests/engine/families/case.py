@@ -1,7 +1,7 @@
 """What a family's test needs to know about it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,14 @@ def mixed_jobs(*fields: Mapping[str, Any]) -> list[dict[str, Any]]:
             zip(PROMPTS, STEPS, SCALES, fields, strict=True)
         )
     ]
+
+
+def alone_key(job: Job, index: int = 0) -> Job:
+    """Equal for jobs whose image ``index`` is the same if diffusers generates it alone."""
+    seed = job.seed_of(index)
+    return replace(
+        job, id="", seed=seed, image_count=1, skip=frozenset(), exact=False, submitted_at=0.0
+    )
 
 
 def guided_call(job: Job) -> dict[str, Any]:

@@ -11,13 +11,20 @@ from .case import FamilyCase, mixed_jobs
 from .parts import clip, flow_match, shaken, t5, vae
 
 
-def write_sd3(folder: Path, *, with_t5: bool = True, channels: int = 4, **transformer: Any) -> Path:
+def write_sd3(
+    folder: Path,
+    *,
+    with_t5: bool = True,
+    channels: int = 4,
+    width_2: int = 32,
+    **transformer: Any,
+) -> Path:
     """A Stable Diffusion 3 of 64×64 pixels; ``transformer`` is configuration.
 
-    Its latents have ``channels``.
+    Its latents have ``channels``, its second text encoder is ``width_2`` wide.
     """
     tokenizer, encoder = clip(folder / "tokenizer", projection=True)
-    tokenizer_2, encoder_2 = clip(folder / "tokenizer_2", projection=True)
+    tokenizer_2, encoder_2 = clip(folder / "tokenizer_2", width_2, projection=True)
     tokenizer_3, encoder_3 = t5(64) if with_t5 else (None, None)
     diffusers.StableDiffusion3Pipeline(
         transformer=shaken(

@@ -21,7 +21,7 @@ import structlog
 from darkroom_server import cli, app  # In the order of the real command.
 from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.backends.fake_model import fake_image_model
-from darkroom_server.core.model import AdapterOffer
+from darkroom_server.core.adapters import AdapterOffer
 
 log = structlog.get_logger()
 options = json.loads(sys.argv[1])

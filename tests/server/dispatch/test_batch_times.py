@@ -49,6 +49,45 @@ def test_measured_batch_times_survive_a_restart() -> None:
     assert batch_times.batch_seconds(SMALL, 2) == pytest.approx(0.1, rel=0.01)
 
 
+def test_the_time_of_controlnets_is_not_the_denoisers() -> None:
+    batch_times = warmed_up()
+    for _ in range(50):
+        batch_times.record_batch(replace(batch_done(4, 0.054), control_cost=0.5))
+    assert batch_times.batch_seconds(SMALL, 4) == pytest.approx(0.036)
+
+
+def adapted(rows: int, seconds: float) -> BatchDone:
+    return replace(batch_done(rows, seconds), adapters=2)
+
+
+@pytest.mark.parametrize("slowness", [1.0, 3.0])
+def test_what_adapters_cost_is_learned_apart_from_the_machine(slowness: float) -> None:
+    batch_times = warmed_up()
+    assert batch_times.adapter_factor("demo") == 1.0
+    for _ in range(200):
+        batch_times.record_batch(adapted(4, slowness * 0.045))
+        batch_times.record_batch(batch_done(4, slowness * 0.036))
+    assert batch_times.adapter_factor("demo") == pytest.approx(1.25, rel=0.02)
+    assert batch_times.batch_seconds(SMALL, 4) == pytest.approx(slowness * 0.036, rel=0.02)
+    assert batch_times.adapter_factor("other") == 1.0
+
+
+def test_one_batch_with_adapters_is_enough_to_know_what_they_cost() -> None:
+    batch_times = warmed_up()
+    batch_times.record_batch(adapted(4, 0.054))
+    assert batch_times.adapter_factor("demo") == pytest.approx(1.5)
+    assert batch_times.batch_seconds(SMALL, 4) == pytest.approx(0.036)
+
+
+def test_adapters_make_no_batch_faster_and_none_much_slower() -> None:
+    batch_times = warmed_up()
+    batch_times.record_batch(adapted(4, 0.018))
+    assert batch_times.adapter_factor("demo") == 1.0
+    batch_times = warmed_up()
+    batch_times.record_batch(adapted(4, 100.0))
+    assert batch_times.adapter_factor("demo") == pytest.approx(4.0)
+
+
 def test_a_model_without_measurements_is_not_known() -> None:
     batch_times = BatchTimeModel()
     batch_times.start(fake_model())

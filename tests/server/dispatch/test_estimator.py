@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.backends.fake_model import fake_image_model
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import (
     DeadlineExceeded,
@@ -14,11 +16,13 @@ from darkroom_server.core.errors import (
     QuotaExceeded,
     Reason,
 )
+from darkroom_server.core.events import BatchDone
+from darkroom_server.core.inputs import Control, InputImage, Lora
 from darkroom_server.dispatch import EstimateChecked, Observer
 from darkroom_server.dispatch.admission.quotas import Quotas
 from darkroom_server.dispatch.jobs.job import JobState
 from tests.server.clock import Clock
-from tests.server.dispatch.harness import dispatching, settle, timed_engine
+from tests.server.dispatch.harness import SPEED, dispatching, settle, timed_engine
 from tests.server.jobs import make_job
 
 
@@ -35,6 +39,40 @@ async def test_a_job_alone_takes_its_steps_and_its_decode() -> None:
         assert estimate.run_time == estimate.total == pytest.approx(4.5)
         assert estimate.finish_at == pytest.approx(time.monotonic() + 4.5)
         assert dispatcher.counts.accepted == 0
+
+
+async def test_a_controlnet_makes_the_steps_longer_that_it_changes() -> None:
+    model = replace(fake_image_model(), speed=SPEED)
+    picture = InputImage(digest="sha256:", width=64, height=64, channels=3, pixels=b"")
+    async with dispatching(FakeEngine([model])) as (dispatcher, _):
+        for start, scale, seconds in ((0.0, 1.0, 6.5), (0.5, 1.0, 5.5), (0.0, 0.0, 4.5)):
+            control = Control(id="pose", image=picture, scale=scale, start=start)
+            estimate = dispatcher.estimate(make_job(steps=4, controls=(control,)))
+            assert estimate is not None
+            assert estimate.total == pytest.approx(seconds)
+
+
+async def test_adapters_make_a_job_longer_once_a_batch_has_shown_it() -> None:
+    model = replace(fake_image_model(), speed=SPEED)
+    job = make_job(steps=4, loras=(Lora(id="outline"),))
+    engine = FakeEngine([model])
+    async with dispatching(engine) as (dispatcher, _):
+        times = []
+        for each in (job, make_job(steps=4)):
+            estimate = dispatcher.estimate(each)
+            assert estimate is not None
+            times.append(estimate.total)
+        assert times == pytest.approx([4.5, 4.5])
+        engine._emit(BatchDone(model="demo", width=64, height=64, rows=2, seconds=1.5, adapters=1))
+        await settle()
+        for each, seconds in (
+            (job, 6.5),
+            (make_job(steps=4), 4.5),
+            (replace(job, loras=(Lora(id="outline", scale=0.0),)), 4.5),
+        ):
+            estimate = dispatcher.estimate(each)
+            assert estimate is not None
+            assert estimate.total == pytest.approx(seconds)
 
 
 async def test_other_jobs_and_a_queue_take_longer() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from darkroom_server.backends.fake import fake_image
 from darkroom_server.backends.fake_model import fake_model
+from darkroom_server.core.events import BatchDone
 from darkroom_server.core.model import ModelSpeed
 from darkroom_server.core.order import OrderKey, pick
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
@@ -66,6 +67,21 @@ def test_jobs_share_batches_and_the_remaining_ones_go_faster() -> None:
     simulated = simulate_queue([load()], [work("a", 4), work("b", 2)], 64)
     assert simulated.finishes["b"] == pytest.approx(2 * 1.5 + 0.5)
     assert simulated.finishes["a"] == pytest.approx(2 * 1.5 + 0.5 + 2 * 1.0 + 0.5)
+
+
+def test_batches_take_longer_while_a_row_has_adapters() -> None:
+    times = make_batch_times()
+    times.record_batch(
+        BatchDone(model="demo", width=64, height=64, rows=4, seconds=3.0, adapters=1)
+    )
+    assert times.adapter_factor("demo") == pytest.approx(2.0)
+    engine = Load(batch_times=times, max_rows=lambda _: 8, jobs=())
+    with_adapters = replace(work("b", 2), adapted=True)
+    simulated = simulate_queue([engine], [work("a", 4), with_adapters], 64)
+    assert simulated.finishes["b"] == pytest.approx(2 * 3.0 + 0.5)
+    assert simulated.finishes["a"] == pytest.approx(2 * 3.0 + 0.5 + 2 * 1.0 + 0.5)
+    alone = replace(with_adapters, key=replace(with_adapters.key, alone=True))
+    assert simulate_queue([engine], [alone], 64).finishes["b"] == pytest.approx(2 * 2.0 + 0.5)
 
 
 def test_prompts_that_are_not_encoded_delay_all_jobs() -> None:

@@ -28,6 +28,7 @@ ALLOWED = {
     "INVALID_ARGUMENT",
     "NOT_FOUND",
     "ALREADY_EXISTS",
+    "FAILED_PRECONDITION",  # An adapter: the server has no place that one may come from.
     "RESOURCE_EXHAUSTED",  # An image that does not fit.
     "DEADLINE_EXCEEDED",  # A time limit of nanoseconds.
     "CANCELLED",  # One input watches a job that another one cancels.
@@ -61,6 +62,8 @@ METHODS: dict[str, type[Message]] = {
     "GenerationService/EstimateGeneration": generation_pb2.EstimateGenerationRequest,
     "ModelService/GetModel": model_pb2.GetModelRequest,
     "ModelService/ListAdapters": model_pb2.ListAdaptersRequest,
+    "ModelService/AddAdapter": model_pb2.AddAdapterRequest,
+    "ModelService/RemoveAdapter": model_pb2.RemoveAdapterRequest,
     "ServerService/GetStatus": server_pb2.GetStatusRequest,
 }
 

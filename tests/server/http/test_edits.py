@@ -9,8 +9,8 @@ import openai
 import pytest
 
 from darkroom_server.backends.fake_model import fake_image_model
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.job import Job, Task
-from darkroom_server.core.model import AdapterOffer
 from darkroom_server.http import body as bodies
 from tests.server.http.door import Door, door
 from tests.server.uploads.pictures import encoded, halves, mask, plain
@@ -94,10 +94,10 @@ async def test_a_variation_needs_no_prompt() -> None:
 
 async def test_what_is_wrong_with_a_form() -> None:
     async with door(fake=IMAGES) as there:
-        reply = await post(there, "edits", {"mask": PICTURE}, prompt="a", n="x", style="y")
+        reply = await post(there, "edits", {"mask": PICTURE}, prompt="a", n="x", mood="y")
         found = {each["field"] for each in reply.json()["error"]["violations"]}
         assert reply.status_code == 400
-        assert {"image", "n", "style"} <= found
+        assert {"image", "n", "mood"} <= found
         text = ("a.png", b"no picture", "image/png")
         reply = await post(there, "edits", {"image": text}, prompt="a")
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "image")

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
+import structlog
 
 from darkroom.v1 import generation_pb2, types_pb2
-from darkroom_server.core.errors import Failure, Reason
+from darkroom_server.core.errors import Failure, Reason, StartupError
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName
 from darkroom_server.dispatch import JobOutcome
 from darkroom_server.http.messages.fields import FIELDS
@@ -94,7 +96,7 @@ async def test_every_violation_is_listed() -> None:
         found = await violations(
             there,
             prompt=3,
-            style="vivid",
+            mood="vivid",
             size="13x64",
             steps=10**6,
             n=True,
@@ -103,9 +105,9 @@ async def test_every_violation_is_listed() -> None:
             background="transparent",
             headers={"X-Request-Timeout": "soon", "Idempotency-Key": "a key"},
         )
-    expected = {"prompt", "style", "size", "steps", "n", "output_compression", "response_format"}
+    expected = {"prompt", "mood", "size", "steps", "n", "output_compression", "response_format"}
     assert set(found) == expected | {"background", "X-Request-Timeout", "Idempotency-Key"}
-    assert all(name in found["style"] for name in FIELDS)
+    assert all(name in found["mood"] for name in FIELDS)
     assert found["output_compression"].startswith("is for JPEG")
     assert there.wire.submitted.empty()
 
@@ -210,6 +212,26 @@ async def test_a_url_ends_with_its_result(monkeypatch: pytest.MonkeyPatch) -> No
             assert (await there.client.get(url)).status_code == 404
 
 
+async def test_urls_by_default() -> None:
+    http = {"http_response_format": "url"}
+    async with door(fake={"auto": True}, http=http) as there:
+        # As LangChain's wrapper in Python asks: without a format, and then it reads the URL.
+        async with openai.AsyncOpenAI(base_url=f"{there.url}/v1", api_key="unused") as client:
+            images = await client.images.generate(
+                prompt="a star", n=1, size="64x64", model="demo", quality="standard"
+            )
+        assert images.data is not None
+        assert (await there.client.get(images.data[0].url or "")).status_code == 200
+        assert images.data[0].b64_json is None
+        (image,) = (await there.generate(response_format="b64_json")).json()["data"]
+        assert "url" not in image
+        # A stream of OpenAI's has images.
+        assert '"b64_json":"' in (await there.generate(stream=True)).text
+    with pytest.raises(StartupError, match="--result-ttl"):
+        async with door(http=http, results=Results(result_ttl=0)):
+            pass
+
+
 async def test_a_withheld_image_has_no_data() -> None:
     async with door(fake={"auto": True}) as there:
         (image,) = (await there.generate("[flagged]")).json()["data"]
@@ -276,10 +298,12 @@ async def test_a_caller_that_disconnects_cancels_its_job() -> None:
     async with door() as there:
         caller = there.generating()
         job = await there.wire.submitted.get()
-        caller.cancel()
-        assert await there.wire.cancelled.get() == job.id
-        there.wire.engine.advance()
-        await there.wire.counted(JobOutcome.CANCELLED)
+        with structlog.testing.capture_logs() as lines:
+            caller.cancel()
+            assert await there.wire.cancelled.get() == job.id
+            there.wire.engine.advance()
+            await there.wire.counted(JobOutcome.CANCELLED)
+            await there.wire.becomes(lambda: 499 in [line.get("status") for line in lines])
         labels = ("route", "status")
         found = await counted(there.wire, "darkroom_http_requests_total", *labels)
         assert found == {("/v1/images/generations", "499"): 1}

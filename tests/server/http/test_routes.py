@@ -2,13 +2,16 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from darkroom_server.core.errors import DarkroomError, Refused
 from darkroom_server.http import openapi
 from darkroom_server.http.errors import STATUSES
+from darkroom_server.http.routes.table import routes_of
 from darkroom_server.http.routing import Route, find_route
+from darkroom_server.http.signed_urls import SignedUrls
 from darkroom_server.settings import Security
 from tests.server.http.door import bearer, door, token_file
 from tests.server.telemetry.scrape import counted, values
@@ -23,6 +26,8 @@ async def test_the_document_has_every_route() -> None:
     async with door() as there:
         reply = await there.client.get("/openapi.json")
         paths = reply.json()["paths"]
+        routes = routes_of(Mock(), Mock(), SignedUrls(1.0), page=False)
+        assert paths.keys() == {route.path for route in routes}
         for path, methods in paths.items():
             for method in methods:
                 found = await there.client.request(method, path)
@@ -78,13 +83,7 @@ async def test_paths_and_methods() -> None:
         assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
         head = await there.client.head("/health")
         assert (head.status_code, head.content) == (200, b"")
-        for path in (
-            "/page/../server.py",
-            "/page/..%2fserver.py",
-            "/page/%2e%2e/door.py",
-            "/page/x",
-        ):
-            assert (await there.client.get(f"/page/{path}")).status_code == 404, path
+        assert (await there.client.get("/page/x")).status_code == 404
 
 
 async def test_the_page_is_static_and_strict() -> None:

@@ -5,7 +5,12 @@ import pytest
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings import Engine, Models, Settings
 from darkroom_server.settings.adapters import Adapters
-from darkroom_server.settings.sources import adapter_sources, engine_configs, model_sources
+from darkroom_server.settings.sources import (
+    adapter_places,
+    controlnet_sources,
+    engine_configs,
+    model_sources,
+)
 
 
 def test_the_demo_model_is_the_default() -> None:
@@ -99,7 +104,7 @@ def test_adapters_come_from_the_list_and_then_from_the_folder(tmp_path: Path) ->
     (tmp_path / "notes.txt").write_bytes(b"")
     file = str(tmp_path / "outline.safetensors")
     adapters = Adapters(lora=(f"mine={file}", "pastel=org/name@v2"), lora_dir=str(tmp_path))
-    found = adapter_sources(adapters, hub_token="hf_secret")
+    found = adapter_places(adapters, hub_token="hf_secret").sources()
     assert [(each.id, each.location, each.revision) for each in found] == [
         ("mine", file, None),
         ("pastel", "org/name", "v2"),
@@ -120,13 +125,60 @@ def test_adapters_come_from_the_list_and_then_from_the_folder(tmp_path: Path) ->
 )
 def test_an_invalid_adapter_is_reported(text: str, complaint: str) -> None:
     with pytest.raises(StartupError) as caught:
-        adapter_sources(Adapters(lora=(text,)))
+        adapter_places(Adapters(lora=(text,)))
     assert complaint in str(caught.value)
 
 
 def test_a_folder_of_adapters_must_exist(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="no such folder"):
-        adapter_sources(Adapters(lora_dir=str(tmp_path / "nothing")))
+        adapter_places(Adapters(lora_dir=str(tmp_path / "nothing")))
+
+
+def test_the_numbers_of_adapters_are_bounded() -> None:
+    adapters = Adapters(max_loras=6, max_request_loras=2, max_controls=3)
+    (config,) = engine_configs(Settings(adapters=adapters), None)
+    assert (config.max_loras, config.max_request_loras, config.max_controls) == (6, 2, 3)
+
+
+def test_controlnets_are_for_each_model_or_for_one(tmp_path: Path) -> None:
+    settings = Settings(
+        models=Models(model=("a=demo", "b=demo")),
+        adapters=Adapters(
+            controlnet=(f"edges={tmp_path}", "a:pose=org/name@v2", f"b:pose={tmp_path}"),
+            max_controls=2,
+        ),
+    )
+    (config,) = engine_configs(settings, "hf_secret")
+    assert [(e.id, e.model, e.location, e.revision) for e in config.controlnets] == [
+        ("edges", None, str(tmp_path), None),
+        ("pose", "a", "org/name", "v2"),
+        ("pose", "b", str(tmp_path), None),
+    ]
+    assert config.max_controls == 2
+    assert "hf_secret" not in repr(config.controlnets)
+
+
+@pytest.mark.parametrize(
+    ("texts", "complaint"),
+    [
+        (("org/name",), "put NAME="),
+        (("a:=org/name",), "put NAME="),
+        (("c:pose=org/name",), "no model is named 'c'"),
+        (("pose=no such folder",), "no such file or folder, and no hub id either"),
+        (("pose=org/name", "pose=org/other"), "another ControlNet is named 'pose' already"),
+        (("pose=org/name", "a:pose=org/other"), "another ControlNet is named 'pose' already"),
+        (("a:pose=org/name", "pose=org/other"), "another ControlNet is named 'pose' already"),
+        (("ink=org/name",), "a LoRA adapter is named 'ink' already"),
+    ],
+)
+def test_an_invalid_controlnet_is_reported(texts: tuple[str, ...], complaint: str) -> None:
+    settings = Settings(
+        models=Models(model=("a=demo", "b=demo")),
+        adapters=Adapters(lora=("ink=org/ink",), controlnet=texts),
+    )
+    with pytest.raises(StartupError) as caught:
+        controlnet_sources(settings)
+    assert complaint in str(caught.value)
 
 
 def test_the_prompt_cache_is_configured_for_each_engine() -> None:

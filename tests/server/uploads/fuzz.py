@@ -18,7 +18,7 @@ from typing import Any
 import PIL.Image
 
 from darkroom_server.core.errors import InvalidRequest
-from darkroom_server.uploads.decoder import Decoder, Fit
+from darkroom_server.uploads.decoder_pool import DecoderPool, Fit
 from darkroom_server.uploads.failure import DecodeFailure
 from darkroom_server.uploads.fit import Bounds
 from tests.server.uploads.pictures import DAMAGED, NOT_PICTURES, TOO_LARGE, encoded, halves
@@ -104,7 +104,7 @@ def _repair(data: bytearray) -> None:
         at += 12 + size
 
 
-async def fuzz(decoder: Decoder, count: int, seed: int) -> tuple[Counter[str], float]:
+async def fuzz(decoder: DecoderPool, count: int, seed: int) -> tuple[Counter[str], float]:
     """Decode ``count`` inputs: how often each end came, and the longest time, in seconds."""
     ends: Counter[str] = Counter()
     slowest = 0.0
@@ -126,7 +126,7 @@ async def fuzz(decoder: Decoder, count: int, seed: int) -> tuple[Counter[str], f
     return ends, slowest
 
 
-def peak_bytes(decoder: Decoder) -> int:
+def peak_bytes(decoder: DecoderPool) -> int:
     """The most resident memory that a worker of ``decoder`` had."""
     peaks = []
     for pid in decoder.pids:
@@ -142,7 +142,7 @@ async def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     failures: Counter[DecodeFailure] = Counter()
-    decoder = Decoder(
+    decoder = DecoderPool(
         workers=2,
         max_pixels=64_000_000,
         timeout=30.0,

@@ -2,14 +2,14 @@
 
 from collections import Counter
 
-from darkroom_server.uploads.decoder import Decoder
+from darkroom_server.uploads.decoder_pool import DecoderPool
 from darkroom_server.uploads.failure import DecodeFailure
 from tests.server.uploads.fuzz import fuzz
 
 
 async def test_a_thousand_damaged_pictures() -> None:
     failures: Counter[DecodeFailure] = Counter()
-    decoder = Decoder(
+    decoder = DecoderPool(
         workers=2,
         max_pixels=64_000_000,
         timeout=60.0,

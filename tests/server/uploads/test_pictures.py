@@ -9,7 +9,7 @@ import PIL.ImageOps
 import pytest
 
 from darkroom_server.core.errors import InvalidRequest
-from darkroom_server.uploads.decoder import Decoded, Decoder, Fit
+from darkroom_server.uploads.decoder_pool import Decoded, DecoderPool, Fit
 from darkroom_server.uploads.fit import Bounds, own_size
 from tests.server.uploads.fuzz import peak_bytes
 from tests.server.uploads.pictures import (
@@ -32,20 +32,20 @@ SAME = Fit(kind="cover", bounds=BOUNDS, width=SIZE[0], height=SIZE[1])
 
 
 @pytest.fixture
-async def decoder() -> AsyncIterator[Decoder]:
-    made = Decoder(workers=2, max_pixels=64_000_000, timeout=60.0)
+async def decoder() -> AsyncIterator[DecoderPool]:
+    made = DecoderPool(workers=2, max_pixels=64_000_000, timeout=60.0)
     yield made
     await made.close()
 
 
-async def shown(decoder: Decoder, data: bytes, fit: Fit = SAME) -> Any:
+async def shown(decoder: DecoderPool, data: bytes, fit: Fit = SAME) -> Any:
     """The decoded picture as Pillow's image."""
     found = await decoder.decode("a", "image", data, fit)
     mode = "L" if found.channels == 1 else "RGB"
     return PIL.Image.frombytes(mode, (found.width, found.height), found.pixels)
 
 
-async def rejected(decoder: Decoder, data: bytes, fit: Fit = SAME) -> str:
+async def rejected(decoder: DecoderPool, data: bytes, fit: Fit = SAME) -> str:
     with pytest.raises(InvalidRequest) as caught:
         await decoder.decode("a", "image", data, fit)
     (violation,) = caught.value.violations
@@ -57,7 +57,7 @@ def near(color: Any, wanted: Any, by: int = 3) -> bool:
     return all(abs(a - b) <= by for a, b in zip(color, wanted, strict=True))
 
 
-async def test_colors_of_every_mode(decoder: Decoder) -> None:
+async def test_colors_of_every_mode(decoder: DecoderPool) -> None:
     half = PIL.Image.new("RGBA", SIZE, (0, 0, 0, 128))
     palette = PIL.Image.new("RGB", SIZE, RED).convert("P", palette=PIL.Image.Palette.ADAPTIVE)
     clear = PIL.Image.new("P", SIZE, 0)
@@ -108,7 +108,7 @@ async def test_colors_of_every_mode(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-async def test_the_orientation_is_applied(decoder: Decoder, orientation: int) -> None:
+async def test_the_orientation_is_applied(decoder: DecoderPool, orientation: int) -> None:
     """The same as Pillow turns it, from files of all three formats; ``source`` is as it is seen."""
     image = halves((90, 60))
     image.paste((0, 255, 0), (0, 0, 20, 20))
@@ -133,12 +133,12 @@ async def test_the_orientation_is_applied(decoder: Decoder, orientation: int) ->
             assert near(found.getpixel(at), wanted.getpixel(at), by=40), (format, at)
 
 
-async def test_broken_metadata_costs_no_picture(decoder: Decoder) -> None:
+async def test_broken_metadata_costs_no_picture(decoder: DecoderPool) -> None:
     data = encoded(PIL.Image.new("RGB", SIZE, RED), "JPEG", exif=b"Exif\0\0XX*\0\xff\xff\xff\xff")
     assert near((await shown(decoder, data)).getpixel((1, 1)), RED)
 
 
-async def test_a_picture_covers_the_size_and_is_cropped_in_the_centre(decoder: Decoder) -> None:
+async def test_a_picture_covers_the_size_and_is_cropped_in_the_centre(decoder: DecoderPool) -> None:
     wide = PIL.Image.new("RGB", (300, 100), BLUE)
     wide.paste(RED, (100, 0, 200, 100))
     image = await shown(
@@ -167,7 +167,7 @@ OWN_SIZES = [
 
 @pytest.mark.parametrize(("picture", "width", "height", "wanted"), OWN_SIZES)
 async def test_the_size_follows_from_the_picture(
-    decoder: Decoder, picture: Any, width: Any, height: Any, wanted: Any
+    decoder: DecoderPool, picture: Any, width: Any, height: Any, wanted: Any
 ) -> None:
     assert own_size(picture, width, height, BOUNDS) == wanted
     fit = Fit(kind="cover", bounds=BOUNDS, width=width, height=height)
@@ -181,7 +181,7 @@ async def test_the_size_follows_from_the_picture(
     [((300, 100), None, (256, 128)), ((100, 90), None, (128, 128)), ((300, 100), 128, (128, 128))],
 )
 async def test_a_model_with_fixed_sizes_gets_the_nearest(
-    decoder: Decoder, picture: Any, width: Any, wanted: Any
+    decoder: DecoderPool, picture: Any, width: Any, wanted: Any
 ) -> None:
     sizes = ((128, 128), (256, 128), (128, 256))
     bounds = Bounds(least=64, most=512, multiple=8, sizes=sizes)
@@ -190,7 +190,7 @@ async def test_a_model_with_fixed_sizes_gets_the_nearest(
     assert (found.width, found.height) == wanted
 
 
-async def test_a_reference_keeps_its_size_within_the_limit(decoder: Decoder) -> None:
+async def test_a_reference_keeps_its_size_within_the_limit(decoder: DecoderPool) -> None:
     within = Fit(kind="within", bounds=BOUNDS)
     assert (await shown(decoder, plain(size=(33, 7)), within)).size == (33, 7)
     assert (await shown(decoder, plain(size=(1024, 300)), within)).size == (512, 150)
@@ -200,7 +200,7 @@ def mask_fit(expected: tuple[int, int] = SIZE) -> Fit:
     return Fit(kind="cover", bounds=BOUNDS, width=96, height=64, gray=True, expected=expected)
 
 
-async def test_a_mask_is_black_and_white(decoder: Decoder) -> None:
+async def test_a_mask_is_black_and_white(decoder: DecoderPool) -> None:
     image = await shown(decoder, mask(), mask_fit())
     assert image.mode == "L"
     assert image.getpixel((10, 30)) == 0
@@ -212,7 +212,7 @@ async def test_a_mask_is_black_and_white(decoder: Decoder) -> None:
     assert (await shown(decoder, clear, mask_fit())).getextrema() == (255, 255)
 
 
-async def test_the_transparency_of_a_mask_counts_if_it_has_any(decoder: Decoder) -> None:
+async def test_the_transparency_of_a_mask_counts_if_it_has_any(decoder: DecoderPool) -> None:
     opaque = PIL.Image.new("RGBA", SIZE, (255, 255, 255, 255))
     assert set((await decoder.decode("a", "m", encoded(opaque), mask_fit())).pixels) == {255}
     opaque.paste((0, 0, 0, 0), (0, 0, 1, 1))
@@ -220,29 +220,29 @@ async def test_the_transparency_of_a_mask_counts_if_it_has_any(decoder: Decoder)
     assert (pixels[0], set(pixels[1:])) == (255, {0})
 
 
-async def test_a_mask_of_another_size_is_rejected(decoder: Decoder) -> None:
+async def test_a_mask_of_another_size_is_rejected(decoder: DecoderPool) -> None:
     says = await rejected(decoder, mask((96, 72)), mask_fit())
     assert says == "must have the size of image, 96×64, and has 96×72"
 
 
 @pytest.mark.parametrize("name", NOT_PICTURES)
-async def test_other_files_are_rejected(decoder: Decoder, name: str) -> None:
+async def test_other_files_are_rejected(decoder: DecoderPool, name: str) -> None:
     assert await rejected(decoder, NOT_PICTURES[name]) == "is not a PNG, JPEG or WebP picture"
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-async def test_a_damaged_picture_is_rejected(decoder: Decoder, name: str) -> None:
+async def test_a_damaged_picture_is_rejected(decoder: DecoderPool, name: str) -> None:
     assert await rejected(decoder, DAMAGED[name]) == "is damaged: it cannot be decoded"
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
-async def test_a_large_picture_is_rejected_by_its_header(decoder: Decoder, name: str) -> None:
+async def test_a_large_picture_is_rejected_by_its_header(decoder: DecoderPool, name: str) -> None:
     says = await rejected(decoder, TOO_LARGE[name])
     assert says.endswith("pixels, and at most 64 million are decoded")
     assert peak_bytes(decoder) < 128 * 1024**2
 
 
-async def test_a_header_that_claims_too_much_takes_no_memory(decoder: Decoder) -> None:
+async def test_a_header_that_claims_too_much_takes_no_memory(decoder: DecoderPool) -> None:
     """Pillow allocates an animated WebP's canvas before anything can look at its size."""
     await rejected(decoder, webp_header(2**24, 2**24))
     await rejected(decoder, webp_header(16_383, 16_383))
@@ -251,8 +251,8 @@ async def test_a_header_that_claims_too_much_takes_no_memory(decoder: Decoder) -
 
 async def test_memory_is_limited() -> None:
     """A picture of allowed size may still take more memory than its worker has."""
-    decoder = Decoder(workers=1, max_pixels=64_000_000, timeout=60.0)
-    small = Decoder(workers=1, max_pixels=64_000_000, timeout=60.0, bytes_per_pixel=1)
+    decoder = DecoderPool(workers=1, max_pixels=64_000_000, timeout=60.0)
+    small = DecoderPool(workers=1, max_pixels=64_000_000, timeout=60.0, bytes_per_pixel=1)
     try:
         data = png(6000, 6000, bytes(6001 * 6000))
         assert (await decoder.decode("a", "image", data, SAME)).width == SIZE[0]
@@ -262,7 +262,7 @@ async def test_memory_is_limited() -> None:
         await asyncio.gather(decoder.close(), small.close())
 
 
-async def test_a_check_returns_no_pixels(decoder: Decoder) -> None:
+async def test_a_check_returns_no_pixels(decoder: DecoderPool) -> None:
     fit = Fit(kind="check", bounds=Bounds(least=1, most=1, multiple=1))
     found = await decoder.decode("a", "chunk", plain(size=(300, 200)), fit)
     assert found == Decoded(source=(300, 200), width=0, height=0, channels=0, pixels=b"")

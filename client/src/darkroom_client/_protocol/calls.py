@@ -239,6 +239,34 @@ class Calls:
             metadata,
         )
 
+    def add_adapter(
+        self, id: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[Adapter]:
+        """Offer an adapter."""
+        _check_name("id", id)
+        return self._call(
+            "AddAdapter",
+            lambda stubs: stubs.models.AddAdapter,
+            model_pb2.AddAdapterRequest(id=id),
+            lambda response: decode_adapter(response.adapter),
+            timeout,
+            metadata,
+        )
+
+    def remove_adapter(
+        self, id: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[int]:
+        """Offer an adapter no more."""
+        _check_name("id", id)
+        return self._call(
+            "RemoveAdapter",
+            lambda stubs: stubs.models.RemoveAdapter,
+            model_pb2.RemoveAdapterRequest(id=id),
+            lambda response: int(response.unfinished_jobs),
+            timeout,
+            metadata,
+        )
+
     def status(
         self, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[ServerStatus]:

@@ -22,6 +22,7 @@ REASONS: dict[str, type[DarkroomError]] = {
     "INVALID_REQUEST": errors.InvalidRequest,
     "UNKNOWN_MODEL": errors.ModelNotFound,
     "UNKNOWN_ADAPTER": errors.AdapterNotFound,
+    "ADAPTER_UNUSABLE": errors.AdapterUnusable,
     "UNKNOWN_REQUEST": errors.UnknownRequest,
     "REQUEST_CONFLICT": errors.InvalidRequest,
     "UPLOAD_NOT_FOUND": errors.UploadNotFound,

@@ -83,6 +83,22 @@ def _open_async(settings: Settings, target: str, options: Options) -> grpc.aio.C
     return grpc.aio.secure_channel(target, credentials, options)
 
 
+def is_connected(channel: grpc.Channel) -> bool:
+    """Whether ``channel`` has a connection now; False if it is closed.
+
+    gRPC's asyncio channels have a method for this, the blocking ones do not: only ``subscribe``,
+    whose thread goes on after ``unsubscribe`` and fails if the channel is closed meanwhile. So this
+    calls what the asyncio ones call.
+    """
+    state: int
+    try:
+        state = channel._channel.check_connectivity_state(False)  # type: ignore[attr-defined]
+    except ValueError:
+        return False
+    ready: int = grpc.ChannelConnectivity.READY.value[0]
+    return state == ready
+
+
 def _own_connections() -> Options:
     """An option that separates the connections of its channels from those of all others.
 

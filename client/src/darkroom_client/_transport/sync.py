@@ -23,6 +23,7 @@ from darkroom_client._settings import Metadata, Settings
 from darkroom_client._transport.channels import (
     CALLS_PER_PAIR,
     check_files,
+    is_connected,
     open_control_channel,
     open_direct_channel,
     open_pair,
@@ -32,9 +33,6 @@ from darkroom_client._transport.tls_probe import find_tls_problem
 
 CANCEL_ON_EXIT_SECONDS = 2.0
 """The time limit of a cancel call, the lookup of the server's address included."""
-
-STATE_SECONDS = 0.5
-"""The time limit of asking gRPC for the state of a channel, which it sends from a thread."""
 
 STATUS_SECONDS = 5.0
 """How long a finished stream waits for the status of its call; then it cancels the call."""
@@ -100,18 +98,7 @@ class SyncTransport:
     @property
     def connected(self) -> bool:
         """Whether there is a connection to a server now."""
-        channels = [channel for channel in self._all_channels() if not self.closed]
-        states: SimpleQueue[grpc.ChannelConnectivity] = SimpleQueue()
-        for channel in channels:
-            channel.subscribe(states.put)
-        try:
-            found = (states.get(timeout=STATE_SECONDS) for _ in channels)
-            return any(state is grpc.ChannelConnectivity.READY for state in found)
-        except Empty:
-            return False
-        finally:
-            for channel in channels:
-                channel.unsubscribe(states.put)
+        return any(map(is_connected, self._all_channels()))
 
     def _check_process(self) -> None:
         if self.forked:

@@ -8,14 +8,16 @@ class AdapterKind(StrEnum):
     """What an adapter is. UNKNOWN: the value is newer than this client."""
 
     LORA = "lora"
+    CONTROLNET = "controlnet"
     UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """An adapter that requests may name, such as a LoRA.
+    """An adapter that requests may name: a LoRA, or a ControlNet.
 
-    ``models``: the ids of the models that it fits. ``rank``: the greatest of its layers.
+    ``models``: the ids of the models that it fits. ``rank``: the greatest of its layers, 0 for a
+    ControlNet.
     ``bytes``: its weights in memory. ``resident``: an engine has it in memory; a request for
     another one waits until it is read. ``rejection``: why the server rejects requests for it, such
     as a rank above its limit; empty if it does not.

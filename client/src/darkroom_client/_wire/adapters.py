@@ -3,7 +3,10 @@
 from darkroom.v1 import model_pb2
 from darkroom_client._types.adapter import Adapter, AdapterKind
 
-_KINDS = {model_pb2.ADAPTER_KIND_LORA: AdapterKind.LORA}
+_KINDS = {
+    model_pb2.ADAPTER_KIND_LORA: AdapterKind.LORA,
+    model_pb2.ADAPTER_KIND_CONTROLNET: AdapterKind.CONTROLNET,
+}
 
 
 def decode_adapter(adapter: model_pb2.Adapter) -> Adapter:

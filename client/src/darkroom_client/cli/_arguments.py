@@ -74,7 +74,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cancel.add_argument("request_ids", nargs="+", metavar="ID", help="what `submit` printed")
     _add_jobs(command("jobs", "list your jobs on the server", _jobs.run, 10.0))
     _add_models(command("models", "list the models of the server", _models.run, 10.0))
-    _add_adapters(command("adapters", "list the adapters of the server", _adapters.run, 10.0))
+    _add_adapters(
+        command("adapters", "list, add or remove the adapters of the server", _adapters.run, 10.0)
+    )
     _add_replay(command("replay", "reproduce a recorded image", _replay.run, DEFAULT_TIMEOUT))
     status = command("status", "show the status of the server", _status.run, 10.0)
     status.add_argument("--json", action="store_true", help="print one JSON object")
@@ -297,6 +299,14 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=_adapters.ACTIONS,
+        default="list",
+        help="what to do (default: list); add and remove are for the server's admins",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="the adapters to add or remove")
     parser.add_argument("--model", metavar="ID", default="", help="only those that fit this model")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 

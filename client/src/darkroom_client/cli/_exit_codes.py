@@ -37,6 +37,7 @@ _CODES: dict[type[DarkroomError], int] = {
     errors.UploadNotFound: USAGE,
     errors.ModelNotFound: USAGE,
     errors.AdapterNotFound: USAGE,
+    errors.AdapterUnusable: USAGE,
     errors.UnknownRequest: USAGE,
     errors.Unavailable: LATER,
     errors.TLSError: USAGE,

@@ -37,11 +37,12 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--control",
-        metavar="ID:FILE",
+        metavar="ID:FILE[:SCALE]",
         type=_control,
         action="append",
         default=[],
-        help="a ControlNet and its image, such as pose:edges.png; may be given several times",
+        help="a ControlNet, its image and its scale, such as pose:edges.png:0.8; may be given "
+        "several times",
     )
     add("--ip-adapter-image", metavar="FILE", type=Path, help="the image of the IP-Adapter")
     add("--ip-adapter-scale", metavar="0-1", type=float, help="how strong the IP-Adapter is")
@@ -73,7 +74,14 @@ def _lora(text: str) -> tuple[str, float]:
 
 
 def _control(text: str) -> Control:
-    id, colon, path = text.partition(":")
-    if not (colon and id and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not ID:FILE")
-    return Control(id, Path(path))
+    id, _, rest = text.partition(":")
+    path, _, scale = rest.rpartition(":")
+    if not path:
+        path, scale = rest, "1"
+    try:
+        strength = float(scale)
+    except ValueError:
+        path, strength = rest, 1.0  # The colon is part of the file's name.
+    if not (id and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID:FILE or ID:FILE:SCALE")
+    return Control(id, Path(path), scale=strength)

@@ -14,10 +14,10 @@ from darkroom_client._errors import (
     UnknownRequest,
     Violation,
 )
-from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.status import ServerState
+from darkroom_client.testing._adapters import Adapters
 from darkroom_client.testing._behaviour import Behaviour
 from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._models import RETRY_SECONDS, fill_defaults
@@ -33,7 +33,7 @@ class JobRegistry:
     """
 
     def __init__(
-        self, capacity: int | None, models: dict[str, Model], adapters: tuple[Adapter, ...] = ()
+        self, capacity: int | None, models: dict[str, Model], adapters: Adapters | None = None
     ) -> None:
         self.changed = threading.Condition()
         self.state = ServerState.READY
@@ -41,7 +41,7 @@ class JobRegistry:
         self.script: deque[Behaviour] = deque()
         self.default = Behaviour()
         self.models = models
-        self.adapters = adapters
+        self.adapters = adapters or Adapters()
         self.uploads = Uploads()
         self.jobs: list[FakeJob] = []
         self.rejections: Counter[str] = Counter()
@@ -122,6 +122,13 @@ class JobRegistry:
             for job in self.jobs
         )
 
+    def jobs_with(self, adapter: str) -> int:
+        """The number of jobs that run and use ``adapter``."""
+        return sum(
+            job.state is JobState.RUNNING and any(x.id == adapter for x in job.message.loras)
+            for job in self.jobs
+        )
+
     def forget(self) -> None:
         """Cancel and forget every job, like a new server."""
         with self.changed:
@@ -155,6 +162,7 @@ class JobRegistry:
         """The model of ``request``; raises if the model does not accept it."""
         model = self.model(request.model)
         check_request(request, model, preview)
+        self.adapters.check(request, model)
         check_format(fill_defaults(request, model).format)
         self.uploads.check(request)
         return model

@@ -14,6 +14,7 @@ from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.model import Model
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._types.status import Estimate, ServerState
+from darkroom_client.testing._adapters import Adapters
 from darkroom_client.testing._behaviour import Behaviour
 from darkroom_client.testing._health import Health
 from darkroom_client.testing._job import FakeJob
@@ -33,7 +34,9 @@ class FakeServer:
     ``models``: the models that it holds, as names (see ``fake_model``) or in full, such as
     ``client.models()`` of a real server. ``token``: required of every caller. ``capacity``:
     concurrent jobs; further requests are rejected as ``Overloaded``. ``port``: a port of 127.0.0.1;
-    0 for any free one. ``adapters``: what ``Client.adapters`` returns.
+    0 for any free one. ``adapters``: those on offer, which ``Client.adapters`` returns;
+    ``addable_adapters``: those that ``Client.add_adapter`` can add. ``admin``: whether callers may
+    add and remove adapters.
 
     It rejects the requests that a Darkroom server with these models rejects, but it does not decode
     images: a damaged one is accepted, and an image does not decide the size of the result. All
@@ -51,11 +54,15 @@ class FakeServer:
         token: str | None = None,
         capacity: int | None = None,
         adapters: Iterable[Adapter] = (),
+        addable_adapters: Iterable[Adapter] = (),
+        admin: bool = True,
         port: int = 0,
     ) -> None:
         self.estimate = Estimate(queue_wait=0.0, run_time=1.0, peak_bytes=0, available_bytes=2**30)
-        self._registry = JobRegistry(capacity, _by_name(models), tuple(adapters))
-        self._services = Services(self._registry, lambda: self.estimate, token)
+        self._registry = JobRegistry(
+            capacity, _by_name(models), Adapters(adapters, addable_adapters)
+        )
+        self._services = Services(self._registry, lambda: self.estimate, token, admin=admin)
         self._health = Health(self._registry)
         self._port = port
         self._server: grpc.Server | None = None

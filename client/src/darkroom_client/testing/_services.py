@@ -16,7 +16,7 @@ from darkroom.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from darkroom_client._errors import DarkroomError, Unauthenticated, Violation
+from darkroom_client._errors import DarkroomError, PermissionDenied, Unauthenticated, Violation
 from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.status import Estimate
@@ -55,11 +55,17 @@ class Services(
     server_id = ""
 
     def __init__(
-        self, registry: JobRegistry, estimate: Callable[[], Estimate], token: str | None
+        self,
+        registry: JobRegistry,
+        estimate: Callable[[], Estimate],
+        token: str | None,
+        *,
+        admin: bool,
     ) -> None:
         self._registry = registry
         self._estimate = estimate
         self._token = token
+        self._admin = admin
 
     def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> Any:
         job = self._admitted(request, context, max_reply_bytes=_max_reply_bytes(context))[0]
@@ -169,7 +175,8 @@ class Services(
 
     def ListAdapters(self, request: model_pb2.ListAdaptersRequest, context: Any) -> Any:
         self._authenticate(context)
-        adapters = sorted(self._registry.adapters, key=lambda adapter: adapter.id)
+        with self._registry.changed:
+            adapters = self._registry.adapters.offered
         if request.model:
             try:
                 id = self._registry.model(request.model).id
@@ -177,6 +184,27 @@ class Services(
                 abort(context, error)
             adapters = [adapter for adapter in adapters if id in adapter.models]
         return model_pb2.ListAdaptersResponse(adapters=map(encode_adapter, adapters))
+
+    def AddAdapter(self, request: model_pb2.AddAdapterRequest, context: Any) -> Any:
+        self._authenticate(context, as_admin=True)
+        registry = self._registry
+        try:
+            with registry.changed:
+                added = registry.adapters.add(request.id, registry.jobs_with(request.id))
+        except DarkroomError as error:
+            abort(context, error)
+        return model_pb2.AddAdapterResponse(adapter=encode_adapter(added))
+
+    def RemoveAdapter(self, request: model_pb2.RemoveAdapterRequest, context: Any) -> Any:
+        self._authenticate(context, as_admin=True)
+        registry = self._registry
+        try:
+            with registry.changed:
+                registry.adapters.remove(request.id)
+                jobs = registry.jobs_with(request.id)
+        except DarkroomError as error:
+            abort(context, error)
+        return model_pb2.RemoveAdapterResponse(unfinished_jobs=jobs)
 
     def GetModel(self, request: model_pb2.GetModelRequest, context: Any) -> Any:
         self._authenticate(context)
@@ -276,10 +304,12 @@ class Services(
                 job.cancel()
             self._registry.changed.notify_all()
 
-    def _authenticate(self, context: Any) -> None:
+    def _authenticate(self, context: Any, *, as_admin: bool = False) -> None:
         given = dict(context.invocation_metadata()).get("authorization")
         if self._token is not None and given != f"Bearer {self._token}":
             abort(context, Unauthenticated("the token is missing or wrong"))
+        if as_admin and not self._admin:
+            abort(context, PermissionDenied("this is for callers whose token says admin = true"))
 
 
 def _duration(seconds: float) -> Duration:

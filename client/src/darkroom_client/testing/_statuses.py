@@ -18,6 +18,7 @@ SENT: dict[type[DarkroomError], tuple[int, str]] = {
     errors.InvalidRequest: (code_pb2.INVALID_ARGUMENT, "INVALID_REQUEST"),
     errors.ModelNotFound: (code_pb2.NOT_FOUND, "UNKNOWN_MODEL"),
     errors.AdapterNotFound: (code_pb2.NOT_FOUND, "UNKNOWN_ADAPTER"),
+    errors.AdapterUnusable: (code_pb2.FAILED_PRECONDITION, "ADAPTER_UNUSABLE"),
     errors.UnknownRequest: (code_pb2.NOT_FOUND, "UNKNOWN_REQUEST"),
     errors.TooLarge: (code_pb2.RESOURCE_EXHAUSTED, "DOES_NOT_FIT"),
     errors.ReplyTooLarge: (code_pb2.INVALID_ARGUMENT, "REPLY_TOO_LARGE"),

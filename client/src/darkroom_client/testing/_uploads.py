@@ -70,9 +70,15 @@ def name_by_digest(request: generation_pb2.GenerateRequest) -> None:
 
 
 def check_inputs(
-    request: generation_pb2.GenerateRequest, model: Model, limits: ModelLimits, steps: int
+    request: generation_pb2.GenerateRequest,
+    model: Model,
+    limits: ModelLimits,
+    filled: generation_pb2.GenerateRequest,
 ) -> Iterator[Violation]:
-    """What is wrong with the images and adapters of ``request``, as far as the model takes them."""
+    """What is wrong with the images and adapters of ``request``, as far as the model takes them.
+
+    ``filled`` is the request with the model's defaults.
+    """
     takes = model.optional_fields
     yield from _task(request, model)
     for name, image in images_of(request):
@@ -80,8 +86,8 @@ def check_inputs(
             yield from _image(name, image)
     if "mask_image" in takes and request.HasField("mask_image") and not request.HasField("image"):
         yield Violation(field="mask_image", description="needs image")
-    if "strength" in takes and request.HasField("strength"):
-        yield from _strength(request, steps)
+    if "strength" in takes:
+        yield from _strength(request, filled)
     for name in ("reference_images", "loras", "controls"):
         count, most = len(getattr(request, name)), getattr(limits, f"max_{name}")
         if name in takes and count > most:
@@ -128,14 +134,17 @@ def _image(name: str, image: image_pb2.ImageInput) -> Iterator[Violation]:
         yield Violation(field=f"{name}.upload_id", description=description)
 
 
-def _strength(request: generation_pb2.GenerateRequest, steps: int) -> Iterator[Violation]:
-    strength = request.strength
-    if not request.HasField("image"):
+def _strength(
+    request: generation_pb2.GenerateRequest, filled: generation_pb2.GenerateRequest
+) -> Iterator[Violation]:
+    asked, strength, steps = request.HasField("strength"), filled.strength, filled.steps
+    has_image = request.HasField("image")
+    if asked and not has_image:
         yield Violation(field="strength", description="needs image")
-    if not (math.isfinite(strength) and 0.0 < strength <= 1.0):
+    if asked and not (math.isfinite(strength) and 0.0 < strength <= 1.0):
         description = f"must be above 0, to 1, not {strength:g}"
         yield Violation(field="strength", description=description)
-    elif int(steps * strength) < 1:
+    elif has_image and steps > 0 and int(steps * strength) < 1:
         description = f"of {steps} steps, {strength:g} is less than one; use more of either"
         yield Violation(field="strength", description=description)
 

@@ -66,7 +66,7 @@ def check_request(
         *_scale("guidance_rescale", request, model, 1.0),
         *_sequence_length(request, model, limits),
         *_syntax(request),
-        *check_inputs(request, model, limits, fill_defaults(request, model).steps),
+        *check_inputs(request, model, limits, fill_defaults(request, model)),
         *_pairs_of_sizes(request, model, limits),
     )
     if violations:

@@ -30,6 +30,8 @@ class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKi
     """Not used."""
     ADAPTER_KIND_LORA: _AdapterKind.ValueType  # 1
     """For GenerateRequest.loras."""
+    ADAPTER_KIND_CONTROLNET: _AdapterKind.ValueType  # 2
+    """For GenerateRequest.controls."""
 
 class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
     """AdapterKind is a kind of adapter."""
@@ -38,6 +40,8 @@ ADAPTER_KIND_UNSPECIFIED: AdapterKind.ValueType  # 0
 """Not used."""
 ADAPTER_KIND_LORA: AdapterKind.ValueType  # 1
 """For GenerateRequest.loras."""
+ADAPTER_KIND_CONTROLNET: AdapterKind.ValueType  # 2
+"""For GenerateRequest.controls."""
 Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
 
 class _Task:
@@ -105,6 +109,98 @@ ROW_LIMIT_SOURCE_CORRECTED: RowLimitSource.ValueType  # 4
 Global___RowLimitSource: _TypeAlias = RowLimitSource  # noqa: Y015
 
 @_typing.final
+class AddAdapterRequest(_message.Message):
+    """AddAdapterRequest names an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """A name that the server's operator provides: of a file in its folder of adapters,
+    without the ending, or of an adapter that was removed. Never a path or a hub id.
+    """
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddAdapterRequest: _TypeAlias = AddAdapterRequest  # noqa: Y015
+
+@_typing.final
+class AddAdapterResponse(_message.Message):
+    """AddAdapterResponse holds the adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """As ListAdapters lists it now."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddAdapterResponse: _TypeAlias = AddAdapterResponse  # noqa: Y015
+
+@_typing.final
+class RemoveAdapterRequest(_message.Message):
+    """RemoveAdapterRequest names an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its id."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveAdapterRequest: _TypeAlias = RemoveAdapterRequest  # noqa: Y015
+
+@_typing.final
+class RemoveAdapterResponse(_message.Message):
+    """RemoveAdapterResponse says who still uses the adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNFINISHED_JOBS_FIELD_NUMBER: _builtins.int
+    unfinished_jobs: _builtins.int
+    """Jobs that wait or run, and use it; its file must stay until they have ended."""
+    def __init__(
+        self,
+        *,
+        unfinished_jobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["unfinished_jobs", b"unfinished_jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveAdapterResponse: _TypeAlias = RemoveAdapterResponse  # noqa: Y015
+
+@_typing.final
 class ListAdaptersRequest(_message.Message):
     """ListAdaptersRequest may name a model."""
 
@@ -152,7 +248,9 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):
-    """Adapter is a LoRA adapter, which requests name in `loras`."""
+    """Adapter is a LoRA adapter or a ControlNet, which requests name in `loras` and
+    `controls`.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -168,7 +266,7 @@ class Adapter(_message.Message):
     kind: Global___AdapterKind.ValueType
     """What it is."""
     rank: _builtins.int
-    """The greatest rank of its layers."""
+    """The greatest rank of its layers; 0 for a ControlNet."""
     bytes: _builtins.int
     """Its weights in memory, in bytes."""
     resident: _builtins.bool

@@ -50,6 +50,16 @@ class ModelServiceStub(object):
                 request_serializer=darkroom_dot_v1_dot_model__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=darkroom_dot_v1_dot_model__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.AddAdapter = channel.unary_unary(
+                '/darkroom.v1.ModelService/AddAdapter',
+                request_serializer=darkroom_dot_v1_dot_model__pb2.AddAdapterRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_model__pb2.AddAdapterResponse.FromString,
+                _registered_method=True)
+        self.RemoveAdapter = channel.unary_unary(
+                '/darkroom.v1.ModelService/RemoveAdapter',
+                request_serializer=darkroom_dot_v1_dot_model__pb2.RemoveAdapterRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_model__pb2.RemoveAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
@@ -79,6 +89,29 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddAdapter(self, request, context):
+        """AddAdapter offers an adapter from now on, and returns it once it can be used. An
+        adapter that is on offer already is returned as it is. For callers that may change
+        what the server holds: with a token that says admin, or, on a server without tokens,
+        from its own machine; PERMISSION_DENIED for others. NOT_FOUND with
+        google.rpc.ResourceInfo for a name that the server's operator does not provide;
+        FAILED_PRECONDITION with reason ADAPTER_UNUSABLE for an adapter that fits no model,
+        has a rank above the limit, or whose name unfinished jobs use for one that was
+        removed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveAdapter(self, request, context):
+        """RemoveAdapter offers an adapter no more. Jobs that were accepted before use it to
+        their end. For the callers of AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for
+        an adapter that is not on offer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +129,16 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=darkroom_dot_v1_dot_model__pb2.ListAdaptersRequest.FromString,
                     response_serializer=darkroom_dot_v1_dot_model__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'AddAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddAdapter,
+                    request_deserializer=darkroom_dot_v1_dot_model__pb2.AddAdapterRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_model__pb2.AddAdapterResponse.SerializeToString,
+            ),
+            'RemoveAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveAdapter,
+                    request_deserializer=darkroom_dot_v1_dot_model__pb2.RemoveAdapterRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_model__pb2.RemoveAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +223,60 @@ class ModelService(object):
             '/darkroom.v1.ModelService/ListAdapters',
             darkroom_dot_v1_dot_model__pb2.ListAdaptersRequest.SerializeToString,
             darkroom_dot_v1_dot_model__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.ModelService/AddAdapter',
+            darkroom_dot_v1_dot_model__pb2.AddAdapterRequest.SerializeToString,
+            darkroom_dot_v1_dot_model__pb2.AddAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.ModelService/RemoveAdapter',
+            darkroom_dot_v1_dot_model__pb2.RemoveAdapterRequest.SerializeToString,
+            darkroom_dot_v1_dot_model__pb2.RemoveAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

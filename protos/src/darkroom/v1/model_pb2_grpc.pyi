@@ -43,6 +43,21 @@ class ModelServiceStub:
     """ListAdapters returns the adapters that requests may name. NOT_FOUND with
     google.rpc.ResourceInfo for an unknown model.
     """
+    AddAdapter: _grpc.UnaryUnaryMultiCallable[_model_pb2.AddAdapterRequest, _model_pb2.AddAdapterResponse]
+    """AddAdapter offers an adapter from now on, and returns it once it can be used. An
+    adapter that is on offer already is returned as it is. For callers that may change
+    what the server holds: with a token that says admin, or, on a server without tokens,
+    from its own machine; PERMISSION_DENIED for others. NOT_FOUND with
+    google.rpc.ResourceInfo for a name that the server's operator does not provide;
+    FAILED_PRECONDITION with reason ADAPTER_UNUSABLE for an adapter that fits no model,
+    has a rank above the limit, or whose name unfinished jobs use for one that was
+    removed.
+    """
+    RemoveAdapter: _grpc.UnaryUnaryMultiCallable[_model_pb2.RemoveAdapterRequest, _model_pb2.RemoveAdapterResponse]
+    """RemoveAdapter offers an adapter no more. Jobs that were accepted before use it to
+    their end. For the callers of AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for
+    an adapter that is not on offer.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -58,6 +73,21 @@ class ModelServiceAsyncStub(ModelServiceStub):
     ListAdapters: _aio.UnaryUnaryMultiCallable[_model_pb2.ListAdaptersRequest, _model_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """ListAdapters returns the adapters that requests may name. NOT_FOUND with
     google.rpc.ResourceInfo for an unknown model.
+    """
+    AddAdapter: _aio.UnaryUnaryMultiCallable[_model_pb2.AddAdapterRequest, _model_pb2.AddAdapterResponse]  # type: ignore[assignment]
+    """AddAdapter offers an adapter from now on, and returns it once it can be used. An
+    adapter that is on offer already is returned as it is. For callers that may change
+    what the server holds: with a token that says admin, or, on a server without tokens,
+    from its own machine; PERMISSION_DENIED for others. NOT_FOUND with
+    google.rpc.ResourceInfo for a name that the server's operator does not provide;
+    FAILED_PRECONDITION with reason ADAPTER_UNUSABLE for an adapter that fits no model,
+    has a rank above the limit, or whose name unfinished jobs use for one that was
+    removed.
+    """
+    RemoveAdapter: _aio.UnaryUnaryMultiCallable[_model_pb2.RemoveAdapterRequest, _model_pb2.RemoveAdapterResponse]  # type: ignore[assignment]
+    """RemoveAdapter offers an adapter no more. Jobs that were accepted before use it to
+    their end. For the callers of AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for
+    an adapter that is not on offer.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -89,6 +119,33 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_model_pb2.ListAdaptersResponse, _abc.Awaitable[_model_pb2.ListAdaptersResponse]]:
         """ListAdapters returns the adapters that requests may name. NOT_FOUND with
         google.rpc.ResourceInfo for an unknown model.
+        """
+
+    @_abc_1.abstractmethod
+    def AddAdapter(
+        self,
+        request: _model_pb2.AddAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.AddAdapterResponse, _abc.Awaitable[_model_pb2.AddAdapterResponse]]:
+        """AddAdapter offers an adapter from now on, and returns it once it can be used. An
+        adapter that is on offer already is returned as it is. For callers that may change
+        what the server holds: with a token that says admin, or, on a server without tokens,
+        from its own machine; PERMISSION_DENIED for others. NOT_FOUND with
+        google.rpc.ResourceInfo for a name that the server's operator does not provide;
+        FAILED_PRECONDITION with reason ADAPTER_UNUSABLE for an adapter that fits no model,
+        has a rank above the limit, or whose name unfinished jobs use for one that was
+        removed.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveAdapter(
+        self,
+        request: _model_pb2.RemoveAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.RemoveAdapterResponse, _abc.Awaitable[_model_pb2.RemoveAdapterResponse]]:
+        """RemoveAdapter offers an adapter no more. Jobs that were accepted before use it to
+        their end. For the callers of AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for
+        an adapter that is not on offer.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -4,13 +4,17 @@ import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from darkroom_server.backends.fake_model import fake_model
+from darkroom_server.core.adapters import AdapterOffer
+from darkroom_server.core.engine_config import AdapterSource
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
+    AdapterChecked,
     BatchDone,
     EncodedImage,
     EngineDied,
@@ -62,7 +66,7 @@ class FakeEngine:
     the engine loading until ``become_ready`` is called. With ``startup_error`` it dies instead of
     loading; with ``dies_after`` it dies at that many submitted jobs. ``on_submit`` and
     ``on_cancel`` are called with each job and cancelled id. Events are emitted on the thread that
-    causes them.
+    causes them. ``offered`` are the adapters that were offered after the start, by id.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class FakeEngine:
         on_cancel: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.models = tuple(models) or (fake_model(),)
+        self.offered: dict[str, AdapterSource] = {}
         self.closed = threading.Event()
         self._auto = auto
         self._pass_seconds = pass_seconds
@@ -129,6 +134,27 @@ class FakeEngine:
         with self._lock:
             if resident := self._residents.get(job_id):
                 resident.job = replace(resident.job, deadline=deadline)
+
+    def check_adapter(self, source: AdapterSource) -> None:
+        """An adapter fits every model that takes LoRAs, if its file holds nothing but "fits"."""
+        takes = [model.id for model in self.models if "loras" in model.optional_fields]
+        fits = Path(source.location).read_text() == "fits"
+        self._emit(
+            AdapterChecked(
+                adapter=source.id,
+                file=source.location,
+                offers={id: AdapterOffer(id=source.id, rank=4, bytes=500) for id in takes if fits},
+                reason="" if takes and fits else "its file does not say that it fits",
+            )
+        )
+
+    def offer_adapter(self, source: AdapterSource) -> None:
+        """Note that later jobs may use an adapter."""
+        self.offered[source.id] = source
+
+    def withdraw_adapter(self, id: str) -> None:
+        """Note that only earlier jobs may use an adapter."""
+        self.offered.pop(id, None)
 
     def close(self) -> None:
         """Stop; jobs end without an event."""

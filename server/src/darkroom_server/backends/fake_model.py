@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from darkroom_server.core.adapters import AdapterKind, AdapterOffer
 from darkroom_server.core.job import SchedulerName, Task
 from darkroom_server.core.model import (
-    AdapterOffer,
     Guidance,
     MemoryNeeds,
     ModelDefaults,
@@ -93,7 +93,10 @@ def fake_flow_model(id: str = "flow") -> ModelInfo:
 
 
 def fake_image_model(id: str = "demo") -> ModelInfo:
-    """Like ``fake_model``, and it takes images and the adapter "outline": all tasks and fields."""
+    """Like ``fake_model``, and it takes all fields, for all tasks.
+
+    It has the LoRA adapter "outline" and the ControlNet "pose".
+    """
     model = fake_model(id)
     return replace(
         model,
@@ -111,5 +114,8 @@ def fake_image_model(id: str = "demo") -> ModelInfo:
             "ip_adapter_scale",
         },
         tasks=tuple(Task),
-        adapters=(AdapterOffer(id="outline", rank=4, bytes=500),),
+        adapters=(
+            AdapterOffer(id="outline", rank=4, bytes=500),
+            AdapterOffer(id="pose", rank=0, bytes=900, kind=AdapterKind.CONTROLNET, cost=0.5),
+        ),
     )

@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import IO
 
 import structlog
 
 from darkroom_server.backends.descriptors import reserved_descriptors
-from darkroom_server.core.engine_config import EngineConfig
+from darkroom_server.core.engine_config import AdapterSource, EngineConfig
 from darkroom_server.core.events import (
     Correction,
     EngineDied,
@@ -28,7 +29,14 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.core.job import Job
 from darkroom_server.ipc.channel import Channel, ChannelClosed
-from darkroom_server.ipc.commands import Cancel, Close, Extend
+from darkroom_server.ipc.commands import (
+    Cancel,
+    CheckAdapter,
+    Close,
+    Extend,
+    OfferAdapter,
+    WithdrawAdapter,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +74,8 @@ class ProcessEngine:
         self, config: EngineConfig, *, timeout: float = 60.0, load_timeout: float = 1800.0
     ) -> None:
         self._config = config
+        # What is offered now. Not in ``_config``, which the receiving thread replaces.
+        self._offered = config
         self._timeout = timeout
         self._load_limit = LoadLimit(load_timeout)
         self._process: _EngineProcess | None = None
@@ -89,7 +99,8 @@ class ProcessEngine:
                 self._config = self._config.with_correction(event)
             emit(event)
 
-        process = _EngineProcess(self._config, self._timeout, self._load_limit.seconds)
+        config = replace(self._config, adapters=self._offered.adapters)
+        process = _EngineProcess(config, self._timeout, self._load_limit.seconds)
         with reserved_descriptors():
             process.start(learn)
         self._process = process
@@ -109,6 +120,23 @@ class ProcessEngine:
         """Replace a job's deadline."""
         if self._process is not None:
             self._process.send(Extend(job_id, deadline))
+
+    def check_adapter(self, source: AdapterSource) -> None:
+        """Find the models that an adapter fits; ``AdapterChecked`` follows if the engine runs."""
+        if self._process is not None:
+            self._process.send(CheckAdapter(source))
+
+    def offer_adapter(self, source: AdapterSource) -> None:
+        """Let later jobs use an adapter, also after a restart."""
+        self._offered = self._offered.with_adapter(source)
+        if self._process is not None:
+            self._process.send(OfferAdapter(source))
+
+    def withdraw_adapter(self, id: str) -> None:
+        """Free an adapter's memory once no job uses it. A job that comes later may still."""
+        self._offered = self._offered.without_adapter(id)
+        if self._process is not None:
+            self._process.send(WithdrawAdapter(id))
 
     def close(self) -> None:
         """Stop after the current batch; a process that does not is killed."""

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from darkroom_server.core.engine_config import EngineConfig
+from darkroom_server.core.engine_config import AdapterSource, EngineConfig
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, Event
 from darkroom_server.core.job import Job
+from darkroom_server.ipc.commands import CheckAdapter, OfferAdapter, WithdrawAdapter
 
 if TYPE_CHECKING:
     from darkroom_server.engine.loop import EngineLoop
@@ -52,6 +53,23 @@ class ThreadEngine:
         if self._loop is not None:
             self._loop.extend(job_id, deadline)
 
+    def check_adapter(self, source: AdapterSource) -> None:
+        """Find the models that an adapter fits; ``AdapterChecked`` follows if the engine runs."""
+        if self._loop is not None:
+            self._loop.change_adapters(CheckAdapter(source))
+
+    def offer_adapter(self, source: AdapterSource) -> None:
+        """Let later jobs use an adapter, also after a restart."""
+        self._config = self._config.with_adapter(source)
+        if self._loop is not None:
+            self._loop.change_adapters(OfferAdapter(source))
+
+    def withdraw_adapter(self, id: str) -> None:
+        """Free an adapter's memory once no job uses it. A job that comes later may still."""
+        self._config = self._config.without_adapter(id)
+        if self._loop is not None:
+            self._loop.change_adapters(WithdrawAdapter(id))
+
     def close(self) -> None:
         """Stop, and block until the current batch, or a load in progress, has finished."""
         self._closed.set()
@@ -64,8 +82,9 @@ class ThreadEngine:
         # Imported here: torch takes seconds, and the server must start without it.
         from darkroom_server.engine.loading.startup import start_loop
 
+        loading = self._config
         try:
-            loop, ready = start_loop(self._config, self._emit)
+            loop, ready = start_loop(loading, self._emit)
         except StartupError as error:
             self._emit(EngineDied(str(error), fatal=True))
             return
@@ -74,6 +93,10 @@ class ThreadEngine:
             self._emit(EngineDied("the engine failed to start; the log above says why"))
             return
         self._loop = loop
+        for source in self._config.adapters:
+            # What was offered while it loaded. After the line above: later ones go to the loop.
+            if not source.withdrawn and source not in loading.adapters:
+                loop.change_adapters(OfferAdapter(source))
         if self._closed.is_set():
             return
         self._emit(ready)

@@ -10,8 +10,8 @@ class Caller:
     ``name`` scopes request ids and results. Limits are counted for the name, or for ``address`` if
     the caller has no token, so that one machine cannot use up the share of others. ``priority`` is
     that of the caller's jobs. ``max_jobs`` limits the jobs that are active at the same time,
-    ``jobs_per_minute`` those accepted in a minute. ``admin`` callers may read the server's status
-    and use reflection.
+    ``jobs_per_minute`` those accepted in a minute. ``admin`` callers may read the server's status,
+    use reflection and, see ``security.admin_policy``, change what the server holds.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from darkroom_server.core.engine_config import AdapterSource
 from darkroom_server.core.events import Event
 from darkroom_server.core.job import Job
 
@@ -25,6 +26,15 @@ class Engine(Protocol):
 
     def extend(self, job_id: str, deadline: float | None) -> None:
         """Replace a job's deadline; unknown and ended jobs are ignored."""
+
+    def check_adapter(self, source: AdapterSource) -> None:
+        """Find the models that an adapter fits; ``AdapterChecked`` follows if the engine runs."""
+
+    def offer_adapter(self, source: AdapterSource) -> None:
+        """Let later jobs use an adapter, also after a restart."""
+
+    def withdraw_adapter(self, id: str) -> None:
+        """Free an adapter's memory once no job uses it. A job that comes later may still."""
 
     def close(self) -> None:
         """Stop and free all resources; blocks until done. Jobs end without an event."""

@@ -61,14 +61,31 @@ class ModelSource:
 class AdapterSource:
     """Where a LoRA adapter comes from: a file, a folder or a hub id. ``id`` is its name here.
 
-    ``from_folder``: it was found in the folder of adapters, and need not fit any model. ``token``
-    is for the hub.
+    ``from_folder``: it was found in the folder of adapters, and need not fit any model.
+    ``withdrawn``: only jobs that were accepted before may use it; it need not exist any more.
+    ``token`` is for the hub.
     """
 
     id: str
     location: str
     revision: str | None = None
     from_folder: bool = False
+    withdrawn: bool = False
+    token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlNetSource:
+    """Where a ControlNet comes from: a folder or a hub id. ``id`` is its name here.
+
+    ``model`` is the id of the model it is for, None for each that it fits. ``token`` is for the
+    hub.
+    """
+
+    id: str
+    location: str
+    model: str | None = None
+    revision: str | None = None
     token: str | None = field(default=None, repr=False)
 
 
@@ -82,8 +99,11 @@ class EngineConfig:
     ``max_rows``. ``measurement_cache``: the folder that remembers measurements, None for none.
     ``previous_measurements``: from an earlier engine of this server, so that a restarted one is
     ready sooner. ``prompt_cache_bytes``: memory for the embeddings of prompts, for each model.
-    ``max_loras``: different LoRA adapters in one batch. ``max_lora_rank``: one with a greater
-    rank is rejected. ``lora_cache_bytes``: host memory for the weights of adapters.
+    ``adapters_may_come``: adapters may be offered while the engine runs, even if there are none
+    yet. ``max_loras``: different LoRA adapters in one batch. ``max_request_loras``: those in one
+    request, if a batch may have as many. ``max_lora_rank``: one with a greater rank is rejected.
+    ``lora_cache_bytes``: host memory for the weights of adapters. ``max_controls``: ControlNets in
+    one request.
     """
 
     models: tuple[ModelSource, ...]
@@ -102,9 +122,13 @@ class EngineConfig:
     prompt_cache_bytes: int = PROMPT_CACHE_BYTES
     safety_checker: bool = False
     adapters: tuple[AdapterSource, ...] = ()
+    adapters_may_come: bool = False
     max_loras: int = 8
+    max_request_loras: int = 4
     max_lora_rank: int = 128
     lora_cache_bytes: int = 1024**3
+    controlnets: tuple[ControlNetSource, ...] = ()
+    max_controls: int = 4
     previous_measurements: tuple[ModelInfo, ...] = ()
 
     def with_measurements(self, models: tuple[ModelInfo, ...]) -> Self:
@@ -115,6 +139,20 @@ class EngineConfig:
         """
         device = models[0].runtime.device if models else self.device
         return replace(self, device=device, previous_measurements=models)
+
+    def with_adapter(self, source: AdapterSource) -> Self:
+        """The configuration after ``source`` was offered, in place of one of the same name."""
+        others = [each for each in self.adapters if each.id != source.id]
+        return replace(self, adapters=(*others, source))
+
+    def without_adapter(self, id: str) -> Self:
+        """The configuration after the adapter ``id`` was withdrawn."""
+        return replace(
+            self,
+            adapters=tuple(
+                replace(each, withdrawn=True) if each.id == id else each for each in self.adapters
+            ),
+        )
 
     def with_correction(self, correction: Correction) -> Self:
         """The configuration after the engine has corrected what was measured."""

@@ -5,6 +5,7 @@ DarkroomError
 ├── UnknownModel          name another model
 ├── UnknownAdapter        name another adapter
 ├── UnknownRequest        no job of that id is known, or its result is no longer kept
+├── AdapterUnusable       the adapter cannot be offered now; the text says why
 ├── UploadNotFound        upload the image again
 ├── RequestConflict       the same caller used that id for another request
 ├── Unauthenticated       send a valid token
@@ -35,6 +36,7 @@ class Reason(StrEnum):
     INVALID_REQUEST = "INVALID_REQUEST"
     UNKNOWN_MODEL = "UNKNOWN_MODEL"
     UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
+    ADAPTER_UNUSABLE = "ADAPTER_UNUSABLE"
     UNKNOWN_REQUEST = "UNKNOWN_REQUEST"
     REQUEST_CONFLICT = "REQUEST_CONFLICT"
     UPLOAD_NOT_FOUND = "UPLOAD_NOT_FOUND"
@@ -118,13 +120,22 @@ class UnknownModel(DarkroomError):
 
 
 class UnknownAdapter(DarkroomError):
-    """The server has no adapter of that name; ``known`` are the names that it has."""
+    """There is no adapter of that name; ``known`` are the names that there are.
+
+    ``place``: what was searched.
+    """
 
     reason = Reason.UNKNOWN_ADAPTER
 
-    def __init__(self, adapter: str, known: Sequence[str]) -> None:
-        super().__init__(f"no adapter {adapter!r}; this server has {', '.join(known) or 'none'}")
+    def __init__(self, adapter: str, known: Sequence[str], place: str = "this server") -> None:
+        super().__init__(f"no adapter {adapter!r}; {place} has {', '.join(known) or 'none'}")
         self.adapter = adapter
+
+
+class AdapterUnusable(DarkroomError):
+    """The adapter is there, and the server cannot offer it as it is now."""
+
+    reason = Reason.ADAPTER_UNUSABLE
 
 
 class UnknownRequest(DarkroomError):

@@ -4,9 +4,11 @@ Every job that was submitted ends in exactly one of ``JobFinished``, ``JobFailed
 ``JobCancelled``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.job import ImageFormat
 from darkroom_server.core.model import ModelInfo
@@ -132,6 +134,7 @@ class BatchDone:
     Each of ``samples`` took one step; ``joined`` of them took their first in a batch with samples
     that were further. ``max_rows`` is the batch's row limit, 0 if unknown. ``ended_at`` is in
     ``time.monotonic`` seconds. ``adapters`` is the number of different adapters of its rows.
+    ``control_cost``: the part of the denoiser's seconds that its ControlNets took besides.
     """
 
     model: str
@@ -144,6 +147,20 @@ class BatchDone:
     max_rows: int = 0
     ended_at: float = 0.0
     adapters: int = 0
+    control_cost: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterChecked:
+    """``offers``: the adapter's offer to each model that it fits, by the model's id.
+
+    ``file`` is its file. ``reason``: why it fits no model, empty if it fits one.
+    """
+
+    adapter: str
+    file: str
+    offers: Mapping[str, AdapterOffer]
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +328,7 @@ Event = (
     | SampleProgress
     | PreviewReady
     | BatchDone
+    | AdapterChecked
     | AdapterLoaded
     | AdapterEvicted
     | RowLimitCorrected

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, Self
 
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
 
 OPTIONAL_FIELDS = (
@@ -30,6 +31,9 @@ OPTIONAL_FIELDS = (
     "ip_adapter_scale",
 )
 """Fields of a request that not every model takes; a request that sets another one is rejected."""
+
+CONDITION_BYTES_PER_PIXEL = 12
+"""What the image of a ControlNet takes in memory, at most: three channels in float32."""
 
 EXTRAS = {"prompt_syntax": "prompt-weights"}
 """The extra of ``darkroom-server`` that an optional field needs."""
@@ -212,7 +216,8 @@ class MemoryNeeds:
     ``bytes_per_pass`` is needed once for all rows, and grows with the square of the pixels: the
     scores of sliced attention. ``available_bytes`` was free on the device, less a safety margin.
     ``bytes_per_sample`` is what an unfinished image of one row holds between its batches; it grows
-    at most in proportion to its pixels and rows.
+    at most in proportion to its pixels and rows. ``control_bytes_per_row`` is what ControlNets add
+    to ``bytes_per_row``.
     """
 
     pixels: int
@@ -222,11 +227,16 @@ class MemoryNeeds:
     bytes_per_pass: int = 0
     tile_pixels: int | None = None
     bytes_per_sample: int = 0
+    control_bytes_per_row: int = 0
 
-    def needed(self, width: int, height: int, rows: int) -> int:
-        """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more."""
+    def needed(self, width: int, height: int, rows: int, *, controlled: bool = False) -> int:
+        """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more.
+
+        ``controlled``: with ControlNets.
+        """
         scale = width * height / self.pixels
-        passes = rows * self.bytes_per_row * scale + self.bytes_per_pass * scale**2
+        per_row = self.bytes_per_row + controlled * self.control_bytes_per_row
+        passes = rows * per_row * scale + self.bytes_per_pass * scale**2
         if self.tile_pixels is not None:
             scale = min(1.0, width * height / self.tile_pixels)
         return round(max(passes, self.bytes_per_decode * scale))
@@ -239,7 +249,8 @@ class MemoryNeeds:
         scale = width * height / self.pixels
         # Half of the peak of two rows for each row: with more rows than were measured, the peak may
         # be in another layer, where more memory grows with the rows.
-        per_row = self.bytes_per_row * scale + self.bytes_per_pass * scale**2 / 2
+        per_row = (self.bytes_per_row + self.control_bytes_per_row) * scale
+        per_row += self.bytes_per_pass * scale**2 / 2
         if held is None:
             per_row += self.bytes_per_sample * max(1.0, scale)
         return max(2, int((self.available_bytes - (held or 0)) / max(1.0, per_row)))
@@ -256,26 +267,6 @@ class ModelSpeed:
     passes: tuple[tuple[int, float], ...] = ()
     decode: float = 0.0
     encode: float = 0.0
-
-
-class AdapterKind(StrEnum):
-    """What an adapter is."""
-
-    LORA = "lora"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterOffer:
-    """An adapter that fits a model. ``rank`` is its greatest, ``bytes`` are those in memory.
-
-    ``rejection``: why requests for it are rejected, empty if they are not.
-    """
-
-    id: str
-    rank: int
-    bytes: int
-    kind: AdapterKind = AdapterKind.LORA
-    rejection: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,11 +330,13 @@ class ModelInfo:
 
     def held_bytes(self, job: Job) -> int:
         """Bytes that one unfinished image of ``job`` holds between its batches, at most."""
-        return math.ceil(self.memory.bytes_per_sample * self.samples_per_image(job))
+        controls = len(job.controls) * CONDITION_BYTES_PER_PIXEL * job.width * job.height
+        return controls + math.ceil(self.memory.bytes_per_sample * self.samples_per_image(job))
 
     def needed_bytes(self, job: Job) -> int:
         """Bytes that ``job`` needs alone: what its images hold, and a batch of one of them."""
-        batch = self.memory.needed(job.width, job.height, self.rows_per_image(job))
+        rows, controlled = self.rows_per_image(job), bool(job.controls)
+        batch = self.memory.needed(job.width, job.height, rows, controlled=controlled)
         return batch + job.image_count * self.held_bytes(job)
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
@@ -373,6 +366,12 @@ class ModelInfo:
         skipped_calls = (job.steps - taken) * offer.calls_per_step
         calls = offer.denoiser_calls(job.steps) - skipped_calls
         return self.guidance.calls_per_step(job) * calls
+
+    def control_cost(self, job: Job) -> float:
+        """What the ControlNets of ``job`` add to its batches, as a part of the denoiser's time."""
+        costs = {offer.id: offer.cost for offer in self.adapters}
+        applied = [control for control in job.controls if control.scale]
+        return sum(costs.get(each.id, 0.0) * (each.end - each.start) for each in applied)
 
     def steps_taken(self, job: Job) -> int:
         """The steps that one image of ``job`` takes: fewer than asked if it starts from another."""

@@ -22,4 +22,5 @@ def resident_bytes(models: Iterable[ModelInfo]) -> int:
 
 def _largest_batch(model: ModelInfo) -> int:
     width, height = model.defaults.width, model.defaults.height
-    return model.memory.needed(width, height, model.rows_of_a_pass(width, height))
+    rows = model.rows_of_a_pass(width, height)
+    return model.memory.needed(width, height, rows, controlled=True)

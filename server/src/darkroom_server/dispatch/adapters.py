@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from darkroom_server.core.model import AdapterKind, ModelInfo
+from darkroom_server.core.adapters import AdapterKind
+from darkroom_server.core.model import ModelInfo
 
 AdapterKey = tuple[str, str]
 """The ids of a model and of an adapter."""

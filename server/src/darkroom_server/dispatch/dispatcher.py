@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import structlog
 
+from darkroom_server.core.adapter_places import AdapterPlaces
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.job import Job
+from darkroom_server.dispatch.adapter_catalog import AdapterCatalog
 from darkroom_server.dispatch.admission.availability import Availability, State, shutting_down
 from darkroom_server.dispatch.admission.controller import AdmissionController
 from darkroom_server.dispatch.admission.limits import QueueLimits
@@ -39,7 +41,8 @@ class Dispatcher:
     while fewer than ``max_resident_samples`` images are in it. With ``early_refusal``, jobs that
     are not expected to meet their deadlines are rejected. An engine that dies more than
     ``max_restarts`` times in ten minutes is retired. ``on_state`` is called with the state when it
-    may have changed. ``availability``: the models and the state.
+    may have changed. ``availability``: the models and the state. ``adapter_places``: what can be
+    added to the adapters on offer, with ``adapters``.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Dispatcher:
         observer: Observer | None = None,
         on_state: Callable[[State], None] = lambda _: None,
         load_times: LoadTimes | None = None,
+        adapter_places: AdapterPlaces | None = None,
     ) -> None:
         self._observer = observer or Observer()
         self._registry = JobRegistry()
@@ -85,7 +89,12 @@ class Dispatcher:
         self._lifecycle = JobLifecycle(
             self._registry, self._pool, self._admission, estimator, self._observer
         )
-        self._router = EventRouter(self.availability, self._pool, self._lifecycle, self._observer)
+        self.adapters = AdapterCatalog(
+            adapter_places or AdapterPlaces(), self.availability, self._pool, self._registry
+        )
+        self._router = EventRouter(
+            self.availability, self._pool, self._lifecycle, self.adapters, self._observer
+        )
         self._serial = itertools.count(1)
         self.counts = self._lifecycle.counts
 

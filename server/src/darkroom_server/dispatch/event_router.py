@@ -5,6 +5,7 @@ from collections import deque
 
 from darkroom_server.core.errors import GenerationFailed
 from darkroom_server.core.events import (
+    AdapterChecked,
     AdapterEvicted,
     AdapterLoaded,
     BatchDone,
@@ -25,6 +26,7 @@ from darkroom_server.core.events import (
     SampleBytesCorrected,
     SampleProgress,
 )
+from darkroom_server.dispatch.adapter_catalog import AdapterCatalog
 from darkroom_server.dispatch.adapters import AdapterKey
 from darkroom_server.dispatch.admission.availability import Availability
 from darkroom_server.dispatch.engines.handle import EngineHandle
@@ -51,11 +53,13 @@ class EventRouter:
         availability: Availability,
         pool: EnginePool,
         lifecycle: JobLifecycle,
+        adapters: AdapterCatalog,
         observer: Observer,
     ) -> None:
         self._availability = availability
         self._pool = pool
         self._lifecycle = lifecycle
+        self._adapters = adapters
         self._observer = observer
 
     def route(self, engine: EngineHandle, events: deque[Event]) -> None:
@@ -107,6 +111,8 @@ class EventRouter:
                     self._on_ready(engine, event)
                 case EngineDied():
                     self._on_death(engine, event)
+                case AdapterChecked():
+                    self._adapters.record_check(engine, event)
                 case AdapterLoaded():
                     engine.adapters[event.model, event.adapter] = event.bytes
                     self._on_adapter(event)
@@ -140,6 +146,7 @@ class EventRouter:
         self._availability.report()
 
     def _on_death(self, engine: EngineHandle, died: EngineDied) -> None:
+        self._adapters.record_death(engine)
         lost, engine.adapters = engine.adapters, {}
         for key in lost:
             self._report_memory(key)

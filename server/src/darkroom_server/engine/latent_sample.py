@@ -15,6 +15,7 @@ from darkroom_server.engine.sample import Sample, predict_x0
 from darkroom_server.engine.stepping.linear_run import noise_of
 from darkroom_server.engine.stepping.linear_steps import LinearSteps, guided
 from darkroom_server.engine.stepping.merged_step import LinearStep
+from darkroom_server.engine.stepping.schedules import Schedules
 
 
 class LatentSample(Sample):
@@ -135,7 +136,8 @@ class LinearSample(LatentSample):
     """A latent sample whose guidance and step are one product, merged with those of others.
 
     ``linear`` are the steps of ``scheduler``, which samples with equal settings share. Between its
-    steps the latents are in float32. ``shape`` and ``dtype`` are those of its rows.
+    steps the latents are in float32. ``shape`` and ``dtype`` are those of its rows,
+    and ``first`` are the latents as one row.
     """
 
     def __init__(self, job: Job, index: int, *, linear: LinearSteps, **fields: Any) -> None:
@@ -148,12 +150,12 @@ class LinearSample(LatentSample):
         self.shape, self.dtype = latents.shape[1:], latents.dtype
         first = latents.float().reshape(1, -1)
         self._state = torch.cat([first, first.new_zeros(self._linear.kept, first.shape[1])])
-        self._first = self._state[0]
+        self.first = self._state[0]
 
     @property
     def latents(self) -> torch.Tensor:
         """The latents as they are now, [1, channels, height, width], in the denoiser's dtype."""
-        return self._first.view(1, *self.shape).to(self.dtype)
+        return self.first.view(1, *self.shape).to(self.dtype)
 
     @property
     def scale(self) -> float:
@@ -162,7 +164,7 @@ class LinearSample(LatentSample):
 
     def denoiser_input(self) -> torch.Tensor:
         """The latents as the denoiser takes them at this timestep, [1, channels, height, width]."""
-        return (self._first * self.scale).view(1, *self.shape).to(self.dtype)
+        return (self.first * self.scale).view(1, *self.shape).to(self.dtype)
 
     def begin_step(self, prediction: torch.Tensor) -> LinearStep | None:
         """The step that ``prediction``, the denoiser's with one row per embedding, leads to."""
@@ -178,15 +180,30 @@ class LinearSample(LatentSample):
     def finish_step(self, result: torch.Tensor) -> None:
         """Take the latents, and what the scheduler keeps, from ``result``."""
         self._state = result
-        self._first = result[0]
+        self.first = result[0]
         self.step += 1
 
 
-def stack_inputs(samples: Sequence[LinearSample]) -> torch.Tensor:
+def new_sample(job: Job, index: int, schedules: Schedules, **fields: Any) -> LatentSample:
+    """Image ``index`` of ``job`` at its first step; ``fields`` are as for ``LatentSample``."""
+    # Images of exact jobs are diffusers' own to the last bit.
+    if not job.exact:
+        shared = schedules.shared(job.scheduler, job.steps)
+        if shared.linear is not None:
+            return LinearSample(
+                job, index, linear=shared.linear, scheduler=shared.scheduler, **fields
+            )
+    return LatentSample(job, index, scheduler=schedules.new(job.scheduler, job.steps), **fields)
+
+
+def stack_inputs(samples: Sequence[LatentSample]) -> torch.Tensor:
     """The ``denoiser_input`` of each row of ``samples``, [rows, channels, height, width]."""
-    first = samples[0]
-    rows = torch.stack([sample._first for sample in samples for _ in range(sample.rows)])
-    scales = [sample.scale for sample in samples for _ in range(sample.rows)]
+    linear = [sample for sample in samples if isinstance(sample, LinearSample)]
+    if len(linear) < len(samples):
+        return torch.cat([each.denoiser_input().expand(each.rows, -1, -1, -1) for each in samples])
+    first = linear[0]
+    rows = torch.stack([sample.first for sample in linear for _ in range(sample.rows)])
+    scales = [sample.scale for sample in linear for _ in range(sample.rows)]
     if any(scale != 1.0 for scale in scales):
         rows *= torch.tensor(scales).to(rows.device)[:, None]
     return rows.view(-1, *first.shape).to(first.dtype)

@@ -17,6 +17,8 @@ from darkroom_server.core.events import (
     SampleProgress,
 )
 from darkroom_server.core.job import Job
+from darkroom_server.engine.adapters.offering import check_adapter
+from darkroom_server.engine.adapters.sources import AdapterFound
 from darkroom_server.engine.adapters.store import (
     NO_ADAPTERS,
     AdapterRead,
@@ -36,7 +38,16 @@ from darkroom_server.engine.failures import ADAPTER_FAILED
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.sample import Sample
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
-from darkroom_server.ipc.commands import Cancel, Close, Extend
+from darkroom_server.ipc.commands import (
+    Cancel,
+    CheckAdapter,
+    Close,
+    Extend,
+    OfferAdapter,
+    WithdrawAdapter,
+)
+
+Command = Job | Cancel | Extend | Close | CheckAdapter | OfferAdapter | WithdrawAdapter
 
 
 class EngineLoop:
@@ -61,16 +72,10 @@ class EngineLoop:
         self._caches = caches
         self._emit = emit
         self._encodes: list[tuple[str, int, Timer]] = []
-        self._inbox: queue.SimpleQueue[Job | Cancel | Extend | Close | AdapterRead] = (
-            queue.SimpleQueue()
-        )
-        self._adapters = AdapterStore(
-            {id: model.adapters for id, model in models.items() if model.adapters is not None},
-            adapters.files,
-            adapters.cache_bytes,
-            self._inbox.put,
-            emit,
-        )
+        self._inbox: queue.SimpleQueue[Command | AdapterRead | AdapterFound] = queue.SimpleQueue()
+        self._adaptable = {id: m.adapters for id, m in models.items() if m.adapters is not None}
+        self._max_adapter_rank = adapters.max_rank
+        self._adapters = AdapterStore(self._adaptable, adapters, self._inbox.put, emit)
         slow = {id for id, model in models.items() if model.encodes_slowly}
         self._residency = Residency({id: model.info for id, model in models.items()})
         self._scheduler = BatchScheduler(
@@ -97,6 +102,10 @@ class EngineLoop:
         """Replace a job's deadline at the next step boundary."""
         self._inbox.put(Extend(job_id, deadline))
 
+    def change_adapters(self, change: CheckAdapter | OfferAdapter | WithdrawAdapter) -> None:
+        """Check, offer or withdraw an adapter at the next step boundary."""
+        self._inbox.put(change)
+
     def close(self) -> None:
         """End ``run`` at the next step boundary; resident jobs end without an event."""
         self._inbox.put(Close())
@@ -119,6 +128,8 @@ class EngineLoop:
     def _receive(self) -> bool:
         """Handle the waiting commands, and block only if there is nothing to run; False: closed."""
         while True:
+            if self._adapters.unwanted:
+                self._adapters.free(self._scheduler.adapters_in_use)
             try:
                 command = self._inbox.get(block=self._scheduler.idle)
             except queue.Empty:
@@ -128,6 +139,18 @@ class EngineLoop:
                     self._scheduler.add(command, ready=self._adapters.request(command))
                 case AdapterRead():
                     self._add_adapter(command)
+                case CheckAdapter(source):
+                    self._adapters.find(source)
+                case AdapterFound():
+                    most = self._max_adapter_rank
+                    self._emit(check_adapter(command, self._adaptable, most))
+                case OfferAdapter(source):
+                    self._adapters.offer(source)
+                    for model in self._models.values():
+                        # Embeddings of an adapter of this name may be of other weights.
+                        model.clear_prompt_cache()
+                case WithdrawAdapter(id):
+                    self._adapters.withdraw(id)
                 case Cancel(job_id):
                     self._scheduler.cancel(job_id)
                 case Extend(job_id, deadline):
@@ -231,6 +254,7 @@ class EngineLoop:
                 max_rows=self._scheduler.max_rows(batch.group),
                 ended_at=result.ended,
                 adapters=batch.adapters,
+                control_cost=self._runner.control_cost(batch.model, result.stepped),
             )
         )
 

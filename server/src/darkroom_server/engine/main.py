@@ -22,7 +22,14 @@ from darkroom_server.core.exhaustion import is_exhaustion
 from darkroom_server.core.job import Job
 from darkroom_server.engine.device.malloc import keep_freed_memory
 from darkroom_server.ipc.channel import Channel, ChannelClosed
-from darkroom_server.ipc.commands import Cancel, Close, Extend
+from darkroom_server.ipc.commands import (
+    Cancel,
+    CheckAdapter,
+    Close,
+    Extend,
+    OfferAdapter,
+    WithdrawAdapter,
+)
 from darkroom_server.ipc.event_batcher import EventBatcher
 
 log = structlog.get_logger(__name__)
@@ -79,6 +86,8 @@ def run(channel: Channel, emit: Callable[[Event], None]) -> None:
                         loop.cancel(job_id)
                     case Extend(job_id, deadline):
                         loop.extend(job_id, deadline)
+                    case CheckAdapter() | OfferAdapter() | WithdrawAdapter() as change:
+                        loop.change_adapters(change)
                     case Close():
                         loop.close()
         except ChannelClosed:

@@ -1,6 +1,7 @@
 """A sample: one image that is being generated."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from darkroom_server.core.job import Job
 from darkroom_server.core.order import OrderKey
 from darkroom_server.engine.batch import Group
+from darkroom_server.engine.controls.sample_control import SampleControl
 from darkroom_server.engine.stepping.merged_step import LinearStep, take_steps
 
 
@@ -17,7 +19,8 @@ class Sample(ABC):
     The first latents and all later noise come from the sample's own generator on the CPU, so a
     seed means the same on every device. ``step`` counts denoiser calls. ``predicted_x0`` are the
     final latents that the denoiser predicts, set only if a preview is due. ``preview_pending`` is
-    True while one is encoded.
+    True while one is encoded. ``controls`` are its ControlNets; its model sets them.
+    ``first_prompts`` are what they read of the first denoiser call of a step that has several.
     """
 
     def __init__(self, job: Job, index: int, scheduler: Any) -> None:
@@ -30,6 +33,8 @@ class Sample(ABC):
         self.engine_seconds = 0.0
         self.predicted_x0: torch.Tensor | None = None
         self.preview_pending = False
+        self.controls: Sequence[SampleControl] = ()
+        self.first_prompts: Mapping[str, torch.Tensor] = {}
         self.generator = torch.Generator("cpu").manual_seed(self.seed)
 
     @property
@@ -81,8 +86,8 @@ class Sample(ABC):
             self.finish_step(take_steps([step])[0])
 
     def held_bytes(self) -> int:
-        """Bytes that this sample holds between its batches, 0 if they are few."""
-        return 0
+        """Bytes that this sample holds between its batches, without those that are few."""
+        return sum(control.bytes for control in self.controls)
 
     def close(self) -> None:  # noqa: B027 - most samples hold nothing but memory.
         """Free what the sample holds; called on the loop's thread, any number of times."""

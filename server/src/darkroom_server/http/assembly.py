@@ -26,6 +26,7 @@ def http_server(
     page: bool,
     result_ttl: float,
     url_key: str | None,
+    urls_by_default: bool,
     begin_traces: bool,
     tokens: Tokens | None,
     addresses: PeerAddresses,
@@ -37,7 +38,7 @@ def http_server(
     ``result_ttl``: seconds that results are kept, 0 if they are not. The rest is as in
     ``BrowserRules``, ``Callers`` and ``SignedUrls``.
     """
-    urls = SignedUrls(result_ttl, url_key)
+    urls = SignedUrls(result_ttl, url_key, by_default=urls_by_default)
     door = HttpDoor(
         routes_of(service, dispatcher, urls, page=page),
         Callers(tokens, addresses, anonymous, begin_traces=begin_traces),

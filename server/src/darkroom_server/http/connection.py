@@ -1,13 +1,18 @@
 """One connection of the HTTP port, with limits on what a caller may hold open."""
 
 import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Collection
 from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from darkroom_server.dispatch import PeerAddresses
+
 MAX_CONNECTIONS = 1000
-"""Connections at once; more are closed as soon as they are accepted."""
+"""Connections at once. One more closes the newest of the address that has the most."""
 
 MAX_HEADER_BYTES = 16 * 1024
 """Of the request line and all headers together."""
@@ -25,19 +30,29 @@ STALL_SECONDS = 60.0
 """A caller that reads nothing of an answer for this long is disconnected."""
 
 
-class Connection(H11Protocol):
-    """Uvicorn's connection; closes itself if the other end sends or reads too slowly."""
+ADDRESSES = PeerAddresses()
+NUMBERS = itertools.count()
 
+
+class Connection(H11Protocol):
+    """Uvicorn's connection; closes itself if the other end sends or reads too slowly.
+
+    A higher ``number`` is newer. ``address`` is that of the other end, as the limits count it.
+    """
+
+    number = 0
+    address = ""
     _receive_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
     _receiving: str | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Accept the connection, unless there are too many."""
+        """Accept the connection; if there are too many now, close one."""
         super().connection_made(transport)
+        self.number = next(NUMBERS)
+        self.address = ADDRESSES.address_of(self.client[0] if self.client else "", ())
         if len(self.connections) > MAX_CONNECTIONS:
-            transport.abort()
-            return
+            close_surplus(cast("Collection[Connection]", self.connections))
         self._limit_receiving()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -56,6 +71,15 @@ class Connection(H11Protocol):
         """Wait for the next request."""
         super().on_response_complete()
         self._limit_receiving()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP, unless the answer to their request has begun."""
+        if self.conn.our_state is h11.SEND_RESPONSE or self.conn.our_state is h11.IDLE:
+            super().send_400_response(msg)
+        if cast("object | None", self.cycle) is not None:
+            self.cycle.disconnected = True  # Its handler has no caller any more.
+            self.cycle.message_event.set()
+        self.transport.close()
 
     def pause_writing(self) -> None:
         """The caller does not read as fast as the server writes."""
@@ -91,3 +115,16 @@ class Connection(H11Protocol):
             first = cast("object | None", self.cycle) is None
             return "headers" if first or self.conn.trailing_data[0] else None
         return "body" if state is h11.SEND_BODY else None
+
+
+def close_surplus(connections: Collection[Connection]) -> None:
+    """Close the newest connection of the address that has the most, if there are too many.
+
+    So an address that opens as many as it can closes its own, and nobody else's.
+    """
+    there = [each for each in connections if not each.transport.is_closing()]
+    if len(there) <= MAX_CONNECTIONS:
+        return
+    ((address, _),) = Counter(each.address for each in there).most_common(1)
+    of_address = (each for each in there if each.address == address)
+    max(of_address, key=lambda each: each.number).transport.abort()

@@ -130,9 +130,11 @@ class HttpDoor:
         except ConnectionError:
             pass  # The caller has disconnected.
         finally:
-            structlog.contextvars.clear_contextvars()
             seconds = time.monotonic() - began
             status = sent.status if sent.complete else DISCONNECTED
+            if status == DISCONNECTED:
+                log.info("caller disconnected", route=label, status=status, seconds=seconds)
+            structlog.contextvars.clear_contextvars()
             self._observer.request_ended(scope["method"], label, status, seconds)
             self._observer.body_sent(label, sent.size)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from darkroom_server.core.errors import (
+    AdapterUnusable,
     DarkroomError,
     DeadlineExceeded,
     DeadlineUnreachable,
@@ -33,6 +34,7 @@ STATUSES: dict[type[DarkroomError], int] = {
     InvalidRequest: 400,
     UnknownModel: 404,
     UnknownAdapter: 404,
+    AdapterUnusable: 409,
     UnknownRequest: 404,
     UploadNotFound: 404,
     RequestConflict: 422,

@@ -26,11 +26,20 @@ EXTENSIONS = {
 class SignedUrls:
     """Makes and checks URLs. ``seconds``: how long results are kept, 0 if they are not.
 
-    ``key_file`` holds the key, without one the key is random. Raises ``StartupError``.
+    ``key_file`` holds the key, without one the key is random. ``by_default``: requests that do not
+    say how they want their images get URLs. Raises ``StartupError``.
     """
 
-    def __init__(self, seconds: float, key_file: str | None = None) -> None:
+    def __init__(
+        self, seconds: float, key_file: str | None = None, *, by_default: bool = False
+    ) -> None:
+        if by_default and not seconds:
+            raise StartupError(
+                "--http-response-format url: needs results that are kept, by --result-ttl and "
+                "--result-bytes"
+            )
         self.seconds = seconds
+        self.by_default = by_default
         self._key = _read_key(key_file) if key_file else secrets.token_bytes(MIN_KEY_BYTES)
 
     def make(

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from darkroom_server.core.engine_config import AdapterSource
+
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
@@ -16,6 +18,27 @@ class Extend:
 
     job_id: str
     deadline: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckAdapter:
+    """Emit which models an adapter fits."""
+
+    source: AdapterSource
+
+
+@dataclass(frozen=True, slots=True)
+class OfferAdapter:
+    """Let later jobs use an adapter, whose source is a file."""
+
+    source: AdapterSource
+
+
+@dataclass(frozen=True, slots=True)
+class WithdrawAdapter:
+    """Free an adapter's memory once no job uses it."""
+
+    id: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from darkroom_server.core.errors import (
+    AdapterUnusable,
     DarkroomError,
     DeadlineExceeded,
     DeadlineUnreachable,
@@ -51,6 +52,7 @@ CODES: dict[type[DarkroomError], int] = {
     InvalidRequest: code_pb2.INVALID_ARGUMENT,
     UnknownModel: code_pb2.NOT_FOUND,
     UnknownAdapter: code_pb2.NOT_FOUND,
+    AdapterUnusable: code_pb2.FAILED_PRECONDITION,
     UnknownRequest: code_pb2.NOT_FOUND,
     UploadNotFound: code_pb2.FAILED_PRECONDITION,
     RequestConflict: code_pb2.ALREADY_EXISTS,

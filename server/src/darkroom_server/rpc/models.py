@@ -2,7 +2,7 @@
 
 from darkroom.v1 import model_pb2, model_pb2_grpc
 from darkroom_server.core.model import OPTIONAL_FIELDS, Guidance, ModelInfo, ModelRuntime
-from darkroom_server.dispatch import AdapterStatus, Availability
+from darkroom_server.dispatch import AdapterStatus, Dispatcher
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.enums import (
     FORMAT_TO_WIRE,
@@ -11,13 +11,21 @@ from darkroom_server.rpc.enums import (
     SOURCE_TO_WIRE,
     TASK_TO_WIRE,
 )
+from darkroom_server.rpc.interceptors.receiving import FORWARDED_FOR
+from darkroom_server.security.admin_policy import AdminPolicy
+from darkroom_server.service.call_context import CURRENT_CALL
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    """Answers from what the engines reported; never asks them."""
+    """Answers from what the engines reported; only ``AddAdapter`` asks one.
 
-    def __init__(self, availability: Availability) -> None:
-        self._availability = availability
+    ``policy`` decides which callers may change what the server holds.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, policy: AdminPolicy) -> None:
+        self._availability = dispatcher.availability
+        self._catalog = dispatcher.adapters
+        self._policy = policy
 
     async def ListModels(
         self, request: model_pb2.ListModelsRequest, context: Context
@@ -45,6 +53,27 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             id = self._availability.resolve(request.model)
             adapters = [adapter for adapter in adapters if id in adapter.models]
         return model_pb2.ListAdaptersResponse(adapters=map(adapter_message, adapters))
+
+    async def AddAdapter(
+        self, request: model_pb2.AddAdapterRequest, context: Context
+    ) -> model_pb2.AddAdapterResponse:
+        """Offer an adapter; raises ``NotAllowed``, and what ``AdapterCatalog.add`` raises."""
+        self._check_may_change(context)
+        added = await self._catalog.add(request.id)
+        return model_pb2.AddAdapterResponse(adapter=adapter_message(added))
+
+    async def RemoveAdapter(
+        self, request: model_pb2.RemoveAdapterRequest, context: Context
+    ) -> model_pb2.RemoveAdapterResponse:
+        """Offer an adapter no more; raises ``NotAllowed`` or ``UnknownAdapter``."""
+        self._check_may_change(context)
+        jobs = self._catalog.remove(request.id)
+        return model_pb2.RemoveAdapterResponse(unfinished_jobs=jobs)
+
+    def _check_may_change(self, context: Context) -> None:
+        metadata = context.invocation_metadata() or ()
+        forwarded = any(name == FORWARDED_FOR for name, _ in metadata)
+        self._policy.check(CURRENT_CALL.get().caller, forwarded=forwarded)
 
 
 def adapter_message(adapter: AdapterStatus) -> model_pb2.Adapter:

@@ -34,6 +34,7 @@ from darkroom_server.rpc.interceptors.telemetry import CallObserver, Telemetry
 from darkroom_server.rpc.limits import LONGEST_CALL_SECONDS, OPTIONS
 from darkroom_server.rpc.models import ModelServicer
 from darkroom_server.rpc.status import ServerServicer
+from darkroom_server.security.admin_policy import AdminPolicy
 from darkroom_server.security.tokens import Tokens
 from darkroom_server.service.generation import GenerationService
 from darkroom_server.service.uploads import UploadService
@@ -106,7 +107,7 @@ class RpcServer:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._server)
         image_pb2_grpc.add_ImageServiceServicer_to_server(ImageServicer(uploads), self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelServicer(dispatcher.availability), self._server
+            ModelServicer(dispatcher, AdminPolicy(tokens=tokens is not None)), self._server
         )
         server_pb2_grpc.add_ServerServiceServicer_to_server(
             ServerServicer(dispatcher), self._server

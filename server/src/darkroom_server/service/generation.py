@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from darkroom_server.core.errors import DarkroomError, InvalidRequest, Violation
-from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import (
     ActiveJob,
@@ -21,7 +20,7 @@ from darkroom_server.service.idempotency import check_request_id, fingerprint
 from darkroom_server.service.input_fields import check_adapters
 from darkroom_server.service.inputs import InputLoader
 from darkroom_server.service.jobs import JobService
-from darkroom_server.service.request import GenerationRequest
+from darkroom_server.service.request import GenerationRequest, Inputs
 from darkroom_server.service.summary import RequestObserver, RequestSummary, Summaries
 from darkroom_server.service.validation import ReplyLimit, job_of
 
@@ -101,8 +100,8 @@ class GenerationService:
                 submitted_at=summary.arrived,
                 deadline=deadline,
             )
-            self._check_adapters(job, model)
             if request.inputs is not None:
+                self._check_adapters(request.inputs, model)
                 job = await self._inputs.attach(job, request, model, call.caller)
                 if idempotent:  # Another call with this id may have begun the job meanwhile.
                     active = self._join(request, call, request_id, digest, deadline)
@@ -180,25 +179,27 @@ class GenerationService:
         availability = self._dispatcher.availability
         model = availability.model(availability.resolve(request.model))
         job = job_of(request, model, call, job_id="", submitted_at=time.monotonic(), deadline=None)
-        self._check_adapters(job, model)
         if request.inputs is not None:
+            self._check_adapters(request.inputs, model)
             job = await self._inputs.attach(job, request, model, call.caller)
         # The images of the job share a batch, as far as they fit.
         most = model.rows_of_a_pass(job.width, job.height)
         rows = min(model.rows_per_image(job) * job.image_count, most)
         return RequestEstimate(
             time=self._dispatcher.estimate(job),
-            peak_bytes=model.memory.needed(job.width, job.height, rows)
+            peak_bytes=model.memory.needed(
+                job.width, job.height, rows, controlled=bool(job.controls)
+            )
             + job.image_count * model.held_bytes(job),
             available_bytes=model.memory.available_bytes,
         )
 
-    def _check_adapters(self, job: Job, model: ModelInfo) -> None:
+    def _check_adapters(self, inputs: Inputs, model: ModelInfo) -> None:
         """Raise ``UnknownAdapter``, or ``InvalidRequest`` for one that ``model`` does not take."""
-        if not job.loras:
+        if not (inputs.loras or inputs.controls):
             return
-        known = [adapter.id for adapter in self._dispatcher.availability.adapters]
-        if violations := check_adapters(job.loras, model, known):
+        known = self._dispatcher.availability.adapters
+        if violations := check_adapters(inputs, model, known):
             raise InvalidRequest(violations)
 
     async def _record_when_done(

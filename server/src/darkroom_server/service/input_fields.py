@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.errors import UnknownAdapter, Violation
-from darkroom_server.core.inputs import Lora
 from darkroom_server.core.job import Task
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.dispatch import AdapterStatus
 from darkroom_server.service.request import ImageSource, Inputs, RequestedControl
 
 UPLOAD_ID = re.compile(r"sha256:[0-9a-f]{64}")
@@ -124,21 +125,29 @@ def _strength_of(inputs: Inputs, model: ModelInfo) -> float:
 
 
 def check_adapters(
-    loras: Sequence[Lora], model: ModelInfo, known: Sequence[str]
+    inputs: Inputs, model: ModelInfo, known: Sequence[AdapterStatus]
 ) -> list[Violation]:
-    """Why ``loras`` cannot be added to ``model``; ``known`` are the adapters of all models.
+    """Why the LoRAs and ControlNets of ``inputs`` cannot be added to ``model``.
 
-    Raises ``UnknownAdapter`` for one that is not among them.
+    ``known`` are those of all models. Raises ``UnknownAdapter`` for one that is not among them.
     """
-    offers = {offer.id: offer for offer in model.adapters}
+    asked = [
+        (f"loras[{index}].id", AdapterKind.LORA, lora.id) for index, lora in enumerate(inputs.loras)
+    ]
+    asked += [
+        (f"controls[{index}].id", AdapterKind.CONTROLNET, control.id)
+        for index, control in enumerate(inputs.controls)
+    ]
+    offers = {(offer.kind, offer.id): offer for offer in model.adapters}
     found = []
-    for index, lora in enumerate(loras):
-        if lora.id not in known:
-            raise UnknownAdapter(lora.id[:256], known)
-        offer = offers.get(lora.id)
+    for field, kind, id in asked:
+        names = [adapter.id for adapter in known if adapter.kind is kind]
+        if id not in names:
+            raise UnknownAdapter(id[:256], names)
+        offer = offers.get((kind, id))
         reason = f"does not fit model {model.id!r}" if offer is None else offer.rejection
         if reason:
-            found.append(Violation(f"loras[{index}].id", f"{lora.id!r}: {reason}"))
+            found.append(Violation(field, f"{id!r}: {reason}"))
     return found
 
 

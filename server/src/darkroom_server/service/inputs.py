@@ -10,7 +10,7 @@ from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import counted_as
 from darkroom_server.service.input_fields import sources_of
 from darkroom_server.service.request import GenerationRequest, ImageSource, Inputs
-from darkroom_server.uploads.decoder import Decoded, Decoder, Fit
+from darkroom_server.uploads.decoder_pool import Decoded, DecoderPool, Fit
 from darkroom_server.uploads.fit import Bounds
 from darkroom_server.uploads.store import UploadStore
 
@@ -18,7 +18,7 @@ from darkroom_server.uploads.store import UploadStore
 class InputLoader:
     """Finds and decodes the images of requests."""
 
-    def __init__(self, store: UploadStore, decoder: Decoder) -> None:
+    def __init__(self, store: UploadStore, decoder: DecoderPool) -> None:
         self._store = store
         self._decoder = decoder
 
@@ -97,7 +97,7 @@ class _Loading:
     """Decodes the images of one request, and collects their violations."""
 
     def __init__(
-        self, decoder: Decoder, owner: str, files: dict[str, bytes], model: ModelInfo
+        self, decoder: DecoderPool, owner: str, files: dict[str, bytes], model: ModelInfo
     ) -> None:
         limits = model.limits
         self.violations: list[Violation] = []

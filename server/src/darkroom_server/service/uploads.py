@@ -17,7 +17,7 @@ from darkroom_server.core.errors import (
 )
 from darkroom_server.dispatch import counted_as, quota_subject
 from darkroom_server.service.call_context import CallContext
-from darkroom_server.uploads.decoder import Decoder, Fit
+from darkroom_server.uploads.decoder_pool import DecoderPool, Fit
 from darkroom_server.uploads.fit import Bounds
 from darkroom_server.uploads.store import Upload, UploadStore
 
@@ -61,7 +61,7 @@ class StoredUpload:
 class UploadService:
     """Receives, checks and stores pictures."""
 
-    def __init__(self, store: UploadStore, decoder: Decoder, observer: UploadObserver) -> None:
+    def __init__(self, store: UploadStore, decoder: DecoderPool, observer: UploadObserver) -> None:
         self._store = store
         self._decoder = decoder
         self._observer = observer

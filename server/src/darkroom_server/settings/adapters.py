@@ -1,4 +1,4 @@
-"""Settings of LoRA adapters: which ones there are, and how much of them a batch and memory hold."""
+"""Settings of LoRA adapters and ControlNets: which ones there are, and their limits."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,7 +10,7 @@ from darkroom_server.settings.option import Setting
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapters:
-    """The LoRA adapters on offer."""
+    """The LoRA adapters and ControlNets on offer."""
 
     lora: Annotated[
         tuple[str, ...],
@@ -29,7 +29,9 @@ class Adapters:
         Setting(
             "A folder of LoRA adapters: each `.safetensors` file in it is on offer, by its name "
             "without the ending.",
-            choose="Files that fit no model are logged and left out.",
+            choose="Files that fit no model are logged and left out. A file that appears later is "
+            "on offer once an admin adds it by `darkroom adapters add NAME`. Only the operator "
+            "should be able to write to the folder.",
             metavar="FOLDER",
             default="none",
         ),
@@ -38,12 +40,21 @@ class Adapters:
         int,
         Ge(1),
         Setting(
-            "Most different LoRA adapters in one batch, and in one request.",
+            "Most different LoRA adapters in one batch.",
             choose="As many as callers use at the same time. Each takes memory on the device, by "
             "its rank.",
             metavar="N",
         ),
     ] = 8
+    max_request_loras: Annotated[
+        int,
+        Ge(1),
+        Setting(
+            "Most LoRA adapters in one request; never more than `--max-loras`.",
+            choose="One request with many leaves no room for others in its batches.",
+            metavar="N",
+        ),
+    ] = 4
     max_lora_rank: Annotated[
         int,
         Ge(1),
@@ -64,3 +75,24 @@ class Adapters:
             metavar="BYTES",
         ),
     ] = 1024**3
+    controlnet: Annotated[
+        tuple[str, ...],
+        Setting(
+            "A ControlNet on offer: a folder or a hub id, as diffusers saves it. May be given "
+            "several times.",
+            choose="Requests name it by NAME. Without MODEL it is for each model that it fits, and "
+            "the server does not start if it fits none. The device holds it beside the model. In "
+            "the environment, separate several by commas.",
+            metavar="[MODEL:]NAME=PATH_OR_HUB_ID[@REVISION]",
+            default="none",
+        ),
+    ] = ()
+    max_controls: Annotated[
+        int,
+        Ge(1),
+        Setting(
+            "Most ControlNets in one request.",
+            choose="Each adds a third to a half of the time of every step.",
+            metavar="N",
+        ),
+    ] = 4

@@ -1,7 +1,7 @@
 """Settings of the HTTP door."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
@@ -62,6 +62,15 @@ class Http:
             default="a random key at each start",
         ),
     ] = None
+    http_response_format: Annotated[
+        Literal["b64_json", "url"],
+        Setting(
+            "What requests get that do not set `response_format`: the images, or signed URLs.",
+            choose="`url` for clients of DALL·E that read URLs and cannot ask for them, such as "
+            "LangChain's `DallEAPIWrapper`. Needs results that are kept.",
+            metavar="FORMAT",
+        ),
+    ] = "b64_json"
     page: Annotated[
         bool,
         Setting(

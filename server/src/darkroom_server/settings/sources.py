@@ -1,4 +1,4 @@
-"""Parses ``--model`` and ``--lora`` (a folder, a file or a hub id) into engine configurations."""
+"""Parses what folders, files and hub ids the settings name, into engine configurations."""
 
 import json
 import re
@@ -6,7 +6,13 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from darkroom_server.core.engine_config import AdapterSource, EngineConfig, ModelSource
+from darkroom_server.core.adapter_places import ADAPTER_ID, AdapterPlaces
+from darkroom_server.core.engine_config import (
+    AdapterSource,
+    ControlNetSource,
+    EngineConfig,
+    ModelSource,
+)
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings.adapters import Adapters
 from darkroom_server.settings.state_folder import measurement_folder
@@ -26,6 +32,7 @@ def engine_configs(settings: Settings, hub_token: str | None) -> list[EngineConf
 
 def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
     engine, cache = settings.engine, measurement_folder(settings)
+    places = adapter_places(settings.adapters, hub_token)
     return EngineConfig(
         models=model_sources(settings.models, hub_token),
         dtype=engine.dtype,
@@ -41,10 +48,14 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         prompt_cache_bytes=engine.prompt_cache_bytes,
         measurement_cache=str(cache) if cache else None,
         safety_checker=engine.safety_checker,
-        adapters=adapter_sources(settings.adapters, hub_token),
+        adapters=places.sources(),
+        adapters_may_come=places.configured,
         max_loras=settings.adapters.max_loras,
+        max_request_loras=settings.adapters.max_request_loras,
         max_lora_rank=settings.adapters.max_lora_rank,
         lora_cache_bytes=settings.adapters.lora_cache_bytes,
+        controlnets=controlnet_sources(settings, hub_token),
+        max_controls=settings.adapters.max_controls,
     )
 
 
@@ -86,36 +97,61 @@ def model_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSo
     return tuple(sources)
 
 
-def adapter_sources(adapters: Adapters, hub_token: str | None = None) -> tuple[AdapterSource, ...]:
-    """Return the source of each adapter: of ``--lora``, then of the files in ``--lora-dir``.
+def adapter_places(adapters: Adapters, hub_token: str | None = None) -> AdapterPlaces:
+    """Return the adapters that ``--lora`` names, and the folder of ``--lora-dir``.
 
     Raises ``StartupError``.
     """
-    sources: dict[str, AdapterSource] = {}
+    named: dict[str, AdapterSource] = {}
     for text in adapters.lora:
         name, equals, rest = text.partition("=")
-        if not equals or not MODEL_ID.fullmatch(name):
+        if not equals or not ADAPTER_ID.fullmatch(name):
             raise StartupError(
                 f"--lora {text}: put NAME= of letters, digits and . _ / - before the adapter"
             )
-        if name in sources:
+        if name in named:
             raise StartupError(f"--lora {text}: another adapter is named {name!r} already")
         location, revision = _location_of(rest, f"--lora {text}")
-        sources[name] = AdapterSource(
-            id=name, location=location, revision=revision, token=hub_token
+        named[name] = AdapterSource(id=name, location=location, revision=revision, token=hub_token)
+    folder = None if adapters.lora_dir is None else Path(adapters.lora_dir).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise StartupError(f"--lora-dir {adapters.lora_dir}: no such folder")
+    return AdapterPlaces(tuple(named.values()), folder)
+
+
+def controlnet_sources(
+    settings: Settings, hub_token: str | None = None
+) -> tuple[ControlNetSource, ...]:
+    """Return the source of each ControlNet. Raises ``StartupError``."""
+    sources: list[ControlNetSource] = []
+    models = {source.id for source in model_sources(settings.models)}
+    taken = {source.id for source in adapter_places(settings.adapters).sources()}
+    for text in settings.adapters.controlnet:
+        option = f"--controlnet {text}"
+        target, equals, rest = text.partition("=")
+        model, colon, name = target.rpartition(":")
+        if not equals or not MODEL_ID.fullmatch(name):
+            raise StartupError(
+                f"{option}: put NAME= of letters, digits and . _ / - before the ControlNet"
+            )
+        if colon and model not in models:
+            raise StartupError(f"{option}: no model is named {model!r}")
+        for other in sources:
+            if other.id == name and (other.model in (None, model) or not colon):
+                raise StartupError(f"{option}: another ControlNet is named {name!r} already")
+        if name in taken:
+            raise StartupError(f"{option}: a LoRA adapter is named {name!r} already")
+        location, revision = _location_of(rest, option)
+        sources.append(
+            ControlNetSource(
+                id=name,
+                location=str(Path(location).expanduser()) if _exists(location) else location,
+                model=model if colon else None,
+                revision=revision,
+                token=hub_token,
+            )
         )
-    for file in adapter_files(adapters.lora_dir) if adapters.lora_dir is not None else ():
-        source = AdapterSource(id=file.stem, location=str(file), from_folder=True)
-        sources.setdefault(file.stem, source)
-    return tuple(sources.values())
-
-
-def adapter_files(folder: str) -> list[Path]:
-    """The files of ``--lora-dir`` whose names can be adapters'. Raises ``StartupError``."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise StartupError(f"--lora-dir {folder}: no such folder")
-    return [file for file in sorted(path.glob("*.safetensors")) if MODEL_ID.fullmatch(file.stem)]
+    return tuple(sources)
 
 
 def _location_of(text: str, option: str) -> tuple[str, str | None]:

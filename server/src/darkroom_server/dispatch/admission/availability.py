@@ -1,9 +1,11 @@
 """Whether the server accepts jobs at all, and the error if it does not."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from enum import Enum, auto
 
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.errors import (
     InvalidRequest,
     NotReady,
@@ -136,8 +138,12 @@ class Availability:
         return self._failure
 
     def set_loaded(self, models: Iterable[ModelInfo]) -> None:
-        """An engine holds ``models`` now."""
-        self.models |= {info.id: info for info in models}
+        """An engine holds ``models`` now. The adapters on offer stay those of before."""
+        for info in models:
+            before = self.models.get(info.id)
+            self.models[info.id] = (
+                info if before is None else replace(info, adapters=before.adapters)
+            )
         self._load_times.record()
         self._loaded.set()
 
@@ -145,6 +151,20 @@ class Availability:
         """An engine has corrected what was measured of a model."""
         if (info := self.models.get(correction.model)) is not None:
             self.models[correction.model] = correction.of(info)
+
+    def offer_adapter(self, offers: Mapping[str, AdapterOffer]) -> None:
+        """Offer an adapter, in place of one of its name, to each model by its id."""
+        for model_id, offer in offers.items():
+            if (info := self.models.get(model_id)) is not None:
+                others = (each for each in info.adapters if each.id != offer.id)
+                self.models[model_id] = replace(info, adapters=(*others, offer))
+
+    def withdraw_adapter(self, id: str) -> None:
+        """Offer the adapter ``id`` no more."""
+        for model_id, info in self.models.items():
+            if info is not None:
+                kept = tuple(each for each in info.adapters if each.id != id)
+                self.models[model_id] = replace(info, adapters=kept)
 
     def set_draining(self) -> None:
         """Accept no jobs from now on: the server shuts down."""

@@ -25,6 +25,9 @@ other row counts have set the level, and this one is off by more than ``WRONG_PO
 
 WRONG_POINT = math.log(1.5)
 
+LARGEST_ADAPTER_COST = math.log(4.0)
+"""Batches with LoRA adapters take at most that multiple of those without: four times as long."""
+
 LARGEST_SURPRISE = 1.0
 """In natural logarithms: limits the effect of one slow batch, such as the first of its shape."""
 
@@ -149,6 +152,8 @@ class BatchTimeModel:
         self._curves: dict[Group, BatchTimeCurve] = {}
         self._nearest_known: dict[Group, Group | None] = {}
         self._level = 0.0
+        # The logarithm of the factor by model, and the batches that it was learned from.
+        self._adapter_cost: dict[str, tuple[float, int]] = {}
         self._decode: dict[str, float] = {}
         self._encode: dict[str, float] = {}
         self._prompt: dict[str, float] = {}
@@ -170,8 +175,13 @@ class BatchTimeModel:
         """Whether any batch of this model was measured."""
         return any(group.model == model_id for group in self._curves)
 
+    def adapter_factor(self, model_id: str) -> float:
+        """How much longer a batch takes if some of its rows have LoRA adapters; at least 1."""
+        cost, _ = self._adapter_cost.get(model_id, (0.0, 0))
+        return math.exp(cost)
+
     def batch_seconds(self, group: Group, rows: float) -> float:
-        """One batch of ``rows`` rows."""
+        """One batch of ``rows`` rows without LoRA adapters."""
         if group in self._curves:
             known, equal_rows = group, rows
         elif (nearest := self._nearest(group)) is not None:
@@ -206,8 +216,13 @@ class BatchTimeModel:
         return self._prompt.get(group.model, 0.0)
 
     def record_batch(self, event: BatchDone) -> None:
-        """Learn from a batch."""
-        if not _is_time(event.seconds):
+        """Learn from a batch what it takes without ControlNets and LoRA adapters.
+
+        What a batch with LoRA adapters takes besides is learned for each model. The rest of its
+        surprise corrects the level, as that of any batch: the machine may have become slower.
+        """
+        seconds = event.seconds / (1.0 + event.control_cost)
+        if not _is_time(seconds):
             return
         group = Group(event.model, event.width, event.height)
         curve = self._curves.pop(group, None)
@@ -215,7 +230,7 @@ class BatchTimeModel:
             self._nearest_known.clear()
             known = self._nearest(group)
             if known is None:
-                first = event.seconds / math.exp(self._level)
+                first = seconds / math.exp(self._level)
                 curve = BatchTimeCurve({event.rows: first}, measured=False)
             else:
                 ratio = group.pixels / known.pixels
@@ -223,7 +238,9 @@ class BatchTimeModel:
                 points = {r: self._curves[known].at(r * ratio) for r in rows}
                 curve = BatchTimeCurve(points, measured=False)
         expected = max(curve.at(event.rows) * math.exp(self._level), SHORTEST_SECONDS)
-        surprise = math.log(event.seconds / expected)
+        surprise = math.log(seconds / expected)
+        if event.adapters:
+            surprise -= self._learn_adapter_cost(event.model, surprise)
         level = surprise + curve.level + self._level
         surprise = min(max(surprise, -LARGEST_SURPRISE), LARGEST_SURPRISE)
         curve.learn(event.rows, surprise, level)
@@ -232,6 +249,14 @@ class BatchTimeModel:
         if len(self._curves) > MAX_GROUPS:
             del self._curves[next(iter(self._curves))]
             self._nearest_known.clear()
+
+    def _learn_adapter_cost(self, model_id: str, surprise: float) -> float:
+        """The part of ``surprise`` that adapters explain, after it was learned from."""
+        cost, met = self._adapter_cost.get(model_id, (0.0, 0))
+        cost += (surprise - cost) * max(LEARNING, 1 / (met + 1))
+        cost = min(max(cost, 0.0), LARGEST_ADAPTER_COST)
+        self._adapter_cost[model_id] = cost, met + 1
+        return cost
 
     def record_encode(self, event: EncodeDone) -> None:
         """Learn from an encode of prompts that were not cached."""

@@ -13,9 +13,11 @@ from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 class RemainingWork:
     """A job as the simulation sees it.
 
-    ``calls``: the denoiser calls that remain for each unfinished image. ``key``: that of an image
+    ``calls``: the denoiser calls that remain for each unfinished image; more than there are, as far
+    as ControlNets make them longer. ``key``: that of an image
     without any step taken. ``begun``: the job has taken part in a batch. ``encoded``: its prompts
     are encoded. ``bytes_per_image``: what an unfinished image holds between its batches.
+    ``adapted``: its rows have LoRA adapters.
     """
 
     id: str
@@ -25,6 +27,7 @@ class RemainingWork:
     begun: bool = False
     encoded: bool = False
     bytes_per_image: int = 0
+    adapted: bool = False
 
     def goal(self, calls: int) -> float:
         """When an image with ``calls`` remaining calls should be done; see ``core.order``."""
@@ -40,6 +43,9 @@ def remaining_work(active: ActiveJob) -> RemainingWork:
         for index in job.image_indices
         if index not in active.images
     ]
+    if job.controls:
+        longer = 1.0 + active.model.control_cost(job)
+        calls = [round(each * longer) for each in calls]
     return RemainingWork(
         id=job.id,
         group=Group.of(job),
@@ -55,6 +61,7 @@ def remaining_work(active: ActiveJob) -> RemainingWork:
         calls=tuple(each for each in calls if each > 0),
         begun=active.started,
         bytes_per_image=active.model.held_bytes(job),
+        adapted=any(lora.scale for lora in job.loras),
         encoded=active.started or active.state is JobState.ENCODED,
     )
 

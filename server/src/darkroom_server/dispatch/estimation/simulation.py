@@ -121,7 +121,8 @@ class _GroupQueue:
     """The samples of one group: those in its batches, and those that wait for room.
 
     ``batches``: those it has run until ``served_at``, in the virtual time of its engine. ``plan``:
-    the number of the last entry in the engine's agenda that is about it.
+    the number of the last entry in the engine's agenda that is about it. ``adapted``: the running
+    images that have LoRA adapters.
     """
 
     group: Group
@@ -130,6 +131,7 @@ class _GroupQueue:
     served_at: float = 0.0
     plan: int = 0
     rows: int = 0
+    adapted: int = 0
     running: list[tuple[float, int, RemainingWork]] = field(default_factory=list)
     ready: list[tuple[float, float, str, int, int, RemainingWork]] = field(default_factory=list)
 
@@ -153,7 +155,7 @@ class _Engine:
         self._queues: dict[Group, _GroupQueue] = {}
         self._unfinished: dict[str, int] = {}
         self._jobs: dict[str, RemainingWork] = {}
-        self._seconds: dict[tuple[Group, int], float] = {}
+        self._seconds: dict[tuple[Group, int, bool], float] = {}
         self._count = 0
         self._work_seconds = 0.0
         self._virtual = 0.0
@@ -209,6 +211,7 @@ class _Engine:
             while group.running and group.running[0][0] <= group.batches + 1e-6:
                 _, _, work = heapq.heappop(group.running)
                 group.rows -= work.key.rows
+                group.adapted -= work.adapted
                 ended.append(work)
             self._plan(group)
             self._to_fill[group.group] = group
@@ -223,7 +226,7 @@ class _Engine:
         service = max(0.0, moment - self.now) / len(self._active)
         if len(self._active) == 1:
             (group,) = self._active.values()
-            seconds = self._batch_seconds(group.group, group.rows)
+            seconds = self._running_seconds(group)
             service = math.ceil(service / seconds - 1e-6) * seconds
         self._serve(min(service, self._service()))
 
@@ -235,7 +238,7 @@ class _Engine:
                 calls = round(end - group.batches)
                 urgency = work.goal(calls), work.key.submitted_at, work.id
                 heapq.heappush(group.ready, (*urgency, count, calls, work))
-            group.running, group.rows = [], 0
+            group.running, group.rows, group.adapted = [], 0, 0
             self._plan(group)
             self._to_fill[group.group] = group
         self.fill()
@@ -268,7 +271,7 @@ class _Engine:
     def _settle(self, group: _GroupQueue) -> None:
         """Count the batches that a group has run until now; before its rows change."""
         if group.running:
-            seconds = self._batch_seconds(group.group, group.rows)
+            seconds = self._running_seconds(group)
             group.batches += (self._virtual - group.served_at) / seconds
         group.served_at = self._virtual
 
@@ -281,7 +284,7 @@ class _Engine:
             return
         self._active[group.group] = group
         remaining = max(0.0, group.running[0][0] - group.batches)
-        at = self._virtual + remaining * self._batch_seconds(group.group, group.rows)
+        at = self._virtual + remaining * self._running_seconds(group)
         heapq.heappush(self._agenda, (at, group.plan, group))
 
     def _add(self, work: RemainingWork) -> None:
@@ -314,10 +317,11 @@ class _Engine:
             self._forecast.starts.setdefault(work.id, self.now)
             if work.key.alone:
                 # It has the engine to itself from its first batch to its last.
-                self.now += calls * self._batch_seconds(group.group, rows)
+                self.now += calls * self._batch_seconds(group.group, rows, adapted=work.adapted)
                 self._finish(work)
                 continue
             group.rows += rows
+            group.adapted += work.adapted
             heapq.heappush(group.running, (group.batches + calls, count, work))
         self._plan(group)
 
@@ -337,7 +341,12 @@ class _Engine:
     def _full_batch_seconds(self, group: _GroupQueue) -> float:
         """Seconds of a batch of the ready samples, as many as fit."""
         rows = sum(work.key.rows for *_, work in group.ready)
-        return self._batch_seconds(group.group, min(rows, group.max_rows))
+        adapted = any(work.adapted for *_, work in group.ready)
+        return self._batch_seconds(group.group, min(rows, group.max_rows), adapted=adapted)
+
+    def _running_seconds(self, group: _GroupQueue) -> float:
+        """Seconds of a batch of the running samples."""
+        return self._batch_seconds(group.group, group.rows, adapted=group.adapted > 0)
 
     def _service(self) -> float:
         """Seconds that each active group gets until the next image finishes."""
@@ -345,14 +354,17 @@ class _Engine:
             heapq.heappop(self._agenda)  # The rows of its group have changed since.
         return self._agenda[0][0] - self._virtual
 
-    def _batch_seconds(self, group: Group, rows: int) -> float:
-        seconds = self._seconds.get((group, rows))
+    def _batch_seconds(self, group: Group, rows: int, *, adapted: bool) -> float:
+        seconds = self._seconds.get((group, rows, adapted))
         if seconds is None:
-            seconds = self._seconds[group, rows] = self._batch_times.batch_seconds(group, rows)
+            seconds = self._batch_times.batch_seconds(group, rows)
+            if adapted:
+                seconds *= self._batch_times.adapter_factor(group.model)
+            self._seconds[group, rows, adapted] = seconds
         return seconds
 
     def _full_seconds(self, work: RemainingWork) -> float:
         full = max(work.key.rows, self._max_rows(work.group))
-        per_row = self._batch_seconds(work.group, full) / full
+        per_row = self._batch_seconds(work.group, full, adapted=work.adapted) / full
         decode = len(work.calls) * self._batch_times.decode_seconds(work.group)
         return sum(work.calls) * work.key.rows * per_row + decode

@@ -3,21 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
 from torch import nn
 
+from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.engine_config import AdapterSource, EngineConfig
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.model import AdapterOffer
+from darkroom_server.core.events import AdapterChecked
 from darkroom_server.engine.adapters.model_adapters import ModelAdapters
 from darkroom_server.engine.adapters.module import AdaptedModule, row_layers_of
 from darkroom_server.engine.adapters.reading import AdapterMismatch, read_headers
-from darkroom_server.engine.adapters.sources import adapter_file
+from darkroom_server.engine.adapters.sources import AdapterFound, adapter_file
 from darkroom_server.engine.adapters.store import AdapterSetup, Key
 from darkroom_server.engine.families.base import Family, Precision
 from darkroom_server.engine.warmup.formats import MemoryFormat
+
+TAKES_NONE = "this kind of model takes no adapters"
 
 log = structlog.get_logger(__name__)
 
@@ -43,49 +47,55 @@ class Adapters:
             try:
                 files[source.id] = adapter_file(source)
             except StartupError as error:
-                if not source.from_folder:
+                if not source.from_folder and not source.withdrawn:
                     raise
                 log.warning("adapter is not offered", adapter=source.id, why=str(error))
         return cls(config, files)
 
     def may_fit(self, family: Family) -> bool:
-        """Whether the server has adapters, and the model of ``family`` takes some."""
+        """Whether there may be adapters, and the model of ``family`` takes some."""
         takes = family.takes_loras and hasattr(family.pipeline, "lora_state_dict")
-        return bool(self.files) and takes
+        return (bool(self.files) or self.config.adapters_may_come) and takes
 
     def offer(self, model_id: str, family: Family, dtype: torch.dtype) -> tuple[AdapterOffer, ...]:
         """The adapters that fit the model of ``family``, whose weights are of ``dtype``."""
+        ids = [each.id for each in self._offered()]
         if not self.may_fit(family):
-            self.mismatches |= {
-                (model_id, id): "this kind of model takes no adapters" for id in self.files
-            }
+            self.mismatches |= {(model_id, id): TAKES_NONE for id in ids}
             return ()
-        offers = [offer for id in self.files if (offer := self._offer(model_id, id, family, dtype))]
-        return tuple(offers)
+        return tuple(
+            offer for id in ids if (offer := self._offer(model_id, id, family, dtype)) is not None
+        )
 
     def setup(self) -> AdapterSetup:
         """What the loop needs. Raises ``StartupError`` for an adapter that fits no model."""
-        for source in self.config.adapters:
-            if source.id in self.files and not any(id == source.id for _, id in self.fitting):
+        for source in self._offered():
+            if not any(id == source.id for _, id in self.fitting):
                 self._fits_none(source)
-        files = {(model, id): self.files[id] for model, id in self.fitting}
-        return AdapterSetup(files, self.config.max_loras, self.config.lora_cache_bytes)
+        return AdapterSetup(
+            files=self.files,
+            withdrawn=frozenset(each.id for each in self.config.adapters if each.withdrawn),
+            max_in_batch=self.config.max_loras,
+            max_rank=self.config.max_lora_rank,
+            cache_bytes=self.config.lora_cache_bytes,
+        )
+
+    def _offered(self) -> list[AdapterSource]:
+        """The adapters that requests may name, if they fit."""
+        return [
+            each for each in self.config.adapters if each.id in self.files and not each.withdrawn
+        ]
 
     def _offer(
         self, model_id: str, id: str, family: Family, dtype: torch.dtype
     ) -> AdapterOffer | None:
         try:
-            found = read_headers(self.files[id], id, family.pipeline)
+            offer = offer_of(self.files[id], id, family.pipeline, dtype, self.config.max_lora_rank)
         except (AdapterMismatch, OSError) as error:
             self.mismatches[model_id, id] = str(error)
             return None
-        rejection = ""
-        if found.rank > self.config.max_lora_rank:
-            rejection = f"its rank is {found.rank}, the server takes {self.config.max_lora_rank}"
-            log.warning("adapter is rejected", adapter=id, model=model_id, why=rejection)
-        offer = AdapterOffer(
-            id=id, rank=found.rank, bytes=found.bytes_as(dtype), rejection=rejection
-        )
+        if offer.rejection:
+            log.warning("adapter is rejected", adapter=id, model=model_id, why=offer.rejection)
         self.fitting[model_id, id] = offer
         return offer
 
@@ -96,6 +106,46 @@ class Adapters:
         if not source.from_folder:
             raise StartupError(f"LoRA {source.location!r} fits no model ({reasons})")
         log.warning("adapter fits no model", adapter=source.id, why=reasons)
+
+
+def offer_of(file: Path, id: str, pipeline: Any, dtype: torch.dtype, max_rank: int) -> AdapterOffer:
+    """The offer of the adapter in ``file`` to a model, whose weights are of ``dtype``.
+
+    Raises ``AdapterMismatch`` if it does not fit, and ``OSError`` if the file cannot be read.
+    """
+    found = read_headers(file, id, pipeline)
+    rejected = found.rank > max_rank
+    return AdapterOffer(
+        id=id,
+        rank=found.rank,
+        bytes=found.bytes_as(dtype),
+        rejection=f"its rank is {found.rank}, the server takes {max_rank}" if rejected else "",
+    )
+
+
+def check_adapter(
+    found: AdapterFound, models: Mapping[str, ModelAdapters], max_rank: int
+) -> AdapterChecked:
+    """Which of ``models`` the adapter fits, while they serve jobs."""
+    id, file = found.source.id, found.file
+    if file is None:
+        return AdapterChecked(adapter=id, file="", offers={}, reason=found.reason)
+    offers, reasons = {}, []
+    for model_id, model in models.items():
+        try:
+            offers[model_id] = offer_of(file, id, model.pipeline, model.dtype, max_rank)
+        except (AdapterMismatch, OSError) as error:
+            reasons.append(f"{model_id}: {error}")
+        except Exception as error:
+            # diffusers raises anything for a file that it cannot convert; the jobs go on.
+            log.exception("adapter cannot be converted", adapter=id, model=model_id)
+            reasons.append(f"{model_id}: diffusers cannot convert it ({type(error).__name__})")
+    return AdapterChecked(
+        adapter=id,
+        file=str(file),
+        offers=offers,
+        reason="" if offers else "; ".join(reasons) or TAKES_NONE,
+    )
 
 
 def model_adapters(

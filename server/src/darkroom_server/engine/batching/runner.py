@@ -138,6 +138,21 @@ class Runner:
                 torch.cuda.synchronize(model.device)
         return BatchResult(stepped, failures, began, ended=time.monotonic())
 
+    def control_cost(self, model_id: str, stepped: Sequence[Sample]) -> float:
+        """What ControlNets added to a batch, as a part of the denoiser's time.
+
+        ``stepped`` are its samples, which took their step.
+        """
+        info = self.models[model_id].info
+        costs = {offer.id: offer.cost for offer in info.adapters}
+        extra = 0.0
+        for sample in stepped:
+            calls = info.guidance.calls_per_step(sample.job)
+            step, steps = (sample.step - 1) // calls, sample.steps // calls
+            applied = [each for each in sample.controls if each.applies(step, steps)]
+            extra += sample.rows * sum(costs[control.id] for control in applied)
+        return extra / sum(sample.rows for sample in stepped)
+
     def preview(self, sample: Sample) -> NDArray[np.uint8] | None:
         """The pixels of ``sample``'s preview, None if none is due or the last is not yet encoded.
 

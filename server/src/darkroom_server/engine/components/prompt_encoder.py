@@ -73,6 +73,10 @@ class PromptEncoder:
         """The bytes of all embeddings in the cache."""
         return sum(embedding.bytes for embedding in self._cache.values())
 
+    def clear(self) -> None:
+        """Remove every embedding from the cache."""
+        self._cache.clear()
+
     def encode(self, wanted: Iterable[PromptKey]) -> dict[PromptKey, Embedding]:
         """The embedding of each wanted prompt; at most ``MAX_BATCH`` prompts a call.
 

@@ -31,6 +31,8 @@ from darkroom_server.engine.components.prompt_encoder import PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, offers
 from darkroom_server.engine.conditioning.task_pipelines import task_classes
+from darkroom_server.engine.controls.kind import ControlKind
+from darkroom_server.engine.controls.model_controls import ModelControls
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
@@ -78,6 +80,9 @@ class Model(Protocol):
     def prompt_cache_bytes(self) -> int:
         """The bytes of the embeddings in the prompt cache."""
 
+    def clear_prompt_cache(self) -> None:
+        """Forget the embeddings of all prompts."""
+
     def encode_prompts(self, jobs: Sequence[Job]) -> Sequence[Any]:
         """For each job what ``new_samples`` takes: its prompts, encoded."""
 
@@ -108,9 +113,10 @@ class Family(ABC):
     ``own_task`` is what ``pipeline_class`` does, ``tasks`` names the classes of diffusers that do
     further tasks with the same components. ``strength_rounding`` is that of their steps.
     ``half`` says how it runs in half precision.
-    ``takes_loras``: the rows of its denoiser may have LoRA adapters.
+    ``takes_loras``: the rows of its denoiser may have LoRA adapters. ``control_kind`` are the
+    ControlNets that they may have, None for none.
     ``chosen_size`` is the default width and height that the operator set, in pixels. ``adapters``
-    are set before ``new_model``, None if the server offers none for this pipeline.
+    and ``controls`` are set before ``new_model``, None if the server offers none for this pipeline.
     """
 
     pipeline_class: ClassVar[str]
@@ -126,11 +132,13 @@ class Family(ABC):
     strength_rounding: ClassVar[StrengthRounding] = StrengthRounding.SKIPPED
     half: ClassVar[HalfPrecision] = HalfPrecision()
     takes_loras: ClassVar[bool] = True
+    control_kind: ClassVar[ControlKind | None] = None
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.chosen_size: int | None = None
         self.adapters: ModelAdapters | None = None
+        self.controls: ModelControls | None = None
 
     @classmethod
     @abstractmethod

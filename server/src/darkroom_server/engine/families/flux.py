@@ -3,16 +3,23 @@
 Its text tokens have no mask, so prompts are never padded to the length of others.
 """
 
-from collections.abc import Mapping
-from typing import ClassVar
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+import torch
+
+from darkroom_server.core.inputs import InputImage
 from darkroom_server.core.job import Job, Task
 from darkroom_server.core.model import Guidance
+from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
+from darkroom_server.engine.controls.kind import ControlKind
+from darkroom_server.engine.controls.latents import control_latents, signed_pixels
 from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
-from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
+from darkroom_server.engine.families.packed_latents import PackedLatentsFamily, pack_latents
 from darkroom_server.engine.families.several_prompts import is_cut
 from darkroom_server.engine.loading.defaults import Defaults
-from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
+from darkroom_server.engine.pipelines.arguments import Arguments, ArgumentSpec, Kind
 
 TRANSFORMER = ArgumentSpec(
     denoiser="FluxTransformer2DModel",
@@ -30,6 +37,75 @@ TRANSFORMER = ArgumentSpec(
     signature="89cb6e5990d80cf0",
     diffusers="0.42",
 )
+
+
+class FluxControls(ControlKind):
+    """``FluxControlNetModel``: one that reads latents of its image, or one with a hint block."""
+
+    spec = TRANSFORMER
+    net_class = "FluxControlNetModel"
+    matched = (
+        "in_channels",
+        "num_attention_heads",
+        "attention_head_dim",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+    )
+    residuals: ClassVar[Mapping[str, Kind]] = {
+        "controlnet_block_samples": Kind.PER_BLOCK,
+        "controlnet_single_block_samples": Kind.PER_BLOCK,
+    }
+    prompts = ("encoder_hidden_states", "pooled_projections")
+
+    def mismatch(self, config: Mapping[str, Any], denoiser: Any) -> str:
+        """Why a ControlNet of ``config`` does not fit ``denoiser``; empty if it does."""
+        if found := super().mismatch(config, denoiser):
+            return found
+        if config.get("num_mode") is not None:
+            return "it is a union of several, which is not supported"
+        if config.get("guidance_embeds") and not denoiser.config.guidance_embeds:
+            return "it takes the guidance scale as an input, and the model does not"
+        return ""
+
+    def condition(
+        self,
+        image: InputImage,
+        rows: int,
+        net: Any,
+        images: ImageEncoder,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """The latents of ``image`` as tokens, or its pixels for a net with a hint block."""
+        if net.input_hint_block is not None:
+            return signed_pixels(image).to(net.device, net.dtype)
+        latents = control_latents(image, 1, images, generator, images.vae.config.shift_factor)
+        return pack_latents(latents).to(net.device, net.dtype)
+
+    def arguments(self, given: Arguments, net: Any) -> dict[str, Any]:
+        """Those of the transformer that a ControlNet has too."""
+        names = ["hidden_states", "timestep", *self.prompts, "img_ids", "txt_ids"]
+        if net.config.guidance_embeds:
+            names.append("guidance")
+        return {name: given[name] for name in names}
+
+    def layout(self, net: Any) -> tuple[int, int, bool]:
+        """The numbers of its residuals, and whether they repeat."""
+        blocks, singles = net.controlnet_blocks, net.controlnet_single_blocks
+        return len(blocks), len(singles), net.input_hint_block is not None
+
+    def spread(
+        self, name: str, parts: Sequence[torch.Tensor], net: Any, denoiser: Any
+    ) -> Sequence[torch.Tensor]:
+        """As the transformer does with a list of any length; a hint block's repeats."""
+        if name == "controlnet_block_samples":
+            blocks = len(denoiser.transformer_blocks)
+            if net.input_hint_block is not None:
+                return [parts[block % len(parts)] for block in range(blocks)]
+        else:
+            blocks = len(denoiser.single_transformer_blocks)
+        each = math.ceil(blocks / len(parts))
+        return [parts[block // each] for block in range(blocks)]
+
 
 MAX_TOKENS = 512
 """The pipeline rejects a greater ``max_sequence_length``."""
@@ -50,6 +126,7 @@ class Flux(PackedLatentsFamily):
         Task.INPAINT: "FluxInpaintPipeline",
     }
     spec = TRANSFORMER
+    control_kind = FluxControls()
     half = CLIPPED_IN_FLOAT16
     prompt_tokenizer = "tokenizer_2"
 

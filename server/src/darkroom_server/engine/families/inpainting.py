@@ -8,7 +8,7 @@ from darkroom_server.core.model import StrengthRounding
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
 from darkroom_server.engine.families.suspended import SuspendedFamily
-from darkroom_server.engine.families.unet import UNET
+from darkroom_server.engine.families.unet import UNET, UNET_CONTROLS
 
 
 class StableDiffusionInpaint(SuspendedFamily):
@@ -24,6 +24,7 @@ class StableDiffusionInpaint(SuspendedFamily):
     own_task = Task.INPAINT
     strength_rounding = StrengthRounding.TAKEN
     spec = UNET
+    control_kind = UNET_CONTROLS
 
     @property
     def latent_size(self) -> int:

@@ -33,12 +33,13 @@ from darkroom_server.engine.components.weighted_prompts import (
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.conditioning.input_images import image_arguments
 from darkroom_server.engine.conditioning.task_pipelines import made_of
+from darkroom_server.engine.controls.model_controls import ModelControls, controlled, controls_of
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
-from darkroom_server.engine.families.unet import UNET
-from darkroom_server.engine.latent_sample import LatentSample, LinearSample, stack_inputs
+from darkroom_server.engine.families.unet import UNET, UNET_CONTROLS
+from darkroom_server.engine.latent_sample import LatentSample, new_sample, stack_inputs
 from darkroom_server.engine.loading.defaults import Defaults
-from darkroom_server.engine.pipelines.arguments import signature_of
+from darkroom_server.engine.pipelines.arguments import Arguments, signature_of
 from darkroom_server.engine.pipelines.calls import DenoiserCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
 from darkroom_server.engine.pipelines.finish import finish
@@ -66,6 +67,7 @@ class StableDiffusion(Family):
         Task.INPAINT: "StableDiffusionInpaintPipeline",
     }
     strength_rounding = StrengthRounding.TAKEN
+    control_kind = UNET_CONTROLS
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -180,7 +182,7 @@ class StableDiffusion(Family):
         self._prompts.adapters = self.adapters
         image_runs = self._image_runs
         if image_runs is not None:
-            image_runs = replace(image_runs, adapters=self.adapters)
+            image_runs = replace(image_runs, adapters=self.adapters, controls=self.controls)
         return StableDiffusionModel(
             info=info,
             prompts=self._prompts,
@@ -196,6 +198,7 @@ class StableDiffusion(Family):
             memory_format=memory_format,
             image_runs=image_runs,
             adapters=self.adapters,
+            controls=self.controls,
         )
 
 
@@ -268,6 +271,7 @@ class StableDiffusionModel:
     memory_format: MemoryFormat
     image_runs: Runs | None = None
     adapters: ModelAdapters | None = None
+    controls: ModelControls | None = None
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -278,6 +282,10 @@ class StableDiffusionModel:
     def prompt_cache_bytes(self) -> int:
         """The bytes of the embeddings in the prompt cache."""
         return self.prompts.cache_bytes
+
+    def clear_prompt_cache(self) -> None:
+        """Forget the embeddings of all prompts."""
+        self.prompts.clear()
 
     batches_prompts = True
     encodes_slowly = False
@@ -306,19 +314,10 @@ class StableDiffusionModel:
             "dtype": self.memory_format.dtype,
             "adapter_key": group_key(self.adapters, job),
         }
-        # Images of exact jobs are diffusers' own to the last bit.
-        schedule = None if job.exact else self.schedules.shared(job.scheduler, job.steps)
-        if schedule is not None and (linear := schedule.linear) is not None:
-            return [
-                LinearSample(job, index, linear=linear, scheduler=schedule.scheduler, **fields)
-                for index in job.image_indices
-            ]
-        return [
-            LatentSample(
-                job, index, scheduler=self.schedules.new(job.scheduler, job.steps), **fields
-            )
-            for index in job.image_indices
-        ]
+        samples = [new_sample(job, i, self.schedules, **fields) for i in job.image_indices]
+        for sample in samples:
+            sample.controls = controls_of(self.controls, sample)
+        return samples
 
     def decode(self, sample: LatentSample | SuspendedSample) -> NDArray[np.uint8] | Failure:
         """The pixels of a finished sample: [height, width, 3], 0 to 255."""
@@ -340,7 +339,7 @@ class StableDiffusionModel:
             for sample in samples
         ]
         with denoising(self.adapters, [(sample.job, sample.rows) for sample in samples]):
-            outputs = self.image_runs.denoise(calls)
+            outputs = self.image_runs.denoise(calls, samples)
         return [
             output[0] if isinstance(sample, LatentSample) else output
             for sample, output in zip(samples, outputs, strict=True)
@@ -348,23 +347,21 @@ class StableDiffusionModel:
 
     def _denoise_latents(self, samples: Sequence[LatentSample]) -> list[torch.Tensor]:
         """The prediction [rows, channels, h, w] of each sample, without the cost of a spec."""
-        linear = [sample for sample in samples if isinstance(sample, LinearSample)]
-        if len(linear) == len(samples):
-            latents = stack_inputs(linear)
-        else:
-            latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
+        latents = stack_inputs(samples)
         context = torch.cat([e.hidden for s in samples for e in s.embeddings])
         timesteps = torch.tensor(
             [s.timestep_number for s in samples for _ in range(s.rows)], dtype=torch.float32
         )
+        given: Arguments = {
+            "sample": latents.contiguous(memory_format=self.memory_format.layout),
+            "timestep": timesteps.to(latents.device),
+            "encoder_hidden_states": context,
+            "return_dict": False,
+        }
+        given = controlled(self.controls, given, samples)
         jobs = [(sample.job, sample.rows) for sample in samples]
         with self.precision(), denoising(self.adapters, jobs):
-            predicted: torch.Tensor = self.unet(
-                latents.contiguous(memory_format=self.memory_format.layout),
-                timesteps.to(latents.device),
-                encoder_hidden_states=context,
-                return_dict=False,
-            )[0]
+            predicted: torch.Tensor = self.unet(**given)[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
 
     def _start_from_image(self, job: Job, rows: Sequence[Embedding]) -> list[SuspendedSample]:

@@ -15,7 +15,7 @@ from darkroom_server.engine.components.weighted_prompts import (
 from darkroom_server.engine.families.base import Precision
 from darkroom_server.engine.families.several_prompts import is_cut
 from darkroom_server.engine.families.suspended import SuspendedFamily
-from darkroom_server.engine.families.unet import UNET
+from darkroom_server.engine.families.unet import UNET, UNET_CONTROLS
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.warmup.formats import MemoryFormat
 
@@ -36,6 +36,7 @@ class StableDiffusionXL(SuspendedFamily):
     }
     strength_rounding = StrengthRounding.TAKEN
     spec = UNET
+    control_kind = UNET_CONTROLS
 
     @property
     def model_defaults(self) -> Defaults:

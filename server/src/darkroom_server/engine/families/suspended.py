@@ -287,7 +287,7 @@ class SuspendedFamily(Family):
         )
         return SuspendedModel(
             info=info,
-            runs=replace(self._runs, adapters=self.adapters),
+            runs=replace(self._runs, adapters=self.adapters, controls=self.controls),
             is_truncated=self.is_truncated,
             decoder=decoder,
             previewer=previewer,

@@ -10,11 +10,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from darkroom_server.core.engine_config import ModelSource
+HUB_TIMEOUT = 10.0
+"""Seconds to wait for the hub's first answer, before an earlier download is used."""
 
 
-def explain(error: Exception, source: ModelSource) -> tuple[str, str] | None:
-    """Why the hub does not provide the model, and the remedy; None if the error does not say.
+def explain(
+    error: Exception, revision: str | None, variant: str | None = None
+) -> tuple[str, str] | None:
+    """Why the hub does not provide a repository, and the remedy; None if the error does not say.
 
     The hub answers 401 for a model that does not exist too, if the caller has no token.
     """
@@ -31,13 +34,13 @@ def explain(error: Exception, source: ModelSource) -> tuple[str, str] | None:
             )
         case RevisionNotFoundError():
             return (
-                f"it has no revision {source.revision or 'main'!r}",
+                f"it has no revision {revision or 'main'!r}",
                 "check the branch, tag or commit after @",
             )
         case RemoteEntryNotFoundError():
             return "it has no model_index.json", "give a pipeline, as diffusers saves it"
         case HfHubHTTPError() if error.response.status_code == HTTPStatus.UNAUTHORIZED:
             return "the hub does not accept the token", "check HF_TOKEN"
-        case ValueError() if source.variant and f"variant={source.variant}" in str(error):
-            return f"it has no weights of variant {source.variant!r}", "leave --variant out"
+        case ValueError() if variant and f"variant={variant}" in str(error):
+            return f"it has no weights of variant {variant!r}", "leave --variant out"
     return None

@@ -17,6 +17,7 @@ from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of
 from darkroom_server.engine.components.weighted_prompts import compel_is_installed
 from darkroom_server.engine.conditioning.task_pipelines import default_strength
+from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.families.base import Family, Model
 from darkroom_server.engine.families.registry import family_of
@@ -39,12 +40,13 @@ log = structlog.get_logger(__name__)
 
 
 def load_model(
-    source: ModelSource, config: EngineConfig, adapters: Adapters
+    source: ModelSource, config: EngineConfig, adapters: Adapters, controlnets: ControlNets
 ) -> tuple[Model, ModelLoad, MeasurementCache]:
     """The model of ``source``, on its device, warmed up and measured. Raises ``StartupError``.
 
     What an earlier engine of this server measured, or an earlier start, is not measured again. The
-    cache is that of the model's measurements. ``adapters`` records which of them fit the model.
+    cache is that of the model's measurements. ``adapters`` and ``controlnets`` record which of them
+    fit the model.
     """
     began = time.monotonic()
     previous = next((info for info in config.previous_measurements if info.id == source.id), None)
@@ -57,7 +59,7 @@ def load_model(
         log.warning("a setting is risky for this model", model=source.id, why=risk)
     needed, available = check_weights_fit(files, runtime)
     try:
-        return _load(files, runtime, config, adapters, previous, began)
+        return _load(files, runtime, config, adapters, controlnets, previous, began)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -74,6 +76,7 @@ def _load(
     runtime: Runtime,
     config: EngineConfig,
     adapters: Adapters,
+    controlnets: ControlNets,
     previous: ModelInfo | None,
     began: float,
 ) -> tuple[Model, ModelLoad, MeasurementCache]:
@@ -100,9 +103,15 @@ def _load(
             family, memory_format, runtime.device, precision, config.max_loras
         )
     takes_loras = family.adapters is not None
+    controls = controlnets.offer(source.id, family, memory_format, runtime, precision)
+    if controls is not None:
+        family.controls = controls.controls
+        offered += controls.offers
     decoder = Decoder(family.vae, vae_precision)
     without_extra = frozenset(() if compel_is_installed() else ("prompt_syntax",))
-    fields = family.optional_fields | family.image_fields | ({"loras"} if takes_loras else set())
+    fields = family.optional_fields | family.image_fields
+    fields |= {"loras"} if takes_loras else set()
+    fields |= {"controls"} if controls else set()
     measured = measure(family, decoder, memory_format, runtime, config, previous)
     info = ModelInfo(
         id=source.id,
@@ -112,11 +121,14 @@ def _load(
         limits=replace(
             family.limits(measured.max_rows),
             row_limit_source=measured.source,
-            max_loras=config.max_loras if takes_loras else 0,
+            max_loras=min(config.max_loras, config.max_request_loras) if takes_loras else 0,
+            max_controls=config.max_controls if controls else 0,
         ),
         schedulers=family.scheduler_offers,
         runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
-        memory=measured.memory,
+        memory=replace(
+            measured.memory, control_bytes_per_row=controls.bytes_per_row if controls else 0
+        ),
         speed=measured.speed,
         most_rows=measured.most_rows,
         guidance=family.guidance,

@@ -27,12 +27,9 @@ from darkroom_server.engine.loading.folder import (
     read_index,
     variant_of,
 )
-from darkroom_server.engine.loading.hub_errors import explain
+from darkroom_server.engine.loading.hub_errors import HUB_TIMEOUT, explain
 
 log = structlog.get_logger(__name__)
-
-HUB_TIMEOUT = 10.0
-"""Seconds to wait for the hub's first answer, before an earlier download is used."""
 
 # This module logs what an operator needs; progress bars and advice are meant for notebooks.
 diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
@@ -184,7 +181,7 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
         raise
     except Exception as error:
         log.debug("hub failed", exc_info=True)
-        why, remedy = explain(error, source) or (
+        why, remedy = explain(error, source.revision, source.variant) or (
             one_line(error),
             "check its name, HF_TOKEN and the network, or give a folder",
         )
@@ -276,6 +273,8 @@ def _load_single_file(files: ModelFiles, dtype: torch.dtype) -> Any:
                 f"model {source.location!r} has no {part}; check the file, and that --model-config "
                 "is of its architecture"
             )
+        # diffusers leaves a T5 of a file in training mode, whose dropout no seed repeats.
+        getattr(pipeline, part).eval()
         weights = getattr(pipeline, part).state_dict()
         missing = [key for key, weight in weights.items() if weight.is_meta]
         if missing:

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import torch
 
+from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.engine_config import EngineConfig
-from darkroom_server.core.events import EngineReady, Event
+from darkroom_server.core.events import AdapterLoaded, EngineReady, Event
 from darkroom_server.engine.adapters.offering import Adapters
+from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.loading.load_model import load_model
@@ -31,15 +33,21 @@ def start_loop(
         # CUDA events are recorded on the current device, which must be this engine's.
         torch.cuda.set_device(device)
     models, loads, caches = {}, [], {}
-    adapters = Adapters.of(config)
+    adapters, controlnets = Adapters.of(config), ControlNets(config)
     for source in config.models:
         with torch.inference_mode():
-            model, load, cache = load_model(source, config, adapters)
+            model, load, cache = load_model(source, config, adapters, controlnets)
         models[source.id], caches[source.id] = model, cache
         loads.append(load)
+    controlnets.check()
     if len(models) > 1:
         _share_memory(models.values(), config, device)
     infos = tuple(model.info for model in models.values())
+    for info, load in zip(infos, loads, strict=True):
+        for offer in info.adapters:
+            if offer.kind is AdapterKind.CONTROLNET:
+                # They are read with their model, and are never evicted.
+                emit(AdapterLoaded(info.id, offer.id, offer.bytes, load.load_seconds))
     seconds = time.monotonic() - began
     loop = EngineLoop(models, emit, caches, adapters.setup())
     return loop, EngineReady(infos, seconds, tuple(loads))

@@ -105,6 +105,25 @@ class ArgumentSpec:
                 given[name] = self._laid_out(value)
         return given
 
+    def select(self, arguments: Arguments, rows: Sequence[int]) -> Arguments:
+        """The arguments of one call with some of the rows of ``arguments``, such as [2, 3].
+
+        ``arguments`` are those of ``alone`` or of ``collate``; all must be known.
+        """
+        if list(rows) == list(range(self.rows(arguments))):
+            return arguments
+        index = torch.tensor(rows, device=self._device(arguments))
+        selected: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if isinstance(value, dict):
+                selected[name] = {
+                    entry: self._select(f"{name}.{entry}", each, index)
+                    for entry, each in value.items()
+                }
+            else:
+                selected[name] = self._select(name, value, index)
+        return selected
+
     def collate(self, calls: Sequence[Arguments]) -> dict[str, Any]:
         """The arguments of one call that stands for ``calls``, which have equal keys.
 
@@ -144,6 +163,24 @@ class ArgumentSpec:
             parts.append((list(found[start : start + count]),))
             start += count
         return parts
+
+    def _select(self, name: str, value: Any, index: torch.Tensor) -> Any:
+        if value is None:
+            return None
+        match self.kinds[name]:
+            case Kind.ROWS:
+                return self._laid_out(value[index])
+            case Kind.PADDED | Kind.MASK:
+                return value[index]
+            case Kind.ROWS_IN_DIM_1:
+                return value[:, index]
+            case Kind.PER_BLOCK:
+                return [each[index] for each in value]
+            case Kind.ROW_LIST | Kind.EQUAL_ROWS:
+                return [value[row] for row in index.tolist()]
+            case Kind.TIMESTEP if isinstance(value, torch.Tensor) and value.ndim:
+                return value[index.to(value.device)]
+        return value
 
     def _check_same(self, calls: Sequence[Arguments]) -> None:
         """Compare the SAME arguments on their device, and wait for it once."""

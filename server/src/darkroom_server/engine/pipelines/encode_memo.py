@@ -25,6 +25,11 @@ class EncodeMemo:
         """The bytes of all embeddings in the cache."""
         return self._bytes
 
+    def clear(self) -> None:
+        """Remove every embedding."""
+        self._found.clear()
+        self._bytes = 0
+
     def __contains__(self, key: Hashable) -> bool:
         return key in self._found
 

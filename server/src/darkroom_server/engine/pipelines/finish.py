@@ -39,7 +39,7 @@ def finish(sample: SuspendedSample, decoder: Decoder, runs: Runs) -> NDArray[np.
                     sample.resume(image)
                 case EncodeImageCall():
                     # Some VAEs decode with the input image beside the latents.
-                    sample.resume(runs.encode_image(call))
+                    sample.resume(runs.encode_image(call.images, call.options))
                 case _:
                     raise UnexpectedCall(f"a {type(call).__name__} after the last step")
         return _pixels(sample.result[0], sample.job)

@@ -62,6 +62,10 @@ class SuspendedModel:
         """The bytes of the embeddings in the prompt cache."""
         return self.runs.host.memo.bytes
 
+    def clear_prompt_cache(self) -> None:
+        """Forget the embeddings of all prompts."""
+        self.runs.host.memo.clear()
+
     def encode_prompts(self, jobs: Sequence[Job]) -> list[list[SuspendedSample] | Exception]:
         """For each job its samples at their first step, or why its pipeline did not get there.
 
@@ -81,7 +85,7 @@ class SuspendedModel:
         """One denoiser call: for each sample the output for its rows."""
         jobs = [(sample.job, sample.rows) for sample in samples]
         with denoising(self.adapters, jobs):
-            return self.runs.denoise([denoiser_call(sample) for sample in samples])
+            return self.runs.denoise([denoiser_call(sample) for sample in samples], samples)
 
     def decode(self, sample: SuspendedSample) -> NDArray[np.uint8] | Failure:
         """The pixels of a finished sample: [height, width, 3], 0 to 255.

@@ -17,11 +17,13 @@ from darkroom_server.engine.adapters.model_adapters import (
     group_key,
 )
 from darkroom_server.engine.adapters.weights import Mix
-from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
+from darkroom_server.engine.conditioning.image_encoder import ImageEncoder, JobImageEncoder
+from darkroom_server.engine.controls.model_controls import ModelControls, controlled, controls_of
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.calls import DenoiserCall, EncodeCall, EncodeImageCall
 from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
 from darkroom_server.engine.pipelines.sample import SuspendedSample
+from darkroom_server.engine.sample import Sample
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -43,7 +45,7 @@ class Runs:
     pipeline's call for a job. ``vae_latents`` turns what a scheduler steps for a job into the VAE's
     latents [1, channels, h, w], for previews. ``schedulers`` are templates, by name. ``own`` are
     further components that each run has a copy of. ``images`` encodes input images, None if the
-    model takes none. ``adapters`` are those of its jobs.
+    model takes none. ``adapters`` and ``controls`` are those of its jobs.
     """
 
     hosts: Mapping[Task, HostedPipeline]
@@ -55,6 +57,7 @@ class Runs:
     precision: Callable[[], AbstractContextManager[Any]]
     images: ImageEncoder | None = None
     adapters: ModelAdapters | None = None
+    controls: ModelControls | None = None
 
     @property
     def host(self) -> HostedPipeline:
@@ -72,10 +75,16 @@ class Runs:
         """A sample for each of ``job.image_indices``, as ``start``, and the prompts encoded."""
         samples: list[SuspendedSample] = []
         prompts = 0
+        images = None if self.images is None else JobImageEncoder(self.images)
         try:
             for index in job.image_indices:
                 sample, encoded = self.start(
-                    job, index, steps=steps, prompt_truncated=prompt_truncated, given=given
+                    job,
+                    index,
+                    steps=steps,
+                    prompt_truncated=prompt_truncated,
+                    given=given,
+                    images=images,
                 )
                 samples.append(sample)
                 prompts += encoded
@@ -93,12 +102,14 @@ class Runs:
         steps: int,
         prompt_truncated: bool = False,
         given: Mapping[str, Any] = NOTHING,
+        images: JobImageEncoder | None = None,
     ) -> tuple[SuspendedSample, int]:
         """The sample of image ``index`` at its first step, and the prompts encoded for it.
 
         ``steps`` are the denoiser calls that it is expected to make. ``given`` are further
-        arguments of the pipeline's call. Raises ``PromptFailed``, ``ImageNotEncoded``, and what the
-        pipeline raises.
+        arguments of the pipeline's call. ``images`` encodes the input images, once for
+        all images of the job; None: for this one. Raises ``PromptFailed``, ``ImageNotEncoded``, and
+        what the pipeline raises.
         """
         # A copy is faster than a new scheduler.
         scheduler = copy.deepcopy(self.schedulers[job.scheduler])
@@ -120,6 +131,8 @@ class Runs:
         own: dict[str, Any] = {name: copy.deepcopy(part) for name, part in self.own.items()}
         encoded = 0
         try:
+            # First, as diffusers: a control image may take noise from the sample's generator.
+            sample.controls = controls_of(self.controls, sample)
             host = self.hosts[job.task]
             sample.start(host.run(scheduler, arguments, own, job.prompt_syntax, mix))
             while isinstance(call := sample.pending, EncodeCall | EncodeImageCall):
@@ -127,29 +140,33 @@ class Runs:
                     sample.resume(self._encode(call, mix))
                     encoded += 1
                 else:
-                    sample.resume(self.encode_image(call))
+                    encode = self.encode_image if images is None else images.encode
+                    sample.resume(encode(call.images, call.options))
         except BaseException:
             sample.close()
             raise
         return sample, encoded
 
-    def denoise(self, calls: Sequence[DenoiserCall]) -> list[Any]:
-        """One denoiser call: what the denoiser returns for each of ``calls``, of equal keys."""
+    def denoise(self, calls: Sequence[DenoiserCall], samples: Sequence[Sample]) -> list[Any]:
+        """One denoiser call: what the denoiser returns for each of ``calls``, of equal keys.
+
+        Each is of one of ``samples``, whose ControlNets run before.
+        """
         module, spec = calls[0].module, self.spec
         if len(calls) == 1:
             # As the pipeline calls it: alone, an image is the pipeline's own to the last bit.
             arguments = calls[0].arguments
             given = arguments if spec is None else spec.alone(arguments)
-            return [self.call_denoiser(module, given)]
+            return [self.call_denoiser(module, controlled(self.controls, given, samples))]
         assert spec is not None, "without a spec, each sample is a group of its own"
         given = spec.collate([call.arguments for call in calls])
-        output = self.call_denoiser(module, given)
+        output = self.call_denoiser(module, controlled(self.controls, given, samples))
         return list(spec.split(output, [spec.rows(call.arguments) for call in calls]))
 
-    def encode_image(self, call: EncodeImageCall) -> Any:
-        """What the VAE's encode returns; raises as ``ImageEncoder.encode``."""
+    def encode_image(self, images: torch.Tensor, options: Mapping[str, Any]) -> Any:
+        """As ``ImageEncoder.encode``."""
         assert self.images is not None, "the model takes no images"
-        return self.images.encode(call.images, call.options)
+        return self.images.encode(images, options)
 
     def encode_once(self, job: Job) -> bool:
         """Encode a prompt of ``job`` and keep nothing of it; False if its prompt is cached.

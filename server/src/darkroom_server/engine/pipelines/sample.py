@@ -113,8 +113,9 @@ class SuspendedSample(Sample):
         return self._prompt_truncated
 
     def held_bytes(self) -> int:
-        """The bytes of the tensors that the suspended run holds."""
-        return self._coroutine.held_bytes() if self._coroutine else 0
+        """The bytes of the tensors that the suspended run holds, and of its controls."""
+        held = self._coroutine.held_bytes() if self._coroutine else 0
+        return held + super().held_bytes()
 
     def close(self) -> None:
         """End the run, if it has not ended, and free its tensors."""

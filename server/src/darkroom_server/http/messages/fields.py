@@ -136,6 +136,8 @@ OPENAI_FIELDS = (
     ),
     _text("background", "No model makes transparent images.", "auto", "opaque"),
     _text("user", "Accepted and not used."),
+    _text("style", "Accepted and not used.", "vivid", "natural"),
+    _text("moderation", "Accepted and not used.", "auto", "low"),
     _switch("stream", "Send server-sent events."),
     _whole("partial_images", "With `stream`: the number of previews of each image.", 0, 1000),
 )

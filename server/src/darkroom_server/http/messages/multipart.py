@@ -1,7 +1,9 @@
 """Reads the form of an edit or a variation: its fields, and its pictures as they were sent."""
 
 import asyncio
+import hashlib
 import json
+import logging
 import re
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from darkroom_server.http.errors import HttpError
 from darkroom_server.http.messages.fields import Field
+from darkroom_server.service.request import ImageSource
 
 MAX_FORM_BYTES = 32 * 1024**2
 """Of a whole form with its pictures."""
@@ -23,11 +26,19 @@ MAX_FIELD_BYTES = 64 * 1024
 IMAGE_NAMES = ("image", "image[]")
 MASK_NAME = "mask"
 
+# It warns of every form that is damaged, and a caller may send as many as it likes.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
+
 NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?")
 
 
 class _InMemory(MultiPartParser):
     spool_max_size = MAX_FORM_BYTES
+
+    def close(self) -> None:
+        """Close the files, also those of a part without an end."""
+        for file in self._files_to_close_on_error:
+            file.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +46,8 @@ class Form:
     """``values`` are the fields as JSON would have them, ``images`` and ``mask`` files."""
 
     values: dict[str, Any]
-    images: tuple[bytes, ...]
-    mask: bytes | None
+    images: tuple[ImageSource, ...]
+    mask: ImageSource | None
 
 
 async def form_of(headers: Headers, body: bytes, fields: dict[str, Field]) -> Form:
@@ -53,41 +64,42 @@ async def _form(headers: Headers, body: bytes, fields: dict[str, Field]) -> Form
     async def chunks() -> AsyncGenerator[bytes]:
         yield body
 
+    parser = _InMemory(
+        headers,
+        chunks(),
+        max_files=MAX_PICTURES,
+        max_fields=MAX_FIELDS,
+        max_part_size=MAX_FIELD_BYTES,
+    )
     try:
-        parser = _InMemory(
-            headers,
-            chunks(),
-            max_files=MAX_PICTURES,
-            max_fields=MAX_FIELDS,
-            max_part_size=MAX_FIELD_BYTES,
-        )
-        form = await parser.parse()
+        return await _read(await parser.parse(), fields)
     except MultiPartException as error:
         raise HttpError(400, "invalid_form", f"the form cannot be read: {error.message}") from None
     except (KeyError, ValueError):
         raise HttpError(400, "invalid_form", "the form cannot be read") from None
-    try:
-        return await _read(form, fields)
     finally:
-        await form.close()
+        parser.close()
 
 
 async def _read(form: FormData, fields: dict[str, Field]) -> Form:
     values: dict[str, Any] = {}
-    images: list[bytes] = []
+    images: list[ImageSource] = []
     mask = None
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
-            data = await value.read()
             if name == MASK_NAME:
-                mask = data
+                mask = _source(await value.read())
             elif name in IMAGE_NAMES:
-                images.append(data)
+                images.append(_source(await value.read()))
             else:
                 values[name] = None if name in fields else ""  # An unknown field.
         else:
             values[name] = _value(value, fields.get(name))
     return Form(values=values, images=tuple(images), mask=mask)
+
+
+def _source(data: bytes) -> ImageSource:
+    return ImageSource(digest="sha256:" + hashlib.sha256(data).hexdigest(), data=data)
 
 
 def _value(text: str, field: Field | None) -> Any:

@@ -1,6 +1,5 @@
 """From a JSON body to a request of the service layer."""
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from darkroom_server.core.model import ModelInfo
 from darkroom_server.http.call import KEY_HEADER
 from darkroom_server.http.messages.fields import FIELDS, Field, checked_values
 from darkroom_server.http.messages.multipart import Form
-from darkroom_server.service.request import GenerationRequest, ImageSource, Inputs
+from darkroom_server.service.request import GenerationRequest, Inputs
 from darkroom_server.service.validation import as_float32
 
 SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
@@ -65,15 +64,19 @@ def image_request(
     fields: Mapping[str, Field] = FIELDS,
     images: Inputs = NO_IMAGES,
     events: str = "image_generation",
+    *,
+    urls_by_default: bool = False,
 ) -> ImageRequest:
     """The request in ``body``; ``key`` names its job. ``model`` is None if it is not known.
 
     ``images`` are the pictures that came with it, ``events`` as in ``ImageRequest``.
+    ``urls_by_default``: it gets URLs if it has no `response_format`, unless it is a stream.
     """
     values, wrong = checked_values(body, fields)
     width, height = _size(values, wrong)
     steps = _steps(values, model, wrong)
     stream, partial = values.get("stream", False), values.get("partial_images", 0)
+    usual_format = "url" if urls_by_default and not stream else "b64_json"
     for name in ("partial_images", "progress"):
         if values.get(name) and not stream:
             wrong.append(Violation(name, "needs stream: true"))
@@ -113,7 +116,7 @@ def image_request(
     )
     return ImageRequest(
         generation=generation,
-        as_urls=values.get("response_format") == "url",
+        as_urls=values.get("response_format", usual_format) == "url",
         stream=stream,
         partial_images=partial,
         progress=values.get("progress", False),
@@ -141,23 +144,18 @@ def _plain(field: str) -> str:
 
 
 def edit_images(form: Form, model: ModelInfo | None) -> Inputs:
-    """The pictures of an edit: with a mask, what is repainted; else what the model starts from.
+    """The pictures of an edit: with a mask, what is generated again; else what it starts from.
 
     A model that edits takes them as references, unless the form has a strength.
     """
-    sources = tuple(map(_source, form.images))
     edits = model is not None and Task.EDIT in model.tasks and "strength" not in form.values
     if form.mask is None and edits:
-        return Inputs(reference_images=sources)
+        return Inputs(reference_images=form.images)
     return Inputs(
-        image=sources[0] if sources else None,
-        mask_image=_source(form.mask) if form.mask is not None else None,
-        reference_images=sources[1:],
+        image=form.images[0] if form.images else None,
+        mask_image=form.mask,
+        reference_images=form.images[1:],
     )
-
-
-def _source(data: bytes) -> ImageSource:
-    return ImageSource(digest="sha256:" + hashlib.sha256(data).hexdigest(), data=data)
 
 
 def _inputs(values: Mapping[str, Any], images: Inputs) -> Inputs | None:

@@ -8,7 +8,6 @@ const STATUS_SECONDS = 2;
 const BUSY_STATUS_SECONDS = 0.5;
 const RETRIES = 8;
 const LONGEST_RETRY_SECONDS = 10;
-const SMALL_PIXELS = 160; // Images below this are shown with sharp pixels.
 
 // Inputs of the form by field of the API.
 const NUMBERS = ["width", "height", "steps", "guidance_scale", "strength"];
@@ -98,8 +97,11 @@ function showModel() {
   }
   $("loras").placeholder = model.loras.join(", ");
   $("picture-input").hidden = !IMAGE_TASKS.some((task) => model.tasks.includes(task));
-  for (const name of NUMBERS) $(name).placeholder = String(model.defaults[name] ?? "");
+  const strength = hasMask() ? model.defaults.inpaint_strength : model.defaults.strength;
+  const defaults = { ...model.defaults, strength };
+  for (const name of NUMBERS) $(name).placeholder = String(defaults[name] ?? "");
   for (const name of ["width", "height"]) {
+    if ($("image").files.length) $(name).placeholder = "as the image";
     $(name).min = model.limits.min_size;
     $(name).max = model.limits.max_size;
     $(name).step = model.limits.size_multiple;
@@ -117,8 +119,7 @@ function readForm() {
     if ($(name).value && visible(name)) fields[name] = $(name).value;
   }
   for (const name of NUMBERS) {
-    if ($(name).value === "" || !visible(name)) continue;
-    if (name !== "strength" || $("image").files.length) fields[name] = Number($(name).value);
+    if ($(name).value !== "" && visible(name)) fields[name] = Number($(name).value);
   }
   if ($("loras").value.trim() && visible("loras")) fields.loras = readLoras($("loras").value);
   return fields;
@@ -140,40 +141,75 @@ async function readPictures() {
 
 // ---- the mask ----
 
+const hasMask = () => marked || $("mask").files.length > 0;
+
 let marked = false;
+let stroke = [0, 0]; // The last place of the pointer, in pixels of the image.
 
 async function showOriginal() {
-  clearMask();
+  clearErrors();
   const [image] = $("image").files;
-  $("easel").hidden = !image;
-  if (!image) return;
   URL.revokeObjectURL($("original").src);
-  $("original").src = URL.createObjectURL(image);
-  await $("original").decode();
-  $("canvas").width = $("original").naturalWidth;
-  $("canvas").height = $("original").naturalHeight;
+  $("original").removeAttribute("src");
+  if (image) {
+    $("original").src = URL.createObjectURL(image);
+    try {
+      await $("original").decode();
+    } catch {
+      $("image").value = "";
+      showError({ violations: [{ field: "image", description: "must be a PNG, JPEG or WebP" }] });
+    }
+  }
+  const { naturalWidth, naturalHeight } = $("original");
+  [$("canvas").width, $("canvas").height] = [naturalWidth, naturalHeight];
+  marked = false;
+  $("image-options").hidden = !naturalWidth;
+  showModel();
+}
+
+// Start from the displayed image.
+async function editShown() {
+  const { event } = shown;
+  const bytes = Uint8Array.from(atob(event.b64_json), (each) => each.charCodeAt(0));
+  const files = new DataTransfer();
+  files.items.add(new File([bytes], $("download").download, { type: `image/${event.output_format}` }));
+  $("image").files = files.files;
+  $("picture-input").open = true;
+  await showOriginal();
+  $("image").focus();
 }
 
 function clearMask() {
+  $("mask").value = "";
+  $("canvas").width = $("original").naturalWidth; // Clears it.
   marked = false;
-  const canvas = $("canvas");
-  canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+  showModel();
 }
 
+// A stroke goes on from the previous place of the pointer, which may be far away.
 function mark(event) {
   if (!(event.buttons & 1)) return;
   const canvas = $("canvas");
   const box = canvas.getBoundingClientRect();
-  const [x, y] = [
+  const place = [
     ((event.clientX - box.left) / box.width) * canvas.width,
     ((event.clientY - box.top) / box.height) * canvas.height,
   ];
+  if (event.type === "pointerdown") {
+    canvas.setPointerCapture(event.pointerId);
+    stroke = place;
+    marked = true;
+    showModel();
+  }
   const context = canvas.getContext("2d");
-  context.fillStyle = "#ff3b1f";
+  context.strokeStyle = "#ff3b1f";
+  context.lineCap = "round";
+  context.lineWidth = (canvas.width * Number($("brush").value)) / 50;
   context.beginPath();
-  context.arc(x, y, (canvas.width * Number($("brush").value)) / 100, 0, 2 * Math.PI);
-  context.fill();
-  marked = true;
+  context.moveTo(...stroke);
+  context.lineTo(...place);
+  context.stroke();
+  stroke = place;
 }
 
 // White where the canvas is marked, black elsewhere.
@@ -201,7 +237,7 @@ function clearErrors() {
 
 function showError(error) {
   clearErrors();
-  if (error.status === 401) askForToken(error);
+  if (error.status === 401) askForToken();
   const list = document.createElement("ul");
   for (const { field, description } of error.violations ?? []) {
     const item = document.createElement("li");
@@ -393,12 +429,11 @@ function showResult(result) {
   hideProgress(event.flagged ? "Withheld by the safety checker" : `Done in ${seconds.toFixed(1)} s`);
   if (result.url) {
     showPicture(result.url, fields.prompt);
-    const [width] = event.size.split("x").map(Number);
-    $("picture").classList.toggle("small", width < SMALL_PIXELS);
     $("download").href = result.url;
     $("download").download = `darkroom-${seed}.${event.output_format}`;
   }
   $("download").hidden = !result.url;
+  $("edit").hidden = !result.url || $("picture-input").hidden;
   const facts = {
     Seed: seed,
     Size: event.size.replace("x", " × "),
@@ -543,7 +578,8 @@ $("form").addEventListener("submit", (event) => {
   readPictures().then((pictures) => generate(readForm(), seed, pictures));
 });
 
-$("image").addEventListener("change", () => showOriginal().catch(() => clearMask()));
+$("image").addEventListener("change", showOriginal);
+$("mask").addEventListener("change", showModel);
 $("clear-mask").addEventListener("click", clearMask);
 $("remove-image").addEventListener("click", () => {
   $("image").value = $("mask").value = "";
@@ -569,6 +605,7 @@ $("again").addEventListener("click", () => generate(shown.fields, shown.seed, sh
 $("variation").addEventListener("click", () => {
   generate(shown.fields, String((BigInt(shown.seed) + 1n) % 2n ** 63n), shown.pictures);
 });
+$("edit").addEventListener("click", editShown);
 $("copy-curl").addEventListener("click", (event) => copy(asCurl(shown), event.target));
 $("copy-python").addEventListener("click", (event) => copy(asPython(shown), event.target));
 document.addEventListener("visibilitychange", refreshStrip);

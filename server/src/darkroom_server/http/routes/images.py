@@ -56,7 +56,9 @@ class ImageRoutes:
     async def generate(self, call: Call) -> Answer:
         """Generate images: one answer, or a stream of events."""
         body = json_object(call.headers, call.body)
-        request = image_request(body, call.key, self._model(body.get("model")))
+        model = self._model(body.get("model"))
+        by_default = self._urls.by_default
+        request = image_request(body, call.key, model, urls_by_default=by_default)
         return await self._answer(call, await self._checked(call, request))
 
     async def edit(self, call: Call) -> Answer:
@@ -64,7 +66,15 @@ class ImageRoutes:
         form = await form_of(call.headers, call.body, FORM_FIELDS)
         model = self._model(form.values.get("model"))
         images = edit_images(form, model)
-        request = image_request(form.values, call.key, model, FORM_FIELDS, images, EDIT_EVENTS)
+        request = image_request(
+            form.values,
+            call.key,
+            model,
+            FORM_FIELDS,
+            images,
+            EDIT_EVENTS,
+            urls_by_default=self._urls.by_default,
+        )
         return await self._answer(call, await self._checked(call, _with_image(request, form)))
 
     async def vary(self, call: Call) -> Answer:
@@ -73,7 +83,15 @@ class ImageRoutes:
         values = {"prompt": NO_PROMPT, **form.values}
         images = edit_images(Form(values={}, images=form.images, mask=form.mask), None)
         model = self._model(values.get("model"))
-        request = image_request(values, call.key, model, FORM_FIELDS, images, EDIT_EVENTS)
+        request = image_request(
+            values,
+            call.key,
+            model,
+            FORM_FIELDS,
+            images,
+            EDIT_EVENTS,
+            urls_by_default=self._urls.by_default,
+        )
         return await self._answer(call, await self._checked(call, _with_image(request, form)))
 
     async def _answer(self, call: Call, request: ImageRequest) -> Answer:

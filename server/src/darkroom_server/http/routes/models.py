@@ -5,6 +5,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.model import OPTIONAL_FIELDS, ModelInfo
 from darkroom_server.dispatch import Availability
 from darkroom_server.http.call import Answer, Call
@@ -52,7 +53,11 @@ class ModelRoutes:
             ],
             "optional_fields": [name for name in OPTIONAL_FIELDS if name in info.optional_fields],
             "tasks": list(info.tasks),
-            "loras": [offer.id for offer in info.adapters if not offer.rejection],
+            "loras": [
+                offer.id
+                for offer in info.adapters
+                if offer.kind is AdapterKind.LORA and not offer.rejection
+            ],
             "guidance": asdict(info.guidance),
             "runtime": asdict(info.runtime),
         }

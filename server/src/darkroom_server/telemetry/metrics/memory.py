@@ -38,12 +38,12 @@ class MemoryMetrics:
         )
         self.adapter = declare.gauge(
             "darkroom_adapter_bytes",
-            "Weights of a LoRA adapter in the memory of engines, 0 after its eviction.",
+            "Weights of a LoRA or a ControlNet in the memory of engines, 0 after its eviction.",
             ("model", "adapter"),
         )
         self.adapter_loads = declare.counter(
             "darkroom_adapter_loads_total",
-            "LoRA adapters read into an engine's memory.",
+            "LoRA adapters and ControlNets read into an engine's memory.",
             ("model", "adapter"),
         )
         self.adapter_evictions = declare.counter(

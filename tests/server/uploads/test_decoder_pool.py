@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from darkroom_server.core.errors import GenerationFailed, InvalidRequest, QueueFull, Reason
-from darkroom_server.uploads import decoder as decoder_module
-from darkroom_server.uploads.decoder import Decoder, Fit
+from darkroom_server.uploads import decoder_pool
+from darkroom_server.uploads.decoder_pool import DecoderPool, Fit
 from darkroom_server.uploads.failure import DecodeFailure
 from darkroom_server.uploads.fit import Bounds
 from tests.server.uploads.pictures import NOT_PICTURES, plain, png
@@ -26,17 +26,17 @@ def failures() -> list[DecodeFailure]:
 
 
 @pytest.fixture
-async def decoder(failures: list[DecodeFailure]) -> AsyncIterator[Decoder]:
-    made = Decoder(workers=2, max_pixels=64_000_000, timeout=60.0, on_failure=failures.append)
+async def decoder(failures: list[DecodeFailure]) -> AsyncIterator[DecoderPool]:
+    made = DecoderPool(workers=2, max_pixels=64_000_000, timeout=60.0, on_failure=failures.append)
     yield made
     await made.close()
 
 
-def decoding(decoder: Decoder, data: bytes, owner: str = "a") -> "asyncio.Task[Any]":
+def decoding(decoder: DecoderPool, data: bytes, owner: str = "a") -> "asyncio.Task[Any]":
     return asyncio.create_task(decoder.decode(owner, "image", data, FIT))
 
 
-async def busy_worker(decoder: Decoder) -> int:
+async def busy_worker(decoder: DecoderPool) -> int:
     """The process id of the worker, once it has the picture."""
     async with asyncio.timeout(60):
         while not (pids := decoder.pids) or _state(pids[0]) != "R":
@@ -49,7 +49,7 @@ def _state(pid: int) -> str:
         return stat.read().rpartition(")")[2].split()[0]
 
 
-async def test_a_worker_serves_many_pictures(decoder: Decoder) -> None:
+async def test_a_worker_serves_many_pictures(decoder: DecoderPool) -> None:
     await decoder.decode("a", "image", plain(), FIT)
     pids = decoder.pids
     for data in (plain(), NOT_PICTURES["svg"], plain()):
@@ -62,7 +62,7 @@ async def test_a_worker_serves_many_pictures(decoder: Decoder) -> None:
 
 
 async def test_a_killed_worker_costs_its_own_request_only(
-    decoder: Decoder, failures: list[DecodeFailure]
+    decoder: DecoderPool, failures: list[DecodeFailure]
 ) -> None:
     slow = decoding(decoder, SLOW)
     os.kill(await busy_worker(decoder), signal.SIGKILL)
@@ -74,7 +74,7 @@ async def test_a_killed_worker_costs_its_own_request_only(
 
 
 async def test_a_picture_that_crashes_its_worker_is_invalid(
-    decoder: Decoder, failures: list[DecodeFailure]
+    decoder: DecoderPool, failures: list[DecodeFailure]
 ) -> None:
     slow = decoding(decoder, SLOW)
     os.kill(await busy_worker(decoder), signal.SIGSEGV)
@@ -84,7 +84,7 @@ async def test_a_picture_that_crashes_its_worker_is_invalid(
     assert (await decoder.decode("a", "image", plain(), FIT)).width == 64
 
 
-async def test_an_idle_worker_that_was_killed_is_replaced(decoder: Decoder) -> None:
+async def test_an_idle_worker_that_was_killed_is_replaced(decoder: DecoderPool) -> None:
     await decoder.decode("a", "image", plain(), FIT)
     (pid,) = decoder.pids
     os.kill(pid, signal.SIGKILL)
@@ -96,7 +96,7 @@ async def test_an_idle_worker_that_was_killed_is_replaced(decoder: Decoder) -> N
 
 
 async def test_a_picture_that_takes_too_long_is_invalid(failures: list[DecodeFailure]) -> None:
-    decoder = Decoder(workers=1, max_pixels=64_000_000, timeout=0.5, on_failure=failures.append)
+    decoder = DecoderPool(workers=1, max_pixels=64_000_000, timeout=0.5, on_failure=failures.append)
     try:
         with pytest.raises(InvalidRequest, match=r"takes more than 0\.5 s to decode"):
             await decoder.decode("a", "image", SLOW, FIT)
@@ -106,7 +106,7 @@ async def test_a_picture_that_takes_too_long_is_invalid(failures: list[DecodeFai
         await decoder.close()
 
 
-async def test_a_cancelled_call_ends_its_worker(decoder: Decoder) -> None:
+async def test_a_cancelled_call_ends_its_worker(decoder: DecoderPool) -> None:
     slow = decoding(decoder, SLOW)
     pid = await busy_worker(decoder)
     slow.cancel()
@@ -116,7 +116,7 @@ async def test_a_cancelled_call_ends_its_worker(decoder: Decoder) -> None:
     assert pid not in decoder.pids
 
 
-async def test_one_caller_does_not_keep_others_waiting(decoder: Decoder) -> None:
+async def test_one_caller_does_not_keep_others_waiting(decoder: DecoderPool) -> None:
     slow = [decoding(decoder, SLOW, "greedy") for _ in range(3)]
     await busy_worker(decoder)
     assert (await decoder.decode("b", "image", plain(), FIT)).width == 64
@@ -127,9 +127,9 @@ async def test_one_caller_does_not_keep_others_waiting(decoder: Decoder) -> None
 
 
 async def test_files_that_wait_are_bounded(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    decoder: DecoderPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder_module, "MAX_WAITING_BYTES", 3 * len(SLOW))
+    monkeypatch.setattr(decoder_pool, "MAX_WAITING_BYTES", 3 * len(SLOW))
     slow = decoding(decoder, SLOW)
     await busy_worker(decoder)
     with pytest.raises(QueueFull):  # More than half of it is for others.
@@ -144,7 +144,7 @@ async def test_files_that_wait_are_bounded(
     assert (await decoder.decode("d", "image", plain(), FIT)).width == 64
 
 
-async def test_the_event_loop_goes_on_meanwhile(decoder: Decoder) -> None:
+async def test_the_event_loop_goes_on_meanwhile(decoder: DecoderPool) -> None:
     slow, turns = decoding(decoder, SLOW), 0
     while not slow.done():
         await asyncio.sleep(0.005)
@@ -153,14 +153,16 @@ async def test_the_event_loop_goes_on_meanwhile(decoder: Decoder) -> None:
     assert turns > 20
 
 
-async def test_workers_get_no_secrets(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_workers_get_no_secrets(
+    decoder: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     await decoder.decode("a", "image", plain(), FIT)
     with open(f"/proc/{decoder.pids[0]}/environ") as environ:
         assert "secret" not in environ.read()
 
 
-async def test_close_ends_the_workers(decoder: Decoder) -> None:
+async def test_close_ends_the_workers(decoder: DecoderPool) -> None:
     await decoder.decode("a", "image", plain(), FIT)
     (pid,) = decoder.pids
     await decoder.close()

@@ -84,7 +84,7 @@ class _WorkerDied(Exception):
     """The worker ended, or answered nonsense."""
 
 
-class Decoder:
+class DecoderPool:
     """Decodes at most ``workers`` pictures at once, in as many processes, and less of one owner.
 
     ``max_pixels`` bounds a picture, ``timeout`` the seconds that one takes, ``bytes_per_pixel`` the

@@ -1,0 +1,1 @@
+"""ControlNets: what they add to the denoiser's calls, for the rows that ask for them."""
