@@ -27,6 +27,8 @@ OBSERVE_FLAGS ?=
 TRACE_FLAGS ?=
 NOISE_FLAGS ?=
 WORDS_FLAGS ?=
+TRAIN_FLAGS ?=
+JUDGE_FLAGS ?=
 MINUTES ?= 5
 INPUTS ?= 100000
 IMAGES ?= 10000
@@ -50,7 +52,7 @@ help: ## list the targets
 setup: .venv/.installed ## install everything into .venv (again only when a requirement changed)
 
 .PHONY: demo
-demo: setup ## start a server, generate a few images into demo-output/, stop
+demo: setup ## start a server, generate images in every way into demo-output/, stop
 	@$(BIN)/python examples/demo.py
 
 .PHONY: serve
@@ -145,6 +147,13 @@ fuzz-images: setup ## decode IMAGES damaged pictures in the server's image worke
 .PHONY: trace-request
 trace-request: setup ## trace one request through server and client; TRACE_FLAGS=--check holds the limits
 	@$(BIN)/python -m tools.trace_request $(TRACE_FLAGS)
+
+.PHONY: train-adapters judge-adapters
+train-adapters: setup ## train the demo model's adapters, minutes on two cores; options in TRAIN_FLAGS
+	@$(BIN)/python -m training.adapters.train build/demo_adapters $(TRAIN_FLAGS)
+
+judge-adapters: setup ## judge them, and tasks with images, on 50 held-out prompts each; options in JUDGE_FLAGS
+	@$(BIN)/python -m training.adapters.evaluate build/demo_adapters $(JUDGE_FLAGS)
 
 CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs lint-trace lint-words
 

@@ -1,4 +1,4 @@
-"""What `make demo` runs: start a server, generate four images, show the timings, stop it."""
+"""What `make demo` runs: start a server, generate images, show the timings, stop it."""
 
 import contextlib
 import dataclasses
@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import IO
 
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from darkroom_client import Client, DarkroomError, GenerationRequest, Timings, Unavailable
+from darkroom_client import Client, Control, DarkroomError, GenerationRequest, Timings, Unavailable
 
-PROMPTS = (
-    "a large yellow star on a blue background",
-    "a small red circle at the left on a white background",
-    "a large green triangle on a black background",
-    "a small white square at the right on a red background",
-)
+TEXT = GenerationRequest("a small red circle on the left on a white background")
 SEED = 7
 OUTPUT = Path("demo-output")
 STAGES = [field.name for field in dataclasses.fields(Timings)]
@@ -36,6 +33,8 @@ READY_SECONDS = 600
 GENERATE_SECONDS = 600  # Generous, for a busy machine.
 STOP_SECONDS = 60
 LOG_LINES = 20
+
+RESAMPLING = PIL.Image.Resampling
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -103,27 +102,65 @@ def wait_until_ready(client: Client, server: "subprocess.Popen[bytes]") -> str |
 
 
 def generate(client: Client) -> str | None:
-    """Generate all prompts at once and show the timings; return None, or an error message."""
-    requests = [GenerationRequest(prompt=prompt, seed=SEED, format="png") for prompt in PROMPTS]
-    with console.status(f"generating {len(requests)} images"):
-        answers = client.generate_many(requests, concurrency=len(requests))
+    """Generate all images, and show the timings; return None, or an error message."""
     OUTPUT.mkdir(exist_ok=True)
+    try:
+        with console.status("generating an image from text"):
+            first = client.generate(TEXT, seed=SEED, format="png")
+        image = first.image.to_pil()
+        more = from_image(image) | with_adapters(image)
+        with console.status(f"generating {len(more)} images in the same batches"):
+            others = client.generate_many(
+                more.values(), concurrency=len(more), seed=SEED, format="png"
+            )
+    except DarkroomError as error:
+        return str(error)
     table = Table("image", *(f"{stage} s" for stage in STAGES), box=None)
-    pictures = []
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
+    pictures = {}
+    requests = {"text": TEXT} | more
+    for (name, request), answer in zip(requests.items(), [first, *others], strict=True):
         if isinstance(answer, DarkroomError):
-            return f"{prompt}: {answer}"
-        name = prompt.removeprefix("a ").replace(" ", "-")
-        path = answer.images[0].save(OUTPUT / f"{name}.png", overwrite=True)
-        pictures.append(answer.images[0].to_pil())
+            return f"{name}: {answer}"
+        path = answer.image.save(OUTPUT / f"{name.replace(' ', '-')}.png", overwrite=True)
+        pictures[name] = framed(answer.image.to_pil(), name, request)
         seconds = [f"{getattr(answer.timings, stage):.3f}" for stage in STAGES]
         table.add_row(str(path), *seconds)
         if not console.is_terminal:
             console.print(f"{path}  seconds: {named(seconds)}")
     if console.is_terminal:
         console.print(table, soft_wrap=False)
-    console.print(f"all of them: {save_contact_sheet(pictures)}", style="bold green")
+    console.print(f"all of them: {save_contact_sheet(list(pictures.values()))}", style="bold green")
     return None
+
+
+def from_image(image: PIL.Image.Image) -> dict[str, GenerationRequest]:
+    """Return requests that start from ``image``."""
+    width, height = image.size
+    right_half = PIL.Image.new("L", image.size)
+    right_half.paste(255, (width // 2, height // 4, width, height * 3 // 4))
+    return {
+        "image to image": GenerationRequest(
+            "a small green star on the left on a white background", image=image, strength=0.6
+        ),
+        "inpaint": GenerationRequest(
+            "a small blue square on the right on a white background",
+            image=image,
+            mask_image=right_half,
+            strength=1.0,
+        ),
+    }
+
+
+def with_adapters(image: PIL.Image.Image) -> dict[str, GenerationRequest]:
+    """Return requests with adapters of the demo model, for images of the size of ``image``."""
+    prompt = "a large yellow star on a blue background"
+    return {
+        "LoRA": GenerationRequest(prompt, loras={"outline": 1.0}),
+        "two LoRAs": GenerationRequest(prompt, loras={"outline": 1.0, "night": 1.0}),
+        "ControlNet": GenerationRequest(
+            "a red circle on a yellow background", controls=[Control("position", disc(image.size))]
+        ),
+    }
 
 
 def named(seconds: list[str]) -> str:
@@ -131,16 +168,39 @@ def named(seconds: list[str]) -> str:
     return "  ".join(f"{stage} {figure}" for stage, figure in zip(STAGES, seconds, strict=True))
 
 
-def save_contact_sheet(pictures: list[PIL.Image.Image], gap: int = 8) -> Path:
-    """Save all images on one sheet, two per row, each at least 256 pixels wide."""
-    scale = max(1, 256 // pictures[0].width)
-    width, height = pictures[0].width * scale, pictures[0].height * scale
-    rows = (len(pictures) + 1) // 2
-    sheet = PIL.Image.new("RGB", (2 * width + 3 * gap, rows * height + (rows + 1) * gap), "white")
+def disc(size: tuple[int, int]) -> PIL.Image.Image:
+    """Return a control image: white where the shape shall be, near the lower right corner."""
+    width, height = size
+    image = PIL.Image.new("RGB", size)
+    box = (width * 0.5, height * 0.45, width * 0.95, height * 0.9)
+    PIL.ImageDraw.Draw(image).ellipse(box, "white")
+    return image
+
+
+def framed(picture: PIL.Image.Image, name: str, request: GenerationRequest) -> PIL.Image.Image:
+    """Return the picture, 256 pixels wide, with its mask or control image, and with captions."""
+    scale = max(1, 256 // picture.width)
+    large = picture.resize((picture.width * scale, picture.height * scale), RESAMPLING.NEAREST)
+    for given in (request.mask_image, *(control.image for control in request.controls)):
+        if isinstance(given, PIL.Image.Image):
+            large.paste(given.resize((64, 64)), (large.width - 68, 4))
+    frame = PIL.Image.new("RGB", (large.width, large.height + 34), "white")
+    frame.paste(large)
+    text = PIL.ImageDraw.Draw(frame)
+    text.text((0, large.height + 3), name, "black", PIL.ImageFont.load_default(14))
+    words = ", ".join((request.prompt, *(request.loras or ())))
+    text.text((0, large.height + 20), words, "gray", PIL.ImageFont.load_default(10))
+    return frame
+
+
+def save_contact_sheet(pictures: list[PIL.Image.Image], columns: int = 3, gap: int = 8) -> Path:
+    """Save all pictures on one sheet; they are of one size."""
+    width, height = (length + gap for length in pictures[0].size)
+    rows = -(-len(pictures) // columns)
+    sheet = PIL.Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
     for index, picture in enumerate(pictures):
-        row, column = divmod(index, 2)
-        large = picture.resize((width, height), PIL.Image.Resampling.NEAREST)
-        sheet.paste(large, (gap + column * (width + gap), gap + row * (height + gap)))
+        row, column = divmod(index, columns)
+        sheet.paste(picture, (gap + column * width, gap + row * height))
     path = OUTPUT / "contact-sheet.png"
     sheet.save(path)
     return path

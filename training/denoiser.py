@@ -111,6 +111,21 @@ def sample_timesteps(count: int, device: torch.device) -> Tensor:
     return (torch.rand(count).sqrt() * 1000).long().clamp(0, 999).to(device)
 
 
+def with_noise(
+    latents: Tensor, scheduler: DDIMScheduler, evenly: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return latents with noise of random levels, their timesteps, and the v to predict.
+
+    The timesteps are those of `sample_timesteps`, or `evenly` distributed.
+    """
+    noise = torch.randn_like(latents)
+    count, device = len(latents), latents.device
+    times = (torch.rand(count) * 1000).long() if evenly else sample_timesteps(count, device)
+    times = times.to(device)
+    target = scheduler.get_velocity(latents, noise, times)
+    return scheduler.add_noise(latents, noise, times), times, target
+
+
 def train_denoiser(
     denoiser: Denoiser,
     source: LatentSource,
@@ -142,11 +157,8 @@ def train_denoiser(
     while progress < 1:
         step += 1
         source.ease = min(source.ease, ease_at(progress))
-        latents, tokens = source.batch()
-        noise = torch.randn_like(latents)
-        times = sample_timesteps(len(latents), device)
-        noisy = scheduler.add_noise(latents, noise, times)
-        target = scheduler.get_velocity(latents, noise, times)
+        latents, tokens, _ = source.batch()
+        noisy, times, target = with_noise(latents, scheduler)
         noisy = noisy.to(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             words = denoiser.text_encoder(tokens).last_hidden_state

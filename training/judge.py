@@ -37,47 +37,72 @@ class Verdict:
     seen: Scene
 
 
-def judge(picture: Tensor, scene: Scene) -> Verdict:
-    """Compare a square picture (3, s, s) in 0..255 with its scene.
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The object of a square picture (3, s, s) in 0..255, and its background.
 
-    The background must be right in all four corners. The object is what lies more than halfway
-    from the background's colour to the farthest colours; its own colour is the median of its
-    inner pixels; its shape, size and place are those of the template that overlaps it best.
+    `ground` is the mean colour (3,) of the four corners. `mask` (s, s) is 1 at the object's own
+    colour, 0 at the background's, and in between if the object covers a part of the pixel. `colour`
+    is the median (3,) of the object's inner pixels.
     """
-    corners = [
-        picture[:, rows, columns].flatten(1).mean(1)
-        for rows in (slice(_CORNER), slice(-_CORNER, None))
-        for columns in (slice(_CORNER), slice(-_CORNER, None))
-    ]
-    names = [nearest_colour(corner) for corner in corners]
-    ground = torch.stack(corners).mean(0)
+
+    ground: Tensor
+    mask: Tensor
+    colour: Tensor
+
+
+def look_at(picture: Tensor) -> Seen | None:
+    """Find what differs from the corners of a square picture (3, s, s) in 0..255.
+
+    The object is what lies more than halfway from the background's colour to the farthest colours.
+    Returns None for a flat picture.
+    """
+    ground = torch.stack(_corners(picture)).mean(0)
     distance = (picture - ground.view(3, 1, 1)).norm(dim=0)
     far = distance.flatten().quantile(0.985)
     if far < 1:
-        seen = Scene("circle", names[0], names[0])
-        return Verdict(
-            set(names) == {scene.background}, False, False, False, False, False, 0.0, seen
-        )
+        return None
+    inner = distance > 0.8 * far
     # Normalised: a pixel that the object covers by half gives one half.
     mask = (distance / far).clamp(0, 1)
-    inner = distance > 0.8 * far
-    colour = nearest_colour(picture[:, inner].median(dim=1).values)
-    fits = {name: fit(name, mask) for name in SHAPES}
-    shape = max(fits, key=lambda name: fits[name][0])
-    overlap, placement = fits[shape]
+    return Seen(ground, mask, picture[:, inner].median(dim=1).values)
+
+
+def judge(picture: Tensor, scene: Scene, outlined: bool = False) -> Verdict:
+    """Compare a square picture (3, s, s) in 0..255 with its scene, drawn filled or as an outline.
+
+    The background must be right in all four corners. The object's shape, size and place are those
+    of the template that overlaps it best.
+    """
+    names = [nearest_colour(corner) for corner in _corners(picture)]
+    background = set(names) == {scene.background}
+    seen = look_at(picture)
+    if seen is None:
+        flat = Scene("circle", names[0], names[0])
+        return Verdict(background, False, False, False, False, False, 0.0, flat)
+    shape, overlap, placement = best_fit(seen.mask, outlined)
     size = min(SIZES, key=lambda name: abs(SIZES[name] - placement.radius))
-    seen = Scene(shape, colour, names[0], size, _position(placement))
+    colour = nearest_colour(seen.colour)
+    found = Scene(shape, colour, names[0], size, _position(placement))
     right = shape == scene.shape and overlap >= LEAST_OVERLAP
     return Verdict(
-        background=set(names) == {scene.background},
+        background=background,
         colour=colour == scene.colour,
         shape=right,
         crisp=right and overlap >= CRISP_OVERLAP,
         size=size == scene.size,
-        position=seen.position == scene.position,
+        position=found.position == scene.position,
         overlap=overlap,
-        seen=seen,
+        seen=found,
     )
+
+
+def _corners(picture: Tensor) -> list[Tensor]:
+    return [
+        picture[:, rows, columns].flatten(1).mean(1)
+        for rows in (slice(_CORNER), slice(-_CORNER, None))
+        for columns in (slice(_CORNER), slice(-_CORNER, None))
+    ]
 
 
 def nearest_colour(rgb: Tensor) -> str:
@@ -86,15 +111,23 @@ def nearest_colour(rgb: Tensor) -> str:
     return list(COLOURS)[int((table - rgb.float()).norm(dim=1).argmin())]
 
 
-def fit(shape: str, mask: Tensor) -> tuple[float, Placement]:
-    """Fit a shape to a square mask in 0..1; return the best overlap and its placement.
+def best_fit(mask: Tensor, outlined: bool = False) -> tuple[str, float, Placement]:
+    """Return the shape that fits a square mask in 0..1 best, its overlap and its placement."""
+    fits = {name: fit(name, mask, outlined) for name in SHAPES}
+    shape = max(fits, key=lambda name: fits[name][0])
+    return shape, *fits[shape]
+
+
+def fit(shape: str, mask: Tensor, outlined: bool = False) -> tuple[float, Placement]:
+    """Fit a shape, or its outline, to a square mask in 0..1; return the best overlap and placement.
 
     The first guess matches area and centre of mass; three local searches refine it.
     """
     side = min(_GRID, mask.shape[-1])
     mask = torch.nn.functional.adaptive_avg_pool2d(mask[None], side)[0]
     area, x, y = _moments(mask)
-    unit_area, unit_x, unit_y = _moments(coverage(shape, [Placement(0.5, 0.5, 0.3)], side, side)[0])
+    unit = coverage(shape, [Placement(0.5, 0.5, 0.3)], side, side, outlined)[0]
+    unit_area, unit_x, unit_y = _moments(unit)
     radius = 0.3 * (area / unit_area) ** 0.5
     best = (
         0.0,
@@ -109,7 +142,7 @@ def fit(shape: str, mask: Tensor) -> tuple[float, Placement]:
             for j in (-1, 0, 1)
             for k in (-1, 0, 1)
         ]
-        templates = coverage(shape, tries, side, side)
+        templates = coverage(shape, tries, side, side, outlined)
         shared = torch.minimum(templates, mask).sum((1, 2))
         joined = torch.maximum(templates, mask).sum((1, 2))
         overlaps = shared / joined

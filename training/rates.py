@@ -8,12 +8,12 @@ _RAMP = 200
 _ALL_EASY, _NONE_EASY = 0.15, 0.35
 
 
-def rate_at(step: int, progress: float) -> float:
-    """Return the learning rate as a share of its peak: a ramp of 200 steps, then half a cosine.
+def rate_at(step: int, progress: float, ramp: int = _RAMP) -> float:
+    """Return the learning rate as a share of its peak: a ramp of `ramp` steps, then half a cosine.
 
     `progress`, 0..1, is the share of the steps done, or of the time if that ends first.
     """
-    return min(step / _RAMP, 1.0) * 0.5 * (1 + math.cos(math.pi * progress))
+    return min(step / ramp, 1.0) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def ease_at(progress: float) -> float:

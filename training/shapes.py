@@ -14,6 +14,9 @@ from training.scenes import COLOURS, Placement, Scene, random_placement
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Signed distance, negative inside, of points (x right, y down) to a shape of radius 1."""
 
+STROKE = 0.35
+"""Width of an outline in units of the shape's radius; its middle is the shape's edge."""
+
 
 def _polygon(vertices: Sequence[tuple[float, float]]) -> Distance:
     """Exact distance to a polygon (after Inigo Quilez, "2D distance functions")."""
@@ -71,8 +74,14 @@ DISTANCES: dict[str, Distance] = {
 }
 
 
-def coverage(shape: str, placements: Sequence[Placement], height: int, width: int) -> Tensor:
-    """Return the share of each pixel that a shape covers.
+def coverage(
+    shape: str,
+    placements: Sequence[Placement],
+    height: int,
+    width: int,
+    outlined: bool = False,
+) -> Tensor:
+    """Return the share of each pixel that a shape, or its outline, covers.
 
     A float tensor (len(placements), height, width) in 0..1. The distance to the edge, in pixels,
     becomes a ramp one pixel wide, as supersampling gives along a straight edge.
@@ -83,14 +92,20 @@ def coverage(shape: str, placements: Sequence[Placement], height: int, width: in
     y = (torch.arange(height) + 0.5).view(1, height, 1) / short
     radius = table[:, 2]
     px, py = torch.broadcast_tensors((x - table[:, 0]) / radius, (y - table[:, 1]) / radius)
-    pixels = DISTANCES[shape](px, py) * radius * short
-    return (0.5 - pixels).clamp(0, 1)
+    distance = DISTANCES[shape](px, py)
+    if outlined:
+        distance = distance.abs() - STROKE / 2
+    return (0.5 - distance * radius * short).clamp(0, 1)
 
 
 def draw(
-    scenes: Sequence[Scene], placements: Sequence[Placement], height: int, width: int
+    scenes: Sequence[Scene],
+    placements: Sequence[Placement],
+    height: int,
+    width: int,
+    outlined: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Draw scenes.
+    """Draw scenes, the shapes filled or as outlines.
 
     Returns pictures (n, 3, height, width) in -1..1, and masks (n, height, width) in 0..1.
     """
@@ -98,7 +113,8 @@ def draw(
     for shape in DISTANCES:
         rows = [i for i, scene in enumerate(scenes) if scene.shape == shape]
         if rows:
-            masks[rows] = coverage(shape, [placements[i] for i in rows], height, width)
+            placed = [placements[i] for i in rows]
+            masks[rows] = coverage(shape, placed, height, width, outlined)
     colour = palette([s.colour for s in scenes]).view(-1, 3, 1, 1)
     ground = palette([s.background for s in scenes]).view(-1, 3, 1, 1)
     return torch.lerp(ground, colour, masks.unsqueeze(1)), masks

@@ -49,7 +49,7 @@ PATIENT_PRIORITY = -8
 
 STREAMS_OF_A_JOB = 25
 WARM_UP_PAIRS = 3
-SETTLE_SECONDS = 0.5
+POLL_SECONDS = 0.01
 TOKENS = {name: secrets.token_hex(16) for name in ("load", "patient")}
 
 
@@ -157,21 +157,27 @@ class ClosedLoop:
     def __init__(self, requests: Sequence[Request]) -> None:
         self._requests = requests
         self._sent = 0
-        self.ended: list[float] = []
+        self._ended: list[float] = []
+        self._running = asyncio.create_task(self._run())
 
-    async def run(self) -> None:
-        """Keep ``CALLERS`` requests under way until cancelled."""
+    async def images_per_second(self, images: int) -> float:
+        """The rate of the next ``images``, without those that are under way now."""
+        first = len(self._ended) + CALLERS
+        while len(self._ended) <= first + images:
+            if self._running.done():
+                self._running.result()
+            await asyncio.sleep(POLL_SECONDS)
+        return images / (self._ended[first + images] - self._ended[first])
+
+    async def close(self) -> None:
+        """End the callers."""
+        self._running.cancel()
+        await asyncio.wait({self._running})
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(CALLERS):
                 group.create_task(self._call())
-
-    async def images_per_second(self, seconds: float) -> float:
-        """The rate of the next ``seconds``, from the first image in them to the last."""
-        await asyncio.sleep(SETTLE_SECONDS)
-        first = len(self.ended)
-        await asyncio.sleep(seconds)
-        ended = self.ended[first:]
-        return (len(ended) - 1) / (ended[-1] - ended[0])
 
     async def _call(self) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]  # A connection of its own.
@@ -182,7 +188,7 @@ class ClosedLoop:
                 self._sent += 1
                 message = message_of(replace(request, seed=self._sent))
                 await stub.Generate(message, metadata=(("authorization", bearer("load")),))
-                self.ended.append(time.monotonic())
+                self._ended.append(time.monotonic())
 
 
 @asynccontextmanager
@@ -240,23 +246,17 @@ async def closed_rounds(options: argparse.Namespace) -> dict[str, list[float]]:
     load = ClosedLoop(uniform(mixed(200, options.seed), STEPS, 4.0))
     patient = uniform(mixed(options.rounds, options.seed + 1), PATIENT_STEPS, 4.0)
     rates: dict[str, list[float]] = {"without": [], "with": []}
-    running = asyncio.create_task(load.run())
-    await load.images_per_second(options.seconds)  # Warms up.
+    await load.images_per_second(options.images)  # Warms up.
     for number in range(options.rounds):
         for kind in sorted(rates, reverse=bool(number % 2)):
             if kind == "with":
                 request = replace(patient[number], index=number)
                 async with waiting_streams(options.streams, request):
-                    rates[kind].append(await load.images_per_second(options.seconds))
+                    rates[kind].append(await load.images_per_second(options.images))
             else:
-                rates[kind].append(await load.images_per_second(options.seconds))
-        if running.done():
-            break
+                rates[kind].append(await load.images_per_second(options.images))
         print(f"round {number}: {rates['without'][-1]:.2f}, {rates['with'][-1]:.2f}", flush=True)
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
-    if not running.cancelled():
-        running.result()
+    await load.close()
     return rates
 
 
@@ -322,7 +322,7 @@ def describe(results: Results) -> list[str]:
         f"{settings['pairs']} pairs in turns; the time ends when the caller has the bytes of the "
         f"image. Then a closed loop of {settings['callers']} callers over gRPC, "
         f"{settings['steps']} steps each, in {settings['rounds']} pairs of rounds of "
-        f"{settings['seconds']:g} seconds, with and without {settings['streams']} streams of "
+        f"{settings['images']} images, with and without {settings['streams']} streams of "
         "events over HTTP whose jobs wait in the queue with a lower priority. Ratios are of the "
         "same pair; intervals are 95 % of the median.",
         goals_table("ratio", goals(results), "×"),
@@ -344,7 +344,7 @@ BENCHMARK = Benchmark(
     amounts={
         "pairs": Amount(100, 4, "lone requests over each door"),
         "rounds": Amount(40, 2, "pairs of rounds of the closed loop"),
-        "seconds": Amount(6.0, 2.0, "of a round"),
+        "images": Amount(150, 16, "of a round"),
         "streams": Amount(200, 50, "idle streams of events"),
         "seed": Amount(0, 0, "of the workload"),
     },

@@ -75,7 +75,7 @@ def test_a_late_image_does_not_count() -> None:
 
 
 def doors(over_http: list[float], beside: list[float]) -> Any:
-    settings = {"pairs": 20, "rounds": 20, "seconds": 6.0, "streams": 200, "callers": 16}
+    settings = {"pairs": 20, "rounds": 20, "images": 150, "streams": 200, "callers": 16}
     settings |= {"steps": 8, "lone_steps": 20}
     figures = {
         "lone": {"grpc": [0.5] * 20, "http": over_http},

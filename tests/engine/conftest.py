@@ -1,5 +1,6 @@
 """An engine loop under test: real weights in memory, every event and every latent kept."""
 
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import torch
 
 from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, ModelSource
 from darkroom_server.core.events import (
+    EngineReady,
     Event,
     ImageReady,
     JobCancelled,
@@ -25,9 +27,13 @@ from darkroom_server.engine.loading.startup import start_loop
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.sample import Sample
 
+from .fake_cuda import FakeDevice, fake_cuda
 from .tiny import SIZE, write_tiny_model
 
 End = JobFinished | JobFailed | JobCancelled
+
+MEASUREMENTS = tempfile.TemporaryDirectory(prefix="measurements-")
+"""Each kind of model is measured once for all tests: that is most of the time of a start."""
 
 
 def make_job(id: str, **fields: Any) -> Job:
@@ -141,6 +147,32 @@ class LoopUnderTest:
         assert not self._thread.is_alive()
 
 
+def run_here(config: EngineConfig, *jobs: Job) -> tuple[EngineReady, list[Event]]:
+    """Run ``jobs`` in a loop on this thread; returns its start and all its events."""
+    events: list[Event] = []
+    running = {job.id for job in jobs}
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, End):
+            running.remove(event.job_id)
+            if not running:
+                loop.close()
+
+    loop, ready = start_loop(config, emit)
+    for job in jobs:
+        loop.submit(job)
+    loop.run()
+    return ready, events
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeDevice]:
+    """The make-believe CUDA device, for work on the test's own thread."""
+    with fake_cuda() as device:
+        yield device
+
+
 def config_for(folder: Path, **fields: Any) -> EngineConfig:
     """Plain float32 on one thread: what diffusers does by itself."""
     usual: dict[str, Any] = {
@@ -152,6 +184,7 @@ def config_for(folder: Path, **fields: Any) -> EngineConfig:
         "channels_last": False,
         "threads": 1,
         "rows": 16,
+        "measurement_cache": MEASUREMENTS.name,
     }
     return EngineConfig(**{**usual, **fields})
 

@@ -50,7 +50,7 @@ def replace_unet(loop: LoopUnderTest, wrap: Callable[..., Any]) -> None:
     """Replace the denoiser's network by ``wrap(original, latents, ...)``."""
     model = loop.models["tiny"]
     original = model.unet
-    model.unet = lambda *args, **kwargs: wrap(original, *args, **kwargs)
+    model.unet = lambda sample, **kwargs: wrap(original, sample, **kwargs)
 
 
 def test_out_of_memory_splits_the_batch(

@@ -75,10 +75,10 @@ def test_out_of_memory_is_counted(own_loop: LoopUnderTest) -> None:
     model = own_loop.models["tiny"]
     unet = model.unet
 
-    def narrow(latents: torch.Tensor, *args: Any, **options: Any) -> Any:
-        if len(latents) > 2:
+    def narrow(sample: torch.Tensor, **options: Any) -> Any:
+        if len(sample) > 2:
             raise torch.OutOfMemoryError
-        return unet(latents, *args, **options)
+        return unet(sample, **options)
 
     model.unet = narrow
     own_loop.row_limits.max_rows = 16

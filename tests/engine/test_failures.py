@@ -13,6 +13,8 @@ from darkroom_server.engine.failures import is_fatal, is_out_of_memory
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] you tried to allocate 9 bytes."),
         # Of the driver, not of torch's allocator; later calls work.
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         torch.AcceleratorError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
@@ -28,6 +30,8 @@ def test_out_of_memory_is_not_fatal(error: Exception) -> None:
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("CUDA error: device-side assert triggered"),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("CUDA driver error: unknown error"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     ],
 )
 def test_a_lost_device_is_the_end(error: Exception) -> None:

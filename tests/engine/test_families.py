@@ -18,6 +18,7 @@ from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .families import CASES
+from .families.edit import CASES as EDITING
 from .families.kolors import save_sentencepiece, write_kolors
 from .families.pixart import write_sigma
 from .folders import edit_index, edited
@@ -114,8 +115,9 @@ def test_every_family_has_a_row_in_the_table() -> None:
         family = registry.FAMILIES[row["pipeline class"].strip("`")]
         tasks = (family.own_task, *family.tasks)
         assert row["tasks"] == ", ".join(task.value.replace("_", " ") for task in tasks)
-    # The other rows are compared with the code in test_family_parity.
+    # The other rows are compared with the code in test_family_parity and test_edit.
     described = {STABLE_DIFFUSION, "Stable Diffusion, inpainting", "SDXL, inpainting"}
+    described |= {case.name for case in EDITING} - {case.name for case in CASES}
     assert rows.keys() - {case.name for case in CASES} == described
 
 

@@ -76,7 +76,8 @@ class Served:
     def __init__(self, case: FamilyCase, folder: Any, **config: Any) -> None:
         self.case = case
         self.alone = Alone(case, folder)
-        self.loop = LoopUnderTest(config_for(folder, **config))
+        # Fewer rows than elsewhere: the first start of a family measures batches of this size.
+        self.loop = LoopUnderTest(config_for(folder, **{"rows": 8, **config}))
 
     def jobs(self, name: str, **fields: Any) -> list[Job]:
         """The case's jobs, with ids that start with ``name``."""

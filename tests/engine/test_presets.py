@@ -12,6 +12,7 @@ from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, P
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.device import cgroup
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
+from darkroom_server.engine.warmup import presets
 from darkroom_server.engine.warmup.formats import HalfPrecision, Hardware, format_rule
 from darkroom_server.engine.warmup.presets import Runtime, allowed_threads, resolve
 
@@ -88,6 +89,15 @@ def test_defaults_with_a_gpu() -> None:
 @pytest.mark.usefixtures("no_gpu")
 def test_defaults_without_a_gpu() -> None:
     assert (runtime().preset, runtime().device) == (Preset.FAST, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_gpu_that_torch_does_not_find_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "GPU_NODES", ("no-such-node",))
+    assert runtime().preset_rule == "the default on a CPU"
+    monkeypatch.setattr(presets, "GPU_NODES", ("no-such-node", "null"))
+    assert runtime().preset_rule.startswith("/dev/null is a GPU, and the models run on the CPU: ")
+    assert runtime(device="cpu").preset_rule == "the default on a CPU"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

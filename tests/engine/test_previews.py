@@ -109,6 +109,7 @@ def test_a_model_without_previews_still_generates(own_loop: LoopUnderTest) -> No
     previewer = own_loop.models["tiny"].previewer
     assert previewer is not None
     previewer._vae = type("Broken", (), {"parameters": broken})()
+    previewer._projection = None  # As if it could not be fitted at load.
     ends = own_loop.run(make_job("blind", preview_every=1), make_job("other", preview_every=1))
     assert all(isinstance(end, JobFinished) for end in ends.values())
     assert not previews(own_loop, "blind")
@@ -117,6 +118,7 @@ def test_a_model_without_previews_still_generates(own_loop: LoopUnderTest) -> No
 def test_running_out_of_memory_once_skips_one_preview(own_loop: LoopUnderTest) -> None:
     previewer = own_loop.models["tiny"].previewer
     assert previewer is not None
+    previewer._projection = None  # As without memory at load.
     fit = previewer._fit
 
     def too_much() -> torch.Tensor:

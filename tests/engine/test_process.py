@@ -76,14 +76,18 @@ def test_a_killed_process_is_reported_and_can_be_started_again(tiny_folder: Path
 def test_its_threads_sleep_while_they_wait_unless_the_environment_says_otherwise(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, set_to: str | None
 ) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name in ("OMP_WAIT_POLICY", *process.ALLOCATOR):
+        monkeypatch.delenv(name, raising=False)
     if set_to:
         monkeypatch.setenv("OMP_WAIT_POLICY", set_to)
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
     monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
     engine, _, pid = started(tiny_folder)
     environment = psutil.Process(pid).environ()
     engine.close()
     assert environment["OMP_WAIT_POLICY"] == (set_to or "PASSIVE")
+    allocator = None if set_to else "expandable_segments:True"
+    assert environment.get("PYTORCH_CUDA_ALLOC_CONF") == allocator
     assert environment["PATH"] == os.environ["PATH"]
 
 
@@ -388,3 +392,34 @@ def test_a_process_that_still_loads_is_not_waited_for(
     assert pid is not None
     engine.close()
     assert not psutil.pid_exists(pid)
+
+
+SILENT = """
+import os, sys, time
+from darkroom_server.core.events import EngineReady
+from darkroom_server.ipc.channel import Channel
+
+channel = Channel(int(sys.argv[1]))
+channel.receive()
+channel.send(EngineReady((), 0.0))
+channel.close()
+time.sleep(600)
+"""
+
+
+def test_a_process_that_does_not_end_is_reported(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that waits for the driver of a lost GPU: being killed changes nothing."""
+    monkeypatch.setattr(process, "CHILD", ("-c", SILENT))
+    monkeypatch.setattr(process, "REAP_SECONDS", 0.1)
+    monkeypatch.setattr(process, "CLOSE_SECONDS", 0.1)
+    with monkeypatch.context() as patch, structlog.testing.capture_logs() as lines:
+        patch.setattr(subprocess.Popen, "kill", lambda _: None)
+        engine, listener, pid = started(tiny_folder)
+        died = listener.until(lambda e: isinstance(e, EngineDied), timeout=20)
+        engine.close()
+        assert psutil.pid_exists(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert died == EngineDied("the engine's process died; its process does not end")
+    assert [line["pid"] for line in lines if "does not end" in line["event"]] == [pid, pid]

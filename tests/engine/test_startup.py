@@ -38,7 +38,7 @@ def test_a_model_that_does_not_fit(tiny_folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(measurement, "measure_memory", allocate)
     with pytest.raises(StartupError, match=r"need \d+ of \d+ available bytes, and one"):
-        LoopUnderTest(config_for(tiny_folder))
+        LoopUnderTest(config_for(tiny_folder, measurement_cache=None))
 
 
 def test_channels_last_reaches_the_weights(tiny_folder: Path) -> None:
@@ -56,7 +56,7 @@ def test_channels_last_reaches_the_weights(tiny_folder: Path) -> None:
 def test_a_restart_with_previous_measurements(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_for(tiny_folder, channels_last=None, rows=None, **OWN)
+    config = config_for(tiny_folder, channels_last=None, rows=None, measurement_cache=None, **OWN)
     job = make_job("restarted", exact=True)
     found = []
     previous_measurements: tuple[Any, ...] = ()
@@ -93,7 +93,8 @@ def test_an_exact_number_of_rows(tiny_folder: Path) -> None:
         assert (info.limits.max_rows, info.limits.row_limit_source) == (rows, RowLimitSource.SET)
         assert {r for r, _ in info.speed.passes} == {2, rows}
         assert loop.row_limits.next_rows(Group("tiny", 64, 64, 77), 100) == rows
-    loop = LoopUnderTest(config_for(tiny_folder, rows=None, max_rows=4))
+    config = config_for(tiny_folder, rows=None, max_rows=4, measurement_cache=None)
+    loop = LoopUnderTest(config)
     loop.close()
     info = loop.models["tiny"].info
     assert info.limits.max_rows <= info.most_rows == 4

@@ -185,7 +185,7 @@ async def test_a_hang_is_noticed(tiny_folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 @in_one_loop
-async def test_sixteen_jobs_survive_three_kills(wire: Wire) -> None:
+async def test_sixteen_jobs_survive_two_kills(wire: Wire) -> None:
     counts = wire.server.dispatcher.counts
     before = counts.accepted
     undisturbed = {seed: pixel_hashes(await wire.generate(seed=seed)) for seed in range(16)}
@@ -204,7 +204,7 @@ async def test_sixteen_jobs_survive_three_kills(wire: Wire) -> None:
                 hit.update(inside)
                 inside.clear()
                 alive = True
-            case SampleProgress() if kills < 3 and alive and inside - hit:
+            case SampleProgress() if kills < 2 and alive and inside - hit:
                 kills, alive = kills + 1, False
                 wire.engine.kill()
 
@@ -212,7 +212,7 @@ async def test_sixteen_jobs_survive_three_kills(wire: Wire) -> None:
     answers = await asyncio.gather(
         *(wire.generate(seed=seed, request_id=f"job-{seed}") for seed in range(16))
     )
-    assert kills == 3
+    assert kills == 2
     assert {seed: pixel_hashes(answer) for seed, answer in enumerate(answers)} == undisturbed
     assert counts.accepted == counts.ended == before + 32
 

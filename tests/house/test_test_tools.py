@@ -110,12 +110,14 @@ def test_without_root_nothing_is_installed_and_the_command_is_named(
     assert installed(tmp_path) == []
 
 
-def run_pytest(folder: Path, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+def run_pytest(
+    folder: Path, environment: dict[str, str], *flags: str
+) -> "subprocess.CompletedProcess[str]":
     (folder / "test_sample.py").write_text(SKIPPING)
     return subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "-p", "tests.conftest"),
-            *("-p", "no:cacheprovider", "-W", "ignore", folder),
+            *("-p", "no:cacheprovider", "-W", "ignore", *flags, str(folder)),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -135,8 +137,9 @@ def test_a_test_without_its_program_is_skipped_and_named_last(
     assert last.startswith("skipped: 2 tests that need promtool: `make test-tools`")
 
 
-def test_ci_fails_on_a_skip(bare: dict[str, str], tmp_path: Path) -> None:
-    done = run_pytest(tmp_path, {**bare, "CI": "true"})
+@pytest.mark.parametrize("flag", ["-n0", "-n2"])
+def test_ci_fails_on_a_skip(bare: dict[str, str], tmp_path: Path, flag: str) -> None:
+    done = run_pytest(tmp_path, {**bare, "CI": "true"}, flag)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
     assert done.stdout.splitlines()[-1].startswith("failed: CI allows no skipped test: 2 skipped")
 

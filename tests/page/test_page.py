@@ -42,16 +42,16 @@ def image_of(url: str, **fields: Any) -> str:
 
 def test_a_prompt_becomes_an_image_step_by_step(page: Page, url: str) -> None:
     page.open(url)
-    page.generate(prompt="a star", steps=20, seed=2**53 + 1, width=72)
+    page.generate(prompt="a star", steps=12, seed=2**53 + 1, width=72)
     picture = page.finished()
-    expected = image_of(url, prompt="a star", steps=20, seed=2**53 + 1, width=72)
+    expected = image_of(url, prompt="a star", steps=12, seed=2**53 + 1, width=72)
     assert picture == f"data:image/png;base64,{expected}"
     *previews, last = page.seen("pictures")
     assert last == {"src": picture, "alt": "a star"}
     assert len(previews) >= 2
     assert all(each["alt"].startswith("Preview after step") for each in previews)
     assert all(each["src"].startswith("data:image/jpeg") for each in previews)
-    assert any(text.startswith("Step ") and "of 20" in text for text in page.seen("texts"))
+    assert any(text.startswith("Step ") and "of 12" in text for text in page.seen("texts"))
     assert page["picture"].get_attribute("alt") == "a star"
     assert str(2**53 + 1) in page["facts"].text
     assert f'"seed": "{2**53 + 1}"' in (page["record"].get_attribute("textContent") or "")
@@ -60,7 +60,7 @@ def test_a_prompt_becomes_an_image_step_by_step(page: Page, url: str) -> None:
     assert page.finished() == picture
     page["variation"].click()
     page.wait(lambda: str(2**53 + 2) in page["facts"].text)
-    other = image_of(url, prompt="a star", steps=20, seed=2**53 + 2, width=72)
+    other = image_of(url, prompt="a star", steps=12, seed=2**53 + 2, width=72)
     assert page.finished() == f"data:image/png;base64,{other}" != picture
     thumbnails = page["results"].find_elements("tag name", "button")
     assert len(thumbnails) == 3

@@ -86,7 +86,7 @@ def test_resuming_from_a_trained_model_uses_no_easy_scenes(tokenizer: Any) -> No
 
 def _worded(source: LatentSource) -> Tensor:
     """The token ids of 20 batches, without the empty prompts."""
-    tokens = torch.cat([source.batch()[1] for _ in range(20)])
+    tokens = torch.cat([source.batch().tokens for _ in range(20)])
     return tokens[tokens[:, 1] != tokens[0, -1]]
 
 

@@ -1,14 +1,16 @@
-"""A tiny SDXL and a tiny FLUX.1 in one server: pictures, fields and errors, through the wire."""
+"""A tiny SDXL, FLUX.1 and FLUX.2 klein in one server: pictures, fields, errors, over the wire."""
 
 import base64
 import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import httpx2
 import numpy as np
 import PIL.Image
 import pytest
@@ -21,15 +23,18 @@ from darkroom_client import (
     Control,
     InvalidRequest,
     Scheduler,
+    Task,
     UploadedImage,
 )
 from darkroom_client.cli import main
 from darkroom_server.engine.conditioning.input_images import pil_image
 from tests.engine.families.controls import flux_net, unet_net
 from tests.engine.families.flux import write_dev
+from tests.engine.families.flux_2 import write_distilled_klein
 from tests.engine.families.image_tasks import picture
 from tests.engine.families.parts import shaken
 from tests.engine.families.stable_diffusion_xl import write_sdxl
+from tests.engine.ip_adapter_files import write_image_encoder, write_ip_adapter
 
 from .conftest import running_server
 from .test_other_clients import SECONDS, buf_curl
@@ -55,30 +60,44 @@ FLUX: dict[str, Any] = {
 @dataclass(frozen=True, slots=True)
 class Served:
     address: str
+    http: str
     folders: dict[str, Path]
+    adapter: Path
     nets: dict[str, Path]
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("models")
-    folders = {"xl": write_sdxl(folder / "xl"), "flux": write_dev(folder / "flux")}
+    folders = {
+        "xl": write_sdxl(folder / "xl"),
+        "flux": write_dev(folder / "flux"),
+        "klein": write_distilled_klein(folder / "klein"),
+    }
     nets = {"xl": folder / "xl-edges", "flux": folder / "flux-edges"}
     unet = diffusers.UNet2DConditionModel.from_pretrained(folders["xl"] / "unet")
     shaken(unet_net(unet)).save_pretrained(nets["xl"])
     transformer = diffusers.FluxTransformer2DModel.from_pretrained(folders["flux"] / "transformer")
     shaken(flux_net(num_layers=1, num_single_layers=1)(transformer)).save_pretrained(nets["flux"])
+    adapter = write_ip_adapter(folder / "adapter" / "xl.safetensors", unet)
+    write_image_encoder(adapter.parent / "image_encoder")
     models = [f"{name}={path}" for name, path in folders.items()]
     flags = [flag for id, net in nets.items() for flag in ("--controlnet", f"{id}:edges={net}")]
-    with running_server(*models, flags=flags) as (address, _):
-        yield Served(address, folders, nets)
+    flags += ["--ip-adapter", f"xl={adapter}"]
+    with running_server(*models, flags=flags) as (address, http):
+        yield Served(address, http, folders, adapter, nets)
 
 
-def alone(folder: Path, seed: int, fields: dict[str, Any]) -> Any:
+def alone(
+    folder: Path, seed: int, fields: dict[str, Any], adapter: Path | None = None, scale: float = 1.0
+) -> Any:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    if adapter is not None:
+        pipeline.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name)
+        pipeline.set_ip_adapter_scale(scale)
     image = pipeline(
-        PROMPT,
+        prompt=PROMPT,
         width=64,
         height=64,
         num_inference_steps=6,
@@ -112,11 +131,88 @@ def test_images_equal_the_pipelines(served: Served, model: str, fields: dict[str
     assert np.abs(found[0] - plain.astype(int)).max() > 20, "the fields do nothing"
 
 
+def pil(seed: int) -> PIL.Image.Image:
+    return pil_image(picture(seed))
+
+
+def test_an_edit_equals_the_pipeline(served: Served) -> None:
+    images = [pil(1), pil(2)]
+    with Client(served.address, timeout=SECONDS) as client:
+        edit = partial(client.generate, PROMPT, model="klein", steps=6, seed=11, exact=True)
+        found = edit(reference_images=images).image
+        assert (found.width, found.height) == (64, 64)
+        again = client.replay(found.replay, images=images).image
+    expected = alone(served.folders["klein"], 11, {"image": images})
+    assert np.array_equal(found.to_numpy(), expected)
+    assert again.replay.pixels_sha256 == found.replay.pixels_sha256
+    other = alone(served.folders["klein"], 11, {"image": images[::-1]})
+    assert not np.array_equal(other, expected)
+    # Over HTTP the pictures of an edit are references.
+    files = [io.BytesIO(), io.BytesIO()]
+    for file, image in zip(files, images, strict=True):
+        image.save(file, "PNG")
+    form = {"model": "klein", "prompt": PROMPT, "steps": "6", "seed": "11", "exact": "true"}
+    reply = httpx2.post(
+        f"http://{served.http}/v1/images/edits",
+        data=form,
+        files=[("image[]", ("a.png", file.getvalue(), "image/png")) for file in files],
+        timeout=SECONDS,
+    )
+    data = base64.b64decode(reply.raise_for_status().json()["data"][0]["b64_json"])
+    with PIL.Image.open(io.BytesIO(data)) as opened:
+        assert np.array_equal(np.asarray(opened.convert("RGB")), expected)
+
+
+def test_an_image_prompt_equals_the_pipeline(served: Served, tmp_path: Path) -> None:
+    image, folder = tmp_path / "style.png", tmp_path / "out"
+    pil(3).save(image)
+    flags = f"--model xl --steps 6 --seed 11 --exact --scheduler model --ip-adapter-image {image}"
+    flags += f" --ip-adapter-scale 0.5 --output {folder}"
+    assert main(["generate", PROMPT, "--target", served.address, *flags.split()]) == 0
+    fields = {"ip_adapter_image": pil(3)}
+    expected = alone(served.folders["xl"], 11, fields, served.adapter, scale=0.5)
+    (file,) = folder.iterdir()
+    with PIL.Image.open(file) as opened:
+        assert np.array_equal(np.asarray(opened), expected)
+    full = alone(served.folders["xl"], 11, fields, served.adapter)
+    assert np.abs(full - expected).max() > 5
+
+
+def test_images_that_a_model_does_not_take(served: Served) -> None:
+    thin = PIL.Image.new("RGB", (600, 64))
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("xl", {"reference_images": [pil(1)]}, "reference_images"),
+        ("flux", {"ip_adapter_image": pil(1)}, "ip_adapter_image"),
+        ("klein", {"image": pil(1)}, "image"),
+        ("klein", {"reference_images": [pil(1)] * 5}, "reference_images"),
+        ("klein", {"reference_images": [pil(1), PIL.Image.new("RGB", (32, 64))]}, "side"),
+        ("klein", {"reference_images": [thin]}, "ratio"),
+    ]
+    reasons = {
+        "side": ("reference_images[1]", "must have sides of at least 64 pixels, and is 32×64"),
+        "ratio": ("reference_images[0]", "must have sides of at least 64 pixels, and is 128×14"),
+    }
+    with Client(served.address, timeout=SECONDS) as client:
+        for model, fields, what in wrong:
+            with pytest.raises(InvalidRequest) as caught:
+                client.generate(PROMPT, model=model, **fields)
+            (violation,) = caught.value.violations
+            field, says = reasons.get(what, (what, ""))
+            assert violation.field == field
+            assert says in violation.description
+
+
 def test_the_models_say_what_they_take(served: Served) -> None:
     with Client(served.address, timeout=SECONDS) as client:
         models = {model.id: model for model in client.models()}
     assert models["xl"].kind == "StableDiffusionXLPipeline"
     assert models["flux"].kind == "FluxPipeline"
+    assert models["klein"].tasks == (Task.TEXT_TO_IMAGE, Task.EDIT)
+    limits = {id: models[id].limits for id in ("xl", "klein")}
+    assert [each and each.max_reference_images for each in limits.values()] == [0, 4]
+    adapter = {"ip_adapter_image", "ip_adapter_scale"}
+    assert adapter <= {*models["xl"].optional_fields}
+    assert not adapter & {*models["flux"].optional_fields}
     assert XL.keys() <= {*models["xl"].optional_fields}
     assert FLUX.keys() <= {*models["flux"].optional_fields}
     assert "true_cfg_scale" not in models["xl"].optional_fields
@@ -156,6 +252,13 @@ def test_a_client_without_the_sdk_asks_for_a_family_s_fields(
     }
     recorded = buf_curl(served.address, method, request, tmp_path)["images"][0]["replay"]
     assert {name: recorded["request"][name] for name in request} == request
+    data = png(pil(1))
+    edit = {"model": "klein", "prompt": PROMPT, "steps": 2, "width": 64, "height": 64}
+    images = {"referenceImages": [{"data": base64.b64encode(data).decode()}]}
+    reply = buf_curl(served.address, method, {**edit, **images}, tmp_path)
+    recorded = reply["images"][0]["replay"]["request"]
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    assert recorded["referenceImages"] == [{"uploadId": digest}]
 
 
 EDGES = pil_image(picture(5))

@@ -124,7 +124,7 @@ class Server:
             observer=self.metrics,
             on_state=self._publish_health,
             load_times=load_times,
-            adapter_places=adapter_places(settings.adapters, hub_token()),
+            adapter_places=adapter_places(settings, hub_token()),
         )
         for model_id in model_ids:
             self.metrics.requests.read_jobs(model_id, self.dispatcher.job_counts)

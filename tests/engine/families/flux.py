@@ -11,11 +11,16 @@ from .case import FamilyCase, mixed_jobs
 from .parts import clip, flow_match, set_size, shaken, t5, vae
 
 
-def write_flux(folder: Path, *, guidance_embeds: bool, **scheduler: Any) -> Path:
-    """A FLUX.1 of 64×64 pixels; ``scheduler`` is configuration."""
+def write_flux(
+    folder: Path, *, guidance_embeds: bool, kind: str = "FluxPipeline", **scheduler: Any
+) -> Path:
+    """A FLUX.1 of 64×64 pixels, with a pipeline of class ``kind``.
+
+    ``scheduler`` is configuration.
+    """
     tokenizer, encoder = clip(folder / "tokenizer")
     tokenizer_2, encoder_2 = t5()
-    diffusers.FluxPipeline(
+    getattr(diffusers, kind)(
         transformer=shaken(
             diffusers.FluxTransformer2DModel(
                 patch_size=1,

@@ -12,9 +12,8 @@ from .case import FamilyCase, mixed_jobs
 from .parts import flow_match, qwen_tokenizer, set_size, shaken
 
 
-def write_qwen_image(folder: Path, **transformer: Any) -> Path:
-    """A Qwen-Image of 64×64 pixels; ``transformer`` is configuration."""
-    tokenizer = qwen_tokenizer(TEMPLATE)
+def qwen_image_parts(tokenizer: Any, **transformer: Any) -> dict[str, Any]:
+    """The components of a Qwen-Image of 64×64 pixels; ``transformer`` is configuration."""
     encoder = transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(
             text_config={
@@ -36,10 +35,12 @@ def write_qwen_image(folder: Path, **transformer: Any) -> Path:
                 "num_heads": 2,
                 "out_hidden_size": 16,
             },
+            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         )
     )
-    diffusers.QwenImagePipeline(
-        transformer=shaken(
+    return {
+        "transformer": shaken(
             diffusers.QwenImageTransformer2DModel(
                 in_channels=16,
                 out_channels=4,
@@ -51,10 +52,10 @@ def write_qwen_image(folder: Path, **transformer: Any) -> Path:
                 **transformer,
             )
         ),
-        scheduler=flow_match(
+        "scheduler": flow_match(
             use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
-        vae=shaken(
+        "vae": shaken(
             diffusers.AutoencoderKLQwenImage(
                 base_dim=8,
                 z_dim=4,
@@ -64,9 +65,15 @@ def write_qwen_image(folder: Path, **transformer: Any) -> Path:
                 latents_std=[2.8, 1.5, 2.3, 0.9],
             )
         ),
-        text_encoder=shaken(encoder),
-        tokenizer=tokenizer,
-    ).save_pretrained(folder)
+        "text_encoder": shaken(encoder),
+        "tokenizer": tokenizer,
+    }
+
+
+def write_qwen_image(folder: Path, **transformer: Any) -> Path:
+    """A Qwen-Image of 64×64 pixels; ``transformer`` is configuration."""
+    parts = qwen_image_parts(qwen_tokenizer(TEMPLATE), **transformer)
+    diffusers.QwenImagePipeline(**parts).save_pretrained(folder)
     return set_size(folder)
 
 

@@ -64,6 +64,23 @@ async def test_a_fast_reader_gets_every_event() -> None:
         assert summary(await remaining_events(subscription)) == [(0, 2), 0]
 
 
+async def test_a_reader_of_images_waits_through_everything_else() -> None:
+    async with dispatching(max_resident_samples=1) as (dispatcher, engine):
+        dispatcher.submit(make_job("first"))
+        active = dispatcher.submit(make_job("mine", steps=2, preview_every=1))
+        subscription = active.subscribe(images_only=True)
+        reading = asyncio.create_task(next_events(subscription))
+        engine.finish("first")
+        await settle()
+        assert active.position is None  # It had been in the queue.
+        assert not subscription._unread
+        engine.advance()
+        assert [type(event) for event in await reading] == [PreviewReady]
+        engine.advance()
+        rest = await remaining_events(subscription)
+        assert rest == [ImageDone(0)]
+
+
 async def test_a_slow_reader_gets_the_latest_and_every_image() -> None:
     async with dispatching() as (dispatcher, engine):
         active = dispatcher.submit(make_job(steps=500, image_count=3, preview_every=1))

@@ -6,6 +6,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from darkroom_server.core import errors
 from darkroom_server.core.errors import (
+    AdapterUnusable,
     DarkroomError,
     DeadlineExceeded,
     DeadlineUnreachable,
@@ -40,6 +41,12 @@ EXAMPLES: list[tuple[DarkroomError, grpc.StatusCode, str | None, Outcome]] = [
     ),
     (UnknownModel("x", ["demo"]), grpc.StatusCode.NOT_FOUND, None, Outcome.INVALID),
     (UnknownAdapter("x", ["outline"]), grpc.StatusCode.NOT_FOUND, None, Outcome.INVALID),
+    (
+        AdapterUnusable("fits no model"),
+        grpc.StatusCode.FAILED_PRECONDITION,
+        None,
+        Outcome.INVALID,
+    ),
     (UnknownRequest("r"), grpc.StatusCode.NOT_FOUND, None, Outcome.INVALID),
     (UploadNotFound(["sha256:0"]), grpc.StatusCode.FAILED_PRECONDITION, None, Outcome.INVALID),
     (RequestConflict("r"), grpc.StatusCode.ALREADY_EXISTS, None, Outcome.INVALID),

@@ -5,12 +5,16 @@ import pytest
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings import Engine, Models, Settings
 from darkroom_server.settings.adapters import Adapters
+from darkroom_server.settings.images import Images
 from darkroom_server.settings.sources import (
+    DEMO_ADAPTERS,
     adapter_places,
     controlnet_sources,
     engine_configs,
     model_sources,
 )
+
+OTHER = Models(model=("a=x/y",))
 
 
 def test_the_demo_model_is_the_default() -> None:
@@ -104,7 +108,8 @@ def test_adapters_come_from_the_list_and_then_from_the_folder(tmp_path: Path) ->
     (tmp_path / "notes.txt").write_bytes(b"")
     file = str(tmp_path / "outline.safetensors")
     adapters = Adapters(lora=(f"mine={file}", "pastel=org/name@v2"), lora_dir=str(tmp_path))
-    found = adapter_places(adapters, hub_token="hf_secret").sources()
+    settings = Settings(models=OTHER, adapters=adapters)
+    found = adapter_places(settings, hub_token="hf_secret").sources()
     assert [(each.id, each.location, each.revision) for each in found] == [
         ("mine", file, None),
         ("pastel", "org/name", "v2"),
@@ -125,13 +130,43 @@ def test_adapters_come_from_the_list_and_then_from_the_folder(tmp_path: Path) ->
 )
 def test_an_invalid_adapter_is_reported(text: str, complaint: str) -> None:
     with pytest.raises(StartupError) as caught:
-        adapter_places(Adapters(lora=(text,)))
+        adapter_places(Settings(adapters=Adapters(lora=(text,))))
     assert complaint in str(caught.value)
+
+
+def test_the_demo_model_brings_its_adapters() -> None:
+    (config,) = engine_configs(Settings(models=Models(model=("pet=demo", "a=x/y"))), None)
+    assert [each.id for each in config.adapters] == ["night", "outline"]
+    assert config.adapters_may_come
+    assert [(each.id, each.model) for each in config.controlnets] == [("position", "pet")]
+    locations = [each.location for each in config.adapters]
+    locations += [each.location for each in config.controlnets]
+    assert all(Path(location).exists() for location in locations)
+
+
+def test_another_model_brings_none() -> None:
+    (config,) = engine_configs(Settings(models=OTHER), None)
+    assert (config.adapters, config.controlnets, config.adapters_may_come) == ((), (), False)
+
+
+def test_adapters_of_the_settings_replace_the_demo_models(tmp_path: Path) -> None:
+    for name in ("night", "outline"):
+        (tmp_path / f"{name}.safetensors").touch()
+    mine = str(tmp_path / "outline.safetensors")
+    adapters = Adapters(
+        lora=(f"outline={mine}",), lora_dir=str(tmp_path), controlnet=(f"position={tmp_path}",)
+    )
+    (config,) = engine_configs(Settings(adapters=adapters), None)
+    assert {each.id: Path(each.location).parent for each in config.adapters} == {
+        "outline": tmp_path,
+        "night": tmp_path,
+    }
+    assert [each.location for each in config.controlnets] == [str(tmp_path)]
 
 
 def test_a_folder_of_adapters_must_exist(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="no such folder"):
-        adapter_places(Adapters(lora_dir=str(tmp_path / "nothing")))
+        adapter_places(Settings(adapters=Adapters(lora_dir=str(tmp_path / "nothing"))))
 
 
 def test_the_numbers_of_adapters_are_bounded() -> None:
@@ -153,6 +188,7 @@ def test_controlnets_are_for_each_model_or_for_one(tmp_path: Path) -> None:
         ("edges", None, str(tmp_path), None),
         ("pose", "a", "org/name", "v2"),
         ("pose", "b", str(tmp_path), None),
+        *(("position", model, str(DEMO_ADAPTERS / "controlnets/position"), None) for model in "ab"),
     ]
     assert config.max_controls == 2
     assert "hf_secret" not in repr(config.controlnets)
@@ -185,3 +221,40 @@ def test_the_prompt_cache_is_configured_for_each_engine() -> None:
     assert engine_configs(Settings(), None)[0].prompt_cache_bytes == 256 * 1024**2
     settings = Settings(engine=Engine(prompt_cache_bytes=0, device="cuda:0,cuda:1"))
     assert [each.prompt_cache_bytes for each in engine_configs(settings, None)] == [0, 0]
+
+
+def test_an_ip_adapter_belongs_to_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "at@home.safetensors"
+    file.touch()
+    hub = "owner/name/models/ip-adapter_sd15.safetensors"
+    settings = Settings(
+        models=Models(model=("a=x/y", "b=x/y", "c=x/y")),
+        adapters=Adapters(ip_adapter=(f"a={file}", f"b={hub}@v2")),
+        images=Images(max_reference_images=2),
+    )
+    (config,) = engine_configs(settings, "hf_secret")
+    found = [model.ip_adapter for model in config.models]
+    assert [each and (each.id, each.location, each.revision, each.token) for each in found] == [
+        ("a", str(file), None, "hf_secret"),
+        ("b", hub, "v2", "hf_secret"),
+        None,
+    ]
+    assert config.max_reference_images == 2
+    assert "hf_secret" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("texts", "complaint"),
+    [
+        (("owner/name/a.safetensors",), "put MODEL= before the file, with a model of: model"),
+        (("other=owner/name/a.safetensors",), "put MODEL= before the file"),
+        (("model=owner/name/a.safetensors@",), "the revision after @ is missing"),
+        (("model=owner/name",), "no such file, and no .safetensors of the hub either"),
+        (("model=owner/name/a.safetensors",) * 2, "model 'model' has another one already"),
+    ],
+)
+def test_an_invalid_ip_adapter_is_reported(texts: tuple[str, ...], complaint: str) -> None:
+    settings = Settings(models=Models(model=("model=x/y",)), adapters=Adapters(ip_adapter=texts))
+    with pytest.raises(StartupError) as caught:
+        engine_configs(settings, None)
+    assert complaint in str(caught.value)

@@ -18,6 +18,7 @@ from darkroom_server import app
 from darkroom_server.core.errors import Failure, Reason, StartupError
 from darkroom_server.telemetry import open_traces, spans
 from darkroom_server.telemetry.spans import SpanWriter
+from tests.server.http.door import door
 from tests.server.telemetry.scrape import OPENMETRICS, scrape
 from tests.server.wire import Wire, serving
 
@@ -63,6 +64,7 @@ async def test_the_stages_are_spans_in_the_caller_s_trace(exporter: InMemorySpan
     assert root.parent is not None
     assert (root.parent.trace_id, root.parent.span_id) == (int(TRACE, 16), int(SPAN, 16))
     assert dict(root.attributes or {})["darkroom.request_id"] == "mine"
+    assert dict(root.attributes or {})["rpc.system"] == "grpc"
     assert "hippopotamus" not in root.to_json()
     for stage in STAGES:
         assert found[stage].parent == root.get_span_context()
@@ -70,6 +72,21 @@ async def test_the_stages_are_spans_in_the_caller_s_trace(exporter: InMemorySpan
     for before, after in pairwise(STAGES):
         assert found[before].end_time == found[after].start_time
     assert found["queue"].start_time == root.start_time
+
+
+async def test_a_request_over_http_has_the_same_spans(exporter: InMemorySpanExporter) -> None:
+    headers = {"traceparent": f"00-{TRACE}-{SPAN}-01", "Idempotency-Key": "mine"}
+    async with door(fake={"auto": True}) as there:
+        assert (await there.generate("hippopotamus", headers=headers)).status_code == 200
+    found = by_name(exporter)
+    assert set(found) == {"generate", *STAGES}
+    root = found["generate"]
+    assert root.parent is not None
+    assert (root.parent.trace_id, root.parent.span_id) == (int(TRACE, 16), int(SPAN, 16))
+    attributes = dict(root.attributes or {})
+    assert attributes["darkroom.request_id"] == "mine"
+    assert attributes["network.protocol.name"] == "http"
+    assert "rpc.system" not in attributes
 
 
 async def test_a_trace_that_the_caller_does_not_sample_has_no_spans(

@@ -17,6 +17,7 @@ from darkroom_server.backends.fake_model import fake_image_model
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.inputs import InputImage
 from darkroom_server.core.job import Job, Task
+from darkroom_server.dispatch.estimation.batch_times import Group as BatchGroup
 from darkroom_server.rpc import images as images_module
 from darkroom_server.service import uploads as uploads_module
 from darkroom_server.settings import Images, Security
@@ -115,6 +116,31 @@ async def test_the_size_is_that_of_the_image() -> None:
         control = generation_pb2.Control(id="pose", image=data(plain(size=(300, 200))))
         reply = await wire.generate(controls=[control], format=RAW)
         assert (reply.images[0].width, reply.images[0].height) == (64, 64)
+
+
+async def test_an_edit_has_the_shape_of_its_first_reference_image() -> None:
+    async with wired() as wire:
+        images = [data(plain(size=(400, 100))), data(plain(size=(100, 400)))]
+        image = (await wire.generate(reference_images=images, format=RAW)).images[0]
+        # About the 64×64 pixels of the model's default size, but no side below its least.
+        assert (image.width, image.height) == (128, 64)
+        job = wire.submitted.get_nowait()
+        # Each reference image costs the denoiser as much as an image of the default size.
+        assert job.reference_pixels == 2 * 64 * 64
+        assert job.denoised_size == (181, 91)
+        model = fake_image_model()
+        plain_job = replace(job, reference_pixels=0)
+        assert model.needed_bytes(job) > model.needed_bytes(plain_job) > 0
+        assert BatchGroup.of(job).pixels == pytest.approx(2 * BatchGroup.of(plain_job).pixels, 0.01)
+        reply = await wire.generate(reference_images=images[::-1], width=64, format=RAW)
+        assert (reply.images[0].width, reply.images[0].height) == (64, 256)
+        reply = await wire.generate(reference_images=images, width=64, height=64, format=RAW)
+        assert (reply.images[0].width, reply.images[0].height) == (64, 64)
+        long = data(plain(size=(900, 100)))
+        error = await refusal(wire.generate(reference_images=[images[0], long]))
+        assert error.violations == {
+            "reference_images[1]": "must not be more than 8 times as long as wide, and is 900×100"
+        }
 
 
 async def test_strength_has_a_default_and_is_recorded() -> None:

@@ -41,7 +41,7 @@ _NEWER = {
 }
 """Fields of a request that clients of 0.1.0 do not know, and their defaults."""
 
-_OPTIONAL = {*_NEWER, "channels_last", "request_id", "rows_in_last_pass"}
+_OPTIONAL = {*_NEWER, "channels_last", "memory_fallbacks", "request_id", "rows_in_last_pass"}
 """Keys that a record in a picture, or one of an older client, may lack."""
 
 
@@ -56,6 +56,8 @@ class ReplayRecord:
     ``differences`` lists what else differs. ``rows_in_last_pass``: rows in the image's last
     denoiser pass; 0 in the record of a picture.
     ``channels_last``: the order of the denoiser's weights in memory; false from an older server.
+    ``memory_fallbacks``: what the server did otherwise than its model's runtime says, because its
+    device's memory was short: ``sdpa``, attention without slices, or ``tiled_decode``.
     """
 
     request: GenerationRequest
@@ -69,6 +71,7 @@ class ReplayRecord:
     rows_in_last_pass: int = 0
     pixels_sha256: str
     channels_last: bool = False
+    memory_fallbacks: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """This record as a readable JSON document, stable across versions of this client."""
@@ -78,6 +81,8 @@ class ReplayRecord:
                 del document["request"][name]  # Older clients reject fields that they do not know.
         if not self.channels_last:
             del document["channels_last"]
+        if not self.memory_fallbacks:
+            del document["memory_fallbacks"]
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -98,7 +103,12 @@ class ReplayRecord:
             )
         request = _exactly(GenerationRequest, document.get("request"), "request")
         request.update(_inputs(request))
-        return cls(**{**_exactly(cls, document, "record"), "request": GenerationRequest(**request)})
+        record = _exactly(cls, document, "record")
+        fallbacks = record.get("memory_fallbacks", [])
+        if not isinstance(fallbacks, list):
+            raise ValueError("not a replay record: memory_fallbacks is not a list")
+        record["memory_fallbacks"] = tuple(map(str, fallbacks))
+        return cls(**{**record, "request": GenerationRequest(**request)})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:

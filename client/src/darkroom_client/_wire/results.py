@@ -71,6 +71,7 @@ def decode_replay(record: generation_pb2.ReplayRecord, request_id: str) -> Repla
         rows_in_last_pass=record.rows_in_last_pass,
         pixels_sha256=record.pixels_sha256,
         channels_last=record.channels_last,
+        memory_fallbacks=tuple(record.memory_fallbacks),
     )
 
 

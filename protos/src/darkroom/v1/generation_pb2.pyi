@@ -282,7 +282,11 @@ class GenerateRequest(_message.Message):
     def reference_images(self) -> _containers.RepeatedCompositeFieldContainer[_image_pb2.ImageInput]:
         """Images to edit or to refer to, as the prompt says. At most
         ModelLimits.max_reference_images. They keep their sizes; one with a side above
-        ModelLimits.max_size is scaled down.
+        ModelLimits.max_size is scaled down. None may be more than 8 times as long as
+        wide. If `width` and `height` are both unset and there is no `image`, the images
+        of the job have the aspect ratio of the first reference image and about as many
+        pixels as ModelDefaults.width × height; if one is unset, it follows from the
+        aspect ratio.
         """
 
     @_builtins.property
@@ -609,6 +613,7 @@ class ReplayRecord(_message.Message):
     ROWS_IN_LAST_PASS_FIELD_NUMBER: _builtins.int
     PIXELS_SHA256_FIELD_NUMBER: _builtins.int
     CHANNELS_LAST_FIELD_NUMBER: _builtins.int
+    MEMORY_FALLBACKS_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """The model's revision."""
     scheduler_class: _builtins.str
@@ -635,6 +640,12 @@ class ReplayRecord(_message.Message):
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the libraries used, by name."""
 
+    @_builtins.property
+    def memory_fallbacks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was done otherwise than ModelRuntime says, because the device's memory was
+        short: "sdpa" for attention without slices, "tiled_decode" for a VAE by tiles.
+        """
+
     def __init__(
         self,
         *,
@@ -649,10 +660,11 @@ class ReplayRecord(_message.Message):
         rows_in_last_pass: _builtins.int = ...,
         pixels_sha256: _builtins.str = ...,
         channels_last: _builtins.bool = ...,
+        memory_fallbacks: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "library_versions", b"library_versions", "model_revision", b"model_revision", "pixels_sha256", b"pixels_sha256", "preset", b"preset", "request", b"request", "rows_in_last_pass", b"rows_in_last_pass", "scheduler_class", b"scheduler_class", "scheduler_config_json", b"scheduler_config_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "library_versions", b"library_versions", "memory_fallbacks", b"memory_fallbacks", "model_revision", b"model_revision", "pixels_sha256", b"pixels_sha256", "preset", b"preset", "request", b"request", "rows_in_last_pass", b"rows_in_last_pass", "scheduler_class", b"scheduler_class", "scheduler_config_json", b"scheduler_config_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

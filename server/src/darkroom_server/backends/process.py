@@ -50,8 +50,18 @@ If they spin, a batch on a CPU that other programs use takes 10 to 100 times as 
 that is waited for gets no core. On a quiet machine there is no difference.
 """
 
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The variables that configure torch's allocator of GPU memory; only old versions need the first.
+
+If none is set, its segments grow. Otherwise images of many sizes leave gaps between them that no
+batch fits.
+"""
+
 CLOSE_SECONDS = 10.0
 """Time for the current batch to finish on ``close``, before the process is killed."""
+
+REAP_SECONDS = 10.0
+"""Time for a killed process to end. With a lost GPU it may wait for the driver and never end."""
 
 LOAD_FACTOR = 4.0
 """An engine may load again for that multiple of its last load: the machine may be busier now."""
@@ -165,6 +175,14 @@ class LoadLimit:
         self.seconds = min(2 * self.seconds, self._longest)
 
 
+def _environment() -> dict[str, str]:
+    """The environment of an engine's process: this one's, and what this one does not set."""
+    defaults = dict(OPENMP)
+    if not any(name in os.environ for name in ALLOCATOR):
+        defaults[ALLOCATOR[0]] = "expandable_segments:True"
+    return {**defaults, **os.environ}
+
+
 class _EngineProcess:
     """One process, from its start to its end."""
 
@@ -195,7 +213,7 @@ class _EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={**OPENMP, **os.environ},
+                env=_environment(),
             )
             self._channel = Channel(ours.detach())
         self.send(self._config)
@@ -235,13 +253,26 @@ class _EngineProcess:
             self.process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            if self._reap() is None:
+                return  # Its threads wait for it, and end with this process.
         self._to_send.put(None)
         for thread in self._threads:
             thread.join()
         self._channel.close()
         if self.process.stderr is not None:
             self.process.stderr.close()
+
+    def _reap(self) -> int | None:
+        """The exit code of the process, which was killed; None if it does not end."""
+        try:
+            return self.process.wait(REAP_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.error(
+                "the engine's process was killed and does not end; its GPU may be lost",
+                pid=self.process.pid,
+                seconds=REAP_SECONDS,
+            )
+            return None
 
     def _send_all(self) -> None:
         while (message := self._to_send.get()) is not None:
@@ -291,7 +322,7 @@ class _EngineProcess:
             return
         # With a lost device, it may hang while it exits.
         self.process.kill()
-        code = self.process.wait()
+        code = self._reap()
         self._to_send.put(None)
         self._channel.close()
         if self.load_timed_out:
@@ -300,6 +331,8 @@ class _EngineProcess:
             )
         elif self._timed_out:
             died = EngineDied(f"the engine was silent for {self._timeout:g} s, and was killed")
+        if code is None:
+            died = replace(died, message=f"{died.message}; its process does not end")
         log.error("engine died", message=died.message, exit_code=code)
         self._emit(died)
 

@@ -13,15 +13,22 @@ ADAPTER_ID = re.compile(r"[\w][\w./-]{0,127}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlaces:
-    """Adapters that the operator has named, and a folder, in which files appear and vanish."""
+    """Adapters that the operator has named, and a folder, in which files appear and vanish.
+
+    ``packaged`` are those that come with the demo model.
+    """
 
     named: tuple[AdapterSource, ...] = ()
     folder: Path | None = None
+    packaged: tuple[AdapterSource, ...] = ()
 
     def sources(self) -> tuple[AdapterSource, ...]:
-        """Every adapter that can be offered now; one that was named wins over a file."""
+        """Every adapter that can be offered now.
+
+        One that was named wins over a file, and a file over a packaged one.
+        """
         found = {source.id: source for source in self.named}
-        for source in self._in_folder():
+        for source in (*self._in_folder(), *self.packaged):
             found.setdefault(source.id, source)
         return tuple(found.values())
 
@@ -32,5 +39,5 @@ class AdapterPlaces:
 
     @property
     def configured(self) -> bool:
-        """The operator has named an adapter or a folder, so adapters may come."""
-        return bool(self.named) or self.folder is not None
+        """There are adapters, or a folder in which some may appear."""
+        return bool(self.named or self.packaged) or self.folder is not None

@@ -41,6 +41,7 @@ class ModelSource:
     """Where a model comes from: a folder, a single file or a hub id. ``id`` is its name here.
 
     ``config`` is a pipeline folder that describes a single file. ``token`` is for the hub.
+    ``ip_adapter`` is loaded into it, None for none.
     """
 
     id: str
@@ -49,6 +50,7 @@ class ModelSource:
     variant: str | None = None
     config: str | None = None
     token: str | None = None
+    ip_adapter: "AdapterSource | None" = None
 
     def __repr__(self) -> str:
         """Without the token, which must not be logged."""
@@ -59,8 +61,9 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSource:
-    """Where a LoRA adapter comes from: a file, a folder or a hub id. ``id`` is its name here.
+    """Where an adapter comes from: a file, a folder or a hub id.
 
+    ``id`` is the name of a LoRA adapter here, and the model's of an IP-Adapter.
     ``from_folder``: it was found in the folder of adapters, and need not fit any model.
     ``withdrawn``: only jobs that were accepted before may use it; it need not exist any more.
     ``token`` is for the hub.
@@ -103,7 +106,7 @@ class EngineConfig:
     yet. ``max_loras``: different LoRA adapters in one batch. ``max_request_loras``: those in one
     request, if a batch may have as many. ``max_lora_rank``: one with a greater rank is rejected.
     ``lora_cache_bytes``: host memory for the weights of adapters. ``max_controls``: ControlNets in
-    one request.
+    one request. ``max_reference_images``: of one edit, if its model takes as many.
     """
 
     models: tuple[ModelSource, ...]
@@ -127,6 +130,7 @@ class EngineConfig:
     max_request_loras: int = 4
     max_lora_rank: int = 128
     lora_cache_bytes: int = 1024**3
+    max_reference_images: int = 4
     controlnets: tuple[ControlNetSource, ...] = ()
     max_controls: int = 4
     previous_measurements: tuple[ModelInfo, ...] = ()

@@ -16,7 +16,10 @@ from darkroom_server.core.model import ModelInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What the engine adds to a job's fields to reproduce one of its images."""
+    """What the engine adds to a job's fields to reproduce one of its images.
+
+    ``memory_fallbacks``: what it did otherwise than the model's runtime says, as memory was short.
+    """
 
     scheduler_class: str
     scheduler_config_json: str
@@ -24,6 +27,7 @@ class Replay:
     library_versions: dict[str, str]
     rows_in_last_pass: int
     pixels_sha256: str
+    memory_fallbacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The job: one accepted request, as plain data that crosses process boundaries."""
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
@@ -112,7 +113,8 @@ class Job:
 
     ``image`` and ``mask_image`` have the size of the job's images, the mask one channel: white is
     generated again. ``strength``, above 0 to 1: how much of ``image`` is replaced.
-    ``reference_images`` have sizes of their own.
+    ``reference_images`` have sizes of their own; ``reference_pixels`` are those that the denoiser
+    reads of them besides the image's, and that the model's measurements do not count.
     """
 
     id: str
@@ -152,6 +154,7 @@ class Job:
     mask_image: InputImage | None = None
     strength: float = 1.0
     reference_images: tuple[InputImage, ...] = ()
+    reference_pixels: int = 0
     loras: tuple[Lora, ...] = ()
     controls: tuple[Control, ...] = ()
     ip_adapter_image: InputImage | None = None
@@ -165,6 +168,14 @@ class Job:
             mask_image=self.mask_image,
             reference_images=self.reference_images,
         )
+
+    @property
+    def denoised_size(self) -> tuple[int, int]:
+        """Width and height of an image that costs the denoiser as much as one of this job."""
+        if not self.reference_pixels:
+            return self.width, self.height
+        scale = math.sqrt(1.0 + self.reference_pixels / (self.width * self.height))
+        return round(self.width * scale), round(self.height * scale)
 
     @property
     def pictures(self) -> list[InputImage]:

@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 
 from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
+from darkroom_server.core.memory_needs import MemoryNeeds
+from darkroom_server.core.strength import StrengthRounding
 
 OPTIONAL_FIELDS = (
     "negative_prompt",
@@ -71,23 +73,6 @@ class Guidance:
         return self.calls if self.applies_to(job) else 1
 
 
-class StrengthRounding(StrEnum):
-    """What a family's pipelines round down in their ``get_timesteps`` if ``strength`` is set.
-
-    TAKEN: the steps that an image takes. SKIPPED: the first steps, which it does not take.
-    """
-
-    TAKEN = "taken"
-    SKIPPED = "skipped"
-
-    def steps_taken(self, steps: int, strength: float) -> int:
-        """The steps of ``steps`` that an image takes which starts from another one."""
-        # The operations of diffusers in their order: another order rounds otherwise.
-        if self is StrengthRounding.TAKEN:
-            return min(int(steps * strength), steps)
-        return steps - int(max(steps - min(steps * strength, steps), 0))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDefaults:
     """What an unset field of a request means. Sizes in pixels.
@@ -141,8 +126,9 @@ class ModelLimits:
 
     ``max_rows`` is the row limit of a batch now; ``row_limit_source`` says where it comes from.
     ``max_sequence_length`` bounds the request's field, 0 if the model does not take it; so with
-    the numbers of reference images, LoRAs and ControlNets. ``sizes`` are the only pairs of width
-    and height that the model makes; any, if empty.
+    the numbers of reference images, LoRAs and ControlNets. ``min_reference_side``: no side of a
+    reference image is shorter. ``sizes`` are the only pairs of width and height that the model
+    makes; any, if empty.
     """
 
     min_size: int
@@ -156,6 +142,7 @@ class ModelLimits:
     max_prompt_bytes: int = 8192
     max_sequence_length: int = 0
     max_reference_images: int = 0
+    min_reference_side: int = 1
     max_loras: int = 0
     max_controls: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
@@ -208,55 +195,6 @@ class ModelRuntime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryNeeds:
-    """Memory of batches and decodes besides the weights, measured at warm-up, in bytes.
-
-    ``bytes_per_row`` and ``bytes_per_decode`` are for an image of ``pixels`` and grow in proportion
-    to its pixels. A decode by tiles of ``tile_pixels`` needs no more than one tile.
-    ``bytes_per_pass`` is needed once for all rows, and grows with the square of the pixels: the
-    scores of sliced attention. ``available_bytes`` was free on the device, less a safety margin.
-    ``bytes_per_sample`` is what an unfinished image of one row holds between its batches; it grows
-    at most in proportion to its pixels and rows. ``control_bytes_per_row`` is what ControlNets add
-    to ``bytes_per_row``.
-    """
-
-    pixels: int
-    bytes_per_row: int
-    bytes_per_decode: int
-    available_bytes: int
-    bytes_per_pass: int = 0
-    tile_pixels: int | None = None
-    bytes_per_sample: int = 0
-    control_bytes_per_row: int = 0
-
-    def needed(self, width: int, height: int, rows: int, *, controlled: bool = False) -> int:
-        """The peak of one image of ``rows`` rows: its batch or its decode, whichever needs more.
-
-        ``controlled``: with ControlNets.
-        """
-        scale = width * height / self.pixels
-        per_row = self.bytes_per_row + controlled * self.control_bytes_per_row
-        passes = rows * per_row * scale + self.bytes_per_pass * scale**2
-        if self.tile_pixels is not None:
-            scale = min(1.0, width * height / self.tile_pixels)
-        return round(max(passes, self.bytes_per_decode * scale))
-
-    def rows_that_fit(self, width: int, height: int, held: int | None = None) -> int:
-        """Rows of one batch at this size, at least 2; admission rejects images that never fit.
-
-        Unfinished images hold ``held`` bytes now; with None, those of the batch itself are counted.
-        """
-        scale = width * height / self.pixels
-        # Half of the peak of two rows for each row: with more rows than were measured, the peak may
-        # be in another layer, where more memory grows with the rows.
-        per_row = (self.bytes_per_row + self.control_bytes_per_row) * scale
-        per_row += self.bytes_per_pass * scale**2 / 2
-        if held is None:
-            per_row += self.bytes_per_sample * max(1.0, scale)
-        return max(2, int((self.available_bytes - (held or 0)) / max(1.0, per_row)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpeed:
     """Speed measured at warm-up for the default size, in seconds; empty if not measured.
 
@@ -277,7 +215,8 @@ class ModelInfo:
     ``most_rows``. ``optional_fields`` are those of ``OPTIONAL_FIELDS`` that the model takes,
     ``fields_without_extra`` those that it would take if their extra in ``EXTRAS`` were installed.
     ``unbatched_reason``: why its denoiser calls are not merged into batches, empty if they are.
-    ``tasks``: what it can do. ``adapters`` are those that fit it.
+    ``tasks``: what it can do. ``adapters`` are those that fit it. ``measured_references``: the
+    reference images in what was measured.
     """
 
     id: str
@@ -297,6 +236,25 @@ class ModelInfo:
     tasks: tuple[Task, ...] = (Task.TEXT_TO_IMAGE,)
     strength_rounding: StrengthRounding = StrengthRounding.TAKEN
     adapters: tuple[AdapterOffer, ...] = ()
+    measured_references: int = 0
+
+    def reference_pixels(self, images: int) -> int:
+        """``Job.reference_pixels`` of ``images`` reference images.
+
+        Each counts as an image of the default size: pipelines scale to about that.
+        """
+        return max(0, images - self.measured_references) * self.memory.pixels
+
+    @property
+    def preset_rule(self) -> str:
+        """Why the preset is in force, and what of it does not suit the model or the memory."""
+        limits, memory = self.limits, self.memory
+        sides = range(limits.min_size, limits.max_size + 1, max(1, limits.size_multiple))
+        first = next((side for side in sides if memory.uses_sdpa(side, side)), None)
+        if first is None:
+            return self.runtime.preset_rule
+        why = f"attention is sdpa from {first}×{first} on: no slice is fine enough for the memory"
+        return "; ".join(filter(None, (self.runtime.preset_rule, why)))
 
     def options_of(self, job: Job) -> dict[str, Any]:
         """The optional fields that a request needs to generate the images of ``job`` again.
@@ -324,7 +282,8 @@ class ModelInfo:
 
     def samples_per_image(self, job: Job) -> float:
         """What an image of ``job`` holds, in multiples of ``memory.bytes_per_sample``."""
-        scale = max(1.0, job.width * job.height / self.memory.pixels)
+        pixels = job.width * job.height + job.reference_pixels
+        scale = max(1.0, pixels / self.memory.pixels)
         prompts = self.guidance.rows * self.guidance.calls if self.guidance.applies_to(job) else 1
         return prompts * scale
 
@@ -335,9 +294,18 @@ class ModelInfo:
 
     def needed_bytes(self, job: Job) -> int:
         """Bytes that ``job`` needs alone: what its images hold, and a batch of one of them."""
-        rows, controlled = self.rows_per_image(job), bool(job.controls)
-        batch = self.memory.needed(job.width, job.height, rows, controlled=controlled)
+        batch = self.needed_by_rows(job, self.rows_per_image(job))
         return batch + job.image_count * self.held_bytes(job)
+
+    def needed_by_rows(self, job: Job, rows: int) -> int:
+        """Bytes that a batch of ``rows`` rows of ``job`` needs, or the decode of an image of it."""
+        return self.memory.needed(
+            job.width,
+            job.height,
+            rows,
+            reference_pixels=job.reference_pixels,
+            controlled=bool(job.controls),
+        )
 
     def rows_of_a_pass(self, width: int, height: int) -> int:
         """Rows that a batch of this size may have; at least 2."""

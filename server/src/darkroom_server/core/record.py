@@ -25,7 +25,11 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
     files: no request id, no rows of a batch, no times. It has a field that 0.1.0 did not know only
     if the image needs it: clients of that version reject unknown fields.
     """
-    layout = {"channels_last": True} if model.runtime.channels_last else {}
+    newer: dict[str, Any] = {}
+    if model.runtime.channels_last:
+        newer["channels_last"] = True
+    if replay.memory_fallbacks:
+        newer["memory_fallbacks"] = replay.memory_fallbacks
     return _plain_json(
         {
             "darkroom_replay": RECORD_VERSION,
@@ -54,7 +58,7 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
             "preset": model.runtime.preset,
             "library_versions": dict(sorted(replay.library_versions.items())),
             "pixels_sha256": replay.pixels_sha256,
-            **layout,
+            **newer,
         }
     )
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 class Group:
     """Samples of one group can share a batch: same model, same shapes.
 
-    ``width`` and ``height`` are an image's, in pixels, or the side of ``common_square`` if sizes
-    mix. ``key`` is whatever else must be equal.
+    ``width`` and ``height`` are a job's ``denoised_size``, or the side of ``common_square`` if
+    sizes mix. ``key`` is whatever else must be equal.
     """
 
     model: str
@@ -55,8 +55,8 @@ class Batch:
 
     @property
     def largest(self) -> tuple[int, int]:
-        """Width and height of the image with the most pixels."""
-        sizes = [(sample.job.width, sample.job.height) for sample in self.samples]
+        """Width and height of the image with the most pixels, see ``Job.denoised_size``."""
+        sizes = [sample.job.denoised_size for sample in self.samples]
         return max(sizes, key=lambda size: size[0] * size[1])
 
     @property

@@ -13,11 +13,14 @@ _ALLOCATION = (
     "can't allocate memory",
     "alloc_cpu",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     # A convolution without memory for its workspace.
     "unable to find an engine to execute",
 )
+
+_LOST_DEVICE = ("CUDA error", "CUDA driver error", "CUDNN_STATUS_EXECUTION_FAILED")
 
 # Before torch 2.8 this type does not exist, and only the text identifies the error.
 _DEVICE_ERROR: Any = getattr(torch, "AcceleratorError", ())
@@ -42,7 +45,7 @@ def is_fatal(error: Exception) -> bool:
     """True if the device is lost: every later call would fail too, so the engine must end."""
     if not isinstance(error, RuntimeError) or is_out_of_memory(error):
         return False  # CUDA's own errors are RuntimeErrors; other errors may quote a caller's text.
-    return isinstance(error, _DEVICE_ERROR) or "CUDA error" in str(error)
+    return isinstance(error, _DEVICE_ERROR) or any(text in str(error) for text in _LOST_DEVICE)
 
 
 def one_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """A sample whose latents the engine advances itself, with the pipeline's parts."""
 
 import inspect
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from darkroom_server.core.job import Job
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.guidance import guide
+from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.sample import Sample, predict_x0
 from darkroom_server.engine.stepping.linear_run import noise_of
@@ -23,7 +25,8 @@ class LatentSample(Sample):
 
     ``scheduler`` has its timesteps, on the CPU: reading one must not wait for the device.
     ``embeddings`` has one entry per row: the prompt's, or the negative prompt's and the prompt's,
-    which are equally long. ``adapter_key`` must be equal for all rows of a batch.
+    which are equally long. ``further_arguments`` are those of each denoiser call. ``adapter_key``
+    must be equal for all rows of a batch.
     """
 
     def __init__(
@@ -36,14 +39,16 @@ class LatentSample(Sample):
         latent_shape: tuple[int, int, int],
         device: torch.device,
         dtype: torch.dtype,
+        further_arguments: Mapping[str, Any] = MappingProxyType({}),
         adapter_key: Hashable = None,
     ) -> None:
         super().__init__(job, index, scheduler)
         self.embeddings = embeddings
+        self._further_arguments = further_arguments
         self._timesteps = scheduler.timesteps
         self._numbers: list[float] = scheduler.timesteps.tolist()
         noise = torch.randn((1, *latent_shape), generator=self.generator, dtype=dtype)
-        self._start(noise.to(device) * scheduler.init_noise_sigma)
+        self._start(send(noise, device) * scheduler.init_noise_sigma)
         # No argument changes its shape from step to step.
         key = UNET.group_key(self.denoiser_arguments())
         self._group = Group(job.model, job.width, job.height, key=(key, adapter_key))
@@ -105,6 +110,7 @@ class LatentSample(Sample):
             "timestep": self.timestep,
             "encoder_hidden_states": torch.cat([each.hidden for each in self.embeddings]),
             "return_dict": False,
+            **self._further_arguments,
         }
 
     def begin_step(self, prediction: torch.Tensor) -> LinearStep | None:
@@ -205,5 +211,5 @@ def stack_inputs(samples: Sequence[LatentSample]) -> torch.Tensor:
     rows = torch.stack([sample.first for sample in linear for _ in range(sample.rows)])
     scales = [sample.scale for sample in linear for _ in range(sample.rows)]
     if any(scale != 1.0 for scale in scales):
-        rows *= torch.tensor(scales).to(rows.device)[:, None]
+        rows *= send(torch.tensor(scales), rows.device)[:, None]
     return rows.view(-1, *first.shape).to(first.dtype)

@@ -3,6 +3,7 @@
 import queue
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -50,8 +51,20 @@ from darkroom_server.ipc.commands import (
 Command = Job | Cancel | Extend | Close | CheckAdapter | OfferAdapter | WithdrawAdapter
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A batch that was launched, and the encodes before it: model, prompts and timer of each."""
+
+    batch: Batch
+    result: BatchResult
+    encodes: list[tuple[str, int, Timer]]
+
+
 class EngineLoop:
     """Generates the images of all resident jobs; ``run`` is the only method that blocks.
+
+    What a batch did is published when its device has done it. On a GPU the next batch is launched
+    first, so that the device need not wait for the host.
 
     Everything that touches torch happens on the thread that calls ``run``. ``submit``, ``cancel``,
     ``extend`` and ``close`` may be called from any thread. ``emit`` is called from ``run``'s
@@ -72,6 +85,7 @@ class EngineLoop:
         self._caches = caches
         self._emit = emit
         self._encodes: list[tuple[str, int, Timer]] = []
+        self._launched: _Launched | None = None
         self._inbox: queue.SimpleQueue[Command | AdapterRead | AdapterFound] = queue.SimpleQueue()
         self._adaptable = {id: m.adapters for id, m in models.items() if m.adapters is not None}
         self._max_adapter_rank = adapters.max_rank
@@ -118,7 +132,7 @@ class EngineLoop:
             while self._receive():
                 self._encode_newcomers()
                 if batch := self._scheduler.next_batch():
-                    self._publish(batch, self._run(batch))
+                    self._run(batch)
                 self._counters.report()
         finally:
             self._memory.close()
@@ -128,10 +142,13 @@ class EngineLoop:
     def _receive(self) -> bool:
         """Handle the waiting commands, and block only if there is nothing to run; False: closed."""
         while True:
+            idle = self._scheduler.idle
+            if idle:
+                self._publish()
             if self._adapters.unwanted:
                 self._adapters.free(self._scheduler.adapters_in_use)
             try:
-                command = self._inbox.get(block=self._scheduler.idle)
+                command = self._inbox.get(block=idle)
             except queue.Empty:
                 break
             match command:
@@ -152,6 +169,7 @@ class EngineLoop:
                 case WithdrawAdapter(id):
                     self._adapters.withdraw(id)
                 case Cancel(job_id):
+                    self._publish()  # The job's seconds are complete then.
                     self._scheduler.cancel(job_id)
                 case Extend(job_id, deadline):
                     self._scheduler.extend(job_id, deadline)
@@ -187,56 +205,75 @@ class EngineLoop:
                 if correction := self._residency.record(job, samples[0].held_bytes()):
                     self._emit(correction)
 
-    def _run(self, batch: Batch) -> BatchResult:
+    def _run(self, batch: Batch) -> None:
+        """Run ``batch``, publish the one before, and pass on what it finished."""
         self._scheduler.begin(batch, time.monotonic())
-        return self._runner.run(batch)
-
-    def _publish(self, batch: Batch, result: BatchResult) -> None:
-        """Emit what ``batch`` did, and pass on what it finished: previews and images."""
+        result = self._runner.run(batch)
+        self._publish()
+        self._launched = _Launched(batch, result, self._encodes)
+        self._encodes = []
         for job_id, failure in result.failures.items():
             self._scheduler.fail(job_id, failure)
-        self._scheduler.charge(batch.group, result.seconds)
-        self._publish_encodes()
-        self._publish_steps(batch, result)
-        self._correct_row_limit(batch, result)
+        finished = [sample for sample in result.stepped if sample.done]
+        # Images and previews come after their steps, and wait for the device themselves.
+        waits = finished or any(sample.predicted_x0 is not None for sample in result.stepped)
+        if waits or not result.timer.runs_ahead:
+            self._publish()
         for sample in result.stepped:
             pixels = self._runner.preview(sample)
             if pixels is not None:
                 self._encode_pool.submit_preview(self._scheduler.job_of(sample), sample, pixels)
-        finished = [sample for sample in result.stepped if sample.done]
         for sample in result.stepped:
             if not sample.done:
                 self._scheduler.regroup(sample)
-        for sample in finished:
-            self._scheduler.denoised(sample, result.ended)
+        if finished:
+            ended = result.timer.wait()
+            for sample in finished:
+                self._scheduler.denoised(sample, ended)
         for sample in finished:
             self._decode(sample)
 
-    def _publish_encodes(self) -> None:
+    def _publish(self) -> None:
+        """Emit what the batch did that was launched last, once its device has done it."""
+        if self._launched is None:
+            return
+        launched, self._launched = self._launched, None
+        batch, result = launched.batch, launched.result
+        ended = result.timer.wait()
+        seconds = result.timer.seconds()
+        self._scheduler.charge(batch.group, seconds)
+        self._publish_encodes(launched.encodes)
+        self._publish_steps(batch, result, seconds, ended)
+        self._correct_row_limit(batch, result.rows, seconds)
+
+    def _publish_encodes(self, encodes: list[tuple[str, int, Timer]]) -> None:
         """Emit the encodes before a batch, which waited for the device."""
-        for model, prompts, timer in self._encodes:
+        for model, prompts, timer in encodes:
             cached = self._models[model].prompt_cache_bytes
             self._emit(
                 EncodeDone(
                     model=model, prompts=prompts, seconds=timer.seconds(), cache_bytes=cached
                 )
             )
-        self._encodes.clear()
 
-    def _publish_steps(self, batch: Batch, result: BatchResult) -> None:
+    def _publish_steps(
+        self, batch: Batch, result: BatchResult, seconds: float, ended: float
+    ) -> None:
         """Emit the steps and then their batch; charge each sample its rows' share of the time."""
         if not result.stepped:
             return
-        rows, seconds = result.rows, result.seconds
+        rows = result.rows
         width, height = batch.largest
-        for sample in result.stepped:
+        for sample, step in zip(result.stepped, result.steps, strict=True):
+            if sample.job.id not in self._scheduler:
+                continue  # Its job ended after the batch was launched.
             sample.rows_in_last_batch = rows
             sample.engine_seconds += seconds * sample.rows / rows
             self._emit(
                 SampleProgress(
                     job_id=sample.job.id,
                     image_index=sample.index,
-                    step=sample.step,
+                    step=step,
                     steps=sample.steps,
                     rows=rows,
                     seconds=seconds,
@@ -252,19 +289,19 @@ class EngineLoop:
                 samples=len(result.stepped),
                 joined=batch.joined,
                 max_rows=self._scheduler.max_rows(batch.group),
-                ended_at=result.ended,
+                ended_at=ended,
                 adapters=batch.adapters,
-                control_cost=self._runner.control_cost(batch.model, result.stepped),
+                control_cost=result.control_cost,
             )
         )
 
-    def _correct_row_limit(self, batch: Batch, result: BatchResult) -> None:
-        """Let a batch that ran as a whole correct its row limit."""
-        if result.rows != batch.rows:
+    def _correct_row_limit(self, batch: Batch, rows: int, seconds: float) -> None:
+        """Let a batch that ran as a whole correct its row limit; ``rows`` took a step."""
+        if rows != batch.rows:
             return
         group, limits = batch.group, self._row_limits[batch.model]
         defaults = self._models[batch.model].info.defaults
-        if not limits.record_batch(group, batch.rows, result.seconds):
+        if not limits.record_batch(group, rows, seconds):
             return
         if (group.width, group.height) == (defaults.width, defaults.height):
             max_rows = limits.of(group)

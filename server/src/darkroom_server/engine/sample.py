@@ -21,6 +21,8 @@ class Sample(ABC):
     final latents that the denoiser predicts, set only if a preview is due. ``preview_pending`` is
     True while one is encoded. ``controls`` are its ControlNets; its model sets them.
     ``first_prompts`` are what they read of the first denoiser call of a step that has several.
+    ``memory_fallbacks`` are names of what was done otherwise than the model's runtime says, because
+    memory was short: see ``ReplayRecord`` of the protos.
     """
 
     def __init__(self, job: Job, index: int, scheduler: Any) -> None:
@@ -33,6 +35,7 @@ class Sample(ABC):
         self.engine_seconds = 0.0
         self.predicted_x0: torch.Tensor | None = None
         self.preview_pending = False
+        self.memory_fallbacks: set[str] = set()
         self.controls: Sequence[SampleControl] = ()
         self.first_prompts: Mapping[str, torch.Tensor] = {}
         self.generator = torch.Generator("cpu").manual_seed(self.seed)

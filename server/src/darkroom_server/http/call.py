@@ -89,7 +89,7 @@ class Callers:
             trace = new_trace()
         caller = replace(self._anonymous, address=address)
         id = key if REQUEST_ID.fullmatch(key) else new_request_id()
-        return CallContext(id, caller, trace)
+        return CallContext(id, caller, trace, "http")
 
     def authenticate(self, context: CallContext, headers: Headers, *, admin: bool) -> CallContext:
         """``context`` with its caller; ``admin``: only an admin may call the route.

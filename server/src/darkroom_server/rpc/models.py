@@ -1,7 +1,7 @@
 """ModelService: which models the server holds, and what they take."""
 
 from darkroom.v1 import model_pb2, model_pb2_grpc
-from darkroom_server.core.model import OPTIONAL_FIELDS, Guidance, ModelInfo, ModelRuntime
+from darkroom_server.core.model import OPTIONAL_FIELDS, Guidance, ModelInfo
 from darkroom_server.dispatch import AdapterStatus, Dispatcher
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.enums import (
@@ -137,7 +137,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             )
             for offer in info.schedulers
         ],
-        runtime=runtime_message(info.runtime),
+        runtime=runtime_message(info),
         optional_fields=takes,
         guidance=_guidance_message(info.guidance),
         unbatched_reason=info.unbatched_reason,
@@ -155,8 +155,9 @@ def _guidance_message(guidance: Guidance) -> model_pb2.Guidance:
     )
 
 
-def runtime_message(runtime: ModelRuntime) -> model_pb2.ModelRuntime:
+def runtime_message(info: ModelInfo) -> model_pb2.ModelRuntime:
     """How a model runs, as a message."""
+    runtime = info.runtime
     return model_pb2.ModelRuntime(
         device=runtime.device,
         dtype=runtime.dtype,
@@ -169,5 +170,5 @@ def runtime_message(runtime: ModelRuntime) -> model_pb2.ModelRuntime:
         fp8_storage=runtime.fp8_storage,
         safety_checker=runtime.safety_checker,
         format_rule=runtime.format_rule,
-        preset_rule=runtime.preset_rule,
+        preset_rule=info.preset_rule,
     )

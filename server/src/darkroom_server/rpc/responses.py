@@ -50,6 +50,7 @@ def image_message(
             rows_in_last_pass=image.replay.rows_in_last_pass,
             pixels_sha256=image.replay.pixels_sha256,
             channels_last=model.runtime.channels_last,
+            memory_fallbacks=image.replay.memory_fallbacks,
         ),
     )
 

@@ -63,7 +63,7 @@ def _model(model: ModelStatus) -> server_pb2.ModelStatus:
             )
             for each in model.batch_times
         ],
-        runtime=runtime_message(info.runtime) if info else None,
+        runtime=runtime_message(info) if info else None,
         max_rows=info.limits.max_rows if info else 0,
         row_limit_source=(
             SOURCE_TO_WIRE[info.limits.row_limit_source]

@@ -19,11 +19,15 @@ def new_request_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
-    """One call of any door. ``request_id`` is in its log lines, and names its job."""
+    """One call of any door. ``request_id`` is in its log lines, and names its job.
+
+    ``protocol`` is "grpc" or "http".
+    """
 
     request_id: str
     caller: Caller = ANONYMOUS
     trace: TraceContext | None = None
+    protocol: str = "grpc"
 
 
 CURRENT_CALL: ContextVar[CallContext] = ContextVar("call")

@@ -5,14 +5,17 @@ from dataclasses import replace
 from darkroom_server.core.caller import Caller
 from darkroom_server.core.errors import InvalidRequest, UploadNotFound, Violation
 from darkroom_server.core.inputs import Control, InputImage
-from darkroom_server.core.job import Job
+from darkroom_server.core.job import Job, Task
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import counted_as
 from darkroom_server.service.input_fields import sources_of
 from darkroom_server.service.request import GenerationRequest, ImageSource, Inputs
 from darkroom_server.uploads.decoder_pool import Decoded, DecoderPool, Fit
-from darkroom_server.uploads.fit import Bounds
+from darkroom_server.uploads.fit import Bounds, edit_size
 from darkroom_server.uploads.store import UploadStore
+
+MAX_REFERENCE_RATIO = 8
+"""Of the sides of a reference image. Pipelines fail on more, each from another number on."""
 
 
 class InputLoader:
@@ -44,9 +47,12 @@ class InputLoader:
                 image = _input(inputs.image, decoded)
                 mask = await loading.mask(inputs.mask_image, decoded)
         references = [
-            await loading.within(f"reference_images[{index}]", source)
+            await loading.reference(f"reference_images[{index}]", source)
             for index, source in enumerate(inputs.reference_images)
         ]
+        if inputs.task is Task.EDIT and (first := references[0]) is not None:
+            width, height = loading.edit_size(first, request)
+            job = replace(job, width=width, height=height)
         adapter = None
         if inputs.ip_adapter_image is not None:
             adapter = await loading.within("ip_adapter_image", inputs.ip_adapter_image)
@@ -72,6 +78,7 @@ class InputLoader:
             image=image,
             mask_image=mask,
             reference_images=tuple(filter(None, references)),
+            reference_pixels=model.reference_pixels(len(references)),
             ip_adapter_image=adapter,
             controls=tuple(controls),
         )
@@ -100,6 +107,8 @@ class _Loading:
         self, decoder: DecoderPool, owner: str, files: dict[str, bytes], model: ModelInfo
     ) -> None:
         limits = model.limits
+        self._min_reference_side = limits.min_reference_side
+        self._edit_area = model.defaults.width * model.defaults.height
         self.violations: list[Violation] = []
         self._decoder = decoder
         self._owner = owner
@@ -137,6 +146,31 @@ class _Loading:
         """A picture with its own size, as far as the model's limit; None if it cannot be used."""
         decoded = await self._decode(field, source, Fit(kind="within", bounds=self._bounds))
         return None if decoded is None else _input(source, decoded)
+
+    async def reference(self, field: str, source: ImageSource) -> InputImage | None:
+        """As ``within``, and its sides must be neither too short nor too different."""
+        found = await self.within(field, source)
+        if found is None:
+            return None
+        short, long = sorted((found.width, found.height))
+        if short < self._min_reference_side:
+            rule = f"must have sides of at least {self._min_reference_side} pixels"
+        elif long > MAX_REFERENCE_RATIO * short:
+            rule = f"must not be more than {MAX_REFERENCE_RATIO} times as long as wide"
+        else:
+            return found
+        self.violations.append(Violation(field, f"{rule}, and is {found.width}×{found.height}"))
+        return None
+
+    def edit_size(self, first: InputImage, request: GenerationRequest) -> tuple[int, int]:
+        """The width and height of an edit, whose first reference image is ``first``."""
+        return edit_size(
+            (first.width, first.height),
+            request.width,
+            request.height,
+            self._edit_area,
+            self._bounds,
+        )
 
     async def _decode(self, field: str, source: ImageSource, fit: Fit) -> Decoded | None:
         try:

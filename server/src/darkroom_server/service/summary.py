@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import structlog
 
 from darkroom_server.core.errors import (
+    AdapterUnusable,
     DarkroomError,
     DeadlineExceeded,
     DeadlineUnreachable,
@@ -65,6 +66,7 @@ class RequestSummary:
     arrived: float
     request_id: str
     trace: TraceContext | None = None
+    protocol: str = "grpc"
     model: str = UNKNOWN_MODEL
     outcome: Outcome = Outcome.FAILED
     reason: str = ""
@@ -114,6 +116,7 @@ def outcome_of(error: DarkroomError) -> Outcome:
             | UnknownAdapter()
             | UnknownModel()
             | UnknownRequest()
+            | AdapterUnusable()
             | UploadNotFound()
             | RequestConflict()
         ):
@@ -149,7 +152,12 @@ class Summaries:
         deadline: float | None,
     ) -> Iterator[RequestSummary]:
         """Record how the block ends. ``arrived``, ``deadline``: ``time.monotonic`` seconds."""
-        summary = RequestSummary(arrived=arrived, request_id=call.request_id, trace=call.trace)
+        summary = RequestSummary(
+            arrived=arrived,
+            request_id=call.request_id,
+            trace=call.trace,
+            protocol=call.protocol,
+        )
         try:
             yield summary
         except DarkroomError as error:

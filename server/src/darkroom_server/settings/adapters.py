@@ -1,4 +1,4 @@
-"""Settings of LoRA adapters and ControlNets: which ones there are, and their limits."""
+"""Settings of adapters and ControlNets: which ones there are, and their limits."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,7 +10,7 @@ from darkroom_server.settings.option import Setting
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapters:
-    """The LoRA adapters and ControlNets on offer."""
+    """The LoRA adapters, IP-Adapters and ControlNets on offer."""
 
     lora: Annotated[
         tuple[str, ...],
@@ -75,6 +75,19 @@ class Adapters:
             metavar="BYTES",
         ),
     ] = 1024**3
+    ip_adapter: Annotated[
+        tuple[str, ...],
+        Setting(
+            "The IP-Adapter of a model, for requests with `ip_adapter_image`: a `.safetensors` "
+            "file, or a file of the hub as owner/name/path/file.safetensors. One for each model; "
+            "may be given several times.",
+            choose="For Stable Diffusion and SDXL. The image encoder is the folder `image_encoder` "
+            "beside the file, or `models/image_encoder` beside its folder: the first one whose "
+            "width fits. In the environment, separate several by commas.",
+            metavar="MODEL=PATH_OR_HUB_FILE[@REVISION]",
+            default="none",
+        ),
+    ] = ()
     controlnet: Annotated[
         tuple[str, ...],
         Setting(

@@ -50,6 +50,15 @@ class Images:
             metavar="BYTES",
         ),
     ] = 1024**3
+    max_reference_images: Annotated[
+        int,
+        Ge(1),
+        Setting(
+            "Most reference images of one edit, for models that take several.",
+            choose="Each makes an edit slower and takes memory, as one more image does.",
+            metavar="N",
+        ),
+    ] = 4
     image_workers: Annotated[
         int,
         Ge(1),

@@ -14,12 +14,14 @@ from darkroom_server.core.engine_config import (
     ModelSource,
 )
 from darkroom_server.core.errors import StartupError
-from darkroom_server.settings.adapters import Adapters
 from darkroom_server.settings.state_folder import measurement_folder
 from darkroom_server.settings.tree import Models, Settings
 
 DEMO = "demo"
+DEMO_MODEL = Path(str(files("darkroom_server") / "demo_model"))
+DEMO_ADAPTERS = Path(str(files("darkroom_server") / "demo_adapters"))
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
+HUB_FILE = re.compile(r"[\w][\w.-]*(/[\w][\w. -]*){2,}\.safetensors", re.ASCII)
 MODEL_ID = re.compile(r"[\w][\w./-]{0,127}", re.ASCII)
 
 
@@ -32,9 +34,11 @@ def engine_configs(settings: Settings, hub_token: str | None) -> list[EngineConf
 
 def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
     engine, cache = settings.engine, measurement_folder(settings)
-    places = adapter_places(settings.adapters, hub_token)
+    places = adapter_places(settings, hub_token)
     return EngineConfig(
-        models=model_sources(settings.models, hub_token),
+        models=with_ip_adapters(
+            model_sources(settings.models, hub_token), settings.adapters.ip_adapter
+        ),
         dtype=engine.dtype,
         preset=engine.preset,
         attention=engine.attention,
@@ -54,6 +58,7 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         max_request_loras=settings.adapters.max_request_loras,
         max_lora_rank=settings.adapters.max_lora_rank,
         lora_cache_bytes=settings.adapters.lora_cache_bytes,
+        max_reference_images=settings.images.max_reference_images,
         controlnets=controlnet_sources(settings, hub_token),
         max_controls=settings.adapters.max_controls,
     )
@@ -97,11 +102,12 @@ def model_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSo
     return tuple(sources)
 
 
-def adapter_places(adapters: Adapters, hub_token: str | None = None) -> AdapterPlaces:
-    """Return the adapters that ``--lora`` names, and the folder of ``--lora-dir``.
+def adapter_places(settings: Settings, hub_token: str | None = None) -> AdapterPlaces:
+    """Return the adapters that ``--lora`` names, the folder of ``--lora-dir``, the demo model's.
 
     Raises ``StartupError``.
     """
+    adapters = settings.adapters
     named: dict[str, AdapterSource] = {}
     for text in adapters.lora:
         name, equals, rest = text.partition("=")
@@ -116,16 +122,57 @@ def adapter_places(adapters: Adapters, hub_token: str | None = None) -> AdapterP
     folder = None if adapters.lora_dir is None else Path(adapters.lora_dir).expanduser()
     if folder is not None and not folder.is_dir():
         raise StartupError(f"--lora-dir {adapters.lora_dir}: no such folder")
-    return AdapterPlaces(tuple(named.values()), folder)
+    own = _demo_loras() if _demo_models(settings.models) else ()
+    return AdapterPlaces(tuple(named.values()), folder, own)
+
+
+def _demo_loras() -> tuple[AdapterSource, ...]:
+    return tuple(
+        AdapterSource(id=file.stem, location=str(file))
+        for file in sorted((DEMO_ADAPTERS / "loras").glob("*.safetensors"))
+    )
+
+
+def _demo_models(models: Models) -> list[str]:
+    """The ids of the models that are the demo model."""
+    return [source.id for source in model_sources(models) if source.location == str(DEMO_MODEL)]
+
+
+def with_ip_adapters(
+    models: tuple[ModelSource, ...], ip_adapters: tuple[str, ...]
+) -> tuple[ModelSource, ...]:
+    """``models`` with the IP-Adapters of ``--ip-adapter``. Raises ``StartupError``."""
+    found: dict[str, AdapterSource] = {}
+    tokens = {model.id: model.token for model in models}
+    for text in ip_adapters:
+        option = f"--ip-adapter {text}"
+        name, equals, rest = text.partition("=")
+        if not equals or name not in tokens:
+            names = ", ".join(tokens)
+            raise StartupError(f"{option}: put MODEL= before the file, with a model of: {names}")
+        if name in found:
+            raise StartupError(f"{option}: model {name!r} has another one already")
+        location, at, revision = (rest, "", "") if _exists(rest) else rest.partition("@")
+        if at and not revision:
+            raise StartupError(f"{option}: the revision after @ is missing")
+        if not _exists(location) and not HUB_FILE.fullmatch(location):
+            raise StartupError(f"{option}: no such file, and no .safetensors of the hub either")
+        found[name] = AdapterSource(
+            id=name, location=location, revision=revision or None, token=tokens[name]
+        )
+    return tuple(replace(model, ip_adapter=found.get(model.id)) for model in models)
 
 
 def controlnet_sources(
     settings: Settings, hub_token: str | None = None
 ) -> tuple[ControlNetSource, ...]:
-    """Return the source of each ControlNet. Raises ``StartupError``."""
+    """Return the source of each ControlNet: of ``--controlnet``, then the demo model's.
+
+    Raises ``StartupError``.
+    """
     sources: list[ControlNetSource] = []
     models = {source.id for source in model_sources(settings.models)}
-    taken = {source.id for source in adapter_places(settings.adapters).sources()}
+    taken = {source.id for source in adapter_places(settings).sources()}
     for text in settings.adapters.controlnet:
         option = f"--controlnet {text}"
         target, equals, rest = text.partition("=")
@@ -151,6 +198,14 @@ def controlnet_sources(
                 token=hub_token,
             )
         )
+    taken |= {source.id for source in sources}
+    packaged = sorted((DEMO_ADAPTERS / "controlnets").iterdir())
+    sources += [
+        ControlNetSource(id=folder.name, location=str(folder), model=model)
+        for model in _demo_models(settings.models)
+        for folder in packaged
+        if folder.name not in taken
+    ]
     return tuple(sources)
 
 
@@ -178,7 +233,7 @@ def _parse(text: str) -> tuple[str, str, str | None]:
     if _exists(rest):
         return name or _name_of(rest), rest, None
     if rest == DEMO:
-        return name or DEMO, str(files("darkroom_server") / "demo_model"), None
+        return name or DEMO, str(DEMO_MODEL), None
     location, revision = _location_of(rest, f"--model {text}")
     return name or location, location, revision
 

@@ -33,6 +33,13 @@ class _Ids(RandomIdGenerator):
         return self.next_trace or super().generate_trace_id()
 
 
+PROTOCOL_ATTRIBUTES = {
+    "grpc": {"rpc.system": "grpc"},
+    "http": {"network.protocol.name": "http"},
+}
+"""As OpenTelemetry's conventions name them."""
+
+
 class SpanWriter:
     """Writes the spans of each request after its end, from the times that were measured anyway."""
 
@@ -92,7 +99,7 @@ class SpanWriter:
 
 def _attributes(summary: RequestSummary) -> dict[str, str | int]:
     found: dict[str, str | int] = {
-        "rpc.system": "grpc",
+        **PROTOCOL_ATTRIBUTES[summary.protocol],
         "darkroom.request_id": summary.request_id,
         "darkroom.model": summary.model,
         "darkroom.outcome": summary.outcome.value,

@@ -52,6 +52,19 @@ def own_size(
     )
 
 
+def edit_size(
+    picture: tuple[int, int], width: int | None, height: int | None, area: int, bounds: Bounds
+) -> tuple[int, int]:
+    """The width and height of an edit of ``picture`` that names only some of them.
+
+    With none, it has the picture's aspect ratio and about ``area`` pixels; else as ``own_size``.
+    """
+    if width is not None or height is not None or bounds.sizes:
+        return own_size(picture, width, height, bounds)
+    scale = math.sqrt(area / (picture[0] * picture[1]))
+    return bounds.nearest(picture[0] * scale), bounds.nearest(picture[1] * scale)
+
+
 def covering_box(picture: tuple[int, int], size: tuple[int, int]) -> tuple[float, ...]:
     """The part of ``picture`` that ``size`` shows: left, top, right, bottom.
 

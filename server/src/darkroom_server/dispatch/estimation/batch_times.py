@@ -48,7 +48,10 @@ MAX_NEAREST = 1024
 
 
 class Group(NamedTuple):
-    """Images of one model and size, in pixels: they can share a batch."""
+    """Images of one model and size, in pixels: they can share a batch.
+
+    The size is a job's ``denoised_size``.
+    """
 
     model: str
     width: int
@@ -62,7 +65,7 @@ class Group(NamedTuple):
     @classmethod
     def of(cls, job: Job) -> "Group":
         """The group of a job's images."""
-        return cls(job.model, job.width, job.height)
+        return cls(job.model, *job.denoised_size)
 
 
 class BatchTimeCurve:

@@ -164,9 +164,12 @@ class ActiveJob:
 
     # Subscriptions.
 
-    def subscribe(self) -> Subscription:
-        """A subscription that first reports where the job stands and its finished images."""
-        subscription = Subscription(self)
+    def subscribe(self, *, images_only: bool = False) -> Subscription:
+        """A subscription that first reports where the job stands and its finished images.
+
+        ``images_only`` is as in ``Subscription``.
+        """
+        subscription = Subscription(self, images_only=images_only)
         if self._grace_timer is not None:
             self._grace_timer.cancel()
             self._grace_timer = None

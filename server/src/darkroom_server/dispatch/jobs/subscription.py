@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 STALL_SECONDS = 60.0
 """A subscription that reads nothing for this long after the end no longer holds the images."""
 
+IMAGES = (PreviewReady, ImageDone)
+
 EventKey = tuple[type[JobEvent], int]
 
 
@@ -21,11 +23,13 @@ class Subscription:
 
     The iteration ends with the job, whatever its result is. One event is kept for each kind and
     image: a slow reader gets the latest progress and previews only, so that its memory is bounded.
-    Every image is reported once. The job holds the images.
+    Every image is reported once. The job holds the images. ``images_only``: previews and images
+    alone, so that what waits for them does not run each time that a place in the queue changes.
     """
 
-    def __init__(self, active: "ActiveJob") -> None:
+    def __init__(self, active: "ActiveJob", *, images_only: bool = False) -> None:
         self._active: ActiveJob | None = active
+        self._images_only = images_only
         self._job_id = active.job.id
         self._unread: dict[EventKey, JobEvent] = {}
         self._changed = asyncio.Event()
@@ -71,6 +75,8 @@ class Subscription:
         if isinstance(event, Restarted):
             # The events of the run before no longer hold; its images do.
             self._unread = {k: e for k, e in self._unread.items() if isinstance(e, ImageDone)}
+        if self._images_only and not isinstance(event, IMAGES):
+            return
         # A new value keeps the place of the old one, so that every kind is read in turn.
         self._unread[_key(event)] = event
         self._changed.set()

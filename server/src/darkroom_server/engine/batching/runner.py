@@ -1,6 +1,5 @@
 """The runner: everything that calls a model, for the samples that the batch scheduler chose."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,26 +40,20 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What a batch did; ``began`` and ``ended`` are in ``time.monotonic`` seconds.
+    """What a batch did, or what a GPU still does for it.
 
-    ``stepped`` are the samples that took a step and whose job goes on, ``failures`` are those of
-    the other jobs, by job id.
+    ``stepped`` are the samples that took a step and whose job goes on, and ``steps`` are their
+    counters after it. ``rows`` are those of these samples. ``control_cost`` is what ControlNets
+    added, as a part of the denoiser's time. ``failures`` are those of the other jobs, by job id.
+    ``timer`` knows when the device has done the batch.
     """
 
     stepped: list[Sample]
+    steps: list[int]
+    rows: int
+    control_cost: float
     failures: dict[str, Failure]
-    began: float
-    ended: float
-
-    @property
-    def seconds(self) -> float:
-        """How long the batch took."""
-        return self.ended - self.began
-
-    @property
-    def rows(self) -> int:
-        """Rows of the samples that took a step."""
-        return sum(sample.rows for sample in self.stepped)
+    timer: Timer
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +121,27 @@ class Runner:
         return Started(started, timer, _prompts_encoded(model) - before)
 
     def run(self, batch: Batch) -> BatchResult:
-        """Run the denoiser once: each sample of ``batch`` takes one step."""
+        """Run the denoiser once: each sample of ``batch`` takes one step.
+
+        Does not wait for a GPU, to which the result's ``timer`` leads.
+        """
         model = self.models[batch.model]
-        began = time.monotonic()
-        with self.peaks.watch(model.device, batch.model, *batch.largest, batch.rows):
+        with (
+            Timer(model.device) as timer,
+            self.peaks.watch(model.device, batch.model, *batch.largest, batch.rows),
+        ):
             predictions = run_or_split(batch.samples, self._denoise, self._denoiser_failed)
             stepped, failures = self._step(batch.samples, predictions)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-        return BatchResult(stepped, failures, began, ended=time.monotonic())
+        return BatchResult(
+            stepped=stepped,
+            steps=[sample.step for sample in stepped],
+            rows=sum(sample.rows for sample in stepped),
+            control_cost=self._control_cost(batch.model, stepped),
+            failures=failures,
+            timer=timer,
+        )
 
-    def control_cost(self, model_id: str, stepped: Sequence[Sample]) -> float:
+    def _control_cost(self, model_id: str, stepped: Sequence[Sample]) -> float:
         """What ControlNets added to a batch, as a part of the denoiser's time.
 
         ``stepped`` are its samples, which took their step.
@@ -151,7 +154,7 @@ class Runner:
             step, steps = (sample.step - 1) // calls, sample.steps // calls
             applied = [each for each in sample.controls if each.applies(step, steps)]
             extra += sample.rows * sum(costs[control.id] for control in applied)
-        return extra / sum(sample.rows for sample in stepped)
+        return extra / max(1, sum(sample.rows for sample in stepped))
 
     def preview(self, sample: Sample) -> NDArray[np.uint8] | None:
         """The pixels of ``sample``'s preview, None if none is due or the last is not yet encoded.
@@ -174,7 +177,10 @@ class Runner:
             structlog.contextvars.bound_contextvars(**job.log_fields),
             self.peaks.watch(model.device, job.model, job.width, job.height),
         ):
-            return model.decode(sample)
+            pixels = model.decode(sample)
+        if model.decoder.tiled:
+            sample.memory_fallbacks.add("tiled_decode")
+        return pixels
 
     def is_flagged(self, sample: Sample, pixels: NDArray[np.uint8]) -> bool:
         """Whether the model's safety checker, if it has one, withholds ``pixels``."""
@@ -183,7 +189,13 @@ class Runner:
 
     def _denoise(self, samples: Sequence[Sample]) -> Sequence[Any]:
         group = samples[0].group
-        predictions = self.models[group.model].denoise(samples)
+        model = self.models[group.model]
+        if model.attention is not None and model.attention.fit(
+            model.info.memory, group.width, group.height
+        ):
+            for sample in samples:
+                sample.memory_fallbacks.add("sdpa")
+        predictions = model.denoise(samples)
         self._row_limits[group.model].record_success(group)
         return predictions
 

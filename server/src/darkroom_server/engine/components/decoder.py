@@ -1,8 +1,8 @@
 """Latents to pixels, one image at a time."""
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -27,11 +27,26 @@ log = structlog.get_logger(__name__)
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
+def pixels_of(unit: torch.Tensor) -> NDArray[np.uint8]:
+    """``unit`` [3, height, width], 0 to 1, as bytes [height, width, 3].
+
+    Computed where ``unit`` is, because a byte is a quarter of what the host would get otherwise.
+    """
+    rounded = (unit.permute(1, 2, 0).float() * 255).round().to(torch.uint8)
+    pixels: NDArray[np.uint8] = rounded.contiguous().cpu().numpy()
+    return pixels
+
+
 class Decoder:
-    """Decodes with a pipeline's VAE; if values are not finite, decodes again in float32."""
+    """Decodes with a pipeline's VAE; if values are not finite, decodes again in float32.
+
+    If memory runs out, it decodes again, and then by tiles, which changes pixels. ``tiled`` says
+    whether the last decode came to that.
+    """
 
     def __init__(self, vae: Any, precision: Callable[[], AbstractContextManager[Any]]) -> None:
         self.counts = Counts()
+        self.tiled = False
         self._vae = vae
         self.precision = precision
 
@@ -51,9 +66,7 @@ class Decoder:
         if isinstance(image, Failure):
             return image
         # The arithmetic of diffusers' VaeImageProcessor, for equal values.
-        unit = (image[0].cpu() * 0.5 + 0.5).clamp(0, 1)
-        pixels = unit.permute(1, 2, 0).float().numpy()
-        return (pixels * 255).round().astype(np.uint8)
+        return pixels_of((image[0] * 0.5 + 0.5).clamp(0, 1))
 
     def decode_scaled(
         self,
@@ -70,7 +83,7 @@ class Decoder:
         try:
             if divisor is not None:
                 latents = latents / divisor
-            image = self._decode(latents, **options)
+            image = self._decode_in_memory(latents, options)
             if not torch.isfinite(image).all():
                 log.warning("decode was not finite, trying float32")
                 image = self._decode_float32(latents, **options)
@@ -89,6 +102,26 @@ class Decoder:
             log.exception("decode failed")
             return DECODE_FAILED
 
+    def _decode_in_memory(self, latents: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
+        """Decode: as a whole, again with the memory that torch keeps, then by tiles."""
+        self.tiled = False
+        for by_tiles in (False, False, True):
+            try:
+                with _tiles(self._vae, latents) if by_tiles else nullcontext():
+                    image = self._decode(latents, **options)
+            except Exception as error:
+                if by_tiles or not is_out_of_memory(error):
+                    raise
+                why = str(error)
+            else:
+                self.tiled = by_tiles
+                return image
+            # Outside the handler: the error's traceback keeps the failed call's tensors alive.
+            log.warning("decode ran out of memory, trying again", why=why)
+            if latents.device.type == "cuda":
+                torch.cuda.empty_cache()
+        raise AssertionError("the last try returns or raises")
+
     def _decode(self, latents: torch.Tensor, **options: Any) -> torch.Tensor:
         with self.precision():
             # Some VAEs decode numbers of codes, which stay integers.
@@ -105,3 +138,30 @@ class Decoder:
             # The class's function: an instance may have one that decodes with the original.
             given = latents.float() if latents.is_floating_point() else latents
             return type(vae).decode(vae, given, return_dict=False, **options)[0]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _tiles(vae: Any, latents: torch.Tensor) -> Iterator[None]:
+    """Let ``vae`` decode ``latents`` by tiles of about half of them on each side.
+
+    Raises ``MemoryError`` for a VAE that cannot, or that does already.
+    """
+    if getattr(vae, "use_tiling", True):
+        raise MemoryError("the VAE has no smaller tiles")
+    names = [
+        name for name in ("tile_latent_min_size", "tile_sample_min_size") if hasattr(vae, name)
+    ]
+    before = {name: getattr(vae, name) for name in names}
+    vae.use_tiling = True
+    if len(names) == 2:
+        # A multiple of four: tiles overlap by a quarter, and must meet.
+        latent_size = max(4, max(latents.shape[-2:]) // 8 * 4)
+        factor = before["tile_sample_min_size"] // before["tile_latent_min_size"]
+        vae.tile_latent_min_size = latent_size
+        vae.tile_sample_min_size = latent_size * factor
+    try:
+        yield
+    finally:
+        vae.use_tiling = False
+        for name, value in before.items():
+            setattr(vae, name, value)

@@ -5,8 +5,8 @@ latents, and each latent pixel is matched with the mean colour of its patch of t
 demo model the map explains nine tenths of the colours' variance.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ PICTURE_LATENTS = 8
 
 
 class Previewer:
-    """Makes previews of one model's latents; the map is fitted for the first preview.
+    """Makes previews of one model's latents, once the map is fitted.
 
     With ``video`` the VAE encodes videos: a picture is one of a single frame.
     """
@@ -47,6 +47,15 @@ class Previewer:
         self._projection: torch.Tensor | None = None
         self._failed = False
 
+    def fit(self) -> None:
+        """Fit the map, unless it is fitted; if there is no memory now, the next preview does.
+
+        Raises an error that means that the device is lost.
+        """
+        with self._contained():
+            if self._projection is None:
+                self._projection = self._fit()
+
     def decode_preview(self, latents: torch.Tensor) -> NDArray[np.uint8] | None:
         """The colours of ``latents`` [1, channels, h, w]: [h, w, 3], 0 to 255.
 
@@ -55,19 +64,25 @@ class Previewer:
         """
         if self._failed:
             return None
+        self.fit()
+        with self._contained():
+            if self._projection is not None:
+                return _project(latents[0].float().cpu(), self._projection)
+        return None
+
+    @contextmanager
+    def _contained(self) -> Iterator[None]:
+        """Disable previews if one fails, but not for want of memory: no image depends on them."""
         try:
-            if self._projection is None:
-                self._projection = self._fit()
-            return _project(latents[0].float().cpu(), self._projection)
+            yield
         except Exception as error:
             if is_fatal(error):
                 raise
             if is_out_of_memory(error):
                 log.warning("preview ran out of memory and is skipped")
-                return None
+                return
             log.exception("previews failed and are disabled")
             self._failed = True
-            return None
 
     def _fit(self) -> torch.Tensor:
         """The map, [channels + 1, 3]; its last row is the colour of latents that are all zero."""

@@ -14,6 +14,7 @@ from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.weighted_prompts import WeightedPromptEncoder
 from darkroom_server.engine.counters import Counts
+from darkroom_server.engine.device.transfer import send
 
 MAX_CACHED = 256
 """Windows of tokens in the LRU cache of embeddings, which is on the device: 118 kB each for SD 1.x
@@ -130,9 +131,9 @@ class PromptEncoder:
         device = self._text_encoder.device
         mask = None
         if getattr(self._text_encoder.config, "use_attention_mask", False):
-            mask = batch.attention_mask.to(device)
+            mask = send(batch.attention_mask, device)
         with self._precision():
-            hidden = self._text_encoder(batch.input_ids.to(device), attention_mask=mask)[0]
+            hidden = self._text_encoder(send(batch.input_ids, device), attention_mask=mask)[0]
         hidden = hidden.to(self._dtype)
         return [
             Embedding(hidden[i : i + 1].clone(), truncated=length > limit)

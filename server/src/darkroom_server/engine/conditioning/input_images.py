@@ -5,7 +5,7 @@ from typing import Any
 from PIL import Image
 
 from darkroom_server.core.inputs import InputImage
-from darkroom_server.core.job import Job
+from darkroom_server.core.job import Job, Task
 
 MODES = {1: "L", 3: "RGB"}
 """PIL's names of the kinds of image, by the number of channels."""
@@ -18,6 +18,10 @@ def pil_image(image: InputImage) -> Image.Image:
 
 def image_arguments(job: Job) -> dict[str, Any]:
     """The arguments of a pipeline's call that hold the images of ``job``; {} without any."""
+    if job.task is Task.EDIT:
+        pictures = [pil_image(each) for each in job.reference_images]
+        # A pipeline for one image takes no list.
+        return {"image": pictures if len(pictures) > 1 else pictures[0]}
     if job.image is None:
         return {}
     arguments = {"image": pil_image(job.image).convert("RGB"), "strength": job.strength}

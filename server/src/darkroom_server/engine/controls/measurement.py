@@ -1,6 +1,7 @@
 """Measures what ControlNets take, beside the denoiser."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,10 @@ from darkroom_server.engine.warmup.formats import MemoryFormat
 from darkroom_server.engine.warmup.placement import denoiser_timer
 from darkroom_server.engine.warmup.presets import Runtime
 from darkroom_server.engine.warmup.profiler import seconds_of
-from darkroom_server.engine.warmup.row_measurement import agreed_seconds
+from darkroom_server.engine.warmup.row_measurement import MAX_BATCH_SECONDS
+
+READINGS = 5
+"""Of a net and of the denoiser, in turns: other programs make some of them longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +56,23 @@ def measure_net(
             "that was trained for this model"
         ) from error
     tensors = [part for parts in residuals.values() for part in parts]
-    seconds = agreed_seconds(
-        lambda: seconds_of(device, lambda: controls.residuals(id, given, [use]))
-    )
     time_batch = denoiser_timer(family, memory_format, runtime)
     return NetNeeds(
-        cost=seconds / agreed_seconds(lambda: time_batch(rows)),
+        cost=_cost(
+            lambda: seconds_of(device, lambda: controls.residuals(id, given, [use])),
+            lambda: time_batch(rows),
+        ),
         bytes_per_row=math.ceil(sum(t.numel() * t.element_size() for t in tensors) / rows),
     )
+
+
+def _cost(net: Callable[[], float], denoiser: Callable[[], float]) -> float:
+    """The lowest reading of ``net`` as a part of the lowest of ``denoiser``, at most 1.
+
+    A net is a copy of a part of the denoiser, so more is a reading of a busy machine.
+    """
+    readings = [(net(), denoiser())]
+    while sum(readings[0]) <= MAX_BATCH_SECONDS and len(readings) < READINGS:
+        readings.append((net(), denoiser()))
+    nets, denoisers = zip(*readings, strict=True)
+    return float(min(1.0, min(nets) / min(denoisers)))

@@ -10,7 +10,8 @@ class Timer:
     """Times a ``with`` block and the work that it launches on ``device``.
 
     ``began`` is in ``time.monotonic`` seconds. On CUDA two events in the device's queue record when
-    the block's work begins and ends there, so that the caller can launch more work meanwhile.
+    the block's work begins and ends there, so that the caller can launch more work meanwhile. The
+    first is recorded after the work that was launched before, so that work does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,10 +33,27 @@ class Timer:
             self._events[1].record()
         self._ended = time.monotonic()
 
-    def seconds(self) -> float:
-        """Seconds until the block's work was done; call it after the device was synchronized."""
-        launched = self._ended - self.began
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the block may end before its work does."""
+        return self._events is not None
+
+    def wait(self) -> float:
+        """Wait until the block's work is done; returns the ``time.monotonic`` seconds of its end.
+
+        A caller that comes late gets the time at which it came.
+        """
         if self._events is None:
-            return launched
+            return self._ended
+        last = self._events[1]
+        if not last.query():
+            last.synchronize()
+        return time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds that the block's work took; waits until it is done."""
+        if self._events is None:
+            return self._ended - self.began
+        self.wait()
         first, last = self._events
-        return max(launched, float(first.elapsed_time(last)) / 1000)
+        return float(first.elapsed_time(last)) / 1000

@@ -16,20 +16,17 @@ from numpy.typing import NDArray
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.job import Job, Task
-from darkroom_server.core.model import (
-    Guidance,
-    ModelInfo,
-    ModelLimits,
-    SchedulerOffer,
-    StrengthRounding,
-)
+from darkroom_server.core.model import Guidance, ModelInfo, ModelLimits, SchedulerOffer
+from darkroom_server.core.strength import StrengthRounding
 from darkroom_server.engine.adapters.model_adapters import ModelAdapters
+from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import NO_OPTIONS, Decoder
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of, offers
+from darkroom_server.engine.conditioning.ip_adapter import IpAdapter
 from darkroom_server.engine.conditioning.task_pipelines import task_classes
 from darkroom_server.engine.controls.kind import ControlKind
 from darkroom_server.engine.controls.model_controls import ModelControls
@@ -49,12 +46,15 @@ class Model(Protocol):
     """A model in memory, warmed up: what the runner calls.
 
     The methods raise whatever torch and diffusers raise; the runner splits and contains failures.
-    They run on the loop's thread.
+    They run on the loop's thread. ``attention`` is set up for each batch, None if nothing is
+    sliced.
     """
 
     info: ModelInfo
+    decoder: Decoder
     previewer: Previewer | None
     safety: SafetyChecker | None
+    attention: SlicedAttention | None
 
     @property
     def adapters(self) -> ModelAdapters | None:
@@ -112,11 +112,14 @@ class Family(ABC):
     ``convolutional``: it has two-dimensional convolutions, which channels last can make faster.
     ``own_task`` is what ``pipeline_class`` does, ``tasks`` names the classes of diffusers that do
     further tasks with the same components. ``strength_rounding`` is that of their steps.
+    ``most_reference_images``: of one edit, if the model has that task.
     ``half`` says how it runs in half precision.
-    ``takes_loras``: the rows of its denoiser may have LoRA adapters. ``control_kind`` are the
-    ControlNets that they may have, None for none.
+    ``takes_loras``: the rows of its denoiser may have LoRA adapters. ``takes_ip_adapter``: an
+    IP-Adapter can be loaded into its UNet. ``control_kind`` are the ControlNets that its rows may
+    have, None for none.
     ``chosen_size`` is the default width and height that the operator set, in pixels. ``adapters``
     and ``controls`` are set before ``new_model``, None if the server offers none for this pipeline.
+    ``ip_adapter`` is set before ``prepare``, None without one.
     """
 
     pipeline_class: ClassVar[str]
@@ -130,14 +133,17 @@ class Family(ABC):
     own_task: ClassVar[Task] = Task.TEXT_TO_IMAGE
     tasks: ClassVar[Mapping[Task, str]] = {}
     strength_rounding: ClassVar[StrengthRounding] = StrengthRounding.SKIPPED
+    most_reference_images: ClassVar[int] = 1
     half: ClassVar[HalfPrecision] = HalfPrecision()
     takes_loras: ClassVar[bool] = True
+    takes_ip_adapter: ClassVar[bool] = False
     control_kind: ClassVar[ControlKind | None] = None
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.chosen_size: int | None = None
         self.adapters: ModelAdapters | None = None
+        self.ip_adapter: IpAdapter | None = None
         self.controls: ModelControls | None = None
 
     @classmethod
@@ -147,6 +153,11 @@ class Family(ABC):
 
         ``name`` is what the operator calls the model. Raises ``StartupError``.
         """
+
+    @classmethod
+    def weightless_parts(cls, folder: Path) -> dict[str, Any]:
+        """The components of ``folder`` without weights that diffusers does not load itself."""
+        return {}
 
     @abstractmethod
     def check_pipeline(self, name: str) -> None:
@@ -194,13 +205,17 @@ class Family(ABC):
 
     @property
     def image_fields(self) -> frozenset[str]:
-        """Those of ``core.model.OPTIONAL_FIELDS`` that the offered tasks bring."""
+        """Those of ``core.model.OPTIONAL_FIELDS`` that its tasks and its IP-Adapter bring."""
         tasks = self.task_classes
         fields: set[str] = set()
         if {Task.IMAGE_TO_IMAGE, Task.INPAINT} & tasks.keys():
             fields |= {"image", "strength"}
         if Task.INPAINT in tasks:
             fields.add("mask_image")
+        if Task.EDIT in tasks:
+            fields.add("reference_images")
+        if self.ip_adapter is not None:
+            fields |= {"ip_adapter_image", "ip_adapter_scale"}
         return frozenset(fields)
 
     @property

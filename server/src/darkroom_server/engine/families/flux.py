@@ -1,4 +1,4 @@
-"""FLUX.1: a CLIP and a T5 text encoder, a transformer over packed latents.
+"""FLUX.1 and FLUX.1 Kontext: a CLIP and a T5 text encoder, a transformer over packed latents.
 
 Its text tokens have no mask, so prompts are never padded to the length of others.
 """
@@ -126,7 +126,7 @@ class Flux(PackedLatentsFamily):
         Task.INPAINT: "FluxInpaintPipeline",
     }
     spec = TRANSFORMER
-    control_kind = FluxControls()
+    control_kind: ClassVar[ControlKind | None] = FluxControls()
     half = CLIPPED_IN_FLOAT16
     prompt_tokenizer = "tokenizer_2"
 
@@ -178,3 +178,21 @@ class Flux(PackedLatentsFamily):
     def most_tokens(self) -> int:
         """The greatest ``max_sequence_length``: the pipeline rejects more."""
         return MAX_TOKENS
+
+
+class FluxKontext(Flux):
+    """The family of ``FluxKontextPipeline``: it edits one image, or starts from text alone."""
+
+    pipeline_class = "FluxKontextPipeline"
+    # The scale is that of the model's card.
+    defaults = Defaults(steps=28, guidance_scale=2.5)
+    tasks: ClassVar[Mapping[Task, str]] = {Task.EDIT: "FluxKontextPipeline"}
+    # They have no residuals for the tokens of a reference image.
+    control_kind = None
+
+    def call_arguments(self, job: Job) -> dict[str, Any]:
+        """The arguments of the pipeline's call for ``job``.
+
+        With the area of ``job``: the pipeline rescales each size to the one that it is given.
+        """
+        return super().call_arguments(job) | {"max_area": job.width * job.height}

@@ -1,12 +1,17 @@
 """FLUX.2: a large language model reads the prompt, a transformer works on packed latents.
 
-Its text tokens have no mask, so prompts are never padded to the length of others.
+Its text tokens have no mask, so prompts are never padded to the length of others. The tokens of
+reference images follow those of the image.
 """
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 
-from darkroom_server.core.job import Job
-from darkroom_server.core.model import Guidance
+from darkroom_server.core.job import Job, Task
+from darkroom_server.core.model import Guidance, ModelLimits
 from darkroom_server.engine.families.chat import chat_length
 from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
@@ -33,12 +38,18 @@ MAX_TOKENS = 512
 """The tokens of a prompt that FLUX.2 was trained on, the chat template's included."""
 
 
+MIN_REFERENCE_SIDE = 64
+"""In pixels: the pipeline rejects an image with a shorter side."""
+
+
 class Flux2(PackedLatentsFamily):
     """The family of ``Flux2Pipeline``: dev, which takes the guidance as an input."""
 
     pipeline_class = "Flux2Pipeline"
     components = ("transformer", "vae", "text_encoder")
     defaults = Defaults(steps=50, guidance_scale=4.0)
+    tasks: ClassVar[Mapping[Task, str]] = {Task.EDIT: "Flux2Pipeline"}
+    most_reference_images = 10
     spec = TRANSFORMER
     half = CLIPPED_IN_FLOAT16
 
@@ -56,6 +67,10 @@ class Flux2(PackedLatentsFamily):
     def prompt_tokens(self) -> int:
         """Tokens that the model reads of a prompt, the chat template's included."""
         return MAX_TOKENS
+
+    def limits(self, max_rows: int) -> ModelLimits:
+        """Half to twice the default size; the pipeline rejects reference images that are small."""
+        return replace(super().limits(max_rows), min_reference_side=MIN_REFERENCE_SIDE)
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of ``prompt`` and of the pipeline's system message, in its chat template."""
@@ -81,6 +96,7 @@ class Flux2Klein(Flux2):
     """The family of ``Flux2KleinPipeline``: klein, distilled or base."""
 
     pipeline_class = "Flux2KleinPipeline"
+    tasks: ClassVar[Mapping[Task, str]] = {Task.EDIT: "Flux2KleinPipeline"}
 
     @property
     def is_distilled(self) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from darkroom_server.core.job import Task
-from darkroom_server.core.model import StrengthRounding
+from darkroom_server.core.strength import StrengthRounding
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
 from darkroom_server.engine.families.suspended import SuspendedFamily
@@ -24,6 +24,7 @@ class StableDiffusionInpaint(SuspendedFamily):
     own_task = Task.INPAINT
     strength_rounding = StrengthRounding.TAKEN
     spec = UNET
+    takes_ip_adapter = True
     control_kind = UNET_CONTROLS
 
     @property

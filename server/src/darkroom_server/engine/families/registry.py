@@ -9,7 +9,7 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.families.aura_flow import AuraFlow
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.chroma import Chroma
-from darkroom_server.engine.families.flux import Flux
+from darkroom_server.engine.families.flux import Flux, FluxKontext
 from darkroom_server.engine.families.flux_2 import Flux2, Flux2Klein
 from darkroom_server.engine.families.hidream import HiDream
 from darkroom_server.engine.families.hunyuan_image import HunyuanImage
@@ -21,6 +21,7 @@ from darkroom_server.engine.families.kolors import Kolors
 from darkroom_server.engine.families.lumina_2 import Lumina2
 from darkroom_server.engine.families.pixart import PixArtAlpha, PixArtSigma
 from darkroom_server.engine.families.qwen_image import QwenImage
+from darkroom_server.engine.families.qwen_image_edit import QwenImageEdit, QwenImageEditPlus
 from darkroom_server.engine.families.sana import Sana, SanaSprint
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.families.stable_diffusion_3 import StableDiffusion3
@@ -34,6 +35,7 @@ FAMILIES: dict[str, type[Family]] = {
         StableDiffusion,
         StableDiffusionXL,
         Flux,
+        FluxKontext,
         StableDiffusion3,
         Chroma,
         AuraFlow,
@@ -41,6 +43,8 @@ FAMILIES: dict[str, type[Family]] = {
         PixArtAlpha,
         ZImage,
         QwenImage,
+        QwenImageEdit,
+        QwenImageEditPlus,
         Flux2,
         Flux2Klein,
         Lumina2,

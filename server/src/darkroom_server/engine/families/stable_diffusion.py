@@ -13,38 +13,41 @@ from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import Failure, StartupError
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job, PromptSyntax, Task
-from darkroom_server.core.model import ModelInfo, ModelLimits, StrengthRounding
+from darkroom_server.core.model import ModelInfo, ModelLimits
+from darkroom_server.core.strength import StrengthRounding
 from darkroom_server.engine.adapters.model_adapters import (
     ModelAdapters,
     denoising,
     encoder_mix,
     group_key,
 )
+from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import PromptEncoder, PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
-from darkroom_server.engine.components.schedulers import config_of, make_scheduler
+from darkroom_server.engine.components.schedulers import config_of
 from darkroom_server.engine.components.weighted_prompts import (
     WeightedPromptEncoder,
     compel_is_installed,
 )
-from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
-from darkroom_server.engine.conditioning.input_images import image_arguments
-from darkroom_server.engine.conditioning.task_pipelines import made_of
+from darkroom_server.engine.conditioning.ip_adapter import (
+    IpAdapter,
+    no_image_arguments,
+    row_scales,
+)
 from darkroom_server.engine.controls.model_controls import ModelControls, controlled, controls_of
 from darkroom_server.engine.counters import Counts
+from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
-from darkroom_server.engine.families.unet import UNET, UNET_CONTROLS
+from darkroom_server.engine.families.image_runs import image_runs_of
+from darkroom_server.engine.families.unet import UNET_CONTROLS
 from darkroom_server.engine.latent_sample import LatentSample, new_sample, stack_inputs
 from darkroom_server.engine.loading.defaults import Defaults
-from darkroom_server.engine.pipelines.arguments import Arguments, signature_of
+from darkroom_server.engine.pipelines.arguments import Arguments
 from darkroom_server.engine.pipelines.calls import DenoiserCall
-from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
 from darkroom_server.engine.pipelines.finish import finish
-from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
-from darkroom_server.engine.pipelines.hosted_scheduler import hosted_scheduler
 from darkroom_server.engine.pipelines.runs import Runs
 from darkroom_server.engine.pipelines.sample import SuspendedSample, denoiser_call
 from darkroom_server.engine.sample import Sample
@@ -67,6 +70,7 @@ class StableDiffusion(Family):
         Task.INPAINT: "StableDiffusionInpaintPipeline",
     }
     strength_rounding = StrengthRounding.TAKEN
+    takes_ip_adapter = True
     control_kind = UNET_CONTROLS
 
     def __init__(self, pipeline: Any) -> None:
@@ -94,7 +98,7 @@ class StableDiffusion(Family):
     def prepare(
         self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
     ) -> None:
-        """Make the prompt encoder, and the pipelines of the tasks that start from an image."""
+        """Make the prompt encoder, and the pipelines of the jobs that bring an image."""
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         dtype = memory_format.dtype
         weighted = None
@@ -103,7 +107,7 @@ class StableDiffusion(Family):
         self._prompts = PromptEncoder(
             tokenizer, encoder, dtype, precision, config.prompt_cache_bytes, weighted
         )
-        self._image_runs = _image_runs(self, memory_format, precision)
+        self._image_runs = image_runs_of(self, memory_format, precision)
 
     @property
     def optional_fields(self) -> frozenset[str]:
@@ -142,10 +146,11 @@ class StableDiffusion(Family):
 
     def denoiser_inputs(
         self, rows: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """Keyword arguments of one UNet call of ``rows`` images of the default size, at random."""
         width = self.pipeline.unet.config.cross_attention_dim
         return {
+            **no_image_arguments(self.ip_adapter, rows),
             "sample": self._random_latents(dtype, device, rows).contiguous(memory_format=layout),
             "timestep": torch.full((rows,), 500.0, device=device),
             "encoder_hidden_states": _random_normal(
@@ -198,63 +203,17 @@ class StableDiffusion(Family):
             memory_format=memory_format,
             image_runs=image_runs,
             adapters=self.adapters,
+            ip_adapter=self.ip_adapter,
             controls=self.controls,
         )
-
-
-def _image_runs(
-    family: StableDiffusion, memory_format: MemoryFormat, precision: Precision
-) -> Runs | None:
-    """The runs of the tasks that start from an image, None if diffusers has no pipeline of one."""
-    pipeline, device = family.pipeline, family.denoiser.device
-    classes = {task: each for task, each in family.task_classes.items() if task in family.tasks}
-    made = {task: made_of(pipeline, each) for task, each in classes.items()}
-    if not made:
-        return None
-    # The prompts come encoded, so there is nothing to remember.
-    host = HostedPipeline(
-        next(iter(made.values())),
-        (family.denoiser_name,),
-        family.vae,
-        device,
-        EncodeMemo(0, device),
-    )
-    config = config_of(pipeline.scheduler)
-    merges = signature_of(type(family.denoiser)) == UNET.signature
-    return Runs(
-        hosts={task: host.sharing(each) for task, each in made.items()},
-        images=ImageEncoder(family.vae, precision),
-        spec=replace(UNET, layout=memory_format.layout) if merges else None,
-        arguments_of=_image_call,
-        vae_latents=lambda stepped, _: stepped,
-        schedulers={
-            offer.name: hosted_scheduler(make_scheduler(offer.name, config))
-            for offer in family.scheduler_offers
-        },
-        own={},
-        precision=precision,
-    )
-
-
-def _image_call(job: Job) -> dict[str, Any]:
-    """The arguments of the pipeline's call for ``job``, besides its prompts."""
-    size = {} if job.mask_image is None else {"width": job.width, "height": job.height}
-    return {
-        "num_inference_steps": job.steps,
-        "guidance_scale": job.guidance_scale,
-        "output_type": "pt",
-        "return_dict": False,
-        **size,
-        **image_arguments(job),
-    }
 
 
 @dataclass(slots=True, kw_only=True)
 class StableDiffusionModel:
     """A Stable Diffusion model in memory; ``schedules`` are on the folder's own configuration.
 
-    Images from text are ``LatentSample``. Those from another image are runs of diffusers' own
-    pipelines, ``image_runs``; both kinds share batches.
+    Images from text are ``LatentSample``. Those of jobs that bring an image are runs of diffusers'
+    own pipelines, ``image_runs``; both kinds share batches.
     """
 
     info: ModelInfo
@@ -271,6 +230,8 @@ class StableDiffusionModel:
     memory_format: MemoryFormat
     image_runs: Runs | None = None
     adapters: ModelAdapters | None = None
+    attention: SlicedAttention | None = None
+    ip_adapter: IpAdapter | None = None
     controls: ModelControls | None = None
 
     @property
@@ -305,13 +266,14 @@ class StableDiffusionModel:
         rows = self.prompts.padded(*(embeddings[key] for key in self._prompts_of(job)))
         if any(embedding.truncated for embedding in rows):
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
-        if job.image is not None:
-            return self._start_from_image(job, rows)
+        if job.image is not None or job.ip_adapter_image is not None:
+            return self._start_with_image(job, rows)
         fields: dict[str, Any] = {
             "embeddings": rows,
             "latent_shape": shape,
             "device": self.device,
             "dtype": self.memory_format.dtype,
+            "further_arguments": no_image_arguments(self.ip_adapter, len(rows)),
             "adapter_key": group_key(self.adapters, job),
         }
         samples = [new_sample(job, i, self.schedules, **fields) for i in job.image_indices]
@@ -338,7 +300,8 @@ class StableDiffusionModel:
             else denoiser_call(sample)
             for sample in samples
         ]
-        with denoising(self.adapters, [(sample.job, sample.rows) for sample in samples]):
+        jobs = [(sample.job, sample.rows) for sample in samples]
+        with denoising(self.adapters, jobs), row_scales(self.ip_adapter, jobs):
             outputs = self.image_runs.denoise(calls, samples)
         return [
             output[0] if isinstance(sample, LatentSample) else output
@@ -354,9 +317,10 @@ class StableDiffusionModel:
         )
         given: Arguments = {
             "sample": latents.contiguous(memory_format=self.memory_format.layout),
-            "timestep": timesteps.to(latents.device),
+            "timestep": send(timesteps, latents.device),
             "encoder_hidden_states": context,
             "return_dict": False,
+            **no_image_arguments(self.ip_adapter, len(context)),
         }
         given = controlled(self.controls, given, samples)
         jobs = [(sample.job, sample.rows) for sample in samples]
@@ -364,7 +328,7 @@ class StableDiffusionModel:
             predicted: torch.Tensor = self.unet(**given)[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
 
-    def _start_from_image(self, job: Job, rows: Sequence[Embedding]) -> list[SuspendedSample]:
+    def _start_with_image(self, job: Job, rows: Sequence[Embedding]) -> list[SuspendedSample]:
         """The samples of ``job``; ``rows`` are its prompts, as in a ``LatentSample``."""
         assert self.image_runs is not None, "the model takes no images"
         given = {"prompt_embeds": rows[-1].hidden}

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 
 from darkroom_server.core.job import Job, PromptSyntax, Task
-from darkroom_server.core.model import Guidance, StrengthRounding
+from darkroom_server.core.model import Guidance
+from darkroom_server.core.strength import StrengthRounding
 from darkroom_server.engine.components.weighted_prompts import (
     WeightedPromptEncoder,
     compel_is_installed,
@@ -36,6 +37,7 @@ class StableDiffusionXL(SuspendedFamily):
     }
     strength_rounding = StrengthRounding.TAKEN
     spec = UNET
+    takes_ip_adapter = True
     control_kind = UNET_CONTROLS
 
     @property

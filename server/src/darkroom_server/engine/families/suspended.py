@@ -24,6 +24,7 @@ from darkroom_server.engine.components.scheduler_table import (
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler, name_of, offer
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.conditioning.input_images import image_arguments, white_image
+from darkroom_server.engine.conditioning.ip_adapter import image_prompt
 from darkroom_server.engine.conditioning.task_pipelines import made_of
 from darkroom_server.engine.families.base import Family, Precision
 from darkroom_server.engine.families.half_dtypes import NOT_KNOWN_TO_HOLD
@@ -175,7 +176,9 @@ class SuspendedFamily(Family):
         own_config = config_of(self.pipeline.scheduler)
         hosts = {self.own_task: host}
         for task, pipeline_class in self.task_classes.items():
-            if task is not self.own_task:
+            if pipeline_class is type(self.pipeline):
+                hosts[task] = host
+            else:
                 hosts[task] = host.sharing(made_of(self.pipeline, pipeline_class))
         self._runs = Runs(
             hosts=hosts,
@@ -192,6 +195,7 @@ class SuspendedFamily(Family):
             },
             own={name: getattr(self.pipeline, name) for name in self.own_components},
             precision=precision,
+            ip_adapter=self.ip_adapter,
         )
         self._offer_schedulers(own_config, self._run_probe())
 
@@ -247,6 +251,7 @@ class SuspendedFamily(Family):
             "output_type": "pt",
             "return_dict": False,
             **image_arguments(job),
+            **image_prompt(self.ip_adapter, job, self.guidance),
             **self.call_options,
         }
         taken = self._call_parameters[job.task]
@@ -326,6 +331,7 @@ class SuspendedFamily(Family):
     def _probe_job(self, scheduler: SchedulerName) -> Job:
         """An image of the default size without guidance, so of one row."""
         inpaints = self.own_task is Task.INPAINT
+        edits = self.own_task is Task.EDIT
         return Job(
             id="warm-up",
             model="",
@@ -344,6 +350,7 @@ class SuspendedFamily(Family):
             submitted_at=0.0,
             image=white_image(self.size, channels=3) if inpaints else None,
             mask_image=white_image(self.size, channels=1) if inpaints else None,
+            reference_images=(white_image(self.size, channels=3),) if edits else (),
         )
 
     @property

@@ -21,6 +21,8 @@ UNET = ArgumentSpec(
         "timestep_cond": Kind.ROWS,
         "added_cond_kwargs.text_embeds": Kind.ROWS,
         "added_cond_kwargs.time_ids": Kind.ROWS,
+        # A list with a tensor for each IP-Adapter.
+        "added_cond_kwargs.image_embeds": Kind.PER_BLOCK,
         "return_dict": Kind.EQUAL,
     },
     rows_in="sample",

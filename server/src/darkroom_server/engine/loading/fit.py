@@ -38,9 +38,14 @@ def weight_bytes(files: ModelFiles, runtime: Runtime) -> int:
 
     Raises ``StartupError`` if a header cannot be read.
     """
-    if not files.index:
-        return _bytes_of(files, "weights", [files.path], runtime.dtype.itemsize)
+    size = runtime.dtype.itemsize
     total = 0
+    if files.ip_adapter is not None:
+        total += _bytes_of(files, "IP-Adapter", [files.ip_adapter.weights], size)
+        found = files.ip_adapter.encoder.glob("*model*.safetensors")
+        total += _bytes_of(files, "image encoder", sorted(found), size)
+    if not files.index:
+        return total + _bytes_of(files, "weights", [files.path], size)
     for part in files.parts:
         # Files of variants and shards of one part repeat names, or share them out.
         found = (files.path / part).glob("*model*.safetensors")

@@ -13,9 +13,11 @@ from darkroom_server.core.events import ModelLoad
 from darkroom_server.core.job import Task
 from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
 from darkroom_server.engine.adapters.offering import Adapters, model_adapters
+from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.schedulers import name_of
 from darkroom_server.engine.components.weighted_prompts import compel_is_installed
+from darkroom_server.engine.conditioning.ip_adapter import IpAdapter
 from darkroom_server.engine.conditioning.task_pipelines import default_strength
 from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.failures import is_out_of_memory
@@ -31,7 +33,7 @@ from darkroom_server.engine.loading.pipeline import (
 )
 from darkroom_server.engine.loading.revision import UNKNOWN, revision_of
 from darkroom_server.engine.warmup.formats import MemoryFormat
-from darkroom_server.engine.warmup.measurement import measure
+from darkroom_server.engine.warmup.measurement import measure, slices_get_finer
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
 from darkroom_server.engine.warmup.placement import place, vae_is_upcast
 from darkroom_server.engine.warmup.presets import Runtime, resolve
@@ -54,7 +56,11 @@ def load_model(
         # The same weights, even if the hub has newer ones now.
         source = replace(source, revision=previous.revision)
     files = find_model(source, safety_checker=config.safety_checker)
-    runtime = resolve(config, files.family.half)
+    half = files.family.half
+    if files.ip_adapter is not None:
+        # Sliced attention would replace the attention that reads the image.
+        half = replace(half, slices_attention=False)
+    runtime = resolve(config, half)
     for risk in runtime.risks:
         log.warning("a setting is risky for this model", model=source.id, why=risk)
     needed, available = check_weights_fit(files, runtime)
@@ -96,6 +102,8 @@ def _load(
     def vae_precision() -> AbstractContextManager[Any]:
         return nullcontext() if vae_is_upcast(pipeline) else precision()
 
+    if files.ip_adapter is not None:
+        family.ip_adapter = IpAdapter(pipeline, precision)
     family.prepare(memory_format, precision, config)
     offered = adapters.offer(source.id, family, memory_format.dtype)
     if adapters.may_fit(family):
@@ -122,6 +130,9 @@ def _load(
             family.limits(measured.max_rows),
             row_limit_source=measured.source,
             max_loras=min(config.max_loras, config.max_request_loras) if takes_loras else 0,
+            max_reference_images=min(family.most_reference_images, config.max_reference_images)
+            if "reference_images" in fields
+            else 0,
             max_controls=config.max_controls if controls else 0,
         ),
         schedulers=family.scheduler_offers,
@@ -138,6 +149,7 @@ def _load(
         tasks=tuple(family.task_classes),
         strength_rounding=family.strength_rounding,
         adapters=offered,
+        measured_references=int(family.own_task is Task.EDIT),
     )
     log.info(
         "model loaded",
@@ -149,7 +161,7 @@ def _load(
         memory_format=info.runtime.memory_format,
         format_rule=info.runtime.format_rule,
         preset=info.runtime.preset,
-        preset_rule=info.runtime.preset_rule,
+        preset_rule=info.preset_rule,
         attention=info.runtime.attention,
         autocast=info.runtime.autocast,
         max_rows=measured.max_rows,
@@ -157,13 +169,17 @@ def _load(
         bytes_per_row=info.memory.bytes_per_row,
         bytes_per_decode=info.memory.bytes_per_decode,
     )
+    model = family.new_model(info, memory_format, runtime.device, precision, decoder, safety)
+    if slices_get_finer(runtime):
+        model.attention = SlicedAttention(family.denoiser)
+    if model.previewer is not None and safety is None:
+        model.previewer.fit()
     load = ModelLoad(
         model=info.id,
         load_seconds=in_memory - began,
         warm_up_seconds=time.monotonic() - in_memory,
         bytes_by_component=weights_of(family),
     )
-    model = family.new_model(info, memory_format, runtime.device, precision, decoder, safety)
     return model, load, measured.cache
 
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ from darkroom_server.engine.loading.folder import (
     variant_of,
 )
 from darkroom_server.engine.loading.hub_errors import HUB_TIMEOUT, explain
+from darkroom_server.engine.loading.ip_adapter import (
+    IpAdapterFiles,
+    find_ip_adapter,
+    load_ip_adapter,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +48,8 @@ class ModelFiles:
     """The files of a model on this machine, before any weight is read.
 
     ``path`` is a pipeline's folder, or a single file. ``index`` is the folder's, and ``parts`` are
-    its components with weights that are loaded; both are empty for a single file.
+    its components with weights that are loaded; both are empty for a single file. ``ip_adapter`` is
+    None without one.
     """
 
     source: ModelSource
@@ -51,10 +57,23 @@ class ModelFiles:
     family: type[Family]
     index: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
+    ip_adapter: IpAdapterFiles | None = None
 
 
 def find_model(source: ModelSource, *, safety_checker: bool) -> ModelFiles:
     """The files of ``source``, checked; downloads them from the hub. Raises ``StartupError``."""
+    files = _find_files(source, safety_checker)
+    if source.ip_adapter is None:
+        return files
+    if not files.family.takes_ip_adapter:
+        raise StartupError(
+            f"--ip-adapter {source.id}: a {files.family.pipeline_class} takes none here, only "
+            "Stable Diffusion and SDXL do"
+        )
+    return replace(files, ip_adapter=find_ip_adapter(source.ip_adapter))
+
+
+def _find_files(source: ModelSource, safety_checker: bool) -> ModelFiles:
     path = Path(source.location).expanduser()
     try:
         if path.is_file():
@@ -75,17 +94,20 @@ def load_pipeline(files: ModelFiles, dtype: torch.dtype) -> Any:
     Raises ``StartupError``.
     """
     try:
-        return _load_folder(files, dtype) if files.index else _load_single_file(files, dtype)
+        pipeline = _load_folder(files, dtype) if files.index else _load_single_file(files, dtype)
     except StartupError:
         raise
     except Exception as error:
         # diffusers, transformers and safetensors raise errors of any type.
         raise failed(files.source, "the model", error) from error
+    if files.ip_adapter is not None and files.source.ip_adapter is not None:
+        load_ip_adapter(pipeline, files.ip_adapter, files.source.ip_adapter)
+    return pipeline
 
 
 def weights_of(family: Family) -> dict[str, int]:
     """The bytes of each component's weights and buffers in memory."""
-    names = (*family.components, "safety_checker")
+    names = (*family.components, "safety_checker", "image_encoder")
     parts = {name: getattr(family.pipeline, name, None) for name in names}
     return {
         name: sum(t.numel() * t.element_size() for t in (*part.parameters(), *part.buffers()))
@@ -130,6 +152,7 @@ def _load_folder(files: ModelFiles, dtype: torch.dtype) -> Any:
         local_files_only=True,
         **family.pipeline_options,
         **{**_left_out(family, "safety_checker" in parts), **absent, **parts},
+        **family.weightless_parts(files.path),
     )
 
 

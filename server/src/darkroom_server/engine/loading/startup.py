@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import structlog
 import torch
 
 from darkroom_server.core.adapters import AdapterKind
@@ -13,9 +14,12 @@ from darkroom_server.engine.adapters.offering import Adapters
 from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.families.base import Model
+from darkroom_server.engine.loading.first_images import generate_first_images
 from darkroom_server.engine.loading.load_model import load_model
 from darkroom_server.engine.loop import EngineLoop
-from darkroom_server.engine.warmup.presets import allowed_threads, device_of
+from darkroom_server.engine.warmup.presets import allowed_threads, device_of, unused_gpu
+
+log = structlog.get_logger(__name__)
 
 
 def start_loop(
@@ -27,6 +31,8 @@ def start_loop(
     """
     began = time.monotonic()
     device = device_of(config)
+    if warning := unused_gpu(device, config):
+        log.error(warning)
     if device.type == "cpu":
         torch.set_num_threads(config.threads or allowed_threads())
     else:
@@ -42,6 +48,8 @@ def start_loop(
     controlnets.check()
     if len(models) > 1:
         _share_memory(models.values(), config, device)
+    if device.type == "cuda":
+        generate_first_images(models, caches)
     infos = tuple(model.info for model in models.values())
     for info, load in zip(infos, loads, strict=True):
         for offer in info.adapters:

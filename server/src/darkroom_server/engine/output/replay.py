@@ -26,4 +26,5 @@ def replay_of(sample: Sample, pixels_sha256: str) -> Replay:
         library_versions=library_versions(sample.job.prompt_syntax),
         rows_in_last_pass=sample.rows_in_last_batch,
         pixels_sha256=pixels_sha256,
+        memory_fallbacks=tuple(sorted(sample.memory_fallbacks)),
     )

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from darkroom_server.engine.device.transfer import send
+
 Arguments = Mapping[str, Any]
 
 _digests: MutableMapping[torch.Tensor, bytes] = WeakTensorKeyDictionary()
@@ -99,7 +101,7 @@ class ArgumentSpec:
         for name, value in arguments.items():
             kind = self.kinds.get(name)
             if kind is Kind.TIMESTEP and isinstance(value, torch.Tensor):
-                given[name] = value.to(device)
+                given[name] = send(value, device)
             elif kind is Kind.ROWS and self.layout is not torch.contiguous_format:
                 # Otherwise as given: another layout may change the last bits.
                 given[name] = self._laid_out(value)
@@ -148,7 +150,7 @@ class ArgumentSpec:
                     for entry in value
                 }
             elif self.kinds.get(name) is Kind.TIMESTEP and value is not None:
-                merged[name] = merge_timesteps(given, rows).to(device)
+                merged[name] = send(merge_timesteps(given, rows), device)
             else:
                 merged[name] = self._merge(name, given, rows, lengths)
         return merged

@@ -1,10 +1,12 @@
 """The memo of encoded prompts: what ``encode_prompt`` returned, by its arguments."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
+from PIL import Image
 
 
 class EncodeMemo:
@@ -52,7 +54,7 @@ class EncodeMemo:
 
 
 def memo_key(value: Any) -> Hashable:
-    """``value`` as part of a key: prompts, flags, numbers, and lists of them.
+    """``value`` as part of a key: prompts, flags, numbers, images, and lists of them.
 
     Raises ``TypeError`` for a value that cannot be one, such as a tensor.
     """
@@ -62,6 +64,9 @@ def memo_key(value: Any) -> Hashable:
         return str(value)
     if value is None or isinstance(value, str | int | float):
         return (type(value).__name__, value)
+    if isinstance(value, Image.Image):
+        digest = hashlib.blake2b(value.tobytes(), digest_size=16).digest()
+        return ("Image", value.mode, value.size, digest)
     raise TypeError(f"a {type(value).__name__} cannot be part of a key")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
-from darkroom_server.engine.components.decoder import Decoder
+from darkroom_server.engine.components.decoder import Decoder, pixels_of
 from darkroom_server.engine.failures import (
     DECODE_FAILED,
     OUT_OF_MEMORY,
@@ -63,8 +63,7 @@ def _pixels(image: Any, job: Job) -> NDArray[np.uint8]:
         pixels: NDArray[np.uint8] = np.asarray(first.convert("RGB"))
     else:
         # The arithmetic of diffusers' VaeImageProcessor, for equal values.
-        unit = first.permute(1, 2, 0).float().cpu().numpy()
-        pixels = (unit * 255).round().astype(np.uint8)
+        pixels = pixels_of(first)
     if pixels.shape != (job.height, job.width, 3):
         raise UnexpectedCall(f"an image of {pixels.shape}, not {job.height}×{job.width}")
     return pixels

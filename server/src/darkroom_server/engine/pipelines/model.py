@@ -13,9 +13,11 @@ from darkroom_server.core.events import Counted
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.engine.adapters.model_adapters import ModelAdapters, denoising
+from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.safety_checker import SafetyChecker
+from darkroom_server.engine.conditioning.ip_adapter import row_scales
 from darkroom_server.engine.counters import Counts
 from darkroom_server.engine.pipelines.finish import finish
 from darkroom_server.engine.pipelines.runs import PromptFailed, Runs
@@ -38,6 +40,7 @@ class SuspendedModel:
     safety: SafetyChecker | None
     encodes_slowly: bool
     prompt_counts: Counts = field(default_factory=Counts)
+    attention: SlicedAttention | None = None
 
     # Each prompt is encoded alone, as by the pipeline, so exact jobs need no encode of their own.
     batches_prompts = False
@@ -84,7 +87,7 @@ class SuspendedModel:
     def denoise(self, samples: Sequence[SuspendedSample]) -> list[Any]:
         """One denoiser call: for each sample the output for its rows."""
         jobs = [(sample.job, sample.rows) for sample in samples]
-        with denoising(self.adapters, jobs):
+        with denoising(self.adapters, jobs), row_scales(self.runs.ip_adapter, jobs):
             return self.runs.denoise([denoiser_call(sample) for sample in samples], samples)
 
     def decode(self, sample: SuspendedSample) -> NDArray[np.uint8] | Failure:

@@ -18,6 +18,7 @@ from darkroom_server.engine.adapters.model_adapters import (
 )
 from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder, JobImageEncoder
+from darkroom_server.engine.conditioning.ip_adapter import IpAdapter
 from darkroom_server.engine.controls.model_controls import ModelControls, controlled, controls_of
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.calls import DenoiserCall, EncodeCall, EncodeImageCall
@@ -45,7 +46,8 @@ class Runs:
     pipeline's call for a job. ``vae_latents`` turns what a scheduler steps for a job into the VAE's
     latents [1, channels, h, w], for previews. ``schedulers`` are templates, by name. ``own`` are
     further components that each run has a copy of. ``images`` encodes input images, None if the
-    model takes none. ``adapters`` and ``controls`` are those of its jobs.
+    model takes none. ``adapters`` and ``controls`` are those of its jobs. ``ip_adapter`` is None
+    without one.
     """
 
     hosts: Mapping[Task, HostedPipeline]
@@ -57,6 +59,7 @@ class Runs:
     precision: Callable[[], AbstractContextManager[Any]]
     images: ImageEncoder | None = None
     adapters: ModelAdapters | None = None
+    ip_adapter: IpAdapter | None = None
     controls: ModelControls | None = None
 
     @property

@@ -50,7 +50,7 @@ class SuspendedSample(Sample):
         self._prompt_truncated = prompt_truncated
         self._adapter_key = adapter_key
         self._coroutine: Coroutine | None = None
-        self._group = Group(job.model, job.width, job.height)
+        self._group = Group(job.model, *job.denoised_size)
         self._rows = 1
         self._latents = torch.empty(0, device=device)
 
@@ -167,7 +167,7 @@ class SuspendedSample(Sample):
         key = (key, self._adapter_key) if known else (job.id, self.index)
         if key == self._group.key:
             return
-        width, height = job.width, job.height
+        width, height = job.denoised_size
         if known and spec is not None and spec.mixes_sizes:
             width = height = common_square(width, height)
         self._group = Group(job.model, width, height, key=key)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from darkroom_server.engine.device.transfer import send
+
 
 @dataclass(frozen=True, slots=True)
 class LinearStep:
@@ -40,8 +42,8 @@ def _take_alike(steps: Sequence[LinearStep]) -> list[torch.Tensor]:
     device = steps[0].inputs[0].device
     numbers = steps[0].inputs[0].shape[1]
     stacked = [
-        torch.cat(parts).to(device, torch.float32, non_blocking=True).view(len(steps), -1, numbers)
+        send(torch.cat(parts), device).float().view(len(steps), -1, numbers)
         for parts in zip(*(step.inputs for step in steps), strict=True)
     ]
-    matrices = torch.stack([step.matrix for step in steps]).to(device, non_blocking=True)
+    matrices = send(torch.stack([step.matrix for step in steps]), device)
     return list(torch.bmm(matrices, torch.cat(stacked, dim=1)).unbind())

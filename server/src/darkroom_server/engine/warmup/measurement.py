@@ -1,15 +1,17 @@
 """Measures a placed model, or takes what an earlier start measured."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import structlog
 import torch
 
-from darkroom_server.core.engine_config import EngineConfig
-from darkroom_server.core.model import MemoryNeeds, ModelInfo, ModelSpeed, RowLimitSource
+from darkroom_server.core.engine_config import Attention, EngineConfig
+from darkroom_server.core.memory_needs import MemoryNeeds
+from darkroom_server.core.model import ModelInfo, ModelSpeed, RowLimitSource
+from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.families.base import Family
@@ -23,9 +25,11 @@ from darkroom_server.engine.warmup.placement import (
     sample_bytes,
 )
 from darkroom_server.engine.warmup.presets import Runtime
+from darkroom_server.engine.warmup.profiler import peak_bytes
 from darkroom_server.engine.warmup.row_measurement import (
     MAX_BATCH_SECONDS,
     ROWS,
+    agreed_seconds,
     best_rows,
     measure_rows,
     row_counts,
@@ -97,7 +101,10 @@ def measure(
         tile_pixels=decoder.tile_pixels,
         bytes_per_sample=sample_bytes(family),
         available_bytes=available_bytes(runtime.device),
+        heads_per_slice=_attention(family, runtime).heads_per_slice,
+        sdpa_bytes_per_row=found.sdpa_bytes_per_row,
     )
+    _log_gain(found)
     fit = memory.rows_that_fit(family.size, family.size)
     rows = config.rows if merged else 1
     if rows is not None and rows > fit:
@@ -165,6 +172,7 @@ def _measure_now(
         most = min(most, memory.rows_that_fit(family.size, family.size))
         counts = row_counts(most) if config.rows is None else sorted({2, most})
     seconds = measure_rows(time_batch, counts)
+    sdpa_bytes, sdpa_seconds = _measure_sdpa(family, memory_format, runtime)
     best = best_rows(seconds)
     log.info(
         "measured rows", best=best, milliseconds={r: round(s * 1000, 1) for r, s in seconds.items()}
@@ -177,4 +185,49 @@ def _measure_now(
         bytes_per_row=memory.bytes_per_row,
         bytes_per_pass=memory.bytes_per_pass,
         bytes_per_decode=memory.bytes_per_decode,
+        sdpa_bytes_per_row=sdpa_bytes,
+        sdpa_seconds=sdpa_seconds,
+    )
+
+
+def slices_get_finer(runtime: Runtime) -> bool:
+    """Whether the slices of attention follow the size of the images, on a GPU.
+
+    A CPU has more memory. There they stay as they are, and so do the last bits of its images.
+    """
+    return runtime.attention is Attention.SLICED and runtime.device.type == "cuda"
+
+
+def _attention(family: Family, runtime: Runtime) -> SlicedAttention:
+    """The layers of the denoiser whose slices get finer, none if they do not."""
+    return SlicedAttention(family.denoiser if slices_get_finer(runtime) else None)
+
+
+def _measure_sdpa(
+    family: Family, memory_format: MemoryFormat, runtime: Runtime
+) -> tuple[int, float]:
+    """Bytes of a row with SDPA in place of slices, and the seconds of two as preset fast runs them.
+
+    (0, 0.0) if nothing is sliced.
+    """
+    attention = _attention(family, runtime)
+    if not attention.heads_per_slice:
+        return 0, 0.0
+    sliced = denoiser_timer(family, memory_format, runtime)
+    fast = denoiser_timer(family, memory_format, replace(runtime, autocast=False))
+    with attention.replaced_by_sdpa():
+        peak = peak_bytes(runtime.device, lambda: sliced(2))
+        return max(1, peak // 2), agreed_seconds(lambda: fast(2))
+
+
+def _log_gain(found: Measurements) -> None:
+    """Say in one line what preset fast would gain."""
+    rows, seconds = found.passes[0]
+    if not found.sdpa_seconds or rows != 2:
+        return
+    peak = 2 * found.bytes_per_row + found.bytes_per_pass
+    log.info(
+        "preset fast would run a batch of two rows with less",
+        time_ratio=round(found.sdpa_seconds / seconds, 2),
+        memory_ratio=round(2 * found.sdpa_bytes_per_row / max(1, peak), 2),
     )

@@ -19,7 +19,7 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Of the file's format and of the way to measure; another version is measured again."""
 
 LARGEST_BYTES = 65536
@@ -33,6 +33,8 @@ class Measurements:
     """What a model takes on a device; see ``MemoryNeeds`` and ``ModelSpeed`` for the units.
 
     ``max_rows`` is the best row limit, ``passes`` are pairs of rows and seconds of a batch.
+    ``sdpa_seconds`` are those of a batch of two rows with SDPA and without autocast, 0 if it was
+    not measured.
     """
 
     max_rows: int
@@ -42,6 +44,8 @@ class Measurements:
     bytes_per_row: int
     bytes_per_pass: int
     bytes_per_decode: int
+    sdpa_bytes_per_row: int = 0
+    sdpa_seconds: float = 0.0
 
     @classmethod
     def read(cls, data: Any) -> Self:
@@ -56,9 +60,9 @@ class Measurements:
             raise ValueError("its passes are not rows and seconds")
         if not _is_rows(data["max_rows"]) or data["max_rows"] < 2 or not _is_time(data["decode"]):
             raise ValueError("its row limit or decode time is not plausible")
-        if data["encode"] != 0 and not _is_time(data["encode"]):
-            raise ValueError("its encode time is not plausible")
-        sizes = [data[name] for name in ("bytes_per_row", "bytes_per_pass", "bytes_per_decode")]
+        if not all(data[name] == 0 or _is_time(data[name]) for name in ("encode", "sdpa_seconds")):
+            raise ValueError("its times of an encode and of SDPA are not plausible")
+        sizes = [value for name, value in data.items() if "bytes" in name]
         if not all(type(size) is int and 0 <= size < 2**50 for size in sizes):
             raise ValueError("its memory is not plausible")
         return cls(**{**data, "passes": tuple((rows, float(s)) for rows, s in passes)})

@@ -3,6 +3,7 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, P
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.device import cgroup
 from darkroom_server.engine.warmup.formats import FormatRule, HalfPrecision, Hardware, format_rule
+
+GPU_NODES = ("nvidia[0-9]*", "kfd", "dxg")
+"""What drivers of GPUs name their devices in ``/dev``: NVIDIA's, AMD's, and Windows's in WSL."""
 
 DTYPES = {
     Dtype.FLOAT16: torch.float16,
@@ -83,7 +87,7 @@ def resolve(config: EngineConfig, half: HalfPrecision) -> Runtime:
             unsuitable.append("attention is sdpa: the model's cannot be sliced")
     if frugal and autocast_risk and config.autocast is None:
         unsuitable.append(f"autocast is off: {autocast_risk}")
-    chosen = f"the default on a {'GPU' if cuda else 'CPU'}"
+    chosen = unused_gpu(device, config) or f"the default on a {'GPU' if cuda else 'CPU'}"
     return Runtime(
         device=device,
         preset=preset,
@@ -170,6 +174,18 @@ def _device(name: str) -> torch.device:
     if index >= count:
         raise StartupError(f"device {name!r} is not there: torch sees {count} CUDA devices")
     return torch.device("cuda", index)
+
+
+def unused_gpu(device: torch.device, config: EngineConfig) -> str:
+    """Why ``auto`` chose the CPU of a machine with a GPU, in one line; "" if it did not."""
+    nodes = [str(node) for pattern in GPU_NODES for node in sorted(Path("/dev").glob(pattern))]
+    if config.device != "auto" or device.type == "cuda" or not nodes:
+        return ""
+    if torch.version.cuda is None and torch.version.hip is None:
+        why = "this torch is built for CPUs only"
+    else:
+        why = "torch finds no driver that it can use"
+    return f"{nodes[0]} is a GPU, and the models run on the CPU: {why}"
 
 
 def _slice_size(config: EngineConfig, attention: Attention, default: str) -> str:

@@ -268,13 +268,14 @@ function askForToken() {
 
 // ---- one request ----
 
+// `pictures` may be a promise: the page is busy from now on.
 async function generate(fields, seed, pictures) {
   if (running) return;
   clearErrors();
   running = new AbortController();
   setBusy(true);
   try {
-    await follow({ fields, seed, pictures }, running.signal);
+    await follow({ fields, seed, pictures: await pictures }, running.signal);
   } catch (error) {
     hideProgress(error.name === "AbortError" ? "Cancelled" : "");
     if (error.name !== "AbortError") showError(error);
@@ -575,7 +576,7 @@ $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   token = $("token").value.trim() || token;
   const seed = $("seed").value || randomSeed();
-  readPictures().then((pictures) => generate(readForm(), seed, pictures));
+  generate(readForm(), seed, readPictures());
 });
 
 $("image").addEventListener("change", showOriginal);

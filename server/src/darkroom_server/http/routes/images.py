@@ -151,7 +151,7 @@ class ImageRoutes:
             request.generation, call.context, call.arrived, call.deadline
         ) as summary:
             writer, active, joined = await self._accept(call, request, summary)
-            with active.subscribe() as subscription:
+            with active.subscribe(images_only=not request.progress) as subscription:
                 del active  # A subscription releases the job of a stalled reader.
                 events = event_stream(writer, subscription, summary, joined=joined)
                 yield b""
