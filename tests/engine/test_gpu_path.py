@@ -201,15 +201,24 @@ def per_batch(served: Served, cuda: FakeDevice, scheduler: SchedulerName) -> Wai
     return Counter({each: count // (many - few) for each, count in more.items() if count})
 
 
-TIMESTEPS = (Kind.TO_DEVICE, "engine/device/transfer.py", False)
+SENT = (Kind.TO_DEVICE, "engine/device/transfer.py", False)
 BATCH_BEFORE = (Kind.SYNC, "engine/device/timer.py", True)
 
 
-@pytest.mark.parametrize("scheduler", [SchedulerName.DDIM, SchedulerName.PNDM, SchedulerName.LMS])
+COPIES = {
+    SchedulerName.DDIM: 2,
+    SchedulerName.UNIPC: 2,
+    SchedulerName.LMS: 3,
+    SchedulerName.EULER_ANCESTRAL: 4,
+}
+"""Timesteps and coefficients; scales and noise for schedulers that have them."""
+
+
+@pytest.mark.parametrize("scheduler", COPIES)
 def test_a_batch_waits_for_the_one_before_and_for_nothing_else(
     fast: Served, cuda: FakeDevice, scheduler: SchedulerName
 ) -> None:
-    assert per_batch(fast, cuda, scheduler) == {TIMESTEPS: 1, BATCH_BEFORE: 1}
+    assert per_batch(fast, cuda, scheduler) == {SENT: COPIES[scheduler], BATCH_BEFORE: 1}
 
 
 def test_the_next_batch_is_launched_before_the_last_one_is_awaited(
