@@ -29,6 +29,7 @@ from .fake_cuda import CUDA, CudaTensor, FakeDevice, FakeEvent, Kind
 from .families import CASES
 from .families.case import FamilyCase
 from .test_schedulers import SD_SCHEDULERS
+from .tiny import SIZE
 
 
 def on_gpu(folder: Path, preset: Preset, **fields: Any) -> EngineConfig:
@@ -136,9 +137,11 @@ FAMILIES = {case.write.__module__: case for case in reversed(CASES)}
 @pytest.mark.parametrize("case", FAMILIES.values(), ids=lambda case: case.name)
 def test_a_family_generates(case: FamilyCase, tmp_path: Path, cuda: FakeDevice) -> None:
     folder = case.write(tmp_path)
+    side = 128 if case.name == "HiDream" else SIZE  # Its pipeline knows no other area.
+    fields = {**case.jobs[0], "width": side, "height": side, "preview_every": 1}
     ready, events = run_here(
         on_gpu(folder, Preset.FAST, rows=2),
-        make_job("one", scheduler=SchedulerName.MODEL, **case.jobs[0], preview_every=1),
+        make_job("one", scheduler=SchedulerName.MODEL, **fields),
     )
     assert ready.models[0].runtime.device == "cuda:0"
     assert ends(events) == [JobFinished]
