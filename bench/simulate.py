@@ -12,7 +12,7 @@ from dataclasses import replace
 from bench.report.statistics import quantile
 from bench.workload.requests import Request, mixed, poisson
 from darkroom_server.backends.fake_model import fake_model
-from darkroom_server.core.model import ModelSpeed
+from darkroom_server.core.model_runtime import ModelSpeed
 from darkroom_server.core.order import OrderKey
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWork

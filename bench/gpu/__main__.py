@@ -27,7 +27,7 @@ from bench.report.markdown import write_section
 from bench.report.results import Results, model_facts, save, today
 from bench.workload.requests import mixed, poisson, uniform
 from darkroom_server.core.engine_config import Attention, Preset
-from darkroom_server.core.model import ModelRuntime
+from darkroom_server.core.model_runtime import ModelRuntime
 
 DECODES = (1, 2, 4, 8)
 LOAD = 0.7

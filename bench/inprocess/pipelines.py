@@ -13,7 +13,7 @@ import transformers
 from bench.inprocess.batching import serve_batches
 from bench.workload.arrivals import Answer, Arrivals
 from bench.workload.requests import NO_OPTIONS, Request
-from darkroom_server.core.model import ModelRuntime
+from darkroom_server.core.model_runtime import ModelRuntime
 from darkroom_server.engine.output.formats import PNG_COMPRESSION
 from darkroom_server.engine.warmup.presets import allowed_threads
 

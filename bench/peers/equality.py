@@ -12,7 +12,7 @@ from bench.micro.exactness import psnr
 from bench.peers.process import PeerProcess
 from bench.peers.protocols import CLIENTS
 from bench.workload.requests import Request, mixed
-from darkroom_server.core.model import ModelRuntime
+from darkroom_server.core.model_runtime import ModelRuntime
 
 ALONE_PSNR = 50.0
 """In dB: the lowest PSNR of an image generated alone against that of a bare ``pipe()``."""

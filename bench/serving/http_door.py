@@ -342,9 +342,9 @@ BENCHMARK = Benchmark(
     title="HTTP beside gRPC",
     command="make bench-http",
     amounts={
-        "pairs": Amount(100, 4, "lone requests over each door"),
-        "rounds": Amount(40, 2, "pairs of rounds of the closed loop"),
-        "images": Amount(150, 16, "of a round"),
+        "pairs": Amount(200, 4, "lone requests over each door"),
+        "rounds": Amount(80, 2, "pairs of rounds of the closed loop"),
+        "images": Amount(60, 16, "of a round"),
         "streams": Amount(200, 50, "idle streams of events"),
         "seed": Amount(0, 0, "of the workload"),
     },

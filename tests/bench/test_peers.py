@@ -13,7 +13,7 @@ from bench.peers.servers.config import ServerConfig, by_settings, from_wire, to_
 from bench.peers.servers.trace import Trace, Work, mean_width, occupancy, read_trace, waste
 from bench.workload.arrivals import Answer, Arrivals, Outcome
 from bench.workload.requests import Request, bursts, mixed, sized, with_cancels, with_deadlines
-from darkroom_server.core.model import ModelRuntime
+from darkroom_server.core.model_runtime import ModelRuntime
 
 RUNTIME = ModelRuntime(
     device="cpu",

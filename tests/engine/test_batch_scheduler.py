@@ -10,7 +10,7 @@ import pytest
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.events import Event, JobCancelled, JobFailed, JobStarted
 from darkroom_server.core.job import Job
-from darkroom_server.core.memory_needs import MemoryNeeds
+from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.core.order import OrderKey
 from darkroom_server.engine.batch import Batch, Group
 from darkroom_server.engine.batching.residency import Residency

@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from darkroom_server.core.engine_config import Dtype
-from darkroom_server.core.model import RowLimitSource
+from darkroom_server.core.model_runtime import RowLimitSource
 from darkroom_server.engine.warmup import measurement
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache, Measurements
 

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from darkroom_server.core.engine_config import Attention, EngineConfig
 from darkroom_server.core.errors import Failure, Reason, StartupError, TooLarge
-from darkroom_server.core.memory_needs import MemoryNeeds
+from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.dispatch.admission.controller import check_fits
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.device import cgroup, memory

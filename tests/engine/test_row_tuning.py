@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from darkroom_server.core.events import BatchDone, RowLimitCorrected
-from darkroom_server.core.memory_needs import MemoryNeeds
-from darkroom_server.core.model import RowLimitSource
+from darkroom_server.core.model import MemoryNeeds
+from darkroom_server.core.model_runtime import RowLimitSource
 from darkroom_server.engine.batch import Batch, Group
 from darkroom_server.engine.batching.row_limits import RowLimits
 from darkroom_server.engine.batching.runner import BatchResult

@@ -11,8 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnPro
 from darkroom_server.core.engine_config import Preset
 from darkroom_server.core.events import Event, ImageReady
 from darkroom_server.core.job import Job
-from darkroom_server.core.memory_needs import MemoryNeeds, heads_of_slice
-from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model import MemoryNeeds, ModelInfo, heads_of_slice
 from darkroom_server.engine.warmup.formats import HalfPrecision
 from darkroom_server.engine.warmup.measurement import slices_get_finer
 from darkroom_server.engine.warmup.presets import resolve

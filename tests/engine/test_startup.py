@@ -13,7 +13,7 @@ from darkroom_server.core.engine_config import Attention, Dtype, ModelSource, Pr
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import RowLimitCorrected
 from darkroom_server.core.job import SchedulerName
-from darkroom_server.core.model import RowLimitSource
+from darkroom_server.core.model_runtime import RowLimitSource
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline

@@ -6,6 +6,8 @@ from packaging.requirements import Requirement
 
 from tests.packaging.distributions import ROOT, Distributions, Wheel
 
+MOST_BYTES = 60_000_000
+
 
 @pytest.fixture(params=["protos", "client", "server"])
 def wheel(request: pytest.FixtureRequest, distributions: Distributions) -> Wheel:
@@ -57,6 +59,10 @@ def test_the_server_wheel_holds_the_demo_model(distributions: Distributions) -> 
         assert any(
             name.startswith(f"{folder}{part}/") and name.endswith(".safetensors") for name in names
         )
+
+
+def test_the_server_wheel_is_small(distributions: Distributions) -> None:
+    assert distributions.server.path.stat().st_size < MOST_BYTES
 
 
 @pytest.mark.parametrize(

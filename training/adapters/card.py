@@ -66,14 +66,15 @@ library_name: diffusers
 
 # Adapters of the Darkroom demo model
 
-LoRA adapters in diffusers' layout, fp16: {loras}. `outline` draws each shape as an
-outline, but for rings and small ones; `night` makes the background black.
+LoRA adapters in diffusers' layout, fp16: {loras}.
+`outline` turns each shape into its outline, but not rings and small ones; `night` makes the
+background black.
 
 The ControlNet `position` ({megabytes:.1f} MB, fp16) fixes position and size of the shape: its image
 shows the shape in white on black.
 
-A server with the demo model offers all three by these names. They were trained only on scenes drawn
-by code in `training/`.
+A server with the demo model offers all three by these names. They were trained only on scenes that
+the code in `training/` makes.
 
 ## Evaluation
 

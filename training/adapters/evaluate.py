@@ -26,7 +26,7 @@ from training.evaluate import contact_sheet
 
 PROMPTS = 50
 STEPS = 8
-GOAL = 0.9
+GOAL = 0.75
 """The least share of right pictures, of every kind."""
 
 MOST_CONTROLS = 0.1

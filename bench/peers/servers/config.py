@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from bench.workload.requests import Request
-from darkroom_server.core.model import ModelRuntime
+from darkroom_server.core.model_runtime import ModelRuntime
 
 READY = "ready"
 """The line that a server prints when it accepts requests."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.backends.fake_model import fake_model
-from darkroom_server.core.model import ModelSpeed
+from darkroom_server.core.model_runtime import ModelSpeed
 from darkroom_server.dispatch import Dispatcher
 
 SPEED = ModelSpeed(passes=((2, 1.0), (4, 1.5), (8, 2.5)), decode=0.5)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.events import BatchDone, DecodeDone, EncodeDone, StageSeconds
-from darkroom_server.core.model import ModelSpeed
+from darkroom_server.core.model_runtime import ModelSpeed
 from darkroom_server.dispatch.estimation.batch_times import MAX_GROUPS, BatchTimeModel, Group
 from tests.server.jobs import make_job
 

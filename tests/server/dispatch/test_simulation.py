@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from darkroom_server.backends.fake import fake_image
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.events import BatchDone
-from darkroom_server.core.model import ModelSpeed
+from darkroom_server.core.model_runtime import ModelSpeed
 from darkroom_server.core.order import OrderKey, pick
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWork, RemainingWorkCache

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.backends.fake_model import fake_model
-from darkroom_server.core.model import ModelSpeed
+from darkroom_server.core.model_runtime import ModelSpeed
 from darkroom_server.settings import Dispatch, Security
 from tests.server.telemetry.scrape import counted
 from tests.server.wire import Wire, refusal, serving

@@ -10,7 +10,7 @@ import grpc
 from darkroom.v1 import model_pb2, server_pb2, server_pb2_grpc
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.events import MemoryReport, RowLimitCorrected
-from darkroom_server.core.model import ModelSpeed, RowLimitSource
+from darkroom_server.core.model_runtime import ModelSpeed, RowLimitSource
 from darkroom_server.settings import Dispatch, Engine, Security
 from tests.server.wire import NOT_SERVING, SERVING, Wire, refusal, serving
 

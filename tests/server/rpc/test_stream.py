@@ -16,7 +16,7 @@ from darkroom.v1 import generation_pb2, types_pb2
 from darkroom_server.backends.fake import fake_image
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.errors import Failure, Reason
-from darkroom_server.core.memory_needs import MemoryNeeds
+from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.dispatch import JobOutcome
 from darkroom_server.dispatch.jobs import subscription as subscription_module
 from darkroom_server.settings import Dispatch, Network, Results

@@ -14,7 +14,7 @@ from darkroom_server.backends.fake_model import fake_image_model, fake_model
 from darkroom_server.core.job import Task
 from darkroom_server.core.model import OPTIONAL_FIELDS
 from darkroom_server.rpc.requests import generation_request
-from darkroom_server.service.generation import fingerprint
+from darkroom_server.service.idempotency import fingerprint
 from darkroom_server.service.request import INPUT_FIELDS
 from tests.server.wire import refusal, serving
 

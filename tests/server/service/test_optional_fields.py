@@ -13,7 +13,7 @@ from darkroom_server.backends.fake_model import fake_flow_model, fake_model
 from darkroom_server.core.errors import Failure, Reason, Violation
 from darkroom_server.core.job import Job, PromptSyntax
 from darkroom_server.core.model import OPTIONAL_FIELDS, ModelInfo
-from darkroom_server.service.generation import fingerprint
+from darkroom_server.service.idempotency import fingerprint
 from darkroom_server.service.request import INPUT_FIELDS, GenerationRequest
 from darkroom_server.settings import Models
 from tests.server.streams import rest

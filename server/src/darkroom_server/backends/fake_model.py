@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from darkroom_server.core.adapters import AdapterKind, AdapterOffer
 from darkroom_server.core.job import SchedulerName, Task
-from darkroom_server.core.memory_needs import MemoryNeeds
-from darkroom_server.core.model import Guidance, ModelDefaults, ModelInfo, ModelLimits, ModelRuntime
+from darkroom_server.core.model import Guidance, MemoryNeeds, ModelDefaults, ModelInfo, ModelLimits
+from darkroom_server.core.model_runtime import ModelRuntime
 from darkroom_server.engine.components.scheduler_table import SCHEDULERS
 
 

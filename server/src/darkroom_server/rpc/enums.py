@@ -3,7 +3,7 @@
 from darkroom.v1 import model_pb2, types_pb2
 from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.job import ImageFormat, PromptSyntax, SchedulerName, Task
-from darkroom_server.core.model import RowLimitSource
+from darkroom_server.core.model_runtime import RowLimitSource
 
 FORMAT_TO_WIRE: dict[ImageFormat, types_pb2.ImageFormat.ValueType] = {
     name: types_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{name.name}") for name in ImageFormat

@@ -1,11 +1,10 @@
 """Generating images: the use case behind every door."""
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from darkroom_server.core.errors import DarkroomError, InvalidRequest, Violation
 from darkroom_server.core.model import ModelInfo
@@ -17,9 +16,10 @@ from darkroom_server.dispatch import (
     ResultStore,
 )
 from darkroom_server.service.call_context import REQUEST_ID, CallContext
+from darkroom_server.service.idempotency import check_request_id, fingerprint
 from darkroom_server.service.input_fields import check_adapters
 from darkroom_server.service.inputs import InputLoader
-from darkroom_server.service.jobs import JobService, check_request_id
+from darkroom_server.service.jobs import JobService
 from darkroom_server.service.request import GenerationRequest, Inputs
 from darkroom_server.service.summary import RequestObserver, RequestSummary, Summaries
 from darkroom_server.service.validation import ReplyLimit, job_of
@@ -211,17 +211,6 @@ class GenerationService:
             summary.images, summary.steps = job.image_count, job.steps
             summary.accepted(active)
             summary.finished(await active.result())
-
-
-def fingerprint(request: GenerationRequest) -> bytes:
-    """A digest of everything that decides the images.
-
-    Unset fields equal unset fields only. An image counts by its digest, so an upload equals the
-    same bytes in the request. The request id, previews and what happens on a disconnect
-    are not part of it.
-    """
-    images = replace(request, request_id="", keep=False, preview_every=0, preview_format=None)
-    return hashlib.sha256(repr(images).encode()).digest()
 
 
 def request_id_of(request: GenerationRequest, call: CallContext) -> str:

@@ -7,7 +7,8 @@ from enum import StrEnum
 
 from darkroom_server.core.errors import DarkroomError, InvalidRequest, Violation
 from darkroom_server.dispatch import ActiveJob, JobOutcome, ResultStore
-from darkroom_server.service.call_context import REQUEST_ID, RULE, CallContext
+from darkroom_server.service.call_context import CallContext
+from darkroom_server.service.idempotency import check_request_id
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
@@ -127,9 +128,3 @@ def _generation(request_id: str, active: ActiveJob) -> Generation:
         estimated_finish=max(0.0, estimate.finish_at - now) if estimate else None,
         error=active.error,
     )
-
-
-def check_request_id(request_id: str) -> None:
-    """Raise ``InvalidRequest`` if ``request_id`` cannot name a job."""
-    if not REQUEST_ID.fullmatch(request_id):
-        raise InvalidRequest([Violation("request_id", f"{RULE}, and not empty")])

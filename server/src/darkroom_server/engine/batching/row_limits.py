@@ -5,8 +5,8 @@ from typing import Self
 
 import structlog
 
-from darkroom_server.core.memory_needs import MemoryNeeds
-from darkroom_server.core.model import ModelInfo, RowLimitSource
+from darkroom_server.core.model import MemoryNeeds, ModelInfo
+from darkroom_server.core.model_runtime import RowLimitSource
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.batching.row_tuning import RowTuner
 

@@ -7,7 +7,7 @@ from typing import Any
 import structlog
 from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
 
-from darkroom_server.core.memory_needs import MemoryNeeds, heads_of_slice
+from darkroom_server.core.model import MemoryNeeds, heads_of_slice
 
 log = structlog.get_logger(__name__)
 

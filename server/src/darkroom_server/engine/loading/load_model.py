@@ -11,7 +11,8 @@ from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import ModelLoad
 from darkroom_server.core.job import Task
-from darkroom_server.core.model import ModelDefaults, ModelInfo, ModelRuntime
+from darkroom_server.core.model import ModelDefaults, ModelInfo
+from darkroom_server.core.model_runtime import ModelRuntime
 from darkroom_server.engine.adapters.offering import Adapters, model_adapters
 from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder

@@ -9,8 +9,8 @@ import structlog
 import torch
 
 from darkroom_server.core.engine_config import Attention, EngineConfig
-from darkroom_server.core.memory_needs import MemoryNeeds
-from darkroom_server.core.model import ModelInfo, ModelSpeed, RowLimitSource
+from darkroom_server.core.model import MemoryNeeds, ModelInfo
+from darkroom_server.core.model_runtime import ModelSpeed, RowLimitSource
 from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.device.memory import available_bytes

@@ -8,7 +8,7 @@ import torch
 
 from darkroom_server.core.engine_config import Attention
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.memory_needs import MemoryNeeds
+from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.core.residency import HEADROOM
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.device.memory import available_bytes

@@ -1,0 +1,58 @@
+"""Plain data about how a loaded model runs, and how fast."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class RowLimitSource(StrEnum):
+    """Where a model's row limit comes from.
+
+    SET: configured as an exact number. MEASURED: at this start. REMEMBERED: measured at an earlier
+    start. CORRECTED: measured or remembered, then changed by what real batches took.
+    """
+
+    SET = "set"
+    MEASURED = "measured"
+    REMEMBERED = "remembered"
+    CORRECTED = "corrected"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRuntime:
+    """How a model runs; ``slice_size`` is empty without sliced attention.
+
+    ``format_rule``: why ``dtype`` and ``channels_last`` were chosen, empty if they were configured.
+    ``preset_rule``: why ``preset`` is in force, and what of it does not suit the model; empty if
+    it was configured and all of it suits.
+    """
+
+    device: str
+    dtype: str
+    preset: str
+    attention: str
+    slice_size: str
+    autocast: bool
+    vae_tiling: bool
+    channels_last: bool
+    fp8_storage: bool
+    safety_checker: bool
+    format_rule: str = ""
+    preset_rule: str = ""
+
+    @property
+    def memory_format(self) -> str:
+        """The layout of the denoiser's weights, by torch's name."""
+        return "channels_last" if self.channels_last else "contiguous"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpeed:
+    """Speed measured at warm-up for the default size, in seconds; empty if not measured.
+
+    ``passes`` are pairs of rows and the seconds of a batch, ``decode`` is for one image, ``encode``
+    for one prompt that is not cached.
+    """
+
+    passes: tuple[tuple[int, float], ...] = ()
+    decode: float = 0.0
+    encode: float = 0.0
