@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from bench.micro.suspension import FORMS, SCHEDULERS, Kernels, count_steps
+from bench.micro.suspension import (
+    BY_HAND,
+    COUNTED_SAMPLES,
+    FORMS,
+    MERGED,
+    SCHEDULERS,
+    SUSPENDED,
+    Kernels,
+    count_steps,
+)
 from bench.report.machine import model_source
 
 
@@ -29,10 +38,21 @@ def test_reading_a_value_from_the_device_raises() -> None:
             read(value)
 
 
-def test_both_forms_take_a_step_without_waiting() -> None:
+def test_merged_steps_take_as_many_kernels_for_a_batch_as_for_an_image() -> None:
+    """Nor does any form wait for the device: that cannot be counted."""
     counts = count_steps(model_source(None))
-    assert [(each["scheduler"], each["form"]) for each in counts] == [
-        (scheduler.value, form) for scheduler in SCHEDULERS for form in FORMS
-    ]
-    assert all(each["kernels"] > 5 for each in counts)
-    assert all(each["copies to the device"] == 1 for each in counts), "the timesteps"
+    found = {(each["scheduler"], each["form"], each["images"]): each for each in counts}
+    assert len(found) == len(SCHEDULERS) * len(FORMS) * len(COUNTED_SAMPLES)
+    one, many = COUNTED_SAMPLES
+    for scheduler in SCHEDULERS:
+        for form in FORMS:
+            lone, batch = (found[scheduler.value, form, images] for images in COUNTED_SAMPLES)
+            grows = (batch["kernels"] - lone["kernels"]) / (many - one)
+            if form == BY_HAND + MERGED:
+                assert grows == 0 < lone["kernels"] <= 9
+            elif form == SUSPENDED + MERGED:
+                assert 0 < grows <= 7, "guidance and the pipeline's own work"
+            else:
+                assert grows > 10, "the control: scheduler objects"
+            if form.endswith(MERGED):
+                assert lone["copies to the device"] == batch["copies to the device"] <= 3

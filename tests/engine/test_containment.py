@@ -25,7 +25,7 @@ from darkroom_server.core.job import Job, SchedulerName
 from darkroom_server.engine.batching import row_limits
 from darkroom_server.engine.batching.resident_job import ResidentJob
 from darkroom_server.engine.components.prompt_encoder import PromptKey
-from darkroom_server.engine.latent_sample import LatentSample
+from darkroom_server.engine.latent_sample import LinearSample
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .test_events import counted
@@ -157,14 +157,14 @@ def test_a_broken_batch_fails_only_the_poison_job(
 def test_a_scheduler_that_raises_fails_its_sample(
     own_loop: LoopUnderTest, shared_loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = LatentSample.advance
+    begin = LinearSample.begin_step
 
-    def third_step_raises(self: LatentSample, prediction: torch.Tensor) -> None:
+    def third_step_raises(self: LinearSample, prediction: torch.Tensor) -> Any:
         if self.job.id == "doomed" and self.step == 2:
             raise IndexError("injected")
-        advance(self, prediction)
+        return begin(self, prediction)
 
-    monkeypatch.setattr(LatentSample, "advance", third_step_raises)
+    monkeypatch.setattr(LinearSample, "begin_step", third_step_raises)
     others = crowd(4, "neighbours")
     ends = own_loop.run(make_job("doomed", scheduler=SchedulerName.UNIPC), *others)
     failed = ends["doomed"]
@@ -177,14 +177,14 @@ def test_a_scheduler_that_raises_fails_its_sample(
 def test_a_scheduler_without_memory_says_so(
     own_loop: LoopUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = LatentSample.advance
+    begin = LinearSample.begin_step
 
-    def does_not_fit(self: LatentSample, prediction: torch.Tensor) -> None:
+    def does_not_fit(self: LinearSample, prediction: torch.Tensor) -> Any:
         if self.job.id == "doomed":
             raise torch.OutOfMemoryError("injected")
-        advance(self, prediction)
+        return begin(self, prediction)
 
-    monkeypatch.setattr(LatentSample, "advance", does_not_fit)
+    monkeypatch.setattr(LinearSample, "begin_step", does_not_fit)
     ends = own_loop.run(make_job("doomed", image_count=2), make_job("other"))
     failed = ends["doomed"]
     assert isinstance(failed, JobFailed)

@@ -17,6 +17,7 @@ from darkroom_server.engine.pipelines.coroutine import (
     ThreadState,
     is_suspendable,
     suspend,
+    thread_state,
 )
 
 
@@ -28,7 +29,7 @@ def inference() -> Iterator[None]:
 
 
 def state() -> ThreadState:
-    return ThreadState.now("cpu")
+    return thread_state("cpu")
 
 
 def coroutine(run: Callable[[], Any]) -> Coroutine:

@@ -29,6 +29,7 @@ from .fake_cuda import CUDA, CudaTensor, FakeDevice, FakeEvent, Kind
 from .families import CASES
 from .families.case import FamilyCase
 from .test_schedulers import SD_SCHEDULERS
+from .tiny import SIZE
 
 
 def on_gpu(folder: Path, preset: Preset, **fields: Any) -> EngineConfig:
@@ -136,9 +137,11 @@ FAMILIES = {case.write.__module__: case for case in reversed(CASES)}
 @pytest.mark.parametrize("case", FAMILIES.values(), ids=lambda case: case.name)
 def test_a_family_generates(case: FamilyCase, tmp_path: Path, cuda: FakeDevice) -> None:
     folder = case.write(tmp_path)
+    side = 128 if case.name == "HiDream" else SIZE  # Its pipeline knows no other area.
+    fields = {**case.jobs[0], "width": side, "height": side, "preview_every": 1}
     ready, events = run_here(
         on_gpu(folder, Preset.FAST, rows=2),
-        make_job("one", scheduler=SchedulerName.MODEL, **case.jobs[0], preview_every=1),
+        make_job("one", scheduler=SchedulerName.MODEL, **fields),
     )
     assert ready.models[0].runtime.device == "cuda:0"
     assert ends(events) == [JobFinished]
@@ -201,15 +204,24 @@ def per_batch(served: Served, cuda: FakeDevice, scheduler: SchedulerName) -> Wai
     return Counter({each: count // (many - few) for each, count in more.items() if count})
 
 
-TIMESTEPS = (Kind.TO_DEVICE, "engine/device/transfer.py", False)
+SENT = (Kind.TO_DEVICE, "engine/device/transfer.py", False)
 BATCH_BEFORE = (Kind.SYNC, "engine/device/timer.py", True)
 
 
-@pytest.mark.parametrize("scheduler", [SchedulerName.DDIM, SchedulerName.PNDM, SchedulerName.LMS])
+COPIES = {
+    SchedulerName.DDIM: 2,
+    SchedulerName.UNIPC: 2,
+    SchedulerName.LMS: 3,
+    SchedulerName.EULER_ANCESTRAL: 4,
+}
+"""Timesteps and coefficients; scales and noise for schedulers that have them."""
+
+
+@pytest.mark.parametrize("scheduler", COPIES)
 def test_a_batch_waits_for_the_one_before_and_for_nothing_else(
     fast: Served, cuda: FakeDevice, scheduler: SchedulerName
 ) -> None:
-    assert per_batch(fast, cuda, scheduler) == {TIMESTEPS: 1, BATCH_BEFORE: 1}
+    assert per_batch(fast, cuda, scheduler) == {SENT: COPIES[scheduler], BATCH_BEFORE: 1}
 
 
 def test_the_next_batch_is_launched_before_the_last_one_is_awaited(

@@ -88,20 +88,20 @@ class Fates:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.by_job: dict[str, Fate] = {}
-        denoise, advance = SuspendedModel.denoise, SuspendedSample.advance
+        denoise, begin = SuspendedModel.denoise, SuspendedSample.begin_step
 
         def failing_batch(model: SuspendedModel, samples: Any) -> list[Any]:
             if any(self._is_due(sample, "fail the batch") for sample in samples):
                 raise ValueError("this batch fails")
             return denoise(model, samples)
 
-        def failing_pipeline(sample: SuspendedSample, prediction: Any) -> None:
+        def failing_pipeline(sample: SuspendedSample, prediction: Any) -> Any:
             if self._is_due(sample, "fail the pipeline"):
                 raise ValueError("this pipeline fails")
-            advance(sample, prediction)
+            return begin(sample, prediction)
 
         monkeypatch.setattr(SuspendedModel, "denoise", failing_batch)
-        monkeypatch.setattr(SuspendedSample, "advance", failing_pipeline)
+        monkeypatch.setattr(SuspendedSample, "begin_step", failing_pipeline)
 
     def _is_due(self, sample: SuspendedSample, what: str) -> bool:
         fate = self.by_job.get(sample.job.id)
@@ -279,14 +279,14 @@ def test_positions_are_read_once_for_each_image(
 def test_positions_that_a_pipeline_writes_into_are_not_merged(
     flux_dev: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = SuspendedSample.advance
+    finish = SuspendedSample.finish_step
 
-    def write(sample: SuspendedSample, prediction: Any) -> None:
-        advance(sample, prediction)
+    def write(sample: SuspendedSample, result: torch.Tensor) -> None:
+        finish(sample, result)
         if sample.job.id.startswith("shifted") and not sample.done and sample.step == 2:
             cast(Any, sample.pending).arguments["img_ids"][:, 1] += 1
 
-    monkeypatch.setattr(SuspendedSample, "advance", write)
+    monkeypatch.setattr(SuspendedSample, "finish_step", write)
     jobs = [new_job(flux_dev, name, steps=6) for name in ("plain", "shifted", "plain")]
     flux_dev.loop.run(*jobs)
     steps = flux_dev.loop.progress(jobs[0].id)

@@ -18,7 +18,8 @@ from darkroom_server.engine.families.suspended import SuspendedFamily
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, Kind
 from darkroom_server.engine.pipelines.calls import DenoiserCall, EncodeCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
-from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
+from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
+from darkroom_server.engine.pipelines.hosted_scheduler import hosted_scheduler
 from darkroom_server.engine.pipelines.runs import Runs
 from darkroom_server.engine.pipelines.sample import SuspendedSample
 

@@ -19,6 +19,7 @@ from darkroom_server.engine.components.schedulers import (
     offers,
 )
 from darkroom_server.engine.latent_sample import LatentSample
+from darkroom_server.engine.stepping.schedules import Schedules
 
 from .conftest import make_job
 
@@ -41,7 +42,7 @@ def run_to_end(name: SchedulerName, steps: int, config: dict[str, Any]) -> Laten
     sample = LatentSample(
         make_job("alone", scheduler=name, steps=steps, guidance_scale=1.0),
         0,
-        scheduler=make_scheduler(name, config),
+        scheduler=Schedules(config).new(name, steps),
         embeddings=(Embedding(torch.zeros(1, 4, 8), truncated=False),),
         latent_shape=(4, 8, 8),
         device=torch.device("cpu"),

@@ -10,6 +10,7 @@ from darkroom_server.core.job import Job
 from darkroom_server.core.order import OrderKey
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.controls.sample_control import SampleControl
+from darkroom_server.engine.stepping.merged_step import LinearStep, take_steps
 
 
 class Sample(ABC):
@@ -70,8 +71,22 @@ class Sample(ABC):
         """True if the end of the prompt or of the negative prompt was cut off."""
 
     @abstractmethod
+    def begin_step(self, prediction: Any) -> LinearStep | None:
+        """Take one step, or begin one that can be merged with those of other samples.
+
+        ``prediction`` is the denoiser's output for this sample's rows. A step that is returned is
+        not taken before ``finish_step``.
+        """
+
+    @abstractmethod
+    def finish_step(self, result: torch.Tensor) -> None:
+        """End the step that ``begin_step`` returned; ``result`` is as of ``take_steps``."""
+
     def advance(self, prediction: Any) -> None:
-        """Take one step: ``prediction`` is the denoiser's output for this sample's rows."""
+        """Take one step alone; ``prediction`` as for ``begin_step``."""
+        step = self.begin_step(prediction)
+        if step is not None:
+            self.finish_step(take_steps([step])[0])
 
     def held_bytes(self) -> int:
         """Bytes that this sample holds between its batches, without those that are few."""

@@ -33,6 +33,7 @@ from darkroom_server.engine.failures import (
 )
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.stepping.merged_step import LinearStep, take_steps
 
 log = structlog.get_logger(__name__)
 
@@ -203,6 +204,7 @@ class Runner:
     ) -> tuple[list[Sample], dict[str, Failure]]:
         """Give each sample its prediction. A job fails with the first of its samples that fails."""
         failures: dict[str, Failure] = {}
+        begun: list[tuple[Sample, LinearStep]] = []
         for sample, prediction in zip(samples, predictions, strict=True):
             job = sample.job
             if job.id in failures:
@@ -211,12 +213,45 @@ class Runner:
                 failures[job.id] = prediction
                 continue
             try:
-                sample.advance(prediction)
+                if step := sample.begin_step(prediction):
+                    begun.append((sample, step))
             except Exception as error:
                 if is_fatal(error):
                     raise
                 failures[job.id] = self._scheduler_failed(job, error)
+        if begun:
+            self._finish_steps(begun, failures)
         return [sample for sample in samples if sample.job.id not in failures], failures
+
+    def _finish_steps(
+        self, begun: Sequence[tuple[Sample, LinearStep]], failures: dict[str, Failure]
+    ) -> None:
+        """Take the steps that are ``begun`` together; adds to the ``failures`` of jobs."""
+        results = run_or_split(begun, _take_steps, self._steps_failed)
+        for (sample, _), result in zip(begun, results, strict=True):
+            job = sample.job
+            if job.id in failures:
+                continue
+            if isinstance(result, Failure):
+                failures[job.id] = result
+                continue
+            try:
+                sample.finish_step(result)
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                failures[job.id] = self._scheduler_failed(job, error)
+
+    def _steps_failed(
+        self, begun: Sequence[tuple[Sample, LinearStep]], error: Exception
+    ) -> Failure:
+        """The failure of one sample whose step raised ``error``; several are tried in halves."""
+        sample, _ = begun[0]
+        if len(begun) == 1:
+            return self._scheduler_failed(sample.job, error)
+        if is_out_of_memory(error):
+            self._count_out_of_memory(sample.job.model, alone=False)
+        return SCHEDULER_FAILED
 
     def _denoiser_failed(self, samples: Sequence[Sample], error: Exception) -> Failure:
         rows = sum(sample.rows for sample in samples)
@@ -274,6 +309,10 @@ class Runner:
         """Count a call that ran out of memory; one that is not ``alone`` is split."""
         outcome = Counted.OUT_OF_MEMORY_FAILED if alone else Counted.OUT_OF_MEMORY_SPLIT
         self._counts[model_id][outcome] += 1
+
+
+def _take_steps(begun: Sequence[tuple[Sample, LinearStep]]) -> list[torch.Tensor]:
+    return take_steps([step for _, step in begun])
 
 
 def _prompts_encoded(model: Model) -> int:

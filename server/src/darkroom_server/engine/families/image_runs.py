@@ -14,7 +14,8 @@ from darkroom_server.engine.families.base import Family, Precision
 from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.pipelines.arguments import signature_of
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
-from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
+from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
+from darkroom_server.engine.pipelines.hosted_scheduler import hosted_scheduler
 from darkroom_server.engine.pipelines.runs import Runs
 from darkroom_server.engine.warmup.formats import MemoryFormat
 

@@ -95,7 +95,7 @@ class QwenImage(PackedLatentsFamily):
         latents = super().vae_latents(stepped, job)
         config = self.pipeline.vae.config
         mean, std = (
-            latents.new_tensor(values).view(1, -1, 1, 1)
+            torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)
             for values in (config.latents_mean, config.latents_std)
         )
         return latents * std + mean

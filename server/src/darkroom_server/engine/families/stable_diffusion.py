@@ -27,7 +27,7 @@ from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import PromptEncoder, PromptKey
 from darkroom_server.engine.components.safety_checker import SafetyChecker
-from darkroom_server.engine.components.schedulers import config_of, make_scheduler
+from darkroom_server.engine.components.schedulers import config_of
 from darkroom_server.engine.components.weighted_prompts import (
     WeightedPromptEncoder,
     compel_is_installed,
@@ -43,7 +43,7 @@ from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
 from darkroom_server.engine.families.image_runs import image_runs_of
 from darkroom_server.engine.families.unet import UNET_CONTROLS
-from darkroom_server.engine.latent_sample import LatentSample
+from darkroom_server.engine.latent_sample import LatentSample, new_sample, stack_inputs
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import Arguments
 from darkroom_server.engine.pipelines.calls import DenoiserCall
@@ -51,6 +51,7 @@ from darkroom_server.engine.pipelines.finish import finish
 from darkroom_server.engine.pipelines.runs import Runs
 from darkroom_server.engine.pipelines.sample import SuspendedSample, denoiser_call
 from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.stepping.schedules import Schedules
 from darkroom_server.engine.warmup.formats import MemoryFormat
 
 
@@ -195,7 +196,7 @@ class StableDiffusion(Family):
             previewer=Previewer(pipeline.vae, precision, self.latent_factor),
             safety=safety,
             precision=precision,
-            scheduler_config=config_of(pipeline.scheduler),
+            schedules=Schedules(config_of(pipeline.scheduler)),
             latent_channels=self.latent_channels,
             latent_factor=self.latent_factor,
             device=device,
@@ -209,7 +210,7 @@ class StableDiffusion(Family):
 
 @dataclass(slots=True, kw_only=True)
 class StableDiffusionModel:
-    """A Stable Diffusion model in memory; ``scheduler_config`` is the folder's own.
+    """A Stable Diffusion model in memory; ``schedules`` are on the folder's own configuration.
 
     Images from text are ``LatentSample``. Those of jobs that bring an image are runs of diffusers'
     own pipelines, ``image_runs``; both kinds share batches.
@@ -222,7 +223,7 @@ class StableDiffusionModel:
     previewer: Previewer | None
     safety: SafetyChecker | None
     precision: Precision
-    scheduler_config: dict[str, Any]
+    schedules: Schedules
     latent_channels: int
     latent_factor: int
     device: torch.device
@@ -267,20 +268,15 @@ class StableDiffusionModel:
             self.prompts.counts[Counted.PROMPTS_TRUNCATED] += 1
         if job.image is not None or job.ip_adapter_image is not None:
             return self._start_with_image(job, rows)
-        samples = [
-            LatentSample(
-                job,
-                index,
-                scheduler=make_scheduler(job.scheduler, self.scheduler_config),
-                embeddings=rows,
-                latent_shape=shape,
-                device=self.device,
-                dtype=self.memory_format.dtype,
-                further_arguments=no_image_arguments(self.ip_adapter, len(rows)),
-                adapter_key=group_key(self.adapters, job),
-            )
-            for index in job.image_indices
-        ]
+        fields: dict[str, Any] = {
+            "embeddings": rows,
+            "latent_shape": shape,
+            "device": self.device,
+            "dtype": self.memory_format.dtype,
+            "further_arguments": no_image_arguments(self.ip_adapter, len(rows)),
+            "adapter_key": group_key(self.adapters, job),
+        }
+        samples = [new_sample(job, i, self.schedules, **fields) for i in job.image_indices]
         for sample in samples:
             sample.controls = controls_of(self.controls, sample)
         return samples
@@ -314,9 +310,11 @@ class StableDiffusionModel:
 
     def _denoise_latents(self, samples: Sequence[LatentSample]) -> list[torch.Tensor]:
         """The prediction [rows, channels, h, w] of each sample, without the cost of a spec."""
-        latents = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
+        latents = stack_inputs(samples)
         context = torch.cat([e.hidden for s in samples for e in s.embeddings])
-        timesteps = torch.stack([s.timestep.float() for s in samples for _ in range(s.rows)])
+        timesteps = torch.tensor(
+            [s.timestep_number for s in samples for _ in range(s.rows)], dtype=torch.float32
+        )
         given: Arguments = {
             "sample": latents.contiguous(memory_format=self.memory_format.layout),
             "timestep": send(timesteps, latents.device),

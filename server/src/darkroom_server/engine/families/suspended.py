@@ -32,7 +32,8 @@ from darkroom_server.engine.loading.vocabulary import has_vocabulary
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec, signature_of
 from darkroom_server.engine.pipelines.calls import DenoiserCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
-from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
+from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
+from darkroom_server.engine.pipelines.hosted_scheduler import hosted_scheduler
 from darkroom_server.engine.pipelines.model import SuspendedModel
 from darkroom_server.engine.pipelines.runs import Runs, global_generators
 from darkroom_server.engine.warmup.formats import MemoryFormat

@@ -29,7 +29,8 @@ from darkroom_server.engine.families.half_dtypes import UNDESCRIBED
 from darkroom_server.engine.families.suspended import PROBE_PROMPT, SuspendedFamily
 from darkroom_server.engine.pipelines.calls import DecodeCall, DenoiserCall, EncodeCall
 from darkroom_server.engine.pipelines.encode_memo import EncodeMemo
-from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline, hosted_scheduler
+from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
+from darkroom_server.engine.pipelines.hosted_scheduler import hosted_scheduler
 from darkroom_server.engine.pipelines.runs import Runs
 from darkroom_server.engine.pipelines.sample import UnexpectedCall
 from darkroom_server.engine.warmup.formats import MemoryFormat

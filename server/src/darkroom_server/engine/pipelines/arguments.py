@@ -5,9 +5,10 @@ block and a list of one entry for each row can have the same length. An argument
 makes the call run alone, which is slow and never wrong.
 """
 
+import functools
 import hashlib
 import inspect
-from collections.abc import Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -76,21 +77,22 @@ class ArgumentSpec:
 
     def rows(self, arguments: Arguments) -> int:
         """The rows of a call."""
-        return len(arguments[self.rows_in])
-
-    def unknown(self, arguments: Arguments) -> list[str]:
-        """The arguments that are given and have no kind."""
-        return [
-            name for name, value in _flat(arguments) if value is not None and name not in self.kinds
-        ]
+        first = arguments[self.rows_in]
+        # Faster than the length of a tensor.
+        return int(first.shape[0]) if isinstance(first, torch.Tensor) else len(first)
 
     def group_key(self, arguments: Arguments) -> Hashable:
-        """Calls with equal keys can be merged. All arguments must be known."""
-        return tuple(
-            (name, _key(self.kinds[name], value))
-            for name, value in sorted(_flat(arguments), key=lambda pair: pair[0])
-            if name in self.kinds and (value is not None or self.kinds[name] is Kind.MASK)
-        )
+        """Calls with equal keys can be merged; None if an argument has no kind."""
+        keys: list[Hashable] = []
+        for name, value in _flat(arguments):
+            kind = self.kinds.get(name)
+            if kind is Kind.ROWS and value is not None:  # Most arguments are of this kind.
+                keys.append((name, value.dtype, value.shape[1:]))
+            elif kind is None and value is not None:
+                return None
+            elif value is not None or kind is Kind.MASK:
+                keys.append((name, _key(kind, value)))
+        return frozenset(keys)
 
     def alone(self, arguments: Arguments) -> dict[str, Any]:
         """The arguments of a call that is not merged: as given, but where the denoiser is."""
@@ -148,8 +150,7 @@ class ArgumentSpec:
                     for entry in value
                 }
             elif self.kinds.get(name) is Kind.TIMESTEP and value is not None:
-                timesteps = [timesteps_of(each, n) for each, n in zip(given, rows, strict=True)]
-                merged[name] = send(torch.cat(timesteps), device)
+                merged[name] = send(merge_timesteps(given, rows), device)
             else:
                 merged[name] = self._merge(name, given, rows, lengths)
         return merged
@@ -213,6 +214,8 @@ class ArgumentSpec:
     def _lengths(self, calls: Sequence[Arguments]) -> list[int]:
         """The length of each call's PADDED arguments, 0 without one."""
         padded = [name for name, kind in self.kinds.items() if kind is Kind.PADDED]
+        if not padded:
+            return [0] * len(calls)
         return [max((call[n].shape[1] for n in padded if n in call), default=0) for call in calls]
 
     def _merge(self, name: str, values: list[Any], rows: list[int], lengths: list[int]) -> Any:
@@ -237,15 +240,28 @@ class ArgumentSpec:
         return first
 
 
-def timesteps_of(value: Any, rows: int) -> torch.Tensor:
-    """The timestep of each row, [rows] in float32: schedulers differ in the dtype of theirs.
+def merge_timesteps(values: Sequence[Any], rows: Sequence[int]) -> torch.Tensor:
+    """The timestep of each row in float32: schedulers differ in the dtype of theirs.
 
     Half precision stays: a pipeline converts timesteps to it if its denoiser computes in theirs.
     """
-    timestep = torch.as_tensor(value)
-    if timestep.dtype not in (torch.float16, torch.bfloat16):
-        timestep = timestep.float()
-    return timestep.reshape(-1).expand(rows)
+    tensors = [v if isinstance(v, torch.Tensor) else torch.as_tensor(v) for v in values]
+    dtype = functools.reduce(torch.promote_types, {_timestep_dtype(each) for each in tensors})
+    if any(each.device.type != "cpu" for each in tensors):
+        # Reading them would wait for the device.
+        parts = [t.to(dtype).reshape(-1).expand(n) for t, n in zip(tensors, rows, strict=True)]
+        return torch.cat(parts)
+    numbers: list[float] = []
+    for tensor, count in zip(tensors, rows, strict=True):
+        found: Any = tensor.tolist()  # A number if it has no dimension.
+        found = found if isinstance(found, list) else [found]
+        numbers += found * count if len(found) == 1 else found
+    return torch.tensor(numbers, dtype=dtype)
+
+
+def _timestep_dtype(timestep: torch.Tensor) -> torch.dtype:
+    half = timestep.dtype in (torch.float16, torch.bfloat16)
+    return timestep.dtype if half else torch.float32
 
 
 def signature_of(denoiser: type) -> str:
@@ -255,8 +271,10 @@ def signature_of(denoiser: type) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _flat(arguments: Arguments) -> list[tuple[str, Any]]:
+def _flat(arguments: Arguments) -> Iterable[tuple[str, Any]]:
     """The arguments, and in place of a dict its entries."""
+    if not any(isinstance(value, dict) for value in arguments.values()):
+        return arguments.items()
     flat: list[tuple[str, Any]] = []
     for name, value in arguments.items():
         if isinstance(value, dict):
@@ -266,10 +284,8 @@ def _flat(arguments: Arguments) -> list[tuple[str, Any]]:
     return flat
 
 
-def _key(kind: Kind, value: Any) -> Hashable:
+def _key(kind: Kind | None, value: Any) -> Hashable:
     match kind:
-        case Kind.ROWS:
-            return (value.dtype, value.shape[1:])
         case Kind.ROWS_IN_DIM_1:
             return (value.dtype, value.shape[0], value.shape[2:])
         case Kind.ROW_LIST:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from darkroom_server.engine.stepping.merged_step import LinearStep
+
 
 @dataclass(slots=True)
 class EncodeCall:
@@ -23,6 +25,13 @@ class DenoiserCall:
 
     module: Any
     arguments: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class StepCall:
+    """The pipeline's scheduler takes ``step``; resumed with its result, as of ``take_steps``."""
+
+    step: LinearStep
 
 
 @dataclass(slots=True)
@@ -47,4 +56,4 @@ class EncodeImageCall:
     options: Mapping[str, Any]
 
 
-Call = EncodeCall | EncodeImageCall | DenoiserCall | DecodeCall
+Call = EncodeCall | EncodeImageCall | DenoiserCall | StepCall | DecodeCall

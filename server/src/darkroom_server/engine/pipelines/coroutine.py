@@ -6,8 +6,7 @@ happens on one thread: greenlets switch on it, threads would not.
 
 import contextvars
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import greenlet
 import torch
@@ -21,41 +20,38 @@ class SwallowedEnd(RuntimeError):
     """A pipeline caught ``SampleEnded`` and went on."""
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadState:
-    """The state that torch keeps for a thread, which greenlets of the thread share.
+ThreadState = tuple[bool, bool, bool, torch.dtype]
+"""Whether torch records gradients, infers, and autocasts, and autocast's dtype.
 
-    Each side of a switch has its own: a pipeline that enters ``no_grad`` or autocast must not
-    change what other pipelines, or the loop, compute.
+torch keeps it for a thread, which greenlets of the thread share. Each side of a switch has its own:
+a pipeline that enters ``no_grad`` or autocast must not change what other pipelines, or the loop,
+compute.
+"""
+
+
+def thread_state(device_type: str) -> ThreadState:
+    """The state of this thread."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device_type),
+        torch.get_autocast_dtype(device_type),
+    )
+
+
+def restore(state: ThreadState, device_type: str) -> None:
+    """Make ``state`` that of this thread again.
+
+    Raises ``RuntimeError`` if the inference mode changed: its guard nests, so it cannot be set.
     """
-
-    grad: bool
-    inference: bool
-    autocast: bool
-    autocast_dtype: torch.dtype
-    device_type: str
-
-    @classmethod
-    def now(cls, device_type: str) -> Self:
-        """The state of this thread."""
-        return cls(
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(device_type),
-            torch.get_autocast_dtype(device_type),
-            device_type,
-        )
-
-    def restore(self) -> None:
-        """Make this the state of the thread again.
-
-        Raises ``RuntimeError`` if the inference mode changed: its guard nests, so it cannot be set.
-        """
-        torch.set_grad_enabled(self.grad)
-        torch.set_autocast_enabled(self.device_type, self.autocast)
-        torch.set_autocast_dtype(self.device_type, self.autocast_dtype)
-        if torch.is_inference_mode_enabled() != self.inference:
-            raise RuntimeError("a pipeline left torch's inference mode while it was suspended")
+    if thread_state(device_type) == state:
+        return
+    grad, inference, autocast, autocast_dtype = state
+    torch.set_grad_enabled(grad)
+    torch.set_autocast_enabled(device_type, autocast)
+    torch.set_autocast_dtype(device_type, autocast_dtype)
+    if torch.is_inference_mode_enabled() != inference:
+        raise RuntimeError("a pipeline left torch's inference mode while it was suspended")
 
 
 def is_suspendable() -> bool:
@@ -72,11 +68,11 @@ def suspend(call: Any, device_type: str) -> Any:
     # cycle that the garbage collector cannot see, and would keep every tensor of the run.
     hub = greenlet.getcurrent().parent
     assert hub is not None, "only a Coroutine can be suspended"
-    state = ThreadState.now(device_type)
+    state = thread_state(device_type)
     try:
         return hub.switch(call)
     finally:
-        state.restore()
+        restore(state, device_type)
 
 
 class Coroutine:
@@ -127,22 +123,22 @@ class Coroutine:
         """
         if not self._greenlet or self.ended:
             return
-        state = ThreadState.now(self._device_type)
+        state = thread_state(self._device_type)
         try:
             # What the throw returns, if the run goes on, holds the run's tensors.
             self._greenlet.throw(SampleEnded)
         except SampleEnded:
             return
         finally:
-            state.restore()
+            restore(state, self._device_type)
         raise SwallowedEnd("a pipeline caught its end and went on")
 
     def _switch(self, *values: Any) -> Any:
-        state = ThreadState.now(self._device_type)
+        state = thread_state(self._device_type)
         try:
             return self._greenlet.switch(*values)
         finally:
-            state.restore()
+            restore(state, self._device_type)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

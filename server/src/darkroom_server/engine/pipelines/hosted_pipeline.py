@@ -5,7 +5,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -107,55 +106,6 @@ def sharing_copy(module: torch.nn.Module) -> torch.nn.Module:
     """A deep copy of ``module`` that shares its weights and buffers with it."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
-
-
-@dataclass(slots=True)
-class LastStep:
-    """What a scheduler was given in its last step."""
-
-    prediction: torch.Tensor
-    timestep: Any
-    latents: torch.Tensor
-
-
-def hosted_scheduler(scheduler: Any, *, timesteps_on_cpu: bool = True) -> Any:
-    """``scheduler`` with its timesteps on the CPU, where reading them does not wait for a GPU.
-
-    With ``timesteps_on_cpu`` false they are where the pipeline asks for them. If
-    ``keeps_last_step`` is set on it, each step replaces ``last_step``. It is data and no callback,
-    because nothing that a run reaches may lead to the run's sample.
-    """
-    hosted = copy.copy(scheduler)
-    hosted.__class__ = _hosted_scheduler_class(scheduler.__class__, timesteps_on_cpu)
-    hosted.keeps_last_step = False
-    hosted.last_step = None
-    return hosted
-
-
-@functools.cache
-def _hosted_scheduler_class(base: Any, timesteps_on_cpu: bool) -> type:
-    set_timesteps, step = base.set_timesteps, base.step
-
-    # The wrappers keep the signatures: pipelines read them to see what a scheduler takes.
-    @functools.wraps(set_timesteps)
-    def set_timesteps_on_cpu(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(set_timesteps).bind(self, *args, **kwargs)
-        if "device" in bound.arguments:
-            bound.arguments["device"] = "cpu"
-        return set_timesteps(*bound.args, **bound.kwargs)
-
-    @functools.wraps(step)
-    def kept_step(
-        self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if self.keeps_last_step:
-            self.last_step = LastStep(model_output, timestep, sample)
-        return step(self, model_output, timestep, sample, *args, **kwargs)
-
-    members = {"step": kept_step}
-    if timesteps_on_cpu:
-        members["set_timesteps"] = set_timesteps_on_cpu
-    return type(base.__name__, (base,), members)
 
 
 class _NoProgress:

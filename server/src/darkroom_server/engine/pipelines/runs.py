@@ -116,6 +116,8 @@ class Runs:
         """
         # A copy is faster than a new scheduler.
         scheduler = copy.deepcopy(self.schedulers[job.scheduler])
+        # Images of exact jobs are diffusers' own to the last bit.
+        scheduler.merges = self.spec is not None and not job.exact
         sample = SuspendedSample(
             job,
             index,

@@ -9,9 +9,10 @@ import torch
 from darkroom_server.core.job import Job
 from darkroom_server.engine.batch import Group, common_square
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
-from darkroom_server.engine.pipelines.calls import Call, DecodeCall, DenoiserCall
+from darkroom_server.engine.pipelines.calls import Call, DecodeCall, DenoiserCall, StepCall
 from darkroom_server.engine.pipelines.coroutine import Coroutine, SwallowedEnd
 from darkroom_server.engine.sample import Sample, predict_x0
+from darkroom_server.engine.stepping.merged_step import LinearStep, take_steps
 
 log = structlog.get_logger(__name__)
 
@@ -64,15 +65,22 @@ class SuspendedSample(Sample):
         self.pending = None  # It holds tensors that the run may free now.
         self._receive(self._coroutine.resume(value))
 
-    def advance(self, prediction: Any) -> None:
-        """Take one step: ``prediction`` is the denoiser's output for this sample's rows."""
+    def begin_step(self, prediction: Any) -> LinearStep | None:
+        """Go on to the scheduler's step, and return it if it can be merged, or to what follows."""
         self.scheduler.keeps_last_step = self.job.wants_preview(self.step + 1, self._steps)
         self.resume(prediction)
-        self.step += 1
-        self._predict_x0()
-        if self.done and self.step != self._steps:
-            log.warning("steps differ from the estimate", steps=self.step, estimate=self._steps)
-            self._steps = self.step
+        if isinstance(self.pending, StepCall):
+            return self.pending.step
+        self._count_step()
+        return None
+
+    def finish_step(self, result: torch.Tensor) -> None:
+        """Go on from the scheduler's step, which has this ``result``."""
+        self.resume(result)
+        while isinstance(self.pending, StepCall):
+            # More steps than denoiser calls.
+            self.resume(take_steps([self.pending.step])[0])
+        self._count_step()
 
     @property
     def steps(self) -> int:
@@ -132,34 +140,37 @@ class SuspendedSample(Sample):
         elif isinstance(found, DenoiserCall):
             self._describe(found)
 
+    def _count_step(self) -> None:
+        self.step += 1
+        self._predict_x0()
+        if self.done and self.step != self._steps:
+            log.warning("steps differ from the estimate", steps=self.step, estimate=self._steps)
+            self._steps = self.step
+
     def _predict_x0(self) -> None:
         """Predict the final latents, if a preview is due and the scheduler took a step."""
         last, self.scheduler.last_step = self.scheduler.last_step, None
         if last is None or not isinstance(last.latents, torch.Tensor):
             return
-        scaled = (
-            self.scheduler.scale_model_input(last.latents, last.timestep)
-            if hasattr(self.scheduler, "scale_model_input")
-            else last.latents
-        )
-        stepped = predict_x0(self.scheduler, last.prediction, last.timestep, scaled)
+        stepped = predict_x0(self.scheduler, last.prediction, last.timestep, last.latents)
         self.predicted_x0 = self._vae_latents(stepped, self.job)
 
     def _describe(self, call: DenoiserCall) -> None:
         job, spec = self.job, self._spec
-        unique = (job.id, self.index)
-        if spec is None:
-            self._group = Group(job.model, *job.denoised_size, key=unique)
+        key: Hashable = None
+        if spec is not None:
+            self._rows = spec.rows(call.arguments)
+            # A merged output can only be split if it is a tuple.
+            if call.arguments.get("return_dict") is False:
+                key = spec.group_key(call.arguments)
+        known = key is not None
+        key = (key, self._adapter_key) if known else (job.id, self.index)
+        if key == self._group.key:
             return
-        self._rows = spec.rows(call.arguments)
-        # A merged output can only be split if it is a tuple.
-        mergeable = call.arguments.get("return_dict") is False
-        known = mergeable and not spec.unknown(call.arguments)
-        key = spec.group_key(call.arguments) if known else unique
         width, height = job.denoised_size
-        if known and spec.mixes_sizes:
+        if known and spec is not None and spec.mixes_sizes:
             width = height = common_square(width, height)
-        self._group = Group(job.model, width, height, key=(key, self._adapter_key))
+        self._group = Group(job.model, width, height, key=key)
 
 
 def denoiser_call(sample: SuspendedSample) -> DenoiserCall:
