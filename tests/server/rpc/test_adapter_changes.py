@@ -16,7 +16,7 @@ from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import NotAllowed
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.security.admin_policy import AdminPolicy
-from darkroom_server.settings import Security
+from darkroom_server.settings import Models, Security
 from darkroom_server.settings.adapters import Adapters
 from tests.server.security.test_tokens import bearing, entry
 from tests.server.wire import Wire, refusal, serving
@@ -115,7 +115,9 @@ async def test_an_adapter_that_fits_no_model_cannot_be_added(folder: Path) -> No
 
 
 async def test_a_server_without_adapters_can_add_none() -> None:
-    async with serving(fake={"models": [model()]}) as wire:
+    # The demo model, which a server without models of its own has, brings adapters.
+    models = Models(model=("demo=x",))
+    async with serving(fake={"models": [model()]}, models=models) as wire:
         found = await refusal(add(wire, "pastel"))
         assert found.code is grpc.StatusCode.FAILED_PRECONDITION
         assert "without --lora-dir" in found.message

@@ -64,8 +64,9 @@ class ModelLimits:
     reported as ``Image.prompt_truncated``. ``max_rows``: rows of one denoiser pass at the
     default size, now; a guided image takes ``Guidance.rows``. ``row_limit_source``: how it was
     found. ``max_sequence_length``: the highest that a request may set, 0 if the model does not take
-    it; so with the numbers of reference images, LoRAs and ControlNets.
-    it. ``sizes``: the only pairs of width and height that the model makes; any, if empty.
+    it; so with the numbers of reference images, LoRAs and ControlNets. ``min_reference_side``: no
+    side of a reference image may be shorter. ``sizes``: the only pairs of width and height that the
+    model makes; any, if empty.
     """
 
     min_size: int
@@ -79,6 +80,7 @@ class ModelLimits:
     row_limit_source: RowLimitSource = RowLimitSource.UNKNOWN
     max_sequence_length: int = 0
     max_reference_images: int = 0
+    min_reference_side: int = 0
     max_loras: int = 0
     max_controls: int = 0
     sizes: tuple[tuple[int, int], ...] = ()

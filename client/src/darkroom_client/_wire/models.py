@@ -93,6 +93,7 @@ def _decode_limits(limits: model_pb2.ModelLimits) -> ModelLimits:
         row_limit_source=decode_row_limit_source(limits.row_limit_source),
         max_sequence_length=limits.max_sequence_length,
         max_reference_images=limits.max_reference_images,
+        min_reference_side=limits.min_reference_side,
         max_loras=limits.max_loras,
         max_controls=limits.max_controls,
         sizes=tuple((size.width, size.height) for size in limits.sizes),

@@ -621,6 +621,7 @@ class ModelLimits(_message.Message):
     MAX_REFERENCE_IMAGES_FIELD_NUMBER: _builtins.int
     MAX_LORAS_FIELD_NUMBER: _builtins.int
     MAX_CONTROLS_FIELD_NUMBER: _builtins.int
+    MIN_REFERENCE_SIDE_FIELD_NUMBER: _builtins.int
     min_size: _builtins.int
     """Width and height, in pixels."""
     max_size: _builtins.int
@@ -651,6 +652,8 @@ class ModelLimits(_message.Message):
     """Most loras; 0 if the model does not take them."""
     max_controls: _builtins.int
     """Most controls; 0 if the model does not take them."""
+    min_reference_side: _builtins.int
+    """Fewest pixels of a side of one of the reference_images."""
     @_builtins.property
     def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageSize]:
         """The only sizes that the model makes; if empty, any size within the bounds."""
@@ -672,10 +675,11 @@ class ModelLimits(_message.Message):
         max_reference_images: _builtins.int = ...,
         max_loras: _builtins.int = ...,
         max_controls: _builtins.int = ...,
+        min_reference_side: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_controls", b"max_controls", "max_guidance_scale", b"max_guidance_scale", "max_image_count", b"max_image_count", "max_loras", b"max_loras", "max_prompt_bytes", b"max_prompt_bytes", "max_reference_images", b"max_reference_images", "max_rows", b"max_rows", "max_sequence_length", b"max_sequence_length", "max_size", b"max_size", "min_size", b"min_size", "prompt_tokens", b"prompt_tokens", "row_limit_source", b"row_limit_source", "size_multiple", b"size_multiple", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_controls", b"max_controls", "max_guidance_scale", b"max_guidance_scale", "max_image_count", b"max_image_count", "max_loras", b"max_loras", "max_prompt_bytes", b"max_prompt_bytes", "max_reference_images", b"max_reference_images", "max_rows", b"max_rows", "max_sequence_length", b"max_sequence_length", "max_size", b"max_size", "min_reference_side", b"min_reference_side", "min_size", b"min_size", "prompt_tokens", b"prompt_tokens", "row_limit_source", b"row_limit_source", "size_multiple", b"size_multiple", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -125,6 +125,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             row_limit_source=SOURCE_TO_WIRE[limits.row_limit_source],
             max_sequence_length=limits.max_sequence_length,
             max_reference_images=limits.max_reference_images,
+            min_reference_side=limits.min_reference_side,
             max_loras=limits.max_loras,
             max_controls=limits.max_controls,
             sizes=[model_pb2.ImageSize(width=w, height=h) for w, h in limits.sizes],
