@@ -35,8 +35,8 @@ def canny(
     the radius in pixels of the Gaussian blur before that; 0 for none.
 
     Needs the extra ``numpy``, without which it raises ``ImportError``. Raises ``ValueError`` for
-    bytes that are not such a picture and for thresholds that are not in order, ``OSError`` for a file
-    that cannot be read.
+    bytes that are not such a picture and for thresholds that are not in order, ``OSError`` for a
+    file that cannot be read.
     """
     for name, value in (("low", low), ("high", high), ("blur", blur)):
         check_number(name, value)
