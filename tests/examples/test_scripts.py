@@ -108,7 +108,8 @@ def test_node_uploads_an_image(tmp_path: Path) -> None:
 )
 def test_node_edits_an_image_and_sends_a_control(tmp_path: Path, flags: str, takes: str) -> None:
     (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n")  # The fake server does not decode.
-    arguments = (*flags.split(), "a star", tmp_path / "photo.png", tmp_path / "star.png")
+    files = (tmp_path / "photo.png", tmp_path / "star.png")
+    arguments: list[str | Path] = [*flags.split(), "a star", *files]
     edges = Adapter(id="edges", kind=AdapterKind.CONTROLNET, models=("demo",))
     model = fake_model("demo", optional_fields=(takes,))
     other = fake_model("demo", optional_fields=("image", "strength"))

@@ -31,12 +31,12 @@ def canny(
 
     ``low``, ``high``: an edge begins at a pixel that is stronger than ``high``, and continues
     through pixels that are stronger than ``low``. The strength of a pixel is 0 to 1530: the sum of
-    its two Sobel derivatives, without their signs, in the channel where it is largest. ``blur``:
+    its two Sobel derivatives, without their signs, in the channel with the largest sum. ``blur``:
     the radius in pixels of the Gaussian blur before that; 0 for none.
 
     Needs the extra ``numpy``, without which it raises ``ImportError``. Raises ``ValueError`` for
-    bytes that are no such picture and for thresholds that are not in order, ``OSError`` for a file
-    that cannot be read.
+    bytes that are not such a picture and for thresholds that are not in order, ``OSError`` for a
+    file that cannot be read.
     """
     for name, value in (("low", low), ("high", high), ("blur", blur)):
         check_number(name, value)

@@ -63,8 +63,8 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
 def inputs_of(arguments: argparse.Namespace) -> GenerationOptions:
     """The fields of a request.
 
-    Raises ``ValueError`` for a LoRA that is there twice and for a file of ``--canny`` that is no
-    image, ``OSError`` for one that cannot be read.
+    Raises ``ValueError`` for a LoRA that is there twice and for a file of ``--canny`` that is not
+    an image, ``OSError`` for one that cannot be read.
     """
     loras = dict(arguments.lora)
     if len(loras) < len(arguments.lora):
