@@ -1,19 +1,32 @@
-// Uploads an image and generates another one from it, using only the .proto files.
+// Uploads an image and generates another one from it, using only the .proto files: one that starts
+// from it, an edit of it, or one that a ControlNet guides by it.
 //
 //   npm ci
 //   node image.js "a red circle" photo.jpg star.png [HOST:PORT]
+//   node image.js --edit "make the star green" photo.jpg star.png [HOST:PORT]
+//   node image.js --control position --scale 0.8 "a yellow star" shape.png star.png [HOST:PORT]
 
 import { readFileSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
-import { promisify } from "node:util";
+import { parseArgs, promisify } from "node:util";
 
 import grpc from "@grpc/grpc-js";
 import protoLoader from "@grpc/proto-loader";
 
+const { values: options, positionals } = parseArgs({
+  allowPositionals: true,
+  options: {
+    edit: { type: "boolean" }, // needs a model with the task TASK_EDIT
+    control: { type: "string" }, // a ControlNet of `node adapters.js`
+    scale: { type: "string", default: "1" },
+  },
+});
 const [prompt, input, path, target = process.env.DARKROOM_TARGET ?? "127.0.0.1:50051"] =
-  process.argv.slice(2);
-if (!prompt || !input || !path) {
-  console.error("usage: node image.js PROMPT IMAGE FILE.png [HOST:PORT]");
+  positionals;
+if (!prompt || !input || !path || (options.edit && options.control)) {
+  console.error(
+    "usage: node image.js [--edit | --control ID [--scale S]] PROMPT IMAGE FILE.png [HOST:PORT]",
+  );
   process.exit(2);
 }
 
@@ -51,11 +64,20 @@ function upload(file) {
   });
 }
 
+// The task follows from the field that the image is in.
+function fieldsOf(image) {
+  if (options.edit) return { reference_images: [image] };
+  if (options.control) {
+    return { controls: [{ id: options.control, image, scale: Number(options.scale) }] };
+  }
+  return { image, strength: 0.6 };
+}
+
 // The server may have removed an upload: then its reason is UPLOAD_NOT_FOUND, and it is sent again.
 async function generateFrom(file) {
   for (let left = 2; ; left -= 1) {
-    const image = { upload_id: await upload(file) };
-    const request = { prompt, image, strength: 0.6, seed: "7", format: "IMAGE_FORMAT_PNG" };
+    const fields = fieldsOf({ upload_id: await upload(file) });
+    const request = { prompt, ...fields, seed: "7", format: "IMAGE_FORMAT_PNG" };
     try {
       return await generate(request, metadata, { deadline: Date.now() + 120_000 });
     } catch (error) {

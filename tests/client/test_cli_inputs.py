@@ -1,12 +1,13 @@
 """Images and adapters on the command line."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import PIL.Image
 import pytest
 
-from darkroom_client import Control, UploadedImage
+from darkroom_client import Control, UploadedImage, canny
 from darkroom_client._types.model import OPTIONAL_FIELDS
 from darkroom_client.cli import main
 from darkroom_client.testing import FakeServer, fake_model
@@ -26,7 +27,8 @@ def fake() -> Iterator[FakeServer]:
 def here(tmp_path: Path, fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DARKROOM_TARGET", fake.target)
-    for name, data in (("small", SMALL), ("other", OTHER), ("large", LARGE)):
+    files = {"small": SMALL, "other": OTHER, "large": LARGE, "text": b"a text"}
+    for name, data in files.items():
         (tmp_path / f"{name}.png").write_bytes(data)
     return tmp_path
 
@@ -51,6 +53,21 @@ def test_every_flag_reaches_the_server(fake: FakeServer) -> None:
     assert fake.requests[1].image == SMALL
 
 
+def test_canny_sends_the_edges_of_an_image(fake: FakeServer) -> None:
+    flags = "--control pose:small.png --canny edges:other.png:0.5"
+    assert main(["generate", "a star", "a ring", *flags.split()]) == 0
+    expected = (Control("pose", SMALL), Control("edges", canny(OTHER), scale=0.5))
+    assert [request.controls for request in fake.requests] == [expected, expected]
+    assert canny(OTHER) not in (OTHER, canny(SMALL))
+
+
+def test_canny_names_its_extra(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert main(["generate", "a star", "--canny", "edges:large.png"]) == 2
+    expected = "--canny needs Pillow and numpy: pip install 'darkroom-client[cli,numpy]'"
+    assert expected in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -61,6 +78,9 @@ def test_every_flag_reaches_the_server(fake: FakeServer) -> None:
         ("--control pose:none:0.5", "none"),
         ("--control pose:none:much", "none:much"),
         ("--control pose:small.png:3", "--control: must be 0 to 2, not 3"),
+        ("--canny pose", "'pose' is not ID:FILE"),
+        ("--canny edges:none.png", "none.png"),
+        ("--canny edges:text.png", "--canny: text.png: image is not a PNG, JPEG or WebP file"),
         ("--mask small.png", "--mask: needs --image"),
         ("--lora a:9", "--lora: must be -4 to 4, not 9"),
     ],

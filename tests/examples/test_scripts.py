@@ -1,5 +1,6 @@
 """Runs the example programs as a reader would, against the fake server."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from darkroom_client import Adapter, AdapterKind, Client, RowLimitSource
+from darkroom_client import Adapter, AdapterKind, Client, Control, RowLimitSource, UploadedImage
 from darkroom_client.testing import Behaviour, FakeServer, JobState, fake_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -98,6 +99,38 @@ def test_node_uploads_an_image(tmp_path: Path) -> None:
         assert server.uploads == (data,)
         assert (tmp_path / "star.png").read_bytes().startswith(b"\x89PNG")
     assert request.strength == 0.6
+
+
+@pytest.mark.needs("node")
+@pytest.mark.parametrize(
+    ("flags", "takes"),
+    [("--edit", "reference_images"), ("--control edges --scale 0.8", "controls")],
+)
+def test_node_edits_an_image_and_sends_a_control(tmp_path: Path, flags: str, takes: str) -> None:
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n")  # The fake server does not decode.
+    arguments = (*flags.split(), "a star", tmp_path / "photo.png", tmp_path / "star.png")
+    edges = Adapter(id="edges", kind=AdapterKind.CONTROLNET, models=("demo",))
+    model = fake_model("demo", optional_fields=(takes,))
+    other = fake_model("demo", optional_fields=("image", "strength"))
+    with (
+        FakeServer(models=[model], adapters=[edges]) as server,
+        FakeServer(models=[other], adapters=[edges]) as rejecting,
+    ):
+        with node("image.js", server, *arguments) as running:
+            _, errors = running.communicate(timeout=SECONDS)
+        assert running.returncode == 0, errors
+        (request,) = server.requests
+        with node("image.js", rejecting, *arguments) as running:
+            _, errors = running.communicate(timeout=SECONDS)
+    assert (running.returncode, errors[:17]) == (1, "INVALID_ARGUMENT:")
+    assert takes in errors
+    assert (tmp_path / "star.png").read_bytes().startswith(b"\x89PNG")
+    digest = hashlib.sha256((tmp_path / "photo.png").read_bytes()).hexdigest()
+    photo = UploadedImage(f"sha256:{digest}")
+    edited = takes == "reference_images"
+    assert request.image is None
+    assert request.reference_images == ((photo,) if edited else ())
+    assert request.controls == (() if edited else (Control("edges", photo, scale=0.8),))
 
 
 @pytest.mark.needs("node")

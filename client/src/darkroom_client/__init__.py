@@ -8,6 +8,7 @@
 
 from darkroom_client._async_client import AsyncClient
 from darkroom_client._async_stream import AsyncStream
+from darkroom_client._canny import canny
 from darkroom_client._client import Client
 from darkroom_client._errors import (
     AdapterNotFound,
@@ -148,4 +149,5 @@ __all__ = [
     "UploadNotFound",
     "UploadedImage",
     "Violation",
+    "canny",
 ]
