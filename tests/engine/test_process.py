@@ -415,11 +415,13 @@ def test_a_process_that_does_not_end_is_reported(
     monkeypatch.setattr(process, "REAP_SECONDS", 0.1)
     monkeypatch.setattr(process, "CLOSE_SECONDS", 0.1)
     with monkeypatch.context() as patch, structlog.testing.capture_logs() as lines:
-        patch.setattr(subprocess.Popen, "kill", lambda _: None)
+        spared: list[subprocess.Popen[bytes]] = []
+        patch.setattr(subprocess.Popen, "kill", lambda process: spared.append(process))
         engine, listener, pid = started(tiny_folder)
         died = listener.until(lambda e: isinstance(e, EngineDied), timeout=20)
         engine.close()
         assert psutil.pid_exists(pid)
     os.kill(pid, signal.SIGKILL)
+    assert spared[0].wait(20) == -signal.SIGKILL  # And no process is left for a later test.
     assert died == EngineDied("the engine's process died; its process does not end")
     assert [line["pid"] for line in lines if "does not end" in line["event"]] == [pid, pid]

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -42,18 +42,28 @@ def check(answers: list[Any], prompts: list[str]) -> None:
 async def test_300_prompts_at_a_time(tmp_path: Path) -> None:
     """Many more than the server accepts at a time."""
     prompts = [f"a star {number}" for number in range(300)]
-    # A hundred jobs a second: fewer than the command submits, also on a busy machine.
-    room = Dispatch(max_queued_jobs=8, max_resident_samples=8)
-    async with serving(fake={"pass_seconds": 2 * PASS_SECONDS}, dispatch=room) as wire:
+    room = Dispatch(max_queued_jobs=16, max_resident_samples=16)
+    async with serving(dispatch=room) as wire:
         async with AsyncClient(wire.server.address) as client:
-            check(await client.generate_many(prompts, concurrency=300), prompts)
-        rejected = await refusals(wire)
+            batch = client.generate_many(prompts, concurrency=300)
+            check(await past_a_full_queue(wire, batch), prompts)
         file = tmp_path / "prompts.txt"
         file.write_text("\n".join(prompts))
         flags = ["--file", str(file), "--concurrency", "300", "--no-picture", "-o", str(tmp_path)]
-        await cli("--target", wire.server.address, *flags)
-        assert 0 < rejected < await refusals(wire)
+        await past_a_full_queue(wire, cli("--target", wire.server.address, *flags))
     assert len(list(tmp_path.glob("*.png"))) == 300
+
+
+async def past_a_full_queue(wire: Wire, batch: Coroutine[Any, Any, Any]) -> Any:
+    """Run ``batch``; the engine takes no step until the server has rejected one of its jobs."""
+    before = await refusals(wire)
+    running = asyncio.ensure_future(batch)
+    while await refusals(wire) == before:
+        assert not running.done()
+    while not running.done():
+        wire.engine.advance()
+        await asyncio.sleep(PASS_SECONDS)
+    return await running
 
 
 async def refusals(wire: Wire) -> float:
