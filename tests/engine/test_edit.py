@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +15,19 @@ from darkroom_server.core.events import JobFinished
 from darkroom_server.core.job import Job, Task
 from darkroom_server.engine.families.qwen_image_edit import PROCESSOR, ImageProcessor
 from darkroom_server.engine.families.registry import family_of
-from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.model import SuspendedModel
 
 from .families.case import FamilyCase
 from .families.edit import CASES, shrink_references
 from .families.image_tasks import picture
 from .model_table import cells, check_row
-from .test_family_parity import NOTICEABLE, Served, first_timestep_for_all, prompts_swapped
+from .test_family_parity import (
+    NOTICEABLE,
+    Served,
+    first_timestep_for_all,
+    prompts_swapped,
+    spoil_batches,
+)
 
 OWN_TOKENS = 16
 """Of an image of 64×64 pixels; those of reference images follow."""
@@ -115,14 +121,7 @@ def test_a_wrong_batch_is_noticed(
     spoil: Callable[[FamilyCase, dict[str, Any]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    collate = ArgumentSpec.collate
-
-    def wrong(self: ArgumentSpec, calls: Any) -> dict[str, Any]:
-        merged = collate(self, calls)
-        spoil(served.case, merged)
-        return merged
-
-    monkeypatch.setattr(ArgumentSpec, "collate", wrong)
+    spoil_batches(monkeypatch, partial(spoil, served.case))
     jobs = served.jobs(spoil.__name__)
     served.run_with_late_arrivals(jobs)
     assert max(map(served.error, jobs)) > NOTICEABLE

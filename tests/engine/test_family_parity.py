@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import diffusers
@@ -147,20 +148,25 @@ def prompts_swapped(case: FamilyCase, merged: dict[str, Any]) -> None:
     merged[case.rows_in] = rows[::-1] if isinstance(rows, list) else rows.flip(0)
 
 
+def spoil_batches(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[dict[str, Any]], None]) -> None:
+    """Let ``spoil`` change the arguments of each merged denoiser call."""
+    collate = ArgumentSpec.collate
+
+    def wrong(self: ArgumentSpec, calls: Any) -> dict[str, Any]:
+        merged = collate(self, calls)
+        spoil(merged)
+        return merged
+
+    monkeypatch.setattr(ArgumentSpec, "collate", wrong)
+
+
 @pytest.mark.parametrize("spoil", [first_timestep_for_all, prompts_swapped])
 def test_a_wrong_batch_is_noticed(
     served: Served,
     spoil: Callable[[FamilyCase, dict[str, Any]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    collate = ArgumentSpec.collate
-
-    def wrong(self: ArgumentSpec, calls: Any) -> dict[str, Any]:
-        merged = collate(self, calls)
-        spoil(served.case, merged)
-        return merged
-
-    monkeypatch.setattr(ArgumentSpec, "collate", wrong)
+    spoil_batches(monkeypatch, partial(spoil, served.case))
     jobs = served.jobs(spoil.__name__)
     served.run_with_late_arrivals(jobs)
     assert max(served.errors(jobs)) > NOTICEABLE

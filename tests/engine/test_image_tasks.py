@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -16,13 +17,17 @@ from darkroom_server.core.events import JobFinished, PreviewReady
 from darkroom_server.core.job import Job, SchedulerName, Task
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
-from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .families.case import FamilyCase, alone_key
 from .families.image_tasks import CASES, mask, picture, pipelines_of
 from .families.inpainting import CASES as INPAINTING
-from .test_family_parity import NOTICEABLE, first_timestep_for_all, prompts_swapped
+from .test_family_parity import (
+    NOTICEABLE,
+    first_timestep_for_all,
+    prompts_swapped,
+    spoil_batches,
+)
 
 
 class Alone:
@@ -160,14 +165,7 @@ def test_a_wrong_batch_is_noticed(
     spoil: Callable[[FamilyCase, dict[str, Any]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    collate = ArgumentSpec.collate
-
-    def wrong(self: ArgumentSpec, calls: Any) -> dict[str, Any]:
-        merged = collate(self, calls)
-        spoil(served.case, merged)
-        return merged
-
-    monkeypatch.setattr(ArgumentSpec, "collate", wrong)
+    spoil_batches(monkeypatch, partial(spoil, served.case))
     jobs = served.jobs(spoil.__name__)
     served.run(jobs)
     assert max(map(served.error, jobs)) > NOTICEABLE

@@ -19,14 +19,13 @@ from darkroom_server.core.job import Job, SchedulerName, Task
 from darkroom_server.engine.conditioning.ip_adapter import IpAdapter
 from darkroom_server.engine.loading.ip_adapter import find_ip_adapter
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
-from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .families import flux, stable_diffusion_xl
 from .families.case import FamilyCase
 from .families.image_tasks import STABLE_DIFFUSION, image_call, picture
 from .ip_adapter_files import write_image_encoder, write_ip_adapter
-from .test_family_parity import NOTICEABLE
+from .test_family_parity import NOTICEABLE, spoil_batches
 from .test_image_tasks import Alone
 
 FIELDS: tuple[dict[str, Any], ...] = (
@@ -168,15 +167,11 @@ def test_one_scale_for_all_rows_is_noticed(
 def test_the_image_of_another_row_is_noticed(
     served: ServedWithIpAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    collate = ArgumentSpec.collate
-
-    def wrong(self: ArgumentSpec, calls: Any) -> dict[str, Any]:
-        merged = collate(self, calls)
+    def images_swapped(merged: dict[str, Any]) -> None:
         kwargs = merged["added_cond_kwargs"]
         kwargs["image_embeds"] = [each.flip(0) for each in kwargs["image_embeds"]]
-        return merged
 
-    monkeypatch.setattr(ArgumentSpec, "collate", wrong)
+    spoil_batches(monkeypatch, images_swapped)
     jobs = served.jobs("swapped")
     served.run(jobs)
     assert max(map(served.error, jobs)) > NOTICEABLE

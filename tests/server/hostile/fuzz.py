@@ -9,9 +9,10 @@ import argparse
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Container, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
@@ -21,6 +22,8 @@ from darkroom.v1 import generation_pb2, model_pb2, server_pb2
 from darkroom_server.logs import configure_logs
 from darkroom_server.settings import Dispatch, Logs, Results
 from tests.server.wire import Wire, serving
+
+One = TypeVar("One")
 
 AT_ONCE = 64
 ALLOWED = {
@@ -147,14 +150,23 @@ def damaged(data: bytes, dice: random.Random) -> bytes:
 
 async def fuzz(wire: Wire, count: int, seed: int) -> Counter[str]:
     """Send the inputs and count them by status; raises for a status that is not allowed."""
-    queue = inputs(count, seed)
+    return await statuses_of(inputs(count, seed), partial(send, wire), ALLOWED)
+
+
+async def statuses_of(
+    inputs: Iterator[One], send: Callable[[One], Awaitable[str]], allowed: Container[str]
+) -> Counter[str]:
+    """Send ``inputs`` by many callers and count them by status; raises for one not in ``allowed``.
+
+    ``send`` returns the status of an input.
+    """
     statuses: Counter[str] = Counter()
 
     async def caller() -> None:
-        for one in queue:  # All callers share it, so each input is sent once.
-            status = await send(wire, one)
+        for one in inputs:  # All callers share it, so each input is sent once.
+            status = await send(one)
             statuses[status] += 1
-            assert status in ALLOWED, f"{status} for {one}"
+            assert status in allowed, f"{status} for {one!r:.4000}"
 
     async with asyncio.TaskGroup() as callers:
         for _ in range(AT_ONCE):

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +25,7 @@ from darkroom_server.http import server as http_server
 from darkroom_server.http.messages.fields import FORM_FIELDS
 from darkroom_server.logs import configure_logs
 from darkroom_server.settings import Dispatch, Logs, Results
-from tests.server.hostile.fuzz import AT_ONCE, REAL, TEXTS, WHOLE, damaged
+from tests.server.hostile.fuzz import AT_ONCE, REAL, TEXTS, WHOLE, damaged, statuses_of
 from tests.server.http.door import Door, door
 from tests.server.uploads.pictures import mask, plain
 
@@ -134,19 +135,7 @@ def form_of(dice: random.Random) -> tuple[str, bytes]:
 
 async def fuzz(there: Door, count: int, seed: int) -> Counter[str]:
     """Send the inputs and count them by status; raises for a status that is not allowed."""
-    queue = inputs(count, seed)
-    statuses: Counter[str] = Counter()
-
-    async def caller() -> None:
-        for one in queue:  # All callers share it, so each input is sent once.
-            status = await send(there, one)
-            statuses[status] += 1
-            assert status in ALLOWED, f"{status} for {one[:1000]!r}"
-
-    async with asyncio.TaskGroup() as callers:
-        for _ in range(AT_ONCE):
-            callers.create_task(caller())
-    return statuses
+    return await statuses_of(inputs(count, seed), partial(send, there), ALLOWED)
 
 
 async def send(there: Door, data: bytes) -> str:

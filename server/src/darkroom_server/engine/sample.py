@@ -88,6 +88,11 @@ class Sample(ABC):
         if step is not None:
             self.finish_step(take_steps([step])[0])
 
+    def controls_at(self, call: int, calls_per_step: int) -> list[SampleControl]:
+        """Its ControlNets that change denoiser call ``call``, from 0."""
+        step, steps = call // calls_per_step, self.steps // calls_per_step
+        return [each for each in self.controls if each.applies(step, steps)]
+
     def held_bytes(self) -> int:
         """Bytes that this sample holds between its batches, without those that are few."""
         return sum(control.bytes for control in self.controls)

@@ -146,15 +146,17 @@ class Runner:
 
         ``stepped`` are its samples, which took their step.
         """
+        controlled = [sample for sample in stepped if sample.controls]
+        if not controlled:
+            return 0.0
         info = self.models[model_id].info
         costs = {offer.id: offer.cost for offer in info.adapters}
         extra = 0.0
-        for sample in stepped:
+        for sample in controlled:
             calls = info.guidance.calls_per_step(sample.job)
-            step, steps = (sample.step - 1) // calls, sample.steps // calls
-            applied = [each for each in sample.controls if each.applies(step, steps)]
+            applied = sample.controls_at(sample.step - 1, calls)
             extra += sample.rows * sum(costs[control.id] for control in applied)
-        return extra / max(1, sum(sample.rows for sample in stepped))
+        return extra / sum(sample.rows for sample in stepped)
 
     def preview(self, sample: Sample) -> NDArray[np.uint8] | None:
         """The pixels of ``sample``'s preview, None if none is due or the last is not yet encoded.

@@ -82,13 +82,14 @@ class ModelControls:
         for sample in samples:
             start, row = row, row + sample.rows
             calls = self.guidance.calls_per_step(sample.job)
-            step, steps = sample.step // calls, sample.steps // calls
-            applied = [each for each in sample.controls if each.applies(step, steps)]
+            applied = sample.controls_at(sample.step, calls)
             if applied and calls > 1:
                 self._keep_prompts(sample, calls, given, start, row)
             for control in applied:
                 use = Use(control, start, row, sample.first_prompts)
                 uses.setdefault(control.id, []).append(use)
+        if not uses:
+            return given
         totals: dict[Hashable, tuple[Any, Residuals]] = {}
         for id, users in uses.items():
             net = self.nets[id]
