@@ -72,8 +72,10 @@ def _attention(unet: Any) -> list[tuple[str, Any]]:
 class GroupedAdapters:
     """In place of an engine's own: rows of a batch have one adapter, which a switch brings in.
 
-    It is the store of the engine too: every adapter is in memory.
+    It is the store of the engine too: every adapter is in memory, and none is ever ``unwanted``.
     """
+
+    unwanted: frozenset[str] = frozenset()
 
     def __init__(self, switch: Callable[[str | None], None]) -> None:
         self._switch = switch
