@@ -62,7 +62,9 @@ def make_job(id: str, **fields: Any) -> Job:
 class LoopUnderTest:
     """Runs a loop on a thread and keeps its events; ``latents`` are the final ones."""
 
-    def __init__(self, config: EngineConfig, toolchain: Toolchain | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, toolchain: Toolchain | None = None, start_seconds: float = 180
+    ) -> None:
         self.events: list[Event] = []
         self.ends: dict[str, End] = {}
         self.latents: dict[tuple[str, int], torch.Tensor] = {}
@@ -76,7 +78,7 @@ class LoopUnderTest:
         self.models: dict[str, StableDiffusionModel] = {}
         self._thread = threading.Thread(target=self._run, name="engine")
         self._thread.start()
-        assert self._started.wait(180)
+        assert self._started.wait(start_seconds)
         if self.crash is not None:
             raise self.crash
 

@@ -218,7 +218,7 @@ class DenoiserCompiled:
 
     def of(self, info: ModelInfo) -> ModelInfo:
         """``info``, corrected."""
-        return info.with_denoiser(DenoiserForm.COMPILED)
+        return info.with_runtime(denoiser=DenoiserForm.COMPILED)
 
 
 Correction = RowLimitCorrected | SampleBytesCorrected | DenoiserCompiled

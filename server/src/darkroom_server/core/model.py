@@ -6,12 +6,7 @@ from typing import Any, Literal, Self
 
 from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName, Task
-from darkroom_server.core.model_runtime import (
-    DenoiserForm,
-    ModelRuntime,
-    ModelSpeed,
-    RowLimitSource,
-)
+from darkroom_server.core.model_runtime import ModelRuntime, ModelSpeed, RowLimitSource
 from darkroom_server.core.strength import StrengthRounding
 
 OPTIONAL_FIELDS = (
@@ -332,9 +327,9 @@ class ModelInfo:
         """This model after a real image held more than was measured."""
         return replace(self, memory=replace(self.memory, bytes_per_sample=bytes_per_sample))
 
-    def with_denoiser(self, form: DenoiserForm) -> Self:
-        """This model after its denoiser runs in another form."""
-        return replace(self, runtime=replace(self.runtime, denoiser=form))
+    def with_runtime(self, **changes: Any) -> Self:
+        """This model after ``changes`` of the fields of its runtime."""
+        return replace(self, runtime=replace(self.runtime, **changes))
 
     def samples_per_image(self, job: Job) -> float:
         """What an image of ``job`` holds, in multiples of ``memory.bytes_per_sample``."""

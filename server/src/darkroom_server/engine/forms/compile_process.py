@@ -1,12 +1,11 @@
 """The process that compiles one denoiser: ``python -m ... PARENT FILE``, its task on stdin.
 
-``PARENT`` is the id of the process that waits for it, ``FILE`` the package to write. It runs at the
-lowest priority. The weights have no values, and memory that is not touched takes no room.
+``PARENT`` is the id of the process that waits for it, ``FILE`` the package to write. The
+weights have no values, and memory that is not touched takes no room.
 """
 
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,12 @@ from torch.export import Dim, ExportedProgram, export
 from darkroom_server.engine.forms.signature import EXAMPLE_ROWS, TensorKind, nested
 from darkroom_server.engine.main import die_with
 
-LOWEST_PRIORITY = 19
-
 LEAST_ROWS, MOST_ROWS = 2, 1024
 """Of a call. The compiler treats a single row as a case of its own."""
 
 
 def main() -> None:
     """Compile what stdin describes."""
-    os.setpriority(os.PRIO_PROCESS, 0, LOWEST_PRIORITY)
     die_with(parent=int(sys.argv[1]))
     compile_denoiser(json.load(sys.stdin), Path(sys.argv[2]))
 

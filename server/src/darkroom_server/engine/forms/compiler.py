@@ -167,7 +167,7 @@ class Compiler:
             file.unlink(missing_ok=True)
             return False
         forms.other = compiled
-        model.info = model.info.with_denoiser(DenoiserForm.COMPILED)
+        model.info = model.info.with_runtime(denoiser=DenoiserForm.COMPILED)
         log.info("denoiser is compiled", model=model.info.id, most_rows=compiled.most_rows)
         return True
 

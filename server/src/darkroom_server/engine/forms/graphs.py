@@ -141,7 +141,7 @@ def record_graphs(model: Model, recorder: Recorder) -> int:
         return 0
     forms.other = graphed
     left = available_bytes(model.device)
-    info = model.info.with_denoiser(DenoiserForm.GRAPHS)
+    info = model.info.with_runtime(denoiser=DenoiserForm.GRAPHS)
     memory = replace(info.memory, available_bytes=min(info.memory.available_bytes, left))
     model.info = replace(info, memory=memory)
     taken = max(0, before - left)

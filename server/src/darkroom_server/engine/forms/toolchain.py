@@ -18,6 +18,8 @@ from darkroom_server.engine.forms.task import CompileTask
 PROCESS = ("-P", "-m", "darkroom_server.engine.forms.compile_process")
 """Python's arguments for the process that compiles; -P: import nothing from the folder."""
 
+LOWEST_PRIORITY = 19
+
 KEPT_LINES = 3
 """Of what the process writes before it fails."""
 
@@ -118,6 +120,7 @@ class Inductor:
                 stderr=subprocess.PIPE,
                 env=environment,
             )
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, LOWEST_PRIORITY)
         process = self._process
         try:
             _, lines = process.communicate(task.description.encode())
