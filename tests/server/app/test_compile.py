@@ -19,7 +19,8 @@ def build_engines(settings):
     print(settings.engine.compile.value, *settings.models.model)
     forms = json.loads(sys.argv[1])
     models = [dataclasses.replace(fake_model(), id=id) for id in forms]
-    return [FakeEngine([model.with_runtime(denoiser=DenoiserForm(forms[model.id])) for model in models])]
+    forms = {id: DenoiserForm(form) for id, form in forms.items()}
+    return [FakeEngine([each.with_runtime(denoiser=forms[each.id]) for each in models])]
 
 app.build_engines = build_engines
 cli.main(["compile", *sys.argv[2:]])
