@@ -75,14 +75,18 @@ test-tools: ## install promtool, Prometheus, Node and Chromium for the tests, by
 test-gpu: setup ## run the tests that need a CUDA device
 	@$(BIN)/pytest -m gpu $(PYTEST_FLAGS)
 
+.PHONY: test-compile
+test-compile: setup ## compile the demo model's denoiser and compare images, a minute or two
+	@$(BIN)/pytest tests/engine -m compile $(PYTEST_FLAGS)
+
 .PHONY: test-packaging
 test-packaging: setup ## build the wheels, install them into empty environments, try them there
-	@$(BIN)/pytest tests/packaging -m "not gpu" $(PYTEST_FLAGS)
+	@$(BIN)/pytest tests/packaging -m "not gpu and not compile" $(PYTEST_FLAGS)
 
 .PHONY: test-lowest
 test-lowest: .venv-lowest/.installed ## run LOWEST_TESTS with the lowest version of each dependency, but torch's
 	@# Old versions of libraries call what other libraries have deprecated since.
-	@HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -m "not gpu" -W ignore::DeprecationWarning \
+	@HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -m "not gpu and not compile" -W ignore::DeprecationWarning \
 	    $(LOWEST_TESTS) $(PYTEST_FLAGS)
 
 .PHONY: test-compat

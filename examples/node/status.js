@@ -34,10 +34,10 @@ try {
       console.log(`model ${model.id}: not ready`);
       continue;
     }
-    const { dtype, channels_last, preset, device, format_rule } = model.runtime;
+    const { dtype, channels_last, preset, device, format_rule, denoiser } = model.runtime;
     const layout = channels_last ? "channels_last" : "contiguous";
     const why = format_rule ? ` (${format_rule})` : "";
-    console.log(`model ${model.id}: ${dtype} ${layout}${why}, preset ${preset} on ${device}`);
+    console.log(`model ${model.id}: ${dtype} ${layout}${why}, preset ${preset} on ${device}, ${denoiser} denoiser`);
     const source = word(model.row_limit_source, "ROW_LIMIT_SOURCE_");
     console.log(`  rows of a batch: ${model.max_rows} at most (${source})`);
   }

@@ -421,7 +421,7 @@ def test_models_are_tab_separated_in_a_pipe(capsys: Capture, fake: FakeServer) -
         "4",
         "7.5",
         "euler",
-        "fake float32 fast",
+        "fake float32 fast eager",
         " ".join(Scheduler),
         "negative_prompt guidance_scale preview",
         "-",
@@ -747,7 +747,7 @@ def test_the_status(capsys: Capture, fake: FakeServer) -> None:
     assert rows["accepted"] == "1 (1 finished)"
     assert rows["engine 0"].startswith("fake, ready")
     (how_it_runs,) = (value for name, value in rows.items() if name.startswith("model "))
-    assert "float32 contiguous, preset fast; at most 8 rows (set)" in how_it_runs
+    assert "float32 contiguous, preset fast, eager denoiser; at most 8 rows (set)" in how_it_runs
 
     fake.state = ServerState.DRAINING
     assert main(["status", "--json"]) == 3

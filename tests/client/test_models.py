@@ -56,6 +56,7 @@ def test_what_a_model_takes_and_how_it_is_guided(client: Any, server: ScriptedSe
     sent.limits.max_sequence_length = 512
     sent.limits.sizes.add(width=640, height=384)
     sent.runtime.preset_rule = "it overflows in float16"
+    sent.runtime.denoiser = "compiled"
 
     model = client.model()
 
@@ -68,6 +69,7 @@ def test_what_a_model_takes_and_how_it_is_guided(client: Any, server: ScriptedSe
     assert model.limits.max_sequence_length == 512
     assert model.limits.sizes == ((640, 384),)
     assert model.runtime.preset_rule == "it overflows in float16"
+    assert model.runtime.denoiser == "compiled"
 
 
 def test_one_model_by_its_id_or_alone(client: Any) -> None:

@@ -23,6 +23,7 @@ from darkroom_server.core.events import (
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName
 from darkroom_server.engine.batching.row_limits import RowLimits
 from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
+from darkroom_server.engine.forms.toolchain import Toolchain
 from darkroom_server.engine.loading.startup import start_loop
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.sample import Sample
@@ -61,7 +62,9 @@ def make_job(id: str, **fields: Any) -> Job:
 class LoopUnderTest:
     """Runs a loop on a thread and keeps its events; ``latents`` are the final ones."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self, config: EngineConfig, toolchain: Toolchain | None = None, start_seconds: float = 180
+    ) -> None:
         self.events: list[Event] = []
         self.ends: dict[str, End] = {}
         self.latents: dict[tuple[str, int], torch.Tensor] = {}
@@ -70,17 +73,18 @@ class LoopUnderTest:
         self._changed = threading.Condition()
         self._started = threading.Event()
         self._config = config
+        self._toolchain = toolchain
         self.loop: EngineLoop
         self.models: dict[str, StableDiffusionModel] = {}
         self._thread = threading.Thread(target=self._run, name="engine")
         self._thread.start()
-        assert self._started.wait(180)
+        assert self._started.wait(start_seconds)
         if self.crash is not None:
             raise self.crash
 
     def _run(self) -> None:
         try:
-            self.loop, _ = start_loop(self._config, self._emit)
+            self.loop, _ = start_loop(self._config, self._emit, self._toolchain)
             self.models = cast("dict[str, StableDiffusionModel]", self.loop._runner.models)
             decode = self.loop._decode
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, Preset
+from darkroom_server.core.engine_config import Attention, Compile, Dtype, EngineConfig, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.device import cgroup
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
@@ -17,7 +17,14 @@ from darkroom_server.engine.warmup.formats import HalfPrecision, Hardware, forma
 from darkroom_server.engine.warmup.presets import Runtime, allowed_threads, resolve
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-PRESETS = (Preset.FRUGAL, Preset.FAST, Preset.TINY)
+PRESETS = (Preset.FRUGAL, Preset.FAST, Preset.MAX, Preset.TINY)
+
+
+COMPILES = {
+    Compile.OFF: "no",
+    Compile.CACHED: "if it is on disk",
+    Compile.BACKGROUND: "yes, in the background",
+}
 
 
 def runtime(half: HalfPrecision = StableDiffusion.half, **fields: Any) -> Runtime:
@@ -64,6 +71,8 @@ def in_words(preset: Preset) -> dict[str, str]:
         "autocast": "yes" if cpu.autocast else "no",
         "memory format": formats[layouts],
         "VAE": "tiled" if cpu.vae_tiling else "whole",
+        "compiled denoiser, on a CPU": COMPILES[cpu.compile],
+        "graphs, on a GPU": "yes" if gpu.graphs else "no",
     }
 
 
@@ -73,7 +82,7 @@ def test_the_page_has_the_presets_table() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     start = next(i for i, row in enumerate(rows) if row[0] == "" and "`frugal`" in row)
     assert rows[start][1:] == [f"`{preset}`" for preset in PRESETS]
-    table = {row[0]: row[1:] for row in rows[start + 1 :] if len(row) == 4}
+    table = {row[0]: row[1:] for row in rows[start + 1 :] if len(row) == 5}
     columns = [in_words(preset) for preset in PRESETS]
     for name in columns[0]:
         assert table[name] == [column[name] for column in columns]
@@ -114,6 +123,7 @@ def test_a_gpu_that_torch_does_not_find_is_reported(monkeypatch: pytest.MonkeyPa
         ("vae_tiling", False, "vae_tiling", False),
         ("channels_last", True, "channels_last", True),
         ("channels_last", False, "channels_last", False),
+        ("compile", Compile.BLOCKING, "compile", Compile.BLOCKING),
     ],
 )
 def test_a_knob_wins(preset: Preset, knob: str, value: Any, field: str, wanted: Any) -> None:

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import structlog
+import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
 
 from darkroom_server.core.engine_config import Preset
-from darkroom_server.core.events import Event, ImageReady
+from darkroom_server.core.events import Event, ImageReady, JobFailed
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import MemoryNeeds, ModelInfo, heads_of_slice
+from darkroom_server.engine.failures import OUT_OF_MEMORY
+from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
 from darkroom_server.engine.warmup.formats import HalfPrecision
 from darkroom_server.engine.warmup.measurement import slices_get_finer
 from darkroom_server.engine.warmup.presets import resolve
@@ -127,3 +130,47 @@ def test_a_cpu_keeps_its_slices(preset: Preset, device: str, cuda: FakeDevice) -
     config = on_gpu(Path(), preset, device=device)
     runtime = resolve(config, HalfPrecision())
     assert slices_get_finer(runtime) is (device == "cuda" and preset is Preset.FRUGAL)
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_batch_without_memory_runs_again_with_sdpa(
+    tiny_folder: Path, cuda: FakeDevice, monkeypatch: pytest.MonkeyPatch, saves: bool
+) -> None:
+    served = Served(tiny_folder, Preset.FRUGAL)
+    model = served.models["tiny"]
+    needs = replace(short_memory(model.info.memory), available_bytes=10**9)
+    sdpa = needs.sdpa_bytes_per_row if saves else 10**6
+    model.info = replace(model.info, memory=replace(needs, sdpa_bytes_per_row=sdpa))
+    denoise = StableDiffusionModel.denoise
+    tries: list[bool] = []
+    events: list[Event] = []
+
+    def without_memory(self: Any, samples: Any) -> Any:
+        sliced = any(isinstance(p, SlicedAttnProcessor) for p in self.unet.attn_processors.values())
+        tries.append(sliced)
+        if sliced:
+            raise torch.OutOfMemoryError("no memory for slices")
+        return denoise(self, samples)
+
+    def kept(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, JobFailed):
+            served.loop.close()
+        else:
+            emit(event)
+
+    emit = served.emit
+    monkeypatch.setattr(StableDiffusionModel, "denoise", without_memory)
+    monkeypatch.setattr(served, "emit", kept)
+    with structlog.testing.capture_logs() as lines:
+        served.run(job("one", 64))
+    images = [event for event in events if isinstance(event, ImageReady)]
+    warned = [line for line in lines if line["event"].startswith("attention is sdpa")]
+    if saves:
+        assert [image.image.replay.memory_fallbacks for image in images] == [("sdpa",)]
+        assert tries == [True, False, False], "the second step begins with SDPA"
+        assert len(warned) == 1
+    else:
+        (failed,) = [event for event in events if isinstance(event, JobFailed)]
+        assert failed.failure is OUT_OF_MEMORY
+        assert (tries, warned) == ([True], [])

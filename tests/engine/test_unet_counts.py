@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from darkroom_server.core.engine_config import Preset
 
@@ -21,6 +22,30 @@ HALF = torch.float16
 def sd14_unet() -> Any:
     """The UNet of CompVis/stable-diffusion-v1-4."""
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+
+
+def sd14_vae() -> Any:
+    """The VAE of the same model."""
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=512,
+    )
+
+
+def sd14_text_encoder() -> Any:
+    """The text encoder of the same model."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +89,19 @@ def counted(device: FakeDevice, unet: Any, preset: Preset, rows: int, size: int)
             "text_embeds": random(rows, 1280),
             "time_ids": random(rows, 6),
         }
+    casts = torch.autocast("cuda", HALF) if preset is Preset.FRUGAL else nullcontext()
     device.reset_counts()
+    with casts:
+        peak = peak_of(device, lambda: unet(**inputs, return_dict=False))
+    return sum(device.kernels.values()), peak
+
+
+def peak_of(device: FakeDevice, work: Callable[[], object]) -> int:
+    """The most bytes of ``work`` at once, besides those that were live before."""
     torch.cuda.reset_peak_memory_stats()
     before = device.live_bytes
-    casts = torch.autocast("cuda", HALF) if preset is Preset.FRUGAL else nullcontext()
-    with casts:
-        unet(**inputs, return_dict=False)
-    return sum(device.kernels.values()), device.peak_bytes - before
+    work()
+    return device.peak_bytes - before
 
 
 @pytest.mark.parametrize(
@@ -98,3 +129,22 @@ def test_a_batch_stays_within_its_kernels_and_bytes(
     assert 0.9 * kernels <= found <= kernels
     assert 0.9 * mib <= peak / MIB <= mib
     assert not device.blocking(), "a batch waits for nothing"
+
+
+def test_an_image_takes_at_most_2_9_gib(
+    device: FakeDevice, on_device: Callable[[Any], Any]
+) -> None:
+    """Stable Diffusion 1.4 under ``frugal``, 512 × 512: the weights, and the most of any part."""
+    unet, vae, encoder = map(on_device, (sd14_unet, sd14_vae, sd14_text_encoder))
+    weights = sum(
+        each.numel() * each.element_size()
+        for part in (unet, vae, encoder)
+        for each in (*part.parameters(), *part.buffers())
+    )
+    _, batch = counted(device, unet, Preset.FRUGAL, 2, 512)
+    with torch.autocast("cuda", HALF):
+        decode = peak_of(device, lambda: vae.decode(random(1, 4, 64, 64)))
+        tokens = CudaTensor(torch.zeros((2, 77), dtype=torch.long, device="meta"))
+        encode = peak_of(device, lambda: encoder(tokens))
+    assert encode < batch < decode, "autocast keeps float32 copies in the VAE"
+    assert 2.4 < (weights + decode) / 2**30 <= 2.9

@@ -174,7 +174,11 @@ def test_node_shows_the_status() -> None:
         measured,
         limits=replace(measured.limits, max_rows=32, row_limit_source=RowLimitSource.CORRECTED),
         runtime=replace(
-            measured.runtime, dtype="bfloat16", channels_last=True, format_rule="the CPU has amx"
+            measured.runtime,
+            dtype="bfloat16",
+            channels_last=True,
+            format_rule="the CPU has amx",
+            denoiser="compiled",
         ),
     )
     with (
@@ -187,9 +191,10 @@ def test_node_shows_the_status() -> None:
     state, *models, engine = out.splitlines()
     assert ": ready; jobs: 0 running, 0 of " in state
     assert models == [
-        "model demo: float32 contiguous, preset fast on fake",
+        "model demo: float32 contiguous, preset fast on fake, eager denoiser",
         "  rows of a batch: 8 at most (set)",
-        "model measured: bfloat16 channels_last (the CPU has amx), preset fast on fake",
+        "model measured: bfloat16 channels_last (the CPU has amx), preset fast on fake, "
+        "compiled denoiser",
         "  rows of a batch: 32 at most (corrected)",
     ]
     assert engine == "engine 0 on fake: ready, 0 images, 0 restarts"

@@ -11,7 +11,10 @@ from darkroom_server.settings.flags import PROGRAM, Parser, add_flags
 from darkroom_server.signals import exit_by_signal
 
 if TYPE_CHECKING:
-    from darkroom_server.settings import Settings
+    from collections.abc import AsyncIterator
+
+    from darkroom_server.logs import LogWriter
+    from darkroom_server.preflight import Finding
     from darkroom_server.settings.load import Loaded
 
 # gRPC reads this at import. By default it logs every failed handshake in its own format, so any
@@ -35,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
         match command:
             case "serve":
                 _serve(given)
+            case "compile":
+                _compile(given)
             case "healthcheck":
                 _healthcheck(**given)
             case "token":
@@ -79,6 +84,22 @@ def _parser() -> Parser:
         help="do not serve: print the settings in effect as TOML, without secrets, and exit",
     )
     add_flags(serve)
+    compile = commands.add_parser(
+        "compile",
+        usage=f"{PROGRAM} compile [OPTION ...] [MODEL ...]",
+        help="compile denoisers ahead of time",
+        description="Load models as `serve` does and compile their denoisers for this machine, "
+        "unless the results are on disk. `serve` with equal options uses them at once. Exit with 0 "
+        "if every denoiser is compiled, with 1 if not, with 2 if a setting is invalid.",
+    )
+    _add_config(compile)
+    compile.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help="as --model of `serve`; default: the models of the settings",
+    )
+    add_flags(compile)
     health = commands.add_parser(
         "healthcheck",
         help="check whether a server is ready",
@@ -136,22 +157,13 @@ def _serve(flags: dict[str, Any]) -> None:
 
         print(effective_toml(loaded, os.environ), end="")
         return
-    import structlog
-
     from darkroom_server.app import EngineLost, run
-    from darkroom_server.logs import capture_native_lines, configure_logs
-    from darkroom_server.settings.state_folder import create_scratch_folders
 
-    writer = configure_logs(loaded.settings.logs, capture_native_lines())
-    log = structlog.get_logger(__name__)
-    for warning in loaded.warnings:
-        log.warning(warning)
-    try:
-        os.environ.update(create_scratch_folders(loaded.settings.storage, os.environ))
-    except OSError as error:
-        log.warning("state folder cannot be written", why=str(error))
+    writer = _open_log(loaded)
     if check:
-        _check(loaded.settings)
+        from darkroom_server.preflight import preflight
+
+        _report(preflight(loaded.settings))
     try:
         run(loaded.settings, log_writer=writer)
     except EngineLost as error:
@@ -165,17 +177,44 @@ def _serve(flags: dict[str, Any]) -> None:
     raise SystemExit(code)
 
 
-def _check(settings: "Settings") -> NoReturn:
-    import asyncio
+def _compile(flags: dict[str, Any]) -> NoReturn:
+    from darkroom_server.preflight import compile_denoisers
 
-    from darkroom_server.preflight import preflight
+    if models := flags.pop("models"):
+        flags["model"] = models
+    loaded = _load(flags.pop("config"), {**flags, "compile": "blocking"})
+    _open_log(loaded)
+    _report(compile_denoisers(loaded.settings))
+
+
+def _open_log(loaded: "Loaded") -> "LogWriter":
+    """Start to log, with the warnings about the settings first; create the folders to write in."""
+    import structlog
+
+    from darkroom_server.logs import capture_native_lines, configure_logs
+    from darkroom_server.settings.state_folder import create_scratch_folders
+
+    writer = configure_logs(loaded.settings.logs, capture_native_lines())
+    log = structlog.get_logger(__name__)
+    for warning in loaded.warnings:
+        log.warning(warning)
+    try:
+        os.environ.update(create_scratch_folders(loaded.settings.storage, os.environ))
+    except OSError as error:
+        log.warning("state folder cannot be written", why=str(error))
+    return writer
+
+
+def _report(findings: "AsyncIterator[Finding]") -> NoReturn:
+    """Print each finding as it comes, and exit."""
+    import asyncio
 
     # A load cannot be interrupted otherwise; the engine process ends with this one.
     signal.signal(signal.SIGINT, lambda number, _: exit_by_signal(number))
 
     async def report() -> bool:
         usable = True
-        async for finding in preflight(settings):
+        async for finding in findings:
             print(f"{'ok' if finding.ok else 'problem':8} {finding.text}", flush=True)
             usable = usable and finding.ok
         return usable

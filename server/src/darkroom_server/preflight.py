@@ -1,4 +1,4 @@
-"""``serve --check``: whether a server with these settings could start here, without serving."""
+"""``serve --check`` and ``compile``: start the engines without serving."""
 
 import asyncio
 import queue
@@ -11,6 +11,7 @@ from darkroom_server import app
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, EngineReady, Event
+from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.rpc.server import probe_port
 from darkroom_server.settings import Http, Network, Settings
 from darkroom_server.settings.state_folder import measurement_folder, state_folder
@@ -40,7 +41,22 @@ async def preflight(settings: Settings) -> AsyncIterator[Finding]:
     if folder is not None:
         yield _state(folder)
     for number, engine in enumerate(engines):
-        yield await asyncio.to_thread(_load, number, engine)
+        loaded = await asyncio.to_thread(_load, engine)
+        yield Finding(isinstance(loaded, EngineReady), f"engine {number}: {_in_words(loaded)}")
+
+
+async def compile_denoisers(settings: Settings) -> AsyncIterator[Finding]:
+    """Load the models in one engine, which compiles their denoisers as ``settings`` say."""
+    engine, *_ = app.build_engines(settings)
+    loaded = await asyncio.to_thread(_load, engine)
+    if isinstance(loaded, str):
+        yield Finding(False, loaded)
+        return
+    for model in loaded.models:
+        if model.runtime.denoiser is DenoiserForm.COMPILED:
+            yield Finding(True, f"{model.id}: its denoiser is compiled")
+        else:
+            yield Finding(False, f"{model.id}: its denoiser stays eager; the log says why")
 
 
 def _ports(network: Network, http: Http) -> Iterator[Finding]:
@@ -72,21 +88,27 @@ def _state(folder: Path) -> Finding:
         return Finding(False, f"state folder: {folder} cannot be written: {error.strerror}")
 
 
-def _load(number: int, engine: Engine) -> Finding:
-    """Load the models as a server does, measurements included, and stop the engine."""
+def _load(engine: Engine) -> EngineReady | str:
+    """Load the models as a server does, measurements included, and stop the engine.
+
+    Returns what it loaded, or why it could not.
+    """
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     try:
         engine.start(events.put)
         event = events.get()
         while not isinstance(event, EngineReady | EngineDied):
             event = events.get()
-        if isinstance(event, EngineDied):
-            return Finding(False, f"engine {number}: {event.message}")
-        device = event.models[0].runtime.device
-        names = ", ".join(model.id for model in event.models)
-        seconds = f"{event.load_seconds:.1f} s"
-        return Finding(True, f"engine {number}: loaded {names} on {device} in {seconds}")
+        return event.message if isinstance(event, EngineDied) else event
     except (OSError, RuntimeError) as error:
-        return Finding(False, f"engine {number}: cannot be started: {error}")
+        return f"cannot be started: {error}"
     finally:
         engine.close()
+
+
+def _in_words(loaded: EngineReady | str) -> str:
+    if isinstance(loaded, str):
+        return loaded
+    device = loaded.models[0].runtime.device
+    names = ", ".join(model.id for model in loaded.models)
+    return f"loaded {names} on {device} in {loaded.load_seconds:.1f} s"

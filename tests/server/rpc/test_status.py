@@ -9,7 +9,7 @@ import grpc
 
 from darkroom.v1 import model_pb2, server_pb2, server_pb2_grpc
 from darkroom_server.backends.fake_model import fake_model
-from darkroom_server.core.events import MemoryReport, RowLimitCorrected
+from darkroom_server.core.events import DenoiserCompiled, MemoryReport, RowLimitCorrected
 from darkroom_server.core.model_runtime import ModelSpeed, RowLimitSource
 from darkroom_server.settings import Dispatch, Engine, Security
 from tests.server.wire import NOT_SERVING, SERVING, Wire, refusal, serving
@@ -113,3 +113,12 @@ async def test_with_tokens_the_status_is_for_admins(tmp_path: Path) -> None:
         assert error.code is grpc.StatusCode.PERMISSION_DENIED
         reported = await status(wire, (("authorization", "Bearer ops"),))
     assert reported.state == server_pb2.SERVER_STATE_READY
+
+
+async def test_a_compiled_denoiser_is_visible() -> None:
+    async with serving(fake={"auto": True}) as wire:
+        assert (await status(wire)).models[0].runtime.denoiser == "eager"
+        wire.engine._emit(DenoiserCompiled("demo"))
+        (after,) = (await status(wire)).models
+        model = (await wire.models.GetModel(model_pb2.GetModelRequest())).model
+        assert after.runtime.denoiser == model.runtime.denoiser == "compiled"

@@ -70,7 +70,7 @@ def test_text_is_converted_to_the_declared_type() -> None:
         ("[network]\nmax-rows = 1", "unknown key 'network.max-rows'; did you mean 'engine.max"),
         ("network = 1", "'network' is a table; write [network] above its keys"),
         ("[network", "is not TOML"),
-        ("[engine]\npreset = 'quick'", "must be one of auto, frugal, fast, tiny, not 'quick'"),
+        ("[engine]\npreset = 'quick'", "must be one of auto, frugal, fast, max, tiny, not 'quick'"),
     ],
 )
 def test_an_invalid_file_is_reported_in_one_line(tmp_path: Path, text: str, complaint: str) -> None:

@@ -30,6 +30,7 @@ def test_measurements_and_load_times_are_below_it(tmp_path: Path) -> None:
     assert measurement_folder(settings) == tmp_path / "measurements"
     (config,) = engine_configs(settings, hub_token=None)
     assert config.measurement_cache == str(tmp_path / "measurements")
+    assert config.compile_cache == str(tmp_path / "compiled")
     assert load_times_file(settings)[0] == tmp_path / "measurements" / "load-times.json"
 
 
@@ -38,6 +39,8 @@ def test_no_measurement_cache_keeps_no_folder(tmp_path: Path) -> None:
         storage=Storage(state_dir=str(tmp_path)), engine=Engine(measurement_cache=False)
     )
     assert measurement_folder(settings) is None
+    (config,) = engine_configs(settings, hub_token=None)
+    assert config.compile_cache is None
 
 
 def test_a_relative_folder_is_one_of_the_working_directory(

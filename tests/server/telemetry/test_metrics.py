@@ -12,6 +12,7 @@ from darkroom_server.core.events import (
     AdapterLoaded,
     BatchDone,
     Counted,
+    DenoiserCompiled,
     EncodeDone,
     EngineCounts,
     EngineReady,
@@ -234,16 +235,19 @@ async def test_loads_and_sensors_are_gauges() -> None:
         await wire.health_becomes(SERVING)
         assert await values(wire, "darkroom_model_load_seconds") == {(): 1.5}
         assert await values(wire, "darkroom_max_rows", "model") == {("demo",): 8}
+        assert await values(wire, "darkroom_denoiser_compiled", "model") == {("demo",): 0}
         how = ("model", "device", "dtype", "memory_format", "preset", "attention")
         assert await values(wire, "darkroom_model_info", *how) == {
             ("demo", "cpu", "float32", "contiguous", "fast", "sdpa"): 1
         }
         wire.engine._emit(RowLimitCorrected("demo", 16))
         wire.engine._emit(SampleBytesCorrected("demo", 500))
+        wire.engine._emit(DenoiserCompiled("demo"))
         encode = EncodeDone(model="demo", prompts=2, seconds=0.25, cache_bytes=1000)
         wire.engine._emit(encode)
         await asyncio.sleep(0)
         assert await values(wire, "darkroom_max_rows", "model") == {("demo",): 16}
+        assert await values(wire, "darkroom_denoiser_compiled", "model") == {("demo",): 1}
         assert await values(wire, "darkroom_encode_seconds_sum", "model") == {("demo",): 0.25}
         assert await values(wire, "darkroom_encode_seconds_count") == {(): 1}
         assert await values(wire, "darkroom_bytes_per_sample", "model") == {("demo",): 500}

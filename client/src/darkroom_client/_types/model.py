@@ -103,7 +103,8 @@ class ModelRuntime:
     without sliced attention. ``format_rule``: why ``dtype`` and ``channels_last`` were chosen;
     empty if both are configured, or if the server is older than this field. ``preset_rule``: why
     ``preset`` is in force, and what of it does not suit the model; empty if it is configured and
-    all of it suits, or if the server is older.
+    all of it suits, or if the server is older. ``denoiser``: "eager" if batches run it as diffusers
+    wrote it, "compiled", or "graphs" of its kernels; empty if the server is older.
     """
 
     device: str
@@ -118,6 +119,7 @@ class ModelRuntime:
     safety_checker: bool
     format_rule: str = ""
     preset_rule: str = ""
+    denoiser: str = ""
 
 
 OPTIONAL_FIELDS = (

@@ -122,4 +122,5 @@ def decode_runtime(runtime: model_pb2.ModelRuntime) -> ModelRuntime:
         safety_checker=runtime.safety_checker,
         format_rule=runtime.format_rule,
         preset_rule=runtime.preset_rule,
+        denoiser=runtime.denoiser,
     )

@@ -75,6 +75,7 @@ _FAKE = Model(
         channels_last=False,
         fp8_storage=False,
         safety_checker=False,
+        denoiser="eager",
     ),
     guidance=Guidance(scale="guidance_scale", above=1.0, needs_negative=False, rows=2, calls=1),
 )
@@ -197,6 +198,7 @@ def encode_model(model: Model) -> model_pb2.Model:
                 safety_checker=runtime.safety_checker,
                 format_rule=runtime.format_rule,
                 preset_rule=runtime.preset_rule,
+                denoiser=runtime.denoiser,
             )
         )
     return message

@@ -759,6 +759,7 @@ class ModelRuntime(_message.Message):
     SAFETY_CHECKER_FIELD_NUMBER: _builtins.int
     FORMAT_RULE_FIELD_NUMBER: _builtins.int
     PRESET_RULE_FIELD_NUMBER: _builtins.int
+    DENOISER_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """The device, such as "cuda:0" or "cpu"."""
     dtype: _builtins.str
@@ -785,6 +786,10 @@ class ModelRuntime(_message.Message):
     """Why `preset` is in force, and what of it does not suit the model; empty if it is configured and
     all of it suits.
     """
+    denoiser: _builtins.str
+    """The form in which most batches run the denoiser: "eager", as diffusers wrote it, "compiled", or
+    "graphs" of its kernels. Empty from a server older than this field.
+    """
     def __init__(
         self,
         *,
@@ -800,10 +805,11 @@ class ModelRuntime(_message.Message):
         safety_checker: _builtins.bool = ...,
         format_rule: _builtins.str = ...,
         preset_rule: _builtins.str = ...,
+        denoiser: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "autocast", b"autocast", "channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "format_rule", b"format_rule", "fp8_storage", b"fp8_storage", "preset", b"preset", "preset_rule", b"preset_rule", "safety_checker", b"safety_checker", "slice_size", b"slice_size", "vae_tiling", b"vae_tiling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "autocast", b"autocast", "channels_last", b"channels_last", "denoiser", b"denoiser", "device", b"device", "dtype", b"dtype", "format_rule", b"format_rule", "fp8_storage", b"fp8_storage", "preset", b"preset", "preset_rule", b"preset_rule", "safety_checker", b"safety_checker", "slice_size", b"slice_size", "vae_tiling", b"vae_tiling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

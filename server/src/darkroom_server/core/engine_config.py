@@ -12,12 +12,34 @@ PROMPT_CACHE_BYTES = 256 * 1024**2
 
 
 class Preset(StrEnum):
-    """Defaults for the options of ``EngineConfig``; AUTO is FRUGAL on CUDA, else FAST."""
+    """Defaults for the options of ``EngineConfig``; AUTO is FRUGAL on CUDA, else FAST.
+
+    MAX is FAST with more of what takes long to prepare.
+    """
 
     AUTO = "auto"
     FRUGAL = "frugal"
     FAST = "fast"
+    MAX = "max"
     TINY = "tiny"
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it is for speed, not for little memory."""
+        return self in (Preset.FAST, Preset.MAX)
+
+
+class Compile(StrEnum):
+    """When the denoiser of a model is compiled.
+
+    CACHED uses what is on disk. BACKGROUND compiles in a process of its own while the model is
+    served, BLOCKING before it is.
+    """
+
+    OFF = "off"
+    CACHED = "cached"
+    BACKGROUND = "background"
+    BLOCKING = "blocking"
 
 
 class Dtype(StrEnum):
@@ -100,6 +122,7 @@ class EngineConfig:
     ``threads``: for torch on a CPU, None for what the cgroup allows. ``rows``: the row limit of
     batches; None: it is measured, and corrected while the engine runs, but never above
     ``max_rows``. ``measurement_cache``: the folder that remembers measurements, None for none.
+    ``compile_cache``: the folder of compiled denoisers; with None nothing is compiled.
     ``previous_measurements``: from an earlier engine of this server, so that a restarted one is
     ready sooner. ``prompt_cache_bytes``: memory for the embeddings of prompts, for each model.
     ``adapters_may_come``: adapters may be offered while the engine runs, even if there are none
@@ -122,6 +145,8 @@ class EngineConfig:
     rows: int | None = None
     max_rows: int | None = None
     measurement_cache: str | None = None
+    compile: Compile | None = None
+    compile_cache: str | None = None
     prompt_cache_bytes: int = PROMPT_CACHE_BYTES
     safety_checker: bool = False
     adapters: tuple[AdapterSource, ...] = ()

@@ -12,6 +12,7 @@ from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.job import ImageFormat
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model_runtime import DenoiserForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +210,18 @@ class SampleBytesCorrected:
         return info.with_bytes_per_sample(self.bytes_per_sample)
 
 
-Correction = RowLimitCorrected | SampleBytesCorrected
+@dataclass(frozen=True, slots=True)
+class DenoiserCompiled:
+    """Batches of ``model`` run its compiled denoiser from now on."""
+
+    model: str
+
+    def of(self, info: ModelInfo) -> ModelInfo:
+        """``info``, corrected."""
+        return info.with_runtime(denoiser=DenoiserForm.COMPILED)
+
+
+Correction = RowLimitCorrected | SampleBytesCorrected | DenoiserCompiled
 """What the engine learned about a model after its start."""
 
 
@@ -337,6 +349,7 @@ Event = (
     | AdapterEvicted
     | RowLimitCorrected
     | SampleBytesCorrected
+    | DenoiserCompiled
     | EncodeDone
     | DecodeDone
     | EngineCounts

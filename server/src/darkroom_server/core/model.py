@@ -191,11 +191,17 @@ class MemoryNeeds:
 
     def uses_sdpa(self, width: int, height: int) -> bool:
         """Whether batches of this size run with SDPA: no slice is fine enough for two rows."""
-        if not self.sdpa_bytes_per_row:
-            return False
+        sliced = self._two_sliced_rows(width, height)
+        return self.sdpa_saves(width, height) and sliced > self.available_bytes
+
+    def sdpa_saves(self, width: int, height: int) -> bool:
+        """Whether two rows of this size need less memory with SDPA than with slices."""
+        sdpa = 2 * self.sdpa_bytes_per_row * width * height / self.pixels
+        return 0 < sdpa < self._two_sliced_rows(width, height)
+
+    def _two_sliced_rows(self, width: int, height: int) -> float:
         scale = width * height / self.pixels
-        sliced = 2 * self.bytes_per_row * scale + self._slice_bytes(scale)
-        return 2 * self.sdpa_bytes_per_row * scale < sliced > self.available_bytes
+        return 2 * self.bytes_per_row * scale + self._slice_bytes(scale)
 
     def _per_row_and_once(self, scale: float, *, uses_sdpa: bool) -> tuple[float, float]:
         """The bytes of each row of a batch without ControlNets, and those that it needs once."""
@@ -320,6 +326,10 @@ class ModelInfo:
     def with_bytes_per_sample(self, bytes_per_sample: int) -> Self:
         """This model after a real image held more than was measured."""
         return replace(self, memory=replace(self.memory, bytes_per_sample=bytes_per_sample))
+
+    def with_runtime(self, **changes: Any) -> Self:
+        """This model after ``changes`` of the fields of its runtime."""
+        return replace(self, runtime=replace(self.runtime, **changes))
 
     def samples_per_image(self, job: Job) -> float:
         """What an image of ``job`` holds, in multiples of ``memory.bytes_per_sample``."""

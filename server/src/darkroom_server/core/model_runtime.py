@@ -4,6 +4,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
+class DenoiserForm(StrEnum):
+    """The form in which a denoiser runs.
+
+    EAGER: as diffusers wrote it. COMPILED: for this machine. GRAPHS: of its kernels, on a GPU.
+    """
+
+    EAGER = "eager"
+    COMPILED = "compiled"
+    GRAPHS = "graphs"
+
+
 class RowLimitSource(StrEnum):
     """Where a model's row limit comes from.
 
@@ -23,7 +34,7 @@ class ModelRuntime:
 
     ``format_rule``: why ``dtype`` and ``channels_last`` were chosen, empty if they were configured.
     ``preset_rule``: why ``preset`` is in force, and what of it does not suit the model; empty if
-    it was configured and all of it suits.
+    it was configured and all of it suits. ``denoiser``: the form in which most of its batches run.
     """
 
     device: str
@@ -38,6 +49,7 @@ class ModelRuntime:
     safety_checker: bool
     format_rule: str = ""
     preset_rule: str = ""
+    denoiser: DenoiserForm = DenoiserForm.EAGER
 
     @property
     def memory_format(self) -> str:

@@ -10,6 +10,7 @@ from darkroom_server.core.events import (
     AdapterLoaded,
     BatchDone,
     DecodeDone,
+    DenoiserCompiled,
     EncodeDone,
     EngineDied,
     EngineReady,
@@ -73,7 +74,7 @@ class EventRouter:
                 case BatchDone():
                     engine.record_batch(event)
                     self._observer.on_event(event)
-                case RowLimitCorrected() | SampleBytesCorrected():
+                case RowLimitCorrected() | SampleBytesCorrected() | DenoiserCompiled():
                     self._availability.correct(event)
                     engine.correct(event)
                     self._observer.on_event(event)

@@ -11,6 +11,7 @@ from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
     BatchDone,
     DecodeDone,
+    DenoiserCompiled,
     EncodeDone,
     Event,
     JobTaken,
@@ -37,6 +38,7 @@ from darkroom_server.engine.device.memory_reporter import MemoryReporter
 from darkroom_server.engine.device.timer import Timer
 from darkroom_server.engine.failures import ADAPTER_FAILED
 from darkroom_server.engine.families.base import Model
+from darkroom_server.engine.forms.compiler import Compiled, Compiler
 from darkroom_server.engine.sample import Sample
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
 from darkroom_server.ipc.commands import (
@@ -69,7 +71,7 @@ class EngineLoop:
     Everything that touches torch happens on the thread that calls ``run``. ``submit``, ``cancel``,
     ``extend`` and ``close`` may be called from any thread. ``emit`` is called from ``run``'s
     thread, the encode pool's and the memory reporter's. ``caches`` remember each model's row limit.
-    ``adapters`` says which adapters there are.
+    ``adapters`` says which adapters there are, ``compiler`` compiles denoisers.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class EngineLoop:
         emit: Callable[[Event], None],
         caches: Mapping[str, MeasurementCache],
         adapters: AdapterSetup = NO_ADAPTERS,
+        compiler: Compiler | None = None,
     ) -> None:
         row_limits = {id: RowLimits.of_model(model.info) for id, model in models.items()}
         self._models = models
@@ -86,7 +89,8 @@ class EngineLoop:
         self._emit = emit
         self._encodes: list[tuple[str, int, Timer]] = []
         self._launched: _Launched | None = None
-        self._inbox: queue.SimpleQueue[Command | AdapterRead | AdapterFound] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command | AdapterRead | AdapterFound | Compiled]
+        self._inbox = queue.SimpleQueue()
         self._adaptable = {id: m.adapters for id, m in models.items() if m.adapters is not None}
         self._max_adapter_rank = adapters.max_rank
         self._adapters = AdapterStore(self._adaptable, adapters, self._inbox.put, emit)
@@ -103,6 +107,7 @@ class EngineLoop:
         self._encode_pool = EncodePool(models)
         self._counters = CounterReporter(self._runner.counts, emit)
         self._memory = MemoryReporter(self._runner.devices, self._runner.peaks, emit)
+        self._compiler = compiler
 
     def submit(self, job: Job) -> None:
         """Add ``job`` at the next step boundary."""
@@ -128,21 +133,26 @@ class EngineLoop:
     def run(self) -> None:
         """Work until ``close``; raises an error that means that the device is lost."""
         self._memory.start()
+        if self._compiler is not None:
+            self._compiler.start(self._inbox.put)
         try:
             while self._receive():
                 self._encode_newcomers()
                 if batch := self._scheduler.next_batch():
                     self._run(batch)
+                self._try_compiled()
                 self._counters.report()
         finally:
             self._memory.close()
+            if self._compiler is not None:
+                self._compiler.close()
             self._adapters.close()
             self._encode_pool.close()
 
     def _receive(self) -> bool:
         """Handle the waiting commands, and block only if there is nothing to run; False: closed."""
         while True:
-            idle = self._scheduler.idle
+            idle = self._scheduler.idle and not (self._compiler and self._compiler.busy)
             if idle:
                 self._publish()
             if self._adapters.unwanted:
@@ -158,6 +168,9 @@ class EngineLoop:
                     self._add_adapter(command)
                 case CheckAdapter(source):
                     self._adapters.find(source)
+                case Compiled():
+                    assert self._compiler is not None
+                    self._compiler.add(command)
                 case AdapterFound():
                     most = self._max_adapter_rank
                     self._emit(check_adapter(command, self._adaptable, most))
@@ -177,6 +190,11 @@ class EngineLoop:
                     return False
         self._scheduler.expire(time.monotonic())
         return True
+
+    def _try_compiled(self) -> None:
+        """Do a part of the trial of a compiled denoiser, and emit that it is used from now on."""
+        if self._compiler is not None and (model := self._compiler.work()):
+            self._emit(DenoiserCompiled(model))
 
     def _add_adapter(self, read: AdapterRead) -> None:
         """Let the jobs that waited for an adapter go on, or fail if it could not be read."""

@@ -172,4 +172,5 @@ def runtime_message(info: ModelInfo) -> model_pb2.ModelRuntime:
         safety_checker=runtime.safety_checker,
         format_rule=runtime.format_rule,
         preset_rule=info.preset_rule,
+        denoiser=runtime.denoiser,
     )

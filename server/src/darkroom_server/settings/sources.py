@@ -14,7 +14,7 @@ from darkroom_server.core.engine_config import (
     ModelSource,
 )
 from darkroom_server.core.errors import StartupError
-from darkroom_server.settings.state_folder import measurement_folder
+from darkroom_server.settings.state_folder import compiled_folder, measurement_folder
 from darkroom_server.settings.tree import Models, Settings
 
 DEMO = "demo"
@@ -33,7 +33,8 @@ def engine_configs(settings: Settings, hub_token: str | None) -> list[EngineConf
 
 
 def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
-    engine, cache = settings.engine, measurement_folder(settings)
+    engine = settings.engine
+    cache, compiled = measurement_folder(settings), compiled_folder(settings)
     places = adapter_places(settings, hub_token)
     return EngineConfig(
         models=with_ip_adapters(
@@ -51,6 +52,8 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         max_rows=engine.max_rows,
         prompt_cache_bytes=engine.prompt_cache_bytes,
         measurement_cache=str(cache) if cache else None,
+        compile=engine.compile,
+        compile_cache=str(compiled) if compiled else None,
         safety_checker=engine.safety_checker,
         adapters=places.sources(),
         adapters_may_come=places.configured,

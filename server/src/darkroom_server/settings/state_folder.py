@@ -1,4 +1,4 @@
-"""The folder below which the server writes: measurements, temporary files, compiled kernels."""
+"""The folder below which the server writes: measurements, compiled code, temporary files."""
 
 import os
 from collections.abc import Mapping
@@ -39,6 +39,12 @@ def measurement_folder(settings: Settings) -> Path | None:
     if not settings.engine.measurement_cache or folder is None:
         return None
     return folder / "measurements"
+
+
+def compiled_folder(settings: Settings) -> Path | None:
+    """The folder of compiled denoisers; None if nothing is remembered."""
+    measurements = measurement_folder(settings)
+    return measurements and measurements.with_name("compiled")
 
 
 def create_scratch_folders(storage: Storage, environ: Mapping[str, str]) -> dict[str, str]:

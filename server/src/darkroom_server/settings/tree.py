@@ -9,7 +9,13 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Predicate
 
-from darkroom_server.core.engine_config import PROMPT_CACHE_BYTES, Attention, Dtype, Preset
+from darkroom_server.core.engine_config import (
+    PROMPT_CACHE_BYTES,
+    Attention,
+    Compile,
+    Dtype,
+    Preset,
+)
 from darkroom_server.settings.adapters import Adapters
 from darkroom_server.settings.http import Http
 from darkroom_server.settings.images import Images
@@ -94,9 +100,9 @@ class Engine:
         Preset,
         Setting(
             "A starting point for the settings below.",
-            choose="`frugal` saves memory, `fast` is for speed, `tiny` fits into the smallest "
-            "GPUs; `auto` is `frugal` on a GPU and `fast` on a CPU. Each model takes of it what "
-            "suits its family.",
+            choose="`frugal` saves memory, `fast` is for speed, `max` is `fast` with a compiled "
+            "denoiser on a CPU and graphs on a GPU, `tiny` fits into the smallest GPUs; `auto` is "
+            "`frugal` on a GPU and `fast` on a CPU. Each model takes of it what suits its family.",
         ),
     ] = Preset.AUTO
     attention: Annotated[
@@ -122,6 +128,17 @@ class Engine:
         Setting(
             "Run the denoiser under torch.autocast.",
             default="the preset's, and off for models that it would harm",
+        ),
+    ] = None
+    compile: Annotated[
+        Compile | None,
+        Setting(
+            "Compile the denoiser of each model for this machine.",
+            choose="`background` serves at once and compiles in a process of the lowest priority, "
+            "for minutes; `blocking` compiles first; `cached` uses what an earlier start or "
+            "`darkroom-server compile` left on disk; `off` does not. On CPUs only, with attention "
+            "`sdpa` and without autocast, and it needs a C++ compiler. Exact jobs never use it.",
+            default="the preset's",
         ),
     ] = None
     channels_last: Annotated[
@@ -181,9 +198,9 @@ class Engine:
     measurement_cache: Annotated[
         bool,
         Setting(
-            "Remember measurements on disk, so that the next start is faster.",
-            choose="They are in `measurements` below `--state-dir`, and hold for models of equal "
-            "configuration on equal hardware.",
+            "Keep measurements and compiled denoisers on disk, so that the next start is faster.",
+            choose="They are in `measurements` and `compiled` below `--state-dir`, and hold for "
+            "models of equal configuration on equal hardware.",
         ),
     ] = True
     safety_checker: Annotated[

@@ -49,7 +49,7 @@ def _row(model: Model) -> tuple[str, ...]:
         str(defaults.steps),
         f"{defaults.guidance_scale:g}",
         defaults.scheduler or "-",
-        f"{runtime.device} {runtime.dtype} {runtime.preset}",
+        " ".join(filter(None, (runtime.device, runtime.dtype, runtime.preset, runtime.denoiser))),
         " ".join(offer.scheduler for offer in model.schedulers),
         " ".join(model.optional_fields) or "-",
         "; ".join(filter(None, (runtime.preset_rule, runtime.format_rule))) or "-",

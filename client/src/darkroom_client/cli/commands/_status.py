@@ -60,10 +60,11 @@ def _model(model: ModelStatus) -> str:
 
 
 def _how_it_runs(model: ModelStatus) -> Iterator[str]:
-    """The memory format and the row limit, if the server reports them."""
+    """The memory format, the denoiser's form and the row limit, if the server reports them."""
     if (runtime := model.runtime) is not None:
         layout = "channels_last" if runtime.channels_last else "contiguous"
-        yield f"{runtime.dtype} {layout}, preset {runtime.preset}"
+        denoiser = f", {runtime.denoiser} denoiser" if runtime.denoiser else ""
+        yield f"{runtime.dtype} {layout}, preset {runtime.preset}{denoiser}"
     if model.max_rows:
         yield f"at most {model.max_rows} rows ({model.row_limit_source})"
 

@@ -13,7 +13,7 @@ from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import Counted, Event
 from darkroom_server.core.job import Job
 from darkroom_server.core.prompt_syntax import PromptTooLong
-from darkroom_server.engine.batch import Batch
+from darkroom_server.engine.batch import Batch, Group
 from darkroom_server.engine.batching.row_limits import RowLimits
 from darkroom_server.engine.batching.run_or_split import run_or_split
 from darkroom_server.engine.counters import Counts
@@ -197,9 +197,17 @@ class Runner:
         ):
             for sample in samples:
                 sample.memory_fallbacks.add("sdpa")
-        predictions = model.denoise(samples)
-        self._row_limits[group.model].record_success(group)
-        return predictions
+        try:
+            predictions = model.denoise(samples)
+        except Exception as error:
+            if not is_out_of_memory(error) or not _replace_slices(model, group):
+                raise
+        else:
+            self._row_limits[group.model].record_success(group)
+            return predictions
+        # Outside the handler: the error's traceback keeps the failed call's tensors alive.
+        torch.cuda.empty_cache()
+        return self._denoise(samples)
 
     def _step(
         self, samples: Sequence[Sample], predictions: Sequence[Any]
@@ -311,6 +319,12 @@ class Runner:
         """Count a call that ran out of memory; one that is not ``alone`` is split."""
         outcome = Counted.OUT_OF_MEMORY_FAILED if alone else Counted.OUT_OF_MEMORY_SPLIT
         self._counts[model_id][outcome] += 1
+
+
+def _replace_slices(model: Model, group: Group) -> bool:
+    """Let batches of ``group``, one of which had no memory, run with SDPA; False if they cannot."""
+    attention, needs = model.attention, model.info.memory
+    return attention is not None and attention.replace_slices(needs, group.width, group.height)
 
 
 def _take_steps(begun: Sequence[tuple[Sample, LinearStep]]) -> list[torch.Tensor]:

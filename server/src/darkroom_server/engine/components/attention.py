@@ -29,6 +29,7 @@ class SlicedAttention:
         ]
         self._sdpa = AttnProcessor2_0()
         self._logged: set[tuple[int, int]] = set()
+        self._out_of_memory: set[tuple[int, int]] = set()
 
     @property
     def heads_per_slice(self) -> int:
@@ -37,7 +38,7 @@ class SlicedAttention:
 
     def fit(self, needs: MemoryNeeds, width: int, height: int) -> bool:
         """Set the layers up for images of this size; returns whether they use SDPA now."""
-        uses_sdpa = needs.uses_sdpa(width, height)
+        uses_sdpa = self._uses_sdpa(needs, width, height)
         if uses_sdpa and (width, height) not in self._logged:
             self._logged.add((width, height))
             log.warning(
@@ -51,6 +52,19 @@ class SlicedAttention:
             layer.processor = self._sdpa if uses_sdpa else sliced
             sliced.slice_size = heads_of_slice(heads, scale)
         return uses_sdpa
+
+    def replace_slices(self, needs: MemoryNeeds, width: int, height: int) -> bool:
+        """Let images of this size run with SDPA from now on: a batch of them had no memory.
+
+        Returns False if they do already, or if SDPA needs no less.
+        """
+        if self._uses_sdpa(needs, width, height) or not needs.sdpa_saves(width, height):
+            return False
+        self._out_of_memory.add((width, height))
+        return True
+
+    def _uses_sdpa(self, needs: MemoryNeeds, width: int, height: int) -> bool:
+        return (width, height) in self._out_of_memory or needs.uses_sdpa(width, height)
 
     @contextmanager
     def replaced_by_sdpa(self) -> Iterator[None]:

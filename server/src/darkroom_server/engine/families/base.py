@@ -31,6 +31,7 @@ from darkroom_server.engine.conditioning.task_pipelines import task_classes
 from darkroom_server.engine.controls.kind import ControlKind
 from darkroom_server.engine.controls.model_controls import ModelControls
 from darkroom_server.engine.counters import Counts
+from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.sample import Sample
 from darkroom_server.engine.warmup.formats import HalfPrecision, MemoryFormat
@@ -55,6 +56,10 @@ class Model(Protocol):
     previewer: Previewer | None
     safety: SafetyChecker | None
     attention: SlicedAttention | None
+
+    @property
+    def forms(self) -> DenoiserForms | None:
+        """The forms of its denoiser, None if that always runs eagerly."""
 
     @property
     def adapters(self) -> ModelAdapters | None:
@@ -118,7 +123,8 @@ class Family(ABC):
     IP-Adapter can be loaded into its UNet. ``control_kind`` are the ControlNets that its rows may
     have, None for none.
     ``chosen_size`` is the default width and height that the operator set, in pixels. ``adapters``
-    and ``controls`` are set before ``new_model``, None if the server offers none for this pipeline.
+    and ``controls`` are set before ``new_model``, None if the server offers none for this pipeline;
+    so is ``forms``, None if the denoiser always runs eagerly.
     ``ip_adapter`` is set before ``prepare``, None without one.
     """
 
@@ -145,6 +151,7 @@ class Family(ABC):
         self.adapters: ModelAdapters | None = None
         self.ip_adapter: IpAdapter | None = None
         self.controls: ModelControls | None = None
+        self.forms: DenoiserForms | None = None
 
     @classmethod
     @abstractmethod

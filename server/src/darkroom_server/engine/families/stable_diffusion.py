@@ -43,6 +43,7 @@ from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
 from darkroom_server.engine.families.image_runs import image_runs_of
 from darkroom_server.engine.families.unet import UNET_CONTROLS
+from darkroom_server.engine.forms.denoiser_forms import DenoiserForms, run_denoiser
 from darkroom_server.engine.latent_sample import LatentSample, new_sample, stack_inputs
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.pipelines.arguments import Arguments
@@ -156,6 +157,7 @@ class StableDiffusion(Family):
             "encoder_hidden_states": _random_normal(
                 (rows, self.prompt_tokens, width), dtype, device
             ),
+            "return_dict": False,
         }
 
     def latents(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -187,7 +189,9 @@ class StableDiffusion(Family):
         self._prompts.adapters = self.adapters
         image_runs = self._image_runs
         if image_runs is not None:
-            image_runs = replace(image_runs, adapters=self.adapters, controls=self.controls)
+            image_runs = replace(
+                image_runs, adapters=self.adapters, controls=self.controls, forms=self.forms
+            )
         return StableDiffusionModel(
             info=info,
             prompts=self._prompts,
@@ -205,6 +209,7 @@ class StableDiffusion(Family):
             adapters=self.adapters,
             ip_adapter=self.ip_adapter,
             controls=self.controls,
+            forms=self.forms,
         )
 
 
@@ -233,6 +238,7 @@ class StableDiffusionModel:
     attention: SlicedAttention | None = None
     ip_adapter: IpAdapter | None = None
     controls: ModelControls | None = None
+    forms: DenoiserForms | None = None
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -325,7 +331,7 @@ class StableDiffusionModel:
         given = controlled(self.controls, given, samples)
         jobs = [(sample.job, sample.rows) for sample in samples]
         with self.precision(), denoising(self.adapters, jobs):
-            predicted: torch.Tensor = self.unet(**given)[0]
+            predicted: torch.Tensor = run_denoiser(self.forms, self.unet, given, samples)[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
 
     def _start_with_image(self, job: Job, rows: Sequence[Embedding]) -> list[SuspendedSample]:

@@ -292,7 +292,9 @@ class SuspendedFamily(Family):
         )
         return SuspendedModel(
             info=info,
-            runs=replace(self._runs, adapters=self.adapters, controls=self.controls),
+            runs=replace(
+                self._runs, adapters=self.adapters, controls=self.controls, forms=self.forms
+            ),
             is_truncated=self.is_truncated,
             decoder=decoder,
             previewer=previewer,

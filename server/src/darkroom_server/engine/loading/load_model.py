@@ -24,6 +24,7 @@ from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.families.base import Family, Model
 from darkroom_server.engine.families.registry import family_of
+from darkroom_server.engine.forms.offering import denoiser_forms
 from darkroom_server.engine.loading.defaults import FILE, Defaults, read_defaults
 from darkroom_server.engine.loading.fit import check_weights_fit
 from darkroom_server.engine.loading.pipeline import (
@@ -122,6 +123,9 @@ def _load(
     fields |= {"loras"} if takes_loras else set()
     fields |= {"controls"} if controls else set()
     measured = measure(family, decoder, memory_format, runtime, config, previous)
+    family.forms = denoiser_forms(
+        source.id, family, memory_format, runtime, config, measured.max_rows
+    )
     info = ModelInfo(
         id=source.id,
         revision=revision_of(source, pipeline),

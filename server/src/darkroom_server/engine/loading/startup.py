@@ -14,6 +14,9 @@ from darkroom_server.engine.adapters.offering import Adapters
 from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.families.base import Model
+from darkroom_server.engine.forms.compiler import Compiler
+from darkroom_server.engine.forms.graphs import CudaRecorder, Recorder, record_graphs
+from darkroom_server.engine.forms.toolchain import Inductor, Toolchain
 from darkroom_server.engine.loading.first_images import generate_first_images
 from darkroom_server.engine.loading.load_model import load_model
 from darkroom_server.engine.loop import EngineLoop
@@ -23,10 +26,14 @@ log = structlog.get_logger(__name__)
 
 
 def start_loop(
-    config: EngineConfig, emit: Callable[[Event], None]
+    config: EngineConfig,
+    emit: Callable[[Event], None],
+    toolchain: Toolchain | None = None,
+    recorder: Recorder | None = None,
 ) -> tuple[EngineLoop, EngineReady]:
     """Load every model; must be called on the thread that will run the loop.
 
+    ``toolchain`` compiles denoisers and ``recorder`` records their graphs, None: torch's own.
     Raises ``StartupError`` with one line for the operator.
     """
     began = time.monotonic()
@@ -40,9 +47,14 @@ def start_loop(
         torch.cuda.set_device(device)
     models, loads, caches = {}, [], {}
     adapters, controlnets = Adapters.of(config), ControlNets(config)
+    compiler = Compiler(config.compile_cache, toolchain or Inductor())
     for source in config.models:
         with torch.inference_mode():
             model, load, cache = load_model(source, config, adapters, controlnets)
+            compiler.prepare(model)
+            if graph_bytes := record_graphs(model, recorder or CudaRecorder()):
+                parts = {**load.bytes_by_component, "graphs": graph_bytes}
+                load = replace(load, bytes_by_component=parts)
         models[source.id], caches[source.id] = model, cache
         loads.append(load)
     controlnets.check()
@@ -57,7 +69,7 @@ def start_loop(
                 # They are read with their model, and are never evicted.
                 emit(AdapterLoaded(info.id, offer.id, offer.bytes, load.load_seconds))
     seconds = time.monotonic() - began
-    loop = EngineLoop(models, emit, caches, adapters.setup())
+    loop = EngineLoop(models, emit, caches, adapters.setup(), compiler)
     return loop, EngineReady(infos, seconds, tuple(loads))
 
 

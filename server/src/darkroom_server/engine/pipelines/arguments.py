@@ -84,7 +84,7 @@ class ArgumentSpec:
     def group_key(self, arguments: Arguments) -> Hashable:
         """Calls with equal keys can be merged; None if an argument has no kind."""
         keys: list[Hashable] = []
-        for name, value in _flat(arguments):
+        for name, value in flat(arguments):
             kind = self.kinds.get(name)
             if kind is Kind.ROWS and value is not None:  # Most arguments are of this kind.
                 keys.append((name, value.dtype, value.shape[1:]))
@@ -189,10 +189,10 @@ class ArgumentSpec:
         names = [name for name, kind in self.kinds.items() if kind is Kind.SAME]
         if not names:
             return
-        flat = [dict(_flat(call)) for call in calls]
+        named = [dict(flat(call)) for call in calls]
         distinct: list[list[torch.Tensor]] = []
         for name in names:
-            given = {id(call[name]): call[name] for call in flat if call.get(name) is not None}
+            given = {id(call[name]): call[name] for call in named if call.get(name) is not None}
             distinct.append(list(given.values()))
         differences = [(same[0] != other).any() for same in distinct for other in same[1:]]
         if not differences or not torch.stack(differences).any():
@@ -271,17 +271,17 @@ def signature_of(denoiser: type) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _flat(arguments: Arguments) -> Iterable[tuple[str, Any]]:
+def flat(arguments: Arguments) -> Iterable[tuple[str, Any]]:
     """The arguments, and in place of a dict its entries."""
     if not any(isinstance(value, dict) for value in arguments.values()):
         return arguments.items()
-    flat: list[tuple[str, Any]] = []
+    found: list[tuple[str, Any]] = []
     for name, value in arguments.items():
         if isinstance(value, dict):
-            flat += [(f"{name}.{entry}", each) for entry, each in value.items()]
+            found += [(f"{name}.{entry}", each) for entry, each in value.items()]
         else:
-            flat.append((name, value))
-    return flat
+            found.append((name, value))
+    return found
 
 
 def _key(kind: Kind | None, value: Any) -> Hashable:

@@ -19,6 +19,7 @@ from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.conditioning.ip_adapter import row_scales
 from darkroom_server.engine.counters import Counts
+from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
 from darkroom_server.engine.pipelines.finish import finish
 from darkroom_server.engine.pipelines.runs import PromptFailed, Runs
 from darkroom_server.engine.pipelines.sample import SuspendedSample, denoiser_call
@@ -54,6 +55,11 @@ class SuspendedModel:
     def adapters(self) -> ModelAdapters | None:
         """The adapters of its jobs."""
         return self.runs.adapters
+
+    @property
+    def forms(self) -> DenoiserForms | None:
+        """The forms of its denoiser."""
+        return self.runs.forms
 
     @property
     def counts(self) -> tuple[Counts, ...]:

@@ -20,6 +20,7 @@ from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder, JobImageEncoder
 from darkroom_server.engine.conditioning.ip_adapter import IpAdapter
 from darkroom_server.engine.controls.model_controls import ModelControls, controlled, controls_of
+from darkroom_server.engine.forms.denoiser_forms import DenoiserForms, run_denoiser
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.calls import DenoiserCall, EncodeCall, EncodeImageCall
 from darkroom_server.engine.pipelines.hosted_pipeline import HostedPipeline
@@ -47,7 +48,7 @@ class Runs:
     latents [1, channels, h, w], for previews. ``schedulers`` are templates, by name. ``own`` are
     further components that each run has a copy of. ``images`` encodes input images, None if the
     model takes none. ``adapters`` and ``controls`` are those of its jobs. ``ip_adapter`` is None
-    without one.
+    without one, ``forms`` if the denoiser always runs eagerly.
     """
 
     hosts: Mapping[Task, HostedPipeline]
@@ -61,6 +62,7 @@ class Runs:
     adapters: ModelAdapters | None = None
     ip_adapter: IpAdapter | None = None
     controls: ModelControls | None = None
+    forms: DenoiserForms | None = None
 
     @property
     def host(self) -> HostedPipeline:
@@ -160,10 +162,11 @@ class Runs:
             # As the pipeline calls it: alone, an image is the pipeline's own to the last bit.
             arguments = calls[0].arguments
             given = arguments if spec is None else spec.alone(arguments)
-            return [self.call_denoiser(module, controlled(self.controls, given, samples))]
+            given = controlled(self.controls, given, samples)
+            return [self.call_denoiser(module, given, samples)]
         assert spec is not None, "without a spec, each sample is a group of its own"
         given = spec.collate([call.arguments for call in calls])
-        output = self.call_denoiser(module, controlled(self.controls, given, samples))
+        output = self.call_denoiser(module, controlled(self.controls, given, samples), samples)
         return list(spec.split(output, [spec.rows(call.arguments) for call in calls]))
 
     def encode_image(self, images: torch.Tensor, options: Mapping[str, Any]) -> Any:
@@ -210,10 +213,15 @@ class Runs:
             return "it takes noise from the global generator, which no seed repeats"
         return ""
 
-    def call_denoiser(self, module: Any, arguments: Mapping[str, Any]) -> Any:
-        """What ``module``, a denoiser, returns for ``arguments``, in this model's precision."""
+    def call_denoiser(
+        self, module: Any, arguments: Mapping[str, Any], samples: Sequence[Sample] = ()
+    ) -> Any:
+        """What ``module``, a denoiser, returns for ``arguments``, in this model's precision.
+
+        They are the rows of ``samples``.
+        """
         with self.precision():
-            return module(**arguments)
+            return run_denoiser(self.forms, module, arguments, samples)
 
     def _encode(self, call: EncodeCall, mix: Mix) -> Any:
         try:

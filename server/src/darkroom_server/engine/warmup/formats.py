@@ -105,7 +105,7 @@ def format_rule(preset: Preset, hardware: Hardware, half: HalfPrecision) -> Form
     in bfloat16 (AMD EPYC with AVX-512 BF16, 2 to 16 rows; layouts differ by less than 10 %, and
     contiguous is ahead). Without them, bfloat16 is emulated. AMX takes matrices channels last.
     """
-    fast = preset is Preset.FAST
+    fast = preset.is_fast
     if hardware.capability is not None:
         tensor_cores = hardware.capability >= TENSOR_CORES
         dtype, reason = _dtype_on_gpu(preset, hardware, half, tensor_cores)

@@ -131,7 +131,7 @@ def cache_key(
         "family": family.pipeline_class,
         "size": family.size,
         "components": {
-            name: _configuration(component)
+            name: configuration(component)
             for name in family.components
             if (component := getattr(family.pipeline, name)) is not None
         },
@@ -148,7 +148,7 @@ def cache_key(
     }
 
 
-def _configuration(component: Any) -> dict[str, Any]:
+def configuration(component: Any) -> dict[str, Any]:
     """The configuration, without what does not change the work: names, paths and versions."""
     config = component.config
     fields: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, Preset
+from darkroom_server.core.engine_config import Attention, Compile, Dtype, EngineConfig, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.device import cgroup
 from darkroom_server.engine.warmup.formats import FormatRule, HalfPrecision, Hardware, format_rule
@@ -30,7 +30,8 @@ class Runtime:
     ``preset_rule`` says why ``preset`` is in force, "" if it is configured, and what of it does not
     suit the model. ``format_rule`` says why ``dtype`` and ``channels_last`` were chosen, "" if both
     are configured. ``half`` is the dtype of autocast for weights in float32. ``risks`` say what of
-    the configuration may fail with this model, each in one line.
+    the configuration may fail with this model, each in one line. ``compile``: when the denoiser is.
+    ``graphs``: its kernels are recorded as graphs.
     """
 
     device: torch.device
@@ -46,6 +47,8 @@ class Runtime:
     format_rule: str
     fp8_storage: bool
     risks: tuple[str, ...]
+    compile: Compile
+    graphs: bool
 
     @property
     def dtype_name(self) -> str:
@@ -72,7 +75,7 @@ def resolve(config: EngineConfig, half: HalfPrecision) -> Runtime:
     preset = config.preset
     if preset is Preset.AUTO:
         preset = Preset.FRUGAL if cuda else Preset.FAST
-    frugal, fast, tiny = (preset is p for p in (Preset.FRUGAL, Preset.FAST, Preset.TINY))
+    frugal, fast, tiny = preset is Preset.FRUGAL, preset.is_fast, preset is Preset.TINY
     hardware = Hardware.of(device)
     rule = format_rule(preset, hardware, half)
     dtype = rule.dtype if config.dtype is Dtype.AUTO else DTYPES[config.dtype]
@@ -105,6 +108,8 @@ def resolve(config: EngineConfig, half: HalfPrecision) -> Runtime:
         # Only on CUDA the saved memory is worth the time of the casts.
         fp8_storage=tiny and cuda,
         risks=_risks(config, hardware, half, autocast_risk),
+        compile=config.compile or _compile(preset),
+        graphs=cuda and preset is Preset.MAX,
     )
 
 
@@ -123,6 +128,12 @@ def _autocast_risk(dtype: torch.dtype, hardware: Hardware, half: HalfPrecision) 
     if half.dtype is torch.bfloat16 and hardware.is_gpu_without_bfloat16:
         return "the GPU has no bfloat16"
     return ""
+
+
+def _compile(preset: Preset) -> Compile:
+    if preset is Preset.MAX:
+        return Compile.BACKGROUND
+    return Compile.CACHED if preset is Preset.FAST else Compile.OFF
 
 
 def _format_reason(config: EngineConfig, preset: Preset, rule: FormatRule) -> str:

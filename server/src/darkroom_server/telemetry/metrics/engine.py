@@ -8,6 +8,7 @@ from typing import Any
 from darkroom_server.core.events import (
     BatchDone,
     Counted,
+    DenoiserCompiled,
     EncodeDone,
     EngineCounts,
     EngineReady,
@@ -15,6 +16,7 @@ from darkroom_server.core.events import (
     SampleBytesCorrected,
 )
 from darkroom_server.core.metric_labels import rows_class
+from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.dispatch import EngineRestarted, EngineRetired, EngineTimeWasted
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 
@@ -168,6 +170,11 @@ class EngineMetrics:
             "or `channels_last`.",
             ("model", "revision", "device", "dtype", "memory_format", "preset", "attention"),
         )
+        self.denoiser_compiled = declare.gauge(
+            "darkroom_denoiser_compiled",
+            "1 if batches of the model run its compiled denoiser, else 0.",
+            ("model",),
+        )
         self.build.info(
             {
                 "version": version("darkroom-server"),
@@ -192,6 +199,7 @@ class EngineMetrics:
             EngineReady: self.record_load,
             RowLimitCorrected: self.record_row_limit,
             SampleBytesCorrected: self.record_sample_bytes,
+            DenoiserCompiled: self.record_compiled,
             EngineTimeWasted: self.record_wasted,
             EngineRestarted: lambda _: self.restarts.inc(),
             EngineRetired: lambda _: self.retired.inc(),
@@ -248,6 +256,8 @@ class EngineMetrics:
             self.max_rows.labels(model.id).set(model.limits.max_rows)
             self.sample_bytes.labels(model.id).set(model.memory.bytes_per_sample)
             runtime = model.runtime
+            compiled = runtime.denoiser is DenoiserForm.COMPILED
+            self.denoiser_compiled.labels(model.id).set(compiled)
             self.model_info.labels(
                 model.id,
                 model.revision,
@@ -265,6 +275,10 @@ class EngineMetrics:
     def record_sample_bytes(self, corrected: SampleBytesCorrected) -> None:
         """An unfinished image held more than was measured."""
         self.sample_bytes.labels(corrected.model).set(corrected.bytes_per_sample)
+
+    def record_compiled(self, compiled: DenoiserCompiled) -> None:
+        """The denoiser of a model was compiled."""
+        self.denoiser_compiled.labels(compiled.model).set(1)
 
     def record_wasted(self, wasted: EngineTimeWasted) -> None:
         """A job left the engine unfinished."""

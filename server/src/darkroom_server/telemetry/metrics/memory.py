@@ -33,7 +33,8 @@ class MemoryMetrics:
         )
         self.model = declare.gauge(
             "darkroom_model_memory_bytes",
-            "Weights of a model, by component: unet, vae, text_encoder, safety_checker.",
+            "Weights of a model, by component: unet, vae, text_encoder, safety_checker; and "
+            "`graphs`, which `--preset max` records on a GPU.",
             ("model", "component"),
         )
         self.adapter = declare.gauge(

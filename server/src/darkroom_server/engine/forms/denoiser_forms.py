@@ -1,0 +1,86 @@
+"""The forms of one model's denoiser, and which of them a batch runs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from darkroom_server.core.engine_config import Compile
+from darkroom_server.engine.forms.signature import Signature, Values, largest_error
+from darkroom_server.engine.forms.task import CompileTask
+from darkroom_server.engine.pipelines.arguments import Arguments
+from darkroom_server.engine.sample import Sample
+
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
+"""The largest error of a row beside the eager denoiser, relative to the row's norm, by dtype.
+
+Half precision rounds each product to 8 or 11 bits, and another form rounds at other places.
+"""
+
+
+class WrongOutput(Exception):
+    """Another form of a denoiser does not compute what the eager one does."""
+
+
+class OtherForm(Protocol):
+    """Takes the place of the eager denoiser for some of its calls."""
+
+    def takes(self, rows: int, *, exact: bool) -> bool:
+        """Whether it runs a batch of ``rows`` rows; ``exact`` if they are of an exact job."""
+
+    def __call__(self, values: Values) -> Any:
+        """What the denoiser returns for ``values``, which are arranged as in its signature."""
+
+
+@dataclass(slots=True, kw_only=True)
+class DenoiserForms:
+    """Runs ``denoiser`` eagerly, or in its ``other`` form once that is set.
+
+    ``signature`` are the calls that another form may take. ``inputs`` makes arguments of such calls
+    for a number of rows. ``task`` compiles the denoiser, ``when`` that says, None: it is not
+    compiled. ``graph_rows`` are the rows of the graphs to record, none on a CPU.
+    """
+
+    denoiser: Any
+    dtype: torch.dtype
+    signature: Signature
+    inputs: Callable[[int], Arguments]
+    task: CompileTask | None = None
+    when: Compile = Compile.OFF
+    graph_rows: tuple[int, ...] = ()
+    other: OtherForm | None = None
+
+    def run(self, given: Arguments, samples: Sequence[Sample]) -> Any:
+        """What the denoiser returns for ``given``, the call of a batch of ``samples``.
+
+        Only the eager form has adapters.
+        """
+        if self.other is not None and not any(_has_adapters(sample) for sample in samples):
+            values = self.signature.arranged(given)
+            exact = any(sample.job.exact for sample in samples)
+            if values is not None and self.other.takes(self.signature.rows(values), exact=exact):
+                return self.other(values)
+        return self.denoiser(**given)
+
+    def example(self, rows: int) -> dict[str, Any]:
+        """Arguments of a call whose rows differ in every value, the timestep included."""
+        generator = torch.Generator().manual_seed(rows)
+        return self.signature.distinct_rows(self.inputs(rows), generator)
+
+    def check(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        """Compare an output with the ``expected`` one. Raises ``WrongOutput`` if it is wrong."""
+        error, tolerance = largest_error(found, expected), TOLERANCES[self.dtype]
+        if not error <= tolerance:
+            raise WrongOutput(f"its output is wrong (error {error:.2g}, at most {tolerance:g})")
+
+
+def run_denoiser(
+    forms: DenoiserForms | None, denoiser: Any, given: Arguments, samples: Sequence[Sample]
+) -> Any:
+    """As ``DenoiserForms.run``; ``denoiser`` runs eagerly for a model without ``forms``."""
+    return denoiser(**given) if forms is None else forms.run(given, samples)
+
+
+def _has_adapters(sample: Sample) -> bool:
+    return any(lora.scale for lora in sample.job.loras)

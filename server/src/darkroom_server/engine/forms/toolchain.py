@@ -1,0 +1,142 @@
+"""What compiles a denoiser and loads the result: torch's inductor, in a process of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+from darkroom_server.engine.forms.compiled import CompiledDenoiser
+from darkroom_server.engine.forms.signature import TensorKind, Values
+from darkroom_server.engine.forms.task import CompileTask
+
+PROCESS = ("-P", "-m", "darkroom_server.engine.forms.compile_process")
+"""Python's arguments for the process that compiles; -P: import nothing from the folder."""
+
+LOWEST_PRIORITY = 19
+
+KEPT_LINES = 3
+"""Of what the process writes before it fails."""
+
+
+class CompileFailed(Exception):
+    """A denoiser was not compiled, or its result cannot be used; the message says why."""
+
+
+class Toolchain(Protocol):
+    """Compiles denoisers and loads the results."""
+
+    def missing(self) -> str:
+        """What it lacks to compile here, in one line; "" if nothing."""
+
+    def compile(self, task: CompileTask, file: Path) -> None:
+        """Compile into ``file``, in a folder that exists; no other call does at the same time.
+
+        No torch runs on the calling thread. The file is there only if the compile succeeded. Raises
+        ``CompileFailed``.
+        """
+
+    def load(self, task: CompileTask, file: Path, denoiser: Any) -> CompiledDenoiser:
+        """What was compiled into ``file``, with the weights of ``denoiser``, which it shares.
+
+        Raises any error for a file that cannot be used.
+        """
+
+    def close(self) -> None:
+        """Stop to compile; may be called from another thread."""
+
+
+class Inductor:
+    """torch's AOTInductor. The compile runs at the lowest priority and ends with this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._closed = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def missing(self) -> str:
+        """What it lacks to compile here, in one line; "" if nothing."""
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            return f"there is no C++ compiler ({compiler}); install one, or set CXX"
+        return ""
+
+    def compile(self, task: CompileTask, file: Path) -> None:
+        """Compile into ``file``. Raises ``CompileFailed``."""
+        scratch = file.with_suffix(".tmp")
+        try:
+            # One that was killed may have left it; the caller holds the lock of ``file``.
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            made = scratch / "denoiser.pt2"
+            self._run(task, made, scratch)
+            made.replace(file)
+        except OSError as error:
+            raise CompileFailed(str(error)) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def load(self, task: CompileTask, file: Path, denoiser: Any) -> CompiledDenoiser:
+        """What was compiled into ``file``, with the weights of ``denoiser``, which it shares."""
+        # Not by ``torch._inductor.aoti_load_package``: its imports take longer than many batches.
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
+        weights = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
+        used = {name: weights[name] for name in loader.get_constant_fqns()}
+        loader.load_constants(used, False, True, True)
+        metadata = loader.get_metadata()
+        order = [name for name in _names(loader) if isinstance(task.kinds[name], TensorKind)]
+
+        def run(values: Values) -> Any:
+            return loader.run([values[name] for name in order])
+
+        return CompiledDenoiser(run, int(metadata["least_rows"]), int(metadata["most_rows"]))
+
+    def close(self) -> None:
+        """Kill the process that compiles, if there is one."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.kill()
+
+    def _run(self, task: CompileTask, made: Path, scratch: Path) -> None:
+        environment = {
+            **os.environ,
+            # One core at a time, and nothing of it in the user's own cache.
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(scratch),
+        }
+        with self._lock:
+            if self._closed:
+                raise CompileFailed("the engine closes")
+            self._process = subprocess.Popen(
+                [sys.executable, *PROCESS, str(os.getpid()), str(made)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=environment,
+            )
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, LOWEST_PRIORITY)
+        process = self._process
+        try:
+            _, lines = process.communicate(task.description.encode())
+        finally:
+            with self._lock:
+                self._process = None
+        if process.returncode or not made.is_file():
+            last = lines.decode(errors="replace").strip().splitlines()[-KEPT_LINES:]
+            raise CompileFailed(" ".join(last) or f"exit code {process.returncode}")
+
+
+def _names(loader: Any) -> list[str]:
+    """The names of the arguments of a package, in its order."""
+    spec = pytree.treespec_loads(loader.get_call_spec()[0])
+    _, named = spec.children()
+    names: list[str] = []
+    for name, part in zip(named.context, named.children(), strict=True):
+        names += [name] if part.is_leaf() else [f"{name}.{entry}" for entry in part.context]
+    return names

@@ -1,0 +1,75 @@
+"""The demo model's denoiser compiled for real: `make test-compile`, one to two minutes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from darkroom_server.core.engine_config import Compile, Dtype, EngineConfig, ModelSource
+from darkroom_server.core.model_runtime import DenoiserForm
+from darkroom_server.engine.forms.toolchain import Inductor
+from darkroom_server.settings.sources import DEMO_MODEL
+
+from .conftest import LoopUnderTest, config_for, make_job
+
+pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
+
+
+class NoCompile(Inductor):
+    """Uses what is there, and compiles nothing."""
+
+    def compile(self, *_: Any) -> None:
+        raise AssertionError("compiled again")
+
+
+def demo(cache: Path, when: Compile) -> EngineConfig:
+    return config_for(
+        DEMO_MODEL,
+        models=(ModelSource(id="tiny", location=str(DEMO_MODEL)),),
+        dtype=Dtype.BFLOAT16,
+        rows=8,
+        threads=2,
+        compile=when,
+        compile_cache=str(cache),
+    )
+
+
+def images(loop: LoopUnderTest) -> dict[str, torch.Tensor]:
+    """The last latents of an exact image, of one alone and of four together, by name.
+
+    Not their pixels: the demo model's VAE maps colours to a few.
+    """
+    size = {"width": 128, "height": 128}  # The default, which is compiled.
+    loop.run(
+        make_job("exact", exact=True, **size),
+        make_job("one", **size),
+        *(make_job(f"many {i}", seed=i, steps=12, guidance_scale=3.0, **size) for i in range(4)),
+    )
+    return {id: loop.latents[id, 0].float() for id in loop.ends}
+
+
+def test_the_demo_model_is_compiled_and_its_images_stay_the_same(tmp_path: Path) -> None:
+    loop = LoopUnderTest(demo(tmp_path, Compile.OFF))
+    try:
+        eager = images(loop)
+    finally:
+        loop.close()
+    loop = LoopUnderTest(demo(tmp_path, Compile.BLOCKING), Inductor(), start_seconds=1200)
+    try:
+        assert loop.models["tiny"].info.runtime.denoiser is DenoiserForm.COMPILED
+        compiled = images(loop)
+    finally:
+        loop.close()
+    assert torch.equal(compiled.pop("exact"), eager.pop("exact"))
+    for id, latents in eager.items():
+        error = float((compiled[id] - latents).norm())
+        others = [float((each - latents).norm()) for name, each in eager.items() if name != id]
+        assert 0 < error < 0.2 * min(others), f"{id}: {error} beside {others}"
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".pt2"]
+
+    loop = LoopUnderTest(demo(tmp_path, Compile.CACHED), NoCompile())
+    try:
+        assert loop.models["tiny"].info.runtime.denoiser is DenoiserForm.COMPILED
+    finally:
+        loop.close()
