@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from darkroom_server.core.order import turns_for
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWork
 
@@ -120,9 +121,10 @@ def _extrapolate(queue: list[RemainingWork], engines: list["_Engine"], forecast:
 class _GroupQueue:
     """The samples of one group: those in its batches, and those that wait for room.
 
-    ``batches``: those it has run until ``served_at``, in the virtual time of its engine. ``plan``:
-    the number of the last entry in the engine's agenda that is about it. ``adapted``: the running
-    images that have LoRA adapters.
+    ``batches``: those it has run until ``served_at``, in the virtual time of its model. ``plan``:
+    the number of the last entry in its model's agenda that is about it. ``adapted``: the running
+    images that have LoRA adapters. ``turns``: how many it gets, relative to others of its model, in
+    ``round_seconds``.
     """
 
     group: Group
@@ -132,16 +134,55 @@ class _GroupQueue:
     plan: int = 0
     rows: int = 0
     adapted: int = 0
+    turns: float = 0.0
+    round_seconds: float = 0.0
     running: list[tuple[float, int, RemainingWork]] = field(default_factory=list)
     ready: list[tuple[float, float, str, int, int, RemainingWork]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _ModelTurns:
+    """The groups of one model with a batch, which take turns as ``core.order.Turns`` has it.
+
+    ``virtual`` time counts the rounds in which each group runs its ``turns`` (as in fair queueing),
+    and a round takes ``round_seconds``. A group's next finished image has a fixed virtual time
+    until its own rows change, so the heap ``agenda`` finds the next one among any number of groups.
+    """
+
+    active: dict[Group, _GroupQueue] = field(default_factory=dict)
+    virtual: float = 0.0
+    round_seconds: float = 0.0
+    agenda: list[tuple[float, int, _GroupQueue]] = field(default_factory=list)
+
+    def add(self, group: _GroupQueue, turns: float, seconds: float) -> None:
+        """Give a group that has a batch, of ``seconds``, its ``turns`` in each round."""
+        group.turns, group.round_seconds = turns, turns * seconds
+        self.round_seconds += group.round_seconds
+        self.active[group.group] = group
+        remaining = max(0.0, group.running[0][0] - group.batches)
+        heapq.heappush(self.agenda, (self.virtual + remaining / turns, group.plan, group))
+
+    def remove(self, group: _GroupQueue) -> None:
+        """Give a group no turns; it may have none already."""
+        self.active.pop(group.group, None)
+        self.round_seconds = self.round_seconds - group.round_seconds if self.active else 0.0
+        group.turns = group.round_seconds = 0.0
+
+    def next_at(self) -> float:
+        """The virtual time at which the next image finishes."""
+        while self.agenda[0][1] != self.agenda[0][2].plan:
+            heapq.heappop(self.agenda)  # The rows of its group have changed since.
+        return self.agenda[0][0]
+
+    def service(self) -> float:
+        """Seconds that the model gets until the next image finishes."""
+        return max(0.0, self.next_at() - self.virtual) * self.round_seconds
 
 
 class _Engine:
     """One engine in the simulation; ``now`` is in seconds from the start.
 
-    The groups with a batch take turns, so each gets the same seconds. Virtual time counts the
-    seconds that each of them got (as in fair queueing). A group's next finished image has a fixed
-    virtual time until its own rows change, so a heap finds the next one among any number of groups.
+    The models with a batch each get the same seconds, which their groups share.
     """
 
     def __init__(self, load: Load, forecast: Forecast) -> None:
@@ -158,10 +199,9 @@ class _Engine:
         self._seconds: dict[tuple[Group, int, bool], float] = {}
         self._count = 0
         self._work_seconds = 0.0
-        self._virtual = 0.0
-        self._active: dict[Group, _GroupQueue] = {}
+        self._turns: dict[str, _ModelTurns] = {}
+        self._active: dict[str, _ModelTurns] = {}
         self._to_fill: dict[Group, _GroupQueue] = {}
-        self._agenda: list[tuple[float, int, _GroupQueue]] = []
         for work in load.jobs:
             self._add(work)
         encode = sum(map(self._prompt_seconds, load.jobs))
@@ -178,7 +218,7 @@ class _Engine:
         """When the next image is finished."""
         if not self._active:
             return self.now
-        return self.now + len(self._active) * self._service()
+        return self.now + len(self._active) * self._next_model().service()
 
     def has_room(self, work: RemainingWork, max_samples: int) -> bool:
         """Whether it takes ``work`` now: by its images, and by what they hold in memory."""
@@ -203,9 +243,11 @@ class _Engine:
         """Advance to the next finished image, and finish all that end with it."""
         if not self._active:
             return
-        self._serve(self._service())
-        while self._active and self._service() <= 0.0:
-            _, _, group = heapq.heappop(self._agenda)
+        model = self._next_model()
+        self._serve(model.service())
+        model.virtual = model.next_at()
+        while model.active and model.next_at() <= model.virtual:
+            _, _, group = heapq.heappop(model.agenda)
             self._settle(group)
             ended = []
             while group.running and group.running[0][0] <= group.batches + 1e-6:
@@ -225,10 +267,12 @@ class _Engine:
             return
         service = max(0.0, moment - self.now) / len(self._active)
         if len(self._active) == 1:
-            (group,) = self._active.values()
-            seconds = self._running_seconds(group)
-            service = math.ceil(service / seconds - 1e-6) * seconds
-        self._serve(min(service, self._service()))
+            (model,) = self._active.values()
+            if len(model.active) == 1:
+                (group,) = model.active.values()
+                seconds = self._running_seconds(group)
+                service = math.ceil(service / seconds - 1e-6) * seconds
+        self._serve(min(service, self._next_model().service()))
 
     def choose_again(self) -> None:
         """Choose the samples of the batches again: an urgent arrival displaces others."""
@@ -263,35 +307,44 @@ class _Engine:
     def _prompt_seconds(self, work: RemainingWork) -> float:
         return 0.0 if work.encoded else self._batch_times.prompt_seconds(work.group)
 
+    def _next_model(self) -> _ModelTurns:
+        """The active model whose next image finishes first."""
+        if len(self._active) == 1:
+            return next(iter(self._active.values()))
+        return min(self._active.values(), key=_ModelTurns.service)
+
     def _serve(self, service: float) -> None:
-        """Run batches of each active group for ``service`` seconds."""
+        """Run batches of each active model for ``service`` seconds."""
         self.now += service * len(self._active)
-        self._virtual += service
+        for model in self._active.values():
+            model.virtual += service / model.round_seconds
 
     def _settle(self, group: _GroupQueue) -> None:
         """Count the batches that a group has run until now; before its rows change."""
-        if group.running:
-            seconds = self._running_seconds(group)
-            group.batches += (self._virtual - group.served_at) / seconds
-        group.served_at = self._virtual
+        virtual = self._turns[group.group.model].virtual
+        group.batches += (virtual - group.served_at) * group.turns
+        group.served_at = virtual
 
     def _plan(self, group: _GroupQueue) -> None:
         """Note when a settled group finishes its next image; after its rows changed."""
         self._count += 1
         group.plan = self._count
+        model = self._turns[group.group.model]
+        model.remove(group)
         if not group.running:
-            self._active.pop(group.group, None)
+            if not model.active:
+                self._active.pop(group.group.model, None)
             return
-        self._active[group.group] = group
-        remaining = max(0.0, group.running[0][0] - group.batches)
-        at = self._virtual + remaining * self._running_seconds(group)
-        heapq.heappush(self._agenda, (at, group.plan, group))
+        self._active[group.group.model] = model
+        longest = max(work.key.remaining_steps for _, _, work in group.running)
+        model.add(group, turns_for(longest), self._running_seconds(group))
 
     def _add(self, work: RemainingWork) -> None:
         group = self._queues.get(work.group)
         if group is None:
             group = _GroupQueue(work.group, self._max_rows(work.group))
             self._queues[work.group] = group
+            self._turns.setdefault(work.group.model, _ModelTurns())
         self._to_fill[work.group] = group
         self._jobs[work.id] = work
         self._work_seconds += self._full_seconds(work)
@@ -347,12 +400,6 @@ class _Engine:
     def _running_seconds(self, group: _GroupQueue) -> float:
         """Seconds of a batch of the running samples."""
         return self._batch_seconds(group.group, group.rows, adapted=group.adapted > 0)
-
-    def _service(self) -> float:
-        """Seconds that each active group gets until the next image finishes."""
-        while self._agenda[0][1] != self._agenda[0][2].plan:
-            heapq.heappop(self._agenda)  # The rows of its group have changed since.
-        return self._agenda[0][0] - self._virtual
 
     def _batch_seconds(self, group: Group, rows: int, *, adapted: bool) -> float:
         seconds = self._seconds.get((group, rows, adapted))
