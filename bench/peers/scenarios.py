@@ -31,7 +31,7 @@ PATIENCE = 5.0
 """A deadline is this many times the lone latency, as in AlpaServe (OSDI 2023)."""
 
 WITHIN = (2, 5, 10)
-"""SLO attainment: the share of the requests that take at most so many times as long as alone."""
+"""SLO attainment: the share of the requests that take at most 2, 5 or 10 times as long as alone."""
 
 CANCELS = 0.2
 """Share of the requests that are cancelled."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from darkroom_server.core.order import turns_for
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
+from darkroom_server.dispatch.estimation.model_turns import GroupQueue, ModelTurns
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWork
 
 MAX_IMAGES = 400
@@ -117,68 +118,6 @@ def _extrapolate(queue: list[RemainingWork], engines: list["_Engine"], forecast:
         forecast.finishes[work.id] = engine.now
 
 
-@dataclass(slots=True)
-class _GroupQueue:
-    """The samples of one group: those in its batches, and those that wait for room.
-
-    ``batches``: those it has run until ``served_at``, in the virtual time of its model. ``plan``:
-    the number of the last entry in its model's agenda that is about it. ``adapted``: the running
-    images that have LoRA adapters. ``turns``: how many it gets, relative to others of its model, in
-    ``round_seconds``.
-    """
-
-    group: Group
-    max_rows: int
-    batches: float = 0.0
-    served_at: float = 0.0
-    plan: int = 0
-    rows: int = 0
-    adapted: int = 0
-    turns: float = 0.0
-    round_seconds: float = 0.0
-    running: list[tuple[float, int, RemainingWork]] = field(default_factory=list)
-    ready: list[tuple[float, float, str, int, int, RemainingWork]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _ModelTurns:
-    """The groups of one model with a batch, which take turns as ``core.order.Turns`` has it.
-
-    ``virtual`` time counts the rounds in which each group runs its ``turns`` (as in fair queueing),
-    and a round takes ``round_seconds``. A group's next finished image has a fixed virtual time
-    until its own rows change, so the heap ``agenda`` finds the next one among any number of groups.
-    """
-
-    active: dict[Group, _GroupQueue] = field(default_factory=dict)
-    virtual: float = 0.0
-    round_seconds: float = 0.0
-    agenda: list[tuple[float, int, _GroupQueue]] = field(default_factory=list)
-
-    def add(self, group: _GroupQueue, turns: float, seconds: float) -> None:
-        """Give a group that has a batch, of ``seconds``, its ``turns`` in each round."""
-        group.turns, group.round_seconds = turns, turns * seconds
-        self.round_seconds += group.round_seconds
-        self.active[group.group] = group
-        remaining = max(0.0, group.running[0][0] - group.batches)
-        heapq.heappush(self.agenda, (self.virtual + remaining / turns, group.plan, group))
-
-    def remove(self, group: _GroupQueue) -> None:
-        """Give a group no turns; it may have none already."""
-        self.active.pop(group.group, None)
-        self.round_seconds = self.round_seconds - group.round_seconds if self.active else 0.0
-        group.turns = group.round_seconds = 0.0
-
-    def next_at(self) -> float:
-        """The virtual time at which the next image finishes."""
-        while self.agenda[0][1] != self.agenda[0][2].plan:
-            heapq.heappop(self.agenda)  # The rows of its group have changed since.
-        return self.agenda[0][0]
-
-    def service(self) -> float:
-        """Seconds that the model gets until the next image finishes."""
-        return max(0.0, self.next_at() - self.virtual) * self.round_seconds
-
-
 class _Engine:
     """One engine in the simulation; ``now`` is in seconds from the start.
 
@@ -193,15 +132,15 @@ class _Engine:
         self._batch_times = load.batch_times
         self._max_rows = load.max_rows
         self._forecast = forecast
-        self._queues: dict[Group, _GroupQueue] = {}
+        self._queues: dict[Group, GroupQueue] = {}
         self._unfinished: dict[str, int] = {}
         self._jobs: dict[str, RemainingWork] = {}
         self._seconds: dict[tuple[Group, int, bool], float] = {}
         self._count = 0
         self._work_seconds = 0.0
-        self._turns: dict[str, _ModelTurns] = {}
-        self._active: dict[str, _ModelTurns] = {}
-        self._to_fill: dict[Group, _GroupQueue] = {}
+        self._turns: dict[str, ModelTurns] = {}
+        self._active: dict[str, ModelTurns] = {}
+        self._to_fill: dict[Group, GroupQueue] = {}
         for work in load.jobs:
             self._add(work)
         encode = sum(map(self._prompt_seconds, load.jobs))
@@ -307,11 +246,11 @@ class _Engine:
     def _prompt_seconds(self, work: RemainingWork) -> float:
         return 0.0 if work.encoded else self._batch_times.prompt_seconds(work.group)
 
-    def _next_model(self) -> _ModelTurns:
+    def _next_model(self) -> ModelTurns:
         """The active model whose next image finishes first."""
         if len(self._active) == 1:
             return next(iter(self._active.values()))
-        return min(self._active.values(), key=_ModelTurns.service)
+        return min(self._active.values(), key=ModelTurns.service)
 
     def _serve(self, service: float) -> None:
         """Run batches of each active model for ``service`` seconds."""
@@ -319,13 +258,13 @@ class _Engine:
         for model in self._active.values():
             model.virtual += service / model.round_seconds
 
-    def _settle(self, group: _GroupQueue) -> None:
+    def _settle(self, group: GroupQueue) -> None:
         """Count the batches that a group has run until now; before its rows change."""
         virtual = self._turns[group.group.model].virtual
         group.batches += (virtual - group.served_at) * group.turns
         group.served_at = virtual
 
-    def _plan(self, group: _GroupQueue) -> None:
+    def _plan(self, group: GroupQueue) -> None:
         """Note when a settled group finishes its next image; after its rows changed."""
         self._count += 1
         group.plan = self._count
@@ -342,9 +281,9 @@ class _Engine:
     def _add(self, work: RemainingWork) -> None:
         group = self._queues.get(work.group)
         if group is None:
-            group = _GroupQueue(work.group, self._max_rows(work.group))
+            group = GroupQueue(work.group, self._max_rows(work.group))
             self._queues[work.group] = group
-            self._turns.setdefault(work.group.model, _ModelTurns())
+            self._turns.setdefault(work.group.model, ModelTurns())
         self._to_fill[work.group] = group
         self._jobs[work.id] = work
         self._work_seconds += self._full_seconds(work)
@@ -358,7 +297,7 @@ class _Engine:
             urgency = work.goal(calls), work.key.submitted_at, work.id
             heapq.heappush(group.ready, (*urgency, self._count, calls, work))
 
-    def _fill(self, group: _GroupQueue) -> None:
+    def _fill(self, group: GroupQueue) -> None:
         """Add the most urgent samples, as many as fit."""
         self._settle(group)
         while group.ready:
@@ -391,13 +330,13 @@ class _Engine:
                 work.group
             )
 
-    def _full_batch_seconds(self, group: _GroupQueue) -> float:
+    def _full_batch_seconds(self, group: GroupQueue) -> float:
         """Seconds of a batch of the ready samples, as many as fit."""
         rows = sum(work.key.rows for *_, work in group.ready)
         adapted = any(work.adapted for *_, work in group.ready)
         return self._batch_seconds(group.group, min(rows, group.max_rows), adapted=adapted)
 
-    def _running_seconds(self, group: _GroupQueue) -> float:
+    def _running_seconds(self, group: GroupQueue) -> float:
         """Seconds of a batch of the running samples."""
         return self._batch_seconds(group.group, group.rows, adapted=group.adapted > 0)
 
