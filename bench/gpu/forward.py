@@ -97,9 +97,9 @@ def decode_seconds(vae: Any, latents: torch.Tensor, repeats: int = REPEATS) -> f
 def encode_seconds(text_encoder: Any, prompts: int, repeats: int = REPEATS) -> float:
     """Median seconds to encode ``prompts`` of full length."""
     config = text_encoder.config
-    tokens = torch.zeros(
-        (prompts, config.max_position_embeddings), dtype=torch.long, device=text_encoder.device
-    )
+    shape = (prompts, config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator).to(text_encoder.device)
     return seconds_of(lambda: text_encoder(tokens), repeats)
 
 

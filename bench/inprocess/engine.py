@@ -17,9 +17,9 @@ from darkroom_server.core.events import (
     EngineDied,
     EngineReady,
     Event,
-    ImageReady,
     JobCancelled,
     JobFailed,
+    JobFinished,
 )
 from darkroom_server.core.job import ImageFormat, Job
 from darkroom_server.core.model import ModelInfo
@@ -37,7 +37,7 @@ def job_of(request: Request, info: ModelInfo, submitted_at: float, run: int = 0)
         steps=request.steps,
         guidance_scale=request.guidance_scale,
         seed=request.seed,
-        image_count=1,
+        image_count=request.images,
         scheduler=info.defaults.scheduler,
         format=ImageFormat.PNG,
         quality=info.defaults.quality,
@@ -104,7 +104,7 @@ class EnginePeer:
                 )
                 if self._failure is not None:
                     raise RuntimeError(
-                        f"the engine generated no image for a request: {self._failure}"
+                        f"the engine did not generate the images of a request: {self._failure}"
                     )
             return self._answers
 
@@ -122,7 +122,7 @@ class EnginePeer:
         match event:
             case BatchDone():
                 self._batch_times.append((event.rows, event.seconds))
-            case ImageReady():
+            case JobFinished():
                 with self._changed:
                     at, request = self._waiting.pop(event.job_id)
                     self._answers.append(Answer.of(request, at, now))

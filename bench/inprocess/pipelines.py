@@ -57,7 +57,7 @@ class WallClock:
 
 
 class Pipelines:
-    """Calls ``pipe()`` for at most ``max_images`` requests, on the thread that created it.
+    """Calls ``pipe()`` for at most ``max_images`` images, on the thread that created it.
 
     ``options`` are further arguments of each call.
     """
@@ -86,13 +86,14 @@ class Pipelines:
         """Nothing to stop."""
 
     def images(self, batch: Sequence[Request]) -> list[bytes]:
-        """The PNG files of ``batch``, whose settings are equal, from one call."""
+        """The PNG files of ``batch``, whose settings are equal, in its order, from one call."""
+        seeds = [request.seed + i for request in batch for i in range(request.images)]
         with self._precision():
             images = self._pipeline(
-                [request.prompt for request in batch],
+                [request.prompt for request in batch for _ in range(request.images)],
                 num_inference_steps=batch[0].steps,
                 guidance_scale=batch[0].guidance_scale,
-                generator=[torch.Generator("cpu").manual_seed(r.seed) for r in batch],
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 **{"width": batch[0].width, "height": batch[0].height, **self._options},
             ).images
         return [_png(image) for image in images]

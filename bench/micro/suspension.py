@@ -159,8 +159,10 @@ class Forms:
             ),
         }
         hidden = (1, family.prompt_tokens, int(unet.config.cross_attention_dim))
+        generator = torch.Generator().manual_seed(1)
         self.embeddings = tuple(
-            torch.ones(hidden, device=device, dtype=unet.dtype) * i for i in range(2)
+            torch.randn(hidden, generator=generator).to(device=device, dtype=unet.dtype)
+            for _ in range(2)
         )
 
     def new(self, form: str, job: Job) -> Sample:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.inprocess.remote import MAX_BATCH_IMAGES
+from bench.peers.alone import REPEATS
 from bench.peers.batch_timeout_search import DEFAULT, TRIED
 from bench.peers.bench import LONE_STEPS, PeersBench, Plan
 from bench.peers.registry import PEERS, SERIAL, WORK, Peer
 from bench.peers.report.goals import goals
 from bench.peers.report.section import write_page
-from bench.peers.scenarios import CALLERS, FULL, QUICK, SCENARIOS, Scenario
+from bench.peers.scenarios import CALLERS, FULL, QUICK, SCENARIOS, UNIFORM, Scenario
 from bench.report.goals import print_goals
 from bench.report.machine import model_source, this_machine, versions
 from bench.report.markdown import DOCS
@@ -87,6 +88,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "batch_timeout_seconds": plan.batch_timeout,
         "batch_timeouts_tried": list(plan.batch_timeouts),
         "lone_steps": LONE_STEPS,
+        "uniform_steps": UNIFORM[0],
+        "alone_repeats": REPEATS,
     }
 
 
@@ -161,7 +164,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _plan(options: argparse.Namespace) -> Plan:
     """The options, with defaults for 15 minutes, for --full or for --smoke."""
-    defaults = {"rounds": 1, "closed": 96, "arrivals": 200, "pairs": 50}
+    defaults = {"rounds": 1, "closed": 96, "arrivals": 120, "pairs": 50}
     if options.full:
         defaults = {"rounds": 3, "closed": 160, "arrivals": 200, "pairs": 20}
     if options.smoke:

@@ -11,11 +11,13 @@ import grpc
 from bench.inprocess.engine import make_engine
 from bench.inprocess.pipelines import make_pipelines
 from bench.inprocess.remote import MAX_BATCH_IMAGES, Remote
+from bench.peers.alone import alone_seconds, measure_alone
 from bench.peers.batch_timeout_search import best, trials, tried
 from bench.peers.equality import Different, compare, references
 from bench.peers.load import make_load
 from bench.peers.process import PeerProcess, serving_peer
 from bench.peers.registry import DARKROOM, PEERS, SERIAL, Peer
+from bench.peers.report.slo import ALONE
 from bench.peers.scenarios import CALLERS, CLOSED, Mix, Scenario
 from bench.peers.servers.config import ServerConfig
 from bench.peers.servers.trace import mean_width, occupancy, read_trace, waste
@@ -154,7 +156,7 @@ class PeersBench:
                 print(self.lost[-1], flush=True)
                 continue
             self.runs.append(run)
-            images = sum(each.outcome is Outcome.IMAGE for each in run.answers)
+            images = sum(a.images for a in run.answers if a.outcome is Outcome.IMAGE)
             print(
                 f"{scenario.name} round {round} {peer.name}: {images} images in "
                 f"{run.seconds:.1f} s, a step {run.nominal_before * 1000:.1f} to "
@@ -193,17 +195,22 @@ class PeersBench:
                     nominal_before=before,
                     nominal_after=self.nominal(),
                     answers=report.answers,
-                    rate=(scenario.load or 0.0) * capacity if open_loop else None,
+                    rate=scenario.rate(requests, capacity) if open_loop else None,
                     callers=None if open_loop else CALLERS,
                     figures=figures,
                 )
                 figures |= self._after(process, run, report.began, cpu)
             finally:
                 load.close()
+        if serial is not None:
+            run.figures[ALONE] = alone_seconds(requests, serial.figures["alone"])
+        elif peer.name == SERIAL:
+            side = self.info.defaults.width
+            run.figures["alone"] = measure_alone(self._pipe, scenario.mix, side)
         return run
 
     def _serial(self, mix: Mix, round: int) -> Run:
-        """The closed loop of (a): the loads are shares of its capacity."""
+        """The closed loop of (a), which has the capacity and the lone latencies of a round."""
         wanted = (Scenario(mix=mix).name, SERIAL, round)
         for run in self.runs:
             if (run.scenario, run.peer, run.round) == wanted:

@@ -90,7 +90,8 @@ async def _request(process: PeerProcess) -> tuple[list[bytes], list[bytes]]:
         together = await asyncio.gather(*(client.generate(r, "together", None) for r in wanted))
     finally:
         await client.close()
-    return alone, list(together)
+    # Each request is for one image.
+    return [file for (file,) in alone], [file for (file,) in together]
 
 
 def _difference(file: bytes, other: bytes) -> tuple[int, float]:

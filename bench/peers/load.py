@@ -104,6 +104,7 @@ class Load:
             outcome,
             request.deadline,
             first,
+            request.images,
         )
 
 

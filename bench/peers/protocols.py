@@ -1,8 +1,11 @@
 """Clients of the peers: gRPC, HTTP and Triton's form of HTTP."""
 
+import asyncio
 import json
+import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -38,11 +41,11 @@ class Wire(StrEnum):
 class PeerClient(Protocol):
     """A client of one peer, on one event loop."""
 
-    async def generate(self, request: Request, name: str, seconds: float | None) -> bytes:
-        """The PNG file of ``request``, whose id begins with ``name``.
+    async def generate(self, request: Request, name: str, seconds: float | None) -> list[bytes]:
+        """The PNG files of ``request``, whose id begins with ``name``.
 
         ``seconds`` remain until the deadline, None without one. Cancelling the awaiting task
-        cancels the request. Raises ``Ended`` if no image comes.
+        cancels the request. Raises ``Ended`` if an image does not come.
         """
 
     async def close(self) -> None:
@@ -56,17 +59,16 @@ class GrpcPeerClient:
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS)
         self._stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
-    async def generate(self, request: Request, name: str, seconds: float | None) -> bytes:
+    async def generate(self, request: Request, name: str, seconds: float | None) -> list[bytes]:
         """See ``PeerClient``."""
         try:
             response = await self._stub.Generate(_message(request, name), timeout=seconds)
         except grpc.aio.AioRpcError as error:
             raise _ended(error) from error
-        data: bytes = response.images[0].data
-        return data
+        return [image.data for image in response.images]
 
     async def first_progress(self, request: Request, name: str) -> float:
-        """Seconds until progress is first reported; waits for the image."""
+        """Seconds until progress is first reported; waits for the images."""
         began = time.monotonic()
         first = None
         wanted = generation_pb2.GenerateStreamRequest(generation=_message(request, name))
@@ -86,57 +88,69 @@ class GrpcPeerClient:
 
 
 class HttpPeerClient:
-    """Sends JSON, receives a PNG file."""
+    """Sends JSON, receives a PNG file of one image."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False)
 
-    async def generate(self, request: Request, name: str, seconds: float | None) -> bytes:
-        """See ``PeerClient``. HTTP has no deadlines: the caller cancels at its deadline."""
-        return await self._post(to_wire(request))
+    async def generate(self, request: Request, name: str, seconds: float | None) -> list[bytes]:
+        """See ``PeerClient``. HTTP has no deadlines: the caller cancels at its deadline.
+
+        Several images are as many requests at once, so that they fill batches.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                posts = [group.create_task(self._post(to_wire(r))) for r in single_images(request)]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
+        return [file for post in posts for file in post.result()]
 
     async def close(self) -> None:
         """See ``PeerClient``."""
         await self._client.aclose()
 
-    async def _post(self, body: dict[str, Any]) -> bytes:
+    async def _post(self, body: dict[str, Any]) -> list[bytes]:
         try:
             response = await self._client.post(self._url, json=body)
         except httpx2.TransportError as error:
             raise Ended(Outcome.FAILED, repr(error)) from error
         if response.status_code == 200:
-            return self._image(response)
+            return self._files(response)
         raise Ended(self._outcome(response), f"{response.status_code}: {response.text[:300]}")
 
-    def _image(self, response: httpx2.Response) -> bytes:
-        return response.content
+    def _files(self, response: httpx2.Response) -> list[bytes]:
+        return [response.content]
 
     def _outcome(self, response: httpx2.Response) -> Outcome:
         return Outcome.REJECTED if response.status_code in (429, 503) else Outcome.FAILED
 
 
 class TritonPeerClient(HttpPeerClient):
-    """The KServe protocol, version 2, with the image in its binary extension."""
+    """The KServe protocol, version 2, with images in its binary extension."""
 
     def __init__(self, port: int, model: str = "demo") -> None:
         super().__init__(f"http://127.0.0.1:{port}/v2/models/{model}/infer")
 
-    async def generate(self, request: Request, name: str, seconds: float | None) -> bytes:
-        """See ``PeerClient``. Triton rejects a request that waits past its deadline."""
-        text = json.dumps(to_wire(request))
+    async def generate(self, request: Request, name: str, seconds: float | None) -> list[bytes]:
+        """See ``PeerClient``. Triton rejects a request that waits past its deadline.
+
+        Several images are the rows of one request, which count in Triton's batches.
+        """
+        rows = [json.dumps(to_wire(each)) for each in single_images(request)]
+        shape = [len(rows), 1]
         body: dict[str, Any] = {
-            "inputs": [{"name": "request", "shape": [1, 1], "datatype": "BYTES", "data": [text]}],
+            "inputs": [{"name": "request", "shape": shape, "datatype": "BYTES", "data": rows}],
             "outputs": [{"name": "image", "parameters": {"binary_data": True}}],
         }
         if seconds is not None:
             body["parameters"] = {"timeout": round(max(0.001, seconds) * 1e6)}
         return await self._post(body)
 
-    def _image(self, response: httpx2.Response) -> bytes:
-        # Four bytes of length come before each element of a BYTES tensor.
-        return response.content[int(response.headers["Inference-Header-Content-Length"]) + 4 :]
+    def _files(self, response: httpx2.Response) -> list[bytes]:
+        tensor = response.content[int(response.headers["Inference-Header-Content-Length"]) :]
+        return bytes_elements(tensor)
 
     def _outcome(self, response: httpx2.Response) -> Outcome:
         timeout = "timeout" in response.text.lower()
@@ -151,10 +165,28 @@ CLIENTS: dict[Wire, Callable[[int], PeerClient]] = {
 }
 
 
+def single_images(request: Request) -> list[Request]:
+    """``request`` as requests for one image each."""
+    return [replace(request, seed=request.seed + i, images=1) for i in range(request.images)]
+
+
+def bytes_elements(tensor: bytes) -> list[bytes]:
+    """The elements of a BYTES tensor: four bytes of length, little endian, come before each."""
+    found, place = [], 0
+    while place < len(tensor):
+        (length,) = struct.unpack_from("<I", tensor, place)
+        place += 4 + length
+        found.append(tensor[place - length : place])
+    return found
+
+
 def _message(request: Request, name: str) -> generation_pb2.GenerateRequest:
     fields = {key: value for key, value in to_wire(request).items() if key != "index"}
     return generation_pb2.GenerateRequest(
-        request_id=f"{name}-{request.index}", format=types_pb2.IMAGE_FORMAT_PNG, **fields
+        request_id=f"{name}-{request.index}",
+        image_count=request.images,
+        format=types_pb2.IMAGE_FORMAT_PNG,
+        **fields,
     )
 
 

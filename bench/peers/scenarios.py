@@ -1,9 +1,11 @@
 """The loads that every peer gets."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from bench.workload.arrivals import Answer
 from bench.workload.requests import (
     Request,
     bursts,
@@ -13,19 +15,23 @@ from bench.workload.requests import (
     uniform,
     with_cancels,
     with_deadlines,
+    with_images,
 )
 
 CALLERS = 8
 """Of a closed loop."""
 
-UNIFORM = (16, 7.5)
-"""Steps and guidance of requests that are all alike."""
+UNIFORM = (30, 7.5)
+"""Steps and guidance of requests that are all alike. Their images are as in ``IMAGES``."""
 
 SIDES = (0.75, 1.0, 1.5)
 """Factors of the model's default size for mixed sizes."""
 
 PATIENCE = 5.0
 """A deadline is this many times the lone latency, as in AlpaServe (OSDI 2023)."""
+
+WITHIN = (2, 5, 10)
+"""SLO attainment: the share of the requests that take at most 2, 5 or 10 times as long as alone."""
 
 CANCELS = 0.2
 """Share of the requests that are cancelled."""
@@ -41,15 +47,18 @@ class Mix(StrEnum):
     UNIFORM = "uniform"
     SIZES = "sizes"
 
-    @property
-    def text(self) -> str:
-        """For a heading."""
-        steps, guidance = UNIFORM
-        return {
-            Mix.MIXED: "mixed",
-            Mix.UNIFORM: f"all alike ({steps} steps, guidance {guidance})",
-            Mix.SIZES: f"mixed, sizes too ({', '.join(f'{s:g}' for s in SIDES)} of the default)",
-        }[self]
+    def text_of(self, answers: Sequence[Answer]) -> str:
+        """For a heading; requests that are all alike were others in earlier versions."""
+        if self is Mix.MIXED:
+            return "mixed"
+        if self is Mix.SIZES:
+            return f"mixed, sizes too ({', '.join(f'{s:g}' for s in SIDES)} of the default)"
+        text = f"all alike ({answers[0].steps} steps, guidance {UNIFORM[1]})"
+        counts = Counter(each.images for each in answers)
+        if set(counts) == {1}:
+            return text
+        shares = (f"{n} {count / len(answers):.0%}" for n, count in sorted(counts.items()))
+        return f"{text}, images of a request: {', '.join(shares)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +78,27 @@ class Scenario:
     batch_timeout: float | None = None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is an open loop of Poisson arrivals, without anything besides."""
+        besides = self.bursts, self.deadlines, self.cancels, self.stream
+        return self.load is not None and not any(besides)
+
+    @property
     def name(self) -> str:
         """For tables and the command line: "mixed closed", "mixed 0.9 bursts"."""
         kinds = [k for k in ("bursts", "deadlines", "cancels", "stream") if getattr(self, k)]
         if self.batch_timeout is not None:
             kinds.append(f"{self.batch_timeout * 1000:g} ms")
         return " ".join([self.mix, "closed" if self.load is None else f"{self.load:g}", *kinds])
+
+    def has(self, answers: Sequence[Answer]) -> bool:
+        """Whether these can be of its requests: in earlier versions UNIFORM had other steps."""
+        return self.mix is not Mix.UNIFORM or {each.steps for each in answers} == {UNIFORM[0]}
+
+    def rate(self, requests: Sequence[Request], capacity: float) -> float:
+        """The mean number of ``requests`` per second at its load; ``capacity`` is in images/s."""
+        images = sum(request.images for request in requests)
+        return (self.load or 0.0) * capacity * len(requests) / images
 
     def requests(
         self, count: int, seed: int, capacity: float, nominal: float, side: int
@@ -86,12 +110,12 @@ class Scenario:
         """
         requests = mixed(count, seed)
         if self.mix is Mix.UNIFORM:
-            requests = uniform(requests, *UNIFORM)
+            requests = with_images(uniform(requests, *UNIFORM), seed)
         elif self.mix is Mix.SIZES:
             requests = sized(requests, tuple(round(side * share) for share in SIDES), seed)
         if self.load is not None:
-            rate = self.load * capacity
-            requests = (bursts if self.bursts else poisson)(requests, rate, seed)
+            arrive = bursts if self.bursts else poisson
+            requests = arrive(requests, self.rate(requests, capacity), seed)
         if self.deadlines:
             requests = with_deadlines(requests, PATIENCE * nominal)
         if self.cancels:
@@ -100,20 +124,24 @@ class Scenario:
 
 
 CLOSED = Scenario()
+UNIFORM_CLOSED = Scenario(mix=Mix.UNIFORM)
+SIZES_CLOSED = Scenario(mix=Mix.SIZES)
 BUSY = Scenario(load=0.9)
+SATURATED = Scenario(load=1.0)
 OVERLOAD = Scenario(load=1.1, deadlines=True)
 CANCELLED = Scenario(load=0.9, cancels=True)
 STREAMED = Scenario(load=0.7, stream=True)
 
-QUICK: Sequence[Scenario] = (CLOSED, BUSY)
+QUICK: Sequence[Scenario] = (CLOSED, BUSY, SATURATED)
 """What ``make bench`` runs."""
 
 FULL: Sequence[Scenario] = (
     CLOSED,
-    Scenario(mix=Mix.UNIFORM),
-    Scenario(mix=Mix.SIZES),
+    UNIFORM_CLOSED,
+    SIZES_CLOSED,
     *(Scenario(load=load) for load in (0.5, 0.7)),
     BUSY,
+    SATURATED,
     Scenario(load=1.1),
     OVERLOAD,
     CANCELLED,

@@ -47,10 +47,10 @@ class Run:
 
     @property
     def images_while_busy(self) -> int:
-        """Images that were ready by then, including the one that triggered the last request."""
+        """Images that were ready by then, including those that triggered the last request."""
         # Its moment equals that of the last request, except for the digits that are not saved.
         end = self.busy_seconds + 1e-4
-        return sum(each.arrival + each.latency <= end for each in self.answers)
+        return sum(e.images for e in self.answers if e.arrival + e.latency <= end)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ def save(results: Results, folder: Path = RESULTS) -> Path:
 def _short(answer: dict[str, Any]) -> list[Any]:
     """The fields as a list, without default values at its end."""
     values = [round(v, 5) if isinstance(v, float) else v for v in answer.values()]
-    defaults = [Outcome.IMAGE, None, None]
+    defaults = [Outcome.IMAGE, None, None, 1]
     while defaults and values[-1] == defaults[-1]:
         values.pop()
         defaults.pop()

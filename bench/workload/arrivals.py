@@ -25,8 +25,8 @@ class Answer:
 
     ``arrival`` counts from the start of the run. ``latency`` and ``first_progress`` count from the
     scheduled arrival, so the time that a busy server does not read requests is included (no
-    coordinated omission). Without an image, ``latency`` lasts until the caller received the
-    outcome. ``first_progress`` is None if no progress was reported.
+    coordinated omission), until the last of its ``images``. Without them, ``latency`` lasts until
+    the caller received the outcome. ``first_progress`` is None if no progress was reported.
     """
 
     index: int
@@ -36,11 +36,13 @@ class Answer:
     outcome: Outcome = Outcome.IMAGE
     deadline: float | None = None
     first_progress: float | None = None
+    images: int = 1
 
     @classmethod
     def of(cls, request: Request, arrival: float, now: float) -> Self:
-        """``request``, whose image is ready at ``now``."""
-        return cls(request.index, request.steps, arrival, now - arrival)
+        """``request``, whose images are ready at ``now``."""
+        seconds = now - arrival
+        return cls(request.index, request.steps, arrival, seconds, images=request.images)
 
 
 class Arrivals:
@@ -48,7 +50,7 @@ class Arrivals:
 
     Without ``callers`` the loop is open: each request arrives at its ``arrival``. With ``callers``
     it is closed: that many callers have one request in flight each, and send the next one when
-    they receive an image.
+    they receive its images.
     """
 
     def __init__(self, requests: Sequence[Request], callers: int | None = None) -> None:
@@ -73,7 +75,7 @@ class Arrivals:
         return self._due[0][0] if self._due else None
 
     def answered(self, now: float) -> None:
-        """A caller received its image; in a closed loop it sends the next request."""
+        """A caller received its images; in a closed loop it sends the next request."""
         if self._unsent:
             request = self._unsent.pop()
             heapq.heappush(self._due, (now, request.index, request))

@@ -1,4 +1,4 @@
-"""The mixed workload: requests of three lengths, and the moments of their arrival."""
+"""The workloads: requests of three lengths or all alike, and the moments of their arrival."""
 
 import random
 from collections.abc import Mapping
@@ -12,6 +12,10 @@ from training.scenes import Scene, triples
 STEPS = {8: 0.5, 16: 0.3, 40: 0.2}
 """Share of the requests, by their denoising steps: the classes of the workload."""
 
+IMAGES = {1: 0.58, 2: 0.08, 4: 0.19, 8: 0.15}
+"""Share of the requests by their images, in a trace of a production service (GenTD26, Lin et al.,
+SoCC 2025), where 91 % of the requests take 30 steps."""
+
 GUIDANCE = (4.0, 7.5)
 """Both are above 1: a model with classifier-free guidance takes two rows for every image."""
 
@@ -21,8 +25,9 @@ NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One image to generate; ``arrival`` is in seconds after the start of the run.
+    """What one caller asks for; ``arrival`` is in seconds after the start of the run.
 
+    Image i of ``images`` has the seed ``seed`` + i; the caller waits for all of them.
     ``width`` and ``height`` are pixels, None for the model's default. ``deadline`` and
     ``cancel_after`` are seconds after the arrival: the request expires, or its caller cancels it.
     """
@@ -35,6 +40,7 @@ class Request:
     arrival: float = 0.0
     width: int | None = None
     height: int | None = None
+    images: int = 1
     deadline: float | None = None
     cancel_after: float | None = None
 
@@ -50,12 +56,7 @@ def mixed(count: int, seed: int) -> list[Request]:
     Each class has exactly its share, which makes short runs comparable; the order is random.
     """
     rng = random.Random(seed)
-    steps: list[int] = []
-    reached = 0.0
-    for wanted, share in STEPS.items():
-        reached += share
-        steps += [wanted] * (round(count * reached) - len(steps))
-    rng.shuffle(steps)
+    steps = _in_shares(STEPS, count, rng)
     scenes = triples()
     return [
         Request(
@@ -94,6 +95,12 @@ def uniform(requests: list[Request], steps: int, guidance_scale: float) -> list[
     return [replace(r, steps=steps, guidance_scale=guidance_scale) for r in requests]
 
 
+def with_images(requests: list[Request], seed: int) -> list[Request]:
+    """``requests`` for several images each; each number of ``IMAGES`` has exactly its share."""
+    counts = _in_shares(IMAGES, len(requests), random.Random(seed))
+    return [replace(r, images=count) for r, count in zip(requests, counts, strict=True)]
+
+
 def sized(requests: list[Request], sides: tuple[int, ...], seed: int) -> list[Request]:
     """``requests`` for squares; each side in pixels is chosen at random from ``sides``."""
     rng = random.Random(seed)
@@ -121,3 +128,14 @@ def with_cancels(
         else r
         for place, r in enumerate(requests)
     ]
+
+
+def _in_shares(shares: Mapping[int, float], count: int, rng: random.Random) -> list[int]:
+    """``count`` of the keys, each with exactly its share, in a random order."""
+    found: list[int] = []
+    reached = 0.0
+    for key, share in shares.items():
+        reached += share
+        found += [key] * (round(count * reached) - len(found))
+    rng.shuffle(found)
+    return found

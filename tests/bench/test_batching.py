@@ -24,8 +24,9 @@ class SimulatedPipe:
 
     def __call__(self, batch: list[Request]) -> None:
         assert len({request.settings for request in batch}) == 1
-        step = PASS_SECONDS.get(len(batch), 2.5)
-        self.seconds += batch[0].steps * step + len(batch) * DECODE_SECONDS
+        images = sum(request.images for request in batch)
+        step = PASS_SECONDS.get(images, 2.5)
+        self.seconds += batch[0].steps * step + images * DECODE_SECONDS
 
 
 def served(arrivals: Arrivals, max_images: int) -> list[Answer]:
@@ -33,8 +34,10 @@ def served(arrivals: Arrivals, max_images: int) -> list[Answer]:
     return serve_batches(arrivals, pipe, pipe, max_images)
 
 
-def request(index: int, steps: int, arrival: float = 0.0, guidance: float = 4.0) -> Request:
-    return Request(index, "", steps, guidance, seed=index, arrival=arrival)
+def request(
+    index: int, steps: int, arrival: float = 0.0, guidance: float = 4.0, images: int = 1
+) -> Request:
+    return Request(index, "", steps, guidance, seed=index, arrival=arrival, images=images)
 
 
 def latencies(answers: list[Answer]) -> dict[int, float]:
@@ -54,6 +57,13 @@ def test_a_batch_holds_equal_settings_and_the_oldest_goes_first() -> None:
         request(3, 2),
     ]
     assert latencies(served(Arrivals(requests), 8)) == {0: 4.0, 3: 4.0, 1: 8.0, 2: 8.0}
+
+
+def test_the_images_of_a_call_are_counted_and_a_request_is_not_split() -> None:
+    requests = [request(0, 2), request(1, 2, images=2), request(2, 2), request(3, 1, images=4)]
+    answers = served(Arrivals(requests), 2)
+    assert latencies(answers) == {0: 4.0, 2: 4.0, 1: 8.0, 3: 12.5}
+    assert [each.images for each in answers] == [1, 1, 2, 4]
 
 
 @pytest.mark.parametrize("max_images", [1, 8])

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.peers.alone import alone_seconds, kind_of, kinds_of
 from bench.peers.load import Load
 from bench.peers.protocols import Ended
-from bench.peers.scenarios import FULL, SCENARIOS
+from bench.peers.scenarios import FULL, SCENARIOS, UNIFORM_CLOSED, Mix, Scenario
 from bench.peers.servers.config import ServerConfig, by_settings, from_wire, to_wire
 from bench.peers.servers.trace import Trace, Work, mean_width, occupancy, read_trace, waste
 from bench.workload.arrivals import Answer, Arrivals, Outcome
@@ -60,6 +61,32 @@ def test_every_scenario_has_a_name_of_its_own_and_a_closed_loop_before_it() -> N
         wanted = scenario.requests(20, seed=1, capacity=2.0, nominal=0.03, side=128)
         assert wanted == scenario.requests(20, seed=1, capacity=2.0, nominal=0.03, side=128)
         assert (scenario.load is None) == all(r.arrival == 0 for r in wanted)
+
+
+def test_requests_that_are_all_alike_are_those_of_the_trace() -> None:
+    scenario = Scenario(mix=Mix.UNIFORM, load=0.5)
+    wanted = scenario.requests(2000, seed=1, capacity=8.0, nominal=0.03, side=128)
+    assert {request.steps for request in wanted} == {30}
+    assert {request.images for request in wanted} == {1, 2, 4, 8}
+    images = sum(request.images for request in wanted)
+    assert images / wanted[-1].arrival == pytest.approx(0.5 * 8.0, rel=0.1)
+
+
+def test_requests_of_an_earlier_version_are_recognised() -> None:
+    now, before = Answer(0, 30, 0.0, 1.0, images=4), Answer(0, 16, 0.0, 1.0)
+    assert UNIFORM_CLOSED.has([now])
+    assert not UNIFORM_CLOSED.has([before])
+    assert Mix.UNIFORM.text_of([before]) == "all alike (16 steps, guidance 7.5)"
+    assert "images of a request: 1 50%, 4 50%" in Mix.UNIFORM.text_of([now, replace(now, images=1)])
+
+
+@pytest.mark.parametrize("scenario", FULL, ids=lambda scenario: scenario.name)
+def test_the_lone_latency_of_every_request_is_measured(scenario: Scenario) -> None:
+    measured = {kind: float(i) for i, kind in enumerate(kinds_of(scenario.mix, side=128))}
+    for seed in range(3):
+        wanted = scenario.requests(200, seed=seed, capacity=2.0, nominal=0.03, side=128)
+        found = alone_seconds(wanted[::-1], measured)
+        assert found == [measured[kind_of(request)] for request in wanted]
 
 
 def test_calls_have_equal_settings_and_are_not_too_wide() -> None:
@@ -123,13 +150,13 @@ class Scripted:
         self.received: list[int] = []
         self.closed = False
 
-    async def generate(self, request: Request, name: str, seconds: float | None) -> bytes:
+    async def generate(self, request: Request, name: str, seconds: float | None) -> list[bytes]:
         self.received.append(request.index)
         if request.steps == 1:
             raise Ended(Outcome.REJECTED, "full")
         if request.steps == 2:
             await asyncio.Event().wait()
-        return b"image"
+        return [b"image"] * request.images
 
     async def close(self) -> None:
         self.closed = True

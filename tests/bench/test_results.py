@@ -67,6 +67,14 @@ def test_results_come_back_as_they_were_saved(tmp_path: Path) -> None:
         assert [each.latency for each in run.answers] == pytest.approx(latencies)
 
 
+def test_the_images_of_an_answer_are_saved(tmp_path: Path) -> None:
+    whole = RESULTS.runs[0]
+    several = replace(whole, answers=[replace(whole.answers[0], images=4), *whole.answers[1:]])
+    again = load(save(replace(RESULTS, runs=[several]), tmp_path)).runs[0]
+    assert [each.images for each in again.answers[:2]] == [4, 1]
+    assert again.images_while_busy == whole.images_while_busy + 3
+
+
 def test_the_newest_results_are_found(tmp_path: Path) -> None:
     assert newest("engine", tmp_path) is None
     for date in ("2026-11-24", "2026-11-23"):

@@ -1,6 +1,6 @@
 import pytest
 
-from bench.workload.requests import STEPS, mixed, poisson
+from bench.workload.requests import IMAGES, STEPS, mixed, poisson, with_images
 
 
 def test_the_same_seed_gives_the_same_requests() -> None:
@@ -21,3 +21,11 @@ def test_arrivals_come_in_order_and_at_the_rate() -> None:
     moments = [request.arrival for request in arriving]
     assert moments == sorted(moments)
     assert moments[-1] == pytest.approx(800, rel=0.05)
+
+
+@pytest.mark.parametrize("count", [1, 7, 20, 200])
+def test_each_number_of_images_has_its_share(count: int) -> None:
+    images = [request.images for request in with_images(mixed(count, seed=0), seed=0)]
+    assert len(images) == count
+    for wanted, share in IMAGES.items():
+        assert abs(images.count(wanted) - count * share) <= 1

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,6 +33,10 @@ class PlainSample:
     step: int = 0
     engine_seconds: float = 0.0
     closed: bool = False
+
+    @property
+    def steps(self) -> int:
+        return self.job.steps
 
     @property
     def rows(self) -> int:
@@ -84,13 +89,13 @@ class Bench:
         self.scheduler.start(id, cast(Any, samples), TIMER)
         return samples
 
-    def run(self) -> list[str]:
-        """Run one batch; returns its jobs."""
+    def run(self, seconds: float = 1.0) -> list[str]:
+        """Run one batch, which takes ``seconds``; returns its jobs."""
         batch = self.scheduler.next_batch()
         assert batch is not None
         for sample in batch.samples:
             sample.step += 1
-        self.scheduler.charge(batch.group, 1.0)
+        self.scheduler.charge(batch, seconds)
         return [sample.job.id for sample in batch.samples]
 
     def batch(self) -> Batch:
@@ -185,6 +190,27 @@ def test_only_samples_that_join_others_are_counted_as_joined() -> None:
     assert bench.batch().joined == 0
 
 
+@pytest.mark.parametrize("others", range(6))
+def test_the_images_of_a_job_start_together(others: int) -> None:
+    bench = Bench(max_rows=16)
+    for i in range(others):
+        bench.start(f"other-{i}", submitted_at=0.0)
+    if others:
+        bench.run()
+    bench.start("several", image_count=8, submitted_at=1.0)
+    assert bench.run().count("several") == 8 - others, "as many as there is room for"
+    for i in range(others):
+        bench.scheduler.cancel(f"other-{i}")
+    assert bench.run().count("several") == 8
+
+
+def test_one_job_starts_whole_before_the_next_one() -> None:
+    bench = Bench(max_rows=16)
+    for id in ("first", "second"):
+        bench.start(id, image_count=6)
+    assert Counter(bench.run()) == {"first": 6, "second": 2}
+
+
 def test_an_exact_job_runs_alone() -> None:
     bench = Bench()
     bench.start("exact", exact=True, submitted_at=0.0)
@@ -197,8 +223,26 @@ def test_groups_take_turns() -> None:
     bench.start("small", submitted_at=0.0)
     bench.start("large", width=128, submitted_at=0.0)
     bench.start("else", model="other", submitted_at=0.0)
-    turns = [bench.run() for _ in range(6)]
-    assert sorted(turns[:3]) == sorted(turns[3:]) == [["else"], ["large"], ["small"]]
+    turns = Counter(job for _ in range(8) for job in bench.run())
+    assert turns == {"small": 2, "large": 2, "else": 4}, "models share the time"
+
+
+def test_sizes_of_a_model_share_its_turns_and_models_share_the_time() -> None:
+    bench = Bench()
+    seconds = {"small": 0.1, "large": 0.4, "other": 0.5}
+    bench.start("small", steps=900)
+    bench.start("large", steps=900, width=128)
+    bench.start("other", steps=900, model="other")
+    taken: Counter[str] = Counter()
+    for _ in range(300):
+        group = bench.batch().samples[0].job.id
+        taken.update(bench.run(seconds[group]))
+    assert taken == {"small": 100, "large": 100, "other": 100}
+    bench.scheduler.cancel("large")
+    taken.clear()
+    for _ in range(300):
+        taken.update(bench.run(seconds[bench.batch().samples[0].job.id]))
+    assert taken["small"] == pytest.approx(250, abs=2), "0.1 s each, beside 0.5 s"
 
 
 def test_the_start_of_a_job_is_emitted_once() -> None:

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from bench.peers.registry import DARKROOM, PEERS
+from bench.peers.scenarios import SCENARIOS
 from bench.report.goals import of_class
 from bench.report.results import Results, Run
 from bench.report.statistics import quantile
@@ -35,8 +36,16 @@ def rounds_of(results: Results, scenario: str) -> list[dict[str, Run]]:
 
 
 def all_rounds(every: Sequence[Results], scenario: str) -> list[dict[str, Run]]:
-    """The rounds of a scenario in several results, which may be from several machines."""
-    return [runs for results in every for runs in rounds_of(results, scenario)]
+    """The rounds of a scenario in several results, which may be from several machines.
+
+    Omits those that had other requests, in an earlier version of the scenario.
+    """
+    return [
+        runs
+        for results in every
+        for runs in rounds_of(results, scenario)
+        if all(SCENARIOS[scenario].has(run.answers) for run in runs.values())
+    ]
 
 
 def runs_of(results: Results, scenario: str) -> dict[str, list[Run]]:
@@ -67,7 +76,7 @@ def ratios(
 
 
 def images(runs: Sequence[Run]) -> list[Answer]:
-    """The answers with an image."""
+    """The answers with images."""
     return [each for run in runs for each in run.answers if each.outcome is Outcome.IMAGE]
 
 
@@ -79,13 +88,13 @@ def images_per_second(run: Run) -> float:
 def goodput(run: Run) -> float:
     """Images/s within their deadline, from the first arrival to the last."""
     in_time = [d for d in images([run]) if d.deadline is not None and d.latency <= d.deadline]
-    return len(in_time) / run.busy_seconds
+    return sum(each.images for each in in_time) / run.busy_seconds
 
 
 def cpu_seconds_per_image(run: Run) -> float:
     """CPU seconds of all processes of a peer."""
     seconds: float = run.figures["cpu_seconds"]
-    return seconds / len(images([run]))
+    return seconds / sum(each.images for each in images([run]))
 
 
 def late_steps_per_cancel(run: Run) -> float:

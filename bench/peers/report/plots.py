@@ -6,7 +6,8 @@ from typing import Any
 
 from bench.peers.registry import DARKROOM, PEERS
 from bench.peers.report.figures import images, latency_of, median_of, runs_of
-from bench.peers.scenarios import BUSY, SCENARIOS, Mix
+from bench.peers.report.slo import attainment, slo_runs
+from bench.peers.scenarios import BUSY, SCENARIOS, WITHIN, Mix
 from bench.report.goals import SHORT
 from bench.report.plots import class_boxes, new_figure, save, seconds_ticks
 from bench.report.results import Results
@@ -28,6 +29,13 @@ def plot(results: Results, folder: Path) -> list[tuple[str, str]]:
             _load,
             "Latency against load, mixed, Poisson arrivals: medians of the shortest class, and "
             "p95 of all. The load is a share of the capacity of (a); the seconds are logarithmic.",
+        ),
+        (
+            "slo",
+            _slo,
+            "SLO attainment against load, mixed, Poisson arrivals: the share of requests within 2, "
+            "5 and 10 times what they take alone in a bare `pipe()`. The load is a share of the "
+            "capacity of (a).",
         ),
         (
             "classes",
@@ -55,12 +63,9 @@ def plot(results: Results, folder: Path) -> list[tuple[str, str]]:
 def _load(results: Results) -> Any:
     """None with fewer than two loads."""
     plain = {
-        scenario.load: name
+        scenario.load or 0.0: name
         for name, scenario in SCENARIOS.items()
-        if scenario.load is not None
-        and scenario.mix is Mix.MIXED
-        and not (scenario.bursts or scenario.deadlines or scenario.cancels or scenario.stream)
-        and runs_of(results, name)
+        if scenario.is_plain and scenario.mix is Mix.MIXED and runs_of(results, name)
     }
     if len(plain) < 2:
         return None
@@ -69,16 +74,13 @@ def _load(results: Results) -> Any:
         (axes[0], f"{SHORT} steps: p50", SHORT, 0.5),
         (axes[1], "all: p95", None, 0.95),
     ):
-        for name, colour in COLOURS.items():
+        for name in COLOURS:
             points = [
                 (load, median_of(runs_of(results, scenario)[name], latency_of(steps, share)))
                 for load, scenario in sorted(plain.items())
                 if name in runs_of(results, scenario)
             ]
-            if points:
-                width = 2.6 if name == DARKROOM else 1.6
-                line = {"color": colour, "linewidth": width, "marker": "o", "markersize": 4}
-                axis.plot(*zip(*points, strict=True), label=PEERS[name].label, **line)
+            _line(axis, name, points)
         axis.set_xticks(sorted(plain), [f"{load:g}" for load in sorted(plain)])
         axis.set_title(title, loc="left")
         axis.set_xlabel("load")
@@ -88,6 +90,42 @@ def _load(results: Results) -> Any:
     axes[0].set_ylabel("latency, seconds")
     axes[0].legend(frameon=False, loc="upper left")
     return figure
+
+
+def _slo(results: Results) -> Any:
+    """None with fewer than two loads."""
+    loads = {
+        SCENARIOS[name].load or 0.0: runs
+        for name, runs in slo_runs(results).items()
+        if SCENARIOS[name].mix is Mix.MIXED
+    }
+    if len(loads) < 2:
+        return None
+    figure, axes = new_figure(len(WITHIN))
+    for axis, times in zip(axes, WITHIN, strict=True):
+        for name in COLOURS:
+            points = [
+                (load, 100 * median_of(runs[name], attainment(times)))
+                for load, runs in loads.items()
+                if name in runs
+            ]
+            _line(axis, name, points)
+        axis.set_title(f"within {times} times alone", loc="left")
+        axis.set_xticks(list(loads), [f"{load:g}" for load in loads])
+        axis.set_xlabel("load")
+        axis.set_ylim(0, 102)
+        axis.grid(axis="y", color="#e3e3e3")
+    axes[0].set_ylabel("requests, %")
+    axes[0].legend(frameon=False, loc="lower left")
+    return figure
+
+
+def _line(axis: Any, name: str, points: Sequence[tuple[float, float]]) -> None:
+    """The line of one peer through ``points``, Darkroom's wider."""
+    if points:
+        width = 2.6 if name == DARKROOM else 1.6
+        line = {"color": COLOURS[name], "linewidth": width, "marker": "o", "markersize": 4}
+        axis.plot(*zip(*points, strict=True), label=PEERS[name].label, **line)
 
 
 def _classes(results: Results) -> Any:

@@ -8,6 +8,7 @@ from bench.peers.registry import DARKROOM, PEERS
 from bench.peers.report.figures import runs_of
 from bench.peers.report.goals import goals
 from bench.peers.report.plots import plot
+from bench.peers.report.slo import slo_table
 from bench.peers.report.summary_table import summary_table
 from bench.peers.report.tables import (
     batch_timeouts,
@@ -66,7 +67,9 @@ def _method(every: Sequence[Results]) -> str:
         f"means {shares}, guidance 4 or 7.5. Latencies count from the scheduled arrival. Each run "
         "has a new server, warmed up by short requests, which shares the machine only with the "
         "process that generates the load; which peer is first changes. A ratio is taken within a "
-        "round, to the best other peer of that round."
+        "round, to the best other peer of that round. A request for several images is one call of "
+        "`pipe()` in (a), as many requests at once to (b) and (c), and as many rows of one request "
+        "to (d), so that their batches are full."
     )
 
 
@@ -83,6 +86,7 @@ def _of_one(results: Results, folder: str, plots: Plots) -> str:
                 f"![{caption.partition('.')[0]}]({folder}/{file})\n\n{caption}"
                 for file, caption in plots
             ),
+            slo_table(results),
             lone(results),
             *(closed_loop(results, name) for name in _scenarios(results, closed=True)),
             *(open_loop(results, name) for name in _scenarios(results, closed=False)),

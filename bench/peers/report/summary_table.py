@@ -48,20 +48,7 @@ def summary_table(every: Sequence[Results]) -> str:
         "median (minimum–maximum). Images/s: all images of closed loops; with deadlines, those "
         "in time. Latencies with deadlines are omitted, since only requests in time have one "
         "(survivorship bias). The number is the load, a share of the capacity of (a)."
-        f"\n\n{table(heads, rows)}{_alike(rows)}"
-    )
-
-
-def _alike(rows: Sequence[Sequence[str]]) -> str:
-    """The explanation of the uniform closed loop, from a profile; empty if the row is missing."""
-    if Scenario(mix=Mix.UNIFORM).name not in {name for name, *_ in rows}:
-        return ""
-    return (
-        "\n\nStatic batches are best if all requests are alike and every caller sends the next one "
-        "at once: all images of a batch start and end together, and one call decodes them. "
-        "Darkroom does not wait for callers: it starts a batch before their next request arrives, "
-        "which costs the other images part of a batch. It also encodes prompts and decodes images "
-        "one by one, which takes longer than together."
+        f"\n\n{table(heads, rows)}"
     )
 
 

@@ -73,10 +73,10 @@ def closed_loop(results: Results, scenario: str) -> str:
         for name, each in runs.items()
     ]
     heads = ["", "images/s", "to the best other peer", "images a call", *_heads(runs)]
-    mix = SCENARIOS[scenario].mix.text
+    mix = SCENARIOS[scenario].mix.text_of(next(iter(runs.values()))[0].answers)
     return (
         f"#### Closed loop, {CALLERS} callers, {mix}\n\nEach caller sends the next request "
-        "when it receives an image. p50 / p95 / p99 in seconds. Images a call: mean number in a "
+        "when it receives its images. p50 / p95 / p99 in seconds. Images a call: mean number in a "
         f"call (batch), weighted by its time.\n\n{table(heads, rows)}"
     )
 
@@ -117,7 +117,7 @@ def open_loop(results: Results, scenario: str) -> str:
     ]
     heads = ["", *_heads(runs), "p95 to the best other peer", *columns]
     heads += ["first progress, p50 / p95", "no image"] if what.stream else ["no image"]
-    title = ", ".join([what.mix.text, *scenario.split()[2:]])
+    title = ", ".join([what.mix.text_of(first[0].answers), *scenario.split()[2:]])
     return (
         f"#### Open loop, {title}, {what.load:.0%} of (a)'s capacity\n\n"
         f"{'; '.join(words)}. p50 / p95 / p99 in seconds.\n\n{table(heads, rows)}"

@@ -18,7 +18,7 @@ CALLS = 256
 
 
 class Service(generation_pb2_grpc.GenerationServiceServicer):
-    """Generates one image after another."""
+    """Serves one request after another."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._model = ThreadPoolExecutor(1)
@@ -27,7 +27,7 @@ class Service(generation_pb2_grpc.GenerationServiceServicer):
     def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> generation_pb2.GenerateResponse:
-        """Generate the image of one request."""
+        """Generate the images of one request, in one call."""
         wanted = Request(
             index=int(request.request_id.rpartition("-")[2]),
             prompt=request.prompt,
@@ -36,14 +36,15 @@ class Service(generation_pb2_grpc.GenerationServiceServicer):
             seed=request.seed,
             width=request.width if request.HasField("width") else None,
             height=request.height if request.HasField("height") else None,
+            images=request.image_count,
         )
-        data = self._model.submit(self._generate, wanted, context).result()
-        if data is None:
+        files = self._model.submit(self._generate, wanted, context).result()
+        if files is None:
             context.abort(grpc.StatusCode.CANCELLED, "cancelled by the caller")
-        return generation_pb2.GenerateResponse(images=[generation_pb2.Image(data=data)])
+        return generation_pb2.GenerateResponse(images=[generation_pb2.Image(data=f) for f in files])
 
-    def _generate(self, wanted: Request, context: grpc.ServicerContext) -> bytes | None:
-        return self._pipeline.generate([wanted])[0] if context.is_active() else None
+    def _generate(self, wanted: Request, context: grpc.ServicerContext) -> list[bytes] | None:
+        return self._pipeline.generate([wanted]) if context.is_active() else None
 
 
 def main() -> None:

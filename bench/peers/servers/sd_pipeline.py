@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Sequence
+from itertools import islice
 
 from bench.inprocess.pipelines import Pipelines
 from bench.peers.servers.config import ServerConfig, by_settings
@@ -20,15 +21,16 @@ class SdPipeline:
         self._thread = threading.get_ident()
 
     def generate(self, requests: Sequence[Request]) -> list[bytes]:
-        """The PNG files of ``requests`` in their order; one call for those of equal settings."""
+        """The PNG files of ``requests``, in their order; one call for those of equal settings."""
         if threading.get_ident() != self._thread:
             raise RuntimeError(
                 "a second thread calls the model, which would make the comparison unfair"
             )
-        images: dict[int, bytes] = {}
+        found: dict[int, list[bytes]] = {}
         for call in by_settings(requests, self._max_images):
             began = time.monotonic()
-            files = self._pipelines.images(call)
-            self._trace.record(time.monotonic() - began, [request.index for request in call])
-            images.update((id(r), image) for r, image in zip(call, files, strict=True))
-        return [images[id(request)] for request in requests]
+            files = iter(self._pipelines.images(call))
+            indexes = [request.index for request in call for _ in range(request.images)]
+            self._trace.record(time.monotonic() - began, indexes)
+            found.update((id(request), list(islice(files, request.images))) for request in call)
+        return [file for request in requests for file in found[id(request)]]

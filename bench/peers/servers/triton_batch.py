@@ -32,7 +32,7 @@ def main() -> None:
         images = model.submit(pipeline.generate, wanted).result()
         return {"image": np.array(images, dtype=object)[:, None]}
 
-    config = TritonConfig(
+    listening = TritonConfig(
         http_address="127.0.0.1",
         http_port=config.port,
         allow_grpc=False,
@@ -45,7 +45,7 @@ def main() -> None:
             timeout_action=TimeoutAction.REJECT, allow_timeout_override=True
         ),
     )
-    with Triton(config=config) as triton:
+    with Triton(config=listening) as triton:
         triton.bind(
             model_name=MODEL,
             infer_func=infer,

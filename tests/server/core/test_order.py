@@ -1,13 +1,15 @@
 """The order of jobs and rows: no job starves, no limit is exceeded, every step is taken."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darkroom_server.core.order import FairShare, OrderKey, order, pick
+from darkroom_server.core.order import FairShare, OrderKey, Turns, order, pick, turns_for
 
 keys = st.builds(
     OrderKey,
@@ -146,6 +148,82 @@ def test_a_new_group_is_not_owed_time_from_before_it_came() -> None:
         taken.append(fair_share.next(["old", "new"]))
         fair_share.charge(taken[-1], 1.0)
     assert Counter(taken) == {"old": 5, "new": 5}
+
+
+class OfModel(NamedTuple):
+    """A group of images."""
+
+    model: str
+    name: str
+
+
+def run_turns(
+    seconds: dict[OfModel, float], steps: dict[OfModel, int], batches: int
+) -> Counter[OfModel]:
+    """The batches of each group, which all always have work."""
+    turns: Turns[OfModel] = Turns()
+    taken: Counter[OfModel] = Counter()
+    for _ in range(batches):
+        group = turns.next(list(seconds))
+        taken[group] += 1
+        turns.charge(group, seconds[group], steps[group])
+    return taken
+
+
+group_facts = st.dictionaries(
+    st.builds(OfModel, st.sampled_from("ab"), st.sampled_from("xyz")),
+    st.tuples(st.floats(0.01, 1.0), st.integers(1, 150)),
+    min_size=1,
+)
+
+
+@given(group_facts)
+def test_groups_of_a_model_get_their_turns_whatever_a_batch_takes(
+    facts: dict[OfModel, tuple[float, int]],
+) -> None:
+    seconds = {group: each for group, (each, _) in facts.items()}
+    steps = {group: each for group, (_, each) in facts.items()}
+    taken = run_turns(seconds, steps, 500)
+    for one, other in itertools.combinations(facts, 2):
+        if one.model == other.model:
+            # Each is at most one turn of the group with the fewest ahead.
+            rounds = [taken[group] / turns_for(steps[group]) for group in (one, other)]
+            assert abs(rounds[0] - rounds[1]) <= 1 / turns_for(min(steps.values())) + 1e-9
+
+
+@given(group_facts)
+def test_models_get_the_same_seconds(facts: dict[OfModel, tuple[float, int]]) -> None:
+    seconds = {group: each for group, (each, _) in facts.items()}
+    taken = run_turns(seconds, {group: steps for group, (_, steps) in facts.items()}, 500)
+    served: Counter[str] = Counter()
+    for group, count in taken.items():
+        served[group.model] += count * seconds[group]  # type: ignore[assignment]
+    assert max(served.values()) - min(served.values()) <= max(seconds.values()) + 1e-9
+
+
+def test_large_images_take_as_many_steps_as_small_ones() -> None:
+    small, large = OfModel("demo", "small"), OfModel("demo", "large")
+    taken = run_turns({small: 0.1, large: 0.9}, {small: 20, large: 20}, 100)
+    assert taken == {small: 50, large: 50}
+
+
+def test_long_work_gets_more_turns_but_not_in_proportion() -> None:
+    short, long = OfModel("demo", "short"), OfModel("demo", "long")
+    taken = run_turns({short: 0.1, long: 0.1}, {short: 10, long: 40}, 300)
+    assert taken == {short: 100, long: 200}
+
+
+def test_a_group_that_comes_back_is_not_owed_turns() -> None:
+    here, gone = OfModel("demo", "here"), OfModel("demo", "gone")
+    turns: Turns[OfModel] = Turns()
+    turns.charge(turns.next([here, gone]), 1.0, 20)
+    for _ in range(50):
+        turns.charge(turns.next([here]), 1.0, 20)
+    taken = []
+    for _ in range(10):
+        taken.append(turns.next([here, gone]))
+        turns.charge(taken[-1], 1.0, 20)
+    assert Counter(taken) == {here: 5, gone: 5}
 
 
 def test_a_batch_has_at_most_max_adapters_different_ones() -> None:

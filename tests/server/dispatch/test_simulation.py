@@ -1,8 +1,9 @@
 """The simulated queue: cases worked out by hand, a comparison with the loop, bounded cost."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from darkroom_server.backends.fake import fake_image
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.events import BatchDone
 from darkroom_server.core.model_runtime import ModelSpeed
-from darkroom_server.core.order import OrderKey, pick
+from darkroom_server.core.order import FairShare, OrderKey, Turns, pick
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWork, RemainingWorkCache
 from darkroom_server.dispatch.estimation.simulation import MAX_IMAGES, Load, simulate_queue
@@ -128,10 +129,28 @@ def test_queued_jobs_join_as_places_become_free() -> None:
 
 
 def test_groups_take_turns() -> None:
-    """Both make progress: a batch takes 1.0 s or, with four times the pixels, 2.5 s."""
-    simulated = simulate_queue([load()], [work("small", 5), work("large", 2, group=LARGE)], 64)
-    assert simulated.finishes["small"] < 2 * 5 + 3
-    assert simulated.finishes["large"] == pytest.approx(5 * 1.0 + 0.5 + 2 * 2.5 + 2.0)
+    """A batch takes 1.0 s or, with four times the pixels, 2.5 s; long work has twice the turns."""
+    simulated = simulate_queue([load()], [work("small", 4), work("large", 16, group=LARGE)], 64)
+    small = 4 * 1.0 + 8 * 2.5 + 0.5
+    assert simulated.finishes["small"] == pytest.approx(small)
+    assert simulated.finishes["large"] == pytest.approx(small + 8 * 2.5 + 2.0)
+
+
+def test_models_share_the_time() -> None:
+    times = make_batch_times()
+    other = replace(fake_model(), id="other", speed=ModelSpeed(passes=((2, 4.0),), decode=0.0))
+    times.start(other)
+    engine = Load(batch_times=times, max_rows=lambda _: 8, jobs=())
+    jobs = [
+        work("small", 4),
+        work("large", 4, group=LARGE),
+        work("other", 100, group=Group("other", 64, 64)),
+    ]
+    simulated = simulate_queue([engine], jobs, 64)
+    here = 4 * 1.0 + 4 * 2.5
+    assert simulated.finishes["small"] == pytest.approx(2 * here + 0.5, abs=2.0)
+    assert simulated.finishes["large"] == pytest.approx(2 * here + 2.5, abs=2.0)
+    assert simulated.finishes["other"] == pytest.approx(here + 2.5 + 100 * 4.0)
 
 
 def test_an_exact_job_runs_alone() -> None:
@@ -147,22 +166,59 @@ def test_the_faster_engine_gets_more_jobs() -> None:
     assert len(simulated.finishes) == 8
 
 
-def run_loop(works: Iterable[RemainingWork], max_rows: int, decode: float) -> dict[str, float]:
+class EqualTime(Turns[Group]):
+    """Another rule: each group gets the same seconds."""
+
+    def __init__(self) -> None:
+        self._share: FairShare[Group] = FairShare()
+
+    def next(self, present: Collection[Group]) -> Group:
+        return self._share.next(present)
+
+    def charge(self, group: Group, seconds: float, steps: int) -> None:
+        self._share.charge(group, seconds)
+
+
+def run_loop(
+    works: Iterable[RemainingWork],
+    max_rows: int,
+    decode: float,
+    rule: Callable[[], Turns[Group]] = Turns,
+) -> dict[str, float]:
     """The seconds at which each job ends, by the rule of the engine's loop, batch by batch."""
-    times, now = make_batch_times(decode), 0.0
-    keys = {w.id: replace(w.key, remaining_steps=w.calls[0]) for w in works}
+    times, now, turns = make_batch_times(decode), 0.0, rule()
+    by_id = {w.id: w for w in works}
+    keys = {id: replace(w.key, remaining_steps=w.calls[0]) for id, w in by_id.items()}
     finishes = {}
     while keys:
-        chosen = pick(list(keys.values()), max_rows)
-        now += times.batch_seconds(SMALL, sum(key.rows for key in chosen))
+        group = turns.next({by_id[id].group for id in keys})
+        chosen = pick([k for id, k in keys.items() if by_id[id].group == group], max_rows)
+        seconds = times.batch_seconds(group, sum(key.rows for key in chosen))
+        turns.charge(group, seconds, max(by_id[key.id[0]].calls[0] for key in chosen))
+        now += seconds
         for key in chosen:
             remaining = key.remaining_steps - 1
             keys[key.id[0]] = replace(key, remaining_steps=remaining)
             if not remaining:
-                now += decode
+                now += times.decode_seconds(group)
                 finishes[key.id[0]] = now
                 del keys[key.id[0]]
     return finishes
+
+
+def test_the_simulation_of_several_sizes_matches_the_loop() -> None:
+    sizes = [SMALL, LARGE, Group("demo", 96, 96)]
+    jobs = [work(str(i), (40, 8, 16, 16)[i % 4], group=sizes[i % 3]) for i in range(12)]
+    simulated = simulate_queue([load(max_rows=8)], jobs, sys.maxsize).finishes
+
+    def difference(rule: Callable[[], Turns[Group]]) -> float:
+        looped = run_loop(jobs, 8, 0.5, rule)
+        assert simulated.keys() == looped.keys()
+        return mean(abs(simulated[id] - seconds) for id, seconds in looped.items())
+
+    last = max(simulated.values())
+    assert difference(Turns) < 0.02 * last
+    assert difference(EqualTime) > 0.06 * last
 
 
 works = st.lists(

@@ -6,9 +6,10 @@ goal goes first. So short work overtakes long work, work that is nearly done fin
 starves: a key that arrives more than ``patience`` seconds after another one comes behind it.
 """
 
+import math
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 SECONDS_PER_STEP = 0.25
 """Patience for one step. A job of 8 steps overtakes one of 40 that arrived up to 8 s earlier."""
@@ -81,27 +82,73 @@ def pick(
     return chosen
 
 
-Group = TypeVar("Group", bound=Hashable)
+Member = TypeVar("Member", bound=Hashable)
 
 
-class FairShare(Generic[Group]):
-    """Fair share: the group with the least served time is next.
+class FairShare(Generic[Member]):
+    """Fair share: the member with the least service is next.
 
-    A group that appears, or comes back, starts with the served time of the least served group
+    A member that appears, or comes back, starts with the service of the least served member
     present: it has no claim on the time before.
     """
 
     def __init__(self) -> None:
-        self._served: dict[Group, float] = {}
+        self._served: dict[Member, float] = {}
+
+    def next(self, present: Collection[Member]) -> Member:
+        """The member whose turn it is; ``present`` are those with work, at least one."""
+        known = [self._served[member] for member in present if member in self._served]
+        level = min(known, default=0.0)
+        self._served = {member: self._served.get(member, level) for member in present}
+        return min(self._served, key=lambda member: self._served[member])
+
+    def charge(self, member: Member, service: float) -> None:
+        """Count ``service`` to ``member``; ignored if it has no work now."""
+        if member in self._served:
+            self._served[member] += service
+
+
+def turns_for(steps: int) -> float:
+    """How many turns a group gets, relative to others, if the longest of its batch has ``steps``.
+
+    Long work gets more of them, but not in proportion: short work still ends sooner.
+    """
+    return math.sqrt(steps)
+
+
+class OfModel(Protocol):
+    """What has a model's id."""
+
+    @property
+    def model(self) -> str:
+        """The model's id."""
+
+    def __hash__(self) -> int: ...
+
+
+Group = TypeVar("Group", bound=OfModel)
+
+
+class Turns(Generic[Group]):
+    """Whose batch is next: models share the engine's time, and the groups of a model its turns.
+
+    A turn is a batch, whatever it takes. So images of one model take about as many steps a second,
+    large or small, and callers of large images do not wait behind those of small ones.
+    """
+
+    def __init__(self) -> None:
+        self._models: FairShare[str] = FairShare()
+        self._groups: dict[str, FairShare[Group]] = {}
 
     def next(self, present: Collection[Group]) -> Group:
-        """The group whose turn it is; ``present`` are the groups with work, at least one."""
-        known = [self._served[group] for group in present if group in self._served]
-        level = min(known, default=0.0)
-        self._served = {group: self._served.get(group, level) for group in present}
-        return min(self._served, key=lambda group: self._served[group])
+        """The group whose turn it is; ``present`` are those with work, at least one."""
+        of_model: dict[str, list[Group]] = {}
+        for group in present:
+            of_model.setdefault(group.model, []).append(group)
+        model = self._models.next(of_model)
+        return self._groups.setdefault(model, FairShare()).next(of_model[model])
 
-    def charge(self, group: Group, seconds: float) -> None:
-        """Count ``seconds`` of service to ``group``."""
-        if group in self._served:
-            self._served[group] += seconds
+    def charge(self, group: Group, seconds: float, steps: int) -> None:
+        """Count a batch of ``group``, which took ``seconds``; see ``turns_for`` for ``steps``."""
+        self._models.charge(group.model, seconds)
+        self._groups[group.model].charge(group, 1.0 / turns_for(steps))

@@ -259,7 +259,7 @@ class EngineLoop:
         batch, result = launched.batch, launched.result
         ended = result.timer.wait()
         seconds = result.timer.seconds()
-        self._scheduler.charge(batch.group, seconds)
+        self._scheduler.charge(batch, seconds)
         self._publish_encodes(launched.encodes)
         self._publish_steps(batch, result, seconds, ended)
         self._correct_row_limit(batch, result.rows, seconds)

@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from darkroom_server.core.order import turns_for
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
+from darkroom_server.dispatch.estimation.model_turns import GroupQueue, ModelTurns
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWork
 
 MAX_IMAGES = 400
@@ -116,32 +118,10 @@ def _extrapolate(queue: list[RemainingWork], engines: list["_Engine"], forecast:
         forecast.finishes[work.id] = engine.now
 
 
-@dataclass(slots=True)
-class _GroupQueue:
-    """The samples of one group: those in its batches, and those that wait for room.
-
-    ``batches``: those it has run until ``served_at``, in the virtual time of its engine. ``plan``:
-    the number of the last entry in the engine's agenda that is about it. ``adapted``: the running
-    images that have LoRA adapters.
-    """
-
-    group: Group
-    max_rows: int
-    batches: float = 0.0
-    served_at: float = 0.0
-    plan: int = 0
-    rows: int = 0
-    adapted: int = 0
-    running: list[tuple[float, int, RemainingWork]] = field(default_factory=list)
-    ready: list[tuple[float, float, str, int, int, RemainingWork]] = field(default_factory=list)
-
-
 class _Engine:
     """One engine in the simulation; ``now`` is in seconds from the start.
 
-    The groups with a batch take turns, so each gets the same seconds. Virtual time counts the
-    seconds that each of them got (as in fair queueing). A group's next finished image has a fixed
-    virtual time until its own rows change, so a heap finds the next one among any number of groups.
+    The models with a batch each get the same seconds, which their groups share.
     """
 
     def __init__(self, load: Load, forecast: Forecast) -> None:
@@ -152,16 +132,15 @@ class _Engine:
         self._batch_times = load.batch_times
         self._max_rows = load.max_rows
         self._forecast = forecast
-        self._queues: dict[Group, _GroupQueue] = {}
+        self._queues: dict[Group, GroupQueue] = {}
         self._unfinished: dict[str, int] = {}
         self._jobs: dict[str, RemainingWork] = {}
         self._seconds: dict[tuple[Group, int, bool], float] = {}
         self._count = 0
         self._work_seconds = 0.0
-        self._virtual = 0.0
-        self._active: dict[Group, _GroupQueue] = {}
-        self._to_fill: dict[Group, _GroupQueue] = {}
-        self._agenda: list[tuple[float, int, _GroupQueue]] = []
+        self._turns: dict[str, ModelTurns] = {}
+        self._active: dict[str, ModelTurns] = {}
+        self._to_fill: dict[Group, GroupQueue] = {}
         for work in load.jobs:
             self._add(work)
         encode = sum(map(self._prompt_seconds, load.jobs))
@@ -178,7 +157,7 @@ class _Engine:
         """When the next image is finished."""
         if not self._active:
             return self.now
-        return self.now + len(self._active) * self._service()
+        return self.now + len(self._active) * self._next_model().service()
 
     def has_room(self, work: RemainingWork, max_samples: int) -> bool:
         """Whether it takes ``work`` now: by its images, and by what they hold in memory."""
@@ -203,9 +182,11 @@ class _Engine:
         """Advance to the next finished image, and finish all that end with it."""
         if not self._active:
             return
-        self._serve(self._service())
-        while self._active and self._service() <= 0.0:
-            _, _, group = heapq.heappop(self._agenda)
+        model = self._next_model()
+        self._serve(model.service())
+        model.virtual = model.next_at()
+        while model.active and model.next_at() <= model.virtual:
+            _, _, group = heapq.heappop(model.agenda)
             self._settle(group)
             ended = []
             while group.running and group.running[0][0] <= group.batches + 1e-6:
@@ -225,10 +206,12 @@ class _Engine:
             return
         service = max(0.0, moment - self.now) / len(self._active)
         if len(self._active) == 1:
-            (group,) = self._active.values()
-            seconds = self._running_seconds(group)
-            service = math.ceil(service / seconds - 1e-6) * seconds
-        self._serve(min(service, self._service()))
+            (model,) = self._active.values()
+            if len(model.active) == 1:
+                (group,) = model.active.values()
+                seconds = self._running_seconds(group)
+                service = math.ceil(service / seconds - 1e-6) * seconds
+        self._serve(min(service, self._next_model().service()))
 
     def choose_again(self) -> None:
         """Choose the samples of the batches again: an urgent arrival displaces others."""
@@ -263,35 +246,44 @@ class _Engine:
     def _prompt_seconds(self, work: RemainingWork) -> float:
         return 0.0 if work.encoded else self._batch_times.prompt_seconds(work.group)
 
+    def _next_model(self) -> ModelTurns:
+        """The active model whose next image finishes first."""
+        if len(self._active) == 1:
+            return next(iter(self._active.values()))
+        return min(self._active.values(), key=ModelTurns.service)
+
     def _serve(self, service: float) -> None:
-        """Run batches of each active group for ``service`` seconds."""
+        """Run batches of each active model for ``service`` seconds."""
         self.now += service * len(self._active)
-        self._virtual += service
+        for model in self._active.values():
+            model.virtual += service / model.round_seconds
 
-    def _settle(self, group: _GroupQueue) -> None:
+    def _settle(self, group: GroupQueue) -> None:
         """Count the batches that a group has run until now; before its rows change."""
-        if group.running:
-            seconds = self._running_seconds(group)
-            group.batches += (self._virtual - group.served_at) / seconds
-        group.served_at = self._virtual
+        virtual = self._turns[group.group.model].virtual
+        group.batches += (virtual - group.served_at) * group.turns
+        group.served_at = virtual
 
-    def _plan(self, group: _GroupQueue) -> None:
+    def _plan(self, group: GroupQueue) -> None:
         """Note when a settled group finishes its next image; after its rows changed."""
         self._count += 1
         group.plan = self._count
+        model = self._turns[group.group.model]
+        model.remove(group)
         if not group.running:
-            self._active.pop(group.group, None)
+            if not model.active:
+                self._active.pop(group.group.model, None)
             return
-        self._active[group.group] = group
-        remaining = max(0.0, group.running[0][0] - group.batches)
-        at = self._virtual + remaining * self._running_seconds(group)
-        heapq.heappush(self._agenda, (at, group.plan, group))
+        self._active[group.group.model] = model
+        longest = max(work.key.remaining_steps for _, _, work in group.running)
+        model.add(group, turns_for(longest), self._running_seconds(group))
 
     def _add(self, work: RemainingWork) -> None:
         group = self._queues.get(work.group)
         if group is None:
-            group = _GroupQueue(work.group, self._max_rows(work.group))
+            group = GroupQueue(work.group, self._max_rows(work.group))
             self._queues[work.group] = group
+            self._turns.setdefault(work.group.model, ModelTurns())
         self._to_fill[work.group] = group
         self._jobs[work.id] = work
         self._work_seconds += self._full_seconds(work)
@@ -305,7 +297,7 @@ class _Engine:
             urgency = work.goal(calls), work.key.submitted_at, work.id
             heapq.heappush(group.ready, (*urgency, self._count, calls, work))
 
-    def _fill(self, group: _GroupQueue) -> None:
+    def _fill(self, group: GroupQueue) -> None:
         """Add the most urgent samples, as many as fit."""
         self._settle(group)
         while group.ready:
@@ -338,21 +330,15 @@ class _Engine:
                 work.group
             )
 
-    def _full_batch_seconds(self, group: _GroupQueue) -> float:
+    def _full_batch_seconds(self, group: GroupQueue) -> float:
         """Seconds of a batch of the ready samples, as many as fit."""
         rows = sum(work.key.rows for *_, work in group.ready)
         adapted = any(work.adapted for *_, work in group.ready)
         return self._batch_seconds(group.group, min(rows, group.max_rows), adapted=adapted)
 
-    def _running_seconds(self, group: _GroupQueue) -> float:
+    def _running_seconds(self, group: GroupQueue) -> float:
         """Seconds of a batch of the running samples."""
         return self._batch_seconds(group.group, group.rows, adapted=group.adapted > 0)
-
-    def _service(self) -> float:
-        """Seconds that each active group gets until the next image finishes."""
-        while self._agenda[0][1] != self._agenda[0][2].plan:
-            heapq.heappop(self._agenda)  # The rows of its group have changed since.
-        return self._agenda[0][0] - self._virtual
 
     def _batch_seconds(self, group: Group, rows: int, *, adapted: bool) -> float:
         seconds = self._seconds.get((group, rows, adapted))

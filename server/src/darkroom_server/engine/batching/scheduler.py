@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import Event, JobCancelled, JobFailed
 from darkroom_server.core.job import Job
-from darkroom_server.core.order import FairShare, pick
+from darkroom_server.core.order import Turns, pick
 from darkroom_server.engine.batch import Batch, Group
 from darkroom_server.engine.batching.residency import Residency
 from darkroom_server.engine.batching.resident_job import ResidentJob
@@ -45,7 +45,7 @@ class BatchScheduler:
         self._owed: set[Group] = set()
         self._samples: dict[Group, dict[tuple[str, int], Sample]] = {}
         self._groups: dict[tuple[str, int], Group] = {}
-        self._shares: FairShare[Group] = FairShare()
+        self._turns: Turns[Group] = Turns()
 
     @property
     def idle(self) -> bool:
@@ -133,11 +133,11 @@ class BatchScheduler:
     def next_batch(self) -> Batch | None:
         """The samples to run next, None if none waits.
 
-        The group with the least served time is next; ``core.order.pick`` chooses among its samples.
+        ``core.order.Turns`` chooses the group, and ``core.order.pick`` among its samples.
         """
         if not self._samples:
             return None
-        group = self._shares.next(self._samples)
+        group = self._turns.next(self._samples)
         samples = self._samples[group]
         waiting = sum(sample.rows for sample in samples.values())
         max_rows = self._row_limits[group.model].next_rows(
@@ -161,10 +161,10 @@ class BatchScheduler:
             self._forget(sample)
             self._insert(sample)
 
-    def charge(self, group: Group, seconds: float) -> None:
-        """Count ``seconds`` of served time to ``group``, which had a batch."""
-        self._owed.discard(group)
-        self._shares.charge(group, seconds)
+    def charge(self, batch: Batch, seconds: float) -> None:
+        """Count ``batch``, which took ``seconds``, as a turn of its group."""
+        self._owed.discard(batch.group)
+        self._turns.charge(batch.group, seconds, max(sample.steps for sample in batch.samples))
 
     def denoised(self, sample: "Sample", now: float) -> None:
         """Take ``sample`` out of the batches: it took its last step, at ``now``."""

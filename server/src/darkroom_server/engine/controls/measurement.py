@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from darkroom_server.core.errors import StartupError
-from darkroom_server.engine.conditioning.input_images import white_image
+from darkroom_server.engine.conditioning.input_images import noise_image
 from darkroom_server.engine.controls.model_controls import ModelControls, Use
 from darkroom_server.engine.controls.sample_control import SampleControl
 from darkroom_server.engine.failures import is_out_of_memory, one_line
@@ -40,7 +40,7 @@ def measure_net(
     rows = 1 if family.unbatched_reason else 2
     device = runtime.device
     given = family.denoiser_inputs(rows, memory_format.dtype, device, memory_format.layout)
-    image = white_image(family.size, channels=3)
+    image = noise_image(family.size, channels=3)
     condition = controls.condition(id, image, rows, torch.Generator("cpu").manual_seed(0))
     control = SampleControl(id=id, condition=condition, scale=1.0, start=0.0, end=1.0)
     use = Use(control, 0, rows, {})

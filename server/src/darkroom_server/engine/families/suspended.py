@@ -23,7 +23,7 @@ from darkroom_server.engine.components.scheduler_table import (
 )
 from darkroom_server.engine.components.schedulers import config_of, make_scheduler, name_of, offer
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
-from darkroom_server.engine.conditioning.input_images import image_arguments, white_image
+from darkroom_server.engine.conditioning.input_images import image_arguments, noise_image
 from darkroom_server.engine.conditioning.ip_adapter import image_prompt
 from darkroom_server.engine.conditioning.task_pipelines import made_of
 from darkroom_server.engine.families.base import Family, Precision
@@ -350,9 +350,9 @@ class SuspendedFamily(Family):
             quality=90,
             exact=False,
             submitted_at=0.0,
-            image=white_image(self.size, channels=3) if inpaints else None,
-            mask_image=white_image(self.size, channels=1) if inpaints else None,
-            reference_images=(white_image(self.size, channels=3),) if edits else (),
+            image=noise_image(self.size, channels=3) if inpaints else None,
+            mask_image=noise_image(self.size, channels=1) if inpaints else None,
+            reference_images=(noise_image(self.size, channels=3),) if edits else (),
         )
 
     @property
