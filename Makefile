@@ -225,7 +225,7 @@ generate = $(GENERATOR)/python -m grpc_tools.protoc -I protos \
     --plugin=protoc-gen-mypy=$(GENERATOR)/protoc-gen-mypy \
     --plugin=protoc-gen-mypy_grpc=$(GENERATOR)/protoc-gen-mypy_grpc \
     --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
-    $(wildcard protos/darkroom/*/*.proto)
+    $(wildcard protos/darkroom/v1/*.proto protos/darkroom/ledger/v1/*.proto)
 
 .PHONY: wheels
 wheels: setup ## build wheels and source distributions into dist/

@@ -20,9 +20,18 @@ from darkroom_server.core.caller import ANONYMOUS
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.engine_config import Preset
 from darkroom_server.core.errors import StartupError
-from darkroom_server.dispatch import Dispatcher, LoadTimes, PeerAddresses, ResultStore, State
+from darkroom_server.dispatch import (
+    Dispatcher,
+    LedgerEntries,
+    LoadTimes,
+    PeerAddresses,
+    ResultStore,
+    State,
+)
+from darkroom_server.ledger.choice import chosen_ledger
 from darkroom_server.logs import LogWriter
 from darkroom_server.rpc.server import RpcServer
+from darkroom_server.rpc.stored_requests import StoredRequests
 from darkroom_server.security.bind_policy import check_bind_policy
 from darkroom_server.security.tls import server_credentials, server_ssl_context
 from darkroom_server.security.tokens import Tokens
@@ -56,6 +65,9 @@ ANSWER_SECONDS = 5.0
 
 STEP_SECONDS = 30.0
 """The most that one step of the shutdown takes after the jobs have ended; normally a second."""
+
+RUNTIME = "device dtype preset attention slice_size autocast channels_last vae_tiling"
+"""What the log says of how a model runs."""
 
 HTTP_LIBRARIES = ("h11", "python_multipart", "starlette", "uvicorn")
 
@@ -128,11 +140,19 @@ class Server:
         )
         for model_id in model_ids:
             self.metrics.requests.read_jobs(model_id, self.dispatcher.job_counts)
+        ledger = chosen_ledger(
+            settings.storage.ledger,
+            settings.network.server_id,
+            retention=settings.results.result_ttl,
+            max_input_bytes=settings.images.input_bytes,
+        )
+        self._entries = LedgerEntries(ledger, self.metrics.ledger)
         self.results = ResultStore(
             self.dispatcher,
             result_ttl=settings.results.result_ttl,
             result_bytes=settings.results.result_bytes,
             reattach_grace=settings.results.reattach_grace,
+            entries=self._entries,
         )
         self._exporter = Exporter(self.metrics.registry, lambda: self.dispatcher.ready)
         certificates, tokens = tls_files(settings.security), settings.security.tokens
@@ -163,8 +183,11 @@ class Server:
             self.results,
             InputLoader(store, self.decoder),
             observers,
+            self._entries,
+            StoredRequests(),
             log_prompts=settings.logs.log_prompts,
         )
+        self._durability = service.durability
         addresses = PeerAddresses(settings.security.trusted_proxies)
         callers = Tokens(tokens) if tokens else None
         anonymous = replace(ANONYMOUS, max_jobs=settings.security.max_jobs_per_address)
@@ -182,6 +205,7 @@ class Server:
             anonymous=anonymous,
             credentials=server_credentials(certificates) if certificates else None,
         )
+        self._entries.on_reachable = self._rpc.health.set_ledger
         self.metrics.process.read_dropped_calls(self._rpc.dropped_calls.read)
         self._http: HttpServer | None = None
         if settings.http.http_port is not None:
@@ -222,6 +246,7 @@ class Server:
     async def startup(self) -> None:
         """Open the ports, alive and not ready, and start loading."""
         network = self._settings.network
+        await self._durability.open()
         self.metrics_address = self._exporter.start(network.metrics_host, network.metrics_port)
         self.address = await self._rpc.start(network.host, network.port)
         ports = {"address": self.address, "metrics": self.metrics_address}
@@ -234,11 +259,15 @@ class Server:
     async def serve(self) -> None:
         """Serve until ``stop``; raises if the models cannot load or no engine remains."""
         began = time.monotonic()
-        if await self._unless_stopped(self.dispatcher.loaded()):
+        if await self._unless_stopped(self._loaded()):
             self._log_serving(time.monotonic() - began)
         if await self._unless_stopped(self.dispatcher.availability.failed()):
             self._rpc.health.set_state(State.DRAINING)
             raise EngineLost(await self.dispatcher.availability.failed())
+
+    async def _loaded(self) -> None:
+        await self.dispatcher.loaded()
+        await self._durability.take_up()
 
     @property
     def stopping(self) -> bool:
@@ -266,6 +295,7 @@ class Server:
         await self._limited("image workers", self.decoder.close())
         await self._limited("engines", self.dispatcher.close())
         self.results.close()
+        await self._limited("ledger", self._entries.close())
         await self._limited("metrics", asyncio.to_thread(self._exporter.stop))
         if self._spans is not None:
             await self._limited("spans", asyncio.to_thread(self._spans.close))
@@ -300,9 +330,7 @@ class Server:
         return task in done and not self._stop.is_set()
 
     def _log_serving(self, load_seconds: float) -> None:
-        models = [
-            model for model in self.dispatcher.availability.models.values() if model is not None
-        ]
+        models = list(filter(None, self.dispatcher.availability.models.values()))
         runtime = models[0].runtime
         asked = self._settings.engine.preset
         why = f"auto, on {runtime.device}" if asked is Preset.AUTO else "asked for"
@@ -312,15 +340,8 @@ class Server:
             metrics=self.metrics_address,
             **({"http": self.http_address} if self.http_address else {}),
             models=[model.id for model in models],
-            device=runtime.device,
-            dtype=runtime.dtype,
-            preset=runtime.preset,
             preset_why=why,
-            attention=runtime.attention,
-            slice_size=runtime.slice_size,
-            autocast=runtime.autocast,
-            channels_last=runtime.channels_last,
-            vae_tiling=runtime.vae_tiling,
+            **{name: getattr(runtime, name) for name in RUNTIME.split()},
             load_seconds=round(load_seconds, 2),
         )
 

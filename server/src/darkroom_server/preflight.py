@@ -12,6 +12,7 @@ from darkroom_server.core.engine import Engine
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, EngineReady, Event
 from darkroom_server.core.model_runtime import DenoiserForm
+from darkroom_server.ledger.choice import ledger_file
 from darkroom_server.rpc.server import probe_port
 from darkroom_server.settings import Http, Network, Settings
 from darkroom_server.settings.state_folder import measurement_folder, state_folder
@@ -39,7 +40,9 @@ async def preflight(settings: Settings) -> AsyncIterator[Finding]:
     storage = settings.storage
     folder = state_folder(storage) if storage.state_dir else measurement_folder(settings)
     if folder is not None:
-        yield _state(folder)
+        yield _writable("state folder", folder)
+    if (ledger := ledger_file(storage.ledger)) is not None:
+        yield _writable("folder of the ledger", ledger.parent)
     for number, engine in enumerate(engines):
         loaded = await asyncio.to_thread(_load, engine)
         yield Finding(isinstance(loaded, EngineReady), f"engine {number}: {_in_words(loaded)}")
@@ -76,16 +79,16 @@ def _ports(network: Network, http: Http) -> Iterator[Finding]:
             yield Finding(True, f"{name}: {free} on {host}")
 
 
-def _state(folder: Path) -> Finding:
+def _writable(name: str, folder: Path) -> Finding:
     """Whether ``folder`` can be written, or created."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
     try:
         with tempfile.TemporaryFile(dir=existing):
-            return Finding(True, f"state folder: {folder} can be written")
+            return Finding(True, f"{name}: {folder} can be written")
     except OSError as error:
-        return Finding(False, f"state folder: {folder} cannot be written: {error.strerror}")
+        return Finding(False, f"{name}: {folder} cannot be written: {error.strerror}")
 
 
 def _load(engine: Engine) -> EngineReady | str:

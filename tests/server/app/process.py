@@ -28,7 +28,7 @@ options = json.loads(sys.argv[1])
 if options.pop("images", False):
     offers = [AdapterOffer(id=name, rank=4, bytes=500) for name in ("ink", "grain")]
     options["models"] = [dataclasses.replace(fake_image_model(), adapters=tuple(offers))]
-engine = FakeEngine(on_submit=lambda _: log.info("submitted"), **options)
+engine = FakeEngine(on_submit=lambda job: log.info("submitted", job=job.request_id), **options)
 signal.signal(signal.SIGUSR1, lambda *_: engine.advance(4))
 app.build_engines = lambda _: [engine]
 cli.main(["serve", "--port", "0", "--metrics-port", "0", *sys.argv[2:]])

@@ -15,7 +15,7 @@ from darkroom_server.core.errors import Failure, Reason, StartupError
 from darkroom_server.core.job import ImageFormat, Job, SchedulerName
 from darkroom_server.dispatch import JobOutcome
 from darkroom_server.http.messages.fields import FIELDS
-from darkroom_server.settings import Dispatch, Results, Security
+from darkroom_server.settings import Dispatch, Results, Security, Storage
 from tests.server.http.door import Door, bearer, door, token_file
 from tests.server.telemetry.scrape import counted
 
@@ -210,6 +210,28 @@ async def test_a_url_ends_with_its_result(monkeypatch: pytest.MonkeyPatch) -> No
         with monkeypatch.context() as later:
             later.setattr("darkroom_server.http.signed_urls.time.time", lambda: 1e11)
             assert (await there.client.get(url)).status_code == 404
+
+
+async def test_a_url_outlives_the_server_with_its_ledger(tmp_path: Path) -> None:
+    """The image is generated again; a job that its caller did not want kept is gone."""
+    key = tmp_path / "key"
+    key.write_bytes(bytes(32))
+    ledger = tmp_path / "jobs.db"
+    options: dict[str, Any] = {
+        "fake": {"auto": True},
+        "http": {"http_url_key": str(key)},
+        "storage": Storage(ledger=f"sqlite:{ledger}"),
+    }
+    urls, images = [], []
+    async with door(**options) as there:
+        for keep in (True, False):
+            reply = await there.generate(response_format="url", keep=keep, seed=3)
+            urls.append(reply.json()["data"][0]["url"].removeprefix(there.url))
+            images.append((await there.client.get(urls[-1])).content)
+    async with door(**options) as there:
+        kept, gone = [await there.client.get(url) for url in urls]
+        assert (kept.status_code, gone.status_code) == (200, 404)
+        assert kept.content == images[0]
 
 
 async def test_urls_by_default() -> None:

@@ -14,6 +14,7 @@ from darkroom_server.core.errors import (
     GenerationFailed,
     InvalidRequest,
     JobCancelled,
+    LedgerUnreachable,
     NotAllowed,
     NotReady,
     QueueFull,
@@ -67,6 +68,7 @@ EXAMPLES: list[tuple[DarkroomError, grpc.StatusCode, str | None, Outcome]] = [
         Outcome.REFUSED,
     ),
     (ReaderStalled("unread", 1.0), grpc.StatusCode.UNAVAILABLE, "1000", Outcome.REFUSED),
+    (LedgerUnreachable("full", 1.0), grpc.StatusCode.UNAVAILABLE, "1000", Outcome.REFUSED),
     (
         TooLarge("no", metadata={"needed_bytes": "2"}),
         grpc.StatusCode.RESOURCE_EXHAUSTED,

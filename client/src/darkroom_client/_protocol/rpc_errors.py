@@ -34,6 +34,7 @@ REASONS: dict[str, type[DarkroomError]] = {
     "MODEL_LOADING": errors.Unavailable,
     "DRAINING": errors.Unavailable,
     "READER_STALLED": errors.Unavailable,
+    "LEDGER_UNREACHABLE": errors.Unavailable,
     "DOES_NOT_FIT": errors.TooLarge,
     "DEADLINE_EXPIRED": errors.DeadlineExceeded,
     "DEADLINE_UNREACHABLE": errors.DeadlineUnreachable,
@@ -43,6 +44,7 @@ REASONS: dict[str, type[DarkroomError]] = {
     "SCHEDULER_FAILED": errors.GenerationFailed,
     "ENGINE_FAILED": errors.GenerationFailed,
     "ENGINE_CRASHED": errors.GenerationFailed,
+    "MODEL_GONE": errors.GenerationFailed,
     "INTERNAL": errors.ServerError,
 }
 """The error class of each reason of the server; a newer reason goes by its status code."""

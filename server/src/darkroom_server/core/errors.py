@@ -15,6 +15,7 @@ DarkroomError
 │   ├── QuotaExceeded     this caller has reached its quota; retry after `retry_after`
 │   ├── NotReady          retry after `retry_after`
 │   ├── ReaderStalled     the stream was not read; begin another one
+│   ├── LedgerUnreachable accepted jobs cannot be written down; retry after `retry_after`
 │   └── TooLarge          never fits this machine
 ├── DeadlineExceeded      set a later deadline
 │   └── DeadlineUnreachable   rejected: it would pass before the job could finish
@@ -48,6 +49,7 @@ class Reason(StrEnum):
     MODEL_LOADING = "MODEL_LOADING"
     DRAINING = "DRAINING"
     READER_STALLED = "READER_STALLED"
+    LEDGER_UNREACHABLE = "LEDGER_UNREACHABLE"
     DOES_NOT_FIT = "DOES_NOT_FIT"
     DEADLINE_EXPIRED = "DEADLINE_EXPIRED"
     DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"
@@ -57,6 +59,7 @@ class Reason(StrEnum):
     SCHEDULER_FAILED = "SCHEDULER_FAILED"
     ENGINE_FAILED = "ENGINE_FAILED"
     ENGINE_CRASHED = "ENGINE_CRASHED"
+    MODEL_GONE = "MODEL_GONE"
     INTERNAL = "INTERNAL"
 
 
@@ -236,6 +239,12 @@ class ReaderStalled(Refused):
     """The caller did not read its stream for too long; the job goes on as after a disconnect."""
 
     reason = Reason.READER_STALLED
+
+
+class LedgerUnreachable(Refused):
+    """The ledger of accepted jobs cannot be read or written; what runs goes on."""
+
+    reason = Reason.LEDGER_UNREACHABLE
 
 
 class TooLarge(Refused):

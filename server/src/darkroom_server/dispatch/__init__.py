@@ -9,6 +9,7 @@ from darkroom_server.dispatch.admission.quotas import (
     quota_subject,
 )
 from darkroom_server.dispatch.dispatcher import Dispatcher
+from darkroom_server.dispatch.entries import LedgerEntries, LedgerObserver
 from darkroom_server.dispatch.estimation.estimate import Estimate
 from darkroom_server.dispatch.estimation.load_times import LoadTimes
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
@@ -54,6 +55,8 @@ __all__ = [
     "JobEvent",
     "JobOutcome",
     "JobRerun",
+    "LedgerEntries",
+    "LedgerObserver",
     "LoadTimes",
     "ModelStatus",
     "Observer",

@@ -14,6 +14,7 @@ from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.job import Job
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch.adapter_catalog import AdapterCatalog
 from darkroom_server.dispatch.admission.availability import Availability, State, shutting_down
 from darkroom_server.dispatch.admission.controller import AdmissionController
@@ -181,12 +182,24 @@ class Dispatcher:
         Raises ``UnknownModel``, ``NotReady``, ``TooLarge``, ``DeadlineExceeded``,
         ``QuotaExceeded`` or ``QueueFull``.
         """
-        if job.id in self._registry:
-            # Another caller's, or one that ended and that its engine has not removed yet.
-            job = replace(job, id=f"{job.id}~{next(self._serial)}")
-        active = self._admission.admit(job, caller)
+        active = self._admission.admit(self._with_unused_id(job), caller)
         self._lifecycle.enter(active)
         return active
+
+    def resubmit(self, job: Job, model: ModelInfo, caller: Caller, losses: int) -> ActiveJob:
+        """Accept ``job`` again, which an earlier server of the ledger had accepted.
+
+        ``losses``: servers that died while they ran it. Raises ``TooLarge``.
+        """
+        active = self._admission.readmit(self._with_unused_id(job), model, caller, losses)
+        self._lifecycle.enter(active)
+        return active
+
+    def _with_unused_id(self, job: Job) -> Job:
+        if job.id not in self._registry:
+            return job
+        # Another caller's, or one that ended and that its engine has not removed yet.
+        return replace(job, id=f"{job.id}~{next(self._serial)}")
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job, even if calls follow it; unknown and ended ones are ignored."""

@@ -64,6 +64,9 @@ class JobLifecycle:
                 break
             self._registry.assign(active)
             engine.submit(active)
+            if active.on_assigned is not None:
+                active.on_assigned()
+                active.on_assigned = None
 
     def extend(self, active: ActiveJob, deadline: float | None) -> None:
         """Move a job's deadline to ``deadline`` if that is later; None means no deadline."""
@@ -107,6 +110,7 @@ class JobLifecycle:
         for active in jobs:
             active.record_crash(time.monotonic())
             if active.ended or last:
+                active.released = not active.ended
                 self._remove(active, outcomes.stopped())
             elif active.crashes > 1:
                 self._remove(active, outcomes.crashed_twice())
@@ -121,6 +125,8 @@ class JobLifecycle:
 
     def no_engine_left(self) -> None:
         """End every job; the engines are gone for good."""
+        for active in self._registry.all():
+            active.released = not active.ended
         for active in self._registry.queue():
             self._remove(active, outcomes.stopped())
         for active in self._registry.all():
@@ -139,6 +145,7 @@ class JobLifecycle:
         """End every job with ``error``, and have the engines remove them."""
         for active in self._registry.all():
             if not active.ended:
+                active.released = True
                 self._withdraw(active)
                 self._end(active, error)
 

@@ -8,16 +8,25 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from darkroom_server.core.caller import Caller
-from darkroom_server.core.errors import RequestConflict, UnknownRequest
+from darkroom_server.core.errors import (
+    Failure,
+    GenerationFailed,
+    NotReady,
+    Reason,
+    RequestConflict,
+    UnknownRequest,
+)
 from darkroom_server.core.job import PROMPT_FIELDS, Job
+from darkroom_server.core.ledger import Draft, Entry, Key
 from darkroom_server.dispatch.dispatcher import Dispatcher
+from darkroom_server.dispatch.entries import LedgerEntries
 from darkroom_server.dispatch.jobs.job import ActiveJob
 
 ENTRY_BYTES = 4096
 """Approximate size of an entry besides prompts and images."""
 
-Key = tuple[str, str]
-"""A caller's name, and one of its request ids."""
+RESTORE_RETRY_SECONDS = 2.0
+"""As long as the models load, jobs of the ledger are not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,7 @@ class ResultStore:
     An ended job is kept for ``result_ttl`` seconds with its images. All of them together take at
     most ``result_bytes``: when full, the oldest result of the caller that uses the most memory is
     evicted. A job that its callers want kept runs for ``reattach_grace`` seconds without any call.
+    With ``entries``, jobs may have an entry in the ledger; it is deleted with the result.
     """
 
     def __init__(
@@ -57,13 +67,19 @@ class ResultStore:
         result_ttl: float,
         result_bytes: int,
         reattach_grace: float,
+        entries: LedgerEntries | None = None,
     ) -> None:
         self._dispatcher = dispatcher
+        self._ledger = entries
         self._result_ttl = result_ttl
         self._result_bytes = result_bytes
         self._reattach_grace = reattach_grace
         self._entries: dict[str, dict[str, _Entry]] = {}
         """By caller and request id, in the order of acceptance."""
+        self._withheld: dict[Key, Failure | None] = {}
+        """Jobs of the ledger that are not here, and why not: None while they are read from it."""
+        self._ranks: dict[Key, int] = {}
+        """Their serial numbers."""
         self._serial = itertools.count(1)
         self._ended: dict[Key, _Entry] = {}
         """In the order of their ends; ``_callers`` has the same entries by caller."""
@@ -126,25 +142,103 @@ class ResultStore:
 
         Raises what ``Dispatcher.submit`` raises.
         """
-        key = caller.name, request_id
+        key = Key(caller.name, request_id)
         active = self._dispatcher.submit(job, caller)
         self._remove(key)
-        entry = _Entry(active, fingerprint, next(self._serial))
-        self._entries.setdefault(caller.name, {})[request_id] = entry
-        active.add_end_callback(lambda: self._on_end(key, entry))
+        self._add(key, _Entry(active, fingerprint, next(self._serial)))
         if keep:
             self._keep(active)
         return active
 
+    def record(self, active: ActiveJob, draft: Draft, *, joined: bool) -> None:
+        """Write a job into the ledger; ``active.recording`` ends when it is durable.
+
+        If that fails, a job ends that this call began, and one that it ``joined`` goes on.
+        """
+        if self._ledger is not None:
+            beginning = self._ledger.begin(active, draft)
+            active.recording = beginning
+            beginning.add_done_callback(
+                lambda done: self._on_begun(draft.key, active, done, joined)
+            )
+
+    def withhold(self, key: Key, failure: Failure | None = None) -> None:
+        """A job of the ledger is not here, and a caller that asks for it gets to know why.
+
+        ``failure``: it cannot be, None if it will soon; those come in the order of acceptance.
+        """
+        self._withheld[key] = failure
+        if failure is None:
+            self._ranks[key] = next(self._serial)
+        else:
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._result_ttl, self._withheld.pop, key, None)
+
+    def is_withheld(self, key: Key) -> bool:
+        """The job is still to be restored."""
+        return key in self._withheld and self._withheld[key] is None
+
+    def restore(self, active: ActiveJob, held: Entry) -> None:
+        """Add a job that an earlier server accepted; ``held`` is its entry in the ledger.
+
+        It runs, or has ended as the entry says. Those that ended come in the order of their ends.
+        """
+        entry = _Entry(active, held.fingerprint, self._ranks.pop(held.key))
+        if self._ledger is not None:
+            self._ledger.adopt(active, held.hold)
+        self._add(held.key, entry)
+        if held.ended_for is not None:
+            self._keep_result(held.key, entry, time.monotonic() - held.ended_for)
+        elif held.detached:
+            active.reattach_grace = math.inf
+        else:
+            self._keep(active)
+            with active.subscribe():
+                pass  # Its callers have as long to come back as after a lost connection.
+
+    def sort_restored(self) -> None:
+        """Put the restored jobs of each caller into the order of their acceptance."""
+        self._ranks.clear()
+        for caller, entries in self._entries.items():
+            self._entries[caller] = dict(sorted(entries.items(), key=lambda e: e[1].serial))
+
+    def run_again(self, lost: ActiveJob, key: Key, job: Job, caller: Caller) -> ActiveJob:
+        """Submit ``job`` in place of the finished ``lost``, whose images are gone.
+
+        Raises what ``Dispatcher.submit`` raises.
+        """
+        active = self._dispatcher.submit(job, caller)
+        old = self._drop(key)
+        fingerprint = b"" if old is None else old.fingerprint
+        self._add(key, _Entry(active, fingerprint, next(self._serial)))
+        if self._ledger is not None:
+            self._ledger.run_again(active, key)
+        self.detach(active)
+        return active
+
     def find(self, caller: str, request_id: str) -> ActiveJob:
-        """The job of this id; raises ``UnknownRequest``."""
-        entry = self._entry((caller, request_id))
+        """The job of this id.
+
+        Raises ``UnknownRequest``; for one that is withheld ``NotReady`` or ``GenerationFailed``.
+        """
+        key = Key(caller, request_id)
+        entry = self._entry(key)
         if entry is None:
-            raise UnknownRequest(request_id)
+            if key not in self._withheld:
+                raise UnknownRequest(request_id)
+            if (failure := self._withheld[key]) is not None:
+                raise GenerationFailed(failure)
+            raise _still_read(request_id)
         return entry.active
 
     def page(self, caller: str, size: int, after: int | None) -> Page:
-        """At most ``size`` jobs of ``caller``; ``after``: the ``end`` of the page before."""
+        """At most ``size`` jobs of ``caller``; ``after``: the ``end`` of the page before.
+
+        Raises ``NotReady`` while jobs of the caller are still read from the ledger.
+        """
+        for key, failure in self._withheld.items():
+            if key.caller == caller and failure is None:
+                raise _still_read(key.request_id)
         entries = reversed(self._entries.get(caller, {}).items())
         older = ((id, e) for id, e in entries if after is None or e.serial < after)
         found = list(itertools.islice(older, size + 1))
@@ -170,18 +264,38 @@ class ResultStore:
     def _keep(self, active: ActiveJob) -> None:
         active.reattach_grace = max(active.reattach_grace, self._reattach_grace)
 
-    def _entry(self, key: Key) -> _Entry | None:
+    def _entry(self, key: tuple[str, str]) -> _Entry | None:
         caller, request_id = key
         return self._entries.get(caller, {}).get(request_id)
 
-    def _on_end(self, key: Key, entry: _Entry) -> None:
-        if self._entry(key) is not entry:
+    def _add(self, key: Key, entry: _Entry) -> None:
+        self._withheld.pop(key, None)
+        self._entries.setdefault(key.caller, {})[key.request_id] = entry
+        entry.active.add_end_callback(lambda: self._on_end(key, entry))
+
+    def _on_begun(
+        self, key: Key, active: ActiveJob, begun: "asyncio.Task[None]", joined: bool
+    ) -> None:
+        """End a new job that could not be written: its caller gets the error, and may try again."""
+        if not begun.cancelled() and begun.exception() is None:
             return
+        if active.recording is begun:
+            active.recording = None
+        if not joined:
+            if (entry := self._entry(key)) is not None and entry.active is active:
+                self._drop(key)
+            self._dispatcher.cancel(active.job.id)
+
+    def _on_end(self, key: Key, entry: _Entry) -> None:
+        if self._entry(key) is entry:
+            self._keep_result(key, entry, time.monotonic())
+
+    def _keep_result(self, key: Key, entry: _Entry, ended_at: float) -> None:
         job = entry.active.job
         images = sum(len(image.data) for image in entry.active.images.values())
         prompts = sum(len(getattr(job, name)) for name in PROMPT_FIELDS)
         entry.size = ENTRY_BYTES + 4 * prompts + images
-        entry.ended_at = time.monotonic()
+        entry.ended_at = ended_at
         self._ended[key] = self._callers[key[0]][key] = entry
         self._sizes[key[0]] += entry.size
         while self.kept_bytes > self._result_bytes:
@@ -194,9 +308,16 @@ class ResultStore:
         return next(iter(self._callers[most]))
 
     def _remove(self, key: Key) -> None:
+        """Remove a job here and in the ledger."""
+        entry = self._drop(key)
+        if self._ledger is not None and entry is not None and entry.active.entry is not None:
+            self._ledger.forget(entry.active)
+
+    def _drop(self, key: Key) -> _Entry | None:
         caller, request_id = key
+        found = None
         if entries := self._entries.get(caller):
-            entries.pop(request_id, None)
+            found = entries.pop(request_id, None)
             if not entries:
                 del self._entries[caller]
         if entry := self._ended.pop(key, None):
@@ -204,6 +325,7 @@ class ResultStore:
             self._sizes[caller] -= entry.size
             if not self._callers[caller]:
                 del self._callers[caller], self._sizes[caller]
+        return found
 
     def _evict_expired(self) -> None:
         """Remove expired results, and come back when the next one expires."""
@@ -220,3 +342,12 @@ class ResultStore:
             oldest = next(iter(self._ended.values()))
             loop = asyncio.get_running_loop()
             self._timer = loop.call_at(oldest.ended_at + self._result_ttl, self._evict_expired)
+
+
+def _still_read(request_id: str) -> NotReady:
+    return NotReady(
+        f"this server has just started, and generation {request_id!r} is not read from the ledger "
+        f"yet; try again in {RESTORE_RETRY_SECONDS:.0f} s",
+        Reason.MODEL_LOADING,
+        RESTORE_RETRY_SECONDS,
+    )

@@ -18,6 +18,7 @@ from darkroom_server.core.errors import (
     GenerationFailed,
     InvalidRequest,
     JobCancelled,
+    LedgerUnreachable,
     NotAllowed,
     NotReady,
     QueueFull,
@@ -63,6 +64,7 @@ CODES: dict[type[DarkroomError], int] = {
     QuotaExceeded: code_pb2.RESOURCE_EXHAUSTED,
     NotReady: code_pb2.UNAVAILABLE,
     ReaderStalled: code_pb2.UNAVAILABLE,
+    LedgerUnreachable: code_pb2.UNAVAILABLE,
     TooLarge: code_pb2.RESOURCE_EXHAUSTED,
     DeadlineExceeded: code_pb2.DEADLINE_EXCEEDED,
     DeadlineUnreachable: code_pb2.DEADLINE_EXCEEDED,
@@ -72,6 +74,7 @@ CODES: dict[type[DarkroomError], int] = {
 CODES_OF_REASONS: dict[Reason, int] = {
     Reason.INVALID_REQUEST: code_pb2.INVALID_ARGUMENT,
     Reason.OUT_OF_MEMORY: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.MODEL_GONE: code_pb2.FAILED_PRECONDITION,
 }
 """Where the reason says more than the type."""
 

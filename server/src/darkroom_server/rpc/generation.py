@@ -103,7 +103,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.WatchGenerationResponse]:
         """Stream what happens to a job that an earlier call began."""
         arrived, call, request_id = time.monotonic(), CURRENT_CALL.get(), request.request_id
-        active = self._service.find(call, request_id)
+        active = await self._service.find(call, request_id)
         self._open_call(call, request_id, context)
         with active.subscribe() as subscription:
             del active
@@ -125,7 +125,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.CancelGenerationRequest, context: Context
     ) -> generation_pb2.CancelGenerationResponse:
         """Cancel a job, even if other calls follow it."""
-        cancelled = self._service.cancel(CURRENT_CALL.get(), request.request_id)
+        cancelled = await self._service.cancel(CURRENT_CALL.get(), request.request_id)
         return generation_pb2.CancelGenerationResponse(cancelled=cancelled)
 
     async def GetGeneration(

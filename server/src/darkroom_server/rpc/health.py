@@ -1,7 +1,7 @@
 """Health, by gRPC's own protocol; probes never use the engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,9 @@ For clients that choose servers by health: they cut off running calls if it is N
 
 SERVING_IN = {READY: {State.READY}, ACCEPTING: {State.READY, State.RECOVERING}}
 
+LEDGER = "darkroom.v1.Ledger"
+"""SERVING while accepted jobs can be written down: for alerts, and for callers that submit jobs."""
+
 LIVENESS = "liveness"
 """SERVING as long as the event loop runs: for liveness probes.
 
@@ -43,16 +46,24 @@ class Health(health_pb2_grpc.HealthServicer):
     """
 
     def __init__(self) -> None:
-        self._statuses: dict[str, Any] = {LIVENESS: health_pb2.HealthCheckResponse.SERVING}
+        serving = health_pb2.HealthCheckResponse.SERVING
+        self._statuses: dict[str, Any] = {LIVENESS: serving, LEDGER: serving}
         self._watchers: set[asyncio.Event] = set()
         self.set_state(State.LOADING)
 
     def set_state(self, state: State) -> None:
         """Publish ``state``; ``liveness`` stays SERVING, or a draining process would be killed."""
-        for name, states in SERVING_IN.items():
+        self._set({name: state in states for name, states in SERVING_IN.items()})
+
+    def set_ledger(self, reachable: bool) -> None:
+        """Publish whether the ledger of accepted jobs can be written."""
+        self._set({LEDGER: reachable})
+
+    def _set(self, serving: Mapping[str, bool]) -> None:
+        for name, serves in serving.items():
             self._statuses[name] = (
                 health_pb2.HealthCheckResponse.SERVING
-                if state in states
+                if serves
                 else health_pb2.HealthCheckResponse.NOT_SERVING
             )
         for changed in self._watchers:

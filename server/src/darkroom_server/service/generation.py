@@ -3,24 +3,28 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
-from darkroom_server.core.errors import DarkroomError, InvalidRequest, Violation
+from darkroom_server.core.errors import InvalidRequest, Violation
+from darkroom_server.core.ledger import Key
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import (
     ActiveJob,
     ConcurrentCallLimiter,
     Dispatcher,
     Estimate,
+    LedgerEntries,
     ResultStore,
 )
 from darkroom_server.service.call_context import REQUEST_ID, CallContext
+from darkroom_server.service.detached import DetachedJobs
+from darkroom_server.service.durability import Durability
 from darkroom_server.service.idempotency import check_request_id, fingerprint
 from darkroom_server.service.input_fields import check_adapters
 from darkroom_server.service.inputs import InputLoader
 from darkroom_server.service.jobs import JobService
 from darkroom_server.service.request import GenerationRequest, Inputs
+from darkroom_server.service.stored_request import RequestCodec
 from darkroom_server.service.summary import RequestObserver, RequestSummary, Summaries
 from darkroom_server.service.validation import ReplyLimit, job_of
 
@@ -39,7 +43,9 @@ class RequestEstimate:
 class GenerationService:
     """Validates requests, submits or joins their jobs, and records one summary for each call.
 
-    ``observers`` receive the summaries. All methods belong to the dispatcher's event loop.
+    ``observers`` receive the summaries. A job that must outlive its call has an entry in the ledger
+    of ``entries``, with its request as ``codec`` stores it, before its caller gets an answer. All
+    methods belong to the dispatcher's event loop.
     """
 
     def __init__(
@@ -48,6 +54,8 @@ class GenerationService:
         results: ResultStore,
         inputs: InputLoader,
         observers: Sequence[RequestObserver],
+        entries: LedgerEntries,
+        codec: RequestCodec,
         *,
         log_prompts: bool = False,
     ) -> None:
@@ -57,7 +65,10 @@ class GenerationService:
         self._results = results
         self._inputs = inputs
         self._open_calls = ConcurrentCallLimiter(dispatcher.max_jobs)
-        self._detached: set[asyncio.Task[None]] = set()
+        self._entries = entries
+        self._detached = DetachedJobs(self.summaries)
+        self.durability = Durability(entries, codec, dispatcher, results, inputs, self._detached)
+        self._keeps_jobs = self.durability.durable
 
     def open_call(self, call: CallContext, request_id: str) -> Callable[[], None]:
         """Count a call that follows the job ``request_id``; call the result when it is over.
@@ -74,19 +85,21 @@ class GenerationService:
         *,
         deadline: float | None,
         idempotent: bool,
+        detached: bool = False,
         reply_limit: ReplyLimit | None = None,
     ) -> tuple[ActiveJob, bool]:
         """The job for ``request``, and whether it joined one that an earlier call began.
 
         ``deadline`` is in ``time.monotonic`` seconds. ``idempotent``: the caller knows the request
-        id, and a call with the same id joins. ``reply_limit``: the limit of a reply in one message.
-        Raises ``InvalidRequest`` with all violations, ``RequestConflict``, and what
-        ``InputLoader.attach`` and ``Dispatcher.submit`` raise. The images of a request that joins
-        are not looked at.
+        id, and a call with the same id joins. ``detached``: the job runs whether or not a call
+        follows it. ``reply_limit``: the limit of a reply in one message. Raises ``InvalidRequest``
+        with all violations, ``RequestConflict``, ``LedgerUnreachable``, and what ``InputLoader``
+        and ``Dispatcher.submit`` raise. The images of a request that joins are not looked at.
         """
         request_id = request_id_of(request, call)
         digest = fingerprint(request) if idempotent else b""
         active = None
+        files: dict[str, bytes] = {}
         if idempotent:
             active = self._join(request, call, request_id, digest, deadline)
         if active is None:
@@ -102,7 +115,8 @@ class GenerationService:
             )
             if request.inputs is not None:
                 self._check_adapters(request.inputs, model)
-                job = await self._inputs.attach(job, request, model, call.caller)
+                files = self._inputs.files(request, call.caller)
+                job = await self._inputs.attach(job, request, model, call.caller, files)
                 if idempotent:  # Another call with this id may have begun the job meanwhile.
                     active = self._join(request, call, request_id, digest, deadline)
         joined = active is not None
@@ -116,10 +130,41 @@ class GenerationService:
                 )
             else:
                 active = self._dispatcher.submit(job, call.caller)
+        elif active.images_lost:
+            key = Key(call.caller.name, request_id)
+            active = await self.durability.again(active, key, call)
         summary.accepted(active)
+        if detached:
+            self._results.detach(active)
+        if detached or (self._keeps_jobs and idempotent and request.keep):
+            self._record(request, call, active, digest, files, detached=detached, joined=joined)
+        if active.recording is not None:
+            await _recorded(active, active.recording)
         if joined and reply_limit is not None:
             reply_limit.check(active.job)  # The call that began it may accept more, or streams.
         return active, joined
+
+    def _record(
+        self,
+        request: GenerationRequest,
+        call: CallContext,
+        active: ActiveJob,
+        digest: bytes,
+        files: dict[str, bytes],
+        *,
+        detached: bool,
+        joined: bool,
+    ) -> None:
+        """Write the job into the ledger, or what this call changes of its entry."""
+        if active.entry is not None and active.ended:
+            return
+        if not self._keeps_jobs:
+            files = {}  # Nobody takes the job up after this server.
+        elif joined and active.entry is None:
+            files = self._inputs.files(request, call.caller)
+        key = Key(call.caller.name, request_id_of(request, call))
+        draft = self.durability.draft(request, call, key, active, digest, files, detached=detached)
+        self._results.record(active, draft, joined=joined)
 
     def _join(
         self,
@@ -148,28 +193,35 @@ class GenerationService:
         with self.summaries.record(request, call, arrived, deadline=None) as summary:
             deadline = _deadline_after(time_limit)
             active, joined = await self.accept(
-                request, call, summary, deadline=deadline, idempotent=True
+                request, call, summary, deadline=deadline, idempotent=True, detached=True
             )
-            self._results.detach(active)
             summary.continues = True
         if not joined:
-            task = asyncio.create_task(self._record_when_done(request, call, arrived, active))
-            self._detached.add(task)
-            task.add_done_callback(self._detached.discard)
+            self._detached.record(request, call, arrived, active)
         return active, joined
 
-    def find(self, call: CallContext, request_id: str) -> ActiveJob:
-        """The job of this caller; raises ``InvalidRequest`` or ``UnknownRequest``."""
-        check_request_id(request_id)
-        return self._results.find(call.caller.name, request_id)
+    async def find(self, call: CallContext, request_id: str) -> ActiveJob:
+        """The job of this caller; it runs again if its images are gone with an earlier server.
 
-    def cancel(self, call: CallContext, request_id: str) -> bool:
-        """Cancel a job of this caller; False if it had ended.
-
-        Raises ``InvalidRequest`` or ``UnknownRequest``.
+        Raises ``InvalidRequest``, what ``ResultStore.find`` and ``Durability.again`` raise.
         """
         check_request_id(request_id)
-        return self._results.cancel(call.caller.name, request_id)
+        active = self._results.find(call.caller.name, request_id)
+        if active.images_lost:
+            key = Key(call.caller.name, request_id)
+            active = await self.durability.again(active, key, call)
+        return active
+
+    async def cancel(self, call: CallContext, request_id: str) -> bool:
+        """Cancel a job of this caller; False if it had ended.
+
+        Raises ``InvalidRequest``, ``LedgerUnreachable``, and what ``ResultStore.find`` raises.
+        """
+        check_request_id(request_id)
+        active = self._results.find(call.caller.name, request_id)
+        cancelled = self._results.cancel(call.caller.name, request_id)
+        await self._entries.settled(active)
+        return cancelled
 
     async def estimate(self, request: GenerationRequest, call: CallContext) -> RequestEstimate:
         """What ``request`` would take now, without running it.
@@ -181,7 +233,8 @@ class GenerationService:
         job = job_of(request, model, call, job_id="", submitted_at=time.monotonic(), deadline=None)
         if request.inputs is not None:
             self._check_adapters(request.inputs, model)
-            job = await self._inputs.attach(job, request, model, call.caller)
+            files = self._inputs.files(request, call.caller)
+            job = await self._inputs.attach(job, request, model, call.caller, files)
         # The images of the job share a batch, as far as they fit.
         most = model.rows_of_a_pass(*job.denoised_size)
         rows = min(model.rows_per_image(job) * job.image_count, most)
@@ -199,23 +252,20 @@ class GenerationService:
         if violations := check_adapters(inputs, model, known):
             raise InvalidRequest(violations)
 
-    async def _record_when_done(
-        self, request: GenerationRequest, call: CallContext, arrived: float, active: ActiveJob
-    ) -> None:
-        """Record the summary of a job that no call waits for."""
-        job = active.job
-        with (
-            suppress(DarkroomError),
-            self.summaries.record(request, call, arrived, job.deadline) as summary,
-        ):
-            summary.images, summary.steps = job.image_count, job.steps
-            summary.accepted(active)
-            summary.finished(await active.result())
-
 
 def request_id_of(request: GenerationRequest, call: CallContext) -> str:
     """The request's own id if it can be used, else that of its call."""
     return request.request_id if REQUEST_ID.fullmatch(request.request_id) else call.request_id
+
+
+async def _recorded(active: ActiveJob, recording: "asyncio.Task[None]") -> None:
+    """Wait until a job is in the ledger; raises why it cannot be."""
+    try:
+        await asyncio.shield(recording)
+    except asyncio.CancelledError:
+        with active.subscribe():
+            pass  # As a call that disconnects later.
+        raise
 
 
 def _deadline_after(time_limit: float | None) -> float | None:

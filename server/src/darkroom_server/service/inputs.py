@@ -1,5 +1,6 @@
 """The images of a request, from the bytes or the uploads that it names, into its job."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from darkroom_server.core.caller import Caller
@@ -25,19 +26,43 @@ class InputLoader:
         self._store = store
         self._decoder = decoder
 
+    def files(self, request: GenerationRequest, caller: Caller) -> dict[str, bytes]:
+        """The file of each picture of ``request`` by digest, from the request or an upload.
+
+        Raises ``UploadNotFound`` with all that are missing.
+        """
+        files, missing, owner = {}, [], counted_as(caller)
+        for _, source in sources_of(request.inputs or Inputs()):
+            data = source.data
+            if data is None and (upload := self._store.get(owner, source.digest)) is not None:
+                data = upload.data
+            if data is not None:
+                files[source.digest] = data
+            elif source.digest not in missing:
+                missing.append(source.digest)
+        missing = [digest for digest in missing if digest not in files]
+        if missing:
+            raise UploadNotFound(missing)
+        return files
+
     async def attach(
-        self, job: Job, request: GenerationRequest, model: ModelInfo, caller: Caller
+        self,
+        job: Job,
+        request: GenerationRequest,
+        model: ModelInfo,
+        caller: Caller,
+        files: Mapping[str, bytes],
     ) -> Job:
         """``job`` with the images of ``request``, and with the size that follows from them.
 
-        Raises ``UploadNotFound``, ``InvalidRequest`` with all violations, ``QueueFull`` and
-        ``GenerationFailed``.
+        ``files``: that of each picture by digest. Raises ``InvalidRequest`` with all violations,
+        ``QueueFull`` and ``GenerationFailed``.
         """
         inputs = request.inputs or Inputs()
         if not any(sources_of(inputs)):
             return job
         owner = counted_as(caller)
-        loading = _Loading(self._decoder, owner, self._files(inputs, owner), model)
+        loading = _Loading(self._decoder, owner, files, model)
         image, mask = None, None
         if inputs.image is not None:
             size = (request.width, request.height)
@@ -83,28 +108,12 @@ class InputLoader:
             controls=tuple(controls),
         )
 
-    def _files(self, inputs: Inputs, owner: str) -> dict[str, bytes]:
-        """The file of each digest; raises ``UploadNotFound`` with all that are missing."""
-        files, missing = {}, []
-        for _, source in sources_of(inputs):
-            data = source.data
-            if data is None and (upload := self._store.get(owner, source.digest)) is not None:
-                data = upload.data
-            if data is not None:
-                files[source.digest] = data
-            elif source.digest not in missing:
-                missing.append(source.digest)
-        missing = [digest for digest in missing if digest not in files]
-        if missing:
-            raise UploadNotFound(missing)
-        return files
-
 
 class _Loading:
     """Decodes the images of one request, and collects their violations."""
 
     def __init__(
-        self, decoder: DecoderPool, owner: str, files: dict[str, bytes], model: ModelInfo
+        self, decoder: DecoderPool, owner: str, files: Mapping[str, bytes], model: ModelInfo
     ) -> None:
         limits = model.limits
         self._min_reference_side = limits.min_reference_side

@@ -120,7 +120,7 @@ def _generation(request_id: str, active: ActiveJob) -> Generation:
         state=ENDS[outcome] if outcome else running,
         model=active.model.id,
         image_count=active.job.image_count,
-        finished_images=len(active.images),
+        finished_images=active.finished_images,
         step=active.steps_done,
         steps=active.steps,
         position=None if outcome else active.position,

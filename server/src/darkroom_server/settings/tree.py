@@ -33,6 +33,11 @@ def _is_device(value: str) -> bool:
     )
 
 
+def _is_ledger(value: str) -> bool:
+    kind, _, path = value.partition(":")
+    return (kind == "sqlite" and bool(path)) or value == "memory"
+
+
 def _is_slice_size(value: str) -> bool:
     return value in ("auto", "max") or (value.isdecimal() and int(value) > 0)
 
@@ -315,6 +320,17 @@ class Storage:
             default="`$XDG_CACHE_HOME/darkroom`, or `~/.cache/darkroom` without the variable",
         ),
     ] = None
+    ledger: Annotated[
+        str,
+        Predicate(_is_ledger),
+        Setting(
+            "Where accepted jobs are written down: in memory, or in an SQLite file.",
+            choose="With a file, a server that is killed and started again loses no submitted job "
+            "and none with `on_disconnect: ON_DISCONNECT_KEEP`. It holds their prompts and images "
+            "until `--result-ttl` after their end. One server at a time can use it.",
+            metavar="memory|sqlite:PATH",
+        ),
+    ] = "memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,7 +43,8 @@ class Availability:
     """The server's state as callers see it, and the models that it holds.
 
     ``model_ids`` are the configured models, in their order. ``on_state`` is called with the state
-    when it may have changed. ``load_times``: how long a load takes.
+    when it may have changed. ``load_times``: how long a load takes. ``restoring``: the jobs that an
+    earlier server accepted are not all taken up yet, so no others are accepted.
     """
 
     def __init__(
@@ -63,13 +64,14 @@ class Availability:
         self._failed = asyncio.Event()
         self._failure = ""
         self._draining = False
+        self.restoring = False
 
     @property
     def state(self) -> State:
         """The state now. A server without engines is on its way out too."""
         if self._draining or self._failed.is_set():
             return State.DRAINING
-        if not self._loaded.is_set():
+        if self.restoring or not self._loaded.is_set():
             return State.LOADING
         return State.READY if self._pool.ready else State.RECOVERING
 
@@ -107,7 +109,7 @@ class Availability:
                 AWAY_RETRY_SECONDS,
             )
         info = self.models[model_id]
-        if info is None:
+        if info is None or self.restoring:
             raise self._loading(model_id)
         return info
 

@@ -15,6 +15,9 @@ from darkroom_server.dispatch.estimation.estimator import Estimator
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 
+LOSSES_BEFORE_ISOLATION = 2
+"""One server may die for reasons of its own, while it runs many jobs."""
+
 
 class AdmissionController:
     """Checks new jobs against the server's state, memory, quotas, queue limits and deadlines.
@@ -62,6 +65,19 @@ class AdmissionController:
         active.estimate = self._estimator.estimate(active)
         if self._early_refusal and job.deadline is not None:
             self._estimator.check_deadline(job.deadline, active.estimate)
+        self._quotas.accepted(caller)
+        return active
+
+    def readmit(self, job: Job, model: ModelInfo, caller: Caller, losses: int) -> ActiveJob:
+        """Accept a job that an earlier server had accepted; only its size can be a reason not to.
+
+        ``losses``: servers that died while they ran it. After the second it is isolated, as a job
+        that an engine died with. Raises ``TooLarge``.
+        """
+        check_fits(job, model)
+        active = ActiveJob(job, model, caller)
+        active.crashes = int(losses >= LOSSES_BEFORE_ISOLATION)
+        active.estimate = self._estimator.estimate(active)
         self._quotas.accepted(caller)
         return active
 

@@ -20,6 +20,7 @@ from darkroom_server.dispatch.jobs.subscription import Subscription
 
 if TYPE_CHECKING:
     from darkroom_server.dispatch.engines.handle import EngineHandle
+    from darkroom_server.dispatch.entries import JobEntry
 
 
 class JobState(Enum):
@@ -55,6 +56,11 @@ class ActiveJob:
     subscription, infinite if it does not need one. ``on_unsubscribed`` is called after that.
     ``caller``: the one that began it. ``input_bytes``: the pixels that it brings; it holds them
     until it ends.
+
+    ``entry``: its entry in the ledger, None without one. ``recording``: the write of its beginning.
+    ``on_assigned`` is called when an engine gets it. ``released``: it ended because this server
+    stops, not by itself. ``images_lost``: it finished at an earlier server, whose images are
+    gone.
     """
 
     def __init__(self, job: Job, model: ModelInfo, caller: Caller = ANONYMOUS) -> None:
@@ -73,11 +79,16 @@ class ActiveJob:
         self.crashed_at: float | None = None
         self.reattach_grace = 0.0
         self.on_unsubscribed: Callable[[ActiveJob], None] = lambda _: None
+        self.entry: JobEntry | None = None
+        self.recording: asyncio.Task[None] | None = None
+        self.on_assigned: Callable[[], object] | None = None
+        self.released = False
+        self.images_lost = False
         self._previewed = False
         self._result: Finished | DarkroomError | None = None
         # An event and not a future: cancelling one caller must not cancel what others await.
         self._ended = asyncio.Event()
-        self._end_callbacks: list[Callable[[], None]] = []
+        self._end_callbacks: list[Callable[[], object]] = []
         self._subscriptions: set[Subscription] = set()
         self._grace_timer: asyncio.TimerHandle | None = None
 
@@ -131,11 +142,16 @@ class ActiveJob:
         return self.model.denoiser_calls(self.job) * self.job.image_count
 
     @property
+    def finished_images(self) -> int:
+        """The number of finished images, whether or not they are still here."""
+        return self.job.image_count if self.images_lost else len(self.images)
+
+    @property
     def steps_done(self) -> int:
         """Denoiser calls done, of all images together; from 0 again after a restart."""
         each = self.model.denoiser_calls(self.job)
         begun = sum(each - left for i, left in self.remaining.items() if i not in self.images)
-        return each * len(self.images) + begun
+        return each * self.finished_images + begun
 
     @property
     def complete(self) -> bool:
@@ -203,7 +219,7 @@ class ActiveJob:
             return self._result
         raise self._result or RuntimeError(f"job {self.job.id} has no result")
 
-    def add_end_callback(self, callback: Callable[[], None]) -> None:
+    def add_end_callback(self, callback: Callable[[], object]) -> None:
         """Call ``callback`` at the end, after the subscriptions were notified."""
         self._end_callbacks.append(callback)
 
@@ -277,6 +293,7 @@ class ActiveJob:
         for subscription in self._subscriptions:
             subscription.end()
         self._subscriptions.clear()
-        for callback in self._end_callbacks:
+        callbacks, self._end_callbacks, self.on_assigned = self._end_callbacks, [], None
+        for callback in callbacks:
             callback()
         return self.outcome

@@ -132,8 +132,13 @@ class ImageRoutes:
         """One image of a job that ended, by its signed URL."""
         name, request_id, index = self._urls.check(call.path, call.query)
         context = replace(call.context, caller=Caller(name=name))
-        active = self._service.find(context, request_id)
+        active = await self._service.find(context, request_id)
         image = active.images.get(index)
+        if image is None and active.entry is not None and not active.ended:
+            # It is generated again, after a restart of the server.
+            with active.subscribe():
+                await active.result()
+            image = active.images.get(index)
         if image is None or not image.data:
             raise UnknownRequest(request_id)
         headers = {

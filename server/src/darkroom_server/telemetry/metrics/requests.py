@@ -33,6 +33,7 @@ REJECTIONS = (
     Reason.DRAINING,
     Reason.DOES_NOT_FIT,
     Reason.QUEUE_FULL,
+    Reason.LEDGER_UNREACHABLE,
     Reason.QUOTA_EXCEEDED,
     Reason.DEADLINE_UNREACHABLE,
 )

@@ -1,0 +1,1 @@
+"""Where accepted jobs stand: in memory, or in a file that outlives the server."""

@@ -1,0 +1,46 @@
+"""What every ledger rejects and in which words, and how it stores a failure."""
+
+import json
+from dataclasses import asdict
+
+from darkroom_server.core.errors import Failure, QueueFull, QuotaExceeded, Reason, Violation
+from darkroom_server.core.ledger import Draft
+
+INPUT_RETRY_SECONDS = 1.0
+
+
+def too_many_jobs(draft: Draft, live: int) -> QuotaExceeded:
+    """The caller has as many jobs as it may."""
+    return QuotaExceeded(
+        f"caller:{draft.counted_as}",
+        f"{live} jobs of {draft.counted_as!r} are in the ledger, and {draft.max_live} may be at "
+        "once; wait until one has ended",
+    )
+
+
+def inputs_do_not_fit(held: int, new: int, most: int) -> QueueFull:
+    """The pictures of accepted jobs take as much as they may."""
+    return QueueFull(
+        f"the images of accepted jobs take {held} bytes in the ledger, of {most} that they may, "
+        f"and those of this request {new} more",
+        INPUT_RETRY_SECONDS,
+    )
+
+
+def failure_text(failure: Failure | None) -> str | None:
+    """``failure`` as JSON."""
+    return None if failure is None else json.dumps(asdict(failure))
+
+
+def failure_of(text: str | None) -> Failure | None:
+    """What ``failure_text`` made the text of; a reason of a later version is INTERNAL."""
+    if text is None:
+        return None
+    fields = json.loads(text)
+    known = fields["reason"] in Reason.__members__
+    return Failure(
+        reason=Reason[fields["reason"]] if known else Reason.INTERNAL,
+        message=fields["message"],
+        metadata=fields["metadata"],
+        violations=tuple(Violation(**each) for each in fields["violations"]),
+    )

@@ -1,0 +1,56 @@
+"""Every ledger, behind one fixture."""
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from darkroom_server.core.ledger import Draft, Key, Ledger
+from darkroom_server.ledger.memory import MemoryLedger
+from darkroom_server.ledger.sqlite import SqliteLedger
+from tests.server.clock import Clock
+
+MakeLedger = Callable[..., Any]
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def make(
+    request: pytest.FixtureRequest, tmp_path: Path, clock: Clock
+) -> AsyncIterator[MakeLedger]:
+    """Makes an open ledger; both follow ``clock``, and keep what ended for 300 seconds."""
+    async with AsyncExitStack() as closing:
+
+        async def make(**options: Any) -> Ledger:
+            options = {"name": "here", "retention": 300.0, **options}
+            ledger: Ledger
+            if request.param == "memory":
+                ledger = MemoryLedger(**options)
+            else:
+                ledger = SqliteLedger(tmp_path / "jobs.db", clock=time.monotonic, **options)
+            await ledger.open()
+            closing.push_async_callback(ledger.close)
+            return ledger
+
+        yield make
+
+
+@pytest.fixture
+async def ledger(make: MakeLedger) -> Ledger:
+    opened: Ledger = await make()
+    return opened
+
+
+def draft(id: str = "job", caller: str = "ada", **changes: Any) -> Draft:
+    fields: dict[str, Any] = {
+        "key": Key(caller, id),
+        "fingerprint": b"same",
+        "record": b"record of " + id.encode(),
+        "model": "demo",
+        "counted_as": caller,
+        "goal": 1.0,
+        **changes,
+    }
+    return Draft(**fields)

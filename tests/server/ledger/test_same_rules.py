@@ -1,0 +1,83 @@
+"""Whatever is asked of them in whatever order, all ledgers answer the same."""
+
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darkroom_server.core.errors import DarkroomError
+from darkroom_server.core.ledger import Hold, Key, Ledger, Standing
+from darkroom_server.ledger.memory import MemoryLedger
+from darkroom_server.ledger.sqlite import SqliteLedger
+from tests.server.ledger.conftest import draft
+
+IDS = st.sampled_from(["a", "b", "c"])
+HOLDS = st.tuples(IDS, st.integers(1, 4))
+INPUTS = st.dictionaries(st.sampled_from(["x", "y"]), st.just(b"12345"), max_size=2)
+OPERATIONS = st.one_of(
+    st.tuples(st.just("begin"), IDS, st.sampled_from([b"1", b"2"]), INPUTS, st.booleans()),
+    st.tuples(st.just("claim"), st.integers(0, 2)),
+    st.tuples(st.just("end"), HOLDS, st.sampled_from([s for s in Standing if s.ended])),
+    st.tuples(st.just("release"), HOLDS),
+    st.tuples(st.just("cancel"), IDS),
+    st.tuples(st.just("again"), IDS),
+    st.tuples(st.just("forget"), HOLDS),
+)
+
+
+@settings(max_examples=20)
+@given(st.lists(OPERATIONS, max_size=15))
+def test_all_ledgers_answer_the_same(operations: list[Any]) -> None:
+    async def compare() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            options: dict[str, Any] = {"retention": 300.0, "max_input_bytes": 12}
+            ledgers: list[Ledger] = [
+                MemoryLedger(**options),
+                SqliteLedger(Path(folder) / "jobs.db", **options),
+            ]
+            for ledger in ledgers:
+                await ledger.open()
+            for operation in operations:
+                answers = [await answer(ledger, *operation) for ledger in ledgers]
+                assert answers[0] == answers[1], operation
+                states = [await state(ledger) for ledger in ledgers]
+                assert states[0] == states[1], operation
+            for ledger in ledgers:
+                await ledger.close()
+
+    asyncio.run(compare())
+
+
+async def answer(ledger: Ledger, op: str, *values: Any) -> Any:
+    try:
+        match op, values:
+            case "begin", (id, fingerprint, inputs, claimed):
+                asked = draft(id, fingerprint=fingerprint, inputs=inputs, max_live=2)
+                return (await ledger.begin(asked, claimed=claimed)).new
+            case "claim", (room,):
+                return [entry.key for entry in await ledger.claim(room)]
+            case "end", (named, standing):
+                return await ledger.end(hold(*named), standing)
+            case "release", (named,):
+                return await ledger.release([hold(*named)])
+            case "forget", (named,):
+                return await ledger.forget([hold(*named)])
+            case _, (id,):
+                entry = await getattr(ledger, op)(Key("ada", id))
+                return entry and (entry.standing, entry.epoch)
+    except DarkroomError as error:
+        return type(error)
+
+
+def hold(id: str, epoch: int) -> Hold:
+    return Hold(Key("ada", id), epoch)
+
+
+async def state(ledger: Ledger) -> list[Any]:
+    return [
+        (e.key, e.standing, e.epoch, e.fingerprint, sorted(await ledger.inputs(e.key)))
+        for e in await ledger.mine()
+    ]
