@@ -1,5 +1,6 @@
 """Models, status, probes, the page's files, unknown paths, metrics and the OpenAPI document."""
 
+import socket
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -8,6 +9,7 @@ import pytest
 
 from darkroom_server.core.errors import DarkroomError, Refused
 from darkroom_server.http import openapi
+from darkroom_server.http.connection import Connection
 from darkroom_server.http.errors import STATUSES
 from darkroom_server.http.routes.table import routes_of
 from darkroom_server.http.routing import Route, find_route
@@ -33,6 +35,23 @@ async def test_the_document_has_every_route() -> None:
                 found = await there.client.request(method, path)
                 assert found.status_code not in (405,), path
                 assert found.json().get("error", {}).get("code") != "unknown_path", path
+
+
+async def test_the_parts_of_an_answer_do_not_wait_for_acknowledgements(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accepted: list[socket.socket] = []
+    made = Connection.connection_made
+
+    def note(connection: Connection, transport: Any) -> None:
+        made(connection, transport)
+        accepted.append(transport.get_extra_info("socket"))
+
+    monkeypatch.setattr(Connection, "connection_made", note)
+    async with door() as there:
+        await there.client.get("/v1/models")
+        (connection,) = accepted
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_models() -> None:
