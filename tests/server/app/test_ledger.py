@@ -6,13 +6,14 @@ finds what a killed one would have left.
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import structlog
 from google.rpc import error_details_pb2
 
 from darkroom.v1 import generation_pb2
@@ -84,7 +85,17 @@ async def test_accepted_jobs_run_again_from_their_seeds(tmp_path: Path) -> None:
         expected = await images(wire, "runs"), await images(wire, "waits")
         plain_call.cancel()
         kept.cancel()
-    async with server(copy, dispatch=room) as wire:
+    merge = [structlog.contextvars.merge_contextvars]
+    with structlog.testing.capture_logs(processors=merge) as logs:
+        await run_again(copy, room, expected, seeds)
+    assert {line["request_id"] for line in logs if line["event"] == "request"} >= {"runs", "waits"}
+
+
+async def run_again(
+    path: Path, room: Dispatch, expected: tuple[dict[int, bytes], ...], seeds: Sequence[int]
+) -> None:
+    """Start a server with what the first one left in ``path``, and compare."""
+    async with server(path, dispatch=room) as wire:
         assert name((await state_of(wire, "runs")).state) == "RUNNING"
         waits = await state_of(wire, "waits")
         assert name(waits.state) == "QUEUED"

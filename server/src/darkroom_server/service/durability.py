@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import structlog
 
-from darkroom_server.core.caller import Caller
+from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import (
     DarkroomError,
     DeadlineExceeded,
@@ -185,7 +185,11 @@ class Durability:
         model = self._model(entry.model)
         active = self._dispatcher.resubmit(job, model, call.caller, entry.losses)
         self._results.restore(active, entry)
-        self._detached.record(request, call, job.submitted_at, active)
+        of_job = {"request_id": entry.key.request_id}
+        if call.caller.name != ANONYMOUS.name:
+            of_job["caller"] = call.caller.name
+        with structlog.contextvars.bound_contextvars(**of_job):  # No call has bound them.
+            self._detached.record(request, call, job.submitted_at, active)
 
     def _restore_ended(self, entry: Entry, job: Job, caller: Caller) -> None:
         active = ActiveJob(job, self._model(entry.model), caller)
