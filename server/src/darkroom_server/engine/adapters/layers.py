@@ -19,7 +19,10 @@ MASKED_RANK = 64
 """Up to this summed rank a convolution of all adapters for all rows is faster than one for each."""
 
 Form = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Adds to a layer's output: takes its input and its output, returns the sum."""
+"""Adds to a layer's output: takes its input and its output, returns the sum.
+
+The output is the layer's alone, so it may be added to in place, which saves a copy.
+"""
 
 
 class RowsNotFirst(RuntimeError):
@@ -111,7 +114,7 @@ class AdaptedLayer:
         def add(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
             flat = output.reshape(-1, output.shape[-1])
             inner = x.reshape(-1, x.shape[-1]) @ across
-            return torch.addmm(flat, inner, up).view(output.shape)
+            return flat.addmm_(inner, up).view(output.shape)
 
         return add
 
@@ -151,7 +154,7 @@ class AdaptedLayer:
             self._check_rows(x, rows)
             inner = torch.bmm(x.reshape(rows, -1, x.shape[-1]), across)
             flat = output.reshape(rows, -1, output.shape[-1])
-            return torch.baddbmm(flat, inner, up).view(output.shape)
+            return flat.baddbmm_(inner, up).view(output.shape)
 
         return add
 
