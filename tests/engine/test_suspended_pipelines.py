@@ -95,10 +95,10 @@ def replace_denoiser(
     runs = model_of(loop).runs
     original = Runs.call_denoiser
 
-    def call(self: Runs, module: Any, arguments: Any) -> Any:
+    def call(self: Runs, module: Any, arguments: Any, samples: Any) -> Any:
         if self is not runs:
-            return original(self, module, arguments)
-        return run(lambda **given: original(self, module, given), dict(arguments))
+            return original(self, module, arguments, samples)
+        return run(lambda **given: original(self, module, given, samples), dict(arguments))
 
     monkeypatch.setattr(Runs, "call_denoiser", call)
 
