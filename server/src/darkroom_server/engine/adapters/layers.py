@@ -148,11 +148,11 @@ class AdaptedLayer:
         down = self._down.index_select(0, index).view(rows, -1, self._down.shape[-1])
         up = self._up.index_select(0, index) * plan.scales.reshape(-1, 1, 1)
         up = up.view(rows, -1, self._up.shape[-1])
-        across = down.transpose(1, 2)
+        across, inputs = down.transpose(1, 2), plan.inputs
 
         def add(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
             self._check_rows(x, rows)
-            inner = torch.bmm(x.reshape(rows, -1, x.shape[-1]), across)
+            inner = inputs.down(self.name, x, across)
             flat = output.reshape(rows, -1, output.shape[-1])
             return flat.baddbmm_(inner, up).view(output.shape)
 

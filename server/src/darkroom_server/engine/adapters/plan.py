@@ -7,6 +7,7 @@ from itertools import groupby
 
 import torch
 
+from darkroom_server.engine.adapters.shared_inputs import SharedInputs
 from darkroom_server.engine.adapters.weights import Mix
 
 
@@ -29,6 +30,7 @@ class Plan:
         self.mixes = tuple(mixes)
         self.slots = dict(slots)
         self.gathers = gathers
+        self.inputs = SharedInputs()
         self._dtype = dtype
         self._device = device
 
