@@ -161,6 +161,11 @@ class Job:
     ip_adapter_scale: float = 1.0
 
     @property
+    def active_loras(self) -> tuple[Lora, ...]:
+        """The adapters that have an effect: those whose scale is not 0."""
+        return tuple(lora for lora in self.loras if lora.scale)
+
+    @property
     def task(self) -> Task:
         """What this job asks for."""
         return Task.of(

@@ -62,7 +62,7 @@ class Batch:
     @property
     def adapters(self) -> int:
         """The number of different adapters of all rows."""
-        return len({lora.id for s in self.samples for lora in s.job.loras if lora.scale})
+        return len({lora.id for s in self.samples for lora in s.job.active_loras})
 
     @classmethod
     def of(cls, samples: "Sequence[Sample]") -> Self:

@@ -110,7 +110,7 @@ class Sample(ABC):
             deadline=self.job.deadline,
             rows=self.rows,
             alone=self.job.exact,
-            adapters=frozenset(lora.id for lora in self.job.loras if lora.scale),
+            adapters=frozenset(lora.id for lora in self.job.active_loras),
         )
 
 

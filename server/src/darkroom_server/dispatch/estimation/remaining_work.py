@@ -61,7 +61,7 @@ def remaining_work(active: ActiveJob) -> RemainingWork:
         calls=tuple(each for each in calls if each > 0),
         begun=active.started,
         bytes_per_image=active.model.held_bytes(job),
-        adapted=any(lora.scale for lora in job.loras),
+        adapted=bool(job.active_loras),
         encoded=active.started or active.state is JobState.ENCODED,
     )
 

@@ -13,7 +13,7 @@ Mix = tuple[tuple[str, float], ...]
 
 def mix_of(job: Job) -> Mix:
     """The adapters of the rows of ``job``'s images. One with a scale of 0 has no effect."""
-    return tuple((lora.id, lora.scale) for lora in job.loras if lora.scale)
+    return tuple((lora.id, lora.scale) for lora in job.active_loras)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -56,7 +56,7 @@ class DenoiserForms:
 
         Only the eager form has adapters.
         """
-        if self.other is not None and not any(_has_adapters(sample) for sample in samples):
+        if self.other is not None and not any(sample.job.active_loras for sample in samples):
             values = self.signature.arranged(given)
             exact = any(sample.job.exact for sample in samples)
             if values is not None and self.other.takes(self.signature.rows(values), exact=exact):
@@ -80,7 +80,3 @@ def run_denoiser(
 ) -> Any:
     """As ``DenoiserForms.run``; ``denoiser`` runs eagerly for a model without ``forms``."""
     return denoiser(**given) if forms is None else forms.run(given, samples)
-
-
-def _has_adapters(sample: Sample) -> bool:
-    return any(lora.scale for lora in sample.job.loras)
