@@ -66,9 +66,6 @@ ANSWER_SECONDS = 5.0
 STEP_SECONDS = 30.0
 """The most that one step of the shutdown takes after the jobs have ended; normally a second."""
 
-RUNTIME = "device dtype preset attention slice_size autocast channels_last vae_tiling"
-"""What the log says of how a model runs."""
-
 HTTP_LIBRARIES = ("h11", "python_multipart", "starlette", "uvicorn")
 
 REJECT_SECONDS = 3.0
@@ -341,7 +338,7 @@ class Server:
             **({"http": self.http_address} if self.http_address else {}),
             models=[model.id for model in models],
             preset_why=why,
-            **{name: getattr(runtime, name) for name in RUNTIME.split()},
+            **runtime.log_fields,
             load_seconds=round(load_seconds, 2),
         )
 

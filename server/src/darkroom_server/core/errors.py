@@ -83,6 +83,11 @@ class Failure:
     metadata: dict[str, str] = field(default_factory=dict)
     violations: tuple[Violation, ...] = ()
 
+    @classmethod
+    def of(cls, error: "DarkroomError") -> "Failure":
+        """``error`` as plain data."""
+        return cls(error.reason, str(error), dict(error.metadata), tuple(error.violations))
+
 
 class DarkroomError(Exception):
     """The root of the tree. ``str()`` of an instance is a message for the caller.

@@ -56,6 +56,20 @@ class ModelRuntime:
         """The layout of the denoiser's weights, by torch's name."""
         return "channels_last" if self.channels_last else "contiguous"
 
+    @property
+    def log_fields(self) -> dict[str, str | bool]:
+        """What the log says of it once the server serves."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "preset": self.preset,
+            "attention": self.attention,
+            "slice_size": self.slice_size,
+            "autocast": self.autocast,
+            "channels_last": self.channels_last,
+            "vae_tiling": self.vae_tiling,
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpeed:

@@ -167,7 +167,7 @@ class LedgerEntries:
 
     async def fail(self, hold: Hold, error: DarkroomError) -> None:
         """Note that a job failed before it could run here."""
-        await self._call("end", self._ledger.end(hold, Standing.FAILED, _failure(error)))
+        await self._call("end", self._ledger.end(hold, Standing.FAILED, Failure.of(error)))
 
     async def _call(self, op: str, operation: Awaitable[T]) -> T:
         """The answer of the ledger, counted and timed; raises what ``operation`` raises."""
@@ -257,7 +257,7 @@ class LedgerEntries:
             await self._persist("release", lambda: self._ledger.release([hold]))
             return
         standing = STANDINGS[active.outcome]
-        failure = None if active.error is None else _failure(active.error)
+        failure = None if active.error is None else Failure.of(active.error)
         await self._persist("end", lambda: self._ledger.end(hold, standing, failure))
 
     async def _forget(self, entry: JobEntry) -> None:
@@ -281,8 +281,3 @@ class LedgerEntries:
                 await asyncio.sleep(RETRY_SECONDS)
             with suppress(LedgerUnreachable):
                 await self._call("renew", self._ledger.renew())
-
-
-def _failure(error: DarkroomError) -> Failure:
-    """``error`` as plain data."""
-    return Failure(error.reason, str(error), dict(error.metadata), tuple(error.violations))

@@ -171,10 +171,7 @@ class Durability:
             log.warning("job of the ledger cannot run", job=entry.key.request_id, why=str(error))
             if not entry.standing.ended:
                 await self._entries.fail(entry.hold, error)
-            failure = Failure(
-                error.reason, str(error), dict(error.metadata), tuple(error.violations)
-            )
-            self._results.withhold(entry.key, failure)
+            self._results.withhold(entry.key, Failure.of(error))
         except ValueError as error:
             # Of a newer version: that one may run it.
             why = f"this server cannot read its entry in the ledger: {error}"
