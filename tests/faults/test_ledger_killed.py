@@ -52,7 +52,7 @@ async def test_twenty_accepted_jobs_survive_sigkill(tmp_path: Path) -> None:
             await client.result(ids[1])
             first.send(signal.SIGKILL)
             await asyncio.to_thread(first.wait)
-        before = first.rest()
+        first.rest()
     with start(*flags(path), pass_seconds=PASS_SECONDS) as second:
         async with AsyncClient(address(second)) as client:
             results = await asyncio.gather(*(client.result(id, 60) for id in ids))
@@ -64,10 +64,11 @@ async def test_twenty_accepted_jobs_survive_sigkill(tmp_path: Path) -> None:
             )
         second.send(signal.SIGTERM)
         second.wait()
-        after = second.rest()
+        second.rest()
     assert [data(each.image) for each in results] == [data(each.image) for each in fresh]
     assert len({data(each.image) for each in results}) == JOBS
-    counted = [runs([*before, *after], id) for id in ids]
+    # A job that was taken up again may be submitted before the server says that it serves.
+    counted = [runs([*first.lines, *second.lines], id) for id in ids]
     assert set(counted) <= {1, 2}, counted
 
 

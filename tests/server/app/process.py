@@ -38,6 +38,7 @@ cli.main(["serve", "--port", "0", "--metrics-port", "0", *sys.argv[2:]])
 class ServerProcess:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
+        self.lines: list[str] = []  # All that was read of standard error so far.
 
     @property
     def pid(self) -> int:
@@ -46,13 +47,13 @@ class ServerProcess:
     def until(self, event: str) -> dict[str, Any]:
         """The first log entry called ``event`` from now on."""
         assert self._process.stderr
-        seen = []
+        before = len(self.lines)
         for line in self._process.stderr:
-            seen.append(line)
+            self.lines.append(line.rstrip("\n"))
             if line.startswith("{") and json.loads(line)["event"] == event:
                 entry: dict[str, Any] = json.loads(line)
                 return entry
-        raise AssertionError(f"no {event!r} in {''.join(seen)}")
+        raise AssertionError("\n".join([f"no {event!r} in", *self.lines[before:]]))
 
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
@@ -63,7 +64,9 @@ class ServerProcess:
     def rest(self) -> list[str]:
         """Return the rest of standard error."""
         assert self._process.stderr
-        return self._process.stderr.read().splitlines()
+        rest = self._process.stderr.read().splitlines()
+        self.lines += rest
+        return rest
 
 
 @contextmanager
