@@ -7,6 +7,7 @@ from collections import abc as _abc
 from darkroom.v1 import types_pb2 as _types_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -19,6 +20,42 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ModelState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
+    """From a server older than this field."""
+    MODEL_STATE_AVAILABLE: _ModelState.ValueType  # 1
+    """On disk or on the hub; a request for it waits until it is loaded."""
+    MODEL_STATE_LOADING: _ModelState.ValueType  # 2
+    """It is being fetched or loaded: see Model.load."""
+    MODEL_STATE_RESIDENT: _ModelState.ValueType  # 3
+    """In the device's memory."""
+    MODEL_STATE_HOST: _ModelState.ValueType  # 4
+    """Its weights are in the host's memory, and the device has none of them."""
+    MODEL_STATE_FAILED: _ModelState.ValueType  # 5
+    """It cannot be loaded: see Model.state_reason. LoadModel tries again."""
+
+class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
+    """ModelState is where a model of the catalogue is."""
+
+MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
+"""From a server older than this field."""
+MODEL_STATE_AVAILABLE: ModelState.ValueType  # 1
+"""On disk or on the hub; a request for it waits until it is loaded."""
+MODEL_STATE_LOADING: ModelState.ValueType  # 2
+"""It is being fetched or loaded: see Model.load."""
+MODEL_STATE_RESIDENT: ModelState.ValueType  # 3
+"""In the device's memory."""
+MODEL_STATE_HOST: ModelState.ValueType  # 4
+"""Its weights are in the host's memory, and the device has none of them."""
+MODEL_STATE_FAILED: ModelState.ValueType  # 5
+"""It cannot be loaded: see Model.state_reason. LoadModel tries again."""
+Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 class _AdapterKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -107,6 +144,178 @@ ROW_LIMIT_SOURCE_REMEMBERED: RowLimitSource.ValueType  # 3
 ROW_LIMIT_SOURCE_CORRECTED: RowLimitSource.ValueType  # 4
 """Measured or remembered, then changed by what real batches took."""
 Global___RowLimitSource: _TypeAlias = RowLimitSource  # noqa: Y015
+
+@_typing.final
+class LoadModelRequest(_message.Message):
+    """LoadModelRequest names a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Its id in the catalogue. Never a path or a hub id."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
+
+@_typing.final
+class LoadModelResponse(_message.Message):
+    """LoadModelResponse holds the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """As GetModel returns it now."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadModelResponse: _TypeAlias = LoadModelResponse  # noqa: Y015
+
+@_typing.final
+class UnloadModelRequest(_message.Message):
+    """UnloadModelRequest names a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Its id in the catalogue."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadModelRequest: _TypeAlias = UnloadModelRequest  # noqa: Y015
+
+@_typing.final
+class UnloadModelResponse(_message.Message):
+    """UnloadModelResponse says who still uses the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNFINISHED_JOBS_FIELD_NUMBER: _builtins.int
+    unfinished_jobs: _builtins.int
+    """Jobs that wait or run, and use it; its memory is freed when they have ended."""
+    def __init__(
+        self,
+        *,
+        unfinished_jobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["unfinished_jobs", b"unfinished_jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadModelResponse: _TypeAlias = UnloadModelResponse  # noqa: Y015
+
+@_typing.final
+class PinModelRequest(_message.Message):
+    """PinModelRequest names a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Its id in the catalogue."""
+    pinned: _builtins.bool
+    """Whether it must stay in memory."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        pinned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pinned", b"pinned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinModelRequest: _TypeAlias = PinModelRequest  # noqa: Y015
+
+@_typing.final
+class PinModelResponse(_message.Message):
+    """PinModelResponse holds the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """As GetModel returns it now."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinModelResponse: _TypeAlias = PinModelResponse  # noqa: Y015
+
+@_typing.final
+class ModelLoad(_message.Message):
+    """ModelLoad is how far a load is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    FETCH_BYTES_FIELD_NUMBER: _builtins.int
+    REMAINING_SECONDS_FIELD_NUMBER: _builtins.int
+    fetched_bytes: _builtins.int
+    """Bytes fetched from the hub so far; 0 if nothing is fetched."""
+    fetch_bytes: _builtins.int
+    """Bytes to fetch; 0 if nothing is fetched, or if they are not known yet."""
+    remaining_seconds: _builtins.float
+    """Seconds that the load probably still takes; unset if not known."""
+    def __init__(
+        self,
+        *,
+        fetched_bytes: _builtins.int = ...,
+        fetch_bytes: _builtins.int = ...,
+        remaining_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_seconds", b"_remaining_seconds", "remaining_seconds", b"remaining_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_seconds", b"_remaining_seconds", "fetch_bytes", b"fetch_bytes", "fetched_bytes", b"fetched_bytes", "remaining_seconds", b"remaining_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__remaining_seconds: _TypeAlias = _typing.Literal["remaining_seconds"]  # noqa: Y015
+    _WhichOneofArgType__remaining_seconds: _TypeAlias = _typing.Literal["_remaining_seconds", b"_remaining_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__remaining_seconds) -> _WhichOneofReturnType__remaining_seconds | None: ...
+
+Global___ModelLoad: _TypeAlias = ModelLoad  # noqa: Y015
 
 @_typing.final
 class AddAdapterRequest(_message.Message):
@@ -389,8 +598,9 @@ Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """Model is a diffusers pipeline on the server. Until it is ready, only `id` and
-    `ready` are set.
+    """Model is a diffusers pipeline on the server. Of a model that the server has not read
+    yet, only `id`, `ready` and `state` are set; of one that is not in memory, `runtime`
+    and the row limit are missing.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -407,6 +617,12 @@ class Model(_message.Message):
     GUIDANCE_FIELD_NUMBER: _builtins.int
     UNBATCHED_REASON_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STATE_REASON_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    LAST_USED_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The name that requests use."""
     revision: _builtins.str
@@ -417,6 +633,16 @@ class Model(_message.Message):
     """Whether it is loaded and warmed up."""
     unbatched_reason: _builtins.str
     """Why the model's denoiser calls are not merged into batches; empty if they are."""
+    state: Global___ModelState.ValueType
+    """Where it is."""
+    state_reason: _builtins.str
+    """Why it cannot be loaded; empty if its state is not FAILED."""
+    weight_bytes: _builtins.int
+    """Its weights, in bytes: in memory if it is resident, else as its files have them; 0 if
+    not known.
+    """
+    pinned: _builtins.bool
+    """Whether it stays in memory whatever else is asked for."""
     @_builtins.property
     def defaults(self) -> Global___ModelDefaults:
         """The values of unset fields of a request."""
@@ -453,6 +679,14 @@ class Model(_message.Message):
     def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
         """What the model can do. Empty from a server older than this field."""
 
+    @_builtins.property
+    def last_used(self) -> _timestamp_pb2.Timestamp:
+        """When a job last used it; unset if none has."""
+
+    @_builtins.property
+    def load(self) -> Global___ModelLoad:
+        """Set while it is being loaded."""
+
     def __init__(
         self,
         *,
@@ -468,10 +702,16 @@ class Model(_message.Message):
         guidance: Global___Guidance | None = ...,
         unbatched_reason: _builtins.str = ...,
         tasks: _abc.Iterable[Global___Task.ValueType] | None = ...,
+        state: Global___ModelState.ValueType = ...,
+        state_reason: _builtins.str = ...,
+        weight_bytes: _builtins.int = ...,
+        last_used: _timestamp_pb2.Timestamp | None = ...,
+        pinned: _builtins.bool = ...,
+        load: Global___ModelLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "guidance", b"guidance", "limits", b"limits", "runtime", b"runtime"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "guidance", b"guidance", "last_used", b"last_used", "limits", b"limits", "load", b"load", "runtime", b"runtime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "guidance", b"guidance", "id", b"id", "kind", b"kind", "limits", b"limits", "optional_fields", b"optional_fields", "ready", b"ready", "revision", b"revision", "runtime", b"runtime", "schedulers", b"schedulers", "tasks", b"tasks", "unbatched_reason", b"unbatched_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "guidance", b"guidance", "id", b"id", "kind", b"kind", "last_used", b"last_used", "limits", b"limits", "load", b"load", "optional_fields", b"optional_fields", "pinned", b"pinned", "ready", b"ready", "revision", b"revision", "runtime", b"runtime", "schedulers", b"schedulers", "state", b"state", "state_reason", b"state_reason", "tasks", b"tasks", "unbatched_reason", b"unbatched_reason", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

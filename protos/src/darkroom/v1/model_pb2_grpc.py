@@ -60,6 +60,21 @@ class ModelServiceStub(object):
                 request_serializer=darkroom_dot_v1_dot_model__pb2.RemoveAdapterRequest.SerializeToString,
                 response_deserializer=darkroom_dot_v1_dot_model__pb2.RemoveAdapterResponse.FromString,
                 _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/darkroom.v1.ModelService/LoadModel',
+                request_serializer=darkroom_dot_v1_dot_model__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_model__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/darkroom.v1.ModelService/UnloadModel',
+                request_serializer=darkroom_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
+        self.PinModel = channel.unary_unary(
+                '/darkroom.v1.ModelService/PinModel',
+                request_serializer=darkroom_dot_v1_dot_model__pb2.PinModelRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_model__pb2.PinModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
@@ -112,6 +127,36 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadModel(self, request, context):
+        """LoadModel brings a model of the catalogue into the device's memory, and returns it
+        once it is there. The load goes on if the call ends before. For the callers of
+        AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for a name that is not in the
+        catalogue; FAILED_PRECONDITION with reason MODEL_UNUSABLE and the cause if the model
+        cannot be loaded, and with reason MODEL_MEMORY if the models that must stay leave it
+        too little memory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """UnloadModel frees the memory of a model once the jobs that use it have ended, and
+        unpins it. The next request that names it loads it again. For the callers of
+        AddAdapter. NOT_FOUND as in LoadModel.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinModel(self, request, context):
+        """PinModel says whether a model must stay in memory; a pinned one is loaded, and never
+        makes room for another. For the callers of AddAdapter. NOT_FOUND and
+        FAILED_PRECONDITION as in LoadModel.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -139,6 +184,21 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.RemoveAdapter,
                     request_deserializer=darkroom_dot_v1_dot_model__pb2.RemoveAdapterRequest.FromString,
                     response_serializer=darkroom_dot_v1_dot_model__pb2.RemoveAdapterResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=darkroom_dot_v1_dot_model__pb2.LoadModelRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_model__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=darkroom_dot_v1_dot_model__pb2.UnloadModelRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_model__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'PinModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinModel,
+                    request_deserializer=darkroom_dot_v1_dot_model__pb2.PinModelRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_model__pb2.PinModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -277,6 +337,87 @@ class ModelService(object):
             '/darkroom.v1.ModelService/RemoveAdapter',
             darkroom_dot_v1_dot_model__pb2.RemoveAdapterRequest.SerializeToString,
             darkroom_dot_v1_dot_model__pb2.RemoveAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.ModelService/LoadModel',
+            darkroom_dot_v1_dot_model__pb2.LoadModelRequest.SerializeToString,
+            darkroom_dot_v1_dot_model__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.ModelService/UnloadModel',
+            darkroom_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
+            darkroom_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.ModelService/PinModel',
+            darkroom_dot_v1_dot_model__pb2.PinModelRequest.SerializeToString,
+            darkroom_dot_v1_dot_model__pb2.PinModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

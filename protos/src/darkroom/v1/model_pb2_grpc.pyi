@@ -58,6 +58,24 @@ class ModelServiceStub:
     their end. For the callers of AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for
     an adapter that is not on offer.
     """
+    LoadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
+    """LoadModel brings a model of the catalogue into the device's memory, and returns it
+    once it is there. The load goes on if the call ends before. For the callers of
+    AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for a name that is not in the
+    catalogue; FAILED_PRECONDITION with reason MODEL_UNUSABLE and the cause if the model
+    cannot be loaded, and with reason MODEL_MEMORY if the models that must stay leave it
+    too little memory.
+    """
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
+    """UnloadModel frees the memory of a model once the jobs that use it have ended, and
+    unpins it. The next request that names it loads it again. For the callers of
+    AddAdapter. NOT_FOUND as in LoadModel.
+    """
+    PinModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.PinModelRequest, _model_pb2.PinModelResponse]
+    """PinModel says whether a model must stay in memory; a pinned one is loaded, and never
+    makes room for another. For the callers of AddAdapter. NOT_FOUND and
+    FAILED_PRECONDITION as in LoadModel.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -88,6 +106,24 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """RemoveAdapter offers an adapter no more. Jobs that were accepted before use it to
     their end. For the callers of AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for
     an adapter that is not on offer.
+    """
+    LoadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
+    """LoadModel brings a model of the catalogue into the device's memory, and returns it
+    once it is there. The load goes on if the call ends before. For the callers of
+    AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for a name that is not in the
+    catalogue; FAILED_PRECONDITION with reason MODEL_UNUSABLE and the cause if the model
+    cannot be loaded, and with reason MODEL_MEMORY if the models that must stay leave it
+    too little memory.
+    """
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
+    """UnloadModel frees the memory of a model once the jobs that use it have ended, and
+    unpins it. The next request that names it loads it again. For the callers of
+    AddAdapter. NOT_FOUND as in LoadModel.
+    """
+    PinModel: _aio.UnaryUnaryMultiCallable[_model_pb2.PinModelRequest, _model_pb2.PinModelResponse]  # type: ignore[assignment]
+    """PinModel says whether a model must stay in memory; a pinned one is loaded, and never
+    makes room for another. For the callers of AddAdapter. NOT_FOUND and
+    FAILED_PRECONDITION as in LoadModel.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -146,6 +182,42 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """RemoveAdapter offers an adapter no more. Jobs that were accepted before use it to
         their end. For the callers of AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for
         an adapter that is not on offer.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _model_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.LoadModelResponse, _abc.Awaitable[_model_pb2.LoadModelResponse]]:
+        """LoadModel brings a model of the catalogue into the device's memory, and returns it
+        once it is there. The load goes on if the call ends before. For the callers of
+        AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for a name that is not in the
+        catalogue; FAILED_PRECONDITION with reason MODEL_UNUSABLE and the cause if the model
+        cannot be loaded, and with reason MODEL_MEMORY if the models that must stay leave it
+        too little memory.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _model_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
+        """UnloadModel frees the memory of a model once the jobs that use it have ended, and
+        unpins it. The next request that names it loads it again. For the callers of
+        AddAdapter. NOT_FOUND as in LoadModel.
+        """
+
+    @_abc_1.abstractmethod
+    def PinModel(
+        self,
+        request: _model_pb2.PinModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.PinModelResponse, _abc.Awaitable[_model_pb2.PinModelResponse]]:
+        """PinModel says whether a model must stay in memory; a pinned one is loaded, and never
+        makes room for another. For the callers of AddAdapter. NOT_FOUND and
+        FAILED_PRECONDITION as in LoadModel.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
