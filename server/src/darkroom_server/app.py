@@ -42,9 +42,10 @@ from darkroom_server.service.uploads import UploadService
 from darkroom_server.settings import Settings
 from darkroom_server.settings.sources import (
     adapter_places,
+    all_sources,
     engine_configs,
     load_times_file,
-    model_sources,
+    sources_at_start,
 )
 from darkroom_server.settings.tls import tls_files
 from darkroom_server.signals import exit_by_signal
@@ -116,7 +117,7 @@ class Server:
         self._settings = settings
         self._stop = asyncio.Event()
         self.unfinished: list[str] = []
-        model_ids = [source.id for source in model_sources(settings.models)]
+        model_ids = [source.id for source in all_sources(settings.models)]
         self._spans = open_traces(settings.logs.traces)
         self.metrics = Metrics(model_ids)
         if log_writer is not None:
@@ -134,6 +135,8 @@ class Server:
             on_state=self._publish_health,
             load_times=load_times,
             adapter_places=adapter_places(settings, hub_token()),
+            pinned_models=[source.id for source in sources_at_start(settings.models)],
+            device_memory_budget=settings.models.device_memory_budget,
         )
         for model_id in model_ids:
             self.metrics.requests.read_jobs(model_id, self.dispatcher.job_counts)
@@ -327,10 +330,10 @@ class Server:
         return task in done and not self._stop.is_set()
 
     def _log_serving(self, load_seconds: float) -> None:
-        models = list(filter(None, self.dispatcher.availability.models.values()))
-        runtime = models[0].runtime
-        asked = self._settings.engine.preset
-        why = f"auto, on {runtime.device}" if asked is Preset.AUTO else "asked for"
+        models = self.dispatcher.models.in_memory
+        runtime = models[0].runtime if models else None
+        on = f", on {runtime.device}" if runtime else ""
+        why = f"auto{on}" if self._settings.engine.preset is Preset.AUTO else "asked for"
         log.info(
             "serving",
             address=self.address,
@@ -338,7 +341,7 @@ class Server:
             **({"http": self.http_address} if self.http_address else {}),
             models=[model.id for model in models],
             preset_why=why,
-            **runtime.log_fields,
+            **(runtime.log_fields if runtime else {}),
             load_seconds=round(load_seconds, 2),
         )
 

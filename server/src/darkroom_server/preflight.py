@@ -112,6 +112,5 @@ def _load(engine: Engine) -> EngineReady | str:
 def _in_words(loaded: EngineReady | str) -> str:
     if isinstance(loaded, str):
         return loaded
-    device = loaded.models[0].runtime.device
-    names = ", ".join(model.id for model in loaded.models)
-    return f"loaded {names} on {device} in {loaded.load_seconds:.1f} s"
+    names = ", ".join(model.id for model in loaded.models) or "no model"
+    return f"loaded {names} on {loaded.device} in {loaded.load_seconds:.1f} s"

@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from darkroom.v1 import generation_pb2, model_pb2
-from darkroom_server.backends.fake import FLAGGED
+from darkroom_server.backends.fake_images import FLAGGED
 from darkroom_server.core.events import (
     AdapterEvicted,
     AdapterLoaded,
@@ -17,12 +17,12 @@ from darkroom_server.core.events import (
     EngineCounts,
     EngineReady,
     MemoryReport,
-    ModelLoad,
     PeakMeasured,
     RowLimitCorrected,
     SampleBytesCorrected,
     Sensors,
 )
+from darkroom_server.core.model_events import ModelLoad
 from darkroom_server.dispatch import AdapterMemory, EstimateChecked, FirstPreview
 from darkroom_server.rpc.models import ModelServicer
 from darkroom_server.settings import Engine

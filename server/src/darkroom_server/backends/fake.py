@@ -1,22 +1,19 @@
 """An engine that generates flat colours on command: for tests, ours and those of SDK users."""
 
-import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
+from darkroom_server.backends.fake_images import fake_image, fake_preview
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.engine_config import AdapterSource
+from darkroom_server.core.catalog import ModelDescription
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
     AdapterChecked,
     BatchDone,
-    EncodedImage,
     EngineDied,
     EngineReady,
     Event,
@@ -27,23 +24,12 @@ from darkroom_server.core.events import (
     JobStarted,
     JobTaken,
     PreviewReady,
-    Replay,
     SampleProgress,
     StageSeconds,
 )
-from darkroom_server.core.inputs import InputImage
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.core.record import embedded_record
-from darkroom_server.engine.output.formats import (
-    encode_image,
-    encode_preview,
-    preview_size,
-    sha256_of,
-)
-
-FLAGGED = "[flagged]"
-"""A prompt with this text generates images that are withheld."""
+from darkroom_server.core.model_events import ModelLoad, ModelLoaded, ModelNotLoaded, ModelUnloaded
 
 
 @dataclass(slots=True)
@@ -67,12 +53,17 @@ class FakeEngine:
     loading; with ``dies_after`` it dies at that many submitted jobs. ``on_submit`` and
     ``on_cancel`` are called with each job and cancelled id. Events are emitted on the thread that
     causes them. ``offered`` are the adapters that were offered after the start, by id.
+    ``catalogue`` are models to load, each of ``weight_bytes``; with ``hold_loads`` a load waits for
+    ``finish_load``. A load whose model is in ``failing`` fails for that reason.
     """
 
     def __init__(
         self,
         models: Sequence[ModelInfo] = (),
         *,
+        catalogue: Sequence[ModelInfo] = (),
+        weight_bytes: int = 100,
+        hold_loads: bool = False,
         auto: bool = False,
         pass_seconds: float | None = None,
         load: bool = True,
@@ -81,7 +72,15 @@ class FakeEngine:
         on_submit: Callable[[Job], None] = lambda _: None,
         on_cancel: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.models = tuple(models) or (fake_model(),)
+        self.models = tuple(models) or (() if catalogue else (fake_model(),))
+        self.failing: dict[str, str] = {}
+        self.loading: list[str] = []
+        self.loaded: list[str] = []
+        self.unloaded: list[str] = []
+        self._at_start = self.models
+        self._catalogue = {info.id: info for info in (*self.models, *catalogue)}
+        self._weight_bytes = weight_bytes
+        self._hold_loads = hold_loads
         self.offered: dict[str, AdapterSource] = {}
         self.closed = threading.Event()
         self._auto = auto
@@ -156,6 +155,22 @@ class FakeEngine:
         """Note that only earlier jobs may use an adapter."""
         self.offered.pop(id, None)
 
+    def load_model(self, id: str) -> None:
+        """Load a model of the catalogue."""
+        with self._lock:
+            self.loading.append(id)
+            if not self._hold_loads:
+                self.finish_load()
+
+    def unload_model(self, id: str) -> None:
+        """Unload a model."""
+        with self._lock:
+            assert not any(resident.job.model == id for resident in self._residents.values())
+            self.models = tuple(model for model in self.models if model.id != id)
+            self._at_start = tuple(model for model in self._at_start if model.id != id)
+            self.unloaded.append(id)
+            self._emit(ModelUnloaded(model=id))
+
     def close(self) -> None:
         """Stop; jobs end without an event."""
         self.closed.set()
@@ -169,8 +184,44 @@ class FakeEngine:
             return [resident.job for resident in self._residents.values()]
 
     def become_ready(self) -> None:
-        """Report that the models are loaded."""
-        self._emit(EngineReady(self.models, load_seconds=0.0))
+        """Report that the models of the start are loaded."""
+        self.models = self._at_start
+        ids = {model.id for model in self.models}
+        rest = [info for info in self._catalogue.values() if info.id not in ids]
+        self._emit(
+            EngineReady(
+                self.models,
+                load_seconds=0.0,
+                loads=tuple(self._load_of(id) for id in ids) if rest else (),
+                descriptions=tuple(
+                    ModelDescription(id=info.id, info=info, weight_bytes=self._weight_bytes)
+                    for info in rest
+                ),
+            )
+        )
+
+    def finish_load(self, free_bytes: int | None = None) -> None:
+        """End the load that began first."""
+        with self._lock:
+            id = self.loading.pop(0)
+            if reason := self.failing.get(id):
+                self._emit(ModelNotLoaded(model=id, reason=reason))
+                return
+            self.models = (*self.models, self._catalogue[id])
+            self.loaded.append(id)
+            self._emit(
+                ModelLoaded(
+                    info=self._catalogue[id], load=self._load_of(id), free_bytes=free_bytes
+                )
+            )
+
+    def _load_of(self, id: str) -> ModelLoad:
+        return ModelLoad(
+            model=id,
+            load_seconds=0.5,
+            warm_up_seconds=0.5,
+            bytes_by_component={"unet": self._weight_bytes},
+        )
 
     def advance(self, batches: int = 1) -> None:
         """Remove cancelled jobs, and run ``batches`` batches."""
@@ -217,6 +268,7 @@ class FakeEngine:
         with self._lock:
             self._residents.clear()
             self._cancelled.clear()
+            self.loading.clear()
             self._emit(EngineDied(message, fatal))
 
     def _run(self) -> None:
@@ -278,61 +330,3 @@ class FakeEngine:
         del self._residents[job.id]
         denoise = (self._pass_seconds or 0.0) * job.steps
         self._emit(JobFinished(job.id, StageSeconds(denoise=denoise)))
-
-
-def fake_image(job: Job, index: int, model: ModelInfo, rows: int) -> EncodedImage:
-    """Image ``index`` of ``job``, of ``rows`` rows: one flat colour, derived from its seed.
-
-    With ``job.image``, the colour replaces the white part of its mask, or as much of all of it as
-    ``strength`` says.
-    """
-    seed = job.seed_of(index)
-    pixels = np.full((job.height, job.width, 3), _colour(seed), np.uint8)
-    if job.image is not None:
-        shown = _array(job.image)
-        part = _array(job.mask_image) / 255 if job.mask_image is not None else job.strength
-        pixels = np.round(shown * (1 - part) + pixels * part).astype(np.uint8)
-    flagged = FLAGGED in job.prompt
-    replay = Replay(
-        scheduler_class="FakeScheduler",
-        scheduler_config_json="{}",
-        device="cpu",
-        library_versions={"darkroom-server": "fake"},
-        rows_in_last_pass=rows,
-        pixels_sha256=sha256_of(pixels),
-    )
-    record = embedded_record(job, seed, model, replay) if job.embed_record else ""
-    return EncodedImage(
-        data=b"" if flagged else encode_image(pixels, job.format, job.quality, record),
-        format=job.format,
-        width=job.width,
-        height=job.height,
-        seed=seed,
-        prompt_truncated=len(job.prompt.split()) > 75,
-        flagged=flagged,
-        replay=replay,
-    )
-
-
-def fake_preview(job: Job, index: int, step: int) -> PreviewReady:
-    """The preview of image ``index`` of ``job`` after ``step`` steps: the same colour."""
-    size = preview_size(job.width, job.height)
-    pixels = np.full((8, 8, 3), _colour(job.seed_of(index)), np.uint8)
-    return PreviewReady(
-        job_id=job.id,
-        image_index=index,
-        step=step,
-        data=encode_preview(pixels, size, job.preview_format),
-        format=job.preview_format,
-        width=size[0],
-        height=size[1],
-    )
-
-
-def _array(image: InputImage) -> npt.NDArray[np.uint8]:
-    array = np.frombuffer(image.pixels, np.uint8)
-    return array.reshape(image.height, image.width, image.channels)
-
-
-def _colour(seed: int) -> list[int]:
-    return list(hashlib.sha256(str(seed).encode()).digest()[:3])

@@ -28,13 +28,16 @@ from darkroom_server.core.events import (
     MemoryReport,
 )
 from darkroom_server.core.job import Job
+from darkroom_server.core.model_events import ModelLoaded, ModelNotLoaded
 from darkroom_server.ipc.channel import Channel, ChannelClosed
 from darkroom_server.ipc.commands import (
     Cancel,
     CheckAdapter,
     Close,
     Extend,
+    LoadModel,
     OfferAdapter,
+    UnloadModel,
     WithdrawAdapter,
 )
 
@@ -101,15 +104,23 @@ class ProcessEngine:
 
         def learn(event: Event) -> None:
             if isinstance(event, EngineReady):
-                self._config = self._config.with_measurements(event.models)
+                self._config = self._config.with_measurements(event.models, event.device)
                 self._load_limit.loaded(time.monotonic() - began)
             elif isinstance(event, EngineDied) and process.load_timed_out:
                 self._load_limit.timed_out()
+            elif isinstance(event, ModelLoaded):
+                self._config = self._config.with_measurements((event.info,))
             elif isinstance(event, Correction):
                 self._config = self._config.with_correction(event)
             emit(event)
 
-        config = replace(self._config, adapters=self._offered.adapters)
+        offered = self._offered
+        config = replace(
+            self._config,
+            adapters=offered.adapters,
+            models=offered.models,
+            catalogue=offered.catalogue,
+        )
         process = _EngineProcess(config, self._timeout, self._load_limit.seconds)
         with reserved_descriptors():
             process.start(learn)
@@ -148,6 +159,20 @@ class ProcessEngine:
         if self._process is not None:
             self._process.send(WithdrawAdapter(id))
 
+    def load_model(self, id: str) -> None:
+        """Load a model of the catalogue while jobs run; one load at a time."""
+        if self._process is not None:
+            measured = {info.id: info for info in self._config.previous_measurements}
+            offered = self._offered
+            command = LoadModel(offered.source_of(id), offered.adapters, measured.get(id))
+            self._process.load(command, self._load_limit.longest)
+
+    def unload_model(self, id: str) -> None:
+        """Free a model's memory once no job uses it; a later start does not load it either."""
+        self._offered = self._offered.on_demand(id)
+        if self._process is not None:
+            self._process.send(UnloadModel(id))
+
     def close(self) -> None:
         """Stop after the current batch; a process that does not is killed."""
         if self._process is not None:
@@ -162,17 +187,16 @@ class LoadLimit:
     """
 
     def __init__(self, longest: float) -> None:
-        self.seconds = longest
-        self._longest = longest
+        self.seconds = self.longest = longest
 
     def loaded(self, seconds: float) -> None:
         """A load took ``seconds``."""
         learned = max(LOAD_FACTOR * seconds, SHORTEST_LOAD_SECONDS)
-        self.seconds = min(learned, self._longest)
+        self.seconds = min(learned, self.longest)
 
     def timed_out(self) -> None:
         """A load reached the limit."""
-        self.seconds = min(2 * self.seconds, self._longest)
+        self.seconds = min(2 * self.seconds, self.longest)
 
 
 def _environment() -> dict[str, str]:
@@ -196,6 +220,7 @@ class _EngineProcess:
         self._closing = False
         self._ready = False
         self._timed_out = False
+        self._load_until = math.inf
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -234,6 +259,11 @@ class _EngineProcess:
             self._last_event_at = time.monotonic()
         self._working.add(job.id)
         self.send(job)
+
+    def load(self, command: LoadModel, seconds: float) -> None:
+        """Send ``command``; the load must end within ``seconds``."""
+        self._load_until = time.monotonic() + seconds
+        self.send(command)
 
     def send(self, message: object) -> None:
         """Send ``message`` on another thread, which blocks if a stopped process fills the pipe."""
@@ -306,6 +336,8 @@ class _EngineProcess:
                     self._last_event_at = time.monotonic()
                 if isinstance(event, EngineReady):
                     self._ready = True
+                if isinstance(event, ModelLoaded | ModelNotLoaded):
+                    self._load_until = math.inf
                 if isinstance(event, JobFinished | JobFailed | JobCancelled):
                     self._working.discard(event.job_id)
                 if isinstance(event, EngineDied):
@@ -345,9 +377,10 @@ class _EngineProcess:
     def _seconds_until_timeout(self) -> float:
         if not self._ready:
             return max(0.0, self._started_at + self._load_timeout - time.monotonic())
-        if not self._working:
-            return math.inf
-        return max(0.0, self._last_event_at + self._timeout - time.monotonic())
+        until = self._load_until
+        if self._working:
+            until = min(until, self._last_event_at + self._timeout)
+        return max(0.0, until - time.monotonic())
 
     def _log(self) -> None:
         """Copy the process's log, and other lines that it writes to stderr, into this log."""

@@ -10,7 +10,13 @@ from darkroom_server.core.engine_config import AdapterSource, EngineConfig
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, Event
 from darkroom_server.core.job import Job
-from darkroom_server.ipc.commands import CheckAdapter, OfferAdapter, WithdrawAdapter
+from darkroom_server.ipc.commands import (
+    CheckAdapter,
+    LoadModel,
+    OfferAdapter,
+    UnloadModel,
+    WithdrawAdapter,
+)
 
 if TYPE_CHECKING:
     from darkroom_server.engine.loop import EngineLoop
@@ -69,6 +75,17 @@ class ThreadEngine:
         self._config = self._config.without_adapter(id)
         if self._loop is not None:
             self._loop.change_adapters(WithdrawAdapter(id))
+
+    def load_model(self, id: str) -> None:
+        """Load a model of the catalogue while jobs run; one load at a time."""
+        if self._loop is not None:
+            command = LoadModel(self._config.source_of(id), self._config.adapters)
+            self._loop.change_models(command)
+
+    def unload_model(self, id: str) -> None:
+        """Free a model's memory once no job uses it."""
+        if self._loop is not None:
+            self._loop.change_models(UnloadModel(id))
 
     def close(self) -> None:
         """Stop, and block until the current batch, or a load in progress, has finished."""

@@ -36,5 +36,14 @@ class Engine(Protocol):
     def withdraw_adapter(self, id: str) -> None:
         """Free an adapter's memory once no job uses it. A job that comes later may still."""
 
+    def load_model(self, id: str) -> None:
+        """Load a model of the catalogue while jobs run; one load at a time.
+
+        ``ModelLoaded`` or ``ModelNotLoaded`` follows if the engine lives.
+        """
+
+    def unload_model(self, id: str) -> None:
+        """Free a model's memory once no job uses it; ``ModelUnloaded`` follows."""
+
     def close(self) -> None:
         """Stop and free all resources; blocks until done. Jobs end without an event."""

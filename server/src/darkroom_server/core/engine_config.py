@@ -63,7 +63,8 @@ class ModelSource:
     """Where a model comes from: a folder, a single file or a hub id. ``id`` is its name here.
 
     ``config`` is a pipeline folder that describes a single file. ``token`` is for the hub.
-    ``ip_adapter`` is loaded into it, None for none.
+    ``ip_adapter`` is loaded into it, None for none. ``may_download``: what is missing on this
+    machine is fetched from the hub.
     """
 
     id: str
@@ -73,6 +74,7 @@ class ModelSource:
     config: str | None = None
     token: str | None = None
     ip_adapter: "AdapterSource | None" = None
+    may_download: bool = True
 
     def __repr__(self) -> str:
         """Without the token, which must not be logged."""
@@ -118,6 +120,7 @@ class ControlNetSource:
 class EngineConfig:
     """How the engine runs its models; None means the preset's value.
 
+    ``models`` are loaded at the start, those of ``catalogue`` when they are asked for.
     ``device``: "auto", "cpu", "cuda" or "cuda:N". ``slice_size``: "auto", "max" or a number.
     ``threads``: for torch on a CPU, None for what the cgroup allows. ``rows``: the row limit of
     batches; None: it is measured, and corrected while the engine runs, but never above
@@ -133,6 +136,7 @@ class EngineConfig:
     """
 
     models: tuple[ModelSource, ...]
+    catalogue: tuple[ModelSource, ...] = ()
     device: str = "auto"
     dtype: Dtype = Dtype.AUTO
     preset: Preset = Preset.AUTO
@@ -160,14 +164,28 @@ class EngineConfig:
     max_controls: int = 4
     previous_measurements: tuple[ModelInfo, ...] = ()
 
-    def with_measurements(self, models: tuple[ModelInfo, ...]) -> Self:
-        """The configuration of an engine that replaces one that ran ``models``.
+    def with_measurements(self, models: tuple[ModelInfo, ...], device: str = "") -> Self:
+        """The configuration of an engine that replaces one that ran ``models`` on ``device``.
 
         It runs on the same device or fails: with a lost GPU, "auto" would select the CPU, with the
-        GPU's measurements.
+        GPU's measurements. What was measured of other models stays.
         """
-        device = models[0].runtime.device if models else self.device
-        return replace(self, device=device, previous_measurements=models)
+        device = models[0].runtime.device if models else device or self.device
+        measured = {info.id: info for info in (*self.previous_measurements, *models)}
+        return replace(self, device=device, previous_measurements=tuple(measured.values()))
+
+    def source_of(self, model_id: str) -> ModelSource:
+        """Where the model comes from. Raises ``KeyError`` for one that is not configured."""
+        return {each.id: each for each in (*self.models, *self.catalogue)}[model_id]
+
+    def on_demand(self, model_id: str) -> Self:
+        """The configuration in which the model is not loaded at the start any more."""
+        unpinned = tuple(each for each in self.models if each.id == model_id)
+        return replace(
+            self,
+            models=tuple(each for each in self.models if each.id != model_id),
+            catalogue=(*self.catalogue, *unpinned),
+        )
 
     def with_adapter(self, source: AdapterSource) -> Self:
         """The configuration after ``source`` was offered, in place of one of the same name."""

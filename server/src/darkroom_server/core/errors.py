@@ -6,6 +6,8 @@ DarkroomError
 ├── UnknownAdapter        name another adapter
 ├── UnknownRequest        no job of that id is known, or its result is no longer kept
 ├── AdapterUnusable       the adapter cannot be offered now; the text says why
+├── ModelUnusable         the model cannot be loaded; the text says why
+├── ModelMemory           the models that must stay in memory leave no room for this one
 ├── UploadNotFound        upload the image again
 ├── RequestConflict       the same caller used that id for another request
 ├── Unauthenticated       send a valid token
@@ -38,6 +40,8 @@ class Reason(StrEnum):
     UNKNOWN_MODEL = "UNKNOWN_MODEL"
     UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
     ADAPTER_UNUSABLE = "ADAPTER_UNUSABLE"
+    MODEL_UNUSABLE = "MODEL_UNUSABLE"
+    MODEL_MEMORY = "MODEL_MEMORY"
     UNKNOWN_REQUEST = "UNKNOWN_REQUEST"
     REQUEST_CONFLICT = "REQUEST_CONFLICT"
     UPLOAD_NOT_FOUND = "UPLOAD_NOT_FOUND"
@@ -144,6 +148,24 @@ class AdapterUnusable(DarkroomError):
     """The adapter is there, and the server cannot offer it as it is now."""
 
     reason = Reason.ADAPTER_UNUSABLE
+
+
+class ModelUnusable(DarkroomError):
+    """The model is in the catalogue, and cannot be loaded."""
+
+    reason = Reason.MODEL_UNUSABLE
+
+    def __init__(self, model: str, why: str) -> None:
+        super().__init__(f"model {model!r} cannot be loaded: {why}")
+
+
+class ModelMemory(DarkroomError):
+    """The models that must stay in memory leave no room for this one."""
+
+    reason = Reason.MODEL_MEMORY
+
+    def __init__(self, model: str, why: str) -> None:
+        super().__init__(f"no memory for model {model!r}: {why}")
 
 
 class UnknownRequest(DarkroomError):

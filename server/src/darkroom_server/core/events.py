@@ -9,9 +9,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from darkroom_server.core.adapters import AdapterOffer
+from darkroom_server.core.catalog import ModelDescription
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.job import ImageFormat
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model_events import (
+    ModelFetching,
+    ModelLoad,
+    ModelLoaded,
+    ModelNotLoaded,
+    ModelUnloaded,
+)
 from darkroom_server.core.model_runtime import DenoiserForm
 
 
@@ -56,23 +64,20 @@ class StageSeconds:
     encode_image: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelLoad:
-    """The load of one model: seconds to load and to warm up, and its weights' bytes."""
-
-    model: str
-    load_seconds: float
-    warm_up_seconds: float
-    bytes_by_component: dict[str, int]
-
-
 @dataclass(frozen=True, slots=True)
 class EngineReady:
-    """Every model is loaded and warmed up."""
+    """Every model that is loaded at the start is loaded and warmed up.
+
+    ``descriptions`` are those of the rest of the catalogue. ``free_bytes``: what the device has
+    left for weights and batches, None if that is not known. ``device`` is its name.
+    """
 
     models: tuple[ModelInfo, ...]
     load_seconds: float
     loads: tuple[ModelLoad, ...] = ()
+    descriptions: tuple[ModelDescription, ...] = ()
+    free_bytes: int | None = None
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +343,10 @@ class MemoryReport:
 
 Event = (
     EngineReady
+    | ModelLoaded
+    | ModelNotLoaded
+    | ModelUnloaded
+    | ModelFetching
     | EngineDied
     | JobTaken
     | JobStarted

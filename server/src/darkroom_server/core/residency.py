@@ -1,6 +1,7 @@
 """How many unfinished images fit an engine's memory: the same answer in the engine and outside."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from darkroom_server.core.model import ModelInfo
 
@@ -17,10 +18,18 @@ def resident_bytes(models: Iterable[ModelInfo]) -> int:
     """
     models = tuple(models)
     available = min((model.memory.available_bytes for model in models), default=0)
-    return max(0, available - max(map(_largest_batch, models), default=0))
+    return max(0, available - max(map(largest_batch_bytes, models), default=0))
 
 
-def _largest_batch(model: ModelInfo) -> int:
+def sharing(model: ModelInfo, available_bytes: int | None) -> ModelInfo:
+    """``model`` after others were loaded or unloaded; None: that changed nothing known."""
+    if available_bytes is None:
+        return model
+    return replace(model, memory=replace(model.memory, available_bytes=available_bytes))
+
+
+def largest_batch_bytes(model: ModelInfo) -> int:
+    """Bytes of the largest batch of the default size."""
     width, height = model.defaults.width, model.defaults.height
     rows = model.rows_of_a_pass(width, height)
     return model.memory.needed(width, height, rows, controlled=True)

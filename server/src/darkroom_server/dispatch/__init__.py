@@ -16,6 +16,8 @@ from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Re
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome
 from darkroom_server.dispatch.jobs.subscription import Subscription
+from darkroom_server.dispatch.models.catalog import ModelCatalog
+from darkroom_server.dispatch.models.entry import CatalogStatus, LoadProgress
 from darkroom_server.dispatch.observer import (
     AdapterMemory,
     DispatchEvent,
@@ -26,6 +28,10 @@ from darkroom_server.dispatch.observer import (
     FirstPreview,
     JobEnded,
     JobRerun,
+    LoadOutcome,
+    ModelEvicted,
+    ModelLoadEnded,
+    ModelStateChanged,
     Observer,
     ReadyChanged,
     RetryJoined,
@@ -38,6 +44,7 @@ __all__ = [
     "AdapterMemory",
     "AdapterStatus",
     "Availability",
+    "CatalogStatus",
     "ConcurrentCallLimiter",
     "Counts",
     "DispatchEvent",
@@ -57,7 +64,13 @@ __all__ = [
     "JobRerun",
     "LedgerEntries",
     "LedgerObserver",
+    "LoadOutcome",
+    "LoadProgress",
     "LoadTimes",
+    "ModelCatalog",
+    "ModelEvicted",
+    "ModelLoadEnded",
+    "ModelStateChanged",
     "ModelStatus",
     "Observer",
     "Page",

@@ -27,6 +27,7 @@ from darkroom_server.dispatch.event_router import EventRouter
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 from darkroom_server.dispatch.lifecycle import JobLifecycle
+from darkroom_server.dispatch.models.catalog import ModelCatalog
 from darkroom_server.dispatch.observer import Observer, RetryJoined
 from darkroom_server.dispatch.status import Snapshot, snapshot_of
 
@@ -43,7 +44,8 @@ class Dispatcher:
     are not expected to meet their deadlines are rejected. An engine that dies more than
     ``max_restarts`` times in ten minutes is retired. ``on_state`` is called with the state when it
     may have changed. ``availability``: the models and the state. ``adapter_places``: what can be
-    added to the adapters on offer, with ``adapters``.
+    added to the adapters on offer, with ``adapters``. ``pinned_models`` are loaded at start and
+    stay; ``device_memory_budget`` bounds the weights in each engine, see ``models``.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class Dispatcher:
         on_state: Callable[[State], None] = lambda _: None,
         load_times: LoadTimes | None = None,
         adapter_places: AdapterPlaces | None = None,
+        pinned_models: Iterable[str] = (),
+        device_memory_budget: int | None = None,
     ) -> None:
         self._observer = observer or Observer()
         self._registry = JobRegistry()
@@ -74,7 +78,15 @@ class Dispatcher:
         self.availability = Availability(
             model_ids, self._pool, self._observer, on_state, self._load_times
         )
-        estimator = Estimator(self._pool, self._registry)
+        self.models = ModelCatalog(
+            self.availability,
+            self._pool,
+            self._registry,
+            self._observer,
+            pinned=frozenset(pinned_models),
+            budget=device_memory_budget,
+        )
+        estimator = Estimator(self._pool, self._registry, self.models)
         self._admission = AdmissionController(
             self.availability,
             estimator,
@@ -88,13 +100,18 @@ class Dispatcher:
             early_refusal=early_refusal,
         )
         self._lifecycle = JobLifecycle(
-            self._registry, self._pool, self._admission, estimator, self._observer
+            self._registry, self._pool, self._admission, estimator, self._observer, self.models
         )
         self.adapters = AdapterCatalog(
             adapter_places or AdapterPlaces(), self.availability, self._pool, self._registry
         )
         self._router = EventRouter(
-            self.availability, self._pool, self._lifecycle, self.adapters, self._observer
+            self.availability,
+            self._pool,
+            self._lifecycle,
+            self.adapters,
+            self.models,
+            self._observer,
         )
         self._serial = itertools.count(1)
         self.counts = self._lifecycle.counts
@@ -137,6 +154,7 @@ class Dispatcher:
     def start(self) -> None:
         """Let the engines load; ``loaded`` waits for the first."""
         self._load_times.begin()
+        self.models.report()
         self._pool.start(self._router.route)
 
     async def loaded(self) -> None:
@@ -166,6 +184,38 @@ class Dispatcher:
         """End all jobs and the engines; waits until the engines have stopped."""
         await self.drain(0.0)
         await self._pool.close()
+
+    # Models.
+
+    async def load_model(self, id: str) -> None:
+        """Load a model of the catalogue, and wait until it is in memory.
+
+        The load goes on if the caller stops to wait. Raises ``UnknownModel``, ``ModelUnusable``,
+        ``ModelMemory`` or ``NotReady``.
+        """
+        if self.availability.state is State.DRAINING:
+            raise shutting_down()
+        done = self.models.want(id)
+        self._lifecycle.feed()
+        await done
+
+    def unload_model(self, id: str) -> int:
+        """Unpin a model, and unload it once no job uses it; returns the number of those jobs.
+
+        Raises ``UnknownModel``.
+        """
+        jobs = self.models.unload(id)
+        self._lifecycle.feed()
+        return jobs
+
+    async def pin_model(self, id: str, *, pinned: bool) -> None:
+        """Load a model and keep it in memory, or let it be unloaded again.
+
+        Raises what ``load_model`` raises.
+        """
+        if pinned:
+            await self.load_model(id)
+        self.models.set_pinned(id, pinned=pinned)
 
     # Jobs.
 

@@ -27,6 +27,12 @@ from darkroom_server.core.events import (
     SampleBytesCorrected,
     SampleProgress,
 )
+from darkroom_server.core.model_events import (
+    ModelFetching,
+    ModelLoaded,
+    ModelNotLoaded,
+    ModelUnloaded,
+)
 from darkroom_server.dispatch.adapter_catalog import AdapterCatalog
 from darkroom_server.dispatch.adapters import AdapterKey
 from darkroom_server.dispatch.admission.availability import Availability
@@ -34,6 +40,7 @@ from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 from darkroom_server.dispatch.lifecycle import JobLifecycle
+from darkroom_server.dispatch.models.catalog import ModelCatalog
 from darkroom_server.dispatch.observer import (
     AdapterMemory,
     EngineTimeWasted,
@@ -55,12 +62,14 @@ class EventRouter:
         pool: EnginePool,
         lifecycle: JobLifecycle,
         adapters: AdapterCatalog,
+        models: ModelCatalog,
         observer: Observer,
     ) -> None:
         self._availability = availability
         self._pool = pool
         self._lifecycle = lifecycle
         self._adapters = adapters
+        self._models = models
         self._observer = observer
 
     def route(self, engine: EngineHandle, events: deque[Event]) -> None:
@@ -120,6 +129,19 @@ class EventRouter:
                 case AdapterEvicted():
                     engine.adapters.pop((event.model, event.adapter), None)
                     self._on_adapter(event)
+                case ModelLoaded():
+                    self._models.record_loaded(engine, event)
+                    self._observer.on_event(event)
+                    self._lifecycle.feed()
+                case ModelNotLoaded():
+                    if error := self._models.record_not_loaded(engine, event):
+                        self._lifecycle.fail_waiting(event.model, error)
+                    self._lifecycle.feed()
+                case ModelUnloaded():
+                    self._models.record_unloaded(engine, event)
+                    self._observer.on_event(event)
+                case ModelFetching():
+                    self._models.record_fetching(event)
                 case MemoryReport():
                     engine.memory = event
                     self._observer.on_event(event)
@@ -142,7 +164,9 @@ class EventRouter:
     def _on_ready(self, engine: EngineHandle, ready: EngineReady) -> None:
         engine.set_ready(ready)
         self._observer.on_event(ready)
+        self._availability.describe(ready.descriptions)
         self._availability.set_loaded(ready.models)
+        self._models.record_ready(engine, ready)
         self._lifecycle.feed()
         self._availability.report()
 
@@ -151,11 +175,17 @@ class EventRouter:
         lost, engine.adapters = engine.adapters, {}
         for key in lost:
             self._report_memory(key)
-        jobs = self._pool.handle_death(engine, died)
+        load = self._models.record_death(engine)
+        jobs = self._pool.handle_death(engine, died, by_load=load is not None)
         if jobs is None:
             return
+        if load is not None and load[1] is not None:
+            self._lifecycle.fail_waiting(*load)
         if self._pool.exhausted:
             self._availability.set_failed(self._pool.exhausted)
             self._lifecycle.no_engine_left()
         self._availability.report()
-        self._lifecycle.engine_died(jobs, last=bool(self._pool.exhausted))
+        self._models.report()
+        self._lifecycle.engine_died(
+            jobs, last=bool(self._pool.exhausted), by_load=load is not None
+        )

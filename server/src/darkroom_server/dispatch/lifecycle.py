@@ -15,6 +15,7 @@ from darkroom_server.dispatch.jobs import outcomes
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 from darkroom_server.dispatch.jobs.outcomes import Counts, Finished, JobOutcome
 from darkroom_server.dispatch.jobs.registry import JobRegistry
+from darkroom_server.dispatch.models.catalog import ModelCatalog
 from darkroom_server.dispatch.observer import EstimateChecked, JobEnded, JobRerun, Observer
 
 
@@ -31,6 +32,7 @@ class JobLifecycle:
         admission: AdmissionController,
         estimator: Estimator,
         observer: Observer,
+        models: ModelCatalog,
     ) -> None:
         self.counts = Counts()
         self.idle = asyncio.Event()
@@ -40,6 +42,7 @@ class JobLifecycle:
         self._admission = admission
         self._estimator = estimator
         self._observer = observer
+        self._models = models
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
 
     # Into the queue and to an engine.
@@ -54,19 +57,45 @@ class JobLifecycle:
         self.feed()
 
     def feed(self) -> None:
-        """Give waiting jobs to the engines while they have room, most urgent first."""
+        """Give waiting jobs to the engines while they have room, most urgent first.
+
+        Those of models that no engine holds wait aside, and their models are loaded.
+        """
         queue = self._registry.queue()
+        aside: list[ActiveJob] = []
+        rest: Sequence[ActiveJob] = ()
         for position, active in enumerate(queue):
             engine = self._pool.choose(active)
             if engine is None:
+                if not self._pool.holds(active.job.model):
+                    aside.append(active)
+                    continue
                 # No job overtakes: one that waits for an empty engine would wait for ever.
-                self._set_positions(queue[position:])
+                rest = queue[position:]
                 break
             self._registry.assign(active)
             engine.submit(active)
             if active.on_assigned is not None:
                 active.on_assigned()
                 active.on_assigned = None
+        if aside or rest:
+            self._set_positions((*aside, *rest))
+        if aside or self._pool.models_wanted:
+            self._load_models()
+
+    def _load_models(self) -> None:
+        """Load and unload models, and end the jobs of those that cannot be loaded."""
+        planned = self._models.plan()
+        for model, error in planned.unusable.items():
+            self.fail_waiting(model, error)
+        if planned.freed:
+            self.feed()
+
+    def fail_waiting(self, model: str, error: DarkroomError) -> None:
+        """End the jobs that wait for ``model``, which cannot be loaded."""
+        for active in self._registry.queue():
+            if active.job.model == model:
+                self._remove(active, error)
 
     def extend(self, active: ActiveJob, deadline: float | None) -> None:
         """Move a job's deadline to ``deadline`` if that is later; None means no deadline."""
@@ -105,10 +134,18 @@ class JobLifecycle:
             self._requeue(active)
             self.feed()
 
-    def engine_died(self, jobs: Sequence[ActiveJob], *, last: bool) -> None:
-        """Requeue or end the jobs of a dead engine; ``last``: no engine will come back."""
+    def engine_died(
+        self, jobs: Sequence[ActiveJob], *, last: bool, by_load: bool = False
+    ) -> None:
+        """Requeue or end the jobs of a dead engine; ``last``: no engine will come back.
+
+        ``by_load``: no job is the cause, but the load of a model.
+        """
         for active in jobs:
-            active.record_crash(time.monotonic())
+            if by_load:
+                active.reset()
+            else:
+                active.record_crash(time.monotonic())
             if active.ended or last:
                 active.released = not active.ended
                 self._remove(active, outcomes.stopped())

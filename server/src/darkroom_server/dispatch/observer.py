@@ -1,7 +1,9 @@
 """What the dispatcher reports to telemetry."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
+from darkroom_server.core.catalog import ModelState, WeightOrigin
 from darkroom_server.core.events import Event
 from darkroom_server.dispatch.jobs.outcomes import JobOutcome
 
@@ -80,6 +82,37 @@ class EngineRetired:
     """An engine will not be started again; the others continue."""
 
 
+class LoadOutcome(StrEnum):
+    """How the load of a model ended."""
+
+    LOADED = "loaded"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoadEnded:
+    """The load of a model ended."""
+
+    model: str
+    origin: WeightOrigin
+    outcome: LoadOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEvicted:
+    """A model was unloaded to make room for another."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStateChanged:
+    """A model of the catalogue is in another state now."""
+
+    model: str
+    state: ModelState
+
+
 DispatchEvent = (
     ReadyChanged
     | JobEnded
@@ -91,6 +124,9 @@ DispatchEvent = (
     | AdapterMemory
     | EngineRestarted
     | EngineRetired
+    | ModelLoadEnded
+    | ModelEvicted
+    | ModelStateChanged
 )
 
 

@@ -29,7 +29,7 @@ class BatchTime:
 class ModelStatus:
     """One model; ``batch_times``: of the sizes and row counts seen so far.
 
-    ``info``: how it runs, None until it is loaded.
+    ``info``: what is known of it, None until an engine has loaded or described it.
     """
 
     id: str
@@ -98,7 +98,7 @@ def _models(
     return tuple(
         ModelStatus(
             id=id,
-            ready=info is not None,
+            ready=any(id in engine.models for engine in engines),
             info=info,
             queued_jobs=registry.counts(id)[0],
             running_jobs=registry.counts(id)[1],

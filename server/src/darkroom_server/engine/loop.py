@@ -2,7 +2,7 @@
 
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,13 @@ from darkroom_server.engine.batching.residency import Residency
 from darkroom_server.engine.batching.row_limits import RowLimits
 from darkroom_server.engine.batching.runner import BatchResult, Runner
 from darkroom_server.engine.batching.scheduler import BatchScheduler
+from darkroom_server.engine.catalogue.global_settings import LoopPaused
+from darkroom_server.engine.catalogue.loader import ModelLoader, ModelRead
+from darkroom_server.engine.catalogue.resident_models import (
+    LoopParts,
+    ModelChange,
+    ResidentModels,
+)
 from darkroom_server.engine.counters import CounterReporter
 from darkroom_server.engine.device.memory_reporter import MemoryReporter
 from darkroom_server.engine.device.timer import Timer
@@ -46,11 +53,15 @@ from darkroom_server.ipc.commands import (
     CheckAdapter,
     Close,
     Extend,
+    LoadModel,
     OfferAdapter,
+    UnloadModel,
     WithdrawAdapter,
 )
 
-Command = Job | Cancel | Extend | Close | CheckAdapter | OfferAdapter | WithdrawAdapter
+Command = (
+    Job | Cancel | Extend | Close | CheckAdapter | OfferAdapter | WithdrawAdapter | ModelChange
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +87,12 @@ class EngineLoop:
 
     def __init__(
         self,
-        models: Mapping[str, Model],
+        models: dict[str, Model],
         emit: Callable[[Event], None],
-        caches: Mapping[str, MeasurementCache],
+        caches: dict[str, MeasurementCache],
         adapters: AdapterSetup = NO_ADAPTERS,
         compiler: Compiler | None = None,
+        loader: ModelLoader | None = None,
     ) -> None:
         row_limits = {id: RowLimits.of_model(model.info) for id, model in models.items()}
         self._models = models
@@ -104,10 +116,23 @@ class EngineLoop:
             max_adapters=adapters.max_in_batch,
         )
         self._runner = Runner(models, row_limits, emit)
-        self._encode_pool = EncodePool(models)
+        self._encode_pool = EncodePool()
         self._counters = CounterReporter(self._runner.counts, emit)
-        self._memory = MemoryReporter(self._runner.devices, self._runner.peaks, emit)
+        devices = {loader.device} if loader else self._runner.devices
+        self._memory = MemoryReporter(devices, self._runner.peaks, emit)
         self._compiler = compiler
+        parts = LoopParts(
+            runner=self._runner,
+            scheduler=self._scheduler,
+            residency=self._residency,
+            row_limits=row_limits,
+            caches=caches,
+            adapters=self._adapters,
+            adaptable=self._adaptable,
+            encode_slowly=slow,
+            compiler=compiler,
+        )
+        self._resident = loader and ResidentModels(parts, loader, self._inbox.put, emit)
 
     def submit(self, job: Job) -> None:
         """Add ``job`` at the next step boundary."""
@@ -123,6 +148,10 @@ class EngineLoop:
 
     def change_adapters(self, change: CheckAdapter | OfferAdapter | WithdrawAdapter) -> None:
         """Check, offer or withdraw an adapter at the next step boundary."""
+        self._inbox.put(change)
+
+    def change_models(self, change: LoadModel | UnloadModel) -> None:
+        """Load a model beside the jobs, or unload one, from the next step boundary on."""
         self._inbox.put(change)
 
     def close(self) -> None:
@@ -141,6 +170,9 @@ class EngineLoop:
                 if batch := self._scheduler.next_batch():
                     self._run(batch)
                 self._try_compiled()
+                if self._resident is not None and self._resident.busy:
+                    self._publish()
+                    self._resident.work()
                 self._counters.report()
         finally:
             self._memory.close()
@@ -152,7 +184,12 @@ class EngineLoop:
     def _receive(self) -> bool:
         """Handle the waiting commands, and block only if there is nothing to run; False: closed."""
         while True:
-            idle = self._scheduler.idle and not (self._compiler and self._compiler.busy)
+            if self._resident is not None and self._resident.waiting:
+                self._publish()
+                self._resident.settle()
+            idle = self._scheduler.idle and not any(
+                part.busy for part in (self._compiler, self._resident) if part is not None
+            )
             if idle:
                 self._publish()
             if self._adapters.unwanted:
@@ -186,6 +223,10 @@ class EngineLoop:
                     self._scheduler.cancel(job_id)
                 case Extend(job_id, deadline):
                     self._scheduler.extend(job_id, deadline)
+                case LoadModel() | UnloadModel() | ModelRead() | LoopPaused():
+                    assert self._resident is not None
+                    self._publish()
+                    self._resident.handle(command)
                 case Close():
                     return False
         self._scheduler.expire(time.monotonic())
@@ -344,4 +385,5 @@ class EngineLoop:
         )
         resident = self._scheduler.decoded(sample, ended)
         flagged = self._runner.is_flagged(sample, pixels)
-        self._encode_pool.submit(resident, sample, pixels, flagged=flagged)
+        model = self._models[job.model].info
+        self._encode_pool.submit(resident, sample, model, pixels, flagged=flagged)

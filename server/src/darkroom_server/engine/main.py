@@ -27,7 +27,9 @@ from darkroom_server.ipc.commands import (
     CheckAdapter,
     Close,
     Extend,
+    LoadModel,
     OfferAdapter,
+    UnloadModel,
     WithdrawAdapter,
 )
 from darkroom_server.ipc.event_batcher import EventBatcher
@@ -88,6 +90,8 @@ def run(channel: Channel, emit: Callable[[Event], None]) -> None:
                         loop.extend(job_id, deadline)
                     case CheckAdapter() | OfferAdapter() | WithdrawAdapter() as change:
                         loop.change_adapters(change)
+                    case LoadModel() | UnloadModel() as model_change:
+                        loop.change_models(model_change)
                     case Close():
                         loop.close()
         except ChannelClosed:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from darkroom_server.core.engine_config import AdapterSource
+from darkroom_server.core.engine_config import AdapterSource, ModelSource
+from darkroom_server.core.model import ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,26 @@ class OfferAdapter:
 @dataclass(frozen=True, slots=True)
 class WithdrawAdapter:
     """Free an adapter's memory once no job uses it."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadModel:
+    """Load a model of the catalogue beside the jobs that run.
+
+    ``adapters`` are those on offer now. ``previous``: the model as it was loaded before, None if it
+    never was.
+    """
+
+    source: ModelSource
+    adapters: tuple[AdapterSource, ...] = ()
+    previous: ModelInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadModel:
+    """Free a model's memory once no job uses it."""
 
     id: str
 

@@ -2,6 +2,7 @@
 
 from darkroom.v1 import model_pb2, types_pb2
 from darkroom_server.core.adapters import AdapterKind
+from darkroom_server.core.catalog import ModelState
 from darkroom_server.core.job import ImageFormat, PromptSyntax, SchedulerName, Task
 from darkroom_server.core.model_runtime import RowLimitSource
 
@@ -26,6 +27,10 @@ SOURCE_TO_WIRE: dict[RowLimitSource, model_pb2.RowLimitSource.ValueType] = {
 
 KIND_TO_WIRE: dict[AdapterKind, model_pb2.AdapterKind.ValueType] = {
     name: model_pb2.AdapterKind.Value(f"ADAPTER_KIND_{name.name}") for name in AdapterKind
+}
+
+STATE_TO_WIRE: dict[ModelState, model_pb2.ModelState.ValueType] = {
+    name: model_pb2.ModelState.Value(f"MODEL_STATE_{name.name}") for name in ModelState
 }
 
 TASK_TO_WIRE: dict[Task, model_pb2.Task.ValueType] = {

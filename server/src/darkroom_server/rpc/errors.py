@@ -19,6 +19,8 @@ from darkroom_server.core.errors import (
     InvalidRequest,
     JobCancelled,
     LedgerUnreachable,
+    ModelMemory,
+    ModelUnusable,
     NotAllowed,
     NotReady,
     QueueFull,
@@ -54,6 +56,8 @@ CODES: dict[type[DarkroomError], int] = {
     UnknownModel: code_pb2.NOT_FOUND,
     UnknownAdapter: code_pb2.NOT_FOUND,
     AdapterUnusable: code_pb2.FAILED_PRECONDITION,
+    ModelUnusable: code_pb2.FAILED_PRECONDITION,
+    ModelMemory: code_pb2.FAILED_PRECONDITION,
     UnknownRequest: code_pb2.NOT_FOUND,
     UploadNotFound: code_pb2.FAILED_PRECONDITION,
     RequestConflict: code_pb2.ALREADY_EXISTS,
@@ -75,6 +79,8 @@ CODES_OF_REASONS: dict[Reason, int] = {
     Reason.INVALID_REQUEST: code_pb2.INVALID_ARGUMENT,
     Reason.OUT_OF_MEMORY: code_pb2.RESOURCE_EXHAUSTED,
     Reason.MODEL_GONE: code_pb2.FAILED_PRECONDITION,
+    Reason.MODEL_UNUSABLE: code_pb2.FAILED_PRECONDITION,
+    Reason.MODEL_MEMORY: code_pb2.FAILED_PRECONDITION,
 }
 """Where the reason says more than the type."""
 

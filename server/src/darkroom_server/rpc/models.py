@@ -2,13 +2,14 @@
 
 from darkroom.v1 import model_pb2, model_pb2_grpc
 from darkroom_server.core.model import OPTIONAL_FIELDS, Guidance, ModelInfo
-from darkroom_server.dispatch import AdapterStatus, Dispatcher
+from darkroom_server.dispatch import AdapterStatus, CatalogStatus, Dispatcher
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.enums import (
     FORMAT_TO_WIRE,
     KIND_TO_WIRE,
     SCHEDULER_TO_WIRE,
     SOURCE_TO_WIRE,
+    STATE_TO_WIRE,
     TASK_TO_WIRE,
 )
 from darkroom_server.rpc.interceptors.receiving import FORWARDED_FOR
@@ -17,14 +18,15 @@ from darkroom_server.service.call_context import CURRENT_CALL
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    """Answers from what the engines reported; only ``AddAdapter`` asks one.
+    """Answers from what the engines reported; only calls that change what the server holds ask one.
 
     ``policy`` decides which callers may change what the server holds.
     """
 
     def __init__(self, dispatcher: Dispatcher, policy: AdminPolicy) -> None:
+        self._dispatcher = dispatcher
         self._availability = dispatcher.availability
-        self._catalog = dispatcher.adapters
+        self._adapters = dispatcher.adapters
         self._policy = policy
 
     async def ListModels(
@@ -32,17 +34,38 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.ListModelsResponse:
         """Every model, in the configured order."""
         models = self._availability.models
-        return model_pb2.ListModelsResponse(
-            models=[model_message(id, info) for id, info in models.items()]
-        )
+        return model_pb2.ListModelsResponse(models=[self._message(id) for id in models])
 
     async def GetModel(
         self, request: model_pb2.GetModelRequest, context: Context
     ) -> model_pb2.GetModelResponse:
         """One model; raises ``UnknownModel``."""
         id = self._availability.resolve(request.model)
-        info = self._availability.models[id]
-        return model_pb2.GetModelResponse(model=model_message(id, info))
+        return model_pb2.GetModelResponse(model=self._message(id))
+
+    async def LoadModel(
+        self, request: model_pb2.LoadModelRequest, context: Context
+    ) -> model_pb2.LoadModelResponse:
+        """Load a model; raises ``NotAllowed``, and what ``Dispatcher.load_model`` raises."""
+        self._check_may_change(context)
+        await self._dispatcher.load_model(request.model)
+        return model_pb2.LoadModelResponse(model=self._message(request.model))
+
+    async def UnloadModel(
+        self, request: model_pb2.UnloadModelRequest, context: Context
+    ) -> model_pb2.UnloadModelResponse:
+        """Unload a model; raises ``NotAllowed`` or ``UnknownModel``."""
+        self._check_may_change(context)
+        jobs = self._dispatcher.unload_model(request.model)
+        return model_pb2.UnloadModelResponse(unfinished_jobs=jobs)
+
+    async def PinModel(
+        self, request: model_pb2.PinModelRequest, context: Context
+    ) -> model_pb2.PinModelResponse:
+        """Pin or unpin a model; raises ``NotAllowed``, and what ``LoadModel`` raises."""
+        self._check_may_change(context)
+        await self._dispatcher.pin_model(request.model, pinned=request.pinned)
+        return model_pb2.PinModelResponse(model=self._message(request.model))
 
     async def ListAdapters(
         self, request: model_pb2.ListAdaptersRequest, context: Context
@@ -59,7 +82,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.AddAdapterResponse:
         """Offer an adapter; raises ``NotAllowed``, and what ``AdapterCatalog.add`` raises."""
         self._check_may_change(context)
-        added = await self._catalog.add(request.id)
+        added = await self._adapters.add(request.id)
         return model_pb2.AddAdapterResponse(adapter=adapter_message(added))
 
     async def RemoveAdapter(
@@ -67,8 +90,11 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.RemoveAdapterResponse:
         """Offer an adapter no more; raises ``NotAllowed`` or ``UnknownAdapter``."""
         self._check_may_change(context)
-        jobs = self._catalog.remove(request.id)
+        jobs = self._adapters.remove(request.id)
         return model_pb2.RemoveAdapterResponse(unfinished_jobs=jobs)
+
+    def _message(self, id: str) -> model_pb2.Model:
+        return model_message(id, self._availability.models[id], self._dispatcher.models.status(id))
 
     def _check_may_change(self, context: Context) -> None:
         metadata = context.invocation_metadata() or ()
@@ -89,17 +115,34 @@ def adapter_message(adapter: AdapterStatus) -> model_pb2.Adapter:
     )
 
 
-def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
-    """``info`` as a message; None is a model that is not loaded yet."""
-    if info is None:
-        return model_pb2.Model(id=id, ready=False)
+def model_message(id: str, info: ModelInfo | None, status: CatalogStatus) -> model_pb2.Model:
+    """A model as a message; ``info`` is None if it is neither loaded nor described yet."""
+    message = model_pb2.Model() if info is None else _described(info, ready=status.ready)
+    message.id, message.ready = id, status.ready
+    message.state = STATE_TO_WIRE[status.state]
+    message.state_reason = status.reason
+    message.weight_bytes = status.weight_bytes
+    message.pinned = status.pinned
+    if status.last_used is not None:
+        message.last_used.FromMicroseconds(round(status.last_used * 1e6))
+    if status.load is not None:
+        message.load.CopyFrom(
+            model_pb2.ModelLoad(
+                fetched_bytes=status.load.fetched_bytes,
+                fetch_bytes=status.load.fetch_bytes,
+                remaining_seconds=status.load.remaining_seconds,
+            )
+        )
+    return message
+
+
+def _described(info: ModelInfo, *, ready: bool) -> model_pb2.Model:
+    """What requests may ask of a model, and how it runs if it is ``ready``."""
     defaults, limits = info.defaults, info.limits
     takes = [name for name in OPTIONAL_FIELDS if name in info.optional_fields]
     return model_pb2.Model(
-        id=id,
         revision=info.revision,
         kind=info.kind,
-        ready=True,
         defaults=model_pb2.ModelDefaults(
             width=defaults.width,
             height=defaults.height,
@@ -121,8 +164,8 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             max_image_count=limits.max_image_count,
             max_prompt_bytes=limits.max_prompt_bytes,
             prompt_tokens=limits.prompt_tokens,
-            max_rows=limits.max_rows,
-            row_limit_source=SOURCE_TO_WIRE[limits.row_limit_source],
+            max_rows=limits.max_rows if ready else 0,
+            row_limit_source=SOURCE_TO_WIRE[limits.row_limit_source] if ready else None,
             max_sequence_length=limits.max_sequence_length,
             max_reference_images=limits.max_reference_images,
             min_reference_side=limits.min_reference_side,
@@ -138,7 +181,7 @@ def model_message(id: str, info: ModelInfo | None) -> model_pb2.Model:
             )
             for offer in info.schedulers
         ],
-        runtime=runtime_message(info),
+        runtime=runtime_message(info) if ready else None,
         optional_fields=takes,
         guidance=_guidance_message(info.guidance),
         unbatched_reason=info.unbatched_reason,

@@ -213,7 +213,8 @@ class Durability:
         """
         stored = self._codec.decode(entry.record)
         model = self._model(entry.model)
-        if model.revision != stored.model_revision:
+        # A model that was not loaded yet has no revision.
+        if model.revision and stored.model_revision not in ("", model.revision):
             raise _model_gone(
                 f"the generation was accepted with revision {stored.model_revision!r} of model "
                 f"{entry.model!r}, and this server has {model.revision!r}"

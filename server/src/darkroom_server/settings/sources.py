@@ -6,6 +6,8 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+import structlog
+
 from darkroom_server.core.adapter_places import ADAPTER_ID, AdapterPlaces
 from darkroom_server.core.engine_config import (
     AdapterSource,
@@ -14,8 +16,12 @@ from darkroom_server.core.engine_config import (
     ModelSource,
 )
 from darkroom_server.core.errors import StartupError
+from darkroom_server.settings.models import Models
+from darkroom_server.settings.models_folder import models_below
 from darkroom_server.settings.state_folder import compiled_folder, measurement_folder
-from darkroom_server.settings.tree import Models, Settings
+from darkroom_server.settings.tree import Settings
+
+log = structlog.get_logger(__name__)
 
 DEMO = "demo"
 DEMO_MODEL = Path(str(files("darkroom_server") / "demo_model"))
@@ -36,10 +42,13 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
     engine = settings.engine
     cache, compiled = measurement_folder(settings), compiled_folder(settings)
     places = adapter_places(settings, hub_token)
+    sources = with_ip_adapters(
+        all_sources(settings.models, hub_token), settings.adapters.ip_adapter
+    )
+    at_start = {source.id for source in sources_at_start(settings.models)}
     return EngineConfig(
-        models=with_ip_adapters(
-            model_sources(settings.models, hub_token), settings.adapters.ip_adapter
-        ),
+        models=tuple(source for source in sources if source.id in at_start),
+        catalogue=tuple(source for source in sources if source.id not in at_start),
         dtype=engine.dtype,
         preset=engine.preset,
         attention=engine.attention,
@@ -70,18 +79,57 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
 def load_times_file(settings: Settings) -> tuple[Path | None, str]:
     """The file that remembers how long loads take, and the key of these models and devices."""
     folder = measurement_folder(settings)
-    sources = [source.location for source in model_sources(settings.models)]
+    sources = [source.location for source in sources_at_start(settings.models)]
     key = json.dumps([*sources, settings.engine.device, settings.engine.engines])
     return (folder / "load-times.json" if folder else None), key
 
 
+def all_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSource, ...]:
+    """Return the source of each model of the catalogue: of ``--model``, then of ``--models-dir``.
+
+    Raises ``StartupError``.
+    """
+    named = model_sources(models, hub_token)
+    if models.models_dir is None:
+        return named
+    folder = Path(models.models_dir).expanduser()
+    if not folder.is_dir():
+        raise StartupError(f"--models-dir {models.models_dir}: no such folder")
+    taken = {source.id for source in named}
+    found = []
+    for name, path in models_below(folder):
+        if not MODEL_ID.fullmatch(name):
+            log.warning("model left out", path=str(path), why="its path cannot be a model's name")
+        elif name in taken:
+            log.warning("model left out", path=str(path), why=f"another one is named {name!r}")
+        else:
+            found.append(
+                ModelSource(
+                    id=name,
+                    location=str(path),
+                    variant=models.variant,
+                    config=models.model_config if path.is_file() else None,
+                    token=hub_token,
+                    may_download=models.allow_download,
+                )
+            )
+    if not named and not found:
+        raise StartupError(f"--models-dir {models.models_dir}: there is no model in it")
+    return (*named, *found)
+
+
+def sources_at_start(models: Models, hub_token: str | None = None) -> tuple[ModelSource, ...]:
+    """Return the source of each model that is loaded at start. Raises ``StartupError``."""
+    return () if models.on_demand else model_sources(models, hub_token)
+
+
 def model_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSource, ...]:
-    """Return the source of each model, or of the demo model if none is given.
+    """Return the source of each model of ``--model``; the demo model if there is none at all.
 
     Raises ``StartupError``.
     """
     sources: list[ModelSource] = []
-    for text in models.model or (DEMO,):
+    for text in models.model or ((DEMO,) if models.models_dir is None else ()):
         name, location, revision = _parse(text)
         if not MODEL_ID.fullmatch(name):
             raise StartupError(
@@ -100,6 +148,7 @@ def model_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSo
                 variant=models.variant,
                 config=models.model_config,
                 token=hub_token,
+                may_download=models.allow_download or not models.on_demand,
             )
         )
     return tuple(sources)
@@ -138,7 +187,7 @@ def _demo_loras() -> tuple[AdapterSource, ...]:
 
 def _demo_models(models: Models) -> list[str]:
     """The ids of the models that are the demo model."""
-    return [source.id for source in model_sources(models) if source.location == str(DEMO_MODEL)]
+    return [source.id for source in all_sources(models) if source.location == str(DEMO_MODEL)]
 
 
 def with_ip_adapters(
@@ -174,7 +223,7 @@ def controlnet_sources(
     Raises ``StartupError``.
     """
     sources: list[ControlNetSource] = []
-    models = {source.id for source in model_sources(settings.models)}
+    models = {source.id for source in all_sources(settings.models)}
     taken = {source.id for source in adapter_places(settings).sources()}
     for text in settings.adapters.controlnet:
         option = f"--controlnet {text}"

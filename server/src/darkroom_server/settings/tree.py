@@ -21,6 +21,7 @@ from darkroom_server.settings.http import Http
 from darkroom_server.settings.images import Images
 from darkroom_server.settings.lifetime import Results, Shutdown
 from darkroom_server.settings.logs import Logs
+from darkroom_server.settings.models import Models
 from darkroom_server.settings.network import Network, Security
 from darkroom_server.settings.option import Setting
 
@@ -40,42 +41,6 @@ def _is_ledger(value: str) -> bool:
 
 def _is_slice_size(value: str) -> bool:
     return value in ("auto", "max") or (value.isdecimal() and int(value) > 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Models:
-    """The models to serve."""
-
-    model: Annotated[
-        tuple[str, ...],
-        Setting(
-            "A model to serve: a pipeline folder, a single file or a hub id, with an optional "
-            "name. May be given several times.",
-            choose="An existing path wins over a hub id. Without NAME, requests use the name of "
-            "the folder or file, or the hub id. `demo` is the model in the server package. In the "
-            "environment, separate several models by commas.",
-            metavar="[NAME=]PATH_OR_HUB_ID[@REVISION]",
-            default="the demo model",
-        ),
-    ] = ()
-    variant: Annotated[
-        str | None,
-        Setting(
-            "The variant of the weight files to load, such as `fp16`.",
-            choose="Set it if the model offers one: `fp16` halves the download.",
-            metavar="NAME",
-            default="none",
-        ),
-    ] = None
-    model_config: Annotated[
-        str | None,
-        Setting(
-            "A pipeline folder with the configuration for a single file.",
-            choose="Needed for a `.safetensors` file if the hub cannot be reached.",
-            metavar="FOLDER",
-            default="none",
-        ),
-    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,10 @@ from dataclasses import replace
 from enum import Enum, auto
 
 from darkroom_server.core.adapters import AdapterOffer
+from darkroom_server.core.catalog import ModelDescription
 from darkroom_server.core.errors import (
     InvalidRequest,
+    ModelUnusable,
     NotReady,
     Reason,
     UnknownModel,
@@ -44,7 +46,8 @@ class Availability:
 
     ``model_ids`` are the configured models, in their order. ``on_state`` is called with the state
     when it may have changed. ``load_times``: how long a load takes. ``restoring``: the jobs that an
-    earlier server accepted are not all taken up yet, so no others are accepted.
+    earlier server accepted are not all taken up yet, so no others are accepted. ``failures``: why a
+    model cannot be loaded, by id. ``models`` has what is known of each model, in memory or not.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class Availability:
         self._failure = ""
         self._draining = False
         self.restoring = False
+        self.failures: dict[str, str] = {}
+        self._withdrawn: set[str] = set()
 
     @property
     def state(self) -> State:
@@ -97,7 +102,10 @@ class Availability:
         return known[0]
 
     def model(self, model_id: str) -> ModelInfo:
-        """The loaded model ``model_id``; raises ``UnknownModel`` or ``NotReady``."""
+        """The model ``model_id``, in memory or not.
+
+        Raises ``UnknownModel``, ``NotReady``, or ``ModelUnusable`` for one that cannot be loaded.
+        """
         if model_id not in self.models:
             raise UnknownModel(model_id, list(self.models))
         if self._draining:
@@ -109,6 +117,8 @@ class Availability:
                 AWAY_RETRY_SECONDS,
             )
         info = self.models[model_id]
+        if model_id in self.failures:
+            raise ModelUnusable(model_id, self.failures[model_id])
         if info is None or self.restoring:
             raise self._loading(model_id)
         return info
@@ -149,6 +159,23 @@ class Availability:
         self._load_times.record()
         self._loaded.set()
 
+    def describe(self, descriptions: Iterable[ModelDescription]) -> None:
+        """An engine has described models that it has not loaded.
+
+        What is known of one that was loaded before stays.
+        """
+        for each in descriptions:
+            if self.models.get(each.id) is None:
+                self.models[each.id] = each.info
+                if each.reason:
+                    self.failures[each.id] = each.reason
+
+    def set_model(self, info: ModelInfo) -> None:
+        """An engine has loaded a model beside its jobs."""
+        self.failures.pop(info.id, None)
+        offers = tuple(each for each in info.adapters if each.id not in self._withdrawn)
+        self.models[info.id] = replace(info, adapters=offers)
+
     def correct(self, correction: Correction) -> None:
         """An engine has corrected what was measured of a model."""
         if (info := self.models.get(correction.model)) is not None:
@@ -156,6 +183,7 @@ class Availability:
 
     def offer_adapter(self, offers: Mapping[str, AdapterOffer]) -> None:
         """Offer an adapter, in place of one of its name, to each model by its id."""
+        self._withdrawn -= {offer.id for offer in offers.values()}
         for model_id, offer in offers.items():
             if (info := self.models.get(model_id)) is not None:
                 others = (each for each in info.adapters if each.id != offer.id)
@@ -163,6 +191,7 @@ class Availability:
 
     def withdraw_adapter(self, id: str) -> None:
         """Offer the adapter ``id`` no more."""
+        self._withdrawn.add(id)
         for model_id, info in self.models.items():
             if info is not None:
                 kept = tuple(each for each in info.adapters if each.id != id)

@@ -1,12 +1,13 @@
 """One engine, the jobs in it, and its batch times."""
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.events import BatchDone, Correction, EngineReady, MemoryReport
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.core.residency import resident_bytes
+from darkroom_server.core.residency import largest_batch_bytes, resident_bytes, sharing
 from darkroom_server.dispatch.adapters import AdapterKey
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache
@@ -16,15 +17,26 @@ from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """When an engine died (``time.monotonic`` seconds), and whether one of its jobs explains it."""
+    """When an engine died (``time.monotonic`` seconds), and whether a job or a load explains it."""
 
     at: float
-    attributed_to_job: bool
+    explained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoading:
+    """A model that an engine loads since ``began``, in ``time.monotonic`` seconds."""
+
+    model: str
+    began: float
 
 
 class EngineHandle:
     """The dispatcher's view of one engine.
 
+    ``models`` and ``weights`` are those in its memory, by id. ``known``: models that it was told
+    of and has not in memory. ``leaving``: models that get no new jobs, because they make room for
+    another. ``loading``: what it loads now.
     ``jobs``: those that the engine has, by id, whether or not a caller still wants them.
     ``memory``: its last report. ``adapters``: the bytes of those that it has in memory.
     ``batches``: the number that it ran; ``last_rows``: the rows of the last one.
@@ -45,6 +57,11 @@ class EngineHandle:
         self.healthy_since_crash = True
         self.jobs: dict[str, ActiveJob] = {}
         self.models: dict[str, ModelInfo] = {}
+        self.weights: dict[str, int] = {}
+        self.known: dict[str, ModelInfo] = {}
+        self.leaving: set[str] = set()
+        self.loading: ModelLoading | None = None
+        self._capacity: float = math.inf
         self.batch_times = BatchTimeModel()
         self.memory: MemoryReport | None = None
         self.adapters: dict[AdapterKey, int] = {}
@@ -68,7 +85,7 @@ class EngineHandle:
 
         A job that may have killed an engine is isolated: it shares its engine with no other job.
         """
-        if not self.ready or self.samples >= max_samples:
+        if not self.holds(new.job.model) or self.samples >= max_samples:
             return False
         if not self.jobs:
             return True
@@ -76,6 +93,17 @@ class EngineHandle:
             return False
         needed, held = self._bytes_of(new), self.held_bytes
         return not (needed and held) or held + needed <= resident_bytes(self.models.values())
+
+    def holds(self, model: str) -> bool:
+        """Whether jobs of ``model`` may enter: it is in memory, and does not make room."""
+        return self.ready and model in self.models and model not in self.leaving
+
+    def weight_budget(self, configured: int | None) -> float:
+        """Bytes for the weights of its models: ``configured``, or what the largest batch leaves."""
+        if configured is not None:
+            return configured
+        known = (*self.models.values(), *self.known.values())
+        return self._capacity - max(map(largest_batch_bytes, known), default=0)
 
     def load(self) -> Load:
         """Its state as the simulation takes it."""
@@ -115,9 +143,35 @@ class EngineHandle:
         self.ready = self.loaded = True
         self.starts_without_resources = 0
         self.models = {model.id: model for model in ready.models}
+        self.weights = {load.model: load.weight_bytes for load in ready.loads}
+        self.known = {each.id: each.info for each in ready.descriptions if each.info is not None}
+        self.leaving, self.loading = set(), None
+        if ready.free_bytes is not None:
+            self._capacity = ready.free_bytes + sum(self.weights.values())
         self._row_limits.clear()
-        for model in ready.models:
+        for model in (*ready.models, *self.known.values()):
             self.batch_times.start(model)
+
+    def add_model(self, model: ModelInfo, weight_bytes: int, free_bytes: int | None) -> None:
+        """It has loaded a model."""
+        self.loading = None
+        self.models[model.id] = model
+        self.weights[model.id] = weight_bytes
+        self.known.pop(model.id, None)
+        self.share_memory(free_bytes)
+        self._row_limits.clear()
+        self.batch_times.start(model)
+
+    def remove_model(self, id: str) -> None:
+        """Have the engine free the memory of a model, which gets no more jobs."""
+        self.known[id] = self.models.pop(id)
+        self.weights.pop(id, None)
+        self.leaving.discard(id)
+        self.engine.unload_model(id)
+
+    def share_memory(self, free_bytes: int | None) -> None:
+        """Its models have ``free_bytes`` for their batches now; None: not known."""
+        self.models = {id: sharing(info, free_bytes) for id, info in self.models.items()}
 
     def set_dead(self) -> list[ActiveJob]:
         """It died; returns the jobs that were in it."""
@@ -154,7 +208,7 @@ class EngineHandle:
         """The most rows of a batch of ``group``: as its last one was limited, or as measured."""
         limit = self._row_limits.get(group)
         if limit is None:
-            model = self.models.get(group.model)
+            model = self.models.get(group.model) or self.known.get(group.model)
             limit = 2 if model is None else model.rows_of_a_pass(group.width, group.height)
             self._row_limits[group] = limit
         return limit

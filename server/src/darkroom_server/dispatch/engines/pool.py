@@ -37,6 +37,7 @@ class EnginePool:
     once, one that reports at its first start that it cannot load. A start that fails because the
     machine has no descriptors, processes or memory to give is not a death: it is tried again.
     ``exhausted``: why no engine will come back, one line for the operator; "" while one may.
+    ``models_wanted``: models are to be loaded or unloaded though no job waits for that.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class EnginePool:
         self.engines = [EngineHandle(index, engine) for index, engine in enumerate(engines)]
         self.max_resident_samples = max_resident_samples
         self.exhausted = ""
+        self.models_wanted = False
         self._max_restarts = max_restarts
         self._observer = observer
         self._closing = False
@@ -60,6 +62,10 @@ class EnginePool:
     def ready(self) -> bool:
         """Whether an engine can run jobs now."""
         return any(engine.ready for engine in self.engines)
+
+    def holds(self, model: str) -> bool:
+        """Whether an engine that is ready takes jobs of ``model``."""
+        return any(engine.holds(model) for engine in self.engines)
 
     def has_room(self, active: ActiveJob) -> bool:
         """Whether an engine would take a new job now."""
@@ -85,7 +91,8 @@ class EnginePool:
         A job that may have killed an engine gets an empty one.
         """
         if active.crashes:
-            able = [engine for engine in self.engines if engine.ready and not engine.jobs]
+            model = active.job.model
+            able = [each for each in self.engines if each.holds(model) and not each.jobs]
         else:
             most = self.max_resident_samples
             able = [engine for engine in self.engines if engine.has_room(most, active)]
@@ -101,10 +108,13 @@ class EnginePool:
 
         return min(able, key=finish)
 
-    def handle_death(self, engine: EngineHandle, died: EngineDied) -> list[ActiveJob] | None:
+    def handle_death(
+        self, engine: EngineHandle, died: EngineDied, *, by_load: bool = False
+    ) -> list[ActiveJob] | None:
         """Restart a dead engine later, or retire it; returns the jobs that were in it.
 
-        None if the pool is closing: the jobs were ended before.
+        ``by_load``: it died while it loaded a model, which is the cause. None if the pool is
+        closing: the jobs were ended before.
         """
         if self._closing:
             return None
@@ -115,10 +125,11 @@ class EnginePool:
             return jobs
         engine.starts_without_resources = 0
         now = time.monotonic()
-        engine.deaths.append(Death(now, attributed_to_job=_is_attributed_to_job(engine, jobs)))
+        explained = by_load or _is_attributed_to_job(engine, jobs)
+        engine.deaths.append(Death(now, explained=explained))
         while engine.deaths[0].at < now - RESTART_WINDOW_SECONDS:
             engine.deaths.popleft()
-        own = sum(not death.attributed_to_job for death in engine.deaths)
+        own = sum(not death.explained for death in engine.deaths)
         if died.fatal and not engine.loaded:
             self._retire(engine, died.message)
         elif own > self._max_restarts:

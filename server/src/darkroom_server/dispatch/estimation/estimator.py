@@ -2,13 +2,21 @@
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
 
 from darkroom_server.core.errors import DeadlineUnreachable
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.estimation.batch_times import Group
 from darkroom_server.dispatch.estimation.calibration import Calibration
 from darkroom_server.dispatch.estimation.estimate import Estimate
-from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache, megapixel_steps
+from darkroom_server.dispatch.estimation.remaining_work import (
+    RemainingWork,
+    RemainingWorkCache,
+    megapixel_steps,
+    remaining_work,
+)
 from darkroom_server.dispatch.estimation.simulation import Forecast, simulate_queue
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 from darkroom_server.dispatch.jobs.registry import JobRegistry
@@ -34,11 +42,24 @@ SHORTEST_RETRY_SECONDS = 0.25
 LONGEST_RETRY_SECONDS = 60.0
 
 
-class Estimator:
-    """Estimates from the engines' batch times, their jobs, and the queue."""
+class LoadForecast(Protocol):
+    """Knows when models will be loaded."""
 
-    def __init__(self, pool: EnginePool, registry: JobRegistry) -> None:
+    def seconds_until_loaded(self, id: str) -> float:
+        """When a model that no engine holds is probably loaded, if a job of it waited now."""
+
+
+class Estimator:
+    """Estimates from the engines' batch times, their jobs, the queue, and the ``loads`` of models.
+
+    Without ``loads``, jobs are taken to wait for no load.
+    """
+
+    def __init__(
+        self, pool: EnginePool, registry: JobRegistry, loads: LoadForecast | None = None
+    ) -> None:
         self._pool = pool
+        self._loads = loads
         self._registry = registry
         self._calibration = Calibration()
         self._cache = RemainingWorkCache()
@@ -132,7 +153,13 @@ class Estimator:
         engines = [engine for engine in self._pool.engines if engine.ready]
         waiting = self._registry.queue(new if new and new.state is JobState.NEW else None)
         running = [active for engine in engines for active in engine.jobs.values()]
+        held = {model for engine in engines for model in engine.models}
+        aside = [active for active in waiting if active.job.model not in held]
+        if aside and self._loads is not None:
+            waiting = [active for active in waiting if active.job.model in held]
         models = {active.job.model for active in (*running, *waiting)}
+        if new is not None:
+            models.add(new.job.model)
         known = all(engine.batch_times.knows(model) for engine in engines for model in models)
         if not engines or not known:
             return None
@@ -140,7 +167,21 @@ class Estimator:
             [engine.load() for engine in engines],
             self._cache.get(waiting),
             self._pool.max_resident_samples,
+            arrivals=self._after_loads(aside) if aside else (),
         )
+
+    def _after_loads(self, aside: Sequence[ActiveJob]) -> list[RemainingWork]:
+        """The jobs that wait for a load, as if they arrived after it; not of unmeasured models."""
+        if self._loads is None:
+            return []
+        engines = [engine for engine in self._pool.engines if engine.ready]
+        works = []
+        for active in aside:
+            model = active.job.model
+            if all(engine.batch_times.knows(model) for engine in engines):
+                work, loaded = remaining_work(active), self._loads.seconds_until_loaded(model)
+                works.append(replace(work, key=replace(work.key, submitted_at=loaded)))
+        return works
 
 
 def _round_up(seconds: float) -> float:

@@ -1,15 +1,39 @@
 """Every job that waits or is in an engine."""
 
-from collections import Counter
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 
 from darkroom_server.core.order import order
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
+
+
+HALF_LIFE_SECONDS = 600.0
+"""After that time an arrival counts half: what was asked for long ago says little."""
+
+
+@dataclass(slots=True)
+class Demand:
+    """How often a model is asked for: its arrivals, each with a weight that halves with time."""
+
+    weight: float = 0.0
+    at: float = 0.0
+
+    def record(self, now: float) -> None:
+        """A job arrived at ``now``, in seconds."""
+        self.weight, self.at = self.now(now) + 1.0, now
+
+    def now(self, now: float) -> float:
+        """The sum of the weights at ``now``."""
+        return float(self.weight * 0.5 ** (max(0.0, now - self.at) / HALF_LIFE_SECONDS))
 
 
 class JobRegistry:
     """Jobs by id, and the queue among them.
 
     An id stays in use until the engine has removed the job, whether or not a caller still wants it.
+    ``demand``: how often each model is asked for. ``last_used``: when a job of a model arrived or
+    left, in ``time.monotonic`` seconds.
     """
 
     def __init__(self) -> None:
@@ -17,6 +41,8 @@ class JobRegistry:
         self._queue: dict[str, ActiveJob] = {}
         self._here: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
+        self.demand: defaultdict[str, Demand] = defaultdict(Demand)
+        self.last_used: dict[str, float] = {}
 
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._jobs
@@ -57,6 +83,8 @@ class JobRegistry:
         if id not in self._jobs:
             self._jobs[id] = active
             self._here[model] += 1
+            self.last_used[model] = now = time.monotonic()
+            self.demand[model].record(now)
         self._queue[id] = active
         self._waiting[model] += 1
         active.state = JobState.QUEUED
@@ -71,6 +99,7 @@ class JobRegistry:
         self._dequeue(active)
         del self._jobs[active.job.id]
         self._here[active.job.model] -= 1
+        self.last_used[active.job.model] = time.monotonic()
 
     def _dequeue(self, active: ActiveJob) -> None:
         if self._queue.pop(active.job.id, None) is not None:

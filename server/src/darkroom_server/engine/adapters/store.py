@@ -141,6 +141,11 @@ class AdapterStore:
         for key in self.unwanted.difference(in_use):
             self._evict(key)
 
+    def forget(self, model_id: str) -> None:
+        """Evict every adapter of a model, which is gone after that."""
+        for key in [key for key in self._bytes if key[0] == model_id]:
+            self._evict(key)
+
     def close(self) -> None:
         """Stop to read."""
         self._reader.shutdown(cancel_futures=True)
@@ -157,9 +162,9 @@ class AdapterStore:
 
     def _keep(self, read: AdapterRead, in_use: Collection[Key]) -> bool:
         model_id, id = read.key
-        if read.data is None:
+        model = self._models.get(model_id)
+        if read.data is None or model is None:  # It was unloaded meanwhile.
             return False
-        model = self._models[model_id]
         try:
             model.add(parse_adapter(read.data, read.file, id, model.pipeline))
         except AdapterMismatch as error:

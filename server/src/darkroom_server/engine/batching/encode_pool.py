@@ -1,6 +1,5 @@
 """The encode pool: pixels to the caller's format, on threads beside the loop's."""
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,10 +7,10 @@ import structlog
 from numpy.typing import NDArray
 
 from darkroom_server.core.events import EncodedImage, JobFailed, PreviewReady
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.record import embedded_record
 from darkroom_server.engine.batching.resident_job import ResidentJob
 from darkroom_server.engine.failures import ENCODE_FAILED
-from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.output.formats import (
     encode_image,
     encode_preview,
@@ -29,18 +28,23 @@ THREADS = 2
 class EncodePool:
     """Encodes finished images and delivers them; Pillow releases the GIL while it compresses."""
 
-    def __init__(self, models: Mapping[str, Model]) -> None:
-        self._models = models
+    def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="encode-image")
 
     def submit(
-        self, resident: ResidentJob, sample: Sample, pixels: NDArray[np.uint8], *, flagged: bool
+        self,
+        resident: ResidentJob,
+        sample: Sample,
+        model: ModelInfo,
+        pixels: NDArray[np.uint8],
+        *,
+        flagged: bool,
     ) -> None:
         """Encode ``pixels`` soon and deliver the image to its job; a flagged one is withheld.
 
         If an image cannot be encoded, its job fails.
         """
-        self._pool.submit(self._encode, resident, sample, pixels, flagged)
+        self._pool.submit(self._encode, resident, sample, model, pixels, flagged)
 
     def submit_preview(
         self, resident: ResidentJob, sample: Sample, pixels: NDArray[np.uint8]
@@ -78,14 +82,18 @@ class EncodePool:
         )
 
     def _encode(
-        self, resident: ResidentJob, sample: Sample, pixels: NDArray[np.uint8], flagged: bool
+        self,
+        resident: ResidentJob,
+        sample: Sample,
+        model: ModelInfo,
+        pixels: NDArray[np.uint8],
+        flagged: bool,
     ) -> None:
         job = sample.job
         try:
             replay = replay_of(sample, "" if flagged else sha256_of(pixels))
             record = ""
             if job.embed_record and not flagged:
-                model = self._models[job.model].info
                 record = embedded_record(job, sample.seed, model, replay)
             image = EncodedImage(
                 data=b"" if flagged else encode_image(pixels, job.format, job.quality, record),

@@ -25,6 +25,14 @@ class Residency:
         self._models = dict(models)
         self._jobs: dict[str, tuple[int, int]] = {}
 
+    def set(self, model: ModelInfo) -> None:
+        """``model`` is new, or has changed."""
+        self._models[model.id] = model
+
+    def remove(self, model_id: str) -> None:
+        """A model that no job uses is gone."""
+        self._models.pop(model_id, None)
+
     def has_room(self, job: Job) -> bool:
         """Whether the images of ``job`` may start now."""
         needed = len(job.image_indices) * self._bytes_per_image(job)

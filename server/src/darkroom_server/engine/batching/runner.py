@@ -71,30 +71,38 @@ class Started:
 class Runner:
     """Owns the models; encodes prompts, runs batches, decodes. Has no queues.
 
+    ``counts``: the counters of each model's components, by model id.
     Every method raises an error that means that the device is lost. Any other error becomes the
     ``Failure`` of the jobs that it affects.
     """
 
     def __init__(
         self,
-        models: Mapping[str, Model],
+        models: dict[str, Model],
         row_limits: Mapping[str, RowLimits],
         emit: Callable[[Event], None],
     ) -> None:
         self.models = models
         self.peaks = PeakMemoryTracker(emit)
         self._row_limits = row_limits
-        self._counts = {id: Counts() for id in models}
+        self.counts: dict[str, tuple[Counts, ...]] = {}
+        self._counts: dict[str, Counts] = {}
+        for id in models:
+            self.add(id)
 
     @property
     def devices(self) -> set[torch.device]:
         """The devices that hold models."""
         return {model.device for model in self.models.values()}
 
-    @property
-    def counts(self) -> dict[str, tuple[Counts, ...]]:
-        """The counters of each model's components, by model id."""
-        return {id: (*model.counts, self._counts[id]) for id, model in self.models.items()}
+    def add(self, model_id: str) -> None:
+        """Serve a model that is new among ``models``."""
+        self._counts[model_id] = Counts()
+        self.counts[model_id] = (*self.models[model_id].counts, self._counts[model_id])
+
+    def remove(self, model_id: str) -> None:
+        """Serve a model no more."""
+        del self._counts[model_id], self.counts[model_id]
 
     def new_samples(self, model_id: str, jobs: Sequence[Job]) -> Started:
         """Start the samples of ``jobs``, all of one model, which may encode prompts together."""

@@ -60,6 +60,11 @@ class BatchScheduler:
         return self._jobs[sample.job.id]
 
     @property
+    def models_in_use(self) -> set[str]:
+        """The models of all resident jobs."""
+        return {resident.job.model for resident in self._jobs.values()}
+
+    @property
     def adapters_in_use(self) -> set[tuple[str, str]]:
         """The adapters of all resident jobs, each with its model's id first."""
         jobs = [resident.job for resident in self._jobs.values()]

@@ -24,6 +24,9 @@ from darkroom_server.engine.warmup.presets import Runtime
 COPIES = 2
 """The residuals of one net, and their sum with those of others, are in memory at once."""
 
+USUAL_COST = 0.4
+"""The cost of a ControlNet that was not measured: it is the half of a UNet that encodes."""
+
 
 @dataclass(frozen=True, slots=True)
 class OfferedControls:
@@ -92,6 +95,17 @@ class ControlNets:
         )
         most = max(each.bytes_per_row for each in needs.values())
         return OfferedControls(controls, offers, COPIES * most)
+
+    def described(self, model_id: str, family: Family) -> tuple[AdapterOffer, ...]:
+        """Those that fit the model of ``family``, which is not loaded; nothing is measured.
+
+        Raises ``StartupError`` for one that is for this model alone and does not fit it.
+        """
+        return tuple(
+            AdapterOffer(id=source.id, rank=0, bytes=0, kind=AdapterKind.CONTROLNET, cost=USUAL_COST)
+            for source in self.config.controlnets
+            if source.model in (None, model_id) and self._fits(source, model_id, family)
+        )
 
     def check(self) -> None:
         """Raise ``StartupError`` for a ControlNet that fits no model."""

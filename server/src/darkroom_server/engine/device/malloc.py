@@ -25,3 +25,10 @@ def keep_freed_memory() -> None:
     # Both: if one is set, glibc stops adjusting the other.
     mallopt(M_MMAP_THRESHOLD, LARGEST_BYTES)
     mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Return what is kept to Linux now: another model may need it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -62,16 +62,24 @@ class Compiler:
         """Whether ``work`` has something to do."""
         return bool(self._trials)
 
-    def prepare(self, model: Model) -> None:
+    def prepare(self, model: Model, *, beside_jobs: bool = False) -> None:
         """Use the compiled denoiser of a new model, if it is on the disk; else compile it.
 
-        As ``DenoiserForms.when`` says: now, later, or not at all.
+        As ``DenoiserForms.when`` says: now, later, or not at all. ``beside_jobs``: nothing is done
+        now, and ``work`` tries what is on the disk.
         """
         forms = model.forms
         if forms is None or forms.task is None:
             return
         id, task = model.info.id, forms.task
         file = self._file(task)
+        if beside_jobs:
+            if file.is_file():
+                self._trials.append((id, self._trial(model, forms, task)))
+            elif forms.when in (Compile.BACKGROUND, Compile.BLOCKING) and self._can_compile():
+                self._models[id] = model
+                self._to_compile.put((id, task))
+            return
         if forms.when is Compile.BLOCKING and not file.is_file() and self._can_compile():
             self._compile(id, task)
         if file.is_file():
@@ -94,6 +102,11 @@ class Compiler:
         if model is not None and model.forms is not None and model.forms.task is not None:
             trial = self._trial(model, model.forms, model.forms.task)
             self._trials.append((compiled.model, trial))
+
+    def forget(self, model_id: str) -> None:
+        """Do nothing more for a model that is unloaded."""
+        self._models.pop(model_id, None)
+        self._trials = deque(each for each in self._trials if each[0] != model_id)
 
     def work(self) -> str:
         """Do a part of a trial that takes no longer than a batch.

@@ -5,7 +5,6 @@ memory from the driver.
 """
 
 import time
-from collections.abc import Mapping
 
 import structlog
 
@@ -22,7 +21,7 @@ STEPS = 2
 
 
 def generate_first_images(
-    models: Mapping[str, Model], caches: Mapping[str, MeasurementCache]
+    models: dict[str, Model], caches: dict[str, MeasurementCache]
 ) -> None:
     """Run one job of each model through a loop of its own, and discard its events.
 

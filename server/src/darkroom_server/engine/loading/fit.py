@@ -18,14 +18,16 @@ TRAINING_ONLY = "model_ema."
 """How the names of averaged weights start, which single files may hold and nothing loads."""
 
 
-def check_weights_fit(files: ModelFiles, runtime: Runtime) -> tuple[int, int]:
+def check_weights_fit(
+    files: ModelFiles, runtime: Runtime, error: type[StartupError] = StartupError
+) -> tuple[int, int]:
     """The bytes of the weights as ``runtime`` stores them, and the bytes that are available.
 
-    Raises ``StartupError`` if the weights do not fit the device.
+    Raises ``error`` if the weights do not fit the device.
     """
     needed, available = weight_bytes(files, runtime), available_bytes(runtime.device)
     if needed > available:
-        raise StartupError(
+        raise error(
             f"model {files.source.location!r} does not fit the memory of {runtime.device}: its "
             f"weights need {needed} bytes in {runtime.dtype_name}, and {available} bytes are "
             "available; use a smaller --dtype, --preset tiny, or fewer models"

@@ -116,11 +116,12 @@ def weights_of(family: Family) -> dict[str, int]:
     }
 
 
-def _pipeline_class(family: type[Family]) -> Any:
+def pipeline_class(family: type[Family]) -> Any:
+    """The class of diffusers of a pipeline of ``family``."""
     return getattr(diffusers, family.pipeline_class)
 
 
-def _left_out(family: type[Family], safety_checker: bool) -> dict[str, None]:
+def left_out(family: type[Family], safety_checker: bool) -> dict[str, None]:
     """The optional components that are not loaded, as diffusers' arguments."""
     wanted = ("safety_checker", "feature_extractor") if safety_checker else ()
     return dict.fromkeys(part for part in family.optional if part not in wanted)
@@ -147,11 +148,11 @@ def _load_folder(files: ModelFiles, dtype: torch.dtype) -> Any:
     family = files.family
     parts = {part: _load_part(files, part, dtype) for part in files.parts}
     absent = absent_parts(family, files.index)
-    return _pipeline_class(family).from_pretrained(
+    return pipeline_class(family).from_pretrained(
         str(files.path),
         local_files_only=True,
         **family.pipeline_options,
-        **{**_left_out(family, "safety_checker" in parts), **absent, **parts},
+        **{**left_out(family, "safety_checker" in parts), **absent, **parts},
         **family.weightless_parts(files.path),
     )
 
@@ -194,6 +195,8 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
             f"model folder {name!r} does not exist: give a pipeline's folder, a .safetensors file "
             "or a hub id"
         )
+    if not source.may_download:
+        return _cached(source, safety_checker)
     try:
         # The calls that follow wait for a silent hub for minutes or without a limit.
         huggingface_hub.model_info(
@@ -221,6 +224,20 @@ def _download(source: ModelSource, safety_checker: bool) -> Path:
         ) from error
 
 
+def _cached(source: ModelSource, safety_checker: bool) -> Path:
+    """The folder in the hub's cache; raises ``StartupError`` if it is not complete."""
+    try:
+        return _snapshot(source, safety_checker, local_files_only=True)
+    except StartupError:
+        raise
+    except Exception as error:
+        log.debug("not in the hub's cache", exc_info=True)
+        raise StartupError(
+            f"model {source.location!r} is not on this machine; start the server with "
+            "--allow-download, or download it"
+        ) from error
+
+
 def _snapshot(source: ModelSource, safety_checker: bool, *, local_files_only: bool) -> Path:
     """The folder in the hub's cache; asks the hub unless ``local_files_only``."""
     common: dict[str, Any] = {
@@ -233,12 +250,12 @@ def _snapshot(source: ModelSource, safety_checker: bool, *, local_files_only: bo
     with warnings.catch_warnings():
         # diffusers advises --variant in place of a branch called fp16, which older models have.
         warnings.simplefilter("ignore", FutureWarning)
-        folder = _pipeline_class(family).download(
+        folder = pipeline_class(family).download(
             source.location,
             variant=source.variant,
             use_safetensors=True,
             **common,
-            **_left_out(family, safety_checker),
+            **left_out(family, safety_checker),
         )
     return Path(folder)
 
@@ -266,7 +283,7 @@ def _find_single_file(source: ModelSource, path: Path) -> ModelFiles:
             f"model file {source.location!r} is of a {kind}, and --model-config {source.config} of "
             f"a {family.pipeline_class}; give a folder of the file's architecture"
         )
-    if not hasattr(_pipeline_class(family), "from_single_file"):
+    if not hasattr(pipeline_class(family), "from_single_file"):
         raise StartupError(
             f"model file {source.location!r}: diffusers reads no single file of a "
             f"{family.pipeline_class}; give a pipeline's folder"
@@ -278,14 +295,14 @@ def _load_single_file(files: ModelFiles, dtype: torch.dtype) -> Any:
     source, family = files.source, files.family
     config = str(Path(source.config).expanduser()) if source.config is not None else None
     try:
-        pipeline = _pipeline_class(family).from_single_file(
+        pipeline = pipeline_class(family).from_single_file(
             str(files.path),
             config=config,
             dtype=dtype,
             token=source.token,
             local_files_only=config is not None,
             **family.pipeline_options,
-            **_left_out(family, safety_checker=False),
+            **left_out(family, safety_checker=False),
         )
     except Exception as error:
         advice = "check the file" if config else "give --model-config FOLDER, or check the file"

@@ -11,11 +11,13 @@ from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import AdapterLoaded, EngineReady, Event
 from darkroom_server.engine.adapters.offering import Adapters
+from darkroom_server.engine.catalogue.describe import Catalogue
+from darkroom_server.engine.catalogue.loader import ModelLoader, with_graphs
 from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.compiler import Compiler
-from darkroom_server.engine.forms.graphs import CudaRecorder, Recorder, record_graphs
+from darkroom_server.engine.forms.graphs import CudaRecorder, Recorder
 from darkroom_server.engine.forms.toolchain import Inductor, Toolchain
 from darkroom_server.engine.loading.first_images import generate_first_images
 from darkroom_server.engine.loading.load_model import load_model
@@ -48,15 +50,18 @@ def start_loop(
     models, loads, caches = {}, [], {}
     adapters, controlnets = Adapters.of(config), ControlNets(config)
     compiler = Compiler(config.compile_cache, toolchain or Inductor())
+    recorder = recorder or CudaRecorder()
+    loader = ModelLoader(config, device, controlnets, recorder, emit)
     for source in config.models:
         with torch.inference_mode():
-            model, load, cache = load_model(source, config, adapters, controlnets)
-            compiler.prepare(model)
-            if graph_bytes := record_graphs(model, recorder or CudaRecorder()):
-                parts = {**load.bytes_by_component, "graphs": graph_bytes}
-                load = replace(load, bytes_by_component=parts)
-        models[source.id], caches[source.id] = model, cache
-        loads.append(load)
+            loaded = load_model(source, config, adapters, controlnets)
+            compiler.prepare(loaded.model)
+            loaded = with_graphs(loaded, recorder)
+        models[source.id], caches[source.id] = loaded.model, loaded.cache
+        loader.modules[source.id] = loaded.modules
+        loads.append(loaded.load)
+    catalogue = Catalogue(config, device, adapters, controlnets)
+    descriptions = catalogue.describe_all(config.catalogue)
     controlnets.check()
     if len(models) > 1:
         _share_memory(models.values(), config, device)
@@ -68,9 +73,17 @@ def start_loop(
             if offer.kind is AdapterKind.CONTROLNET:
                 # They are read with their model, and are never evicted.
                 emit(AdapterLoaded(info.id, offer.id, offer.bytes, load.load_seconds))
-    seconds = time.monotonic() - began
-    loop = EngineLoop(models, emit, caches, adapters.setup(), compiler)
-    return loop, EngineReady(infos, seconds, tuple(loads))
+    setup = adapters.setup()
+    loop = EngineLoop(models, emit, caches, setup, compiler, loader)
+    ready = EngineReady(
+        infos,
+        time.monotonic() - began,
+        tuple(loads),
+        descriptions=descriptions,
+        free_bytes=available_bytes(device),
+        device=str(device),
+    )
+    return loop, ready
 
 
 def _share_memory(models: Iterable[Model], config: EngineConfig, device: torch.device) -> None:

@@ -54,9 +54,13 @@ def restore(state: ThreadState, device_type: str) -> None:
         raise RuntimeError("a pipeline left torch's inference mode while it was suspended")
 
 
+class _Run(greenlet.greenlet):
+    """The greenlet of a ``Coroutine``: the thread may have others."""
+
+
 def is_suspendable() -> bool:
     """Whether this code runs in a ``Coroutine``."""
-    return greenlet.getcurrent().parent is not None
+    return isinstance(greenlet.getcurrent(), _Run)
 
 
 def suspend(call: Any, device_type: str) -> Any:
@@ -83,7 +87,7 @@ class Coroutine:
     """
 
     def __init__(self, run: Callable[[], Any], device_type: str) -> None:
-        self._greenlet = greenlet.greenlet(run)
+        self._greenlet = _Run(run)
         # Otherwise the values that structlog has bound would be missing in the run.
         self._greenlet.gr_context = contextvars.copy_context()
         self._device_type = device_type

@@ -11,6 +11,7 @@ import torch
 from darkroom_server.core.engine_config import Attention, EngineConfig
 from darkroom_server.core.model import MemoryNeeds, ModelInfo
 from darkroom_server.core.model_runtime import ModelSpeed, RowLimitSource
+from darkroom_server.engine.catalogue.slices import between_batches
 from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.device.memory import available_bytes
@@ -171,7 +172,7 @@ def _measure_now(
     else:
         most = min(most, memory.rows_that_fit(family.size, family.size))
         counts = row_counts(most) if config.rows is None else sorted({2, most})
-    seconds = measure_rows(time_batch, counts)
+    seconds = measure_rows(between_batches(time_batch), counts)
     sdpa_bytes, sdpa_seconds = _measure_sdpa(family, memory_format, runtime)
     best = best_rows(seconds)
     log.info(

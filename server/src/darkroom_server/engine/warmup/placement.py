@@ -10,6 +10,7 @@ from darkroom_server.core.engine_config import Attention
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.model import MemoryNeeds
 from darkroom_server.core.residency import HEADROOM
+from darkroom_server.engine.catalogue.slices import between_batches, pause
 from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.failures import DECODE_FAILED, OUT_OF_MEMORY, is_out_of_memory
@@ -27,7 +28,7 @@ def place(family: Family, runtime: Runtime) -> MemoryFormat:
         _slice_attention(pipeline, runtime.slice_size)
     if runtime.vae_tiling:
         _tile(family)
-    memory_format = MemoryFormat(runtime.dtype, runtime.channels_last and family.convolutional)
+    memory_format = memory_format_of(family, runtime)
     _convert(pipeline, memory_format.dtype)
     if vae_is_upcast(pipeline):
         family.vae.to(dtype=torch.float32)
@@ -41,6 +42,25 @@ def place(family: Family, runtime: Runtime) -> MemoryFormat:
     # Last: a small device has no room for the weights in their first format.
     pipeline.to(device=runtime.device)
     return memory_format
+
+
+def memory_format_of(family: Family, runtime: Runtime) -> MemoryFormat:
+    """The format in which ``runtime`` stores the weights of ``family``."""
+    return MemoryFormat(runtime.dtype, runtime.channels_last and family.convolutional)
+
+
+def own_weights(pipeline: Any) -> None:
+    """Copy the weights that are on the CPU, and that may be parts of mapped files, into memory.
+
+    So that a model that is loaded is in memory, and that a file that is cut short later does not
+    end the process. Each page of the weights is touched.
+    """
+    for part in pipeline.components.values():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        for weight in (*part.parameters(), *part.buffers()):
+            if weight.device.type == "cpu":
+                weight.data = weight.data.clone()
 
 
 def _convert(pipeline: Any, dtype: torch.dtype) -> None:
@@ -95,15 +115,18 @@ def measure_memory(
     if runtime.device.type == "cuda":
         time_batch(1)  # In the first call libraries allocate memory that they keep.
     once = 0
+    pause()
     if family.unbatched_reason:
         bytes_per_row = peak_bytes(runtime.device, lambda: time_batch(1))
     else:
         two_rows = peak_bytes(runtime.device, lambda: time_batch(2))
         if runtime.attention is Attention.SLICED:
             # A slice has the same size for any number of rows.
+            pause()
             one_row = peak_bytes(runtime.device, lambda: time_batch(1))
             once = min(max(0, 2 * one_row - two_rows), two_rows)
         bytes_per_row = (two_rows - once) // 2
+    pause()
     decode = _decode_once(family, decoder, memory_format, runtime)
     decode_peak = peak_bytes(runtime.device, decode)
     return MemoryNeeds(
@@ -129,14 +152,14 @@ def measure_decode(
     if family.vae is None:
         return 0.0
     decode = _decode_once(family, decoder, memory_format, runtime)
-    return agreed_seconds(lambda: seconds_of(runtime.device, decode))
+    return agreed_seconds(between_batches(lambda: seconds_of(runtime.device, decode)))
 
 
 def measure_encode(family: Family, runtime: Runtime) -> float:
     """Seconds of the encode of one prompt, 0 if the family cannot measure it."""
     if not family.encode_prompt():  # Also warms up.
         return 0.0
-    return agreed_seconds(lambda: seconds_of(runtime.device, family.encode_prompt))
+    return agreed_seconds(between_batches(lambda: seconds_of(runtime.device, family.encode_prompt)))
 
 
 def _decode_once(

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.model import OPTIONAL_FIELDS, ModelInfo
-from darkroom_server.dispatch import Availability
+from darkroom_server.dispatch import Availability, ModelCatalog
 from darkroom_server.http.call import Answer, Call
 from darkroom_server.http.messages.results import json_bytes
 
@@ -17,8 +17,11 @@ OWNER = "darkroom"
 class ModelRoutes:
     """Answers from what the engines reported; ``started_at`` is in Unix seconds."""
 
-    def __init__(self, availability: Availability, started_at: int) -> None:
+    def __init__(
+        self, availability: Availability, catalog: ModelCatalog, started_at: int
+    ) -> None:
         self._availability = availability
+        self._catalog = catalog
         self._started_at = started_at
 
     async def list(self, call: Call) -> Answer:
@@ -34,11 +37,12 @@ class ModelRoutes:
 
     def _model(self, id: str, info: ModelInfo | None) -> dict[str, Any]:
         model = {"id": id, "object": "model", "created": self._started_at, "owned_by": OWNER}
+        ready = self._catalog.status(id).ready
         if info is None:
-            return {**model, "ready": False}
+            return {**model, "ready": ready}
         return {
             **model,
-            "ready": True,
+            "ready": ready,
             "revision": info.revision,
             "kind": info.kind,
             "defaults": asdict(info.defaults),
@@ -59,7 +63,7 @@ class ModelRoutes:
                 if offer.kind is AdapterKind.LORA and not offer.rejection
             ],
             "guidance": asdict(info.guidance),
-            "runtime": asdict(info.runtime),
+            **({"runtime": asdict(info.runtime)} if ready else {}),
         }
 
 

@@ -23,7 +23,7 @@ def routes_of(
     """The routes of one server; ``page``: serve the page too."""
     started_at = int(time.time())
     images = ImageRoutes(service, dispatcher.availability, urls)
-    models = ModelRoutes(dispatcher.availability, started_at)
+    models = ModelRoutes(dispatcher.availability, dispatcher.models, started_at)
     status = StatusRoutes(dispatcher, started_at)
     routes = [
         Route("POST", "/v1/images/generations", images.generate),

@@ -19,6 +19,7 @@ from darkroom_server.telemetry.metrics.engine import EngineMetrics
 from darkroom_server.telemetry.metrics.http import HttpMetrics
 from darkroom_server.telemetry.metrics.ledger import LedgerMetrics
 from darkroom_server.telemetry.metrics.memory import MemoryMetrics
+from darkroom_server.telemetry.metrics.models import ModelMetrics
 from darkroom_server.telemetry.metrics.process import ProcessMetrics
 from darkroom_server.telemetry.metrics.requests import RequestMetrics
 from darkroom_server.telemetry.metrics.uploads import UploadMetrics
@@ -42,15 +43,17 @@ class Metrics(Observer):
         self.uploads = UploadMetrics(self._section("Images of callers"))
         self.ledger = LedgerMetrics(self._section("Ledger"))
         self.engine = EngineMetrics(self._section("Engine"))
+        self.models = ModelMetrics(self._section("Models"))
         self.memory = MemoryMetrics(self._section("Memory and devices"))
         self.process = ProcessMetrics(self._section("Serving process"))
         self._handlers: defaultdict[type, list[Any]] = defaultdict(list)
-        for section in (self.requests, self.engine, self.memory):
+        for section in (self.requests, self.engine, self.models, self.memory):
             for event, handler in section.handlers.items():
                 self._handlers[event].append(handler)
         for model in model_ids:
             self.requests.begin(model)
             self.engine.begin(model)
+            self.models.begin(model)
 
     def on_event(self, event: Event | DispatchEvent) -> None:
         """Record ``event`` in the sections that handle its type."""

@@ -16,6 +16,8 @@ from darkroom_server.core.events import (
     SampleBytesCorrected,
 )
 from darkroom_server.core.metric_labels import rows_class
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model_events import ModelLoaded
 from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.dispatch import EngineRestarted, EngineRetired, EngineTimeWasted
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
@@ -142,16 +144,6 @@ class EngineMetrics:
             "darkroom_engines_given_up",
             "Engines that failed to load or died too often, and are not restarted.",
         )
-        self.load_seconds = declare.gauge(
-            "darkroom_model_load_seconds",
-            "Seconds of the last load of the model from its files into memory.",
-            ("model",),
-        )
-        self.warm_up_seconds = declare.gauge(
-            "darkroom_model_warm_up_seconds",
-            "Seconds of the last placement, warm-up and profiling of the model.",
-            ("model",),
-        )
         self.max_rows = declare.gauge(
             "darkroom_max_rows",
             "Most rows of a batch of the model's default size now; real batches correct it, unless "
@@ -197,6 +189,7 @@ class EngineMetrics:
             EncodeDone: self.record_encode,
             EngineCounts: self.record_counts,
             EngineReady: self.record_load,
+            ModelLoaded: lambda loaded: self.record_model(loaded.info),
             RowLimitCorrected: self.record_row_limit,
             SampleBytesCorrected: self.record_sample_bytes,
             DenoiserCompiled: self.record_compiled,
@@ -249,24 +242,25 @@ class EngineMetrics:
 
     def record_load(self, ready: EngineReady) -> None:
         """An engine has loaded its models."""
-        for load in ready.loads:
-            self.load_seconds.labels(load.model).set(load.load_seconds)
-            self.warm_up_seconds.labels(load.model).set(load.warm_up_seconds)
         for model in ready.models:
-            self.max_rows.labels(model.id).set(model.limits.max_rows)
-            self.sample_bytes.labels(model.id).set(model.memory.bytes_per_sample)
-            runtime = model.runtime
-            compiled = runtime.denoiser is DenoiserForm.COMPILED
-            self.denoiser_compiled.labels(model.id).set(compiled)
-            self.model_info.labels(
-                model.id,
-                model.revision,
-                runtime.device,
-                runtime.dtype,
-                runtime.memory_format,
-                runtime.preset,
-                runtime.attention,
-            ).set(1)
+            self.record_model(model)
+
+    def record_model(self, model: ModelInfo) -> None:
+        """A model is loaded."""
+        self.max_rows.labels(model.id).set(model.limits.max_rows)
+        self.sample_bytes.labels(model.id).set(model.memory.bytes_per_sample)
+        runtime = model.runtime
+        compiled = runtime.denoiser is DenoiserForm.COMPILED
+        self.denoiser_compiled.labels(model.id).set(compiled)
+        self.model_info.labels(
+            model.id,
+            model.revision,
+            runtime.device,
+            runtime.dtype,
+            runtime.memory_format,
+            runtime.preset,
+            runtime.attention,
+        ).set(1)
 
     def record_row_limit(self, corrected: RowLimitCorrected) -> None:
         """Real batches have corrected the row limit of a model."""

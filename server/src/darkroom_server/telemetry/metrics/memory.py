@@ -13,6 +13,7 @@ from darkroom_server.core.events import (
     PeakMeasured,
 )
 from darkroom_server.core.metric_labels import rows_class, size_class
+from darkroom_server.core.model_events import ModelLoad, ModelLoaded, ModelUnloaded
 from darkroom_server.dispatch import AdapterMemory
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 from darkroom_server.telemetry.metrics.engine import ROWS_HELP
@@ -34,7 +35,7 @@ class MemoryMetrics:
         self.model = declare.gauge(
             "darkroom_model_memory_bytes",
             "Weights of a model, by component: unet, vae, text_encoder, safety_checker; and "
-            "`graphs`, which `--preset max` records on a GPU.",
+            "`graphs`, which `--preset max` records on a GPU. 0 after it was unloaded.",
             ("model", "component"),
         )
         self.adapter = declare.gauge(
@@ -89,8 +90,11 @@ class MemoryMetrics:
         )
         # The highest so far, by model and classes.
         self._peaks: dict[tuple[str, ...], int] = {}
+        self._components: dict[str, tuple[str, ...]] = {}
         self.handlers: dict[type, Callable[[Any], None]] = {
             EngineReady: self.record_weights,
+            ModelLoaded: lambda loaded: self.record_load(loaded.load),
+            ModelUnloaded: self.record_unload,
             PeakMeasured: self.record_peak,
             MemoryReport: self.record_report,
             AdapterLoaded: self.record_adapter_load,
@@ -101,8 +105,18 @@ class MemoryMetrics:
     def record_weights(self, ready: EngineReady) -> None:
         """An engine has loaded its models."""
         for load in ready.loads:
-            for component, size in load.bytes_by_component.items():
-                self.model.labels(load.model, component).set(size)
+            self.record_load(load)
+
+    def record_load(self, load: ModelLoad) -> None:
+        """A model is in memory."""
+        self._components[load.model] = tuple(load.bytes_by_component)
+        for component, size in load.bytes_by_component.items():
+            self.model.labels(load.model, component).set(size)
+
+    def record_unload(self, unloaded: ModelUnloaded) -> None:
+        """A model is in memory no more."""
+        for component in self._components.get(unloaded.model, ()):
+            self.model.labels(unloaded.model, component).set(0)
 
     def record_adapter_load(self, loaded: AdapterLoaded) -> None:
         """An engine has read an adapter."""

@@ -1,0 +1,60 @@
+"""The engine's events about models that it loads and unloads."""
+
+from dataclasses import dataclass
+
+from darkroom_server.core.catalog import WeightOrigin
+from darkroom_server.core.model import ModelInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLoad:
+    """The load of one model: seconds to load and to warm up, and its weights' bytes."""
+
+    model: str
+    load_seconds: float
+    warm_up_seconds: float
+    bytes_by_component: dict[str, int]
+    origin: WeightOrigin = WeightOrigin.DISK
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of all components."""
+        return sum(self.bytes_by_component.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLoaded:
+    """A model of the catalogue is in the device's memory, which has ``free_bytes`` left."""
+
+    info: ModelInfo
+    load: ModelLoad
+    free_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelNotLoaded:
+    """A model of the catalogue could not be loaded, for ``reason``; nothing of it is in memory.
+
+    ``out_of_memory``: it may fit once other models are unloaded.
+    """
+
+    model: str
+    reason: str
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelUnloaded:
+    """A model is in memory no more; the device has ``free_bytes`` left."""
+
+    model: str
+    free_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFetching:
+    """A model is being fetched from the hub; ``fetch_bytes``: of all files, 0 if not known."""
+
+    model: str
+    fetched_bytes: int
+    fetch_bytes: int

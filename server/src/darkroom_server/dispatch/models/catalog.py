@@ -1,0 +1,265 @@
+"""Brings models into the engines' memory when they are asked for, and unloads others for them."""
+
+import asyncio
+import time
+from collections.abc import Collection
+
+import structlog
+
+from darkroom_server.core.catalog import ModelState, WeightOrigin
+from darkroom_server.core.errors import (
+    DarkroomError,
+    ModelMemory,
+    ModelUnusable,
+    UnknownModel,
+)
+from darkroom_server.core.events import EngineReady
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model_events import (
+    ModelFetching,
+    ModelLoaded,
+    ModelNotLoaded,
+    ModelUnloaded,
+)
+from darkroom_server.dispatch.admission.availability import Availability
+from darkroom_server.dispatch.engines.handle import EngineHandle
+from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.jobs.registry import JobRegistry
+from darkroom_server.dispatch.models.entry import CatalogEntry, CatalogStatus, LoadProgress
+from darkroom_server.dispatch.models.planner import LoadPlanner, Planned
+from darkroom_server.dispatch.models.states import ModelStates
+from darkroom_server.dispatch.observer import LoadOutcome, ModelLoadEnded, Observer
+
+log = structlog.get_logger(__name__)
+
+MAX_DEATHS = 2
+"""Engines that may die while they load a model, before it counts as unusable."""
+
+
+class ModelCatalog:
+    """Decides which models the engines hold.
+
+    ``pinned`` are loaded at start. ``budget``: bytes for the weights of each engine's models, None
+    for what its device leaves beside the largest batch. An engine loads one model at a time: first
+    those that an admin asked for, then those of the waiting jobs, the most urgent first.
+    """
+
+    def __init__(
+        self,
+        availability: Availability,
+        pool: EnginePool,
+        registry: JobRegistry,
+        observer: Observer,
+        *,
+        pinned: Collection[str],
+        budget: int | None = None,
+    ) -> None:
+        self._availability = availability
+        self._pool = pool
+        self._registry = registry
+        self._observer = observer
+        self._budget = budget
+        self._states = ModelStates(availability, pool, registry, observer, pinned)
+        self._planner = LoadPlanner(self._states, availability, pool, registry, budget)
+
+    # What callers ask.
+
+    def status(self, id: str) -> CatalogStatus:
+        """Where the model is."""
+        entry = self._states.entries[id]
+        state = self._states.state(id)
+        last = self._registry.last_used.get(id)
+        return CatalogStatus(
+            state=state,
+            ready=any(id in engine.models for engine in self._pool.engines),
+            reason=self._availability.failures.get(id, "") if state is ModelState.FAILED else "",
+            weight_bytes=entry.weight_bytes,
+            last_used=None if last is None else time.time() - (time.monotonic() - last),
+            pinned=entry.pinned,
+            load=self._progress(entry) if state is ModelState.LOADING else None,
+        )
+
+    @property
+    def in_memory(self) -> list[ModelInfo]:
+        """The models that an engine has, in the order of the catalogue."""
+        known = self._availability.models
+        return [info for id, info in known.items() if info is not None and self.status(id).ready]
+
+    def seconds_until_loaded(self, id: str) -> float:
+        """When a model that no engine holds is probably loaded, if a job of it waited now."""
+        now = time.monotonic()
+        current: list[float] = []
+        for engine in self._pool.engines:
+            if (loading := engine.loading) is None:
+                current.append(0.0)
+                continue
+            entry = self._states.entries[loading.model]
+            remaining = max(0.0, loading.began + self._states.pace.expected(entry) - now)
+            if loading.model == id:
+                return remaining
+            current.append(remaining)
+        seconds = min(current)
+        for ahead in self._states.wanted_models():
+            if ahead == id:
+                break
+            seconds += self._states.pace.expected(self._states.entries[ahead])
+        return seconds + self._states.pace.expected(self._states.entries[id])
+
+    # What admins want. ``JobLifecycle.feed`` acts on it.
+
+    def want(self, id: str) -> asyncio.Future[None]:
+        """Have a model loaded; the result is set once it is, or gets the error.
+
+        A model that failed is tried again. Raises ``UnknownModel`` or ``ModelMemory``.
+        """
+        entry = self._entry(id)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._states.state(id) is ModelState.RESIDENT:
+            self._states.to_unload.discard(id)
+            done.set_result(None)
+            return done
+        self._availability.failures.pop(id, None)
+        entry.deaths = 0
+        entry.waiters.append(done)
+        self._states.to_unload.discard(id)
+        self._states.want(id)
+        self._states.report(id)
+        return done
+
+    def unload(self, id: str) -> int:
+        """Unpin a model, and unload it once no job uses it; returns the number of those jobs.
+
+        Raises ``UnknownModel``.
+        """
+        self._entry(id).pinned = False
+        self._states.wanted.pop(id, None)
+        self._states.to_unload.add(id)
+        self._pool.models_wanted = True
+        return sum(self._registry.counts(id))
+
+    def set_pinned(self, id: str, *, pinned: bool) -> None:
+        """Let a model stay in memory, or no more. Raises ``UnknownModel``."""
+        self._entry(id).pinned = pinned
+        if pinned:
+            self._states.to_unload.discard(id)
+        log.info("model pinned" if pinned else "model unpinned", model=id)
+
+    # What engines report.
+
+    def record_ready(self, engine: EngineHandle, ready: EngineReady) -> None:
+        """An engine has started, with the models that are loaded at the start."""
+        for description in ready.descriptions:
+            if description.weight_bytes:
+                self._states.entries[description.id].weight_bytes = description.weight_bytes
+        for load in ready.loads:
+            entry = self._states.entries[load.model]
+            entry.weight_bytes = load.weight_bytes
+            self._states.pace.record(entry, load.load_seconds + load.warm_up_seconds)
+            self._count(load.model, load.origin, LoadOutcome.LOADED)
+        if (budget := engine.weight_budget(self._budget)) < sum(engine.weights.values()):
+            log.warning(
+                "the models that are loaded at start exceed the memory budget",
+                budget=budget,
+                bytes=sum(engine.weights.values()),
+            )
+        for id, entry in self._states.entries.items():
+            if entry.pinned and id not in engine.models and id not in self._availability.failures:
+                self._states.want(id)
+        self._states.report_all()
+
+    def record_loaded(self, engine: EngineHandle, loaded: ModelLoaded) -> None:
+        """An engine has loaded a model."""
+        id, load = loaded.info.id, loaded.load
+        entry = self._states.entries[id]
+        entry.weight_bytes, entry.deaths = load.weight_bytes, 0
+        engine.add_model(loaded.info, load.weight_bytes, loaded.free_bytes)
+        self._availability.set_model(loaded.info)
+        self._states.pace.record(entry, load.load_seconds + load.warm_up_seconds)
+        self._count(id, load.origin, LoadOutcome.LOADED)
+        self._states.settle(entry, None)
+
+    def record_not_loaded(
+        self, engine: EngineHandle, event: ModelNotLoaded
+    ) -> DarkroomError | None:
+        """An engine could not load a model; returns why its jobs cannot run, None if they may.
+
+        Without memory, a model that no job uses is unloaded, and the load is tried again.
+        """
+        entry = self._states.entries[event.model]
+        origin = WeightOrigin.HUB if entry.fetched_bytes else WeightOrigin.DISK
+        engine.loading = None
+        self._count(event.model, origin, LoadOutcome.FAILED)
+        error: DarkroomError
+        if event.out_of_memory:
+            idle = [r for r in self._planner.residents(engine) if not (r.pinned or r.busy)]
+            if idle:
+                self._states.evict(engine, min(idle, key=lambda each: each.cost).id)
+                self._states.report(event.model)
+                return None
+            error = ModelMemory(event.model, event.reason)
+        else:
+            self._availability.failures[event.model] = event.reason
+            error = ModelUnusable(event.model, event.reason)
+        self._states.settle(entry, error)
+        return error
+
+    def record_unloaded(self, engine: EngineHandle, event: ModelUnloaded) -> None:
+        """An engine has freed the memory of a model."""
+        engine.share_memory(event.free_bytes)
+        self._states.report(event.model)
+
+    def record_fetching(self, event: ModelFetching) -> None:
+        """An engine fetches a model from the hub."""
+        entry = self._states.entries[event.model]
+        entry.fetched_bytes, entry.fetch_bytes = event.fetched_bytes, event.fetch_bytes
+
+    def record_death(self, engine: EngineHandle) -> tuple[str, DarkroomError | None] | None:
+        """An engine died: while it loaded a model, that is the cause.
+
+        Returns the model, and why its jobs cannot run, None if the load is tried again. None if the
+        engine loaded nothing.
+        """
+        loading, engine.loading = engine.loading, None
+        if loading is None:
+            return None
+        entry = self._states.entries[loading.model]
+        entry.deaths += 1
+        self._count(loading.model, WeightOrigin.DISK, LoadOutcome.FAILED)
+        log.warning("engine died during a load", model=loading.model, deaths=entry.deaths)
+        if entry.deaths < MAX_DEATHS:
+            if entry.waiters:
+                self._states.want(loading.model)
+            return loading.model, None
+        why = f"{entry.deaths} engines died while they loaded it; its files may be damaged"
+        self._availability.failures[loading.model] = why
+        error = ModelUnusable(loading.model, why)
+        self._states.settle(entry, error)
+        return loading.model, error
+
+    def plan(self) -> Planned:
+        """Unload what is wanted no more, and begin the loads that fit, the most urgent first."""
+        return self._planner.plan()
+
+    def report(self) -> None:
+        """Report every state that has changed to the observer."""
+        self._states.report_all()
+
+    def _entry(self, id: str) -> CatalogEntry:
+        if id not in self._availability.models:
+            raise UnknownModel(id[:256], list(self._availability.models))
+        return self._states.entries[id]
+
+    def _progress(self, entry: CatalogEntry) -> LoadProgress:
+        remaining = None
+        for engine in self._pool.engines:
+            if engine.loading is not None and engine.loading.model == entry.id:
+                elapsed = time.monotonic() - engine.loading.began
+                remaining = self._states.pace.expected(entry) - elapsed
+        return LoadProgress(
+            fetched_bytes=entry.fetched_bytes,
+            fetch_bytes=entry.fetch_bytes,
+            remaining_seconds=None if remaining is None or remaining <= 0 else remaining,
+        )
+
+    def _count(self, id: str, origin: WeightOrigin, outcome: LoadOutcome) -> None:
+        self._observer.on_event(ModelLoadEnded(id, origin, outcome))

@@ -1,0 +1,216 @@
+"""Loads models beside running jobs: reads on a thread of its own, measures between batches."""
+
+import gc
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import structlog
+import torch
+
+from darkroom_server.core.engine_config import EngineConfig
+from darkroom_server.core.errors import StartupError
+from darkroom_server.core.events import Event
+from darkroom_server.core.model_events import ModelNotLoaded
+from darkroom_server.engine.adapters.offering import Adapters
+from darkroom_server.engine.catalogue.fetching import fetch_reported
+from darkroom_server.engine.catalogue.global_settings import LoopPaused, exclusive_settings
+from darkroom_server.engine.catalogue.slices import SlicedWork, pause
+from darkroom_server.engine.controls.offering import ControlNets
+from darkroom_server.engine.device.malloc import return_freed_memory
+from darkroom_server.engine.failures import is_fatal, one_line
+from darkroom_server.engine.forms.graphs import Recorder, record_graphs
+from darkroom_server.engine.loading.load_model import (
+    LoadedModel,
+    NoMemory,
+    ReadModel,
+    finish_model,
+    read_model,
+)
+from darkroom_server.ipc.commands import LoadModel
+
+log = structlog.get_logger(__name__)
+
+SWITCH_SECONDS = 0.0002
+"""While a model is read: how long Python lets that thread run before the loop's thread may.
+
+Each call of torch gives up the interpreter's lock and takes it again, a thousand times in a batch.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRead:
+    """What the reading thread found: the model, or why it could not be read."""
+
+    command: LoadModel
+    model: ReadModel | None
+    error: Exception | None = None
+
+
+class ModelLoader:
+    """One load at a time; used from the loop's thread but for the read.
+
+    A load that fails emits ``ModelNotLoaded``. ``modules`` are those of the models in memory, by
+    the model's id. ``loading`` is the id of the model that is being loaded.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        device: torch.device,
+        controlnets: ControlNets,
+        recorder: Recorder,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.device = device
+        self.loading = ""
+        self.modules: dict[str, tuple[torch.nn.Module, ...]] = {}
+        self._config = config
+        self._controlnets = controlnets
+        self._recorder = recorder
+        self._emit = emit
+        self._finishing: SlicedWork | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether ``work`` has something to do."""
+        return self._finishing is not None
+
+    def begin(
+        self, command: LoadModel, receive: Callable[[ModelRead | LoopPaused], None]
+    ) -> None:
+        """Start to read a model."""
+        self.loading = command.source.id
+        log.info("model is being loaded", model=self.loading)
+        # A thread for each load: OpenMP keeps a pool for every thread that computes.
+        threading.Thread(
+            target=self._read, args=[command, receive], name="read-model", daemon=True
+        ).start()
+
+    def finish(self, read: ModelRead) -> None:
+        """Let ``work`` warm up a model that was read. Raises an error of a lost device."""
+        if read.error is not None:
+            self._fail(read.error)
+            return
+        model = read.model
+        assert model is not None
+        config = self._config_for(read.command)
+        self._finishing = SlicedWork(lambda: self._finish(model, config))
+
+    def work(self) -> LoadedModel | None:
+        """Do a part of a load that takes no longer than a batch; returns a model that is ready.
+
+        Raises an error that means that the device is lost.
+        """
+        if self._finishing is None:
+            return None
+        try:
+            if not self._finishing.run():
+                return None
+        except Exception as error:
+            self._finishing = None
+            self._fail(error)
+            return None
+        loaded: LoadedModel = self._finishing.result
+        self._finishing = None
+        self.loading = ""
+        return loaded
+
+    def discard(self, id: str) -> None:
+        """Free the weights of a model that serves no job any more.
+
+        They are taken from their modules, which may be parts of cycles that live on for a while.
+        """
+        for module in self.modules.pop(id, ()):
+            module.to(device="meta")
+        _release_memory(self.device)
+
+    def _finish(self, read: ReadModel, config: EngineConfig) -> LoadedModel:
+        loaded = finish_model(read, config, self._controlnets)
+        pause()
+        return with_graphs(loaded, self._recorder)
+
+    def _read(
+        self, command: LoadModel, receive: Callable[[ModelRead | LoopPaused], None]
+    ) -> None:
+        try:
+            with (
+                fetch_reported(command.source, self._emit),
+                _short_switches(),
+                exclusive_settings(receive),
+                _own_stream(self.device),
+                torch.inference_mode(),
+            ):
+                config = self._config_for(command)
+                model = read_model(command.source, config, Adapters.of(config))
+        except Exception as error:
+            # Whatever it is, the model is at fault, and the loop goes on.
+            receive(ModelRead(command, None, error))
+        else:
+            receive(ModelRead(command, model))
+
+    def _config_for(self, command: LoadModel) -> EngineConfig:
+        previous = (command.previous,) if command.previous is not None else ()
+        return replace(
+            self._config, adapters=command.adapters, previous_measurements=previous
+        )
+
+    def _fail(self, error: Exception) -> None:
+        if is_fatal(error):
+            raise error
+        id, self.loading = self.loading, ""
+        if not isinstance(error, StartupError):
+            log.error("model could not be loaded", model=id, exc_info=error)
+        # The traceback holds the weights that were read.
+        error.__traceback__ = None
+        gc.collect()
+        _release_memory(self.device)
+        why = str(error) if isinstance(error, StartupError) else one_line(error)
+        log.warning("model not loaded", model=id, why=why)
+        self._emit(
+            ModelNotLoaded(model=id, reason=why, out_of_memory=isinstance(error, NoMemory))
+        )
+
+
+def with_graphs(loaded: LoadedModel, recorder: Recorder) -> LoadedModel:
+    """``loaded``, with the graphs of its denoiser if it has such a form."""
+    graph_bytes = record_graphs(loaded.model, recorder)
+    if not graph_bytes:
+        return loaded
+    parts = {**loaded.load.bytes_by_component, "graphs": graph_bytes}
+    return replace(loaded, load=replace(loaded.load, bytes_by_component=parts))
+
+
+def _release_memory(device: torch.device) -> None:
+    """Give freed memory back to the device, so that another model can have it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        return_freed_memory()
+
+
+@contextmanager
+def _short_switches() -> Iterator[None]:
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """Copy to a GPU beside the kernels of batches; the copies are complete at the end."""
+    if device.type != "cuda":
+        with nullcontext():
+            yield
+        return
+    torch.cuda.set_device(device)
+    stream: Any = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

@@ -1,0 +1,144 @@
+"""Adds models to a running loop, and removes them from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from darkroom_server.core.adapters import AdapterKind
+from darkroom_server.core.events import AdapterLoaded, Event
+from darkroom_server.core.model_events import ModelLoaded, ModelUnloaded
+from darkroom_server.core.residency import sharing
+from darkroom_server.engine.adapters.model_adapters import ModelAdapters
+from darkroom_server.engine.adapters.store import AdapterStore
+from darkroom_server.engine.batching.residency import Residency
+from darkroom_server.engine.batching.row_limits import RowLimits
+from darkroom_server.engine.batching.runner import Runner
+from darkroom_server.engine.batching.scheduler import BatchScheduler
+from darkroom_server.engine.catalogue.global_settings import LoopPaused
+from darkroom_server.engine.catalogue.loader import ModelLoader, ModelRead
+from darkroom_server.engine.device.memory import available_bytes
+from darkroom_server.engine.forms.compiler import Compiler
+from darkroom_server.engine.loading.load_model import LoadedModel
+from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
+from darkroom_server.ipc.commands import LoadModel, UnloadModel
+
+log = structlog.get_logger(__name__)
+
+ModelChange = LoadModel | UnloadModel | ModelRead | LoopPaused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopParts:
+    """What of a loop knows its models; the mappings and the set are shared with it."""
+
+    runner: Runner
+    scheduler: BatchScheduler
+    residency: Residency
+    row_limits: dict[str, RowLimits]
+    caches: dict[str, MeasurementCache]
+    adapters: AdapterStore
+    adaptable: dict[str, ModelAdapters]
+    encode_slowly: set[str]
+    compiler: Compiler | None
+
+
+@dataclass(slots=True)
+class ResidentModels:
+    """The models of a loop, which ``loader`` loads; used from the loop's thread only.
+
+    ``receive`` passes a change to that thread.
+    """
+
+    parts: LoopParts
+    loader: ModelLoader
+    receive: Callable[[ModelChange], None]
+    emit: Callable[[Event], None]
+    _unloading: set[str] = field(default_factory=set)
+    _to_load: LoadModel | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether ``work`` has something to do."""
+        return self.loader.busy
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something is to be unloaded, or loaded after that."""
+        return bool(self._unloading) or self._to_load is not None
+
+    def handle(self, change: ModelChange) -> None:
+        """Begin a change, or go on with one."""
+        match change:
+            case LoadModel():
+                self._to_load = change
+            case UnloadModel(id):
+                self._unloading.add(id)
+            case ModelRead():
+                self.loader.finish(change)
+            case LoopPaused():
+                change.hold()
+
+    def settle(self) -> None:
+        """Unload what no job uses any more; then begin the load that waits for it."""
+        for id in self._unloading - self.parts.scheduler.models_in_use:
+            self._unloading.discard(id)
+            self._remove(id)
+        if self._to_load is not None and not self._unloading:
+            command, self._to_load = self._to_load, None
+            self.loader.begin(command, self.receive)
+
+    def work(self) -> None:
+        """Do a part of a load, and add the model once it is complete.
+
+        Raises an error that means that the device is lost.
+        """
+        loaded = self.loader.work()
+        if loaded is not None:
+            self._add(loaded)
+
+    def _add(self, loaded: LoadedModel) -> None:
+        parts, model = self.parts, loaded.model
+        id = model.info.id
+        self.loader.modules[id] = loaded.modules
+        parts.runner.models[id] = model
+        parts.caches[id] = loaded.cache
+        parts.row_limits[id] = RowLimits.of_model(model.info)
+        parts.runner.add(id)
+        if model.adapters is not None:
+            parts.adaptable[id] = model.adapters
+        if model.encodes_slowly:
+            parts.encode_slowly.add(id)
+        if parts.compiler is not None:
+            parts.compiler.prepare(model, beside_jobs=True)
+        free = self._share_memory()
+        self.emit(ModelLoaded(info=model.info, load=loaded.load, free_bytes=free))
+        for offer in model.info.adapters:
+            if offer.kind is AdapterKind.CONTROLNET:
+                self.emit(AdapterLoaded(id, offer.id, offer.bytes, loaded.load.load_seconds))
+
+    def _remove(self, id: str) -> None:
+        parts = self.parts
+        if id not in parts.runner.models:
+            return
+        parts.adapters.forget(id)
+        if parts.compiler is not None:
+            parts.compiler.forget(id)
+        parts.runner.remove(id)
+        parts.residency.remove(id)
+        for known in (parts.runner.models, parts.caches, parts.row_limits, parts.adaptable):
+            known.pop(id, None)
+        parts.encode_slowly.discard(id)
+        self.loader.discard(id)
+        free = self._share_memory()
+        log.info("model unloaded", model=id, free_bytes=free)
+        self.emit(ModelUnloaded(model=id, free_bytes=free))
+
+    def _share_memory(self) -> int:
+        """Let every model know what memory is left; returns that."""
+        free = available_bytes(self.loader.device)
+        for id, model in self.parts.runner.models.items():
+            model.info = sharing(model.info, free)
+            self.parts.row_limits[id].memory = model.info.memory
+            self.parts.residency.set(model.info)
+        return free

@@ -1,0 +1,81 @@
+"""Settings of the models: which ones there are, when they are loaded, and their memory."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Gt
+
+from darkroom_server.settings.option import Setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The models to serve."""
+
+    model: Annotated[
+        tuple[str, ...],
+        Setting(
+            "A model to serve: a pipeline folder, a single file or a hub id, with an optional "
+            "name. May be given several times.",
+            choose="An existing path wins over a hub id. Without NAME, requests use the name of "
+            "the folder or file, or the hub id. `demo` is the model in the server package. In the "
+            "environment, separate several models by commas.",
+            metavar="[NAME=]PATH_OR_HUB_ID[@REVISION]",
+            default="the demo model, without `--models-dir`",
+        ),
+    ] = ()
+    models_dir: Annotated[
+        str | None,
+        Setting(
+            "A folder of models: each pipeline folder and each `.safetensors` file below it is in "
+            "the catalogue, and is loaded when a request names it.",
+            choose="A model's name is its path below the folder, without the ending of a file. "
+            "They are described from their configurations at start. Only the operator should be "
+            "able to write to the folder.",
+            metavar="FOLDER",
+            default="none",
+        ),
+    ] = None
+    on_demand: Annotated[
+        bool,
+        Setting(
+            "Load the models of `--model` when a request names them, not at start.",
+            choose="Without it they are loaded at start and stay in memory, until an admin unloads "
+            "them.",
+        ),
+    ] = False
+    allow_download: Annotated[
+        bool,
+        Setting(
+            "Fetch models that are loaded on demand from the hub if they are not on this machine.",
+            choose="Models that are loaded at start are always fetched.",
+        ),
+    ] = False
+    device_memory_budget: Annotated[
+        Annotated[int, Gt(0)] | None,
+        Setting(
+            "Device memory for the weights of models, in bytes, on each device. To load one more, "
+            "models that are cheap to bring back and rarely used are unloaded.",
+            choose="Models of `--model` and pinned ones are never unloaded.",
+            metavar="BYTES",
+            default="what is free, less what the largest batch needs",
+        ),
+    ] = None
+    variant: Annotated[
+        str | None,
+        Setting(
+            "The variant of the weight files to load, such as `fp16`.",
+            choose="Set it if the model offers one: `fp16` halves the download.",
+            metavar="NAME",
+            default="none",
+        ),
+    ] = None
+    model_config: Annotated[
+        str | None,
+        Setting(
+            "A pipeline folder with the configuration for a single file.",
+            choose="Needed for a `.safetensors` file if the hub cannot be reached.",
+            metavar="FOLDER",
+            default="none",
+        ),
+    ] = None

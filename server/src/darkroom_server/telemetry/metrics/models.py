@@ -1,0 +1,77 @@
+"""Metrics of the catalogue: where models are, loads and evictions."""
+
+from collections.abc import Callable
+from typing import Any
+
+from darkroom_server.core.catalog import ModelState, WeightOrigin
+from darkroom_server.core.events import EngineReady
+from darkroom_server.core.model_events import ModelLoad, ModelLoaded
+from darkroom_server.dispatch import LoadOutcome, ModelEvicted, ModelLoadEnded, ModelStateChanged
+from darkroom_server.telemetry.metrics.catalogue import Catalogue
+
+
+class ModelMetrics:
+    """One attribute per metric."""
+
+    def __init__(self, declare: Catalogue) -> None:
+        self.state = declare.gauge(
+            "darkroom_model_state",
+            "1 for the state of the model, 0 for the others: `available` is loaded when a request "
+            "names it, `loading`, `resident` is in the device's memory, `failed` cannot be loaded.",
+            ("model", "state"),
+        )
+        self.loads = declare.counter(
+            "darkroom_model_loads_total",
+            "Loads of the model: `from` the `disk` or the `hub`; `loaded` or `failed`.",
+            ("model", "from", "outcome"),
+        )
+        self.evictions = declare.counter(
+            "darkroom_model_evictions_total",
+            "Times that the model was unloaded to make room for another.",
+            ("model",),
+        )
+        self.load_seconds = declare.gauge(
+            "darkroom_model_load_seconds",
+            "Seconds of the last load of the model into memory, `from` the `disk` or the `hub`.",
+            ("model", "from"),
+        )
+        self.warm_up_seconds = declare.gauge(
+            "darkroom_model_warm_up_seconds",
+            "Seconds of the last placement, warm-up and profiling of the model; batches of other "
+            "models run meanwhile.",
+            ("model",),
+        )
+        self.handlers: dict[type, Callable[[Any], None]] = {
+            EngineReady: self.record_ready,
+            ModelLoaded: lambda loaded: self.record_load(loaded.load),
+            ModelLoadEnded: self.record_end,
+            ModelEvicted: lambda evicted: self.evictions.labels(evicted.model).inc(),
+            ModelStateChanged: self.record_state,
+        }
+
+    def begin(self, model: str) -> None:
+        """Create the series of ``model`` at zero."""
+        self.evictions.labels(model)
+        for outcome in LoadOutcome:
+            self.loads.labels(model, WeightOrigin.DISK, outcome)
+        for state in ModelState:
+            self.state.labels(model, state)
+
+    def record_ready(self, ready: EngineReady) -> None:
+        """An engine has loaded the models of its start."""
+        for load in ready.loads:
+            self.record_load(load)
+
+    def record_load(self, load: ModelLoad) -> None:
+        """A model was loaded."""
+        self.load_seconds.labels(load.model, load.origin).set(load.load_seconds)
+        self.warm_up_seconds.labels(load.model).set(load.warm_up_seconds)
+
+    def record_end(self, ended: ModelLoadEnded) -> None:
+        """A load has ended."""
+        self.loads.labels(ended.model, ended.origin, ended.outcome).inc()
+
+    def record_state(self, changed: ModelStateChanged) -> None:
+        """A model is in another state."""
+        for state in ModelState:
+            self.state.labels(changed.model, state).set(state is changed.state)
