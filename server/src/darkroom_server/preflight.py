@@ -46,6 +46,9 @@ async def preflight(settings: Settings) -> AsyncIterator[Finding]:
     for number, engine in enumerate(engines):
         loaded = await asyncio.to_thread(_load, engine)
         yield Finding(isinstance(loaded, EngineReady), f"engine {number}: {_in_words(loaded)}")
+        for each in loaded.descriptions if isinstance(loaded, EngineReady) else ():
+            what = each.reason or "can be loaded"
+            yield Finding(not each.reason, f"engine {number}: {each.id}: {what}")
 
 
 async def compile_denoisers(settings: Settings) -> AsyncIterator[Finding]:
@@ -112,5 +115,6 @@ def _load(engine: Engine) -> EngineReady | str:
 def _in_words(loaded: EngineReady | str) -> str:
     if isinstance(loaded, str):
         return loaded
+    device = loaded.models[0].runtime.device if loaded.models else loaded.device
     names = ", ".join(model.id for model in loaded.models) or "no model"
-    return f"loaded {names} on {loaded.device} in {loaded.load_seconds:.1f} s"
+    return f"loaded {names} on {device} in {loaded.load_seconds:.1f} s"

@@ -67,6 +67,9 @@ METHODS: dict[str, type[Message]] = {
     "ModelService/ListAdapters": model_pb2.ListAdaptersRequest,
     "ModelService/AddAdapter": model_pb2.AddAdapterRequest,
     "ModelService/RemoveAdapter": model_pb2.RemoveAdapterRequest,
+    "ModelService/LoadModel": model_pb2.LoadModelRequest,
+    "ModelService/UnloadModel": model_pb2.UnloadModelRequest,
+    "ModelService/PinModel": model_pb2.PinModelRequest,
     "ServerService/GetStatus": server_pb2.GetStatusRequest,
 }
 

@@ -10,8 +10,12 @@ from google.rpc import error_details_pb2
 
 from darkroom.v1 import model_pb2
 from darkroom_server.backends.fake_model import fake_model
-from darkroom_server.settings import Models, Security
+from darkroom_server.core.caller import ANONYMOUS
+from darkroom_server.settings import Models, Security, Shutdown, Storage
+from tests.server.ledger.copies import left_behind
+from tests.server.rpc.test_jobs import name, state_of
 from tests.server.security.test_tokens import bearing, entry
+from tests.server.streams import submit
 from tests.server.telemetry.scrape import counted, values
 from tests.server.wire import SERVING, Wire, refusal, serving
 
@@ -141,6 +145,19 @@ async def test_a_model_that_fails_says_why(folder: Path) -> None:
         }
         seconds = await counted(wire, "darkroom_model_load_seconds", "model", "from")
         assert seconds == {("owls", "disk"): 0.5, ("toads", "disk"): 0.5}
+
+
+async def test_jobs_of_the_ledger_load_their_models(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    first = {"storage": Storage(ledger=f"sqlite:{path}"), "shutdown": Shutdown(grace=0.0)}
+    async with served(folder, hold_loads=True, **first) as wire:
+        await submit(wire, request_id="mine", model="toads")
+        await wire.becomes(lambda: wire.engine.loading == ["toads"])
+        copy = left_behind(path)
+    async with served(folder, storage=Storage(ledger=f"sqlite:{copy}")) as wire:
+        await wire.becomes(lambda: wire.server.results.find(ANONYMOUS.name, "mine").ended)
+        assert name((await state_of(wire, "mine")).state) == "FINISHED"
+        assert wire.engine.loaded == ["toads"]
 
 
 async def test_only_admins_change_models(folder: Path, tmp_path: Path) -> None:

@@ -194,7 +194,11 @@ class FakeEngine:
                 load_seconds=0.0,
                 loads=tuple(self._load_of(id) for id in ids) if rest else (),
                 descriptions=tuple(
-                    ModelDescription(id=info.id, info=info, weight_bytes=self._weight_bytes)
+                    ModelDescription(
+                        id=info.id,
+                        info=replace(info, revision=""),
+                        weight_bytes=self._weight_bytes,
+                    )
                     for info in rest
                 ),
             )
@@ -204,7 +208,8 @@ class FakeEngine:
         """End the load that began first."""
         with self._lock:
             id = self.loading.pop(0)
-            if reason := self.failing.get(id):
+            reason = "" if id in self._catalogue else "the fake engine has no such model"
+            if reason := self.failing.get(id, reason):
                 self._emit(ModelNotLoaded(model=id, reason=reason))
                 return
             self.models = (*self.models, self._catalogue[id])

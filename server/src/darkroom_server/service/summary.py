@@ -19,6 +19,8 @@ from darkroom_server.core.errors import (
     GenerationFailed,
     InvalidRequest,
     JobCancelled,
+    ModelMemory,
+    ModelUnusable,
     NotAllowed,
     Reason,
     Refused,
@@ -123,7 +125,14 @@ def outcome_of(error: DarkroomError) -> Outcome:
             return Outcome.INVALID
         case GenerationFailed(reason=Reason.INVALID_REQUEST):  # Only the engine could find out.
             return Outcome.INVALID
-        case Refused() | DeadlineUnreachable() | Unauthenticated() | NotAllowed():
+        case (
+            Refused()
+            | DeadlineUnreachable()
+            | Unauthenticated()
+            | NotAllowed()
+            | ModelUnusable()
+            | ModelMemory()
+        ):
             return Outcome.REFUSED
         case JobCancelled():
             return Outcome.CANCELLED

@@ -56,6 +56,7 @@ class LoadPlanner:
         for engine in ready:
             engine.leaving = set()
         self._unload_unused(ready)
+        self._states.settle_resident()
         able = [engine for engine in ready if engine.loading is None]
         if self._availability.state is not State.DRAINING or self._registry.queued:
             for id in self._states.wanted_models():

@@ -93,6 +93,11 @@ class ModelStates:
                 waiter.set_exception(error)
         self.report(entry.id)
 
+    def settle_resident(self) -> None:
+        """Want no model that an engine has by now."""
+        for id in [id for id in self.wanted if self.state(id) is ModelState.RESIDENT]:
+            self.settle(self.entries[id], None)
+
     def evict(self, engine: EngineHandle, id: str) -> None:
         """Unload a model that no job uses, to make room for another."""
         log.info("model makes room", model=id, engine=engine.index)

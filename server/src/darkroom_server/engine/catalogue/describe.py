@@ -16,7 +16,11 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.core.model import MemoryNeeds, ModelInfo
 from darkroom_server.core.model_runtime import ModelSpeed, RowLimitSource
 from darkroom_server.engine.adapters.offering import Adapters
-from darkroom_server.engine.catalogue.meta_pipeline import meta_pipeline
+from darkroom_server.engine.catalogue.fetching import is_on_hub, weights_on_hub
+from darkroom_server.engine.catalogue.meta_pipeline import (
+    configuration_from_hub,
+    meta_pipeline,
+)
 from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.failures import one_line
@@ -30,7 +34,7 @@ from darkroom_server.engine.loading.pipeline import ModelFiles
 from darkroom_server.engine.warmup.measurement import cache_key
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
 from darkroom_server.engine.warmup.placement import memory_format_of
-from darkroom_server.engine.warmup.presets import Runtime
+from darkroom_server.engine.warmup.presets import Runtime, resolve
 
 log = structlog.get_logger(__name__)
 
@@ -81,8 +85,10 @@ class Catalogue:
             return ModelDescription(id=source.id, info=previous, reason=why)
 
     def _describe(self, source: ModelSource, previous: ModelInfo | None) -> ModelDescription:
-        files, runtime = files_of(source, self._config, previous)
+        files, runtime = self._files_of(source, previous)
         size = weight_bytes(files, runtime)
+        if not size and is_on_hub(source):
+            size = weights_on_hub(source)
         if previous is not None:
             self._record_fitting(previous)
             return ModelDescription(id=source.id, info=previous, weight_bytes=size)
@@ -93,6 +99,20 @@ class Catalogue:
         return ModelDescription(
             id=source.id, info=replace(known, id=source.id, revision=""), weight_bytes=size
         )
+
+    def _files_of(
+        self, source: ModelSource, previous: ModelInfo | None
+    ) -> tuple[ModelFiles, Runtime]:
+        """The files of ``source``; of one that is not on this machine, only its configuration."""
+        if not is_on_hub(source):
+            return files_of(source, self._config, previous)
+        try:
+            return files_of(replace(source, may_download=False), self._config, previous)
+        except StartupError:
+            if not source.may_download:
+                raise
+        files = configuration_from_hub(source)
+        return files, resolve(self._config, files.family.half)
 
     def _record_fitting(self, info: ModelInfo) -> None:
         for offer in info.adapters:

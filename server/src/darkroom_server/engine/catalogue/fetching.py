@@ -69,7 +69,7 @@ def _report(source: ModelSource, emit: Callable[[Event], None], over: threading.
         if fetched <= said:
             continue
         if total is None:
-            total = _bytes_to_fetch(source, before)
+            total = max(0, weights_on_hub(source) - before)
         said = fetched
         try:
             emit(ModelFetching(model=source.id, fetched_bytes=fetched, fetch_bytes=total))
@@ -80,8 +80,8 @@ def _report(source: ModelSource, emit: Callable[[Event], None], over: threading.
             log.info("model is being fetched", model=source.id, bytes=fetched, of=total or "?")
 
 
-def _bytes_to_fetch(source: ModelSource, cached: int) -> int:
-    """About the bytes that a download takes: those of the weights; 0 if the hub does not say."""
+def weights_on_hub(source: ModelSource) -> int:
+    """About the bytes of the files that a download takes; 0 if the hub does not say."""
     try:
         info = huggingface_hub.model_info(
             source.location,
@@ -102,4 +102,4 @@ def _bytes_to_fetch(source: ModelSource, cached: int) -> int:
     mark = f".{source.variant}."
     chosen = [file for file in weights if source.variant and mark in file.rfilename]
     plain = [file for file in weights if file.rfilename.count(".") == 1]
-    return max(0, sum(file.size or 0 for file in chosen or plain or weights) - cached)
+    return sum(file.size or 0 for file in chosen or plain or weights)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
+from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.components.classes import component_class
 from darkroom_server.engine.loading.checkpoint import read_shapes
@@ -40,6 +41,27 @@ def meta_pipeline(files: ModelFiles) -> Any:
     except Exception as error:
         # diffusers and transformers raise errors of any type.
         raise failed(files.source, "its configuration", error) from error
+
+
+def configuration_from_hub(source: ModelSource) -> ModelFiles:
+    """The files of a model on the hub, without its weights. Raises ``StartupError``."""
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                source.location,
+                revision=source.revision,
+                token=source.token,
+                allow_patterns=CONFIGURATION,
+            )
+        )
+    except Exception as error:
+        # The hub raises errors of any type.
+        raise failed(source, "its configuration", error, "check its name and the network") from error
+    family, index = read_index(folder, source.location)
+    family.check_folder(folder, source.location)
+    absent = absent_parts(family, index)
+    parts = tuple(part for part in family.components if part not in absent)
+    return ModelFiles(source=source, path=folder, family=family, index=index, parts=parts)
 
 
 def _module(folder: Path, part: str, entry: Any) -> Any:
