@@ -1,6 +1,7 @@
 """Models that are loaded beside running jobs by a real engine process, and loads that fail."""
 
 import asyncio
+import itertools
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -10,8 +11,8 @@ from typing import Any
 import grpc
 import pytest
 import safetensors.torch
-from grpc_status import rpc_status
 from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from darkroom.v1 import model_pb2
 from darkroom_server.app import EngineLost, Server
@@ -152,7 +153,7 @@ async def test_a_running_job_goes_on_while_another_model_is_loaded(folder: Path)
         await wire.models.LoadModel(model_pb2.LoadModelRequest(model="toads"))
         assert await running == alone
         assert len(during) > 20
-        gaps = [later - earlier for earlier, later in zip(during, during[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(during)]
         # A load takes seconds of one thread; a batch takes milliseconds.
         assert sorted(gaps)[-1] < 1.0
         assert sorted(gaps)[len(gaps) // 2] < 0.1

@@ -23,9 +23,9 @@ from tests.server.wire import SERVING, Wire, refusal, serving
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of two models, as far as the serving process looks."""
-    for name in ("owls", "toads"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model_index.json").write_text("{}")
+    for model in ("owls", "toads"):
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "model_index.json").write_text("{}")
     return tmp_path
 
 

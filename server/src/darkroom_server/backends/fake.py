@@ -8,8 +8,8 @@ from pathlib import Path
 from darkroom_server.backends.fake_images import fake_image, fake_preview
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.adapters import AdapterOffer
-from darkroom_server.core.engine_config import AdapterSource
 from darkroom_server.core.catalog import ModelDescription
+from darkroom_server.core.engine_config import AdapterSource
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
     AdapterChecked,
@@ -23,7 +23,6 @@ from darkroom_server.core.events import (
     JobFinished,
     JobStarted,
     JobTaken,
-    PreviewReady,
     SampleProgress,
     StageSeconds,
 )
@@ -215,9 +214,7 @@ class FakeEngine:
             self.models = (*self.models, self._catalogue[id])
             self.loaded.append(id)
             self._emit(
-                ModelLoaded(
-                    info=self._catalogue[id], load=self._load_of(id), free_bytes=free_bytes
-                )
+                ModelLoaded(info=self._catalogue[id], load=self._load_of(id), free_bytes=free_bytes)
             )
 
     def _load_of(self, id: str) -> ModelLoad:

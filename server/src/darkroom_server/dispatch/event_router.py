@@ -186,6 +186,4 @@ class EventRouter:
             self._lifecycle.no_engine_left()
         self._availability.report()
         self._models.report()
-        self._lifecycle.engine_died(
-            jobs, last=bool(self._pool.exhausted), by_load=load is not None
-        )
+        self._lifecycle.engine_died(jobs, last=bool(self._pool.exhausted), by_load=load is not None)

@@ -134,9 +134,7 @@ class JobLifecycle:
             self._requeue(active)
             self.feed()
 
-    def engine_died(
-        self, jobs: Sequence[ActiveJob], *, last: bool, by_load: bool = False
-    ) -> None:
+    def engine_died(self, jobs: Sequence[ActiveJob], *, last: bool, by_load: bool = False) -> None:
         """Requeue or end the jobs of a dead engine; ``last``: no engine will come back.
 
         ``by_load``: no job is the cause, but the load of a model.

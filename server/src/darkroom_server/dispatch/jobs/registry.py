@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from darkroom_server.core.order import order
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 
-
 HALF_LIFE_SECONDS = 600.0
 """After that time an arrival counts half: what was asked for long ago says little."""
 

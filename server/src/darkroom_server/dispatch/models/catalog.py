@@ -131,8 +131,10 @@ class ModelCatalog:
 
         Raises ``UnknownModel``.
         """
-        self._entry(id).pinned = False
-        self._states.wanted.pop(id, None)
+        entry = self._entry(id)
+        entry.pinned = False
+        if self._states.state(id) is not ModelState.LOADING:
+            self._states.settle(entry, ModelUnusable(id, "another call unloaded it meanwhile"))
         self._states.to_unload.add(id)
         self._pool.models_wanted = True
         return sum(self._registry.counts(id))

@@ -64,15 +64,11 @@ class LoadPlanner:
                     break
                 if error := self._place(id, able, all_able=len(able) == len(ready)):
                     planned.unusable[id] = error
-        planned.freed = any(
-            old - engine.leaving for old, engine in zip(before, ready, strict=True)
-        )
+        planned.freed = any(old - engine.leaving for old, engine in zip(before, ready, strict=True))
         self._pool.models_wanted = bool(self._states.wanted or self._states.to_unload)
         return planned
 
-    def _place(
-        self, id: str, able: list[EngineHandle], *, all_able: bool
-    ) -> DarkroomError | None:
+    def _place(self, id: str, able: list[EngineHandle], *, all_able: bool) -> DarkroomError | None:
         """Load a model into one of the engines that are ``able``, or make room for it.
 
         That engine is able no more. Returns why the model fits none.

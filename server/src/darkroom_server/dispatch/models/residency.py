@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class Resident:
     """A model in an engine's memory.
 
-    ``busy``: it has jobs in the engine. ``demand``: its recent arrivals, see ``jobs.registry.Demand``.
+    ``busy``: it has jobs in the engine. ``demand``: its recent arrivals, weighted by their age.
     """
 
     id: str

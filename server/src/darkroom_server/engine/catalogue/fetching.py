@@ -90,7 +90,7 @@ def weights_on_hub(source: ModelSource) -> int:
             timeout=HUB_TIMEOUT,
             files_metadata=True,
         )
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - see below.
         # The hub raises errors of any type, and this one only costs the total.
         log.debug("size of the model is not known", model=source.id, why=str(error))
         return 0

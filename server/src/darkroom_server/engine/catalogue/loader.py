@@ -79,9 +79,7 @@ class ModelLoader:
         """Whether ``work`` has something to do."""
         return self._finishing is not None
 
-    def begin(
-        self, command: LoadModel, receive: Callable[[ModelRead | LoopPaused], None]
-    ) -> None:
+    def begin(self, command: LoadModel, receive: Callable[[ModelRead | LoopPaused], None]) -> None:
         """Start to read a model."""
         self.loading = command.source.id
         log.info("model is being loaded", model=self.loading)
@@ -110,7 +108,7 @@ class ModelLoader:
         try:
             if not self._finishing.run():
                 return None
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is contained, or raised again.
             self._finishing = None
             self._fail(error)
             return None
@@ -133,9 +131,7 @@ class ModelLoader:
         pause()
         return with_graphs(loaded, self._recorder)
 
-    def _read(
-        self, command: LoadModel, receive: Callable[[ModelRead | LoopPaused], None]
-    ) -> None:
+    def _read(self, command: LoadModel, receive: Callable[[ModelRead | LoopPaused], None]) -> None:
         try:
             with (
                 fetch_reported(command.source, self._emit),
@@ -146,7 +142,7 @@ class ModelLoader:
             ):
                 config = self._config_for(command)
                 model = read_model(command.source, config, Adapters.of(config))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - see below.
             # Whatever it is, the model is at fault, and the loop goes on.
             receive(ModelRead(command, None, error))
         else:
@@ -154,9 +150,7 @@ class ModelLoader:
 
     def _config_for(self, command: LoadModel) -> EngineConfig:
         previous = (command.previous,) if command.previous is not None else ()
-        return replace(
-            self._config, adapters=command.adapters, previous_measurements=previous
-        )
+        return replace(self._config, adapters=command.adapters, previous_measurements=previous)
 
     def _fail(self, error: Exception) -> None:
         if is_fatal(error):
@@ -164,15 +158,15 @@ class ModelLoader:
         id, self.loading = self.loading, ""
         if not isinstance(error, StartupError):
             log.error("model could not be loaded", model=id, exc_info=error)
-        # The traceback holds the weights that were read.
-        error.__traceback__ = None
+        # Tracebacks hold the weights that were read.
+        for each in (error, error.__cause__, error.__context__):
+            if each is not None:
+                each.__traceback__ = None
         gc.collect()
         _release_memory(self.device)
         why = str(error) if isinstance(error, StartupError) else one_line(error)
         log.warning("model not loaded", model=id, why=why)
-        self._emit(
-            ModelNotLoaded(model=id, reason=why, out_of_memory=isinstance(error, NoMemory))
-        )
+        self._emit(ModelNotLoaded(model=id, reason=why, out_of_memory=isinstance(error, NoMemory)))
 
 
 def with_graphs(loaded: LoadedModel, recorder: Recorder) -> LoadedModel:

@@ -56,7 +56,9 @@ def configuration_from_hub(source: ModelSource) -> ModelFiles:
         )
     except Exception as error:
         # The hub raises errors of any type.
-        raise failed(source, "its configuration", error, "check its name and the network") from error
+        raise failed(
+            source, "its configuration", error, "check its name and the network"
+        ) from error
     family, index = read_index(folder, source.location)
     family.check_folder(folder, source.location)
     absent = absent_parts(family, index)

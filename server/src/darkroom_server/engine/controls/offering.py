@@ -102,7 +102,9 @@ class ControlNets:
         Raises ``StartupError`` for one that is for this model alone and does not fit it.
         """
         return tuple(
-            AdapterOffer(id=source.id, rank=0, bytes=0, kind=AdapterKind.CONTROLNET, cost=USUAL_COST)
+            AdapterOffer(
+                id=source.id, rank=0, bytes=0, kind=AdapterKind.CONTROLNET, cost=USUAL_COST
+            )
             for source in self.config.controlnets
             if source.model in (None, model_id) and self._fits(source, model_id, family)
         )

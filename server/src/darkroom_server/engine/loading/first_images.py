@@ -20,9 +20,7 @@ log = structlog.get_logger(__name__)
 STEPS = 2
 
 
-def generate_first_images(
-    models: dict[str, Model], caches: dict[str, MeasurementCache]
-) -> None:
+def generate_first_images(models: dict[str, Model], caches: dict[str, MeasurementCache]) -> None:
     """Run one job of each model through a loop of its own, and discard its events.
 
     A job that fails is logged: requests of another size may succeed. Raises an error that means

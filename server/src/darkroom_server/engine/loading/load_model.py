@@ -164,9 +164,7 @@ def read_model(source: ModelSource, config: EngineConfig, adapters: Adapters) ->
         )
 
 
-def finish_model(
-    read: ReadModel, config: EngineConfig, controlnets: ControlNets
-) -> LoadedModel:
+def finish_model(read: ReadModel, config: EngineConfig, controlnets: ControlNets) -> LoadedModel:
     """The model that was ``read``, warmed up and measured, with ``pause`` between its calls.
 
     Raises ``StartupError``.
@@ -254,9 +252,7 @@ def _finish(read: ReadModel, config: EngineConfig, controlnets: ControlNets) -> 
 
 
 @contextmanager
-def _explained(
-    files: ModelFiles, runtime: Runtime, needed: int, available: int
-) -> Iterator[None]:
+def _explained(files: ModelFiles, runtime: Runtime, needed: int, available: int) -> Iterator[None]:
     """Raise ``NoMemory`` in place of an allocation's error."""
     try:
         yield

@@ -17,9 +17,7 @@ OWNER = "darkroom"
 class ModelRoutes:
     """Answers from what the engines reported; ``started_at`` is in Unix seconds."""
 
-    def __init__(
-        self, availability: Availability, catalog: ModelCatalog, started_at: int
-    ) -> None:
+    def __init__(self, availability: Availability, catalog: ModelCatalog, started_at: int) -> None:
         self._availability = availability
         self._catalog = catalog
         self._started_at = started_at
