@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import shutil
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import grpc
 import pytest
+import pytest_asyncio
 import safetensors.torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from darkroom.v1 import model_pb2
 from darkroom_server.app import EngineLost, Server
-from darkroom_server.core.events import BatchDone, Event, ModelLoaded
+from darkroom_server.core.events import BatchDone, Event
 from darkroom_server.dispatch.engines import pool
 from darkroom_server.settings import Models, Network, Settings
 from darkroom_server.settings.sources import all_sources
@@ -25,25 +27,31 @@ from tests.engine.tiny import write_tiny_model
 
 from .tapped import SERVING, TappedEngine, Wire
 
-MANY = 400
-"""Steps of a job that runs while another model is loaded."""
+LONG: dict[str, Any] = {"steps": 150, "image_count": 2}
+"""A job that runs while another model is loaded."""
+
+NAMES = ("owls", "toads", "moths")
+
+
+def write_models(folder: Path) -> None:
+    """Write models whose pictures differ, and two that are damaged."""
+    tiny = write_tiny_model(folder / NAMES[0])
+    file = Path("unet") / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(tiny / file)
+    for number, name in enumerate((*NAMES[1:], "later", "gone", "short")):
+        shutil.copytree(tiny, folder / name)
+        perturbed = {key: value * (1.1 + 0.05 * number) for key, value in weights.items()}
+        safetensors.torch.save_file(perturbed, folder / name / file, {"format": "pt"})
+    cut_short(folder / "short")
+    (folder / "empty").mkdir()
+    (folder / "empty" / "model_index.json").write_text("{}")
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def folder(tiny: Path, tmp_path: Path) -> Path:
-    """A folder of three models whose pictures differ."""
-    for number, name in enumerate(("owls", "toads", "moths")):
-        shutil.copytree(tiny, tmp_path / name)
-        file = tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors"
-        weights = safetensors.torch.load_file(file)
-        perturbed = {key: value * (1.0 + 0.05 * number) for key, value in weights.items()}
-        safetensors.torch.save_file(perturbed, file, {"format": "pt"})
-    return tmp_path
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
 
 
 @asynccontextmanager
@@ -68,14 +76,49 @@ async def serving(folder: Path, *, budget: int | None = None, **engine: Any) -> 
             await server.shutdown()
 
 
-async def pixels(wire: Wire, model: str, **fields: Any) -> str:
-    (image,) = (await wire.generate(model=model, **fields)).images
-    return str(image.replay.pixels_sha256)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_wire(folder: Path) -> AsyncIterator[Wire]:
+    """One server, whose engine starts again at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "FIRST_BACKOFF_SECONDS", 0.001)
+        async with serving(folder) as wire:
+            yield wire
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def wire(shared_wire: Wire) -> AsyncIterator[Wire]:
+    """The shared server, ready and without jobs."""
+    await shared_wire.health_becomes(SERVING)
+    assert not shared_wire.server.dispatcher.counts.live
+    shared_wire.engine.on_event = lambda _: None
+    yield shared_wire
+
+
+in_one_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+async def pixels(wire: Wire, model: str, **fields: Any) -> list[str]:
+    images = (await wire.generate(model=model, **fields)).images
+    return [image.replay.pixels_sha256 for image in images]
 
 
 async def listed(wire: Wire) -> dict[str, Any]:
     found = await wire.models.ListModels(model_pb2.ListModelsRequest())
     return {model.id: model for model in found.models}
+
+
+async def load(wire: Wire, id: str) -> Any:
+    return (await wire.models.LoadModel(model_pb2.LoadModelRequest(model=id))).model
+
+
+async def unload(wire: Wire, id: str) -> int:
+    answer = await wire.models.UnloadModel(model_pb2.UnloadModelRequest(model=id))
+    return int(answer.unfinished_jobs)
+
+
+def restarts(wire: Wire) -> int:
+    (engine,) = wire.server.dispatcher.snapshot().engines
+    return engine.restarts
 
 
 async def reason_of(call: Any) -> tuple[grpc.StatusCode, str, str]:
@@ -95,124 +138,89 @@ def cut_short(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-async def test_models_share_the_budget_of_one(folder: Path) -> None:
-    async with serving(folder) as wire:
-        described = await listed(wire)
-        assert {model.state for model in described.values()} == {model_pb2.MODEL_STATE_AVAILABLE}
-        first = {name: await pixels(wire, name) for name in described}
-        assert len(set(first.values())) == 3
-        loaded = await listed(wire)
-        assert all(model.ready for model in loaded.values())
-        for name, before in described.items():
-            assert before.defaults == loaded[name].defaults
-            assert before.optional_fields == loaded[name].optional_fields
-            assert before.schedulers == loaded[name].schedulers
-            assert not before.revision
-            assert loaded[name].revision.startswith("sha256:")
-        size = loaded["owls"].weight_bytes
-        assert abs(size - described["owls"].weight_bytes) < 0.05 * size
-    async with serving(folder, budget=size) as wire:
-        names = [*first, *first, *first]
-        found = await asyncio.gather(*(pixels(wire, name) for name in names))
-        assert found == [first[name] for name in names]
-        models = await listed(wire)
-        assert sum(model.ready for model in models.values()) == 1
-        evictions = sum(
-            sample.value
-            for metric in wire.server.metrics.models.evictions.collect()
-            for sample in metric.samples
-        )
-        assert evictions >= 2
-        (resident,) = (id for id, model in models.items() if model.ready)
-        request = model_pb2.UnloadModelRequest(model=resident)
-        assert (await wire.models.UnloadModel(request)).unfinished_jobs == 0
-        assert not any(model.ready for model in (await listed(wire)).values())
-        assert await pixels(wire, resident) == first[resident]
+@in_one_loop
+async def test_models_are_described_before_they_are_loaded(wire: Wire) -> None:
+    described = await listed(wire)
+    pictures = {name: await pixels(wire, name) for name in NAMES}
+    assert len({picture for (picture,) in pictures.values()}) == 3
+    loaded = await listed(wire)
+    for name in NAMES:
+        before, after = described[name], loaded[name]
+        assert (before.state, before.ready) == (model_pb2.MODEL_STATE_AVAILABLE, False)
+        assert (after.state, after.ready) == (model_pb2.MODEL_STATE_RESIDENT, True)
+        assert before.defaults == after.defaults
+        assert before.optional_fields == after.optional_fields
+        assert before.schedulers == after.schedulers
+        assert before.guidance == after.guidance
+        assert before.limits.max_size == after.limits.max_size
+        assert not before.revision
+        assert after.revision.startswith("sha256:")
+        assert abs(before.weight_bytes - after.weight_bytes) < 0.05 * after.weight_bytes
 
 
-async def test_a_running_job_goes_on_while_another_model_is_loaded(folder: Path) -> None:
-    async with serving(folder) as wire:
-        alone = await pixels(wire, "owls", steps=MANY)
-        ends: list[float] = []
-        during: list[float] = []
-        loading = asyncio.Event()
-
-        def watch(event: Event) -> None:
-            if isinstance(event, BatchDone) and event.model == "owls":
-                ends.append(event.ended_at)
-                if loading.is_set():
-                    during.append(event.ended_at)
-            elif isinstance(event, ModelLoaded):
-                loading.clear()
-
-        wire.engine.on_event = watch
-        running = asyncio.create_task(pixels(wire, "owls", steps=MANY))
-        while not ends:
-            await asyncio.sleep(0.001)
-        loading.set()
-        await wire.models.LoadModel(model_pb2.LoadModelRequest(model="toads"))
-        assert await running == alone
-        assert len(during) > 20
-        gaps = [later - earlier for earlier, later in itertools.pairwise(during)]
-        # A load takes seconds of one thread; a batch takes milliseconds.
-        assert sorted(gaps)[-1] < 1.0
-        assert sorted(gaps)[len(gaps) // 2] < 0.1
+@in_one_loop
+async def test_damaged_models_fail_and_others_go_on(wire: Wire, folder: Path) -> None:
+    before = restarts(wire)
+    models = await listed(wire)
+    assert {models[name].state for name in ("short", "empty")} == {model_pb2.MODEL_STATE_FAILED}
+    assert {models[name].state for name in ("later", "gone")} == {model_pb2.MODEL_STATE_AVAILABLE}
+    cut_short(folder / "later")
+    shutil.rmtree(folder / "gone")
+    for name in ("short", "empty", "later", "gone"):
+        code, reason, message = await reason_of(wire.generate(model=name))
+        assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_UNUSABLE")
+        assert name in message
+        assert (await listed(wire))[name].state_reason
+    assert len(await pixels(wire, "owls")) == 1
+    assert restarts(wire) == before
 
 
-async def test_damaged_models_fail_and_others_go_on(folder: Path) -> None:
-    async with serving(folder) as wire:
-        cut_short(folder / "toads")
-        shutil.rmtree(folder / "moths")
-        for name in ("toads", "moths"):
-            code, reason, message = await reason_of(wire.generate(model=name))
-            assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_UNUSABLE")
-            assert name in message
-        models = await listed(wire)
-        for name in ("toads", "moths"):
-            assert models[name].state == model_pb2.MODEL_STATE_FAILED
-            assert models[name].state_reason
-        assert len(await pixels(wire, "owls")) == 64
-        (engine,) = wire.server.dispatcher.snapshot().engines
-        assert engine.restarts == 0
+@in_one_loop
+async def test_a_running_job_goes_on_while_another_model_is_loaded(wire: Wire) -> None:
+    alone = await pixels(wire, "owls", **LONG)
+    await unload(wire, "toads")
+    during: list[float] = []
+    started, loading = asyncio.Event(), False
+    loop = asyncio.get_running_loop()
+
+    def watch(event: Event) -> None:
+        if isinstance(event, BatchDone) and event.model == "owls":
+            loop.call_soon_threadsafe(started.set)
+            if loading:
+                during.append(event.ended_at)
+
+    wire.engine.on_event = watch
+    running = asyncio.create_task(pixels(wire, "owls", **LONG))
+    await started.wait()
+    loading, began = True, time.monotonic()
+    assert (await load(wire, "toads")).ready
+    loading, seconds = False, time.monotonic() - began
+    assert await running == alone
+    # A load that held the loop's thread would be one gap.
+    assert len(during) > 3
+    assert max(later - earlier for earlier, later in itertools.pairwise(during)) < 0.7 * seconds
 
 
-async def test_damaged_before_the_start(folder: Path) -> None:
-    cut_short(folder / "toads")
-    (folder / "moths" / "model_index.json").write_text("{}")
-    async with serving(folder) as wire:
-        models = await listed(wire)
-        for name in ("toads", "moths"):
-            assert models[name].state == model_pb2.MODEL_STATE_FAILED
-            code, reason, _ = await reason_of(wire.generate(model=name))
-            assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_UNUSABLE")
-        assert models["owls"].state == model_pb2.MODEL_STATE_AVAILABLE
-        assert len(await pixels(wire, "owls")) == 64
-
-
-async def test_an_engine_killed_in_a_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@in_one_loop
+async def test_an_engine_killed_in_a_load(wire: Wire) -> None:
     """The first death is nobody's, the second is the model's; a running job is never blamed."""
-    monkeypatch.setattr(pool, "FIRST_BACKOFF_SECONDS", 0.001)
-    async with serving(folder) as wire:
-        owls, toads = await pixels(wire, "owls", steps=MANY), await pixels(wire, "toads")
-        await wire.models.UnloadModel(model_pb2.UnloadModelRequest(model="toads"))
-        dispatcher = wire.server.dispatcher
-        running = asyncio.create_task(pixels(wire, "owls", steps=MANY))
-        waits = asyncio.create_task(pixels(wire, "toads"))
+    owls, toads = await pixels(wire, "owls", **LONG), await pixels(wire, "toads")
+    await unload(wire, "toads")
+    before = restarts(wire)
+    running = asyncio.create_task(pixels(wire, "owls", **LONG))
+    waits = asyncio.create_task(pixels(wire, "toads"))
+    await killed_in_a_load(wire, "toads")
+    assert (await waits, await running) == (toads, owls)
+    await unload(wire, "toads")
+    fails = asyncio.create_task(reason_of(wire.generate(model="toads")))
+    for _ in range(2):
         await killed_in_a_load(wire, "toads")
-        assert await waits == toads
-        assert await running == owls
-        (engine,) = dispatcher.snapshot().engines
-        assert engine.restarts == 1
-        await wire.models.UnloadModel(model_pb2.UnloadModelRequest(model="toads"))
-        fails = asyncio.create_task(reason_of(wire.generate(model="toads")))
-        for _ in range(2):
-            await killed_in_a_load(wire, "toads")
-        assert (await fails)[1] == "MODEL_UNUSABLE"
-        assert (await listed(wire))["toads"].state == model_pb2.MODEL_STATE_FAILED
-        assert await pixels(wire, "owls", steps=MANY) == owls
-        request = model_pb2.LoadModelRequest(model="toads")
-        assert (await wire.models.LoadModel(request)).model.ready
-        assert await pixels(wire, "toads") == toads
+    assert (await fails)[1] == "MODEL_UNUSABLE"
+    assert (await listed(wire))["toads"].state == model_pb2.MODEL_STATE_FAILED
+    assert await pixels(wire, "owls") == await pixels(wire, "owls")
+    assert (await load(wire, "toads")).ready
+    assert await pixels(wire, "toads") == toads
+    assert restarts(wire) == before + 3
 
 
 async def killed_in_a_load(wire: Wire, model: str) -> None:
@@ -223,3 +231,22 @@ async def killed_in_a_load(wire: Wire, model: str) -> None:
     wire.engine.kill()
     while engine.ready:
         await asyncio.sleep(0.001)
+
+
+async def test_models_share_the_budget_of_one(folder: Path) -> None:
+    async with serving(folder, budget=400_000) as wire:
+        described = await listed(wire)
+        assert 200_000 < described["owls"].weight_bytes < 400_000
+        found = await asyncio.gather(*(pixels(wire, name) for name in [*NAMES] * 3))
+        assert found[:3] == found[3:6] == found[6:]
+        assert len({picture for (picture,) in found}) == 3
+        (resident,) = (id for id, model in (await listed(wire)).items() if model.ready)
+        evictions = sum(
+            sample.value
+            for metric in wire.server.metrics.models.evictions.collect()
+            for sample in metric.samples
+        )
+        assert 2 <= evictions <= 8
+        assert await unload(wire, resident) == 0
+        assert not any(model.ready for model in (await listed(wire)).values())
+        assert await pixels(wire, resident) in found
