@@ -169,7 +169,7 @@ def test_a_failed_model_rejects_requests_until_it_is_loaded(
 ) -> None:
     with catalogue:
         client = connect(catalogue.target, retry=Retry(attempts=1))
-        with pytest.raises(ModelUnusable, match="vae/config.json is missing") as caught:
+        with pytest.raises(ModelUnusable, match=r"vae/config\.json is missing") as caught:
             client.generate("a star", model="broken")
         assert (caught.value.code, caught.value.reason) == (
             "FAILED_PRECONDITION",
@@ -228,7 +228,7 @@ def test_a_load_that_fails_fails_its_job(
             with pytest.raises(type(error)) as caught:
                 fails()
             assert (caught.value.code, caught.value.reason) == ("FAILED_PRECONDITION", reason)
-            assert str(caught.value) == text
+            assert str(caught.value).startswith(text)
         model = client.model("anime")
         assert (model.state, model.state_reason, model.pinned) == (state, state_reason, False)
         assert model.last_used is None
@@ -375,7 +375,7 @@ def test_only_a_load_has_no_time_limit(
 ) -> None:
     limits: list[float | None] = []
 
-    def counted(self: Client, *args: object, **options: Any) -> None:
+    def counted(self: Client, *args: Any, **options: Any) -> None:
         limits.append(options["timeout"])
         original(self, *args, **options)
 

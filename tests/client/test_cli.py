@@ -887,7 +887,7 @@ async def test_tls_trusts_the_roots_of_the_machine(
 
         command = ["models", "--timeout", "20", "--tls"]
         assert await asyncio.to_thread(main, [*command, "--server-name", "darkroom.test"]) == 0
-        assert capsys.readouterr().out.splitlines()[-1].startswith("demo\tready")
+        assert capsys.readouterr().out.splitlines()[-1].startswith("demo\tresident")
         monkeypatch.delenv("SSL_CERT_FILE")
         assert await asyncio.to_thread(main, [*command, "--server-name", "darkroom.test"]) != 0
 

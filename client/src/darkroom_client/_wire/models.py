@@ -64,9 +64,7 @@ def _decode_load(load: model_pb2.ModelLoad) -> ModelLoad:
     return ModelLoad(
         fetched_bytes=load.fetched_bytes,
         fetch_bytes=load.fetch_bytes,
-        remaining_seconds=(
-            load.remaining_seconds if load.HasField("remaining_seconds") else None
-        ),
+        remaining_seconds=(load.remaining_seconds if load.HasField("remaining_seconds") else None),
     )
 
 

@@ -71,7 +71,7 @@ def _print_models(models: Iterable[Model], *, as_json: bool) -> None:
         entries = [dataclasses.asdict(model) for model in found]
         print(json.dumps(entries, indent=2, default=datetime.isoformat))
         return
-    tabulate(open_console(), _COLUMNS, [_row(model) for model in found])
+    tabulate(open_console(), _COLUMNS, [_row(model) for model in found], whole=2)
 
 
 def _print_unloaded(jobs_by_name: dict[str, int], *, as_json: bool) -> None:
