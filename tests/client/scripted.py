@@ -169,6 +169,7 @@ class ScriptedServer(
     GenerateStream = SubmitGeneration = WatchGeneration = _unscripted
     CancelGeneration = EstimateGeneration = _unscripted
     GetGeneration = ListGenerations = ListAdapters = AddAdapter = RemoveAdapter = _unscripted
+    LoadModel = UnloadModel = PinModel = _unscripted
 
     def ListModels(
         self, request: model_pb2.ListModelsRequest, context: Any

@@ -416,7 +416,10 @@ def test_models_are_tab_separated_in_a_pipe(capsys: Capture, fake: FakeServer) -
     (line,) = capsys.readouterr().out.splitlines()
     assert line.split("\t") == [
         "demo",
-        "ready",
+        "resident",
+        "no",
+        "1.00 GiB",
+        "-",
         "64x64",
         "4",
         "7.5",
@@ -442,7 +445,7 @@ def test_models_say_why_they_run_so(capsys: Capture) -> None:
 def test_a_loading_model_has_only_a_name() -> None:
     message = model_pb2.Model(id="big", ready=False)
 
-    assert _row(decode_model(message))[:3] == ("big", "loading", "-")
+    assert _row(decode_model(message))[:6] == ("big", "loading", "no", "-", "-", "-")
 
 
 def test_models_as_json(capsys: Capture) -> None:
@@ -708,7 +711,7 @@ def test_a_preview_needs_a_terminal_and_pillow(
 def test_a_terminal_gets_whole_names(here: Path) -> None:
     written = on_a_terminal(here, "models")
 
-    assert "ready" in written
+    assert "resident" in written
     assert "…" not in written
 
 
@@ -884,7 +887,7 @@ async def test_tls_trusts_the_roots_of_the_machine(
 
         command = ["models", "--timeout", "20", "--tls"]
         assert await asyncio.to_thread(main, [*command, "--server-name", "darkroom.test"]) == 0
-        assert capsys.readouterr().out.splitlines()[-1].startswith("demo\tready")
+        assert capsys.readouterr().out.splitlines()[-1].startswith("demo\tresident")
         monkeypatch.delenv("SSL_CERT_FILE")
         assert await asyncio.to_thread(main, [*command, "--server-name", "darkroom.test"]) != 0
 

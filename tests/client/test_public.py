@@ -61,7 +61,7 @@ def test_data_is_frozen_slotted_and_keyword_only(kind: Any) -> None:
 
 @pytest.mark.parametrize("name", [name for name in dir(Client) if not name.startswith("_")])
 def test_both_clients_have_the_same_surface(name: str) -> None:
-    blocking, other = vars(Client)[name], vars(AsyncClient)[name]
+    blocking, other = (inspect.getattr_static(kind, name) for kind in (Client, AsyncClient))
 
     assert (getattr(other, "__doc__", None) or "").strip()
     if not isinstance(blocking, property):

@@ -37,6 +37,7 @@ from darkroom_client import (
     ImageFormat,
     InvalidRequest,
     ModelNotFound,
+    ModelState,
     Overloaded,
     Preview,
     QuotaExceeded,
@@ -462,7 +463,7 @@ def test_it_holds_the_models_that_it_is_given(connect: Connect) -> None:
         defaults=dataclasses.replace(base.defaults, width=128, height=96, steps=2),
         limits=dataclasses.replace(base.limits, max_size=256, sizes=((128, 96), (96, 128))),
     )
-    loading = dataclasses.replace(fake_model("slow"), ready=False)
+    loading = fake_model("slow", state=ModelState.LOADING)
     with FakeServer(models=["small", large, loading]) as server:
         client = connect(server.target, retry=Retry(attempts=1))
 

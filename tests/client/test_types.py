@@ -9,12 +9,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 RIGHT = """\
+from datetime import datetime
 from typing import assert_never, assert_type
 
 from darkroom_client import (
     Accepted, AsyncClient, Client, DarkroomError, Event, Finished, GenerationRequest,
-    GenerationResult, Image, ImageReady, Job, Preview, Progress, Queued, Reconnecting, Restarted,
-    Started,
+    GenerationResult, Image, ImageReady, Job, Model, ModelState, Preview, Progress, Queued,
+    Reconnecting, Restarted, Started,
 )
 
 
@@ -46,6 +47,11 @@ def use(client: Client) -> None:
         for event in stream:
             shown(event)
         assert_type(stream.result(), GenerationResult)
+    assert_type(client.load_model("sdxl", timeout=None), Model)
+    assert_type(client.unload_model("sdxl"), int)
+    for model in (client.pin_model("sdxl"), client.pin_model("sdxl", pinned=False)):
+        assert_type(model.state, ModelState)
+        assert_type(model.last_used, datetime | None)
     for index, answer in client.generate_as_completed(["a star"]):
         assert_type(index, int)
         assert_type(answer, GenerationResult | DarkroomError)
@@ -58,6 +64,9 @@ async def use_async(client: AsyncClient) -> None:
             assert_type(event, Event)
         assert_type(await stream.result(), GenerationResult)
     assert_type(await client.cancel("r-1"), bool)
+    assert_type(await client.load_model("sdxl"), Model)
+    assert_type(await client.unload_model("sdxl"), int)
+    assert_type(await client.pin_model("sdxl"), Model)
     async for job in client.jobs():
         assert_type(job, Job)
 """
@@ -82,6 +91,10 @@ async def use(client: Client, other: AsyncClient) -> None:
     client.submit("a star", time_limit="soon")  # not a number
     client.generate_many(["a star"], step=20)  # no such argument
     GenerationRequest("a star", "demo")  # options have names
+    client.load_model()  # no name
+    client.pin_model("sdxl", False)  # pinned has a name
+    client.unload_model("sdxl").ready  # a number
+    other.load_model("sdxl").ready  # not awaited
 """
 
 

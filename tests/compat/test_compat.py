@@ -15,7 +15,7 @@ from google.protobuf import descriptor_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from darkroom.v1 import generation_pb2, image_pb2, model_pb2, server_pb2
-from darkroom_client import Client, Unsupported
+from darkroom_client import Client, ModelState, Unsupported
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -29,6 +29,9 @@ NEW_CALLS: dict[str, Callable[[Client], object]] = {
     "darkroom.v1.GenerationService/GetGeneration": lambda client: client.job("a-job"),
     "darkroom.v1.GenerationService/ListGenerations": lambda client: list(client.jobs()),
     "darkroom.v1.ModelService/ListAdapters": lambda client: client.adapters(),
+    "darkroom.v1.ModelService/LoadModel": lambda client: client.load_model("demo"),
+    "darkroom.v1.ModelService/UnloadModel": lambda client: client.unload_model("demo"),
+    "darkroom.v1.ModelService/PinModel": lambda client: client.pin_model("demo"),
     "darkroom.v1.ModelService/AddAdapter": lambda client: client.add_adapter("neon"),
     "darkroom.v1.ModelService/RemoveAdapter": lambda client: client.remove_adapter("neon"),
     # Too large for a message, so it is uploaded.
@@ -161,6 +164,13 @@ def test_this_client_makes_every_call_to_a_server_of_0_1_0(old: Version) -> None
     with serving(old) as server:
         make_all_calls(NEW, server.address)
         assert server.called() >= old_rpcs()
+
+
+def test_a_loaded_model_of_0_1_0_is_resident(old: Version) -> None:
+    with serving(old) as server, Client(server.address, insecure=True) as client:
+        (model,) = client.models()
+        assert (model.ready, model.state) == (True, ModelState.RESIDENT)
+        assert (model.weight_bytes, model.last_used, model.pinned) == (0, None, False)
 
 
 def test_a_call_that_0_1_0_did_not_have_is_unsupported_there(old: Version) -> None:

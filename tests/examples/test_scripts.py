@@ -9,11 +9,22 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from darkroom_client import Adapter, AdapterKind, Client, Control, RowLimitSource, UploadedImage
+from darkroom_client import (
+    Adapter,
+    AdapterKind,
+    Client,
+    Control,
+    ModelDoesNotFit,
+    ModelLoad,
+    ModelState,
+    RowLimitSource,
+    UploadedImage,
+)
 from darkroom_client.testing import Behaviour, FakeServer, JobState, fake_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -244,4 +255,49 @@ def test_node_adds_and_removes_an_adapter() -> None:
         ("neon: LoRA of rank 4, for demo; on disk\n", ""),
         ("neon: removed; unfinished jobs that use it: 0\n", ""),
         ("", "NOT_FOUND: no adapter 'neon'; this server has none\n"),
+    ]
+
+
+@pytest.mark.needs("node")
+def test_node_lists_the_models() -> None:
+    used = datetime(2026, 10, 4, 12, 30, 15, tzinfo=UTC)
+    fetched = ModelLoad(fetched_bytes=3 * 2**30, fetch_bytes=2**32)
+    models = [
+        replace(fake_model("demo"), last_used=used, pinned=True),
+        fake_model("anime", state=ModelState.AVAILABLE),
+        replace(fake_model("sdxl", state=ModelState.LOADING), weight_bytes=0, load=fetched),
+        fake_model("broken", state=ModelState.FAILED, state_reason="no vae"),
+    ]
+    with FakeServer(models=models) as server, node("models.js", server) as running:
+        out, errors = running.communicate(timeout=SECONDS)
+
+    assert running.returncode == 0, errors
+    assert out.splitlines() == [
+        "demo: resident, pinned, 1.00 GiB, last used 2026-10-04T12:30:15.000Z",
+        "anime: available, 1.00 GiB",
+        "sdxl: loading (75 % fetched)",
+        "broken: failed (no vae), 1.00 GiB",
+    ]
+
+
+@pytest.mark.needs("node")
+def test_node_loads_pins_and_unloads_a_model() -> None:
+    models = [fake_model(name, state=ModelState.AVAILABLE) for name in ("anime", "huge")]
+    errors = {"huge": ModelDoesNotFit("it needs 9 GiB")}
+    calls = ["load anime", "pin anime", "unpin anime", "unload anime", "load huge", "pin none"]
+    printed = []
+    with FakeServer(models=models, load_errors=errors) as server:
+        for call in calls:
+            with node("models.js", server, server.target, *call.split()) as running:
+                printed.append(running.communicate(timeout=SECONDS))
+        with Client(server.target) as client:
+            assert {model.state for model in client.models()} == {ModelState.AVAILABLE}
+
+    assert printed == [
+        ("anime: resident, 1.00 GiB\n", ""),
+        ("anime: resident, pinned, 1.00 GiB\n", ""),
+        ("anime: resident, 1.00 GiB\n", ""),
+        ("anime: unloaded; unfinished jobs that use it: 0\n", ""),
+        ("", "FAILED_PRECONDITION: no memory for model 'huge': it needs 9 GiB\n"),
+        ("", "NOT_FOUND: no model 'none'; this server holds anime, huge\n"),
     ]

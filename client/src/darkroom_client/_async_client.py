@@ -11,6 +11,7 @@ import grpc
 from darkroom_client import _batch
 from darkroom_client._async_stream import AsyncStream
 from darkroom_client._errors import DarkroomError
+from darkroom_client._model_methods import AsyncModelMethods
 from darkroom_client._protocol.calls import Calls, replayed
 from darkroom_client._protocol.pacing import BatchPacer
 from darkroom_client._protocol.readiness import REQUEST, Readiness
@@ -22,20 +23,18 @@ from darkroom_client._settings import (
     Settings,
 )
 from darkroom_client._transport.aio import AsyncTransport
-from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
 from darkroom_client._types.inputs import ImageSource
 from darkroom_client._types.job import Job
-from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationOptions, GenerationRequest, as_request
 from darkroom_client._types.result import GenerationResult
 from darkroom_client._types.status import Estimate, ServerStatus
 
 
-class AsyncClient:
+class AsyncClient(AsyncModelMethods):
     """Like ``Client``, for asyncio: the same arguments, methods and errors.
 
     It belongs to the event loop of its first call, where the connection opens. Cancelling the
@@ -220,52 +219,6 @@ class AsyncClient:
         """Like ``Client.estimate``."""
         request = as_request(prompt, options)
         return await self._transport.run(self._calls.estimate(request, timeout, metadata))
-
-    async def models(
-        self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
-    ) -> list[Model]:
-        """Like ``Client.models``."""
-        return await self._transport.run(self._calls.models(timeout, metadata))
-
-    async def adapters(
-        self,
-        model: str = "",
-        *,
-        timeout: float | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> list[Adapter]:
-        """Like ``Client.adapters``."""
-        return await self._transport.run(self._calls.adapters(model, timeout, metadata))
-
-    async def add_adapter(
-        self,
-        id: str,
-        *,
-        timeout: float | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> Adapter:
-        """Like ``Client.add_adapter``."""
-        return await self._transport.run(self._calls.add_adapter(id, timeout, metadata))
-
-    async def remove_adapter(
-        self,
-        id: str,
-        *,
-        timeout: float | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> int:
-        """Like ``Client.remove_adapter``."""
-        return await self._transport.run(self._calls.remove_adapter(id, timeout, metadata))
-
-    async def model(
-        self,
-        id: str = "",
-        *,
-        timeout: float | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> Model:
-        """Like ``Client.model``."""
-        return await self._transport.run(self._calls.model(id, timeout, metadata))
 
     async def status(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None

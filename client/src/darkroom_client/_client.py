@@ -9,6 +9,7 @@ import grpc
 
 from darkroom_client import _batch
 from darkroom_client._errors import DarkroomError
+from darkroom_client._model_methods import ModelMethods
 from darkroom_client._protocol.calls import Calls, replayed
 from darkroom_client._protocol.pacing import BatchPacer
 from darkroom_client._protocol.readiness import REQUEST, Readiness
@@ -21,20 +22,18 @@ from darkroom_client._settings import (
 )
 from darkroom_client._stream import Stream
 from darkroom_client._transport.sync import SyncTransport
-from darkroom_client._types.adapter import Adapter
 from darkroom_client._types.connection import TLS, Keepalive, Retry
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.events import Accepted
 from darkroom_client._types.inputs import ImageSource
 from darkroom_client._types.job import Job
-from darkroom_client._types.model import Model
 from darkroom_client._types.replay import ReplayRecord
 from darkroom_client._types.request import GenerationOptions, GenerationRequest, as_request
 from darkroom_client._types.result import GenerationResult
 from darkroom_client._types.status import Estimate, ServerStatus
 
 
-class Client:
+class Client(ModelMethods):
     """A connection to a Darkroom server; safe to share between threads, not to fork once in use.
 
     ``target``: host:port, or any gRPC target; if unset, DARKROOM_TARGET or 127.0.0.1:50051.
@@ -285,67 +284,6 @@ class Client:
         """Estimate what a request would take now, in seconds and bytes, without running it."""
         request = as_request(prompt, options)
         return self._transport.run(self._calls.estimate(request, timeout, metadata))
-
-    def models(
-        self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None
-    ) -> list[Model]:
-        """List the models that the server is configured with, in their configured order."""
-        return self._transport.run(self._calls.models(timeout, metadata))
-
-    def adapters(
-        self,
-        model: str = "",
-        *,
-        timeout: float | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> list[Adapter]:
-        """List the adapters that fit ``model``, or any model, by id.
-
-        Raises ``ModelNotFound`` for a model that the server does not have.
-        """
-        return self._transport.run(self._calls.adapters(model, timeout, metadata))
-
-    def add_adapter(
-        self,
-        id: str,
-        *,
-        timeout: float | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> Adapter:
-        """Let requests name the adapter ``id``, and return it once they can; for admins.
-
-        ``id``: the name of a file in the server's folder of adapters, without the ending, or of an
-        adapter that was removed. One that is there already is returned as it is. Raises
-        ``AdapterNotFound``, ``AdapterUnusable`` and ``PermissionDenied``.
-        """
-        return self._transport.run(self._calls.add_adapter(id, timeout, metadata))
-
-    def remove_adapter(
-        self,
-        id: str,
-        *,
-        timeout: float | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> int:
-        """Let no further request name the adapter ``id``; for admins.
-
-        Returns the number of unfinished jobs that still use it, to their end. Raises
-        ``AdapterNotFound`` and ``PermissionDenied``.
-        """
-        return self._transport.run(self._calls.remove_adapter(id, timeout, metadata))
-
-    def model(
-        self,
-        id: str = "",
-        *,
-        timeout: float | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> Model:
-        """Describe the model ``id``, which may be empty if the server has a single model.
-
-        Raises ``ModelNotFound`` for a name that the server does not have.
-        """
-        return self._transport.run(self._calls.model(id, timeout, metadata))
 
     def status(
         self, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None

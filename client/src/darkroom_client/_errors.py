@@ -4,6 +4,8 @@ DarkroomError
 ├── InvalidRequest      correct the request: `violations` lists every error in it
 │   └── UploadNotFound  the server does not have an image: send the image itself
 ├── ModelNotFound       use another model
+├── ModelUnusable       the server cannot load the model: use another one; the text says why
+├── ModelDoesNotFit     the models that must stay leave it too little memory: unpin one
 ├── AdapterNotFound     use another adapter
 ├── AdapterUnusable     the server cannot offer the adapter as it is now; the text says why
 ├── UnknownRequest      the server does not know that request id, or not any more
@@ -88,6 +90,14 @@ class UploadNotFound(InvalidRequest):
 
 class ModelNotFound(DarkroomError):
     """The server has no model of that name."""
+
+
+class ModelUnusable(DarkroomError):
+    """The server cannot load the model; the message says why. ``Client.load_model`` tries again."""
+
+
+class ModelDoesNotFit(DarkroomError):
+    """The models that must stay in memory leave the model too little: unpin or unload one."""
 
 
 class AdapterNotFound(DarkroomError):

@@ -225,6 +225,48 @@ class Calls:
             metadata,
         )
 
+    def load_model(
+        self, id: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[Model]:
+        """Bring a model into memory."""
+        _check_name("id", id)
+        return self._call(
+            "LoadModel",
+            lambda stubs: stubs.models.LoadModel,
+            model_pb2.LoadModelRequest(model=id),
+            lambda response: decode_model(response.model),
+            timeout,
+            metadata,
+        )
+
+    def unload_model(
+        self, id: str, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[int]:
+        """Free the memory of a model."""
+        _check_name("id", id)
+        return self._call(
+            "UnloadModel",
+            lambda stubs: stubs.models.UnloadModel,
+            model_pb2.UnloadModelRequest(model=id),
+            lambda response: int(response.unfinished_jobs),
+            timeout,
+            metadata,
+        )
+
+    def pin_model(
+        self, id: str, pinned: bool, timeout: float | None, metadata: Mapping[str, str] | None
+    ) -> Call[Model]:
+        """Say whether a model stays in memory."""
+        _check_name("id", id)
+        return self._call(
+            "PinModel",
+            lambda stubs: stubs.models.PinModel,
+            model_pb2.PinModelRequest(model=id, pinned=pinned),
+            lambda response: decode_model(response.model),
+            timeout,
+            metadata,
+        )
+
     def adapters(
         self, model: str, timeout: float | None, metadata: Mapping[str, str] | None
     ) -> Call[list[Adapter]]:

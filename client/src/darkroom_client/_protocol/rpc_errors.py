@@ -21,6 +21,8 @@ DOMAIN = "darkroom"
 REASONS: dict[str, type[DarkroomError]] = {
     "INVALID_REQUEST": errors.InvalidRequest,
     "UNKNOWN_MODEL": errors.ModelNotFound,
+    "MODEL_UNUSABLE": errors.ModelUnusable,
+    "MODEL_MEMORY": errors.ModelDoesNotFit,
     "UNKNOWN_ADAPTER": errors.AdapterNotFound,
     "ADAPTER_UNUSABLE": errors.AdapterUnusable,
     "UNKNOWN_REQUEST": errors.UnknownRequest,

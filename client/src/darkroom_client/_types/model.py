@@ -1,6 +1,7 @@
 """What a model on the server is, what it accepts, and how it runs."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 
 from darkroom_client._types.enums import ImageFormat, Scheduler
@@ -165,19 +166,59 @@ class Guidance:
     calls: int
 
 
+class ModelState(StrEnum):
+    """Where a model of the server's catalogue is.
+
+    AVAILABLE: on disk or on the hub; a request for it waits until it is loaded. LOADING: it is
+    being fetched or loaded; ``Model.load`` says how far that is. RESIDENT: in the device's memory.
+    HOST: its weights are in the host's memory, and the device has none of them. FAILED: it cannot
+    be loaded; ``Model.state_reason`` says why, and ``Client.load_model`` tries again. UNKNOWN: the
+    value is newer than this client.
+    """
+
+    AVAILABLE = "available"
+    LOADING = "loading"
+    RESIDENT = "resident"
+    HOST = "host"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLoad:
+    """How far the load of a model is.
+
+    ``fetched_bytes`` of ``fetch_bytes`` have come from the hub; both are 0 if nothing is fetched,
+    and ``fetch_bytes`` also while it is not known. ``remaining_seconds``: what the load probably
+    still takes; None if that is not known.
+    """
+
+    fetched_bytes: int = 0
+    fetch_bytes: int = 0
+    remaining_seconds: float | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A diffusers pipeline on the server.
 
-    Until it is ``ready`` (loaded and warmed up) only ``id`` is known: the strings are empty, and
-    ``defaults``, ``limits``, ``runtime`` and ``guidance`` are None. ``schedulers`` omits those that
-    are newer than this client.
+    Of a model that the server has not read yet, only ``id``, ``ready`` and ``state`` are known: the
+    strings are empty, and ``defaults``, ``limits``, ``runtime`` and ``guidance`` are None. Of one
+    that it has read and that is not ``ready`` (loaded and warmed up), ``runtime`` is None and
+    ``limits.max_rows`` 0. ``schedulers`` omits those that are newer than this client.
 
     ``optional_fields``: the fields of a request that the model takes, of those that not every model
     takes ("preview" are the previews of a stream); the server rejects the others. ``guidance``: how
     the model is guided. ``unbatched_reason``: why its denoiser calls are not merged into batches,
     empty if they are. ``tasks``: what the model can do, without those that are newer than this
     client. From a server older than these fields they are empty and None.
+
+    ``state``: where the model is; of a server older than this field, RESIDENT if it is ``ready``,
+    else LOADING. ``state_reason``: why it cannot be loaded, empty if the state is not FAILED.
+    ``weight_bytes``: its weights, in memory if it is resident, else as its files have them; 0 if
+    not known. ``last_used``: when a job last used it, in UTC; None if none has. ``pinned``: it
+    stays in memory whatever else is asked for. ``load``: how far its load is, None if the state is
+    not LOADING.
     """
 
     id: str
@@ -192,3 +233,9 @@ class Model:
     guidance: Guidance | None = None
     unbatched_reason: str = ""
     tasks: tuple[Task, ...] = ()
+    state: ModelState = ModelState.UNKNOWN
+    state_reason: str = ""
+    weight_bytes: int = 0
+    last_used: datetime | None = None
+    pinned: bool = False
+    load: ModelLoad | None = None

@@ -1,12 +1,16 @@
 """Decode the messages that describe models."""
 
+from datetime import UTC
+
 from darkroom.v1 import model_pb2
 from darkroom_client._types.model import (
     Guidance,
     Model,
     ModelDefaults,
     ModelLimits,
+    ModelLoad,
     ModelRuntime,
+    ModelState,
     RowLimitSource,
     SchedulerOffer,
     Task,
@@ -14,6 +18,7 @@ from darkroom_client._types.model import (
 from darkroom_client._wire.values import decode_float, decode_format, decode_scheduler
 
 _SOURCE_PREFIX = "ROW_LIMIT_SOURCE_"
+_STATE_PREFIX = "MODEL_STATE_"
 
 
 def decode_model(model: model_pb2.Model) -> Model:
@@ -37,6 +42,29 @@ def decode_model(model: model_pb2.Model) -> Model:
         guidance=_decode_guidance(model.guidance) if model.HasField("guidance") else None,
         unbatched_reason=model.unbatched_reason,
         tasks=tuple(task for task in map(_decode_task, model.tasks) if task is not None),
+        state=_decode_state(model),
+        state_reason=model.state_reason,
+        weight_bytes=model.weight_bytes,
+        last_used=model.last_used.ToDatetime(UTC) if model.HasField("last_used") else None,
+        pinned=model.pinned,
+        load=_decode_load(model.load) if model.HasField("load") else None,
+    )
+
+
+def _decode_state(model: model_pb2.Model) -> ModelState:
+    if model.state == model_pb2.MODEL_STATE_UNSPECIFIED:
+        # A server older than this field has all its models in memory, once they are loaded.
+        return ModelState.RESIDENT if model.ready else ModelState.LOADING
+    known = model_pb2.ModelState.DESCRIPTOR.values_by_number.get(model.state)
+    name = known.name.removeprefix(_STATE_PREFIX) if known else ""
+    return ModelState.__members__.get(name, ModelState.UNKNOWN)
+
+
+def _decode_load(load: model_pb2.ModelLoad) -> ModelLoad:
+    return ModelLoad(
+        fetched_bytes=load.fetched_bytes,
+        fetch_bytes=load.fetch_bytes,
+        remaining_seconds=(load.remaining_seconds if load.HasField("remaining_seconds") else None),
     )
 
 

@@ -50,7 +50,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(
-        name: str, text: str, run: Callable[[argparse.Namespace], int], timeout: float | None
+        name: str,
+        text: str,
+        run: Callable[[argparse.Namespace], int],
+        timeout: float | None,
+        limit: str = "",
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
@@ -60,20 +64,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(run=run, parser=added, needs_rich=True)
-        _add_connection(added, timeout)
+        _add_connection(added, timeout, limit)
         return added
 
-    _add_generate(command("generate", "generate images from prompts", _generate.run, None))
+    long = f"no limit on a terminal, else {_generate.UNATTENDED_SECONDS:g} for each prompt"
+    _add_generate(command("generate", "generate images from prompts", _generate.run, None, long))
     estimate = command("estimate", "estimate what a request would take now", _estimate.run, 10.0)
     estimate.add_argument("prompt", nargs="?", default="a picture", metavar="PROMPT")
     estimate.add_argument("--json", action="store_true", help="print one JSON object")
     _add_request(estimate)
     _add_submit(command("submit", "start jobs, and print their ids", _submit.run, 10.0))
-    _add_watch(command("watch", "follow a job, and save its images", _watch.run, None))
+    _add_watch(command("watch", "follow a job, and save its images", _watch.run, None, long))
     cancel = command("cancel", "cancel jobs", _cancel.run, 10.0)
     cancel.add_argument("request_ids", nargs="+", metavar="ID", help="what `submit` printed")
     _add_jobs(command("jobs", "list your jobs on the server", _jobs.run, 10.0))
-    _add_models(command("models", "list the models of the server", _models.run, 10.0))
+    _add_models(
+        command(
+            "models",
+            "list, load, unload or pin the models of the server",
+            _models.run,
+            None,
+            f"{_models.SHORT_SECONDS:g}, and no limit for a load",
+        )
+    )
     _add_adapters(
         command("adapters", "list, add or remove the adapters of the server", _adapters.run, 10.0)
     )
@@ -102,6 +115,10 @@ def _parse_known(
         known = f"there are {', '.join(commands)}"
         parser.error(f"no command {given[0]!r}{meant(given[0], commands) or f': {known}'}")
     arguments, unknown = parser.parse_known_args(given)
+    if hasattr(arguments, "names") and not any(each.startswith("-") for each in unknown):
+        # After `models pin --unpin`, argparse takes no further names.
+        arguments.names += unknown
+        unknown = []
     if unknown:
         command: argparse.ArgumentParser = arguments.parser
         flags = [each.partition("=")[0] for each in unknown if each.startswith("-")]
@@ -110,7 +127,8 @@ def _parse_known(
     return arguments
 
 
-def _add_connection(parser: argparse.ArgumentParser, timeout: float | None) -> None:
+def _add_connection(parser: argparse.ArgumentParser, timeout: float | None, limit: str) -> None:
+    """``limit``: the default of --timeout in words, if it is not always ``timeout``."""
     add = parser.add_argument_group("connection").add_argument
     add("--target", metavar="HOST:PORT", help="the server's address")
     add("--tls", action="store_true", help="encrypt, and trust the CAs of this machine")
@@ -124,14 +142,7 @@ def _add_connection(parser: argparse.ArgumentParser, timeout: float | None) -> N
         metavar="SECONDS",
         type=float,
         default=timeout,
-        help=(
-            "how long to wait for an answer (default: "
-            + (
-                f"no limit on a terminal, else {_generate.UNATTENDED_SECONDS:g} for each prompt)"
-                if timeout is None
-                else f"{timeout:g})"
-            )
-        ),
+        help=f"how long to wait for an answer (default: {limit or f'{timeout:g}'})",
     )
 
 
@@ -295,19 +306,31 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    admins = "load, unload and pin are for the server's admins"
+    _add_action(parser, _models.ACTIONS, admins, "the models to load, unload or pin")
+    parser.add_argument(
+        "--unpin", action="store_true", help="with pin: the models may make room for others again"
+    )
 
 
 def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    admins = "add and remove are for the server's admins"
+    _add_action(parser, _adapters.ACTIONS, admins, "the adapters to add or remove")
+    parser.add_argument("--model", metavar="ID", default="", help="only those that fit this model")
+
+
+def _add_action(
+    parser: argparse.ArgumentParser, actions: Sequence[str], admins: str, names: str
+) -> None:
+    """The arguments of a command that lists things of the server, or changes those of NAME."""
     parser.add_argument(
         "action",
         nargs="?",
-        choices=_adapters.ACTIONS,
+        choices=actions,
         default="list",
-        help="what to do (default: list); add and remove are for the server's admins",
+        help=f"what to do (default: list); {admins}",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="the adapters to add or remove")
-    parser.add_argument("--model", metavar="ID", default="", help="only those that fit this model")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 

@@ -36,6 +36,8 @@ _CODES: dict[type[DarkroomError], int] = {
     errors.InvalidRequest: USAGE,
     errors.UploadNotFound: USAGE,
     errors.ModelNotFound: USAGE,
+    errors.ModelUnusable: USAGE,
+    errors.ModelDoesNotFit: TOO_LARGE,
     errors.AdapterNotFound: USAGE,
     errors.AdapterUnusable: USAGE,
     errors.UnknownRequest: USAGE,

@@ -47,6 +47,7 @@ class FakeJob:
         preview: generation_pb2.PreviewOptions,
         time_limit: float | None,
         kept: bool,
+        load_error: DarkroomError | None = None,
     ) -> None:
         self.request: GenerationRequest = decode_request(sent)
         self.state = JobState.RUNNING
@@ -64,6 +65,7 @@ class FakeJob:
         self._behaviour = behaviour
         self._changed = changed
         self._preview = preview
+        self._load_error = load_error
         self._accepted_at = time.monotonic_ns()
         self._ends_at = _end(time_limit)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -161,6 +163,9 @@ class FakeJob:
 
     def _run(self) -> None:
         behaviour = self._behaviour
+        if self._load_error is not None:
+            self._end(JobState.FAILED, self._load_error)
+            return
         for position in range(behaviour.queue, 0, -1):
             self._emit(Event(queued=generation_pb2.Queued(position=position)))
             self._pause(behaviour.step_seconds)

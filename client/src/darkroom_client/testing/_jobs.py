@@ -3,27 +3,27 @@
 import threading
 import uuid
 from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 
 from darkroom.v1 import generation_pb2
 from darkroom_client._errors import (
     DarkroomError,
     InvalidRequest,
-    ModelNotFound,
     Overloaded,
     Unavailable,
     UnknownRequest,
-    Violation,
 )
 from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.status import ServerState
 from darkroom_client.testing._adapters import Adapters
 from darkroom_client.testing._behaviour import Behaviour
+from darkroom_client.testing._catalogue import Catalogue, LoadError
 from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._models import RETRY_SECONDS, fill_defaults
 from darkroom_client.testing._pictures import check_format
 from darkroom_client.testing._uploads import Uploads
-from darkroom_client.testing._validation import NO_PREVIEWS, check_reply, check_request, invalid
+from darkroom_client.testing._validation import NO_PREVIEWS, check_reply, check_request
 
 
 class JobRegistry:
@@ -33,15 +33,19 @@ class JobRegistry:
     """
 
     def __init__(
-        self, capacity: int | None, models: dict[str, Model], adapters: Adapters | None = None
+        self,
+        capacity: int | None,
+        models: Iterable[Model],
+        load_errors: Mapping[str, LoadError],
+        adapters: Adapters,
     ) -> None:
         self.changed = threading.Condition()
         self.state = ServerState.READY
         self.closing = False
         self.script: deque[Behaviour] = deque()
         self.default = Behaviour()
-        self.models = models
-        self.adapters = adapters or Adapters()
+        self.catalogue = Catalogue(models, load_errors, jobs_of=self.running)
+        self.adapters = adapters
         self.uploads = Uploads()
         self.jobs: list[FakeJob] = []
         self.rejections: Counter[str] = Counter()
@@ -87,6 +91,12 @@ class JobRegistry:
                 self.rejections[type(error).__name__] += 1
                 self.changed.notify_all()
                 raise
+            load_error = None
+            try:
+                model = self.catalogue.use(model.id)
+            except DarkroomError as error:
+                # The load begins after the acceptance.
+                load_error = error
             job = FakeJob(
                 request,
                 model,
@@ -95,6 +105,7 @@ class JobRegistry:
                 preview=preview,
                 time_limit=time_limit,
                 kept=kept,
+                load_error=load_error,
             )
             self._known.pop(request.request_id, None)
             self._known[request.request_id] = job
@@ -143,24 +154,13 @@ class JobRegistry:
         for job in self.jobs:
             job.join()
 
-    def model(self, name: str) -> Model:
-        """The model that ``name`` means, "" the only one; raises as a Darkroom server does."""
-        names = ", ".join(self.models)
-        if name in self.models:
-            return self.models[name]
-        if name:
-            raise ModelNotFound(f"no model {name!r}; this server holds {names}")
-        if len(self.models) != 1:
-            raise invalid(Violation(field="model", description=f"must be set, to one of {names}"))
-        return next(iter(self.models.values()))
-
     def check(
         self,
         request: generation_pb2.GenerateRequest,
         preview: generation_pb2.PreviewOptions = NO_PREVIEWS,
     ) -> Model:
         """The model of ``request``; raises if the model does not accept it."""
-        model = self.model(request.model)
+        model = self.catalogue.find(request.model)
         check_request(request, model, preview)
         self.adapters.check(request, model)
         check_format(fill_defaults(request, model).format)

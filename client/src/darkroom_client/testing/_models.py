@@ -1,11 +1,11 @@
-"""The fake server's models: their description, and the requests that they accept."""
+"""The fake server's models: their description, and the defaults of their requests."""
 
 import struct
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
 from darkroom.v1 import generation_pb2, model_pb2
-from darkroom_client._errors import Unavailable
+from darkroom_client._errors import ModelUnusable, Unavailable
 from darkroom_client._types.enums import ImageFormat, Scheduler
 from darkroom_client._types.model import (
     OPTIONAL_FIELDS,
@@ -14,6 +14,7 @@ from darkroom_client._types.model import (
     ModelDefaults,
     ModelLimits,
     ModelRuntime,
+    ModelState,
     RowLimitSource,
     SchedulerOffer,
     Task,
@@ -78,6 +79,8 @@ _FAKE = Model(
         denoiser="eager",
     ),
     guidance=Guidance(scale="guidance_scale", above=1.0, needs_negative=False, rows=2, calls=1),
+    state=ModelState.RESIDENT,
+    weight_bytes=2**30,
 )
 
 
@@ -85,13 +88,17 @@ def fake_model(
     id: str = "demo",
     *,
     optional_fields: Iterable[str] = ("negative_prompt", "guidance_scale", "preview"),
+    state: ModelState = ModelState.RESIDENT,
+    state_reason: str = "",
 ) -> Model:
-    """A loaded model of 8 to 1024 pixels (64 by default) that offers every scheduler.
+    """A model of 8 to 1024 pixels (64 by default) that offers every scheduler.
 
     ``optional_fields``: what it takes of the fields that not every model takes, such as
-    ``true_cfg_scale``; a request that sets another of them is rejected. Change the rest with
-    ``dataclasses.replace``, for ``FakeServer(models=[...])``. Raises ``ValueError`` for a field
-    that is not optional.
+    ``true_cfg_scale``; a request that sets another of them is rejected. ``state``: an AVAILABLE or
+    HOST one is loaded by its first request or by ``Client.load_model``; a LOADING one rejects
+    requests until ``Client.load_model``, and a FAILED one too, as ``ModelUnusable`` with
+    ``state_reason``. Change the rest with ``dataclasses.replace``, for
+    ``FakeServer(models=[...])``. Raises ``ValueError`` for a field that is not optional.
     """
     given = set(optional_fields)
     if unknown := sorted(given.difference(OPTIONAL_FIELDS)):
@@ -115,13 +122,58 @@ def fake_model(
     )
     tasks = [Task.TEXT_TO_IMAGE]
     tasks += [task for task, name in TASK_FIELDS.items() if name in takes]
-    return replace(
+    model = replace(
         _FAKE,
         id=id,
         optional_fields=takes,
         defaults=defaults,
         limits=limits,
         tasks=tuple(tasks),
+    )
+    return model if state is ModelState.RESIDENT else off_device(model, state, state_reason)
+
+
+def on_device(model: Model) -> Model:
+    """``model`` once it is loaded; what the server did not know before is that of ``fake_model``.
+
+    A loaded one stays as it is.
+    """
+    if model.ready:
+        return model
+    defaults, limits = model.defaults or _FAKE.defaults, model.limits or _FAKE.limits
+    assert limits is not None
+    assert _FAKE.limits is not None
+    if not limits.max_rows:
+        source = _FAKE.limits.row_limit_source
+        limits = replace(limits, max_rows=_FAKE.limits.max_rows, row_limit_source=source)
+    return replace(
+        model,
+        ready=True,
+        state=ModelState.RESIDENT,
+        state_reason="",
+        load=None,
+        revision=model.revision or _FAKE.revision,
+        kind=model.kind or _FAKE.kind,
+        defaults=defaults,
+        limits=limits,
+        schedulers=model.schedulers or _FAKE.schedulers,
+        runtime=model.runtime or _FAKE.runtime,
+    )
+
+
+def off_device(model: Model, state: ModelState, state_reason: str = "") -> Model:
+    """``model`` as the server describes it in another ``state`` than RESIDENT."""
+    limits = model.limits
+    if limits is not None:
+        limits = replace(limits, max_rows=0, row_limit_source=RowLimitSource.UNKNOWN)
+    return replace(
+        model,
+        ready=False,
+        state=state,
+        state_reason=state_reason,
+        limits=limits,
+        runtime=None,
+        load=None,
     )
 
 
@@ -135,7 +187,15 @@ def encode_model(model: Model) -> model_pb2.Model:
         optional_fields=model.optional_fields,
         unbatched_reason=model.unbatched_reason,
         tasks=[model_pb2.Task.Value(f"TASK_{task.name}") for task in model.tasks],
+        state=_encode_state(model.state),
+        state_reason=model.state_reason,
+        weight_bytes=model.weight_bytes,
+        pinned=model.pinned,
     )
+    if model.last_used is not None:
+        message.last_used.FromDatetime(model.last_used)
+    if model.load is not None:
+        message.load.CopyFrom(model_pb2.ModelLoad(**asdict(model.load)))
     if model.defaults is not None:
         defaults = model.defaults
         message.defaults.CopyFrom(
@@ -204,25 +264,38 @@ def encode_model(model: Model) -> model_pb2.Model:
     return message
 
 
+def _encode_state(state: ModelState) -> model_pb2.ModelState.ValueType:
+    name = "UNSPECIFIED" if state is ModelState.UNKNOWN else state.name
+    return model_pb2.ModelState.Value(f"MODEL_STATE_{name}")
+
+
 def _encode_source(source: RowLimitSource) -> model_pb2.RowLimitSource.ValueType:
     name = "UNSPECIFIED" if source is RowLimitSource.UNKNOWN else source.name
     return model_pb2.RowLimitSource.Value(f"ROW_LIMIT_SOURCE_{name}")
 
 
-def loaded(model: Model) -> tuple[ModelDefaults, ModelLimits]:
-    """The defaults and limits of ``model``; raises ``Unavailable`` until it is ready."""
-    if not model.ready or model.defaults is None or model.limits is None:
+def described(model: Model) -> tuple[ModelDefaults, ModelLimits]:
+    """The defaults and limits of ``model``; raises ``ModelUnusable`` or ``Unavailable``."""
+    if model.state is ModelState.FAILED:
+        raise unusable(model.id, model.state_reason)
+    loads = model.state is ModelState.LOADING
+    if loads or model.defaults is None or model.limits is None:
         raise Unavailable(
             f"model {model.id!r} is loading", reason="MODEL_LOADING", retry_after=RETRY_SECONDS
         )
     return model.defaults, model.limits
 
 
+def unusable(id: str, why: str) -> ModelUnusable:
+    """The error of a request for a model that cannot be loaded."""
+    return ModelUnusable(f"model {id!r} cannot be loaded: {why}")
+
+
 def fill_defaults(
     request: generation_pb2.GenerateRequest, model: Model
 ) -> generation_pb2.GenerateRequest:
     """``request`` with the defaults of ``model`` in its unset fields, but the seed."""
-    defaults = loaded(model)[0]
+    defaults = described(model)[0]
     filled = generation_pb2.GenerateRequest(
         width=defaults.width,
         height=defaults.height,

@@ -1,9 +1,9 @@
 """The fake server: a port, and its jobs."""
 
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import grpc
@@ -16,6 +16,7 @@ from darkroom_client._types.request import GenerationRequest
 from darkroom_client._types.status import Estimate, ServerState
 from darkroom_client.testing._adapters import Adapters
 from darkroom_client.testing._behaviour import Behaviour
+from darkroom_client.testing._catalogue import LoadError
 from darkroom_client.testing._health import Health
 from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._jobs import JobRegistry
@@ -35,8 +36,10 @@ class FakeServer:
     ``client.models()`` of a real server. ``token``: required of every caller. ``capacity``:
     concurrent jobs; further requests are rejected as ``Overloaded``. ``port``: a port of 127.0.0.1;
     0 for any free one. ``adapters``: those on offer, which ``Client.adapters`` returns;
-    ``addable_adapters``: those that ``Client.add_adapter`` can add. ``admin``: whether callers may
-    add and remove adapters.
+    ``addable_adapters``: those that ``Client.add_adapter`` can add. ``load_errors``: why the load
+    of a model fails that is not in memory, by the model's id, as in
+    ``{"sdxl": ModelUnusable("its VAE is missing")}``; it may be changed later. ``admin``: whether
+    callers may load, unload and pin models, and add and remove adapters.
 
     It rejects the requests that a Darkroom server with these models rejects, but it does not decode
     images: a damaged one is accepted, and an image does not decide the size of the result. All
@@ -55,12 +58,13 @@ class FakeServer:
         capacity: int | None = None,
         adapters: Iterable[Adapter] = (),
         addable_adapters: Iterable[Adapter] = (),
+        load_errors: Mapping[str, LoadError] = MappingProxyType({}),
         admin: bool = True,
         port: int = 0,
     ) -> None:
         self.estimate = Estimate(queue_wait=0.0, run_time=1.0, peak_bytes=0, available_bytes=2**30)
         self._registry = JobRegistry(
-            capacity, _by_name(models), Adapters(adapters, addable_adapters)
+            capacity, _distinct(models), load_errors, Adapters(adapters, addable_adapters)
         )
         self._services = Services(self._registry, lambda: self.estimate, token, admin=admin)
         self._health = Health(self._registry)
@@ -83,6 +87,11 @@ class FakeServer:
         with self._registry.changed:
             self._registry.state = state
             self._registry.changed.notify_all()
+
+    @property
+    def load_errors(self) -> dict[str, LoadError]:
+        """Why the load of a model fails, by its id; may be changed."""
+        return self._registry.catalogue.errors
 
     @property
     def jobs(self) -> tuple[FakeJob, ...]:
@@ -150,7 +159,7 @@ class FakeServer:
         state = self.state if self._server is not None else "stopped"
         with self._registry.changed:
             running, jobs = self._registry.running(), len(self._registry.jobs)
-        models = ", ".join(self._registry.models)
+            models = ", ".join(model.id for model in self._registry.catalogue.models)
         return f"<FakeServer {self.target} {state}: {models}; {running} of {jobs} jobs run>"
 
     def _listen(self) -> None:
@@ -191,9 +200,9 @@ class FakeServer:
             self._server = self._handlers = None
 
 
-def _by_name(models: Iterable[str | Model]) -> dict[str, Model]:
+def _distinct(models: Iterable[str | Model]) -> list[Model]:
     held = [fake_model(model) if isinstance(model, str) else model for model in models]
-    named = {model.id: model for model in held}
-    if len(named) < len(held) or not held:
-        raise ValueError(f"models {[model.id for model in held]}: give at least one, each once")
-    return named
+    ids = [model.id for model in held]
+    if len(set(ids)) < len(held) or not held:
+        raise ValueError(f"models {ids}: give at least one, each once")
+    return held

@@ -1,6 +1,7 @@
 """The gRPC services of the fake server."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -170,49 +171,56 @@ class Services(
 
     def ListModels(self, request: model_pb2.ListModelsRequest, context: Any) -> Any:
         self._authenticate(context)
-        models = [encode_model(model) for model in self._registry.models.values()]
-        return model_pb2.ListModelsResponse(models=models)
+        with self._registry.changed:
+            models = self._registry.catalogue.models
+        return model_pb2.ListModelsResponse(models=map(encode_model, models))
 
     def ListAdapters(self, request: model_pb2.ListAdaptersRequest, context: Any) -> Any:
         self._authenticate(context)
         with self._registry.changed:
             adapters = self._registry.adapters.offered
         if request.model:
-            try:
-                id = self._registry.model(request.model).id
-            except DarkroomError as error:
-                abort(context, error)
+            id = self._model(request.model, context).id
             adapters = [adapter for adapter in adapters if id in adapter.models]
         return model_pb2.ListAdaptersResponse(adapters=map(encode_adapter, adapters))
 
     def AddAdapter(self, request: model_pb2.AddAdapterRequest, context: Any) -> Any:
         self._authenticate(context, as_admin=True)
         registry = self._registry
-        try:
-            with registry.changed:
-                added = registry.adapters.add(request.id, registry.jobs_with(request.id))
-        except DarkroomError as error:
-            abort(context, error)
+        with self._changing(context):
+            added = registry.adapters.add(request.id, registry.jobs_with(request.id))
         return model_pb2.AddAdapterResponse(adapter=encode_adapter(added))
 
     def RemoveAdapter(self, request: model_pb2.RemoveAdapterRequest, context: Any) -> Any:
         self._authenticate(context, as_admin=True)
         registry = self._registry
-        try:
-            with registry.changed:
-                registry.adapters.remove(request.id)
-                jobs = registry.jobs_with(request.id)
-        except DarkroomError as error:
-            abort(context, error)
+        with self._changing(context):
+            registry.adapters.remove(request.id)
+            jobs = registry.jobs_with(request.id)
         return model_pb2.RemoveAdapterResponse(unfinished_jobs=jobs)
 
     def GetModel(self, request: model_pb2.GetModelRequest, context: Any) -> Any:
         self._authenticate(context)
-        try:
-            model = self._registry.model(request.model)
-        except DarkroomError as error:
-            abort(context, error)
+        model = self._model(request.model, context)
         return model_pb2.GetModelResponse(model=encode_model(model))
+
+    def LoadModel(self, request: model_pb2.LoadModelRequest, context: Any) -> Any:
+        self._authenticate(context, as_admin=True)
+        with self._changing(context):
+            model = self._registry.catalogue.load(request.model)
+        return model_pb2.LoadModelResponse(model=encode_model(model))
+
+    def UnloadModel(self, request: model_pb2.UnloadModelRequest, context: Any) -> Any:
+        self._authenticate(context, as_admin=True)
+        with self._changing(context):
+            jobs = self._registry.catalogue.unload(request.model)
+        return model_pb2.UnloadModelResponse(unfinished_jobs=jobs)
+
+    def PinModel(self, request: model_pb2.PinModelRequest, context: Any) -> Any:
+        self._authenticate(context, as_admin=True)
+        with self._changing(context):
+            model = self._registry.catalogue.pin(request.model, pinned=request.pinned)
+        return model_pb2.PinModelResponse(model=encode_model(model))
 
     def GetStatus(self, request: server_pb2.GetStatusRequest, context: Any) -> Any:
         self._authenticate(context)
@@ -227,8 +235,8 @@ class Services(
                 version="fake",
                 state=server_pb2.ServerState.Value(state),
                 models=[
-                    _model_status(model, registry.running(name))
-                    for name, model in registry.models.items()
+                    _model_status(model, registry.running(model.id))
+                    for model in registry.catalogue.models
                 ],
                 engines=[server_pb2.EngineStatus(device="fake", ready=True, jobs=running)],
                 running_jobs=running,
@@ -236,6 +244,19 @@ class Services(
                 accepted_jobs=len(registry.jobs),
                 ended_jobs=ended,
             )
+
+    def _model(self, name: str, context: Any) -> Model:
+        with self._changing(context):
+            return self._registry.catalogue.find(name)
+
+    @contextmanager
+    def _changing(self, context: Any) -> Iterator[None]:
+        """Hold the registry's condition; an error ends the call."""
+        try:
+            with self._registry.changed:
+                yield
+        except DarkroomError as error:
+            abort(context, error)
 
     def _admitted(
         self,

@@ -17,6 +17,8 @@ SENT: dict[type[DarkroomError], tuple[int, str]] = {
     errors.UploadNotFound: (code_pb2.FAILED_PRECONDITION, "UPLOAD_NOT_FOUND"),
     errors.InvalidRequest: (code_pb2.INVALID_ARGUMENT, "INVALID_REQUEST"),
     errors.ModelNotFound: (code_pb2.NOT_FOUND, "UNKNOWN_MODEL"),
+    errors.ModelUnusable: (code_pb2.FAILED_PRECONDITION, "MODEL_UNUSABLE"),
+    errors.ModelDoesNotFit: (code_pb2.FAILED_PRECONDITION, "MODEL_MEMORY"),
     errors.AdapterNotFound: (code_pb2.NOT_FOUND, "UNKNOWN_ADAPTER"),
     errors.AdapterUnusable: (code_pb2.FAILED_PRECONDITION, "ADAPTER_UNUSABLE"),
     errors.UnknownRequest: (code_pb2.NOT_FOUND, "UNKNOWN_REQUEST"),

@@ -11,7 +11,7 @@ from darkroom_client._errors import InvalidRequest, ReplyTooLarge, Violation
 from darkroom_client._types.enums import ImageFormat
 from darkroom_client._types.model import OPTIONAL_FIELDS, Model, ModelLimits
 from darkroom_client._wire.values import decode_format, decode_scheduler, decode_syntax
-from darkroom_client.testing._models import as_float32, fill_defaults, loaded
+from darkroom_client.testing._models import as_float32, described, fill_defaults
 from darkroom_client.testing._uploads import check_inputs
 
 SEED_BOUND = 2**63
@@ -48,7 +48,7 @@ def check_request(
     preview: generation_pb2.PreviewOptions = NO_PREVIEWS,
 ) -> None:
     """Raise ``InvalidRequest`` with everything in ``request`` that ``model`` does not accept."""
-    limits = loaded(model)[1]
+    limits = described(model)[1]
     violations = (
         *_texts(request, model, limits),
         *_optional_fields(request, model, preview),

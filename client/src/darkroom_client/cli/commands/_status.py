@@ -50,7 +50,7 @@ def _rows(status: ServerStatus) -> Iterator[Row]:
 
 def _model(model: ModelStatus) -> str:
     if not model.ready:
-        return "loading"
+        return f"not loaded, {model.queued_jobs} queued"
     times = (
         f"{time.width}x{time.height}, {time.rows} rows: {1000 * time.seconds:.0f} ms per pass"
         for time in model.pass_times

@@ -52,8 +52,13 @@ def progress_bar(console: "rich.console.Console") -> "rich.progress.Progress":
     )
 
 
-def tabulate(console: "rich.console.Console", names: Sequence[str], rows: Iterable[Row]) -> None:
-    """Print rows: a table on a terminal, tab-separated lines in a pipe."""
+def tabulate(
+    console: "rich.console.Console", names: Sequence[str], rows: Iterable[Row], *, whole: int = 0
+) -> None:
+    """Print rows: a table on a terminal, tab-separated lines in a pipe.
+
+    On a narrow terminal the first ``whole`` columns keep their width.
+    """
     if not console.is_terminal:
         for row in rows:
             print("\t".join(row))
@@ -61,7 +66,10 @@ def tabulate(console: "rich.console.Console", names: Sequence[str], rows: Iterab
     from rich.table import Column, Table
 
     # Folded, not cut off: people type these names.
-    table = Table(*(Column(name, overflow="fold") for name in names), box=None)
+    columns = (
+        Column(name, overflow="fold", no_wrap=index < whole) for index, name in enumerate(names)
+    )
+    table = Table(*columns, box=None)
     for row in rows:
         table.add_row(*row)
     console.print(table, soft_wrap=False)
