@@ -634,7 +634,7 @@ class Model(_message.Message):
     unbatched_reason: _builtins.str
     """Why the model's denoiser calls are not merged into batches; empty if they are."""
     state: Global___ModelState.ValueType
-    """Where it is."""
+    """Its state."""
     state_reason: _builtins.str
     """Why it cannot be loaded; empty if its state is not FAILED."""
     weight_bytes: _builtins.int
