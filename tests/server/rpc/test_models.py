@@ -81,7 +81,9 @@ async def test_a_loading_model_has_only_a_name() -> None:
     async with serving(wait=False, fake={"load": False}) as wire:
         (model,) = (await wire.models.ListModels(LIST())).models
         error = await refusal(wire.generate())
-    assert model == model_pb2.Model(id="demo")
+    assert model == model_pb2.Model(
+        id="demo", state=model_pb2.MODEL_STATE_LOADING, pinned=True, load=model_pb2.ModelLoad()
+    )
     assert error.code is grpc.StatusCode.UNAVAILABLE
     assert error.info.reason == "MODEL_LOADING"
     assert error.detail(error_details_pb2.RetryInfo).retry_delay.seconds == 2

@@ -179,8 +179,9 @@ class EventRouter:
         jobs = self._pool.handle_death(engine, died, by_load=load is not None)
         if jobs is None:
             return
-        if load is not None and load[1] is not None:
-            self._lifecycle.fail_waiting(*load)
+        model, error = load or ("", None)
+        if error is not None:
+            self._lifecycle.fail_waiting(model, error)
         if self._pool.exhausted:
             self._availability.set_failed(self._pool.exhausted)
             self._lifecycle.no_engine_left()

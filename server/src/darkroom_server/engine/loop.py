@@ -132,7 +132,9 @@ class EngineLoop:
             encode_slowly=slow,
             compiler=compiler,
         )
-        self._resident = loader and ResidentModels(parts, loader, self._inbox.put, emit)
+        self._resident: ResidentModels | None = None
+        if loader is not None:
+            self._resident = ResidentModels(parts, loader, self._inbox.put, emit)
 
     def submit(self, job: Job) -> None:
         """Add ``job`` at the next step boundary."""

@@ -165,7 +165,9 @@ def _described(info: ModelInfo, *, ready: bool) -> model_pb2.Model:
             max_prompt_bytes=limits.max_prompt_bytes,
             prompt_tokens=limits.prompt_tokens,
             max_rows=limits.max_rows if ready else 0,
-            row_limit_source=SOURCE_TO_WIRE[limits.row_limit_source] if ready else None,
+            row_limit_source=SOURCE_TO_WIRE[limits.row_limit_source]
+            if ready
+            else model_pb2.ROW_LIMIT_SOURCE_UNSPECIFIED,
             max_sequence_length=limits.max_sequence_length,
             max_reference_images=limits.max_reference_images,
             min_reference_side=limits.min_reference_side,
