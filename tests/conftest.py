@@ -36,6 +36,8 @@ PROGRAMS = {
     "prometheus": ["prometheus"],
     "node": ["node", "npm"],
     "chromium": ["chromium|google-chrome", "chromedriver"],
+    "kubectl": ["kubectl"],
+    "systemd-analyze": ["systemd-analyze"],
 }
 """What a test may need by ``@pytest.mark.needs``: `make test-tools` installs it. "|" is "or"."""
 
