@@ -1,6 +1,7 @@
 """Several addresses: jobs go to the server with less work, calls about a job to its own."""
 
 import threading
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,6 @@ from tests.client.conftest import Connect
 JOBS = 24
 
 Two = tuple[FakeServer, FakeServer]
-REQUEST = generation_pb2.GenerateRequest(prompt="a star")
 
 
 @pytest.fixture
@@ -102,6 +102,28 @@ def test_calls_about_a_job_go_to_its_server(connect: Connect, two: Two) -> None:
     released.set()
     for request_id in accepted[:4]:
         assert client.result(request_id).images
+
+
+def test_the_same_id_is_one_job(connect: Connect, two: Two) -> None:
+    client = connect(targets(two))
+
+    for _ in range(4):
+        assert client.submit("a star", request_id="mine", seed=7).request_id == "mine"
+
+    assert sum(jobs(two)) == 1
+
+
+def test_a_rejected_job_may_go_to_another_server(connect: Connect) -> None:
+    with FakeServer(capacity=1) as full, FakeServer() as other:
+        released = threading.Event()
+        full.script(default=Behaviour(hold=released))
+        connect(full.target).submit("a star")
+        client = connect([full.target, other.target])
+        answers = client.generate_many(["a star"] * 6)
+        released.set()
+
+    assert not [answer for answer in answers if isinstance(answer, Exception)]
+    assert len(other.jobs) == 6
 
 
 def test_a_stranger_finds_a_job_by_trying(connect: Connect, two: Two) -> None:
@@ -207,7 +229,11 @@ def report(seconds: float) -> list[tuple[str, bytes]]:
 
 
 def chosen(balancer: Balancer, count: int = 1) -> list[int]:
-    return [balancer.choose("Generate", REQUEST) for _ in range(count)]
+    """The servers of new jobs."""
+    return [
+        balancer.choose("Generate", generation_pb2.GenerateRequest(request_id=uuid.uuid4().hex))
+        for _ in range(count)
+    ]
 
 
 def test_a_report_grows_old() -> None:

@@ -73,10 +73,11 @@ class Balancer:
                 for index, each in enumerate(self._servers)
                 if each.failed_at + AVOIDED_SECONDS < now
             ] or list(range(len(self._servers)))
-            request_id = _request_id(message)
+            request_id = request_id_of(message)
             place = self._places.get(request_id)
             if method in JOB_STARTS:
-                if place is not None and self._servers[place].lost == 1:
+                if place is not None and (place in able or self._servers[place].lost == 1):
+                    self._servers[place].started += 1
                     return place  # A repeated request joins its job.
                 chosen = self._of_uploads(message, able)
                 if chosen is None:
@@ -127,6 +128,11 @@ class Balancer:
                 # Those go by health too: a server that drains answers other calls.
                 known.lost = GONE
 
+    def rejected(self, request_id: str) -> None:
+        """A server ended the call that started this job with an error, so it does not have it."""
+        with self._lock:
+            self._places.pop(request_id, None)
+
     def _better_of_two(self, able: list[int], now: float) -> int:
         # ``sample`` also mixes them, so that equal ones get the same.
         return min(random.sample(able, min(2, len(able))), key=lambda i: self._load(i, now))
@@ -162,7 +168,7 @@ def reported_backlog(trailers: Iterable[tuple[str, Any]]) -> float | None:
     return None
 
 
-def _request_id(message: Any) -> str:
+def request_id_of(message: Any) -> str:
     """The id of the job that ``message`` is about, "" without one."""
     return str(getattr(getattr(message, "generation", message), "request_id", ""))
 

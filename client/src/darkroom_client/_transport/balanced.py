@@ -3,13 +3,21 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 
-from darkroom_client._protocol.balancing import Balancer
+from darkroom_client._protocol.balancing import DETAILS_KEY, JOB_STARTS, Balancer, request_id_of
 from darkroom_client._protocol.rpc_errors import found_server
+
+
+class _Choice(NamedTuple):
+    """A call of ``method`` that went to ``server``; ``request_id``: "" if it is about no job."""
+
+    server: int
+    method: str
+    request_id: str
 
 
 class _Method:
@@ -20,7 +28,7 @@ class _Method:
         path: str,
         methods: Sequence[Any],
         balancer: Balancer,
-        on_ended: Callable[[int, str, Any], None],
+        on_ended: Callable[["_Choice", Any], None],
     ) -> None:
         self._name = path.rpartition("/")[2]
         self._methods = methods
@@ -39,7 +47,8 @@ class _Method:
         # If this server is down, another one may be up: the next try finds it.
         options.pop("wait_for_ready", None)
         call = start(self._methods[server])(message, **options)
-        call.add_done_callback(partial(self._on_ended, server, self._name))
+        choice = _Choice(server, self._name, request_id_of(message))
+        call.add_done_callback(partial(self._on_ended, choice))
         return call
 
 
@@ -50,7 +59,7 @@ class _Balanced:
         self.channels = channels
         self._balancer = balancer
 
-    def _ended(self, server: int, method: str, call: Any) -> None:
+    def _ended(self, choice: _Choice, call: Any) -> None:
         raise NotImplementedError
 
     def _method(self, kind: str, path: str, *arguments: Any, **options: Any) -> _Method:
@@ -69,20 +78,24 @@ class _Balanced:
         """As of a channel."""
         return self._method("stream_unary", path, *arguments, **options)
 
-    def _record(self, server: int, method: str, code: Any, details: Any, trailers: Any) -> None:
+    def _record(self, choice: _Choice, code: Any, details: Any, trailers: Any) -> None:
+        server, method, request_id = choice
+        trailers = trailers or ()
+        if method in JOB_STARTS and any(key == DETAILS_KEY for key, _ in trailers):
+            self._balancer.rejected(request_id)
         if code is grpc.StatusCode.UNAVAILABLE:
             found = found_server(details or "")
-            self._balancer.unavailable(server, method, trailers or (), found=found)
+            self._balancer.unavailable(server, method, trailers, found=found)
         elif code is grpc.StatusCode.OK or trailers:  # Else this client ended the call itself.
-            self._balancer.answered(server, trailers or ())
+            self._balancer.answered(server, trailers)
 
 
 class BalancedChannel(_Balanced):
     """Of blocking channels."""
 
-    def _ended(self, server: int, method: str, call: Any) -> None:
+    def _ended(self, choice: _Choice, call: Any) -> None:
         # On gRPC's thread; the call has ended, so none of these waits.
-        self._record(server, method, call.code(), call.details(), call.trailing_metadata())
+        self._record(choice, call.code(), call.details(), call.trailing_metadata())
 
     def close(self) -> None:
         """Close every channel."""
@@ -97,14 +110,14 @@ class BalancedAsyncChannel(_Balanced):
         super().__init__(channels, balancer)
         self._reading: set[asyncio.Task[None]] = set()
 
-    def _ended(self, server: int, method: str, call: Any) -> None:
-        reading = asyncio.ensure_future(self._read(server, method, call))
+    def _ended(self, choice: _Choice, call: Any) -> None:
+        reading = asyncio.ensure_future(self._read(choice, call))
         self._reading.add(reading)
         reading.add_done_callback(self._reading.discard)
 
-    async def _read(self, server: int, method: str, call: Any) -> None:
+    async def _read(self, choice: _Choice, call: Any) -> None:
         trailers = await call.trailing_metadata()
-        self._record(server, method, await call.code(), await call.details(), trailers)
+        self._record(choice, await call.code(), await call.details(), trailers)
 
     def get_state(self) -> grpc.ChannelConnectivity:
         """READY if a server is connected, else the first one's."""
