@@ -42,7 +42,14 @@ def sources_without_a_ledger() -> Iterator[Path]:
     """The packages as they were in ``BEFORE``, without the weights of the demo model."""
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(
-            ["git", "archive", BEFORE, "--", *PACKAGES, ":(exclude)server/src/darkroom_server/demo_*"],
+            [
+                "git",
+                "archive",
+                BEFORE,
+                "--",
+                *PACKAGES,
+                ":(exclude)server/src/darkroom_server/demo_*",
+            ],
             cwd=ROOT,
             capture_output=True,
             check=True,
@@ -136,7 +143,9 @@ def in_turns(
         first = number % len(names)
         for name in names[first:] + names[:first]:
             seconds[name].append(works[name]())
-    print(title, {name: f"{statistics.median(each) * 1e6:.0f} µs" for name, each in seconds.items()})
+    print(
+        title, {name: f"{statistics.median(each) * 1e6:.0f} µs" for name, each in seconds.items()}
+    )
     return {name: each[1:] for name, each in seconds.items()}  # The first one warms up.
 
 

@@ -7,21 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from darkroom.v1 import generation_pb2, load_pb2
+from darkroom.v1 import generation_pb2
 from darkroom_client import Client, GenerationRequest, JobState, ServerState, Unavailable
 from darkroom_client._protocol import balancing
 from darkroom_client._protocol.balancing import Balancer, reported_backlog
-from darkroom_client.testing import Behaviour, FakeServer
+from darkroom_client.testing import Behaviour, FakeServer, fake_model
 from tests.client.conftest import Connect
 
 JOBS = 24
+MODELS = [fake_model(optional_fields=("image", "strength"))]
 
 Two = tuple[FakeServer, FakeServer]
 
 
 @pytest.fixture
 def two() -> Iterator[Two]:
-    with FakeServer() as one, FakeServer() as other:
+    with FakeServer(models=MODELS) as one, FakeServer(models=MODELS) as other:
         yield one, other
 
 
@@ -184,9 +185,7 @@ def test_the_error_names_every_server(connect: Connect) -> None:
         client.generate("a star", timeout=1)
 
 
-def test_a_stream_goes_on_at_its_server_after_a_lost_connection(
-    connect: Connect, two: Two
-) -> None:
+def test_a_stream_goes_on_at_its_server_after_a_lost_connection(connect: Connect, two: Two) -> None:
     for server in two:
         server.script(default=Behaviour(drop_at_step=1))
     client = connect(targets(two))
@@ -223,9 +222,8 @@ def test_what_cannot_be_several_servers_is_an_error(target: str | list[str], pro
         Client(target)
 
 
-def report(seconds: float) -> list[tuple[str, bytes]]:
-    message = load_pb2.LoadReport(named_metrics={balancing.BACKLOG: seconds})
-    return [("other", b""), (balancing.LOAD_KEY, message.SerializeToString())]
+def report(seconds: float) -> list[tuple[str, str]]:
+    return [("other", ""), (balancing.BACKLOG_KEY, f"{seconds:.3f}")]
 
 
 def chosen(balancer: Balancer, count: int = 1) -> list[int]:
@@ -298,9 +296,8 @@ def test_a_server_that_rejects_new_jobs_is_asked_about_its_own() -> None:
 def test_what_cannot_be_read_is_no_report() -> None:
     assert reported_backlog(report(2.5)) == 2.5
     assert reported_backlog([]) is None
-    assert reported_backlog([(balancing.LOAD_KEY, b"\xff\xff")]) is None
-    other = load_pb2.LoadReport(named_metrics={"other": 1.0}).SerializeToString()
-    assert reported_backlog([(balancing.LOAD_KEY, other)]) is None
+    for wrong in ("", "much", "nan", "inf"):
+        assert reported_backlog([(balancing.BACKLOG_KEY, wrong)]) is None
 
 
 def test_the_places_of_jobs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

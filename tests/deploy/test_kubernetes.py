@@ -114,7 +114,9 @@ def test_a_wrong_field_is_found(field: str, value: object) -> None:
 
 @overlays
 def test_the_probes_ask_for_the_right_health(overlay: str) -> None:
-    probes = {name: container(overlay)[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
+    probes = {
+        name: container(overlay)[f"{name}Probe"] for name in ("startup", "readiness", "liveness")
+    }
     asked = {name: probe["grpc"].get("service", "") for name, probe in probes.items()}
     assert asked == {"startup": LIVENESS, "readiness": READY, "liveness": LIVENESS}
     assert set(asked.values()) <= set(Health()._statuses)
@@ -240,7 +242,11 @@ def test_the_fleets_ledger_is_durable_and_its_password_is_in_no_setting() -> Non
     # No password before the "@".
     assert ledger.startswith(f"postgresql://{owner}@darkroom-db-rw:5432/{name}?sslmode=verify-full")
     trigger = resources("fleet")["ScaledObject"]["darkroom"]["spec"]["triggers"][0]["metadata"]
-    assert (trigger["host"], trigger["userName"], trigger["dbName"]) == ("darkroom-db-rw", owner, name)
+    assert (trigger["host"], trigger["userName"], trigger["dbName"]) == (
+        "darkroom-db-rw",
+        owner,
+        name,
+    )
 
 
 def test_the_backlog_that_scales_is_a_metric() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from darkroom_server.service_manager import ServiceManager
 from darkroom_server.dispatch import State
+from darkroom_server.service_manager import ServiceManager
 from darkroom_server.settings import Shutdown
 from tests.server.wire import serving
 

@@ -25,7 +25,8 @@ TEXTS = {
 class ServiceManager:
     """Sends states, and sends WATCHDOG=1 while the event loop runs, if the manager asks for it.
 
-    It belongs to the running event loop, and ends with it. A manager that does not read is logged, not waited for.
+    It belongs to the running event loop, and ends with it. A manager that does not read is logged,
+    not waited for.
     """
 
     def __init__(self) -> None:

@@ -8,16 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
-from google.protobuf.message import DecodeError
+BACKLOG_KEY = "darkroom-backlog-seconds"
+"""The trailer with the backlog. gRPC's C core hides the standard one, with the same figure."""
 
-from darkroom.v1 import load_pb2
-
-LOAD_KEY = "endpoint-load-metrics-bin"
 DETAILS_KEY = "grpc-status-details-bin"
-BACKLOG = "darkroom_backlog_seconds"
 
 JOB_STARTS = frozenset({"Generate", "GenerateStream", "SubmitGeneration"})
 
@@ -159,12 +156,12 @@ class Balancer:
 def reported_backlog(trailers: Iterable[tuple[str, Any]]) -> float | None:
     """The seconds that a server reported, None without a report that can be read."""
     for key, value in trailers:
-        if key == LOAD_KEY:
+        if key == BACKLOG_KEY:
             try:
-                metrics = load_pb2.LoadReport.FromString(value).named_metrics
-            except DecodeError:
+                seconds = float(value)
+            except ValueError:
                 return None
-            return max(0.0, metrics[BACKLOG]) if BACKLOG in metrics else None
+            return max(0.0, seconds) if isfinite(seconds) else None
     return None
 
 

@@ -11,14 +11,13 @@ from darkroom.v1 import (
     generation_pb2_grpc,
     image_pb2,
     image_pb2_grpc,
-    load_pb2,
     model_pb2,
     model_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
 )
 from darkroom_client._errors import DarkroomError, PermissionDenied, Unauthenticated, Violation
-from darkroom_client._protocol.balancing import BACKLOG, LOAD_KEY
+from darkroom_client._protocol.balancing import BACKLOG_KEY
 from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.status import Estimate
@@ -264,8 +263,7 @@ class Services(
 
     def _report_load(self, context: Any) -> None:
         if self.backlog is not None:
-            report = load_pb2.LoadReport(named_metrics={BACKLOG: self.backlog})
-            context.set_trailing_metadata(((LOAD_KEY, report.SerializeToString()),))
+            context.set_trailing_metadata(((BACKLOG_KEY, f"{self.backlog:.3f}"),))
 
     def _found(self, request_id: str, context: Any) -> FakeJob:
         self._authenticate(context)

@@ -33,6 +33,9 @@ FIELD = "request_id"
 LOAD_KEY = "endpoint-load-metrics-bin"
 """The trailer with a load report, as gRPC's and Envoy's balancers read it (ORCA)."""
 
+BACKLOG_KEY = "darkroom-backlog-seconds"
+"""The same as text: gRPC's C core, and so Python, hides the other trailer from programs."""
+
 BACKLOG = "darkroom_backlog_seconds"
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -74,9 +77,7 @@ class CallContexts(ContextInterceptor):
         return self._around(method, context, request)
 
     @asynccontextmanager
-    async def _around(
-        self, method: Method, context: Context, request: Any
-    ) -> AsyncIterator[None]:
+    async def _around(self, method: Method, context: Context, request: Any) -> AsyncIterator[None]:
         metadata = context.invocation_metadata() or ()
         sent = metadata_value(metadata, REQUEST_ID_KEY)
         message = _message_with_id(request)
@@ -103,14 +104,17 @@ class CallContexts(ContextInterceptor):
             yield
         finally:
             if method.service == GENERATION:
-                report = self._load_report()
-                context.set_trailing_metadata(((REQUEST_ID_KEY, id), (LOAD_KEY, report)))
-
-    def _load_report(self) -> bytes:
-        # Attributes only, no call into other files: this is on the way of every request.
-        finish_at = max(self._backlog.finish_at.values(), default=0.0)
-        seconds = max(0.0, finish_at - time.monotonic())
-        return load_pb2.LoadReport(named_metrics={BACKLOG: seconds}).SerializeToString()
+                # Attributes only, no call into other files: this is on the way of every request.
+                finish_at = max(self._backlog.finish_at.values(), default=0.0)
+                seconds = max(0.0, finish_at - time.monotonic())
+                report = load_pb2.LoadReport(named_metrics={BACKLOG: seconds})
+                context.set_trailing_metadata(
+                    (
+                        (REQUEST_ID_KEY, id),
+                        (LOAD_KEY, report.SerializeToString()),
+                        (BACKLOG_KEY, f"{seconds:.3f}"),
+                    )
+                )
 
 
 def _valid(request_id: str) -> bool:
