@@ -27,7 +27,7 @@ from bench.report.goals import Goal
 from bench.report.markdown import goals_table, table
 from bench.report.results import ROOT, Results
 from bench.report.statistics import Median, bootstrap_median
-from darkroom.v1 import generation_pb2, generation_pb2_grpc, types_pb2
+from darkroom.v1 import generation_pb2, generation_pb2_grpc
 
 BEFORE = "9675e03ec94c"
 PACKAGES = ("protos/src", "server/src")
@@ -113,7 +113,7 @@ def _request() -> generation_pb2.GenerateRequest:
         steps=1,
         seed=7,
         request_id=uuid.uuid4().hex,
-        on_disconnect=types_pb2.ON_DISCONNECT_KEEP,
+        on_disconnect=generation_pb2.ON_DISCONNECT_KEEP,
     )
 
 
