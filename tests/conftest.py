@@ -39,7 +39,8 @@ PROGRAMS = {
     "kubectl": ["kubectl"],
     "systemd-analyze": ["systemd-analyze"],
 }
-"""What a test may need by ``@pytest.mark.needs``: `make test-tools` installs it. "|" is "or"."""
+"""What a test may need by ``@pytest.mark.needs``: `make test-tools` installs it,
+except the last two, of which Debian's kubectl is too old. "|" is "or"."""
 
 
 def is_installed(program: str) -> bool:

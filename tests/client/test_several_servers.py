@@ -293,7 +293,7 @@ def test_a_server_that_rejects_new_jobs_is_asked_about_its_own() -> None:
         assert chosen(balancer, 4) == [1 - place] * 4
 
 
-def test_what_cannot_be_read_is_no_report() -> None:
+def test_a_report_that_cannot_be_read_does_not_count() -> None:
     assert reported_backlog(report(2.5)) == 2.5
     assert reported_backlog([]) is None
     for wrong in ("", "much", "nan", "inf"):

@@ -21,7 +21,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 @_typing.final
 class LoadReport(_message.Message):
     """LoadReport is how busy the server is. Each answer of GenerationService has
-    one in its trailer "endpoint-load-metrics-bin", errors too.
+    one in its trailer "endpoint-load-metrics-bin", errors too. The trailer
+    "darkroom-backlog-seconds" has the same figure as text, since gRPC's C core
+    hides the first one from programs.
 
     On the wire it is a xds.data.orca.v3.OrcaLoadReport with the fields that the
     server sets, so that proxies and gRPC's own balancers can read it. It has a
