@@ -72,20 +72,18 @@ def test_a_killed_process_is_reported_and_can_be_started_again(tiny_folder: Path
     assert open_files() == files
 
 
-@pytest.mark.parametrize("set_to", [None, "ACTIVE"])
-def test_its_threads_sleep_while_they_wait_unless_the_environment_says_otherwise(
+@pytest.mark.parametrize("set_to", [None, "backend:native"])
+def test_its_allocator_makes_segments_that_grow_unless_the_environment_says_otherwise(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, set_to: str | None
 ) -> None:
-    for name in ("OMP_WAIT_POLICY", *process.ALLOCATOR):
+    for name in process.ALLOCATOR:
         monkeypatch.delenv(name, raising=False)
     if set_to:
-        monkeypatch.setenv("OMP_WAIT_POLICY", set_to)
-        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", set_to)
     monkeypatch.setattr(process, "CHILD", FAKE_LOOP)
     engine, _, pid = started(tiny_folder)
     environment = psutil.Process(pid).environ()
     engine.close()
-    assert environment["OMP_WAIT_POLICY"] == (set_to or "PASSIVE")
     allocator = None if set_to else "expandable_segments:True"
     assert environment.get("PYTORCH_CUDA_ALLOC_CONF") == allocator
     assert environment["PATH"] == os.environ["PATH"]

@@ -43,13 +43,6 @@ log = structlog.get_logger(__name__)
 CHILD = ("-P", "-m", "darkroom_server.engine.main")
 """Python's arguments for the engine process; -P: import nothing from the working directory."""
 
-OPENMP = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""The engine's threads sleep while they wait for each other, unless the environment says otherwise.
-
-If they spin, a batch on a CPU that other programs use takes 10 to 100 times as long: the thread
-that is waited for gets no core. On a quiet machine there is no difference.
-"""
-
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """The variables that configure torch's allocator of GPU memory; only old versions need the first.
 
@@ -177,7 +170,7 @@ class LoadLimit:
 
 def _environment() -> dict[str, str]:
     """The environment of an engine's process: this one's, and what this one does not set."""
-    defaults = dict(OPENMP)
+    defaults = {}
     if not any(name in os.environ for name in ALLOCATOR):
         defaults[ALLOCATOR[0]] = "expandable_segments:True"
     return {**defaults, **os.environ}

@@ -21,6 +21,7 @@ from darkroom_server.core.events import EngineDied, Event
 from darkroom_server.core.exhaustion import is_exhaustion
 from darkroom_server.core.job import Job
 from darkroom_server.engine.device.malloc import keep_freed_memory
+from darkroom_server.engine.device.spinning import Spinning, sleep_if_unwatched
 from darkroom_server.ipc.channel import Channel, ChannelClosed
 from darkroom_server.ipc.commands import (
     Cancel,
@@ -44,6 +45,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with(parent=int(sys.argv[2]))
     keep_freed_memory()
+    sleep_if_unwatched()
     log_lines()
     channel = Channel(int(sys.argv[1]))
     batcher = EventBatcher(channel)
@@ -62,6 +64,7 @@ def run(channel: Channel, emit: Callable[[Event], None]) -> None:
     config: EngineConfig = channel.receive()
     from darkroom_server.engine.loading.startup import start_loop
 
+    Spinning.start()  # Now that torch has loaded OpenMP.
     try:
         loop, ready = start_loop(config, emit)
     except StartupError as error:
