@@ -130,7 +130,7 @@ def test_a_drain_has_the_time_that_it_needs(overlay: str) -> None:
         name: value for name, value in settings(overlay).items() if not name.endswith("_LEDGER")
     }
     loaded = load_settings({}, set_by_map, None)
-    assert loaded.warnings == ()  # Such as a variable that is no setting.
+    assert loaded.warnings == ()  # Such as an unknown variable.
     needed = loaded.settings.shutdown.drain_delay + loaded.settings.shutdown.grace + STOP_SECONDS
     assert pod(overlay)["terminationGracePeriodSeconds"] >= needed
     # Endpoints disappear after the readiness probe has failed often enough.

@@ -35,7 +35,7 @@ async def test_an_estimate_without_a_job_adds_nothing() -> None:
         assert dispatcher.backlog.seconds("demo") == 0.0
 
 
-async def test_what_is_cancelled_is_no_backlog_after_the_next_refresh(clock: Clock) -> None:
+async def test_what_is_cancelled_leaves_the_backlog_at_the_next_refresh(clock: Clock) -> None:
     async with dispatching(timed_engine(), max_resident_samples=1) as (dispatcher, engine):
         dispatcher.submit(make_job("first", steps=4))
         dispatcher.submit(make_job("second", steps=400))
