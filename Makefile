@@ -105,7 +105,7 @@ bench-lora: setup ## measure rows with different LoRAs beside grouping by adapte
 bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
 	@$(BIN)/python -m bench.micro memory $(BENCH_FLAGS)
 
-.PHONY: bench-estimates bench-overload bench-http
+.PHONY: bench-estimates bench-overload bench-http bench-ledger
 bench-estimates: setup ## measure how good the server's estimates are; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving estimates $(BENCH_FLAGS)
 
@@ -114,6 +114,9 @@ bench-overload: setup ## 200 callers at five times the capacity, each with a dea
 
 bench-http: setup ## measure HTTP beside gRPC, and what idle streams cost; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving http $(BENCH_FLAGS)
+
+bench-ledger: setup ## measure what accepted jobs cost in memory and in SQLite; options in BENCH_FLAGS
+	@$(BIN)/python -m bench.serving ledger $(BENCH_FLAGS)
 
 .PHONY: bench bench-full bench-gpu bench-peers-setup
 bench: bench-peers-setup ## measure Darkroom beside other servers, 15 minutes; options in BENCH_FLAGS

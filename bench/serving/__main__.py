@@ -1,4 +1,4 @@
-"""Measures estimates, overload and the HTTP door: ``python -m bench.serving NAME ...``.
+"""Measures estimates, overload, the HTTP door and the ledger: ``python -m bench.serving NAME ...``.
 
 Each writes its results to ``bench/results`` and its section of a page in ``docs``.
 """
@@ -6,9 +6,9 @@ Each writes its results to ``bench/results`` and its section of a page in ``docs
 from collections.abc import Sequence
 
 from bench.report.benchmark import run_named
-from bench.serving import estimates, http_door, overload
+from bench.serving import estimates, http_door, ledger_cost, overload
 
-BENCHMARKS = tuple(module.BENCHMARK for module in (estimates, overload, http_door))
+BENCHMARKS = tuple(module.BENCHMARK for module in (estimates, overload, http_door, ledger_cost))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

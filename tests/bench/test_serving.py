@@ -1,11 +1,11 @@
-"""The sections on estimates, overload and the HTTP door, from handwritten results."""
+"""The sections on estimates, overload, the HTTP door and the ledger, from handwritten results."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from bench.serving import estimates, http_door, overload
+from bench.serving import estimates, http_door, ledger_cost, overload
 from bench.serving.estimates import Pair
 from bench.serving.overload import Call, in_time
 from tests.bench.test_results import RESULTS
@@ -101,3 +101,37 @@ def test_the_worse_end_of_the_interval_decides() -> None:
     assert (lone.reached, closed.reached) == pytest.approx((1.01, 0.995))
     assert not lone.met
     assert not closed.met
+
+
+def ledger_results(memory: float) -> Any:
+    rounds = 30
+    submit = {"without": [4e-4] * rounds, "memory": [5e-4] * rounds, "sqlite": [2e-3] * rounds}
+    return replace(
+        RESULTS,
+        figures={
+            "generate": {"without": [1e-3] * rounds, "memory": [memory] * rounds},
+            "submit": submit,
+            "submit_at_once": submit,
+        },
+        settings={"rounds": rounds, "calls": 200, "callers": 8, "before": "abc"},
+    )
+
+
+def test_the_ledger_section() -> None:
+    text = ledger_cost.BENCHMARK.section(ledger_results(1.01e-3))
+    assert "| lone `Generate` | 1000 | 1010 (1.01 to 1.01 ×) | – |" in text
+    assert "| 400 | 500 (1.25 to 1.25 ×) | 2000 (5.00 to 5.00 ×) |" in text
+
+
+@pytest.mark.parametrize(("memory", "met"), [(1.01e-3, True), (1.03e-3, False)])
+def test_a_lone_call_may_cost_two_percent_more(memory: float, met: bool) -> None:
+    (goal,) = ledger_cost.goals(ledger_results(memory))
+    assert goal.met is met
+
+
+def test_calls_are_counted_with_one_caller_and_with_several() -> None:
+    calls: list[int] = []
+    for callers, expected in ((1, 10), (4, 8)):
+        calls.clear()
+        assert ledger_cost.seconds_of_each(lambda: calls.append(1), 10, callers) > 0
+        assert len(calls) == expected

@@ -1,6 +1,8 @@
 """The dashboards and the composition name only metrics, rules and files that exist."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,62 @@ def test_every_panel_queries_declared_or_recorded_metrics(path: Path) -> None:
             names = named(target["expr"])
             assert names, target["expr"]
             assert {family(one) for one in names} <= declared() | recorded().keys()
+
+
+SELECTOR = re.compile(r"\b((?:darkroom|grpc_server)_[a-z0-9_]+)(?:\{([^}]*)\})?")
+INSTANCE, MODEL = 'instance=~"$instance"', 'model=~"$model"'
+
+
+def missing_filters(expression: str) -> list[str]:
+    """The metrics in ``expression`` that the dashboards' variables do not select."""
+    labels = {each.name: each.labels for parts in Metrics().declared.values() for each in parts}
+    missing = []
+    for name, given in SELECTOR.findall(expression):
+        filters = given.split(", ")
+        needed = [INSTANCE, *([MODEL] if "model" in labels[family(name)] else [])]
+        if not set(needed) <= set(filters):
+            missing.append(name)
+    return missing
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_every_panel_shows_the_chosen_servers_and_models(path: Path) -> None:
+    board = json.loads(path.read_text())
+    variables = {each["name"]: each for each in board["templating"]["list"]}
+    assert list(variables) == ["datasource", "instance", "model"]
+    for name in ("instance", "model"):
+        assert variables[name]["includeAll"]
+        assert variables[name]["multi"]
+        assert named(variables[name]["definition"]) <= declared()
+    for expression in expressions(path):
+        assert missing_filters(expression) == []
+
+
+def test_a_metric_without_the_variables_is_found() -> None:
+    good = f"darkroom_queue_depth{{{INSTANCE}, {MODEL}}}"
+    assert missing_filters(good) == []
+    assert missing_filters(f"darkroom_queue_depth{{{INSTANCE}}} + {good}") == [
+        "darkroom_queue_depth"
+    ]
+    assert missing_filters("darkroom_ready") == ["darkroom_ready"]
+
+
+def expressions(path: Path) -> list[str]:
+    panels = json.loads(path.read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel.get("targets", ())]
+
+
+@pytest.mark.needs("promtool")
+def test_every_panels_query_is_valid(tmp_path: Path) -> None:
+    found = [expression for path in DASHBOARDS for expression in expressions(path)]
+    rules = [{"record": f"panel:{index}", "expr": each} for index, each in enumerate(found)]
+    file = tmp_path / "panels.yml"
+    for more, valid in ([], True), ([{"record": "panel:wrong", "expr": "sum by ("}], False):
+        file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules + more}]}))
+        done = subprocess.run(
+            ["promtool", "check", "rules", file], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode == 0) is valid, done.stderr
 
 
 def test_every_rule_queries_declared_or_recorded_metrics() -> None:

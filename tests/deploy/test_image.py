@@ -3,7 +3,6 @@
 import importlib.metadata
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -104,23 +103,7 @@ def test_what_the_image_writes_is_in_its_volumes() -> None:
     assert set(written) == volumes()
 
 
-def kubernetes() -> Any:
-    page = (DEPLOY / "README.md").read_text()
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
-    return yaml.safe_load(text)["spec"]
-
-
 def test_compose_has_a_read_only_root_and_every_volume() -> None:
     server = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["darkroom"]
     assert server["read_only"] is True
     assert {mount.partition(":")[2] for mount in server["volumes"]} == volumes()
-
-
-def test_kubernetes_has_a_read_only_root_and_every_volume() -> None:
-    pod = kubernetes()
-    (container,) = pod["containers"]
-    assert container["securityContext"]["readOnlyRootFilesystem"] is True
-    assert {mount["mountPath"] for mount in container["volumeMounts"]} == volumes()
-    assert {mount["name"] for mount in container["volumeMounts"]} == {
-        volume["name"] for volume in pod["volumes"]
-    }

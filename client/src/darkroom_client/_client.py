@@ -1,7 +1,7 @@
 """The blocking client."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -36,7 +36,9 @@ from darkroom_client._types.status import Estimate, ServerStatus
 class Client(ModelMethods):
     """A connection to a Darkroom server; safe to share between threads, not to fork once in use.
 
-    ``target``: host:port, or any gRPC target; if unset, DARKROOM_TARGET or 127.0.0.1:50051.
+    ``target``: host:port, or any gRPC target; if unset, DARKROOM_TARGET or 127.0.0.1:50051. With
+    several addresses (a list, or one string with commas) each new job goes to the better of two
+    servers picked at random, by the load that they report; calls about it go to the same server.
     ``token``: sent as a bearer token; if unset, DARKROOM_TOKEN. A token over plaintext is an error
     unless ``insecure`` is true. ``tls``: if unset, DARKROOM_CA names the file of ``TLS.ca``; with
     neither, the connection is plaintext. ``timeout``: seconds that a call may take, retries
@@ -54,7 +56,7 @@ class Client(ModelMethods):
 
     def __init__(
         self,
-        target: str | None = None,
+        target: str | Sequence[str] | None = None,
         *,
         token: str | None = None,
         tls: TLS | None = None,

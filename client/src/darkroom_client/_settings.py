@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -31,7 +31,10 @@ _UNENCRYPTED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All settings of a client, complete and checked."""
+    """All settings of a client, complete and checked.
+
+    ``target``: one target, or several addresses with commas between them.
+    """
 
     target: str
     tls: TLS | None
@@ -46,7 +49,7 @@ class Settings:
     def resolve(
         cls,
         *,
-        target: str | None,
+        target: str | Sequence[str] | None,
         tls: TLS | None,
         token: str | None,
         insecure: bool,
@@ -69,6 +72,8 @@ class Settings:
         if token and not (token.isascii() and token.isprintable()):
             raise ValueError("the token must be printable ASCII, without a line break")
         check_seconds("timeout", timeout)
+        if target is not None and not isinstance(target, str):
+            target = _join(target)
         if max_reply_bytes < 1:
             raise ValueError("max_reply_bytes must be at least 1")
         return cls(
@@ -81,6 +86,11 @@ class Settings:
             retry=retry,
             max_reply_bytes=max_reply_bytes,
         )
+
+    @property
+    def targets(self) -> list[str]:
+        """The targets of the servers; a target of gRPC is one, with all its addresses."""
+        return split_targets(self.target)
 
     def deadline(self, timeout: float | None) -> float | None:
         """The seconds that a call may take: its own ``timeout``, or else the client's."""
@@ -116,7 +126,27 @@ class Settings:
         return tuple(pairs.items())
 
 
+def split_targets(target: str) -> list[str]:
+    """The addresses in ``target``, or itself if it is one target."""
+    return [target] if _SCHEME.match(target) else target.split(",")
+
+
+def _join(targets: Sequence[str]) -> str:
+    if not targets:
+        raise ValueError("target is an empty list: name at least one host:port")
+    for target in targets if len(targets) > 1 else ():
+        if _SCHEME.match(target) or "," in target:
+            raise ValueError(
+                f"target {target!r}: in a list of several, write each server as host:port"
+            )
+    return ",".join(targets)
+
+
 def _check_target(target: str) -> str:
+    if len(split_targets(target)) > 1:
+        for each in target.split(","):
+            _check_target(each)
+        return target
     if "://" in target and not _SCHEME.match(target):
         raise ValueError(f"target {target!r}: write host:port, without a scheme such as http://")
     if not _SCHEME.match(target) and not _HOST_PORT.fullmatch(target):

@@ -39,6 +39,7 @@ from darkroom_server.service.generation import GenerationService
 from darkroom_server.service.inputs import InputLoader
 from darkroom_server.service.summary import RequestObserver
 from darkroom_server.service.uploads import UploadService
+from darkroom_server.service_manager import ServiceManager
 from darkroom_server.settings import Settings
 from darkroom_server.settings.sources import (
     adapter_places,
@@ -116,6 +117,7 @@ class Server:
         self.metrics_address = ""
         self._settings = settings
         self._stop = asyncio.Event()
+        self._manager = ServiceManager()
         self.unfinished: list[str] = []
         model_ids = [source.id for source in all_sources(settings.models)]
         self._spans = open_traces(settings.logs.traces)
@@ -139,7 +141,7 @@ class Server:
             device_memory_budget=settings.models.device_memory_budget,
         )
         for model_id in model_ids:
-            self.metrics.requests.read_jobs(model_id, self.dispatcher.job_counts)
+            self.metrics.requests.read_jobs(model_id, self.dispatcher)
         ledger = chosen_ledger(
             settings.storage.ledger,
             settings.network.server_id,
@@ -262,7 +264,7 @@ class Server:
         if await self._unless_stopped(self._loaded()):
             self._log_serving(time.monotonic() - began)
         if await self._unless_stopped(self.dispatcher.availability.failed()):
-            self._rpc.health.set_state(State.DRAINING)
+            self._publish_health(State.DRAINING)
             raise EngineLost(await self.dispatcher.availability.failed())
 
     async def _loaded(self) -> None:
@@ -281,8 +283,8 @@ class Server:
     async def shutdown(self) -> None:
         """Reject new jobs, let accepted ones finish, and stop the engines."""
         shutdown = self._settings.shutdown
-        self._rpc.health.set_state(State.DRAINING)
         self._stop.set()
+        self._publish_health(State.DRAINING)
         if self.dispatcher.ready:
             log.info("draining", jobs=self.dispatcher.counts.live, grace=shutdown.grace)
             await asyncio.sleep(shutdown.drain_delay)
@@ -316,7 +318,9 @@ class Server:
 
     def _publish_health(self, state: State) -> None:
         # Published before jobs are rejected, so that callers have moved on by then.
-        self._rpc.health.set_state(State.DRAINING if self.stopping else state)
+        state = State.DRAINING if self.stopping else state
+        self._rpc.health.set_state(state)
+        self._manager.publish(state)
 
     async def _unless_stopped(self, awaited: Coroutine[None, None, object]) -> bool:
         """Whether ``awaited`` ended before ``stop`` was called; raises what it raises."""

@@ -152,9 +152,12 @@ def _without_reason(
 
 def was_sent(error: grpc.RpcError) -> bool:
     """False if gRPC knew no server to send the call to."""
-    return error.code() is not grpc.StatusCode.UNAVAILABLE or _NO_SERVER not in (
-        error.details() or ""
-    )
+    return error.code() is not grpc.StatusCode.UNAVAILABLE or found_server(error.details() or "")
+
+
+def found_server(details: str) -> bool:
+    """Whether gRPC knew a server for a call that ended with UNAVAILABLE and ``details``."""
+    return _NO_SERVER not in details
 
 
 def is_bare(error: DarkroomError, kind: type[DarkroomError]) -> bool:

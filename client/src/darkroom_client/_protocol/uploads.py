@@ -26,10 +26,25 @@ class Upload:
     data: bytes
     again: bool = False
 
-    def chunks(self) -> Iterator[image_pb2.UploadImageRequest]:
+    def chunks(self) -> "UploadChunks":
         """The messages of the call."""
-        for at in range(0, len(self.data), CHUNK_BYTES):
-            yield image_pb2.UploadImageRequest(chunk=self.data[at : at + CHUNK_BYTES])
+        return UploadChunks(self)
+
+
+class UploadChunks:
+    """The messages of an ``UploadImage`` call, with what they are of."""
+
+    def __init__(self, upload: Upload) -> None:
+        self.upload_id = upload.upload_id
+        self._starts = iter(range(0, len(upload.data), CHUNK_BYTES))
+        self._data = upload.data
+
+    def __iter__(self) -> Iterator[image_pb2.UploadImageRequest]:
+        return self
+
+    def __next__(self) -> image_pb2.UploadImageRequest:
+        start = next(self._starts)
+        return image_pb2.UploadImageRequest(chunk=self._data[start : start + CHUNK_BYTES])
 
 
 class UploadMethod:

@@ -15,9 +15,11 @@ from darkroom_client._protocol.rpc_errors import was_sent
 from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._protocol.stubs import Stubs
 from darkroom_client._settings import Metadata, Settings
+from darkroom_client._transport.balanced import BalancedAsyncChannel
 from darkroom_client._transport.channels import (
     CALLS_PER_PAIR,
     check_files,
+    new_balancer,
     open_async_control_channel,
     open_async_pair,
     open_direct_async_channel,
@@ -31,7 +33,9 @@ A = TypeVar("A")
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    channels: tuple[grpc.aio.Channel, grpc.aio.Channel]
+    channels: tuple[
+        grpc.aio.Channel | BalancedAsyncChannel, grpc.aio.Channel | BalancedAsyncChannel
+    ]
     stubs: Stubs
     # One object for each open call.
     calls: set[object] = field(default_factory=set)
@@ -48,7 +52,8 @@ class AsyncTransport:
         self.closed = False
         self._settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._control: grpc.aio.Channel | None = None
+        self._balancer = new_balancer(settings)
+        self._control: grpc.aio.Channel | BalancedAsyncChannel | None = None
         self._pairs: list[_Pair] = []
         self._in_flight: dict[str, Call[Any] | GenerationSession] = {}
         self._cancels: set[asyncio.Task[None]] = set()
@@ -66,7 +71,7 @@ class AsyncTransport:
         self.check_open()
         if not self._pairs:
             self._loop = asyncio.get_running_loop()
-            self._control = open_async_control_channel(self._settings)
+            self._control = open_async_control_channel(self._settings, self._balancer)
             self._open()
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError("this client belongs to another event loop: make one in each")
@@ -147,12 +152,12 @@ class AsyncTransport:
         """A pair of channels with room for a call."""
         free = next((pair for pair in self._pairs if len(pair.calls) < CALLS_PER_PAIR), None)
         if free is None:
-            channels = open_async_pair(self._settings)
+            channels = open_async_pair(self._settings, self._balancer)
             free = _Pair(channels, Stubs(*channels, self._control))
             self._pairs.append(free)
         return free
 
-    def _all_channels(self) -> list[grpc.aio.Channel]:
+    def _all_channels(self) -> list[grpc.aio.Channel | BalancedAsyncChannel]:
         control = [] if self._control is None else [self._control]
         return control + [channel for pair in self._pairs for channel in pair.channels]
 

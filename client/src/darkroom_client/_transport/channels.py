@@ -5,7 +5,8 @@ checked channel, to servers whose health says that they accept jobs. If there is
 the call, and the next try goes over the plain channel, to get the server's own reason. Watches go
 over the plain channel: a draining server still answers calls about its jobs. The two have equal
 connection options, so gRPC shares one connection to each server between them. With TLS gRPC shares
-none: the plain channel opens its own at its first call.
+none: the plain channel opens its own at its first call. With several targets, each of these
+channels consists of one for each target.
 
 A server limits the streams of a connection (about 100), and gRPC queues further calls in silence.
 So a client opens a further pair before that (``CALLS_PER_PAIR``), and short calls have a channel
@@ -20,7 +21,9 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from darkroom_client._settings import Settings
+from darkroom_client._protocol.balancing import Balancer
+from darkroom_client._settings import Settings, split_targets
+from darkroom_client._transport.balanced import BalancedAsyncChannel, BalancedChannel
 from darkroom_client._transport.service_config import service_config
 from darkroom_client._types.connection import TLS
 
@@ -33,32 +36,44 @@ Options = tuple[tuple[str, str | int], ...]
 _clients = itertools.count()
 
 
-def open_pair(settings: Settings) -> tuple[grpc.Channel, grpc.Channel]:
+def new_balancer(settings: Settings) -> Balancer | None:
+    """What chooses among several targets; None for a single one."""
+    targets = settings.targets
+    return Balancer(len(targets)) if len(targets) > 1 else None
+
+
+def open_pair(
+    settings: Settings, balancer: Balancer | None
+) -> tuple[grpc.Channel | BalancedChannel, grpc.Channel | BalancedChannel]:
     """A checked and a plain channel for blocking calls; each connects at its first call."""
     own = _own_connections()
     checked, plain = (channel_options(settings, checked=each) + own for each in (True, False))
-    target = dial_target(settings.target)
-    return _open(settings, target, checked), _open(settings, target, plain)
+    return _open_all(settings, checked, balancer), _open_all(settings, plain, balancer)
 
 
-def open_async_pair(settings: Settings) -> tuple[grpc.aio.Channel, grpc.aio.Channel]:
+def open_async_pair(
+    settings: Settings, balancer: Balancer | None
+) -> tuple[grpc.aio.Channel | BalancedAsyncChannel, grpc.aio.Channel | BalancedAsyncChannel]:
     """Like ``open_pair``, for the running event loop, which they belong to."""
     own = _own_connections()
     checked, plain = (channel_options(settings, checked=each) + own for each in (True, False))
-    target = dial_target(settings.target)
-    return _open_async(settings, target, checked), _open_async(settings, target, plain)
+    return _open_all_async(settings, checked, balancer), _open_all_async(settings, plain, balancer)
 
 
-def open_control_channel(settings: Settings) -> grpc.Channel:
+def open_control_channel(
+    settings: Settings, balancer: Balancer | None
+) -> grpc.Channel | BalancedChannel:
     """A channel for short blocking calls, with connections of its own."""
     options = channel_options(settings, checked=False) + _own_connections()
-    return _open(settings, dial_target(settings.target), options)
+    return _open_all(settings, options, balancer)
 
 
-def open_async_control_channel(settings: Settings) -> grpc.aio.Channel:
+def open_async_control_channel(
+    settings: Settings, balancer: Balancer | None
+) -> grpc.aio.Channel | BalancedAsyncChannel:
     """Like ``open_control_channel``, for the running event loop."""
     options = channel_options(settings, checked=False) + _own_connections()
-    return _open_async(settings, dial_target(settings.target), options)
+    return _open_all_async(settings, options, balancer)
 
 
 def open_direct_channel(settings: Settings, address: str) -> grpc.Channel:
@@ -69,6 +84,20 @@ def open_direct_channel(settings: Settings, address: str) -> grpc.Channel:
 def open_direct_async_channel(settings: Settings, address: str) -> grpc.aio.Channel:
     """Like ``open_direct_channel``, for the running event loop."""
     return _open_async(settings, address, direct_options(settings))
+
+
+def _open_all(
+    settings: Settings, options: Options, balancer: Balancer | None
+) -> grpc.Channel | BalancedChannel:
+    channels = [_open(settings, dial_target(each), options) for each in settings.targets]
+    return channels[0] if balancer is None else BalancedChannel(channels, balancer)
+
+
+def _open_all_async(
+    settings: Settings, options: Options, balancer: Balancer | None
+) -> grpc.aio.Channel | BalancedAsyncChannel:
+    channels = [_open_async(settings, dial_target(each), options) for each in settings.targets]
+    return channels[0] if balancer is None else BalancedAsyncChannel(channels, balancer)
 
 
 def _open(settings: Settings, target: str, options: Options) -> grpc.Channel:
@@ -83,13 +112,15 @@ def _open_async(settings: Settings, target: str, options: Options) -> grpc.aio.C
     return grpc.aio.secure_channel(target, credentials, options)
 
 
-def is_connected(channel: grpc.Channel) -> bool:
+def is_connected(channel: grpc.Channel | BalancedChannel) -> bool:
     """Whether ``channel`` has a connection now; False if it is closed.
 
     gRPC's asyncio channels have a method for this, the blocking ones do not: only ``subscribe``,
     whose thread goes on after ``unsubscribe`` and fails if the channel is closed meanwhile. So this
     calls what the asyncio ones call.
     """
+    if isinstance(channel, BalancedChannel):
+        return any(map(is_connected, channel.channels))
     state: int
     try:
         state = channel._channel.check_connectivity_state(False)  # type: ignore[attr-defined]
@@ -118,6 +149,8 @@ def dial_target(target: str) -> str:
 
 def endpoints(target: str) -> list[str]:
     """Every "host:port" of ``target``; empty for a kind of target that has none."""
+    if len(targets := split_targets(target)) > 1:
+        return targets
     scheme, _, rest = dial_target(target).partition(":")
     if scheme == "dns":
         # None for "dns://server/name": that name server may answer differently from this machine.

@@ -5,6 +5,7 @@ import socket
 import threading
 from queue import Empty, SimpleQueue
 
+from darkroom_client._settings import split_targets
 from darkroom_client._transport.channels import endpoints
 
 _ENDPOINT = re.compile(r"\[?([^][]+?)]?:([0-9]{1,5})")
@@ -14,10 +15,11 @@ def server_address(server_id: str, target: str, seconds: float) -> str | None:
     """The address to dial for the server ``server_id``, such as "ipv4:10.0.0.7:50051".
 
     None unless it is one of several addresses that ``target`` resolves to. So a call, and its
-    token, goes to no other server than before. None, too, if the names do not resolve within
+    token, goes to no other server than before. None for several targets: the channel to those knows
+    which server has a job. None, too, if the names do not resolve within
     ``seconds``.
     """
-    if not server_id:
+    if not server_id or len(split_targets(target)) > 1:
         return None
     found: SimpleQueue[str | None] = SimpleQueue()
     # A daemon thread: getaddrinfo has no time limit, and must not delay the end of the process.

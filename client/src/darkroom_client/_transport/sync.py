@@ -20,10 +20,12 @@ from darkroom_client._protocol.rpc_errors import was_sent
 from darkroom_client._protocol.session import GenerationSession
 from darkroom_client._protocol.stubs import Stubs
 from darkroom_client._settings import Metadata, Settings
+from darkroom_client._transport.balanced import BalancedChannel
 from darkroom_client._transport.channels import (
     CALLS_PER_PAIR,
     check_files,
     is_connected,
+    new_balancer,
     open_control_channel,
     open_direct_channel,
     open_pair,
@@ -42,7 +44,7 @@ A = TypeVar("A")
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    channels: tuple[grpc.Channel, grpc.Channel]
+    channels: tuple[grpc.Channel | BalancedChannel, grpc.Channel | BalancedChannel]
     stubs: Stubs
     # One object for each open call. gRPC's threads remove them: each step is atomic.
     calls: set[object] = field(default_factory=set)
@@ -71,7 +73,8 @@ class SyncTransport:
         check_files(settings.tls)
         self.closed = False
         self._settings = settings
-        self._control: grpc.Channel | None = None
+        self._balancer = new_balancer(settings)
+        self._control: grpc.Channel | BalancedChannel | None = None
         self._pairs: list[_Pair] = []
         self._process = 0
         self._lock = threading.RLock()
@@ -113,8 +116,8 @@ class SyncTransport:
             if free is None:
                 if self._control is None:
                     self._process = os.getpid()
-                    self._control = open_control_channel(self._settings)
-                channels = open_pair(self._settings)
+                    self._control = open_control_channel(self._settings, self._balancer)
+                channels = open_pair(self._settings, self._balancer)
                 free = _Pair(channels, Stubs(*channels, self._control))
                 self._pairs.append(free)
                 if self.closed:  # Before this, or meanwhile by a signal handler.
@@ -245,7 +248,7 @@ class SyncTransport:
         for channel in self._all_channels():
             channel.close()
 
-    def _all_channels(self) -> list[grpc.Channel]:
+    def _all_channels(self) -> list[grpc.Channel | BalancedChannel]:
         control = [] if self._control is None else [self._control]
         return control + [channel for pair in self._pairs for channel in pair.channels]
 

@@ -130,7 +130,11 @@ def _parse_known(
 def _add_connection(parser: argparse.ArgumentParser, timeout: float | None, limit: str) -> None:
     """``limit``: the default of --timeout in words, if it is not always ``timeout``."""
     add = parser.add_argument_group("connection").add_argument
-    add("--target", metavar="HOST:PORT", help="the server's address")
+    add(
+        "--target",
+        metavar="HOST:PORT",
+        help="the server's address; several with commas between: jobs go to the less busy ones",
+    )
     add("--tls", action="store_true", help="encrypt, and trust the CAs of this machine")
     add("--ca", metavar="FILE", type=Path, help="PEM file of the trusted CAs; turns TLS on")
     add("--cert", metavar="FILE", type=Path, help="PEM file of the client certificate; with --key")

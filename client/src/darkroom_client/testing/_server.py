@@ -94,6 +94,15 @@ class FakeServer:
         return self._registry.catalogue.errors
 
     @property
+    def backlog(self) -> float | None:
+        """Seconds of work that answers report to balancing clients; may be set, None: no report."""
+        return self._services.backlog
+
+    @backlog.setter
+    def backlog(self, seconds: float | None) -> None:
+        self._services.backlog = seconds
+
+    @property
     def jobs(self) -> tuple[FakeJob, ...]:
         """Every job since the start, also before ``restart``, oldest first."""
         with self._registry.changed:

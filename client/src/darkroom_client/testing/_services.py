@@ -18,6 +18,7 @@ from darkroom.v1 import (
     server_pb2_grpc,
 )
 from darkroom_client._errors import DarkroomError, PermissionDenied, Unauthenticated, Violation
+from darkroom_client._protocol.balancing import BACKLOG_KEY
 from darkroom_client._types.job import JobState
 from darkroom_client._types.model import Model
 from darkroom_client._types.status import Estimate
@@ -67,6 +68,7 @@ class Services(
         self._estimate = estimate
         self._token = token
         self._admin = admin
+        self.backlog: float | None = 0.0
 
     def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> Any:
         job = self._admitted(request, context, max_reply_bytes=_max_reply_bytes(context))[0]
@@ -89,6 +91,7 @@ class Services(
         self, request: generation_pb2.SubmitGenerationRequest, context: Any
     ) -> Any:
         self._authenticate(context)
+        self._report_load(context)
         limit = request.time_limit.ToNanoseconds() / 1e9 if request.HasField("time_limit") else None
         try:
             check_time_limit(limit)
@@ -266,6 +269,7 @@ class Services(
         max_reply_bytes: int | None = None,
     ) -> tuple[FakeJob, bool]:
         self._authenticate(context)
+        self._report_load(context)
         left = context.time_remaining()
         try:
             return self._registry.admit(
@@ -277,6 +281,10 @@ class Services(
             )
         except DarkroomError as error:
             abort(context, error)
+
+    def _report_load(self, context: Any) -> None:
+        if self.backlog is not None:
+            context.set_trailing_metadata(((BACKLOG_KEY, f"{self.backlog:.3f}"),))
 
     def _found(self, request_id: str, context: Any) -> FakeJob:
         self._authenticate(context)

@@ -10,6 +10,7 @@ from darkroom_server.dispatch.admission.quotas import (
 )
 from darkroom_server.dispatch.dispatcher import Dispatcher
 from darkroom_server.dispatch.entries import LedgerEntries, LedgerObserver
+from darkroom_server.dispatch.estimation.backlog import Backlog
 from darkroom_server.dispatch.estimation.estimate import Estimate
 from darkroom_server.dispatch.estimation.load_times import LoadTimes
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
@@ -45,6 +46,7 @@ __all__ = [
     "AdapterStatus",
     "Availability",
     "CatalogStatus",
+    "Backlog",
     "ConcurrentCallLimiter",
     "Counts",
     "DispatchEvent",

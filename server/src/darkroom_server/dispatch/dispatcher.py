@@ -115,6 +115,7 @@ class Dispatcher:
         )
         self._serial = itertools.count(1)
         self.counts = self._lifecycle.counts
+        self.backlog = self._lifecycle.backlog
 
     # State.
 

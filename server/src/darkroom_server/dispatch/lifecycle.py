@@ -10,6 +10,7 @@ from darkroom_server.core.events import StageSeconds
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, Job
 from darkroom_server.dispatch.admission.controller import AdmissionController
 from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.estimation.backlog import Backlog
 from darkroom_server.dispatch.estimation.estimator import Estimator
 from darkroom_server.dispatch.jobs import outcomes
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
@@ -18,11 +19,18 @@ from darkroom_server.dispatch.jobs.registry import JobRegistry
 from darkroom_server.dispatch.models.catalog import ModelCatalog
 from darkroom_server.dispatch.observer import EstimateChecked, JobEnded, JobRerun, Observer
 
+REFRESH_SECONDS = 1.0
+"""Between two estimates of the backlog while there are jobs."""
+
+REFRESH_SHARE = 0.02
+"""The most of the event loop's time that they take: with many engines one takes long."""
+
 
 class JobLifecycle:
     """Moves jobs through their states and ends each of them once.
 
-    ``idle`` is set while no job is unfinished.
+    ``idle`` is set while no job is unfinished. ``backlog``: the unfinished work; set at each new
+    job, and again every ``REFRESH_SECONDS``, for jobs are cancelled and estimates are wrong.
     """
 
     def __init__(
@@ -37,6 +45,8 @@ class JobLifecycle:
         self.counts = Counts()
         self.idle = asyncio.Event()
         self.idle.set()
+        self.backlog = Backlog()
+        self._refresh: asyncio.TimerHandle | None = None
         self._registry = registry
         self._pool = pool
         self._admission = admission
@@ -52,6 +62,10 @@ class JobLifecycle:
         active.on_unsubscribed = self._cancel_unfollowed
         self.counts.accepted += 1
         self.idle.clear()
+        if active.estimate is not None:
+            self.backlog.finish_at = active.estimate.model_finish_at
+        if self._refresh is None:
+            self._refresh_later(REFRESH_SECONDS)
         self._registry.enqueue(active)
         self._watch_deadline(active.job)
         self.feed()
@@ -244,6 +258,19 @@ class JobLifecycle:
         self._observer.on_event(JobEnded(active.job.model, outcome, active.phase))
         if self.counts.accepted == self.counts.by_end.total():
             self.idle.set()
+            self.backlog.finish_at = {}
+            if self._refresh is not None:
+                self._refresh.cancel()
+                self._refresh = None
+
+    def _refresh_later(self, seconds: float) -> None:
+        self._refresh = asyncio.get_running_loop().call_later(seconds, self._refresh_backlog)
+
+    def _refresh_backlog(self) -> None:
+        began = time.monotonic()
+        self.backlog.finish_at = self._estimator.model_finish_at()
+        cost = time.monotonic() - began
+        self._refresh_later(max(REFRESH_SECONDS, cost / REFRESH_SHARE))
 
     def _watch_deadline(self, job: Job) -> None:
         if timer := self._deadlines.pop(job.id, None):

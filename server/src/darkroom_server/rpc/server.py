@@ -97,7 +97,7 @@ class RpcServer:
             Telemetry(calls),
             self._in_flight,
             Errors(),
-            CallContexts(addresses, anonymous, begin_traces=begin_traces),
+            CallContexts(addresses, anonymous, dispatcher.backlog, begin_traces=begin_traces),
         ]
         if auth is not None:
             interceptors.append(auth)

@@ -1,6 +1,7 @@
 """How long a job is expected to take."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -9,7 +10,8 @@ class Estimate:
 
     ``made_at`` is in ``time.monotonic`` seconds, as ``start_at`` and ``finish_at`` are.
     ``simulated`` is the total as simulated, before the calibration corrected it. ``optimistic``:
-    the total if everything goes as well as it does at times.
+    the total if everything goes as well as it does at times. ``model_finish_at``: when all jobs
+    of each model have finished, this one and those that were here before it.
     """
 
     made_at: float
@@ -17,6 +19,7 @@ class Estimate:
     run_time: float
     simulated: float
     optimistic: float
+    model_finish_at: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:

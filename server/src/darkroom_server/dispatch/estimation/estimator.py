@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -69,10 +69,11 @@ class Estimator:
     def estimate(self, active: ActiveJob) -> Estimate | None:
         """For a job that is here or would come now; None while too little is known."""
         now = time.monotonic()
-        forecast = self._simulate(active)
+        simulated = self._simulate(active)
         id = active.job.id
-        if forecast is None or id not in forecast.finishes:
+        if simulated is None or id not in simulated[0].finishes:
             return None
+        forecast, jobs = simulated
         finish = forecast.finishes[id]
         start = min(forecast.starts.get(id, 0.0), finish)
         factor = self._calibration.factor(finish)
@@ -84,7 +85,21 @@ class Estimator:
             run_time=(finish - start) * factor,
             simulated=finish,
             optimistic=finish * self._calibration.optimistic_factor(finish) * optimism,
+            model_finish_at=_model_finish_at(forecast, jobs, now, factor),
         )
+
+    def model_finish_at(self) -> dict[str, float]:
+        """When the jobs of each model that are here have finished; empty if too little is known.
+
+        In ``time.monotonic`` seconds.
+        """
+        now = time.monotonic()
+        simulated = self._simulate()
+        if simulated is None:
+            return {}
+        forecast, jobs = simulated
+        factor = self._calibration.factor(max(forecast.finishes.values(), default=0.0))
+        return _model_finish_at(forecast, jobs, now, factor)
 
     def record_actual(self, estimate: Estimate, seconds: float) -> None:
         """Learn from a finished job that took ``seconds`` since its estimate."""
@@ -125,9 +140,10 @@ class Estimator:
 
     def retry_after(self, jobs: int, work: float) -> float:
         """Seconds until ``jobs`` jobs and ``work`` megapixel-steps have left the queue."""
-        forecast = self._simulate()
-        if forecast is None:
+        simulated = self._simulate()
+        if simulated is None:
             return UNKNOWN_RETRY_SECONDS
+        forecast, _ = simulated
         waiting = {active.job.id: active.job for active in self._registry.queue()}
         # Without a queue, there is room when a job finishes.
         leaves = {id: forecast.joins[id] for id in waiting if id in forecast.joins}
@@ -148,11 +164,17 @@ class Estimator:
             self._batches_seen, self._rejections_alone = batches, 0
         return MARGIN_ALONE / 2.0 ** min(self._rejections_alone, 64)
 
-    def _simulate(self, new: ActiveJob | None = None) -> Forecast | None:
-        """Simulate all jobs that are here, and ``new``; None if a model was never measured."""
+    def _simulate(
+        self, new: ActiveJob | None = None
+    ) -> tuple[Forecast, tuple[ActiveJob, ...]] | None:
+        """Simulate all jobs that are here, and ``new``; returns the jobs too.
+
+        None if a model was never measured.
+        """
         engines = [engine for engine in self._pool.engines if engine.ready]
         waiting = self._registry.queue(new if new and new.state is JobState.NEW else None)
         running = [active for engine in engines for active in engine.jobs.values()]
+        jobs = (*running, *waiting)
         held = {model for engine in engines for model in engine.models}
         aside = [active for active in waiting if active.job.model not in held]
         if aside and self._loads is not None:
@@ -163,12 +185,13 @@ class Estimator:
         known = all(engine.batch_times.knows(model) for engine in engines for model in models)
         if not engines or not known:
             return None
-        return simulate_queue(
+        forecast = simulate_queue(
             [engine.load() for engine in engines],
             self._cache.get(waiting),
             self._pool.max_resident_samples,
             arrivals=self._after_loads(aside) if aside else (),
         )
+        return forecast, jobs
 
     def _after_loads(self, aside: Sequence[ActiveJob]) -> list[RemainingWork]:
         """The jobs that wait for a load, as if they arrived after it; not of unmeasured models."""
@@ -182,6 +205,17 @@ class Estimator:
                 work, loaded = remaining_work(active), self._loads.seconds_until_loaded(model)
                 works.append(replace(work, key=replace(work.key, submitted_at=loaded)))
         return works
+
+
+def _model_finish_at(
+    forecast: Forecast, jobs: Iterable[ActiveJob], now: float, factor: float
+) -> dict[str, float]:
+    """The last end of a job of each model; ``factor`` corrects what was simulated."""
+    finish_at: dict[str, float] = {}
+    for active in jobs:
+        at = now + factor * forecast.finishes.get(active.job.id, 0.0)
+        finish_at[active.job.model] = max(at, finish_at.get(active.job.model, 0.0))
+    return finish_at
 
 
 def _round_up(seconds: float) -> float:

@@ -1,5 +1,6 @@
 """The context of each call: its request id, sent back; its trace; its caller's address."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -8,9 +9,10 @@ from typing import Any
 import structlog
 from google.protobuf.message import Message
 
+from darkroom.v1 import generation_pb2, load_pb2
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import InvalidRequest, Violation
-from darkroom_server.dispatch import PeerAddresses
+from darkroom_server.dispatch import Backlog, PeerAddresses
 from darkroom_server.rpc.context import CURRENT_ADDRESS, Context, Metadata
 from darkroom_server.rpc.interceptors.base import ContextInterceptor, Method
 from darkroom_server.rpc.interceptors.receiving import caller_address
@@ -28,6 +30,15 @@ REQUEST_ID_KEY = "darkroom-request-id"
 TRACE_KEY = "traceparent"
 FIELD = "request_id"
 
+LOAD_KEY = "endpoint-load-metrics-bin"
+"""The trailer with a load report, as gRPC's and Envoy's balancers read it (ORCA)."""
+
+BACKLOG_KEY = "darkroom-backlog-seconds"
+"""The same as text: gRPC's C core, and so Python, hides the other trailer from programs."""
+
+BACKLOG = "darkroom_backlog_seconds"
+GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
 MAX_REPLY_BYTES_KEY = "darkroom-max-reply-bytes"
 """Metadata of a caller that raised its receive limit: a decimal number."""
 
@@ -42,24 +53,31 @@ class CallContexts(ContextInterceptor):
     in headers it would end gRPC's retries. An id from the metadata is written into a message that
     has an empty field for it, so that it names the job too. The trace comes from the metadata;
     an invalid one is ignored, as W3C asks. With ``begin_traces``, a call without one begins one.
-    The caller is ``anonymous``, with its address; ``Auth`` replaces it.
+    The caller is ``anonymous``, with its address; ``Auth`` replaces it. At the end of a call of
+    ``GenerationService`` the trailers also report the server's ``backlog``.
     """
 
     def __init__(
-        self, addresses: PeerAddresses, anonymous: Caller = ANONYMOUS, *, begin_traces: bool = False
+        self,
+        addresses: PeerAddresses,
+        anonymous: Caller = ANONYMOUS,
+        backlog: Backlog | None = None,
+        *,
+        begin_traces: bool = False,
     ) -> None:
         self._addresses = addresses
         self._anonymous = anonymous
+        self._backlog = backlog or Backlog()
         self._begin_traces = begin_traces
 
     def around(
         self, method: Method, context: Context, request: Any
     ) -> AbstractAsyncContextManager[None]:
         """Set the context; raises ``InvalidRequest`` for metadata that cannot be a request id."""
-        return self._around(context, request)
+        return self._around(method, context, request)
 
     @asynccontextmanager
-    async def _around(self, context: Context, request: Any) -> AsyncIterator[None]:
+    async def _around(self, method: Method, context: Context, request: Any) -> AsyncIterator[None]:
         metadata = context.invocation_metadata() or ()
         sent = metadata_value(metadata, REQUEST_ID_KEY)
         message = _message_with_id(request)
@@ -82,7 +100,21 @@ class CallContexts(ContextInterceptor):
         if sent is not None and not _valid(sent):
             # Not ignored: the caller would not find the call, or the job, under this id.
             raise InvalidRequest([Violation(REQUEST_ID_KEY, f"metadata: {RULE}")])
-        yield
+        try:
+            yield
+        finally:
+            if method.service == GENERATION:
+                # Attributes only, no call into other files: this is on the way of every request.
+                finish_at = max(self._backlog.finish_at.values(), default=0.0)
+                seconds = max(0.0, finish_at - time.monotonic())
+                report = load_pb2.LoadReport(named_metrics={BACKLOG: seconds})
+                context.set_trailing_metadata(
+                    (
+                        (REQUEST_ID_KEY, id),
+                        (LOAD_KEY, report.SerializeToString()),
+                        (BACKLOG_KEY, f"{seconds:.3f}"),
+                    )
+                )
 
 
 def _valid(request_id: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from darkroom_server.core.errors import Reason
 from darkroom_server.core.events import StageSeconds
 from darkroom_server.dispatch import (
+    Dispatcher,
     EstimateChecked,
     FirstPreview,
     JobEnded,
@@ -91,6 +92,11 @@ class RequestMetrics:
             "darkroom_queue_depth", "Jobs that wait for a place in an engine.", ("model",)
         )
         self.jobs_running = declare.gauge("darkroom_jobs_running", "Jobs in an engine.", ("model",))
+        self.backlog_seconds = declare.gauge(
+            "darkroom_backlog_seconds",
+            "Estimated seconds until the jobs that wait or run now have finished.",
+            ("model",),
+        )
         self.rejections = declare.counter(
             "darkroom_rejections_total",
             "Requests that were rejected before they became a job, and unauthorized calls of any "
@@ -141,10 +147,11 @@ class RequestMetrics:
         for reason in REJECTIONS:
             self.rejections.labels(model, reason.lower())
 
-    def read_jobs(self, model: str, counts: Callable[[str], tuple[int, int]]) -> None:
-        """Read the waiting and the running jobs of ``model`` from ``counts`` at each scrape."""
-        self.queue_depth.labels(model).set_function(lambda: counts(model)[0])
-        self.jobs_running.labels(model).set_function(lambda: counts(model)[1])
+    def read_jobs(self, model: str, dispatcher: Dispatcher) -> None:
+        """Read the waiting and the running jobs of ``model``, and their seconds, at each scrape."""
+        self.queue_depth.labels(model).set_function(lambda: dispatcher.job_counts(model)[0])
+        self.jobs_running.labels(model).set_function(lambda: dispatcher.job_counts(model)[1])
+        self.backlog_seconds.labels(model).set_function(lambda: dispatcher.backlog.seconds(model))
 
     def record_end(self, ended: JobEnded) -> None:
         """An accepted job ended."""
