@@ -34,9 +34,9 @@ class ModelLoading:
 class EngineHandle:
     """The dispatcher's view of one engine.
 
-    ``models`` and ``weights`` are those in its memory, by id. ``known``: models that it was told
-    of and has not in memory. ``leaving``: models that get no new jobs, because they make room for
-    another. ``loading``: what it loads now.
+    ``models`` and ``weights`` are those in its memory, by id. ``known``: models that it
+    has described and has not in memory. ``leaving``: models that get no new jobs, because they make
+    room for another. ``loading``: what it loads now.
     ``jobs``: those that the engine has, by id, whether or not a caller still wants them.
     ``memory``: its last report. ``adapters``: the bytes of those that it has in memory.
     ``batches``: the number that it ran; ``last_rows``: the rows of the last one.

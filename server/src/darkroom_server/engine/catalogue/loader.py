@@ -37,7 +37,7 @@ log = structlog.get_logger(__name__)
 SWITCH_SECONDS = 0.0002
 """While a model is read: how long Python lets that thread run before the loop's thread may.
 
-Each call of torch gives up the interpreter's lock and takes it again, a thousand times in a batch.
+Each call of torch releases the interpreter's lock and takes it again, a thousand times in a batch.
 """
 
 
