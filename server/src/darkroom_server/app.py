@@ -261,15 +261,11 @@ class Server:
     async def serve(self) -> None:
         """Serve until ``stop``; raises if the models cannot load or no engine remains."""
         began = time.monotonic()
-        if await self._unless_stopped(self._loaded()):
+        if await self._unless_stopped(self._durability.take_up()):
             self._log_serving(time.monotonic() - began)
         if await self._unless_stopped(self.dispatcher.availability.failed()):
             self._publish_health(State.DRAINING)
             raise EngineLost(await self.dispatcher.availability.failed())
-
-    async def _loaded(self) -> None:
-        await self.dispatcher.loaded()
-        await self._durability.take_up()
 
     @property
     def stopping(self) -> bool:
@@ -335,17 +331,16 @@ class Server:
 
     def _log_serving(self, load_seconds: float) -> None:
         models = self.dispatcher.models.in_memory
-        runtime = models[0].runtime if models else None
-        on = f", on {runtime.device}" if runtime else ""
-        why = f"auto{on}" if self._settings.engine.preset is Preset.AUTO else "asked for"
+        runtime = models[0].runtime.log_fields if models else {}
+        is_auto = self._settings.engine.preset is Preset.AUTO
         log.info(
             "serving",
             address=self.address,
             metrics=self.metrics_address,
             **({"http": self.http_address} if self.http_address else {}),
             models=[model.id for model in models],
-            preset_why=why,
-            **(runtime.log_fields if runtime else {}),
+            preset_why=f"auto, on {runtime.get('device', '?')}" if is_auto else "asked for",
+            **runtime,
             load_seconds=round(load_seconds, 2),
         )
 

@@ -1,12 +1,24 @@
 """The fake engine's models."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from darkroom_server.core.adapters import AdapterKind, AdapterOffer
-from darkroom_server.core.job import SchedulerName, Task
+from darkroom_server.core.job import Job, SchedulerName, Task
 from darkroom_server.core.model import Guidance, MemoryNeeds, ModelDefaults, ModelInfo, ModelLimits
 from darkroom_server.core.model_runtime import ModelRuntime
 from darkroom_server.engine.components.scheduler_table import SCHEDULERS
+
+
+@dataclass(slots=True)
+class FakeResident:
+    """A job in the engine; ``rows`` of each image in a batch; ``encoded``: its prompts were."""
+
+    job: Job
+    model: ModelInfo
+    images: list[int]
+    rows: int
+    step: int = 0
+    encoded: bool = False
 
 
 def fake_model(id: str = "demo") -> ModelInfo:

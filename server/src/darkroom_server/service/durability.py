@@ -120,7 +120,11 @@ class Durability:
             log.info("ledger", unfinished=live, ended=len(found) - live)
 
     async def take_up(self) -> None:
-        """Run what earlier servers accepted, once the models are loaded; then accept new jobs."""
+        """Run what earlier servers accepted, once the models are loaded; then accept new jobs.
+
+        Raises what ``Dispatcher.loaded`` raises.
+        """
+        await self._dispatcher.loaded()
         availability = self._dispatcher.availability
         while availability.restoring:
             try:
