@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 
-from darkroom_server.backends.fake_images import fake_image
+from darkroom_server.backends.fake import fake_image
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.events import (
     BatchDone,

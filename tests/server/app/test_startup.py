@@ -4,7 +4,7 @@ import sys
 import pytest
 import structlog
 
-from darkroom_server.backends.fake_images import FLAGGED
+from darkroom_server.backends.fake import FLAGGED
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings import Logs
 from tests.server.app.process import start

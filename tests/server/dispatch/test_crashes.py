@@ -7,8 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from darkroom_server.backends.fake import FakeEngine
-from darkroom_server.backends.fake_images import fake_image
+from darkroom_server.backends.fake import FakeEngine, fake_image
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.errors import Failure, GenerationFailed, Reason, StartupError
 from darkroom_server.core.events import BatchDone, Event

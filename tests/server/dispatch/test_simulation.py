@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darkroom_server.backends.fake_images import fake_image
+from darkroom_server.backends.fake import fake_image
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.events import BatchDone
 from darkroom_server.core.model_runtime import ModelSpeed

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from darkroom.v1 import generation_pb2, types_pb2
-from darkroom_server.backends.fake_images import fake_image
+from darkroom_server.backends.fake import fake_image
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.model import MemoryNeeds

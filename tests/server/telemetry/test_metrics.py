@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from darkroom.v1 import generation_pb2, model_pb2
-from darkroom_server.backends.fake_images import FLAGGED
+from darkroom_server.backends.fake import FLAGGED
 from darkroom_server.core.events import (
     AdapterEvicted,
     AdapterLoaded,

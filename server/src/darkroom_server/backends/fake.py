@@ -1,19 +1,22 @@
 """An engine that generates flat colours on command: for tests, ours and those of SDK users."""
 
+import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from darkroom_server.backends.fake_images import fake_image, fake_preview
-from darkroom_server.backends.fake_model import fake_model
+import numpy as np
+import numpy.typing as npt
+
+from darkroom_server.backends.fake_model import fake_description, fake_load, fake_model
 from darkroom_server.core.adapters import AdapterOffer
-from darkroom_server.core.catalog import ModelDescription
 from darkroom_server.core.engine_config import AdapterSource
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
     AdapterChecked,
     BatchDone,
+    EncodedImage,
     EngineDied,
     EngineReady,
     Event,
@@ -23,12 +26,25 @@ from darkroom_server.core.events import (
     JobFinished,
     JobStarted,
     JobTaken,
+    PreviewReady,
+    Replay,
     SampleProgress,
     StageSeconds,
 )
+from darkroom_server.core.inputs import InputImage
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.core.model_events import ModelLoad, ModelLoaded, ModelNotLoaded, ModelUnloaded
+from darkroom_server.core.model_events import ModelLoaded, ModelNotLoaded, ModelUnloaded
+from darkroom_server.core.record import embedded_record
+from darkroom_server.engine.output.formats import (
+    encode_image,
+    encode_preview,
+    preview_size,
+    sha256_of,
+)
+
+FLAGGED = "[flagged]"
+"""A prompt with this text generates images that are withheld."""
 
 
 @dataclass(slots=True)
@@ -191,15 +207,8 @@ class FakeEngine:
             EngineReady(
                 self.models,
                 load_seconds=0.0,
-                loads=tuple(self._load_of(id) for id in ids) if rest else (),
-                descriptions=tuple(
-                    ModelDescription(
-                        id=info.id,
-                        info=replace(info, revision=""),
-                        weight_bytes=self._weight_bytes,
-                    )
-                    for info in rest
-                ),
+                loads=tuple(fake_load(id, self._weight_bytes) for id in ids) if rest else (),
+                descriptions=tuple(fake_description(info, self._weight_bytes) for info in rest),
             )
         )
 
@@ -214,16 +223,12 @@ class FakeEngine:
             self.models = (*self.models, self._catalogue[id])
             self.loaded.append(id)
             self._emit(
-                ModelLoaded(info=self._catalogue[id], load=self._load_of(id), free_bytes=free_bytes)
+                ModelLoaded(
+                    info=self._catalogue[id],
+                    load=fake_load(id, self._weight_bytes),
+                    free_bytes=free_bytes,
+                )
             )
-
-    def _load_of(self, id: str) -> ModelLoad:
-        return ModelLoad(
-            model=id,
-            load_seconds=0.5,
-            warm_up_seconds=0.5,
-            bytes_by_component={"unet": self._weight_bytes},
-        )
 
     def advance(self, batches: int = 1) -> None:
         """Remove cancelled jobs, and run ``batches`` batches."""
@@ -332,3 +337,61 @@ class FakeEngine:
         del self._residents[job.id]
         denoise = (self._pass_seconds or 0.0) * job.steps
         self._emit(JobFinished(job.id, StageSeconds(denoise=denoise)))
+
+
+def fake_image(job: Job, index: int, model: ModelInfo, rows: int) -> EncodedImage:
+    """Image ``index`` of ``job``, of ``rows`` rows: one flat colour, derived from its seed.
+
+    With ``job.image``, the colour replaces the white part of its mask, or as much of all of it as
+    ``strength`` says.
+    """
+    seed = job.seed_of(index)
+    pixels = np.full((job.height, job.width, 3), _colour(seed), np.uint8)
+    if job.image is not None:
+        shown = _array(job.image)
+        part = _array(job.mask_image) / 255 if job.mask_image is not None else job.strength
+        pixels = np.round(shown * (1 - part) + pixels * part).astype(np.uint8)
+    flagged = FLAGGED in job.prompt
+    replay = Replay(
+        scheduler_class="FakeScheduler",
+        scheduler_config_json="{}",
+        device="cpu",
+        library_versions={"darkroom-server": "fake"},
+        rows_in_last_pass=rows,
+        pixels_sha256=sha256_of(pixels),
+    )
+    record = embedded_record(job, seed, model, replay) if job.embed_record else ""
+    return EncodedImage(
+        data=b"" if flagged else encode_image(pixels, job.format, job.quality, record),
+        format=job.format,
+        width=job.width,
+        height=job.height,
+        seed=seed,
+        prompt_truncated=len(job.prompt.split()) > 75,
+        flagged=flagged,
+        replay=replay,
+    )
+
+
+def fake_preview(job: Job, index: int, step: int) -> PreviewReady:
+    """The preview of image ``index`` of ``job`` after ``step`` steps: the same colour."""
+    size = preview_size(job.width, job.height)
+    pixels = np.full((8, 8, 3), _colour(job.seed_of(index)), np.uint8)
+    return PreviewReady(
+        job_id=job.id,
+        image_index=index,
+        step=step,
+        data=encode_preview(pixels, size, job.preview_format),
+        format=job.preview_format,
+        width=size[0],
+        height=size[1],
+    )
+
+
+def _array(image: InputImage) -> npt.NDArray[np.uint8]:
+    array = np.frombuffer(image.pixels, np.uint8)
+    return array.reshape(image.height, image.width, image.channels)
+
+
+def _colour(seed: int) -> list[int]:
+    return list(hashlib.sha256(str(seed).encode()).digest()[:3])

@@ -3,10 +3,27 @@
 from dataclasses import replace
 
 from darkroom_server.core.adapters import AdapterKind, AdapterOffer
+from darkroom_server.core.catalog import ModelDescription
 from darkroom_server.core.job import SchedulerName, Task
 from darkroom_server.core.model import Guidance, MemoryNeeds, ModelDefaults, ModelInfo, ModelLimits
+from darkroom_server.core.model_events import ModelLoad
 from darkroom_server.core.model_runtime import ModelRuntime
 from darkroom_server.engine.components.scheduler_table import SCHEDULERS
+
+
+def fake_load(id: str, weight_bytes: int) -> ModelLoad:
+    """The load of a model of ``weight_bytes``, which took a second."""
+    return ModelLoad(
+        model=id,
+        load_seconds=0.5,
+        warm_up_seconds=0.5,
+        bytes_by_component={"unet": weight_bytes},
+    )
+
+
+def fake_description(info: ModelInfo, weight_bytes: int) -> ModelDescription:
+    """What is known of a model before it is loaded: not which weights it has."""
+    return ModelDescription(id=info.id, info=replace(info, revision=""), weight_bytes=weight_bytes)
 
 
 def fake_model(id: str = "demo") -> ModelInfo:
