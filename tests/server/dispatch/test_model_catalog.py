@@ -321,9 +321,9 @@ async def _run(actions: list[tuple[str, Any]], budget: int) -> None:
             job.finished or (job.error is not None and isinstance(job.error, DarkroomError))
             for job in jobs
         )
-        for call in calls:
-            assert call.done()
-            error = call.exception()
+        for task in calls:
+            assert task.done()
+            error = task.exception()
             assert error is None or isinstance(error, ModelMemory | ModelUnusable)
         assert set(states(dispatcher).values()) <= {
             ModelState.AVAILABLE.value,
