@@ -9,7 +9,7 @@ from darkroom_server.dispatch.admission.quotas import (
     quota_subject,
 )
 from darkroom_server.dispatch.dispatcher import Dispatcher
-from darkroom_server.dispatch.entries import LedgerEntries, LedgerObserver
+from darkroom_server.dispatch.entries import JobEntry, LedgerEntries, LedgerObserver, RunsElsewhere
 from darkroom_server.dispatch.estimation.estimate import Estimate
 from darkroom_server.dispatch.estimation.load_times import LoadTimes
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Queued, Restarted, Started
@@ -52,6 +52,7 @@ __all__ = [
     "FirstPreview",
     "ImageDone",
     "JobEnded",
+    "JobEntry",
     "JobEvent",
     "JobOutcome",
     "JobRerun",
@@ -67,6 +68,7 @@ __all__ = [
     "Restarted",
     "ResultStore",
     "RetryJoined",
+    "RunsElsewhere",
     "Snapshot",
     "Started",
     "State",

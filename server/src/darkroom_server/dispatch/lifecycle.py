@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from darkroom_server.core.errors import DarkroomError, Reason
@@ -21,7 +21,7 @@ from darkroom_server.dispatch.observer import EstimateChecked, JobEnded, JobReru
 class JobLifecycle:
     """Moves jobs through their states and ends each of them once.
 
-    ``idle`` is set while no job is unfinished.
+    ``idle`` is set while no job is unfinished. ``on_room`` is called when a job has left.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class JobLifecycle:
         self.counts = Counts()
         self.idle = asyncio.Event()
         self.idle.set()
+        self.on_room: Callable[[], object] = lambda: None
         self._registry = registry
         self._pool = pool
         self._admission = admission
@@ -141,6 +142,13 @@ class JobLifecycle:
             self._withdraw(active)
             self._end(active, outcomes.cancelled())
 
+    def give_up(self, active: ActiveJob) -> None:
+        """End a job here that another server has by now."""
+        if not active.ended:
+            active.released = True
+            self._withdraw(active)
+            self._end(active, outcomes.moved())
+
     def end_all(self, error: DarkroomError) -> None:
         """End every job with ``error``, and have the engines remove them."""
         for active in self._registry.all():
@@ -194,6 +202,7 @@ class JobLifecycle:
     def _remove(self, active: ActiveJob, result: Finished | DarkroomError) -> None:
         self._registry.remove(active)
         self._end(active, result)
+        self.on_room()
 
     def _end(self, active: ActiveJob, result: Finished | DarkroomError) -> None:
         """End a job for its callers; ignored if it has ended."""

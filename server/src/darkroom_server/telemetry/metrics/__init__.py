@@ -17,6 +17,7 @@ from darkroom_server.telemetry.metrics.calls import CallMetrics
 from darkroom_server.telemetry.metrics.catalogue import Catalogue, Declared
 from darkroom_server.telemetry.metrics.engine import EngineMetrics
 from darkroom_server.telemetry.metrics.http import HttpMetrics
+from darkroom_server.telemetry.metrics.fleet import FleetMetrics
 from darkroom_server.telemetry.metrics.ledger import LedgerMetrics
 from darkroom_server.telemetry.metrics.memory import MemoryMetrics
 from darkroom_server.telemetry.metrics.process import ProcessMetrics
@@ -41,6 +42,7 @@ class Metrics(Observer):
         self.requests = RequestMetrics(self._section("Requests and jobs"))
         self.uploads = UploadMetrics(self._section("Images of callers"))
         self.ledger = LedgerMetrics(self._section("Ledger"))
+        self.fleet = FleetMetrics(self._section("Fleet"), self.ledger)
         self.engine = EngineMetrics(self._section("Engine"))
         self.memory = MemoryMetrics(self._section("Memory and devices"))
         self.process = ProcessMetrics(self._section("Serving process"))
