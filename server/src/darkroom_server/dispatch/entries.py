@@ -89,11 +89,13 @@ class LedgerEntries:
     Callers await the beginnings. Everything else is tried until it is written: what runs does not
     wait for the ledger. ``durable``: entries outlive this server. ``on_reachable`` is called when
     the ledger can be read and written again, and when it no longer can. ``shared``: the ledger, if
-    other servers have it open too.
+    other servers have it open too. ``failures`` counts the operations that may have been done or
+    not.
     """
 
     def __init__(self, ledger: Ledger, observer: LedgerObserver) -> None:
         self.durable = ledger.durable
+        self.failures = 0
         self.shared = ledger if isinstance(ledger, SharedLedger) else None
         self._ledger = ledger
         self._observer = observer
@@ -202,6 +204,7 @@ class LedgerEntries:
         try:
             answer = await operation
         except LedgerUnreachable as error:
+            self.failures += 1
             if not self._away.is_set():
                 log.error("ledger unreachable", op=op, why=str(error))
                 self._away.set()

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from collections.abc import Set
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
@@ -13,7 +12,6 @@ from darkroom_server.core.errors import LedgerUnreachable, NotReady, Reason, Unk
 from darkroom_server.core.ledger import (
     Announcement,
     Entry,
-    Hold,
     Key,
     ServerEntry,
     SharedLedger,
@@ -82,11 +80,19 @@ class FleetMember:
         self._peers = peers
         self._observer = observer
         self._mirrors = Mirrors(
-            ledger, entries, results, durability, peers, reattach_grace=reattach_grace
+            ledger,
+            entries,
+            results,
+            durability,
+            peers,
+            self._again,
+            reattach_grace=reattach_grace,
         )
         self._announcement = Announcement(address="", key="")
         self._tasks: list[asyncio.Task[None]] = []
-        self._unreconciled = False
+        self._failures = 0
+        self._reconciliations = 0
+        self._taking = asyncio.Lock()
 
     def start(self, announcement: Announcement) -> None:
         """Appear to the others; jobs are claimed once the models are loaded."""
@@ -185,7 +191,6 @@ class FleetMember:
             await asyncio.sleep(BEAT_SECONDS * random.uniform(0.8, 1.0))
 
     async def _beat_once(self) -> None:
-        known = set(self._results.held())
         pulse = await self._entries.call("beat", self._ledger.beat())
         self._observer.fleet_seen(pulse.queued, len(pulse.servers))
         self._peers.keep(pulse.servers)
@@ -196,10 +201,11 @@ class FleetMember:
             self._ledger.news.set()
         for entry in pulse.extended:
             self._results.extend(entry)
-        if pulse.returned or self._unreconciled:
-            self._unreconciled = True  # Until it succeeds.
-            await self._reconcile(known)
-            self._unreconciled = False
+        if pulse.returned or self._entries.failures != self._failures:
+            # What was under way may end at the database a little later than here.
+            self._failures, self._reconciliations = self._entries.failures, 2
+        if self._reconciliations:
+            self._ledger.news.set()
 
     def _announce(self) -> None:
         models = self._models()
@@ -207,11 +213,12 @@ class FleetMember:
             self._announcement = replace(self._announcement, models=models)
         self._ledger.announce(self._announcement)
 
-    async def _reconcile(self, known: Set[Hold]) -> None:
+    async def _reconcile(self) -> None:
         """After this server was cut off: run what is its own, and give up what is not.
 
-        ``known``: its claims before. The answer to a commit may be lost with its connection.
+        The answer to a commit may be lost with its connection.
         """
+        known = set(self._results.held())
         mine = {
             entry.hold: entry
             for entry in await self._entries.mine()
@@ -244,6 +251,10 @@ class FleetMember:
             # A job that leaves makes room; that matters only while others wait in the ledger.
             self._dispatcher.on_room(news.set)
             try:
+                if self._reconciliations:
+                    async with self._taking:
+                        await self._reconcile()
+                    self._reconciliations -= 1
                 if await self._claim_some():
                     self._dispatcher.on_room(None)
             except LedgerUnreachable:
@@ -265,10 +276,17 @@ class FleetMember:
         """Run a job that was claimed; its inputs may be out of reach for a while."""
         while True:
             try:
-                await self._durability.take_up_one(entry)
-                return
+                return await self._durability.take_up_one(entry)
             except LedgerUnreachable:
                 await asyncio.sleep(POLL_SECONDS)
+
+    async def _again(self, key: Key) -> bool:
+        """Generate the images of a finished job again, whose server is gone."""
+        async with self._taking:
+            claimed = await self._entries.call("again", self._ledger.again(key))
+            if claimed is not None:
+                await self._durability.take_up_one(claimed)
+        return claimed is not None
 
     async def _listen(self) -> None:
         """Tell the mirrors of what this server itself does."""

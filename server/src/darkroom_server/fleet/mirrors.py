@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
@@ -40,7 +41,8 @@ class Mirrors:
 
     A *mirror* is a job that no engine here has: it repeats what happens to the real one. It ends
     with that one, or when no call follows it for ``reattach_grace`` seconds; a job that still waits
-    then is cancelled, as it would be here, unless it is detached.
+    then is cancelled, as it would be here, unless it is detached. ``again`` runs a finished job
+    here whose images are gone with its server; False if another server does.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Mirrors:
         results: ResultStore,
         durability: Durability,
         peers: Peers,
+        again: Callable[[Key], Awaitable[bool]],
         *,
         reattach_grace: float,
     ) -> None:
@@ -58,6 +61,7 @@ class Mirrors:
         self._results = results
         self._durability = durability
         self._peers = peers
+        self._again = again
         self._reattach_grace = reattach_grace
         self._mirrors: dict[Key, ActiveJob] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
@@ -159,10 +163,7 @@ class Mirrors:
             return await self._repeat_remote(owner, entry.key, mirror)
         if entry.standing is Standing.FINISHED:
             # Its images are gone with its server: they are generated again.
-            claimed = await self._entries.call("again", self._ledger.again(entry.key))
-            if claimed is not None:
-                await self._durability.take_up_one(claimed)
-                return True
+            return await self._again(entry.key)
         return False
 
     async def _repeat_local(self, local: ActiveJob, mirror: ActiveJob) -> bool:

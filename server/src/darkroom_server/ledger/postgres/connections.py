@@ -22,7 +22,7 @@ CONNECT_SECONDS = 3.0
 MAX_CONNECTIONS = 4
 """Of one server, beside the one of its session: each has one operation at a time."""
 
-UNREACHABLE = ("08", "25006", "28", "3D", "3F", "40", "42P01", "53", "55P03", "57", "58", "XX")
+UNREACHABLE = ("08", "25006", "28", "3D", "3F", "40", "42501", "42P01", "53", "55P03", "57", "58", "XX")
 """Classes of SQLSTATE that say something about the database and not about the statement."""
 
 T = TypeVar("T")
@@ -101,6 +101,7 @@ class Connections:
             timeout=CONNECT_SECONDS,
             server_settings=self._settings,
             init=self._check,
+            reset=_keep,
         )
 
     async def close(self) -> None:
@@ -156,6 +157,10 @@ class Connections:
             "SELECT set_config('synchronous_commit', 'on', false) "
             "WHERE current_setting('synchronous_commit') IN ('off', 'local')"
         )
+
+
+async def _keep(_: asyncpg.Connection) -> None:
+    """Operations leave nothing in their session that must be reset before the next one."""
 
 
 def _host(netloc: str) -> str:
