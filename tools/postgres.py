@@ -49,13 +49,16 @@ class Cluster:
             "max_connections": "200",
         }
         flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        self._process = subprocess.Popen(
-            _as_postgres("postgres", "-D", str(self._folder / "data"), "-p", str(self.port), *flags),
-            stdout=subprocess.DEVNULL,
-            stderr=(self._folder / "log").open("ab"),
-            cwd="/",
-            start_new_session=True,
-        )
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                _as_postgres(
+                    "postgres", "-D", str(self._folder / "data"), "-p", str(self.port), *flags
+                ),
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
         ready = ["-h", "127.0.0.1", "-p", str(self.port), "-t", "60", "-q"]
         for _ in range(SECONDS * 10):
             if self._process.poll() is not None:

@@ -95,7 +95,7 @@ class Connections:
         self._ledger_id = ledger_id
         self._pool = await asyncpg.create_pool(
             self._url,
-            min_size=1,
+            min_size=0,
             max_size=MAX_CONNECTIONS,
             max_inactive_connection_lifetime=0,
             timeout=CONNECT_SECONDS,
