@@ -42,7 +42,7 @@ async def test_any_server_answers_for_any_job(servers: Servers) -> None:
     first = await call.read()
     assert first.event.accepted.seeds == accepted.seeds
     assert first.event.accepted.joined
-    await a.submitted.get()
+    await a.subscribers("job", 1)
     a.engine.advance()
     assert (await until(call, "progress")).steps == 3
     running = await state_of(b, "job")
@@ -61,15 +61,12 @@ async def test_any_server_answers_for_any_job(servers: Servers) -> None:
     assert (await refusal(state_of(b, "other"))).code is grpc.StatusCode.NOT_FOUND
     assert (await refusal(rest(watch(b, "other")))).code is grpc.StatusCode.NOT_FOUND
     relayed_calls = await values(b, "darkroom_relayed_calls_total", "method")
-    assert relayed_calls == {
-        ("WatchGeneration",): 1.0,
-        ("GetGeneration",): 1.0,
-        ("CancelGeneration",): 0.0,
-    }
+    assert relayed_calls.pop(("GetGeneration",)) >= 1.0  # Until its end is in the ledger.
+    assert relayed_calls == {("WatchGeneration",): 1.0, ("CancelGeneration",): 0.0}
 
 
 async def test_one_id_at_three_servers_at_once_is_one_job(servers: Servers) -> None:
-    fleet = [await servers.start(each, fake={"auto": True}) for each in "abc"]
+    fleet = [await servers.start(each, fake={"pass_seconds": 0.02}) for each in "abc"]
     for number in range(5):
         id = f"same{number}"
         calls = [
@@ -168,13 +165,14 @@ async def test_a_server_that_stops_leaves_its_jobs_to_the_others(servers: Server
     b = await servers.start("b")
     expected = await b_images(a)
     await submit(b, request_id="job", seed=7, steps=5)
-    await b.submitted.get()
-    b.engine.advance(2)
     there, elsewhere = watch(b, "job"), watch(a, "job")
+    await b.subscribers("job", 2)
+    b.engine.advance(2)
     await until(there, "started")
     await until(elsewhere, "progress")
     following = asyncio.create_task(refusal(rest(there)))
     b.server.stop()
+    stopping = asyncio.create_task(b.server.shutdown())
     error = await following
     assert (error.code, error.info.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
     responses = await rest(elsewhere)
@@ -182,6 +180,7 @@ async def test_a_server_that_stops_leaves_its_jobs_to_the_others(servers: Server
     assert "restarted" in map(kind, responses)
     assert assembled([r.event.image for r in responses if kind(r) == "image"]) == expected
     assert (await servers.sql("SELECT losses FROM jobs WHERE request_id = 'job'"))[0][0] == 0
+    await stopping
 
 
 async def b_images(wire: Wire) -> dict[int, bytes]:
@@ -260,6 +259,7 @@ async def test_while_the_database_is_away_what_runs_goes_on(tmp_path: Path) -> N
             await submit(a, request_id="runs", steps=5)
             elsewhere = watch(b, "runs")
             await elsewhere.read()
+            await a.subscribers("runs", 1)
             own.kill()
             error = await refusal(submit(a, request_id="new"))
             assert error.code is grpc.StatusCode.UNAVAILABLE
