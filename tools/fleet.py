@@ -11,10 +11,11 @@ import signal
 import sys
 import time
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
 
 import asyncpg
 
-from darkroom_client import AsyncClient, GenerationResult
+from darkroom_client import AsyncClient, GenerationRequest, GenerationResult
 from tools.observe.server import Running, server
 from tools.postgres import cluster
 
@@ -50,14 +51,19 @@ async def load(url: str, running: list[Running], jobs: int, steps: int) -> int:
         clients = [await stack.enter_async_context(AsyncClient(each.address)) for each in running]
         database = await asyncpg.connect(url, server_settings={"search_path": "darkroom"})
         stack.push_async_callback(database.close)
-        options = [{"seed": number, "steps": steps, "exact": True} for number in range(jobs)]
-        for number, each in enumerate(options):
+        requests = [
+            GenerationRequest(f"a red circle {number}", seed=number, steps=steps, exact=True)
+            for number in range(jobs)
+        ]
+        for number, each in enumerate(requests):
             client = clients[number % len(clients)]
-            await client.submit(f"a red circle {number}", request_id=f"job-{number}", **each)
+            await client.submit(replace(each, request_id=f"job-{number}"))
         print(f"{jobs} jobs are accepted; {await waiting(database)} of them wait in the ledger")
-        owner = await database.fetchval("SELECT min(id) FROM servers")
-        victim = next(each for each in running if await owns(database, owner, each))
-        had = await database.fetchval("SELECT count(*) FROM jobs WHERE owner = $1 AND state = 1", owner)
+        owner, address = await database.fetchrow("SELECT id, address FROM servers ORDER BY id")
+        victim = next(each for each in running if each.address == address)
+        had = await database.fetchval(
+            "SELECT count(*) FROM jobs WHERE owner = $1 AND state = 1", owner
+        )
         os.kill(victim.pid, signal.SIGKILL)
         print(f"the server {victim.address} is killed by SIGKILL, with {had} jobs in its engine")
         living = [c for c, each in zip(clients, running, strict=True) if each is not victim]
@@ -70,8 +76,8 @@ async def load(url: str, running: list[Running], jobs: int, steps: int) -> int:
         again = await database.fetchval("SELECT count(*) FROM jobs WHERE losses > 0")
         print(f"every job has ended; {again} ran a second time, at another server")
         wrong = 0
-        for number, (result, each) in enumerate(zip(found, options, strict=True)):
-            fresh = await living[0].generate(f"a red circle {number}", **each)
+        for result, each in zip(found, requests, strict=True):
+            fresh = await living[0].generate(each)
             wrong += not same(result, fresh)
         if wrong or not again:
             print(f"SOMETHING WAS LOST: {wrong} images differ, and {again} jobs ran again")
@@ -81,14 +87,9 @@ async def load(url: str, running: list[Running], jobs: int, steps: int) -> int:
 
 
 async def waiting(database: asyncpg.Connection) -> int:
+    """How many jobs wait in the ledger."""
     count: int = await database.fetchval("SELECT count(*) FROM jobs WHERE state = 0")
     return count
-
-
-async def owns(database: asyncpg.Connection, owner: int, each: Running) -> bool:
-    """Whether the server ``owner`` of the ledger is this process."""
-    address: str = await database.fetchval("SELECT address FROM servers WHERE id = $1", owner)
-    return address == each.address
 
 
 def same(one: GenerationResult, other: GenerationResult) -> bool:

@@ -1,4 +1,4 @@
-"""A PostgreSQL of its own for tests and demonstrations: a cluster in a temporary folder, on a socket and a port.
+"""A PostgreSQL of its own for tests and demonstrations, in a temporary folder.
 
 PostgreSQL does not run as root, so root starts it as the user ``postgres``.
 """
@@ -36,12 +36,15 @@ class Cluster:
 
     @property
     def url(self) -> str:
+        """That of the database "postgres"."""
         return self.database("postgres")
 
     def database(self, name: str, user: str = "postgres") -> str:
+        """The URL of a database."""
         return f"postgresql://{user}@127.0.0.1:{self.port}/{name}"
 
     def start(self) -> None:
+        """Start it, and wait until it accepts connections."""
         options = {
             "fsync": "off",  # A killed database loses nothing without it; a killed machine would.
             "unix_socket_directories": str(self._folder),
@@ -80,6 +83,7 @@ class Cluster:
         self._process = None
 
     def stop(self) -> None:
+        """Stop it at once, if it runs."""
         if self._process is not None:
             os.kill(self._main, signal.SIGQUIT)
             self._process.wait(SECONDS)
@@ -92,6 +96,7 @@ class Cluster:
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
+    """A running cluster, deleted afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="darkroom-pg-"))
     try:
         if os.geteuid() == 0:

@@ -192,7 +192,9 @@ async def again(url: str, name: str, victims: list[str]) -> float | None:
                 "ON servers.id = owner WHERE request_id = ANY ($1)",
                 victims,
             )
-            if any(row["losses"] and row["state"] in (1, 2) for row in found if row["name"] != name):
+            if any(
+                row["losses"] and row["state"] in (1, 2) for row in found if row["name"] != name
+            ):
                 return time.monotonic() - began
             if all(row["state"] == 2 for row in found):
                 return None

@@ -67,7 +67,14 @@ def test_what_is_missing_is_installed(
 ) -> None:
     done = run_script(mode, {**bare, "CI": ci})
     assert done.returncode == 0, done.stderr
-    assert installed(tmp_path) == ["prometheus", "nodejs", "npm", "chromium-driver", "chromium", "postgresql"]
+    assert installed(tmp_path) == [
+        "prometheus",
+        "nodejs",
+        "npm",
+        "chromium-driver",
+        "chromium",
+        "postgresql",
+    ]
 
 
 def test_only_what_is_missing_is_installed(bare: dict[str, str], tmp_path: Path) -> None:

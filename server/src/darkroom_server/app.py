@@ -17,7 +17,6 @@ from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.caller import ANONYMOUS
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.engine_config import Preset
-from darkroom_server.core.errors import StartupError
 from darkroom_server.dispatch import (
     Dispatcher,
     LedgerEntries,

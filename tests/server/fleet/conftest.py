@@ -9,8 +9,8 @@ import pytest
 
 from darkroom_server.settings import Network, Shutdown
 from darkroom_server.settings.tree import Storage
-from tools.postgres import Cluster, emptied
 from tests.server.wire import Wire, serving
+from tools.postgres import Cluster, emptied
 
 
 class Servers:

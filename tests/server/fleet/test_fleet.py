@@ -9,8 +9,8 @@ import pytest
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.core.errors import Failure, Reason
+from darkroom_server.dispatch import JobOutcome
 from darkroom_server.settings import Dispatch, Results, Security
-from tools.postgres import cluster
 from tests.server.fleet.conftest import Servers
 from tests.server.http.door import token_file
 from tests.server.rpc.test_idempotency import cancel
@@ -18,6 +18,7 @@ from tests.server.rpc.test_jobs import name, state_of
 from tests.server.streams import assembled, kind, rest, submit, until, watch
 from tests.server.telemetry.scrape import values
 from tests.server.wire import NOT_SERVING, SERVING, Wire, refusal
+from tools.postgres import cluster
 
 pytestmark = pytest.mark.needs("postgresql")
 
@@ -82,7 +83,7 @@ async def test_one_id_at_three_servers_at_once_is_one_job(servers: Servers) -> N
             )
         )
         assert error.info.reason == "REQUEST_CONFLICT"
-    finished = [each.server.dispatcher.counts.by_end["finished"] for each in fleet]
+    finished = [each.server.dispatcher.counts.by_end[JobOutcome.FINISHED] for each in fleet]
     assert sum(finished) == 5
     await servers.becomes(lambda states: set(states.values()) == {2})
 
@@ -108,9 +109,7 @@ async def test_what_finds_no_room_runs_wherever_room_comes_first(servers: Server
     await submit(a, request_id="second", steps=5)
     job = await b.submitted.get()  # It was accepted by the other server.
     assert job.request_id == "second"
-    late = a.stream(
-        request_id="third", steps=5, on_disconnect=generation_pb2.ON_DISCONNECT_KEEP
-    )
+    late = a.stream(request_id="third", steps=5, on_disconnect=generation_pb2.ON_DISCONNECT_KEEP)
     assert (await until(late, "accepted")).seeds
     assert (await servers.states())["third"] == 0
     assert name((await state_of(b, "third")).state) == "QUEUED"

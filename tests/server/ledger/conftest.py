@@ -12,8 +12,8 @@ from darkroom_server.core.ledger import Draft, Key, Ledger
 from darkroom_server.ledger.memory import MemoryLedger
 from darkroom_server.ledger.postgres import PostgresLedger
 from darkroom_server.ledger.sqlite import SqliteLedger
-from tools.postgres import emptied
 from tests.server.clock import Clock
+from tools.postgres import emptied
 
 MakeLedger = Callable[..., Any]
 

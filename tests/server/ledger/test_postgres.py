@@ -18,8 +18,8 @@ from darkroom_server.core.ledger import Announcement, Key, SharedLedger, Standin
 from darkroom_server.ledger.postgres import PostgresLedger, migrate
 from darkroom_server.ledger.postgres.connections import check_url, database_name
 from darkroom_server.ledger.postgres.schema import MIGRATIONS
-from tools.postgres import Cluster, cluster, emptied
 from tests.server.ledger.conftest import draft
+from tools.postgres import Cluster, cluster, emptied
 
 pytestmark = pytest.mark.needs("postgresql")
 
@@ -177,9 +177,7 @@ async def test_jobs_that_waited_too_long_end(fleet: Fleet) -> None:
     await fleet.sql("UPDATE jobs SET queued_at = queued_at - 61")
     await a.beat()
     await a.beat()
-    standings = {
-        id: await a.find(Key("ada", id)) for id in ("late", "early", "unserved")
-    }
+    standings = {id: await a.find(Key("ada", id)) for id in ("late", "early", "unserved")}
     assert {id: e and e.standing for id, e in standings.items()} == {
         "late": Standing.EXPIRED,
         "early": Standing.QUEUED,
@@ -310,7 +308,8 @@ async def test_a_database_that_is_killed_loses_nothing_and_an_empty_one_is_rejec
 
 async def test_what_cannot_be_reached_at_the_start_is_one_line(postgresql: Cluster) -> None:
     url = "postgresql://user:secret@127.0.0.1:1/none?password=other"
-    with pytest.raises(StartupError, match=r"cannot use --ledger postgresql://127\.0\.0\.1:1/none:"
+    with pytest.raises(
+        StartupError, match=r"cannot use --ledger postgresql://127\.0\.0\.1:1/none:"
     ) as caught:
         await PostgresLedger(url).open()
     assert "secret" not in str(caught.value)

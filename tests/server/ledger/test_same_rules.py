@@ -14,8 +14,8 @@ from darkroom_server.core.ledger import Hold, Key, Ledger, Standing
 from darkroom_server.ledger.memory import MemoryLedger
 from darkroom_server.ledger.postgres import PostgresLedger
 from darkroom_server.ledger.sqlite import SqliteLedger
-from tools.postgres import Cluster, emptied
 from tests.server.ledger.conftest import draft
+from tools.postgres import Cluster, emptied
 
 NAMES = ("a", "b", "c")
 IDS = st.sampled_from(NAMES)

@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from darkroom_server.core.errors import Failure
 
-
 LEASE_SECONDS = 5.0
 """A server of a shared ledger that did not renew its lease for this long is dead."""
 
@@ -152,10 +151,10 @@ class Announcement:
 class Pulse(NamedTuple):
     """What ``SharedLedger.beat`` found.
 
-    ``queued``: entries that wait for a server. ``servers``: the ids of those alive. ``reclaimed``: entries
-    that servers had that died, and that are queued again. ``returned``: this server was cut off
-    since the last beat; what it has may differ from ``mine``. ``extended``: its own entries that
-    another server's ``begin`` gave a later deadline, or detached.
+    ``queued``: entries that wait for a server. ``servers``: the ids of those alive. ``reclaimed``:
+    entries that servers had that died, and that are queued again. ``returned``: this server was cut
+    off since the last beat; what it has may differ from ``mine``. ``extended``: its own entries
+    that another server's ``begin`` gave a later deadline, or detached.
     """
 
     queued: int

@@ -270,9 +270,7 @@ class ResultStore:
         if active is None or active.ended:
             return
         remaining = held.remaining
-        self._dispatcher.join(
-            active, None if remaining is None else time.monotonic() + remaining
-        )
+        self._dispatcher.join(active, None if remaining is None else time.monotonic() + remaining)
         if held.detached:
             self.detach(active)
 

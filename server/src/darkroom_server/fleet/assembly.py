@@ -55,9 +55,7 @@ class Fleet:
             certificate = read_pem("--tls-cert", self._certificates.cert)
             certificate = f"{own_name(self._certificates)}\n".encode() + certificate
         self.member.start(
-            Announcement(
-                address=address or reachable(bound), key=self.key, certificate=certificate
-            )
+            Announcement(address=address or reachable(bound), key=self.key, certificate=certificate)
         )
 
     def _credentials(self, server: ServerEntry) -> tuple[grpc.ChannelCredentials, str]:

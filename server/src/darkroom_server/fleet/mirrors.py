@@ -128,7 +128,7 @@ class Mirrors:
 
     async def _repeat(self, key: Key, mirror: ActiveJob) -> None:
         seen, seconds, woken = -1, FIRST_LOOK_SECONDS, self._woken[key]
-        while not mirror.ended:
+        while True:
             woken.clear()
             try:
                 entry = await self._entries.find(key)
@@ -197,7 +197,7 @@ class Mirrors:
                             mirror.model, runtime=replace(mirror.model.runtime, **event.runtime)
                         )
                         _add_image(mirror, event.index, event.image)
-                    case _:
+                    case Queued() | Started() | Restarted() | SampleProgress() | PreviewReady():
                         _apply(mirror, event)
         return heard
 

@@ -12,6 +12,7 @@ from darkroom_server.settings.tree import Settings
 SECRET_VARIABLES = ("HF_TOKEN",)
 """Variables that ``serve`` reads, and whose values are printed nowhere."""
 
+
 def effective_toml(loaded: Loaded, environ: Mapping[str, str]) -> str:
     """The page: every setting, with its source as a comment; unset ones are comments."""
     lines = [f"# {name} = {REDACTED}" for name in SECRET_VARIABLES if environ.get(name)]

@@ -22,7 +22,21 @@ CONNECT_SECONDS = 3.0
 MAX_CONNECTIONS = 4
 """Of one server, beside the one of its session: each has one operation at a time."""
 
-UNREACHABLE = ("08", "25006", "28", "3D", "3F", "40", "42501", "42P01", "53", "55P03", "57", "58", "XX")
+UNREACHABLE = (
+    "08",
+    "25006",
+    "28",
+    "3D",
+    "3F",
+    "40",
+    "42501",
+    "42P01",
+    "53",
+    "55P03",
+    "57",
+    "58",
+    "XX",
+)
 """Classes of SQLSTATE that say something about the database and not about the statement."""
 
 T = TypeVar("T")

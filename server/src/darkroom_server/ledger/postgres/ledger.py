@@ -45,8 +45,8 @@ class PostgresLedger:
     Entries that ended are kept for ``retention`` seconds; the inputs of all take at most
     ``max_input_bytes``. ``now``: SQL for the time in seconds. ``settle``: seconds after a
     restart of the database or of this server's connection in which it takes no other one for dead:
-    all have lost their connections, and come back. The constructor raises ``StartupError`` for a URL that is
-    not safe.
+    all have lost their connections, and come back. The constructor raises ``StartupError`` for a
+    URL that is not safe.
     """
 
     durable = True
@@ -122,8 +122,8 @@ class PostgresLedger:
         rows = await self._fetch(
             f"WITH chosen AS (SELECT id FROM jobs WHERE {' AND '.join(conditions)} "
             "ORDER BY goal, id LIMIT $1 FOR UPDATE SKIP LOCKED) "
-            "UPDATE jobs SET state = 1, owner = $2, epoch = epoch + 1, extended = false FROM chosen "
-            f"WHERE jobs.id = chosen.id RETURNING {self._columns}",
+            "UPDATE jobs SET state = 1, owner = $2, epoch = epoch + 1, extended = false "
+            f"FROM chosen WHERE jobs.id = chosen.id RETURNING {self._columns}",
             *values,
         )
         entries = [entry_of(row) for row in sorted(rows, key=lambda r: (r["goal"], r["id"]))]

@@ -40,11 +40,11 @@ UNOWNED = """
 """
 """Queues what dead servers had; and what one claimed that did not know yet that it was reaped."""
 
-ENDED = "UPDATE jobs SET state = $1, ended_at = {now}, failure = $2 WHERE id IN ({which}) RETURNING id"
-
-LATE = (
-    "SELECT id FROM jobs WHERE state = 0 AND deadline <= {now} LIMIT $3 FOR UPDATE SKIP LOCKED"
+ENDED = (
+    "UPDATE jobs SET state = $1, ended_at = {now}, failure = $2 WHERE id IN ({which}) RETURNING id"
 )
+
+LATE = "SELECT id FROM jobs WHERE state = 0 AND deadline <= {now} LIMIT $3 FOR UPDATE SKIP LOCKED"
 
 UNSERVED = """
     SELECT id FROM jobs WHERE state = 0 AND queued_at < {now} - $4 AND NOT EXISTS

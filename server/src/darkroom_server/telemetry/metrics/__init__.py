@@ -16,8 +16,8 @@ from darkroom_server.dispatch import DispatchEvent, Observer
 from darkroom_server.telemetry.metrics.calls import CallMetrics
 from darkroom_server.telemetry.metrics.catalogue import Catalogue, Declared
 from darkroom_server.telemetry.metrics.engine import EngineMetrics
-from darkroom_server.telemetry.metrics.http import HttpMetrics
 from darkroom_server.telemetry.metrics.fleet import FleetMetrics
+from darkroom_server.telemetry.metrics.http import HttpMetrics
 from darkroom_server.telemetry.metrics.ledger import LedgerMetrics
 from darkroom_server.telemetry.metrics.memory import MemoryMetrics
 from darkroom_server.telemetry.metrics.process import ProcessMetrics
