@@ -24,6 +24,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 INSTALL_TEST_TOOLS ?= auto
 BENCH_FLAGS ?=
 OBSERVE_FLAGS ?=
+FLEET_FLAGS ?=
 TRACE_FLAGS ?=
 NOISE_FLAGS ?=
 WORDS_FLAGS ?=
@@ -137,6 +138,13 @@ observe: setup ## a server, a real Prometheus and a short load: rules and plots,
 .PHONY: soak
 soak: setup ## mixed load with random cancels and kills, for MINUTES
 	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
+.PHONY: fleet fleet-chaos
+fleet: setup ## three servers on one PostgreSQL, a load, one kill -9: nothing is lost; options in FLEET_FLAGS
+	@$(BIN)/python -m tools.fleet $(FLEET_FLAGS)
+
+fleet-chaos: setup ## 200 jobs and 20 kills of whole servers with fake engines; options in FLEET_FLAGS
+	@$(BIN)/python -m tests.faults.fleet_chaos $(FLEET_FLAGS)
 
 .PHONY: start-noise
 start-noise: setup ## start on a busy machine ten times, compare what was chosen; options in NOISE_FLAGS
@@ -288,7 +296,7 @@ clean: ## delete what was built, the environments too
 	@echo "installing into .venv"
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -r requirements-dev.txt
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation \
-	    -e protos -e 'client[cli,pil,numpy]' -e 'server[http,otel,prompt-weights]'
+	    -e protos -e 'client[cli,pil,numpy]' -e 'server[fleet,http,otel,prompt-weights]'
 	@touch $@
 
 # numpy's lowest version has no wheel for a Python newer than 3.12.
@@ -297,7 +305,7 @@ clean: ## delete what was built, the environments too
 	@$(BIN)/python -m tools.lowest_versions >.venv-lowest/constraints.txt
 	@echo "installing into .venv-lowest"
 	@.venv-lowest/bin/python $(PIP_INSTALL) -c .venv-lowest/constraints.txt $(LOWEST_TOOLS) \
-	    -e protos -e 'client[cli,pil,numpy]' -e 'server[http,otel,prompt-weights]'
+	    -e protos -e 'client[cli,pil,numpy]' -e 'server[fleet,http,otel,prompt-weights]'
 	@touch $@
 
 .venv-lock/.installed:

@@ -3,10 +3,14 @@
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
 from hypothesis import HealthCheck, settings
+
+from tools.postgres import Cluster, cluster
 
 # On a busy machine hypothesis must not fail a test for its time.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,6 +40,7 @@ PROGRAMS = {
     "prometheus": ["prometheus"],
     "node": ["node", "npm"],
     "chromium": ["chromium|google-chrome", "chromedriver"],
+    "postgresql": ["initdb", "postgres", "pg_isready"],
     "kubectl": ["kubectl"],
     "systemd-analyze": ["systemd-analyze"],
 }
@@ -44,7 +49,17 @@ except the last two, of which Debian's kubectl is too old. "|" is "or"."""
 
 
 def is_installed(program: str) -> bool:
-    return any(map(shutil.which, program.split("|")))
+    if any(map(shutil.which, program.split("|"))):
+        return True
+    # Debian keeps the programs of PostgreSQL's server to itself.
+    return any(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"))
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Cluster]:
+    """A PostgreSQL for all tests of this process; whoever kills it starts a cluster of its own."""
+    with cluster() as running:
+        yield running
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what the tests run and pip does not bring: promtool, Prometheus, Node, npm and Chromium
-# with its driver, by apt.
+# Install what the tests run and pip does not bring: promtool, Prometheus, Node, npm, PostgreSQL and
+# Chromium with its driver, by apt.
 #
 # test_tools.sh yes    install what is missing; fails without root, without apt, or if apt fails
 # test_tools.sh auto   the same if CI=true; as root in a container try to; elsewhere do nothing
@@ -21,6 +21,12 @@ missing() {
         command -v "$program" >/dev/null || printf '%s ' "$program"
     done
     command -v chromium >/dev/null || command -v google-chrome >/dev/null || printf 'chromium '
+    has_postgresql || printf 'postgresql '
+}
+
+# Debian has the programs of PostgreSQL's server not in PATH.
+has_postgresql() {
+    command -v initdb >/dev/null || compgen -G "${POSTGRESQL_FOLDER:-/usr/lib/postgresql}/*/bin/initdb" >/dev/null
 }
 
 # One after the other: the nodejs package of some sources brings npm, and conflicts with Debian's.
@@ -40,6 +46,7 @@ install_missing() {
         && apt_install chromium-driver chromedriver
     # The tests take either browser.
     command -v google-chrome >/dev/null || apt_install chromium chromium
+    has_postgresql || apt_install postgresql initdb
 }
 
 # apt_install PACKAGE PROGRAM...: install the package if one of its programs is missing

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("promtool", "prometheus", "node", "npm", "chromedriver", "chromium")
+PROGRAMS = ("promtool", "prometheus", "node", "npm", "chromedriver", "chromium", "initdb")
 SKIPPING = """
 import pytest
 
@@ -35,7 +35,7 @@ def bare(tmp_path: Path) -> dict[str, str]:
     apt.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/apt\n')
     apt.chmod(0o755)
     become(0, {"PATH": str(folder)})
-    return {"PATH": str(folder)}
+    return {"PATH": str(folder), "POSTGRESQL_FOLDER": str(tmp_path)}
 
 
 def become(user: int, environment: dict[str, str]) -> None:
@@ -67,11 +67,18 @@ def test_what_is_missing_is_installed(
 ) -> None:
     done = run_script(mode, {**bare, "CI": ci})
     assert done.returncode == 0, done.stderr
-    assert installed(tmp_path) == ["prometheus", "nodejs", "npm", "chromium-driver", "chromium"]
+    assert installed(tmp_path) == [
+        "prometheus",
+        "nodejs",
+        "npm",
+        "chromium-driver",
+        "chromium",
+        "postgresql",
+    ]
 
 
 def test_only_what_is_missing_is_installed(bare: dict[str, str], tmp_path: Path) -> None:
-    for program in ("node", "npm", "chromedriver", "google-chrome"):
+    for program in ("node", "npm", "chromedriver", "google-chrome", "initdb"):
         (Path(bare["PATH"]) / program).symlink_to("/bin/true")
     assert run_script("yes", bare).returncode == 0
     assert installed(tmp_path) == ["prometheus"]

@@ -1,14 +1,12 @@
 """The server as a whole: the only file that knows every part."""
 
 import asyncio
-import importlib
 import logging
 import os
 import signal
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import structlog
@@ -19,7 +17,6 @@ from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.caller import ANONYMOUS
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.engine_config import Preset
-from darkroom_server.core.errors import StartupError
 from darkroom_server.dispatch import (
     Dispatcher,
     LedgerEntries,
@@ -28,11 +25,14 @@ from darkroom_server.dispatch import (
     ResultStore,
     State,
 )
+from darkroom_server.extras import http_door
+from darkroom_server.fleet.assembly import join_fleet
 from darkroom_server.ledger.choice import chosen_ledger
 from darkroom_server.logs import LogWriter
 from darkroom_server.rpc.server import RpcServer
 from darkroom_server.rpc.stored_requests import StoredRequests
 from darkroom_server.security.bind_policy import check_bind_policy
+from darkroom_server.security.fleet_tokens import FleetTokens
 from darkroom_server.security.tls import server_credentials, server_ssl_context
 from darkroom_server.security.tokens import Tokens
 from darkroom_server.service.generation import GenerationService
@@ -67,8 +67,6 @@ ANSWER_SECONDS = 5.0
 
 STEP_SECONDS = 30.0
 """The most that one step of the shutdown takes after the jobs have ended; normally a second."""
-
-HTTP_LIBRARIES = ("h11", "python_multipart", "starlette", "uvicorn")
 
 REJECT_SECONDS = 3.0
 """How long a server that shuts down rejects calls before it closes its port.
@@ -190,8 +188,19 @@ class Server:
             log_prompts=settings.logs.log_prompts,
         )
         self._durability = service.durability
+        self._fleet = join_fleet(
+            self._entries,
+            self.dispatcher,
+            self.results,
+            service,
+            self.metrics.fleet,
+            certificates,
+            settings,
+        )
         addresses = PeerAddresses(settings.security.trusted_proxies)
-        callers = Tokens(tokens) if tokens else None
+        callers = None
+        if tokens:
+            callers = FleetTokens(tokens, self._fleet.key) if self._fleet else Tokens(tokens)
         anonymous = replace(ANONYMOUS, max_jobs=settings.security.max_jobs_per_address)
         self._rpc = RpcServer(
             service,
@@ -218,7 +227,7 @@ class Server:
                 insecure=settings.security.insecure,
                 flag="--http-host",
             )
-            self._http = _import_http().http_server(
+            self._http = http_door().http_server(
                 service,
                 self.dispatcher,
                 self.metrics.http,
@@ -251,6 +260,8 @@ class Server:
         await self._durability.open()
         self.metrics_address = self._exporter.start(network.metrics_host, network.metrics_port)
         self.address = await self._rpc.start(network.host, network.port)
+        if self._fleet is not None:
+            self._fleet.start(network.fleet_address, self.address)
         ports = {"address": self.address, "metrics": self.metrics_address}
         if self._http is not None and (port := self._settings.http.http_port) is not None:
             host = self._settings.http.http_host
@@ -287,6 +298,8 @@ class Server:
         closing = asyncio.get_running_loop().call_later(REJECT_SECONDS, self._close_ports)
         await self.dispatcher.drain(shutdown.grace)
         closing.cancel()
+        if self._fleet is not None:
+            await self._limited("fleet", self._fleet.member.leave())
         if self._http is not None:
             await self._limited("http", self._http.stop(ANSWER_SECONDS))
         await self._limited("calls", self._rpc.stop(ANSWER_SECONDS))
@@ -343,18 +356,6 @@ class Server:
             **runtime,
             load_seconds=round(load_seconds, 2),
         )
-
-
-def _import_http() -> ModuleType:
-    """The package of the HTTP door, whose libraries are an extra."""
-    try:
-        return importlib.import_module("darkroom_server.http.assembly")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in HTTP_LIBRARIES:
-            raise
-        raise StartupError(
-            f"--http-port needs {error.name}: pip install 'darkroom-server[http]'"
-        ) from None
 
 
 def run(

@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
                 _healthcheck(**given)
             case "token":
                 _token(**given)
+            case "migrate-ledger":
+                _migrate_ledger(**given)
             case _:
                 parser.print_help()
     except InvalidSettings as error:
@@ -130,6 +132,15 @@ def _parser() -> Parser:
         "holds only a hash; the token itself is stored nowhere.",
     )
     token.add_argument("name", metavar="NAME", help="the caller's name")
+    migrate = commands.add_parser(
+        "migrate-ledger",
+        help="create or migrate the ledger in PostgreSQL",
+        description="Create the tables of the ledger in PostgreSQL, or migrate them to this "
+        "version. `serve` does that too, if its role may. Without --ledger, the URL comes from the "
+        "environment and the file, as for `serve`.",
+    )
+    _add_config(migrate)
+    migrate.add_argument("--ledger", metavar="URL", help="as --ledger of `serve`")
     return parser
 
 
@@ -237,6 +248,15 @@ def _token(name: str) -> None:
     from darkroom_server.security.new_token import create_token
 
     print(create_token(name))
+
+
+def _migrate_ledger(config: str | None, ledger: str | None) -> None:
+    import asyncio
+
+    from darkroom_server.ledger.choice import migrate
+
+    loaded = _load(config, {"ledger": ledger} if ledger else {})
+    print(asyncio.run(migrate(loaded.settings.storage.ledger)))
 
 
 def _load(config: str | None, flags: dict[str, Any]) -> "Loaded":

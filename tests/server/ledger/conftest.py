@@ -10,17 +10,21 @@ import pytest
 
 from darkroom_server.core.ledger import Draft, Key, Ledger
 from darkroom_server.ledger.memory import MemoryLedger
+from darkroom_server.ledger.postgres import PostgresLedger
 from darkroom_server.ledger.sqlite import SqliteLedger
 from tests.server.clock import Clock
+from tools.postgres import emptied
 
 MakeLedger = Callable[..., Any]
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(
+    params=["memory", "sqlite", pytest.param("postgres", marks=pytest.mark.needs("postgresql"))]
+)
 async def make(
     request: pytest.FixtureRequest, tmp_path: Path, clock: Clock
 ) -> AsyncIterator[MakeLedger]:
-    """Makes an open ledger; both follow ``clock``, and keep what ended for 300 seconds."""
+    """Makes an open ledger; all follow ``clock``, and keep what ended for 300 seconds."""
     async with AsyncExitStack() as closing:
 
         async def make(**options: Any) -> Ledger:
@@ -28,6 +32,10 @@ async def make(
             ledger: Ledger
             if request.param == "memory":
                 ledger = MemoryLedger(**options)
+            elif request.param == "postgres":
+                url = request.getfixturevalue("postgresql").url
+                await emptied(url)
+                ledger = PostgresLedger(url, now=monotonic, **options)
             else:
                 ledger = SqliteLedger(tmp_path / "jobs.db", clock=time.monotonic, **options)
             await ledger.open()
@@ -35,6 +43,11 @@ async def make(
             return ledger
 
         yield make
+
+
+def monotonic() -> str:
+    """``clock``'s time as SQL."""
+    return f"{time.monotonic()!r}::float8"
 
 
 @pytest.fixture

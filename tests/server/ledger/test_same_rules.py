@@ -5,16 +5,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darkroom_server.core.errors import DarkroomError
 from darkroom_server.core.ledger import Hold, Key, Ledger, Standing
 from darkroom_server.ledger.memory import MemoryLedger
+from darkroom_server.ledger.postgres import PostgresLedger
 from darkroom_server.ledger.sqlite import SqliteLedger
 from tests.server.ledger.conftest import draft
+from tools.postgres import Cluster, emptied
 
-IDS = st.sampled_from(["a", "b", "c"])
+NAMES = ("a", "b", "c")
+IDS = st.sampled_from(NAMES)
 HOLDS = st.tuples(IDS, st.integers(1, 4))
 INPUTS = st.dictionaries(st.sampled_from(["x", "y"]), st.just(b"12345"), max_size=2)
 OPERATIONS = st.one_of(
@@ -28,23 +32,26 @@ OPERATIONS = st.one_of(
 )
 
 
+@pytest.mark.needs("postgresql")
 @settings(max_examples=20)
-@given(st.lists(OPERATIONS, max_size=15))
-def test_all_ledgers_answer_the_same(operations: list[Any]) -> None:
+@given(operations=st.lists(OPERATIONS, max_size=15))
+def test_all_ledgers_answer_the_same(postgresql: Cluster, operations: list[Any]) -> None:
     async def compare() -> None:
         with tempfile.TemporaryDirectory() as folder:
             options: dict[str, Any] = {"retention": 300.0, "max_input_bytes": 12}
             ledgers: list[Ledger] = [
                 MemoryLedger(**options),
                 SqliteLedger(Path(folder) / "jobs.db", **options),
+                PostgresLedger(postgresql.url, **options),
             ]
+            await emptied(postgresql.url)
             for ledger in ledgers:
                 await ledger.open()
             for operation in operations:
                 answers = [await answer(ledger, *operation) for ledger in ledgers]
-                assert answers[0] == answers[1], operation
+                assert answers == [answers[0]] * 3, operation
                 states = [await state(ledger) for ledger in ledgers]
-                assert states[0] == states[1], operation
+                assert states == [states[0]] * 3, operation
             for ledger in ledgers:
                 await ledger.close()
 
@@ -77,7 +84,8 @@ def hold(id: str, epoch: int) -> Hold:
 
 
 async def state(ledger: Ledger) -> list[Any]:
+    entries = [await ledger.find(Key("ada", id)) for id in NAMES]
     return [
-        (e.key, e.standing, e.epoch, e.fingerprint, sorted(await ledger.inputs(e.key)))
-        for e in await ledger.mine()
+        e and (e.key, e.standing, e.epoch, e.fingerprint, sorted(await ledger.inputs(e.key)))
+        for e in entries
     ]

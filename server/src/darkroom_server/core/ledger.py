@@ -9,12 +9,16 @@ The clock is the ledger's. All times that cross this protocol are durations in s
 the acceptance of the job or to now, because the clocks of servers differ.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from darkroom_server.core.errors import Failure
+
+LEASE_SECONDS = 5.0
+"""A server of a shared ledger that did not renew its lease for this long is dead."""
 
 
 class Key(NamedTuple):
@@ -53,9 +57,11 @@ class Draft:
 
     ``record``: the request as sent and its seed, in bytes that only the service layer reads.
     ``inputs``: the files of its pictures by digest. ``counted_as``: what quotas count the caller
-    as; with ``max_live``, the caller has at most that many jobs that have not ended. ``goal`` and
-    ``deadline``: seconds after its acceptance, by which it should be done and by which it expires.
-    ``age``: seconds since it was accepted. ``detached``: it runs whether or not a call follows it.
+    as; with ``max_live``, the caller has at most that many jobs that have not ended. With
+    ``max_queued``, a job that is begun as queued has at most that many others before it. ``goal``
+    and ``deadline``: seconds after its acceptance, by which it should be done and by which it
+    expires. ``age``: seconds since it was accepted. ``detached``: it runs whether or not a call
+    follows it.
     """
 
     key: Key
@@ -68,6 +74,7 @@ class Draft:
     deadline: float | None = None
     detached: bool = False
     max_live: int | None = None
+    max_queued: int | None = None
     inputs: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
 
@@ -114,11 +121,47 @@ class Begun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerEntry:
-    """A server that has the ledger open, ``age`` seconds long."""
+    """A server that has the ledger open, ``age`` seconds long.
+
+    ``address``: where the others reach it, "" if they cannot. ``key``: what a call from one of them
+    must show. ``certificate``: the PEM of its TLS certificate, empty without TLS.
+    """
 
     id: int
     name: str
     age: float
+    address: str = ""
+    key: str = field(default="", repr=False)
+    certificate: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What a server of a shared ledger tells the others; fields as of ``ServerEntry``.
+
+    ``models``: those that it can run.
+    """
+
+    address: str
+    key: str = field(repr=False)
+    certificate: bytes = field(default=b"", repr=False)
+    models: tuple[str, ...] = ()
+
+
+class Pulse(NamedTuple):
+    """What ``SharedLedger.beat`` found.
+
+    ``queued``: entries that wait for a server. ``servers``: the ids of those alive. ``reclaimed``:
+    entries that servers had that died, and that are queued again. ``returned``: this server was cut
+    off since the last beat; what it has may differ from ``mine``. ``extended``: its own entries
+    that another server's ``begin`` gave a later deadline, or detached.
+    """
+
+    queued: int
+    servers: frozenset[int]
+    reclaimed: int
+    returned: bool
+    extended: tuple[Entry, ...]
 
 
 class Ledger(Protocol):
@@ -147,7 +190,7 @@ class Ledger(Protocol):
         If an entry of that key exists: one that has not ended, or that finished, is returned; of
         one that has not ended, the later deadline holds, and it stays detached. One that ended
         without its images is replaced. Raises ``RequestConflict`` if the fingerprints differ,
-        ``QuotaExceeded``, and ``QueueFull`` if there is no room for the inputs.
+        ``QuotaExceeded``, and ``QueueFull`` if there is no room in the queue or for the inputs.
         """
 
     async def claim(
@@ -180,7 +223,10 @@ class Ledger(Protocol):
         """Claim a finished job whose result is gone, to run it again; None if it is not one."""
 
     async def mine(self) -> list[Entry]:
-        """Every entry that this server must know: queued, its own, and ended; oldest first."""
+        """Every entry that this server must know, oldest first.
+
+        What it has and what it ended; and, of a ledger that no other server shares, what is queued.
+        """
 
     async def inputs(self, key: Key) -> dict[str, bytes]:
         """The files of a job's pictures by digest."""
@@ -196,3 +242,30 @@ class Ledger(Protocol):
 
     def changes(self) -> AsyncIterator[Key]:
         """The keys of entries that were queued, claimed, cancelled or ended, from now on."""
+
+
+@runtime_checkable
+class SharedLedger(Ledger, Protocol):
+    """A ledger that several servers have open at once.
+
+    A server lives while its session holds a lock and while it renews its lease with ``beat``. What
+    a dead one had is queued again, under a new epoch, so that its late ``end`` changes nothing.
+    """
+
+    @property
+    def id(self) -> int:
+        """This server's; another one after it was believed dead."""
+
+    @property
+    def news(self) -> asyncio.Event:
+        """Set when the queue turned from empty to not empty; the listener clears it."""
+
+    def announce(self, announcement: Announcement) -> None:
+        """What the others read of this server, from its next ``beat`` on."""
+
+    async def beat(self) -> Pulse:
+        """Renew the lease, queue again what dead servers had, and expire what waited too long.
+
+        To be called each second; later calls after ``LEASE_SECONDS`` find that others have reaped
+        this server.
+        """

@@ -9,7 +9,7 @@ from darkroom_server.dispatch.admission.quotas import (
     quota_subject,
 )
 from darkroom_server.dispatch.dispatcher import Dispatcher
-from darkroom_server.dispatch.entries import LedgerEntries, LedgerObserver
+from darkroom_server.dispatch.entries import JobEntry, LedgerEntries, LedgerObserver, RunsElsewhere
 from darkroom_server.dispatch.estimation.backlog import Backlog
 from darkroom_server.dispatch.estimation.estimate import Estimate
 from darkroom_server.dispatch.estimation.load_times import LoadTimes
@@ -61,6 +61,7 @@ __all__ = [
     "FirstPreview",
     "ImageDone",
     "JobEnded",
+    "JobEntry",
     "JobEvent",
     "JobOutcome",
     "JobRerun",
@@ -82,6 +83,7 @@ __all__ = [
     "Restarted",
     "ResultStore",
     "RetryJoined",
+    "RunsElsewhere",
     "Snapshot",
     "Started",
     "State",

@@ -131,6 +131,11 @@ class Dispatcher:
         return self._admission.limits.jobs + resident
 
     @property
+    def max_queued_jobs(self) -> int:
+        """The most jobs that may wait here."""
+        return self._admission.limits.jobs
+
+    @property
     def queued_jobs(self) -> int:
         """The number of waiting jobs."""
         return self._registry.queued
@@ -139,6 +144,25 @@ class Dispatcher:
     def running_jobs(self) -> int:
         """The number of jobs in engines, including those about to be removed."""
         return self._registry.running
+
+    @property
+    def places(self) -> int:
+        """How many images of the ledger's jobs may come: as many as the engines take now.
+
+        While jobs wait here, a single job may come and wait with them, so that their order decides.
+        """
+        waiting = self._registry.queue()
+        if not waiting:
+            return self._pool.places
+        return int(all(active.entry is None for active in waiting))
+
+    def has_room(self, job: Job, model: ModelInfo) -> bool:
+        """Whether ``job`` would go to an engine at once."""
+        return not self._registry.queued and self._pool.has_room(ActiveJob(job, model))
+
+    def on_room(self, wake: Callable[[], object] | None) -> None:
+        """Call ``wake`` whenever a job has left, None: nothing."""
+        self._lifecycle.on_room = wake or (lambda: None)
 
     def job_counts(self, model: str) -> tuple[int, int]:
         """The waiting and the running jobs of ``model``."""
@@ -237,6 +261,15 @@ class Dispatcher:
         self._lifecycle.enter(active)
         return active
 
+    def check(self, job: Job, caller: Caller) -> ActiveJob:
+        """``job`` as it would be accepted; another server may get it, so it does not enter here.
+
+        Raises what ``submit`` raises.
+        """
+        active = self._admission.admit(job, caller)
+        self._admission.release(active)
+        return active
+
     def resubmit(self, job: Job, model: ModelInfo, caller: Caller, losses: int) -> ActiveJob:
         """Accept ``job`` again, which an earlier server of the ledger had accepted.
 
@@ -251,6 +284,10 @@ class Dispatcher:
             return job
         # Another caller's, or one that ended and that its engine has not removed yet.
         return replace(job, id=f"{job.id}~{next(self._serial)}")
+
+    def give_up(self, active: ActiveJob) -> None:
+        """End a job here that another server has by now; ignored if it has ended."""
+        self._lifecycle.give_up(active)
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job, even if calls follow it; unknown and ended ones are ignored."""

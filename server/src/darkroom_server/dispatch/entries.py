@@ -9,7 +9,16 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from darkroom_server.core.errors import DarkroomError, Failure, LedgerUnreachable
-from darkroom_server.core.ledger import Begun, Draft, Entry, Hold, Key, Ledger, Standing
+from darkroom_server.core.ledger import (
+    Begun,
+    Draft,
+    Entry,
+    Hold,
+    Key,
+    Ledger,
+    SharedLedger,
+    Standing,
+)
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.outcomes import JobOutcome
 
@@ -35,6 +44,17 @@ STANDINGS = {
 }
 
 T = TypeVar("T")
+
+
+class RunsElsewhere(Exception):
+    """The job that was to begin here is in the shared ledger already: another server has it.
+
+    ``entry``: where it stands.
+    """
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__(f"another server has {entry.key.request_id!r}")
+        self.entry = entry
 
 
 class LedgerObserver(Protocol):
@@ -68,11 +88,15 @@ class LedgerEntries:
 
     Callers await the beginnings. Everything else is tried until it is written: what runs does not
     wait for the ledger. ``durable``: entries outlive this server. ``on_reachable`` is called when
-    the ledger can be read and written again, and when it no longer can.
+    the ledger can be read and written again, and when it no longer can. ``shared``: the ledger, if
+    other servers have it open too. ``failures`` counts the operations that may have been done or
+    not.
     """
 
     def __init__(self, ledger: Ledger, observer: LedgerObserver) -> None:
         self.durable = ledger.durable
+        self.failures = 0
+        self.shared = ledger if isinstance(ledger, SharedLedger) else None
         self._ledger = ledger
         self._observer = observer
         self.on_reachable: Callable[[bool], None] = lambda _: None
@@ -87,7 +111,7 @@ class LedgerEntries:
         queued = sum(entry.standing is Standing.QUEUED for entry in entries)
         self._observer.set_reachable(True)
         self._observer.jobs_reclaimed("server_died", lost)
-        self._observer.jobs_reclaimed("queued", queued - lost)
+        self._observer.jobs_reclaimed("queued", max(0, queued - lost))
         if self.durable:
             self._renewal = asyncio.create_task(self._renew())
         return entries
@@ -109,7 +133,7 @@ class LedgerEntries:
     def begin(self, active: ActiveJob, draft: Draft) -> "asyncio.Task[None]":
         """Write that a job was accepted; the result ends when that is durable.
 
-        It raises what ``Ledger.begin`` raises.
+        It raises what ``Ledger.begin`` raises, and ``RunsElsewhere``.
         """
         entry = active.entry or self._attach(active, draft.key)
         beginning = self._write(entry, lambda: self._begin(active, entry, draft))
@@ -117,10 +141,11 @@ class LedgerEntries:
             self._write(entry, lambda: self._end(active, entry))
         return beginning
 
-    def adopt(self, active: ActiveJob, hold: Hold) -> None:
+    def adopt(self, active: ActiveJob, held: Entry) -> None:
         """A job of the ledger is this server's now: it waits, runs, or has ended."""
-        entry = self._attach(active, hold.key, hold)
-        if active.assigned:
+        claimed = held.standing is Standing.CLAIMED
+        entry = self._attach(active, held.key, held.hold, claimed=claimed)
+        if active.assigned and not claimed:
             self._write(entry, lambda: self._claim(active, entry))
 
     def run_again(self, active: ActiveJob, key: Key) -> None:
@@ -155,26 +180,31 @@ class LedgerEntries:
 
     async def mine(self) -> list[Entry]:
         """As ``Ledger.mine``."""
-        return await self._call("mine", self._ledger.mine())
+        return await self.call("mine", self._ledger.mine())
 
     async def find(self, key: Key) -> Entry | None:
         """As ``Ledger.find``."""
-        return await self._call("find", self._ledger.find(key))
+        return await self.call("find", self._ledger.find(key))
 
     async def inputs(self, key: Key) -> dict[str, bytes]:
         """As ``Ledger.inputs``."""
-        return await self._call("inputs", self._ledger.inputs(key))
+        return await self.call("inputs", self._ledger.inputs(key))
 
     async def fail(self, hold: Hold, error: DarkroomError) -> None:
         """Note that a job failed before it could run here."""
-        await self._call("end", self._ledger.end(hold, Standing.FAILED, Failure.of(error)))
+        await self.call("end", self._ledger.end(hold, Standing.FAILED, Failure.of(error)))
 
-    async def _call(self, op: str, operation: Awaitable[T]) -> T:
+    async def queue(self, draft: Draft) -> Begun:
+        """Accept a job that whichever server has room first may run, this one too."""
+        return await self.call("begin", self._ledger.begin(draft, claimed=False))
+
+    async def call(self, op: str, operation: Awaitable[T]) -> T:
         """The answer of the ledger, counted and timed; raises what ``operation`` raises."""
         began = time.monotonic()
         try:
             answer = await operation
         except LedgerUnreachable as error:
+            self.failures += 1
             if not self._away.is_set():
                 log.error("ledger unreachable", op=op, why=str(error))
                 self._away.set()
@@ -192,10 +222,12 @@ class LedgerEntries:
 
     # What is written.
 
-    def _attach(self, active: ActiveJob, key: Key, hold: Hold | None = None) -> JobEntry:
+    def _attach(
+        self, active: ActiveJob, key: Key, hold: Hold | None = None, *, claimed: bool = False
+    ) -> JobEntry:
         entry = active.entry = JobEntry(key, hold)
         if not active.ended:
-            if not active.assigned:
+            if not active.assigned and not claimed:
                 active.on_assigned = lambda: self._write(entry, lambda: self._claim(active, entry))
             active.add_end_callback(lambda: self._write(entry, lambda: self._end(active, entry)))
         return entry
@@ -223,20 +255,25 @@ class LedgerEntries:
         self._tasks.discard(task)
         # A caller that awaits a beginning gets its error; none does after its call was cancelled.
         error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, DarkroomError):
+        if error is not None and not isinstance(error, DarkroomError | RunsElsewhere):
             log.error("ledger write failed", exc_info=error)
 
     async def _begin(self, active: ActiveJob, entry: JobEntry, draft: Draft) -> None:
-        begun = await self._call("begin", self._begun(draft, claimed=active.assigned))
+        begun = await self.call("begin", self._begun(draft, claimed=active.assigned))
+        if not begun.new and not self._is_mine(begun.entry):
+            raise RunsElsewhere(begun.entry)
         entry.hold = begun.entry.hold
 
     async def _begun(self, draft: Draft, *, claimed: bool) -> Begun:
         begun = await self._ledger.begin(draft, claimed=claimed)
-        if not begun.new and begun.entry.standing.ended:
+        if not begun.new and begun.entry.standing.ended and self._is_mine(begun.entry):
             # Its result was evicted here, and that is not written yet.
             await self._ledger.forget([begun.entry.hold])
             begun = await self._ledger.begin(draft, claimed=claimed)
         return begun
+
+    def _is_mine(self, entry: Entry) -> bool:
+        return self.shared is None or entry.owner == self.shared.id
 
     async def _again(self, entry: JobEntry) -> None:
         claimed = await self._persist("again", lambda: self._ledger.again(entry.key))
@@ -268,7 +305,7 @@ class LedgerEntries:
         """Try until it is written."""
         while True:
             with suppress(LedgerUnreachable):
-                return await self._call(op, write())
+                return await self.call(op, write())
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _renew(self) -> None:
@@ -280,4 +317,4 @@ class LedgerEntries:
             if self._away.is_set():
                 await asyncio.sleep(RETRY_SECONDS)
             with suppress(LedgerUnreachable):
-                await self._call("renew", self._ledger.renew())
+                await self.call("renew", self._ledger.renew())

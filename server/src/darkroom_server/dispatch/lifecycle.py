@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from darkroom_server.core.errors import DarkroomError, Reason
@@ -31,6 +31,7 @@ class JobLifecycle:
 
     ``idle`` is set while no job is unfinished. ``backlog``: the unfinished work; set at each new
     job, and again every ``REFRESH_SECONDS``, for jobs are cancelled and estimates are wrong.
+    ``on_room`` is called when a job has left.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class JobLifecycle:
         self.idle.set()
         self.backlog = Backlog()
         self._refresh: asyncio.TimerHandle | None = None
+        self.on_room: Callable[[], object] = lambda: None
         self._registry = registry
         self._pool = pool
         self._admission = admission
@@ -190,6 +192,13 @@ class JobLifecycle:
             self._withdraw(active)
             self._end(active, outcomes.cancelled())
 
+    def give_up(self, active: ActiveJob) -> None:
+        """End a job here that another server has by now."""
+        if not active.ended:
+            active.released = True
+            self._withdraw(active)
+            self._end(active, outcomes.moved())
+
     def end_all(self, error: DarkroomError) -> None:
         """End every job with ``error``, and have the engines remove them."""
         for active in self._registry.all():
@@ -243,6 +252,7 @@ class JobLifecycle:
     def _remove(self, active: ActiveJob, result: Finished | DarkroomError) -> None:
         self._registry.remove(active)
         self._end(active, result)
+        self.on_room()
 
     def _end(self, active: ActiveJob, result: Finished | DarkroomError) -> None:
         """End a job for its callers; ignored if it has ended."""

@@ -17,7 +17,7 @@ from darkroom_server.core.errors import (
     UnknownRequest,
 )
 from darkroom_server.core.job import PROMPT_FIELDS, Job
-from darkroom_server.core.ledger import Draft, Entry, Key
+from darkroom_server.core.ledger import Draft, Entry, Hold, Key
 from darkroom_server.dispatch.dispatcher import Dispatcher
 from darkroom_server.dispatch.entries import LedgerEntries
 from darkroom_server.dispatch.jobs.job import ActiveJob
@@ -183,9 +183,11 @@ class ResultStore:
 
         It runs, or has ended as the entry says. Those that ended come in the order of their ends.
         """
-        entry = _Entry(active, held.fingerprint, self._ranks.pop(held.key))
+        serial = self._ranks.pop(held.key, None) or next(self._serial)
+        entry = _Entry(active, held.fingerprint, serial)
+        self._drop(held.key)
         if self._ledger is not None:
-            self._ledger.adopt(active, held.hold)
+            self._ledger.adopt(active, held)
         self._add(held.key, entry)
         if held.ended_for is not None:
             self._keep_result(held.key, entry, time.monotonic() - held.ended_for)
@@ -247,6 +249,36 @@ class ResultStore:
             jobs=tuple((request_id, entry.active) for request_id, entry in shown),
             end=shown[-1][1].serial if len(found) > size else None,
         )
+
+    def local(self, key: Key) -> ActiveJob | None:
+        """The job of this id if it is here, whether or not it has ended."""
+        entry = self._entry(key)
+        return None if entry is None else entry.active
+
+    def held(self) -> dict[Hold, ActiveJob]:
+        """The jobs here that have not ended, by this server's claims to them in the ledger."""
+        return {
+            active.entry.hold: active
+            for entries in self._entries.values()
+            for active in (entry.active for entry in entries.values())
+            if not active.ended and active.entry is not None and active.entry.hold is not None
+        }
+
+    def extend(self, held: Entry) -> None:
+        """Another server's call wants the job of this entry for longer."""
+        active = self.local(held.key)
+        if active is None or active.ended:
+            return
+        remaining = held.remaining
+        self._dispatcher.join(active, None if remaining is None else time.monotonic() + remaining)
+        if held.detached:
+            self.detach(active)
+
+    def give_up(self, key: Key, active: ActiveJob) -> None:
+        """End a job here that is another server's by now; whoever asks for it is to look there."""
+        if self.local(key) is active:
+            self._drop(key)
+        self._dispatcher.give_up(active)
 
     def cancel(self, caller: str, request_id: str) -> bool:
         """Cancel the job of this id; False if it had ended. Raises ``UnknownRequest``."""

@@ -16,7 +16,7 @@ from darkroom_server.core.ledger import (
     Standing,
 )
 from darkroom_server.ledger.changes import Changes
-from darkroom_server.ledger.rules import inputs_do_not_fit, too_many_jobs
+from darkroom_server.ledger.rules import inputs_do_not_fit, queue_is_full, too_many_jobs
 
 ME = 1
 """The only server that has this ledger."""
@@ -78,7 +78,7 @@ class MemoryLedger:
                 if not row.standing.ended:
                     self._extend(row, draft, now)
                 return Begun(self._entry(draft.key, row, now), new=False)
-        self._check(draft)
+        self._check(draft, claimed)
         accepted_at = now - draft.age
         fresh = _Row(
             draft=draft,
@@ -207,8 +207,12 @@ class MemoryLedger:
             asked = None if draft.deadline is None else now - draft.age + draft.deadline
             row.deadline = None if asked is None else max(row.deadline, asked)
 
-    def _check(self, draft: Draft) -> None:
+    def _check(self, draft: Draft, claimed: bool) -> None:
         """Raise ``QuotaExceeded`` or ``QueueFull`` if the draft has no place."""
+        if draft.max_queued is not None and not claimed:
+            queued = sum(row.standing is Standing.QUEUED for row in self._rows.values())
+            if queued >= draft.max_queued:
+                raise queue_is_full(queued)
         if draft.max_live is not None:
             live = sum(
                 not row.standing.ended and row.draft.counted_as == draft.counted_as

@@ -7,6 +7,7 @@ from darkroom_server.core.errors import Failure, QueueFull, QuotaExceeded, Reaso
 from darkroom_server.core.ledger import Draft
 
 INPUT_RETRY_SECONDS = 1.0
+QUEUE_RETRY_SECONDS = 1.0
 
 
 def too_many_jobs(draft: Draft, live: int) -> QuotaExceeded:
@@ -15,6 +16,13 @@ def too_many_jobs(draft: Draft, live: int) -> QuotaExceeded:
         f"caller:{draft.counted_as}",
         f"{live} jobs of {draft.counted_as!r} are in the ledger, and {draft.max_live} may be at "
         "once; wait until one has ended",
+    )
+
+
+def queue_is_full(queued: int) -> QueueFull:
+    """As many jobs wait as may."""
+    return QueueFull(
+        f"{queued} jobs wait in the ledger, and no more are taken", QUEUE_RETRY_SECONDS
     )
 
 

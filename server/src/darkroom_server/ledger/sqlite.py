@@ -19,7 +19,12 @@ from darkroom_server.core.ledger import (
     Standing,
 )
 from darkroom_server.ledger.changes import Changes
-from darkroom_server.ledger.rules import failure_of, failure_text, too_many_jobs
+from darkroom_server.ledger.rules import (
+    failure_of,
+    failure_text,
+    queue_is_full,
+    too_many_jobs,
+)
 from darkroom_server.ledger.sqlite_file import BUSY_SECONDS, LedgerFile, open_ledger_file
 from darkroom_server.ledger.sqlite_inputs import add_inputs, make_room
 from darkroom_server.ledger.writer import Writer
@@ -199,7 +204,7 @@ class SqliteLedger:
             if row["state"] <= Standing.FINISHED:
                 return Begun(self._found(db, draft.key), new=False)
             epoch = row["epoch"] + 1
-        self._check(db, draft)
+        self._check(db, draft, claimed)
         db.execute(f"DELETE FROM jobs WHERE {KEY}", draft.key)
         job = db.execute(
             "INSERT INTO jobs (caller, request_id, fingerprint, record, model, counted_as, "
@@ -223,8 +228,12 @@ class SqliteLedger:
         add_inputs(db, job, draft)
         return Begun(self._found(db, draft.key), new=True)
 
-    def _check(self, db: sqlite3.Connection, draft: Draft) -> None:
+    def _check(self, db: sqlite3.Connection, draft: Draft, claimed: bool) -> None:
         """Raise ``QuotaExceeded`` or ``QueueFull`` if the draft has no place."""
+        if draft.max_queued is not None and not claimed:
+            (queued,) = db.execute("SELECT count(*) FROM jobs WHERE state = 0").fetchone()
+            if queued >= draft.max_queued:
+                raise queue_is_full(queued)
         if draft.max_live is not None:
             (live,) = db.execute(
                 "SELECT count(*) FROM jobs WHERE counted_as = ? AND state < 2", (draft.counted_as,)

@@ -132,7 +132,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GetGenerationRequest, context: Context
     ) -> generation_pb2.GetGenerationResponse:
         """Return the state of one job."""
-        generation = self._service.jobs.get(CURRENT_CALL.get(), request.request_id)
+        generation = await self._service.get(CURRENT_CALL.get(), request.request_id)
         return generation_pb2.GetGenerationResponse(generation=generation_message(generation))
 
     async def ListGenerations(

@@ -100,9 +100,23 @@ def own_credentials(files: Files) -> tuple[grpc.ChannelCredentials, str]:
     They trust only the server's certificate. With mutual TLS they also present it as the client
     certificate. Raises ``StartupError``.
     """
+    return peer_credentials(files, read_pair(files).cert), own_name(files)
+
+
+def own_name(files: Files) -> str:
+    """The name that callers may expect in the server's certificate; raises ``StartupError``."""
+    return read_pair(files).names[0].replace("*", "any")
+
+
+def peer_credentials(files: Files | None, certificate: bytes) -> grpc.ChannelCredentials:
+    """Return credentials that trust only ``certificate``, that of one other server.
+
+    With mutual TLS they present the server's own one of ``files``. Raises ``StartupError``.
+    """
+    if files is None or not files.client_ca:
+        return grpc.ssl_channel_credentials(certificate)
     pair = read_pair(files)
-    shown = (pair.key, pair.cert) if pair.client_ca else (None, None)
-    return grpc.ssl_channel_credentials(pair.cert, *shown), pair.names[0].replace("*", "any")
+    return grpc.ssl_channel_credentials(certificate, pair.key, pair.cert)
 
 
 def _configuration(pair: Pair) -> grpc.ServerCertificateConfiguration:

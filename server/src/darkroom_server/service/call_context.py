@@ -21,13 +21,15 @@ def new_request_id() -> str:
 class CallContext:
     """One call of any door. ``request_id`` is in its log lines, and names its job.
 
-    ``protocol`` is "grpc" or "http".
+    ``protocol`` is "grpc" or "http". ``relayed``: another server of the ledger makes it for a
+    caller of its own; it is answered for what is here, and goes no further.
     """
 
     request_id: str
     caller: Caller = ANONYMOUS
     trace: TraceContext | None = None
     protocol: str = "grpc"
+    relayed: bool = False
 
 
 CURRENT_CALL: ContextVar[CallContext] = ContextVar("call")

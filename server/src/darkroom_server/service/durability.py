@@ -51,7 +51,8 @@ MAX_LOSSES = 3
 class Durability:
     """Stores accepted requests in the ledger, and takes up those of earlier servers.
 
-    ``durable``: the ledger outlives the server.
+    ``durable``: the ledger outlives the server. ``shared``: other servers use it too, so the quota
+    of a caller is counted there.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Durability:
         detached: DetachedJobs,
     ) -> None:
         self.durable = entries.durable
+        self.shared = False
         self._entries = entries
         self._codec = codec
         self._dispatcher = dispatcher
@@ -84,7 +86,8 @@ class Durability:
     ) -> Draft:
         """What the ledger stores of ``active``, which ``request`` asked for.
 
-        ``files``: those of its pictures by digest. The caller's quota is counted by the dispatcher.
+        ``files``: those of its pictures by digest. Unless the ledger is shared, the caller's quota
+        is counted by the dispatcher.
         """
         job, caller = active.job, call.caller
         stored = StoredRequest(
@@ -106,6 +109,8 @@ class Durability:
             age=time.monotonic() - job.submitted_at,
             deadline=None if job.deadline is None else job.deadline - job.submitted_at,
             detached=detached,
+            max_live=caller.max_jobs if self.shared else None,
+            max_queued=self._dispatcher.max_queued_jobs if self.shared else None,
             inputs=files,
         )
 
@@ -131,7 +136,7 @@ class Durability:
                 # Read again: loading may have taken minutes.
                 for entry in sorted(await self._entries.mine(), key=_turn):
                     if self._results.is_withheld(entry.key):
-                        await self._take_up(entry)
+                        await self.take_up_one(entry)
             except LedgerUnreachable:
                 await asyncio.sleep(RETRY_SECONDS)
             else:
@@ -155,7 +160,20 @@ class Durability:
         job = replace(job, submitted_at=time.monotonic(), deadline=None)
         return self._results.run_again(current, key, job, call.caller)
 
-    async def _take_up(self, entry: Entry) -> None:
+    async def active_of(self, entry: Entry) -> ActiveJob:
+        """The job of an entry as its callers see it; it does not enter this server.
+
+        Raises ``ValueError`` if the entry cannot be read, and ``GenerationFailed`` if this server
+        does not have its model.
+        """
+        _, call, job = await self._job(entry, images=False)
+        return ActiveJob(job, self._model(entry.model), call.caller)
+
+    async def take_up_one(self, entry: Entry) -> None:
+        """Run the job of an entry that is this server's; or note that it ended.
+
+        Raises ``LedgerUnreachable``. If it cannot run, it fails, in the ledger too.
+        """
         try:
             request, call, job = await self._job(entry, images=not entry.standing.ended)
             if entry.standing.ended:
@@ -194,17 +212,11 @@ class Durability:
 
     def _restore_ended(self, entry: Entry, job: Job, caller: Caller) -> None:
         active = ActiveJob(job, self._model(entry.model), caller)
-        failure = entry.failure or Failure(Reason.INTERNAL, "the reason is not known")
-        match entry.standing:
-            case Standing.FINISHED:
-                active.images_lost = True
-                active.end(Finished((), StageSeconds()))
-            case Standing.CANCELLED:
-                active.end(JobCancelled(failure.message))
-            case Standing.EXPIRED:
-                active.end(DeadlineExceeded(failure.message))
-            case _:
-                active.end(GenerationFailed(failure))
+        if entry.standing is Standing.FINISHED:
+            active.images_lost = True
+            active.end(Finished((), StageSeconds()))
+        else:
+            active.end(error_of(entry))
         self._results.restore(active, entry)
 
     async def _job(
@@ -251,6 +263,18 @@ class Durability:
         if model is None:
             raise _model_gone(f"this server no longer serves model {model_id!r}")
         return model
+
+
+def error_of(entry: Entry) -> DarkroomError:
+    """Why the job of an entry ended without its images."""
+    failure = entry.failure or Failure(Reason.INTERNAL, "the reason is not known")
+    match entry.standing:
+        case Standing.CANCELLED:
+            message = failure.message if entry.failure else "the generation was cancelled"
+            return JobCancelled(message)
+        case Standing.EXPIRED:
+            return DeadlineExceeded(failure.message)
+    return GenerationFailed(failure)
 
 
 def _turn(entry: Entry) -> tuple[bool, float]:

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from darkroom_server.core.errors import InvalidRequest, Violation
+from darkroom_server.core.errors import InvalidRequest, UnknownRequest, Violation
+from darkroom_server.core.job import Job
 from darkroom_server.core.ledger import Key
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.dispatch import (
@@ -15,14 +16,16 @@ from darkroom_server.dispatch import (
     Estimate,
     LedgerEntries,
     ResultStore,
+    RunsElsewhere,
 )
 from darkroom_server.service.call_context import REQUEST_ID, CallContext
 from darkroom_server.service.detached import DetachedJobs
 from darkroom_server.service.durability import Durability
+from darkroom_server.service.fleet import Fleet
 from darkroom_server.service.idempotency import check_request_id, fingerprint
 from darkroom_server.service.input_fields import check_adapters
 from darkroom_server.service.inputs import InputLoader
-from darkroom_server.service.jobs import JobService
+from darkroom_server.service.jobs import Generation, JobService
 from darkroom_server.service.request import GenerationRequest, Inputs
 from darkroom_server.service.stored_request import RequestCodec
 from darkroom_server.service.summary import RequestObserver, RequestSummary, Summaries
@@ -69,6 +72,12 @@ class GenerationService:
         self._detached = DetachedJobs(self.summaries)
         self.durability = Durability(entries, codec, dispatcher, results, inputs, self._detached)
         self._keeps_jobs = self.durability.durable
+        self._fleet: Fleet | None = None
+
+    def share(self, fleet: Fleet) -> None:
+        """Answer for the jobs of other servers too, from now on."""
+        self._fleet = fleet
+        self.durability.shared = True
 
     def open_call(self, call: CallContext, request_id: str) -> Callable[[], None]:
         """Count a call that follows the job ``request_id``; call the result when it is over.
@@ -120,10 +129,15 @@ class GenerationService:
                 if idempotent:  # Another call with this id may have begun the job meanwhile.
                     active = self._join(request, call, request_id, digest, deadline)
         joined = active is not None
+        durable = detached or (self._keeps_jobs and idempotent and request.keep)
         if active is None:
             if reply_limit is not None:
                 reply_limit.check(job)
             summary.images, summary.steps = job.image_count, job.steps
+            if self._fleet is not None and durable and not self._dispatcher.has_room(job, model):
+                return await self._queue(
+                    job, request, call, summary, digest, files, detached=detached
+                )
             if idempotent:
                 active = self._results.submit(
                     job, call.caller, request_id, digest, keep=request.keep
@@ -136,13 +150,41 @@ class GenerationService:
         summary.accepted(active)
         if detached:
             self._results.detach(active)
-        if detached or (self._keeps_jobs and idempotent and request.keep):
+        if durable:
             self._record(request, call, active, digest, files, detached=detached, joined=joined)
         if active.recording is not None:
-            await _recorded(active, active.recording)
+            try:
+                await _recorded(active, active.recording)
+            except RunsElsewhere as elsewhere:
+                if self._fleet is None or call.relayed:
+                    raise UnknownRequest(request_id) from None
+                active, joined = await self._fleet.follow(elsewhere.entry), True
+                summary.accepted(active)
         if joined and reply_limit is not None:
             reply_limit.check(active.job)  # The call that began it may accept more, or streams.
         return active, joined
+
+    async def _queue(
+        self,
+        job: Job,
+        request: GenerationRequest,
+        call: CallContext,
+        summary: RequestSummary,
+        digest: bytes,
+        files: dict[str, bytes],
+        *,
+        detached: bool,
+    ) -> tuple[ActiveJob, bool]:
+        """Accept a job that no engine here takes at once: the first server with room runs it."""
+        assert self._fleet is not None
+        active = self._dispatcher.check(job, call.caller)
+        key = Key(call.caller.name, request_id_of(request, call))
+        draft = self.durability.draft(request, call, key, active, digest, files, detached=detached)
+        begun = await self._entries.queue(draft)
+        if not (begun.new and detached):
+            active = await self._fleet.follow(begun.entry)
+        summary.accepted(active)
+        return active, not begun.new
 
     def _record(
         self,
@@ -196,7 +238,7 @@ class GenerationService:
                 request, call, summary, deadline=deadline, idempotent=True, detached=True
             )
             summary.continues = True
-        if not joined:
+        if not joined and active.entry is not None:  # Else the server that runs it does.
             self._detached.record(request, call, arrived, active)
         return active, joined
 
@@ -206,11 +248,28 @@ class GenerationService:
         Raises ``InvalidRequest``, what ``ResultStore.find`` and ``Durability.again`` raise.
         """
         check_request_id(request_id)
+        if self._is_elsewhere(call, request_id):
+            assert self._fleet is not None
+            return await self._fleet.find(Key(call.caller.name, request_id))
         active = self._results.find(call.caller.name, request_id)
         if active.images_lost:
             key = Key(call.caller.name, request_id)
             active = await self.durability.again(active, key, call)
         return active
+
+    async def get(self, call: CallContext, request_id: str) -> Generation:
+        """Where the job of this caller is; raises as ``cancel``."""
+        check_request_id(request_id)
+        if self._is_elsewhere(call, request_id):
+            assert self._fleet is not None
+            return await self._fleet.generation(Key(call.caller.name, request_id))
+        return self.jobs.get(call, request_id)
+
+    def _is_elsewhere(self, call: CallContext, request_id: str) -> bool:
+        """Whether another server of the ledger may have the job, and this call may go there."""
+        if self._fleet is None or call.relayed:
+            return False
+        return self._results.local(Key(call.caller.name, request_id)) is None
 
     async def cancel(self, call: CallContext, request_id: str) -> bool:
         """Cancel a job of this caller; False if it had ended.
@@ -218,6 +277,9 @@ class GenerationService:
         Raises ``InvalidRequest``, ``LedgerUnreachable``, and what ``ResultStore.find`` raises.
         """
         check_request_id(request_id)
+        if self._is_elsewhere(call, request_id):
+            assert self._fleet is not None
+            return await self._fleet.cancel(Key(call.caller.name, request_id))
         active = self._results.find(call.caller.name, request_id)
         cancelled = self._results.cancel(call.caller.name, request_id)
         await self._entries.settled(active)

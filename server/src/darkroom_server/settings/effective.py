@@ -1,22 +1,16 @@
 """``serve --print-config``: the settings in effect, as a TOML file, and where each comes from."""
 
 import json
-import re
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from darkroom_server.settings.load import Loaded
-from darkroom_server.settings.option import Option, options_of
+from darkroom_server.settings.option import REDACTED, Option, options_of, without_credentials
 from darkroom_server.settings.tree import Settings
 
 SECRET_VARIABLES = ("HF_TOKEN",)
 """Variables that ``serve`` reads, and whose values are printed nowhere."""
-
-REDACTED = "<redacted>"
-
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-"""User name and password in a URL."""
 
 
 def effective_toml(loaded: Loaded, environ: Mapping[str, str]) -> str:
@@ -49,6 +43,6 @@ def _toml(value: Any) -> str:
             return _toml(value.value)
         case str():
             # A JSON string is a TOML string, except for DEL, which TOML wants escaped.
-            text = json.dumps(CREDENTIALS.sub(REDACTED, value), ensure_ascii=False)
+            text = json.dumps(without_credentials(value), ensure_ascii=False)
             return text.replace("\x7f", "\\u007f")
     return repr(value)

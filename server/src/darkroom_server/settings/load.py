@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from darkroom_server.core.errors import InvalidSettings, StartupError
-from darkroom_server.settings.option import ENV_PREFIX, Option, options_of
+from darkroom_server.settings.option import (
+    ENV_PREFIX,
+    Option,
+    has_password,
+    options_of,
+    without_credentials,
+)
 from darkroom_server.settings.tree import Settings
 
 CONFIG_ENV = f"{ENV_PREFIX}CONFIG"
@@ -46,6 +52,11 @@ def load_settings(
     given = _from_file(Path(config), options, problems) if config else {}
     given |= _from_environment(environ, options)
     given |= {name: Given(value, options[name].flag) for name, value in flags.items()}
+    if has_password(str(flags.get("ledger", ""))):
+        problems.append(
+            "--ledger: other users of this machine can read a password on the command line; use "
+            "PGPASSFILE, PGPASSWORD or DARKROOM_SERVE_LEDGER"
+        )
     settings = _checked(given, options, problems)
     origins = {name: one.origin for name, one in given.items()}
     return Loaded(settings, tuple(_warnings(environ, options)), origins)
@@ -118,7 +129,8 @@ def _checked(
             messages.setdefault(str(each["loc"][1]), each["msg"])
         for name, message in messages.items():
             wrong, expected = given[name], _expected(options[name], message)
-            problems.append(f"{wrong.origin}: {expected}, not {wrong.value!r}")
+            value = without_credentials(repr(wrong.value))
+            problems.append(f"{wrong.origin}: {expected}, not {value}")
         raise InvalidSettings(problems) from None
     if problems:
         raise InvalidSettings(problems)

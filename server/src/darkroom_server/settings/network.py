@@ -44,6 +44,15 @@ class Network:
             default="the host's name and the gRPC port, as `HOST:PORT`",
         ),
     ] = None
+    fleet_address: Annotated[
+        str | None,
+        Setting(
+            "Where the other servers of a shared `--ledger` reach this one over gRPC.",
+            choose="In Kubernetes the address of the pod, with the port.",
+            metavar="HOST:PORT",
+            default="`--host`, or the host's name if that is every address, and the gRPC port",
+        ),
+    ] = None
     metrics_host: Annotated[
         str,
         Setting(

@@ -1,6 +1,7 @@
 """One setting: its declaration, and the names of its flag, variable and key."""
 
 import dataclasses
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +9,23 @@ from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 ENV_PREFIX = "DARKROOM_SERVE_"
+
+REDACTED = "<redacted>"
+
+CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)|(?<=[?&]password=)[^&\s]+")
+"""User name and password in a URL."""
+
+PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@|[?&]password=")
+
+
+def without_credentials(text: str) -> str:
+    """``text`` without the user name and the password of a URL in it."""
+    return CREDENTIALS.sub(REDACTED, text)
+
+
+def has_password(text: str) -> bool:
+    """Whether a URL in ``text`` has a password."""
+    return PASSWORD.search(text) is not None
 
 
 @dataclass(frozen=True, slots=True)

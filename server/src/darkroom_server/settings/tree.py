@@ -36,6 +36,8 @@ def _is_device(value: str) -> bool:
 
 def _is_ledger(value: str) -> bool:
     kind, _, path = value.partition(":")
+    if kind in ("postgresql", "postgres"):
+        return path.startswith("//")
     return (kind == "sqlite" and bool(path)) or value == "memory"
 
 
@@ -289,11 +291,14 @@ class Storage:
         str,
         Predicate(_is_ledger),
         Setting(
-            "Where accepted jobs are written down: in memory, or in an SQLite file.",
+            "Where accepted jobs are written down: in memory, in an SQLite file, or in PostgreSQL.",
             choose="With a file, a server that is killed and started again loses no submitted job "
             "and none with `on_disconnect: ON_DISCONNECT_KEEP`. It holds their prompts and images "
-            "until `--result-ttl` after their end. One server at a time can use it.",
-            metavar="memory|sqlite:PATH",
+            "until `--result-ttl` after their end. One server at a time can use it. A database is "
+            "shared by several servers, which take over what one of them loses; it needs the extra "
+            "`fleet`. A flag takes no password: use `PGPASSFILE` or `PGPASSWORD`. See "
+            "docs/durability.md.",
+            metavar="memory|sqlite:PATH|postgresql://USER@HOST/DATABASE",
         ),
     ] = "memory"
 

@@ -67,6 +67,12 @@ class EnginePool:
         """Whether an engine that is ready takes jobs of ``model``."""
         return any(engine.holds(model) for engine in self.engines)
 
+    @property
+    def places(self) -> int:
+        """How many more images the engines that run take."""
+        most = self.max_resident_samples
+        return sum(max(0, most - engine.samples) for engine in self.engines if engine.ready)
+
     def has_room(self, active: ActiveJob) -> bool:
         """Whether an engine would take a new job now."""
         most = self.max_resident_samples

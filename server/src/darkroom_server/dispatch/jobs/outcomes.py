@@ -9,9 +9,13 @@ from darkroom_server.core.errors import (
     DeadlineExceeded,
     Failure,
     GenerationFailed,
+    NotReady,
     Reason,
 )
 from darkroom_server.core.events import EncodedImage, StageSeconds
+
+MOVED_RETRY_SECONDS = 0.1
+"""The next call finds the job where it is."""
 
 
 class JobOutcome(StrEnum):
@@ -63,6 +67,15 @@ def expired(*, begun: bool) -> DeadlineExceeded:
     """The deadline passed; ``begun``: an engine had the job by then."""
     when = "finished" if begun else "begun"
     return DeadlineExceeded(f"the deadline passed before it was {when}")
+
+
+def moved() -> NotReady:
+    """This server was believed dead, so another one has the job by now."""
+    return NotReady(
+        "this server was cut off from the ledger, and another one has the job; watch it again",
+        Reason.DRAINING,
+        MOVED_RETRY_SECONDS,
+    )
 
 
 def crashed_twice() -> GenerationFailed:

@@ -27,6 +27,10 @@ from darkroom_server.service.trace_context import new_trace, parse_traceparent
 from darkroom_server.service.validation import ReplyLimit
 
 REQUEST_ID_KEY = "darkroom-request-id"
+
+RELAYED_KEY = "darkroom-relayed"
+"""Metadata of a call that another server of the ledger makes for a caller of its own."""
+
 TRACE_KEY = "traceparent"
 FIELD = "request_id"
 
@@ -92,7 +96,8 @@ class CallContexts(ContextInterceptor):
         # ``Receiving`` sets it, unless the caller streams its messages.
         address = CURRENT_ADDRESS.get("") or caller_address(self._addresses, context)
         caller = replace(self._anonymous, address=address)
-        CURRENT_CALL.set(CallContext(id, caller, trace))
+        relayed = metadata_value(metadata, RELAYED_KEY) is not None
+        CURRENT_CALL.set(CallContext(id, caller, trace, relayed=relayed))
         structlog.contextvars.bind_contextvars(request_id=id)
         if trace is not None:
             structlog.contextvars.bind_contextvars(trace_id=trace.trace_id)

@@ -16,6 +16,7 @@ from darkroom_server.dispatch import DispatchEvent, Observer
 from darkroom_server.telemetry.metrics.calls import CallMetrics
 from darkroom_server.telemetry.metrics.catalogue import Catalogue, Declared
 from darkroom_server.telemetry.metrics.engine import EngineMetrics
+from darkroom_server.telemetry.metrics.fleet import FleetMetrics
 from darkroom_server.telemetry.metrics.http import HttpMetrics
 from darkroom_server.telemetry.metrics.ledger import LedgerMetrics
 from darkroom_server.telemetry.metrics.memory import MemoryMetrics
@@ -42,6 +43,7 @@ class Metrics(Observer):
         self.requests = RequestMetrics(self._section("Requests and jobs"))
         self.uploads = UploadMetrics(self._section("Images of callers"))
         self.ledger = LedgerMetrics(self._section("Ledger"))
+        self.fleet = FleetMetrics(self._section("Fleet"), self.ledger)
         self.engine = EngineMetrics(self._section("Engine"))
         self.models = ModelMetrics(self._section("Models"))
         self.memory = MemoryMetrics(self._section("Memory and devices"))

@@ -1,0 +1,294 @@
+"""One server of a fleet: alive in the ledger, it takes what it has room for, and finds the rest."""
+
+import asyncio
+import random
+from contextlib import suppress
+from dataclasses import replace
+from typing import Protocol
+
+import structlog
+
+from darkroom_server.core.errors import LedgerUnreachable, NotReady, Reason, UnknownRequest
+from darkroom_server.core.ledger import (
+    Announcement,
+    Entry,
+    Key,
+    ServerEntry,
+    SharedLedger,
+    Standing,
+)
+from darkroom_server.dispatch import ActiveJob, Dispatcher, LedgerEntries, ResultStore, State
+from darkroom_server.fleet.mirrors import Mirrors
+from darkroom_server.fleet.peers import RETRY_SECONDS, PeerObserver, Peers
+from darkroom_server.service.durability import Durability, error_of
+from darkroom_server.service.jobs import Generation, GenerationState
+
+log = structlog.get_logger(__name__)
+
+BEAT_SECONDS = 0.5
+"""Between two renewals of the lease; a dead server is noticed with the next one."""
+
+POLL_SECONDS = 1.0
+"""Until the queue is looked at without a notification: those may be lost."""
+
+CLAIM_AT_ONCE = 8
+"""Jobs of one claim, so that a server with much room leaves some to the others."""
+
+STATES = {
+    Standing.QUEUED: GenerationState.QUEUED,
+    Standing.CLAIMED: GenerationState.RUNNING,
+    Standing.FINISHED: GenerationState.FINISHED,
+    Standing.FAILED: GenerationState.FAILED,
+    Standing.EXPIRED: GenerationState.EXPIRED,
+    Standing.CANCELLED: GenerationState.CANCELLED,
+}
+
+
+class FleetObserver(PeerObserver, Protocol):
+    """Receives what the fleet does, on the event loop; no method blocks or raises."""
+
+    def fleet_seen(self, queued: int, servers: int) -> None:
+        """How many jobs wait in the ledger, and how many servers share it."""
+
+    def jobs_reclaimed(self, cause: str, jobs: int) -> None:
+        """As ``LedgerObserver.jobs_reclaimed``."""
+
+
+class FleetMember:
+    """The ``Fleet`` of a server: renews its lease, claims jobs, and follows those of others.
+
+    ``reattach_grace`` as of ``Mirrors``.
+    """
+
+    def __init__(
+        self,
+        ledger: SharedLedger,
+        entries: LedgerEntries,
+        dispatcher: Dispatcher,
+        results: ResultStore,
+        durability: Durability,
+        peers: Peers,
+        observer: FleetObserver,
+        *,
+        reattach_grace: float,
+    ) -> None:
+        self._ledger = ledger
+        self._entries = entries
+        self._dispatcher = dispatcher
+        self._results = results
+        self._durability = durability
+        self._peers = peers
+        self._observer = observer
+        self._mirrors = Mirrors(
+            ledger,
+            entries,
+            results,
+            durability,
+            peers,
+            self._again,
+            reattach_grace=reattach_grace,
+        )
+        self._announcement = Announcement(address="", key="")
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failures = 0
+        self._reconciliations = 0
+        self._taking = asyncio.Lock()
+
+    def start(self, announcement: Announcement) -> None:
+        """Appear to the others; jobs are claimed once the models are loaded."""
+        self._announcement = announcement
+        self._announce()
+        self._tasks = [
+            asyncio.create_task(loop) for loop in (self._beat(), self._claim(), self._listen())
+        ]
+
+    async def leave(self) -> None:
+        """Claim nothing any more, and end the calls that follow jobs of other servers."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._mirrors.close(
+            NotReady(
+                "the server is shutting down; another one answers for this job",
+                Reason.DRAINING,
+                RETRY_SECONDS,
+            )
+        )
+        await self._peers.close()
+
+    # Jobs that are not here.
+
+    async def follow(self, entry: Entry) -> ActiveJob:
+        """As ``Fleet.follow``."""
+        return await self._mirrors.follow(entry)
+
+    async def find(self, key: Key) -> ActiveJob:
+        """As ``Fleet.find``."""
+        return await self._mirrors.follow(await self._entry(key))
+
+    async def cancel(self, key: Key) -> bool:
+        """As ``Fleet.cancel``."""
+        entry = await self._entry(key)
+        if entry.standing is Standing.QUEUED:
+            cancelled = await self._entries.call("cancel", self._ledger.cancel(key))
+            if cancelled is None:
+                raise UnknownRequest(key.request_id)
+            entry = cancelled
+            if entry.standing is Standing.CANCELLED:
+                self._mirrors.wake(key)
+                return True
+        if entry.standing.ended:
+            return False
+        return await self._peers.cancel(await self._owner(entry), key)
+
+    async def generation(self, key: Key) -> Generation:
+        """As ``Fleet.generation``."""
+        entry = await self._entry(key)
+        if entry.standing is Standing.CLAIMED:
+            return await self._peers.generation(await self._owner(entry), key)
+        job = await self._durability.active_of(entry)
+        finished = entry.standing is Standing.FINISHED
+        failed = entry.standing.ended and not finished
+        return Generation(
+            request_id=key.request_id,
+            state=STATES[entry.standing],
+            model=entry.model,
+            image_count=job.job.image_count,
+            finished_images=job.job.image_count if finished else 0,
+            step=job.steps if finished else 0,
+            steps=job.steps,
+            position=0 if entry.standing is Standing.QUEUED else None,
+            age=entry.age,
+            estimated_finish=None,
+            error=error_of(entry) if failed else None,
+        )
+
+    async def _entry(self, key: Key) -> Entry:
+        entry = await self._entries.find(key)
+        if entry is None:
+            raise UnknownRequest(key.request_id)
+        return entry
+
+    async def _owner(self, entry: Entry) -> ServerEntry:
+        servers = await self._entries.call("servers", self._ledger.servers())
+        for server in servers:
+            if server.id == entry.owner and server.address and server.id != self._ledger.id:
+                return server
+        raise NotReady(
+            f"generation {entry.key.request_id!r} moves to another server; try again in "
+            f"{RETRY_SECONDS:g} s",
+            Reason.DRAINING,
+            RETRY_SECONDS,
+        )
+
+    # Alive.
+
+    async def _beat(self) -> None:
+        while True:
+            self._announce()
+            with suppress(LedgerUnreachable):  # ``call`` logs it.
+                await self._beat_once()
+            await asyncio.sleep(BEAT_SECONDS * random.uniform(0.8, 1.0))
+
+    async def _beat_once(self) -> None:
+        pulse = await self._entries.call("beat", self._ledger.beat())
+        self._observer.fleet_seen(pulse.queued, len(pulse.servers))
+        self._peers.keep(pulse.servers)
+        if pulse.reclaimed:
+            log.info("jobs of dead servers wait again", jobs=pulse.reclaimed)
+            self._observer.jobs_reclaimed("server_died", pulse.reclaimed)
+        if pulse.queued:
+            self._ledger.news.set()
+        for entry in pulse.extended:
+            self._results.extend(entry)
+        if pulse.returned or self._entries.failures != self._failures:
+            # What was under way may end at the database a little later than here.
+            self._failures, self._reconciliations = self._entries.failures, 2
+        if self._reconciliations:
+            self._ledger.news.set()
+
+    def _announce(self) -> None:
+        models = self._models()
+        if models != self._announcement.models:
+            self._announcement = replace(self._announcement, models=models)
+        self._ledger.announce(self._announcement)
+
+    async def _reconcile(self) -> None:
+        """After this server was cut off: run what is its own, and give up what is not.
+
+        The answer to a commit may be lost with its connection.
+        """
+        known = set(self._results.held())
+        mine = {
+            entry.hold: entry
+            for entry in await self._entries.mine()
+            if entry.standing is Standing.CLAIMED
+        }
+        held = self._results.held()
+        for hold, active in held.items():
+            if hold in known and hold not in mine and active.assigned:
+                log.warning("job is another server's by now", job=hold.key.request_id)
+                self._results.give_up(hold.key, active)
+        for hold, entry in mine.items():
+            if hold not in held and self._results.local(entry.key) is None:
+                await self._take_up(entry)
+
+    # Work.
+
+    def _models(self) -> tuple[str, ...]:
+        availability = self._dispatcher.availability
+        if availability.state is not State.READY:
+            return ()
+        return tuple(name for name, model in availability.models.items() if model is not None)
+
+    async def _claim(self) -> None:
+        news = self._ledger.news
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS * random.uniform(0.5, 1.0)):
+                    await news.wait()
+            news.clear()
+            # A job that leaves makes room; that matters only while others wait in the ledger.
+            self._dispatcher.on_room(news.set)
+            try:
+                if self._reconciliations:
+                    async with self._taking:
+                        await self._reconcile()
+                    self._reconciliations -= 1
+                if await self._claim_some():
+                    self._dispatcher.on_room(None)
+            except LedgerUnreachable:
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def _claim_some(self) -> bool:
+        """Claim while there is room; True if the queue is empty after that."""
+        while (room := min(self._dispatcher.places, CLAIM_AT_ONCE)) > 0:
+            if not (models := self._models()):
+                break
+            claimed = await self._entries.call("claim", self._ledger.claim(room, models=models))
+            for entry in claimed:
+                await self._take_up(entry)
+            if len(claimed) < room:
+                return True
+        return False
+
+    async def _take_up(self, entry: Entry) -> None:
+        """Run a job that was claimed; its inputs may be out of reach for a while."""
+        while True:
+            try:
+                return await self._durability.take_up_one(entry)
+            except LedgerUnreachable:
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def _again(self, key: Key) -> bool:
+        """Generate the images of a finished job again, whose server is gone."""
+        async with self._taking:
+            claimed = await self._entries.call("again", self._ledger.again(key))
+            if claimed is not None:
+                await self._durability.take_up_one(claimed)
+        return claimed is not None
+
+    async def _listen(self) -> None:
+        """Tell the mirrors of what this server itself does."""
+        async for key in self._ledger.changes():
+            self._mirrors.wake(key)

@@ -1,0 +1,226 @@
+"""A server's presence in a PostgreSQL ledger: its lock, its lease, and the reaping of dead ones."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from darkroom_server.core.errors import Failure, Reason
+from darkroom_server.core.ledger import LEASE_SECONDS, Announcement, Standing
+from darkroom_server.ledger.postgres.connections import OPERATION_SECONDS, Connections
+from darkroom_server.ledger.postgres.inputs import collect
+from darkroom_server.ledger.rules import failure_text
+
+LOCKS = 0x4452
+"""The first number of the advisory locks of sessions; the second is the row's ``lock``."""
+
+CHANNEL = "darkroom_queued"
+"""Notified when the queue turns from empty to not empty."""
+
+UNSERVED_SECONDS = 60.0
+"""A queued job of a model that no server has had for so long fails."""
+
+EXPIRED_AT_ONCE = 500
+
+DEAD = """
+    DELETE FROM servers s WHERE s.id <> $1
+    AND extract(epoch FROM pg_postmaster_start_time()) < {now} - $4
+    AND (s.renewed_at < {now} - $3 OR NOT EXISTS (
+        SELECT 1 FROM pg_locks l
+        WHERE l.locktype = 'advisory' AND l.granted
+        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND l.classid = $2::bigint::oid AND l.objid = s.lock::bigint::oid AND l.objsubid = 2))
+"""
+"""Deletes servers that are dead. After a restart of the database nobody has a lock for a moment."""
+
+UNOWNED = """
+    UPDATE jobs SET state = 0, owner = NULL, epoch = epoch + 1, losses = losses + 1,
+        queued_at = {now}
+    WHERE state = 1 AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = jobs.owner)
+"""
+"""Queues what dead servers had; and what one claimed that did not know yet that it was reaped."""
+
+ENDED = (
+    "UPDATE jobs SET state = $1, ended_at = {now}, failure = $2 WHERE id IN ({which}) RETURNING id"
+)
+
+LATE = "SELECT id FROM jobs WHERE state = 0 AND deadline <= {now} LIMIT $3 FOR UPDATE SKIP LOCKED"
+
+UNSERVED = """
+    SELECT id FROM jobs WHERE state = 0 AND queued_at < {now} - $4 AND NOT EXISTS
+        (SELECT 1 FROM servers WHERE jobs.model = ANY (servers.models))
+    LIMIT $3 FOR UPDATE SKIP LOCKED
+"""
+
+
+class Session:
+    """One server's session: alive while its lock is held and its lease renewed.
+
+    ``now``: SQL for the time in seconds. ``news`` is set when the database notifies.
+    """
+
+    def __init__(
+        self, connections: Connections, name: str, now: Callable[[], str], settle: float
+    ) -> None:
+        self.id = 0
+        self.news = asyncio.Event()
+        self.announcement = Announcement(address="", key="")
+        self._connections = connections
+        self._name = name
+        self._now = now
+        self._settle = settle
+        self._connection: Any = None
+        self._lock = 0
+        self._reaps_from = 0.0
+
+    async def open(self) -> int:
+        """Appear in the ledger; returns how many jobs dead servers had."""
+        async with asyncio.timeout(OPERATION_SECONDS):
+            await self._enter()
+            self._reaps_from = 0.0  # This server had nothing to lose.
+            return await self.reap()
+
+    async def close(self) -> None:
+        """Disappear from the ledger."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        try:
+            async with asyncio.timeout(OPERATION_SECONDS):
+                await connection.execute("DELETE FROM servers WHERE id = $1", self.id)
+                await connection.close()
+        finally:
+            connection.terminate()
+
+    async def renew(self) -> bool:
+        """Renew the lease; True if this server was cut off: it may have lost what it had.
+
+        Raises the errors of asyncpg.
+        """
+        returned = False
+        try:
+            async with asyncio.timeout(OPERATION_SECONDS):
+                if self._connection is None or self._connection.is_closed():
+                    await self._enter()
+                    returned = True
+                elif not await self._write("renewed_at = {now}"):
+                    await self._insert()  # The others took it for dead.
+                    returned = True
+        except BaseException:
+            self.drop()
+            raise
+        return returned
+
+    def drop(self) -> None:
+        """Give up the connection; the next ``renew`` makes another one."""
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
+
+    async def reap(self) -> int:
+        """Queue the jobs of dead servers again; returns how many.
+
+        A server that was cut off itself waits for one lease: the others may come back too.
+        """
+        if time.monotonic() < self._reaps_from:
+            return 0
+        connection = self._connection
+        async with connection.transaction():
+            await connection.execute(self._sql(DEAD), self.id, LOCKS, LEASE_SECONDS, self._settle)
+            status: str = await connection.execute(self._sql(UNOWNED))
+            count = int(status.split()[-1])
+            if count:
+                await connection.execute(f"NOTIFY {CHANNEL}")
+        return count
+
+    async def expire(self) -> None:
+        """End queued jobs whose deadline passed, and those that no server can run."""
+        connection = self._connection
+        late = Failure(Reason.DEADLINE_EXPIRED, "the deadline passed before it was begun")
+        ended = await connection.fetch(
+            self._sql(ENDED, which=LATE), Standing.EXPIRED, failure_text(late), EXPIRED_AT_ONCE
+        )
+        unserved = Failure(
+            Reason.MODEL_GONE,
+            f"no server has had its model for {UNSERVED_SECONDS:.0f} s; send the request again",
+        )
+        ended += await connection.fetch(
+            self._sql(ENDED, which=UNSERVED),
+            Standing.FAILED,
+            failure_text(unserved),
+            EXPIRED_AT_ONCE,
+            UNSERVED_SECONDS,
+        )
+        if ended:
+            jobs = [row["id"] for row in ended]
+            await connection.execute("DELETE FROM job_inputs WHERE job = ANY ($1)", jobs)
+        await collect(connection)
+
+    async def look(self) -> tuple[int, frozenset[int]]:
+        """How many entries wait, and which servers there are."""
+        row = await self._connection.fetchrow(
+            "SELECT (SELECT count(*) FROM jobs WHERE state = 0), ARRAY (SELECT id FROM servers)"
+        )
+        return row[0], frozenset(row[1])
+
+    async def _enter(self) -> None:
+        """Connect, take a lock that nobody had, and write it into the ledger."""
+        self.drop()
+        connection = await self._connections.connect()
+        try:
+            # Not the number of an earlier session, which may hang at the database and fall later;
+            # and not one that is taken, which may be if the sequence began again.
+            taken = True
+            while taken:
+                lock = await connection.fetchval("SELECT nextval('session_locks')")
+                taken = not await connection.fetchval(
+                    "SELECT pg_try_advisory_lock($1, $2)", LOCKS, lock
+                )
+            await connection.add_listener(CHANNEL, self._on_news)
+        except BaseException:
+            connection.terminate()
+            raise
+        self._connection, self._lock = connection, lock
+        self._reaps_from = time.monotonic() + self._settle
+        if not self.id or not await self._write("lock = $6, renewed_at = {now}", lock):
+            await self._insert()
+        self.news.set()
+
+    async def _write(self, changes: str, *values: object) -> bool:
+        """Change this server's row; False if it is gone."""
+        told = self.announcement
+        status: str = await self._connection.execute(
+            self._sql(
+                "UPDATE servers SET address = $2, key = $3, certificate = $4, models = $5, "
+                f"{changes} WHERE id = $1"
+            ),
+            self.id,
+            told.address,
+            told.key,
+            told.certificate,
+            list(told.models),
+            *values,
+        )
+        return status == "UPDATE 1"
+
+    async def _insert(self) -> None:
+        told = self.announcement
+        self.id = await self._connection.fetchval(
+            self._sql(
+                "INSERT INTO servers (name, lock, address, key, certificate, models, opened_at, "
+                "renewed_at) VALUES ($1, $2, $3, $4, $5, $6, {now}, {now}) RETURNING id"
+            ),
+            self._name,
+            self._lock,
+            told.address,
+            told.key,
+            told.certificate,
+            list(told.models),
+        )
+
+    def _sql(self, text: str, **parts: str) -> str:
+        now = self._now()
+        return text.format(now=now, **{name: part.format(now=now) for name, part in parts.items()})
+
+    def _on_news(self, *_: object) -> None:
+        self.news.set()

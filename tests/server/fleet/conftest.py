@@ -1,0 +1,55 @@
+"""Several servers in this process, on one ledger in PostgreSQL."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import asyncpg
+import pytest
+
+from darkroom_server.settings import Network, Shutdown
+from darkroom_server.settings.tree import Storage
+from tests.server.wire import Wire, serving
+from tools.postgres import Cluster, emptied
+
+
+class Servers:
+    """Servers that share the ledger at ``url``."""
+
+    def __init__(self, url: str, stack: AsyncExitStack) -> None:
+        self.url = url
+        self._stack = stack
+
+    async def start(self, name: str, **sections: Any) -> Wire:
+        """One more; it gives its jobs no time to finish when it stops."""
+        sections = {"shutdown": Shutdown(grace=0.0), **sections}
+        network = Network(port=0, metrics_port=0, server_id=name)
+        wire = await self._stack.enter_async_context(
+            serving(network=network, storage=Storage(ledger=self.url), **sections)
+        )
+        return wire
+
+    async def sql(self, statement: str, *values: Any) -> list[Any]:
+        connection = await asyncpg.connect(self.url, server_settings={"search_path": "darkroom"})
+        try:
+            rows: list[Any] = await connection.fetch(statement, *values)
+            return rows
+        finally:
+            await connection.close()
+
+    async def states(self) -> dict[str, int]:
+        """The state of each job in the ledger."""
+        rows = await self.sql("SELECT request_id, state FROM jobs ORDER BY request_id")
+        return {row["request_id"]: row["state"] for row in rows}
+
+    async def becomes(self, condition: Callable[[dict[str, int]], bool]) -> None:
+        """Wait until ``condition`` of the ``states`` holds."""
+        while not condition(await self.states()):
+            pass
+
+
+@pytest.fixture
+async def servers(postgresql: Cluster) -> AsyncIterator[Servers]:
+    await emptied(postgresql.url)
+    async with AsyncExitStack() as stack:
+        yield Servers(postgresql.url, stack)
