@@ -125,7 +125,7 @@ async def test_a_frozen_server_loses_its_lease_and_comes_back_as_another_one(fle
     # It holds its lock, but does not renew.
     await fleet.sql("UPDATE servers SET renewed_at = 0 WHERE id = $1", before)
     pulse = await alive.beat()
-    assert (pulse.reclaimed, pulse.queued, pulse.servers) == (1, 1, {alive.id})
+    assert (pulse.reclaimed, pulse.queued, pulse.servers) == (1, 1, frozenset({alive.id}))
     pulse = await frozen.beat()
     assert pulse.returned
     assert frozen.id != before
