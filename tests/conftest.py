@@ -57,7 +57,7 @@ def is_installed(program: str) -> bool:
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[Cluster]:
-    """A PostgreSQL for all tests of this process; whoever kills it starts a cluster of its own."""
+    """A PostgreSQL for all tests of this process; a test that kills one starts its own."""
     with cluster() as running:
         yield running
 

@@ -39,6 +39,11 @@ def test_a_word_is_not_found_in(file: str, source: str) -> None:
     assert found(file, source) == []
 
 
+def test_statements_of_sql_are_not_prose() -> None:
+    assert found("page.py", "q = 'DELETE FROM jobs WHERE NOT kept'") == []
+    assert found("page.py", "q = 'it is deleted where not kept'") == [(1, "where not")]
+
+
 def test_a_phrase_is_found_across_a_line_break() -> None:
     assert found("page.py", "# Not that\n# so\n# many.") == [(2, "so many")]
     assert found("page.py", "# so\n\n# many") == []

@@ -198,16 +198,16 @@ async def test_the_others_are_woken_only_when_the_queue_was_empty(fleet: Fleet) 
     async with asyncio.timeout(10):
         await b.news.wait()
     b.news.clear()
-    heard = asyncio.Event()
+    received = asyncio.Event()
     connection = await asyncpg.connect(fleet.url)
-    await connection.add_listener("darkroom_queued", lambda *_: heard.set())
+    await connection.add_listener("darkroom_queued", lambda *_: received.set())
     await a.begin(draft("second"), claimed=False)
     await connection.execute("SELECT 1")  # What was notified comes with the answer.
-    assert not heard.is_set()
+    assert not received.is_set()
     assert len(await a.claim(2)) == 2
     await a.begin(draft("third"), claimed=False)
     async with asyncio.timeout(10):
-        await heard.wait()
+        await received.wait()
     await connection.close()
 
 

@@ -137,7 +137,7 @@ class ServerEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """What a server of a shared ledger tells the others; fields as of ``ServerEntry``.
+    """What a server of a shared ledger announces to the others; fields as of ``ServerEntry``.
 
     ``models``: those that it can run.
     """

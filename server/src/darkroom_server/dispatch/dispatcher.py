@@ -285,9 +285,9 @@ class Dispatcher:
         # Another caller's, or one that ended and that its engine has not removed yet.
         return replace(job, id=f"{job.id}~{next(self._serial)}")
 
-    def give_up(self, active: ActiveJob) -> None:
+    def hand_over(self, active: ActiveJob) -> None:
         """End a job here that another server has by now; ignored if it has ended."""
-        self._lifecycle.give_up(active)
+        self._lifecycle.hand_over(active)
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job, even if calls follow it; unknown and ended ones are ignored."""

@@ -49,7 +49,7 @@ T = TypeVar("T")
 class RunsElsewhere(Exception):
     """The job that was to begin here is in the shared ledger already: another server has it.
 
-    ``entry``: where it stands.
+    ``entry``: its standing.
     """
 
     def __init__(self, entry: Entry) -> None:

@@ -192,7 +192,7 @@ class JobLifecycle:
             self._withdraw(active)
             self._end(active, outcomes.cancelled())
 
-    def give_up(self, active: ActiveJob) -> None:
+    def hand_over(self, active: ActiveJob) -> None:
         """End a job here that another server has by now."""
         if not active.ended:
             active.released = True

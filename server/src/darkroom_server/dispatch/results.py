@@ -274,11 +274,11 @@ class ResultStore:
         if held.detached:
             self.detach(active)
 
-    def give_up(self, key: Key, active: ActiveJob) -> None:
-        """End a job here that is another server's by now; whoever asks for it is to look there."""
+    def hand_over(self, key: Key, active: ActiveJob) -> None:
+        """End a job here that is another server's by now; its callers look there."""
         if self.local(key) is active:
             self._drop(key)
-        self._dispatcher.give_up(active)
+        self._dispatcher.hand_over(active)
 
     def cancel(self, caller: str, request_id: str) -> bool:
         """Cancel the job of this id; False if it had ended. Raises ``UnknownRequest``."""

@@ -49,7 +49,7 @@ class Fleet:
         service.share(self.member)
 
     def start(self, address: str | None, bound: str) -> None:
-        """Appear in the ledger; ``address``: the configured one, ``bound``: where it listens."""
+        """Appear in the ledger; ``address``: the configured one, ``bound``: that of its port."""
         certificate = b""
         if self._certificates is not None:
             certificate = read_pem("--tls-cert", self._certificates.cert)

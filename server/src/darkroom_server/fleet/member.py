@@ -214,7 +214,7 @@ class FleetMember:
         self._ledger.announce(self._announcement)
 
     async def _reconcile(self) -> None:
-        """After this server was cut off: run what is its own, and give up what is not.
+        """After this server was cut off: run what is its own, and hand over what is not.
 
         The answer to a commit may be lost with its connection.
         """
@@ -228,7 +228,7 @@ class FleetMember:
         for hold, active in held.items():
             if hold in known and hold not in mine and active.assigned:
                 log.warning("job is another server's by now", job=hold.key.request_id)
-                self._results.give_up(hold.key, active)
+                self._results.hand_over(hold.key, active)
         for hold, entry in mine.items():
             if hold not in held and self._results.local(entry.key) is None:
                 await self._take_up(entry)
@@ -289,6 +289,6 @@ class FleetMember:
         return claimed is not None
 
     async def _listen(self) -> None:
-        """Tell the mirrors of what this server itself does."""
+        """Wake the mirrors of jobs that this server itself changes."""
         async for key in self._ledger.changes():
             self._mirrors.wake(key)

@@ -183,10 +183,10 @@ class Mirrors:
         return True
 
     async def _repeat_remote(self, owner: ServerEntry, key: Key, mirror: ActiveJob) -> bool:
-        heard = False
+        received = False
         async with aclosing(self._peers.watch(owner, key)) as events:
             async for event in events:
-                heard = True
+                received = True
                 match event:
                     case Ended(error=None, stages=stages):
                         _finish(mirror, stages)
@@ -199,7 +199,7 @@ class Mirrors:
                         _add_image(mirror, event.index, event.image)
                     case Queued() | Started() | Restarted() | SampleProgress() | PreviewReady():
                         _apply(mirror, event)
-        return heard
+        return received
 
 
 async def _wait(woken: asyncio.Event, seconds: float) -> None:

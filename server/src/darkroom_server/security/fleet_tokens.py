@@ -1,6 +1,6 @@
 """The token of a server of a fleet: it speaks for the callers of its own.
 
-A server puts a new key into the ledger whenever it opens it, so whoever may read the ledger can
+A server puts a new key into the ledger whenever it opens it, so a role that may read the ledger can
 call it for any caller; such a process could read their prompts there anyway.
 """
 

@@ -15,7 +15,7 @@ from darkroom_server.core.errors import (
 from darkroom_server.core.events import EncodedImage, StageSeconds
 
 MOVED_RETRY_SECONDS = 0.1
-"""The next call finds the job where it is."""
+"""The next call finds the job at its server."""
 
 
 class JobOutcome(StrEnum):

@@ -112,7 +112,7 @@ class Session:
         return returned
 
     def drop(self) -> None:
-        """Give up the connection; the next ``renew`` makes another one."""
+        """Close the connection; the next ``renew`` makes another one."""
         if self._connection is not None:
             self._connection.terminate()
             self._connection = None
@@ -188,23 +188,23 @@ class Session:
 
     async def _write(self, changes: str, *values: object) -> bool:
         """Change this server's row; False if it is gone."""
-        told = self.announcement
+        announced = self.announcement
         status: str = await self._connection.execute(
             self._sql(
                 "UPDATE servers SET address = $2, key = $3, certificate = $4, models = $5, "
                 f"{changes} WHERE id = $1"
             ),
             self.id,
-            told.address,
-            told.key,
-            told.certificate,
-            list(told.models),
+            announced.address,
+            announced.key,
+            announced.certificate,
+            list(announced.models),
             *values,
         )
         return status == "UPDATE 1"
 
     async def _insert(self) -> None:
-        told = self.announcement
+        announced = self.announcement
         self.id = await self._connection.fetchval(
             self._sql(
                 "INSERT INTO servers (name, lock, address, key, certificate, models, opened_at, "
@@ -212,10 +212,10 @@ class Session:
             ),
             self._name,
             self._lock,
-            told.address,
-            told.key,
-            told.certificate,
-            list(told.models),
+            announced.address,
+            announced.key,
+            announced.certificate,
+            list(announced.models),
         )
 
     def _sql(self, text: str, **parts: str) -> str:
