@@ -40,6 +40,8 @@ PROGRAMS = {
     "prometheus": ["prometheus"],
     "node": ["node", "npm"],
     "chromium": ["chromium|google-chrome", "chromedriver"],
+    "zsh": ["zsh"],
+    "fish": ["fish"],
     "postgresql": ["initdb", "postgres", "pg_isready"],
     "kubectl": ["kubectl"],
     "systemd-analyze": ["systemd-analyze"],

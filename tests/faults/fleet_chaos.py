@@ -139,7 +139,7 @@ async def chaos(kills: int, jobs: int, seed: int) -> int:
         try:
             await asyncio.gather(*(fleet.add() for _ in range(SERVERS)))
             await asyncio.sleep(max(0.0, SETTLE_SECONDS - (time.monotonic() - began)))
-            wanted = [asyncio.create_task(feed(fleet, jobs, kills, dice))]
+            wanted = [asyncio.create_task(feed(fleet, jobs, kills, dice, report))]
             await harass(fleet, kills, dice, report)
             await asyncio.gather(*wanted)
             images = await asyncio.gather(*(result(fleet, n) for n in range(jobs)))
@@ -150,11 +150,12 @@ async def chaos(kills: int, jobs: int, seed: int) -> int:
             await fleet.close()
 
 
-async def feed(fleet: Fleet, jobs: int, kills: int, dice: random.Random) -> None:
-    """Submit all jobs, spread over the time of the kills."""
+async def feed(fleet: Fleet, jobs: int, kills: int, dice: random.Random, report: Report) -> None:
+    """Submit all jobs: equal shares before the first kill and after each one but the last."""
     for number in range(jobs):
+        while number * kills >= (report.kills.total() + 1) * jobs:
+            await asyncio.sleep(0.05)
         await submit(fleet, number, dice)
-        await asyncio.sleep(dice.expovariate(jobs / (kills * 1.5)))
 
 
 async def harass(fleet: Fleet, kills: int, dice: random.Random, report: Report) -> None:

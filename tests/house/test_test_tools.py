@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("promtool", "prometheus", "node", "npm", "chromedriver", "chromium", "initdb")
+PROGRAMS = (
+    "promtool",
+    "prometheus",
+    "node",
+    "npm",
+    "chromedriver",
+    "chromium",
+    "initdb",
+    "zsh",
+    "fish",
+)
 SKIPPING = """
 import pytest
 
@@ -72,13 +82,15 @@ def test_what_is_missing_is_installed(
         "nodejs",
         "npm",
         "chromium-driver",
+        "zsh",
+        "fish",
         "chromium",
         "postgresql",
     ]
 
 
 def test_only_what_is_missing_is_installed(bare: dict[str, str], tmp_path: Path) -> None:
-    for program in ("node", "npm", "chromedriver", "google-chrome", "initdb"):
+    for program in ("node", "npm", "chromedriver", "google-chrome", "zsh", "fish", "initdb"):
         (Path(bare["PATH"]) / program).symlink_to("/bin/true")
     assert run_script("yes", bare).returncode == 0
     assert installed(tmp_path) == ["prometheus"]

@@ -20,6 +20,9 @@ from darkroom_server.engine.warmup.presets import Runtime
 from darkroom_server.engine.warmup.profiler import peak_bytes, seconds_of
 from darkroom_server.engine.warmup.row_measurement import TimeBatch, agreed_seconds
 
+ALIGNMENT = 64
+"""Bytes: of torch's own tensors, and the size of the widest registers."""
+
 
 def place(family: Family, runtime: Runtime) -> MemoryFormat:
     """Put the pipeline on its device, in the format of ``runtime``; returns that format."""
@@ -60,7 +63,27 @@ def own_weights(pipeline: Any) -> None:
             continue
         for weight in (*part.parameters(), *part.buffers()):
             if weight.device.type == "cpu":
-                weight.data = weight.data.clone()
+                weight.data = _copied(weight.data)
+
+
+def _copied(weight: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, whose address has the same remainder.
+
+    Kernels add in another order if an address is not a multiple of their registers' size, and
+    tensors of mapped files have any: with others, images would differ from diffusers' own by one
+    level.
+    """
+    offset, layouts = weight.data_ptr() % ALIGNMENT, [torch.contiguous_format]
+    if weight.dim() == 4:
+        layouts.append(torch.channels_last)
+    is_dense = any(weight.is_contiguous(memory_format=each) for each in layouts)
+    if not offset or offset % weight.itemsize or not is_dense:
+        return weight.clone()
+    size = weight.nbytes
+    buffer = torch.empty(size + 2 * ALIGNMENT, dtype=torch.uint8)
+    start = (offset - buffer.data_ptr()) % ALIGNMENT
+    flat = buffer[start : start + size].view(weight.dtype)
+    return flat.as_strided(weight.size(), weight.stride()).copy_(weight)
 
 
 def _convert(pipeline: Any, dtype: torch.dtype) -> None:
