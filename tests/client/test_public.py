@@ -21,7 +21,7 @@ NAMES = darkroom_client.__all__
 CLASSES = [kind for name in NAMES if isinstance(kind := getattr(darkroom_client, name), type)]
 STREAMING = {"stream", "watch", "generate_as_completed", "jobs"}
 TIMES_GRPC = 5.0
-"""The CPU time of an import of the client is less than this times that of grpc.aio, a part of it."""
+"""The CPU time of an import of the client is less than this times that of grpc.aio."""
 
 
 def test_every_public_name_has_a_docstring() -> None:
