@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 OURS = "darkroom-"
 IMAGE_PACKAGES = ("protos", "server")
-IMAGE_EXTRAS = ("http", "prompt-weights")
+IMAGE_EXTRAS = ("fleet", "http", "prompt-weights")
 
 
 def declared_requirements(
