@@ -53,6 +53,7 @@ class Fleet:
         self.frozen: list[ServerProcess] = []
         self._processes = ExitStack()
         self._running: dict[str, ServerProcess] = {}
+        self._left: list[AsyncClient] = []
         self._serial = 0
 
     async def add(self) -> None:
@@ -75,7 +76,8 @@ class Fleet:
         process.send(signal.SIGKILL if kind == "SIGKILL" else signal.SIGSTOP)
         if kind == "SIGSTOP":
             self.frozen.append(process)
-        await client.close()
+        # Its calls go on until their time limits, as those of a caller do.
+        self._left.append(client)
 
     def thaw(self) -> None:
         """Frozen servers go on, and learn that their jobs are others' by now."""
@@ -83,7 +85,7 @@ class Fleet:
             process.send(signal.SIGCONT)
 
     async def close(self) -> None:
-        for client in self.fronts.values():
+        for client in (*self._left, *self.fronts.values()):
             await client.close()
         self._processes.close()
 
@@ -116,7 +118,7 @@ async def submit(fleet: Fleet, number: int, dice: random.Random) -> None:
                 request_id=f"job-{number}",
                 seed=number,
                 steps=steps(number),
-                timeout=10,
+                timeout=3,
             )
             return
         except (DarkroomError, OSError):
