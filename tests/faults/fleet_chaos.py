@@ -30,6 +30,7 @@ SERVERS = 3
 RESIDENT = 4
 PASS_SECONDS = 0.05
 STEPS = (4, 40)
+JOBS_PER_SECOND = 2.0
 SETTLE_SECONDS = 6.0
 """After the start of the database nobody is taken for dead for so long."""
 
@@ -141,9 +142,11 @@ async def chaos(kills: int, jobs: int, seed: int) -> int:
         try:
             await asyncio.gather(*(fleet.add() for _ in range(SERVERS)))
             await asyncio.sleep(max(0.0, SETTLE_SECONDS - (time.monotonic() - began)))
-            wanted = [asyncio.create_task(feed(fleet, jobs, kills, dice, report))]
+            over = asyncio.Event()
+            feeding = asyncio.create_task(feed(fleet, jobs, dice, over))
             await harass(fleet, kills, dice, report)
-            await asyncio.gather(*wanted)
+            over.set()
+            jobs = await feeding
             images = await asyncio.gather(*(result(fleet, n) for n in range(jobs)))
             fleet.thaw()
             return await judge(fleet, images, jobs, report)
@@ -152,12 +155,14 @@ async def chaos(kills: int, jobs: int, seed: int) -> int:
             await fleet.close()
 
 
-async def feed(fleet: Fleet, jobs: int, kills: int, dice: random.Random, report: Report) -> None:
-    """Submit all jobs: equal shares before the first kill and after each one but the last."""
-    for number in range(jobs):
-        while number * kills >= (report.kills.total() + 1) * jobs:
-            await asyncio.sleep(0.05)
+async def feed(fleet: Fleet, jobs: int, dice: random.Random, over: asyncio.Event) -> int:
+    """Submit jobs as long as servers are killed, and at least ``jobs``; returns how many."""
+    number = 0
+    while number < jobs or not over.is_set():
         await submit(fleet, number, dice)
+        number += 1
+        await asyncio.sleep(dice.expovariate(JOBS_PER_SECOND))
+    return number
 
 
 async def harass(fleet: Fleet, kills: int, dice: random.Random, report: Report) -> None:
@@ -209,11 +214,15 @@ async def again(url: str, name: str, victims: list[str]) -> float | None:
 async def judge(fleet: Fleet, images: list[Any], jobs: int, report: Report) -> int:
     """Print what was found; the exit code."""
     client = next(iter(fleet.fronts.values()))
-    wrong = []
-    for number, each in enumerate(images):
-        fresh = await client.generate(f"star {number}", seed=number, steps=steps(number))
-        if digest(each) != digest(fresh):
-            wrong.append(number)
+    places = asyncio.Semaphore(RESIDENT)
+
+    async def is_wrong(number: int) -> bool:
+        async with places:
+            fresh = await client.generate(f"star {number}", seed=number, steps=steps(number))
+        return digest(images[number]) != digest(fresh)
+
+    checks = await asyncio.gather(*(is_wrong(number) for number in range(jobs)))
+    wrong = [number for number, each in enumerate(checks) if each]
     left = await rows(fleet.url, "SELECT state, losses, epoch FROM jobs")
     states, losses = Counter(r["state"] for r in left), Counter(r["losses"] for r in left)
     for kind, seconds in report.again.items():
