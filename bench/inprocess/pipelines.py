@@ -11,10 +11,12 @@ import torch
 import transformers
 
 from bench.inprocess.batching import serve_batches
+from bench.inprocess.compiled_unet import use_compiled
 from bench.workload.arrivals import Answer, Arrivals
 from bench.workload.requests import NO_OPTIONS, Request
 from darkroom_server.core.model_runtime import ModelRuntime
 from darkroom_server.engine.output.formats import PNG_COMPRESSION
+from darkroom_server.engine.warmup.formats import MemoryFormat
 from darkroom_server.engine.warmup.presets import allowed_threads
 
 DTYPES = {dtype: getattr(torch, dtype) for dtype in ("float16", "bfloat16", "float32")}
@@ -59,7 +61,8 @@ class WallClock:
 class Pipelines:
     """Calls ``pipe()`` for at most ``max_images`` images, on the thread that created it.
 
-    ``options`` are further arguments of each call.
+    ``options`` are further arguments of each call. ``compiled`` is the file of a compiled UNet, ""
+    for the eager one.
     """
 
     def __init__(
@@ -68,8 +71,12 @@ class Pipelines:
         runtime: ModelRuntime,
         max_images: int,
         options: Mapping[str, Any] = NO_OPTIONS,
+        compiled: str = "",
     ) -> None:
         self._pipeline = load_pipeline(folder, runtime)
+        if compiled:
+            memory_format = MemoryFormat(DTYPES[runtime.dtype], runtime.channels_last)
+            use_compiled(self._pipeline, compiled, memory_format)
         self._runtime = runtime
         self._max_images = max_images
         self._options = options

@@ -16,7 +16,7 @@ from bench.inprocess.remote import MAX_BATCH_IMAGES
 from bench.peers.alone import REPEATS
 from bench.peers.batch_timeout_search import DEFAULT, TRIED
 from bench.peers.bench import LONE_STEPS, PeersBench, Plan
-from bench.peers.registry import PEERS, SERIAL, WORK, Peer
+from bench.peers.registry import COMPILED_SUFFIX, EAGER, PEERS, SERIAL, WORK, Peer
 from bench.peers.report.goals import goals
 from bench.peers.report.section import write_page
 from bench.peers.scenarios import CALLERS, FULL, QUICK, SCENARIOS, UNIFORM, Scenario
@@ -118,7 +118,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--smoke", action="store_true", help="a few requests of each, into bench/work"
     )
     parser.add_argument("--model", help="a pipeline folder; default: the demo model")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(EAGER), metavar="PEER")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="each peer once more with the UNet that Darkroom compiles for this machine",
+    )
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, metavar="SCENARIO")
     parser.add_argument("--rounds", type=int, help="default: 3 with --full, else 1")
     parser.add_argument("--arrivals", type=int, help="of each open loop and round")
@@ -147,6 +152,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--docs", type=Path)
     options = parser.parse_args(arguments)
+    if options.compiled:
+        twins = [f"{name}{COMPILED_SUFFIX}" for name in options.peers if name in EAGER]
+        options.peers = list(dict.fromkeys([*options.peers, *twins]))
     if SERIAL not in options.peers:
         parser.error(f"--peers needs {SERIAL}: the loads are shares of its capacity")
     if options.closed is not None and options.closed <= CALLERS:

@@ -16,7 +16,7 @@ from bench.peers.batch_timeout_search import best, trials, tried
 from bench.peers.equality import Different, compare, references
 from bench.peers.load import make_load
 from bench.peers.process import PeerProcess, serving_peer
-from bench.peers.registry import DARKROOM, PEERS, SERIAL, Peer
+from bench.peers.registry import PEERS, SERIAL, WORK, Peer
 from bench.peers.report.slo import ALONE
 from bench.peers.scenarios import CALLERS, CLOSED, Mix, Scenario
 from bench.peers.servers.config import ServerConfig
@@ -25,8 +25,9 @@ from bench.report.results import Run
 from bench.workload.arrivals import Outcome
 from bench.workload.requests import Request, mixed
 from darkroom.v1 import model_pb2, model_pb2_grpc
-from darkroom_server.core.engine_config import EngineConfig, ModelSource
+from darkroom_server.core.engine_config import Compile, EngineConfig, ModelSource
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model_runtime import DenoiserForm
 
 NOMINAL_STEPS = 20
 LONE_STEPS = 16
@@ -87,6 +88,8 @@ class PeersBench:
         self._pipe = Remote(partial(make_pipelines, source.location, self.info.runtime, 1))
         self._pipe.warm_up()
         self._peers = [PEERS[name] for name in plan.peers]
+        compiled = any(peer.compiled for peer in self._peers)
+        self._compiled = _compiled_file(source) if compiled else ""
         self._turn = 0
 
     def check(self) -> None:
@@ -94,11 +97,16 @@ class PeersBench:
 
         Raises ``RuntimeError`` if (a) fails.
         """
-        expected = references(self._config.folder, self._config.runtime)
+        expected: dict[bool, list[bytes]] = {}
         for peer in list(self._peers):
+            config = self._config_of(peer)
+            if peer.compiled not in expected:
+                expected[peer.compiled] = references(config)
             try:
-                with serving_peer(peer, self._config) as process:
-                    found = compare(process, expected, self._config.runtime.dtype)
+                with serving_peer(peer, config) as process:
+                    if peer.is_darkroom:
+                        _check_form(process)
+                    found = compare(process, expected[peer.compiled], config.runtime.dtype)
             except (RuntimeError, OSError, Different) as error:
                 self.lost.append(f"{peer.label} is omitted: {_one_line(error)}")
                 print(self.lost[-1], flush=True)
@@ -177,7 +185,8 @@ class PeersBench:
             serial.nominal_before if serial else 0.0,
             self.info.defaults.width,
         )
-        config = replace(self._config, batch_timeout=self._batch_timeout(peer, scenario))
+        config = self._config_of(peer)
+        config = replace(config, batch_timeout=self._batch_timeout(peer, scenario))
         with serving_peer(peer, config) as process:
             load = Remote(partial(make_load, peer.wire, process.port, scenario.stream))
             try:
@@ -209,6 +218,9 @@ class PeersBench:
             run.figures["alone"] = measure_alone(self._pipe, scenario.mix, side)
         return run
 
+    def _config_of(self, peer: Peer) -> ServerConfig:
+        return replace(self._config, compiled=self._compiled) if peer.compiled else self._config
+
     def _serial(self, mix: Mix, round: int) -> Run:
         """The closed loop of (a), which has the capacity and the lone latencies of a round."""
         wanted = (Scenario(mix=mix).name, SERIAL, round)
@@ -238,10 +250,10 @@ class PeersBench:
         if scenario == CLOSED:
             figures["idle_cpu"] = process.idle_cpu()
             figures["lone"] = self._lone(load)
-            if process.peer.name == DARKROOM:
+            if process.peer.is_darkroom:
                 figures["first_progress"] = _first_progress(process)
-        if process.peer.name == DARKROOM:
-            figures["max_rows"] = _max_rows(process.port)
+        if process.peer.is_darkroom:
+            figures["max_rows"] = _model_of(process.port).limits.max_rows
         return figures
 
     def _after(
@@ -272,7 +284,7 @@ class PeersBench:
 def _takes_part(peer: Peer, scenario: Scenario) -> bool:
     if scenario.batch_timeout is not None:
         return peer.batches
-    return peer.name == DARKROOM or not scenario.stream
+    return peer.is_darkroom or not scenario.stream
 
 
 def _first_progress(process: PeerProcess) -> list[float]:
@@ -286,24 +298,47 @@ def _first_progress(process: PeerProcess) -> list[float]:
     return [each.first_progress for each in answers if each.first_progress is not None]
 
 
-def _max_rows(port: int) -> int:
-    """The row limit of a batch that Darkroom measured at its start."""
+def _model_of(port: int) -> model_pb2.Model:
+    """The model as Darkroom's server describes it."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub: Any = model_pb2_grpc.ModelServiceStub(channel)
-        response = stub.GetModel(model_pb2.GetModelRequest(), timeout=10)
-        rows: int = response.model.limits.max_rows
-    return rows
+        model: model_pb2.Model = stub.GetModel(model_pb2.GetModelRequest(), timeout=10).model
+    return model
 
 
-def _info_of(source: ModelSource) -> ModelInfo:
-    """The model as Darkroom's engine loads it, with the dtype that it measured to be fastest."""
-    engine = Remote(
-        partial(make_engine, EngineConfig(models=(source,), max_rows=2 * MAX_BATCH_IMAGES))
-    )
+def _check_form(process: PeerProcess) -> None:
+    """Raise ``RuntimeError`` if Darkroom's denoiser has not the form that is to be measured."""
+    wanted = DenoiserForm.COMPILED if process.peer.compiled else DenoiserForm.EAGER
+    if (form := _model_of(process.port).runtime.denoiser) != wanted:
+        raise RuntimeError(f"its denoiser is {form} and not {wanted}")
+
+
+def _info_of(source: ModelSource, **options: Any) -> ModelInfo:
+    """The model as Darkroom's engine loads it; its dtype and layouts are those of all peers.
+
+    ``options`` are further ones of the engine.
+    """
+    config = EngineConfig(models=(source,), max_rows=2 * MAX_BATCH_IMAGES, **options)
+    engine = Remote(partial(make_engine, config))
     engine.close()
     if engine.info is None:
         raise RuntimeError("the engine reported no model")
     return engine.info
+
+
+def _compiled_file(source: ModelSource) -> str:
+    """The file of the denoiser of ``source``, compiled now or earlier.
+
+    Raises ``RuntimeError`` if it cannot be compiled.
+    """
+    folder = WORK / "state" / "compiled"
+    info = _info_of(source, compile=Compile.BLOCKING, compile_cache=str(folder))
+    if info.runtime.denoiser is not DenoiserForm.COMPILED:
+        raise RuntimeError("the denoiser was not compiled; the log above says why")
+    files = list(folder.glob("*.pt2"))
+    if len(files) > 1:
+        raise RuntimeError(f"{folder} has the denoisers of several models: remove it")
+    return str(files[0])
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,8 +11,8 @@ from bench.inprocess.remote import in_fresh_process
 from bench.micro.exactness import psnr
 from bench.peers.process import PeerProcess
 from bench.peers.protocols import CLIENTS
+from bench.peers.servers.config import ServerConfig
 from bench.workload.requests import Request, mixed
-from darkroom_server.core.model_runtime import ModelRuntime
 
 ALONE_PSNR = 50.0
 """In dB: the lowest PSNR of an image generated alone against that of a bare ``pipe()``."""
@@ -49,9 +49,12 @@ def requests_to_compare() -> list[Request]:
     return [replace(r, index=i) for i, r in enumerate([*mixed(4, seed=12), *alike])]
 
 
-def references(folder: str, runtime: ModelRuntime) -> list[bytes]:
-    """The files of a bare ``pipe()`` for ``requests_to_compare``, from a process of its own."""
-    return in_fresh_process(_generate, folder, runtime)
+def references(config: ServerConfig) -> list[bytes]:
+    """The files of a bare ``pipe()`` for ``requests_to_compare``, from a process of its own.
+
+    Its UNet has the form of ``config``.
+    """
+    return in_fresh_process(_generate, config)
 
 
 def compare(process: PeerProcess, expected: Sequence[bytes], dtype: str) -> Equality:
@@ -77,8 +80,8 @@ def compare(process: PeerProcess, expected: Sequence[bytes], dtype: str) -> Equa
     return equality
 
 
-def _generate(folder: str, runtime: ModelRuntime) -> list[bytes]:
-    pipelines = Pipelines(folder, runtime, 1)
+def _generate(config: ServerConfig) -> list[bytes]:
+    pipelines = Pipelines(config.folder, config.runtime, 1, compiled=config.compiled)
     return [pipelines.images([request])[0] for request in requests_to_compare()]
 
 

@@ -1,7 +1,7 @@
 """The servers that take part."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.peers.protocols import Wire
@@ -16,7 +16,7 @@ class Peer:
     """One server: its ``module`` in ``bench.peers.servers``, and the environment that runs it.
 
     ``packages`` are those whose versions the page shows. ``batches``: it waits for further requests
-    to fill a batch.
+    to fill a batch. ``compiled``: it runs the compiled UNet.
     """
 
     name: str
@@ -26,6 +26,12 @@ class Peer:
     wire: Wire
     packages: tuple[str, ...]
     batches: bool = False
+    compiled: bool = False
+
+    @property
+    def is_darkroom(self) -> bool:
+        """Whether it is Darkroom's own server."""
+        return self.module == DARKROOM
 
     @property
     def python(self) -> Path:
@@ -38,7 +44,7 @@ DARKROOM = "darkroom"
 SERIAL = "grpc"
 """The loads are shares of the capacity of this peer."""
 
-PEERS: Mapping[str, Peer] = {
+EAGER: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer(SERIAL, "(a) gRPC and a lock", "grpc_lock", "grpc", Wire.GRPC, ("grpcio",)),
@@ -56,3 +62,21 @@ PEERS: Mapping[str, Peer] = {
         Peer(DARKROOM, "(e) Darkroom", "darkroom", ".venv", Wire.GRPC, ("darkroom-server",)),
     )
 }
+"""As users of these servers have them."""
+
+COMPILED_SUFFIX = "-compiled"
+
+COMPILED: Mapping[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        replace(
+            each, name=f"{name}{COMPILED_SUFFIX}", label=f"{each.label}, compiled", compiled=True
+        )
+        for name, each in EAGER.items()
+    )
+}
+"""The same servers with the UNet that Darkroom compiled."""
+
+DARKROOM_COMPILED = f"{DARKROOM}{COMPILED_SUFFIX}"
+
+PEERS: Mapping[str, Peer] = {**EAGER, **COMPILED}

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from bench.peers.batch_timeout_search import best, tried
-from bench.peers.report.figures import goodput, latency_of, ratios, rounds_of, runs_of
+from bench.peers.report.figures import (
+    goodput,
+    images_per_second,
+    latency_of,
+    ratios,
+    rounds_of,
+    runs_of,
+)
 from bench.peers.report.goals import goals
 from bench.peers.report.section import section
 from bench.peers.report.slo import slo_table
@@ -203,6 +210,39 @@ def test_rounds_of_an_earlier_version_of_a_scenario_give_no_ratios() -> None:
     before = section([alike(16)], "images", [[]])
     assert "| uniform closed |" not in before
     assert "all alike (16 steps, guidance 7.5), images of a request: 2 100%" in before
+
+
+def test_compiled_peers_are_compared_with_compiled_ones_and_ours_with_eager_ones_too() -> None:
+    slowness = {
+        "grpc": 0.4,
+        "ray": 0.3,
+        "darkroom": 0.2,
+        "grpc-compiled": 0.3,
+        "ray-compiled": 0.24,
+        "darkroom-compiled": 0.12,
+    }
+    runs = {
+        name: replace(
+            run(CLOSED.name, name, each),
+            answers=[Answer(i, 8, arrival=i * each, latency=each) for i in range(20)],
+        )
+        for name, each in slowness.items()
+    }
+
+    def found(name: str, **options: Any) -> float:
+        (ratio,) = ratios([runs], images_per_second, most=True, name=name, **options)
+        return ratio
+
+    assert found("darkroom") == pytest.approx(0.3 / 0.2)
+    assert found("darkroom-compiled") == pytest.approx(0.24 / 0.12)
+    assert found("darkroom-compiled", compiled=False) == pytest.approx(0.3 / 0.12)
+    assert found("grpc-compiled") == pytest.approx(0.24 / 0.3)
+    every = [replace(RESULTS, runs=list(runs.values()))]
+    reached = {goal.name: goal.reached for goal in goals(every)}
+    loop = "images/s in the closed loop"
+    assert reached[f"{loop}, against the best"] == pytest.approx(1.5)
+    assert reached[f"{loop}, compiled, against the best eager one"] == pytest.approx(2.5)
+    assert reached[f"{loop}, compiled, against the best compiled one"] == pytest.approx(2.0)
 
 
 def test_an_interrupted_round_is_omitted() -> None:

@@ -59,16 +59,25 @@ def runs_of(results: Results, scenario: str) -> dict[str, list[Run]]:
 
 
 def ratios(
-    rounds: Sequence[Mapping[str, Run]], figure: Figure, *, most: bool, name: str = DARKROOM
+    rounds: Sequence[Mapping[str, Run]],
+    figure: Figure,
+    *,
+    most: bool,
+    name: str = DARKROOM,
+    compiled: bool | None = None,
 ) -> list[float]:
     """A peer's figure over that of the best other peer of the same round, except Darkroom.
 
-    The best is the largest if ``most``, else the smallest. Omits rounds without ``name`` or without
-    another peer. Infinite if the best is 0.
+    The best is the largest if ``most``, else the smallest, of the peers with the compiled UNet or
+    of those with the eager one: ``compiled``, None: as the peer itself. Omits rounds without
+    ``name`` or without another peer. Infinite if the best is 0.
     """
+    if compiled is None:
+        compiled = PEERS[name].compiled
+    able = {n for n, p in PEERS.items() if p.compiled == compiled and not p.is_darkroom}
     found = []
     for runs in rounds:
-        others = [figure(run) for other, run in runs.items() if other != DARKROOM]
+        others = [figure(run) for other, run in runs.items() if other in able]
         if name in runs and others:
             best = max(others) if most else min(others)
             found.append(figure(runs[name]) / best if best else math.inf)

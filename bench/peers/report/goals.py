@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from bench.peers.registry import DARKROOM, SERIAL
+from bench.peers.registry import DARKROOM, DARKROOM_COMPILED, SERIAL
 from bench.peers.report.figures import (
     all_rounds,
     goodput,
@@ -42,6 +42,7 @@ def goals(every: Sequence[Results]) -> list[Goal]:
     ]
     found = [
         _lone(every),
+        *_compiled(every),
         _goal(
             "images/s in the closed loop, against the best",
             ratios(all_rounds(every, CLOSED.name), images_per_second, most=True),
@@ -85,14 +86,42 @@ def goals(every: Sequence[Results]) -> list[Goal]:
     return [goal for goal in found if goal is not None]
 
 
-def _lone(every: Sequence[Results]) -> Goal | None:
+def _lone(
+    every: Sequence[Results], peer: str = DARKROOM, words: str = "", at_most: float = 1.0
+) -> Goal | None:
     """The goal of a lone request, with the 95 % interval of the median."""
-    pairs = [ratio for results in every for ratio in lone_ratios(results).get(DARKROOM, [])]
+    pairs = [ratio for results in every for ratio in lone_ratios(results).get(peer, [])]
     if not pairs:
         return None
     lone = bootstrap_median(pairs)
-    name = "a lone request, against bare pipe()"
-    return Goal(name, lone.value, 1.0, False, (lone.low, lone.high))
+    name = f"a lone request{words}, against bare pipe()"
+    return Goal(name, lone.value, at_most, False, (lone.low, lone.high))
+
+
+def _compiled(every: Sequence[Results]) -> list[Goal | None]:
+    """The goals with the compiled UNet: against the best eager peer, and the best compiled one."""
+    loops = (
+        ("the closed loop", CLOSED, (2.1, 1.7)),
+        ("the closed loop, all alike", UNIFORM_CLOSED, (1.2, 1.02)),
+    )
+    return [
+        _lone(every, DARKROOM_COMPILED, ", compiled", 0.85),
+        *(
+            _goal(
+                f"images/s in {loop}, compiled, against the best {kind} one",
+                ratios(
+                    all_rounds(every, scenario.name),
+                    images_per_second,
+                    most=True,
+                    name=DARKROOM_COMPILED,
+                    compiled=kind == "compiled",
+                ),
+                at_least=bound,
+            )
+            for loop, scenario, bounds in loops
+            for kind, bound in zip(("eager", "compiled"), bounds, strict=True)
+        ),
+    ]
 
 
 def _goal(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.peers.registry import DARKROOM, PEERS
+from bench.peers.registry import COMPILED_SUFFIX, DARKROOM, PEERS
 from bench.peers.report.figures import images, latency_of, median_of, runs_of
 from bench.peers.report.slo import attainment, slo_runs
 from bench.peers.scenarios import BUSY, SCENARIOS, WITHIN, Mix
@@ -19,6 +19,14 @@ COLOURS = {
     "triton": "#7fb08a",
     DARKROOM: "#c4442b",
 }
+
+
+COMPILED_LINE = "--"
+
+
+def _colour(name: str) -> str:
+    """The colour of a peer, whether its UNet is compiled or not."""
+    return COLOURS[name.removesuffix(COMPILED_SUFFIX)]
 
 
 def plot(results: Results, folder: Path) -> list[tuple[str, str]]:
@@ -123,8 +131,10 @@ def _slo(results: Results) -> Any:
 def _line(axis: Any, name: str, points: Sequence[tuple[float, float]]) -> None:
     """The line of one peer through ``points``, Darkroom's wider."""
     if points:
-        width = 2.6 if name == DARKROOM else 1.6
-        line = {"color": COLOURS[name], "linewidth": width, "marker": "o", "markersize": 4}
+        width = 2.6 if PEERS[name].is_darkroom else 1.6
+        style = COMPILED_LINE if PEERS[name].compiled else "-"
+        line = {"color": _colour(name), "linewidth": width, "linestyle": style}
+        line |= {"marker": "o", "markersize": 4}
         axis.plot(*zip(*points, strict=True), label=PEERS[name].label, **line)
 
 
@@ -135,7 +145,7 @@ def _classes(results: Results) -> Any:
     if not answers:
         return None
     figure, axes = new_figure(1)
-    class_boxes(axes[0], answers, {PEERS[name].label: colour for name, colour in COLOURS.items()})
+    class_boxes(axes[0], answers, {peer.label: _colour(name) for name, peer in PEERS.items()})
     axes[0].set_yscale("log")
     seconds_ticks(axes[0].yaxis)
     axes[0].set_ylabel("latency, seconds")
@@ -153,7 +163,7 @@ def _occupancy(results: Results) -> Any:
     for axis, (name, each) in zip(axes, runs.items(), strict=True):
         occupied = each[0].figures["occupancy"]
         axis.fill_between(
-            range(len(occupied)), occupied, step="post", color=COLOURS[name], linewidth=0
+            range(len(occupied)), occupied, step="post", color=_colour(name), linewidth=0
         )
         mean = sum(occupied) / len(occupied)
         axis.set_title(f"{PEERS[name].label}: mean {mean:.1f}", loc="left", fontsize=9)

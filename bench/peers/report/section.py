@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.peers.batch_timeout_search import best, tried
-from bench.peers.registry import DARKROOM, PEERS
+from bench.peers.registry import COMPILED, DARKROOM, PEERS
 from bench.peers.report.figures import runs_of
 from bench.peers.report.goals import goals
 from bench.peers.report.plots import plot
@@ -62,6 +62,12 @@ def _method(every: Sequence[Results]) -> str:
     peers = "\n".join(
         f"- {PEERS[name].label}: {text}" for name, text in DESCRIPTIONS.items() if name in took_part
     )
+    if took_part & COMPILED.keys():
+        peers += (
+            "\n\nCompiled: with the UNet that Darkroom's engine compiled for this machine, the "
+            "same file for each. The best other peer of those is the best compiled one, and of the "
+            "others the best eager one. A bare `pipe()` is eager."
+        )
     return (
         f"{peers}\n\nAll peers get the same requests over the wire and return PNG files; mixed "
         f"means {shares}, guidance 4 or 7.5. Latencies count from the scheduled arrival. Each run "

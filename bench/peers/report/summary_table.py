@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from bench.peers.registry import DARKROOM
+from bench.peers.registry import DARKROOM, EAGER
 from bench.peers.report.figures import (
     Figure,
     all_rounds,
@@ -31,7 +31,7 @@ def summary_table(every: Sequence[Results]) -> str:
     """The ratios of all rounds of ``every``; empty if no round has two peers to compare."""
     rows = []
     for name, scenario in SCENARIOS.items():
-        rounds = [r for r in all_rounds(every, name) if DARKROOM in r and len(r) > 1]
+        rounds = [r for r in all_rounds(every, name) if DARKROOM in r and len(r.keys() & EAGER) > 1]
         rate = _rate(scenario)
         cells = [_cell(ratios(rounds, rate, most=True)) if rate else ""]
         for steps, share in LATENCIES.values():

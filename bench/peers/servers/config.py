@@ -21,6 +21,7 @@ class ServerConfig:
     """``folder`` holds the model, ``port`` is on loopback, ``trace`` is the file for ``Trace``.
 
     ``max_batch_images`` limits a batch, which waits at most ``batch_timeout`` seconds to fill.
+    ``compiled`` is the file of the compiled UNet, "" for the eager one.
     """
 
     folder: str
@@ -29,6 +30,7 @@ class ServerConfig:
     trace: str
     max_batch_images: int
     batch_timeout: float
+    compiled: str = ""
 
     def arguments(self) -> list[str]:
         """The command line of a server's process."""

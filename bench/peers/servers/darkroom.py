@@ -1,6 +1,7 @@
 """(e) Darkroom: ``darkroom-server serve`` unchanged, with a record of each batch."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from bench.peers.servers.config import ServerConfig
 from bench.peers.servers.trace import Trace
@@ -33,6 +34,14 @@ class TracedEngine(ProcessEngine):
         super().start(tap)
 
 
+def _form(config: ServerConfig) -> list[str]:
+    """The options of the denoiser's form."""
+    if not config.compiled:
+        return ["--compile", "off"]
+    folder = Path(config.compiled).parent
+    return ["--compile", "cached", "--state-dir", str(folder.parent)]
+
+
 def main() -> None:
     """Serve until SIGTERM."""
     config = ServerConfig.of_command_line(__doc__)
@@ -51,10 +60,11 @@ def main() -> None:
             "serve",
             *("--model", f"demo={config.folder}"),
             *("--port", str(config.port), "--metrics-port", "0"),
-            # What this machine's engine chose by itself, so that all peers run the same.
+            # What this machine's engine chose by itself, so that all peers run the same. The memory
+            # layouts follow from it.
             *("--device", runtime.device, "--preset", runtime.preset, "--dtype", runtime.dtype),
-            "--channels-last" if runtime.channels_last else "--no-channels-last",
             *("--max-rows", str(2 * config.max_batch_images), "--log-format", "json"),
+            *_form(config),
         ]
     )
 

@@ -15,7 +15,9 @@ class SdPipeline:
     """Generates only on the thread that created it: OpenMP keeps a pool for each thread."""
 
     def __init__(self, config: ServerConfig) -> None:
-        self._pipelines = Pipelines(config.folder, config.runtime, config.max_batch_images)
+        self._pipelines = Pipelines(
+            config.folder, config.runtime, config.max_batch_images, compiled=config.compiled
+        )
         self._trace = Trace(config.trace)
         self._max_images = config.max_batch_images
         self._thread = threading.get_ident()
