@@ -50,8 +50,12 @@ def sleep_if_unwatched() -> None:
 
     To be called before torch is imported.
     """
-    if not any(name in os.environ for name in VARIABLES) and not _watchable():
+    if not _has_policy() and not _watchable():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def _has_policy() -> bool:
+    return any(name in os.environ for name in VARIABLES)
 
 
 def _watchable() -> bool:
@@ -144,28 +148,18 @@ class Spinning:
     def __init__(self) -> None:
         self._policy = SpinPolicy()
         self._team: Team | None = None
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="spinning", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._watch, name="spinning", daemon=True).start()
 
     @classmethod
     def start(cls) -> "Spinning | None":
-        """Watch from now on; None if the environment has a policy or OpenMP is not libgomp."""
-        if any(name in os.environ for name in VARIABLES) or not _watchable():
-            return None
-        return cls()
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._end.set()
-        self._thread.join()
-        if self._team is not None:
-            self._team.close()
+        """Watch until the process ends; None if the environment or `sleep_if_unwatched` forbids."""
+        return None if _has_policy() else cls()
 
     def _watch(self) -> None:
         waits: WaitsForCores | None = None
         began, used = time.monotonic(), time.process_time()
-        while not self._end.wait(WINDOW_SECONDS):
+        while True:
+            time.sleep(WINDOW_SECONDS)
             before, began = began, time.monotonic()
             used_before, used = used, time.process_time()
             seconds = began - before
