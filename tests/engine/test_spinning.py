@@ -11,9 +11,8 @@ import pytest
 
 from darkroom_server.engine.device import spinning
 from darkroom_server.engine.device.spinning import (
-    FIRST_QUIET_SECONDS,
-    MOST_QUIET_SECONDS,
     MOST_WAITING,
+    QUIET_SECONDS,
     SpinPolicy,
     Team,
     WaitsForCores,
@@ -40,25 +39,14 @@ def test_threads_spin_until_a_window_is_busy_and_again_after_quiet_seconds() -> 
     assert not policy.spins
     policy.record(QUIET, 0.5)
     policy.record(BUSY, 0.5)  # The quiet seconds start again.
-    assert quiet_seconds(policy) == FIRST_QUIET_SECONDS
+    assert quiet_seconds(policy) == QUIET_SECONDS
 
 
-def test_the_quiet_seconds_double_while_spinning_does_not_last() -> None:
+def test_programs_that_come_again_keep_threads_asleep_no_longer() -> None:
     policy = SpinPolicy()
-    lengths = []
     for _ in range(8):
         policy.record(BUSY, 0.5)
-        lengths.append(quiet_seconds(policy))
-    assert lengths[:3] == [
-        2 * FIRST_QUIET_SECONDS,
-        4 * FIRST_QUIET_SECONDS,
-        8 * FIRST_QUIET_SECONDS,
-    ]
-    assert lengths[-1] == MOST_QUIET_SECONDS
-    for _ in range(int(2 * MOST_QUIET_SECONDS)):
-        policy.record(QUIET, 0.5)
-    policy.record(BUSY, 0.5)
-    assert quiet_seconds(policy) == FIRST_QUIET_SECONDS
+        assert quiet_seconds(policy) == QUIET_SECONDS
 
 
 def test_the_thread_that_waited_longest_counts_and_ended_threads_do_not(tmp_path: Path) -> None:

@@ -36,8 +36,14 @@ both for threads that spin and for threads that sleep.
 IDLE_CORES = 0.1
 """A process that uses less than this of a core runs no batches."""
 
-FIRST_QUIET_SECONDS = 2.0
-MOST_QUIET_SECONDS = 60.0
+QUIET_SECONDS = 2.0
+"""After a busy window, threads sleep until no window was busy for this long.
+
+A wrong try to spin costs about one window; sleeping costs about half of the time that it lasts. So
+after a wait of a few windows, programs that come again at any interval cost little more than under
+the best choice in hindsight. A wait that grew would let one short program a minute keep the threads
+asleep for good.
+"""
 
 TASKS = Path("/proc/self/task")
 
@@ -68,30 +74,20 @@ def _watchable() -> bool:
 class SpinPolicy:
     """Whether threads should spin, by how long they waited for a core in each window of time.
 
-    They stop after one busy window, and start after some quiet seconds: ``FIRST_QUIET_SECONDS``,
-    and twice as many each time that they had to stop soon, up to ``MOST_QUIET_SECONDS``.
+    They stop after one busy window, and start after ``QUIET_SECONDS``.
     """
 
     def __init__(self) -> None:
         self.spins = True
-        self._quiet_seconds = FIRST_QUIET_SECONDS
-        self._same_for = 0.0
+        self._quiet_for = 0.0
 
     def record(self, waited: float, seconds: float) -> None:
         """Record that a thread waited for a core for the share ``waited`` of ``seconds``."""
-        if self.spins:
-            self._same_for += seconds
-            if waited > MOST_WAITING:
-                soon = self._same_for < MOST_QUIET_SECONDS
-                doubled = min(2 * self._quiet_seconds, MOST_QUIET_SECONDS)
-                self._quiet_seconds = doubled if soon else FIRST_QUIET_SECONDS
-                self.spins, self._same_for = False, 0.0
-        elif waited > MOST_WAITING:
-            self._same_for = 0.0
-        else:
-            self._same_for += seconds
-            if self._same_for >= self._quiet_seconds:
-                self.spins, self._same_for = True, 0.0
+        if waited > MOST_WAITING:
+            self.spins, self._quiet_for = False, 0.0
+            return
+        self._quiet_for += seconds
+        self.spins = self.spins or self._quiet_for >= QUIET_SECONDS
 
 
 class WaitsForCores:
