@@ -49,7 +49,9 @@ PATIENT_PRIORITY = -8
 
 STREAMS_OF_A_JOB = 25
 WARM_UP_PAIRS = 3
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.02
+SETTLE_SECONDS = 4.0
+"""Opening and closing the streams takes a moment of the cores that the engine uses."""
 TOKENS = {name: secrets.token_hex(16) for name in ("load", "patient")}
 
 
@@ -161,7 +163,8 @@ class ClosedLoop:
         self._running = asyncio.create_task(self._run())
 
     async def images_per_second(self, images: int) -> float:
-        """The rate of the next ``images``, without those that are under way now."""
+        """The rate of the next ``images`` once the loop has settled."""
+        await asyncio.sleep(SETTLE_SECONDS)
         first = len(self._ended) + CALLERS
         while len(self._ended) <= first + images:
             if self._running.done():
@@ -323,8 +326,9 @@ def describe(results: Results) -> list[str]:
         f"image. Then a closed loop of {settings['callers']} callers over gRPC, "
         f"{settings['steps']} steps each, in {settings['rounds']} pairs of rounds of "
         f"{settings['images']} images, with and without {settings['streams']} streams of "
-        "events over HTTP whose jobs wait in the queue with a lower priority. Ratios are of the "
-        "same pair; intervals are 95 % of the median.",
+        "events over HTTP whose jobs wait in the queue with a lower priority. A round begins "
+        f"{SETTLE_SECONDS:.0f} s after the streams were opened or closed. Ratios are of the same "
+        "pair; intervals are 95 % of the median.",
         goals_table("ratio", goals(results), "×"),
         table(
             ["medians", "gRPC", "HTTP"],
