@@ -16,6 +16,7 @@ from dataclasses import replace
 import asyncpg
 
 from darkroom_client import AsyncClient, GenerationRequest, GenerationResult
+from tools.lifetime import exit_on_sigterm
 from tools.observe.server import Running, server
 from tools.postgres import cluster
 
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=24)
     parser.add_argument("--steps", type=int, default=20)
     given = parser.parse_args()
+    exit_on_sigterm()
     with cluster() as database, ExitStack() as processes:
         began = time.monotonic()
         print(f"PostgreSQL runs: {database.url}")

@@ -1,6 +1,7 @@
 """A PostgreSQL of its own for tests and demonstrations, in a temporary folder.
 
-PostgreSQL does not run as root, so root starts it as the user ``postgres``.
+PostgreSQL does not run as root, so root starts it as the user ``postgres``. It ends with the
+program that started it.
 """
 
 import os
@@ -12,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tools.lifetime import dying_with_parent
 
 DEBIAN = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name))
 SECONDS = 60
@@ -26,10 +29,10 @@ def program(name: str) -> str:
 
 
 class Cluster:
-    """A running PostgreSQL; ``url`` is that of an empty database."""
+    """A running PostgreSQL in ``folder``; ``url`` is that of an empty database."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self.port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
         _run("initdb", "-D", str(folder / "data"), "-U", "postgres", "-A", "trust", "--no-sync")
@@ -47,15 +50,15 @@ class Cluster:
         """Start it, and wait until it accepts connections."""
         options = {
             "fsync": "off",  # A killed database loses nothing without it; a killed machine would.
-            "unix_socket_directories": str(self._folder),
+            "unix_socket_directories": str(self.folder),
             "listen_addresses": "127.0.0.1",
             "max_connections": "200",
         }
         flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        with (self._folder / "log").open("ab") as log:
+        with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 _as_postgres(
-                    "postgres", "-D", str(self._folder / "data"), "-p", str(self.port), *flags
+                    "postgres", "-D", str(self.folder / "data"), "-p", str(self.port), *flags
                 ),
                 stdout=subprocess.DEVNULL,
                 stderr=log,
@@ -65,7 +68,7 @@ class Cluster:
         ready = ["-h", "127.0.0.1", "-p", str(self.port), "-t", "60", "-q"]
         for _ in range(SECONDS * 10):
             if self._process.poll() is not None:
-                raise RuntimeError((self._folder / "log").read_text())
+                raise RuntimeError((self.folder / "log").read_text())
             if subprocess.run([program("pg_isready"), *ready]).returncode == 0:
                 return
             with suppress(subprocess.TimeoutExpired):
@@ -91,7 +94,7 @@ class Cluster:
 
     @property
     def _main(self) -> int:
-        return int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
+        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
 
 
 @contextmanager
@@ -125,8 +128,9 @@ def _run(name: str, *arguments: str) -> None:
 
 
 def _as_postgres(name: str, *arguments: str) -> list[str]:
-    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    return [*user, program(name), *arguments]
+    user = "--reuid=postgres", "--regid=postgres", "--init-groups"
+    before = dying_with_parent(signal.SIGQUIT, *(user if os.geteuid() == 0 else ()))
+    return [*before, program(name), *arguments]
 
 
 def _free_port() -> int:

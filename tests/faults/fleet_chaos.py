@@ -1,30 +1,33 @@
-"""Whole servers killed under load: `python -m tests.faults.fleet_chaos --kills 20 --jobs 200`.
+"""Whole servers lost under load: `python -m tests.faults.fleet_chaos --kills 20 --jobs 200`.
 
-Fake engines, real servers and a real PostgreSQL, all on one machine. A kill is SIGKILL, or SIGSTOP
-until the lease has run out. Each kill takes a server that runs jobs; a new one takes its place. At
-the end every accepted job has its image, equal to the one that another server makes alone, and none
-ran more often than the kills that it met explain.
+Fake engines, real servers and a real PostgreSQL, all on one machine. In turn a server that runs
+jobs is killed by SIGKILL, frozen by SIGSTOP, or cut off from the database; a new one takes its
+place. Callers submit jobs, and wait for each. In the end every accepted job has its image, equal to
+the one that a lone server makes, and none ran more than twice. To see that, no server is taken away
+while a job is in it that was lost before.
 """
 
 import argparse
 import asyncio
 import hashlib
 import random
-import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 
 from darkroom_client import AsyncClient, DarkroomError
+from tests.faults.fleet_servers import KINDS, LoggedServer, ServerFleet
 from tests.faults.test_fleet_killed import rows
-from tests.server.app.process import ServerProcess, start
-from tools.postgres import cluster
+from tools.lifetime import exit_on_sigterm
+from tools.postgres import Cluster, cluster
 
 SERVERS = 3
 RESIDENT = 4
@@ -34,74 +37,116 @@ JOBS_PER_SECOND = 2.0
 SETTLE_SECONDS = 6.0
 """After the start of the database nobody is taken for dead for so long."""
 
+CALL_SECONDS = 20.0
+"""A caller whose server does not answer for so long asks another one."""
+
+BACK_SECONDS = 30.0
+"""Within which frozen servers are back after they were thawed."""
+
+JUDGED_AT_ONCE = 50
+JUDGE_SECONDS = 60.0
+"""For one group of images."""
+
+MAX_RUNS = 2
+
 
 @dataclass
 class Report:
-    """What happened: how long the first job of each victim waited until it ran again, by kind."""
+    """What happened. ``images``: the digest of each job's, by number.
+
+    ``again``: how long the first job of each victim waited until it ran again, by kind.
+    """
 
     kills: Counter[str] = field(default_factory=Counter)
     victims: int = 0
     again: dict[str, list[float]] = field(default_factory=dict)
-    ended: Counter[str] = field(default_factory=Counter)
+    images: dict[int, str] = field(default_factory=dict)
 
 
-class Fleet:
-    """The servers that run; ``fronts`` are their clients by name."""
+def main() -> int:
+    """Run it; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=20.0, help="the run fails after so long")
+    given = parser.parse_args()
+    exit_on_sigterm()
+    return asyncio.run(chaos(given.kills, given.jobs, given.seed, given.minutes))
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.fronts: dict[str, AsyncClient] = {}
-        self.frozen: list[ServerProcess] = []
-        self._processes = ExitStack()
-        self._running: dict[str, ServerProcess] = {}
-        self._left: list[AsyncClient] = []
-        self._serial = 0
 
-    async def add(self) -> None:
-        self._serial += 1
-        name = f"s{self._serial}"
-        process = self._processes.enter_context(
-            start(
-                *("--ledger", self.url, "--server-id", name),
-                *("--max-resident-samples", str(RESIDENT), "--max-queued-jobs", "1000"),
-                *("--log-format", "json", "--grace", "0"),
-                pass_seconds=PASS_SECONDS,
-            )
+async def chaos(kills: int, jobs: int, seed: int, minutes: float) -> int:
+    """Run it; returns the exit code."""
+    dice, report = random.Random(seed), Report()
+    with cluster() as database, tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        fleet = ServerFleet(
+            database,
+            Path(folder),
+            *("--max-resident-samples", str(RESIDENT), "--max-queued-jobs", "1000"),
+            *("--grace", "0"),
+            pass_seconds=PASS_SECONDS,
         )
-        address = (await asyncio.to_thread(process.until, "serving"))["address"]
-        self._running[name] = process
-        self.fronts[name] = AsyncClient(address)
+        try:
+            async with asyncio.timeout(minutes * 60):
+                await asyncio.gather(*(fleet.add() for _ in range(SERVERS)))
+                await asyncio.sleep(max(0.0, SETTLE_SECONDS - (time.monotonic() - began)))
+                over = asyncio.Event()
+                async with asyncio.TaskGroup() as group:
+                    callers = group.create_task(call(fleet, jobs, dice, over, report))
+                    await lose(fleet, database, kills, dice, report)
+                    over.set()
+                jobs = callers.result()
+                print(f"{jobs} jobs have their images, {passed(began)} s", flush=True)
+                await come_back(fleet, database)
+                print(f"frozen servers are back, {passed(began)} s", flush=True)
+                fresh = await fresh_images(Path(folder), jobs, began)
+                return await judge(fleet, database, fresh, report)
+        except TimeoutError:
+            missing = sorted(set(range(jobs)) - report.images.keys())
+            print(f"NOT DONE after {minutes:g} minutes; without images: {missing}")
+            return 1
+        finally:
+            fleet.thaw()
+            await fleet.close()
 
-    async def kill(self, name: str, kind: str) -> None:
-        process, client = self._running.pop(name), self.fronts.pop(name)
-        process.send(signal.SIGKILL if kind == "SIGKILL" else signal.SIGSTOP)
-        if kind == "SIGSTOP":
-            self.frozen.append(process)
-        # Its calls go on until their time limits, as those of a caller do.
-        self._left.append(client)
 
-    def thaw(self) -> None:
-        """Frozen servers go on, and learn that their jobs are others' by now."""
-        for process in self.frozen:
-            process.send(signal.SIGCONT)
-
-    async def close(self) -> None:
-        for client in (*self._left, *self.fronts.values()):
-            await client.close()
-        self._processes.close()
+# The callers.
 
 
-async def owned(url: str) -> dict[str, list[str]]:
-    """The running jobs by the name of their server."""
-    found = await rows(
-        url,
-        "SELECT servers.name, request_id FROM jobs JOIN servers ON servers.id = owner "
-        "WHERE state = 1",
-    )
-    by_name: dict[str, list[str]] = {}
-    for row in found:
-        by_name.setdefault(row["name"], []).append(row["request_id"])
-    return by_name
+async def call(
+    fleet: ServerFleet, jobs: int, dice: random.Random, over: asyncio.Event, report: Report
+) -> int:
+    """Call as long as servers are lost, and at least ``jobs`` times; returns how often."""
+    number = 0
+    async with asyncio.TaskGroup() as group:
+        while number < jobs or not over.is_set():
+            group.create_task(call_once(fleet, number, report))
+            number += 1
+            await asyncio.sleep(dice.expovariate(JOBS_PER_SECOND))
+    return number
+
+
+async def call_once(fleet: ServerFleet, number: int, report: Report) -> None:
+    """Submit a job and get its image; as a caller whose server dies does, at another one."""
+    id, result = f"job-{number}", None
+    accepted = False
+    while result is None:
+        client = random.choice(list(fleet.fronts.values()))
+        with suppress(DarkroomError, OSError):
+            if not accepted:
+                await client.submit(
+                    prompt(number), request_id=id, seed=number, steps=steps(number), timeout=3
+                )
+                accepted = True
+            result = await client.result(id, CALL_SECONDS)
+        await asyncio.sleep(0.05)
+    report.images[number] = digest(result)
+
+
+def prompt(number: int) -> str:
+    """That of a job."""
+    return f"star {number}"
 
 
 def steps(number: int) -> int:
@@ -109,88 +154,63 @@ def steps(number: int) -> int:
     return STEPS[0] + number % (STEPS[1] - STEPS[0])
 
 
-async def submit(fleet: Fleet, number: int, dice: random.Random) -> None:
-    """As a caller whose server dies does: the same id at another one."""
-    while True:
-        client = dice.choice(list(fleet.fronts.values()))
-        try:
-            await client.submit(
-                f"star {number}",
-                request_id=f"job-{number}",
-                seed=number,
-                steps=steps(number),
-                timeout=3,
-            )
-            return
-        except (DarkroomError, OSError):
-            await asyncio.sleep(0.05)
+def digest(result: Any) -> str:
+    """Of the image of a job."""
+    return hashlib.sha256(result.image.data).hexdigest()
 
 
-async def result(fleet: Fleet, number: int) -> Any:
-    while True:
-        client = random.choice(list(fleet.fronts.values()))
-        with suppress(DarkroomError):
-            return await client.result(f"job-{number}", 120)
-        await asyncio.sleep(0.05)
+# The losses.
 
 
-async def chaos(kills: int, jobs: int, seed: int) -> int:
-    dice, report = random.Random(seed), Report()
-    with cluster() as database:
-        began = time.monotonic()
-        fleet = Fleet(database.url)
-        try:
-            await asyncio.gather(*(fleet.add() for _ in range(SERVERS)))
-            await asyncio.sleep(max(0.0, SETTLE_SECONDS - (time.monotonic() - began)))
-            over = asyncio.Event()
-            feeding = asyncio.create_task(feed(fleet, jobs, dice, over))
-            await harass(fleet, kills, dice, report)
-            over.set()
-            jobs = await feeding
-            images = await asyncio.gather(*(result(fleet, n) for n in range(jobs)))
-            fleet.thaw()
-            return await judge(fleet, images, jobs, report)
-        finally:
-            fleet.thaw()
-            await fleet.close()
-
-
-async def feed(fleet: Fleet, jobs: int, dice: random.Random, over: asyncio.Event) -> int:
-    """Submit jobs as long as servers are killed, and at least ``jobs``; returns how many."""
-    number = 0
-    while number < jobs or not over.is_set():
-        await submit(fleet, number, dice)
-        number += 1
-        await asyncio.sleep(dice.expovariate(JOBS_PER_SECOND))
-    return number
-
-
-async def harass(fleet: Fleet, kills: int, dice: random.Random, report: Report) -> None:
+async def lose(
+    fleet: ServerFleet, database: Cluster, kills: int, dice: random.Random, report: Report
+) -> None:
+    """Take servers away, one after the other; the next once a job of the last one runs again."""
     for number in range(kills):
-        kind = "SIGKILL" if number % 2 == 0 else "SIGSTOP"
-        by_name: dict[str, list[str]] = {}
-        while not (names := [name for name in fleet.fronts if by_name.get(name)]):
-            by_name = await owned(fleet.url)
+        kind = KINDS[number % len(KINDS)]
+        while not (running := await expendable(fleet, database, report)):
             await asyncio.sleep(0.01)
-        name = dice.choice(names)
-        victims = by_name[name]
+        name = dice.choice(sorted(running))
+        victims = running[name]
         report.kills[kind] += 1
         report.victims += len(victims)
-        at = time.monotonic()
-        await fleet.kill(name, kind)
-        ended = asyncio.create_task(again(fleet.url, name, victims))
-        await fleet.add()
-        if (seconds := await ended) is not None:
+        fleet.take_away(name, kind)
+        adding = asyncio.create_task(fleet.add())
+        seconds = await again(database.url, name, victims)
+        await adding
+        if seconds is not None:
             report.again.setdefault(kind, []).append(seconds)
-        print(
-            f"kill {number + 1}: {kind} of {name} with {len(victims)} jobs, "
-            f"taken over after {time.monotonic() - at if seconds is None else seconds:.2f} s",
-            flush=True,
-        )
+        after = "had ended before" if seconds is None else f"ran elsewhere after {seconds:.2f} s"
+        print(f"{number + 1}: {kind} of {name} with {len(victims)} jobs, which {after}", flush=True)
+
+
+async def expendable(fleet: ServerFleet, database: Cluster, report: Report) -> dict[str, list[str]]:
+    """The jobs of each server that may be taken away: none of them has run before.
+
+    Empty while a job that has run waits, because any server may claim it at any moment.
+    """
+    runs = fleet.submitted()
+    got = {f"job-{number}" for number in report.images}
+    found = await rows(
+        database.url,
+        "SELECT request_id, state, servers.name FROM jobs LEFT JOIN servers ON servers.id = owner",
+    )
+    places = {row["request_id"]: (row["state"], row["name"]) for row in found}
+    running: dict[str, list[str]] = {}
+    for id in runs.keys() - got:
+        state, name = places.get(id, (0, None))
+        if state == 0 or name not in fleet.fronts:
+            return {}
+        running.setdefault(name, []).append(id)
+    return {
+        name: ids
+        for name, ids in running.items()
+        if all(runs[id] < MAX_RUNS for id in ids) and any(places[id][0] == 1 for id in ids)
+    }
 
 
 async def again(url: str, name: str, victims: list[str]) -> float | None:
-    """Seconds until another server has one of ``victims``, or all have ended; None for those."""
+    """Seconds until another server has one of ``victims``; None if all have ended before."""
     began = time.monotonic()
     connection = await asyncpg.connect(url, server_settings={"search_path": "darkroom"})
     try:
@@ -211,43 +231,74 @@ async def again(url: str, name: str, victims: list[str]) -> float | None:
         await connection.close()
 
 
-async def judge(fleet: Fleet, images: list[Any], jobs: int, report: Report) -> int:
-    """Print what was found; the exit code."""
-    client = next(iter(fleet.fronts.values()))
-    places = asyncio.Semaphore(RESIDENT)
+async def come_back(fleet: ServerFleet, database: Cluster) -> None:
+    """Let the frozen servers go on, and wait until all are in the ledger again."""
+    fleet.thaw()
+    async with asyncio.timeout(BACK_SECONDS):
+        living = 0
+        while living < len(fleet.fronts) + fleet.frozen:
+            living = (await rows(database.url, "SELECT count(*) FROM servers"))[0][0]
+            await asyncio.sleep(0.1)
 
-    async def is_wrong(number: int) -> bool:
-        async with places:
-            fresh = await client.generate(f"star {number}", seed=number, steps=steps(number))
-        return digest(images[number]) != digest(fresh)
 
-    checks = await asyncio.gather(*(is_wrong(number) for number in range(jobs)))
-    wrong = [number for number, each in enumerate(checks) if each]
-    left = await rows(fleet.url, "SELECT state, losses, epoch FROM jobs")
+# The end.
+
+
+async def fresh_images(folder: Path, jobs: int, began: float) -> dict[int, str]:
+    """The digest of each job's image as a lone server without a ledger generates it."""
+    lone = LoggedServer(folder / "lone.log", auto=True)
+    try:
+        await lone.serving()
+        found: dict[int, str] = {}
+        async with AsyncClient(lone.address) as client:
+
+            async def generate(number: int) -> None:
+                made = await client.generate(prompt(number), seed=number, steps=steps(number))
+                found[number] = digest(made)
+
+            for first in range(0, jobs, JUDGED_AT_ONCE):
+                group = range(first, min(first + JUDGED_AT_ONCE, jobs))
+                async with asyncio.timeout(JUDGE_SECONDS):
+                    await asyncio.gather(*map(generate, group))
+                print(f"{len(found)} of {jobs} images to compare, {passed(began)} s", flush=True)
+        return found
+    finally:
+        lone.close()
+
+
+async def judge(
+    fleet: ServerFleet, database: Cluster, fresh: dict[int, str], report: Report
+) -> int:
+    """Print what was found; returns the exit code."""
+    left = await rows(database.url, "SELECT state, losses FROM jobs")
     states, losses = Counter(r["state"] for r in left), Counter(r["losses"] for r in left)
+    wrong = sorted(number for number in fresh if report.images.get(number) != fresh[number])
+    runs = Counter(fleet.submitted().values())
     for kind, seconds in report.again.items():
         print(
-            f"{kind}: a victim ran elsewhere after {statistics.median(seconds):.2f} s (median), "
-            f"{max(seconds):.2f} s at most, of {len(seconds)}"
+            f"{kind}: the first victim ran elsewhere after {statistics.median(seconds):.2f} s "
+            f"(median), {max(seconds):.2f} s at most, of {len(seconds)}"
         )
-    print(f"kills: {dict(report.kills)}, {report.victims} jobs in the killed servers")
-    print(f"{jobs} jobs, states {dict(states)}, losses {dict(losses)}, {len(wrong)} wrong images")
-    nothing_lost = len(images) == jobs and not wrong and states == {2: jobs}
-    print("nothing was lost" if nothing_lost else "SOMETHING WAS LOST")
-    return 0 if nothing_lost else 1
+    print(f"losses: {dict(report.kills)}, {report.victims} jobs in the servers that were lost")
+    print(f"{len(fresh)} jobs, states {dict(states)}, losses {dict(losses)}, wrong images {wrong}")
+    print(f"jobs by how often an engine got them: {dict(sorted(runs.items()))}")
+    failed = {
+        "images are missing, equal or wrong": wrong or len(set(fresh.values())) < len(fresh),
+        "a job did not finish": states != {2: len(fresh)},
+        f"a job ran more than {MAX_RUNS} times": max(runs) > MAX_RUNS,
+        "no job ran again, so nothing was tested": sum(losses.keys()) == 0,
+    }
+    for what, so in failed.items():
+        if so:
+            print(f"FAILED: {what}")
+    if not any(failed.values()):
+        print("nothing was lost")
+    return int(any(failed.values()))
 
 
-def digest(generation: Any) -> str:
-    return hashlib.sha256(generation.image.data).hexdigest()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--jobs", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
-    return asyncio.run(chaos(given.kills, given.jobs, given.seed))
+def passed(began: float) -> str:
+    """Seconds since ``began``."""
+    return f"{time.monotonic() - began:.0f}"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """A real server with the demo model, as a context manager."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from tools.lifetime import dying_with_parent
 
 STOP_SECONDS = 60
 
@@ -25,6 +28,7 @@ def server(*flags: str) -> Iterator[Running]:
     """`darkroom-server serve` on free ports; ready when the block starts."""
     process = subprocess.Popen(
         [
+            *dying_with_parent(signal.SIGKILL),
             *(sys.executable, "-m", "darkroom_server", "serve", "--log-format", "json"),
             *("--port", "0", "--metrics-port", "0", *flags),
         ],

@@ -278,6 +278,30 @@ async def test_jobs_of_a_model_that_is_gone_fail(tmp_path: Path) -> None:
     assert entries(copy) == {"mine": 3}
 
 
+async def test_an_exact_job_that_began_runs_only_with_the_runtime_of_before(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "jobs.db"
+    async with server(path) as wire:
+        await submit(wire, request_id="exact", exact=True, steps=1000)
+        await submit(wire, request_id="usual", steps=4)
+        copy, same = left_behind(path), left_behind(path, "same.db")
+    half = fake_model().with_runtime(dtype="bfloat16")
+    async with server(copy, fake={"models": [half]}) as wire:
+        error = await refusal(rest(watch(wire, "exact")))
+        assert (error.code, error.info.reason) == (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "MODEL_GONE",
+        )
+        assert "dtype" in error.message
+        assert (await wire.submitted.get()).request_id == "usual"
+        assert wire.submitted.empty()
+    assert entries(copy) == {"exact": 3, "usual": 1}
+    async with server(same) as wire:
+        jobs = {(await wire.submitted.get()).request_id for _ in range(2)}
+        assert jobs == {"exact", "usual"}
+
+
 async def test_until_the_models_are_loaded_a_job_is_neither_lost_nor_found(tmp_path: Path) -> None:
     path = tmp_path / "jobs.db"
     async with server(path) as wire:

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from darkroom.v1 import generation_pb2
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.dispatch import JobOutcome
 from darkroom_server.settings import Dispatch, Results, Security
@@ -180,6 +181,26 @@ async def test_a_server_that_stops_leaves_its_jobs_to_the_others(servers: Server
     assert assembled([r.event.image for r in responses if kind(r) == "image"]) == expected
     assert (await servers.sql("SELECT losses FROM jobs WHERE request_id = 'job'"))[0][0] == 0
     await stopping
+
+
+async def test_an_interrupted_exact_job_waits_for_a_server_of_its_own_kind(
+    servers: Servers,
+) -> None:
+    half = fake_model().with_runtime(dtype="bfloat16")
+    a, b = await servers.start("a"), await servers.start("b", fake={"models": [half]})
+    await submit(a, request_id="exact", seed=7, exact=True, steps=5)
+    await submit(a, request_id="usual", steps=5)
+    await servers.becomes(lambda states: states == {"exact": 1, "usual": 1})
+    a.server.stop()
+    await a.server.shutdown()
+    assert (await b.submitted.get()).request_id == "usual"
+    b.engine.advance(5)
+    await servers.becomes(lambda states: states == {"exact": 0, "usual": 2})
+    assert name((await state_of(b, "exact")).state) == "QUEUED"
+    c = await servers.start("c")
+    assert (await c.submitted.get()).request_id == "exact"
+    assert b.submitted.empty()
+    assert await images(b, "exact", c)
 
 
 async def b_images(wire: Wire) -> dict[int, bytes]:

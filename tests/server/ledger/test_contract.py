@@ -13,7 +13,7 @@ from darkroom_server.core.errors import (
     RequestConflict,
     Violation,
 )
-from darkroom_server.core.ledger import Hold, Key, Ledger, Standing
+from darkroom_server.core.ledger import Hold, Key, Ledger, Models, Standing
 from tests.server.clock import Clock
 from tests.server.ledger.conftest import MakeLedger, draft
 
@@ -25,6 +25,10 @@ FAILURE = Failure(
 async def standing(ledger: Ledger, id: str = "job") -> Standing | None:
     entry = await ledger.find(Key("ada", id))
     return None if entry is None else entry.standing
+
+
+def of(*models: str, runtime: str = "fast") -> Models:
+    return Models(held=dict.fromkeys(models, runtime))
 
 
 async def ended(ledger: Ledger, id: str, standing: Standing = Standing.FINISHED) -> Hold:
@@ -95,11 +99,31 @@ async def test_a_finished_job_is_found_and_a_failed_one_begins_again(ledger: Led
 async def test_the_nearest_goal_is_claimed_first(ledger: Ledger) -> None:
     for id, goal, model in (("late", 9.0, "a"), ("soon", 1.0, "b"), ("next", 3.0, "a")):
         await ledger.begin(draft(id, goal=goal, model=model), claimed=False)
-    assert [each.key.request_id for each in await ledger.claim(1, models=["a"])] == ["next"]
-    assert await ledger.claim(5, models=[]) == []
+    assert [each.key.request_id for each in await ledger.claim(1, models=of("a"))] == ["next"]
+    assert await ledger.claim(5, models=of()) == []
     (named,) = await ledger.claim(5, key=Key("ada", "late"))
     assert named.key.request_id == "late"
     assert [each.key.request_id for each in await ledger.claim(5)] == ["soon"]
+
+
+async def test_an_exact_job_that_began_runs_only_on_its_own_runtime(ledger: Ledger) -> None:
+    fast, slow = of("demo"), of("demo", runtime="slow")
+    await ledger.begin(draft("here", runtime="fast"), claimed=True)
+    assert (await ledger.find(Key("ada", "here"))).runtime == "fast"  # type: ignore[union-attr]
+    # One that waits has none yet, and gets that of the server that claims it.
+    await ledger.begin(draft("waits", runtime="fast"), claimed=False)
+    (claimed,) = await ledger.claim(5, models=slow)
+    assert (claimed.key.request_id, claimed.runtime) == ("waits", "slow")
+    await ledger.release([claimed.hold])
+    assert await ledger.claim(5, models=fast) == []
+    (claimed,) = await ledger.claim(5, models=slow)
+    assert claimed.runtime == "slow"
+    # Any other job runs on any.
+    await ledger.begin(draft("usual"), claimed=False)
+    for models in (fast, slow):
+        (usual,) = await ledger.claim(5, models=models)
+        assert (usual.key.request_id, usual.runtime) == ("usual", None)
+        await ledger.release([usual.hold])
 
 
 async def test_only_the_owner_of_this_epoch_ends_or_releases_a_job(ledger: Ledger) -> None:
@@ -140,14 +164,14 @@ async def test_only_a_queued_job_is_cancelled_here(ledger: Ledger) -> None:
 
 async def test_a_finished_job_runs_again_for_one_server(ledger: Ledger) -> None:
     hold = await ended(ledger, "job")
-    first, second = await asyncio.gather(ledger.again(hold.key), ledger.again(hold.key))
+    first, second = await asyncio.gather(ledger.again(hold.key, ""), ledger.again(hold.key, ""))
     assert first is not None
     assert second is None
     assert (first.standing, first.epoch) == (Standing.CLAIMED, hold.epoch + 1)
     assert await ledger.end(first.hold, Standing.FINISHED)
     await ended(ledger, "bad", Standing.FAILED)
-    assert await ledger.again(Key("ada", "bad")) is None
-    assert await ledger.again(Key("ada", "unknown")) is None
+    assert await ledger.again(Key("ada", "bad"), "") is None
+    assert await ledger.again(Key("ada", "unknown"), "") is None
 
 
 async def test_a_quota_counts_what_has_not_ended(ledger: Ledger) -> None:

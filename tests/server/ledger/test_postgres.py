@@ -14,7 +14,7 @@ from darkroom_server.core.errors import (
     Reason,
     StartupError,
 )
-from darkroom_server.core.ledger import Announcement, Key, SharedLedger, Standing
+from darkroom_server.core.ledger import Announcement, Key, Models, SharedLedger, Standing
 from darkroom_server.ledger.postgres import PostgresLedger, migrate
 from darkroom_server.ledger.postgres.connections import check_url, database_name
 from darkroom_server.ledger.postgres.schema import MIGRATIONS
@@ -25,6 +25,8 @@ pytestmark = pytest.mark.needs("postgresql")
 
 JOB = Key("ada", "job")
 
+DEMO = Models(held={"demo": "fast"})
+
 
 class Fleet:
     """Ledgers of several servers on one database, which need not settle after its start."""
@@ -33,9 +35,9 @@ class Fleet:
         self.url = url
         self._stack = stack
 
-    async def join(self, name: str, **options: Any) -> PostgresLedger:
+    async def join(self, name: str, models: Models = DEMO, **options: Any) -> PostgresLedger:
         ledger = PostgresLedger(self.url, name=name, retention=300.0, settle=0.0, **options)
-        ledger.announce(Announcement(address=f"{name}:1", key=f"key of {name}", models=("demo",)))
+        ledger.announce(Announcement(address=f"{name}:1", key=f"key of {name}", models=models))
         await ledger.open()
         self._stack.push_async_callback(ledger.close)
         return ledger
@@ -162,11 +164,70 @@ async def test_an_entry_of_a_server_that_is_gone_can_run_again(fleet: Fleet) -> 
     a, b = await fleet.join("a"), await fleet.join("b")
     begun = await a.begin(draft(), claimed=True)
     await a.end(begun.entry.hold, Standing.FINISHED)
-    assert await b.again(JOB) is None  # Its result is at the other server.
+    assert await b.again(JOB, "") is None  # Its result is at the other server.
     await a.close()
-    claimed = await b.again(JOB)
+    claimed = await b.again(JOB, "")
     assert claimed is not None
     assert (claimed.owner, claimed.standing) == (b.id, Standing.CLAIMED)
+
+
+async def test_an_exact_job_that_began_waits_for_its_own_runtime(fleet: Fleet) -> None:
+    fast, slow = DEMO, Models(held={"demo": "slow"})
+    first, other = await fleet.join("first"), await fleet.join("other", slow)
+    await first.begin(draft("exact", runtime="fast"), claimed=True)
+    await first.begin(draft("usual"), claimed=True)
+    await first.close()
+    while not (pulse := await other.beat()).reclaimed:
+        pass
+    assert pulse.queued == 2
+    assert [e.key.request_id for e in await other.claim(5, models=slow)] == ["usual"]
+    # Nobody has its runtime, so it ends.
+    await fleet.sql("UPDATE jobs SET queued_at = queued_at - 59")
+    await other.beat()
+    assert (await fleet.sql("SELECT state FROM jobs WHERE request_id = 'exact'"))[0][0] == 0
+    own = await fleet.join("own")
+    await fleet.sql("UPDATE jobs SET queued_at = queued_at - 2")
+    await other.beat()
+    (claimed,) = await own.claim(5, models=fast)
+    assert (claimed.key.request_id, claimed.runtime) == ("exact", "fast")
+    assert await own.release([claimed.hold])
+    await own.close()
+    await fleet.sql("UPDATE jobs SET queued_at = queued_at - 61")
+    await other.beat()
+    entry = await other.find(claimed.key)
+    assert entry is not None
+    assert entry.failure is not None
+    assert (entry.standing, entry.failure.reason) == (Standing.FAILED, Reason.MODEL_GONE)
+
+
+async def test_an_exact_job_whose_images_are_gone_is_queued_for_its_own_runtime(
+    fleet: Fleet,
+) -> None:
+    first, other = await fleet.join("first"), await fleet.join("other")
+    begun = await first.begin(draft(runtime="fast"), claimed=True)
+    await first.end(begun.entry.hold, Standing.FINISHED)
+    await first.close()
+    queued = await other.again(JOB, "slow")
+    assert queued is not None
+    assert (queued.standing, queued.owner) == (Standing.QUEUED, None)
+    assert await other.claim(1, models=Models(held={"demo": "slow"})) == []
+    (claimed,) = await other.claim(1, models=DEMO)
+    assert claimed.epoch > begun.entry.epoch
+
+
+async def test_a_model_is_loaded_only_if_no_server_that_has_it_comes_first(fleet: Fleet) -> None:
+    would_load = Models(loadable={"demo": "fast"})
+    holds, loads = await fleet.join("holds"), await fleet.join("loads", would_load)
+    await holds.begin(draft("one"), claimed=False)
+    await holds.begin(draft("two"), claimed=False)
+    assert await loads.claim(1, models=would_load, delay=30.0) == []
+    assert len(await loads.claim(1, models=would_load, delay=0.0)) == 1
+    await fleet.sql("UPDATE jobs SET queued_at = queued_at - 31")
+    assert len(await loads.claim(1, models=would_load, delay=30.0)) == 1
+    await holds.begin(draft("three"), claimed=False)
+    assert await loads.claim(1, models=would_load, delay=30.0) == []
+    await holds.close()
+    assert len(await loads.claim(1, models=would_load, delay=30.0)) == 1
 
 
 async def test_jobs_that_waited_too_long_end(fleet: Fleet) -> None:

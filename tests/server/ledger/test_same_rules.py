@@ -72,6 +72,9 @@ async def answer(ledger: Ledger, op: str, *values: Any) -> Any:
                 return await ledger.release([hold(*named)])
             case "forget", (named,):
                 return await ledger.forget([hold(*named)])
+            case "again", (id,):
+                again = await ledger.again(Key("ada", id), "fast")
+                return again and (again.standing, again.epoch)
             case _, (id,):
                 entry = await getattr(ledger, op)(Key("ada", id))
                 return entry and (entry.standing, entry.epoch)

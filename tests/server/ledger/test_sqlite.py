@@ -117,7 +117,7 @@ async def test_it_is_migrated_and_never_read_by_an_older_server(
         patch.setattr(sqlite_file, "MIGRATIONS", newer)
         async with opened(path) as ledger:
             assert [entry.key.request_id for entry in await ledger.mine()] == ["job"]
-    with pytest.raises(StartupError, match="has schema 2, of a newer darkroom-server"):
+    with pytest.raises(StartupError, match="has schema 3, of a newer darkroom-server"):
         await SqliteLedger(path).open()
 
 

@@ -10,7 +10,7 @@ the acceptance of the job or to now, because the clocks of servers differ.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -51,6 +51,22 @@ class Hold(NamedTuple):
     epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The models that a server can run, each with the fingerprint of its runtime.
+
+    ``held``: those in memory. ``loadable``: those that it would load first.
+    """
+
+    held: Mapping[str, str] = field(default_factory=dict)
+    loadable: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def runtimes(self) -> dict[str, str]:
+        """All of them."""
+        return {**self.loadable, **self.held}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
     """A job to accept.
@@ -61,7 +77,8 @@ class Draft:
     ``max_queued``, a job that is begun as queued has at most that many others before it. ``goal``
     and ``deadline``: seconds after its acceptance, by which it should be done and by which it
     expires. ``age``: seconds since it was accepted. ``detached``: it runs whether or not a call
-    follows it.
+    follows it. ``runtime``: for an ``exact`` job, the fingerprint of the one that it would run on
+    here; None for another.
     """
 
     key: Key
@@ -70,6 +87,7 @@ class Draft:
     model: str
     counted_as: str
     goal: float
+    runtime: str | None = None
     age: float = 0.0
     deadline: float | None = None
     detached: bool = False
@@ -86,7 +104,8 @@ class Entry:
     servers that died while they ran it. ``age``: seconds since its acceptance.
     ``goal``: seconds until it should be done, ``remaining``: until its deadline, None without one.
     ``ended_for``: seconds since its end, None before. ``failure``: why it ended without its images,
-    None if it did not.
+    None if it did not. ``runtime``: for an ``exact`` job, the fingerprint of the one that it began
+    on, which alone may run it again; "" if it did not begin. None for another job.
     """
 
     key: Key
@@ -104,6 +123,7 @@ class Entry:
     remaining: float | None
     ended_for: float | None
     failure: Failure | None
+    runtime: str | None = None
 
     @property
     def hold(self) -> Hold:
@@ -137,15 +157,12 @@ class ServerEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """What a server of a shared ledger announces to the others; fields as of ``ServerEntry``.
-
-    ``models``: those that it can run.
-    """
+    """What a server of a shared ledger announces to the others; fields as of ``ServerEntry``."""
 
     address: str
     key: str = field(repr=False)
     certificate: bytes = field(default=b"", repr=False)
-    models: tuple[str, ...] = ()
+    models: Models = Models()
 
 
 class Pulse(NamedTuple):
@@ -194,11 +211,18 @@ class Ledger(Protocol):
         """
 
     async def claim(
-        self, room: int, *, models: Collection[str] | None = None, key: Key | None = None
+        self,
+        room: int,
+        *,
+        models: Models | None = None,
+        key: Key | None = None,
+        delay: float = 0.0,
     ) -> list[Entry]:
         """Take up to ``room`` queued entries, the nearest goal first.
 
-        ``models``: only of these models. ``key``: only this entry.
+        ``models``: only of these, and of the ``exact`` jobs that began before only those whose
+        runtime is the same. One of a model that must be loaded is taken only after it waited
+        ``delay`` seconds, or if no server has that model in memory. ``key``: only this entry.
         """
 
     async def end(self, hold: Hold, standing: Standing, failure: Failure | None = None) -> bool:
@@ -219,8 +243,12 @@ class Ledger(Protocol):
         A claimed one is its owner's to cancel.
         """
 
-    async def again(self, key: Key) -> Entry | None:
-        """Claim a finished job whose result is gone, to run it again; None if it is not one."""
+    async def again(self, key: Key, runtime: str) -> Entry | None:
+        """Claim a finished job whose result is gone, to run it again; None if it is not one.
+
+        ``runtime``: the fingerprint of this server's for its model. An ``exact`` job that another
+        runtime generated is queued for a server that has it, if the ledger is shared; else None.
+        """
 
     async def mine(self) -> list[Entry]:
         """Every entry that this server must know, oldest first.

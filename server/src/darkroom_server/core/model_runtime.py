@@ -1,5 +1,6 @@
 """Plain data about how a loaded model runs, and how fast."""
 
+import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -35,6 +36,7 @@ class ModelRuntime:
     ``format_rule``: why ``dtype`` and ``channels_last`` were chosen, empty if they were configured.
     ``preset_rule``: why ``preset`` is in force, and what of it does not suit the model; empty if
     it was configured and all of it suits. ``denoiser``: the form in which most of its batches run.
+    ``machine``: the processor, and the versions of the libraries that compute on it.
     """
 
     device: str
@@ -50,6 +52,22 @@ class ModelRuntime:
     format_rule: str = ""
     preset_rule: str = ""
     denoiser: DenoiserForm = DenoiserForm.EAGER
+    machine: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for runtimes that generate the same bytes for an ``exact`` request."""
+        decisive = (
+            self.machine,
+            self.device.partition(":")[0],
+            self.dtype,
+            self.memory_format,
+            self.attention,
+            self.autocast,
+            self.vae_tiling,
+            self.fp8_storage,
+        )
+        return hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]
 
     @property
     def memory_format(self) -> str:

@@ -16,6 +16,7 @@ from darkroom_server.core.ledger import (
     Hold,
     Key,
     Ledger,
+    Models,
     SharedLedger,
     Standing,
 )
@@ -154,7 +155,8 @@ class LedgerEntries:
         Nobody waits for that: until then the ledger has it as finished.
         """
         entry = self._attach(active, key)
-        self._write(entry, lambda: self._again(entry))
+        runtime = active.model.runtime.fingerprint
+        self._write(entry, lambda: self._again(entry, runtime))
 
     def forget(self, active: ActiveJob) -> None:
         """Delete the entry of an ended job whose result is no longer kept."""
@@ -275,14 +277,17 @@ class LedgerEntries:
     def _is_mine(self, entry: Entry) -> bool:
         return self.shared is None or entry.owner == self.shared.id
 
-    async def _again(self, entry: JobEntry) -> None:
-        claimed = await self._persist("again", lambda: self._ledger.again(entry.key))
+    async def _again(self, entry: JobEntry, runtime: str) -> None:
+        claimed = await self._persist("again", lambda: self._ledger.again(entry.key, runtime))
         if claimed is not None:
             entry.hold = claimed.hold
 
     async def _claim(self, active: ActiveJob, entry: JobEntry) -> None:
         if entry.hold is not None and not active.ended:
-            claimed = await self._persist("claim", lambda: self._ledger.claim(1, key=entry.key))
+            models = Models(held={active.model.id: active.model.runtime.fingerprint})
+            claimed = await self._persist(
+                "claim", lambda: self._ledger.claim(1, key=entry.key, models=models)
+            )
             if claimed:
                 entry.hold = claimed[0].hold
 

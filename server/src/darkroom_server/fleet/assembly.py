@@ -31,8 +31,7 @@ class Fleet:
         service: GenerationService,
         observer: FleetObserver,
         certificates: Files | None,
-        *,
-        reattach_grace: float,
+        settings: Settings,
     ) -> None:
         self.key = new_fleet_key()
         self._certificates = certificates
@@ -44,7 +43,8 @@ class Fleet:
             service.durability,
             Peers(observer, self._credentials),
             observer,
-            reattach_grace=reattach_grace,
+            reattach_grace=settings.results.reattach_grace,
+            claim_delay=settings.storage.claim_delay,
         )
         service.share(self.member)
 
@@ -84,7 +84,7 @@ def join_fleet(
         service,
         observer,
         certificates,
-        reattach_grace=settings.results.reattach_grace,
+        settings,
     )
 
 

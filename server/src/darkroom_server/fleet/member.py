@@ -13,6 +13,7 @@ from darkroom_server.core.ledger import (
     Announcement,
     Entry,
     Key,
+    Models,
     ServerEntry,
     SharedLedger,
     Standing,
@@ -57,7 +58,7 @@ class FleetObserver(PeerObserver, Protocol):
 class FleetMember:
     """The ``Fleet`` of a server: renews its lease, claims jobs, and follows those of others.
 
-    ``reattach_grace`` as of ``Mirrors``.
+    ``reattach_grace`` as of ``Mirrors``, ``claim_delay`` as of ``Ledger.claim``.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class FleetMember:
         observer: FleetObserver,
         *,
         reattach_grace: float,
+        claim_delay: float,
     ) -> None:
         self._ledger = ledger
+        self._claim_delay = claim_delay
         self._entries = entries
         self._dispatcher = dispatcher
         self._results = results
@@ -235,11 +238,18 @@ class FleetMember:
 
     # Work.
 
-    def _models(self) -> tuple[str, ...]:
+    def _models(self) -> Models:
         availability = self._dispatcher.availability
         if availability.state is not State.READY:
-            return ()
-        return tuple(name for name, model in availability.models.items() if model is not None)
+            return Models()
+        known = {
+            id: model.runtime.fingerprint
+            for id, model in availability.models.items()
+            if model is not None
+        }
+        held = {model.id: known.pop(model.id) for model in self._dispatcher.models.in_memory}
+        failed = availability.failures
+        return Models(held, {id: each for id, each in known.items() if id not in failed})
 
     async def _claim(self) -> None:
         news = self._ledger.news
@@ -263,9 +273,11 @@ class FleetMember:
     async def _claim_some(self) -> bool:
         """Claim while there is room; True if the queue is empty after that."""
         while (room := min(self._dispatcher.places, CLAIM_AT_ONCE)) > 0:
-            if not (models := self._models()):
+            if not (models := self._models()).runtimes:
                 break
-            claimed = await self._entries.call("claim", self._ledger.claim(room, models=models))
+            claimed = await self._entries.call(
+                "claim", self._ledger.claim(room, models=models, delay=self._claim_delay)
+            )
             for entry in claimed:
                 await self._take_up(entry)
             if len(claimed) < room:
@@ -280,13 +292,17 @@ class FleetMember:
             except LedgerUnreachable:
                 await asyncio.sleep(POLL_SECONDS)
 
-    async def _again(self, key: Key) -> bool:
-        """Generate the images of a finished job again, whose server is gone."""
+    async def _again(self, entry: Entry) -> bool:
+        """Have the images of a finished job generated again, whose server is gone.
+
+        Here, or, if the job is ``exact``, at a server with the runtime that generated them.
+        """
+        runtime = self._models().runtimes.get(entry.model, "")
         async with self._taking:
-            claimed = await self._entries.call("again", self._ledger.again(key))
-            if claimed is not None:
-                await self._durability.take_up_one(claimed)
-        return claimed is not None
+            again = await self._entries.call("again", self._ledger.again(entry.key, runtime))
+            if again is not None and again.standing is Standing.CLAIMED:
+                await self._durability.take_up_one(again)
+        return again is not None
 
     async def _listen(self) -> None:
         """Wake the mirrors of jobs that this server itself changes."""

@@ -52,7 +52,7 @@ class Mirrors:
         results: ResultStore,
         durability: Durability,
         peers: Peers,
-        again: Callable[[Key], Awaitable[bool]],
+        again: Callable[[Entry], Awaitable[bool]],
         *,
         reattach_grace: float,
     ) -> None:
@@ -163,7 +163,7 @@ class Mirrors:
             return await self._repeat_remote(owner, entry.key, mirror)
         if entry.standing is Standing.FINISHED:
             # Its images are gone with its server: they are generated again.
-            return await self._again(entry.key)
+            return await self._again(entry)
         return False
 
     async def _repeat_local(self, local: ActiveJob, mirror: ActiveJob) -> bool:

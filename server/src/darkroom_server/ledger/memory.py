@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from darkroom_server.core.errors import Failure, RequestConflict
@@ -12,10 +12,12 @@ from darkroom_server.core.ledger import (
     Entry,
     Hold,
     Key,
+    Models,
     ServerEntry,
     Standing,
 )
 from darkroom_server.ledger.changes import Changes
+from darkroom_server.ledger.rows import runtime_of
 from darkroom_server.ledger.rules import inputs_do_not_fit, queue_is_full, too_many_jobs
 
 ME = 1
@@ -32,12 +34,17 @@ class _Row:
     detached: bool
     standing: Standing
     epoch: int
+    runtime: str | None
     ended_at: float | None = None
     failure: Failure | None = None
 
     @property
     def goal(self) -> tuple[float, float]:
         return self.accepted_at + self.draft.goal, self.accepted_at
+
+    def may_run_on(self, runtime: str | None) -> bool:
+        """Whether a server that has its model with ``runtime`` may; None: that has it not."""
+        return runtime is not None and self.runtime in (None, "", runtime)
 
 
 class MemoryLedger:
@@ -87,6 +94,7 @@ class MemoryLedger:
             detached=draft.detached,
             standing=Standing.CLAIMED if claimed else Standing.QUEUED,
             epoch=1 if row is None else row.epoch + 1,
+            runtime=runtime_of(draft, claimed=claimed),
         )
         self._rows.pop(draft.key, None)
         self._rows[draft.key] = fresh
@@ -94,20 +102,28 @@ class MemoryLedger:
         return Begun(self._entry(draft.key, fresh, now), new=True)
 
     async def claim(
-        self, room: int, *, models: Collection[str] | None = None, key: Key | None = None
+        self,
+        room: int,
+        *,
+        models: Models | None = None,
+        key: Key | None = None,
+        delay: float = 0.0,
     ) -> list[Entry]:
-        """As ``Ledger.claim``."""
+        """As ``Ledger.claim``; no other server has a model in memory."""
+        runtimes = None if models is None else models.runtimes
         found = [
             (each, row)
             for each, row in self._rows.items()
             if row.standing is Standing.QUEUED
-            and (models is None or row.draft.model in models)
+            and (runtimes is None or row.may_run_on(runtimes.get(row.draft.model)))
             and (key is None or each == key)
         ]
         found.sort(key=lambda pair: pair[1].goal)
         for each, row in found[:room]:
             row.standing = Standing.CLAIMED
             row.epoch += 1
+            if row.runtime == "" and runtimes is not None:
+                row.runtime = runtimes[row.draft.model]
             self._changes.publish(each)
         now = time.monotonic()
         return [self._entry(each, row, now) for each, row in found[:room]]
@@ -153,10 +169,10 @@ class MemoryLedger:
         self._trim()
         return entry
 
-    async def again(self, key: Key) -> Entry | None:
+    async def again(self, key: Key, runtime: str) -> Entry | None:
         """As ``Ledger.again``."""
         row = self._rows.get(key)
-        if row is None or row.standing is not Standing.FINISHED:
+        if row is None or row.standing is not Standing.FINISHED or not row.may_run_on(runtime):
             return None
         row.standing, row.ended_at, row.deadline = Standing.CLAIMED, None, None
         row.epoch += 1
@@ -263,6 +279,7 @@ class MemoryLedger:
             remaining=None if row.deadline is None else row.deadline - now,
             ended_for=None if row.ended_at is None else now - row.ended_at,
             failure=row.failure,
+            runtime=row.runtime,
         )
 
 

@@ -4,7 +4,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,16 +15,13 @@ from darkroom_server.core.ledger import (
     Entry,
     Hold,
     Key,
+    Models,
     ServerEntry,
     Standing,
 )
 from darkroom_server.ledger.changes import Changes
-from darkroom_server.ledger.rules import (
-    failure_of,
-    failure_text,
-    queue_is_full,
-    too_many_jobs,
-)
+from darkroom_server.ledger.rows import entry_of, runtime_of
+from darkroom_server.ledger.rules import failure_text, queue_is_full, too_many_jobs
 from darkroom_server.ledger.sqlite_file import BUSY_SECONDS, LedgerFile, open_ledger_file
 from darkroom_server.ledger.sqlite_inputs import add_inputs, make_room
 from darkroom_server.ledger.writer import Writer
@@ -35,6 +32,8 @@ TRIM_ENTRIES = 500
 T = TypeVar("T")
 
 KEY = "caller = ? AND request_id = ?"
+
+MAY_RUN = "(model = ? AND coalesce(runtime, '') IN ('', ?))"
 
 
 class SqliteLedger:
@@ -93,9 +92,14 @@ class SqliteLedger:
         return begun
 
     async def claim(
-        self, room: int, *, models: Collection[str] | None = None, key: Key | None = None
+        self,
+        room: int,
+        *,
+        models: Models | None = None,
+        key: Key | None = None,
+        delay: float = 0.0,
     ) -> list[Entry]:
-        """As ``Ledger.claim``."""
+        """As ``Ledger.claim``; no other server has a model in memory."""
         entries = await self._run(lambda db: self._claim(db, room, models, key))
         self._changes.publish(*(entry.key for entry in entries))
         return entries
@@ -122,9 +126,9 @@ class SqliteLedger:
         self._changes.publish(key)
         return entry
 
-    async def again(self, key: Key) -> Entry | None:
+    async def again(self, key: Key, runtime: str) -> Entry | None:
         """As ``Ledger.again``."""
-        entry = await self._run(lambda db: self._again(db, key))
+        entry = await self._run(lambda db: self._again(db, key, runtime))
         self._changes.publish(key)
         return entry
 
@@ -208,8 +212,8 @@ class SqliteLedger:
         db.execute(f"DELETE FROM jobs WHERE {KEY}", draft.key)
         job = db.execute(
             "INSERT INTO jobs (caller, request_id, fingerprint, record, model, counted_as, "
-            "detached, goal, accepted_at, deadline, state, owner, epoch) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "detached, goal, accepted_at, deadline, state, owner, epoch, runtime) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *draft.key,
                 draft.fingerprint,
@@ -223,6 +227,7 @@ class SqliteLedger:
                 Standing.CLAIMED if claimed else Standing.QUEUED,
                 self._me if claimed else None,
                 epoch,
+                runtime_of(draft, claimed=claimed),
             ),
         ).lastrowid
         add_inputs(db, job, draft)
@@ -247,25 +252,28 @@ class SqliteLedger:
         self,
         db: sqlite3.Connection,
         room: int,
-        models: Collection[str] | None,
+        models: Models | None,
         key: Key | None,
     ) -> list[Entry]:
         conditions, values = ["state = 0"], list[str | int]()
         if key is not None:
             conditions.append(KEY)
             values += key
+        runtimes = {} if models is None else models.runtimes
         if models is not None:
-            conditions.append(f"model IN ({', '.join('?' * len(models))})")
-            values += models
+            either = " OR ".join([MAY_RUN] * len(runtimes))
+            conditions.append(f"({either or 'FALSE'})")
+            values += [part for pair in runtimes.items() for part in pair]
         rows = db.execute(
-            f"SELECT id, caller, request_id FROM jobs WHERE {' AND '.join(conditions)} "
+            f"SELECT id, caller, request_id, model FROM jobs WHERE {' AND '.join(conditions)} "
             "ORDER BY goal, id LIMIT ?",
             (*values, room),
         ).fetchall()
         for row in rows:
             db.execute(
-                "UPDATE jobs SET state = 1, owner = ?, epoch = epoch + 1 WHERE id = ?",
-                (self._me, row["id"]),
+                "UPDATE jobs SET state = 1, owner = ?, epoch = epoch + 1, "
+                "runtime = CASE WHEN runtime = '' THEN ? ELSE runtime END WHERE id = ?",
+                (self._me, runtimes.get(row["model"], ""), row["id"]),
             )
         return [self._found(db, Key(row["caller"], row["request_id"])) for row in rows]
 
@@ -309,11 +317,11 @@ class SqliteLedger:
             self._drop_inputs(db, key)
         return self._find(db, key)
 
-    def _again(self, db: sqlite3.Connection, key: Key) -> Entry | None:
+    def _again(self, db: sqlite3.Connection, key: Key, runtime: str) -> Entry | None:
         claimed = db.execute(
             "UPDATE jobs SET state = 1, owner = ?, epoch = epoch + 1, ended_at = NULL, "
-            f"deadline = NULL WHERE {KEY} AND state = ?",
-            (self._me, *key, Standing.FINISHED),
+            f"deadline = NULL WHERE {KEY} AND state = ? AND coalesce(runtime, '') IN ('', ?)",
+            (self._me, *key, Standing.FINISHED, runtime),
         ).rowcount
         return self._find(db, key) if claimed else None
 
@@ -343,23 +351,7 @@ class SqliteLedger:
         return self._entry(db.execute(f"SELECT * FROM jobs WHERE {KEY}", key).fetchone())
 
     def _entry(self, row: sqlite3.Row) -> Entry:
-        return Entry(
-            key=Key(row["caller"], row["request_id"]),
-            standing=Standing(row["state"]),
-            owner=row["owner"],
-            epoch=row["epoch"],
-            losses=row["losses"],
-            fingerprint=row["fingerprint"],
-            record=row["record"],
-            model=row["model"],
-            counted_as=row["counted_as"],
-            detached=bool(row["detached"]),
-            age=self._since(row["accepted_at"]),
-            goal=row["goal"] - self._clock(),
-            remaining=None if row["deadline"] is None else row["deadline"] - self._clock(),
-            ended_for=None if row["ended_at"] is None else self._since(row["ended_at"]),
-            failure=failure_of(row["failure"]),
-        )
+        return entry_of(row, self._clock())
 
     def _since(self, moment: float) -> float:
         # The clock of a machine may be set back.

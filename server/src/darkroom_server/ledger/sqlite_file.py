@@ -63,6 +63,9 @@ MIGRATIONS = (
         DELETE FROM inputs WHERE digest = OLD.digest;
     END;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN runtime TEXT;
+    """,
 )
 """What makes each version of the schema from the one before; never change one that was released."""
 

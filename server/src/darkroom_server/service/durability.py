@@ -111,6 +111,7 @@ class Durability:
             detached=detached,
             max_live=caller.max_jobs if self.shared else None,
             max_queued=self._dispatcher.max_queued_jobs if self.shared else None,
+            runtime=active.model.runtime.fingerprint if job.exact else None,
             inputs=files,
         )
 
@@ -147,12 +148,14 @@ class Durability:
     async def again(self, lost: ActiveJob, key: Key, call: CallContext) -> ActiveJob:
         """Generate the images of a finished job again, which are gone with an earlier server.
 
-        Raises ``UnknownRequest`` if the ledger has forgotten it, ``LedgerUnreachable``, and what
-        ``Dispatcher.submit`` raises.
+        Raises ``UnknownRequest`` if the ledger has forgotten it, ``LedgerUnreachable``,
+        ``GenerationFailed`` for an ``exact`` one of another runtime, and what ``Dispatcher.submit``
+        raises.
         """
         entry = await self._entries.find(key)
         if entry is None:
             raise UnknownRequest(key.request_id)
+        self._check_runtime(entry)
         _, _, job = await self._job(entry, images=True)
         current = self._results.find(*key)
         if not current.images_lost:  # Another call was faster.
@@ -186,6 +189,7 @@ class Durability:
                 )
                 self._restore_ended(failed, job, call.caller)
             else:
+                self._check_runtime(entry)
                 self._run(entry, request, call, job)
         except LedgerUnreachable:
             raise
@@ -257,6 +261,15 @@ class Durability:
                 raise UploadNotFound(sorted(missing))
             job = await self._inputs.attach(job, stored.request, model, call.caller, files)
         return stored.request, call, job
+
+    def _check_runtime(self, entry: Entry) -> None:
+        """Raise ``GenerationFailed`` if an ``exact`` job began with another runtime than here."""
+        runtime = self._model(entry.model).runtime.fingerprint
+        if entry.runtime not in (None, "", runtime):
+            raise _model_gone(
+                "the generation is exact, and began with another device, dtype, layout or version "
+                f"of a library than this server has for model {entry.model!r}"
+            )
 
     def _model(self, model_id: str) -> ModelInfo:
         model = self._dispatcher.availability.models.get(model_id)

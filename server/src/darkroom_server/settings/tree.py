@@ -301,6 +301,17 @@ class Storage:
             metavar="memory|sqlite:PATH|postgresql://USER@HOST/DATABASE",
         ),
     ] = "memory"
+    claim_delay: Annotated[
+        float,
+        Ge(0.0),
+        Setting(
+            "Seconds that a job waits in a shared `--ledger` before a server loads a model for it "
+            "that another server has in memory.",
+            choose="About as long as a batch takes: until then the server that has the model may "
+            "get room. More saves loads, and delays jobs.",
+            metavar="SECONDS",
+        ),
+    ] = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

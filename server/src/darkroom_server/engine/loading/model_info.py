@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
+
+import torch
 
 from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import StartupError
-from darkroom_server.core.job import Task
+from darkroom_server.core.job import PromptSyntax, Task
 from darkroom_server.core.model import MemoryNeeds, ModelDefaults, ModelInfo
 from darkroom_server.core.model_runtime import ModelRuntime, ModelSpeed, RowLimitSource
 from darkroom_server.engine.components.schedulers import name_of
@@ -14,7 +17,8 @@ from darkroom_server.engine.components.weighted_prompts import compel_is_install
 from darkroom_server.engine.conditioning.task_pipelines import default_strength
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.loading.defaults import FILE, Defaults
-from darkroom_server.engine.warmup.formats import MemoryFormat
+from darkroom_server.engine.output.replay import library_versions
+from darkroom_server.engine.warmup.formats import MemoryFormat, cpu_name
 from darkroom_server.engine.warmup.presets import Runtime
 
 IP_ADAPTER_FIELDS = frozenset({"ip_adapter_image", "ip_adapter_scale"})
@@ -126,4 +130,15 @@ def _describe(
         safety_checker=safety_checker,
         format_rule=runtime.format_rule,
         preset_rule=runtime.preset_rule,
+        machine=_machine(runtime.device),
     )
+
+
+@cache
+def _machine(device: torch.device) -> str:
+    """What computes: the processor, and the versions of the libraries."""
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor}, {library_versions(PromptSyntax.PLAIN)}"

@@ -10,6 +10,7 @@ from darkroom_server.core.ledger import Begun, Draft, Standing
 from darkroom_server.ledger.postgres.inputs import add_inputs, make_room
 from darkroom_server.ledger.postgres.rows import KEY, columns, entry_of
 from darkroom_server.ledger.postgres.session import CHANNEL
+from darkroom_server.ledger.rows import runtime_of
 from darkroom_server.ledger.rules import queue_is_full, too_many_jobs
 
 QUOTA_LOCK = 0x4453
@@ -17,14 +18,15 @@ QUOTA_LOCK = 0x4453
 
 INSERT = """
     INSERT INTO jobs (caller, request_id, fingerprint, record, model, counted_as, detached, goal,
-        accepted_at, queued_at, deadline, state, owner, epoch)
+        accepted_at, queued_at, deadline, state, owner, epoch, runtime)
     SELECT $1::text, $2::text, $3::bytea, $4::bytea, $5::text, $6::text, $7::boolean,
-        at + $8::float8, at, at + $13::float8, at + $9::float8, $10::smallint, $11::bigint, $12::int
+        at + $8::float8, at, at + $13::float8, at + $9::float8, $10::smallint, $11::bigint,
+        $12::int, $14::text
     FROM (SELECT {now} - $13::float8 AS at) AS accepted
     ON CONFLICT (caller, request_id) DO NOTHING RETURNING {columns}
 """
 
-NOTIFY = "(SELECT pg_notify($14, '') WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE state = 0))"
+NOTIFY = "(SELECT pg_notify($15, '') WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE state = 0))"
 """Does not see the row that the statement inserts."""
 
 EXTEND = """
@@ -118,5 +120,6 @@ async def _insert(
         me if claimed else None,
         epoch,
         draft.age,
+        runtime_of(draft, claimed=claimed),
         *(() if claimed else (CHANNEL,)),
     )

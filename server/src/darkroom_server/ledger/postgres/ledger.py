@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import asyncpg
@@ -16,12 +16,14 @@ from darkroom_server.core.ledger import (
     Entry,
     Hold,
     Key,
+    Models,
     Pulse,
     ServerEntry,
     Standing,
 )
 from darkroom_server.ledger.changes import Changes
 from darkroom_server.ledger.postgres.acceptance import accept
+from darkroom_server.ledger.postgres.claims import claiming
 from darkroom_server.ledger.postgres.connections import (
     OPERATION_SECONDS,
     Connections,
@@ -109,23 +111,16 @@ class PostgresLedger:
         return begun
 
     async def claim(
-        self, room: int, *, models: Collection[str] | None = None, key: Key | None = None
+        self,
+        room: int,
+        *,
+        models: Models | None = None,
+        key: Key | None = None,
+        delay: float = 0.0,
     ) -> list[Entry]:
         """As ``Ledger.claim``; what another server claims at this moment is skipped."""
-        conditions, values = ["state = 0"], list[Any]([room, self.id])
-        if key is not None:
-            conditions.append("caller = $3 AND request_id = $4")
-            values += key
-        if models is not None:
-            values.append(list(models))
-            conditions.append(f"model = ANY (${len(values)}::text[])")
-        rows = await self._fetch(
-            f"WITH chosen AS (SELECT id FROM jobs WHERE {' AND '.join(conditions)} "
-            "ORDER BY goal, id LIMIT $1 FOR UPDATE SKIP LOCKED) "
-            "UPDATE jobs SET state = 1, owner = $2, epoch = epoch + 1, extended = false "
-            f"FROM chosen WHERE jobs.id = chosen.id RETURNING {self._columns}",
-            *values,
-        )
+        statement, values = claiming(room, self.id, models, key, delay, self._now())
+        rows = await self._fetch(statement, *values)
         entries = [entry_of(row) for row in sorted(rows, key=lambda r: (r["goal"], r["id"]))]
         self._changes.publish(*(entry.key for entry in entries))
         return entries
@@ -189,16 +184,20 @@ class PostgresLedger:
         self._changes.publish(key)
         return entry
 
-    async def again(self, key: Key) -> Entry | None:
+    async def again(self, key: Key, runtime: str) -> Entry | None:
         """As ``Ledger.again``; of a server that lives only that one may claim it."""
+        fits = "coalesce(runtime, '') IN ('', $5)"
         entry = await self._one(
-            "UPDATE jobs SET state = 1, owner = $3, epoch = epoch + 1, ended_at = NULL, "
-            f"deadline = NULL WHERE {KEY} AND state = $4 AND (owner = $3 OR "
+            f"UPDATE jobs SET state = CASE WHEN {fits} THEN 1 ELSE 0 END, "
+            f"owner = CASE WHEN {fits} THEN $3::bigint END, epoch = epoch + 1, ended_at = NULL, "
+            f"deadline = NULL, queued_at = {self._now()} "
+            f"WHERE {KEY} AND state = $4 AND (owner = $3 OR "
             "NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = jobs.owner)) "
-            f"RETURNING {self._columns}",
+            f"RETURNING {self._columns}, pg_notify('{CHANNEL}', '')",
             *key,
             self.id,
             Standing.FINISHED,
+            runtime,
         )
         self._changes.publish(key)
         return entry

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from darkroom_server.core.ledger import Entry, Key, Standing
-from darkroom_server.ledger.rules import failure_of
+from darkroom_server.core.ledger import Entry
+from darkroom_server.ledger import rows
 
 KEY = "caller = $1 AND request_id = $2"
 
@@ -18,22 +18,4 @@ def columns(now: str) -> str:
 
 def entry_of(row: Any) -> Entry:
     """A row with ``columns`` as an entry."""
-    now = row["read_at"]
-    return Entry(
-        key=Key(row["caller"], row["request_id"]),
-        standing=Standing(row["state"]),
-        owner=row["owner"],
-        epoch=row["epoch"],
-        losses=row["losses"],
-        fingerprint=row["fingerprint"],
-        record=row["record"],
-        model=row["model"],
-        counted_as=row["counted_as"],
-        detached=row["detached"],
-        # The clock of the database's machine may be set back.
-        age=max(0.0, now - row["accepted_at"]),
-        goal=row["goal"] - now,
-        remaining=None if row["deadline"] is None else row["deadline"] - now,
-        ended_for=None if row["ended_at"] is None else max(0.0, now - row["ended_at"]),
-        failure=failure_of(row["failure"]),
-    )
+    return rows.entry_of(row, row["read_at"])

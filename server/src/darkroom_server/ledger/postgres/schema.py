@@ -76,6 +76,11 @@ MIGRATIONS = (
     );
     CREATE INDEX job_inputs_digest ON job_inputs (digest);
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN runtime text;
+    ALTER TABLE servers ADD COLUMN runtimes text[] NOT NULL DEFAULT '{}';
+    ALTER TABLE servers ADD COLUMN held text[] NOT NULL DEFAULT '{}';
+    """,
 )
 """What makes each version of the schema from the one before; never change one that was released.
 

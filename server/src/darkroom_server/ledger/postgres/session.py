@@ -7,6 +7,7 @@ from typing import Any
 
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.ledger import LEASE_SECONDS, Announcement, Standing
+from darkroom_server.ledger.postgres.claims import UNSERVED
 from darkroom_server.ledger.postgres.connections import OPERATION_SECONDS, Connections
 from darkroom_server.ledger.postgres.inputs import collect
 from darkroom_server.ledger.rules import failure_text
@@ -18,7 +19,7 @@ CHANNEL = "darkroom_queued"
 """Notified when the queue turns from empty to not empty."""
 
 UNSERVED_SECONDS = 60.0
-"""A queued job of a model that no server has had for so long fails."""
+"""A queued job that no server can run for so long fails."""
 
 EXPIRED_AT_ONCE = 500
 
@@ -45,12 +46,6 @@ ENDED = (
 )
 
 LATE = "SELECT id FROM jobs WHERE state = 0 AND deadline <= {now} LIMIT $3 FOR UPDATE SKIP LOCKED"
-
-UNSERVED = """
-    SELECT id FROM jobs WHERE state = 0 AND queued_at < {now} - $4 AND NOT EXISTS
-        (SELECT 1 FROM servers WHERE jobs.model = ANY (servers.models))
-    LIMIT $3 FOR UPDATE SKIP LOCKED
-"""
 
 
 class Session:
@@ -142,7 +137,9 @@ class Session:
         )
         unserved = Failure(
             Reason.MODEL_GONE,
-            f"no server has had its model for {UNSERVED_SECONDS:.0f} s; send the request again",
+            f"for {UNSERVED_SECONDS:.0f} s no server could run it: none has its model, or, if it "
+            "is exact and had begun, none has the device, dtype, layout and library versions with "
+            "which it began; send the request again",
         )
         ended += await connection.fetch(
             self._sql(ENDED, which=UNSERVED),
@@ -182,40 +179,46 @@ class Session:
             raise
         self._connection, self._lock = connection, lock
         self._reaps_from = time.monotonic() + self._settle
-        if not self.id or not await self._write("lock = $6, renewed_at = {now}", lock):
+        if not self.id or not await self._write("lock = $8, renewed_at = {now}", lock):
             await self._insert()
         self.news.set()
 
     async def _write(self, changes: str, *values: object) -> bool:
         """Change this server's row; False if it is gone."""
-        announced = self.announcement
         status: str = await self._connection.execute(
             self._sql(
                 "UPDATE servers SET address = $2, key = $3, certificate = $4, models = $5, "
-                f"{changes} WHERE id = $1"
+                f"runtimes = $6, held = $7, {changes} WHERE id = $1"
             ),
             self.id,
-            announced.address,
-            announced.key,
-            announced.certificate,
-            list(announced.models),
+            *self._announced,
             *values,
         )
         return status == "UPDATE 1"
 
     async def _insert(self) -> None:
-        announced = self.announcement
         self.id = await self._connection.fetchval(
             self._sql(
-                "INSERT INTO servers (name, lock, address, key, certificate, models, opened_at, "
-                "renewed_at) VALUES ($1, $2, $3, $4, $5, $6, {now}, {now}) RETURNING id"
+                "INSERT INTO servers (name, lock, address, key, certificate, models, runtimes, "
+                "held, opened_at, renewed_at) "
+                "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, {now}, {now}) RETURNING id"
             ),
             self._name,
             self._lock,
+            *self._announced,
+        )
+
+    @property
+    def _announced(self) -> tuple[object, ...]:
+        announced = self.announcement
+        runtimes = announced.models.runtimes
+        return (
             announced.address,
             announced.key,
             announced.certificate,
-            list(announced.models),
+            list(runtimes),
+            list(runtimes.values()),
+            list(announced.models.held),
         )
 
     def _sql(self, text: str, **parts: str) -> str:
