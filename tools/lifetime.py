@@ -18,7 +18,7 @@ def _exit(number: int, _: FrameType | None) -> None:
 def dying_with_parent(number: signal.Signals, *options: str) -> list[str]:
     """What to put before a command that gets a signal when the thread that started it has died.
 
-    PDEATHSIG, set by ``setpriv`` with ``options``; nothing where that is not installed.
+    PDEATHSIG, set by ``setpriv`` with ``options``; nothing if that is not installed.
     """
     if shutil.which("setpriv") is None:
         return []

@@ -30,7 +30,7 @@ class Link:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port that it listens on."""
         assert self._server
         port: int = self._server.sockets[0].getsockname()[1]
         return port

@@ -15,7 +15,7 @@ from darkroom_server.settings import Dispatch, Results, Security
 from tests.server.fleet.conftest import Servers
 from tests.server.http.door import token_file
 from tests.server.rpc.test_idempotency import cancel
-from tests.server.rpc.test_jobs import name, state_of
+from tests.server.rpc.test_jobs import name, page, state_of
 from tests.server.streams import assembled, kind, rest, submit, until, watch
 from tests.server.telemetry.scrape import values
 from tests.server.wire import NOT_SERVING, SERVING, Wire, refusal
@@ -64,7 +64,43 @@ async def test_any_server_answers_for_any_job(servers: Servers) -> None:
     assert (await refusal(rest(watch(b, "other")))).code is grpc.StatusCode.NOT_FOUND
     relayed_calls = await values(b, "darkroom_relayed_calls_total", "method")
     assert relayed_calls.pop(("GetGeneration",)) >= 1.0  # Until its end is in the ledger.
-    assert relayed_calls == {("WatchGeneration",): 1.0, ("CancelGeneration",): 0.0}
+    assert relayed_calls == {
+        ("WatchGeneration",): 1.0,
+        ("CancelGeneration",): 0.0,
+        ("ListGenerations",): 0.0,
+    }
+
+
+async def test_a_list_has_the_jobs_of_all_servers(servers: Servers) -> None:
+    a, b = await servers.start("a"), await servers.start("b")
+    await submit(a, request_id="one", steps=5)
+    await submit(b, request_id="two", steps=5, image_count=2)
+    plain = a.generating(request_id="plain", steps=5)
+    await a.becomes(lambda: a.server.dispatcher.running_jobs == 2)
+    await servers.becomes(lambda states: states == {"one": 1, "two": 1})
+    b.engine.advance(2)
+    listed: dict[str, Any] = {}
+    while not listed or listed["two"].step < 4:
+        listed = {job.request_id: job for job in (await page(a)).generations}
+    assert list(listed) == ["plain", "two", "one"]
+    two = listed["two"]
+    assert (name(two.state), two.step, two.steps, two.image_count) == ("RUNNING", 4, 10, 2)
+    # What is not in the ledger is listed by the server that has it.
+    assert [job.request_id for job in (await page(b)).generations] == ["two", "one"]
+    seen, token = [], ""
+    for wire in (a, b, a):
+        response = await page(wire, 1, token)
+        seen += [job.request_id for job in response.generations]
+        token = response.next_page_token
+    assert (seen, token) == (["plain", "two", "one"], "")
+    assert (await values(a, "darkroom_relayed_calls_total", "method"))[("ListGenerations",)] >= 2
+    b.engine.advance(3)
+    a.engine.advance(5)
+    await plain
+    await servers.becomes(lambda states: set(states.values()) == {2})
+    ended = {job.request_id: job for job in (await page(a)).generations}
+    assert {name(job.state) for job in ended.values()} == {"FINISHED"}
+    assert (ended["two"].finished_images, ended["two"].step) == (2, 10)
 
 
 async def test_one_id_at_three_servers_at_once_is_one_job(servers: Servers) -> None:

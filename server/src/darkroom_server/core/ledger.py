@@ -181,6 +181,13 @@ class Pulse(NamedTuple):
     extended: tuple[Entry, ...]
 
 
+class Listed(NamedTuple):
+    """An entry with its number, which grows with each acceptance."""
+
+    number: int
+    entry: Entry
+
+
 class Ledger(Protocol):
     """Where accepted jobs stand.
 
@@ -290,6 +297,12 @@ class SharedLedger(Ledger, Protocol):
 
     def announce(self, announcement: Announcement) -> None:
         """What the others read of this server, from its next ``beat`` on."""
+
+    async def of_caller(self, caller: str, most: int, before: int | None) -> list[Listed]:
+        """At most ``most`` entries of a caller, the last accepted first.
+
+        ``before``: only those with a smaller number.
+        """
 
     async def beat(self) -> Pulse:
         """Renew the lease, queue again what dead servers had, and expire what waited too long.

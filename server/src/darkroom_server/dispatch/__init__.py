@@ -37,7 +37,7 @@ from darkroom_server.dispatch.observer import (
     ReadyChanged,
     RetryJoined,
 )
-from darkroom_server.dispatch.results import Page, ResultStore
+from darkroom_server.dispatch.results import ResultStore
 from darkroom_server.dispatch.status import EngineStatus, ModelStatus, Snapshot
 
 __all__ = [
@@ -76,7 +76,6 @@ __all__ = [
     "ModelStateChanged",
     "ModelStatus",
     "Observer",
-    "Page",
     "PeerAddresses",
     "Queued",
     "ReadyChanged",

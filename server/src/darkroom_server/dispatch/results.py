@@ -29,17 +29,6 @@ RESTORE_RETRY_SECONDS = 2.0
 """As long as the models load, jobs of the ledger are not known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Some of a caller's jobs with their request ids, the last accepted first.
-
-    ``end``: the end of this page, for the next one; None if this is the last page.
-    """
-
-    jobs: tuple[tuple[str, ActiveJob], ...]
-    end: int | None
-
-
 @dataclass(slots=True)
 class _Entry:
     """``serial``: counts the accepted jobs of the store."""
@@ -233,22 +222,24 @@ class ResultStore:
             raise _still_read(request_id)
         return entry.active
 
-    def page(self, caller: str, size: int, after: int | None) -> Page:
-        """At most ``size`` jobs of ``caller``; ``after``: the ``end`` of the page before.
+    def page(
+        self, caller: str, most: int, after: int | None, *, unrecorded: bool = False
+    ) -> list[tuple[int, str, ActiveJob]]:
+        """At most ``most`` jobs of ``caller`` with their numbers and ids, the last accepted first.
 
-        Raises ``NotReady`` while jobs of the caller are still read from the ledger.
+        ``after``: only those with a smaller number. ``unrecorded``: only those without an entry in
+        the ledger. Raises ``NotReady`` while jobs of the caller are still read from there.
         """
         for key, failure in self._withheld.items():
             if key.caller == caller and failure is None:
                 raise _still_read(key.request_id)
-        entries = reversed(self._entries.get(caller, {}).items())
-        older = ((id, e) for id, e in entries if after is None or e.serial < after)
-        found = list(itertools.islice(older, size + 1))
-        shown = found[:size]
-        return Page(
-            jobs=tuple((request_id, entry.active) for request_id, entry in shown),
-            end=shown[-1][1].serial if len(found) > size else None,
+        found = (
+            (entry.serial, request_id, entry.active)
+            for request_id, entry in reversed(self._entries.get(caller, {}).items())
+            if (after is None or entry.serial < after)
+            and not (unrecorded and entry.active.entry is not None)
         )
+        return list(itertools.islice(found, most))
 
     def local(self, key: Key) -> ActiveJob | None:
         """The job of this id if it is here, whether or not it has ended."""

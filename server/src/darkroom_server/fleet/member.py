@@ -2,13 +2,20 @@
 
 import asyncio
 import random
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
 import structlog
 
-from darkroom_server.core.errors import LedgerUnreachable, NotReady, Reason, UnknownRequest
+from darkroom_server.core.errors import (
+    DarkroomError,
+    LedgerUnreachable,
+    NotReady,
+    Reason,
+    UnknownRequest,
+)
 from darkroom_server.core.ledger import (
     Announcement,
     Entry,
@@ -22,7 +29,7 @@ from darkroom_server.dispatch import ActiveJob, Dispatcher, LedgerEntries, Resul
 from darkroom_server.fleet.mirrors import Mirrors
 from darkroom_server.fleet.peers import RETRY_SECONDS, PeerObserver, Peers
 from darkroom_server.service.durability import Durability, error_of
-from darkroom_server.service.jobs import Generation, GenerationState
+from darkroom_server.service.jobs import Generation, GenerationState, generation_of
 
 log = structlog.get_logger(__name__)
 
@@ -149,17 +156,57 @@ class FleetMember:
         entry = await self._entry(key)
         if entry.standing is Standing.CLAIMED:
             return await self._peers.generation(await self._owner(entry), key)
-        job = await self._durability.active_of(entry)
+        return await self._described(entry)
+
+    async def page(
+        self, caller: str, most: int, before: int | None
+    ) -> list[tuple[int, Generation]]:
+        """As ``RecordedJobs.page``; what runs at a server that does not answer has no progress."""
+        found = await self._entries.call("list", self._ledger.of_caller(caller, most, before))
+        running = {e.owner for _, e in found if e.standing is Standing.CLAIMED}
+        servers = await self._entries.call("servers", self._ledger.servers()) if running else []
+        asked = [each for each in servers if each.id in running and each.id != self._ledger.id]
+        answers = await asyncio.gather(*(self._at(each, caller) for each in asked))
+        elsewhere = dict(zip((each.id for each in asked), answers, strict=True))
+        return [(number, await self._listed(entry, elsewhere)) for number, entry in found]
+
+    async def _at(self, server: ServerEntry, caller: str) -> dict[str, Generation]:
+        """The jobs of a caller at another server; none if it does not answer."""
+        try:
+            return await self._peers.generations(server, caller)
+        except NotReady as error:
+            log.info("a server does not list its jobs", server=server.name, why=str(error))
+            return {}
+
+    async def _listed(
+        self, entry: Entry, elsewhere: Mapping[int, Mapping[str, Generation]]
+    ) -> Generation:
+        """A job as its server knows it, or else as its entry does."""
+        if (local := self._results.local(entry.key)) is not None:
+            return generation_of(entry.key.request_id, local)
+        if entry.standing is Standing.CLAIMED and entry.owner in elsewhere:
+            running = elsewhere[entry.owner].get(entry.key.request_id)
+            if running is not None:
+                return running
+        return await self._described(entry)
+
+    async def _described(self, entry: Entry) -> Generation:
+        """What the entry says of a job."""
+        try:
+            job: ActiveJob | None = await self._durability.active_of(entry)
+        except (DarkroomError, ValueError):
+            job = None  # Its model is not served here, or its record is of a newer version.
+        images, steps = (job.job.image_count, job.steps) if job else (0, 0)
         finished = entry.standing is Standing.FINISHED
         failed = entry.standing.ended and not finished
         return Generation(
-            request_id=key.request_id,
+            request_id=entry.key.request_id,
             state=STATES[entry.standing],
             model=entry.model,
-            image_count=job.job.image_count,
-            finished_images=job.job.image_count if finished else 0,
-            step=job.steps if finished else 0,
-            steps=job.steps,
+            image_count=images,
+            finished_images=images if finished else 0,
+            step=steps if finished else 0,
+            steps=steps,
             position=0 if entry.standing is Standing.QUEUED else None,
             age=entry.age,
             estimated_finish=None,

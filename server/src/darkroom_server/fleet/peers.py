@@ -34,7 +34,7 @@ from darkroom_server.rpc.errors import DOMAIN
 from darkroom_server.rpc.interceptors.call_context import RELAYED_KEY
 from darkroom_server.rpc.jobs import generation_of
 from darkroom_server.security.fleet_tokens import fleet_token
-from darkroom_server.service.jobs import Generation
+from darkroom_server.service.jobs import MAX_PAGE_SIZE, Generation
 
 CONTROL_SECONDS = 5.0
 """For a call that only asks or cancels."""
@@ -150,6 +150,17 @@ class Peers:
             timeout=CONTROL_SECONDS,
         )
         return generation_of((await _answer(call, key)).generation)
+
+    async def generations(self, server: ServerEntry, caller: str) -> dict[str, Generation]:
+        """The newest jobs of a caller at ``server``, by request id; raises ``NotReady``."""
+        self._observer.call_relayed("ListGenerations")
+        call = self._stub(server, control=True).ListGenerations(
+            generation_pb2.ListGenerationsRequest(page_size=MAX_PAGE_SIZE),
+            metadata=self._metadata(server, Key(caller, "")),
+            timeout=CONTROL_SECONDS,
+        )
+        found = (await _answer(call, Key(caller, ""))).generations
+        return {each.request_id: generation_of(each) for each in found}
 
     def _metadata(self, server: ServerEntry, key: Key) -> tuple[tuple[str, str], ...]:
         token = fleet_token(server.key, key.caller)

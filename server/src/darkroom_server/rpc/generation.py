@@ -139,7 +139,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.ListGenerationsRequest, context: Context
     ) -> generation_pb2.ListGenerationsResponse:
         """Return the state of one page of the caller's jobs."""
-        page = self._service.jobs.page(CURRENT_CALL.get(), request.page_size, request.page_token)
+        page = await self._service.page(CURRENT_CALL.get(), request.page_size, request.page_token)
         return generation_pb2.ListGenerationsResponse(
             generations=[generation_message(generation) for generation in page.generations],
             next_page_token=page.next_token,

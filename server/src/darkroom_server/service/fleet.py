@@ -4,10 +4,10 @@ from typing import Protocol
 
 from darkroom_server.core.ledger import Entry, Key
 from darkroom_server.dispatch import ActiveJob
-from darkroom_server.service.jobs import Generation
+from darkroom_server.service.jobs import Generation, RecordedJobs
 
 
-class Fleet(Protocol):
+class Fleet(RecordedJobs, Protocol):
     """The jobs of a shared ledger, wherever they are."""
 
     async def follow(self, entry: Entry) -> ActiveJob:

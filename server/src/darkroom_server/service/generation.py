@@ -25,7 +25,7 @@ from darkroom_server.service.fleet import Fleet
 from darkroom_server.service.idempotency import check_request_id, fingerprint
 from darkroom_server.service.input_fields import check_adapters
 from darkroom_server.service.inputs import InputLoader
-from darkroom_server.service.jobs import Generation, JobService
+from darkroom_server.service.jobs import Generation, GenerationPage, JobService
 from darkroom_server.service.request import GenerationRequest, Inputs
 from darkroom_server.service.stored_request import RequestCodec
 from darkroom_server.service.summary import RequestObserver, RequestSummary, Summaries
@@ -264,6 +264,11 @@ class GenerationService:
             assert self._fleet is not None
             return await self._fleet.generation(Key(call.caller.name, request_id))
         return self.jobs.get(call, request_id)
+
+    async def page(self, call: CallContext, page_size: int, page_token: str) -> GenerationPage:
+        """One page of this caller's jobs; as ``JobService.page``."""
+        shared = None if call.relayed else self._fleet
+        return await self.jobs.page(call, page_size, page_token, shared)
 
     def _is_elsewhere(self, call: CallContext, request_id: str) -> bool:
         """Whether another server of the ledger may have the job, and this call may go there."""

@@ -1,9 +1,11 @@
 """The state of jobs, for callers that do not follow them."""
 
+import heapq
 import secrets
 import time
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from darkroom_server.core.errors import DarkroomError, InvalidRequest, Violation
 from darkroom_server.dispatch import ActiveJob, JobOutcome, ResultStore
@@ -64,11 +66,23 @@ class GenerationPage:
     next_token: str
 
 
+class RecordedJobs(Protocol):
+    """The jobs of a ledger that servers share, wherever they run."""
+
+    async def page(
+        self, caller: str, most: int, before: int | None
+    ) -> list[tuple[int, Generation]]:
+        """At most ``most`` jobs of a caller, the last accepted first, each with its number.
+
+        ``before``: only those with a smaller number. Raises ``LedgerUnreachable``.
+        """
+
+
 class JobService:
     """Reports where the jobs of a caller are; does not subscribe to them.
 
     A page token has the name of this store: another server behind the same name would return other
-    jobs for it.
+    jobs for it, unless both share a ledger.
     """
 
     def __init__(self, results: ResultStore) -> None:
@@ -78,39 +92,78 @@ class JobService:
     def get(self, call: CallContext, request_id: str) -> Generation:
         """The job of this caller; raises ``InvalidRequest`` or ``UnknownRequest``."""
         check_request_id(request_id)
-        return _generation(request_id, self._results.find(call.caller.name, request_id))
+        return generation_of(request_id, self._results.find(call.caller.name, request_id))
 
-    def page(self, call: CallContext, page_size: int, page_token: str) -> GenerationPage:
-        """One page of this caller's jobs.
+    async def page(
+        self, call: CallContext, page_size: int, page_token: str, shared: RecordedJobs | None
+    ) -> GenerationPage:
+        """One page of this caller's jobs; those of a ``shared`` ledger wherever they are.
 
         ``page_size``: 0 for the default. ``page_token``: "" for the first page. Raises
-        ``InvalidRequest``.
+        ``InvalidRequest``, and what ``ResultStore.page`` and ``RecordedJobs.page`` raise.
         """
-        wrong, after = [], None
+        wrong, after = [], _Cursor()
         if not 0 <= page_size <= MAX_PAGE_SIZE:
             rule = f"must be 1 to {MAX_PAGE_SIZE}, or 0 for {DEFAULT_PAGE_SIZE}, not {page_size}"
             wrong.append(Violation("page_size", rule))
         if page_token:
-            after = self._end_of(page_token)
-            if after is None:
+            found = self._cursor_of(page_token, any_server=shared is not None)
+            if found is None:
                 rule = "must be next_page_token of an earlier page, of the same server"
                 wrong.append(Violation("page_token", rule))
+            else:
+                after = found
         if wrong:
             raise InvalidRequest(wrong)
-        page = self._results.page(call.caller.name, page_size or DEFAULT_PAGE_SIZE, after)
+        caller, size = call.caller.name, page_size or DEFAULT_PAGE_SIZE
+        here = self._results.page(caller, size + 1, after.serial, unrecorded=shared is not None)
+        jobs = [(_Cursor(serial=serial), generation_of(id, active)) for serial, id, active in here]
+        if shared is not None:
+            recorded = await shared.page(caller, size + 1, after.number)
+            there = [(_Cursor(number=number), each) for number, each in recorded]
+            jobs = list(heapq.merge(jobs, there, key=lambda pair: pair[1].age))
+        shown = jobs[:size]
+        for cursor, _ in shown:
+            after = after.moved_to(cursor)
         return GenerationPage(
-            tuple(_generation(request_id, active) for request_id, active in page.jobs),
-            "" if page.end is None else f"{self._store}-{page.end}",
+            tuple(generation for _, generation in shown),
+            self._token_of(after) if len(jobs) > size else "",
         )
 
-    def _end_of(self, page_token: str) -> int | None:
-        """The end of the page that had this token, None if no page of this store had it."""
-        store, _, end = page_token.partition("-")
-        valid = store == self._store and end.isascii() and end.isdecimal() and len(end) <= 18
-        return int(end) if valid else None
+    def _token_of(self, cursor: "_Cursor") -> str:
+        numbers = (cursor.serial, cursor.number)
+        return "-".join([self._store, *("" if each is None else str(each) for each in numbers)])
+
+    def _cursor_of(self, page_token: str, *, any_server: bool) -> "_Cursor | None":
+        """Where the page ended that had this token; None if no page had it."""
+        store, *numbers = page_token.split("-")
+        if len(numbers) != 2 or not all(map(_is_number, numbers)):
+            return None
+        serial, number = (int(each) if each else None for each in numbers)
+        if store == self._store:
+            return _Cursor(serial, number)
+        # What another server does not have in the ledger, only that one lists.
+        return _Cursor(0, number) if any_server else None
 
 
-def _generation(request_id: str, active: ActiveJob) -> Generation:
+@dataclass(frozen=True, slots=True)
+class _Cursor:
+    """After which job a page begins: its number in this store, and in the ledger."""
+
+    serial: int | None = None
+    number: int | None = None
+
+    def moved_to(self, shown: "_Cursor") -> "_Cursor":
+        """After a job that was shown, too."""
+        return _Cursor(shown.serial or self.serial, shown.number or self.number)
+
+
+def _is_number(text: str) -> bool:
+    return not text or (text.isascii() and text.isdecimal() and len(text) <= 18)
+
+
+def generation_of(request_id: str, active: ActiveJob) -> Generation:
+    """The state of a job that is here."""
     now = time.monotonic()
     outcome = active.outcome
     running = GenerationState.RUNNING if active.assigned else GenerationState.QUEUED

@@ -16,6 +16,7 @@ from darkroom_server.core.ledger import (
     Entry,
     Hold,
     Key,
+    Listed,
     Models,
     Pulse,
     ServerEntry,
@@ -281,6 +282,17 @@ class PostgresLedger:
     def announce(self, announcement: Announcement) -> None:
         """As ``SharedLedger.announce``."""
         self._session.announcement = announcement
+
+    async def of_caller(self, caller: str, most: int, before: int | None) -> list[Listed]:
+        """As ``SharedLedger.of_caller``."""
+        rows = await self._fetch(
+            f"SELECT {self._columns} FROM jobs WHERE caller = $1 "
+            "AND ($2::bigint IS NULL OR id < $2) ORDER BY id DESC LIMIT $3",
+            caller,
+            before,
+            most,
+        )
+        return [Listed(row["id"], entry_of(row)) for row in rows]
 
     async def beat(self) -> Pulse:
         """As ``SharedLedger.beat``."""

@@ -3,7 +3,7 @@
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 from darkroom_server.telemetry.metrics.ledger import LedgerMetrics
 
-METHODS = ("WatchGeneration", "CancelGeneration", "GetGeneration")
+METHODS = ("WatchGeneration", "CancelGeneration", "GetGeneration", "ListGenerations")
 
 
 class FleetMetrics:
