@@ -106,7 +106,7 @@ bench-lora: setup ## measure rows with different LoRAs beside grouping by adapte
 bench-memory: setup ## measure seconds and memory of each preset on the real SD 1.4 (needs CUDA)
 	@$(BIN)/python -m bench.micro memory $(BENCH_FLAGS)
 
-.PHONY: bench-estimates bench-overload bench-http bench-ledger
+.PHONY: bench-estimates bench-overload bench-http bench-ledger bench-fleet
 bench-estimates: setup ## measure how good the server's estimates are; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving estimates $(BENCH_FLAGS)
 
@@ -118,6 +118,9 @@ bench-http: setup ## measure HTTP beside gRPC, and what idle streams cost; optio
 
 bench-ledger: setup ## measure what accepted jobs cost in memory and in SQLite; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving ledger $(BENCH_FLAGS)
+
+bench-fleet: setup ## measure what a fleet asks of PostgreSQL, simulated to 100 servers; options in BENCH_FLAGS
+	@$(BIN)/python -m bench.serving fleet $(BENCH_FLAGS)
 
 .PHONY: bench bench-full bench-gpu bench-peers-setup
 bench: bench-peers-setup ## measure Darkroom beside other servers, 15 minutes; options in BENCH_FLAGS

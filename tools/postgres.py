@@ -31,9 +31,11 @@ def program(name: str) -> str:
 class Cluster:
     """A running PostgreSQL in ``folder``; ``url`` is that of an empty database."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, fsync: bool = False) -> None:
         self.folder = folder
         self.port = _free_port()
+        # A killed database loses nothing without it; a killed machine would.
+        self._fsync = "on" if fsync else "off"
         self._process: subprocess.Popen[bytes] | None = None
         _run("initdb", "-D", str(folder / "data"), "-U", "postgres", "-A", "trust", "--no-sync")
 
@@ -49,7 +51,7 @@ class Cluster:
     def start(self) -> None:
         """Start it, and wait until it accepts connections."""
         options = {
-            "fsync": "off",  # A killed database loses nothing without it; a killed machine would.
+            "fsync": self._fsync,
             "unix_socket_directories": str(self.folder),
             "listen_addresses": "127.0.0.1",
             "max_connections": "200",
@@ -78,33 +80,33 @@ class Cluster:
     def kill(self) -> None:
         """Kill it and all its processes, as a power failure of its machine's would."""
         assert self._process
-        main = self._main
-        for pid in (main, *_children(main)):
+        for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
         self._process = None
 
+    def processes(self) -> list[int]:
+        """The ids of its processes, the main one first."""
+        main = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+        return [main, *_children(main)]
+
     def stop(self) -> None:
         """Stop it at once, if it runs."""
         if self._process is not None:
-            os.kill(self._main, signal.SIGQUIT)
+            self._process.send_signal(signal.SIGQUIT)
             self._process.wait(SECONDS)
             self._process = None
 
-    @property
-    def _main(self) -> int:
-        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
-
 
 @contextmanager
-def cluster() -> Iterator[Cluster]:
-    """A running cluster, deleted afterwards."""
+def cluster(*, fsync: bool = False) -> Iterator[Cluster]:
+    """A running cluster, deleted afterwards; ``fsync``: commits are flushed to the disk."""
     folder = Path(tempfile.mkdtemp(prefix="darkroom-pg-"))
     try:
         if os.geteuid() == 0:
             shutil.chown(folder, "postgres")
-        made = Cluster(folder)
+        made = Cluster(folder, fsync=fsync)
         made.start()
         try:
             yield made

@@ -1,4 +1,6 @@
-"""Measures estimates, overload, the HTTP door and the ledger: ``python -m bench.serving NAME ...``.
+"""Measures estimates, overload, the HTTP door, the ledger and fleets.
+
+``python -m bench.serving NAME ...``.
 
 Each writes its results to ``bench/results`` and its section of a page in ``docs``.
 """
@@ -6,9 +8,10 @@ Each writes its results to ``bench/results`` and its section of a page in ``docs
 from collections.abc import Sequence
 
 from bench.report.benchmark import run_named
-from bench.serving import estimates, http_door, ledger_cost, overload
+from bench.serving import estimates, fleet_cost, http_door, ledger_cost, overload
 
-BENCHMARKS = tuple(module.BENCHMARK for module in (estimates, overload, http_door, ledger_cost))
+MODULES = (estimates, overload, http_door, ledger_cost, fleet_cost)
+BENCHMARKS = tuple(module.BENCHMARK for module in MODULES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

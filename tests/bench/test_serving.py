@@ -1,12 +1,13 @@
-"""The sections on estimates, overload, the HTTP door and the ledger, from handwritten results."""
+"""The sections of the benchmarks of serving, from handwritten results."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from bench.serving import estimates, http_door, ledger_cost, overload
+from bench.serving import estimates, fleet_cost, http_door, ledger_cost, overload
 from bench.serving.estimates import Pair
+from bench.serving.fleet_simulation import FleetSimulation, Plan
 from bench.serving.overload import Call, in_time
 from tests.bench.test_results import RESULTS
 
@@ -135,3 +136,54 @@ def test_calls_are_counted_with_one_caller_and_with_several() -> None:
         calls.clear()
         assert ledger_cost.seconds_of_each(lambda: calls.append(1), 10, callers) > 0
         assert len(calls) == expected
+
+
+def test_a_simulated_fleet_runs_what_arrives() -> None:
+    plan = Plan(servers=5, engines=1, resident=2, jobs_per_second=10.0, load=0.9)
+    assert plan.job_seconds == pytest.approx(0.9)
+    simulation = FleetSimulation(plan, seed=1)
+    rates = simulation.run(200.0)
+    assert rates["begin"] + rates["queue"] == pytest.approx(10.0, rel=0.1)
+    assert rates["queue"] == pytest.approx(rates["claimed"], rel=0.1)
+    assert rates["queue"] > 1  # Jobs did wait.
+    assert rates["beat"] == pytest.approx(5 / 0.45, rel=0.02)
+    assert simulation.longest > 1
+    # With much room nothing waits.
+    idle = FleetSimulation(replace(plan, load=0.01), seed=1).run(200.0)
+    assert "queue" not in idle
+
+
+def fleet_results(beside: float) -> Any:
+    cost = {"wait": 1.5, "cpu": 0.5, "statements": 2}
+    return replace(
+        RESULTS,
+        settings={
+            "times": 10,
+            "servers": 100,
+            "seconds": 60.0,
+            "ended": 1000,
+            "plan": {"servers": 100, "engines": 8, "resident": 8, "jobs_per_second": 300.0},
+        },
+        figures={
+            "operations": {"begin": cost, "beat": cost},
+            "claims": {"quiet": [1e-3, 1e-3, 1e-3], "beside": [beside] * 3},
+            "rates": {
+                str(load): {"begin": 300.0, "beat": 200.0, "claimed": 9.0}
+                for load in fleet_cost.LOADS
+            },
+        },
+    )
+
+
+def test_the_fleet_section() -> None:
+    text = fleet_cost.BENCHMARK.section(fleet_results(2e-3))
+    assert "| begin | 1.50 | 0.50 | 2 | 300 | 300 | 300 |" in text
+    assert "| statements a second |  |  |  | 1000 | 1000 | 1000 |" in text
+    assert "| CPUs of the database |  |  |  | 0.25 | 0.25 | 0.25 |" in text
+    assert "1.00 ms in quiet, and 2.00 ms beside" in text
+
+
+@pytest.mark.parametrize(("beside", "met"), [(2e-3, True), (6e-3, False)])
+def test_the_goal_of_a_claim(beside: float, met: bool) -> None:
+    (goal,) = fleet_cost.goals(fleet_results(beside))
+    assert goal.met is met

@@ -7,6 +7,7 @@ import asyncpg
 
 from darkroom_server.core.errors import RequestConflict
 from darkroom_server.core.ledger import Begun, Draft, Standing
+from darkroom_server.ledger.postgres.front import LATEST
 from darkroom_server.ledger.postgres.inputs import add_inputs, make_room
 from darkroom_server.ledger.postgres.rows import KEY, columns, entry_of
 from darkroom_server.ledger.postgres.session import CHANNEL
@@ -20,13 +21,16 @@ INSERT = """
     INSERT INTO jobs (caller, request_id, fingerprint, record, model, counted_as, detached, goal,
         accepted_at, queued_at, deadline, state, owner, epoch, runtime)
     SELECT $1::text, $2::text, $3::bytea, $4::bytea, $5::text, $6::text, $7::boolean,
-        at + $8::float8, at, at + $13::float8, at + $9::float8, $10::smallint, $11::bigint,
-        $12::int, $14::text
+        greatest(at + $8::float8, {now} - {latest}), at, at + $13::float8, at + $9::float8,
+        $10::smallint, $11::bigint, $12::int, $14::text
     FROM (SELECT {now} - $13::float8 AS at) AS accepted
     ON CONFLICT (caller, request_id) DO NOTHING RETURNING {columns}
 """
 
-NOTIFY = "(SELECT pg_notify($15, '') WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE state = 0))"
+NOTIFY = """
+    (SELECT pg_notify($15, '')
+        WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE state = 0 AND goal >= $16))
+"""
 """Does not see the row that the statement inserts."""
 
 EXTEND = """
@@ -43,12 +47,16 @@ async def accept(
     *,
     me: int,
     claimed: bool,
+    front: float,
     max_input_bytes: int,
     now: Callable[[], str],
 ) -> Begun:
-    """As ``Ledger.begin``, for the server ``me``. ``now``: SQL for the time in seconds."""
+    """As ``Ledger.begin``, for the server ``me``.
+
+    ``front``: the goal at which the queue begins. ``now``: SQL for the time in seconds.
+    """
     if draft.max_live is None and not draft.inputs and (claimed or draft.max_queued is None):
-        row = await _insert(db, draft, me, claimed, 1, now())  # One statement, one commit.
+        row = await _insert(db, draft, me, claimed, 1, front, now())  # One statement, one commit.
         if row is not None:
             return Begun(entry_of(row), new=True)
     while True:
@@ -67,23 +75,25 @@ async def accept(
                     old = await _extend(db, old["id"], draft, me, now())
                 if old["state"] <= Standing.FINISHED:
                     return Begun(entry_of(old), new=False)
-            await _check(db, draft, claimed)
+            await _check(db, draft, claimed, front)
             if draft.inputs:
                 await make_room(db, draft, max_input_bytes)
             if old is not None:
                 await db.execute("DELETE FROM jobs WHERE id = $1", old["id"])
             epoch = 1 if old is None else old["epoch"] + 1
-            row = await _insert(db, draft, me, claimed, epoch, now())
+            row = await _insert(db, draft, me, claimed, epoch, front, now())
             if row is not None:
                 await add_inputs(db, row["id"], draft)
                 return Begun(entry_of(row), new=True)
             # Another server inserted it meanwhile.
 
 
-async def _check(db: asyncpg.Connection, draft: Draft, claimed: bool) -> None:
+async def _check(db: asyncpg.Connection, draft: Draft, claimed: bool, front: float) -> None:
     """Raise ``QuotaExceeded`` or ``QueueFull`` if the draft has no place."""
     if draft.max_queued is not None and not claimed:
-        queued = await db.fetchval("SELECT count(*) FROM jobs WHERE state = 0")
+        queued = await db.fetchval(
+            "SELECT count(*) FROM jobs WHERE state = 0 AND goal >= $1", front
+        )
         if queued >= draft.max_queued:
             raise queue_is_full(queued)
     if draft.max_live is not None:
@@ -102,10 +112,16 @@ async def _extend(db: asyncpg.Connection, job: int, draft: Draft, me: int, now: 
 
 
 async def _insert(
-    db: asyncpg.Connection, draft: Draft, me: int, claimed: bool, epoch: int, now: str
+    db: asyncpg.Connection,
+    draft: Draft,
+    me: int,
+    claimed: bool,
+    epoch: int,
+    front: float,
+    now: str,
 ) -> Any:
     """The new row; None if there is one of that key."""
-    statement = INSERT.format(now=now, columns=columns(now))
+    statement = INSERT.format(now=now, columns=columns(now), latest=LATEST)
     return await db.fetchrow(
         statement if claimed else f"{statement}, {NOTIFY}",
         *draft.key,
@@ -121,5 +137,5 @@ async def _insert(
         epoch,
         draft.age,
         runtime_of(draft, claimed=claimed),
-        *(() if claimed else (CHANNEL,)),
+        *(() if claimed else (CHANNEL, front)),
     )

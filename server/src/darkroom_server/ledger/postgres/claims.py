@@ -24,7 +24,7 @@ FITTING = """
 """
 
 UNSERVED = """
-    SELECT id FROM jobs WHERE state = 0 AND queued_at < {now} - $4 AND NOT EXISTS (
+    SELECT id FROM jobs WHERE state = 0 AND goal >= $5 AND queued_at < {now} - $4 AND NOT EXISTS (
         SELECT 1 FROM servers, unnest(servers.models, servers.runtimes) AS offer (model, runtime)
         WHERE offer.model = jobs.model
         AND (coalesce(jobs.runtime, '') = '' OR offer.runtime = jobs.runtime))
@@ -34,12 +34,26 @@ UNSERVED = """
 
 
 def claiming(
-    room: int, me: int, models: Models | None, key: Key | None, delay: float, now: str
+    room: int,
+    me: int,
+    models: Models | None,
+    key: Key | None,
+    delay: float,
+    *,
+    front: float,
+    now: str,
 ) -> tuple[str, list[Any]]:
-    """The statement of ``Ledger.claim`` and its values, for the server ``me``."""
-    conditions, values, runtime = ["state = 0"], list[Any]([room, me]), ""
-    if key is not None:
-        conditions.append("caller = $3 AND request_id = $4")
+    """The statement of ``Ledger.claim`` and its values, for the server ``me``.
+
+    ``front``: the goal at which the queue begins. ``now``: SQL for the time in seconds.
+    """
+    values: list[Any] = [room, me]
+    runtime = ""
+    if key is None:
+        conditions = ["state = 0 AND goal >= $3"]
+        values.append(front)
+    else:
+        conditions = ["state = 0 AND caller = $3 AND request_id = $4"]
         values += key
     if models is not None:
         runtimes, first = models.runtimes, len(values) + 1

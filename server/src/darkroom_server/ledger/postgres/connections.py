@@ -152,7 +152,11 @@ class Connections:
             connection: Any = await self._pool.acquire(timeout=OPERATION_SECONDS)
             try:
                 async with asyncio.timeout(OPERATION_SECONDS):
-                    return await operation(connection)
+                    try:
+                        return await operation(connection)
+                    except asyncpg.InvalidCachedStatementError:
+                        # A newer server has migrated the schema; what was done is undone.
+                        return await operation(connection)
             except TimeoutError:
                 connection.terminate()  # It may hang, and a release would wait for it.
                 raise

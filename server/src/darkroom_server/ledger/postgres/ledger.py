@@ -103,6 +103,7 @@ class PostgresLedger:
                 draft,
                 me=self.id,
                 claimed=claimed,
+                front=self._session.front.goal,
                 max_input_bytes=self._max_input_bytes,
                 now=self._now,
             )
@@ -120,7 +121,9 @@ class PostgresLedger:
         delay: float = 0.0,
     ) -> list[Entry]:
         """As ``Ledger.claim``; what another server claims at this moment is skipped."""
-        statement, values = claiming(room, self.id, models, key, delay, self._now())
+        statement, values = claiming(
+            room, self.id, models, key, delay, front=self._session.front.goal, now=self._now()
+        )
         rows = await self._fetch(statement, *values)
         entries = [entry_of(row) for row in sorted(rows, key=lambda r: (r["goal"], r["id"]))]
         self._changes.publish(*(entry.key for entry in entries))
@@ -153,7 +156,7 @@ class PostgresLedger:
             "FROM unnest($1::text[], $2::text[], $3::int[]) AS held (caller, request_id, epoch) "
             "WHERE jobs.caller = held.caller AND jobs.request_id = held.request_id "
             "AND jobs.epoch = held.epoch AND state = 1 AND owner = $4 "
-            f"RETURNING pg_notify('{CHANNEL}', '')",
+            f"RETURNING pg_notify('{CHANNEL}', goal::text)",
             [hold.key.caller for hold in holds],
             [hold.key.request_id for hold in holds],
             [hold.epoch for hold in holds],
@@ -194,7 +197,7 @@ class PostgresLedger:
             f"deadline = NULL, queued_at = {self._now()} "
             f"WHERE {KEY} AND state = $4 AND (owner = $3 OR "
             "NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = jobs.owner)) "
-            f"RETURNING {self._columns}, pg_notify('{CHANNEL}', '')",
+            f"RETURNING {self._columns}, pg_notify('{CHANNEL}', goal::text)",
             *key,
             self.id,
             Standing.FINISHED,
@@ -300,8 +303,10 @@ class PostgresLedger:
         try:
             async with asyncio.timeout(OPERATION_SECONDS):
                 returned = await session.renew()
-                reclaimed = await session.reap()
-                await session.expire()
+                reclaimed = 0
+                if session.volunteers():
+                    reclaimed = await session.reap()
+                    await session.expire()
                 queued, servers = await session.look()
             extended = await self._fetch(
                 "UPDATE jobs SET extended = false WHERE owner = $1 AND state = 1 AND extended "

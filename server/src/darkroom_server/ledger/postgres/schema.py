@@ -80,6 +80,7 @@ MIGRATIONS = (
     ALTER TABLE jobs ADD COLUMN runtime text;
     ALTER TABLE servers ADD COLUMN runtimes text[] NOT NULL DEFAULT '{}';
     ALTER TABLE servers ADD COLUMN held text[] NOT NULL DEFAULT '{}';
+    DROP INDEX jobs_deadline;
     """,
 )
 """What makes each version of the schema from the one before; never change one that was released.

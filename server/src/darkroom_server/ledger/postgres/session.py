@@ -1,6 +1,8 @@
 """A server's presence in a PostgreSQL ledger: its lock, its lease, and the reaping of dead ones."""
 
 import asyncio
+import math
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +11,7 @@ from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.ledger import LEASE_SECONDS, Announcement, Standing
 from darkroom_server.ledger.postgres.claims import UNSERVED
 from darkroom_server.ledger.postgres.connections import OPERATION_SECONDS, Connections
+from darkroom_server.ledger.postgres.front import Front
 from darkroom_server.ledger.postgres.inputs import collect
 from darkroom_server.ledger.rules import failure_text
 
@@ -16,7 +19,7 @@ LOCKS = 0x4452
 """The first number of the advisory locks of sessions; the second is the row's ``lock``."""
 
 CHANNEL = "darkroom_queued"
-"""Notified when the queue turns from empty to not empty."""
+"""Notified when the queue turns from empty to not empty, and with its goal when a job returns."""
 
 UNSERVED_SECONDS = 60.0
 """A queued job that no server can run for so long fails."""
@@ -31,6 +34,7 @@ DEAD = """
         WHERE l.locktype = 'advisory' AND l.granted
         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
         AND l.classid = $2::bigint::oid AND l.objid = s.lock::bigint::oid AND l.objsubid = 2))
+    RETURNING s.id
 """
 """Deletes servers that are dead. After a restart of the database nobody has a lock for a moment."""
 
@@ -38,14 +42,25 @@ UNOWNED = """
     UPDATE jobs SET state = 0, owner = NULL, epoch = epoch + 1, losses = losses + 1,
         queued_at = {now}
     WHERE state = 1 AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = jobs.owner)
+    RETURNING goal
 """
 """Queues what dead servers had; and what one claimed that did not know yet that it was reaped."""
+
+VOLUNTEERS = 4
+"""About as many servers do what one of them must: at each beat look for dead servers and expired
+jobs, and claim at once what a notification is about. The others come with their next beat."""
+
+SWEEP_SECONDS = 5.0
+"""Until jobs without an owner are looked for although no server has died."""
 
 ENDED = (
     "UPDATE jobs SET state = $1, ended_at = {now}, failure = $2 WHERE id IN ({which}) RETURNING id"
 )
 
-LATE = "SELECT id FROM jobs WHERE state = 0 AND deadline <= {now} LIMIT $3 FOR UPDATE SKIP LOCKED"
+LATE = """
+    SELECT id FROM jobs WHERE state = 0 AND goal >= $4 AND deadline <= {now} LIMIT $3
+    FOR UPDATE SKIP LOCKED
+"""
 
 
 class Session:
@@ -60,6 +75,7 @@ class Session:
         self.id = 0
         self.news = asyncio.Event()
         self.announcement = Announcement(address="", key="")
+        self.front = Front()
         self._connections = connections
         self._name = name
         self._now = now
@@ -67,6 +83,8 @@ class Session:
         self._connection: Any = None
         self._lock = 0
         self._reaps_from = 0.0
+        self._swept_at = -math.inf
+        self._servers = 1
 
     async def open(self) -> int:
         """Appear in the ledger; returns how many jobs dead servers had."""
@@ -120,20 +138,26 @@ class Session:
         if time.monotonic() < self._reaps_from:
             return 0
         connection = self._connection
-        async with connection.transaction():
-            await connection.execute(self._sql(DEAD), self.id, LOCKS, LEASE_SECONDS, self._settle)
-            status: str = await connection.execute(self._sql(UNOWNED))
-            count = int(status.split()[-1])
-            if count:
-                await connection.execute(f"NOTIFY {CHANNEL}")
-        return count
+        dead = await connection.fetch(self._sql(DEAD), self.id, LOCKS, LEASE_SECONDS, self._settle)
+        if not dead and time.monotonic() < self._swept_at + SWEEP_SECONDS * self._servers:
+            return 0
+        self._swept_at = time.monotonic()
+        queued = await connection.fetch(self._sql(UNOWNED))
+        if queued:
+            first = min(row["goal"] for row in queued)
+            await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, repr(first))
+        return len(queued)
 
     async def expire(self) -> None:
         """End queued jobs whose deadline passed, and those that no server can run."""
         connection = self._connection
         late = Failure(Reason.DEADLINE_EXPIRED, "the deadline passed before it was begun")
         ended = await connection.fetch(
-            self._sql(ENDED, which=LATE), Standing.EXPIRED, failure_text(late), EXPIRED_AT_ONCE
+            self._sql(ENDED, which=LATE),
+            Standing.EXPIRED,
+            failure_text(late),
+            EXPIRED_AT_ONCE,
+            self.front.goal,
         )
         unserved = Failure(
             Reason.MODEL_GONE,
@@ -147,6 +171,7 @@ class Session:
             failure_text(unserved),
             EXPIRED_AT_ONCE,
             UNSERVED_SECONDS,
+            self.front.goal,
         )
         if ended:
             jobs = [row["id"] for row in ended]
@@ -156,9 +181,19 @@ class Session:
     async def look(self) -> tuple[int, frozenset[int]]:
         """How many entries wait, and which servers there are."""
         row = await self._connection.fetchrow(
-            "SELECT (SELECT count(*) FROM jobs WHERE state = 0), ARRAY (SELECT id FROM servers)"
+            self._sql(
+                "SELECT count(*) AS queued, min(goal) AS first, {now} AS now, "
+                "ARRAY (SELECT id FROM servers) AS servers FROM jobs WHERE state = 0 AND goal >= $1"
+            ),
+            self.front.asked(),
         )
-        return row[0], frozenset(row[1])
+        self.front.found(row["first"], row["now"])
+        self._servers = len(row["servers"])
+        return row["queued"], frozenset(row["servers"])
+
+    def volunteers(self) -> bool:
+        """Whether this server does now what one of all must; see ``VOLUNTEERS``."""
+        return random.random() < VOLUNTEERS / self._servers
 
     async def _enter(self) -> None:
         """Connect, take a lock that nobody had, and write it into the ledger."""
@@ -178,6 +213,7 @@ class Session:
             connection.terminate()
             raise
         self._connection, self._lock = connection, lock
+        self.front.forget()
         self._reaps_from = time.monotonic() + self._settle
         if not self.id or not await self._write("lock = $8, renewed_at = {now}", lock):
             await self._insert()
@@ -225,5 +261,8 @@ class Session:
         now = self._now()
         return text.format(now=now, **{name: part.format(now=now) for name, part in parts.items()})
 
-    def _on_news(self, *_: object) -> None:
-        self.news.set()
+    def _on_news(self, _: object, __: int, ___: str, goal: str) -> None:
+        if goal:
+            self.front.back(float(goal))
+        if self.volunteers():
+            self.news.set()
