@@ -42,6 +42,7 @@ PROGRAMS = {
     "chromium": ["chromium|google-chrome", "chromedriver"],
     "zsh": ["zsh"],
     "fish": ["fish"],
+    "faketime": ["faketime"],
     "postgresql": ["initdb", "postgres", "pg_isready"],
     "kubectl": ["kubectl"],
     "systemd-analyze": ["systemd-analyze"],

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install what the tests run and pip does not bring: promtool, Prometheus, Node, npm, zsh, fish,
-# PostgreSQL and Chromium with its driver, by apt.
+# PostgreSQL, faketime and Chromium with its driver, by apt.
 #
 # test_tools.sh yes    install what is missing; fails without root, without apt, or if apt fails
 # test_tools.sh auto   the same if CI=true; as root in a container try to; elsewhere do nothing
@@ -17,7 +17,7 @@ in_container() {
 
 missing() {
     local program
-    for program in promtool prometheus node npm chromedriver zsh fish; do
+    for program in promtool prometheus node npm chromedriver zsh fish faketime; do
         command -v "$program" >/dev/null || printf '%s ' "$program"
     done
     command -v chromium >/dev/null || command -v google-chrome >/dev/null || printf 'chromium '
@@ -43,7 +43,8 @@ install_missing() {
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq || return 1
     apt_install prometheus promtool prometheus && apt_install nodejs node && apt_install npm npm \
-        && apt_install chromium-driver chromedriver && apt_install zsh zsh && apt_install fish fish
+        && apt_install chromium-driver chromedriver && apt_install zsh zsh && apt_install fish fish \
+        && apt_install faketime faketime
     # The tests take either browser.
     command -v google-chrome >/dev/null || apt_install chromium chromium
     has_postgresql || apt_install postgresql initdb
