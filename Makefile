@@ -142,12 +142,15 @@ observe: setup ## a server, a real Prometheus and a short load: rules and plots,
 soak: setup ## mixed load with random cancels and kills, for MINUTES
 	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
-.PHONY: fleet fleet-chaos
+.PHONY: fleet fleet-chaos fleet-upgrade
 fleet: setup ## three servers on one PostgreSQL, a load, one kill -9: nothing is lost; options in FLEET_FLAGS
 	@$(BIN)/python -m tools.fleet $(FLEET_FLAGS)
 
 fleet-chaos: setup ## 200 jobs and 20 kills of whole servers with fake engines; options in FLEET_FLAGS
 	@$(BIN)/python -m tests.faults.fleet_chaos $(FLEET_FLAGS)
+
+fleet-upgrade: setup ## three servers replaced in turn under load by wheels of another version, and back
+	@$(BIN)/python -m tests.compat.fleet_upgrade $(FLEET_FLAGS)
 
 .PHONY: start-noise
 start-noise: setup ## start on a busy machine ten times, compare what was chosen; options in NOISE_FLAGS

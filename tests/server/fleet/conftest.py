@@ -20,12 +20,15 @@ class Servers:
         self.url = url
         self._stack = stack
 
-    async def start(self, name: str, **sections: Any) -> Wire:
-        """One more; it gives its jobs no time to finish when it stops."""
+    async def start(self, name: str, *, url: str = "", **sections: Any) -> Wire:
+        """One more; it gives its jobs no time to finish when it stops.
+
+        ``url``: where it finds the ledger, "" for all others' way.
+        """
         sections = {"shutdown": Shutdown(grace=0.0), **sections}
         network = Network(port=0, metrics_port=0, server_id=name)
         wire = await self._stack.enter_async_context(
-            serving(network=network, storage=Storage(ledger=self.url), **sections)
+            serving(network=network, storage=Storage(ledger=url or self.url), **sections)
         )
         return wire
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -27,6 +28,9 @@ JOB = Key("ada", "job")
 
 DEMO = Models(held={"demo": "fast"})
 
+SCHEMA_1 = Path(__file__).with_name("data") / "postgres_schema_1.sql"
+"""By ``pg_dump --schema=darkroom --inserts`` of a server of schema 1 that was killed."""
+
 
 class Fleet:
     """Ledgers of several servers on one database, which need not settle after its start."""
@@ -41,6 +45,13 @@ class Fleet:
         await ledger.open()
         self._stack.push_async_callback(ledger.close)
         return ledger
+
+    async def sql_script(self, script: str) -> None:
+        """Make the ledger anew by several statements."""
+        await emptied(self.url)
+        connection = await asyncpg.connect(self.url)
+        await connection.execute(script)
+        await connection.close()
 
     async def sql(self, statement: str, *values: Any) -> Any:
         connection = await asyncpg.connect(self.url, server_settings={"search_path": "darkroom"})
@@ -303,6 +314,56 @@ async def test_a_role_without_ddl_serves_what_another_one_made(
     await ledger.renew()
     assert await ledger.find(begun.entry.key) is None
     await ledger.close()
+
+
+async def test_a_ledger_of_schema_1_is_migrated(fleet: Fleet) -> None:
+    await fleet.sql_script(SCHEMA_1.read_text())
+    assert [row["version"] for row in await fleet.sql("SELECT version FROM ledger")] == [1]
+    ledger = await fleet.join("new")
+    assert [row["version"] for row in await fleet.sql("SELECT version FROM ledger")] == [
+        len(MIGRATIONS)
+    ]
+    found = {id: await ledger.find(Key("ada", id)) for id in ("waits", "runs", "done")}
+    standings = {id: e and (e.standing, e.losses, e.runtime) for id, e in found.items()}
+    # Its server is gone, and had begun one of them.
+    assert standings == {
+        "waits": (Standing.QUEUED, 0, None),
+        "runs": (Standing.QUEUED, 1, None),
+        "done": (Standing.FINISHED, 0, None),
+    }
+    assert await ledger.inputs(Key("ada", "waits")) == {"digest": b"a picture"}
+    claimed = await ledger.claim(5, models=DEMO)
+    assert {entry.key.request_id for entry in claimed} == {"waits", "runs"}
+    await ledger.begin(draft("exact", runtime="fast"), claimed=True)
+    assert (await ledger.find(Key("ada", "exact"))).runtime == "fast"  # type: ignore[union-attr]
+
+
+async def test_a_role_without_ddl_does_not_migrate(postgresql: Cluster, fleet: Fleet) -> None:
+    await fleet_role(fleet)
+    await fleet.sql_script(SCHEMA_1.read_text())
+    await grant(fleet)
+    url = postgresql.database("postgres", "server")
+    with pytest.raises(StartupError, match=f"is to have schema {len(MIGRATIONS)}.*migrate-ledger"):
+        await PostgresLedger(url).open()
+    assert [row["version"] for row in await fleet.sql("SELECT version FROM ledger")] == [1]
+    assert "is ready" in await migrate(fleet.url)
+    ledger = PostgresLedger(url, retention=300.0)
+    await ledger.open()
+    assert {entry.key.request_id for entry in await ledger.claim(5)} == {"waits", "runs"}
+    await ledger.close()
+
+
+async def test_a_server_goes_on_while_a_newer_one_migrates(fleet: Fleet) -> None:
+    ledger = await fleet.join("a")
+    with_inputs = {"inputs": {"x": b"1"}}
+    for number in range(3):  # Its statements are prepared by now.
+        await ledger.begin(draft(f"before{number}", **with_inputs), claimed=True)
+        await ledger.begin(draft(f"before{number}", **with_inputs), claimed=True)
+    await fleet.sql("ALTER TABLE jobs ADD COLUMN mood text")
+    assert not (await ledger.begin(draft("before0", **with_inputs), claimed=True)).new
+    assert (await ledger.begin(draft("after", **with_inputs), claimed=False)).new
+    assert [entry.key.request_id for entry in await ledger.claim(5)] == ["after"]
+    assert len(await ledger.mine()) == 4
 
 
 async def fleet_role(fleet: Fleet) -> None:

@@ -18,10 +18,13 @@ from darkroom_server.ledger.sqlite import SqliteLedger
 from tests.server.ledger.conftest import draft
 from tests.server.ledger.copies import left_behind
 
+SCHEMA_1 = Path(__file__).with_name("data") / "sqlite_schema_1.sql"
+"""The dump of a server of schema 1 that was killed."""
+
 
 @asynccontextmanager
 async def opened(path: Path, **options: Any) -> AsyncIterator[SqliteLedger]:
-    ledger = SqliteLedger(path, retention=300.0, **options)
+    ledger = SqliteLedger(path, **{"retention": 300.0, **options})
     await ledger.open()
     try:
         yield ledger
@@ -119,6 +122,29 @@ async def test_it_is_migrated_and_never_read_by_an_older_server(
             assert [entry.key.request_id for entry in await ledger.mine()] == ["job"]
     with pytest.raises(StartupError, match="has schema 3, of a newer darkroom-server"):
         await SqliteLedger(path).open()
+
+
+async def test_a_ledger_of_schema_1_is_migrated(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    db = sqlite3.connect(path)
+    db.executescript(SCHEMA_1.read_text())
+    # A dump has neither of these.
+    db.execute(f"PRAGMA application_id = {sqlite_file.APPLICATION_ID}")
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+    async with opened(path, retention=1e12) as ledger:
+        found = {id: await ledger.find(Key("ada", id)) for id in ("waits", "runs", "done")}
+        standings = {id: e and (e.standing, e.losses, e.runtime) for id, e in found.items()}
+        assert standings == {
+            "waits": (Standing.QUEUED, 0, None),
+            "runs": (Standing.QUEUED, 1, None),
+            "done": (Standing.FINISHED, 0, None),
+        }
+        assert await ledger.inputs(Key("ada", "waits")) == {"digest": b"a picture"}
+        await ledger.begin(draft("exact", runtime="fast"), claimed=True)
+        exact = await ledger.find(Key("ada", "exact"))
+        assert exact is not None
+        assert exact.runtime == "fast"
 
 
 async def test_another_file_is_left_alone(tmp_path: Path) -> None:
