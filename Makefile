@@ -146,7 +146,7 @@ soak: setup ## mixed load with random cancels and kills, for MINUTES
 fleet: setup ## three servers on one PostgreSQL, a load, one kill -9: nothing is lost; options in FLEET_FLAGS
 	@$(BIN)/python -m tools.fleet $(FLEET_FLAGS)
 
-fleet-chaos: setup ## 200 jobs and 20 kills of whole servers with fake engines; options in FLEET_FLAGS
+fleet-chaos: setup ## 200 jobs, 20 whole servers killed, frozen or cut off; options in FLEET_FLAGS
 	@$(BIN)/python -m tests.faults.fleet_chaos $(FLEET_FLAGS)
 
 fleet-upgrade: setup ## three servers replaced in turn under load by wheels of another version, and back

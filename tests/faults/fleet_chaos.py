@@ -5,6 +5,8 @@ jobs is killed by SIGKILL, frozen by SIGSTOP, or cut off from the database; a ne
 place. Callers submit jobs, and wait for each. In the end every accepted job has its image, equal to
 the one that a lone server makes, and none ran more than twice. To see that, no server is taken away
 while a job is in it that was lost before.
+
+With ``--real`` the servers have the demo model, jobs are ``exact``, and images have equal bytes.
 """
 
 import argparse
@@ -32,8 +34,6 @@ from tools.postgres import Cluster, cluster
 SERVERS = 3
 RESIDENT = 4
 PASS_SECONDS = 0.05
-STEPS = (4, 40)
-JOBS_PER_SECOND = 2.0
 SETTLE_SECONDS = 6.0
 """After the start of the database nobody is taken for dead for so long."""
 
@@ -44,10 +44,29 @@ BACK_SECONDS = 30.0
 """Within which frozen servers are back after they were thawed."""
 
 JUDGED_AT_ONCE = 50
-JUDGE_SECONDS = 60.0
+JUDGE_SECONDS = 180.0
 """For one group of images."""
 
 MAX_RUNS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What callers ask for, and how often a second. ``engine`` as of ``LoggedServer``."""
+
+    jobs_per_second: float
+    steps: tuple[int, int]
+    exact: bool
+    engine: dict[str, Any]
+
+    def options(self, number: int) -> dict[str, Any]:
+        """Those of a job: short and long ones in turn."""
+        least, most = self.steps
+        return {"seed": number, "steps": least + number % (most - least), "exact": self.exact}
+
+
+FAKE = Work(2.0, (4, 40), False, {"pass_seconds": PASS_SECONDS})
+REAL = Work(0.7, (4, 24), True, {"real": True})
 
 
 @dataclass
@@ -70,12 +89,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=20.0, help="the run fails after so long")
+    parser.add_argument("--real", action="store_true", help="the demo model, not fake engines")
     given = parser.parse_args()
     exit_on_sigterm()
-    return asyncio.run(chaos(given.kills, given.jobs, given.seed, given.minutes))
+    work = REAL if given.real else FAKE
+    return asyncio.run(chaos(work, given.kills, given.jobs, given.seed, given.minutes))
 
 
-async def chaos(kills: int, jobs: int, seed: int, minutes: float) -> int:
+async def chaos(work: Work, kills: int, jobs: int, seed: int, minutes: float) -> int:
     """Run it; returns the exit code."""
     dice, report = random.Random(seed), Report()
     with cluster() as database, tempfile.TemporaryDirectory() as folder:
@@ -85,7 +106,7 @@ async def chaos(kills: int, jobs: int, seed: int, minutes: float) -> int:
             Path(folder),
             *("--max-resident-samples", str(RESIDENT), "--max-queued-jobs", "1000"),
             *("--grace", "0"),
-            pass_seconds=PASS_SECONDS,
+            **work.engine,
         )
         try:
             async with asyncio.timeout(minutes * 60):
@@ -93,14 +114,14 @@ async def chaos(kills: int, jobs: int, seed: int, minutes: float) -> int:
                 await asyncio.sleep(max(0.0, SETTLE_SECONDS - (time.monotonic() - began)))
                 over = asyncio.Event()
                 async with asyncio.TaskGroup() as group:
-                    callers = group.create_task(call(fleet, jobs, dice, over, report))
+                    callers = group.create_task(call(fleet, work, jobs, dice, over, report))
                     await lose(fleet, database, kills, dice, report)
                     over.set()
                 jobs = callers.result()
                 print(f"{jobs} jobs have their images, {passed(began)} s", flush=True)
                 await come_back(fleet, database)
                 print(f"frozen servers are back, {passed(began)} s", flush=True)
-                fresh = await fresh_images(Path(folder), jobs, began)
+                fresh = await fresh_images(Path(folder), work, jobs, began)
                 return await judge(fleet, database, fresh, report)
         except TimeoutError:
             missing = sorted(set(range(jobs)) - report.images.keys())
@@ -115,29 +136,40 @@ async def chaos(kills: int, jobs: int, seed: int, minutes: float) -> int:
 
 
 async def call(
-    fleet: ServerFleet, jobs: int, dice: random.Random, over: asyncio.Event, report: Report
+    fleet: ServerFleet,
+    work: Work,
+    jobs: int,
+    dice: random.Random,
+    over: asyncio.Event,
+    report: Report,
 ) -> int:
     """Call as long as servers are lost, and at least ``jobs`` times; returns how often."""
     number = 0
     async with asyncio.TaskGroup() as group:
         while number < jobs or not over.is_set():
-            group.create_task(call_once(fleet, number, report))
+            group.create_task(call_once(fleet, work, number, report))
             number += 1
-            await asyncio.sleep(dice.expovariate(JOBS_PER_SECOND))
+            await asyncio.sleep(dice.expovariate(work.jobs_per_second))
     return number
 
 
-async def call_once(fleet: ServerFleet, number: int, report: Report) -> None:
-    """Submit a job and get its image; as a caller whose server dies does, at another one."""
-    id, result = f"job-{number}", None
+async def call_once(fleet: ServerFleet, work: Work, number: int, report: Report) -> None:
+    """Get the image of a job; as a caller whose server dies does, at another one.
+
+    Every third caller waits in the call that asks, the others submit first.
+    """
+    id, result, options = f"job-{number}", None, work.options(number)
     accepted = False
     while result is None:
         client = random.choice(list(fleet.fronts.values()))
         with suppress(DarkroomError, OSError):
-            if not accepted:
-                await client.submit(
-                    prompt(number), request_id=id, seed=number, steps=steps(number), timeout=3
+            if number % 3 == 0:
+                result = await client.generate(
+                    prompt(number), request_id=id, timeout=CALL_SECONDS, **options
                 )
+                break
+            if not accepted:
+                await client.submit(prompt(number), request_id=id, timeout=3, **options)
                 accepted = True
             result = await client.result(id, CALL_SECONDS)
         await asyncio.sleep(0.05)
@@ -147,11 +179,6 @@ async def call_once(fleet: ServerFleet, number: int, report: Report) -> None:
 def prompt(number: int) -> str:
     """That of a job."""
     return f"star {number}"
-
-
-def steps(number: int) -> int:
-    """Short and long jobs in turn."""
-    return STEPS[0] + number % (STEPS[1] - STEPS[0])
 
 
 def digest(result: Any) -> str:
@@ -244,16 +271,16 @@ async def come_back(fleet: ServerFleet, database: Cluster) -> None:
 # The end.
 
 
-async def fresh_images(folder: Path, jobs: int, began: float) -> dict[int, str]:
+async def fresh_images(folder: Path, work: Work, jobs: int, began: float) -> dict[int, str]:
     """The digest of each job's image as a lone server without a ledger generates it."""
-    lone = LoggedServer(folder / "lone.log", auto=True)
+    lone = LoggedServer(folder / "lone.log", **(work.engine if work.exact else {"auto": True}))
     try:
         await lone.serving()
         found: dict[int, str] = {}
         async with AsyncClient(lone.address) as client:
 
             async def generate(number: int) -> None:
-                made = await client.generate(prompt(number), seed=number, steps=steps(number))
+                made = await client.generate(prompt(number), **work.options(number))
                 found[number] = digest(made)
 
             for first in range(0, jobs, JUDGED_AT_ONCE):

@@ -16,18 +16,39 @@ from tests.server.app.process import CLEAN, MAIN
 from tools.lifetime import dying_with_parent
 from tools.postgres import Cluster
 
-START_SECONDS = 120
+START_SECONDS = 300
+
+REAL_MAIN = """
+import sys
+import structlog
+from darkroom_server import cli
+from darkroom_server.backends.process import ProcessEngine
+
+log = structlog.get_logger()
+submit = ProcessEngine.submit
+
+
+def logged(self, job):
+    log.info("submitted", job=job.request_id)
+    submit(self, job)
+
+
+ProcessEngine.submit = logged
+cli.main(["serve", "--port", "0", "--metrics-port", "0", *sys.argv[2:]])
+"""
+"""As ``MAIN``, with the demo model in the real engine."""
 
 KINDS = ("SIGKILL", "SIGSTOP", "partition")
 
 
 class LoggedServer:
-    """A server with the fake engine, its log in the file ``log``: a pipe would fill up.
+    """A server in a process, its log in the file ``log``; ``serving`` waits until it serves.
 
-    It begins as a process; ``serving`` waits until it serves.
+    ``engine``: the arguments of the fake engine, or ``real=True`` for the real one.
     """
 
     def __init__(self, log: Path, *flags: str, **engine: Any) -> None:
+        main = REAL_MAIN if engine.get("real") else MAIN
         self.address = ""
         self._log = log
         self._read = 0
@@ -36,10 +57,10 @@ class LoggedServer:
             self.process = subprocess.Popen(
                 [
                     *dying_with_parent(signal.SIGKILL),
-                    *(sys.executable, "-c", MAIN, json.dumps(engine), *flags),
-                    *("--log-format", "json"),
+                    *(sys.executable, "-c", main, json.dumps(engine), *flags),
+                    *("--log-format", "json", "--state-dir", str(log.parent)),
                 ],
-                env=CLEAN,
+                env={**CLEAN, "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
             )

@@ -65,7 +65,7 @@ async def test_deadlines_hold_although_a_clock_is_an_hour_off(
                     await front.submit(
                         "a star", request_id=f"early-{number}-{each}", time_limit=120
                     )
-            # Any server answers for any job: each is asked where it was not submitted.
+            # Any server answers for any job: each is asked at the other one.
             for number, front in enumerate(reversed(fronts)):
                 with pytest.raises(DeadlineExceeded):
                     await front.result(f"late-{number}", 60)

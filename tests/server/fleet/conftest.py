@@ -23,7 +23,7 @@ class Servers:
     async def start(self, name: str, *, url: str = "", **sections: Any) -> Wire:
         """One more; it gives its jobs no time to finish when it stops.
 
-        ``url``: where it finds the ledger, "" for all others' way.
+        ``url``: of the ledger, if its way there is another one.
         """
         sections = {"shutdown": Shutdown(grace=0.0), **sections}
         network = Network(port=0, metrics_port=0, server_id=name)

@@ -47,7 +47,7 @@ class Fleet:
         return ledger
 
     async def sql_script(self, script: str) -> None:
-        """Make the ledger anew by several statements."""
+        """Replace the ledger by what several statements make."""
         await emptied(self.url)
         connection = await asyncpg.connect(self.url)
         await connection.execute(script)
