@@ -145,6 +145,7 @@ class Session:
         queued = await connection.fetch(self._sql(UNOWNED))
         if queued:
             first = min(row["goal"] for row in queued)
+            self.front.back(first)
             await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, repr(first))
         return len(queued)
 
