@@ -28,7 +28,7 @@ from tools.lifetime import dying_with_parent, exit_on_sigterm
 from tools.postgres import cluster
 
 ROOT = Path(__file__).parents[2]
-OTHER = "972a0da48ba3"
+OTHER = "972a0da4bc58"
 """The last commit whose ledger has schema 1."""
 
 PACKAGES = ("protos", "client", "server")
