@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from darkroom_server.dispatch.entries import RENEW_SECONDS
 from darkroom_server.fleet.member import BEAT_SECONDS, CLAIM_AT_ONCE, POLL_SECONDS
@@ -67,8 +68,8 @@ class FleetSimulation:
     def run(self, seconds: float) -> dict[str, float]:
         """Operations a second by name, over ``seconds`` after a warm-up."""
         for server in self._servers:
-            self._after(self._dice.uniform(0, BEAT_SECONDS), lambda it=server: self._beat(it))
-            self._after(self._dice.uniform(0, POLL_SECONDS), lambda it=server: self._poll(it))
+            self._after(self._dice.uniform(0, BEAT_SECONDS), partial(self._beat, server))
+            self._after(self._dice.uniform(0, POLL_SECONDS), partial(self._poll, server))
             self._after(self._dice.uniform(0, RENEW_SECONDS), self._trim)
         self._after(0.0, self._arrive)
         self._run_until(WARM_UP_SECONDS)

@@ -76,7 +76,7 @@ def archived(commit: str, folder: Path) -> Path:
 def installed(source: Path, folder: Path) -> Path:
     """The packages of ``source``, built as wheels and installed into ``folder``, without others."""
     wheels = folder.with_suffix(".wheels")
-    quiet = {"check": True, "stdout": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL}
     for package in PACKAGES:
         command = ["build", "--wheel", "--no-isolation", "--outdir", str(wheels)]
         subprocess.run([sys.executable, "-m", *command, str(source / package)], **quiet)
@@ -109,9 +109,11 @@ class Place:
         log = self._folder / f"{self.name}-{len(self.logs)}.log"
         self.logs.append((version, log))
         # The last port is the one that counts.
-        flags = ("--ledger", self._url, "--server-id", f"{self.name}-{version}")
-        flags += ("--port", str(self._port), "--max-resident-samples", "4")
-        flags += ("--log-format", "json", "--grace", "20", "--drain-delay", "1")
+        flags = [
+            *("--ledger", self._url, "--server-id", f"{self.name}-{version}"),
+            *("--port", str(self._port), "--max-resident-samples", "4"),
+            *("--log-format", "json", "--grace", "20", "--drain-delay", "1"),
+        ]
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [

@@ -18,14 +18,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 
-from darkroom_client import AsyncClient, DarkroomError
+from darkroom_client import AsyncClient, DarkroomError, UnknownRequest
 from tests.faults.fleet_servers import KINDS, LoggedServer, ServerFleet
 from tests.faults.test_fleet_killed import rows
 from tools.lifetime import exit_on_sigterm
@@ -156,22 +155,26 @@ async def call(
 async def call_once(fleet: ServerFleet, work: Work, number: int, report: Report) -> None:
     """Get the image of a job; as a caller whose server dies does, at another one.
 
-    Every third caller waits in the call that asks, the others submit first.
+    Every third caller waits in the call that asks, the others submit first. Later ones look first
+    whether the fleet has the job, because a server begins what it is asked for before it knows.
     """
     id, result, options = f"job-{number}", None, work.options(number)
-    accepted = False
+    known = False
     while result is None:
         client = random.choice(list(fleet.fronts.values()))
-        with suppress(DarkroomError, OSError):
-            if number % 3 == 0:
+        try:
+            if not known and number % 3 == 0:
                 result = await client.generate(
                     prompt(number), request_id=id, timeout=CALL_SECONDS, **options
                 )
-                break
-            if not accepted:
-                await client.submit(prompt(number), request_id=id, timeout=3, **options)
-                accepted = True
-            result = await client.result(id, CALL_SECONDS)
+            else:
+                if not known:
+                    await client.submit(prompt(number), request_id=id, timeout=3, **options)
+                result = await client.result(id, CALL_SECONDS)
+        except UnknownRequest:
+            known = False
+        except (DarkroomError, OSError):
+            known = True
         await asyncio.sleep(0.05)
     report.images[number] = digest(result)
 
@@ -212,7 +215,7 @@ async def lose(
 
 
 async def expendable(fleet: ServerFleet, database: Cluster, report: Report) -> dict[str, list[str]]:
-    """The jobs of each server that may be taken away: none of them has run before.
+    """The jobs of each server that may be taken away: none of them has run elsewhere before.
 
     Empty while a job that has run waits, because any server may claim it at any moment.
     """
@@ -224,15 +227,18 @@ async def expendable(fleet: ServerFleet, database: Cluster, report: Report) -> d
     )
     places = {row["request_id"]: (row["state"], row["name"]) for row in found}
     running: dict[str, list[str]] = {}
-    for id in runs.keys() - got:
+    tired: set[str] = set()
+    for id in set().union(*runs.values()) - got:
         state, name = places.get(id, (0, None))
         if state == 0 or name not in fleet.fronts:
             return {}
         running.setdefault(name, []).append(id)
+        if any(jobs[id] for other, jobs in runs.items() if other != name):
+            tired.add(name)
     return {
         name: ids
         for name, ids in running.items()
-        if all(runs[id] < MAX_RUNS for id in ids) and any(places[id][0] == 1 for id in ids)
+        if name not in tired and any(places[id][0] == 1 for id in ids)
     }
 
 
@@ -300,7 +306,8 @@ async def judge(
     left = await rows(database.url, "SELECT state, losses FROM jobs")
     states, losses = Counter(r["state"] for r in left), Counter(r["losses"] for r in left)
     wrong = sorted(number for number in fresh if report.images.get(number) != fresh[number])
-    runs = Counter(fleet.submitted().values())
+    counts = sum(fleet.submitted().values(), Counter[str]())
+    runs = Counter(counts.values())
     for kind, seconds in report.again.items():
         print(
             f"{kind}: the first victim ran elsewhere after {statistics.median(seconds):.2f} s "

@@ -154,12 +154,9 @@ class ServerFleet:
                 self._links[name].heal()
                 self._servers[name].send(signal.SIGCONT)
 
-    def submitted(self) -> Counter[str]:
-        """How often each job was given to an engine, by request id."""
-        counts: Counter[str] = Counter()
-        for server in self._servers.values():
-            counts += server.submitted()
-        return counts
+    def submitted(self) -> dict[str, Counter[str]]:
+        """How often the engine of each server was given each job, by request id."""
+        return {name: server.submitted() for name, server in self._servers.items()}
 
     async def close(self) -> None:
         """Kill all of them."""

@@ -20,6 +20,7 @@ class Link:
         self._whole.set()
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
 
     @classmethod
     async def to(cls, port: int) -> Self:
@@ -47,9 +48,11 @@ class Link:
         """End all connections."""
         assert self._server
         self._server.close()
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        self.heal()
+        while self._connections:
+            for writer in self._writers:
+                writer.transport.abort()
+            await asyncio.wait(self._connections, timeout=0.1)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = asyncio.current_task()
@@ -57,15 +60,16 @@ class Link:
         self._connections.add(connection)
         connection.add_done_callback(self._connections.discard)
         writers = [writer]
-        try:
+        self._writers.add(writer)
+        with suppress(ConnectionError):
             await self._whole.wait()
             there, back = await asyncio.open_connection("127.0.0.1", self._target)
             writers.append(back)
-            pumps = [self._pump(reader, back), self._pump(there, writer)]
-            await asyncio.gather(*pumps, return_exceptions=True)
-        finally:
-            for each in writers:
-                each.close()
+            self._writers.add(back)
+            await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+        for each in writers:
+            self._writers.discard(each)
+            each.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):

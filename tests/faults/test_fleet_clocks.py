@@ -15,6 +15,9 @@ from tools.postgres import Cluster, emptied
 
 PASS_SECONDS = 0.02
 LONG_STEPS = 150
+EARLY_STEPS = 250
+"""So many that the server with room first does not take all of them."""
+
 HOUR = 3600
 
 LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
@@ -44,7 +47,11 @@ async def test_deadlines_hold_although_a_clock_is_an_hour_off(
     }
     with ExitStack() as processes:
         off, right = [
-            processes.enter_context(start(*flags(url, name), env=env, pass_seconds=PASS_SECONDS))
+            processes.enter_context(
+                start(
+                    *(*flags(url, name), "--no-early-refusal"), env=env, pass_seconds=PASS_SECONDS
+                )
+            )
             for name, env in (("off", wrong), ("right", {}))
         ]
         addresses = [address(each) for each in (off, right)]
@@ -63,7 +70,10 @@ async def test_deadlines_hold_although_a_clock_is_an_hour_off(
                 await front.submit("a star", request_id=f"late-{number}", time_limit=0.5)
                 for each in range(4):
                     await front.submit(
-                        "a star", request_id=f"early-{number}-{each}", time_limit=120
+                        "a star",
+                        request_id=f"early-{number}-{each}",
+                        steps=EARLY_STEPS,
+                        time_limit=120,
                     )
             # Any server answers for any job: each is asked at the other one.
             for number, front in enumerate(reversed(fronts)):

@@ -355,7 +355,7 @@ async def test_a_role_without_ddl_does_not_migrate(postgresql: Cluster, fleet: F
 
 async def test_a_server_goes_on_while_a_newer_one_migrates(fleet: Fleet) -> None:
     ledger = await fleet.join("a")
-    with_inputs = {"inputs": {"x": b"1"}}
+    with_inputs: dict[str, Any] = {"inputs": {"x": b"1"}}
     for number in range(3):  # Its statements are prepared by now.
         await ledger.begin(draft(f"before{number}", **with_inputs), claimed=True)
         await ledger.begin(draft(f"before{number}", **with_inputs), claimed=True)

@@ -184,8 +184,8 @@ class FleetMember:
         """A job as its server knows it, or else as its entry does."""
         if (local := self._results.local(entry.key)) is not None:
             return generation_of(entry.key.request_id, local)
-        if entry.standing is Standing.CLAIMED and entry.owner in elsewhere:
-            running = elsewhere[entry.owner].get(entry.key.request_id)
+        if entry.standing is Standing.CLAIMED and entry.owner is not None:
+            running = elsewhere.get(entry.owner, {}).get(entry.key.request_id)
             if running is not None:
                 return running
         return await self._described(entry)
