@@ -16,7 +16,7 @@ from tools.postgres import Cluster, emptied
 PASS_SECONDS = 0.02
 LONG_STEPS = 150
 EARLY_STEPS = 250
-"""So many that the server with room first does not take all of them."""
+"""Enough that the server with room first does not take all of these jobs."""
 
 HOUR = 3600
 
