@@ -14,7 +14,7 @@ from tests.server.app.process import ServerProcess, start
 from tools.postgres import Cluster, emptied
 
 JOBS = 24
-STEPS = 8
+STEPS = 60
 PASS_SECONDS = 0.02
 RESIDENT = 4
 
