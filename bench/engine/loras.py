@@ -3,146 +3,56 @@
 Callers in closed loops ask for images with adapters of their own. Three engines serve them in
 turns, with the same loop, samples and batch scheduler: one mixes the adapters in a batch, two form
 groups by adapter, which switch by PEFT's ``set_adapters`` or by weights with the adapter in them.
+
+Each engine has a process of its own, as under a server. In one process, each engine's thread would
+have a team of OpenMP's threads, and libgomp lets threads sleep when they outnumber the cores.
 """
 
 import argparse
 import contextlib
+import multiprocessing
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import nn
 
+from bench.engine.adapter_groups import (
+    RANK,
+    GroupedAdapters,
+    fused_switch,
+    peft_switch,
+    write_adapters,
+)
 from bench.report.benchmark import Amount, Benchmark, Measurement, run_named
 from bench.report.goals import Goal
 from bench.report.machine import model_source
 from bench.report.markdown import goals_table, table
 from bench.report.results import Results, model_facts
 from bench.report.statistics import Median, bootstrap_median
-from darkroom_server.core.engine_config import AdapterSource, EngineConfig, Preset
+from darkroom_server.core.engine_config import EngineConfig, Preset
 from darkroom_server.core.events import BatchDone, Event, JobFailed, JobFinished
 from darkroom_server.core.inputs import Lora
 from darkroom_server.core.job import ImageFormat, Job
-from darkroom_server.engine.adapters.weights import Mix, mix_of
 from darkroom_server.engine.device.malloc import keep_freed_memory
+from darkroom_server.engine.device.spinning import Spinning
 from darkroom_server.engine.loading.startup import start_loop
 
 CALLERS = 8
 STEPS = 30
-RANK = 8
 TIMEOUT_SECONDS = 300.0
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 GROUPED = ("set_adapters", "fused")
 NAMES = {
     "mixed": "adapters mixed in a batch",
     "set_adapters": "a batch per adapter, `set_adapters`",
     "fused": "a batch per adapter, fused copies",
 }
-
-
-def write_adapters(folder: Path, pipeline: Any, count: int) -> list[AdapterSource]:
-    """Attention adapters with random weights for the UNet."""
-    sources = []
-    for index in range(count):
-        generator = torch.Generator().manual_seed(index)
-        state: dict[str, torch.Tensor] = {}
-        for name, layer in _attention(pipeline.unet):
-            outputs, inputs = layer.weight.shape
-            down = 0.05 * torch.randn(RANK, inputs, generator=generator)
-            state[f"unet.{name}.lora_A.weight"] = down
-            up = 0.05 * torch.randn(outputs, RANK, generator=generator)
-            state[f"unet.{name}.lora_B.weight"] = up
-        file = folder / f"lora-{index}.safetensors"
-        safetensors.torch.save_file(state, file)
-        sources.append(AdapterSource(id=f"lora-{index}", location=str(file)))
-    return sources
-
-
-def _attention(unet: Any) -> list[tuple[str, Any]]:
-    layers = [(n, part) for n, part in unet.named_modules() if isinstance(part, nn.Linear)]
-    return [(name, layer) for name, layer in layers if name.endswith(ATTENTION)]
-
-
-class GroupedAdapters:
-    """In place of an engine's own: rows of a batch have one adapter, which a switch brings in.
-
-    It is the store of the engine too: every adapter is in memory, and none is ever ``unwanted``.
-    """
-
-    unwanted: frozenset[str] = frozenset()
-
-    def __init__(self, switch: Callable[[str | None], None]) -> None:
-        self._switch = switch
-        self._current: str | None = None
-
-    def request(self, job: Job) -> bool:
-        """Nothing has to be read."""
-        return True
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-    def group_key(self, job: Job) -> Mix:
-        """Only rows with the same adapter share a batch."""
-        return mix_of(job)
-
-    def encoder_mix(self, job: Job) -> Mix:
-        """No adapter changes the prompts."""
-        return ()
-
-    @contextlib.contextmanager
-    def denoising(self, jobs: Sequence[tuple[Job, int]]) -> Iterator[None]:
-        """Switch to the adapter of ``jobs`` first, unless it is there."""
-        (wanted,) = {next((id for id, _ in mix_of(job)), None) for job, _ in jobs}
-        if wanted != self._current:
-            self._switch(wanted)
-            self._current = wanted
-        yield
-
-    @contextlib.contextmanager
-    def encoding(self, mix: Mix) -> Iterator[None]:
-        """Nothing to do."""
-        yield
-
-
-def peft_switch(pipeline: Any, sources: Sequence[AdapterSource]) -> Callable[[str | None], None]:
-    """``set_adapters`` for each switch."""
-    for source in sources:
-        pipeline.load_lora_weights(source.location, adapter_name=source.id)
-    pipeline.unet.to(pipeline.unet.dtype)
-
-    def switch(id: str | None) -> None:
-        pipeline.set_adapters([id])
-
-    return switch
-
-
-def fused_switch(pipeline: Any, sources: Sequence[AdapterSource]) -> Callable[[str | None], None]:
-    """The weights of each adapter, multiplied out and added to the model's, swapped in."""
-    layers = dict(_attention(pipeline.unet))
-    copies: dict[str, dict[str, torch.Tensor]] = {}
-    for source in sources:
-        state = safetensors.torch.load_file(source.location)
-        copies[source.id] = {
-            name: (
-                layer.weight.float()
-                + state[f"unet.{name}.lora_B.weight"] @ state[f"unet.{name}.lora_A.weight"]
-            ).to(layer.weight.dtype)
-            for name, layer in layers.items()
-        }
-
-    def switch(id: str | None) -> None:
-        assert id is not None
-        for name, weight in copies[id].items():
-            layers[name].weight.data = weight
-
-    return switch
 
 
 class ClosedLoop:
@@ -214,6 +124,49 @@ class ClosedLoop:
                 self._adapters_of_batches.append(event.adapters)
 
 
+class EngineProcess:
+    """A process with the settings of a server's engine process, for one `ClosedLoop`."""
+
+    _loop: ClosedLoop
+    """Of the process that runs it."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._executor = ProcessPoolExecutor(1, context, initializer=_as_an_engine)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``function`` returns there; its exceptions are raised here."""
+        return self._executor.submit(function, *arguments).result()
+
+    def start(self, config: EngineConfig, kind: str) -> Any:
+        """Start the loop; gives its ``ModelInfo``."""
+        return self.call(_start, config, kind)
+
+    def images_per_second(self, jobs: Sequence[Job]) -> tuple[float, int]:
+        """The rate of ``jobs``, and the most adapters of one of their batches."""
+        rate, most = self.call(_serve, jobs)
+        return rate, most
+
+    def close(self) -> None:
+        """End the process."""
+        self._executor.shutdown()
+
+
+def _as_an_engine() -> None:
+    keep_freed_memory()
+    Spinning.start()
+
+
+def _start(config: EngineConfig, kind: str) -> Any:
+    EngineProcess._loop = ClosedLoop(config, kind)
+    return EngineProcess._loop.info
+
+
+def _serve(jobs: Sequence[Job]) -> tuple[float, int]:
+    loop = EngineProcess._loop
+    return loop.images_per_second(jobs), loop.most_adapters()
+
+
 def job_with(info: Any, number: int, adapters: int) -> Job:
     """A job of a caller; callers take the adapters in turn."""
     defaults = info.defaults
@@ -238,10 +191,9 @@ def job_with(info: Any, number: int, adapters: int) -> Job:
 
 
 def measure(options: argparse.Namespace) -> Measurement:
-    """Rounds of all engines in turns, then single batches with and without adapters."""
-    keep_freed_memory()
+    """Single batches with and without adapters, then rounds of all engines in turns."""
     source = model_source(options.model)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         import diffusers
 
         pipeline = diffusers.DiffusionPipeline.from_pretrained(source.location)
@@ -249,8 +201,11 @@ def measure(options: argparse.Namespace) -> Measurement:
         config = EngineConfig(
             models=(source,), rows=2 * CALLERS, preset=Preset.FAST, adapters=tuple(sources)
         )
-        engines = {name: ClosedLoop(config, name) for name in NAMES}
-        info = engines["mixed"].info
+        with contextlib.closing(EngineProcess()) as alone:
+            passes = alone.call(batch_times, config, options.batches)
+        engines = {name: stack.enter_context(contextlib.closing(EngineProcess())) for name in NAMES}
+        infos = {name: engine.start(config, name) for name, engine in engines.items()}
+        info = infos["mixed"]
         closed: dict[str, dict[str, list[float]]] = {}
         for adapters in (8, 4):
             rates = closed[str(adapters)] = {name: [] for name in NAMES}
@@ -260,15 +215,11 @@ def measure(options: argparse.Namespace) -> Measurement:
                     # The first round warms up.
                     images = options.images if round else 2
                     jobs = [job_with(info, i, adapters) for i in range(images)]
-                    rate = engines[name].images_per_second(jobs)
-                    most = engines[name].most_adapters()
+                    rate, most = engines[name].images_per_second(jobs)
                     assert not round or (most > 1) is (name == "mixed"), (name, most)
                     if round:
                         rates[name].append(rate)
                     print(f"{adapters} adapters, round {round}, {name}: {rate:.2f}", flush=True)
-        passes = batch_times(engines["mixed"], options.batches)
-        for engine in engines.values():
-            engine.close()
     return Measurement(
         figures={"closed": closed, "batch": passes},
         model=model_facts(info),
@@ -276,20 +227,38 @@ def measure(options: argparse.Namespace) -> Measurement:
     )
 
 
-def batch_times(engine: ClosedLoop, batches: int) -> dict[str, list[float]]:
+def batch_times(config: EngineConfig, batches: int) -> dict[str, list[float]]:
     """Seconds of a UNet call of eight rows, of four images, with four adapters and with none."""
-    model = engine.loop._runner.models[engine.info.id]
+
+    def end_after_the_last(event: Event) -> None:
+        if isinstance(event, JobFailed):
+            raise RuntimeError(event.failure.message)
+        if isinstance(event, JobFinished):
+            running.discard(event.job_id)
+            if not running:
+                loop.close()
+
+    # On this thread, so that OpenMP has one team. The jobs let the loop read the adapters.
+    loop, ready = start_loop(config, end_after_the_last)
+    (info,) = ready.models
+    first = [replace(job_with(info, i, 4), steps=2) for i in range(4)]
+    running = {job.id for job in first}
+    for job in first:
+        loop.submit(job)
+    loop.run()
+    model: Any = loop._runner.models[info.id]
     jobs = {
-        "four": [(job_with(engine.info, i, 4), 2) for i in range(4)],
-        "none": [(job_with(engine.info, i, 0), 2) for i in range(4)],
+        "four": [(job_with(info, i, 4), 2) for i in range(4)],
+        "none": [(job_with(info, i, 0), 2) for i in range(4)],
     }
     generator = torch.Generator().manual_seed(0)
     rows, dtype = 8, model.memory_format.dtype
-    side = engine.info.defaults.height // model.latent_factor
+    side = info.defaults.height // model.latent_factor
     latents = torch.randn(rows, model.latent_channels, side, side, generator=generator)
     width = model.unet.config.cross_attention_dim
     context = torch.randn(rows, 77, width, generator=generator).to(dtype)
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    predicted: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         sample = latents.to(dtype).contiguous(memory_format=model.memory_format.layout)
         times = torch.linspace(900, 50, rows)
@@ -297,9 +266,12 @@ def batch_times(engine: ClosedLoop, batches: int) -> dict[str, list[float]]:
             for name in sorted(jobs, reverse=bool(number % 2)):
                 began = time.perf_counter()
                 with model.precision(), model.adapters.denoising(jobs[name]):
-                    model.unet(sample, times, encoder_hidden_states=context, return_dict=False)
+                    (predicted[name],) = model.unet(
+                        sample, times, encoder_hidden_states=context, return_dict=False
+                    )
                 if number >= 5:  # The first ones warm up.
                     seconds[name].append(time.perf_counter() - began)
+            assert not torch.equal(predicted["four"], predicted["none"])
     return seconds
 
 
