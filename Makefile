@@ -37,7 +37,7 @@ IMAGE ?= darkroom-server:latest
 IMAGE_FLAGS ?=
 
 PACKAGES := protos client server
-LOWEST_TOOLS := buf-bin httpx2 hypothesis openai packaging pytest pytest-asyncio pytest-timeout PyYAML trustme
+LOWEST_TOOLS := buf-bin httpx2 hypothesis openai packaging pytest pytest-asyncio pytest-timeout pytest-xdist PyYAML trustme
 # The servers that Darkroom is measured beside; each has an environment in bench/work.
 PEERS := grpc litserve ray triton
 TYPED := $(wildcard client/src server/src tests examples training bench tools)
@@ -88,7 +88,7 @@ test-packaging: setup ## build the wheels, install them into empty environments,
 test-lowest: .venv-lowest/.installed ## run LOWEST_TESTS with the lowest version of each dependency, but torch's
 	@# Old versions of libraries call what other libraries have deprecated since.
 	@HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -m "not gpu and not compile" -W ignore::DeprecationWarning \
-	    $(LOWEST_TESTS) $(PYTEST_FLAGS)
+	    $(PARALLEL) $(LOWEST_TESTS) $(PYTEST_FLAGS)
 
 .PHONY: test-compat
 test-compat: setup ## run clients and servers of 0.1.0 and of this checkout against each other
