@@ -11,7 +11,7 @@ from darkroom_server.core.job import Job
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.guidance import guide
-from darkroom_server.engine.device.transfer import send
+from darkroom_server.engine.device.transfer import send, send_together
 from darkroom_server.engine.families.unet import UNET
 from darkroom_server.engine.sample import Sample, predict_x0
 from darkroom_server.engine.stepping.linear_run import noise_of
@@ -202,14 +202,24 @@ def new_sample(job: Job, index: int, schedules: Schedules, **fields: Any) -> Lat
     return LatentSample(job, index, scheduler=schedules.new(job.scheduler, job.steps), **fields)
 
 
-def stack_inputs(samples: Sequence[LatentSample]) -> torch.Tensor:
-    """The ``denoiser_input`` of each row of ``samples``, [rows, channels, height, width]."""
+def stack_inputs(samples: Sequence[LatentSample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the denoiser takes for each row of ``samples``, on their device.
+
+    Their ``denoiser_input`` [rows, channels, height, width], and their timesteps [rows] in float32.
+    """
+    timesteps = torch.tensor(
+        [s.timestep_number for s in samples for _ in range(s.rows)], dtype=torch.float32
+    )
     linear = [sample for sample in samples if isinstance(sample, LinearSample)]
     if len(linear) < len(samples):
-        return torch.cat([each.denoiser_input().expand(each.rows, -1, -1, -1) for each in samples])
+        rows = torch.cat([s.denoiser_input().expand(s.rows, -1, -1, -1) for s in samples])
+        return rows, send(timesteps, rows.device)
     first = linear[0]
     rows = torch.stack([sample.first for sample in linear for _ in range(sample.rows)])
     scales = [sample.scale for sample in linear for _ in range(sample.rows)]
     if any(scale != 1.0 for scale in scales):
-        rows *= send(torch.tensor(scales), rows.device)[:, None]
-    return rows.view(-1, *first.shape).to(first.dtype)
+        timesteps, factors = send_together([timesteps, torch.tensor(scales)], rows.device)
+        rows *= factors[:, None]
+    else:
+        timesteps = send(timesteps, rows.device)
+    return rows.view(-1, *first.shape).to(first.dtype), timesteps

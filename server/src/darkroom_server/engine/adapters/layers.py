@@ -94,7 +94,7 @@ class AdaptedLayer:
         if plan.common is not None:
             return self._uniform(plan.common, plan)
         if self._is_convolution:
-            used = [slot for slot in plan.slots.values() if slot in self._ranks]
+            used = tuple(slot for slot in plan.slots.values() if slot in self._ranks)
             thin = len(used) * self._down.shape[1] <= MASKED_RANK
             return self._masked(plan, used) if thin else self._sliced(plan)
         return self._gathered(plan) if plan.gathers else self._sliced(plan)
@@ -158,12 +158,14 @@ class AdaptedLayer:
 
         return add
 
-    def _masked(self, plan: Plan, used: list[int]) -> Form:
+    def _masked(self, plan: Plan, used: tuple[int, ...]) -> Form:
         """All adapters for all rows in one convolution; each row masks those it does not have."""
         rank = self._down.shape[1]
-        down = self._laid_out(self._down[used].flatten(0, 1))
-        kernel = self._laid_out(self._up[used].flatten(0, 1).T[:, :, None, None])
-        mask = plan.scales_of(used).repeat_interleave(rank, dim=1)[:, :, None, None]
+        index, scales = plan.masks(used)
+        down = self._laid_out(self._down.index_select(0, index).flatten(0, 1))
+        up = self._up.index_select(0, index).flatten(0, 1)
+        kernel = self._laid_out(up.T[:, :, None, None])
+        mask = scales.repeat_interleave(rank, dim=1)[:, :, None, None]
         rows = plan.rows
 
         def add(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from darkroom_server.engine.adapters.shared_inputs import SharedInputs
 from darkroom_server.engine.adapters.weights import Mix
+from darkroom_server.engine.device.transfer import send, send_together
 
 
 class Plan:
@@ -33,6 +34,7 @@ class Plan:
         self.inputs = SharedInputs()
         self._dtype = dtype
         self._device = device
+        self._masks: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def rows(self) -> int:
@@ -59,20 +61,24 @@ class Plan:
         """[rows, adapters of the row that has most]: slots, -1 in place of a missing adapter."""
         most = max(map(len, self.mixes))
         index = [[self.slots[id] for id, _ in mix] + [-1] * (most - len(mix)) for mix in self.mixes]
-        return torch.tensor(index, device=self._device)
+        return send(torch.tensor(index), self._device)
 
     @cached_property
     def scales(self) -> torch.Tensor:
         """As ``index``, the scales; 0 in place of a missing adapter."""
         most = max(map(len, self.mixes))
         scales = [[s for _, s in mix] + [0.0] * (most - len(mix)) for mix in self.mixes]
-        return torch.tensor(scales, dtype=self._dtype, device=self._device)
+        return send(torch.tensor(scales, dtype=self._dtype), self._device)
 
-    def scales_of(self, slots: Sequence[int]) -> torch.Tensor:
-        """[rows, slots]: how strong each row has the adapter in each of ``slots``."""
-        by_row = [{self.slots[id]: scale for id, scale in mix} for mix in self.mixes]
-        scales = [[row.get(slot, 0.0) for slot in slots] for row in by_row]
-        return torch.tensor(scales, dtype=self._dtype, device=self._device)
+    def masks(self, slots: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """``slots`` as an index, and [rows, slots]: how strong each row has the adapter in each."""
+        if slots not in self._masks:
+            by_row = [{self.slots[id]: scale for id, scale in mix} for mix in self.mixes]
+            scales = [[row.get(slot, 0.0) for slot in slots] for row in by_row]
+            numbers = torch.tensor(slots), torch.tensor(scales, dtype=self._dtype)
+            index, strength = send_together(numbers, self._device)
+            self._masks[slots] = index, strength
+        return self._masks[slots]
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from PIL import Image
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import Guidance
 from darkroom_server.engine.conditioning.input_images import pil_image
+from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.failures import ImageNotEncoded, is_fatal, is_out_of_memory
 
 KEPT_IMAGES = 16
@@ -95,7 +96,7 @@ class IpAdapter:
             for _ in range(rows)
         ]
         if any(scales):
-            rows = torch.tensor(scales, device=self._pipeline.unet.device)
+            rows = send(torch.tensor(scales), self._pipeline.unet.device)
             self._scales.rows = rows.view(-1, 1, 1)
         try:
             yield

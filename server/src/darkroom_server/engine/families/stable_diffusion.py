@@ -39,7 +39,6 @@ from darkroom_server.engine.conditioning.ip_adapter import (
 )
 from darkroom_server.engine.controls.model_controls import ModelControls, controlled, controls_of
 from darkroom_server.engine.counters import Counts
-from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.families.base import Embeddings, Family, Precision
 from darkroom_server.engine.families.image_runs import image_runs_of
 from darkroom_server.engine.families.unet import UNET_CONTROLS
@@ -316,14 +315,11 @@ class StableDiffusionModel:
 
     def _denoise_latents(self, samples: Sequence[LatentSample]) -> list[torch.Tensor]:
         """The prediction [rows, channels, h, w] of each sample, without the cost of a spec."""
-        latents = stack_inputs(samples)
+        latents, timesteps = stack_inputs(samples)
         context = torch.cat([e.hidden for s in samples for e in s.embeddings])
-        timesteps = torch.tensor(
-            [s.timestep_number for s in samples for _ in range(s.rows)], dtype=torch.float32
-        )
         given: Arguments = {
             "sample": latents.contiguous(memory_format=self.memory_format.layout),
-            "timestep": send(timesteps, latents.device),
+            "timestep": timesteps,
             "encoder_hidden_states": context,
             "return_dict": False,
             **no_image_arguments(self.ip_adapter, len(context)),

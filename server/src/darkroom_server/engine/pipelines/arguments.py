@@ -114,16 +114,16 @@ class ArgumentSpec:
         """
         if list(rows) == list(range(self.rows(arguments))):
             return arguments
-        index = torch.tensor(rows, device=self._device(arguments))
+        index = send(torch.tensor(rows), self._device(arguments))
         selected: dict[str, Any] = {}
         for name, value in arguments.items():
             if isinstance(value, dict):
                 selected[name] = {
-                    entry: self._select(f"{name}.{entry}", each, index)
+                    entry: self._select(f"{name}.{entry}", each, rows, index)
                     for entry, each in value.items()
                 }
             else:
-                selected[name] = self._select(name, value, index)
+                selected[name] = self._select(name, value, rows, index)
         return selected
 
     def collate(self, calls: Sequence[Arguments]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class ArgumentSpec:
             start += count
         return parts
 
-    def _select(self, name: str, value: Any, index: torch.Tensor) -> Any:
+    def _select(self, name: str, value: Any, rows: Sequence[int], index: torch.Tensor) -> Any:
         if value is None:
             return None
         match self.kinds[name]:
@@ -179,7 +179,7 @@ class ArgumentSpec:
             case Kind.PER_BLOCK:
                 return [each[index] for each in value]
             case Kind.ROW_LIST | Kind.EQUAL_ROWS:
-                return [value[row] for row in index.tolist()]
+                return [value[row] for row in rows]
             case Kind.TIMESTEP if isinstance(value, torch.Tensor) and value.ndim:
                 return value[index.to(value.device)]
         return value
