@@ -5,12 +5,30 @@ Each writes its results to ``bench/results`` and its section of a page in ``docs
 
 from collections.abc import Sequence
 
-from bench.micro import boundary, exactness, lifecycle, memory, metrics_cost, suspension
+from bench.micro import (
+    boundary,
+    exactness,
+    lifecycle,
+    memory,
+    metrics_cost,
+    spinning,
+    suspension,
+    vae_layout,
+)
 from bench.report.benchmark import run_named
 
 BENCHMARKS = tuple(
     module.BENCHMARK
-    for module in (boundary, lifecycle, metrics_cost, exactness, memory, suspension)
+    for module in (
+        boundary,
+        lifecycle,
+        metrics_cost,
+        exactness,
+        memory,
+        suspension,
+        spinning,
+        vae_layout,
+    )
 )
 
 

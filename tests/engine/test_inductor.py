@@ -1,4 +1,4 @@
-"""The demo model's denoiser compiled for real: `make test-compile`, one to two minutes."""
+"""Denoisers compiled for real: `make test-compile`, some minutes."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from darkroom_server.engine.forms.toolchain import Inductor
 from darkroom_server.settings.sources import DEMO_MODEL
 
 from .conftest import LoopUnderTest, config_for, make_job
+from .families import CASES
+from .families.case import FamilyCase
 
 pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
 
@@ -73,3 +75,36 @@ def test_the_demo_model_is_compiled_and_its_images_stay_the_same(tmp_path: Path)
         assert loop.models["tiny"].info.runtime.denoiser is DenoiserForm.COMPILED
     finally:
         loop.close()
+
+
+COMPILED = ("SDXL", "Stable Diffusion 3", "FLUX.1 dev")
+"""A UNet, and transformers with repeated blocks."""
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in COMPILED], ids=lambda case: case.name
+)
+def test_a_familys_denoiser_is_compiled(case: FamilyCase, tmp_path: Path) -> None:
+    """The tiny model of another family: all its steps in one graph, for any number of rows."""
+    folder = case.write(tmp_path / "model")
+    found: dict[DenoiserForm, dict[str, torch.Tensor]] = {}
+    for when in (Compile.OFF, Compile.BLOCKING):
+        config = config_for(
+            folder, rows=8, threads=2, compile=when, compile_cache=str(tmp_path / "compiled")
+        )
+        loop = LoopUnderTest(config, Inductor(), start_seconds=1200)
+        try:
+            info = loop.models["tiny"].info
+            fields = {"width": info.defaults.width, "height": info.defaults.height}
+            jobs = [make_job(str(i), **{**each, **fields}) for i, each in enumerate(case.jobs[:3])]
+            loop.run(*jobs, make_job("exact", exact=True, **{**case.jobs[0], **fields}))
+            found[info.runtime.denoiser] = {id: loop.latents[id, 0].float() for id in loop.ends}
+        finally:
+            loop.close()
+    assert set(found) == {DenoiserForm.EAGER, DenoiserForm.COMPILED}
+    eager, compiled = found[DenoiserForm.EAGER], found[DenoiserForm.COMPILED]
+    assert torch.equal(compiled.pop("exact"), eager.pop("exact"))
+    for id, latents in eager.items():
+        error = float((compiled[id] - latents).norm())
+        others = [float((each - latents).norm()) for name, each in eager.items() if name != id]
+        assert 0 < error < 0.01 * min(others), f"{id}: {error} beside {others}"
