@@ -12,7 +12,6 @@ from darkroom_server.core.engine_config import EngineConfig, ModelSource, Preset
 from darkroom_server.core.events import (
     BatchDone,
     Event,
-    ImageReady,
     JobCancelled,
     JobFinished,
     PreviewReady,
@@ -26,10 +25,7 @@ from darkroom_server.engine.loop import EngineLoop
 
 from .conftest import End, make_job, run_here
 from .fake_cuda import CUDA, CudaTensor, FakeDevice, FakeEvent, Kind
-from .families import CASES
-from .families.case import FamilyCase
 from .test_schedulers import SD_SCHEDULERS
-from .tiny import SIZE
 
 
 def on_gpu(folder: Path, preset: Preset, **fields: Any) -> EngineConfig:
@@ -128,25 +124,6 @@ def test_a_preset_generates(
     assert ends(events) == [JobFinished] * len(jobs)
     previewed = {event.job_id for event in events if isinstance(event, PreviewReady)}
     assert previewed == {job.id for job in jobs}
-
-
-FAMILIES = {case.write.__module__: case for case in reversed(CASES)}
-"""The first case of each file."""
-
-
-@pytest.mark.parametrize("case", FAMILIES.values(), ids=lambda case: case.name)
-def test_a_family_generates(case: FamilyCase, tmp_path: Path, cuda: FakeDevice) -> None:
-    folder = case.write(tmp_path)
-    side = 128 if case.name == "HiDream" else SIZE  # Its pipeline knows no other area.
-    fields = {**case.jobs[0], "width": side, "height": side, "preview_every": 1}
-    ready, events = run_here(
-        on_gpu(folder, Preset.FAST, rows=2),
-        make_job("one", scheduler=SchedulerName.MODEL, **fields),
-    )
-    assert ready.models[0].runtime.device == "cuda:0"
-    assert ends(events) == [JobFinished]
-    (image,) = (event.image for event in events if isinstance(event, ImageReady))
-    assert len(set(image.data)) > 8, "no flat picture"
 
 
 # ---- what a batch waits for ----

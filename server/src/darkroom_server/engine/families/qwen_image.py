@@ -7,6 +7,7 @@ import torch
 
 from darkroom_server.core.job import Job, Task
 from darkroom_server.core.model import Guidance
+from darkroom_server.engine.device.transfer import send
 from darkroom_server.engine.families.half_dtypes import CLIPPED_IN_FLOAT16
 from darkroom_server.engine.families.packed_latents import PackedLatentsFamily
 from darkroom_server.engine.loading.defaults import Defaults
@@ -95,7 +96,7 @@ class QwenImage(PackedLatentsFamily):
         latents = super().vae_latents(stepped, job)
         config = self.pipeline.vae.config
         mean, std = (
-            torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)
+            send(torch.tensor(values, dtype=latents.dtype), latents.device).view(1, -1, 1, 1)
             for values in (config.latents_mean, config.latents_std)
         )
         return latents * std + mean
