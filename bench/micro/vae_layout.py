@@ -31,11 +31,11 @@ def new_decoder(
     vae: AutoencoderKL, dtype: torch.dtype, layout: torch.memory_format, side: int
 ) -> Decode:
     """A decode of one image of random latents, ``side`` × ``side``; ``vae`` is changed."""
-    vae.to(dtype=dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    vae.to(dtype=dtype).to(memory_format=layout)
     generator = torch.Generator().manual_seed(1)
     shape = (1, int(vae.config.latent_channels), side, side)
     latents = torch.randn(shape, generator=generator).to(dtype)
-    return lambda: vae.decode(latents, return_dict=False)[0]  # type: ignore[no-any-return]
+    return lambda: vae.decode(latents, return_dict=False)[0]
 
 
 def in_turns(decoders: Mapping[str, Decode], rounds: int) -> list[dict[str, float]]:
