@@ -166,7 +166,11 @@ def fleet_results(beside: float) -> Any:
         },
         figures={
             "operations": {"begin": cost, "beat": cost},
-            "claims": {"quiet": [1e-3, 1e-3, 1e-3], "beside": [beside] * 3},
+            "claims": {
+                "quiet": [1e-3] * 3,
+                "beside": [beside] * 3,
+                "from the beginning": [9e-2] * 3,
+            },
             "rates": {
                 str(load): {"begin": 300.0, "beat": 200.0, "claimed": 9.0}
                 for load in fleet_cost.LOADS
@@ -181,6 +185,7 @@ def test_the_fleet_section() -> None:
     assert "| statements a second |  |  |  | 1000 | 1000 | 1000 |" in text
     assert "| CPUs of the database |  |  |  | 0.25 | 0.25 | 0.25 |" in text
     assert "1.00 ms in quiet, and 2.00 ms beside" in text
+    assert "would take 90.00 ms" in text
 
 
 @pytest.mark.parametrize(("beside", "met"), [(2e-3, True), (6e-3, False)])

@@ -8,12 +8,12 @@ of ten minutes, all jobs of ten minutes. So searches begin at the front.
 import math
 import time
 
-MARGIN_SECONDS = 15.0
-"""No job that is queued now has a goal that much in the past; see ``LATEST``. A commit takes at
-most a third of it."""
+LATEST = 1.0
+"""A job that is late by more when it is accepted counts as late by this."""
 
-LATEST = 5.0
-"""A job that is late by more when it is accepted counts as late by so much."""
+MARGIN_SECONDS = LATEST + 6.0
+"""A job that becomes visible now, after its commit, has no earlier goal than that many seconds ago:
+a longer commit fails. In that time jobs come and go whose rows every search visits."""
 
 CHECK_SECONDS = 60.0
 """Until a search begins at the beginning again, to find what no rule foresaw: such as a commit that
