@@ -20,15 +20,12 @@ class Servers:
         self.url = url
         self._stack = stack
 
-    async def start(self, name: str, *, url: str = "", **sections: Any) -> Wire:
-        """One more; it gives its jobs no time to finish when it stops.
-
-        ``url``: of the ledger, if its way there is another one.
-        """
+    async def start(self, name: str, *, storage: Storage | None = None, **sections: Any) -> Wire:
+        """One more; it gives its jobs no time to finish when it stops."""
         sections = {"shutdown": Shutdown(grace=0.0), **sections}
         network = Network(port=0, metrics_port=0, server_id=name)
         wire = await self._stack.enter_async_context(
-            serving(network=network, storage=Storage(ledger=url or self.url), **sections)
+            serving(network=network, storage=storage or Storage(ledger=self.url), **sections)
         )
         return wire
 

@@ -3,6 +3,7 @@
 import grpc
 import pytest
 
+from darkroom_server.settings import Storage
 from tests.faults.partition import Link
 from tests.server.fleet.conftest import Servers
 from tests.server.fleet.test_fleet import LEDGER, images
@@ -17,7 +18,7 @@ async def test_its_jobs_run_elsewhere_and_what_it_says_of_them_counts_no_more(
 ) -> None:
     link = await Link.to(postgresql.port)
     by_link = f"postgresql://postgres@127.0.0.1:{link.port}/postgres"
-    a, b = await servers.start("a", url=by_link), await servers.start("b")
+    a, b = await servers.start("a", storage=Storage(ledger=by_link)), await servers.start("b")
     await submit(a, request_id="job", seed=7, steps=5)
     await servers.becomes(lambda states: states == {"job": 1})
     a.engine.advance(2)
