@@ -27,6 +27,9 @@ class Servers:
         wire = await self._stack.enter_async_context(
             serving(network=network, storage=storage or Storage(ledger=self.url), **sections)
         )
+        # Until then the others ask callers to try again.
+        while not await self.sql("SELECT 1 FROM servers WHERE name = $1 AND address <> ''", name):
+            pass
         return wire
 
     async def sql(self, statement: str, *values: Any) -> list[Any]:
