@@ -110,9 +110,7 @@ class Server:
         log_writer: LogWriter | None = None,
         load_times: LoadTimes | None = None,
     ) -> None:
-        self.address = ""
-        self.http_address = ""
-        self.metrics_address = ""
+        self.address = self.http_address = self.metrics_address = ""
         self._settings = settings
         self._stop = asyncio.Event()
         self._manager = ServiceManager()
@@ -137,6 +135,7 @@ class Server:
             adapter_places=adapter_places(settings, hub_token()),
             pinned_models=[source.id for source in sources_at_start(settings.models)],
             device_memory_budget=settings.models.device_memory_budget,
+            swap_wait=settings.models.swap_wait,
         )
         for model_id in model_ids:
             self.metrics.requests.read_jobs(model_id, self.dispatcher)

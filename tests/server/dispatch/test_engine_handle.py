@@ -77,6 +77,42 @@ def test_an_engine_has_room_for_what_its_images_hold() -> None:
     assert handle.has_room(64, active("b", images=2))
 
 
+def test_a_job_of_another_model_waits_for_a_shorter_one() -> None:
+    """Two models share no batches: turns would make both take longer."""
+    one, other = (replace(fake_model(id), speed=SPEED) for id in ("one", "other"))
+
+    def job(id: str, model: ModelInfo, steps: int, **fields: float) -> ActiveJob:
+        made = make_job(id, model=model.id, steps=steps, submitted_at=100.0)
+        return ActiveJob(replace(made, **fields), model)
+
+    handle = EngineHandle(0, FakeEngine([one, other]))
+    handle.set_ready(EngineReady((one, other), 0.0))
+    handle.submit(job("running", one, 8))
+    assert handle.has_room(64, job("same", one, 40))
+    assert not handle.has_room(64, job("longer", other, 12))
+    assert handle.has_room(64, job("shorter", other, 4))
+    assert handle.has_room(64, job("urgent", other, 12, deadline=101.0))
+    assert not handle.has_room(64, job("late", other, 4, submitted_at=101.5))
+    running = handle.jobs["running"]
+    running.remaining[0] = 1
+    assert not handle.has_room(64, job("shorter", other, 4)), "it is nearly done"
+    handle.remove(running)
+    assert handle.has_room(64, job("longer", other, 12))
+
+
+def test_the_jobs_of_a_model_end_after_their_batches() -> None:
+    one, other = (replace(fake_model(id), speed=SPEED) for id in ("one", "other"))
+    handle = EngineHandle(0, FakeEngine([one, other]))
+    handle.set_ready(EngineReady((one, other), 0.0))
+    assert handle.drain_seconds() == {}
+    handle.submit(ActiveJob(make_job("a", model="one", steps=8), one))
+    assert handle.drain_seconds() == pytest.approx({"one": 8.0})
+    handle.jobs["a"].remaining[0] = 3
+    assert handle.drain_seconds() == pytest.approx({"one": 3.0})
+    handle.submit(ActiveJob(make_job("b", model="other", steps=10, image_count=4), other))
+    assert handle.drain_seconds() == pytest.approx({"one": 3.0 + 3.0, "other": 25.0 + 3.0})
+
+
 async def test_jobs_wait_for_the_memory_of_an_engine() -> None:
     engine = FakeEngine([held_model(2)])
     async with dispatching(engine, max_resident_samples=64) as (dispatcher, _):

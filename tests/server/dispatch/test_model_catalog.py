@@ -1,6 +1,7 @@
 """Models that are loaded when jobs name them, and unloaded for others, with the fake engine."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,6 +17,8 @@ from darkroom_server.core.catalog import ModelState
 from darkroom_server.core.errors import DarkroomError, ModelMemory, ModelUnusable, UnknownModel
 from darkroom_server.dispatch import ActiveJob, Dispatcher
 from darkroom_server.dispatch.engines import pool
+from darkroom_server.dispatch.engines.handle import EngineHandle
+from tests.server.clock import Clock
 from tests.server.dispatch.harness import SPEED, settle
 from tests.server.jobs import make_job
 
@@ -32,6 +35,7 @@ async def catalog(
     *,
     budget: int | None = 100,
     pinned: tuple[str, ...] = (),
+    swap_wait: float = 10.0,
     **fake: Any,
 ) -> AsyncIterator[tuple[Dispatcher, FakeEngine]]:
     """A dispatcher over the models "a", "b" and "c" of 100 bytes; ``pinned`` are loaded."""
@@ -44,6 +48,7 @@ async def catalog(
         max_resident_samples=4,
         pinned_models=pinned,
         device_memory_budget=budget,
+        swap_wait=swap_wait,
     )
     dispatcher.start()
     await dispatcher.loaded()
@@ -252,6 +257,135 @@ async def test_an_estimate_has_the_load() -> None:
         assert cold.queue_wait > 1.5 > warm.queue_wait
 
 
+async def make_hot(dispatcher: Dispatcher, engine: FakeEngine, model: str) -> EngineHandle:
+    """Let many jobs of a model come, of which the last one runs; returns the engine's handle."""
+    for n in range(40):
+        submit(dispatcher, model, f"{model}-{n}")
+        await settle()
+        if n < 39:
+            engine.advance(4)
+            await settle()
+    assert [job.id for job in engine.jobs] == [f"{model}-39"]
+    (handle,) = dispatcher._pool.engines
+    return handle
+
+
+async def test_a_job_waits_until_its_model_pays_for_the_swap(clock: Clock) -> None:
+    clock.stop()
+    async with catalog(swap_wait=30.0) as (dispatcher, engine):
+        handle = await make_hot(dispatcher, engine, "a")
+        waiting = [submit(dispatcher, "b", "b0")]
+        later = submit(dispatcher, "a", "later", submitted_at=time.monotonic() + 1.0)
+        await settle()
+        assert [job.id for job in engine.jobs] == ["a-39", "later"], "its model is in memory"
+        second = dispatcher.estimate(make_job("probe", model="b"))
+        assert second is not None
+        assert second.queue_wait > 20.0, "it counts the wait for a swap that does not pay"
+        while not handle.making_room_for:
+            waiting.append(submit(dispatcher, "b", f"b{len(waiting)}"))
+            await settle()
+        assert 2 < len(waiting) < 16
+        behind = submit(dispatcher, "a", "behind", submitted_at=time.monotonic() + 1.0)
+        await settle()
+        assert len(engine.jobs) == 2, "the model makes room"
+        engine.advance(4)
+        await settle()
+        assert later.finished
+        assert engine.loaded == ["a", "b"]
+        assert {job.model for job in engine.jobs} == {"b"}
+        for _ in range(6):
+            engine.advance(4)
+            clock.skip(2.0)
+            await settle()
+        assert all(job.finished for job in (*waiting, behind))
+        assert engine.loaded == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("deadline", [None, 40.0])
+async def test_a_swap_that_does_not_pay_is_made_when_it_is_due(
+    clock: Clock, deadline: float | None
+) -> None:
+    """That is after ``swap_wait``, or earlier for a deadline; a load takes a second."""
+    clock.stop()
+    async with catalog(swap_wait=60.0) as (dispatcher, engine):
+        handle = await make_hot(dispatcher, engine, "a")
+        at = None if deadline is None else time.monotonic() + deadline
+        job = submit(dispatcher, "b", deadline=at)
+        assert job.estimate is not None
+        due = 60.0 if deadline is None else deadline - 1.5 * job.estimate.run_time
+        clock.skip(1.0)
+        others = [submit(dispatcher, "a", f"more-{n}") for n in range(5)]
+        assert dispatcher.queued_jobs == 1 + 2
+        clock.skip(due - 2.1)
+        await settle()
+        assert not handle.making_room_for
+        clock.skip(0.2)
+        await settle()
+        assert handle.making_room_for == "b"
+        engine.advance(4)
+        await settle()
+        assert engine.loaded == ["a", "b"]
+        for _ in range(4):
+            engine.advance(4)
+            clock.skip(20.0)
+            await settle()
+        assert all(each.finished for each in (job, *others))
+
+
+@asynccontextmanager
+async def two_engines(budget: int = 100) -> AsyncIterator[tuple[Dispatcher, list[FakeEngine]]]:
+    engines = [FakeEngine(catalogue=models(*IDS)) for _ in range(2)]
+    dispatcher = Dispatcher(
+        engines, IDS, max_queued_jobs=9, max_resident_samples=4, device_memory_budget=budget
+    )
+    dispatcher.start()
+    await dispatcher.loaded()
+    await settle()
+    yield dispatcher, engines
+    await dispatcher.close()
+    assert dispatcher.counts.live == 0
+
+
+async def test_a_job_goes_to_the_engine_that_has_its_model() -> None:
+    async with two_engines() as (dispatcher, engines):
+        for id in "ab":
+            submit(dispatcher, id, f"{id}0")
+            await settle()
+        (first,), (second,) = (engine.loaded for engine in engines)
+        assert {first, second} == {"a", "b"}
+        for n in range(1, 3):
+            for id in "ab":
+                submit(dispatcher, id, f"{id}{n}")
+                await settle()
+        for engine, model in zip(engines, (first, second), strict=True):
+            assert engine.loaded == [model]
+            assert [job.model for job in engine.jobs] == [model] * 3
+            engine.advance(4)
+        await settle()
+
+
+async def test_a_hot_model_is_loaded_by_another_engine_when_the_first_one_is_full() -> None:
+    async with two_engines() as (dispatcher, engines):
+        jobs = [submit(dispatcher, "a", f"a{n}") for n in range(4)]
+        await settle()
+        assert [engine.loaded for engine in engines] == [["a"], []]
+        jobs += [submit(dispatcher, "a", f"a{n}") for n in range(4, 6)]
+        await settle()
+        assert [engine.loaded for engine in engines] == [["a"], ["a"]]
+        assert [len(engine.jobs) for engine in engines] == [4, 2]
+        # A copy makes room for a model that no engine has.
+        other = submit(dispatcher, "b")
+        for engine in engines:
+            engine.advance(4)
+        await settle()
+        assert all(job.finished for job in jobs)
+        assert sorted(engine.loaded[-1] for engine in engines) == ["a", "b"]
+        for engine in engines:
+            engine.advance(4)
+        await settle()
+        assert other.finished
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
@@ -269,10 +403,11 @@ async def test_an_estimate_has_the_load() -> None:
 def test_whatever_happens_the_budget_holds_and_every_job_ends(
     actions: list[tuple[str, Any]], budget: int
 ) -> None:
-    asyncio.run(_run(actions, budget))
+    with pytest.MonkeyPatch.context() as patch:
+        asyncio.run(_run(actions, budget, Clock(patch)))
 
 
-async def _run(actions: list[tuple[str, Any]], budget: int) -> None:
+async def _run(actions: list[tuple[str, Any]], budget: int, clock: Clock) -> None:
     jobs: list[ActiveJob] = []
     calls: list[asyncio.Task[None]] = []
     async with catalog(hold_loads=True, budget=budget) as (dispatcher, engine):
@@ -302,6 +437,7 @@ async def _run(actions: list[tuple[str, Any]], budget: int) -> None:
                     engine.finish_load()
                 case "batch":
                     engine.advance(1)
+                    clock.skip(1.0)
             pinned = {id for id in IDS if dispatcher.models.status(id).pinned}
             resident = {model.id for model in engine.models}
             await check()
@@ -313,6 +449,7 @@ async def _run(actions: list[tuple[str, Any]], budget: int) -> None:
             if engine.loading:
                 engine.finish_load()
             engine.advance(1)
+            clock.skip(1.0)
             await check()
             if all(job.ended for job in jobs) and all(call.done() for call in calls):
                 break

@@ -1,10 +1,11 @@
 """Which models make room for another, over plain data."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from darkroom_server.dispatch.jobs.registry import HALF_LIFE_SECONDS, Demand
-from darkroom_server.dispatch.models.residency import Resident, make_room
+from darkroom_server.dispatch.models.residency import Resident, Room, make_room
 
 residents = st.lists(
     st.builds(
@@ -14,7 +15,7 @@ residents = st.lists(
         pinned=st.booleans(),
         busy=st.booleans(),
         load_seconds=st.floats(0, 10),
-        demand=st.floats(0, 10),
+        rate=st.floats(0, 10),
     ),
     max_size=8,
     unique_by=lambda each: each.id,
@@ -47,21 +48,34 @@ def test_room_is_within_the_budget_and_takes_nothing_that_must_stay(
 
 
 @given(residents, st.integers(0, 12), st.integers(0, 60))
-def test_a_busy_model_waits_only_if_the_idle_ones_are_not_enough(
+def test_a_dear_model_goes_only_if_the_cheaper_ones_are_not_enough(
     held: list[Resident], needed: int, budget: int
 ) -> None:
     room = make_room(needed, budget, held)
-    if room is None or not room.drain:
+    gone = {*room.evict, *room.drain} if room is not None else set()
+    if not gone:
         return
-    without_idle = sum(each.bytes for each in held if each.busy or each.pinned)
-    assert needed + without_idle > budget
+    dearest = max(each.cost for each in held if each.id in gone)
+    others = sum(each.bytes for each in held if each.pinned or each.cost >= dearest)
+    assert needed + others > budget
+
+
+def test_idle_models_go_before_busy_ones_and_unused_ones_first() -> None:
+    held = [
+        Resident(id="busy", bytes=5, busy=True, drain_seconds=2.0, last_used=1.0),
+        Resident(id="new", bytes=5, last_used=9.0),
+        Resident(id="old", bytes=5, last_used=2.0),
+    ]
+    assert make_room(5, 15, held) == Room(evict=("old",))
+    assert make_room(10, 15, held) == Room(evict=("old", "new"))
+    assert make_room(15, 15, held) == Room(drain=("busy",), drain_seconds=2.0)
 
 
 def test_the_cheapest_goes_first() -> None:
     held = [
-        Resident(id="often", bytes=5, load_seconds=2.0, demand=9.0),
-        Resident(id="seldom", bytes=5, load_seconds=2.0, demand=1.0),
-        Resident(id="quick", bytes=5, load_seconds=0.1, demand=9.0),
+        Resident(id="often", bytes=5, load_seconds=2.0, rate=9.0),
+        Resident(id="seldom", bytes=5, load_seconds=2.0, rate=1.0),
+        Resident(id="quick", bytes=5, load_seconds=0.1, rate=9.0),
     ]
     room = make_room(5, 15, held)
     assert room is not None
@@ -70,6 +84,17 @@ def test_the_cheapest_goes_first() -> None:
     room = make_room(10, 15, held)
     assert room is not None
     assert set(room.evict) == {"quick", "seldom"}
+
+
+def test_the_rate_is_that_of_the_arrivals_seen() -> None:
+    demand = Demand()
+    for second in range(0, 3000, 5):
+        demand.record(float(second))
+    assert demand.rate(3000.0, 0.0) == pytest.approx(0.2, rel=0.02)
+    assert demand.rate(3100.0, 0.0) == pytest.approx(1 / 105), "nobody came since"
+    first = Demand()
+    first.record(0.0)
+    assert first.rate(0.1, 0.0) < 0.06, "one arrival says little"
 
 
 def test_demand_halves_with_time() -> None:

@@ -136,21 +136,38 @@ def test_groups_take_turns() -> None:
     assert simulated.finishes["large"] == pytest.approx(small + 8 * 2.5 + 2.0)
 
 
-def test_models_share_the_time() -> None:
+OTHER = Group("other", 64, 64)
+
+
+def load_of_two_models(*jobs: RemainingWork) -> Load:
+    """Batches of "other" have 2 rows and take 4 s; its decodes take no time."""
     times = make_batch_times()
-    other = replace(fake_model(), id="other", speed=ModelSpeed(passes=((2, 4.0),), decode=0.0))
-    times.start(other)
-    engine = Load(batch_times=times, max_rows=lambda _: 8, jobs=())
-    jobs = [
-        work("small", 4),
-        work("large", 4, group=LARGE),
-        work("other", 100, group=Group("other", 64, 64)),
-    ]
+    speed = ModelSpeed(passes=((2, 4.0),), decode=0.0)
+    times.start(replace(fake_model(), id="other", speed=speed))
+    return Load(batch_times=times, max_rows=lambda _: 8, jobs=jobs)
+
+
+def test_models_share_the_time() -> None:
+    engine = load_of_two_models(work("other", 100, group=OTHER))
+    jobs = [work("small", 4), work("large", 4, group=LARGE)]
     simulated = simulate_queue([engine], jobs, 64)
-    here = 4 * 1.0 + 4 * 2.5
-    assert simulated.finishes["small"] == pytest.approx(2 * here + 0.5, abs=2.0)
-    assert simulated.finishes["large"] == pytest.approx(2 * here + 2.5, abs=2.0)
-    assert simulated.finishes["other"] == pytest.approx(here + 2.5 + 100 * 4.0)
+    here, boundary = 4 * 1.0 + 4 * 2.5, 4.0 / 2
+    assert simulated.finishes["small"] == pytest.approx(boundary + 2 * here + 0.5, abs=2.0)
+    assert simulated.finishes["large"] == pytest.approx(boundary + 2 * here + 2.5, abs=2.0)
+    assert simulated.finishes["other"] == pytest.approx(boundary + here + 2.5 + 100 * 4.0)
+
+
+def test_a_job_of_another_model_waits_unless_it_is_more_urgent() -> None:
+    engine = load_of_two_models(work("running", 8))
+    later = [work("long", 12, group=OTHER), work("same", 12)]
+    simulated = simulate_queue([engine], later, 64)
+    ends = 0.5 + 8 * 1.0 + 0.5
+    assert simulated.joins["long"] == pytest.approx(ends)
+    assert simulated.starts["long"] == pytest.approx(ends)
+    assert simulated.joins["same"] >= ends, "none overtakes"
+    urgent = simulate_queue([engine], [work("short", 2, group=OTHER)], 64)
+    assert urgent.joins["short"] == pytest.approx(0.5)
+    assert urgent.finishes["running"] == pytest.approx(ends + 2 * 4.0)
 
 
 def test_an_exact_job_runs_alone() -> None:

@@ -40,12 +40,20 @@ class OrderKey:
     @property
     def patience(self) -> float:
         """Seconds after arrival within which the work should be done."""
-        return self.remaining_steps * SECONDS_PER_STEP / 2.0**self.priority
+        return self.patience_of(self.remaining_steps)
 
     @property
     def goal(self) -> float:
         """The time by which the work should be done."""
-        patience = self.patience
+        return self.goal_of(self.remaining_steps)
+
+    def patience_of(self, steps: int) -> float:
+        """The patience if ``steps`` remained."""
+        return steps * SECONDS_PER_STEP / 2.0**self.priority
+
+    def goal_of(self, steps: int) -> float:
+        """The goal if ``steps`` remained."""
+        patience = self.patience_of(steps)
         if self.deadline is not None:
             patience = min(patience, SHARE_OF_DEADLINE * (self.deadline - self.submitted_at))
         return self.submitted_at + patience

@@ -45,7 +45,8 @@ class Dispatcher:
     ``max_restarts`` times in ten minutes is retired. ``on_state`` is called with the state when it
     may have changed. ``availability``: the models and the state. ``adapter_places``: what can be
     added to the adapters on offer, with ``adapters``. ``pinned_models`` are loaded at start and
-    stay; ``device_memory_budget`` bounds the weights in each engine, see ``models``.
+    stay; ``device_memory_budget`` bounds the weights in each engine, and ``swap_wait`` the seconds
+    until the model of a waiting job is loaded, see ``models``.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Dispatcher:
         adapter_places: AdapterPlaces | None = None,
         pinned_models: Iterable[str] = (),
         device_memory_budget: int | None = None,
+        swap_wait: float = 30.0,
     ) -> None:
         self._observer = observer or Observer()
         self._registry = JobRegistry()
@@ -85,6 +87,7 @@ class Dispatcher:
             self._observer,
             pinned=frozenset(pinned_models),
             budget=device_memory_budget,
+            swap_wait=swap_wait,
         )
         estimator = Estimator(self._pool, self._registry, self.models)
         self._admission = AdmissionController(

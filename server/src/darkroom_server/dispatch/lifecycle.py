@@ -1,6 +1,7 @@
 """The life of accepted jobs: into the queue, to an engine, and to their one end."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -56,6 +57,7 @@ class JobLifecycle:
         self._observer = observer
         self._models = models
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
+        self._load_due: asyncio.TimerHandle | None = None
 
     # Into the queue and to an engine.
 
@@ -75,7 +77,7 @@ class JobLifecycle:
     def feed(self) -> None:
         """Give waiting jobs to the engines while they have room, most urgent first.
 
-        Those of models that no engine holds wait aside, and their models are loaded.
+        Those of models that no engine holds wait aside until the models are loaded.
         """
         queue = self._registry.queue()
         aside: list[ActiveJob] = []
@@ -96,12 +98,21 @@ class JobLifecycle:
                 active.on_assigned = None
         if aside or rest:
             self._set_positions((*aside, *rest))
-        if aside or self._pool.models_wanted:
+        behind = {active.job.model for active in rest}
+        absent = bool(aside) or not all(map(self._pool.holds, behind))
+        # Another engine may load what a full one has.
+        if absent or self._pool.models_wanted or (rest and len(self._pool.engines) > 1):
             self._load_models()
 
     def _load_models(self) -> None:
         """Load and unload models, and end the jobs of those that cannot be loaded."""
         planned = self._models.plan()
+        if self._load_due is not None:
+            self._load_due.cancel()
+            self._load_due = None
+        if planned.again_at < math.inf:
+            loop = asyncio.get_running_loop()
+            self._load_due = loop.call_at(planned.again_at, self.feed)
         for model, error in planned.unusable.items():
             self.fail_waiting(model, error)
         if planned.freed:

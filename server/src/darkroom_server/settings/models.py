@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
 from darkroom_server.settings.option import Setting
 
@@ -61,6 +61,18 @@ class Models:
             default="what is free, less what the largest batch needs",
         ),
     ] = None
+    swap_wait: Annotated[
+        float,
+        Ge(0),
+        Setting(
+            "How long a job waits for its model while jobs of models in memory go first. By then "
+            "the model is loaded, if the loads of others that wait longer allow it.",
+            choose="A swap is made earlier if enough jobs wait for it. A longer time serves more "
+            "jobs with each load; a shorter one is fairer to rarely used models. Above the time "
+            "that a load takes.",
+            metavar="SECONDS",
+        ),
+    ] = 30.0
     variant: Annotated[
         str | None,
         Setting(

@@ -1,7 +1,7 @@
 """One engine, the jobs in it, and its batch times."""
 
 import math
-from collections import deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 
 from darkroom_server.core.engine import Engine
@@ -10,7 +10,7 @@ from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.residency import largest_batch_bytes, resident_bytes, sharing
 from darkroom_server.dispatch.adapters import AdapterKey
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
-from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache
+from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache, remaining_work
 from darkroom_server.dispatch.estimation.simulation import Load
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 
@@ -36,7 +36,7 @@ class EngineHandle:
 
     ``models`` and ``weights`` are those in its memory, by id. ``known``: models that it
     has described and has not in memory. ``leaving``: models that get no new jobs, because they make
-    room for another. ``loading``: what it loads now.
+    room for the model ``making_room_for``. ``loading``: what it loads now.
     ``jobs``: those that the engine has, by id, whether or not a caller still wants them.
     ``memory``: its last report. ``adapters``: the bytes of those that it has in memory.
     ``batches``: the number that it ran; ``last_rows``: the rows of the last one.
@@ -60,6 +60,7 @@ class EngineHandle:
         self.weights: dict[str, int] = {}
         self.known: dict[str, ModelInfo] = {}
         self.leaving: set[str] = set()
+        self.making_room_for = ""
         self.loading: ModelLoading | None = None
         self._capacity: float = math.inf
         self.batch_times = BatchTimeModel()
@@ -84,15 +85,29 @@ class EngineHandle:
         """Whether it takes ``new`` now: it has fewer than ``max_samples`` images, and its memory.
 
         A job that may have killed an engine is isolated: it shares its engine with no other job.
+        One of another model than the jobs there may have to wait until they end, see ``admits``.
         """
         if not self.holds(new.job.model) or self.samples >= max_samples:
             return False
         if not self.jobs:
             return True
-        if any(active.crashes for active in self.jobs.values()):
+        if any(active.crashes for active in self.jobs.values()) or not self.admits(new):
             return False
         needed, held = self._bytes_of(new), self.held_bytes
         return not (needed and held) or held + needed <= resident_bytes(self.models.values())
+
+    def admits(self, new: ActiveJob) -> bool:
+        """Whether ``new`` shares a model with a job here, or is more urgent than all of them.
+
+        Models share no batches: if two take turns, both take longer, and the first one ends no
+        sooner than alone. A short job still need not wait for a long one.
+        """
+        works = self._cache.get(self.jobs.values())
+        if any(work.group.model == new.job.model for work in works):
+            return True
+        work = remaining_work(new)
+        goal = work.goal(sum(work.calls))
+        return all(goal < each.goal(sum(each.calls)) for each in works)
 
     def holds(self, model: str) -> bool:
         """Whether jobs of ``model`` may enter: it is in memory, and does not make room."""
@@ -114,6 +129,31 @@ class EngineHandle:
             jobs=works,
             resident_bytes=resident_bytes(self.models.values()),
         )
+
+    def drain_seconds(self) -> dict[str, float]:
+        """Seconds until the jobs of each model have ended if no others follow.
+
+        Models share the time equally, until the jobs of one have ended. Those that were never
+        measured take no time.
+        """
+        alone: defaultdict[str, float] = defaultdict(float)
+        rows: Counter[Group] = Counter()
+        calls: Counter[Group] = Counter()
+        longest: Counter[Group] = Counter()
+        for work in self._cache.get(self.jobs.values()):
+            group = work.group
+            rows[group] += len(work.calls) * work.key.rows
+            calls[group] += sum(work.calls) * work.key.rows
+            longest[group] = max(longest[group], *work.calls, 0)
+        for group, count in rows.items():
+            if self.batch_times.knows(group.model):
+                most = min(count, self._max_rows(group))
+                batches = max(longest[group], calls[group] / max(1, most))
+                alone[group.model] += batches * self.batch_times.batch_seconds(group, most)
+        return {
+            model: sum(min(seconds, other) for other in alone.values())
+            for model, seconds in alone.items()
+        }
 
     # Jobs.
 
@@ -145,7 +185,7 @@ class EngineHandle:
         self.models = {model.id: model for model in ready.models}
         self.weights = {load.model: load.weight_bytes for load in ready.loads}
         self.known = {each.id: each.info for each in ready.descriptions if each.info is not None}
-        self.leaving, self.loading = set(), None
+        self.leaving, self.making_room_for, self.loading = set(), "", None
         if ready.free_bytes is not None:
             self._capacity = ready.free_bytes + sum(self.weights.values())
         self._row_limits.clear()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -45,8 +45,11 @@ LONGEST_RETRY_SECONDS = 60.0
 class LoadForecast(Protocol):
     """Knows when models will be loaded."""
 
-    def seconds_until_loaded(self, id: str) -> float:
-        """When a model that no engine holds is probably loaded, if a job of it waited now."""
+    def seconds_until_loaded(self, new: ActiveJob | None) -> Mapping[str, float]:
+        """When each model is probably loaded that no engine holds and that jobs wait for.
+
+        As if ``new`` waited too.
+        """
 
 
 class Estimator:
@@ -172,7 +175,8 @@ class Estimator:
         None if a model was never measured.
         """
         engines = [engine for engine in self._pool.engines if engine.ready]
-        waiting = self._registry.queue(new if new and new.state is JobState.NEW else None)
+        incoming = new if new is not None and new.state is JobState.NEW else None
+        waiting = self._registry.queue(incoming)
         running = [active for engine in engines for active in engine.jobs.values()]
         jobs = (*running, *waiting)
         held = {model for engine in engines for model in engine.models}
@@ -189,21 +193,28 @@ class Estimator:
             [engine.load() for engine in engines],
             self._cache.get(waiting),
             self._pool.max_resident_samples,
-            arrivals=self._after_loads(aside) if aside else (),
+            arrivals=self._after_loads(aside, incoming),
         )
         return forecast, jobs
 
-    def _after_loads(self, aside: Sequence[ActiveJob]) -> list[RemainingWork]:
-        """The jobs that wait for a load, as if they arrived after it; not of unmeasured models."""
-        if self._loads is None:
+    def _after_loads(
+        self, aside: Sequence[ActiveJob], new: ActiveJob | None
+    ) -> list[RemainingWork]:
+        """The jobs that wait for a load, as if they arrived after it; not of unmeasured models.
+
+        ``new``: one that has not arrived yet.
+        """
+        if self._loads is None or not aside:
             return []
         engines = [engine for engine in self._pool.engines if engine.ready]
+        loaded = self._loads.seconds_until_loaded(new)
         works = []
         for active in aside:
             model = active.job.model
             if all(engine.batch_times.knows(model) for engine in engines):
-                work, loaded = remaining_work(active), self._loads.seconds_until_loaded(model)
-                works.append(replace(work, key=replace(work.key, submitted_at=loaded)))
+                work = remaining_work(active)
+                key = replace(work.key, submitted_at=loaded.get(model, 0.0))
+                works.append(replace(work, key=key))
         return works
 
 

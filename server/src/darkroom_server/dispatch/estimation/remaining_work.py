@@ -1,7 +1,7 @@
 """The work that remains of a job, as plain keys for the simulation."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from darkroom_server.core.job import Job
 from darkroom_server.core.order import OrderKey
@@ -31,7 +31,7 @@ class RemainingWork:
 
     def goal(self, calls: int) -> float:
         """When an image with ``calls`` remaining calls should be done; see ``core.order``."""
-        return replace(self.key, remaining_steps=calls).goal
+        return self.key.goal_of(calls)
 
 
 def remaining_work(active: ActiveJob) -> RemainingWork:

@@ -8,7 +8,8 @@ finishes: it advances from one finished image to the next, not from batch to bat
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from darkroom_server.core.order import turns_for
@@ -57,7 +58,7 @@ def simulate_queue(
     seconds from the start.
     """
     forecast = Forecast()
-    engines = [_Engine(load, forecast) for load in loads]
+    engines = [SimulatedEngine(load, forecast) for load in loads]
     queue = list(waiting)[::-1]
     _admit(queue, engines, max_samples, 0.0, forecast)
     for engine in engines:
@@ -68,9 +69,12 @@ def simulate_queue(
         busy = [engine for engine in engines if engine.busy]
         if not busy and not later:
             break
-        if later and later[-1].key.submitted_at < min(map(_Engine.next_at, busy), default=math.inf):
+        if later and later[-1].key.submitted_at < min(
+            map(SimulatedEngine.next_at, busy), default=math.inf
+        ):
             arrival = later[-1].key.submitted_at
-            queue.append(later.pop())
+            while later and later[-1].key.submitted_at == arrival:
+                queue.append(later.pop())
             queue.sort(key=lambda work: work.goal(sum(work.calls)), reverse=True)
             for engine in engines:
                 engine.advance_to(arrival)
@@ -79,7 +83,7 @@ def simulate_queue(
                 engine.choose_again()
             continue
         images += 1
-        engine = min(busy, key=_Engine.next_at) if len(busy) > 1 else busy[0]
+        engine = min(busy, key=SimulatedEngine.next_at) if len(busy) > 1 else busy[0]
         engine.advance()
         _admit(queue, engines, max_samples, engine.now, forecast)
         engine.fill()
@@ -89,7 +93,7 @@ def simulate_queue(
 
 def _admit(
     queue: list[RemainingWork],
-    engines: list["_Engine"],
+    engines: list["SimulatedEngine"],
     max_samples: int,
     now: float,
     forecast: Forecast,
@@ -98,14 +102,16 @@ def _admit(
         able = [engine for engine in engines if engine.has_room(queue[-1], max_samples)]
         if not able:
             return
-        engine = min(able, key=_Engine.work_seconds) if len(able) > 1 else able[0]
+        engine = min(able, key=SimulatedEngine.work_seconds) if len(able) > 1 else able[0]
         work = queue.pop()
         engine.now = max(engine.now, now)
         forecast.joins[work.id] = engine.now
         engine.take(work)
 
 
-def _extrapolate(queue: list[RemainingWork], engines: list["_Engine"], forecast: Forecast) -> None:
+def _extrapolate(
+    queue: list[RemainingWork], engines: list["SimulatedEngine"], forecast: Forecast
+) -> None:
     """The rest follows at the pace of full batches."""
     for engine in engines:
         for work in engine.unfinished():
@@ -118,7 +124,7 @@ def _extrapolate(queue: list[RemainingWork], engines: list["_Engine"], forecast:
         forecast.finishes[work.id] = engine.now
 
 
-class _Engine:
+class SimulatedEngine:
     """One engine in the simulation; ``now`` is in seconds from the start.
 
     The models with a batch each get the same seconds, which their groups share.
@@ -151,6 +157,7 @@ class _Engine:
 
     @property
     def busy(self) -> bool:
+        """Whether it has images."""
         return bool(self._active or self._to_fill)
 
     def next_at(self) -> float:
@@ -160,12 +167,26 @@ class _Engine:
         return self.now + len(self._active) * self._next_model().service()
 
     def has_room(self, work: RemainingWork, max_samples: int) -> bool:
-        """Whether it takes ``work`` now: by its images, and by what they hold in memory."""
-        if self.samples >= max_samples:
+        """Whether it takes ``work`` now: by its images, and by what they hold in memory.
+
+        One of another model must be more urgent than all that are there; see ``EngineHandle``.
+        """
+        if self.samples >= max_samples or not self._admits(work):
             return False
         needed = len(work.calls) * work.bytes_per_image
         held = self._held_bytes
         return not (needed and held) or held + needed <= self._resident_bytes
+
+    def _admits(self, work: RemainingWork) -> bool:
+        if not self._unfinished or work.group.model in self._active:
+            return True
+        calls: Counter[str] = Counter()
+        for each, remaining in self.remaining():
+            if each.group.model == work.group.model:
+                return True
+            calls[each.id] += remaining
+        goal = work.goal(sum(work.calls))
+        return all(goal < self._jobs[id].goal(count) for id, count in calls.items())
 
     def take(self, work: RemainingWork) -> None:
         """Add a job."""
@@ -226,11 +247,21 @@ class _Engine:
             self._to_fill[group.group] = group
         self.fill()
 
+    def remaining(self) -> Iterator[tuple[RemainingWork, int]]:
+        """The unfinished images, and the calls that remain of each."""
+        for group in self._queues.values():
+            self._settle(group)
+            for end, _, work in group.running:
+                yield work, round(end - group.batches)
+            for *_, calls, work in group.ready:
+                yield work, calls
+
     def work_seconds(self) -> float:
         """Seconds of the work that remains in it, at the pace of full batches."""
         return self._work_seconds
 
     def unfinished(self) -> list[RemainingWork]:
+        """The jobs that have images to finish."""
         return [self._jobs[id] for id in self._unfinished]
 
     def skip(self, work: RemainingWork) -> None:

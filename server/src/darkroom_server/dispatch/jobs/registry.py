@@ -1,7 +1,9 @@
 """Every job that waits or is in an engine."""
 
+import math
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from darkroom_server.core.order import order
@@ -9,6 +11,9 @@ from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 
 HALF_LIFE_SECONDS = 600.0
 """After that time an arrival counts half: what was asked for long ago says little."""
+
+SHORTEST_SECONDS = 30.0
+"""Rates are those of at least this time, so that the first arrivals do not look like many."""
 
 
 @dataclass(slots=True)
@@ -26,6 +31,16 @@ class Demand:
         """The sum of the weights at ``now``."""
         return float(self.weight * 0.5 ** (max(0.0, now - self.at) / HALF_LIFE_SECONDS))
 
+    def rate(self, now: float, since: float) -> float:
+        """Arrivals per second at ``now``; none were recorded before ``since``.
+
+        At most one in the time since the last arrival.
+        """
+        seconds = max(now - since, SHORTEST_SECONDS)
+        # The weight of one arrival in each second until now.
+        full = HALF_LIFE_SECONDS / math.log(2.0) * (1.0 - 0.5 ** (seconds / HALF_LIFE_SECONDS))
+        return min(self.now(now) / full, 1.0 / max(now - self.at, 1e-3))
+
 
 class JobRegistry:
     """Jobs by id, and the queue among them.
@@ -40,6 +55,7 @@ class JobRegistry:
         self._queue: dict[str, ActiveJob] = {}
         self._here: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
+        self._since = time.monotonic()
         self.demand: defaultdict[str, Demand] = defaultdict(Demand)
         self.last_used: dict[str, float] = {}
 
@@ -60,6 +76,14 @@ class JobRegistry:
         if len(waiting) < 2:
             return list(waiting.values())
         return [waiting[key.id[0]] for key in order(a.key() for a in waiting.values())]
+
+    def waiting(self) -> Iterable[ActiveJob]:
+        """The waiting jobs in any order."""
+        return self._queue.values()
+
+    def rate(self, model: str) -> float:
+        """Jobs of ``model`` that arrive per second."""
+        return self.demand[model].rate(time.monotonic(), self._since)
 
     @property
     def queued(self) -> int:

@@ -1,6 +1,7 @@
 """Brings models into the engines' memory when they are asked for, and unloads others for them."""
 
 import asyncio
+import math
 import time
 from collections.abc import Collection
 
@@ -24,6 +25,7 @@ from darkroom_server.core.model_events import (
 from darkroom_server.dispatch.admission.availability import Availability
 from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 from darkroom_server.dispatch.models.entry import CatalogEntry, CatalogStatus, LoadProgress
 from darkroom_server.dispatch.models.planner import LoadPlanner, Planned
@@ -40,8 +42,9 @@ class ModelCatalog:
     """Decides which models the engines hold.
 
     ``pinned`` are loaded at start. ``budget``: bytes for the weights of each engine's models, None
-    for what its device leaves beside the largest batch. An engine loads one model at a time: first
-    those that an admin asked for, then those of the waiting jobs, the most urgent first.
+    for what its device leaves beside the largest batch. ``swap_wait``: the seconds after which the
+    model of a waiting job should be loaded. An engine loads one model at a time, see
+    ``LoadPlanner``.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class ModelCatalog:
         *,
         pinned: Collection[str],
         budget: int | None = None,
+        swap_wait: float = math.inf,
     ) -> None:
         self._availability = availability
         self._pool = pool
@@ -60,7 +64,7 @@ class ModelCatalog:
         self._observer = observer
         self._budget = budget
         self._states = ModelStates(availability, pool, registry, observer, pinned)
-        self._planner = LoadPlanner(self._states, availability, pool, registry, budget)
+        self._planner = LoadPlanner(self._states, availability, pool, registry, budget, swap_wait)
 
     # What callers ask.
 
@@ -85,25 +89,12 @@ class ModelCatalog:
         known = self._availability.models
         return [info for id, info in known.items() if info is not None and self.status(id).ready]
 
-    def seconds_until_loaded(self, id: str) -> float:
-        """When a model that no engine holds is probably loaded, if a job of it waited now."""
-        now = time.monotonic()
-        current: list[float] = []
-        for engine in self._pool.engines:
-            if (loading := engine.loading) is None:
-                current.append(0.0)
-                continue
-            entry = self._states.entries[loading.model]
-            remaining = max(0.0, loading.began + self._states.pace.expected(entry) - now)
-            if loading.model == id:
-                return remaining
-            current.append(remaining)
-        seconds = min(current)
-        for ahead in self._states.wanted_models():
-            if ahead == id:
-                break
-            seconds += self._states.pace.expected(self._states.entries[ahead])
-        return seconds + self._states.pace.expected(self._states.entries[id])
+    def seconds_until_loaded(self, new: ActiveJob | None) -> dict[str, float]:
+        """When each model is probably loaded that no engine holds and that jobs wait for.
+
+        As if ``new`` waited too.
+        """
+        return self._planner.forecast(new)
 
     # What admins want. ``JobLifecycle.feed`` acts on it.
 
@@ -239,7 +230,7 @@ class ModelCatalog:
         return loading.model, error
 
     def plan(self) -> Planned:
-        """Unload what is wanted no more, and begin the loads that fit, the most urgent first."""
+        """Unload what is wanted no more, and begin the loads that are due or pay."""
         return self._planner.plan()
 
     def report(self) -> None:

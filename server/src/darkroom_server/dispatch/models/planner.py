@@ -1,18 +1,32 @@
 """Which model is loaded next, into which engine, and what makes room for it."""
 
+import heapq
+import math
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from darkroom_server.core.errors import DarkroomError, ModelMemory
 from darkroom_server.dispatch.admission.availability import Availability, State
 from darkroom_server.dispatch.engines.handle import EngineHandle, ModelLoading
 from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
-from darkroom_server.dispatch.models.entry import CatalogEntry
-from darkroom_server.dispatch.models.residency import Resident, Room, make_room
+from darkroom_server.dispatch.models.residency import Resident
 from darkroom_server.dispatch.models.states import ModelStates
+from darkroom_server.dispatch.models.swaps import (
+    EngineView,
+    Swap,
+    SwapPolicy,
+    Wanted,
+    find_room,
+    plan_swaps,
+)
+
+RUN_MARGIN = 1.5
+"""A job with a deadline should be in the engine by this multiple of its run time before that."""
 
 
 @dataclass(slots=True)
@@ -20,18 +34,40 @@ class Planned:
     """What ``LoadPlanner.plan`` found out.
 
     ``freed``: jobs may enter an engine that could not before. ``unusable``: the models whose jobs
-    cannot run, and why.
+    cannot run, and why. ``again_at``: when to plan again if nothing happens.
     """
 
     freed: bool = False
     unusable: dict[str, DarkroomError] = field(default_factory=dict)
+    again_at: float = math.inf
+
+
+@dataclass(slots=True)
+class WaitingJobs:
+    """The jobs of one model in the queue: see ``Wanted``; the longest runs ``run_seconds``."""
+
+    jobs: int = 0
+    since: float = math.inf
+    due: float = math.inf
+    run_seconds: float = 0.0
+
+    def add(self, since: float, due: float, run_seconds: float = 0.0) -> None:
+        """Count one more."""
+        self.jobs += 1
+        self.since = min(self.since, since)
+        self.due = min(self.due, due)
+        self.run_seconds = max(self.run_seconds, run_seconds)
+
+
+NO_JOBS: Mapping[str, WaitingJobs] = MappingProxyType({})
 
 
 class LoadPlanner:
     """Begins loads and evictions.
 
-    An engine loads one model at a time: first those that an admin asked for, then those of the
-    waiting jobs, the most urgent first. ``budget``: see ``ModelCatalog``.
+    An engine loads one model at a time: first those that an admin asked for, then those that the
+    ``SwapPolicy`` chooses for the waiting jobs. ``budget``: see ``ModelCatalog``. ``swap_wait``:
+    seconds after which a load must have been made for a waiting job.
     """
 
     def __init__(
@@ -41,15 +77,18 @@ class LoadPlanner:
         pool: EnginePool,
         registry: JobRegistry,
         budget: int | None,
+        swap_wait: float,
     ) -> None:
         self._states = states
         self._availability = availability
         self._pool = pool
         self._registry = registry
         self._budget = budget
+        self._swap_wait = swap_wait
+        self._policy = SwapPolicy()
 
     def plan(self) -> Planned:
-        """Unload what is wanted no more, and begin the loads that fit, the most urgent first."""
+        """Unload what is wanted no more, and begin the loads that are due or pay."""
         planned = Planned()
         ready = [engine for engine in self._pool.engines if engine.ready]
         before = [engine.leaving for engine in ready]
@@ -57,81 +96,173 @@ class LoadPlanner:
             engine.leaving = set()
         self._unload_unused(ready)
         self._states.settle_resident()
-        able = [engine for engine in ready if engine.loading is None]
         if self._availability.state is not State.DRAINING or self._registry.queued:
-            for id in self._states.wanted_models():
-                if not able:
-                    break
-                if error := self._place(id, able, all_able=len(able) == len(ready)):
-                    planned.unusable[id] = error
+            self._begin_loads(ready, planned)
         planned.freed = any(old - engine.leaving for old, engine in zip(before, ready, strict=True))
         self._pool.models_wanted = bool(self._states.wanted or self._states.to_unload)
         return planned
 
-    def _place(self, id: str, able: list[EngineHandle], *, all_able: bool) -> DarkroomError | None:
-        """Load a model into one of the engines that are ``able``, or make room for it.
-
-        That engine is able no more. Returns why the model fits none.
-        """
-        entry = self._states.entries[id]
-        kept = self._more_urgent(id)
-        found: list[tuple[EngineHandle, Room]] = []
-        may_fit = not all_able
-        for engine in able:
-            residents = self.residents(engine)
-            budget = engine.weight_budget(self._budget)
-            room = make_room(entry.weight_bytes, budget, residents, kept)
-            if room is not None:
-                found.append((engine, room))
-            elif kept and make_room(entry.weight_bytes, budget, residents) is not None:
-                may_fit = True
-        if not found:
-            if may_fit:
-                return None
-            error = ModelMemory(id, self._why_no_room(entry))
-            self._states.settle(entry, error)
-            return error
-        engine, room = min(
-            found, key=lambda each: (bool(each[1].drain), each[1].cost, each[0].samples)
+    def _begin_loads(self, ready: list[EngineHandle], planned: Planned) -> None:
+        queue = self._waiting()
+        plan = plan_swaps(
+            self._policy, self._wanted(queue), self._views(ready, queue), time.monotonic()
         )
-        able.remove(engine)
-        if room.drain:
-            engine.leaving |= set(room.drain)
-            return None
-        for evicted in room.evict:
-            self._states.evict(engine, evicted)
-        entry.fetched_bytes = entry.fetch_bytes = 0
-        engine.loading = ModelLoading(id, time.monotonic())
-        engine.engine.load_model(id)
-        self._states.report(id)
-        return None
+        for index, engine in enumerate(ready):
+            swap = plan.swaps.get(index)
+            engine.making_room_for = ""
+            if swap is not None:
+                self._begin(engine, swap)
+        for each in plan.too_large:
+            error = ModelMemory(each.id, self._why_no_room(each.bytes))
+            self._states.settle(self._states.entries[each.id], error)
+            planned.unusable[each.id] = error
+        planned.again_at = plan.again_at
 
-    def residents(self, engine: EngineHandle) -> list[Resident]:
-        """The models in an engine's memory."""
+    def forecast(self, new: ActiveJob | None) -> dict[str, float]:
+        """Seconds until each model is loaded that jobs wait for, ``new`` among them.
+
+        Models that an engine loads now are there too. A new job with a deadline has its model
+        loaded as early as it must be.
+        """
         now = time.monotonic()
+        queue = self._waiting()
+        if new is not None:
+            due = now + (self._swap_wait if new.job.deadline is None else 0.0)
+            queue.setdefault(new.job.model, WaitingJobs()).add(now, due)
+        loaded: dict[str, float] = {}
+        free: list[float] = []
+        for engine in self._pool.engines:
+            remaining = 0.0
+            if (loading := engine.loading) is not None:
+                expected = self._load_seconds(loading.model)
+                remaining = max(0.0, loading.began + expected - now)
+                loaded[loading.model] = remaining
+            heapq.heappush(free, remaining)
+        ready = [engine for engine in self._pool.engines if engine.ready]
+        views = dict(enumerate(self._views(ready, queue)))
+        due, others = self._policy.order(self._wanted(queue), now)
+        for each in (*due, *others):
+            found = find_room(self._policy, each, views, due=each in due)
+            if found is None and each not in due:
+                # It waits until it is due, and others are loaded before.
+                loaded[each.id] = max(free[0] + each.load_seconds, each.due - now)
+                continue
+            drain = found[1].room.drain_seconds if found is not None else 0.0
+            loaded[each.id] = free[0] + drain + each.load_seconds
+            heapq.heapreplace(free, loaded[each.id])
+        return loaded
+
+    def _views(
+        self, ready: Sequence[EngineHandle], queue: Mapping[str, WaitingJobs]
+    ) -> list[EngineView]:
+        """What the policy needs to know of the engines."""
+        return [
+            EngineView(
+                budget=engine.weight_budget(self._budget),
+                residents=self.residents(engine, queue),
+                loading=engine.loading is not None,
+                making_room_for=engine.making_room_for,
+                samples=engine.samples,
+                full=self._is_full(engine),
+            )
+            for engine in ready
+        ]
+
+    def residents(
+        self, engine: EngineHandle, queue: Mapping[str, WaitingJobs] = NO_JOBS
+    ) -> list[Resident]:
+        """The models in an engine's memory; ``queue``: the waiting jobs by model."""
         jobs = Counter(active.job.model for active in engine.jobs.values())
+        drain = engine.drain_seconds()
+        queued = {id: queue.get(id, WaitingJobs()) for id in engine.weights}
+        copies = Counter(id for each in self._pool.engines if each.ready for id in each.weights)
         return [
             Resident(
                 id=id,
                 bytes=size,
                 pinned=self._states.entries[id].pinned,
                 busy=jobs[id] > 0,
-                load_seconds=self._states.pace.expected(self._states.entries[id]),
-                demand=self._registry.demand[id].now(now),
+                drain_seconds=drain.get(id, 0.0),
+                queued=queued[id].jobs,
+                due=queued[id].due,
+                load_seconds=self._load_seconds(id),
+                rate=self._registry.rate(id) / max(1, copies[id]),
+                last_used=self._registry.last_used.get(id, 0.0),
             )
             for id, size in engine.weights.items()
         ]
 
-    def _more_urgent(self, id: str) -> set[str]:
-        """The models of jobs that wait before the first one of ``id``."""
-        if id in self._states.wanted:
-            return set()
-        before: set[str] = set()
-        for active in self._registry.queue():
-            if active.job.model == id:
-                break
-            before.add(active.job.model)
-        return before
+    def _begin(self, engine: EngineHandle, swap: Swap) -> None:
+        """Load a model, or let others make room for it first."""
+        if swap.room.drain:
+            engine.leaving |= set(swap.room.drain)
+            engine.making_room_for = swap.model
+            return
+        for evicted in swap.room.evict:
+            self._states.evict(engine, evicted)
+        entry = self._states.entries[swap.model]
+        entry.fetched_bytes = entry.fetch_bytes = 0
+        engine.loading = ModelLoading(swap.model, time.monotonic())
+        engine.engine.load_model(swap.model)
+        self._states.report(swap.model)
+
+    def _waiting(self) -> dict[str, WaitingJobs]:
+        """The queue by model."""
+        found: dict[str, WaitingJobs] = {}
+        for active in self._registry.waiting():
+            job, estimate = active.job, active.estimate
+            run = estimate.run_time if estimate is not None else 0.0
+            due = job.submitted_at + self._swap_wait / 2.0**job.priority
+            if job.deadline is not None:
+                due = min(due, job.deadline - RUN_MARGIN * run)
+            found.setdefault(job.model, WaitingJobs()).add(job.submitted_at, due, run)
+        return found
+
+    def _wanted(self, waiting: Mapping[str, WaitingJobs]) -> list[Wanted]:
+        """The models to load: those that an admin wants, and those that jobs wait for.
+
+        Those of an engine that is full are among them, for another engine.
+        """
+        ready = [engine for engine in self._pool.engines if engine.ready]
+        present: defaultdict[str, set[int]] = defaultdict(set)
+        for index, engine in enumerate(ready):
+            for id in (*engine.models, *([engine.loading.model] if engine.loading else [])):
+                present[id].add(index)
+        # As many models as can make room load and run side by side.
+        places = sum(
+            not self._states.entries[id].pinned for engine in ready for id in engine.models
+        )
+        found = []
+        for id in dict.fromkeys((*self._states.wanted, *waiting)):
+            held_by = frozenset(present[id])
+            if id in self._availability.failures or len(held_by) == max(1, len(ready)):
+                continue
+            jobs = waiting.get(id, WaitingJobs())
+            if held_by and not (jobs.jobs and all(self._is_full(ready[i]) for i in held_by)):
+                continue
+            due = -math.inf if id in self._states.wanted else jobs.due
+            load = self._load_seconds(id)
+            found.append(
+                Wanted(
+                    id=id,
+                    bytes=self._states.entries[id].weight_bytes,
+                    load_seconds=load,
+                    turn_seconds=(load + jobs.run_seconds) / max(1, places),
+                    jobs=jobs.jobs,
+                    rate=self._registry.rate(id),
+                    since=jobs.since,
+                    due=math.inf if held_by else due,
+                    held_by=held_by,
+                )
+            )
+        return found
+
+    def _is_full(self, engine: EngineHandle) -> bool:
+        return engine.samples >= self._pool.max_resident_samples
+
+    def _load_seconds(self, id: str) -> float:
+        """What it probably takes to bring a model into memory."""
+        return self._states.pace.expected(self._states.entries[id])
 
     def _unload_unused(self, ready: Iterable[EngineHandle]) -> None:
         loading = {each.loading.model for each in self._pool.engines if each.loading is not None}
@@ -144,11 +275,11 @@ class LoadPlanner:
                     engine.remove_model(id)
             self._states.report(id)
 
-    def _why_no_room(self, entry: CatalogEntry) -> str:
+    def _why_no_room(self, bytes: int) -> str:
         budget = max(engine.weight_budget(self._budget) for engine in self._pool.engines)
         pinned = [id for id, each in self._states.entries.items() if each.pinned]
         stay = f", of which {', '.join(pinned)} must stay" if pinned else ""
         return (
-            f"its weights need {entry.weight_bytes} bytes, and models may have {budget:.0f}{stay}; "
+            f"its weights need {bytes} bytes, and models may have {budget:.0f}{stay}; "
             "unpin one, or raise --device-memory-budget"
         )

@@ -1,6 +1,6 @@
 """Where each model of the catalogue is, and what is wanted next."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import structlog
 
@@ -61,19 +61,6 @@ class ModelStates:
             return ModelState.FAILED
         starting = not self._pool.ready and self.entries[id].pinned
         return ModelState.LOADING if starting else ModelState.AVAILABLE
-
-    def wanted_models(self) -> Iterator[str]:
-        """The models to load, those that an admin wants first, then by the most urgent job."""
-        present = {
-            id
-            for engine in self._pool.engines
-            if engine.ready
-            for id in (*engine.models, engine.loading.model if engine.loading else "")
-        }
-        jobs = (active.job.model for active in self._registry.queue())
-        for id in dict.fromkeys((*self.wanted, *jobs)):
-            if id not in present | self._availability.failures.keys():
-                yield id
 
     def want(self, id: str) -> None:
         """Load a model as soon as it fits."""

@@ -1,0 +1,98 @@
+"""The policies that are compared: ours, and two that take no account of what a load costs.
+
+They are exchanged within our own server, for a benchmark only.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from unittest.mock import patch
+
+from bench.trace.costs import HostMemory, KnownCosts
+from darkroom_server.core.caller import ANONYMOUS, Caller
+from darkroom_server.core.job import Job
+from darkroom_server.dispatch import ActiveJob, Dispatcher, dispatcher
+from darkroom_server.dispatch.engines.handle import EngineHandle
+from darkroom_server.dispatch.engines.pool import EnginePool
+from darkroom_server.dispatch.models import planner, states
+from darkroom_server.dispatch.models.residency import Resident, Room, make_room
+from darkroom_server.dispatch.models.swaps import SwapPolicy, Wanted
+
+NO_PATIENCE = 1000
+"""A priority so high that the patience is zero: the goal of a job is then its arrival."""
+
+
+class Policy(StrEnum):
+    """What decides on loads, and on the order of jobs."""
+
+    OURS = "darkroom"
+    FIRST_COME = "first come"
+    LRU = "lru"
+
+
+LABELS = {
+    Policy.OURS: "Darkroom",
+    Policy.FIRST_COME: "(a) first come, first served",
+    Policy.LRU: "(b) LRU without lookahead",
+}
+
+
+class InOrderOfArrival(SwapPolicy):
+    """Loads begin at once, in the order of arrival; what was used longest ago makes room.
+
+    A model whose jobs wait longer stays.
+    """
+
+    def order(self, wanted: Iterable[Wanted], now: float) -> tuple[list[Wanted], list[Wanted]]:
+        """All, by the first job that waits."""
+        return sorted(wanted, key=lambda each: (each.due, each.since, each.id)), []
+
+    def room(
+        self, wanted: Wanted, residents: Sequence[Resident], budget: float, *, due: bool
+    ) -> Room | None:
+        """Whatever was used longest ago."""
+        kept = [each.id for each in residents if each.queued and each.due <= wanted.due]
+        return make_room(wanted.bytes, budget, residents, kept, lambda each: each.last_used)
+
+
+class NobodyOvertakes(EnginePool):
+    """Jobs enter the engines in their order: one whose model is not there holds up the others."""
+
+    @property
+    def models_wanted(self) -> bool:
+        """Loads are planned at each change."""
+        return True
+
+    @models_wanted.setter
+    def models_wanted(self, _: bool) -> None: ...
+
+    def holds(self, model: str) -> bool:
+        """As if it were there: then no job behind it is tried."""
+        return True
+
+
+class FirstCome(Dispatcher):
+    """Serves in the order of arrival; the engine orders by the same jobs."""
+
+    def submit(self, job: Job, caller: Caller = ANONYMOUS) -> ActiveJob:
+        """Accept ``job`` behind all earlier ones."""
+        return super().submit(replace(job, priority=NO_PATIENCE), caller)
+
+
+def dispatcher_of(policy: Policy) -> type[Dispatcher]:
+    """The dispatcher of a server with ``policy``."""
+    return FirstCome if policy is Policy.FIRST_COME else Dispatcher
+
+
+@contextmanager
+def exchanged(policy: Policy, host: HostMemory) -> Iterator[None]:
+    """Build a ``dispatcher_of`` a policy, which knows what loads cost by the tiers of ``host``."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(states, "LoadPace", lambda: KnownCosts(host)))
+        if policy is not Policy.OURS:
+            stack.enter_context(patch.object(planner, "SwapPolicy", InOrderOfArrival))
+            stack.enter_context(patch.object(EngineHandle, "admits", lambda *_: True))
+        if policy is Policy.FIRST_COME:
+            stack.enter_context(patch.object(dispatcher, "EnginePool", NobodyOvertakes))
+        yield
