@@ -19,12 +19,13 @@ from bench.peers.report.section import write_page
 from bench.report.markdown import DOCS, write_section
 from bench.report.results import RESULTS, Results, load, newest
 from bench.serving.__main__ import BENCHMARKS as SERVING
+from bench.trace.__main__ import BENCHMARKS as TRACE
 
 SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "engine": ("benchmarks.md", engine_report.section),
     families.BENCHMARK.name: (families.BENCHMARK.page, families.BENCHMARK.section),
     "gpu": ("benchmarks.md", gpu_report.section),
-    **{each.name: (each.page, each.section) for each in (LORAS, *MICRO, *SERVING)},
+    **{each.name: (each.page, each.section) for each in (LORAS, *MICRO, *SERVING, *TRACE)},
 }
 """The page of each benchmark, and what makes its section; the peers' has several results."""
 

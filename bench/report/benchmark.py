@@ -100,7 +100,9 @@ def run_named(
     )
     parser.add_argument("--model", help="a pipeline folder; default: the demo model")
     parser.add_argument(
-        "--quick", action="store_true", help="the smallest amounts: a trial, not for the pages"
+        *("--quick", "--smoke"),
+        action="store_true",
+        help="the smallest amounts: a trial, not for the pages",
     )
     for name in dict.fromkeys(name for each in benchmarks for name in each.amounts):
         _add_amount(parser, name, benchmarks)

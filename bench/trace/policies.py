@@ -29,12 +29,15 @@ class Policy(StrEnum):
     OURS = "darkroom"
     FIRST_COME = "first come"
     LRU = "lru"
+    LRU_ADMITTING = "lru admitting"
+    """LRU, and a job of another model than the running ones enters as with ours."""
 
 
 LABELS = {
     Policy.OURS: "Darkroom",
     Policy.FIRST_COME: "(a) first come, first served",
     Policy.LRU: "(b) LRU without lookahead",
+    Policy.LRU_ADMITTING: "as (b), with our admission of jobs",
 }
 
 
@@ -92,6 +95,7 @@ def exchanged(policy: Policy, host: HostMemory) -> Iterator[None]:
         stack.enter_context(patch.object(states, "LoadPace", lambda: KnownCosts(host)))
         if policy is not Policy.OURS:
             stack.enter_context(patch.object(planner, "SwapPolicy", InOrderOfArrival))
+        if policy not in (Policy.OURS, Policy.LRU_ADMITTING):
             stack.enter_context(patch.object(EngineHandle, "admits", lambda *_: True))
         if policy is Policy.FIRST_COME:
             stack.enter_context(patch.object(dispatcher, "EnginePool", NobodyOvertakes))

@@ -1,0 +1,50 @@
+"""The engine's process, whose loads take as long as those of real models.
+
+The thread that reads a model waits first, for as long as ``HostMemory`` says.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+from bench.trace.costs import HostMemory
+from darkroom_server.core.events import Event
+from darkroom_server.engine import main as engine
+from darkroom_server.ipc.channel import Channel
+
+VARIABLE = "BENCH_TRACE_LOADS"
+"""The environment variable with the models that the host holds, and the scale of the costs."""
+
+
+def environment(models: int, scale: float) -> dict[str, str]:
+    """The variables of a process that starts this one."""
+    return {VARIABLE: f"{models} {scale}"}
+
+
+def main() -> None:
+    """Run an engine for the parent at the other end of the pipe."""
+    models, scale = os.environ[VARIABLE].split()
+    host = HostMemory(int(models), float(scale))
+    run = engine.run
+
+    def run_slowly(channel: Channel, emit: Callable[[Event], None]) -> None:
+        # Torch may only be imported here.
+        from darkroom_server.engine.catalogue.loader import ModelLoader
+
+        read = ModelLoader._read
+
+        def wait_and_read(self: ModelLoader, command: Any, *rest: Any) -> None:
+            time.sleep(host.load(command.source.id))
+            read(self, command, *rest)
+
+        with patch.object(ModelLoader, "_read", wait_and_read):
+            run(channel, emit)
+
+    with patch.object(engine, "run", run_slowly):
+        engine.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The sections of the trace: simulated, and over the real wire."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.report.goals import Goal
+from bench.report.markdown import goals_table, table
+from bench.report.results import Results
+from bench.trace.figures import JUDGED, WITHIN
+from bench.trace.policies import LABELS, Policy
+
+GOAL_LOAD = 0.9
+BETTER = 1.3
+"""How many times the share in time of the better of the other policies."""
+
+
+def name_of(run: Mapping[str, Any]) -> str:
+    """What a run measures, but for its policy."""
+    return f"{run['slice']}, {run['load']:g}"
+
+
+def by_name(results: Results) -> dict[str, dict[str, Any]]:
+    """The runs by what they measure, and by policy."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in results.figures["runs"]:
+        found.setdefault(name_of(run), {})[run["policy"]] = run
+    return found
+
+
+def goals(results: Results) -> list[Goal]:
+    """Those of each part of the trace at ``GOAL_LOAD``, and the bound of every run of ours."""
+    found = []
+    for name, runs in by_name(results).items():
+        ours = runs.get(Policy.OURS)
+        if ours is None:
+            continue
+        others = [runs[each] for each in (Policy.FIRST_COME, Policy.LRU) if each in runs]
+        if ours["load"] == GOAL_LOAD and others:
+            best = max(each["attainment"][str(JUDGED)] for each in others)
+            if best:
+                found.append(
+                    Goal(
+                        f"{name}: in time (k = {JUDGED}), against the better of (a) and (b)",
+                        ours["attainment"][str(JUDGED)] / best,
+                        BETTER,
+                        True,
+                    )
+                )
+        if (first := runs.get(Policy.FIRST_COME)) is not None:
+            share = ours["loads"] / first["loads"]
+            found.append(Goal(f"{name}: loads, against (a)", share, 0.5, False))
+        # A load and the work of a batch may come on top of the bound.
+        bound = results.settings["swap_wait"] + ours["longest_load"] + ours["longest_run"]
+        found.append(
+            Goal(f"{name}: longest wait for a model, of the bound", _wait(ours) / bound, 1.0, False)
+        )
+    return found
+
+
+def describe(results: Results) -> list[str]:
+    """The tables and the goals; the text before them is that of the benchmark."""
+    parts = []
+    for name, runs in by_name(results).items():
+        parts += [f"**{name} of the capacity**", _table(runs)]
+    return [*parts, goals_table("goal", goals(results))]
+
+
+def _table(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    heads = [
+        "",
+        f"in time, k = {' / '.join(map(str, WITHIN))}",
+        "goodput, images/s",
+        "p50 / p95 / p99, s",
+        "loads (from disk)",
+        "GB moved",
+        "longest wait, s",
+    ]
+    rows = []
+    for policy, label in LABELS.items():
+        if (run := runs.get(policy)) is None:
+            continue
+        attained, latency = run["attainment"], run["latency"]
+        rows.append(
+            [
+                label,
+                " / ".join(f"{attained[str(k)]:.0%}" for k in WITHIN),
+                f"{run['goodput']:.2f} of {run['images_per_second']:.2f}",
+                " / ".join(f"{latency[each]:.1f}" for each in ("p50", "p95", "p99")),
+                f"{run['loads']} ({run['from_disk']})",
+                f"{run['bytes_moved'] / 1e9:.0f}",
+                f"{_wait(run):.1f}",
+            ]
+        )
+    return table(heads, rows)
+
+
+def _wait(run: Mapping[str, Any]) -> float:
+    return float(run["longest_wait"])
+
+
+def intro(results: Results, how: str) -> str:
+    """What is the same for both sections; ``how`` says what differs."""
+    settings = results.settings
+    source = {
+        True: "a production trace (GenTD26, Lin et al., SoCC 2025)",
+        False: "a trace made up in the shape of a production trace",
+    }[results.figures["is_real_trace"]]
+    return (
+        f"Many models on one device: requests of {source}, with their order, users, images, "
+        f"steps, kinds, LoRAs and models. {how} The device holds {settings['device_models']} "
+        f"models, and the host's memory the {settings['host_models']} that were loaded last. A "
+        "load takes as long as that of SDXL: 6.9 GB at 20 GB/s from the host's memory to the "
+        "device, and at 2 GB/s from disk before. The load is a share of what one resident model "
+        "can do; each hour of the trace is compressed until it asks for that much, and within it "
+        "requests come in bursts as they did. A request is in time if its images come within k "
+        "times what it takes alone with its model in memory; goodput counts the images of those "
+        "within 5. The longest wait is that of a job for its model; `--swap-wait` is "
+        f"{settings['swap_wait']:g} s. The others are our own server with another policy: in (a) "
+        "jobs go in the order of arrival, and one whose model is not there holds up those behind "
+        "it; in (b) jobs of resident models go on, and a load begins for each job whose model is "
+        "not there, in the order of arrival. In both, the model that was used longest ago makes "
+        "room, and running models take turns batch by batch; with ours, a job of another model "
+        "than the running ones enters the engine if it is more urgent than their jobs, or when "
+        "they have ended."
+    )
+
+
+def section_parts(results: Results, how: str) -> Sequence[str]:
+    """The parts of a section."""
+    return [intro(results, how), *describe(results)]
