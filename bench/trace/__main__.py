@@ -16,6 +16,7 @@ from bench.peers.registry import WORK
 from bench.report.benchmark import Amount, Benchmark, Measurement, run_named
 from bench.report.results import Results
 from bench.trace import simulation
+from bench.trace.costs import HostMemory
 from bench.trace.figures import figures_of
 from bench.trace.policies import Policy
 from bench.trace.report import goals, section_parts
@@ -162,7 +163,7 @@ def _run(
     longest_run: float,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    longest_load = simulation.HostMemory(1, options.load_scale).cost("")
+    longest_load = HostMemory(1, options.load_scale).cost("")
     return {
         "slice": name,
         "load": load,

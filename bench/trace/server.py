@@ -20,7 +20,7 @@ from bench.trace.policies import Policy, dispatcher_of, exchanged
 from darkroom_server import app
 from darkroom_server.backends import process
 from darkroom_server.backends.process import ProcessEngine
-from darkroom_server.core.engine_config import EngineConfig
+from darkroom_server.core.engine_config import Compile, EngineConfig
 from darkroom_server.core.events import Event
 from darkroom_server.core.job import Job
 from darkroom_server.core.model_events import ModelLoaded
@@ -108,7 +108,7 @@ def main() -> None:
             swap_wait=config.swap_wait,
         ),
         adapters=Adapters(lora=tuple(f"{file.stem}={file}" for file in loras)),
-        engine=Engine(compile="off"),
+        engine=Engine(compile=Compile.OFF),
         network=Network(port=config.port, metrics_port=0),
         dispatch=Dispatch(
             early_refusal=False, max_queued_jobs=100_000, max_queued_megapixel_steps=1e12

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from bench.trace.costs import HostMemory
@@ -93,7 +94,7 @@ def simulate(
         for request in requests:
             await asyncio.sleep(request.arrival - time.monotonic())
             active = dispatcher.submit(_job(request))
-            active.add_end_callback(lambda request=request, active=active: end(request, active))
+            active.add_end_callback(partial(end, request, active))
         await dispatcher.drain(1e9)
         await dispatcher.close()
 

@@ -199,7 +199,7 @@ def test_the_section_and_its_goals(attained: float, met: bool) -> None:
         run(Policy.FIRST_COME, 0.1, 30, 90.0),
         run(Policy.LRU, 0.5, 15, 60.0),
     ]
-    settings = {"swap_wait": 10.0, "device_models": 4, "host_models": 20}
+    settings: dict[str, Any] = {"swap_wait": 10.0, "device_models": 4, "host_models": 20}
     settings |= {"batch_times": "2:13", "decode": 5.3}
     figures = {"is_real_trace": True, "requests": 9, "runs": runs}
     results = replace(RESULTS, bench="trace", figures=figures, settings=settings)

@@ -1,6 +1,7 @@
 """What the dispatcher knows about one engine."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_a_job_of_another_model_waits_for_a_shorter_one() -> None:
     """Two models share no batches: turns would make both take longer."""
     one, other = (replace(fake_model(id), speed=SPEED) for id in ("one", "other"))
 
-    def job(id: str, model: ModelInfo, steps: int, **fields: float) -> ActiveJob:
+    def job(id: str, model: ModelInfo, steps: int, **fields: Any) -> ActiveJob:
         made = make_job(id, model=model.id, steps=steps, submitted_at=100.0)
         return ActiveJob(replace(made, **fields), model)
 

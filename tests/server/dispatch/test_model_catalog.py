@@ -318,7 +318,7 @@ async def test_a_swap_that_does_not_pay_is_made_when_it_is_due(
         assert dispatcher.queued_jobs == 1 + 2
         clock.skip(due - 2.1)
         await settle()
-        assert not handle.making_room_for
+        assert handle.leaving == set()
         clock.skip(0.2)
         await settle()
         assert handle.making_room_for == "b"

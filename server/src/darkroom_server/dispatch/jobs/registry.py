@@ -39,7 +39,7 @@ class Demand:
         seconds = max(now - since, SHORTEST_SECONDS)
         # The weight of one arrival in each second until now.
         full = HALF_LIFE_SECONDS / math.log(2.0) * (1.0 - 0.5 ** (seconds / HALF_LIFE_SECONDS))
-        return min(self.now(now) / full, 1.0 / max(now - self.at, 1e-3))
+        return float(min(self.now(now) / full, 1.0 / max(now - self.at, 1e-3)))
 
 
 class JobRegistry:

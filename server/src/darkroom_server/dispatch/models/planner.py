@@ -127,8 +127,8 @@ class LoadPlanner:
         now = time.monotonic()
         queue = self._waiting()
         if new is not None:
-            due = now + (self._swap_wait if new.job.deadline is None else 0.0)
-            queue.setdefault(new.job.model, WaitingJobs()).add(now, due)
+            bound = self._swap_wait if new.job.deadline is None else 0.0
+            queue.setdefault(new.job.model, WaitingJobs()).add(now, now + bound)
         loaded: dict[str, float] = {}
         free: list[float] = []
         for engine in self._pool.engines:
