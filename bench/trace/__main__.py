@@ -23,6 +23,8 @@ from bench.trace.report import goals, section_parts
 from bench.trace.requests import PLACE, TraceRequest, at_load, made_up, read, slice_from
 from bench.trace.simulation import Machine, simulate
 from darkroom_server.core.model_runtime import ModelSpeed
+from darkroom_server.logs import configure_logs
+from darkroom_server.settings import Logs
 
 ALL, BUSY, MEDIAN = "all", "busy", "median"
 PARTIAL = WORK / "trace_served.json"
@@ -76,6 +78,7 @@ def machine_of(options: argparse.Namespace) -> Machine:
 
 def measure_simulated(options: argparse.Namespace) -> Measurement:
     """Every policy at every load, in virtual time."""
+    configure_logs(Logs(log_level="error"))
     trace, is_real = requests_of(options.trace)
     machine = machine_of(options)
     requests = part_of(trace, ALL, options.requests)
