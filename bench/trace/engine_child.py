@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+from bench.report.results import ROOT
 from bench.trace.costs import HostMemory
 from darkroom_server.core.events import Event
 from darkroom_server.engine import main as engine
@@ -19,8 +20,9 @@ VARIABLE = "BENCH_TRACE_LOADS"
 
 
 def environment(models: int, scale: float) -> dict[str, str]:
-    """The variables of a process that starts this one."""
-    return {VARIABLE: f"{models} {scale}"}
+    """The variables of a process that starts this one, which imports this module."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {VARIABLE: f"{models} {scale}", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def main() -> None:
