@@ -121,6 +121,7 @@ bench-ledger: setup ## measure what accepted jobs cost in memory and in SQLite; 
 
 bench-fleet: setup ## measure what a fleet asks of PostgreSQL, simulated to 100 servers; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving fleet $(BENCH_FLAGS)
+
 .PHONY: bench-trace
 bench-trace: setup ## a production trace with many models, simulated and served: hours; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.trace trace trace_served $(BENCH_FLAGS)
