@@ -105,10 +105,11 @@ async def test_a_list_has_the_jobs_of_all_servers(servers: Servers) -> None:
 
 async def test_one_id_at_three_servers_at_once_is_one_job(servers: Servers) -> None:
     fleet = [await servers.start(each, fake={"pass_seconds": 0.02}) for each in "abc"]
+    # Long jobs: a server begins one before it knows that another has it, and must not finish it.
     for number in range(5):
         id = f"same{number}"
         calls = [
-            each.generate(request_id=id, on_disconnect=generation_pb2.ON_DISCONNECT_KEEP)
+            each.generate(steps=50, request_id=id, on_disconnect=generation_pb2.ON_DISCONNECT_KEEP)
             for each in fleet
         ]
         answers = await asyncio.gather(*calls)
