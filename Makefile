@@ -24,6 +24,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 INSTALL_TEST_TOOLS ?= auto
 BENCH_FLAGS ?=
 OBSERVE_FLAGS ?=
+CHAOS_FLAGS ?=
 FLEET_FLAGS ?=
 TRACE_FLAGS ?=
 NOISE_FLAGS ?=
@@ -80,14 +81,21 @@ test-gpu: setup ## run the tests that need a CUDA device
 test-compile: setup ## compile the demo model's denoiser and compare images, a minute or two
 	@$(BIN)/pytest tests/engine -m compile $(PYTEST_FLAGS)
 
+# Apart from .venv: whenever they are there, diffusers imports them, which takes seconds at each start.
+.PHONY: test-quantized
+test-quantized: setup ## run the tests that need torchao and gguf, which it installs into build/quantizers
+	@[ -d build/quantizers ] || $(BIN)/python $(PIP_INSTALL) --no-deps --target build/quantizers \
+	    torchao==0.18.0 gguf==0.19.0
+	@PYTHONPATH=build/quantizers $(BIN)/pytest tests/engine/test_quantizers.py -m quantized $(PYTEST_FLAGS)
+
 .PHONY: test-packaging
 test-packaging: setup ## build the wheels, install them into empty environments, try them there
-	@$(BIN)/pytest tests/packaging -m "not gpu and not compile" $(PYTEST_FLAGS)
+	@$(BIN)/pytest tests/packaging -m "not gpu and not compile and not quantized" $(PYTEST_FLAGS)
 
 .PHONY: test-lowest
 test-lowest: .venv-lowest/.installed ## run LOWEST_TESTS with the lowest version of each dependency, but torch's
 	@# Old versions of libraries call what other libraries have deprecated since.
-	@HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -m "not gpu and not compile" -W ignore::DeprecationWarning \
+	@HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -m "not gpu and not compile and not quantized" -W ignore::DeprecationWarning \
 	    $(PARALLEL) $(LOWEST_TESTS) $(PYTEST_FLAGS)
 
 .PHONY: test-compat
@@ -145,6 +153,10 @@ observe: setup ## a server, a real Prometheus and a short load: rules and plots,
 .PHONY: soak
 soak: setup ## mixed load with random cancels and kills, for MINUTES
 	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
+.PHONY: model-chaos
+model-chaos: setup ## 1,000 random loads and unloads under load, ten minutes; options in CHAOS_FLAGS
+	@$(BIN)/python -m tests.faults.model_chaos $(CHAOS_FLAGS)
 
 .PHONY: fleet fleet-chaos fleet-upgrade
 fleet: setup ## three servers on one PostgreSQL, a load, one kill -9: nothing is lost; options in FLEET_FLAGS

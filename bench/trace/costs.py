@@ -56,6 +56,6 @@ class KnownCosts(LoadPace):
         super().__init__()
         self._host = host
 
-    def expected(self, entry: CatalogEntry) -> float:
-        """Seconds that a load of the model takes now."""
+    def expected(self, entry: CatalogEntry, *, in_host: bool = False) -> float:
+        """Seconds that a load of the model takes now, whatever the server keeps on the host."""
         return self._host.cost(entry.id)

@@ -81,10 +81,10 @@ class WatchedEngine(ProcessEngine):
 
         super().start(tap)
 
-    def load_model(self, id: str) -> None:
+    def load_model(self, id: str, *, keep: bool = False) -> None:
         """Load a model, which waits in the engine's process for as long as ``host`` says here."""
         self._host.load(id)
-        super().load_model(id)
+        super().load_model(id, keep=keep)
 
     def submit(self, job: Job) -> None:
         """Run a job, whose model is in memory."""

@@ -149,12 +149,12 @@ class VirtualEngine:
         self._report()
         self._schedule()
 
-    def load_model(self, id: str) -> None:
+    def load_model(self, id: str, *, keep: bool = False) -> None:
         """Load a model, for as long as ``host`` says."""
         seconds = self._host.load(id)
         asyncio.get_running_loop().call_later(seconds, self._loaded, id, seconds)
 
-    def unload_model(self, id: str) -> None:
+    def unload_model(self, id: str, *, keep: bool = False) -> None:
         """Unload a model that has no jobs."""
         assert not any(job.model == id for job in self._jobs.values())
         self.resident.remove(id)

@@ -61,6 +61,7 @@ async function pin(pinned) {
 function show(model) {
   const parts = [stateOf(model)];
   if (model.pinned) parts.push("pinned");
+  if (model.files_changed) parts.push("files changed: load it to read them again");
   if (model.weight_bytes) parts.push(`${(model.weight_bytes / 2 ** 30).toFixed(2)} GiB`);
   if (model.last_used) {
     parts.push(`last used ${new Date(model.last_used.seconds * 1000).toISOString()}`);

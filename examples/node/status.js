@@ -30,16 +30,24 @@ try {
   const jobs = `${status.running_jobs} running, ${status.queued_jobs} of ${status.max_queued_jobs} queued`;
   console.log(`darkroom-server ${status.version}: ${state}; jobs: ${jobs}`);
   for (const model of status.models) {
+    const place = word(model.state, "MODEL_STATE_");
     if (!model.ready) {
-      console.log(`model ${model.id}: not ready`);
+      const why = model.state_reason ? `: ${model.state_reason}` : "";
+      console.log(`model ${model.id}: ${place}${why}`);
       continue;
     }
     const { dtype, channels_last, preset, device, format_rule, denoiser } = model.runtime;
+    const { quantization, offload } = model.runtime;
     const layout = channels_last ? "channels_last" : "contiguous";
     const why = format_rule ? ` (${format_rule})` : "";
     console.log(`model ${model.id}: ${dtype} ${layout}${why}, preset ${preset} on ${device}, ${denoiser} denoiser`);
+    if (quantization || offload) {
+      console.log(`  weights in ${quantization || dtype}, offload: ${offload || "none"}`);
+    }
     const source = word(model.row_limit_source, "ROW_LIMIT_SOURCE_");
     console.log(`  rows of a batch: ${model.max_rows} at most (${source})`);
+    const used = model.last_used ? new Date(1000 * model.last_used.seconds).toISOString() : "never";
+    console.log(`  ${place}, ${model.weight_bytes} bytes of weights, last used: ${used}`);
   }
   for (const engine of status.engines) {
     const ready = engine.ready ? "ready" : "not ready";

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from darkroom.v1 import model_pb2
+from darkroom.v1 import model_pb2, server_pb2
 from darkroom_client import (
     AsyncClient,
     Client,
@@ -22,6 +22,7 @@ from darkroom_client import (
     Retry,
     Unavailable,
 )
+from darkroom_client._wire.status import decode_status
 from darkroom_client.cli import main
 from darkroom_client.testing import Behaviour, FakeServer, fake_model
 from tests.client.conftest import Connect
@@ -109,6 +110,61 @@ def test_a_model_is_loaded_and_unloaded(catalogue: FakeServer) -> None:
             "fetched": ModelState.AVAILABLE,
         }
         assert not client.model("fetched").pinned
+
+
+def test_the_status_says_the_same_of_each_model(catalogue: FakeServer) -> None:
+    with catalogue, Client(catalogue.target) as client:
+        status = client.status()
+        listed = client.models()
+    assert [model.state for model in status.models] == [model.state for model in MODELS]
+    for model, there in zip(listed, status.models, strict=True):
+        for field in ("ready", "state_reason", "weight_bytes", "last_used", "pinned", "load"):
+            assert getattr(there, field) == getattr(model, field), (model.id, field)
+    (engine,) = status.engines
+    assert engine.weight_bytes == {"device": DEMO.weight_bytes, "host": PHOTO.weight_bytes}
+
+
+def test_the_status_of_an_older_server_has_no_weights() -> None:
+    older = server_pb2.GetStatusResponse(
+        models=[server_pb2.ModelStatus(id="a", ready=True), server_pb2.ModelStatus(id="b")],
+        engines=[server_pb2.EngineStatus(device="cpu")],
+    )
+    status = decode_status(older)
+    assert [model.state for model in status.models] == [ModelState.RESIDENT, ModelState.LOADING]
+    for model in status.models:
+        assert (model.weight_bytes, model.last_used, model.load) == (0, None, None)
+    assert status.engines[0].weight_bytes == {}
+
+
+def test_files_that_changed_are_read_again_by_a_load() -> None:
+    changed = fake_model("changed")
+    models = [DEMO, replace(changed, files_changed=True)]
+    with FakeServer(models=models) as server, Client(server.target) as client:
+        assert [model.files_changed for model in client.models()] == [False, True]
+        assert client.load_model("changed") == changed
+        assert not client.model("changed").files_changed
+
+
+def test_the_command_line_shows_where_models_are(
+    catalogue: FakeServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with catalogue:
+        monkeypatch.setenv("DARKROOM_TARGET", catalogue.target)
+        assert main(["status"]) == 0
+        rows = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+        assert main(["status", "--json"]) == 0
+        status = json.loads(capsys.readouterr().out)
+    assert rows["model demo"].startswith("resident, 0 queued, 0 running; weights 1.00 GiB; ")
+    assert rows["model anime"].startswith("available, 0 queued, 0 running; weights 1.00 GiB")
+    assert rows["model photo"].startswith("host, 0 queued")
+    assert rows["model broken"].startswith(
+        "failed, 0 queued, 0 running; vae/config.json is missing; "
+    )
+    assert "512.0 MiB of 2.00 GiB fetched; 0:01:30 remaining" in rows["model fetched"]
+    assert rows["model fetched"].endswith("weights 1.00 GiB, pinned")
+    assert "weights on device 1.00 GiB" in rows["engine 0"]
+    assert "weights on host 1.00 GiB" in rows["engine 0"]
+    assert status["models"][4]["last_used"] == USED.isoformat()
 
 
 def test_a_model_is_pinned_and_unpinned(catalogue: FakeServer) -> None:

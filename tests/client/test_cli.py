@@ -31,6 +31,7 @@ from darkroom_client import (
     Estimate,
     GenerationFailed,
     GenerationRequest,
+    ModelState,
     ModelStatus,
     Overloaded,
     PromptSyntax,
@@ -832,7 +833,13 @@ def test_top_fills_the_bars(fake: FakeServer, here: Path, monkeypatch: pytest.Mo
         host_memory_bytes=0,
     )
     model = ModelStatus(
-        id="demo", ready=True, queued_jobs=16, running_jobs=2, pass_times=(), max_rows=8
+        id="demo",
+        ready=True,
+        queued_jobs=16,
+        running_jobs=2,
+        pass_times=(),
+        max_rows=8,
+        state=ModelState.RESIDENT,
     )
     status = ServerStatus(
         version="1",
@@ -854,7 +861,7 @@ def test_top_fills_the_bars(fake: FakeServer, here: Path, monkeypatch: pytest.Mo
         f"batch 0   {'█' * 24}{'░' * 8} 6 of 8 rows  3 images, cuda:0, 1 restarts",
         f"memory 0  {'█' * 8}{'░' * 24} 3.00 GiB of 12.00 GiB  1.00 GiB by this engine",
         "jobs      2 running; 12 finished  1.50 finished per second",
-        "demo      16 queued, 2 running",
+        "demo      resident, 16 queued, 2 running",
     ]
 
 

@@ -28,7 +28,7 @@ from darkroom_server.engine.families.registry import FAMILIES, family_of
 from darkroom_server.engine.families.suspended import TransformerFamily
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 from darkroom_server.engine.warmup.formats import HalfPrecision
-from darkroom_server.engine.warmup.placement import place
+from darkroom_server.engine.warmup.placement import convert
 from darkroom_server.engine.warmup.presets import Runtime, resolve
 
 from .conftest import LoopUnderTest, config_for, make_job
@@ -302,7 +302,7 @@ def test_what_libraries_keep_in_float32_stays_there(
     kept = in_float32(pipeline)
     assert kept
     found = runtime(files.family.half, device="cpu", preset=Preset.FRUGAL)
-    place(family_of(pipeline), replace(found, dtype=dtype))
+    convert(family_of(pipeline), replace(found, dtype=dtype))
     assert in_float32(pipeline) == kept
     pipeline.to(dtype=dtype)
     assert not in_float32(pipeline), "what the test would not notice otherwise"

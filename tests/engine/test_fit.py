@@ -17,7 +17,7 @@ from darkroom_server.core.engine_config import Dtype, EngineConfig, ModelSource,
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.device import cgroup
 from darkroom_server.engine.families.registry import family_of
-from darkroom_server.engine.loading import load_model, pipeline
+from darkroom_server.engine.loading import pipeline, read_model
 from darkroom_server.engine.loading.fit import weight_bytes
 from darkroom_server.engine.loading.pipeline import ModelFiles, find_model, weights_of
 from darkroom_server.engine.loading.startup import start_loop
@@ -109,7 +109,7 @@ def test_a_model_that_is_too_large_is_not_read(
     def read(*_: object) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(load_model, "load_pipeline", read)
+    monkeypatch.setattr(read_model, "load_pipeline", read)
     # A tenth is kept free.
     limit_memory(monkeypatch, needed)
     with pytest.raises(StartupError) as caught:

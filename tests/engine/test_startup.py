@@ -141,7 +141,10 @@ def placed(folder: Path, **fields: Any) -> tuple[Any, Runtime]:
     runtime = dataclasses.replace(runtime, **fields)
     source = ModelSource(id="tiny", location=str(folder))
     pipeline = load_pipeline(find_model(source, safety_checker=False), torch.bfloat16)
-    placement.place(StableDiffusion(pipeline), runtime)
+    family = StableDiffusion(pipeline)
+    memory_format = placement.convert(family, runtime)
+    if runtime.fp8_storage:
+        placement.store_in_eight_bits(family, memory_format)
     return pipeline, runtime
 
 

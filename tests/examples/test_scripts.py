@@ -190,10 +190,12 @@ def test_node_shows_the_status() -> None:
             channels_last=True,
             format_rule="the CPU has amx",
             denoiser="compiled",
+            quantization="int8",
         ),
     )
+    broken = fake_model("broken", state=ModelState.FAILED, state_reason="its vae is missing")
     with (
-        FakeServer(models=[fake_model(), measured]) as server,
+        FakeServer(models=[fake_model(), measured, broken]) as server,
         node("status.js", server) as running,
     ):
         out, errors = running.communicate(timeout=SECONDS)
@@ -204,9 +206,13 @@ def test_node_shows_the_status() -> None:
     assert models == [
         "model demo: float32 contiguous, preset fast on fake, eager denoiser",
         "  rows of a batch: 8 at most (set)",
+        "  resident, 1073741824 bytes of weights, last used: never",
         "model measured: bfloat16 channels_last (the CPU has amx), preset fast on fake, "
         "compiled denoiser",
+        "  weights in int8, offload: none",
         "  rows of a batch: 32 at most (corrected)",
+        "  resident, 1073741824 bytes of weights, last used: never",
+        "model broken: failed: its vae is missing",
     ]
     assert engine == "engine 0 on fake: ready, 0 images, 0 restarts"
 

@@ -38,7 +38,7 @@ def write_models(folder: Path) -> None:
     tiny = write_tiny_model(folder / NAMES[0])
     file = Path("unet") / "diffusion_pytorch_model.safetensors"
     weights = safetensors.torch.load_file(tiny / file)
-    for number, name in enumerate((*NAMES[1:], "later", "gone", "short")):
+    for number, name in enumerate((*NAMES[1:], "later", "gone", "short", "fresh")):
         shutil.copytree(tiny, folder / name)
         perturbed = {key: value * (1.1 + 0.05 * number) for key, value in weights.items()}
         safetensors.torch.save_file(perturbed, folder / name / file, {"format": "pt"})
@@ -55,9 +55,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def serving(folder: Path, *, budget: int | None = None, **engine: Any) -> AsyncIterator[Wire]:
+async def serving(
+    folder: Path, *, budget: int | None = None, host: int | None = None, **engine: Any
+) -> AsyncIterator[Wire]:
     """A server over the models in ``folder``, of which none is loaded at start."""
-    models = Models(models_dir=str(folder), device_memory_budget=budget)
+    models = Models(models_dir=str(folder), device_memory_budget=budget, host_memory_budget=host)
     settings = Settings(models=models, network=Network(port=0, metrics_port=0))
     config = config_for(folder, rows=4, models=(), catalogue=all_sources(models), **engine)
     tapped = TappedEngine(config)
@@ -250,3 +252,47 @@ async def test_models_share_the_budget_of_one(folder: Path) -> None:
         assert await unload(wire, resident) == 0
         assert not any(model.ready for model in (await listed(wire)).values())
         assert await pixels(wire, resident) in found
+
+
+@in_one_loop
+async def test_a_changed_folder_is_seen_and_read_again(wire: Wire, folder: Path) -> None:
+    old, revision = await pixels(wire, "fresh", **LONG), (await listed(wire))["fresh"].revision
+    file = folder / "fresh" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    changed = {key: value * 0.9 for key, value in weights.items()}
+    safetensors.torch.save_file(changed, file, {"format": "pt"})
+    assert (await listed(wire))["fresh"].files_changed
+    assert not (await listed(wire))["owls"].files_changed
+    started = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def watch(event: Event) -> None:
+        if isinstance(event, BatchDone) and event.model == "fresh":
+            loop.call_soon_threadsafe(started.set)
+
+    wire.engine.on_event = watch
+    running = asyncio.create_task(pixels(wire, "fresh", **LONG))
+    await started.wait()
+    reloaded = await load(wire, "fresh")
+    assert await running == old
+    assert (reloaded.files_changed, reloaded.ready) == (False, True)
+    assert reloaded.revision != revision
+    assert await pixels(wire, "fresh", **LONG) != old
+
+
+async def test_models_that_leave_the_device_come_back_from_the_hosts_memory(folder: Path) -> None:
+    async with serving(folder, budget=1_500_000, host=10_000_000) as wire:
+        first = {name: await pixels(wire, name) for name in NAMES}
+        states = {id: model.state for id, model in (await listed(wire)).items() if id in NAMES}
+        assert sorted(states.values()) == [
+            model_pb2.MODEL_STATE_RESIDENT,
+            *[model_pb2.MODEL_STATE_HOST] * 2,
+        ]
+        assert {name: await pixels(wire, name) for name in NAMES} == first
+        loads = {
+            (sample.labels["from"], sample.labels["outcome"]): sample.value
+            for metric in wire.server.metrics.models.loads.collect()
+            for sample in metric.samples
+            if sample.labels["model"] == "owls" and sample.name.endswith("_total")
+        }
+        assert loads["disk", "loaded"] == loads["host", "loaded"] == 1

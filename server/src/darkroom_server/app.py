@@ -115,14 +115,14 @@ class Server:
         self._stop = asyncio.Event()
         self._manager = ServiceManager()
         self.unfinished: list[str] = []
-        model_ids = [source.id for source in all_sources(settings.models)]
+        models = {source.id: source.location for source in all_sources(settings.models)}
         self._spans = open_traces(settings.logs.traces)
-        self.metrics = Metrics(model_ids)
+        self.metrics = Metrics(models)
         if log_writer is not None:
             self.metrics.process.read_dropped_log_lines(lambda: log_writer.dropped)
         self.dispatcher = Dispatcher(
             engines,
-            model_ids,
+            models,
             max_queued_jobs=settings.dispatch.max_queued_jobs,
             max_queued_megapixel_steps=settings.dispatch.max_queued_megapixel_steps,
             early_refusal=settings.dispatch.early_refusal,
@@ -135,9 +135,11 @@ class Server:
             adapter_places=adapter_places(settings, hub_token()),
             pinned_models=[source.id for source in sources_at_start(settings.models)],
             device_memory_budget=settings.models.device_memory_budget,
+            host_memory_budget=settings.models.host_memory_budget,
+            model_locations=models,
             swap_wait=settings.models.swap_wait,
         )
-        for model_id in model_ids:
+        for model_id in models:
             self.metrics.requests.read_jobs(model_id, self.dispatcher)
         ledger = chosen_ledger(
             settings.storage.ledger,

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from darkroom_server.dispatch.jobs.registry import HALF_LIFE_SECONDS, Demand
-from darkroom_server.dispatch.models.residency import Resident, Room, make_room
+from darkroom_server.dispatch.models.residency import Resident, Room, held_bytes, make_room
 
 residents = st.lists(
     st.builds(
@@ -103,3 +103,19 @@ def test_demand_halves_with_time() -> None:
     demand.record(HALF_LIFE_SECONDS)
     assert demand.now(HALF_LIFE_SECONDS) == 1.5
     assert demand.now(2 * HALF_LIFE_SECONDS) == 0.75
+
+
+def test_what_models_share_counts_once() -> None:
+    """Two models of 10 bytes have 6 in common, and fit where one and a half would."""
+    encoder = {"text encoder": 6}
+    first, second = (Resident(id=id, bytes=10, shared=encoder) for id in "ab")
+    assert held_bytes([(10, encoder), (10, encoder), (3, {})]) == 17
+    assert make_room(10, 14, [first], shared=encoder) == Room()
+    assert make_room(10, 14, [first]) == Room(evict=("a",)), "the negative control"
+    assert make_room(10, 18, [first, second], shared=encoder) == Room()
+    assert make_room(10, 14, [first, second], shared=encoder) == Room(evict=("a",))
+    # While one of them stays, so does what they share; once both are gone, it is free.
+    assert make_room(5, 15, [first, second]) == Room(evict=("a",))
+    assert make_room(6, 15, [first, second]) == Room(evict=("a", "b"))
+    pinned = Resident(id="p", bytes=10, shared=encoder, pinned=True)
+    assert make_room(6, 15, [first, pinned]) is None

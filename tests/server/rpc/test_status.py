@@ -11,7 +11,7 @@ from darkroom.v1 import model_pb2, server_pb2, server_pb2_grpc
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.events import DenoiserCompiled, MemoryReport, RowLimitCorrected
 from darkroom_server.core.model_runtime import ModelSpeed, RowLimitSource
-from darkroom_server.settings import Dispatch, Engine, Security
+from darkroom_server.settings import Dispatch, Engine, Models, Security
 from tests.server.wire import NOT_SERVING, SERVING, Wire, refusal, serving
 
 SPEED = ModelSpeed(passes=((2, 1.0), (4, 1.5)), decode=0.5)
@@ -122,3 +122,34 @@ async def test_a_compiled_denoiser_is_visible() -> None:
         (after,) = (await status(wire)).models
         model = (await wire.models.GetModel(model_pb2.GetModelRequest())).model
         assert after.runtime.denoiser == model.runtime.denoiser == "compiled"
+
+
+async def test_the_status_says_where_each_model_is() -> None:
+    models = [fake_model("owls"), fake_model("toads")]
+    async with serving(
+        fake={"catalogue": models, "auto": True},
+        models=Models(
+            model=("owls=x/owls", "toads=x/toads"),
+            on_demand=True,
+            device_memory_budget=100,
+            host_memory_budget=100,
+        ),
+    ) as wire:
+        before = {model.id: model for model in (await status(wire)).models}
+        await wire.generating(model="owls")
+        await wire.generating(model="toads")
+        now = await status(wire)
+        listed = await wire.models.ListModels(model_pb2.ListModelsRequest())
+    assert {model.state for model in before.values()} == {model_pb2.MODEL_STATE_AVAILABLE}
+    assert not before["owls"].HasField("last_used")
+    after = {model.id: model for model in now.models}
+    assert after["owls"].state == model_pb2.MODEL_STATE_HOST
+    assert after["toads"].state == model_pb2.MODEL_STATE_RESIDENT
+    assert (after["owls"].ready, after["owls"].HasField("runtime")) == (False, False)
+    assert (after["toads"].ready, after["toads"].HasField("runtime")) == (True, True)
+    for model in listed.models:
+        assert model.state == after[model.id].state
+        assert model.weight_bytes == after[model.id].weight_bytes == 100
+        assert abs(model.last_used.seconds - after[model.id].last_used.seconds) <= 1
+    (engine,) = now.engines
+    assert dict(engine.weight_bytes) == {"device": 100, "host": 100}

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from darkroom_server.core.errors import StartupError
+from darkroom_server.core.quantization import Offload, Quantization, Quantize
 from darkroom_server.settings import Engine, Models, Settings
 from darkroom_server.settings.adapters import Adapters
 from darkroom_server.settings.images import Images
@@ -255,6 +256,40 @@ def test_an_ip_adapter_belongs_to_a_model(tmp_path: Path) -> None:
 )
 def test_an_invalid_ip_adapter_is_reported(texts: tuple[str, ...], complaint: str) -> None:
     settings = Settings(models=Models(model=("model=x/y",)), adapters=Adapters(ip_adapter=texts))
+    with pytest.raises(StartupError) as caught:
+        engine_configs(settings, None)
+    assert complaint in str(caught.value)
+
+
+def test_weights_are_stored_in_fewer_bits_by_model() -> None:
+    models = Models(
+        model=("a=x/y", "b=x/y", "c=x/y"),
+        quantize=("a=int8", "b=gguf:/models/q:4.gguf"),
+        offload=Offload.GROUP,
+    )
+    (config,) = engine_configs(Settings(models=models), None)
+    assert [model.quantize for model in config.models] == [
+        Quantize(Quantization.INT8),
+        Quantize(Quantization.GGUF, "/models/q:4.gguf"),
+        None,
+    ]
+    assert config.offload is Offload.GROUP
+
+
+@pytest.mark.parametrize(
+    ("texts", "complaint"),
+    [
+        (("int8",), "put MODEL= before it, with a model of: model"),
+        (("other=int8",), "put MODEL= before it"),
+        (("model=int4",), "use int8, fp8, nf4 or gguf:FILE"),
+        (("model=gguf",), "use int8, fp8, nf4 or gguf:FILE"),
+        (("model=gguf:",), "use int8, fp8, nf4 or gguf:FILE"),
+        (("model=int8:file",), "use int8, fp8, nf4 or gguf:FILE"),
+        (("model=int8", "model=fp8"), "model 'model' is quantised already"),
+    ],
+)
+def test_an_invalid_quantization_is_reported(texts: tuple[str, ...], complaint: str) -> None:
+    settings = Settings(models=Models(model=("model=x/y",), quantize=texts))
     with pytest.raises(StartupError) as caught:
         engine_configs(settings, None)
     assert complaint in str(caught.value)

@@ -106,6 +106,9 @@ class ModelRuntime:
     ``preset`` is in force, and what of it does not suit the model; empty if it is configured and
     all of it suits, or if the server is older. ``denoiser``: "eager" if batches run it as diffusers
     wrote it, "compiled", or "graphs" of its kernels; empty if the server is older.
+    ``quantization``: how weights are stored in fewer bits, "int8", "fp8", "nf4" or "gguf:FILE", and
+    ``offload``: what is copied to the device for each of its calls, "text-encoder" or "group"; both
+    are empty for nothing, or if the server is older.
     """
 
     device: str
@@ -121,6 +124,8 @@ class ModelRuntime:
     format_rule: str = ""
     preset_rule: str = ""
     denoiser: str = ""
+    quantization: str = ""
+    offload: str = ""
 
 
 OPTIONAL_FIELDS = (
@@ -218,7 +223,8 @@ class Model:
     ``weight_bytes``: its weights, in memory if it is resident, else as its files have them; 0 if
     not known. ``last_used``: when a job last used it, in UTC; None if none has. ``pinned``: it
     stays in memory whatever else is asked for. ``load``: how far its load is, None if the state is
-    not LOADING.
+    not LOADING. ``files_changed``: its files were written since it was read into memory;
+    ``Client.load_model`` reads them again.
     """
 
     id: str
@@ -239,3 +245,4 @@ class Model:
     last_used: datetime | None = None
     pinned: bool = False
     load: ModelLoad | None = None
+    files_changed: bool = False

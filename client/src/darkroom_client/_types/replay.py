@@ -41,7 +41,10 @@ _NEWER = {
 }
 """Fields of a request that clients of 0.1.0 do not know, and their defaults."""
 
-_OPTIONAL = {*_NEWER, "channels_last", "memory_fallbacks", "request_id", "rows_in_last_pass"}
+_NEWER_OF_RECORD = ("channels_last", "memory_fallbacks", "quantization", "offload")
+"""Fields of a record that clients of 0.1.0 do not know; they are written only if they are set."""
+
+_OPTIONAL = {*_NEWER, *_NEWER_OF_RECORD, "request_id", "rows_in_last_pass"}
 """Keys that a record in a picture, or one of an older client, may lack."""
 
 
@@ -58,6 +61,7 @@ class ReplayRecord:
     ``channels_last``: the order of the denoiser's weights in memory; false from an older server.
     ``memory_fallbacks``: what the server did otherwise than its model's runtime says, because its
     device's memory was short: ``sdpa``, attention without slices, or ``tiled_decode``.
+    ``quantization`` and ``offload``: those of ``ModelRuntime``.
     """
 
     request: GenerationRequest
@@ -72,6 +76,8 @@ class ReplayRecord:
     pixels_sha256: str
     channels_last: bool = False
     memory_fallbacks: tuple[str, ...] = ()
+    quantization: str = ""
+    offload: str = ""
 
     def to_json(self) -> str:
         """This record as a readable JSON document, stable across versions of this client."""
@@ -79,10 +85,9 @@ class ReplayRecord:
         for name, default in _NEWER.items():
             if document["request"][name] == default:
                 del document["request"][name]  # Older clients reject fields that they do not know.
-        if not self.channels_last:
-            del document["channels_last"]
-        if not self.memory_fallbacks:
-            del document["memory_fallbacks"]
+        for name in _NEWER_OF_RECORD:
+            if not document[name]:
+                del document[name]
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -148,6 +153,7 @@ def origin(record: ReplayRecord) -> dict[str, str]:
         "dtype": record.dtype,
         "channels_last": str(record.channels_last).lower(),
         "preset": record.preset,
+        "quantization": record.quantization,
         "device": record.device.partition(":")[0],  # The engines of one server have numbers.
         **{f"library_versions.{name}": text for name, text in record.library_versions.items()},
     }

@@ -1,10 +1,11 @@
 """The state of a server, and the estimate for a request."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 
-from darkroom_client._types.model import ModelRuntime, RowLimitSource
+from darkroom_client._types.model import ModelLoad, ModelRuntime, ModelState, RowLimitSource
 
 
 class ServerState(StrEnum):
@@ -38,6 +39,8 @@ class ModelStatus:
 
     ``runtime``: how it runs. ``max_rows``: the most rows of one denoiser pass at its default size,
     now. Until it is ready, or if the server is older than these fields, they are None and 0.
+    ``state``, ``state_reason``, ``weight_bytes``, ``last_used``, ``pinned`` and ``load``: as those
+    of ``Model``.
     """
 
     id: str
@@ -48,6 +51,12 @@ class ModelStatus:
     runtime: ModelRuntime | None = None
     max_rows: int = 0
     row_limit_source: RowLimitSource = RowLimitSource.UNKNOWN
+    state: ModelState = ModelState.UNKNOWN
+    state_reason: str = ""
+    weight_bytes: int = 0
+    last_used: datetime | None = None
+    pinned: bool = False
+    load: ModelLoad | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +65,8 @@ class EngineStatus:
 
     ``restarts``: how often it crashed and restarted. ``rows_in_use``: rows of its last pass.
     ``memory_bytes``: the device's memory by kind, such as "allocated" and "device_total".
-    ``host_memory_bytes``: resident memory of its process.
+    ``host_memory_bytes``: resident memory of its process. ``weight_bytes``: the weights of models
+    that it holds, by tier, "device" and "host"; empty if the server is older than this field.
     """
 
     index: int
@@ -68,6 +78,7 @@ class EngineStatus:
     rows_in_use: int
     memory_bytes: Mapping[str, int]
     host_memory_bytes: int
+    weight_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

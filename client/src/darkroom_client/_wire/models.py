@@ -2,7 +2,7 @@
 
 from datetime import UTC
 
-from darkroom.v1 import model_pb2
+from darkroom.v1 import model_pb2, server_pb2
 from darkroom_client._types.model import (
     Guidance,
     Model,
@@ -42,16 +42,18 @@ def decode_model(model: model_pb2.Model) -> Model:
         guidance=_decode_guidance(model.guidance) if model.HasField("guidance") else None,
         unbatched_reason=model.unbatched_reason,
         tasks=tuple(task for task in map(_decode_task, model.tasks) if task is not None),
-        state=_decode_state(model),
+        state=decode_state(model),
         state_reason=model.state_reason,
         weight_bytes=model.weight_bytes,
         last_used=model.last_used.ToDatetime(UTC) if model.HasField("last_used") else None,
         pinned=model.pinned,
-        load=_decode_load(model.load) if model.HasField("load") else None,
+        load=decode_load(model.load) if model.HasField("load") else None,
+        files_changed=model.files_changed,
     )
 
 
-def _decode_state(model: model_pb2.Model) -> ModelState:
+def decode_state(model: model_pb2.Model | server_pb2.ModelStatus) -> ModelState:
+    """Decode the state of a model; UNKNOWN if it is newer than this client."""
     if model.state == model_pb2.MODEL_STATE_UNSPECIFIED:
         # A server older than this field has all its models in memory, once they are loaded.
         return ModelState.RESIDENT if model.ready else ModelState.LOADING
@@ -60,7 +62,8 @@ def _decode_state(model: model_pb2.Model) -> ModelState:
     return ModelState.__members__.get(name, ModelState.UNKNOWN)
 
 
-def _decode_load(load: model_pb2.ModelLoad) -> ModelLoad:
+def decode_load(load: model_pb2.ModelLoad) -> ModelLoad:
+    """Decode how far a load is."""
     return ModelLoad(
         fetched_bytes=load.fetched_bytes,
         fetch_bytes=load.fetch_bytes,
@@ -151,4 +154,6 @@ def decode_runtime(runtime: model_pb2.ModelRuntime) -> ModelRuntime:
         format_rule=runtime.format_rule,
         preset_rule=runtime.preset_rule,
         denoiser=runtime.denoiser,
+        quantization=runtime.quantization,
+        offload=runtime.offload,
     )

@@ -72,6 +72,8 @@ def decode_replay(record: generation_pb2.ReplayRecord, request_id: str) -> Repla
         pixels_sha256=record.pixels_sha256,
         channels_last=record.channels_last,
         memory_fallbacks=tuple(record.memory_fallbacks),
+        quantization=record.quantization,
+        offload=record.offload,
     )
 
 

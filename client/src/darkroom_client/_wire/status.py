@@ -1,5 +1,7 @@
 """Decode the status of a server, and estimates."""
 
+from datetime import UTC
+
 from darkroom.v1 import generation_pb2, server_pb2
 from darkroom_client._types.status import (
     EngineStatus,
@@ -9,7 +11,12 @@ from darkroom_client._types.status import (
     ServerState,
     ServerStatus,
 )
-from darkroom_client._wire.models import decode_row_limit_source, decode_runtime
+from darkroom_client._wire.models import (
+    decode_load,
+    decode_row_limit_source,
+    decode_runtime,
+    decode_state,
+)
 from darkroom_client._wire.values import decode_seconds
 
 _STATE_PREFIX = "SERVER_STATE_"
@@ -66,6 +73,12 @@ def _decode_model(model: server_pb2.ModelStatus) -> ModelStatus:
         runtime=decode_runtime(model.runtime) if model.HasField("runtime") else None,
         max_rows=model.max_rows,
         row_limit_source=decode_row_limit_source(model.row_limit_source),
+        state=decode_state(model),
+        state_reason=model.state_reason,
+        weight_bytes=model.weight_bytes,
+        last_used=model.last_used.ToDatetime(UTC) if model.HasField("last_used") else None,
+        pinned=model.pinned,
+        load=decode_load(model.load) if model.HasField("load") else None,
     )
 
 
@@ -80,4 +93,5 @@ def _decode_engine(engine: server_pb2.EngineStatus) -> EngineStatus:
         rows_in_use=engine.rows_in_use,
         memory_bytes=dict(sorted(engine.memory_bytes.items())),
         host_memory_bytes=engine.host_memory_bytes,
+        weight_bytes=dict(sorted(engine.weight_bytes.items())),
     )

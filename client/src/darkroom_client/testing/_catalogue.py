@@ -38,6 +38,15 @@ class Catalogue:
         self._free_unused()
         return list(self._models.values())
 
+    @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """The weights in memory."""
+        tiers = {"device": ModelState.RESIDENT, "host": ModelState.HOST}
+        return {
+            tier: sum(model.weight_bytes for model in self.models if model.state is state)
+            for tier, state in tiers.items()
+        }
+
     def find(self, name: str) -> Model:
         """The model that ``name`` means, "" the only one; raises as a Darkroom server does."""
         models = self.models

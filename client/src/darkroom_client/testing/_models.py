@@ -139,7 +139,7 @@ def on_device(model: Model) -> Model:
     A loaded one stays as it is.
     """
     if model.ready:
-        return model
+        return replace(model, files_changed=False)
     defaults, limits = model.defaults or _FAKE.defaults, model.limits or _FAKE.limits
     assert limits is not None
     assert _FAKE.limits is not None
@@ -152,6 +152,7 @@ def on_device(model: Model) -> Model:
         state=ModelState.RESIDENT,
         state_reason="",
         load=None,
+        files_changed=False,
         revision=model.revision or _FAKE.revision,
         kind=model.kind or _FAKE.kind,
         defaults=defaults,
@@ -191,6 +192,7 @@ def encode_model(model: Model) -> model_pb2.Model:
         state_reason=model.state_reason,
         weight_bytes=model.weight_bytes,
         pinned=model.pinned,
+        files_changed=model.files_changed,
     )
     if model.last_used is not None:
         message.last_used.FromDatetime(model.last_used)
@@ -259,6 +261,8 @@ def encode_model(model: Model) -> model_pb2.Model:
                 format_rule=runtime.format_rule,
                 preset_rule=runtime.preset_rule,
                 denoiser=runtime.denoiser,
+                quantization=runtime.quantization,
+                offload=runtime.offload,
             )
         )
     return message

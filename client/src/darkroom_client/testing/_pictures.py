@@ -54,6 +54,8 @@ def generate_image(
         rows_in_last_pass=1,
         pixels_sha256=hashlib.sha256(pixels).hexdigest(),
         channels_last=runtime.channels_last if runtime else False,
+        quantization=runtime.quantization if runtime else "",
+        offload=runtime.offload if runtime else "",
     )
     record = ""
     if request.embed_record:

@@ -241,7 +241,14 @@ class Services(
                     _model_status(model, registry.running(model.id))
                     for model in registry.catalogue.models
                 ],
-                engines=[server_pb2.EngineStatus(device="fake", ready=True, jobs=running)],
+                engines=[
+                    server_pb2.EngineStatus(
+                        device="fake",
+                        ready=True,
+                        jobs=running,
+                        weight_bytes=registry.catalogue.bytes_by_tier,
+                    )
+                ],
                 running_jobs=running,
                 max_queued_jobs=64,
                 accepted_jobs=len(registry.jobs),
@@ -356,6 +363,12 @@ def _model_status(model: Model, running: int) -> server_pb2.ModelStatus:
         runtime=message.runtime if message.HasField("runtime") else None,
         max_rows=message.limits.max_rows,
         row_limit_source=message.limits.row_limit_source,
+        state=message.state,
+        state_reason=message.state_reason,
+        weight_bytes=message.weight_bytes,
+        last_used=message.last_used if message.HasField("last_used") else None,
+        pinned=message.pinned,
+        load=message.load if message.HasField("load") else None,
     )
 
 

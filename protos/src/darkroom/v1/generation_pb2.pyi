@@ -614,6 +614,8 @@ class ReplayRecord(_message.Message):
     PIXELS_SHA256_FIELD_NUMBER: _builtins.int
     CHANNELS_LAST_FIELD_NUMBER: _builtins.int
     MEMORY_FALLBACKS_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    OFFLOAD_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """The model's revision."""
     scheduler_class: _builtins.str
@@ -632,6 +634,10 @@ class ReplayRecord(_message.Message):
     """SHA-256 of the height × width × 3 bytes of RGB before encoding, in hex."""
     channels_last: _builtins.bool
     """Whether the denoiser's weights are stored in channels-last order."""
+    quantization: _builtins.str
+    """ModelRuntime.quantization."""
+    offload: _builtins.str
+    """ModelRuntime.offload."""
     @_builtins.property
     def request(self) -> Global___GenerateRequest:
         """The request for this image alone, with every default filled in."""
@@ -661,10 +667,12 @@ class ReplayRecord(_message.Message):
         pixels_sha256: _builtins.str = ...,
         channels_last: _builtins.bool = ...,
         memory_fallbacks: _abc.Iterable[_builtins.str] | None = ...,
+        quantization: _builtins.str = ...,
+        offload: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "library_versions", b"library_versions", "memory_fallbacks", b"memory_fallbacks", "model_revision", b"model_revision", "pixels_sha256", b"pixels_sha256", "preset", b"preset", "request", b"request", "rows_in_last_pass", b"rows_in_last_pass", "scheduler_class", b"scheduler_class", "scheduler_config_json", b"scheduler_config_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "library_versions", b"library_versions", "memory_fallbacks", b"memory_fallbacks", "model_revision", b"model_revision", "offload", b"offload", "pixels_sha256", b"pixels_sha256", "preset", b"preset", "quantization", b"quantization", "request", b"request", "rows_in_last_pass", b"rows_in_last_pass", "scheduler_class", b"scheduler_class", "scheduler_config_json", b"scheduler_config_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -623,6 +623,7 @@ class Model(_message.Message):
     LAST_USED_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    FILES_CHANGED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The name that requests use."""
     revision: _builtins.str
@@ -643,6 +644,10 @@ class Model(_message.Message):
     """
     pinned: _builtins.bool
     """Whether it stays in memory whatever else is asked for."""
+    files_changed: _builtins.bool
+    """Whether its files were written since it was read into memory; LoadModel reads them
+    again.
+    """
     @_builtins.property
     def defaults(self) -> Global___ModelDefaults:
         """The values of unset fields of a request."""
@@ -708,10 +713,11 @@ class Model(_message.Message):
         last_used: _timestamp_pb2.Timestamp | None = ...,
         pinned: _builtins.bool = ...,
         load: Global___ModelLoad | None = ...,
+        files_changed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "guidance", b"guidance", "last_used", b"last_used", "limits", b"limits", "load", b"load", "runtime", b"runtime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "guidance", b"guidance", "id", b"id", "kind", b"kind", "last_used", b"last_used", "limits", b"limits", "load", b"load", "optional_fields", b"optional_fields", "pinned", b"pinned", "ready", b"ready", "revision", b"revision", "runtime", b"runtime", "schedulers", b"schedulers", "state", b"state", "state_reason", b"state_reason", "tasks", b"tasks", "unbatched_reason", b"unbatched_reason", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "files_changed", b"files_changed", "guidance", b"guidance", "id", b"id", "kind", b"kind", "last_used", b"last_used", "limits", b"limits", "load", b"load", "optional_fields", b"optional_fields", "pinned", b"pinned", "ready", b"ready", "revision", b"revision", "runtime", b"runtime", "schedulers", b"schedulers", "state", b"state", "state_reason", b"state_reason", "tasks", b"tasks", "unbatched_reason", b"unbatched_reason", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1000,6 +1006,8 @@ class ModelRuntime(_message.Message):
     FORMAT_RULE_FIELD_NUMBER: _builtins.int
     PRESET_RULE_FIELD_NUMBER: _builtins.int
     DENOISER_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    OFFLOAD_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """The device, such as "cuda:0" or "cpu"."""
     dtype: _builtins.str
@@ -1030,6 +1038,14 @@ class ModelRuntime(_message.Message):
     """The form in which most batches run the denoiser: "eager", as diffusers wrote it, "compiled", or
     "graphs" of its kernels. Empty from a server older than this field.
     """
+    quantization: _builtins.str
+    """How weights are stored in fewer bits: "int8", "fp8", "nf4" or "gguf:FILE"; empty if they are not,
+    or with `fp8_storage` of a preset.
+    """
+    offload: _builtins.str
+    """What is copied to the device for each of its calls: "text-encoder", or "group" for the denoiser
+    too; empty if nothing is.
+    """
     def __init__(
         self,
         *,
@@ -1046,10 +1062,12 @@ class ModelRuntime(_message.Message):
         format_rule: _builtins.str = ...,
         preset_rule: _builtins.str = ...,
         denoiser: _builtins.str = ...,
+        quantization: _builtins.str = ...,
+        offload: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "autocast", b"autocast", "channels_last", b"channels_last", "denoiser", b"denoiser", "device", b"device", "dtype", b"dtype", "format_rule", b"format_rule", "fp8_storage", b"fp8_storage", "preset", b"preset", "preset_rule", b"preset_rule", "safety_checker", b"safety_checker", "slice_size", b"slice_size", "vae_tiling", b"vae_tiling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "autocast", b"autocast", "channels_last", b"channels_last", "denoiser", b"denoiser", "device", b"device", "dtype", b"dtype", "format_rule", b"format_rule", "fp8_storage", b"fp8_storage", "offload", b"offload", "preset", b"preset", "preset_rule", b"preset_rule", "quantization", b"quantization", "safety_checker", b"safety_checker", "slice_size", b"slice_size", "vae_tiling", b"vae_tiling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -129,7 +129,8 @@ class ModelServiceServicer(object):
 
     def LoadModel(self, request, context):
         """LoadModel brings a model of the catalogue into the device's memory, and returns it
-        once it is there. The load goes on if the call ends before. For the callers of
+        once it is there. One in memory whose files have changed is read again: the jobs that
+        run end with the old files first, and those that wait use the new ones. The load goes on if the call ends before. For the callers of
         AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for a name that is not in the
         catalogue; FAILED_PRECONDITION with reason MODEL_UNUSABLE and the cause if the model
         cannot be loaded, and with reason MODEL_MEMORY if the models that must stay leave it

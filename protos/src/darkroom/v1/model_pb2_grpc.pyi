@@ -60,7 +60,8 @@ class ModelServiceStub:
     """
     LoadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
     """LoadModel brings a model of the catalogue into the device's memory, and returns it
-    once it is there. The load goes on if the call ends before. For the callers of
+    once it is there. One in memory whose files have changed is read again: the jobs that
+    run end with the old files first, and those that wait use the new ones. The load goes on if the call ends before. For the callers of
     AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for a name that is not in the
     catalogue; FAILED_PRECONDITION with reason MODEL_UNUSABLE and the cause if the model
     cannot be loaded, and with reason MODEL_MEMORY if the models that must stay leave it
@@ -109,7 +110,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     LoadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
     """LoadModel brings a model of the catalogue into the device's memory, and returns it
-    once it is there. The load goes on if the call ends before. For the callers of
+    once it is there. One in memory whose files have changed is read again: the jobs that
+    run end with the old files first, and those that wait use the new ones. The load goes on if the call ends before. For the callers of
     AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for a name that is not in the
     catalogue; FAILED_PRECONDITION with reason MODEL_UNUSABLE and the cause if the model
     cannot be loaded, and with reason MODEL_MEMORY if the models that must stay leave it
@@ -191,7 +193,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.LoadModelResponse, _abc.Awaitable[_model_pb2.LoadModelResponse]]:
         """LoadModel brings a model of the catalogue into the device's memory, and returns it
-        once it is there. The load goes on if the call ends before. For the callers of
+        once it is there. One in memory whose files have changed is read again: the jobs that
+        run end with the old files first, and those that wait use the new ones. The load goes on if the call ends before. For the callers of
         AddAdapter. NOT_FOUND with google.rpc.ResourceInfo for a name that is not in the
         catalogue; FAILED_PRECONDITION with reason MODEL_UNUSABLE and the cause if the model
         cannot be loaded, and with reason MODEL_MEMORY if the models that must stay leave it

@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from darkroom.v1 import model_pb2 as darkroom_dot_v1_dot_model__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64\x61rkroom/v1/server.proto\x12\x0b\x64\x61rkroom.v1\x1a\x17\x64\x61rkroom/v1/model.proto\x1a\x1egoogle/protobuf/duration.proto\"\x12\n\x10GetStatusRequest\"\xb9\x03\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12)\n\x06uptime\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.darkroom.v1.ServerState\x12(\n\x06models\x18\x04 \x03(\x0b\x32\x18.darkroom.v1.ModelStatus\x12*\n\x07\x65ngines\x18\x05 \x03(\x0b\x32\x19.darkroom.v1.EngineStatus\x12\x13\n\x0bqueued_jobs\x18\x06 \x01(\x05\x12\x17\n\x0fmax_queued_jobs\x18\x07 \x01(\x05\x12\x14\n\x0crunning_jobs\x18\x08 \x01(\x05\x12\x15\n\raccepted_jobs\x18\t \x01(\x03\x12\x41\n\nended_jobs\x18\n \x03(\x0b\x32-.darkroom.v1.GetStatusResponse.EndedJobsEntry\x12\x19\n\x11host_memory_bytes\x18\x0b \x01(\x03\x1a\x30\n\x0e\x45ndedJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xf3\x01\n\x0bModelStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x13\n\x0bqueued_jobs\x18\x03 \x01(\x05\x12\x14\n\x0crunning_jobs\x18\x04 \x01(\x05\x12)\n\npass_times\x18\x05 \x03(\x0b\x32\x15.darkroom.v1.PassTime\x12*\n\x07runtime\x18\x06 \x01(\x0b\x32\x19.darkroom.v1.ModelRuntime\x12\x10\n\x08max_rows\x18\x07 \x01(\x05\x12\x35\n\x10row_limit_source\x18\x08 \x01(\x0e\x32\x1b.darkroom.v1.RowLimitSource\"`\n\x08PassTime\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x0c\n\x04rows\x18\x03 \x01(\x05\x12\'\n\x04time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x93\x02\n\x0c\x45ngineStatus\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08restarts\x18\x04 \x01(\x05\x12\x0c\n\x04jobs\x18\x05 \x01(\x05\x12\x0f\n\x07samples\x18\x06 \x01(\x05\x12\x13\n\x0brows_in_use\x18\x07 \x01(\x05\x12@\n\x0cmemory_bytes\x18\x08 \x03(\x0b\x32*.darkroom.v1.EngineStatus.MemoryBytesEntry\x12\x19\n\x11host_memory_bytes\x18\t \x01(\x03\x1a\x32\n\x10MemoryBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01*\x95\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SERVER_STATE_LOADING\x10\x01\x12\x16\n\x12SERVER_STATE_READY\x10\x02\x12\x1b\n\x17SERVER_STATE_RECOVERING\x10\x03\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x04\x32[\n\rServerService\x12J\n\tGetStatus\x12\x1d.darkroom.v1.GetStatusRequest\x1a\x1e.darkroom.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64\x61rkroom/v1/server.proto\x12\x0b\x64\x61rkroom.v1\x1a\x17\x64\x61rkroom/v1/model.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n\x10GetStatusRequest\"\xb9\x03\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12)\n\x06uptime\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.darkroom.v1.ServerState\x12(\n\x06models\x18\x04 \x03(\x0b\x32\x18.darkroom.v1.ModelStatus\x12*\n\x07\x65ngines\x18\x05 \x03(\x0b\x32\x19.darkroom.v1.EngineStatus\x12\x13\n\x0bqueued_jobs\x18\x06 \x01(\x05\x12\x17\n\x0fmax_queued_jobs\x18\x07 \x01(\x05\x12\x14\n\x0crunning_jobs\x18\x08 \x01(\x05\x12\x15\n\raccepted_jobs\x18\t \x01(\x03\x12\x41\n\nended_jobs\x18\n \x03(\x0b\x32-.darkroom.v1.GetStatusResponse.EndedJobsEntry\x12\x19\n\x11host_memory_bytes\x18\x0b \x01(\x03\x1a\x30\n\x0e\x45ndedJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xac\x03\n\x0bModelStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x13\n\x0bqueued_jobs\x18\x03 \x01(\x05\x12\x14\n\x0crunning_jobs\x18\x04 \x01(\x05\x12)\n\npass_times\x18\x05 \x03(\x0b\x32\x15.darkroom.v1.PassTime\x12*\n\x07runtime\x18\x06 \x01(\x0b\x32\x19.darkroom.v1.ModelRuntime\x12\x10\n\x08max_rows\x18\x07 \x01(\x05\x12\x35\n\x10row_limit_source\x18\x08 \x01(\x0e\x32\x1b.darkroom.v1.RowLimitSource\x12&\n\x05state\x18\t \x01(\x0e\x32\x17.darkroom.v1.ModelState\x12\x14\n\x0cstate_reason\x18\n \x01(\t\x12\x14\n\x0cweight_bytes\x18\x0b \x01(\x03\x12-\n\tlast_used\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06pinned\x18\r \x01(\x08\x12$\n\x04load\x18\x0e \x01(\x0b\x32\x16.darkroom.v1.ModelLoad\"`\n\x08PassTime\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x0c\n\x04rows\x18\x03 \x01(\x05\x12\'\n\x04time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x89\x03\n\x0c\x45ngineStatus\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08restarts\x18\x04 \x01(\x05\x12\x0c\n\x04jobs\x18\x05 \x01(\x05\x12\x0f\n\x07samples\x18\x06 \x01(\x05\x12\x13\n\x0brows_in_use\x18\x07 \x01(\x05\x12@\n\x0cmemory_bytes\x18\x08 \x03(\x0b\x32*.darkroom.v1.EngineStatus.MemoryBytesEntry\x12\x19\n\x11host_memory_bytes\x18\t \x01(\x03\x12@\n\x0cweight_bytes\x18\n \x03(\x0b\x32*.darkroom.v1.EngineStatus.WeightBytesEntry\x1a\x32\n\x10MemoryBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x32\n\x10WeightBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01*\x95\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SERVER_STATE_LOADING\x10\x01\x12\x16\n\x12SERVER_STATE_READY\x10\x02\x12\x1b\n\x17SERVER_STATE_RECOVERING\x10\x03\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x04\x32[\n\rServerService\x12J\n\tGetStatus\x12\x1d.darkroom.v1.GetStatusRequest\x1a\x1e.darkroom.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,22 +38,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSRESPONSE_ENDEDJOBSENTRY']._serialized_options = b'8\001'
   _globals['_ENGINESTATUS_MEMORYBYTESENTRY']._loaded_options = None
   _globals['_ENGINESTATUS_MEMORYBYTESENTRY']._serialized_options = b'8\001'
-  _globals['_SERVERSTATE']._serialized_start=1185
-  _globals['_SERVERSTATE']._serialized_end=1334
-  _globals['_GETSTATUSREQUEST']._serialized_start=98
-  _globals['_GETSTATUSREQUEST']._serialized_end=116
-  _globals['_GETSTATUSRESPONSE']._serialized_start=119
-  _globals['_GETSTATUSRESPONSE']._serialized_end=560
-  _globals['_GETSTATUSRESPONSE_ENDEDJOBSENTRY']._serialized_start=512
-  _globals['_GETSTATUSRESPONSE_ENDEDJOBSENTRY']._serialized_end=560
-  _globals['_MODELSTATUS']._serialized_start=563
-  _globals['_MODELSTATUS']._serialized_end=806
-  _globals['_PASSTIME']._serialized_start=808
-  _globals['_PASSTIME']._serialized_end=904
-  _globals['_ENGINESTATUS']._serialized_start=907
-  _globals['_ENGINESTATUS']._serialized_end=1182
-  _globals['_ENGINESTATUS_MEMORYBYTESENTRY']._serialized_start=1132
-  _globals['_ENGINESTATUS_MEMORYBYTESENTRY']._serialized_end=1182
-  _globals['_SERVERSERVICE']._serialized_start=1336
-  _globals['_SERVERSERVICE']._serialized_end=1427
+  _globals['_ENGINESTATUS_WEIGHTBYTESENTRY']._loaded_options = None
+  _globals['_ENGINESTATUS_WEIGHTBYTESENTRY']._serialized_options = b'8\001'
+  _globals['_SERVERSTATE']._serialized_start=1521
+  _globals['_SERVERSTATE']._serialized_end=1670
+  _globals['_GETSTATUSREQUEST']._serialized_start=131
+  _globals['_GETSTATUSREQUEST']._serialized_end=149
+  _globals['_GETSTATUSRESPONSE']._serialized_start=152
+  _globals['_GETSTATUSRESPONSE']._serialized_end=593
+  _globals['_GETSTATUSRESPONSE_ENDEDJOBSENTRY']._serialized_start=545
+  _globals['_GETSTATUSRESPONSE_ENDEDJOBSENTRY']._serialized_end=593
+  _globals['_MODELSTATUS']._serialized_start=596
+  _globals['_MODELSTATUS']._serialized_end=1024
+  _globals['_PASSTIME']._serialized_start=1026
+  _globals['_PASSTIME']._serialized_end=1122
+  _globals['_ENGINESTATUS']._serialized_start=1125
+  _globals['_ENGINESTATUS']._serialized_end=1518
+  _globals['_ENGINESTATUS_MEMORYBYTESENTRY']._serialized_start=1416
+  _globals['_ENGINESTATUS_MEMORYBYTESENTRY']._serialized_end=1466
+  _globals['_ENGINESTATUS_WEIGHTBYTESENTRY']._serialized_start=1468
+  _globals['_ENGINESTATUS_WEIGHTBYTESENTRY']._serialized_end=1518
+  _globals['_SERVERSERVICE']._serialized_start=1672
+  _globals['_SERVERSERVICE']._serialized_end=1763
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from darkroom.v1 import model_pb2 as _model_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -174,6 +175,12 @@ class ModelStatus(_message.Message):
     RUNTIME_FIELD_NUMBER: _builtins.int
     MAX_ROWS_FIELD_NUMBER: _builtins.int
     ROW_LIMIT_SOURCE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STATE_REASON_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    LAST_USED_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The model's id."""
     ready: _builtins.bool
@@ -186,6 +193,14 @@ class ModelStatus(_message.Message):
     """Most rows of one denoiser batch at the default size, now."""
     row_limit_source: _model_pb2.RowLimitSource.ValueType
     """Where max_rows comes from."""
+    state: _model_pb2.ModelState.ValueType
+    """Its state: see Model.state, and the fields of Model that have these names."""
+    state_reason: _builtins.str
+    """Why it cannot be loaded; empty if its state is not FAILED."""
+    weight_bytes: _builtins.int
+    """Its weights, in bytes; 0 if not known."""
+    pinned: _builtins.bool
+    """Whether it stays in memory whatever else is asked for."""
     @_builtins.property
     def pass_times(self) -> _containers.RepeatedCompositeFieldContainer[Global___PassTime]:
         """Measured times of a batch, for the sizes and row counts so far."""
@@ -193,6 +208,14 @@ class ModelStatus(_message.Message):
     @_builtins.property
     def runtime(self) -> _model_pb2.ModelRuntime:
         """How the model runs; unset until it is ready."""
+
+    @_builtins.property
+    def last_used(self) -> _timestamp_pb2.Timestamp:
+        """When a job last used it; unset if none has."""
+
+    @_builtins.property
+    def load(self) -> _model_pb2.ModelLoad:
+        """Set while it is being loaded."""
 
     def __init__(
         self,
@@ -205,10 +228,16 @@ class ModelStatus(_message.Message):
         runtime: _model_pb2.ModelRuntime | None = ...,
         max_rows: _builtins.int = ...,
         row_limit_source: _model_pb2.RowLimitSource.ValueType = ...,
+        state: _model_pb2.ModelState.ValueType = ...,
+        state_reason: _builtins.str = ...,
+        weight_bytes: _builtins.int = ...,
+        last_used: _timestamp_pb2.Timestamp | None = ...,
+        pinned: _builtins.bool = ...,
+        load: _model_pb2.ModelLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["runtime", b"runtime"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_used", b"last_used", "load", b"load", "runtime", b"runtime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "max_rows", b"max_rows", "pass_times", b"pass_times", "queued_jobs", b"queued_jobs", "ready", b"ready", "row_limit_source", b"row_limit_source", "running_jobs", b"running_jobs", "runtime", b"runtime"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "last_used", b"last_used", "load", b"load", "max_rows", b"max_rows", "pass_times", b"pass_times", "pinned", b"pinned", "queued_jobs", b"queued_jobs", "ready", b"ready", "row_limit_source", b"row_limit_source", "running_jobs", b"running_jobs", "runtime", b"runtime", "state", b"state", "state_reason", b"state_reason", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -276,6 +305,26 @@ class EngineStatus(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class WeightBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     INDEX_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
@@ -285,6 +334,7 @@ class EngineStatus(_message.Message):
     ROWS_IN_USE_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     HOST_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Its number, from 0."""
     device: _builtins.str
@@ -307,6 +357,12 @@ class EngineStatus(_message.Message):
         "device_total".
         """
 
+    @_builtins.property
+    def weight_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """The weights of models that it holds, in bytes, by tier: "device" and "host". Weights
+        that models have in common count once.
+        """
+
     def __init__(
         self,
         *,
@@ -319,10 +375,11 @@ class EngineStatus(_message.Message):
         rows_in_use: _builtins.int = ...,
         memory_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         host_memory_bytes: _builtins.int = ...,
+        weight_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host_memory_bytes", b"host_memory_bytes", "index", b"index", "jobs", b"jobs", "memory_bytes", b"memory_bytes", "ready", b"ready", "restarts", b"restarts", "rows_in_use", b"rows_in_use", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host_memory_bytes", b"host_memory_bytes", "index", b"index", "jobs", b"jobs", "memory_bytes", b"memory_bytes", "ready", b"ready", "restarts", b"restarts", "rows_in_use", b"rows_in_use", "samples", b"samples", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from darkroom_server.backends.fake_model import FakeResident, fake_model
 from darkroom_server.core.adapters import AdapterOffer
-from darkroom_server.core.catalog import ModelDescription
+from darkroom_server.core.catalog import ModelDescription, WeightOrigin
 from darkroom_server.core.engine_config import AdapterSource
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
@@ -81,6 +81,7 @@ class FakeEngine:
         self.loading: list[str] = []
         self.loaded: list[str] = []
         self.unloaded: list[str] = []
+        self._in_host: set[str] = set()
         self._at_start = self.models
         self._catalogue = {info.id: info for info in (*self.models, *catalogue)}
         self._weight_bytes = weight_bytes
@@ -159,21 +160,22 @@ class FakeEngine:
         """Note that only earlier jobs may use an adapter."""
         self.offered.pop(id, None)
 
-    def load_model(self, id: str) -> None:
-        """Load a model of the catalogue."""
+    def load_model(self, id: str, *, keep: bool = False) -> None:
+        """Load a model of the catalogue; its host's memory is the device's."""
         with self._lock:
             self.loading.append(id)
             if not self._hold_loads:
                 self.finish_load()
 
-    def unload_model(self, id: str) -> None:
-        """Unload a model."""
+    def unload_model(self, id: str, *, keep: bool = False) -> None:
+        """Unload a model; with ``keep`` it counts as held by the host."""
         with self._lock:
             assert not any(resident.job.model == id for resident in self._residents.values())
             self.models = tuple(model for model in self.models if model.id != id)
             self._at_start = tuple(model for model in self._at_start if model.id != id)
             self.unloaded.append(id)
-            self._emit(ModelUnloaded(model=id))
+            (self._in_host.add if keep else self._in_host.discard)(id)
+            self._emit(ModelUnloaded(model=id, host_bytes=self._weight_bytes if keep else 0))
 
     def close(self) -> None:
         """Stop; jobs end without an event."""
@@ -189,7 +191,7 @@ class FakeEngine:
 
     def become_ready(self) -> None:
         """Report that the models of the start are loaded."""
-        self.models = self._at_start
+        self.models, self._in_host = self._at_start, set()
         ids = {model.id for model in self.models}
         rest = [info for info in self._catalogue.values() if info.id not in ids]
         self._emit(
@@ -228,6 +230,7 @@ class FakeEngine:
             load_seconds=0.5,
             warm_up_seconds=0.5,
             bytes_by_component={"unet": self._weight_bytes},
+            origin=WeightOrigin.HOST if id in self._in_host else WeightOrigin.DISK,
         )
 
     def advance(self, batches: int = 1) -> None:

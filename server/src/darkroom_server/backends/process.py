@@ -152,19 +152,19 @@ class ProcessEngine:
         if self._process is not None:
             self._process.send(WithdrawAdapter(id))
 
-    def load_model(self, id: str) -> None:
+    def load_model(self, id: str, *, keep: bool = False) -> None:
         """Load a model of the catalogue while jobs run; one load at a time."""
         if self._process is not None:
             measured = {info.id: info for info in self._config.previous_measurements}
             offered = self._offered
-            command = LoadModel(offered.source_of(id), offered.adapters, measured.get(id))
+            command = LoadModel(offered.source_of(id), offered.adapters, measured.get(id), keep)
             self._process.load(command, self._load_limit.longest)
 
-    def unload_model(self, id: str) -> None:
+    def unload_model(self, id: str, *, keep: bool = False) -> None:
         """Free a model's memory once no job uses it; a later start does not load it either."""
         self._offered = self._offered.on_demand(id)
         if self._process is not None:
-            self._process.send(UnloadModel(id))
+            self._process.send(UnloadModel(id, keep))
 
     def close(self) -> None:
         """Stop after the current batch; a process that does not is killed."""

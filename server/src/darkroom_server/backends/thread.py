@@ -76,16 +76,16 @@ class ThreadEngine:
         if self._loop is not None:
             self._loop.change_adapters(WithdrawAdapter(id))
 
-    def load_model(self, id: str) -> None:
+    def load_model(self, id: str, *, keep: bool = False) -> None:
         """Load a model of the catalogue while jobs run; one load at a time."""
         if self._loop is not None:
-            command = LoadModel(self._config.source_of(id), self._config.adapters)
+            command = LoadModel(self._config.source_of(id), self._config.adapters, keep=keep)
             self._loop.change_models(command)
 
-    def unload_model(self, id: str) -> None:
+    def unload_model(self, id: str, *, keep: bool = False) -> None:
         """Free a model's memory once no job uses it."""
         if self._loop is not None:
-            self._loop.change_models(UnloadModel(id))
+            self._loop.change_models(UnloadModel(id, keep))
 
     def close(self) -> None:
         """Stop, and block until the current batch, or a load in progress, has finished."""

@@ -9,13 +9,15 @@ from darkroom_server.core.model import ModelInfo
 class ModelState(StrEnum):
     """Where a model is.
 
-    AVAILABLE: on disk or on the hub, and loaded when a request names it. FAILED: it cannot be
+    AVAILABLE: on disk or on the hub, and loaded when a request names it. RESIDENT: on a device.
+    HOST: its weights are in the host's memory only, ready to be copied. FAILED: it cannot be
     loaded.
     """
 
     AVAILABLE = "available"
     LOADING = "loading"
     RESIDENT = "resident"
+    HOST = "host"
     FAILED = "failed"
 
 
@@ -23,6 +25,7 @@ class WeightOrigin(StrEnum):
     """Where the weights of a load came from."""
 
     DISK = "disk"
+    HOST = "host"
     HUB = "hub"
 
 

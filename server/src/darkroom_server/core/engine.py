@@ -36,14 +36,19 @@ class Engine(Protocol):
     def withdraw_adapter(self, id: str) -> None:
         """Free an adapter's memory once no job uses it. A job that comes later may still."""
 
-    def load_model(self, id: str) -> None:
+    def load_model(self, id: str, *, keep: bool = False) -> None:
         """Load a model of the catalogue while jobs run; one load at a time.
 
+        ``keep``: the host's memory holds its weights too, if it is not the device's.
         ``ModelLoaded`` or ``ModelNotLoaded`` follows if the engine lives.
         """
 
-    def unload_model(self, id: str) -> None:
-        """Free a model's memory once no job uses it; ``ModelUnloaded`` follows."""
+    def unload_model(self, id: str, *, keep: bool = False) -> None:
+        """Free a model's memory once no job uses it; ``ModelUnloaded`` follows.
+
+        ``keep``: its weights stay in the host's memory, for a later load. Without it they are
+        freed there too.
+        """
 
     def close(self) -> None:
         """Stop and free all resources; blocks until done. Jobs end without an event."""

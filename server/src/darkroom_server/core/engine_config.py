@@ -6,6 +6,7 @@ from typing import Self
 
 from darkroom_server.core.events import Correction
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.quantization import Offload, Quantize
 
 PROMPT_CACHE_BYTES = 256 * 1024**2
 """The default of ``EngineConfig.prompt_cache_bytes``."""
@@ -63,7 +64,8 @@ class ModelSource:
     """Where a model comes from: a folder, a single file or a hub id. ``id`` is its name here.
 
     ``config`` is a pipeline folder that describes a single file. ``token`` is for the hub.
-    ``ip_adapter`` is loaded into it, None for none. ``may_download``: what is missing on this
+    ``ip_adapter`` is loaded into it, None for none. ``quantize``: its weights are stored in fewer
+    bits. ``may_download``: what is missing on this
     machine is fetched from the hub.
     """
 
@@ -75,6 +77,7 @@ class ModelSource:
     token: str | None = None
     ip_adapter: "AdapterSource | None" = None
     may_download: bool = True
+    quantize: Quantize | None = None
 
     def __repr__(self) -> str:
         """Without the token, which must not be logged."""
@@ -153,6 +156,7 @@ class EngineConfig:
     compile_cache: str | None = None
     prompt_cache_bytes: int = PROMPT_CACHE_BYTES
     safety_checker: bool = False
+    offload: Offload = Offload.NONE
     adapters: tuple[AdapterSource, ...] = ()
     adapters_may_come: bool = False
     max_loras: int = 8

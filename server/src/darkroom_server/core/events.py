@@ -69,7 +69,8 @@ class EngineReady:
     """Every model that is loaded at the start is loaded and warmed up.
 
     ``descriptions`` are those of the rest of the catalogue. ``free_bytes``: what the device has
-    left for weights and batches, None if that is not known. ``device`` is its name.
+    left for weights and batches, None if that is not known. ``host_free_bytes``: what the host has
+    left for weights; None if it is the device's own memory. ``device`` is its name.
     """
 
     models: tuple[ModelInfo, ...]
@@ -77,6 +78,7 @@ class EngineReady:
     loads: tuple[ModelLoad, ...] = ()
     descriptions: tuple[ModelDescription, ...] = ()
     free_bytes: int | None = None
+    host_free_bytes: int | None = None
     device: str = ""
 
 

@@ -1,6 +1,7 @@
 """The engine's events about models that it loads and unloads."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from darkroom_server.core.catalog import WeightOrigin
 from darkroom_server.core.model import ModelInfo
@@ -8,13 +9,21 @@ from darkroom_server.core.model import ModelInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLoad:
-    """The load of one model: seconds to load and to warm up, and its weights' bytes."""
+    """The load of one model: seconds to load and to warm up, and its weights' bytes.
+
+    ``shared``: the bytes of components that other models may hold too, by a digest of their files
+    and their format; they are in memory once. ``host_bytes``: what the host's memory holds of the
+    weights, beside those on the device. ``stamp``: see ``file_stamps``, "" for a model of the hub.
+    """
 
     model: str
     load_seconds: float
     warm_up_seconds: float
     bytes_by_component: dict[str, int]
     origin: WeightOrigin = WeightOrigin.DISK
+    shared: Mapping[str, int] = field(default_factory=dict)
+    host_bytes: int = 0
+    stamp: str = ""
 
     @property
     def weight_bytes(self) -> int:
@@ -45,10 +54,14 @@ class ModelNotLoaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelUnloaded:
-    """A model is in memory no more; the device has ``free_bytes`` left."""
+    """A model is on the device no more, which has ``free_bytes`` left.
+
+    ``host_bytes``: of its weights in the host's memory, 0 if they are not kept there.
+    """
 
     model: str
     free_bytes: int | None = None
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,6 +37,8 @@ class ModelRuntime:
     ``preset_rule``: why ``preset`` is in force, and what of it does not suit the model; empty if
     it was configured and all of it suits. ``denoiser``: the form in which most of its batches run.
     ``machine``: the processor, and the versions of the libraries that compute on it.
+    ``quantization``: how weights are stored in fewer bits, such as "int8" or "gguf:FILE", and
+    ``offload``: what is copied to the device for each of its calls; both empty for nothing.
     """
 
     device: str
@@ -52,6 +54,8 @@ class ModelRuntime:
     format_rule: str = ""
     preset_rule: str = ""
     denoiser: DenoiserForm = DenoiserForm.EAGER
+    quantization: str = ""
+    offload: str = ""
     machine: str = ""
 
     @property
@@ -66,6 +70,7 @@ class ModelRuntime:
             self.autocast,
             self.vae_tiling,
             self.fp8_storage,
+            self.quantization,
         )
         return hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]
 

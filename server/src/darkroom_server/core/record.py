@@ -30,6 +30,10 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
         newer["channels_last"] = True
     if replay.memory_fallbacks:
         newer["memory_fallbacks"] = replay.memory_fallbacks
+    if model.runtime.quantization:
+        newer["quantization"] = model.runtime.quantization
+    if model.runtime.offload:
+        newer["offload"] = model.runtime.offload
     return _plain_json(
         {
             "darkroom_replay": RECORD_VERSION,

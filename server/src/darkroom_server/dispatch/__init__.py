@@ -36,6 +36,7 @@ from darkroom_server.dispatch.observer import (
     Observer,
     ReadyChanged,
     RetryJoined,
+    TierBytes,
 )
 from darkroom_server.dispatch.results import ResultStore
 from darkroom_server.dispatch.status import EngineStatus, ModelStatus, Snapshot
@@ -87,6 +88,7 @@ __all__ = [
     "Started",
     "State",
     "Subscription",
+    "TierBytes",
     "counted_as",
     "quota_subject",
 ]

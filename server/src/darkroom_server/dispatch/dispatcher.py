@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import structlog
@@ -45,8 +45,9 @@ class Dispatcher:
     ``max_restarts`` times in ten minutes is retired. ``on_state`` is called with the state when it
     may have changed. ``availability``: the models and the state. ``adapter_places``: what can be
     added to the adapters on offer, with ``adapters``. ``pinned_models`` are loaded at start and
-    stay; ``device_memory_budget`` bounds the weights in each engine, and ``swap_wait`` the seconds
-    until the model of a waiting job is loaded, see ``models``.
+    stay; ``device_memory_budget`` bounds the weights in each engine, ``host_memory_budget`` what
+    the host's memory keeps of them, and ``swap_wait`` the seconds until the model of a waiting job
+    is loaded, see ``models``; ``model_locations`` are their paths and hub ids.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Dispatcher:
         adapter_places: AdapterPlaces | None = None,
         pinned_models: Iterable[str] = (),
         device_memory_budget: int | None = None,
+        host_memory_budget: int | None = None,
+        model_locations: Mapping[str, str] | None = None,
         swap_wait: float = 30.0,
     ) -> None:
         self._observer = observer or Observer()
@@ -87,6 +90,8 @@ class Dispatcher:
             self._observer,
             pinned=frozenset(pinned_models),
             budget=device_memory_budget,
+            host_budget=host_memory_budget,
+            locations=model_locations or {},
             swap_wait=swap_wait,
         )
         estimator = Estimator(self._pool, self._registry, self.models)
@@ -174,7 +179,12 @@ class Dispatcher:
     def snapshot(self) -> Snapshot:
         """The status for operators."""
         return snapshot_of(
-            self.availability, self._registry, self._pool, self.counts, self._admission.limits
+            self.availability,
+            self._registry,
+            self._pool,
+            self.counts,
+            self._admission.limits,
+            self.models.status,
         )
 
     # Start and stop.
@@ -218,11 +228,13 @@ class Dispatcher:
     async def load_model(self, id: str) -> None:
         """Load a model of the catalogue, and wait until it is in memory.
 
-        The load goes on if the caller stops to wait. Raises ``UnknownModel``, ``ModelUnusable``,
+        One whose files have changed is read again once the jobs in the engines have ended. The load
+        goes on if the caller stops to wait. Raises ``UnknownModel``, ``ModelUnusable``,
         ``ModelMemory`` or ``NotReady``.
         """
         if self.availability.state is State.DRAINING:
             raise shutting_down()
+        await self.models.look_at_files()
         done = self.models.want(id)
         self._lifecycle.feed()
         await done

@@ -1,5 +1,6 @@
 """What the dispatcher reports to telemetry."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -91,11 +92,12 @@ class LoadOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelLoadEnded:
-    """The load of a model ended."""
+    """The load of a model ended, ``seconds`` after it began beside jobs; 0 for one at the start."""
 
     model: str
     origin: WeightOrigin
     outcome: LoadOutcome
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,14 @@ class ModelStateChanged:
     state: ModelState
 
 
+@dataclass(frozen=True, slots=True)
+class TierBytes:
+    """The weights that the engine with the index ``engine`` holds now, by tier."""
+
+    engine: int
+    by_tier: Mapping[str, int]
+
+
 DispatchEvent = (
     ReadyChanged
     | JobEnded
@@ -127,6 +137,7 @@ DispatchEvent = (
     | ModelLoadEnded
     | ModelEvicted
     | ModelStateChanged
+    | TierBytes
 )
 
 

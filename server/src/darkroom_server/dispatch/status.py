@@ -1,7 +1,7 @@
 """The dispatcher and its engines at one moment, as plain data for operators."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from darkroom_server.core.events import MemoryReport
@@ -13,6 +13,7 @@ from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.estimation.batch_times import Group
 from darkroom_server.dispatch.jobs.outcomes import Counts, JobOutcome
 from darkroom_server.dispatch.jobs.registry import JobRegistry
+from darkroom_server.dispatch.models.entry import CatalogStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +30,12 @@ class BatchTime:
 class ModelStatus:
     """One model; ``batch_times``: of the sizes and row counts seen so far.
 
-    ``info``: what is known of it, None until an engine has loaded or described it.
+    ``place``: its state. ``info``: what is known of it, None until an engine has loaded or
+    described it.
     """
 
     id: str
-    ready: bool
+    place: CatalogStatus
     info: ModelInfo | None
     queued_jobs: int
     running_jobs: int
@@ -42,7 +44,10 @@ class ModelStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """One engine; ``device`` is "" and ``memory`` None until it has reported."""
+    """One engine; ``device`` is "" and ``memory`` None until it has reported.
+
+    ``weight_bytes``: of the models that it holds, by tier.
+    """
 
     index: int
     device: str
@@ -52,6 +57,7 @@ class EngineStatus:
     samples: int
     rows_in_use: int
     memory: MemoryReport | None
+    weight_bytes: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +80,12 @@ def snapshot_of(
     pool: EnginePool,
     counts: Counts,
     limits: QueueLimits,
+    place: Callable[[str], CatalogStatus],
 ) -> Snapshot:
-    """The dispatcher now."""
+    """The dispatcher now; ``place`` says where a model is, by its id."""
     return Snapshot(
         state=availability.state,
-        models=_models(availability, registry, pool.engines),
+        models=_models(availability, registry, pool.engines, place),
         engines=tuple(_engine(engine) for engine in pool.engines),
         queued_jobs=registry.queued,
         max_queued_jobs=limits.jobs,
@@ -89,7 +96,10 @@ def snapshot_of(
 
 
 def _models(
-    availability: Availability, registry: JobRegistry, engines: Sequence[EngineHandle]
+    availability: Availability,
+    registry: JobRegistry,
+    engines: Sequence[EngineHandle],
+    place: Callable[[str], CatalogStatus],
 ) -> tuple[ModelStatus, ...]:
     seconds: dict[tuple[Group, int], list[float]] = defaultdict(list)
     for engine in engines:
@@ -98,7 +108,7 @@ def _models(
     return tuple(
         ModelStatus(
             id=id,
-            ready=any(id in engine.models for engine in engines),
+            place=place(id),
             info=info,
             queued_jobs=registry.counts(id)[0],
             running_jobs=registry.counts(id)[1],
@@ -128,4 +138,5 @@ def _engine(engine: EngineHandle) -> EngineStatus:
         samples=engine.samples,
         rows_in_use=engine.last_rows if engine.jobs else 0,
         memory=engine.memory,
+        weight_bytes=engine.bytes_by_tier,
     )

@@ -289,7 +289,13 @@ def _image(chunk: Any, chunks: dict[int, tuple[Any, bytearray]]) -> RemoteImage 
                 memory_fallbacks=tuple(made.memory_fallbacks),
             ),
         ),
-        {"dtype": made.dtype, "preset": made.preset, "channels_last": made.channels_last},
+        {
+            "dtype": made.dtype,
+            "preset": made.preset,
+            "channels_last": made.channels_last,
+            "quantization": made.quantization,
+            "offload": made.offload,
+        },
     )
 
 

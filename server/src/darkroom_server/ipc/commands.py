@@ -47,19 +47,24 @@ class LoadModel:
     """Load a model of the catalogue beside the jobs that run.
 
     ``adapters`` are those on offer now. ``previous``: the model as it was loaded before, None if it
-    never was.
+    never was. ``keep``: the host's memory holds its weights too, if it is not the device's.
     """
 
     source: ModelSource
     adapters: tuple[AdapterSource, ...] = ()
     previous: ModelInfo | None = None
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadModel:
-    """Free a model's memory once no job uses it."""
+    """Free a model's memory once no job uses it.
+
+    ``keep``: only that of the device; its weights stay in the host's memory.
+    """
 
     id: str
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """ModelService: which models the server holds, and what they take."""
 
-from darkroom.v1 import model_pb2, model_pb2_grpc
+from darkroom.v1 import model_pb2, model_pb2_grpc, server_pb2
 from darkroom_server.core.model import OPTIONAL_FIELDS, Guidance, ModelInfo
 from darkroom_server.dispatch import AdapterStatus, CatalogStatus, Dispatcher
 from darkroom_server.rpc.context import Context
@@ -33,6 +33,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.ListModelsRequest, context: Context
     ) -> model_pb2.ListModelsResponse:
         """Every model, in the configured order."""
+        await self._dispatcher.models.look_at_files()
         models = self._availability.models
         return model_pb2.ListModelsResponse(models=[self._message(id) for id in models])
 
@@ -40,6 +41,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.GetModelRequest, context: Context
     ) -> model_pb2.GetModelResponse:
         """One model; raises ``UnknownModel``."""
+        await self._dispatcher.models.look_at_files()
         id = self._availability.resolve(request.model)
         return model_pb2.GetModelResponse(model=self._message(id))
 
@@ -118,7 +120,14 @@ def adapter_message(adapter: AdapterStatus) -> model_pb2.Adapter:
 def model_message(id: str, info: ModelInfo | None, status: CatalogStatus) -> model_pb2.Model:
     """A model as a message; ``info`` is None if it is neither loaded nor described yet."""
     message = model_pb2.Model() if info is None else _described(info, ready=status.ready)
-    message.id, message.ready = id, status.ready
+    message.id, message.files_changed = id, status.changed
+    set_place(message, status)
+    return message
+
+
+def set_place(message: model_pb2.Model | server_pb2.ModelStatus, status: CatalogStatus) -> None:
+    """Fill the fields of ``message`` that say where the model is."""
+    message.ready = status.ready
     message.state = STATE_TO_WIRE[status.state]
     message.state_reason = status.reason
     message.weight_bytes = status.weight_bytes
@@ -133,7 +142,6 @@ def model_message(id: str, info: ModelInfo | None, status: CatalogStatus) -> mod
                 remaining_seconds=status.load.remaining_seconds,
             )
         )
-    return message
 
 
 def _described(info: ModelInfo, *, ready: bool) -> model_pb2.Model:
@@ -218,4 +226,6 @@ def runtime_message(info: ModelInfo) -> model_pb2.ModelRuntime:
         format_rule=runtime.format_rule,
         preset_rule=info.preset_rule,
         denoiser=runtime.denoiser,
+        quantization=runtime.quantization,
+        offload=runtime.offload,
     )

@@ -51,6 +51,8 @@ def image_message(
             pixels_sha256=image.replay.pixels_sha256,
             channels_last=model.runtime.channels_last,
             memory_fallbacks=image.replay.memory_fallbacks,
+            quantization=model.runtime.quantization,
+            offload=model.runtime.offload,
         ),
     )
 

@@ -9,7 +9,7 @@ from darkroom.v1 import model_pb2, server_pb2, server_pb2_grpc
 from darkroom_server.dispatch import Dispatcher, EngineStatus, ModelStatus, State
 from darkroom_server.rpc.context import Context
 from darkroom_server.rpc.enums import SOURCE_TO_WIRE
-from darkroom_server.rpc.models import runtime_message
+from darkroom_server.rpc.models import runtime_message, set_place
 from darkroom_server.rpc.responses import duration_message
 
 STATES = {
@@ -48,10 +48,10 @@ class ServerServicer(server_pb2_grpc.ServerServiceServicer):
 
 
 def _model(model: ModelStatus) -> server_pb2.ModelStatus:
-    info = model.info
-    return server_pb2.ModelStatus(
+    # Of a model that is not in memory, how it runs is not known: see ``Model.runtime``.
+    info = model.info if model.place.ready else None
+    message = server_pb2.ModelStatus(
         id=model.id,
-        ready=model.ready,
         queued_jobs=model.queued_jobs,
         running_jobs=model.running_jobs,
         pass_times=[
@@ -71,6 +71,8 @@ def _model(model: ModelStatus) -> server_pb2.ModelStatus:
             else model_pb2.ROW_LIMIT_SOURCE_UNSPECIFIED
         ),
     )
+    set_place(message, model.place)
+    return message
 
 
 def _engine(engine: EngineStatus) -> server_pb2.EngineStatus:
@@ -85,4 +87,5 @@ def _engine(engine: EngineStatus) -> server_pb2.EngineStatus:
         rows_in_use=engine.rows_in_use,
         memory_bytes=memory.by_kind if memory else {},
         host_memory_bytes=memory.host_rss if memory else 0,
+        weight_bytes=engine.weight_bytes,
     )

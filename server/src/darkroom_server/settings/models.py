@@ -5,6 +5,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt
 
+from darkroom_server.core.quantization import Offload
 from darkroom_server.settings.option import Setting
 
 
@@ -61,6 +62,38 @@ class Models:
             default="what is free, less what the largest batch needs",
         ),
     ] = None
+    host_memory_budget: Annotated[
+        Annotated[int, Ge(0)] | None,
+        Setting(
+            "Host memory for the weights of models that are not on the device, in bytes, for each "
+            "engine. A model that leaves the device stays there, and comes back by a copy.",
+            choose="0 keeps none. On a CPU it is memory beside the device's budget: a load from it "
+            "need not read, convert and check the weights.",
+            metavar="BYTES",
+            default="with a GPU what is free, less what the largest batch needs, shared by the "
+            "engines; on a CPU none",
+        ),
+    ] = None
+    quantize: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Store the weights of a model in fewer bits. May be given several times.",
+            choose="`int8` and `nf4` are for the denoiser and the text encoders, and need the "
+            "extras `int8` and `nf4`; `nf4` needs a GPU. `fp8` is for the denoiser. `gguf:FILE` "
+            "takes the denoiser from a GGUF file and needs the extra `gguf`. See "
+            "docs/quantization.md.",
+            metavar="NAME=int8|fp8|nf4|gguf:FILE",
+            default="none",
+        ),
+    ] = ()
+    offload: Annotated[
+        Offload,
+        Setting(
+            "What stays in the host's memory, and is copied to the device for each of its calls.",
+            choose="`text-encoder` for models whose text encoders are large; `group` is for the "
+            "denoiser too, layer by layer, which is slow and needs least memory.",
+        ),
+    ] = Offload.NONE
     swap_wait: Annotated[
         float,
         Ge(0),

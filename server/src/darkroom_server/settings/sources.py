@@ -16,6 +16,7 @@ from darkroom_server.core.engine_config import (
     ModelSource,
 )
 from darkroom_server.core.errors import StartupError
+from darkroom_server.core.quantization import Quantization, Quantize
 from darkroom_server.settings.models import Models
 from darkroom_server.settings.models_folder import models_below
 from darkroom_server.settings.state_folder import compiled_folder, measurement_folder
@@ -42,8 +43,9 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
     engine = settings.engine
     cache, compiled = measurement_folder(settings), compiled_folder(settings)
     places = adapter_places(settings, hub_token)
-    sources = with_ip_adapters(
-        all_sources(settings.models, hub_token), settings.adapters.ip_adapter
+    sources = with_quantization(
+        with_ip_adapters(all_sources(settings.models, hub_token), settings.adapters.ip_adapter),
+        settings.models.quantize,
     )
     at_start = {source.id for source in sources_at_start(settings.models)}
     return EngineConfig(
@@ -64,6 +66,7 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
         compile=engine.compile,
         compile_cache=str(compiled) if compiled else None,
         safety_checker=engine.safety_checker,
+        offload=settings.models.offload,
         adapters=places.sources(),
         adapters_may_come=places.configured,
         max_loras=settings.adapters.max_loras,
@@ -213,6 +216,26 @@ def with_ip_adapters(
             id=name, location=location, revision=revision or None, token=tokens[name]
         )
     return tuple(replace(model, ip_adapter=found.get(model.id)) for model in models)
+
+
+def with_quantization(
+    models: tuple[ModelSource, ...], quantize: tuple[str, ...]
+) -> tuple[ModelSource, ...]:
+    """``models`` as ``--quantize`` stores their weights. Raises ``StartupError``."""
+    found: dict[str, Quantize] = {}
+    ids = [model.id for model in models]
+    for text in quantize:
+        option = f"--quantize {text}"
+        name, equals, rest = text.partition("=")
+        if not equals or name not in ids:
+            raise StartupError(f"{option}: put MODEL= before it, with a model of: {', '.join(ids)}")
+        if name in found:
+            raise StartupError(f"{option}: model {name!r} is quantised already")
+        kind, colon, file = rest.partition(":")
+        if kind not in list(Quantization) or (kind == Quantization.GGUF) != bool(file):
+            raise StartupError(f"{option}: use int8, fp8, nf4 or gguf:FILE")
+        found[name] = Quantize(Quantization(kind), file if colon else None)
+    return tuple(replace(model, quantize=found.get(model.id)) for model in models)
 
 
 def controlnet_sources(

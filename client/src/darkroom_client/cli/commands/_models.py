@@ -119,19 +119,24 @@ def _requests(model: Model) -> tuple[str, str, str, str]:
 def _runs_on(model: Model) -> str:
     if (runtime := model.runtime) is None:
         return "-"
-    return " ".join(filter(None, (runtime.device, runtime.dtype, runtime.preset, runtime.denoiser)))
+    stored = (runtime.quantization, runtime.offload and f"offload={runtime.offload}")
+    words = (runtime.device, runtime.dtype, runtime.preset, runtime.denoiser, *stored)
+    return " ".join(filter(None, words))
 
 
 def _why(model: Model) -> Iterator[str]:
     if model.state is ModelState.FAILED:
         yield model.state_reason
+    if model.files_changed:
+        yield f"its files have changed: 'darkroom models load {model.id}' reads them again"
     if model.load is not None:
-        yield from _progress(model.load)
+        yield from load_progress(model.load)
     if (runtime := model.runtime) is not None:
         yield from filter(None, (runtime.preset_rule, runtime.format_rule))
 
 
-def _progress(load: ModelLoad) -> Iterator[str]:
+def load_progress(load: ModelLoad) -> Iterator[str]:
+    """How far a load is: what was fetched, and the time that remains, as far as it is known."""
     if load.fetch_bytes or load.fetched_bytes:
         total = f" of {readable_bytes(load.fetch_bytes)}" if load.fetch_bytes else ""
         yield f"{readable_bytes(load.fetched_bytes)}{total} fetched"

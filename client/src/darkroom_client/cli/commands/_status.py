@@ -4,10 +4,12 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterator
+from datetime import datetime
 
 from darkroom_client._types.status import EngineStatus, ModelStatus, ServerState, ServerStatus
 from darkroom_client.cli._connect import connect
 from darkroom_client.cli._exit_codes import LATER
+from darkroom_client.cli.commands._models import load_progress
 from darkroom_client.cli.terminal._console import (
     Row,
     open_console,
@@ -24,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     with connect(arguments) as client:
         status = client.status()
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(status)))
+        print(json.dumps(dataclasses.asdict(status), default=datetime.isoformat))
     else:
         tabulate(open_console(), ("server", arguments.target or client.target), _rows(status))
     return 0 if status.state in _ACCEPTING else LATER
@@ -49,14 +51,23 @@ def _rows(status: ServerStatus) -> Iterator[Row]:
 
 
 def _model(model: ModelStatus) -> str:
-    if not model.ready:
-        return f"not loaded, {model.queued_jobs} queued"
     times = (
         f"{time.width}x{time.height}, {time.rows} rows: {1000 * time.seconds:.0f} ms per pass"
         for time in model.pass_times
     )
-    state = f"ready, {model.queued_jobs} queued, {model.running_jobs} running"
-    return "; ".join((state, *_how_it_runs(model), *times))
+    state = f"{model.state}, {model.queued_jobs} queued, {model.running_jobs} running"
+    return "; ".join((state, *_place(model), *_how_it_runs(model), *times))
+
+
+def _place(model: ModelStatus) -> Iterator[str]:
+    """Why it cannot be loaded, how far its load is, and its weights."""
+    if model.state_reason:
+        yield model.state_reason
+    if model.load is not None:
+        yield from load_progress(model.load)
+    if model.weight_bytes:
+        pinned = ", pinned" if model.pinned else ""
+        yield f"weights {readable_bytes(model.weight_bytes)}{pinned}"
 
 
 def _how_it_runs(model: ModelStatus) -> Iterator[str]:
@@ -65,6 +76,10 @@ def _how_it_runs(model: ModelStatus) -> Iterator[str]:
         layout = "channels_last" if runtime.channels_last else "contiguous"
         denoiser = f", {runtime.denoiser} denoiser" if runtime.denoiser else ""
         yield f"{runtime.dtype} {layout}, preset {runtime.preset}{denoiser}"
+        if runtime.quantization:
+            yield f"weights in {runtime.quantization}"
+        if runtime.offload:
+            yield f"offload {runtime.offload}"
     if model.max_rows:
         yield f"at most {model.max_rows} rows ({model.row_limit_source})"
 
@@ -74,6 +89,7 @@ def _engine(engine: EngineStatus) -> str:
     parts.append(f"{engine.samples} images, {engine.rows_in_use} rows")
     if engine.restarts:
         parts.append(f"{engine.restarts} restarts")
-    memory = {"host": engine.host_memory_bytes, **engine.memory_bytes}
+    weights = {f"weights on {tier}": count for tier, count in engine.weight_bytes.items()}
+    memory = {"host": engine.host_memory_bytes, **engine.memory_bytes, **weights}
     parts.extend(f"{kind} {readable_bytes(count)}" for kind, count in memory.items() if count)
     return ", ".join(parts)

@@ -87,8 +87,7 @@ def _lines(target: str, status: ServerStatus, rate: float | None) -> "Iterator[r
     speed = "" if rate is None else f"  {rate:.2f} finished per second"
     yield Text(f"{'jobs':<10}{status.running_jobs} running; {ended or 'none ended'}{speed}")
     for model in status.models:
-        state = "" if model.ready else "not loaded, "
-        counts = f"{state}{model.queued_jobs} queued, {model.running_jobs} running"
+        counts = f"{model.state}, {model.queued_jobs} queued, {model.running_jobs} running"
         yield Text(f"{model.id:<9} {counts}")
 
 

@@ -2,17 +2,20 @@
 
 import math
 from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.events import BatchDone, Correction, EngineReady, MemoryReport
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model_events import ModelLoad, ModelUnloaded
 from darkroom_server.core.residency import largest_batch_bytes, resident_bytes, sharing
 from darkroom_server.dispatch.adapters import AdapterKey
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
 from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache, remaining_work
 from darkroom_server.dispatch.estimation.simulation import Load
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
+from darkroom_server.dispatch.models.residency import NOTHING, held_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,10 @@ class EngineHandle:
 
     ``models`` and ``weights`` are those in its memory, by id. ``known``: models that it
     has described and has not in memory. ``leaving``: models that get no new jobs, because they make
-    room for the model ``making_room_for``. ``loading``: what it loads now.
+    room for the model ``making_room_for``. ``loading``: what it loads now. ``host``: the bytes of
+    models that the host's memory keeps for it, at most ``host_budget``; ``host_free_bytes``: what
+    was free there when it started, None if that is the device's own memory. ``shared``: of each
+    model that it has or had, the bytes of components that others may hold too.
     ``jobs``: those that the engine has, by id, whether or not a caller still wants them.
     ``memory``: its last report. ``adapters``: the bytes of those that it has in memory.
     ``batches``: the number that it ran; ``last_rows``: the rows of the last one.
@@ -62,6 +68,10 @@ class EngineHandle:
         self.leaving: set[str] = set()
         self.making_room_for = ""
         self.loading: ModelLoading | None = None
+        self.host: dict[str, int] = {}
+        self.host_budget = 0
+        self.host_free_bytes: int | None = None
+        self.shared: dict[str, Mapping[str, int]] = {}
         self._capacity: float = math.inf
         self.batch_times = BatchTimeModel()
         self.memory: MemoryReport | None = None
@@ -118,7 +128,23 @@ class EngineHandle:
         if configured is not None:
             return configured
         known = (*self.models.values(), *self.known.values())
-        return self._capacity - max(map(largest_batch_bytes, known), default=0)
+        reserved = max(map(largest_batch_bytes, known), default=0)
+        if not self.has_host_memory:
+            reserved += self.host_budget
+        return self._capacity - reserved
+
+    @property
+    def has_host_memory(self) -> bool:
+        """Whether the host's memory is another one than the device's."""
+        return self.host_free_bytes is not None
+
+    @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """The weights that it holds on the device and on the host, what models share once."""
+        host = self.host
+        if not self.has_host_memory:
+            host = {id: size for id, size in host.items() if id not in self.weights}
+        return {"device": self._bytes_of_all(self.weights), "host": self._bytes_of_all(host)}
 
     def load(self) -> Load:
         """Its state as the simulation takes it."""
@@ -184,30 +210,54 @@ class EngineHandle:
         self.starts_without_resources = 0
         self.models = {model.id: model for model in ready.models}
         self.weights = {load.model: load.weight_bytes for load in ready.loads}
+        self.shared = {load.model: load.shared for load in ready.loads}
+        self.host, self.host_free_bytes = {}, ready.host_free_bytes
         self.known = {each.id: each.info for each in ready.descriptions if each.info is not None}
         self.leaving, self.making_room_for, self.loading = set(), "", None
         if ready.free_bytes is not None:
-            self._capacity = ready.free_bytes + sum(self.weights.values())
+            self._capacity = ready.free_bytes + self._bytes_of_all(self.weights)
         self._row_limits.clear()
         for model in (*ready.models, *self.known.values()):
             self.batch_times.start(model)
 
-    def add_model(self, model: ModelInfo, weight_bytes: int, free_bytes: int | None) -> None:
+    def add_model(self, model: ModelInfo, load: ModelLoad, free_bytes: int | None) -> None:
         """It has loaded a model."""
         self.loading = None
         self.models[model.id] = model
-        self.weights[model.id] = weight_bytes
+        self.weights[model.id] = load.weight_bytes
+        self.shared[model.id] = load.shared
+        self.host.pop(model.id, None)
+        if load.host_bytes:
+            self.host[model.id] = load.host_bytes
         self.known.pop(model.id, None)
         self.share_memory(free_bytes)
         self._row_limits.clear()
         self.batch_times.start(model)
 
-    def remove_model(self, id: str) -> None:
-        """Have the engine free the memory of a model, which gets no more jobs."""
+    def remove_model(self, id: str, *, keep: bool = False) -> None:
+        """Have the engine free the memory of a model, which gets no more jobs.
+
+        ``keep``: the host's memory keeps its weights.
+        """
         self.known[id] = self.models.pop(id)
         self.weights.pop(id, None)
         self.leaving.discard(id)
+        if not keep:
+            self.host.pop(id, None)
+        self.engine.unload_model(id, keep=keep)
+
+    def drop_from_host(self, id: str) -> None:
+        """Have the engine free a model's weights in the host's memory."""
+        del self.host[id]
         self.engine.unload_model(id)
+
+    def record_unloaded(self, event: ModelUnloaded) -> None:
+        """It has freed the memory of a model, and the host keeps what it says."""
+        self.share_memory(event.free_bytes)
+        if not event.host_bytes:
+            self.host.pop(event.model, None)
+        elif event.model in self.host:
+            self.host[event.model] = event.host_bytes
 
     def share_memory(self, free_bytes: int | None) -> None:
         """Its models have ``free_bytes`` for their batches now; None: not known."""
@@ -239,6 +289,10 @@ class EngineHandle:
         """The engine has corrected what was measured of a model."""
         if (model := self.models.get(correction.model)) is not None:
             self.models[correction.model] = correction.of(model)
+
+    def _bytes_of_all(self, sizes: Mapping[str, int]) -> int:
+        """The bytes of models, of which what they share counts once."""
+        return held_bytes((size, self.shared.get(id, NOTHING)) for id, size in sizes.items())
 
     def _bytes_of(self, active: ActiveJob) -> int:
         model = self.models.get(active.job.model, active.model)

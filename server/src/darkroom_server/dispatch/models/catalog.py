@@ -3,7 +3,9 @@
 import asyncio
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import MappingProxyType
 
 import structlog
 
@@ -15,9 +17,11 @@ from darkroom_server.core.errors import (
     UnknownModel,
 )
 from darkroom_server.core.events import EngineReady
+from darkroom_server.core.file_stamps import stamp_of
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.model_events import (
     ModelFetching,
+    ModelLoad,
     ModelLoaded,
     ModelNotLoaded,
     ModelUnloaded,
@@ -34,6 +38,8 @@ from darkroom_server.dispatch.observer import LoadOutcome, ModelLoadEnded, Obser
 
 log = structlog.get_logger(__name__)
 
+NO_LOCATIONS: Mapping[str, str] = MappingProxyType({})
+
 MAX_DEATHS = 2
 """Engines that may die while they load a model, before it counts as unusable."""
 
@@ -42,9 +48,9 @@ class ModelCatalog:
     """Decides which models the engines hold.
 
     ``pinned`` are loaded at start. ``budget``: bytes for the weights of each engine's models, None
-    for what its device leaves beside the largest batch. ``swap_wait``: the seconds after which the
-    model of a waiting job should be loaded. An engine loads one model at a time, see
-    ``LoadPlanner``.
+    for what its device leaves beside the largest batch. ``host_budget``: see ``HostTier``.
+    ``locations``: paths and hub ids of the models. ``swap_wait``: the seconds after which the model
+    of a waiting job should be loaded. An engine loads one model at a time, see ``LoadPlanner``.
     """
 
     def __init__(
@@ -56,6 +62,8 @@ class ModelCatalog:
         *,
         pinned: Collection[str],
         budget: int | None = None,
+        host_budget: int | None = None,
+        locations: Mapping[str, str] = NO_LOCATIONS,
         swap_wait: float = math.inf,
     ) -> None:
         self._availability = availability
@@ -63,7 +71,10 @@ class ModelCatalog:
         self._registry = registry
         self._observer = observer
         self._budget = budget
-        self._states = ModelStates(availability, pool, registry, observer, pinned)
+        self._states = ModelStates(availability, pool, registry, observer, pinned, host_budget)
+        for id, location in locations.items():
+            path = Path(location).expanduser()
+            self._states.entries[id].location = path if path.exists() else None
         self._planner = LoadPlanner(self._states, availability, pool, registry, budget, swap_wait)
 
     # What callers ask.
@@ -81,6 +92,7 @@ class ModelCatalog:
             last_used=None if last is None else time.time() - (time.monotonic() - last),
             pinned=entry.pinned,
             load=self._progress(entry) if state is ModelState.LOADING else None,
+            changed=entry.changed and state in (ModelState.RESIDENT, ModelState.HOST),
         )
 
     @property
@@ -96,18 +108,40 @@ class ModelCatalog:
         """
         return self._planner.forecast(new)
 
+    async def look_at_files(self) -> None:
+        """Find out which models in memory have files that were written since they were loaded."""
+        held = [
+            (entry, entry.location)
+            for entry in self._states.entries.values()
+            if entry.location is not None and entry.stamp and not entry.changed
+        ]
+        if not held:
+            return
+        stamps = await asyncio.to_thread(lambda: [_stamp(location) for _, location in held])
+        for (entry, _), stamp in zip(held, stamps, strict=True):
+            if stamp != entry.stamp and self._states.in_memory(entry.id):
+                log.info("files of a model have changed", model=entry.id)
+                entry.changed = True
+
     # What admins want. ``JobLifecycle.feed`` acts on it.
 
     def want(self, id: str) -> asyncio.Future[None]:
         """Have a model loaded; the result is set once it is, or gets the error.
 
-        A model that failed is tried again. Raises ``UnknownModel`` or ``ModelMemory``.
+        A model that failed is tried again. One whose files have changed is read again once the jobs
+        in the engines have ended: those that wait use the new files. Raises ``UnknownModel`` or
+        ``ModelMemory``.
         """
         entry = self._entry(id)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._states.state(id) is ModelState.RESIDENT:
             self._states.to_unload.discard(id)
-            done.set_result(None)
+            if not entry.changed:
+                done.set_result(None)
+                return done
+            self._states.to_reload.add(id)
+            self._pool.models_wanted = True
+            entry.waiters.append(done)
             return done
         self._availability.failures.pop(id, None)
         entry.deaths = 0
@@ -126,6 +160,7 @@ class ModelCatalog:
         entry.pinned = False
         if self._states.state(id) is not ModelState.LOADING:
             self._states.settle(entry, ModelUnusable(id, "another call unloaded it meanwhile"))
+        self._states.to_reload.discard(id)
         self._states.to_unload.add(id)
         self._pool.models_wanted = True
         return sum(self._registry.counts(id))
@@ -147,59 +182,75 @@ class ModelCatalog:
         for load in ready.loads:
             entry = self._states.entries[load.model]
             entry.weight_bytes = load.weight_bytes
-            self._states.pace.record(entry, load.load_seconds + load.warm_up_seconds)
+            entry.stamp, entry.changed, entry.shared = load.stamp, False, load.shared
+            self._record_pace(load)
             self._count(load.model, load.origin, LoadOutcome.LOADED)
-        if (budget := engine.weight_budget(self._budget)) < sum(engine.weights.values()):
+        self._states.host.start(engine, len(self._pool.engines))
+        held = engine.bytes_by_tier["device"]
+        if (budget := engine.weight_budget(self._budget)) < held:
             log.warning(
                 "the models that are loaded at start exceed the memory budget",
                 budget=budget,
-                bytes=sum(engine.weights.values()),
+                bytes=held,
             )
         for id, entry in self._states.entries.items():
             if entry.pinned and id not in engine.models and id not in self._availability.failures:
                 self._states.want(id)
         self._states.report_all()
+        self._states.report_tiers(engine)
 
     def record_loaded(self, engine: EngineHandle, loaded: ModelLoaded) -> None:
         """An engine has loaded a model."""
         id, load = loaded.info.id, loaded.load
         entry = self._states.entries[id]
         entry.weight_bytes, entry.deaths = load.weight_bytes, 0
-        engine.add_model(loaded.info, load.weight_bytes, loaded.free_bytes)
+        entry.stamp, entry.changed, entry.shared = load.stamp, False, load.shared
+        self._count(id, load.origin, LoadOutcome.LOADED, engine)
+        engine.add_model(loaded.info, load, loaded.free_bytes)
         self._availability.set_model(loaded.info)
-        self._states.pace.record(entry, load.load_seconds + load.warm_up_seconds)
-        self._count(id, load.origin, LoadOutcome.LOADED)
+        self._record_pace(load)
         self._states.settle(entry, None)
+        self._states.report_tiers(engine)
 
     def record_not_loaded(
         self, engine: EngineHandle, event: ModelNotLoaded
     ) -> DarkroomError | None:
         """An engine could not load a model; returns why its jobs cannot run, None if they may.
 
-        Without memory, a model that no job uses is unloaded, and the load is tried again.
+        Without memory, a model that no job uses is unloaded, one in the host's memory first if that
+        is the device's, and the load is tried again.
         """
         entry = self._states.entries[event.model]
         origin = WeightOrigin.HUB if entry.fetched_bytes else WeightOrigin.DISK
+        if event.model in engine.host and not engine.has_host_memory:
+            origin = WeightOrigin.HOST
+        self._count(event.model, origin, LoadOutcome.FAILED, engine)
         engine.loading = None
-        self._count(event.model, origin, LoadOutcome.FAILED)
         error: DarkroomError
         if event.out_of_memory:
+            if not engine.has_host_memory and self._states.host.drop_one(engine, event.model):
+                self._states.report_all()
+                return None
             idle = [r for r in self._planner.residents(engine) if not (r.pinned or r.busy)]
             if idle:
-                self._states.evict(engine, min(idle, key=lambda each: each.cost).id)
+                cheapest = min(idle, key=lambda each: each.cost)
+                self._states.evict(engine, cheapest.id, event.model)
                 self._states.report(event.model)
                 return None
             error = ModelMemory(event.model, event.reason)
         else:
             self._availability.failures[event.model] = event.reason
             error = ModelUnusable(event.model, event.reason)
+        if event.model in engine.host:
+            engine.drop_from_host(event.model)
         self._states.settle(entry, error)
         return error
 
     def record_unloaded(self, engine: EngineHandle, event: ModelUnloaded) -> None:
         """An engine has freed the memory of a model."""
-        engine.share_memory(event.free_bytes)
+        engine.record_unloaded(event)
         self._states.report(event.model)
+        self._states.report_tiers(engine)
 
     def record_fetching(self, event: ModelFetching) -> None:
         """An engine fetches a model from the hub."""
@@ -212,12 +263,13 @@ class ModelCatalog:
         Returns the model, and why its jobs cannot run, None if the load is tried again. None if the
         engine loaded nothing.
         """
-        loading, engine.loading = engine.loading, None
+        loading = engine.loading
         if loading is None:
             return None
         entry = self._states.entries[loading.model]
         entry.deaths += 1
-        self._count(loading.model, WeightOrigin.DISK, LoadOutcome.FAILED)
+        self._count(loading.model, WeightOrigin.DISK, LoadOutcome.FAILED, engine)
+        engine.loading = None
         log.warning("engine died during a load", model=loading.model, deaths=entry.deaths)
         if entry.deaths < MAX_DEATHS:
             if entry.waiters:
@@ -247,12 +299,33 @@ class ModelCatalog:
         for engine in self._pool.engines:
             if engine.loading is not None and engine.loading.model == entry.id:
                 elapsed = time.monotonic() - engine.loading.began
-                remaining = self._states.pace.expected(entry) - elapsed
+                remaining = self._states.load_seconds(entry.id) - elapsed
         return LoadProgress(
             fetched_bytes=entry.fetched_bytes,
             fetch_bytes=entry.fetch_bytes,
             remaining_seconds=None if remaining is None or remaining <= 0 else remaining,
         )
 
-    def _count(self, id: str, origin: WeightOrigin, outcome: LoadOutcome) -> None:
-        self._observer.on_event(ModelLoadEnded(id, origin, outcome))
+    def _record_pace(self, load: ModelLoad) -> None:
+        seconds = load.load_seconds + load.warm_up_seconds
+        self._states.pace.record(self._states.entries[load.model], seconds, load.origin)
+
+    def _count(
+        self,
+        id: str,
+        origin: WeightOrigin,
+        outcome: LoadOutcome,
+        engine: EngineHandle | None = None,
+    ) -> None:
+        """Count a load, ``engine`` None for one of the start."""
+        loading = engine.loading if engine is not None else None
+        seconds = time.monotonic() - loading.began if loading is not None else 0.0
+        self._observer.on_event(ModelLoadEnded(id, origin, outcome, seconds))
+
+
+def _stamp(location: Path) -> str:
+    """The stamp of a model's files, "" if they are not there."""
+    try:
+        return stamp_of(location)
+    except OSError:
+        return ""

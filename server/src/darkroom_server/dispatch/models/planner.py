@@ -10,11 +10,11 @@ from types import MappingProxyType
 
 from darkroom_server.core.errors import DarkroomError, ModelMemory
 from darkroom_server.dispatch.admission.availability import Availability, State
-from darkroom_server.dispatch.engines.handle import EngineHandle, ModelLoading
+from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
-from darkroom_server.dispatch.models.residency import Resident
+from darkroom_server.dispatch.models.residency import NOTHING, Resident
 from darkroom_server.dispatch.models.states import ModelStates
 from darkroom_server.dispatch.models.swaps import (
     EngineView,
@@ -95,11 +95,14 @@ class LoadPlanner:
         for engine in ready:
             engine.leaving = set()
         self._unload_unused(ready)
+        self._unload_changed(ready)
         self._states.settle_resident()
         if self._availability.state is not State.DRAINING or self._registry.queued:
             self._begin_loads(ready, planned)
         planned.freed = any(old - engine.leaving for old, engine in zip(before, ready, strict=True))
-        self._pool.models_wanted = bool(self._states.wanted or self._states.to_unload)
+        self._pool.models_wanted = bool(
+            self._states.wanted or self._states.to_unload or self._states.to_reload
+        )
         return planned
 
     def _begin_loads(self, ready: list[EngineHandle], planned: Planned) -> None:
@@ -180,6 +183,7 @@ class LoadPlanner:
             Resident(
                 id=id,
                 bytes=size,
+                shared=engine.shared.get(id, NOTHING),
                 pinned=self._states.entries[id].pinned,
                 busy=jobs[id] > 0,
                 drain_seconds=drain.get(id, 0.0),
@@ -199,12 +203,8 @@ class LoadPlanner:
             engine.making_room_for = swap.model
             return
         for evicted in swap.room.evict:
-            self._states.evict(engine, evicted)
-        entry = self._states.entries[swap.model]
-        entry.fetched_bytes = entry.fetch_bytes = 0
-        engine.loading = ModelLoading(swap.model, time.monotonic())
-        engine.engine.load_model(swap.model)
-        self._states.report(swap.model)
+            self._states.evict(engine, evicted, swap.model)
+        self._states.begin_load(engine, swap.model)
 
     def _waiting(self) -> dict[str, WaitingJobs]:
         """The queue by model."""
@@ -246,6 +246,7 @@ class LoadPlanner:
                 Wanted(
                     id=id,
                     bytes=self._states.entries[id].weight_bytes,
+                    shared=self._states.entries[id].shared,
                     load_seconds=load,
                     turn_seconds=(load + jobs.run_seconds) / max(1, places),
                     jobs=jobs.jobs,
@@ -262,7 +263,7 @@ class LoadPlanner:
 
     def _load_seconds(self, id: str) -> float:
         """What it probably takes to bring a model into memory."""
-        return self._states.pace.expected(self._states.entries[id])
+        return self._states.load_seconds(id)
 
     def _unload_unused(self, ready: Iterable[EngineHandle]) -> None:
         loading = {each.loading.model for each in self._pool.engines if each.loading is not None}
@@ -273,7 +274,26 @@ class LoadPlanner:
             for engine in ready:
                 if id in engine.models:
                     engine.remove_model(id)
+                elif id in engine.host:
+                    engine.drop_from_host(id)
             self._states.report(id)
+
+    def _unload_changed(self, ready: Iterable[EngineHandle]) -> None:
+        """Unload the models that are to be read again, once their jobs in the engine have ended.
+
+        They get no new ones until then.
+        """
+        for id in self._states.to_reload.copy():
+            holding = [engine for engine in ready if id in engine.models]
+            for engine in holding:
+                if any(active.job.model == id for active in engine.jobs.values()):
+                    engine.leaving.add(id)
+                else:
+                    engine.remove_model(id)
+            if not any(id in engine.models for engine in holding):
+                self._states.to_reload.discard(id)
+                self._states.want(id)
+                self._states.report(id)
 
     def _why_no_room(self, bytes: int) -> str:
         budget = max(engine.weight_budget(self._budget) for engine in self._pool.engines)

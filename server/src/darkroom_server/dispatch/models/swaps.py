@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from darkroom_server.dispatch.models.residency import Resident, Room, make_room
+from darkroom_server.dispatch.models.residency import Resident, Room, Shared, make_room
 
 SWAP_WEIGHT = 4.0
 """How often the waiting that a swap causes counts, for the device is less busy meanwhile.
@@ -33,11 +33,13 @@ class Wanted:
     first. ``jobs``: their number; the first of them has waited since ``since``. ``rate``: jobs of
     it that arrive per second. ``due``: by when it should be in memory; ``-math.inf`` if an admin
     wants it. ``held_by``: the indexes of the engines
-    that have or load it already, and have no place for these jobs.
+    that have or load it already, and have no place for these jobs. ``shared``: the part of its
+    ``bytes`` that other models may hold too, as far as that is known.
     """
 
     id: str
     bytes: int = 0
+    shared: Shared = field(default_factory=dict)
     load_seconds: float = 0.0
     turn_seconds: float = 0.0
     jobs: int = 0
@@ -116,7 +118,7 @@ class SwapPolicy:
         def cost(each: Resident) -> float:
             return waiting_caused(wanted, each) + each.drain_seconds * wanted.jobs
 
-        room = make_room(wanted.bytes, budget, residents, kept, cost)
+        room = make_room(wanted.bytes, budget, residents, kept, cost, shared=wanted.shared)
         if room is None or due:
             return room
         going = {*room.evict, *room.drain}
@@ -206,7 +208,10 @@ def waiting_caused(wanted: Wanted, resident: Resident) -> float:
 
 def _may_fit(wanted: Wanted, engine: EngineView) -> bool:
     """Whether it has room once all jobs have ended, or may have when its load has ended."""
-    return engine.loading or make_room(wanted.bytes, engine.budget, engine.residents) is not None
+    if engine.loading:
+        return True
+    room = make_room(wanted.bytes, engine.budget, engine.residents, shared=wanted.shared)
+    return room is not None
 
 
 def _by_due(wanted: Iterable[Wanted]) -> list[Wanted]:

@@ -28,9 +28,9 @@ from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.loading.defaults import FILE, read_defaults
 from darkroom_server.engine.loading.fit import weight_bytes
 from darkroom_server.engine.loading.folder import INDEX
-from darkroom_server.engine.loading.load_model import files_of
 from darkroom_server.engine.loading.model_info import model_info, set_size
 from darkroom_server.engine.loading.pipeline import ModelFiles
+from darkroom_server.engine.loading.read_model import files_of
 from darkroom_server.engine.warmup.measurement import cache_key
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
 from darkroom_server.engine.warmup.placement import memory_format_of
@@ -162,17 +162,20 @@ class Catalogue:
             source=origin,
             speed=speed,
             offers={
-                "loras": self._adapters.offer(source.id, family, memory_format.dtype),
+                "loras": self._adapters.offer(source.id, family, memory_format.dtype)
+                if runtime.takes_adapters
+                else (),
                 "controls": self._controlnets.described(source.id, family),
             },
-            takes_loras=self._adapters.may_fit(family),
+            takes_loras=runtime.takes_adapters and self._adapters.may_fit(family),
             takes_ip_adapter=files.ip_adapter is not None,
         )
 
 
 def _configuration(files: ModelFiles) -> str:
     """A digest of all that a description depends on, but the weights."""
-    digest = hashlib.sha256(f"{files.family.pipeline_class} {files.ip_adapter}".encode())
+    form = (files.family.pipeline_class, files.ip_adapter, files.source.quantize)
+    digest = hashlib.sha256(str(form).encode())
     if not files.index:
         # Each file by itself: its keys decide.
         digest.update(f"{files.path} {files.source.config}".encode())

@@ -23,13 +23,9 @@ from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.device.malloc import return_freed_memory
 from darkroom_server.engine.failures import is_fatal, one_line
 from darkroom_server.engine.forms.graphs import Recorder, record_graphs
-from darkroom_server.engine.loading.load_model import (
-    LoadedModel,
-    NoMemory,
-    ReadModel,
-    finish_model,
-    read_model,
-)
+from darkroom_server.engine.loading.load_model import LoadedModel, finish_model
+from darkroom_server.engine.loading.read_model import NoMemory, ReadModel, read_model
+from darkroom_server.engine.weights.store import WeightStore
 from darkroom_server.ipc.commands import LoadModel
 
 log = structlog.get_logger(__name__)
@@ -53,8 +49,8 @@ class ModelRead:
 class ModelLoader:
     """One load at a time; used from the loop's thread but for the read.
 
-    A load that fails emits ``ModelNotLoaded``. ``modules`` are those of the models in memory, by
-    the model's id. ``loading`` is the id of the model that is being loaded.
+    A load that fails emits ``ModelNotLoaded``. ``loading`` is the id of the model that is being
+    loaded. ``store`` has the weights of the others.
     """
 
     def __init__(
@@ -63,11 +59,13 @@ class ModelLoader:
         device: torch.device,
         controlnets: ControlNets,
         recorder: Recorder,
+        store: WeightStore,
         emit: Callable[[Event], None],
     ) -> None:
         self.device = device
         self.loading = ""
-        self.modules: dict[str, tuple[torch.nn.Module, ...]] = {}
+        self.store = store
+        self._modules: dict[str, tuple[torch.nn.Module, ...]] = {}
         self._config = config
         self._controlnets = controlnets
         self._recorder = recorder
@@ -117,14 +115,22 @@ class ModelLoader:
         self.loading = ""
         return loaded
 
-    def discard(self, id: str) -> None:
-        """Free the weights of a model that serves no job any more.
+    def add(self, id: str, loaded: LoadedModel) -> None:
+        """A model serves jobs from now on."""
+        self._modules[id] = loaded.modules
+        self.store.add(id, loaded.held)
+
+    def discard(self, id: str, *, keep: bool) -> int:
+        """Free the weights of a model that serves no job any more; those that others share stay.
 
         They are taken from their modules, which may be parts of cycles that live on for a while.
+        ``keep``: the host's memory keeps them. Returns the bytes that it keeps.
         """
-        for module in self.modules.pop(id, ()):
+        for module in self._modules.pop(id, ()):
             module.to(device="meta")
+        kept = self.store.remove(id, keep=keep)
         _release_memory(self.device)
+        return kept
 
     def _finish(self, read: ReadModel, config: EngineConfig) -> LoadedModel:
         loaded = finish_model(read, config, self._controlnets)
@@ -141,7 +147,8 @@ class ModelLoader:
                 torch.inference_mode(),
             ):
                 config = self._config_for(command)
-                model = read_model(command.source, config, Adapters.of(config))
+                adapters = Adapters.of(config)
+                model = read_model(command.source, config, adapters, self.store, keep=command.keep)
         except Exception as error:  # noqa: BLE001 - see below.
             # Whatever it is, the model is at fault, and the loop goes on.
             receive(ModelRead(command, None, error))
@@ -163,6 +170,7 @@ class ModelLoader:
             if each is not None:
                 each.__traceback__ = None
         gc.collect()
+        self.store.end_read()
         _release_memory(self.device)
         why = str(error) if isinstance(error, StartupError) else one_line(error)
         log.warning("model not loaded", model=id, why=why)

@@ -54,7 +54,7 @@ class ResidentModels:
     loader: ModelLoader
     receive: Callable[[ModelChange], None]
     emit: Callable[[Event], None]
-    _unloading: set[str] = field(default_factory=set)
+    _unloading: dict[str, bool] = field(default_factory=dict)
     _to_load: LoadModel | None = None
 
     @property
@@ -72,8 +72,8 @@ class ResidentModels:
         match change:
             case LoadModel():
                 self._to_load = change
-            case UnloadModel(id):
-                self._unloading.add(id)
+            case UnloadModel(id, keep):
+                self._unloading[id] = keep
             case ModelRead():
                 self.loader.finish(change)
             case LoopPaused():
@@ -81,9 +81,8 @@ class ResidentModels:
 
     def settle(self) -> None:
         """Unload what no job uses any more; then begin the load that waits for it."""
-        for id in self._unloading - self.parts.scheduler.models_in_use:
-            self._unloading.discard(id)
-            self._remove(id)
+        for id in self._unloading.keys() - self.parts.scheduler.models_in_use:
+            self._remove(id, keep=self._unloading.pop(id))
         if self._to_load is not None and not self._unloading:
             command, self._to_load = self._to_load, None
             self.loader.begin(command, self.receive)
@@ -100,7 +99,7 @@ class ResidentModels:
     def _add(self, loaded: LoadedModel) -> None:
         parts, model = self.parts, loaded.model
         id = model.info.id
-        self.loader.modules[id] = loaded.modules
+        self.loader.add(id, loaded)
         parts.runner.models[id] = model
         parts.caches[id] = loaded.cache
         parts.row_limits[id] = RowLimits.of_model(model.info)
@@ -117,10 +116,17 @@ class ResidentModels:
             if offer.kind is AdapterKind.CONTROLNET:
                 self.emit(AdapterLoaded(id, offer.id, offer.bytes, loaded.load.load_seconds))
 
-    def _remove(self, id: str) -> None:
+    def _remove(self, id: str, *, keep: bool) -> None:
+        if id in self.parts.runner.models:
+            self._withdraw(id)
+        kept = self.loader.discard(id, keep=keep)
+        free = self._share_memory()
+        log.info("model unloaded", model=id, free_bytes=free, host_bytes=kept)
+        self.emit(ModelUnloaded(model=id, free_bytes=free, host_bytes=kept))
+
+    def _withdraw(self, id: str) -> None:
+        """Let the loop serve a model no more."""
         parts = self.parts
-        if id not in parts.runner.models:
-            return
         parts.adapters.forget(id)
         if parts.compiler is not None:
             parts.compiler.forget(id)
@@ -129,10 +135,6 @@ class ResidentModels:
         for known in (parts.runner.models, parts.caches, parts.row_limits, parts.adaptable):
             known.pop(id, None)
         parts.encode_slowly.discard(id)
-        self.loader.discard(id)
-        free = self._share_memory()
-        log.info("model unloaded", model=id, free_bytes=free)
-        self.emit(ModelUnloaded(model=id, free_bytes=free))
 
     def _share_memory(self) -> int:
         """Let every model know what memory is left; returns that."""

@@ -7,6 +7,7 @@ import structlog
 import torch
 
 from darkroom_server.core.engine_config import Attention, Compile, EngineConfig
+from darkroom_server.core.quantization import Offload
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
 from darkroom_server.engine.forms.graphs import buckets_up_to
@@ -115,6 +116,10 @@ def _why_eager(family: Family, runtime: Runtime, config: EngineConfig) -> str:
         return "it needs --attention sdpa and --no-autocast, as with --preset fast"
     if family.ip_adapter is not None:
         return "it has an IP-Adapter"
+    if runtime.quantization:
+        return f"its weights are stored in {runtime.quantization}"
+    if runtime.offload is Offload.GROUP:
+        return "its weights are offloaded"
     if family.unbatched_reason:
         return family.unbatched_reason
     if runtime.graphs:

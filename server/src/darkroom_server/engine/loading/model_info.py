@@ -12,6 +12,7 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.core.job import PromptSyntax, Task
 from darkroom_server.core.model import MemoryNeeds, ModelDefaults, ModelInfo
 from darkroom_server.core.model_runtime import ModelRuntime, ModelSpeed, RowLimitSource
+from darkroom_server.core.quantization import Offload
 from darkroom_server.engine.components.schedulers import name_of
 from darkroom_server.engine.components.weighted_prompts import compel_is_installed
 from darkroom_server.engine.conditioning.task_pipelines import default_strength
@@ -131,6 +132,8 @@ def _describe(
         format_rule=runtime.format_rule,
         preset_rule=runtime.preset_rule,
         machine=_machine(runtime.device),
+        quantization=runtime.quantization,
+        offload="" if runtime.offload is Offload.NONE else runtime.offload,
     )
 
 

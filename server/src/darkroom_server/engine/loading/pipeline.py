@@ -33,6 +33,8 @@ from darkroom_server.engine.loading.ip_adapter import (
     find_ip_adapter,
     load_ip_adapter,
 )
+from darkroom_server.engine.loading.quantization import gguf_denoiser, is_packed, quantized_options
+from darkroom_server.engine.weights.stored import stored_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -87,14 +89,20 @@ def _find_files(source: ModelSource, safety_checker: bool) -> ModelFiles:
         raise failed(source, "the model", error) from error
 
 
-def load_pipeline(files: ModelFiles, dtype: torch.dtype) -> Any:
+def load_pipeline(
+    files: ModelFiles, dtype: torch.dtype, present: Mapping[str, Any] | None = None
+) -> Any:
     """The diffusers pipeline of ``files``, on the CPU, with weights of ``dtype``.
 
+    The components in ``present``, by their names, are taken as they are; only folders have some.
     Its class is that of ``files.family``. Reads safetensors only, and never runs remote code.
     Raises ``StartupError``.
     """
     try:
-        pipeline = _load_folder(files, dtype) if files.index else _load_single_file(files, dtype)
+        if files.index:
+            pipeline = _load_folder(files, dtype, present or {})
+        else:
+            pipeline = _load_single_file(files, dtype)
     except StartupError:
         raise
     except Exception as error:
@@ -110,7 +118,7 @@ def weights_of(family: Family) -> dict[str, int]:
     names = (*family.components, "safety_checker", "image_encoder")
     parts = {name: getattr(family.pipeline, name, None) for name in names}
     return {
-        name: sum(t.numel() * t.element_size() for t in (*part.parameters(), *part.buffers()))
+        name: sum(map(stored_bytes, (*part.parameters(), *part.buffers())))
         for name, part in parts.items()
         if part is not None
     }
@@ -136,7 +144,8 @@ def _find_folder(source: ModelSource, folder: Path, safety_checker: bool) -> Mod
     if safety_checker and index.get("safety_checker", [None])[0]:
         wanted.append("safety_checker")
     for part in wanted:
-        check_weights(folder, part, name)
+        if part != family.denoiser_name or source.quantize is None or not source.quantize.file:
+            check_weights(folder, part, name)
     if source.variant and not any(variant_of(folder, part, source.variant) for part in wanted):
         raise StartupError(
             f"model {name!r} has no weights of variant {source.variant!r}: leave --variant out"
@@ -144,9 +153,12 @@ def _find_folder(source: ModelSource, folder: Path, safety_checker: bool) -> Mod
     return ModelFiles(source=source, path=folder, family=family, index=index, parts=tuple(wanted))
 
 
-def _load_folder(files: ModelFiles, dtype: torch.dtype) -> Any:
+def _load_folder(files: ModelFiles, dtype: torch.dtype, present: Mapping[str, Any]) -> Any:
     family = files.family
-    parts = {part: _load_part(files, part, dtype) for part in files.parts}
+    parts = {
+        part: present[part] if part in present else _load_part(files, part, dtype)
+        for part in files.parts
+    }
     absent = absent_parts(family, files.index)
     return pipeline_class(family).from_pretrained(
         str(files.path),
@@ -167,15 +179,20 @@ def _load_part(files: ModelFiles, part: str, dtype: torch.dtype) -> Any:
             f"model {source.location!r}: its {part} is a {library}.{kind}, which is not supported"
         )
     try:
-        model, report = made_by.from_pretrained(
-            str(files.path),
-            subfolder=part,
-            dtype=dtype,
-            variant=variant_of(files.path, part, source.variant),
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        if (denoiser := gguf_denoiser(files, part, made_by, dtype)) is not None:
+            return denoiser
+        # Packed weights do not know the conversions of inference mode.
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not is_packed(files, part)):
+            model, report = made_by.from_pretrained(
+                str(files.path),
+                subfolder=part,
+                dtype=dtype,
+                variant=variant_of(files.path, part, source.variant),
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **quantized_options(files, part, made_by, dtype),
+            )
     except Exception as error:
         raise failed(source, f"its {part}", error) from error
     # The libraries only warn of missing weights, and fill them with random values.

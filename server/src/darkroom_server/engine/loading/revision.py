@@ -1,12 +1,12 @@
 """Which weights a model has: distinguishes two models of the same name."""
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.engine.loading.folder import INDEX
+from darkroom_server.engine.weights.digests import digest_of_all
 
 UNKNOWN = "unknown"
 
@@ -28,9 +28,4 @@ def revision_of(source: ModelSource, pipeline: Any) -> str:
 
 
 def _fingerprint(files: Iterable[Path], root: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(str(file.relative_to(root)).encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"sha256:{digest.hexdigest()[:16]}"
+    return f"sha256:{digest_of_all(files, root)[:16]}"

@@ -23,6 +23,7 @@ from darkroom_server.engine.loading.first_images import generate_first_images
 from darkroom_server.engine.loading.load_model import load_model
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.warmup.presets import allowed_threads, device_of, unused_gpu
+from darkroom_server.engine.weights.store import WeightStore
 
 log = structlog.get_logger(__name__)
 
@@ -51,14 +52,15 @@ def start_loop(
     adapters, controlnets = Adapters.of(config), ControlNets(config)
     compiler = Compiler(config.compile_cache, toolchain or Inductor())
     recorder = recorder or CudaRecorder()
-    loader = ModelLoader(config, device, controlnets, recorder, emit)
+    store = WeightStore(device)
+    loader = ModelLoader(config, device, controlnets, recorder, store, emit)
     for source in config.models:
         with torch.inference_mode():
-            loaded = load_model(source, config, adapters, controlnets)
+            loaded = load_model(source, config, adapters, controlnets, store)
             compiler.prepare(loaded.model)
             loaded = with_graphs(loaded, recorder)
         models[source.id], caches[source.id] = loaded.model, loaded.cache
-        loader.modules[source.id] = loaded.modules
+        loader.add(source.id, loaded)
         loads.append(loaded.load)
     catalogue = Catalogue(config, device, adapters, controlnets)
     descriptions = catalogue.describe_all(config.catalogue)
@@ -81,6 +83,7 @@ def start_loop(
         tuple(loads),
         descriptions=descriptions,
         free_bytes=available_bytes(device),
+        host_free_bytes=None if device.type == "cpu" else available_bytes(torch.device("cpu")),
         device=str(device),
     )
     return loop, ready

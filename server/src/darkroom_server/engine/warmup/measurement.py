@@ -11,6 +11,7 @@ import torch
 from darkroom_server.core.engine_config import Attention, EngineConfig
 from darkroom_server.core.model import MemoryNeeds, ModelInfo
 from darkroom_server.core.model_runtime import ModelSpeed, RowLimitSource
+from darkroom_server.core.quantization import Offload
 from darkroom_server.engine.catalogue.slices import between_batches
 from darkroom_server.engine.components.attention import SlicedAttention
 from darkroom_server.engine.components.decoder import Decoder
@@ -146,7 +147,14 @@ def cache_key(
         "fp8_storage": runtime.fp8_storage,
         "rows": [config.rows, config.max_rows],
         "libraries": {name: version(name) for name in LIBRARIES},
+        **_stored(runtime),
     }
+
+
+def _stored(runtime: Runtime) -> dict[str, str]:
+    """How the weights are stored, if not as usual: older measurements lack it."""
+    stored = {"quantization": runtime.quantization, "offload": runtime.offload.value}
+    return {} if stored == {"quantization": "", "offload": Offload.NONE.value} else stored
 
 
 def configuration(component: Any) -> dict[str, Any]:

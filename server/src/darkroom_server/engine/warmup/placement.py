@@ -1,7 +1,7 @@
-"""Places a pipeline on its device, and measures what it takes there."""
+"""Brings a pipeline into its format, and measures what it takes on its device."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,31 +20,32 @@ from darkroom_server.engine.warmup.presets import Runtime
 from darkroom_server.engine.warmup.profiler import peak_bytes, seconds_of
 from darkroom_server.engine.warmup.row_measurement import TimeBatch, agreed_seconds
 
-ALIGNMENT = 64
-"""Bytes: of torch's own tensors, and the size of the widest registers."""
 
+def convert(family: Family, runtime: Runtime, done: Collection[str] = ()) -> MemoryFormat:
+    """Bring the pipeline into the format of ``runtime``; returns that format.
 
-def place(family: Family, runtime: Runtime) -> MemoryFormat:
-    """Put the pipeline on its device, in the format of ``runtime``; returns that format."""
+    The weights of the components in ``done`` have it already.
+    """
     pipeline = family.pipeline
     if runtime.attention is Attention.SLICED:
         _slice_attention(pipeline, runtime.slice_size)
     if runtime.vae_tiling:
         _tile(family)
     memory_format = memory_format_of(family, runtime)
-    _convert(pipeline, memory_format.dtype)
+    _convert(pipeline, memory_format.dtype, done)
     if vae_is_upcast(pipeline):
         family.vae.to(dtype=torch.float32)
     if memory_format.channels_last:
-        family.denoiser.to(memory_format=torch.channels_last)
-        family.vae.to(memory_format=torch.channels_last)
-    if runtime.fp8_storage:
-        family.denoiser.enable_layerwise_casting(
-            storage_dtype=torch.float8_e4m3fn, compute_dtype=memory_format.dtype
-        )
-    # Last: a small device has no room for the weights in their first format.
-    pipeline.to(device=runtime.device)
+        for part in {family.denoiser_name, "vae"} - set(done):
+            getattr(pipeline, part).to(memory_format=torch.channels_last)
     return memory_format
+
+
+def store_in_eight_bits(family: Family, memory_format: MemoryFormat) -> None:
+    """Store the denoiser's weights in eight bits, from which each layer computes in the dtype."""
+    family.denoiser.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=memory_format.dtype
+    )
 
 
 def memory_format_of(family: Family, runtime: Runtime) -> MemoryFormat:
@@ -52,48 +53,14 @@ def memory_format_of(family: Family, runtime: Runtime) -> MemoryFormat:
     return MemoryFormat(runtime.dtype, runtime.channels_last and family.convolutional)
 
 
-def own_weights(pipeline: Any) -> None:
-    """Copy the weights that are on the CPU, and that may be parts of mapped files, into memory.
-
-    So that a model that is loaded is in memory, and that a file that is cut short later does not
-    end the process. Each page of the weights is touched.
-    """
-    for part in pipeline.components.values():
-        if not isinstance(part, torch.nn.Module):
-            continue
-        for weight in (*part.parameters(), *part.buffers()):
-            if weight.device.type == "cpu":
-                weight.data = _copied(weight.data)
-
-
-def _copied(weight: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides, whose address has the same remainder.
-
-    Kernels add in another order if an address is not a multiple of their registers' size, and
-    tensors of mapped files have any: with others, images would differ from diffusers' own by one
-    level.
-    """
-    offset, layouts = weight.data_ptr() % ALIGNMENT, [torch.contiguous_format]
-    if weight.dim() == 4:
-        layouts.append(torch.channels_last)
-    is_dense = any(weight.is_contiguous(memory_format=each) for each in layouts)
-    if not offset or offset % weight.itemsize or not is_dense:
-        return weight.clone()
-    size = weight.nbytes
-    buffer = torch.empty(size + 2 * ALIGNMENT, dtype=torch.uint8)
-    start = (offset - buffer.data_ptr()) % ALIGNMENT
-    flat = buffer[start : start + size].view(weight.dtype)
-    return flat.as_strided(weight.size(), weight.stride()).copy_(weight)
-
-
-def _convert(pipeline: Any, dtype: torch.dtype) -> None:
-    """Convert the components that were not loaded in ``dtype``.
+def _convert(pipeline: Any, dtype: torch.dtype, done: Collection[str]) -> None:
+    """Convert the components that were not loaded in ``dtype``, but those of ``done``.
 
     The others keep in float32 what their libraries keep there, as T5 in float16 some weights, and
     rotary embeddings their frequencies: a conversion of the pipeline would round them.
     """
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module) and part.dtype != dtype:
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and part.dtype != dtype and name not in done:
             part.to(dtype=dtype)
 
 

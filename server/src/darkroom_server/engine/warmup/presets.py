@@ -10,6 +10,7 @@ import torch
 
 from darkroom_server.core.engine_config import Attention, Compile, Dtype, EngineConfig, Preset
 from darkroom_server.core.errors import StartupError
+from darkroom_server.core.quantization import Offload
 from darkroom_server.engine.device import cgroup
 from darkroom_server.engine.warmup.formats import FormatRule, HalfPrecision, Hardware, format_rule
 
@@ -31,7 +32,8 @@ class Runtime:
     suit the model. ``format_rule`` says why ``dtype`` and ``channels_last`` were chosen, "" if both
     are configured. ``half`` is the dtype of autocast for weights in float32. ``risks`` say what of
     the configuration may fail with this model, each in one line. ``compile``: when the denoiser is.
-    ``graphs``: its kernels are recorded as graphs.
+    ``graphs``: its kernels are recorded as graphs. ``quantization`` and ``offload``: those of
+    ``ModelRuntime``.
     """
 
     device: torch.device
@@ -49,6 +51,13 @@ class Runtime:
     risks: tuple[str, ...]
     compile: Compile
     graphs: bool
+    quantization: str = ""
+    offload: Offload = Offload.NONE
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether rows may have LoRA adapters: they read the layers' weights on the device."""
+        return self.offload is not Offload.GROUP and not self.quantization.startswith("gguf")
 
     @property
     def dtype_name(self) -> str:
@@ -110,6 +119,7 @@ def resolve(config: EngineConfig, half: HalfPrecision) -> Runtime:
         risks=_risks(config, hardware, half, autocast_risk),
         compile=config.compile or _compile(preset),
         graphs=cuda and preset is Preset.MAX,
+        offload=config.offload,
     )
 
 

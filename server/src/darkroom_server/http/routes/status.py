@@ -47,7 +47,8 @@ class StatusRoutes:
 def _model(model: ModelStatus) -> dict[str, Any]:
     return {
         "id": model.id,
-        "ready": model.ready,
+        "ready": model.place.ready,
+        "state": model.place.state,
         "queued_jobs": model.queued_jobs,
         "running_jobs": model.running_jobs,
         "max_rows": model.info.limits.max_rows if model.info else 0,

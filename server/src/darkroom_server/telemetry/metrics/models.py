@@ -6,7 +6,13 @@ from typing import Any
 from darkroom_server.core.catalog import ModelState, WeightOrigin
 from darkroom_server.core.events import EngineReady
 from darkroom_server.core.model_events import ModelLoad, ModelLoaded
-from darkroom_server.dispatch import LoadOutcome, ModelEvicted, ModelLoadEnded, ModelStateChanged
+from darkroom_server.dispatch import (
+    LoadOutcome,
+    ModelEvicted,
+    ModelLoadEnded,
+    ModelStateChanged,
+    TierBytes,
+)
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 
 
@@ -17,12 +23,14 @@ class ModelMetrics:
         self.state = declare.gauge(
             "darkroom_model_state",
             "1 for the state of the model, 0 for the others: `available` is loaded when a request "
-            "names it, `loading`, `resident` is in the device's memory, `failed` cannot be loaded.",
+            "names it, `loading`, `resident` is in the device's memory, `host` in the host's "
+            "memory only, `failed` cannot be loaded.",
             ("model", "state"),
         )
         self.loads = declare.counter(
             "darkroom_model_loads_total",
-            "Loads of the model: `from` the `disk` or the `hub`; `loaded` or `failed`.",
+            "Loads of the model: `from` the `disk`, the `host`'s memory or the `hub`; `loaded` or "
+            "`failed`.",
             ("model", "from", "outcome"),
         )
         self.evictions = declare.counter(
@@ -32,8 +40,20 @@ class ModelMetrics:
         )
         self.load_seconds = declare.gauge(
             "darkroom_model_load_seconds",
-            "Seconds of the last load of the model into memory, `from` the `disk` or the `hub`.",
+            "Seconds of the last load of the model into memory, `from` the `disk`, the `host`'s "
+            "memory or the `hub`.",
             ("model", "from"),
+        )
+        self.swap_seconds = declare.counter(
+            "darkroom_model_swap_seconds_total",
+            "Seconds in which engines loaded models beside jobs; divided by the time and the "
+            "engines, the share of time spent swapping.",
+        )
+        self.tier_bytes = declare.gauge(
+            "darkroom_model_tier_bytes",
+            "Weights that an engine holds by `tier`: the `device`, or the `host`'s memory. What "
+            "models have in common counts once.",
+            ("engine", "tier"),
         )
         self.warm_up_seconds = declare.gauge(
             "darkroom_model_warm_up_seconds",
@@ -47,6 +67,7 @@ class ModelMetrics:
             ModelLoadEnded: self.record_end,
             ModelEvicted: lambda evicted: self.evictions.labels(evicted.model).inc(),
             ModelStateChanged: self.record_state,
+            TierBytes: self.record_tiers,
         }
 
     def begin(self, model: str) -> None:
@@ -70,6 +91,12 @@ class ModelMetrics:
     def record_end(self, ended: ModelLoadEnded) -> None:
         """A load has ended."""
         self.loads.labels(ended.model, ended.origin, ended.outcome).inc()
+        self.swap_seconds.inc(ended.seconds)
+
+    def record_tiers(self, held: TierBytes) -> None:
+        """What an engine holds has changed."""
+        for tier, size in held.by_tier.items():
+            self.tier_bytes.labels(str(held.engine), tier).set(size)
 
     def record_state(self, changed: ModelStateChanged) -> None:
         """A model is in another state."""

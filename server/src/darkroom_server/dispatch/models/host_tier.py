@@ -1,0 +1,125 @@
+"""Which models the host's memory keeps, so that they come back to the device sooner."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from darkroom_server.core.residency import largest_batch_bytes
+from darkroom_server.dispatch.engines.handle import EngineHandle
+from darkroom_server.dispatch.jobs.registry import JobRegistry
+from darkroom_server.dispatch.models.entry import CatalogEntry, LoadPace
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HostModel:
+    """A model in the host's memory: its bytes, and the seconds that it probably saves."""
+
+    bytes: int
+    value: float
+
+
+def models_to_drop(
+    new: HostModel, held: Mapping[str, HostModel], budget: float
+) -> tuple[str, ...] | None:
+    """Which of ``held`` make room for ``new`` within ``budget``; None if it is not worth it.
+
+    Those of the least value for their bytes go, and never more value than ``new`` has.
+    """
+    missing = new.bytes + sum(each.bytes for each in held.values()) - budget
+    chosen: list[str] = []
+    lost = 0.0
+    for id in sorted(held, key=lambda id: (held[id].value / max(1, held[id].bytes), id)):
+        if missing <= 0:
+            break
+        chosen.append(id)
+        missing -= held[id].bytes
+        lost += held[id].value
+    return tuple(chosen) if missing <= 0 and lost <= new.value else None
+
+
+class HostTier:
+    """Keeps models of each engine in the host's memory, within ``budget`` bytes for each.
+
+    ``budget`` None: what is free there when the engine has started, less what the largest batch
+    needs, shared by the engines. On a CPU the host's memory is the device's, so None means none
+    there.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, CatalogEntry],
+        pace: LoadPace,
+        registry: JobRegistry,
+        budget: int | None,
+    ) -> None:
+        self._entries = entries
+        self._pace = pace
+        self._registry = registry
+        self._budget = budget
+
+    def start(self, engine: EngineHandle, engines: int) -> None:
+        """One of ``engines`` has started, with nothing in the host's memory."""
+        engine.host_budget = self._budget or 0
+        if self._budget is None and engine.host_free_bytes is not None:
+            known = (*engine.models.values(), *engine.known.values())
+            needed = max(map(largest_batch_bytes, known), default=0)
+            engine.host_budget = max(0, engine.host_free_bytes - needed) // engines
+
+    def keep_from_load(self, engine: EngineHandle, id: str) -> bool:
+        """Whether a model that is loaded now stays in the host's memory beside the device's.
+
+        So no copy back is needed when it leaves the device.
+        """
+        return engine.has_host_memory and self._admit(engine, id, id)
+
+    def keep(self, engine: EngineHandle, id: str, coming: str) -> bool:
+        """Whether the host keeps a model that leaves the device to make room for ``coming``."""
+        return id in engine.host or (not engine.has_host_memory and self._admit(engine, id, coming))
+
+    def drop_one(self, engine: EngineHandle, but: str) -> bool:
+        """Drop the model of the least value, ``but`` not this one; False if there is none."""
+        held = self._droppable(engine)
+        held.pop(but, None)
+        if held:
+            self._drop(engine, min(held, key=lambda id: (held[id].value, id)))
+        return bool(held)
+
+    def _admit(self, engine: EngineHandle, id: str, coming: str) -> bool:
+        """Make room for a model on the host, if that is worth it; not at the cost of ``coming``."""
+        if id in engine.host:
+            return True
+        new, held = self._model(id, self._entries[id].weight_bytes), self._droppable(engine)
+        held.pop(coming, None)
+        fixed = sum(size for other, size in engine.host.items() if other not in held)
+        if not engine.has_host_memory:
+            # It is the device's once it is loaded.
+            fixed -= engine.host.get(coming, 0)
+        dropped = models_to_drop(new, held, engine.host_budget - fixed)
+        if dropped is None:
+            return False
+        for other in dropped:
+            self._drop(engine, other)
+        engine.host[id] = new.bytes
+        return True
+
+    def _drop(self, engine: EngineHandle, id: str) -> None:
+        log.info("model leaves the host's memory", model=id, engine=engine.index)
+        engine.drop_from_host(id)
+
+    def _droppable(self, engine: EngineHandle) -> dict[str, HostModel]:
+        """What the host keeps of the engine, but what it uses now."""
+        loading = engine.loading.model if engine.loading is not None else ""
+        return {
+            id: self._model(id, size)
+            for id, size in engine.host.items()
+            if id != loading and id not in engine.models
+        }
+
+    def _model(self, id: str, size: int) -> HostModel:
+        entry = self._entries[id]
+        saved = self._pace.expected(entry) - self._pace.expected(entry, in_host=True)
+        return HostModel(size, max(0.0, saved) * self._registry.demand[id].now(time.monotonic()))
