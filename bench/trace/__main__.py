@@ -78,7 +78,6 @@ def machine_of(options: argparse.Namespace) -> Machine:
 
 def measure_simulated(options: argparse.Namespace) -> Measurement:
     """Every policy at every load, in virtual time."""
-    configure_logs(Logs(log_level="error"))
     trace, is_real = requests_of(options.trace)
     machine = machine_of(options)
     requests = part_of(trace, ALL, options.requests)
@@ -249,4 +248,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    configure_logs(Logs(log_level="error"))
     main()

@@ -193,7 +193,7 @@ async def test_an_exact_job_that_began_waits_for_its_own_runtime(fleet: Fleet) -
     assert pulse.queued == 2
     assert [e.key.request_id for e in await other.claim(5, models=slow)] == ["usual"]
     # Nobody has its runtime, so it ends.
-    await fleet.sql("UPDATE jobs SET queued_at = queued_at - 59")
+    await fleet.sql("UPDATE jobs SET queued_at = queued_at - 30")
     await other.beat()
     assert (await fleet.sql("SELECT state FROM jobs WHERE request_id = 'exact'"))[0][0] == 0
     own = await fleet.join("own")
@@ -347,7 +347,7 @@ async def test_a_role_without_ddl_does_not_migrate(postgresql: Cluster, fleet: F
         await PostgresLedger(url).open()
     assert [row["version"] for row in await fleet.sql("SELECT version FROM ledger")] == [1]
     assert "is ready" in await migrate(fleet.url)
-    ledger = PostgresLedger(url, retention=300.0)
+    ledger = PostgresLedger(url, retention=300.0, settle=0.0)
     await ledger.open()
     assert {entry.key.request_id for entry in await ledger.claim(5)} == {"waits", "runs"}
     await ledger.close()
