@@ -91,4 +91,5 @@ def call(job: Job) -> dict[str, Any]:
 
 JOBS = mixed_jobs({}, {"negative_prompt": "blue"}, {}, {"guidance_scale": 1.0}, {})
 
-CASES = [FamilyCase("Kolors", write_kolors, JOBS, call)]
+# With transformers 5.6, on a CPU with AVX-512, one of these images is 1.14e-5 away.
+CASES = [FamilyCase("Kolors", write_kolors, JOBS, call, tolerance=2e-5)]
