@@ -95,6 +95,7 @@ def measure_simulated(options: argparse.Namespace) -> Measurement:
     return Measurement(
         figures={"is_real_trace": is_real, "requests": len(requests), "runs": runs},
         model={"id": "demo", "speed": asdict(machine.speed)},
+        settings=names_of_files(options),
     )
 
 
@@ -147,7 +148,17 @@ def measure_served(options: argparse.Namespace) -> Measurement:
         state["runs"].append(_run(name, load, policy, found, max(alone.values()), options))
         print(f"{name}, {load:g}, {policy}: {found}", flush=True)
         _save(state)
-    return Measurement(figures=state | {"is_real_trace": is_real}, model={"id": "demo"})
+    return Measurement(
+        figures=state | {"is_real_trace": is_real},
+        model={"id": "demo"},
+        settings=names_of_files(options),
+    )
+
+
+def names_of_files(options: argparse.Namespace) -> dict[str, str]:
+    """For the results: where the files lie is of this machine only."""
+    paths = {name: getattr(options, name, "") for name in ("trace", "resume")}
+    return {name: Path(path).name for name, path in paths.items() if path}
 
 
 def _runs(options: argparse.Namespace) -> Iterator[tuple[str, float, Policy]]:

@@ -1,5 +1,6 @@
 """The production trace: its requests, virtual time, and the policies beside each other."""
 
+import argparse
 import asyncio
 import gzip
 import itertools
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench.report.results import newest
-from bench.trace.__main__ import SIMULATED, main
+from bench.trace.__main__ import SIMULATED, main, names_of_files
 from bench.trace.costs import BYTES, HostMemory
 from bench.trace.figures import Swaps, figures_of
 from bench.trace.policies import Policy
@@ -218,3 +219,8 @@ def test_the_smoke_form_writes_its_section(tmp_path: Path) -> None:
     assert found is not None
     assert [each["policy"] for each in found.figures["runs"]] == [*Policy]
     assert "(a) first come, first served" in (docs / "benchmarks.md").read_text()
+
+
+def test_results_have_the_names_of_files_only() -> None:
+    options = argparse.Namespace(trace="/elsewhere/trace.csv.gz", resume="")
+    assert names_of_files(options) == {"trace": "trace.csv.gz"}
