@@ -95,7 +95,7 @@ test-packaging: setup ## build the wheels, install them into empty environments,
 .PHONY: test-lowest
 test-lowest: .venv-lowest/.installed ## run LOWEST_TESTS with the lowest version of each dependency, but torch's
 	@# Old versions of libraries call what other libraries have deprecated since.
-	@HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -m "not slow and not gpu and not compile and not quantized" -W ignore::DeprecationWarning \
+	@HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -W ignore::DeprecationWarning \
 	    $(PARALLEL) $(LOWEST_TESTS) $(PYTEST_FLAGS)
 
 .PHONY: test-compat
