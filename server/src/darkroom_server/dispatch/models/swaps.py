@@ -32,9 +32,9 @@ class Wanted:
     ``turn_seconds``: until another load can follow, because the jobs that wait for this one run
     first. ``jobs``: their number; the first of them has waited since ``since``. ``rate``: jobs of
     it that arrive per second. ``due``: by when it should be in memory; ``-math.inf`` if an admin
-    wants it. ``held_by``: the indexes of the engines
-    that have or load it already, and have no place for these jobs. ``shared``: the part of its
-    ``bytes`` that other models may hold too, as far as that is known.
+    wants it. ``held_by``: the indexes of the engines that have or load it already, and have no
+    place for these jobs. ``shared``: the part of its ``bytes`` that other models may hold too, as
+    far as that is known.
     """
 
     id: str

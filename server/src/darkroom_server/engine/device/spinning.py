@@ -2,10 +2,10 @@
 
 A batch on a CPU is some thousand short parallel loops of OpenMP. A thread that is early at the end
 of a loop can spin, which keeps its core, or sleep, and must then be woken. On a machine that has
-its cores to itself, above all a virtual one, waking takes longer than many of the loops: with
-sleeping threads a lone image took 2.2 times as long. If other programs run there too, the thread
-that is waited for gets no core while the others spin, and a batch takes 3 to 10 times as long. So
-the kernel's record of how long each thread waited for a core decides, while the engine runs.
+its cores to itself, above all a virtual one, waking takes longer than many of the loops. If other
+programs run there too, the thread that is waited for gets no core while the others spin. So the
+kernel's record of how long each thread waited for a core decides, while the engine runs.
+`python -m bench.micro spinning` measures both.
 
 libgomp, torch's OpenMP on Linux, reads its policy once, when it is loaded. But it spins some
 thousand times shorter while it manages more threads than there are cores, and a second team of
