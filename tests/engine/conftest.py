@@ -212,3 +212,11 @@ def own_loop(tiny_folder: Path) -> Iterator[LoopUnderTest]:
     loop = LoopUnderTest(config_for(tiny_folder))
     yield loop
     loop.close()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,7 +1,6 @@
 """Copies to a GPU: two for each batch, whatever schedulers and families share it."""
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,19 +24,13 @@ from .test_gpu_path import on_gpu
 from .test_schedulers import SD_SCHEDULERS
 from .tiny import SIZE
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = {case.write.__module__: case for case in reversed(CASES)}
 """The first case of each file."""
 
 Batches = list[tuple[int, Counter[Traffic]]]
 """Of each batch: its samples, and what it copied or waited for."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

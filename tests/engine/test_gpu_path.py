@@ -1,7 +1,6 @@
 """The GPU path on a make-believe CUDA device: what runs, and what it waits for."""
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from .conftest import End, make_job, run_here
 from .fake_cuda import CUDA, CudaTensor, FakeDevice, FakeEvent, Kind
 from .test_schedulers import SD_SCHEDULERS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def on_gpu(folder: Path, preset: Preset, **fields: Any) -> EngineConfig:
     return EngineConfig(
@@ -37,14 +38,6 @@ def on_gpu(folder: Path, preset: Preset, **fields: Any) -> EngineConfig:
 
 def ends(events: list[Event]) -> list[type[End]]:
     return [type(event) for event in events if isinstance(event, End)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- the device itself ----
