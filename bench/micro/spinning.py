@@ -1,6 +1,6 @@
 """OpenMP's waiting threads: Darkroom's rule beside threads that always sleep or always spin.
 
-Alone on the machine, and beside one process that keeps a core busy.
+Alone on the machine, and beside one process that keeps a core busy always or half of the time.
 """
 
 import argparse
@@ -8,10 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import psutil
 
 from bench.inprocess.engine import EnginePeer
 from bench.inprocess.remote import MAX_BATCH_IMAGES
@@ -25,25 +28,44 @@ from bench.workload.requests import Request, mixed, uniform
 from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.engine.device.spinning import VARIABLES
+from darkroom_server.engine.device.spinning import MOST_WAITING, VARIABLES, WaitsForCores
 
 RULE, SLEEP, SPIN = "by the rule", "always sleep", "always spin"
 POLICIES = {RULE: None, SLEEP: "PASSIVE", SPIN: "ACTIVE"}
 """The values of OMP_WAIT_POLICY; None: it is not set."""
 
-QUIET, BUSY = "alone", "beside a busy process"
+BESIDE = {"alone": 0.0, "beside a half-busy process": 0.5, "beside a busy process": 1.0}
+"""The share of the time for which another process is busy."""
 LONE, CLOSED = "a lone image", "an image of a closed loop of 8"
+WAITED = "waited"
+"""The share of the closed loop for which a thread of the engine waited for a core."""
+
 CALLERS = 8
 STEPS = 16
 SETTLE = 12
 """Requests before the measurement, seconds in which the rule gets to know the machine."""
 
 
+BUSY_PROGRAM = """
+import sys, time
+share, period = float(sys.argv[1]), 0.2
+print(flush=True)
+while True:
+    end = time.perf_counter() + share * period
+    while time.perf_counter() < end:
+        pass
+    time.sleep((1 - share) * period)
+"""
+
+
 @contextmanager
-def busy_process() -> Iterator[None]:
-    """A process that keeps a core busy."""
-    code = "print(flush=True)\nwhile True: pass"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+def busy_process(share: float) -> Iterator[None]:
+    """A process that keeps a core busy for ``share`` of the time; none for 0."""
+    if not share:
+        yield
+        return
+    arguments = [sys.executable, "-c", BUSY_PROGRAM, str(share)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             process.stdout.readline()
@@ -71,6 +93,16 @@ def requests(count: int) -> list[Request]:
     return uniform(mixed(count, seed=3), STEPS, 7.5)
 
 
+def tasks_of_the_engine() -> Path:
+    """The kernel's folder of the threads of the engine, the only one that runs."""
+    (engine,) = (
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "darkroom_server.engine.main" in child.cmdline()
+    )
+    return Path("/proc", str(engine.pid), "task")
+
+
 def serve(peer: EnginePeer, lone: int, closed: int) -> dict[str, float]:
     """Seconds of a lone image, the median of ``lone``, and of one of ``closed`` in a closed loop.
 
@@ -78,9 +110,11 @@ def serve(peer: EnginePeer, lone: int, closed: int) -> dict[str, float]:
     """
     peer.serve(Arrivals(requests(SETTLE), CALLERS))
     alone = [peer.serve(Arrivals([request]))[0].latency for request in requests(lone)]
+    waits = WaitsForCores(tasks_of_the_engine())
     answers = peer.serve(Arrivals(requests(closed), CALLERS))
+    waited = waits.longest()
     seconds = max(each.arrival + each.latency for each in answers)
-    return {LONE: quantile(alone, 0.5), CLOSED: seconds / closed}
+    return {LONE: quantile(alone, 0.5), CLOSED: seconds / closed, WAITED: waited / seconds}
 
 
 def measure(options: argparse.Namespace) -> Measurement:
@@ -91,14 +125,14 @@ def measure(options: argparse.Namespace) -> Measurement:
     info: ModelInfo | None = None
     rounds: list[dict[str, Any]] = []
     for round in range(options.rounds):
-        for beside in (QUIET, BUSY):
+        for beside, share in BESIDE.items():
             found: dict[str, Any] = {"beside": beside}
             names = list(POLICIES) if round % 2 else list(POLICIES)[::-1]
             for name in names:
                 with new_engine(config, POLICIES[name]) as peer:
                     info = info or peer.info
                     config = replace(config, previous_measurements=(info,))
-                    with busy_process() if beside == BUSY else nullcontext():
+                    with busy_process(share):
                         found[name] = serve(peer, options.lone, options.closed)
             rounds.append(found)
     assert info is not None
@@ -110,16 +144,16 @@ def measure(options: argparse.Namespace) -> Measurement:
 
 
 def describe(results: Results) -> Sequence[str]:
-    """A text, and the times."""
-    rows = []
-    for beside in (QUIET, BUSY):
+    """A text, the times, and how long threads waited for cores."""
+    times, waits = [], []
+    for beside in BESIDE:
         rounds = [each for each in results.figures["rounds"] if each["beside"] == beside]
         for load in (LONE, CLOSED):
             ratios = (
                 bootstrap_median([each[RULE][load] / each[other][load] for each in rounds])
                 for other in (SLEEP, SPIN)
             )
-            rows.append(
+            times.append(
                 [
                     f"{load}, {beside}",
                     *(
@@ -129,15 +163,20 @@ def describe(results: Results) -> Sequence[str]:
                     *(f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})" for r in ratios),
                 ]
             )
+        shares = [[r[name][WAITED] for r in rounds] for name in POLICIES]
+        waits.append([beside, *(f"{min(s):.2f} to {max(s):.2f}" for s in shares)])
     return [
         "Threads of OpenMP that wait for each other can spin or sleep. Darkroom lets them spin "
         "unless other programs want the cores (`engine/device/spinning.py`); `OMP_WAIT_POLICY` "
         "set to `PASSIVE` lets them always sleep, set to `ACTIVE` always spin. Images of "
         f"{results.settings['steps']} steps with guidance: ms, medians of "
         f"{results.settings['rounds']} rounds in which the three take turns, each in a new engine "
-        "process; median ratios of a round with their 95 % interval. The busy process keeps one "
-        "core busy.",
-        table(["ms", *POLICIES, f"{RULE} / {SLEEP}", f"{RULE} / {SPIN}"], rows),
+        "process; median ratios of a round with their 95 % interval. The other process keeps one "
+        "core busy, always or for every other tenth of a second.",
+        table(["ms", *POLICIES, f"{RULE} / {SLEEP}", f"{RULE} / {SPIN}"], times),
+        "The share of the closed loop for which the thread that waited longest waited for a core; "
+        f"the rule's bound is {MOST_WAITING:g}.",
+        table(["waited for a core", *POLICIES], waits),
     ]
 
 
@@ -146,7 +185,7 @@ BENCHMARK = Benchmark(
     title="Threads that spin or sleep",
     command="python -m bench.micro spinning",
     amounts={
-        "rounds": Amount(6, 1, "engines of each policy, alone and beside a busy process"),
+        "rounds": Amount(6, 1, "engines of each policy, alone and beside others"),
         "lone": Amount(6, 1, "lone images of each engine"),
         "closed": Amount(40, 9, "images of each engine's closed loop"),
     },

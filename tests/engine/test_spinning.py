@@ -12,7 +12,7 @@ import pytest
 from darkroom_server.engine.device import spinning
 from darkroom_server.engine.device.spinning import (
     MOST_WAITING,
-    QUIET_SECONDS,
+    WINDOWS,
     SpinPolicy,
     Team,
     WaitsForCores,
@@ -21,32 +21,42 @@ from darkroom_server.engine.device.spinning import (
 BUSY, QUIET = MOST_WAITING + 0.1, MOST_WAITING - 0.1
 
 
-def quiet_seconds(policy: SpinPolicy) -> float:
-    """How long the machine must be quiet until the threads spin again."""
-    seconds = 0.0
-    while not policy.spins:
-        policy.record(QUIET, 0.5)
-        seconds += 0.5
-    return seconds
+def windows_until(policy: SpinPolicy, spins: bool, waited: float) -> int:
+    """How many windows of ``waited`` it takes until the threads spin, or sleep."""
+    count = 0
+    while policy.spins != spins:
+        policy.record(waited)
+        count += 1
+        assert count < 100
+    return count
 
 
-def test_threads_spin_until_a_window_is_busy_and_again_after_quiet_seconds() -> None:
+def test_threads_spin_until_the_last_windows_are_busy_and_again_when_they_are_quiet() -> None:
     policy = SpinPolicy()
     for _ in range(1000):
-        policy.record(QUIET, 0.5)
+        policy.record(QUIET)
     assert policy.spins
-    policy.record(BUSY, 0.5)
-    assert not policy.spins
-    policy.record(QUIET, 0.5)
-    policy.record(BUSY, 0.5)  # The quiet seconds start again.
-    assert quiet_seconds(policy) == QUIET_SECONDS
+    assert windows_until(policy, False, BUSY) <= WINDOWS
+    assert windows_until(policy, True, QUIET) == WINDOWS
+
+
+def test_a_single_busy_window_among_quiet_ones_changes_nothing() -> None:
+    policy = SpinPolicy()
+    for _ in range(100):
+        for waited in (0.4, 0.05, 0.1, 0.05):
+            policy.record(waited)
+            assert policy.spins
+
+
+def test_a_thread_that_gets_no_core_at_all_is_noticed_sooner() -> None:
+    assert windows_until(SpinPolicy(), False, 1.0) == 2
 
 
 def test_programs_that_come_again_keep_threads_asleep_no_longer() -> None:
     policy = SpinPolicy()
     for _ in range(8):
-        policy.record(BUSY, 0.5)
-        assert quiet_seconds(policy) == QUIET_SECONDS
+        windows_until(policy, False, BUSY)
+        assert windows_until(policy, True, QUIET) == WINDOWS
 
 
 def test_the_thread_that_waited_longest_counts_and_ended_threads_do_not(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import importlib.util
 import os
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import structlog
@@ -27,22 +28,21 @@ VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """If one of them is set, its policy holds."""
 
 WINDOW_SECONDS = 0.5
-MOST_WAITING = 0.15
-"""The share of a window for which a thread may wait for a core on a machine that is not busy.
+MOST_WAITING = 0.28
+"""The share of its time that the thread that waits longest waits for a core, at most.
 
-Measured with two threads on two cores: 0.01 to 0.06 without other programs, 0.42 and more with one,
-both for threads that spin and for threads that sleep.
+`python -m bench.micro spinning` shows how long they wait beside other programs, which is about the
+same whether they spin or sleep. Beside one that is busy half of the time, two threads on two cores
+wait less than this, and are faster if they spin; beside one that always is, both are the opposite.
 """
 IDLE_CORES = 0.1
 """A process that uses less than this of a core runs no batches."""
 
-QUIET_SECONDS = 2.0
-"""After a busy window, threads sleep until no window was busy for this long.
+WINDOWS = 4
+"""How many windows count together.
 
-A wrong try to spin costs about one window; sleeping costs about half of the time that it lasts. So
-after a wait of a few windows, programs that come again at any interval cost little more than under
-the best choice in hindsight. A wait that grew would let one short program a minute keep the threads
-asleep for good.
+Single ones are often busy for the server's own sake, when many answers leave at once. A wait that
+grew with each change would let one short program a minute keep the threads asleep for good.
 """
 
 TASKS = Path("/proc/self/task")
@@ -72,22 +72,20 @@ def _watchable() -> bool:
 
 
 class SpinPolicy:
-    """Whether threads should spin, by how long they waited for a core in each window of time.
-
-    They stop after one busy window, and start after ``QUIET_SECONDS``.
-    """
+    """Whether threads should spin, by how long they waited for a core in the last windows."""
 
     def __init__(self) -> None:
         self.spins = True
-        self._quiet_for = 0.0
+        self._waits: deque[float] = deque(maxlen=WINDOWS)
 
-    def record(self, waited: float, seconds: float) -> None:
-        """Record that a thread waited for a core for the share ``waited`` of ``seconds``."""
-        if waited > MOST_WAITING:
-            self.spins, self._quiet_for = False, 0.0
-            return
-        self._quiet_for += seconds
-        self.spins = self.spins or self._quiet_for >= QUIET_SECONDS
+    def record(self, waited: float) -> None:
+        """Record that a thread waited for a core for the share ``waited`` of a window."""
+        self._waits.append(waited)
+        busy = sum(self._waits) > WINDOWS * MOST_WAITING
+        # A busy window can be known before the others; that all are quiet cannot.
+        if busy == self.spins and (busy or len(self._waits) == WINDOWS):
+            self.spins = not busy
+            self._waits.clear()
 
 
 class WaitsForCores:
@@ -165,7 +163,7 @@ class Spinning:
                 waits = WaitsForCores()
             else:
                 waited = waits.longest() / seconds
-                self._policy.record(waited, seconds)
+                self._policy.record(waited)
                 self._apply(waited)
 
     def _apply(self, waited: float) -> None:
