@@ -95,7 +95,7 @@ class Pipelines:
     def images(self, batch: Sequence[Request]) -> list[bytes]:
         """The PNG files of ``batch``, whose settings are equal, in its order, from one call."""
         seeds = [request.seed + i for request in batch for i in range(request.images)]
-        with self._precision():
+        with precision(self._runtime):
             images = self._pipeline(
                 [request.prompt for request in batch for _ in range(request.images)],
                 num_inference_steps=batch[0].steps,
@@ -103,22 +103,25 @@ class Pipelines:
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 **{"width": batch[0].width, "height": batch[0].height, **self._options},
             ).images
-        return [_png(image) for image in images]
+        return [png(image) for image in images]
 
     def _generate(self, batch: list[Request]) -> None:
         self.images(batch)
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        if not self._runtime.autocast:
-            return nullcontext()
-        half = torch.float16 if self._runtime.device.startswith("cuda") else torch.bfloat16
-        weights = DTYPES[self._runtime.dtype]
-        return torch.autocast(
-            self._runtime.device.split(":")[0], half if weights == torch.float32 else weights
-        )
+
+def precision(runtime: ModelRuntime) -> AbstractContextManager[Any]:
+    """The context of a call of a pipeline: autocast, if the engine uses it."""
+    if not runtime.autocast:
+        return nullcontext()
+    half = torch.float16 if runtime.device.startswith("cuda") else torch.bfloat16
+    weights = DTYPES[runtime.dtype]
+    return torch.autocast(
+        runtime.device.split(":")[0], half if weights == torch.float32 else weights
+    )
 
 
-def _png(image: Any) -> bytes:
+def png(image: Any) -> bytes:
+    """The PNG file of one of a pipeline's images."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=PNG_COMPRESSION)
     return buffer.getvalue()

@@ -6,7 +6,6 @@ section of ``docs/benchmarks.md``.
 
 import argparse
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from bench.inprocess.remote import MAX_BATCH_IMAGES
 from bench.peers.alone import REPEATS
 from bench.peers.batch_timeout_search import DEFAULT, TRIED
 from bench.peers.bench import LONE_STEPS, PeersBench, Plan
-from bench.peers.registry import COMPILED_SUFFIX, EAGER, PEERS, SERIAL, WORK, Peer
+from bench.peers.process import versions_of
+from bench.peers.registry import COMPILED_SUFFIX, EAGER, PEERS, SERIAL, WORK
 from bench.peers.report.goals import goals
 from bench.peers.report.section import write_page
 from bench.peers.scenarios import CALLERS, FULL, QUICK, SCENARIOS, UNIFORM, Scenario
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     earlier = _earlier(options, plan)
     # The date of the start: a long benchmark passes midnight.
     date = earlier.date if earlier else today()
-    peer_versions = {name: _versions(PEERS[name]) for name in plan.peers}
+    peer_versions = {name: versions_of(PEERS[name]) for name in plan.peers}
     runs = earlier.runs if earlier else []
     bench = PeersBench(model_source(options.model), plan, lambda: save_runs(), runs)
 
@@ -197,18 +197,6 @@ def _plan(options: argparse.Namespace) -> Plan:
         ),
         **amounts,
     )
-
-
-def _versions(peer: Peer) -> dict[str, str]:
-    """The versions of the peer's packages, from its own environment."""
-    code = (
-        "from importlib.metadata import version; print(*map(version, __import__('sys').argv[1:]))"
-    )
-    names = (*peer.packages, "diffusers", "torch")
-    answer = subprocess.run(
-        [str(peer.python), "-c", code, *names], check=True, capture_output=True, text=True
-    )
-    return dict(zip(names, answer.stdout.split(), strict=True))
 
 
 def _check_smoke(results: Results, plan: Plan) -> None:

@@ -76,7 +76,7 @@ class PeersBench:
         self.lost: list[str] = []
         self.equality: dict[str, dict[str, Any]] = {}
         self._on_run = on_run
-        self.info = _info_of(source)
+        self.info = info_of(source)
         self._config = ServerConfig(
             folder=source.location,
             runtime=self.info.runtime,
@@ -313,7 +313,7 @@ def _check_form(process: PeerProcess) -> None:
         raise RuntimeError(f"its denoiser is {form} and not {wanted}")
 
 
-def _info_of(source: ModelSource, **options: Any) -> ModelInfo:
+def info_of(source: ModelSource, **options: Any) -> ModelInfo:
     """The model as Darkroom's engine loads it; its dtype and layouts are those of all peers.
 
     ``options`` are further ones of the engine.
@@ -332,7 +332,7 @@ def _compiled_file(source: ModelSource) -> str:
     Raises ``RuntimeError`` if it cannot be compiled.
     """
     folder = WORK / "state" / "compiled"
-    info = _info_of(source, compile=Compile.BLOCKING, compile_cache=str(folder))
+    info = info_of(source, compile=Compile.BLOCKING, compile_cache=str(folder))
     if info.runtime.denoiser is not DenoiserForm.COMPILED:
         raise RuntimeError("the denoiser was not compiled; the log above says why")
     files = list(folder.glob("*.pt2"))

@@ -57,7 +57,7 @@ class PeerProcess:
             self._process = subprocess.Popen(
                 [
                     str(peer.python),
-                    *("-m", f"bench.peers.servers.{peer.module}"),
+                    *("-m", f"{peer.package}.{peer.module}"),
                     *config.arguments(),
                 ],
                 cwd=ROOT,
@@ -134,14 +134,27 @@ def serving_peer(peer: Peer, config: ServerConfig) -> Iterator[PeerProcess]:
     traces.mkdir(parents=True, exist_ok=True)
     trace = traces / f"{peer.name}.jsonl"
     trace.unlink(missing_ok=True)
-    process = PeerProcess(peer, replace(config, port=_free_port(), trace=str(trace)))
+    process = PeerProcess(peer, replace(config, port=free_port(), trace=str(trace)))
     try:
         yield process
     finally:
         process.stop()
 
 
-def _free_port() -> int:
+def versions_of(peer: Peer) -> dict[str, str]:
+    """The versions of the peer's packages, from its own environment."""
+    code = (
+        "from importlib.metadata import version; print(*map(version, __import__('sys').argv[1:]))"
+    )
+    names = (*peer.packages, "diffusers", "torch")
+    answer = subprocess.run(
+        [str(peer.python), "-c", code, *names], check=True, capture_output=True, text=True
+    )
+    return dict(zip(names, answer.stdout.split(), strict=True))
+
+
+def free_port() -> int:
+    """A port on loopback that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -4,7 +4,7 @@ import asyncio
 import json
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Protocol
@@ -100,24 +100,39 @@ class HttpPeerClient:
 
         Several images are as many requests at once, so that they fill batches.
         """
+        return await self.post_all([to_wire(each) for each in single_images(request)])
+
+    async def post_all(
+        self, bodies: Sequence[Mapping[str, Any]], headers: Mapping[str, str] | None = None
+    ) -> list[bytes]:
+        """The files of all answers, in order; raises ``Ended`` for the first one that fails."""
         try:
             async with asyncio.TaskGroup() as group:
-                posts = [group.create_task(self._post(to_wire(r))) for r in single_images(request)]
+                posts = [group.create_task(self.post(each, headers)) for each in bodies]
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from failed
         return [file for post in posts for file in post.result()]
+
+    async def post(
+        self, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> list[bytes]:
+        """The files of one answer. Raises ``Ended`` if it is none."""
+        return self._files(await self.answer(self._url, body, headers))
 
     async def close(self) -> None:
         """See ``PeerClient``."""
         await self._client.aclose()
 
-    async def _post(self, body: dict[str, Any]) -> list[bytes]:
+    async def answer(
+        self, url: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> httpx2.Response:
+        """The answer to a POST. Raises ``Ended`` if its status is not 200."""
         try:
-            response = await self._client.post(self._url, json=body)
+            response = await self._client.post(url, json=body, headers=headers)
         except httpx2.TransportError as error:
             raise Ended(Outcome.FAILED, repr(error)) from error
         if response.status_code == 200:
-            return self._files(response)
+            return response
         raise Ended(self._outcome(response), f"{response.status_code}: {response.text[:300]}")
 
     def _files(self, response: httpx2.Response) -> list[bytes]:
@@ -138,15 +153,10 @@ class TritonPeerClient(HttpPeerClient):
 
         Several images are the rows of one request, which count in Triton's batches.
         """
-        rows = [json.dumps(to_wire(each)) for each in single_images(request)]
-        shape = [len(rows), 1]
-        body: dict[str, Any] = {
-            "inputs": [{"name": "request", "shape": shape, "datatype": "BYTES", "data": rows}],
-            "outputs": [{"name": "image", "parameters": {"binary_data": True}}],
-        }
+        body = infer_body([to_wire(each) for each in single_images(request)])
         if seconds is not None:
             body["parameters"] = {"timeout": round(max(0.001, seconds) * 1e6)}
-        return await self._post(body)
+        return await self.post(body)
 
     def _files(self, response: httpx2.Response) -> list[bytes]:
         tensor = response.content[int(response.headers["Inference-Header-Content-Length"]) :]
@@ -168,6 +178,16 @@ CLIENTS: dict[Wire, Callable[[int], PeerClient]] = {
 def single_images(request: Request) -> list[Request]:
     """``request`` as requests for one image each."""
     return [replace(request, seed=request.seed + i, images=1) for i in range(request.images)]
+
+
+def infer_body(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The body of a request to Triton with ``rows``, one for each image."""
+    data = [json.dumps(each) for each in rows]
+    shape = [len(data), 1]
+    return {
+        "inputs": [{"name": "request", "shape": shape, "datatype": "BYTES", "data": data}],
+        "outputs": [{"name": "image", "parameters": {"binary_data": True}}],
+    }
 
 
 def bytes_elements(tensor: bytes) -> list[bytes]:

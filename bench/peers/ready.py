@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bench.peers.protocols import Wire
 from bench.peers.servers.config import READY
 
-PATHS = {Wire.LITSERVE: "/health", Wire.RAY: "/-/healthz", Wire.TRITON: "/v2/models/demo/ready"}
+PATHS = {Wire.LITSERVE: "/health", Wire.RAY: "/-/healthz", Wire.TRITON: "/v2/health/ready"}
 
 
 def is_ready(wire: Wire, port: int, log: Path) -> bool:

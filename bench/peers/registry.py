@@ -13,7 +13,7 @@ WORK = ROOT / "bench" / "work"
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One server: its ``module`` in ``bench.peers.servers``, and the environment that runs it.
+    """One server: its ``module`` in ``package``, and the environment that runs it.
 
     ``packages`` are those whose versions the page shows. ``batches``: it waits for further requests
     to fill a batch. ``compiled``: it runs the compiled UNet.
@@ -27,6 +27,7 @@ class Peer:
     packages: tuple[str, ...]
     batches: bool = False
     compiled: bool = False
+    package: str = "bench.peers.servers"
 
     @property
     def is_darkroom(self) -> bool:
@@ -38,6 +39,11 @@ class Peer:
         """The Python of its environment."""
         home = ROOT / ".venv" if self.environment == ".venv" else WORK / self.environment
         return home / "bin" / "python"
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its environment is complete."""
+        return (self.python.parents[1] / ".installed").exists()
 
 
 DARKROOM = "darkroom"

@@ -1,7 +1,7 @@
 """The workloads: requests of three lengths or all alike, and the moments of their arrival."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -45,7 +45,7 @@ class Request:
     cancel_after: float | None = None
 
     @property
-    def settings(self) -> tuple[int, float, int | None, int | None]:
+    def settings(self) -> tuple[Hashable, ...]:
         """Requests with equal settings can share one call of a pipeline."""
         return self.steps, self.guidance_scale, self.width, self.height
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from bench.workload.requests import Request
 from darkroom_server.core.model_runtime import ModelRuntime
@@ -14,6 +14,9 @@ READY = "ready"
 
 FIELDS = ("index", "prompt", "steps", "guidance_scale", "seed", "width", "height")
 """The fields of a request that go over the wire."""
+
+
+Wanted = TypeVar("Wanted", bound=Request)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +59,9 @@ def from_wire(fields: dict[str, Any]) -> Request:
     return Request(**fields)
 
 
-def by_settings(requests: Sequence[Request], max_images: int) -> list[list[Request]]:
+def by_settings(requests: Sequence[Wanted], max_images: int) -> list[list[Wanted]]:
     """``requests`` as calls of equal settings, at most ``max_images`` each, in order of arrival."""
-    calls: list[list[Request]] = []
+    calls: list[list[Wanted]] = []
     for request in requests:
         for call in calls:
             if call[0].settings == request.settings and len(call) < max_images:

@@ -2,11 +2,11 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 from bench.inprocess.pipelines import Pipelines
-from bench.peers.servers.config import ServerConfig, by_settings
+from bench.peers.servers.config import ServerConfig, Wanted, by_settings
 from bench.peers.servers.trace import Trace
 from bench.workload.requests import Request
 
@@ -28,11 +28,21 @@ class SdPipeline:
             raise RuntimeError(
                 "a second thread calls the model, which would make the comparison unfair"
             )
-        found: dict[int, list[bytes]] = {}
-        for call in by_settings(requests, self._max_images):
-            began = time.monotonic()
-            files = iter(self._pipelines.images(call))
-            indexes = [request.index for request in call for _ in range(request.images)]
-            self._trace.record(time.monotonic() - began, indexes)
-            found.update((id(request), list(islice(files, request.images))) for request in call)
-        return [file for request in requests for file in found[id(request)]]
+        return in_calls(requests, self._max_images, self._pipelines.images, self._trace)
+
+
+def in_calls(
+    requests: Sequence[Wanted],
+    max_images: int,
+    images: Callable[[Sequence[Wanted]], list[bytes]],
+    trace: Trace,
+) -> list[bytes]:
+    """The files of ``requests``, in their order: one call of ``images`` for equal settings."""
+    found: dict[int, list[bytes]] = {}
+    for call in by_settings(requests, max_images):
+        began = time.monotonic()
+        files = iter(images(call))
+        indexes = [request.index for request in call for _ in range(request.images)]
+        trace.record(time.monotonic() - began, indexes)
+        found.update((id(request), list(islice(files, request.images))) for request in call)
+    return [file for request in requests for file in found[id(request)]]
