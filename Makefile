@@ -131,7 +131,7 @@ bench-fleet: setup ## measure what a fleet asks of PostgreSQL, simulated to 100 
 	@$(BIN)/python -m bench.serving fleet $(BENCH_FLAGS)
 
 .PHONY: bench-trace
-bench-trace: setup ## a production trace with many models, simulated and served: hours; options in BENCH_FLAGS
+bench-trace: setup bench/work/ray/.installed bench/work/triton/.installed ## a production trace with many models, simulated and served: hours; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.trace trace trace_served $(BENCH_FLAGS)
 
 .PHONY: bench bench-full bench-gpu bench-peers-setup

@@ -14,21 +14,28 @@ from typing import Any
 
 from bench.peers.registry import WORK
 from bench.report.benchmark import Amount, Benchmark, Measurement, run_named
+from bench.report.machine import model_source
 from bench.report.results import Results
 from bench.trace import simulation
 from bench.trace.costs import HostMemory
-from bench.trace.figures import figures_of
+from bench.trace.figures import Swaps, figures_of
+from bench.trace.peers.registry import PEERS
 from bench.trace.policies import Policy
 from bench.trace.report import goals, section_parts
 from bench.trace.requests import PLACE, TraceRequest, at_load, made_up, read, slice_from
 from bench.trace.simulation import Machine, simulate
-from darkroom_server.core.model_runtime import ModelSpeed
+from bench.workload.arrivals import Answer
+from darkroom_server.core.model_runtime import ModelRuntime, ModelSpeed
 from darkroom_server.logs import configure_logs
 from darkroom_server.settings import Logs
 
 ALL, BUSY, MEDIAN = "all", "busy", "median"
 PARTIAL = WORK / "trace_served.json"
-COMPARED = [Policy.OURS, Policy.FIRST_COME, Policy.LRU]
+SIMULATED_POLICIES = [policy.value for policy in Policy]
+COMPARED = [policy.value for policy in (Policy.OURS, Policy.FIRST_COME, Policy.LRU)]
+SYSTEMS = [*COMPARED, *PEERS]
+"""Our server with each policy, and the others."""
+
 STEPS = 30
 """Of nine requests in ten; a lone request of another number is taken to last in proportion."""
 
@@ -38,7 +45,7 @@ MAY_DIFFER = {"trace", "loads", "policies", "parts", "resume"}
 COMMON = {
     "trace": Amount("", "", f"path of the trace; default {PLACE.name} in ../shared/data, if there"),
     "loads": Amount([0.7, 0.9], [0.9], "shares of what one resident model can do"),
-    "policies": Amount([*Policy], [*Policy], ", ".join(Policy)),
+    "policies": Amount(SIMULATED_POLICIES, SIMULATED_POLICIES, ", ".join(Policy)),
     "swap_wait": Amount(30.0, 30.0, "the server's setting, in seconds"),
     "load_scale": Amount(1.0, 1.0, "times the loads of SDXL"),
     "device_models": Amount(4, 4, "models that the device holds"),
@@ -90,7 +97,7 @@ def measure_simulated(options: argparse.Namespace) -> Measurement:
         arriving = at_load(requests, load * capacity)
         for policy in map(Policy, options.policies):
             found = simulate(arriving, machine, policy).figures(alone)
-            runs.append(_run(ALL, load, policy, found, max(lone.values()), options))
+            runs.append(_run(ALL, load, policy.value, found, max(lone.values()), options))
             print(f"{runs[-1]['slice']}, {load:g}, {policy}: {found}", flush=True)
     return Measurement(
         figures={"is_real_trace": is_real, "requests": len(requests), "runs": runs},
@@ -100,9 +107,13 @@ def measure_simulated(options: argparse.Namespace) -> Measurement:
 
 
 def measure_served(options: argparse.Namespace) -> Measurement:
-    """Every policy, part and load with a real server; what was measured before is kept."""
+    """Every system, part and load with a real server; what was measured before is kept."""
     # It needs Pillow and the model's files.
+    from bench.inprocess.remote import MAX_BATCH_IMAGES
+    from bench.peers.bench import info_of
+    from bench.peers.process import versions_of
     from bench.trace.copies import write_copies
+    from bench.trace.peers import serve as peers
     from bench.trace.served import config_of, measure_one_model, serve_trace
 
     trace, is_real = requests_of(options.trace)
@@ -110,6 +121,9 @@ def measure_served(options: argparse.Namespace) -> Measurement:
     models = sorted({r.model for requests in parts.values() for r in requests})
     folder = WORK / "trace-models"
     weight_bytes = write_copies(folder, models)
+    memory = {
+        name: getattr(options, name) for name in ("device_models", "host_models", "load_scale")
+    }
 
     def config(name: str, policy: Policy) -> Any:
         return config_of(
@@ -117,10 +131,8 @@ def measure_served(options: argparse.Namespace) -> Measurement:
             name,
             policy=policy,
             weight_bytes=weight_bytes,
-            device_models=options.device_models,
-            host_models=options.host_models,
-            load_scale=options.load_scale,
             swap_wait=options.swap_wait,
+            **memory,
         )
 
     fixed = {name: getattr(options, name) for name in SERVED.amounts if name not in MAY_DIFFER}
@@ -135,23 +147,37 @@ def measure_served(options: argparse.Namespace) -> Measurement:
             config("one", Policy.OURS), options.side, models[0], images, STEPS, options.closed
         )
         _save(state)
+    if "runtime" not in state and PEERS.keys() & options.policies:
+        # All run the model as our engine does.
+        state["runtime"] = asdict(info_of(model_source(None)).runtime)
+    state["versions"] = state.get("versions", {}) | {
+        name: versions_of(peer) for name, peer in PEERS.items() if name in options.policies
+    }
+
+    def serve(name: str, system: str, arriving: list[TraceRequest]) -> tuple[list[Answer], Swaps]:
+        if system in PEERS:
+            runtime = ModelRuntime(**state["runtime"])
+            wanted = peers.config_of(folder, name, runtime, **memory)
+            return peers.serve_trace(arriving, PEERS[system], wanted, options.side)
+        return serve_trace(arriving, config(name, Policy(system)), options.side)
+
     lone = {int(images): seconds for images, seconds in state["alone"].items()}
     done = {(run["slice"], run["load"], run["policy"]) for run in state["runs"]}
-    for name, load, policy in _runs(options):
-        if (name, load, policy) in done:
+    for name, load, system in _runs(options):
+        if (name, load, system) in done:
             continue
         arriving = at_load(parts[name], load * state["steps_per_second"])
         arriving = [r for r in arriving if r.arrival <= options.seconds]
-        answers, swaps = serve_trace(arriving, config(f"{name}-{load:g}", policy), options.side)
+        answers, swaps = serve(f"{name}-{load:g}", system, arriving)
         alone = {r.index: lone[r.images] * r.steps / STEPS for r in arriving}
         found = figures_of(answers, alone, swaps)
-        state["runs"].append(_run(name, load, policy, found, max(alone.values()), options))
-        print(f"{name}, {load:g}, {policy}: {found}", flush=True)
+        state["runs"].append(_run(name, load, system, found, max(alone.values()), options))
+        print(f"{name}, {load:g}, {system}: {found}", flush=True)
         _save(state)
     return Measurement(
         figures=state | {"is_real_trace": is_real},
         model={"id": "demo"},
-        settings=names_of_files(options),
+        settings=names_of_files(options) | {"max_batch_images": MAX_BATCH_IMAGES},
     )
 
 
@@ -161,17 +187,17 @@ def names_of_files(options: argparse.Namespace) -> dict[str, str]:
     return {name: Path(path).name for name, path in paths.items() if path}
 
 
-def _runs(options: argparse.Namespace) -> Iterator[tuple[str, float, Policy]]:
+def _runs(options: argparse.Namespace) -> Iterator[tuple[str, float, str]]:
     for name in options.parts:
         for load in options.loads:
-            for policy in map(Policy, options.policies):
-                yield name, load, policy
+            for system in options.policies:
+                yield name, load, system
 
 
 def _run(
     name: str,
     load: float,
-    policy: Policy,
+    policy: str,
     found: dict[str, Any],
     longest_run: float,
     options: argparse.Namespace,
@@ -180,7 +206,7 @@ def _run(
     return {
         "slice": name,
         "load": load,
-        "policy": policy.value,
+        "policy": policy,
         "longest_load": round(longest_load, 3),
         "longest_run": round(longest_run, 3),
         **found,
@@ -190,6 +216,28 @@ def _run(
 def _save(state: dict[str, Any]) -> None:
     PARTIAL.parent.mkdir(parents=True, exist_ok=True)
     PARTIAL.write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def check_simulated(options: argparse.Namespace) -> str:
+    """Only policies of our own server can be simulated."""
+    return _unknown(options.policies, SIMULATED_POLICIES)
+
+
+def check_served(options: argparse.Namespace) -> str:
+    """The servers that are measured must be installed."""
+    if unknown := _unknown(options.policies, [*SIMULATED_POLICIES, *PEERS]):
+        return unknown
+    absent = [name for name in options.policies if name in PEERS and not PEERS[name].is_installed]
+    if not absent:
+        return ""
+    return f"not installed: {', '.join(absent)}; `make bench-peers-setup` does it"
+
+
+def _unknown(given: Sequence[str], known: Sequence[str]) -> str:
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return ""
+    return f"no policy is called {', '.join(unknown)}; choose from {', '.join(known)}"
 
 
 def describe_simulated(results: Results) -> Sequence[str]:
@@ -211,6 +259,7 @@ def describe_served(results: Results) -> Sequence[str]:
         f"median one, of which each run takes those of its first {settings['seconds']:g} seconds, "
         f"go to a real server over gRPC: copies of the demo model, {settings['side']}² pixels. The "
         "thread that reads a model waits for what a load is to take.",
+        "with requests for one image from as many callers as fill its batches",
     )
 
 
@@ -229,6 +278,7 @@ SIMULATED = Benchmark(
     measure=measure_simulated,
     describe=describe_simulated,
     goals=goals,
+    check=check_simulated,
 )
 
 SERVED = Benchmark(
@@ -238,7 +288,7 @@ SERVED = Benchmark(
     amounts={
         **COMMON,
         "requests": Amount(1500, 12, "consecutive requests of each part"),
-        "policies": Amount(COMPARED, COMPARED, ", ".join(COMPARED)),
+        "policies": Amount(SYSTEMS, COMPARED, ", ".join([*SIMULATED_POLICIES, *PEERS])),
         "parts": Amount([BUSY, MEDIAN], [BUSY], "busy and median"),
         "seconds": Amount(720.0, 30.0, "the longest time of arrivals in a run"),
         "side": Amount(64, 64, "pixels"),
@@ -248,6 +298,7 @@ SERVED = Benchmark(
     measure=measure_served,
     describe=describe_served,
     goals=goals,
+    check=check_served,
 )
 
 BENCHMARKS = (SIMULATED, SERVED)

@@ -2,8 +2,6 @@
 
 from collections import OrderedDict
 
-from darkroom_server.dispatch.models.entry import CatalogEntry, LoadPace
-
 BYTES = 6_938_081_905
 """The weights of SDXL in float16: denoiser, both text encoders, VAE."""
 
@@ -47,15 +45,3 @@ class HostMemory:
         if len(self._held) > self._most:
             self._held.popitem(last=False)
         return seconds
-
-
-class KnownCosts(LoadPace):
-    """Knows what each load costs, by the tier in which the model is."""
-
-    def __init__(self, host: HostMemory) -> None:
-        super().__init__()
-        self._host = host
-
-    def expected(self, entry: CatalogEntry, *, in_host: bool = False) -> float:
-        """Seconds that a load of the model takes now, whatever the server keeps on the host."""
-        return self._host.cost(entry.id)

@@ -1,8 +1,10 @@
 """What a run of the trace says: how many requests were in time, and what the swaps cost."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bench.report.statistics import quantile
@@ -24,6 +26,11 @@ class Swaps:
     bytes_moved: int
     seconds: float
     longest_wait: float
+
+
+def read_swaps(path: Path) -> Swaps:
+    """The loads of a server, which it has written."""
+    return Swaps(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def figures_of(

@@ -9,13 +9,14 @@ from dataclasses import replace
 from enum import StrEnum
 from unittest.mock import patch
 
-from bench.trace.costs import HostMemory, KnownCosts
+from bench.trace.costs import HostMemory
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import ActiveJob, Dispatcher, dispatcher
 from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.models import planner, states
+from darkroom_server.dispatch.models.entry import CatalogEntry, LoadPace
 from darkroom_server.dispatch.models.residency import Resident, Room, make_room
 from darkroom_server.dispatch.models.swaps import SwapPolicy, Wanted
 
@@ -39,6 +40,18 @@ LABELS = {
     Policy.LRU: "(b) LRU without lookahead",
     Policy.LRU_ADMITTING: "as (b), with our admission of jobs",
 }
+
+
+class KnownCosts(LoadPace):
+    """Knows what each load costs, by the tier in which the model is."""
+
+    def __init__(self, host: HostMemory) -> None:
+        super().__init__()
+        self._host = host
+
+    def expected(self, entry: CatalogEntry, *, in_host: bool = False) -> float:
+        """Seconds that a load of the model takes now, whatever the server keeps on the host."""
+        return self._host.cost(entry.id)
 
 
 class InOrderOfArrival(SwapPolicy):

@@ -2,11 +2,10 @@
 
 import asyncio
 import io
-import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +17,15 @@ from grpc_health.v1 import health_pb2
 from PIL import Image
 
 from bench.micro.lifecycle import until
+from bench.peers.process import free_port
 from bench.peers.registry import WORK
-from bench.trace.figures import Swaps
+from bench.trace.figures import Swaps, read_swaps
 from bench.trace.requests import Kind, TraceRequest
 from bench.trace.server import ServerConfig
 from bench.workload.arrivals import Answer, Outcome
 from darkroom.v1 import generation_pb2, generation_pb2_grpc, image_pb2, types_pb2
 
 CHANNELS = 8
-PORT = 50971
 
 LORAS = ("night", "outline")
 """The demo model's adapters; a request with more of them in the trace has these two."""
@@ -69,16 +68,8 @@ class Callers:
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
     async def play(self, requests: Sequence[TraceRequest]) -> list[Answer]:
-        """Send each request at its arrival."""
-        began = time.monotonic()
-
-        async def call(request: TraceRequest) -> Answer:
-            await asyncio.sleep(began + request.arrival - time.monotonic())
-            outcome = await self._call(request)
-            answer = Answer.of(request, request.arrival, time.monotonic() - began)
-            return replace(answer, outcome=outcome)
-
-        return await asyncio.gather(*map(call, requests))
+        """See ``play``."""
+        return await play(requests, self._call)
 
     async def alone(self, model: str, images: Sequence[int], steps: int) -> dict[int, float]:
         """Seconds of a lone request with its model in memory, by its number of images."""
@@ -143,6 +134,21 @@ class Callers:
         )
 
 
+async def play(
+    requests: Sequence[TraceRequest], call: Callable[[TraceRequest], Awaitable[Outcome]]
+) -> list[Answer]:
+    """Send each request at its arrival, by ``call``."""
+    began = time.monotonic()
+
+    async def send(request: TraceRequest) -> Answer:
+        await asyncio.sleep(began + request.arrival - time.monotonic())
+        outcome = await call(request)
+        answer = Answer.of(request, request.arrival, time.monotonic() - began)
+        return replace(answer, outcome=outcome)
+
+    return await asyncio.gather(*map(send, requests))
+
+
 def picture(side: int) -> bytes:
     """The PNG file of a white square."""
     file = io.BytesIO()
@@ -164,7 +170,7 @@ def serve_trace(
 
     with server(config):
         answers = asyncio.run(play())
-    return answers, Swaps(**json.loads(Path(config.swaps).read_text(encoding="utf-8")))
+    return answers, read_swaps(Path(config.swaps))
 
 
 def measure_one_model(
@@ -192,5 +198,5 @@ def config_of(folder: Path, name: str, **fields: Any) -> ServerConfig:
     """The configuration of a run called ``name``."""
     WORK.mkdir(parents=True, exist_ok=True)
     return ServerConfig(
-        port=PORT, models=str(folder), swaps=str(WORK / f"trace-{name}.json"), **fields
+        port=free_port(), models=str(folder), swaps=str(WORK / f"trace-{name}.json"), **fields
     )
