@@ -23,7 +23,7 @@ from bench.inprocess.pipelines import make_pipelines
 from bench.inprocess.remote import MAX_BATCH_IMAGES, Remote
 from bench.report.benchmark import Amount, Benchmark, Measurement, run_named
 from bench.report.goals import Goal, throughput_goals
-from bench.report.markdown import goals_table, table
+from bench.report.markdown import goals_table, layout_words, table
 from bench.report.results import Results, Run
 from bench.report.statistics import bootstrap_median
 from bench.workload.requests import STEPS, mixed
@@ -140,7 +140,7 @@ def describe(results: Results) -> list[str]:
     settings, runtimes = results.settings, results.model["runtimes"]
     shares = ", ".join(f"{steps} steps {share:.0%}" for steps, share in STEPS.items())
     formats = "; ".join(
-        f"{family} in {runtime['dtype']}{', channels last' if runtime['channels_last'] else ''}"
+        f"{family} in {runtime['dtype']}{layout_words(runtime)}"
         for family, runtime in runtimes.items()
     )
     return [

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from bench.report.goals import Goal, latency_goals, lone_goal, of_class, throughput_goals
-from bench.report.markdown import goals_table, join, provenance, table
+from bench.report.markdown import goals_table, join, layout_words, provenance, table
 from bench.report.results import Results, Run
 from bench.report.statistics import bootstrap_median, quantile
 from bench.workload.requests import STEPS
@@ -66,12 +66,11 @@ def section(results: Results, images: str = "images") -> str:
 def _method(results: Results) -> str:
     runtime, settings = results.model["runtime"], results.settings
     shares = ", ".join(f"{steps} steps {share:.0%}" for steps, share in STEPS.items())
-    layout = ", channels last" if runtime["channels_last"] else ""
     return (
         f"Model `{results.model['id']}` ({results.model['width']}×{results.model['height']}, "
         f"{results.model['scheduler']}), all three in {runtime['dtype']}, attention "
-        f"{runtime['attention']}{layout}, with the same number of torch threads. Each runs in a "
-        "process of its own, in which one thread calls torch. At most "
+        f"{runtime['attention']}{layout_words(runtime)}, with the same number of torch threads. "
+        "Each runs in a process of its own, in which one thread calls torch. At most "
         f"{settings['max_batch_images']} images share a batch or a call.\n\n"
         f"All three get the same requests: {shares}; guidance 4 or 7.5; PNG output. A latency "
         "counts from the scheduled arrival to the encoded image. The three take turns in changing "

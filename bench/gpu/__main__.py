@@ -137,6 +137,7 @@ def _loaded(folder: str) -> Any:
         autocast=False,
         vae_tiling=False,
         channels_last=False,
+        vae_channels_last=False,
         fp8_storage=False,
         safety_checker=False,
     )

@@ -23,7 +23,7 @@ DTYPES = {dtype: getattr(torch, dtype) for dtype in ("float16", "bfloat16", "flo
 
 
 def load_pipeline(folder: str, runtime: ModelRuntime) -> Any:
-    """The pipeline of ``folder`` as its users load it, with the engine's dtype and layout."""
+    """The pipeline of ``folder`` as its users load it, with the engine's dtype and layouts."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -35,6 +35,7 @@ def load_pipeline(folder: str, runtime: ModelRuntime) -> Any:
     pipeline.to(runtime.device)
     if runtime.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
+    if runtime.vae_channels_last:
         pipeline.vae.to(memory_format=torch.channels_last)
     if runtime.slice_size:
         size = runtime.slice_size

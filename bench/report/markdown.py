@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.report.goals import Goal
 from bench.report.results import ROOT, Results
@@ -34,6 +35,17 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are aligned to the right."""
     lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def layout_words(runtime: Mapping[str, Any]) -> str:
+    """What follows the dtype of ``runtime`` in a sentence, such as ", channels last".
+
+    Results from before ``vae_channels_last`` lack it: there the VAE had the denoiser's layout.
+    """
+    denoiser = runtime["channels_last"]
+    if runtime.get("vae_channels_last", denoiser) == denoiser:
+        return ", channels last" if denoiser else ""
+    return f", the {'denoiser' if denoiser else 'VAE'} channels last"
 
 
 def goals_table(head: str, goals: Sequence[Goal], unit: str = "") -> str:

@@ -38,7 +38,10 @@ try {
     }
     const { dtype, channels_last, preset, device, format_rule, denoiser } = model.runtime;
     const { quantization, offload } = model.runtime;
-    const layout = channels_last ? "channels_last" : "contiguous";
+    const word_of = (last) => (last ? "channels_last" : "contiguous");
+    // Older servers do not say it: there the VAE has the denoiser's layout.
+    const vae = "vae_channels_last" in model.runtime ? model.runtime.vae_channels_last : channels_last;
+    const layout = word_of(channels_last) + (vae === channels_last ? "" : ` (VAE ${word_of(vae)})`);
     const why = format_rule ? ` (${format_rule})` : "";
     console.log(`model ${model.id}: ${dtype} ${layout}${why}, preset ${preset} on ${device}, ${denoiser} denoiser`);
     if (quantization || offload) {

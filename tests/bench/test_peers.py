@@ -25,6 +25,7 @@ RUNTIME = ModelRuntime(
     autocast=False,
     vae_tiling=False,
     channels_last=True,
+    vae_channels_last=True,
     fp8_storage=False,
     safety_checker=False,
 )

@@ -46,5 +46,8 @@ def test_the_section_has_the_ratio() -> None:
     chosen = {"dtype": "bfloat16", "layout": "contiguous", "reason": "the CPU has avx512_bf16"}
     figures = {"decodes": decodes, "chosen": chosen}
     text = BENCHMARK.section(replace(RESULTS, figures=figures))
-    assert "bfloat16 and contiguous: the CPU has avx512_bf16" in text
+    assert "bfloat16 and contiguous: the CPU has avx512_bf16" in text, "results of before the rule"
+    chosen["vae_layout"] = "channels last"
+    text = BENCHMARK.section(replace(RESULTS, figures=figures))
+    assert "contiguous, and its VAE channels last: the CPU has avx512_bf16" in text
     assert "| of the model, bfloat16 | 5.00 | 4.00 | 0.80 (0.80 to 0.80) | 3 |" in text

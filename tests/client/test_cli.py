@@ -35,6 +35,7 @@ from darkroom_client import (
     ModelStatus,
     Overloaded,
     PromptSyntax,
+    ReplayRecord,
     Scheduler,
     ServerState,
     ServerStatus,
@@ -752,9 +753,39 @@ def test_the_status(capsys: Capture, fake: FakeServer) -> None:
     (how_it_runs,) = (value for name, value in rows.items() if name.startswith("model "))
     assert "float32 contiguous, preset fast, eager denoiser; at most 8 rows (set)" in how_it_runs
 
+    assert main(["status", "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert model["runtime"]["vae_channels_last"] is False
+
     fake.state = ServerState.DRAINING
     assert main(["status", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["state"] == "draining"
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "vae", "shown"),
+    [
+        (False, True, "float32 contiguous (VAE channels_last), preset"),
+        (True, False, "float32 channels_last (VAE contiguous), preset"),
+        (True, True, "float32 channels_last, preset"),
+        (True, None, "float32 channels_last, preset"),
+    ],
+)
+def test_the_status_has_the_layout_of_the_vae_if_it_is_another(
+    denoiser: bool, vae: bool | None, shown: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fake_model()
+    assert model.runtime is not None
+    runtime = dataclasses.replace(model.runtime, channels_last=denoiser, vae_channels_last=vae)
+    with FakeServer(models=[dataclasses.replace(model, runtime=runtime)]) as server:
+        monkeypatch.setenv("DARKROOM_TARGET", server.target)
+        assert main(["status"]) == 0
+        with Client(server.target) as client:
+            assert client.model(model.id).runtime == runtime
+            record = client.generate("a star").image.replay
+    assert shown in capsys.readouterr().out
+    assert record.vae_channels_last == (None if vae == denoiser else vae)
+    assert ReplayRecord.from_json(record.to_json()) == record
 
 
 @pytest.mark.parametrize(

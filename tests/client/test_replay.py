@@ -112,6 +112,20 @@ def test_a_record_from_the_server_makes_the_round_trip(client: Any) -> None:
     assert ReplayRecord.from_json(record.to_json()) == record
 
 
+def test_a_record_without_a_layout_of_the_vae_means_the_denoisers() -> None:
+    for denoiser in (False, True):
+        older = dataclasses.replace(RECORD, channels_last=denoiser)
+        assert "vae_channels_last" not in json.loads(older.to_json())
+        same, other = (
+            dataclasses.replace(older, vae_channels_last=vae) for vae in (denoiser, not denoiser)
+        )
+        assert older.differences(same) == {}
+        assert older.differences(other) == {
+            "vae_channels_last": (str(denoiser), str(not denoiser)),
+        }
+        assert ReplayRecord.from_json(other.to_json()) == other
+
+
 def changed(**changes: Any) -> str:
     return json.dumps({**json.loads(DOCUMENT), **changes})
 

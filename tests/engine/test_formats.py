@@ -9,7 +9,7 @@ import torch
 from darkroom_server.core.engine_config import Dtype, EngineConfig, Preset
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.warmup import formats
-from darkroom_server.engine.warmup.formats import Hardware, format_rule
+from darkroom_server.engine.warmup.formats import Hardware, format_rule, vae_channels_last
 from darkroom_server.engine.warmup.presets import resolve
 
 from .conftest import LoopUnderTest, config_for
@@ -66,7 +66,9 @@ def test_a_system_without_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_two_starts_choose_the_same_and_log_the_rule(tiny_folder: Path) -> None:
     config = config_for(tiny_folder, dtype=Dtype.AUTO, channels_last=None, rows=2)
-    wanted = format_rule(Preset.FAST, Hardware.of(torch.device("cpu")), StableDiffusion.half)
+    hardware = Hardware.of(torch.device("cpu"))
+    wanted = format_rule(Preset.FAST, hardware, StableDiffusion.half)
+    vae = vae_channels_last(Preset.FAST, hardware, wanted.dtype, wanted.channels_last)
     for _ in range(2):
         with structlog.testing.capture_logs() as logs:
             loop = LoopUnderTest(config)
@@ -77,8 +79,10 @@ def test_two_starts_choose_the_same_and_log_the_rule(tiny_folder: Path) -> None:
             wanted.channels_last,
             wanted.reason,
         )
+        assert runtime.vae_channels_last is vae
         (loaded,) = (log for log in logs if log["event"] == "model loaded")
         assert loaded["format_rule"] == wanted.reason
+        assert loaded["vae_channels_last"] is vae
 
 
 def test_no_rule_is_reported_for_what_is_configured() -> None:

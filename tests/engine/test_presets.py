@@ -13,7 +13,12 @@ from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.device import cgroup
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.warmup import presets
-from darkroom_server.engine.warmup.formats import HalfPrecision, Hardware, format_rule
+from darkroom_server.engine.warmup.formats import (
+    HalfPrecision,
+    Hardware,
+    format_rule,
+    vae_channels_last,
+)
 from darkroom_server.engine.warmup.presets import Runtime, allowed_threads, resolve
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -47,15 +52,24 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_words(preset: Preset) -> dict[str, str]:
     """A column of the page's table, made from what the code says."""
     gpu, cpu = (runtime(preset=preset, device=device) for device in ("cuda", "cpu"))
-    rules = {
-        name: format_rule(preset, Hardware(frozenset(flags)), StableDiffusion.half)
-        for name, flags in {"none": {}, "bf16": {"avx512_bf16"}, "amx": {"amx_bf16"}}.items()
+    cpus = {
+        "none": Hardware(),
+        "bf16": Hardware(frozenset({"avx512_bf16"})),
+        "amx": Hardware(frozenset({"avx512_bf16", "amx_bf16"})),
     }
+    rules = {
+        name: format_rule(preset, hardware, StableDiffusion.half) for name, hardware in cpus.items()
+    }
+    vaes = (
+        vae_channels_last(preset, cpus[name], rule.dtype, rule.channels_last)
+        for name, rule in rules.items()
+    )
     dtypes = {name: str(rule.dtype).removeprefix("torch.") for name, rule in rules.items()}
     layouts = (gpu.channels_last, *(rule.channels_last for rule in rules.values()))
     formats: dict[tuple[bool, ...], str] = {
         (False, False, False, False): "contiguous",
         (True, False, False, True): "channels last (on a CPU: if it has AMX)",
+        (True, False, True, True): "channels last (on a CPU: if it has AVX-512 BF16 or AMX)",
     }
     assert (gpu.attention, gpu.slice_size, gpu.autocast, gpu.vae_tiling) == (
         (cpu.attention, cpu.slice_size, cpu.autocast, cpu.vae_tiling)
@@ -70,6 +84,7 @@ def in_words(preset: Preset) -> dict[str, str]:
         "attention": "SDPA" if cpu.slice_size == "" else f"sliced (`{cpu.slice_size}`)",
         "autocast": "yes" if cpu.autocast else "no",
         "memory format": formats[layouts],
+        "memory format of the VAE": formats[gpu.vae_channels_last, *vaes],
         "VAE": "tiled" if cpu.vae_tiling else "whole",
         "compiled denoiser, on a CPU": COMPILES[cpu.compile],
         "graphs, on a GPU": "yes" if gpu.graphs else "no",
@@ -130,6 +145,8 @@ def test_a_knob_wins(preset: Preset, knob: str, value: Any, field: str, wanted: 
     plain, turned = (runtime(preset=preset, device="cpu", **k) for k in ({}, {knob: value}))
     assert getattr(turned, field) == wanted
     others = {field, "slice_size", "format_rule"}
+    if knob in ("dtype", "channels_last"):
+        others.add("vae_channels_last")  # It follows from them.
     for other in dataclasses.fields(Runtime):
         if other.name not in others:
             assert getattr(turned, other.name) == getattr(plain, other.name)

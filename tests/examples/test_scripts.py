@@ -187,7 +187,7 @@ def test_node_shows_the_status() -> None:
         runtime=replace(
             measured.runtime,
             dtype="bfloat16",
-            channels_last=True,
+            vae_channels_last=True,
             format_rule="the CPU has amx",
             denoiser="compiled",
             quantization="int8",
@@ -207,8 +207,8 @@ def test_node_shows_the_status() -> None:
         "model demo: float32 contiguous, preset fast on fake, eager denoiser",
         "  rows of a batch: 8 at most (set)",
         "  resident, 1073741824 bytes of weights, last used: never",
-        "model measured: bfloat16 channels_last (the CPU has amx), preset fast on fake, "
-        "compiled denoiser",
+        "model measured: bfloat16 contiguous (VAE channels_last) (the CPU has amx), preset fast "
+        "on fake, compiled denoiser",
         "  weights in int8, offload: none",
         "  rows of a batch: 32 at most (corrected)",
         "  resident, 1073741824 bytes of weights, last used: never",

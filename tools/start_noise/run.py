@@ -175,8 +175,11 @@ def _cache(folder: str) -> Iterator[None]:
 def _format(model: Model) -> str:
     if model.runtime is None:
         raise RuntimeError("the server is ready, and its model is not")
-    layout = "channels_last" if model.runtime.channels_last else "contiguous"
-    return f"{model.runtime.dtype} {layout}"
+    denoiser, vae = (
+        "channels_last" if last else "contiguous"
+        for last in (model.runtime.channels_last, model.runtime.vae_channels_last)
+    )
+    return f"{model.runtime.dtype} {denoiser}, VAE {vae}"
 
 
 def _rows(model: Model) -> int:

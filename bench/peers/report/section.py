@@ -20,7 +20,14 @@ from bench.peers.report.tables import (
     resources,
 )
 from bench.peers.scenarios import SCENARIOS
-from bench.report.markdown import goals_table, join, provenance, versions_text, write_section
+from bench.report.markdown import (
+    goals_table,
+    join,
+    layout_words,
+    provenance,
+    versions_text,
+    write_section,
+)
 from bench.report.results import Results
 from bench.workload.requests import STEPS
 
@@ -106,7 +113,6 @@ def _of_one(results: Results, folder: str, plots: Plots) -> str:
 
 def _setting(results: Results) -> str:
     runtime, settings = results.model["runtime"], results.settings
-    layout = ", channels last" if runtime["channels_last"] else ""
     peers = "; ".join(
         f"{PEERS[name].label}: {versions_text(versions)}"
         for name, versions in results.figures["versions"].items()
@@ -117,7 +123,7 @@ def _setting(results: Results) -> str:
     return (
         f"Model `{results.model['id']}` ({results.model['width']}×{results.model['height']}, "
         f"{results.model['scheduler']}), all in {runtime['dtype']}, attention "
-        f"{runtime['attention']}{layout}, on one thread that calls torch. At most "
+        f"{runtime['attention']}{layout_words(runtime)}, on one thread that calls torch. At most "
         f"{settings['max_batch_images']} images share a call or a batch; a batch waits "
         f"{_timeouts(results)} to fill. {times}. {peers}."
     )

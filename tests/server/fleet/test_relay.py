@@ -9,6 +9,7 @@ import httpx2
 import pytest
 
 from darkroom.v1 import generation_pb2
+from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.errors import NotReady
 from darkroom_server.core.ledger import Key
 from darkroom_server.settings import Http, Security
@@ -95,6 +96,18 @@ async def test_a_caller_with_a_token_is_the_same_caller_at_the_other_server(
     assert kind(responses[-1]) == "finished"
     error = await refusal(rest(a.generation.WatchGeneration(watching, metadata=bob)))
     assert error.code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_record_says_how_the_server_that_ran_the_job_decodes(servers: Servers) -> None:
+    here = fake_model()
+    there = replace(here, runtime=replace(here.runtime, vae_channels_last=True))
+    a = await servers.start("a")
+    b = await servers.start("b", fake={"models": [there], **AUTO})
+    await submit(b, request_id="job", steps=4)
+    responses = await rest(watch(a, "job"))
+    chunks = [r.event.image for r in responses if kind(r) == "image"]
+    assert chunks[0].image.replay.vae_channels_last
+    assert not chunks[0].image.replay.channels_last
 
 
 async def test_a_result_is_fetched_over_http_from_any_server(

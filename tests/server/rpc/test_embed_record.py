@@ -100,6 +100,25 @@ async def test_a_record_of_a_model_of_0_1_0_has_no_key_that_it_did_not_know() ->
     assert json.loads(text)["request"].keys() == {*KEYS_OF_0_1_0, "embed_record"}
 
 
+@pytest.mark.parametrize("denoiser", [False, True])
+@pytest.mark.parametrize("vae", [False, True])
+async def test_a_record_has_the_layout_of_the_vae_if_it_is_another(
+    denoiser: bool, vae: bool, tmp_path: Path
+) -> None:
+    model = fake_model()
+    runtime = replace(model.runtime, channels_last=denoiser, vae_channels_last=vae)
+    fake = {"models": [replace(model, runtime=runtime)], "auto": True}
+    async with serving(fake=fake) as wire, AsyncClient(wire.server.address) as client:
+        shown = (await client.model("demo")).runtime
+        assert shown is not None
+        assert (shown.channels_last, shown.vae_channels_last) == (denoiser, vae)
+        image = (await client.generate("a star", embed_record=True)).image
+    record = ReplayRecord.from_file(image.save(tmp_path / "star.png"))
+    assert record.differences(image.replay) == {}
+    assert record.vae_channels_last == image.replay.vae_channels_last
+    assert record.vae_channels_last == (None if vae == denoiser else vae)
+
+
 async def test_a_record_has_no_guidance_that_the_model_does_not_take() -> None:
     unguided = replace(fake_model(), optional_fields=frozenset({"preview"}))
     async with serving(fake={"models": [unguided], "auto": True}) as wire:

@@ -101,9 +101,11 @@ class ModelRuntime:
     """How a model runs: ``device`` such as "cuda:0", ``dtype`` such as "float16".
 
     ``attention`` is "sliced" or "sdpa"; ``slice_size`` is "auto", "max" or a number; it is empty
-    without sliced attention. ``format_rule``: why ``dtype`` and ``channels_last`` were chosen;
-    empty if both are configured, or if the server is older than this field. ``preset_rule``: why
-    ``preset`` is in force, and what of it does not suit the model; empty if it is configured and
+    without sliced attention. ``channels_last`` is the denoiser's layout in memory, and
+    ``vae_channels_last`` the VAE's: None if the server is older than this field, and the VAE has
+    the denoiser's. ``format_rule``: why the dtype and the layouts were chosen; empty if they are
+    configured, or if the server is older than this field. ``preset_rule``: why ``preset`` is in
+    force, and what of it does not suit the model; empty if it is configured and
     all of it suits, or if the server is older. ``denoiser``: "eager" if batches run it as diffusers
     wrote it, "compiled", or "graphs" of its kernels; empty if the server is older.
     ``quantization``: how weights are stored in fewer bits, "int8", "fp8", "nf4" or "gguf:FILE", and
@@ -126,6 +128,7 @@ class ModelRuntime:
     denoiser: str = ""
     quantization: str = ""
     offload: str = ""
+    vae_channels_last: bool | None = None
 
 
 OPTIONAL_FIELDS = (

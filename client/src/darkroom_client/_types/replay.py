@@ -41,8 +41,14 @@ _NEWER = {
 }
 """Fields of a request that clients of 0.1.0 do not know, and their defaults."""
 
-_NEWER_OF_RECORD = ("channels_last", "memory_fallbacks", "quantization", "offload")
-"""Fields of a record that clients of 0.1.0 do not know; they are written only if they are set."""
+_NEWER_OF_RECORD = {
+    "channels_last": False,
+    "memory_fallbacks": (),
+    "quantization": "",
+    "offload": "",
+    "vae_channels_last": None,
+}
+"""Fields of a record that clients of 0.1.0 do not know, and their defaults."""
 
 _OPTIONAL = {*_NEWER, *_NEWER_OF_RECORD, "request_id", "rows_in_last_pass"}
 """Keys that a record in a picture, or one of an older client, may lack."""
@@ -61,7 +67,8 @@ class ReplayRecord:
     ``channels_last``: the order of the denoiser's weights in memory; false from an older server.
     ``memory_fallbacks``: what the server did otherwise than its model's runtime says, because its
     device's memory was short: ``sdpa``, attention without slices, or ``tiled_decode``.
-    ``quantization`` and ``offload``: those of ``ModelRuntime``.
+    ``quantization`` and ``offload``: those of ``ModelRuntime``. ``vae_channels_last``: the order of
+    the VAE's weights; None if it is that of the denoiser's, as always on older servers.
     """
 
     request: GenerationRequest
@@ -78,6 +85,7 @@ class ReplayRecord:
     memory_fallbacks: tuple[str, ...] = ()
     quantization: str = ""
     offload: str = ""
+    vae_channels_last: bool | None = None
 
     def to_json(self) -> str:
         """This record as a readable JSON document, stable across versions of this client."""
@@ -85,8 +93,8 @@ class ReplayRecord:
         for name, default in _NEWER.items():
             if document["request"][name] == default:
                 del document["request"][name]  # Older clients reject fields that they do not know.
-        for name in _NEWER_OF_RECORD:
-            if not document[name]:
+        for name, default in _NEWER_OF_RECORD.items():
+            if document[name] == default:
                 del document[name]
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
@@ -152,6 +160,7 @@ def origin(record: ReplayRecord) -> dict[str, str]:
         "model_revision": record.model_revision,
         "dtype": record.dtype,
         "channels_last": str(record.channels_last).lower(),
+        "vae_channels_last": str(_vae_layout(record)).lower(),
         "preset": record.preset,
         "quantization": record.quantization,
         "device": record.device.partition(":")[0],  # The engines of one server have numbers.
@@ -198,5 +207,12 @@ def _flat(record: ReplayRecord) -> dict[str, str]:
             flat.update({f"{name}.{key}": str(inner) for key, inner in value.items()})
         else:
             flat[name] = str(value)
+    flat["vae_channels_last"] = str(_vae_layout(record))
     del flat["request.request_id"], flat["request.embed_record"]
     return flat
+
+
+def _vae_layout(record: ReplayRecord) -> bool:
+    """Whether the VAE's weights were stored channels last."""
+    own = record.vae_channels_last
+    return record.channels_last if own is None else own

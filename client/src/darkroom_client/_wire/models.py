@@ -156,4 +156,7 @@ def decode_runtime(runtime: model_pb2.ModelRuntime) -> ModelRuntime:
         denoiser=runtime.denoiser,
         quantization=runtime.quantization,
         offload=runtime.offload,
+        vae_channels_last=runtime.vae_channels_last
+        if runtime.HasField("vae_channels_last")
+        else None,
     )

@@ -74,6 +74,9 @@ def decode_replay(record: generation_pb2.ReplayRecord, request_id: str) -> Repla
         memory_fallbacks=tuple(record.memory_fallbacks),
         quantization=record.quantization,
         offload=record.offload,
+        vae_channels_last=record.vae_channels_last
+        if record.HasField("vae_channels_last") and record.vae_channels_last != record.channels_last
+        else None,
     )
 
 

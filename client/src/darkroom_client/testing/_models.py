@@ -77,6 +77,7 @@ _FAKE = Model(
         fp8_storage=False,
         safety_checker=False,
         denoiser="eager",
+        vae_channels_last=False,
     ),
     guidance=Guidance(scale="guidance_scale", above=1.0, needs_negative=False, rows=2, calls=1),
     state=ModelState.RESIDENT,
@@ -263,6 +264,7 @@ def encode_model(model: Model) -> model_pb2.Model:
                 denoiser=runtime.denoiser,
                 quantization=runtime.quantization,
                 offload=runtime.offload,
+                vae_channels_last=runtime.vae_channels_last,
             )
         )
     return message

@@ -56,6 +56,7 @@ def generate_image(
         channels_last=runtime.channels_last if runtime else False,
         quantization=runtime.quantization if runtime else "",
         offload=runtime.offload if runtime else "",
+        vae_channels_last=runtime.vae_channels_last if runtime else None,
     )
     record = ""
     if request.embed_record:

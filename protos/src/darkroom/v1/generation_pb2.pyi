@@ -616,6 +616,7 @@ class ReplayRecord(_message.Message):
     MEMORY_FALLBACKS_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     OFFLOAD_FIELD_NUMBER: _builtins.int
+    VAE_CHANNELS_LAST_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """The model's revision."""
     scheduler_class: _builtins.str
@@ -638,6 +639,10 @@ class ReplayRecord(_message.Message):
     """ModelRuntime.quantization."""
     offload: _builtins.str
     """ModelRuntime.offload."""
+    vae_channels_last: _builtins.bool
+    """Whether the VAE's weights are stored in channels-last order. Unset from a server older than this
+    field, whose VAE has the denoiser's order.
+    """
     @_builtins.property
     def request(self) -> Global___GenerateRequest:
         """The request for this image alone, with every default filled in."""
@@ -669,12 +674,15 @@ class ReplayRecord(_message.Message):
         memory_fallbacks: _abc.Iterable[_builtins.str] | None = ...,
         quantization: _builtins.str = ...,
         offload: _builtins.str = ...,
+        vae_channels_last: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_vae_channels_last", b"_vae_channels_last", "request", b"request", "vae_channels_last", b"vae_channels_last"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "library_versions", b"library_versions", "memory_fallbacks", b"memory_fallbacks", "model_revision", b"model_revision", "offload", b"offload", "pixels_sha256", b"pixels_sha256", "preset", b"preset", "quantization", b"quantization", "request", b"request", "rows_in_last_pass", b"rows_in_last_pass", "scheduler_class", b"scheduler_class", "scheduler_config_json", b"scheduler_config_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_vae_channels_last", b"_vae_channels_last", "channels_last", b"channels_last", "device", b"device", "dtype", b"dtype", "library_versions", b"library_versions", "memory_fallbacks", b"memory_fallbacks", "model_revision", b"model_revision", "offload", b"offload", "pixels_sha256", b"pixels_sha256", "preset", b"preset", "quantization", b"quantization", "request", b"request", "rows_in_last_pass", b"rows_in_last_pass", "scheduler_class", b"scheduler_class", "scheduler_config_json", b"scheduler_config_json", "vae_channels_last", b"vae_channels_last"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__vae_channels_last: _TypeAlias = _typing.Literal["vae_channels_last"]  # noqa: Y015
+    _WhichOneofArgType__vae_channels_last: _TypeAlias = _typing.Literal["_vae_channels_last", b"_vae_channels_last"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__vae_channels_last) -> _WhichOneofReturnType__vae_channels_last | None: ...
 
 Global___ReplayRecord: _TypeAlias = ReplayRecord  # noqa: Y015
 

@@ -1008,6 +1008,7 @@ class ModelRuntime(_message.Message):
     DENOISER_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     OFFLOAD_FIELD_NUMBER: _builtins.int
+    VAE_CHANNELS_LAST_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """The device, such as "cuda:0" or "cpu"."""
     dtype: _builtins.str
@@ -1029,7 +1030,7 @@ class ModelRuntime(_message.Message):
     safety_checker: _builtins.bool
     """Images are checked; flagged ones are withheld."""
     format_rule: _builtins.str
-    """Why `dtype` and `channels_last` were chosen; empty if both are configured."""
+    """Why `dtype`, `channels_last` and `vae_channels_last` were chosen; empty if they are configured."""
     preset_rule: _builtins.str
     """Why `preset` is in force, and what of it does not suit the model; empty if it is configured and
     all of it suits.
@@ -1045,6 +1046,10 @@ class ModelRuntime(_message.Message):
     offload: _builtins.str
     """What is copied to the device for each of its calls: "text-encoder", or "group" for the denoiser
     too; empty if nothing is.
+    """
+    vae_channels_last: _builtins.bool
+    """The VAE's weights and activations are stored channels last. Unset from a server older than this
+    field, whose VAE has the denoiser's order.
     """
     def __init__(
         self,
@@ -1064,11 +1069,14 @@ class ModelRuntime(_message.Message):
         denoiser: _builtins.str = ...,
         quantization: _builtins.str = ...,
         offload: _builtins.str = ...,
+        vae_channels_last: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_vae_channels_last", b"_vae_channels_last", "vae_channels_last", b"vae_channels_last"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "autocast", b"autocast", "channels_last", b"channels_last", "denoiser", b"denoiser", "device", b"device", "dtype", b"dtype", "format_rule", b"format_rule", "fp8_storage", b"fp8_storage", "offload", b"offload", "preset", b"preset", "preset_rule", b"preset_rule", "quantization", b"quantization", "safety_checker", b"safety_checker", "slice_size", b"slice_size", "vae_tiling", b"vae_tiling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_vae_channels_last", b"_vae_channels_last", "attention", b"attention", "autocast", b"autocast", "channels_last", b"channels_last", "denoiser", b"denoiser", "device", b"device", "dtype", b"dtype", "format_rule", b"format_rule", "fp8_storage", b"fp8_storage", "offload", b"offload", "preset", b"preset", "preset_rule", b"preset_rule", "quantization", b"quantization", "safety_checker", b"safety_checker", "slice_size", b"slice_size", "vae_channels_last", b"vae_channels_last", "vae_tiling", b"vae_tiling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__vae_channels_last: _TypeAlias = _typing.Literal["vae_channels_last"]  # noqa: Y015
+    _WhichOneofArgType__vae_channels_last: _TypeAlias = _typing.Literal["_vae_channels_last", b"_vae_channels_last"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__vae_channels_last) -> _WhichOneofReturnType__vae_channels_last | None: ...
 
 Global___ModelRuntime: _TypeAlias = ModelRuntime  # noqa: Y015

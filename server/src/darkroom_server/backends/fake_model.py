@@ -49,6 +49,7 @@ def fake_model(id: str = "demo") -> ModelInfo:
             autocast=False,
             vae_tiling=False,
             channels_last=False,
+            vae_channels_last=False,
             fp8_storage=False,
             safety_checker=False,
         ),

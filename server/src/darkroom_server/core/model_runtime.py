@@ -33,7 +33,8 @@ class RowLimitSource(StrEnum):
 class ModelRuntime:
     """How a model runs; ``slice_size`` is empty without sliced attention.
 
-    ``format_rule``: why ``dtype`` and ``channels_last`` were chosen, empty if they were configured.
+    ``channels_last`` is the layout of the denoiser, ``vae_channels_last`` that of the VAE.
+    ``format_rule``: why the dtype and the layouts were chosen, empty if they were configured.
     ``preset_rule``: why ``preset`` is in force, and what of it does not suit the model; empty if
     it was configured and all of it suits. ``denoiser``: the form in which most of its batches run.
     ``machine``: the processor, and the versions of the libraries that compute on it.
@@ -49,6 +50,7 @@ class ModelRuntime:
     autocast: bool
     vae_tiling: bool
     channels_last: bool
+    vae_channels_last: bool
     fp8_storage: bool
     safety_checker: bool
     format_rule: str = ""
@@ -61,7 +63,7 @@ class ModelRuntime:
     @property
     def fingerprint(self) -> str:
         """Equal for runtimes that generate the same bytes for an ``exact`` request."""
-        decisive = (
+        decisive: tuple[str | bool | None, ...] = (
             self.machine,
             self.device.partition(":")[0],
             self.dtype,
@@ -72,12 +74,20 @@ class ModelRuntime:
             self.fp8_storage,
             self.quantization,
         )
+        if self.other_vae_layout is not None:
+            # Only then: older servers, which do not know the field, decode like the others.
+            decisive += (self.other_vae_layout,)
         return hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]
 
     @property
     def memory_format(self) -> str:
         """The layout of the denoiser's weights, by torch's name."""
         return "channels_last" if self.channels_last else "contiguous"
+
+    @property
+    def other_vae_layout(self) -> bool | None:
+        """``vae_channels_last`` if it is not ``channels_last``: records have it only then."""
+        return None if self.vae_channels_last == self.channels_last else self.vae_channels_last
 
     @property
     def log_fields(self) -> dict[str, str | bool]:
@@ -90,6 +100,7 @@ class ModelRuntime:
             "slice_size": self.slice_size,
             "autocast": self.autocast,
             "channels_last": self.channels_last,
+            "vae_channels_last": self.vae_channels_last,
             "vae_tiling": self.vae_tiling,
         }
 

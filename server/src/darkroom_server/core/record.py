@@ -28,6 +28,8 @@ def embedded_record(job: Job, seed: int, model: ModelInfo, replay: Replay) -> st
     newer: dict[str, Any] = {}
     if model.runtime.channels_last:
         newer["channels_last"] = True
+    if model.runtime.other_vae_layout is not None:
+        newer["vae_channels_last"] = model.runtime.other_vae_layout
     if replay.memory_fallbacks:
         newer["memory_fallbacks"] = replay.memory_fallbacks
     if model.runtime.quantization:

@@ -293,6 +293,9 @@ def _image(chunk: Any, chunks: dict[int, tuple[Any, bytearray]]) -> RemoteImage 
             "dtype": made.dtype,
             "preset": made.preset,
             "channels_last": made.channels_last,
+            "vae_channels_last": made.vae_channels_last
+            if made.HasField("vae_channels_last")
+            else made.channels_last,
             "quantization": made.quantization,
             "offload": made.offload,
         },

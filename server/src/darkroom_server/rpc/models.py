@@ -228,4 +228,5 @@ def runtime_message(info: ModelInfo) -> model_pb2.ModelRuntime:
         denoiser=runtime.denoiser,
         quantization=runtime.quantization,
         offload=runtime.offload,
+        vae_channels_last=runtime.vae_channels_last,
     )

@@ -53,6 +53,7 @@ def image_message(
             memory_fallbacks=image.replay.memory_fallbacks,
             quantization=model.runtime.quantization,
             offload=model.runtime.offload,
+            vae_channels_last=model.runtime.vae_channels_last,
         ),
     )
 

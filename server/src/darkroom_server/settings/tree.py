@@ -116,8 +116,8 @@ class Engine:
     channels_last: Annotated[
         bool | None,
         Setting(
-            "Store the denoiser's weights and activations in channels-last order.",
-            default="the preset's",
+            "Store the weights and activations of the denoiser and the VAE in channels-last order.",
+            default="the preset's, for each of them",
         ),
     ] = None
     vae_tiling: Annotated[

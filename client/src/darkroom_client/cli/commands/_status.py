@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from datetime import datetime
 
+from darkroom_client._types.model import ModelRuntime
 from darkroom_client._types.status import EngineStatus, ModelStatus, ServerState, ServerStatus
 from darkroom_client.cli._connect import connect
 from darkroom_client.cli._exit_codes import LATER
@@ -73,15 +74,24 @@ def _place(model: ModelStatus) -> Iterator[str]:
 def _how_it_runs(model: ModelStatus) -> Iterator[str]:
     """The memory format, the denoiser's form and the row limit, if the server reports them."""
     if (runtime := model.runtime) is not None:
-        layout = "channels_last" if runtime.channels_last else "contiguous"
         denoiser = f", {runtime.denoiser} denoiser" if runtime.denoiser else ""
-        yield f"{runtime.dtype} {layout}, preset {runtime.preset}{denoiser}"
+        yield f"{runtime.dtype} {_layouts(runtime)}, preset {runtime.preset}{denoiser}"
         if runtime.quantization:
             yield f"weights in {runtime.quantization}"
         if runtime.offload:
             yield f"offload {runtime.offload}"
     if model.max_rows:
         yield f"at most {model.max_rows} rows ({model.row_limit_source})"
+
+
+def _layouts(runtime: ModelRuntime) -> str:
+    """The layout of the denoiser's weights, and that of the VAE's if it is another."""
+    own, vae = (
+        "channels_last" if last else "contiguous"
+        for last in (runtime.channels_last, runtime.vae_channels_last)
+    )
+    other = runtime.vae_channels_last not in (None, runtime.channels_last)
+    return f"{own} (VAE {vae})" if other else own
 
 
 def _engine(engine: EngineStatus) -> str:

@@ -116,6 +116,7 @@ def _finish(read: ReadModel, config: EngineConfig, controlnets: ControlNets) -> 
         device=info.runtime.device,
         dtype=info.runtime.dtype,
         memory_format=info.runtime.memory_format,
+        vae_channels_last=info.runtime.vae_channels_last,
         format_rule=info.runtime.format_rule,
         preset=info.runtime.preset,
         preset_rule=info.preset_rule,

@@ -20,6 +20,7 @@ from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.loading.defaults import FILE, Defaults
 from darkroom_server.engine.output.replay import library_versions
 from darkroom_server.engine.warmup.formats import MemoryFormat, cpu_name
+from darkroom_server.engine.warmup.placement import vae_is_channels_last
 from darkroom_server.engine.warmup.presets import Runtime
 
 IP_ADAPTER_FIELDS = frozenset({"ip_adapter_image", "ip_adapter_scale"})
@@ -68,7 +69,7 @@ def model_info(
             max_controls=config.max_controls if controls else 0,
         ),
         schedulers=family.scheduler_offers,
-        runtime=_describe(runtime, memory_format, safety_checker=config.safety_checker),
+        runtime=_describe(family, runtime, memory_format, safety_checker=config.safety_checker),
         memory=memory,
         speed=speed,
         most_rows=most_rows,
@@ -116,7 +117,7 @@ def _model_defaults(family: Family, defaults: Defaults) -> ModelDefaults:
 
 
 def _describe(
-    runtime: Runtime, memory_format: MemoryFormat, *, safety_checker: bool
+    family: Family, runtime: Runtime, memory_format: MemoryFormat, *, safety_checker: bool
 ) -> ModelRuntime:
     return ModelRuntime(
         device=str(runtime.device),
@@ -127,6 +128,7 @@ def _describe(
         autocast=runtime.autocast,
         vae_tiling=runtime.vae_tiling,
         channels_last=memory_format.channels_last,
+        vae_channels_last=vae_is_channels_last(family, runtime),
         fp8_storage=runtime.fp8_storage,
         safety_checker=safety_checker,
         format_rule=runtime.format_rule,

@@ -25,6 +25,7 @@ from darkroom_server.engine.warmup.placement import (
     measure_encode,
     measure_memory,
     sample_bytes,
+    vae_is_channels_last,
 )
 from darkroom_server.engine.warmup.presets import Runtime
 from darkroom_server.engine.warmup.profiler import peak_bytes
@@ -147,8 +148,16 @@ def cache_key(
         "fp8_storage": runtime.fp8_storage,
         "rows": [config.rows, config.max_rows],
         "libraries": {name: version(name) for name in LIBRARIES},
+        **_vae_layout(family, memory_format, runtime),
         **_stored(runtime),
     }
+
+
+def _vae_layout(family: Family, memory_format: MemoryFormat, runtime: Runtime) -> dict[str, bool]:
+    """The VAE's layout, if it is not the denoiser's: older measurements lack it."""
+    channels_last = vae_is_channels_last(family, runtime)
+    same = channels_last == memory_format.channels_last
+    return {} if same else {"vae_channels_last": channels_last}
 
 
 def _stored(runtime: Runtime) -> dict[str, str]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 
 from darkroom_server.core.engine_config import Attention
 from darkroom_server.core.errors import StartupError
@@ -35,9 +36,10 @@ def convert(family: Family, runtime: Runtime, done: Collection[str] = ()) -> Mem
     _convert(pipeline, memory_format.dtype, done)
     if vae_is_upcast(pipeline):
         family.vae.to(dtype=torch.float32)
-    if memory_format.channels_last:
-        for part in {family.denoiser_name, "vae"} - set(done):
-            getattr(pipeline, part).to(memory_format=torch.channels_last)
+    if memory_format.channels_last and family.denoiser_name not in done:
+        family.denoiser.to(memory_format=torch.channels_last)
+    if vae_is_channels_last(family, runtime) and "vae" not in done:
+        family.vae.to(memory_format=torch.channels_last)
     return memory_format
 
 
@@ -51,6 +53,21 @@ def store_in_eight_bits(family: Family, memory_format: MemoryFormat) -> None:
 def memory_format_of(family: Family, runtime: Runtime) -> MemoryFormat:
     """The format in which ``runtime`` stores the weights of ``family``."""
     return MemoryFormat(runtime.dtype, runtime.channels_last and family.convolutional)
+
+
+def vae_is_channels_last(family: Family, runtime: Runtime) -> bool:
+    """Whether ``runtime`` stores the VAE of ``family`` channels last.
+
+    The VAE's own rule is for what was measured: the usual class, in the model's dtype, on a CPU.
+    Others are stored as the denoiser; those of videos cannot be stored channels last at all.
+    """
+    if (
+        runtime.device.type == "cpu"
+        and isinstance(family.vae, AutoencoderKL)
+        and not vae_is_upcast(family.pipeline)
+    ):
+        return runtime.vae_channels_last
+    return memory_format_of(family, runtime).channels_last
 
 
 def _convert(pipeline: Any, dtype: torch.dtype, done: Collection[str]) -> None:

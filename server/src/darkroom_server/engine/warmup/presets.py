@@ -12,7 +12,13 @@ from darkroom_server.core.engine_config import Attention, Compile, Dtype, Engine
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.quantization import Offload
 from darkroom_server.engine.device import cgroup
-from darkroom_server.engine.warmup.formats import FormatRule, HalfPrecision, Hardware, format_rule
+from darkroom_server.engine.warmup.formats import (
+    FormatRule,
+    HalfPrecision,
+    Hardware,
+    format_rule,
+    vae_channels_last,
+)
 
 GPU_NODES = ("nvidia[0-9]*", "kfd", "dxg")
 """What drivers of GPUs name their devices in ``/dev``: NVIDIA's, AMD's, and Windows's in WSL."""
@@ -29,7 +35,8 @@ class Runtime:
     """Every option of ``EngineConfig`` resolved for one model.
 
     ``preset_rule`` says why ``preset`` is in force, "" if it is configured, and what of it does not
-    suit the model. ``format_rule`` says why ``dtype`` and ``channels_last`` were chosen, "" if both
+    suit the model. ``channels_last`` is for a convolutional denoiser, ``vae_channels_last`` for a
+    VAE that its own rule covers. ``format_rule`` says why they and ``dtype`` were chosen, "" if all
     are configured. ``half`` is the dtype of autocast for weights in float32. ``risks`` say what of
     the configuration may fail with this model, each in one line. ``compile``: when the denoiser is.
     ``graphs``: its kernels are recorded as graphs. ``quantization`` and ``offload``: those of
@@ -45,6 +52,7 @@ class Runtime:
     half: torch.dtype
     vae_tiling: bool
     channels_last: bool
+    vae_channels_last: bool
     preset_rule: str
     format_rule: str
     fp8_storage: bool
@@ -99,6 +107,11 @@ def resolve(config: EngineConfig, half: HalfPrecision) -> Runtime:
             unsuitable.append("attention is sdpa: the model's cannot be sliced")
     if frugal and autocast_risk and config.autocast is None:
         unsuitable.append(f"autocast is off: {autocast_risk}")
+    if config.channels_last is None:
+        own = rule.channels_last
+        vae = vae_channels_last(preset, hardware, dtype, own)
+    else:
+        own = vae = config.channels_last
     chosen = unused_gpu(device, config) or f"the default on a {'GPU' if cuda else 'CPU'}"
     return Runtime(
         device=device,
@@ -109,9 +122,8 @@ def resolve(config: EngineConfig, half: HalfPrecision) -> Runtime:
         autocast=autocast,
         half=half.dtype if cuda else torch.bfloat16,
         vae_tiling=config.vae_tiling if config.vae_tiling is not None else tiny,
-        channels_last=(
-            rule.channels_last if config.channels_last is None else config.channels_last
-        ),
+        channels_last=own,
+        vae_channels_last=vae,
         preset_rule="; ".join([chosen] * (config.preset is Preset.AUTO) + unsuitable),
         format_rule=_format_reason(config, preset, rule),
         # Only on CUDA the saved memory is worth the time of the casts.

@@ -170,6 +170,7 @@ def part_keys(files: ModelFiles, runtime: Runtime) -> dict[str, str]:
         runtime.slice_size,
         runtime.vae_tiling,
         runtime.channels_last,
+        runtime.vae_channels_last,
         runtime.fp8_storage,
         runtime.quantization,
         files.family.pipeline_class,

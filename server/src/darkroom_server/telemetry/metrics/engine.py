@@ -158,8 +158,8 @@ class EngineMetrics:
         )
         self.model_info = declare.gauge(
             "darkroom_model_info",
-            "1 for each loaded model; its labels say how it runs. `memory_format` is `contiguous` "
-            "or `channels_last`.",
+            "1 for each loaded model; its labels say how it runs. `memory_format` is the "
+            "denoiser's: `contiguous` or `channels_last`.",
             ("model", "revision", "device", "dtype", "memory_format", "preset", "attention"),
         )
         self.denoiser_compiled = declare.gauge(
