@@ -60,7 +60,7 @@ from darkroom_server.core.model import ModelInfo
 from darkroom_server.settings import Models
 from tests.client.conftest import Connect
 from tests.server.service.test_optional_fields import FLOW_WRONG, SET
-from tests.server.service.test_validation import WRONG
+from tests.server.service.test_validation import FLOAT8_WRONG, WRONG, float8_model
 from tests.server.wire import serving
 
 LOCAL = {"ImageWithheld", "Unsupported", "DarkroomError", "TLSError"}
@@ -351,7 +351,9 @@ def test_jpeg_and_webp_need_pillow(
 
 
 @pytest.mark.parametrize(
-    ("model", "wrong"), [(sd_model(), WRONG), (fake_flow_model(), FLOW_WRONG)], ids=["sd", "flow"]
+    ("model", "wrong"),
+    [(sd_model(), WRONG), (fake_flow_model(), FLOW_WRONG), (float8_model(), FLOAT8_WRONG)],
+    ids=["sd", "flow", "float8"],
 )
 async def test_it_rejects_what_the_real_server_rejects(
     model: ModelInfo, wrong: list[tuple[dict[str, Any], str, str]]

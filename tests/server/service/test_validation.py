@@ -3,6 +3,7 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+import pytest
 
 from darkroom.v1 import model_pb2, types_pb2
 from darkroom_server.backends.fake_model import fake_model
@@ -49,6 +50,37 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"request_id": "a" * 65}, "request_id", "must be at most 64"),
     ({"request_id": "a\n"}, "request_id", "must be at most 64"),
 ]
+
+
+def float8_model(quantization: str = "fp8-dynamic") -> ModelInfo:
+    model = fake_model()
+    return replace(model, runtime=replace(model.runtime, quantization=quantization))
+
+
+FLOAT8_WRONG: list[tuple[dict[str, Any], str, str]] = [
+    (
+        {"exact": True},
+        "exact",
+        "model 'demo' multiplies in 8-bit floats with scales of each call (--quantize fp8-dynamic)",
+    ),
+]
+
+
+@pytest.mark.parametrize("quantization", ["fp8-dynamic", "fp8-dynamic, int8", "fp8", ""])
+async def test_exact_is_rejected_where_equal_bytes_are_not_promised(quantization: str) -> None:
+    model = float8_model(quantization)
+    async with serving(fake={"models": [model], "auto": True}) as wire:
+        (image,) = (await wire.generate(seed=7)).images
+        assert image.replay.quantization == quantization
+        assert not image.replay.request.exact
+        if "dynamic" not in quantization:
+            assert (await wire.generate(exact=True)).images[0].replay.request.exact
+            return
+        for fields, name, description in FLOAT8_WRONG:
+            error = await refusal(wire.generate(**fields))
+            assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.violations.keys() == {name}
+            assert description in error.violations[name]
 
 
 async def test_each_violation_names_its_field_and_the_valid_values() -> None:

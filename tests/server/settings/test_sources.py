@@ -281,10 +281,10 @@ def test_weights_are_stored_in_fewer_bits_by_model() -> None:
     [
         (("int8",), "put MODEL= before it, with a model of: model"),
         (("other=int8",), "put MODEL= before it"),
-        (("model=int4",), "use int8, fp8, nf4 or gguf:FILE"),
-        (("model=gguf",), "use int8, fp8, nf4 or gguf:FILE"),
-        (("model=gguf:",), "use int8, fp8, nf4 or gguf:FILE"),
-        (("model=int8:file",), "use int8, fp8, nf4 or gguf:FILE"),
+        (("model=int4",), "use int8, fp8, fp8-dynamic, nf4 or gguf:FILE"),
+        (("model=gguf",), "use int8, fp8, fp8-dynamic, nf4 or gguf:FILE"),
+        (("model=gguf:",), "use int8, fp8, fp8-dynamic, nf4 or gguf:FILE"),
+        (("model=int8:file",), "use int8, fp8, fp8-dynamic, nf4 or gguf:FILE"),
         (("model=int8", "model=fp8"), "model 'model' is quantised already"),
     ],
 )

@@ -108,9 +108,10 @@ class ModelRuntime:
     force, and what of it does not suit the model; empty if it is configured and
     all of it suits, or if the server is older. ``denoiser``: "eager" if batches run it as diffusers
     wrote it, "compiled", or "graphs" of its kernels; empty if the server is older.
-    ``quantization``: how weights are stored in fewer bits, "int8", "fp8", "nf4" or "gguf:FILE", and
-    ``offload``: what is copied to the device for each of its calls, "text-encoder" or "group"; both
-    are empty for nothing, or if the server is older.
+    ``quantization``: how weights are stored in fewer bits, "int8", "fp8", "fp8-dynamic", with which
+    requests must not be ``exact``, "nf4" or "gguf:FILE", and ``offload``: what is copied to the
+    device for each of its calls, "text-encoder" or "group"; both are empty for nothing, or if the
+    server is older.
     """
 
     device: str

@@ -60,6 +60,7 @@ def check_request(
         *_seed(request),
         *_between("image_count", request, 1, limits.max_image_count),
         *_quality(request, model),
+        *_exact(request, model),
         *_record(request, model),
         *_preview(preview),
         *_scale("true_cfg_scale", request, model, limits.max_guidance_scale),
@@ -248,6 +249,16 @@ def _quality(request: generation_pb2.GenerateRequest, model: Model) -> Iterator[
         yield Violation(field="quality", description=description)
     else:
         yield from _between("quality", request, 1, 100)
+
+
+def _exact(request: generation_pb2.GenerateRequest, model: Model) -> Iterator[Violation]:
+    stored = model.runtime.quantization if model.runtime is not None else ""
+    if request.exact and "fp8-dynamic" in stored.split(", "):
+        description = (
+            f"model {model.id!r} multiplies in 8-bit floats with scales of each call "
+            "(--quantize fp8-dynamic), for which equal bytes are not promised; leave it unset"
+        )
+        yield Violation(field="exact", description=description)
 
 
 def _record(request: generation_pb2.GenerateRequest, model: Model) -> Iterator[Violation]:

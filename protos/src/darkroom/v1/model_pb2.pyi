@@ -1040,8 +1040,8 @@ class ModelRuntime(_message.Message):
     "graphs" of its kernels. Empty from a server older than this field.
     """
     quantization: _builtins.str
-    """How weights are stored in fewer bits: "int8", "fp8", "nf4" or "gguf:FILE"; empty if they are not,
-    or with `fp8_storage` of a preset.
+    """How weights are stored in fewer bits: "int8", "fp8", "fp8-dynamic", "nf4" or "gguf:FILE"; empty if
+    they are not, or with `fp8_storage` of a preset. With "fp8-dynamic" requests must not be exact.
     """
     offload: _builtins.str
     """What is copied to the device for each of its calls: "text-encoder", or "group" for the denoiser

@@ -4,6 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 
+from darkroom_server.core.quantization import Quantization
+
 
 class DenoiserForm(StrEnum):
     """The form in which a denoiser runs.
@@ -78,6 +80,11 @@ class ModelRuntime:
             # Only then: older servers, which do not know the field, decode like the others.
             decisive += (self.other_vae_layout,)
         return hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]
+
+    @property
+    def takes_exact(self) -> bool:
+        """Whether equal bytes are promised for ``exact`` requests."""
+        return Quantization.FP8_DYNAMIC not in self.quantization.split(", ")
 
     @property
     def memory_format(self) -> str:

@@ -17,6 +17,7 @@ from darkroom_server.core.job import (
 )
 from darkroom_server.core.model import EXTRAS, OPTIONAL_FIELDS, ModelInfo
 from darkroom_server.core.prompt_syntax import PromptSyntaxError, PromptTooLong, check_length
+from darkroom_server.core.quantization import Quantization
 from darkroom_server.core.record import prompts_fit_in_jpeg
 from darkroom_server.service.call_context import REQUEST_ID, RULE, CallContext
 from darkroom_server.service.input_fields import check_inputs, input_values
@@ -75,7 +76,7 @@ def job_of(
         scheduler=scheduler or model.defaults.scheduler,
         format=format or model.defaults.format,
         quality=fields.quality(format),
-        exact=request.exact,
+        exact=fields.exact(),
         embed_record=fields.embed_record(format),
         submitted_at=submitted_at,
         deadline=deadline,
@@ -321,6 +322,17 @@ class _Fields:
             self.wrong("quality", f"is for JPEG and WEBP only, not for {format.name}")
             return default
         return self._number("quality", asked, default, 1, 100)
+
+    def exact(self) -> bool:
+        """Whether the bytes must not depend on the server's load, if the model can promise that."""
+        if self.request.exact and not self.model.runtime.takes_exact:
+            self.wrong(
+                "exact",
+                f"model {self.model.id!r} multiplies in 8-bit floats with scales of each call "
+                f"(--quantize {Quantization.FP8_DYNAMIC}), for which equal bytes are not promised; "
+                "leave it unset",
+            )
+        return self.request.exact
 
     def embed_record(self, format: ImageFormat | None) -> bool:
         """Whether each image's file has its record, for formats that can hold it."""

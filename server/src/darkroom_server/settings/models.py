@@ -79,10 +79,11 @@ class Models:
         Setting(
             "Store the weights of a model in fewer bits. May be given several times.",
             choose="`int8` and `nf4` are for the denoiser and the text encoders, and need the "
-            "extras `int8` and `nf4`; `nf4` needs a GPU. `fp8` is for the denoiser. `gguf:FILE` "
-            "takes the denoiser from a GGUF file and needs the extra `gguf`. See "
-            "docs/quantization.md.",
-            metavar="NAME=int8|fp8|nf4|gguf:FILE",
+            "extras `int8` and `nf4`; `nf4` needs a GPU. `fp8` is for the denoiser. `fp8-dynamic` "
+            "multiplies in 8-bit floats too: it needs the extra `fp8-dynamic` and a GPU of compute "
+            "capability 8.9 or later, and rejects `exact` requests. `gguf:FILE` takes the denoiser "
+            "from a GGUF file and needs the extra `gguf`. See docs/quantization.md.",
+            metavar="NAME=int8|fp8|fp8-dynamic|nf4|gguf:FILE",
             default="none",
         ),
     ] = ()

@@ -233,7 +233,7 @@ def with_quantization(
             raise StartupError(f"{option}: model {name!r} is quantised already")
         kind, colon, file = rest.partition(":")
         if kind not in list(Quantization) or (kind == Quantization.GGUF) != bool(file):
-            raise StartupError(f"{option}: use int8, fp8, nf4 or gguf:FILE")
+            raise StartupError(f"{option}: use int8, fp8, fp8-dynamic, nf4 or gguf:FILE")
         found[name] = Quantize(Quantization(kind), file if colon else None)
     return tuple(replace(model, quantize=found.get(model.id)) for model in models)
 

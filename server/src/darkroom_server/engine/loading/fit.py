@@ -73,7 +73,7 @@ def _float_bytes(files: ModelFiles, runtime: Runtime, part: str) -> float:
     """About the bytes of a weight of ``part``; of quantised ones, most are in linear layers."""
     quantize = files.source.quantize
     if quantize is not None and is_quantized_part(files, part):
-        if quantize.kind is Quantization.INT8:
+        if quantize.kind in (Quantization.INT8, Quantization.FP8_DYNAMIC):
             return 1
         if quantize.kind is Quantization.NF4:
             return 0.5

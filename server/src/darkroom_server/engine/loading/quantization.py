@@ -12,12 +12,15 @@ import transformers
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.quantization import Offload, Quantization
 from darkroom_server.engine.components.classes import component_class
+from darkroom_server.engine.warmup.formats import Hardware
+from darkroom_server.engine.warmup.presets import Runtime
 
 if TYPE_CHECKING:
     from darkroom_server.engine.loading.pipeline import ModelFiles
 
 PACKAGES = {
     Quantization.INT8: ("torchao", "int8"),
+    Quantization.FP8_DYNAMIC: ("torchao", "fp8-dynamic"),
     Quantization.NF4: ("bitsandbytes", "nf4"),
     Quantization.GGUF: ("gguf", "gguf"),
 }
@@ -26,10 +29,13 @@ PACKAGES = {
 METHODS = {"torchao": Quantization.INT8, "bitsandbytes": Quantization.NF4}
 """By the name in a component's ``config.json``, for files that are quantised already."""
 
+FLOAT8 = (8, 9)
+"""The first CUDA compute capability that multiplies in 8-bit floats (Ada)."""
 
-def check_quantization(files: "ModelFiles", device: torch.device, offload: Offload) -> None:
+
+def check_quantization(files: "ModelFiles", runtime: Runtime) -> None:
     """Raise ``StartupError`` if the model cannot be loaded as its source and its files ask for."""
-    source = files.source
+    source, device, offload = files.source, runtime.device, runtime.offload
     kinds = {own_quantization(files.path, part) for part in files.parts} - {None}
     if source.quantize is not None:
         kinds.add(source.quantize.kind)
@@ -45,7 +51,11 @@ def check_quantization(files: "ModelFiles", device: torch.device, offload: Offlo
                 f"{option} needs a GPU with CUDA, and the models run on {device}; use int8 or a "
                 "GGUF file"
             )
+        if kind is Quantization.FP8_DYNAMIC:
+            _check_float8(option, files, runtime)
     others = kinds - {Quantization.FP8}
+    if offload is Offload.TEXT_ENCODER:
+        others -= {Quantization.FP8_DYNAMIC}  # It packs no text encoder.
     if offload is not Offload.NONE and others:
         raise StartupError(
             f"--offload {offload} goes with --quantize {source.id}=fp8, and not with "
@@ -61,6 +71,28 @@ def check_quantization(files: "ModelFiles", device: torch.device, offload: Offlo
         )
     if source.quantize.file is not None:
         _check_gguf(files, Path(source.quantize.file).expanduser())
+
+
+def _check_float8(option: str, files: "ModelFiles", runtime: Runtime) -> None:
+    instead = f"use --quantize {files.source.id}=fp8, which only stores weights in 8 bits"
+    hardware = Hardware.of(runtime.device)
+    if hardware.capability is None:
+        raise StartupError(
+            f"{option} needs a GPU with CUDA of compute capability 8.9 or later, and the models "
+            f"run on {runtime.device}; {instead}"
+        )
+    if hardware.capability < FLOAT8:
+        raise StartupError(
+            f"{option} needs compute capability 8.9 or later, and {runtime.device} has "
+            f"{hardware.version}; {instead}"
+        )
+    if runtime.autocast:
+        raise StartupError(f"{option} does not go with --autocast; leave that out")
+    if files.source.quantize is not None and runtime.dtype is not torch.bfloat16:
+        raise StartupError(
+            f"{option} needs bfloat16, and the model runs in {runtime.dtype_name}; add --dtype "
+            "bfloat16"
+        )
 
 
 def _check_gguf(files: "ModelFiles", file: Path) -> None:
@@ -92,6 +124,8 @@ def own_quantization(folder: Path, part: str) -> Quantization | None:
             f"its {part} is quantised by {method!r}, which is not supported; give the model's "
             "other files, and --quantize"
         )
+    if method == "torchao" and "Float8DynamicActivation" in json.dumps(config.get("quant_type")):
+        return Quantization.FP8_DYNAMIC
     return METHODS[method]
 
 
@@ -107,6 +141,14 @@ def quantized_options(
         from torchao.quantization import Int8WeightOnlyConfig
 
         return {"quantization_config": library.TorchAoConfig(Int8WeightOnlyConfig())}
+    if quantize.kind is Quantization.FP8_DYNAMIC:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+        # A scale for each token: one for the tensor would let a row change the others' images.
+        scaled = Float8DynamicActivationFloat8WeightConfig(
+            granularity=PerRow(), set_inductor_config=False
+        )
+        return {"quantization_config": library.TorchAoConfig(scaled)}
     if quantize.kind is Quantization.NF4:
         config = library.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -132,17 +174,21 @@ def gguf_denoiser(files: "ModelFiles", part: str, made_by: Any, dtype: torch.dty
 
 def is_packed(files: "ModelFiles", part: str) -> bool:
     """Whether a quantiser packs the weights of ``part``, or has packed its files."""
-    asked = files.source.quantize is not None and is_quantized_part(files, part)
-    return asked or own_quantization(files.path, part) is not None
+    return is_quantized_part(files, part) or own_quantization(files.path, part) is not None
 
 
 def is_quantized_part(files: "ModelFiles", part: str) -> bool:
-    """Whether ``--quantize`` of int8 and nf4 is for ``part``: the denoiser and text encoders."""
-    return part == files.family.denoiser_name or part.startswith("text_encoder")
+    """Whether ``--quantize`` is for ``part``: the denoiser, and by some kinds the text encoders."""
+    quantize = files.source.quantize
+    if quantize is None:
+        return False
+    encoders = quantize.kind in (Quantization.INT8, Quantization.NF4)
+    is_encoder = part.startswith("text_encoder")
+    return part == files.family.denoiser_name or (encoders and is_encoder)
 
 
 def quantization_of(files: "ModelFiles") -> str:
-    """What ``GetModel`` and the record say: "int8", "fp8", "nf4", "gguf:FILE", or ""."""
+    """What ``GetModel`` and the record say: a kind such as "int8", "gguf:FILE", or ""."""
     quantize = files.source.quantize
     if quantize is None:
         own = {own_quantization(files.path, part) for part in files.parts} - {None}

@@ -28,7 +28,10 @@ from darkroom_server.engine.loading.fit import check_weights_fit
 from darkroom_server.engine.loading.model_info import set_size
 from darkroom_server.engine.loading.offloading import offload, offloaded_parts
 from darkroom_server.engine.loading.pipeline import ModelFiles, failed, find_model, load_pipeline
-from darkroom_server.engine.loading.quantization import check_quantization, quantization_of
+from darkroom_server.engine.loading.quantization import (
+    check_quantization,
+    quantization_of,
+)
 from darkroom_server.engine.loading.revision import UNKNOWN, revision_of
 from darkroom_server.engine.warmup.placement import convert, store_in_eight_bits, vae_is_upcast
 from darkroom_server.engine.warmup.presets import Runtime, resolve
@@ -89,14 +92,17 @@ def files_of(
     if files.ip_adapter is not None:
         # Sliced attention would replace the attention that reads the image.
         half = replace(half, slices_attention=False)
+    quantization = quantization_of(files)
+    if Quantization.FP8_DYNAMIC in quantization.split(", "):
+        # The packed weights of a linear layer take its inputs as they come.
+        half = replace(half, autocast_risk="products in 8-bit floats need inputs in bfloat16")
     runtime = resolve(config, half)
-    check_quantization(files, runtime.device, runtime.offload)
-    quantize = source.quantize
+    check_quantization(files, runtime)
     return files, replace(
         runtime,
-        quantization=quantization_of(files),
-        fp8_storage=runtime.fp8_storage
-        or (quantize is not None and quantize.kind is Quantization.FP8),
+        quantization=quantization,
+        # The preset's is for weights that nothing else has packed.
+        fp8_storage=quantization == Quantization.FP8 or (runtime.fp8_storage and not quantization),
     )
 
 

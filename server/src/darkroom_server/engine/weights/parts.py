@@ -63,7 +63,10 @@ class Part:
         else:
             if keep and self.reusable:
                 self.host_weights = _pinned(found)
-            module.to(device=device)
+            # Packed weights do not know the conversions of inference mode.
+            inference = torch.is_inference_mode_enabled() and not is_quantized(module)
+            with torch.inference_mode(inference):
+                module.to(device=device)
             self.device_weights = tuple(each.data for each in weights_in(module))
         self.bytes = sum(map(stored_bytes, found))
 
