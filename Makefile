@@ -130,6 +130,10 @@ bench-ledger: setup ## measure what accepted jobs cost in memory and in SQLite; 
 bench-fleet: setup ## measure what a fleet asks of PostgreSQL, simulated to 100 servers; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving fleet $(BENCH_FLAGS)
 
+.PHONY: cards
+cards: setup ## count which models fit which card, on the meta device, and write docs/cards.md
+	@$(BIN)/python -m bench.cards
+
 .PHONY: bench-trace
 bench-trace: setup bench/work/ray/.installed bench/work/triton/.installed ## a production trace with many models, simulated and served: hours; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.trace trace trace_served $(BENCH_FLAGS)

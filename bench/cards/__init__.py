@@ -1,0 +1,1 @@
+"""Which models fit which card: bytes counted on the meta device."""
