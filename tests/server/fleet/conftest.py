@@ -1,5 +1,6 @@
 """Several servers in this process, on one ledger in PostgreSQL."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import asyncpg
 import pytest
 
+from darkroom_server.core.ledger import Begun, Draft, Key
+from darkroom_server.dispatch import ActiveJob
 from darkroom_server.settings import Network, Shutdown
 from darkroom_server.settings.tree import Storage
 from tests.server.wire import Wire, serving
@@ -49,6 +52,33 @@ class Servers:
         """Wait until ``condition`` of the ``states`` holds."""
         while not condition(await self.states()):
             pass
+
+
+class HeldAnswers:
+    """Holds what the ledger answers to the begins of ``wire``, until ``release`` is set.
+
+    ``asked``: how many calls wait to know whether a job is there.
+    """
+
+    def __init__(self, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.committed = asyncio.Event()
+        self.release = asyncio.Event()
+        self.asked = 0
+        ledger, results = wire.server._entries._ledger, wire.server.results
+        begin, agreed = ledger.begin, results.agreed
+
+        async def held(draft: Draft, *, claimed: bool) -> Begun:
+            begun = await begin(draft, claimed=claimed)
+            self.committed.set()
+            await self.release.wait()
+            return begun
+
+        async def counted(key: Key) -> ActiveJob | None:
+            self.asked += 1
+            return await agreed(key)
+
+        monkeypatch.setattr(ledger, "begin", held)
+        monkeypatch.setattr(results, "agreed", counted)
 
 
 @pytest.fixture

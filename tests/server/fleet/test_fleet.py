@@ -10,9 +10,10 @@ import pytest
 from darkroom.v1 import generation_pb2
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.errors import Failure, Reason
+from darkroom_server.core.ledger import Entry
 from darkroom_server.dispatch import JobOutcome
 from darkroom_server.settings import Dispatch, Results, Security
-from tests.server.fleet.conftest import Servers
+from tests.server.fleet.conftest import HeldAnswers, Servers
 from tests.server.http.door import token_file
 from tests.server.rpc.test_idempotency import cancel
 from tests.server.rpc.test_jobs import name, page, state_of
@@ -158,6 +159,48 @@ async def test_what_finds_no_room_runs_wherever_room_comes_first(servers: Server
     assert kind(responses[-1]) == "finished"
     assert await images(a, "second", b)
     assert await images(b, "first", a)
+
+
+async def test_a_job_that_is_claimed_and_not_taken_up_yet_is_not_unknown(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = await servers.start("a"), await servers.start("b", dispatch=ONE)
+    taken_up = asyncio.Event()
+    take_up_one = a.server._durability.take_up_one
+
+    async def later(entry: Entry) -> None:
+        await taken_up.wait()
+        await take_up_one(entry)
+
+    monkeypatch.setattr(a.server._durability, "take_up_one", later)
+    await submit(b, request_id="runs", steps=1000)
+    await submit(b, request_id="moves", steps=5)
+    await servers.becomes(lambda states: states == {"runs": 1, "moves": 1})
+    watching = asyncio.create_task(rest(watch(b, "moves")))
+    for wire in (a, b):
+        for call in (state_of(wire, "moves"), cancel(wire, "moves")):
+            error = await refusal(call)
+            assert (error.code, error.info.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+    taken_up.set()
+    assert (await a.submitted.get()).request_id == "moves"
+    assert name((await state_of(b, "moves")).state) == "RUNNING"
+    a.engine.advance(5)
+    assert kind((await watching)[-1]) == "finished"
+
+
+async def test_no_more_jobs_are_accepted_for_an_engine_than_it_has_places(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = await servers.start("a", dispatch=Dispatch(max_resident_samples=5))
+    held = HeldAnswers(a, monkeypatch)
+    calls = [asyncio.create_task(submit(a, request_id=f"job{n}", steps=1000)) for n in range(40)]
+    # Every begin is in the ledger, and no server knows that yet.
+    await servers.becomes(lambda states: len(states) == 40)
+    assert sorted((await servers.states()).values()) == [0] * 35 + [1] * 5
+    assert len(a.engine.jobs) == a.submitted.qsize() == 5
+    held.release.set()
+    assert not any(accepted.joined for accepted in await asyncio.gather(*calls))
+    assert len(a.engine.jobs) == 5
 
 
 async def test_a_queued_job_is_cancelled_by_any_server_and_by_a_caller_that_leaves(

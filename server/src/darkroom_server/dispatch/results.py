@@ -246,6 +246,17 @@ class ResultStore:
         entry = self._entry(key)
         return None if entry is None else entry.active
 
+    async def agreed(self, key: Key) -> ActiveJob | None:
+        """As ``local``; of a job that begins here, once the ledger has answered.
+
+        Until then another server may have begun one of this id, and that one counts.
+        """
+        active = self.local(key)
+        if active is not None and active.recording is not None:
+            await asyncio.wait([active.recording])
+            active = self.local(key)
+        return active
+
     def held(self) -> dict[Hold, ActiveJob]:
         """The jobs here that have not ended, by this server's claims to them in the ledger."""
         return {

@@ -2,10 +2,10 @@
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -41,6 +41,8 @@ POLL_SECONDS = 1.0
 
 CLAIM_AT_ONCE = 8
 """Jobs of one claim, so that a server with much room leaves some to the others."""
+
+Answer = TypeVar("Answer")
 
 STATES = {
     Standing.QUEUED: GenerationState.QUEUED,
@@ -149,13 +151,13 @@ class FleetMember:
                 return True
         if entry.standing.ended:
             return False
-        return await self._peers.cancel(await self._owner(entry), key)
+        return await self._at_owner(entry, self._peers.cancel)
 
     async def generation(self, key: Key) -> Generation:
         """As ``Fleet.generation``."""
         entry = await self._entry(key)
         if entry.standing is Standing.CLAIMED:
-            return await self._peers.generation(await self._owner(entry), key)
+            return await self._at_owner(entry, self._peers.generation)
         return await self._described(entry)
 
     async def page(
@@ -182,7 +184,7 @@ class FleetMember:
         self, entry: Entry, elsewhere: Mapping[int, Mapping[str, Generation]]
     ) -> Generation:
         """A job as its server knows it, or else as its entry does."""
-        if (local := self._results.local(entry.key)) is not None:
+        if (local := await self._results.agreed(entry.key)) is not None:
             return generation_of(entry.key.request_id, local)
         if entry.standing is Standing.CLAIMED and entry.owner is not None:
             running = elsewhere.get(entry.owner, {}).get(entry.key.request_id)
@@ -219,11 +221,15 @@ class FleetMember:
             raise UnknownRequest(key.request_id)
         return entry
 
-    async def _owner(self, entry: Entry) -> ServerEntry:
+    async def _at_owner(
+        self, entry: Entry, call: Callable[[ServerEntry, Key], Awaitable[Answer]]
+    ) -> Answer:
+        """What the server answers that has claimed a job; raises ``NotReady``."""
         servers = await self._entries.call("servers", self._ledger.servers())
         for server in servers:
             if server.id == entry.owner and server.address and server.id != self._ledger.id:
-                return server
+                with suppress(UnknownRequest):  # It has claimed it, and not taken it up yet.
+                    return await call(server, entry.key)
         raise NotReady(
             f"generation {entry.key.request_id!r} moves to another server; try again in "
             f"{RETRY_SECONDS:g} s",

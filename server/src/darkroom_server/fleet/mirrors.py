@@ -155,7 +155,7 @@ class Mirrors:
             return True
         if entry.standing is Standing.QUEUED:
             return False
-        if (local := self._results.local(entry.key)) is not None:
+        if (local := await self._results.agreed(entry.key)) is not None:
             return await self._repeat_local(local, mirror)
         servers = await self._entries.call("servers", self._ledger.servers())
         owner = next((each for each in servers if each.id == entry.owner), None)

@@ -248,7 +248,7 @@ class GenerationService:
         Raises ``InvalidRequest``, what ``ResultStore.find`` and ``Durability.again`` raise.
         """
         check_request_id(request_id)
-        if self._is_elsewhere(call, request_id):
+        if await self._is_elsewhere(call, request_id):
             assert self._fleet is not None
             return await self._fleet.find(Key(call.caller.name, request_id))
         active = self._results.find(call.caller.name, request_id)
@@ -260,7 +260,7 @@ class GenerationService:
     async def get(self, call: CallContext, request_id: str) -> Generation:
         """Where the job of this caller is; raises as ``cancel``."""
         check_request_id(request_id)
-        if self._is_elsewhere(call, request_id):
+        if await self._is_elsewhere(call, request_id):
             assert self._fleet is not None
             return await self._fleet.generation(Key(call.caller.name, request_id))
         return self.jobs.get(call, request_id)
@@ -270,11 +270,11 @@ class GenerationService:
         shared = None if call.relayed else self._fleet
         return await self.jobs.page(call, page_size, page_token, shared)
 
-    def _is_elsewhere(self, call: CallContext, request_id: str) -> bool:
+    async def _is_elsewhere(self, call: CallContext, request_id: str) -> bool:
         """Whether another server of the ledger may have the job, and this call may go there."""
         if self._fleet is None or call.relayed:
             return False
-        return self._results.local(Key(call.caller.name, request_id)) is None
+        return await self._results.agreed(Key(call.caller.name, request_id)) is None
 
     async def cancel(self, call: CallContext, request_id: str) -> bool:
         """Cancel a job of this caller; False if it had ended.
@@ -282,7 +282,7 @@ class GenerationService:
         Raises ``InvalidRequest``, ``LedgerUnreachable``, and what ``ResultStore.find`` raises.
         """
         check_request_id(request_id)
-        if self._is_elsewhere(call, request_id):
+        if await self._is_elsewhere(call, request_id):
             assert self._fleet is not None
             return await self._fleet.cancel(Key(call.caller.name, request_id))
         active = self._results.find(call.caller.name, request_id)
