@@ -126,6 +126,30 @@ async def test_an_exact_job_that_began_runs_only_on_its_own_runtime(ledger: Ledg
         await ledger.release([usual.hold])
 
 
+async def test_only_a_server_that_offers_what_a_job_needs_claims_it(ledger: Ledger) -> None:
+    night, day, both = ({f"adapter {name} of demo" for name in names} for names in ("n", "d", "nd"))
+    for id, needs in (("none", set()), ("night", night), ("both", both)):
+        await ledger.begin(draft(id, needs=frozenset(needs)), claimed=False)
+    waiting = await ledger.find(Key("ada", "both"))
+    assert waiting is not None
+    assert waiting.needs == both
+
+    async def claimed(offers: set[str] | None, room: int = 5) -> list[str]:
+        models = Models(held={"demo": "fast"}, offers=None if offers is None else frozenset(offers))
+        entries = await ledger.claim(room, models=models)
+        await ledger.release([entry.hold for entry in entries])
+        return [entry.key.request_id for entry in entries]
+
+    assert await claimed(set()) == ["none"]
+    # What it cannot run takes no room of what it can.
+    assert await claimed(day, room=1) == ["none"]
+    assert await claimed(night) == ["none", "night"]
+    assert await claimed({*both, "adapter n of another"}) == ["none", "night", "both"]
+    assert await claimed(None) == ["none", "night", "both"]
+    # A job that is named is claimed whatever it needs.
+    assert len(await ledger.claim(1, key=Key("ada", "both"))) == 1
+
+
 async def test_only_the_owner_of_this_epoch_ends_or_releases_a_job(ledger: Ledger) -> None:
     begun = await ledger.begin(draft(), claimed=True)
     hold = begun.entry.hold
@@ -172,6 +196,10 @@ async def test_a_finished_job_runs_again_for_one_server(ledger: Ledger) -> None:
     await ended(ledger, "bad", Standing.FAILED)
     assert await ledger.again(Key("ada", "bad"), "") is None
     assert await ledger.again(Key("ada", "unknown"), "") is None
+    # A server that cannot run it does not claim it.
+    (there,) = [await ended(ledger, "there")]
+    elsewhere = await ledger.again(there.key, None)
+    assert elsewhere is None or elsewhere.standing is Standing.QUEUED
 
 
 async def test_a_quota_counts_what_has_not_ended(ledger: Ledger) -> None:

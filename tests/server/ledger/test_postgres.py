@@ -28,8 +28,10 @@ JOB = Key("ada", "job")
 
 DEMO = Models(held={"demo": "fast"})
 
-SCHEMA_1 = Path(__file__).with_name("data") / "postgres_schema_1.sql"
-"""By ``pg_dump --schema=darkroom --inserts`` of a server of schema 1 that was killed."""
+DATA = Path(__file__).with_name("data")
+
+SCHEMA_1, SCHEMA_2 = (DATA / f"postgres_schema_{number}.sql" for number in (1, 2))
+"""By ``pg_dump --schema=darkroom --inserts`` of servers of these schemas that were killed."""
 
 
 class Fleet:
@@ -262,6 +264,57 @@ async def test_jobs_that_waited_too_long_end(fleet: Fleet) -> None:
     assert await fleet.sql("SELECT * FROM inputs") == []
 
 
+async def test_what_no_server_offers_ends_and_what_is_not_known_waits(fleet: Fleet) -> None:
+    offering = [Models(DEMO.held, offers=frozenset({name})) for name in ("day", "night")]
+    a, _ = [await fleet.join(name, models) for name, models in zip("ab", offering, strict=True)]
+    for id in ("day", "night", "dusk"):
+        await a.begin(draft(id, needs=frozenset({id})), claimed=False)
+    await fleet.sql("UPDATE jobs SET queued_at = queued_at - 61")
+    await a.beat()
+    found = {id: await a.find(Key("ada", id)) for id in ("day", "night", "dusk")}
+    assert {id: e and e.standing for id, e in found.items()} == {
+        "day": Standing.QUEUED,
+        "night": Standing.QUEUED,
+        "dusk": Standing.FAILED,
+    }
+    dusk = found["dusk"]
+    assert dusk is not None
+    assert dusk.failure is not None
+    assert dusk.failure.reason is Reason.MODEL_GONE
+    assert "adapters" in dusk.failure.message
+    # A server of an earlier version does not say what it offers.
+    await fleet.sql("UPDATE servers SET offers = NULL WHERE name = 'b'")
+    await a.begin(draft("dawn", needs=frozenset({"dawn"})), claimed=False)
+    await fleet.sql("UPDATE jobs SET queued_at = queued_at - 61")
+    await a.beat()
+    dawn = await a.find(Key("ada", "dawn"))
+    assert dawn is not None
+    assert dawn.standing is Standing.QUEUED
+
+
+async def test_a_server_that_holds_the_model_without_the_adapter_holds_up_nobody(
+    fleet: Fleet,
+) -> None:
+    would_load = Models(loadable={"demo": "fast"}, offers=frozenset({"night"}))
+    holds, loads = await fleet.join("holds"), await fleet.join("loads", would_load)
+    await holds.begin(draft(needs=frozenset({"night"})), claimed=False)
+    for offers, claims in ((frozenset({"night"}), 0), (frozenset[str](), 1)):
+        models = Models({"demo": "fast"}, offers=offers)
+        holds.announce(Announcement(address="", key="", models=models))
+        await holds.beat()
+        assert len(await loads.claim(1, models=would_load, delay=30.0)) == claims
+
+
+async def test_a_job_that_this_server_cannot_run_again_is_queued_for_another(fleet: Fleet) -> None:
+    a, b = await fleet.join("a"), await fleet.join("b")
+    begun = await b.begin(draft(), claimed=True)
+    assert await b.end(begun.entry.hold, Standing.FINISHED)
+    await b.close()
+    entry = await a.again(JOB, None)
+    assert entry is not None
+    assert entry.standing is Standing.QUEUED
+
+
 async def test_the_others_are_woken_only_when_the_queue_was_empty(fleet: Fleet) -> None:
     a, b = await fleet.join("a"), await fleet.join("b")
     b.news.clear()
@@ -316,21 +369,26 @@ async def test_a_role_without_ddl_serves_what_another_one_made(
     await ledger.close()
 
 
-async def test_a_ledger_of_schema_1_is_migrated(fleet: Fleet) -> None:
-    await fleet.sql_script(SCHEMA_1.read_text())
-    assert [row["version"] for row in await fleet.sql("SELECT version FROM ledger")] == [1]
+@pytest.mark.parametrize("schema", [SCHEMA_1, SCHEMA_2], ids=["1", "2"])
+async def test_a_ledger_of_an_earlier_schema_is_migrated(fleet: Fleet, schema: Path) -> None:
+    await fleet.sql_script(schema.read_text())
+    number = 1 if schema is SCHEMA_1 else 2
+    assert [row["version"] for row in await fleet.sql("SELECT version FROM ledger")] == [number]
     ledger = await fleet.join("new")
     assert [row["version"] for row in await fleet.sql("SELECT version FROM ledger")] == [
         len(MIGRATIONS)
     ]
     found = {id: await ledger.find(Key("ada", id)) for id in ("waits", "runs", "done")}
-    standings = {id: e and (e.standing, e.losses, e.runtime) for id, e in found.items()}
+    standings = {id: e and (e.standing, e.losses, e.needs) for id, e in found.items()}
     # Its server is gone, and had begun one of them.
     assert standings == {
-        "waits": (Standing.QUEUED, 0, None),
-        "runs": (Standing.QUEUED, 1, None),
-        "done": (Standing.FINISHED, 0, None),
+        "waits": (Standing.QUEUED, 0, frozenset()),
+        "runs": (Standing.QUEUED, 1, frozenset()),
+        "done": (Standing.FINISHED, 0, frozenset()),
     }
+    runs = found["runs"]
+    assert runs is not None
+    assert runs.runtime == (None if schema is SCHEMA_1 else "fast")
     assert await ledger.inputs(Key("ada", "waits")) == {"digest": b"a picture"}
     claimed = await ledger.claim(5, models=DEMO)
     assert {entry.key.request_id for entry in claimed} == {"waits", "runs"}

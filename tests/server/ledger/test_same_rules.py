@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darkroom_server.core.errors import DarkroomError
-from darkroom_server.core.ledger import Hold, Key, Ledger, Standing
+from darkroom_server.core.ledger import Hold, Key, Ledger, Models, Standing
 from darkroom_server.ledger.memory import MemoryLedger
 from darkroom_server.ledger.postgres import PostgresLedger
 from darkroom_server.ledger.sqlite import SqliteLedger
@@ -21,9 +21,10 @@ NAMES = ("a", "b", "c")
 IDS = st.sampled_from(NAMES)
 HOLDS = st.tuples(IDS, st.integers(1, 4))
 INPUTS = st.dictionaries(st.sampled_from(["x", "y"]), st.just(b"12345"), max_size=2)
+NEEDS = st.frozensets(st.sampled_from(["lora", "inpaint"]))
 OPERATIONS = st.one_of(
-    st.tuples(st.just("begin"), IDS, st.sampled_from([b"1", b"2"]), INPUTS, st.booleans()),
-    st.tuples(st.just("claim"), st.integers(0, 2)),
+    st.tuples(st.just("begin"), IDS, st.sampled_from([b"1", b"2"]), INPUTS, st.booleans(), NEEDS),
+    st.tuples(st.just("claim"), st.integers(0, 2), st.none() | NEEDS),
     st.tuples(st.just("end"), HOLDS, st.sampled_from([s for s in Standing if s.ended])),
     st.tuples(st.just("release"), HOLDS),
     st.tuples(st.just("cancel"), IDS),
@@ -61,11 +62,12 @@ def test_all_ledgers_answer_the_same(postgresql: Cluster, operations: list[Any])
 async def answer(ledger: Ledger, op: str, *values: Any) -> Any:
     try:
         match op, values:
-            case "begin", (id, fingerprint, inputs, claimed):
-                asked = draft(id, fingerprint=fingerprint, inputs=inputs, max_live=2)
+            case "begin", (id, fingerprint, inputs, claimed, needs):
+                asked = draft(id, fingerprint=fingerprint, inputs=inputs, max_live=2, needs=needs)
                 return (await ledger.begin(asked, claimed=claimed)).new
-            case "claim", (room,):
-                return [entry.key for entry in await ledger.claim(room)]
+            case "claim", (room, offers):
+                models = Models(held={"demo": "fast"}, offers=offers)
+                return [entry.key for entry in await ledger.claim(room, models=models)]
             case "end", (named, standing):
                 return await ledger.end(hold(*named), standing)
             case "release", (named,):
@@ -89,6 +91,7 @@ def hold(id: str, epoch: int) -> Hold:
 async def state(ledger: Ledger) -> list[Any]:
     entries = [await ledger.find(Key("ada", id)) for id in NAMES]
     return [
-        e and (e.key, e.standing, e.epoch, e.fingerprint, sorted(await ledger.inputs(e.key)))
+        e
+        and (e.key, e.standing, e.epoch, e.fingerprint, e.needs, sorted(await ledger.inputs(e.key)))
         for e in entries
     ]

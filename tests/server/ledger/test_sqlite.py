@@ -18,8 +18,8 @@ from darkroom_server.ledger.sqlite import SqliteLedger
 from tests.server.ledger.conftest import draft
 from tests.server.ledger.copies import left_behind
 
-SCHEMA_1 = Path(__file__).with_name("data") / "sqlite_schema_1.sql"
-"""The dump of a server of schema 1 that was killed."""
+DATA = Path(__file__).with_name("data")
+"""With the dumps of servers of earlier schemas that were killed."""
 
 
 @asynccontextmanager
@@ -120,26 +120,30 @@ async def test_it_is_migrated_and_never_read_by_an_older_server(
         patch.setattr(sqlite_file, "MIGRATIONS", newer)
         async with opened(path) as ledger:
             assert [entry.key.request_id for entry in await ledger.mine()] == ["job"]
-    with pytest.raises(StartupError, match="has schema 3, of a newer darkroom-server"):
+    with pytest.raises(StartupError, match=f"has schema {len(newer)}, of a newer"):
         await SqliteLedger(path).open()
 
 
-async def test_a_ledger_of_schema_1_is_migrated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schema", [1, 2])
+async def test_a_ledger_of_an_earlier_schema_is_migrated(tmp_path: Path, schema: int) -> None:
     path = tmp_path / "jobs.db"
     db = sqlite3.connect(path)
-    db.executescript(SCHEMA_1.read_text())
+    db.executescript((DATA / f"sqlite_schema_{schema}.sql").read_text())
     # A dump has neither of these.
     db.execute(f"PRAGMA application_id = {sqlite_file.APPLICATION_ID}")
-    db.execute("PRAGMA user_version = 1")
+    db.execute(f"PRAGMA user_version = {schema}")
     db.close()
     async with opened(path, retention=1e12) as ledger:
         found = {id: await ledger.find(Key("ada", id)) for id in ("waits", "runs", "done")}
-        standings = {id: e and (e.standing, e.losses, e.runtime) for id, e in found.items()}
+        standings = {id: e and (e.standing, e.losses, e.needs) for id, e in found.items()}
         assert standings == {
-            "waits": (Standing.QUEUED, 0, None),
-            "runs": (Standing.QUEUED, 1, None),
-            "done": (Standing.FINISHED, 0, None),
+            "waits": (Standing.QUEUED, 0, frozenset()),
+            "runs": (Standing.QUEUED, 1, frozenset()),
+            "done": (Standing.FINISHED, 0, frozenset()),
         }
+        runs = found["runs"]
+        assert runs is not None
+        assert runs.runtime == (None if schema == 1 else "fast")
         assert await ledger.inputs(Key("ada", "waits")) == {"digest": b"a picture"}
         await ledger.begin(draft("exact", runtime="fast"), claimed=True)
         exact = await ledger.find(Key("ada", "exact"))

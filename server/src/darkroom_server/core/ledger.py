@@ -55,16 +55,22 @@ class Hold(NamedTuple):
 class Models:
     """The models that a server can run, each with the fingerprint of its runtime.
 
-    ``held``: those in memory. ``loadable``: those that it would load first.
+    ``held``: those in memory. ``loadable``: those that it would load first. ``offers``: what jobs
+    may need of them, see ``core.offers``; None: whatever they need.
     """
 
     held: Mapping[str, str] = field(default_factory=dict)
     loadable: Mapping[str, str] = field(default_factory=dict)
+    offers: frozenset[str] | None = None
 
     @property
     def runtimes(self) -> dict[str, str]:
         """All of them."""
         return {**self.loadable, **self.held}
+
+    def fit(self, needs: frozenset[str]) -> bool:
+        """Whether a job that needs that of its model can run here."""
+        return self.offers is None or needs <= self.offers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +84,7 @@ class Draft:
     and ``deadline``: seconds after its acceptance, by which it should be done and by which it
     expires. ``age``: seconds since it was accepted. ``detached``: it runs whether or not a call
     follows it. ``runtime``: for an ``exact`` job, the fingerprint of the one that it would run on
-    here; None for another.
+    here; None for another. ``needs``: what its model must offer, see ``core.offers``.
     """
 
     key: Key
@@ -93,6 +99,7 @@ class Draft:
     detached: bool = False
     max_live: int | None = None
     max_queued: int | None = None
+    needs: frozenset[str] = frozenset()
     inputs: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
 
@@ -105,7 +112,8 @@ class Entry:
     ``goal``: seconds until it should be done, ``remaining``: until its deadline, None without one.
     ``ended_for``: seconds since its end, None before. ``failure``: why it ended without its images,
     None if it did not. ``runtime``: for an ``exact`` job, the fingerprint of the one that it began
-    on, which alone may run it again; "" if it did not begin. None for another job.
+    on, which alone may run it again; "" if it did not begin. None for another job. ``needs`` as of
+    ``Draft``.
     """
 
     key: Key
@@ -124,6 +132,7 @@ class Entry:
     ended_for: float | None
     failure: Failure | None
     runtime: str | None = None
+    needs: frozenset[str] = frozenset()
 
     @property
     def hold(self) -> Hold:
@@ -227,9 +236,10 @@ class Ledger(Protocol):
     ) -> list[Entry]:
         """Take up to ``room`` queued entries, the nearest goal first.
 
-        ``models``: only of these, and of the ``exact`` jobs that began before only those whose
-        runtime is the same. One of a model that must be loaded is taken only after it waited
-        ``delay`` seconds, or if no server has that model in memory. ``key``: only this entry.
+        ``models``: only of these, only what needs no more than they offer, and of the ``exact``
+        jobs that began before only those whose runtime is the same. One of a model that must be
+        loaded is taken only after it waited ``delay`` seconds, or if no server that could run it
+        has that model in memory. ``key``: only this entry.
         """
 
     async def end(self, hold: Hold, standing: Standing, failure: Failure | None = None) -> bool:
@@ -250,11 +260,12 @@ class Ledger(Protocol):
         A claimed one is its owner's to cancel.
         """
 
-    async def again(self, key: Key, runtime: str) -> Entry | None:
+    async def again(self, key: Key, runtime: str | None) -> Entry | None:
         """Claim a finished job whose result is gone, to run it again; None if it is not one.
 
-        ``runtime``: the fingerprint of this server's for its model. An ``exact`` job that another
-        runtime generated is queued for a server that has it, if the ledger is shared; else None.
+        ``runtime``: the fingerprint of this server's for its model; None: it cannot run the job.
+        Then, and if another runtime generated an ``exact`` one, the job is queued for a server that
+        can, if the ledger is shared; else None.
         """
 
     async def mine(self) -> list[Entry]:

@@ -25,6 +25,7 @@ from darkroom_server.core.ledger import (
     SharedLedger,
     Standing,
 )
+from darkroom_server.core.offers import offers_of
 from darkroom_server.dispatch import ActiveJob, Dispatcher, LedgerEntries, ResultStore, State
 from darkroom_server.fleet.mirrors import Mirrors
 from darkroom_server.fleet.peers import RETRY_SECONDS, PeerObserver, Peers
@@ -302,7 +303,11 @@ class FleetMember:
         }
         held = {model.id: known.pop(model.id) for model in self._dispatcher.models.in_memory}
         failed = availability.failures
-        return Models(held, {id: each for id, each in known.items() if id not in failed})
+        return Models(
+            held,
+            {id: each for id, each in known.items() if id not in failed},
+            offers_of(filter(None, availability.models.values())),
+        )
 
     async def _claim(self) -> None:
         news = self._ledger.news
@@ -348,9 +353,11 @@ class FleetMember:
     async def _again(self, entry: Entry) -> bool:
         """Have the images of a finished job generated again, whose server is gone.
 
-        Here, or, if the job is ``exact``, at a server with the runtime that generated them.
+        Here, or, if this server has not what the job needs, or not the runtime that generated the
+        images of an ``exact`` one, at a server that has.
         """
-        runtime = self._models().runtimes.get(entry.model, "")
+        models = self._models()
+        runtime = models.runtimes.get(entry.model) if models.fit(entry.needs) else None
         async with self._taking:
             again = await self._entries.call("again", self._ledger.again(entry.key, runtime))
             if again is not None and again.standing is Standing.CLAIMED:

@@ -42,6 +42,11 @@ class _Row:
     def goal(self) -> tuple[float, float]:
         return self.accepted_at + self.draft.goal, self.accepted_at
 
+    def fits(self, models: Models) -> bool:
+        """Whether a server with ``models`` may run it."""
+        runtime = models.runtimes.get(self.draft.model)
+        return models.fit(self.draft.needs) and self.may_run_on(runtime)
+
     def may_run_on(self, runtime: str | None) -> bool:
         """Whether a server that has its model with ``runtime`` may; None: that has it not."""
         return runtime is not None and self.runtime in (None, "", runtime)
@@ -110,20 +115,19 @@ class MemoryLedger:
         delay: float = 0.0,
     ) -> list[Entry]:
         """As ``Ledger.claim``; no other server has a model in memory."""
-        runtimes = None if models is None else models.runtimes
         found = [
             (each, row)
             for each, row in self._rows.items()
             if row.standing is Standing.QUEUED
-            and (runtimes is None or row.may_run_on(runtimes.get(row.draft.model)))
+            and (models is None or row.fits(models))
             and (key is None or each == key)
         ]
         found.sort(key=lambda pair: pair[1].goal)
         for each, row in found[:room]:
             row.standing = Standing.CLAIMED
             row.epoch += 1
-            if row.runtime == "" and runtimes is not None:
-                row.runtime = runtimes[row.draft.model]
+            if row.runtime == "" and models is not None:
+                row.runtime = models.runtimes[row.draft.model]
             self._changes.publish(each)
         now = time.monotonic()
         return [self._entry(each, row, now) for each, row in found[:room]]
@@ -169,7 +173,7 @@ class MemoryLedger:
         self._trim()
         return entry
 
-    async def again(self, key: Key, runtime: str) -> Entry | None:
+    async def again(self, key: Key, runtime: str | None) -> Entry | None:
         """As ``Ledger.again``."""
         row = self._rows.get(key)
         if row is None or row.standing is not Standing.FINISHED or not row.may_run_on(runtime):
@@ -280,6 +284,7 @@ class MemoryLedger:
             ended_for=None if row.ended_at is None else now - row.ended_at,
             failure=row.failure,
             runtime=row.runtime,
+            needs=row.draft.needs,
         )
 
 

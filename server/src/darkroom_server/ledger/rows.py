@@ -1,13 +1,17 @@
 """The rows of jobs in a database, as entries."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from darkroom_server.core.ledger import Draft, Entry, Key, Standing
 from darkroom_server.ledger.rules import failure_of
 
 
-def entry_of(row: Any, now: float) -> Entry:
-    """A row of ``jobs`` as an entry; ``now``: when it was read, by the clock of its times."""
+def entry_of(row: Any, now: float, needs: Iterable[str]) -> Entry:
+    """A row of ``jobs`` as an entry; ``now``: when it was read, by the clock of its times.
+
+    ``needs``: those of the row, which databases store in different ways.
+    """
     return Entry(
         key=Key(row["caller"], row["request_id"]),
         standing=Standing(row["state"]),
@@ -26,6 +30,7 @@ def entry_of(row: Any, now: float) -> Entry:
         ended_for=None if row["ended_at"] is None else max(0.0, now - row["ended_at"]),
         failure=failure_of(row["failure"]),
         runtime=row["runtime"],
+        needs=frozenset(needs),
     )
 
 

@@ -1,5 +1,6 @@
 """The ledger in an SQLite file: a server that is killed and started again loses nothing."""
 
+import json
 import os
 import sqlite3
 import sys
@@ -34,6 +35,11 @@ T = TypeVar("T")
 KEY = "caller = ? AND request_id = ?"
 
 MAY_RUN = "(model = ? AND coalesce(runtime, '') IN ('', ?))"
+
+OFFERED = (
+    "NOT EXISTS (SELECT 1 FROM json_each(jobs.needs) AS need "
+    "WHERE need.value NOT IN (SELECT value FROM json_each(?)))"
+)
 
 
 class SqliteLedger:
@@ -126,7 +132,7 @@ class SqliteLedger:
         self._changes.publish(key)
         return entry
 
-    async def again(self, key: Key, runtime: str) -> Entry | None:
+    async def again(self, key: Key, runtime: str | None) -> Entry | None:
         """As ``Ledger.again``."""
         entry = await self._run(lambda db: self._again(db, key, runtime))
         self._changes.publish(key)
@@ -212,8 +218,8 @@ class SqliteLedger:
         db.execute(f"DELETE FROM jobs WHERE {KEY}", draft.key)
         job = db.execute(
             "INSERT INTO jobs (caller, request_id, fingerprint, record, model, counted_as, "
-            "detached, goal, accepted_at, deadline, state, owner, epoch, runtime) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "detached, goal, accepted_at, deadline, state, owner, epoch, runtime, needs) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *draft.key,
                 draft.fingerprint,
@@ -228,6 +234,7 @@ class SqliteLedger:
                 self._me if claimed else None,
                 epoch,
                 runtime_of(draft, claimed=claimed),
+                json.dumps(sorted(draft.needs)),
             ),
         ).lastrowid
         add_inputs(db, job, draft)
@@ -264,6 +271,9 @@ class SqliteLedger:
             either = " OR ".join([MAY_RUN] * len(runtimes))
             conditions.append(f"({either or 'FALSE'})")
             values += [part for pair in runtimes.items() for part in pair]
+            if models.offers is not None:
+                conditions.append(OFFERED)
+                values.append(json.dumps(sorted(models.offers)))
         rows = db.execute(
             f"SELECT id, caller, request_id, model FROM jobs WHERE {' AND '.join(conditions)} "
             "ORDER BY goal, id LIMIT ?",
@@ -317,7 +327,9 @@ class SqliteLedger:
             self._drop_inputs(db, key)
         return self._find(db, key)
 
-    def _again(self, db: sqlite3.Connection, key: Key, runtime: str) -> Entry | None:
+    def _again(self, db: sqlite3.Connection, key: Key, runtime: str | None) -> Entry | None:
+        if runtime is None:
+            return None
         claimed = db.execute(
             "UPDATE jobs SET state = 1, owner = ?, epoch = epoch + 1, ended_at = NULL, "
             f"deadline = NULL WHERE {KEY} AND state = ? AND coalesce(runtime, '') IN ('', ?)",
@@ -351,7 +363,7 @@ class SqliteLedger:
         return self._entry(db.execute(f"SELECT * FROM jobs WHERE {KEY}", key).fetchone())
 
     def _entry(self, row: sqlite3.Row) -> Entry:
-        return entry_of(row, self._clock())
+        return entry_of(row, self._clock(), json.loads(row["needs"]))
 
     def _since(self, moment: float) -> float:
         # The clock of a machine may be set back.

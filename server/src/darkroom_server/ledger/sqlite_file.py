@@ -66,6 +66,9 @@ MIGRATIONS = (
     """
     ALTER TABLE jobs ADD COLUMN runtime TEXT;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN needs TEXT NOT NULL DEFAULT '[]';
+    """,
 )
 """What makes each version of the schema from the one before; never change one that was released."""
 

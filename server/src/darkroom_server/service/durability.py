@@ -23,6 +23,7 @@ from darkroom_server.core.events import StageSeconds
 from darkroom_server.core.job import Job
 from darkroom_server.core.ledger import Draft, Entry, Key, Standing
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.offers import needs_of, offers_of
 from darkroom_server.dispatch import (
     ActiveJob,
     Dispatcher,
@@ -112,6 +113,7 @@ class Durability:
             max_live=caller.max_jobs if self.shared else None,
             max_queued=self._dispatcher.max_queued_jobs if self.shared else None,
             runtime=active.model.runtime.fingerprint if job.exact else None,
+            needs=needs_of(job),
             inputs=files,
         )
 
@@ -149,13 +151,13 @@ class Durability:
         """Generate the images of a finished job again, which are gone with an earlier server.
 
         Raises ``UnknownRequest`` if the ledger has forgotten it, ``LedgerUnreachable``,
-        ``GenerationFailed`` for an ``exact`` one of another runtime, and what ``Dispatcher.submit``
-        raises.
+        ``GenerationFailed`` for one that this server cannot run any more, and what
+        ``Dispatcher.submit`` raises.
         """
         entry = await self._entries.find(key)
         if entry is None:
             raise UnknownRequest(key.request_id)
-        self._check_runtime(entry)
+        self._check_fit(entry)
         _, _, job = await self._job(entry, images=True)
         current = self._results.find(*key)
         if not current.images_lost:  # Another call was faster.
@@ -189,7 +191,7 @@ class Durability:
                 )
                 self._restore_ended(failed, job, call.caller)
             else:
-                self._check_runtime(entry)
+                self._check_fit(entry)
                 self._run(entry, request, call, job)
         except LedgerUnreachable:
             raise
@@ -262,9 +264,15 @@ class Durability:
             job = await self._inputs.attach(job, stored.request, model, call.caller, files)
         return stored.request, call, job
 
-    def _check_runtime(self, entry: Entry) -> None:
-        """Raise ``GenerationFailed`` if an ``exact`` job began with another runtime than here."""
-        runtime = self._model(entry.model).runtime.fingerprint
+    def _check_fit(self, entry: Entry) -> None:
+        """Raise ``GenerationFailed`` if a job needs what its model does not offer any more.
+
+        Also if an ``exact`` one began with another runtime than here.
+        """
+        model = self._model(entry.model)
+        if missing := sorted(entry.needs - offers_of([model])):
+            raise _model_gone(f"this server no longer offers {', '.join(missing)}")
+        runtime = model.runtime.fingerprint
         if entry.runtime not in (None, "", runtime):
             raise _model_gone(
                 "the generation is exact, and began with another device, dtype, layout or version "

@@ -19,17 +19,17 @@ QUOTA_LOCK = 0x4453
 
 INSERT = """
     INSERT INTO jobs (caller, request_id, fingerprint, record, model, counted_as, detached, goal,
-        accepted_at, queued_at, deadline, state, owner, epoch, runtime)
+        accepted_at, queued_at, deadline, state, owner, epoch, runtime, needs)
     SELECT $1::text, $2::text, $3::bytea, $4::bytea, $5::text, $6::text, $7::boolean,
         greatest(at + $8::float8, {now} - {latest}), at, at + $13::float8, at + $9::float8,
-        $10::smallint, $11::bigint, $12::int, $14::text
+        $10::smallint, $11::bigint, $12::int, $14::text, $15::text[]
     FROM (SELECT {now} - $13::float8 AS at) AS accepted
     ON CONFLICT (caller, request_id) DO NOTHING RETURNING {columns}
 """
 
 NOTIFY = """
-    (SELECT pg_notify($15, '')
-        WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE state = 0 AND goal >= $16))
+    (SELECT pg_notify($16, '')
+        WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE state = 0 AND goal >= $17))
 """
 """Does not see the row that the statement inserts."""
 
@@ -137,5 +137,6 @@ async def _insert(
         epoch,
         draft.age,
         runtime_of(draft, claimed=claimed),
+        sorted(draft.needs),
         *(() if claimed else (CHANNEL, front)),
     )

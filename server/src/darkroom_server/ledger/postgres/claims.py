@@ -19,18 +19,24 @@ HERE = "(${runtimes}::text[])[array_position(${models}::text[], jobs.model)]"
 FITTING = """
     model = ANY (${models}::text[])
     AND (coalesce(runtime, '') = '' OR runtime = {here})
+    AND (${offers}::text[] IS NULL OR needs <@ ${offers}::text[])
     AND (model = ANY (${held}::text[]) OR queued_at <= {now} - ${delay}::float8
-        OR NOT EXISTS (SELECT 1 FROM servers WHERE jobs.model = ANY (servers.held)))
+        OR NOT EXISTS (SELECT 1 FROM servers WHERE jobs.model = ANY (servers.held)
+            AND (servers.offers IS NULL OR jobs.needs <@ servers.offers)))
 """
 
 UNSERVED = """
     SELECT id FROM jobs WHERE state = 0 AND goal >= $5 AND queued_at < {now} - $4 AND NOT EXISTS (
         SELECT 1 FROM servers, unnest(servers.models, servers.runtimes) AS offer (model, runtime)
         WHERE offer.model = jobs.model
-        AND (coalesce(jobs.runtime, '') = '' OR offer.runtime = jobs.runtime))
+        AND (coalesce(jobs.runtime, '') = '' OR offer.runtime = jobs.runtime)
+        AND (servers.offers IS NULL OR jobs.needs <@ servers.offers))
     LIMIT $3 FOR UPDATE SKIP LOCKED
 """
-"""Jobs that no server can run, after $4 seconds. A server of schema 1 has no ``runtimes``."""
+"""Jobs that no server can run, after $4 seconds.
+
+A server of schema 1 has no ``runtimes``, and what one of schema 2 offers is not known.
+"""
 
 
 def claiming(
@@ -57,8 +63,10 @@ def claiming(
         values += key
     if models is not None:
         runtimes, first = models.runtimes, len(values) + 1
-        values += [list(runtimes), list(runtimes.values()), list(models.held), delay]
-        places = {"models": first, "runtimes": first + 1, "held": first + 2, "delay": first + 3}
+        offers = None if models.offers is None else sorted(models.offers)
+        values += [list(runtimes), list(runtimes.values()), list(models.held), delay, offers]
+        names = ("models", "runtimes", "held", "delay", "offers")
+        places = {name: place for place, name in enumerate(names, first)}
         here = HERE.format(**places)
         conditions.append(FITTING.format(**places, here=here, now=now))
         runtime = f", runtime = CASE WHEN jobs.runtime = '' THEN {here} ELSE jobs.runtime END"

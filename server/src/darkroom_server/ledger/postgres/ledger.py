@@ -188,9 +188,9 @@ class PostgresLedger:
         self._changes.publish(key)
         return entry
 
-    async def again(self, key: Key, runtime: str) -> Entry | None:
+    async def again(self, key: Key, runtime: str | None) -> Entry | None:
         """As ``Ledger.again``; of a server that lives only that one may claim it."""
-        fits = "coalesce(runtime, '') IN ('', $5)"
+        fits = "($5::text IS NOT NULL AND coalesce(runtime, '') IN ('', $5))"
         entry = await self._one(
             f"UPDATE jobs SET state = CASE WHEN {fits} THEN 1 ELSE 0 END, "
             f"owner = CASE WHEN {fits} THEN $3::bigint END, epoch = epoch + 1, ended_at = NULL, "

@@ -82,6 +82,10 @@ MIGRATIONS = (
     ALTER TABLE servers ADD COLUMN held text[] NOT NULL DEFAULT '{}';
     DROP INDEX jobs_deadline;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN needs text[] NOT NULL DEFAULT '{}';
+    ALTER TABLE servers ADD COLUMN offers text[];
+    """,
 )
 """What makes each version of the schema from the one before; never change one that was released.
 

@@ -162,9 +162,10 @@ class Session:
         )
         unserved = Failure(
             Reason.MODEL_GONE,
-            f"for {UNSERVED_SECONDS:.0f} s no server could run it: none has its model, or, if it "
-            "is exact and had begun, none has the device, dtype, layout and library versions with "
-            "which it began; send the request again",
+            f"for {UNSERVED_SECONDS:.0f} s no server could run it: none has its model with what "
+            "it asks for, such as its adapters, or, if it is exact and had begun, none has the "
+            "device, dtype, layout and library versions with which it began; send the request "
+            "again",
         )
         ended += await connection.fetch(
             self._sql(ENDED, which=UNSERVED),
@@ -216,7 +217,7 @@ class Session:
         self._connection, self._lock = connection, lock
         self.front.forget()
         self._reaps_from = time.monotonic() + self._settle
-        if not self.id or not await self._write("lock = $8, renewed_at = {now}", lock):
+        if not self.id or not await self._write("lock = $9, renewed_at = {now}", lock):
             await self._insert()
         self.news.set()
 
@@ -225,7 +226,7 @@ class Session:
         status: str = await self._connection.execute(
             self._sql(
                 "UPDATE servers SET address = $2, key = $3, certificate = $4, models = $5, "
-                f"runtimes = $6, held = $7, {changes} WHERE id = $1"
+                f"runtimes = $6, held = $7, offers = $8, {changes} WHERE id = $1"
             ),
             self.id,
             *self._announced,
@@ -237,8 +238,8 @@ class Session:
         self.id = await self._connection.fetchval(
             self._sql(
                 "INSERT INTO servers (name, lock, address, key, certificate, models, runtimes, "
-                "held, opened_at, renewed_at) "
-                "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, {now}, {now}) RETURNING id"
+                "held, offers, opened_at, renewed_at) "
+                "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, {now}, {now}) RETURNING id"
             ),
             self._name,
             self._lock,
@@ -248,7 +249,7 @@ class Session:
     @property
     def _announced(self) -> tuple[object, ...]:
         announced = self.announcement
-        runtimes = announced.models.runtimes
+        runtimes, offers = announced.models.runtimes, announced.models.offers
         return (
             announced.address,
             announced.key,
@@ -256,6 +257,7 @@ class Session:
             list(runtimes),
             list(runtimes.values()),
             list(announced.models.held),
+            None if offers is None else sorted(offers),
         )
 
     def _sql(self, text: str, **parts: str) -> str:
