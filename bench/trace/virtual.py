@@ -4,13 +4,13 @@ import asyncio
 import selectors
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 from bench.trace.costs import HostMemory
 from darkroom_server.core.catalog import ModelDescription
-from darkroom_server.core.engine_config import AdapterSource
+from darkroom_server.core.engine_config import AdapterSource, ModelSource
 from darkroom_server.core.events import (
     EncodedImage,
     EngineReady,
@@ -182,6 +182,14 @@ class VirtualEngine:
         raise NotImplementedError
 
     def withdraw_adapter(self, id: str) -> None:
+        """See the class."""
+        raise NotImplementedError
+
+    def describe_models(self, sources: Sequence[ModelSource]) -> None:
+        """See the class."""
+        raise NotImplementedError
+
+    def forget_models(self, ids: Collection[str]) -> None:
         """See the class."""
         raise NotImplementedError
 

@@ -25,6 +25,8 @@ from darkroom_server.core.events import (
     JobTaken,
     SampleProgress,
 )
+from darkroom_server.core.file_stamps import stamp_of
+from darkroom_server.core.model_events import ModelLoaded, ModelsDescribed, ModelUnloaded
 
 from .conftest import config_for, make_job
 
@@ -147,6 +149,30 @@ def test_an_expired_job_is_cancelled(listener: Listener) -> None:
     (end,) = [e for e in listener.of("late") if is_end(e)]
     assert isinstance(end, JobCancelled)
     assert end.expired
+
+
+def test_models_that_are_added_are_described_and_loaded(
+    listener: Listener, tiny_folder: Path
+) -> None:
+    engine = listener.engine
+    missing = ModelSource(id="missing", location=str(tiny_folder / "nowhere"))
+    engine.describe_models([ModelSource(id="more", location=str(tiny_folder)), missing])
+    described = listener.until(lambda e: isinstance(e, ModelsDescribed))
+    assert isinstance(described, ModelsDescribed)
+    more, other = described.descriptions
+    assert (more.id, other.id) == ("more", "missing")
+    assert more.info is not None
+    assert (more.info.id, more.info.revision, more.reason) == ("more", "", "")
+    assert more.stamp == stamp_of(tiny_folder)
+    assert not other.stamp
+    engine.load_model("more")
+    assert isinstance(listener.until(lambda e: isinstance(e, ModelLoaded)), ModelLoaded)
+    engine.submit(make_job("of more", model="more"))
+    listener.until_end_of("of more")
+    assert isinstance(listener.of("of more")[-1], JobFinished)
+    engine.unload_model("more")
+    listener.until(lambda e: isinstance(e, ModelUnloaded))
+    engine.forget_models(["more", "missing"])
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])

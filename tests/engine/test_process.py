@@ -11,8 +11,9 @@ import psutil
 import pytest
 import structlog
 
-from darkroom_server.backends import process
-from darkroom_server.backends.process import LoadLimit, ProcessEngine
+from darkroom_server.backends import load_limit, process
+from darkroom_server.backends.load_limit import LoadLimit
+from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.core.events import (
     BatchDone,
     EngineDied,
@@ -149,7 +150,7 @@ def test_a_process_that_hangs_while_it_loads_again_is_killed(
 ) -> None:
     flag = tmp_path / "loaded"
     monkeypatch.setattr(process, "CHILD", ("-c", LOADING_ONCE.format(flag=str(flag))))
-    monkeypatch.setattr(process, "SHORTEST_LOAD_SECONDS", 3.0)
+    monkeypatch.setattr(load_limit, "SHORTEST_LOAD_SECONDS", 3.0)
     engine = ProcessEngine(config_for(tiny_folder), load_timeout=600.0)
     listener = Listener(engine)
     listener.until(lambda e: isinstance(e, EngineReady))

@@ -1,6 +1,7 @@
 """What an engine holds: models in the host's memory come back, and equal parts are there once."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from darkroom_server.core.model_events import (
 )
 from darkroom_server.engine.catalogue import loader
 from darkroom_server.engine.loading import read_model
+from darkroom_server.engine.loading.pipeline import ModelFiles, load_pipeline
 from darkroom_server.engine.loading.startup import start_loop
 from darkroom_server.ipc.commands import LoadModel, UnloadModel
 
@@ -154,6 +156,28 @@ def test_a_failed_load_frees_what_it_took(tiny_folder: Path, tmp_path: Path) -> 
         assert not store.loader.store._being_read
 
 
+def test_a_folder_that_is_deleted_while_it_is_read_fails_alone(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = copy_of(tiny_folder, tmp_path / "gone")
+
+    def deleted(files: ModelFiles, *rest: Any) -> Any:
+        if files.source.id == "gone":
+            shutil.rmtree(gone)
+        return load_pipeline(files, *rest)
+
+    monkeypatch.setattr(read_model, "load_pipeline", deleted)
+    with catalogue(tiny=tiny_folder, gone=gone) as models:
+        models.load_of("tiny")
+        picture = models.picture("tiny")
+        failed = models.load("gone")
+        assert isinstance(failed, ModelNotLoaded)
+        assert str(gone) in failed.reason
+        assert "\n" not in failed.reason
+        assert not failed.out_of_memory
+        assert models.picture("tiny") == picture
+
+
 # ---- equal parts ----
 
 
@@ -244,7 +268,9 @@ def on_this_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def __init__(self, *, target: Any, args: Any, **_: Any) -> None:
             self.start = lambda: target(*args)
 
-    monkeypatch.setattr(loader, "threading", type("Threads", (), {"Thread": Here}))
+    monkeypatch.setattr(
+        loader, "threading", type("Threads", (), {"Thread": Here, "Lock": threading.Lock})
+    )
     monkeypatch.setattr(loader, "_own_stream", lambda _: nullcontext())
     monkeypatch.setattr(loader, "exclusive_settings", lambda _: nullcontext())
     threads = torch.get_num_threads()

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import grpc
 import pytest
 import pytest_asyncio
@@ -23,6 +24,7 @@ from darkroom_server.dispatch.engines import pool
 from darkroom_server.settings import Models, Network, Settings
 from darkroom_server.settings.sources import all_sources
 from tests.engine.conftest import config_for
+from tests.engine.original_layout import original_layout
 from tests.engine.tiny import write_tiny_model
 
 from .tapped import SERVING, TappedEngine, Wire
@@ -56,10 +58,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *, budget: int | None = None, host: int | None = None, **engine: Any
+    folder: Path,
+    *,
+    budget: int | None = None,
+    host: int | None = None,
+    configuration: Path | None = None,
+    **engine: Any,
 ) -> AsyncIterator[Wire]:
-    """A server over the models in ``folder``, of which none is loaded at start."""
-    models = Models(models_dir=str(folder), device_memory_budget=budget, host_memory_budget=host)
+    """A server over the models in ``folder``, of which none is loaded at start.
+
+    ``configuration`` is that of single files.
+    """
+    models = Models(
+        models_dir=str(folder),
+        device_memory_budget=budget,
+        host_memory_budget=host,
+        model_config=None if configuration is None else str(configuration),
+    )
     settings = Settings(models=models, network=Network(port=0, metrics_port=0))
     config = config_for(folder, rows=4, models=(), catalogue=all_sources(models), **engine)
     tapped = TappedEngine(config)
@@ -172,7 +187,9 @@ async def test_damaged_models_fail_and_others_go_on(wire: Wire, folder: Path) ->
         code, reason, message = await reason_of(wire.generate(model=name))
         assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_UNUSABLE")
         assert name in message
-        assert (await listed(wire))[name].state_reason
+    after = await listed(wire)
+    assert all(after[name].state_reason for name in ("short", "empty", "later"))
+    assert "gone" not in after
     assert len(await pixels(wire, "owls")) == 1
     assert restarts(wire) == before
 
@@ -278,6 +295,63 @@ async def test_a_changed_folder_is_seen_and_read_again(wire: Wire, folder: Path)
     assert (reloaded.files_changed, reloaded.ready) == (False, True)
     assert reloaded.revision != revision
     assert await pixels(wire, "fresh", **LONG) != old
+
+
+@in_one_loop
+async def test_a_new_folder_is_found_while_jobs_run_and_a_removed_one_is_forgotten(
+    wire: Wire, folder: Path
+) -> None:
+    alone = await pixels(wire, "owls", **LONG)
+    running = asyncio.create_task(pixels(wire, "owls", **LONG))
+    (folder / "late").mkdir()
+    shutil.copy(folder / "owls" / "model_index.json", folder / "late")
+    half = (await listed(wire))["late"]
+    assert half.state == model_pb2.MODEL_STATE_FAILED
+    assert half.state_reason
+    shutil.copytree(folder / "toads", folder / "late", dirs_exist_ok=True)
+    models = await listed(wire)
+    found = models["late"]
+    assert (found.state, found.ready, found.state_reason) == (
+        model_pb2.MODEL_STATE_AVAILABLE,
+        False,
+        "",
+    )
+    assert (found.defaults, found.schedulers) == (
+        models["toads"].defaults,
+        models["toads"].schedulers,
+    )
+    assert found.weight_bytes == pytest.approx(models["toads"].weight_bytes, rel=0.05)
+    assert await pixels(wire, "late") == await pixels(wire, "toads") != await pixels(wire, "owls")
+    shutil.rmtree(folder / "late")
+    assert (await listed(wire))["late"].ready
+    await unload(wire, "late")
+    while "late" in await listed(wire):
+        pass  # Its memory is freed at the end of a batch.
+    code, reason, _ = await reason_of(pixels(wire, "late"))
+    assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL")
+    assert await running == alone
+
+
+async def test_a_single_file_is_listed_from_its_keys_and_loaded_on_demand(tmp_path: Path) -> None:
+    models, configuration = tmp_path / "models", tmp_path / "configuration"
+    tiny = write_tiny_model(models / "folder")
+    weights = original_layout(diffusers.StableDiffusionPipeline.from_pretrained(tiny))
+    (models / "deep").mkdir()
+    safetensors.torch.save_file(weights, models / "deep" / "file.safetensors")
+    shutil.copytree(tiny, configuration)
+    for file in configuration.glob("*/*.safetensors"):
+        file.unlink()
+    async with serving(models, configuration=configuration) as wire:
+        before = await listed(wire)
+        assert set(before) == {"folder", "deep/file"}
+        file = before["deep/file"]
+        assert (file.state, file.ready) == (model_pb2.MODEL_STATE_AVAILABLE, False)
+        assert (file.kind, file.defaults) == (before["folder"].kind, before["folder"].defaults)
+        assert file.weight_bytes > 0
+        assert await pixels(wire, "deep/file") == await pixels(wire, "folder")
+        after = (await listed(wire))["deep/file"]
+        assert (after.state, after.ready) == (model_pb2.MODEL_STATE_RESIDENT, True)
+        assert file.weight_bytes == pytest.approx(after.weight_bytes, rel=0.05)
 
 
 async def test_models_that_leave_the_device_come_back_from_the_hosts_memory(folder: Path) -> None:

@@ -41,11 +41,13 @@ from darkroom_server.service.summary import RequestObserver
 from darkroom_server.service.uploads import UploadService
 from darkroom_server.service_manager import ServiceManager
 from darkroom_server.settings import Settings
+from darkroom_server.settings.hub_token import hub_token
 from darkroom_server.settings.sources import (
     adapter_places,
     all_sources,
     engine_configs,
     load_times_file,
+    models_folder,
     sources_at_start,
 )
 from darkroom_server.settings.tls import tls_files
@@ -74,12 +76,6 @@ REJECT_SECONDS = 3.0
 Callers retry after a second, as the error advises. While the port is open they may meet this server
 again; before their fifth and last try it is closed, and they find another one.
 """
-
-
-def hub_token() -> str | None:
-    """The token for the model hub, None if there is none."""
-    # Empty in compose files without a token; secrets made with echo end with a newline.
-    return os.environ.get("HF_TOKEN", "").strip() or None
 
 
 def build_engines(settings: Settings) -> list[Engine]:
@@ -138,9 +134,9 @@ class Server:
             host_memory_budget=settings.models.host_memory_budget,
             model_locations=models,
             swap_wait=settings.models.swap_wait,
+            models_folder=models_folder(settings, hub_token()),
         )
-        for model_id in models:
-            self.metrics.requests.read_jobs(model_id, self.dispatcher)
+        self.metrics.read_jobs(self.dispatcher)
         ledger = chosen_ledger(
             settings.storage.ledger,
             settings.network.server_id,

@@ -1,5 +1,6 @@
 """The folder of models, and which models are loaded at start."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,12 @@ import pytest
 from darkroom_server.core.errors import StartupError
 from darkroom_server.settings import Models, Settings
 from darkroom_server.settings.models_folder import models_below
-from darkroom_server.settings.sources import all_sources, engine_configs, model_sources
+from darkroom_server.settings.sources import (
+    all_sources,
+    engine_configs,
+    model_sources,
+    models_folder,
+)
 
 
 @pytest.fixture
@@ -70,6 +76,28 @@ def test_a_folder_without_models_is_an_error(folder: Path, tmp_path: Path) -> No
     for path in (tmp_path / "nowhere", folder / "controlnet"):
         with pytest.raises(StartupError, match="--models-dir"):
             all_sources(Models(models_dir=str(path)))
+
+
+def test_what_comes_and_goes_is_found_and_what_is_named_stays(folder: Path) -> None:
+    models = Models(
+        model=("owls=demo",), models_dir=str(folder), quantize=("sdxl/toads=int8",), variant="fp16"
+    )
+    found = models_folder(Settings(models=models), "secret")
+    assert found is not None
+    assert set(found.at_start) == {"sdxl/moths.v2", "sdxl/toads"}
+    (folder / "sdxl" / "moths.v2.safetensors").unlink()
+    (folder / "newts").mkdir()
+    (folder / "newts" / "model_index.json").write_text("{}")
+    sources = {source.id: source for source in found.find() or ()}
+    assert set(sources) == {"newts", "sdxl/toads"}
+    newts = sources["newts"]
+    assert (newts.location, newts.variant, newts.token) == (str(folder / "newts"), "fp16", "secret")
+    assert newts.quantize is None
+    assert sources["sdxl/toads"] == found.at_start["sdxl/toads"]
+    assert sources["sdxl/toads"].quantize is not None
+    shutil.rmtree(folder)
+    assert found.find() is None
+    assert models_folder(Settings(), None) is None
 
 
 def test_a_path_that_cannot_be_a_name_is_left_out(folder: Path) -> None:

@@ -2,17 +2,17 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from darkroom_server.backends.fake_model import FakeResident, fake_model
+from darkroom_server.backends.fake_preview import fake_preview, pixels_of
 from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.catalog import ModelDescription, WeightOrigin
-from darkroom_server.core.engine_config import AdapterSource
+from darkroom_server.core.engine_config import AdapterSource, ModelSource
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
     AdapterChecked,
@@ -27,22 +27,22 @@ from darkroom_server.core.events import (
     JobFinished,
     JobStarted,
     JobTaken,
-    PreviewReady,
     Replay,
     SampleProgress,
     StageSeconds,
 )
-from darkroom_server.core.inputs import InputImage
+from darkroom_server.core.file_stamps import stamp_or_none
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.core.model_events import ModelLoad, ModelLoaded, ModelNotLoaded, ModelUnloaded
-from darkroom_server.core.record import embedded_record
-from darkroom_server.engine.output.formats import (
-    encode_image,
-    encode_preview,
-    preview_size,
-    sha256_of,
+from darkroom_server.core.model_events import (
+    ModelLoad,
+    ModelLoaded,
+    ModelNotLoaded,
+    ModelsDescribed,
+    ModelUnloaded,
 )
+from darkroom_server.core.record import embedded_record
+from darkroom_server.engine.output.formats import encode_image, sha256_of
 
 FLAGGED = "[flagged]"
 """A prompt with this text generates images that are withheld."""
@@ -177,6 +177,18 @@ class FakeEngine:
             (self._in_host.add if keep else self._in_host.discard)(id)
             self._emit(ModelUnloaded(model=id, host_bytes=self._weight_bytes if keep else 0))
 
+    def describe_models(self, sources: Sequence[ModelSource]) -> None:
+        """Add a ``fake_model`` for each; one whose id is in ``failing`` cannot be served."""
+        new = [fake_model(source.id) for source in sources]
+        self._catalogue |= {info.id: info for info in new}
+        stamps = [stamp_or_none(Path(source.location)) for source in sources]
+        self._emit(ModelsDescribed(tuple(map(self._description_of, new, stamps))))
+
+    def forget_models(self, ids: Collection[str]) -> None:
+        """Remove models of the catalogue."""
+        for id in ids:
+            self._catalogue.pop(id, None)
+
     def close(self) -> None:
         """Stop; jobs end without an event."""
         self.closed.set()
@@ -199,15 +211,17 @@ class FakeEngine:
                 self.models,
                 load_seconds=0.0,
                 loads=tuple(self._load_of(id) for id in ids) if rest else (),
-                descriptions=tuple(
-                    ModelDescription(
-                        id=info.id,
-                        info=replace(info, revision=""),
-                        weight_bytes=self._weight_bytes,
-                    )
-                    for info in rest
-                ),
+                descriptions=tuple(map(self._description_of, rest)),
             )
+        )
+
+    def _description_of(self, info: ModelInfo, stamp: str = "") -> ModelDescription:
+        return ModelDescription(
+            id=info.id,
+            info=replace(info, revision=""),
+            weight_bytes=self._weight_bytes,
+            reason=self.failing.get(info.id, "") if stamp else "",
+            stamp=stamp,
         )
 
     def finish_load(self, free_bytes: int | None = None) -> None:
@@ -315,7 +329,8 @@ class FakeEngine:
                     )
                 )
                 if job.preview_every and job.wants_preview(resident.step, job.steps):
-                    self._emit(fake_preview(job, index, resident.step))
+                    colour = _colour(job.seed_of(index))
+                    self._emit(fake_preview(job, index, resident.step, colour))
         first = residents[0].job
         self._emit(
             BatchDone(
@@ -351,8 +366,8 @@ def fake_image(job: Job, index: int, model: ModelInfo, rows: int) -> EncodedImag
     seed = job.seed_of(index)
     pixels = np.full((job.height, job.width, 3), _colour(seed), np.uint8)
     if job.image is not None:
-        shown = _array(job.image)
-        part = _array(job.mask_image) / 255 if job.mask_image is not None else job.strength
+        shown = pixels_of(job.image)
+        part = pixels_of(job.mask_image) / 255 if job.mask_image is not None else job.strength
         pixels = np.round(shown * (1 - part) + pixels * part).astype(np.uint8)
     flagged = FLAGGED in job.prompt
     replay = Replay(
@@ -374,26 +389,6 @@ def fake_image(job: Job, index: int, model: ModelInfo, rows: int) -> EncodedImag
         flagged=flagged,
         replay=replay,
     )
-
-
-def fake_preview(job: Job, index: int, step: int) -> PreviewReady:
-    """The preview of image ``index`` of ``job`` after ``step`` steps: the same colour."""
-    size = preview_size(job.width, job.height)
-    pixels = np.full((8, 8, 3), _colour(job.seed_of(index)), np.uint8)
-    return PreviewReady(
-        job_id=job.id,
-        image_index=index,
-        step=step,
-        data=encode_preview(pixels, size, job.preview_format),
-        format=job.preview_format,
-        width=size[0],
-        height=size[1],
-    )
-
-
-def _array(image: InputImage) -> npt.NDArray[np.uint8]:
-    array = np.frombuffer(image.pixels, np.uint8)
-    return array.reshape(image.height, image.width, image.channels)
 
 
 def _colour(seed: int) -> list[int]:

@@ -9,14 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import IO
 
 import structlog
 
 from darkroom_server.backends.descriptors import reserved_descriptors
-from darkroom_server.core.engine_config import AdapterSource, EngineConfig
+from darkroom_server.backends.load_limit import LoadLimit
+from darkroom_server.core.engine_config import AdapterSource, EngineConfig, ModelSource
 from darkroom_server.core.events import (
     Correction,
     EngineDied,
@@ -34,6 +35,7 @@ from darkroom_server.ipc.commands import (
     Cancel,
     CheckAdapter,
     Close,
+    DescribeModels,
     Extend,
     LoadModel,
     OfferAdapter,
@@ -58,12 +60,6 @@ CLOSE_SECONDS = 10.0
 
 REAP_SECONDS = 10.0
 """Time for a killed process to end. With a lost GPU it may wait for the driver and never end."""
-
-LOAD_FACTOR = 4.0
-"""An engine may load again for that multiple of its last load: the machine may be busier now."""
-
-SHORTEST_LOAD_SECONDS = 60.0
-"""The least time that an engine gets to load."""
 
 
 class ProcessEngine:
@@ -166,30 +162,21 @@ class ProcessEngine:
         if self._process is not None:
             self._process.send(UnloadModel(id, keep))
 
+    def describe_models(self, sources: Sequence[ModelSource]) -> None:
+        """Add models to the catalogue, also after a restart."""
+        self._offered = self._offered.with_models(sources)
+        if self._process is not None:
+            self._process.send(DescribeModels(tuple(sources), self._offered.adapters))
+
+    def forget_models(self, ids: Collection[str]) -> None:
+        """Remove models from the catalogue that are not in memory."""
+        self._offered = self._offered.without_models(ids)
+
     def close(self) -> None:
         """Stop after the current batch; a process that does not is killed."""
         if self._process is not None:
             self._process.close()
             self._process = None
-
-
-class LoadLimit:
-    """How long an engine may load, in ``seconds``: ``longest`` at first, then learned.
-
-    A limit that was too short doubles, up to ``longest``.
-    """
-
-    def __init__(self, longest: float) -> None:
-        self.seconds = self.longest = longest
-
-    def loaded(self, seconds: float) -> None:
-        """A load took ``seconds``."""
-        learned = max(LOAD_FACTOR * seconds, SHORTEST_LOAD_SECONDS)
-        self.seconds = min(learned, self.longest)
-
-    def timed_out(self) -> None:
-        """A load reached the limit."""
-        self.seconds = min(2 * self.seconds, self.longest)
 
 
 def _environment() -> dict[str, str]:

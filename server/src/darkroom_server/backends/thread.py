@@ -1,17 +1,18 @@
 """The thread backend: the engine on a thread of this process, for debugging and tests."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import structlog
 
-from darkroom_server.core.engine_config import AdapterSource, EngineConfig
+from darkroom_server.core.engine_config import AdapterSource, EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, Event
 from darkroom_server.core.job import Job
 from darkroom_server.ipc.commands import (
     CheckAdapter,
+    DescribeModels,
     LoadModel,
     OfferAdapter,
     UnloadModel,
@@ -87,6 +88,17 @@ class ThreadEngine:
         if self._loop is not None:
             self._loop.change_models(UnloadModel(id, keep))
 
+    def describe_models(self, sources: Sequence[ModelSource]) -> None:
+        """Add models to the catalogue."""
+        self._config = self._config.with_models(sources)
+        if self._loop is not None:
+            command = DescribeModels(tuple(sources), self._config.adapters)
+            self._loop.change_models(command)
+
+    def forget_models(self, ids: Collection[str]) -> None:
+        """Remove models from the catalogue that are not in memory."""
+        self._config = self._config.without_models(ids)
+
     def close(self) -> None:
         """Stop, and block until the current batch, or a load in progress, has finished."""
         self._closed.set()
@@ -114,6 +126,9 @@ class ThreadEngine:
             # What was offered while it loaded. After the line above: later ones go to the loop.
             if not source.withdrawn and source not in loading.adapters:
                 loop.change_adapters(OfferAdapter(source))
+        known = (*loading.catalogue, *loading.models)
+        if new := tuple(each for each in self._config.catalogue if each not in known):
+            loop.change_models(DescribeModels(new, self._config.adapters))
         if self._closed.is_set():
             return
         self._emit(ready)

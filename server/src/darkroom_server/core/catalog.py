@@ -35,9 +35,11 @@ class ModelDescription:
 
     ``info``: None if the model cannot be served, for ``reason``. Its revision is "" and its speed
     is empty unless they are known from earlier. ``weight_bytes``: of the weights in memory.
+    ``stamp``: see ``file_stamps``, as of before it was described; "" for a model of the hub.
     """
 
     id: str
     info: ModelInfo | None
     weight_bytes: int = 0
     reason: str = ""
+    stamp: str = ""

@@ -1,9 +1,9 @@
 """The engine protocol: what the rest of the server needs from a backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from darkroom_server.core.engine_config import AdapterSource
+from darkroom_server.core.engine_config import AdapterSource, ModelSource
 from darkroom_server.core.events import Event
 from darkroom_server.core.job import Job
 
@@ -49,6 +49,15 @@ class Engine(Protocol):
         ``keep``: its weights stay in the host's memory, for a later load. Without it they are
         freed there too.
         """
+
+    def describe_models(self, sources: Sequence[ModelSource]) -> None:
+        """Add models to the catalogue, in place of those of the same ids, also after a restart.
+
+        ``ModelsDescribed`` follows if the engine lives.
+        """
+
+    def forget_models(self, ids: Collection[str]) -> None:
+        """Remove models from the catalogue that are not in memory."""
 
     def close(self) -> None:
         """Stop and free all resources; blocks until done. Jobs end without an event."""

@@ -1,5 +1,6 @@
 """The engine's configuration: plain data that crosses process boundaries."""
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Self
@@ -190,6 +191,17 @@ class EngineConfig:
             models=tuple(each for each in self.models if each.id != model_id),
             catalogue=(*self.catalogue, *unpinned),
         )
+
+    def with_models(self, sources: Iterable[ModelSource]) -> Self:
+        """The configuration with ``sources`` in the catalogue, in place of those of their ids."""
+        new = {source.id: source for source in sources}
+        others = [each for each in self.catalogue if each.id not in new]
+        return replace(self, catalogue=(*others, *new.values()))
+
+    def without_models(self, ids: Collection[str]) -> Self:
+        """The configuration without these models in the catalogue."""
+        catalogue = tuple(each for each in self.catalogue if each.id not in ids)
+        return replace(self, catalogue=catalogue)
 
     def with_adapter(self, source: AdapterSource) -> Self:
         """The configuration after ``source`` was offered, in place of one of the same name."""

@@ -18,6 +18,7 @@ from darkroom_server.core.model_events import (
     ModelLoad,
     ModelLoaded,
     ModelNotLoaded,
+    ModelsDescribed,
     ModelUnloaded,
 )
 from darkroom_server.core.model_runtime import DenoiserForm
@@ -349,6 +350,7 @@ Event = (
     | ModelNotLoaded
     | ModelUnloaded
     | ModelFetching
+    | ModelsDescribed
     | EngineDied
     | JobTaken
     | JobStarted

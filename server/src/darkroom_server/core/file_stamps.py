@@ -18,3 +18,11 @@ def stamp_of(location: Path) -> str:
         stat = file.stat()
         digest.update(f"{file} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def stamp_or_none(location: Path) -> str:
+    """The stamp of a model's files, "" if they are not there."""
+    try:
+        return stamp_of(location)
+    except OSError:
+        return ""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from darkroom_server.core.catalog import WeightOrigin
+from darkroom_server.core.catalog import ModelDescription, WeightOrigin
 from darkroom_server.core.model import ModelInfo
 
 
@@ -62,6 +62,13 @@ class ModelUnloaded:
     model: str
     free_bytes: int | None = None
     host_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsDescribed:
+    """An engine has described models that are new in the catalogue, or whose files have changed."""
+
+    descriptions: tuple[ModelDescription, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from darkroom_server.core.engine import Engine
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model_places import ModelsFolder
 from darkroom_server.dispatch.adapter_catalog import AdapterCatalog
 from darkroom_server.dispatch.admission.availability import Availability, State, shutting_down
 from darkroom_server.dispatch.admission.controller import AdmissionController
@@ -47,7 +48,8 @@ class Dispatcher:
     added to the adapters on offer, with ``adapters``. ``pinned_models`` are loaded at start and
     stay; ``device_memory_budget`` bounds the weights in each engine, ``host_memory_budget`` what
     the host's memory keeps of them, and ``swap_wait`` the seconds until the model of a waiting job
-    is loaded, see ``models``; ``model_locations`` are their paths and hub ids.
+    is loaded, see ``models``; ``model_locations`` are their paths and hub ids, ``models_folder`` is
+    where more of them appear.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Dispatcher:
         host_memory_budget: int | None = None,
         model_locations: Mapping[str, str] | None = None,
         swap_wait: float = 30.0,
+        models_folder: ModelsFolder | None = None,
     ) -> None:
         self._observer = observer or Observer()
         self._registry = JobRegistry()
@@ -93,6 +96,7 @@ class Dispatcher:
             host_budget=host_memory_budget,
             locations=model_locations or {},
             swap_wait=swap_wait,
+            folder=models_folder,
         )
         estimator = Estimator(self._pool, self._registry, self.models)
         self._admission = AdmissionController(

@@ -31,6 +31,7 @@ from darkroom_server.core.model_events import (
     ModelFetching,
     ModelLoaded,
     ModelNotLoaded,
+    ModelsDescribed,
     ModelUnloaded,
 )
 from darkroom_server.dispatch.adapter_catalog import AdapterCatalog
@@ -142,6 +143,8 @@ class EventRouter:
                     self._observer.on_event(event)
                 case ModelFetching():
                     self._models.record_fetching(event)
+                case ModelsDescribed():
+                    self._models.record_described(engine, event)
                 case MemoryReport():
                     engine.memory = event
                     self._observer.on_event(event)

@@ -116,6 +116,20 @@ class ModelStateChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelAdded:
+    """A model is new in the catalogue."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRemoved:
+    """A model is in the catalogue no more."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class TierBytes:
     """The weights that the engine with the index ``engine`` holds now, by tier."""
 
@@ -137,6 +151,8 @@ DispatchEvent = (
     | ModelLoadEnded
     | ModelEvicted
     | ModelStateChanged
+    | ModelAdded
+    | ModelRemoved
     | TierBytes
 )
 

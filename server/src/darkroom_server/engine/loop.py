@@ -52,6 +52,7 @@ from darkroom_server.ipc.commands import (
     Cancel,
     CheckAdapter,
     Close,
+    DescribeModels,
     Extend,
     LoadModel,
     OfferAdapter,
@@ -152,8 +153,8 @@ class EngineLoop:
         """Check, offer or withdraw an adapter at the next step boundary."""
         self._inbox.put(change)
 
-    def change_models(self, change: LoadModel | UnloadModel) -> None:
-        """Load a model beside the jobs, or unload one, from the next step boundary on."""
+    def change_models(self, change: LoadModel | UnloadModel | DescribeModels) -> None:
+        """Load or describe a model beside the jobs, or unload one, from the next step on."""
         self._inbox.put(change)
 
     def close(self) -> None:
@@ -225,7 +226,7 @@ class EngineLoop:
                     self._scheduler.cancel(job_id)
                 case Extend(job_id, deadline):
                     self._scheduler.extend(job_id, deadline)
-                case LoadModel() | UnloadModel() | ModelRead() | LoopPaused():
+                case LoadModel() | UnloadModel() | DescribeModels() | ModelRead() | LoopPaused():
                     assert self._resident is not None
                     self._publish()
                     self._resident.handle(command)

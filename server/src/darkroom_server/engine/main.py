@@ -27,6 +27,7 @@ from darkroom_server.ipc.commands import (
     Cancel,
     CheckAdapter,
     Close,
+    DescribeModels,
     Extend,
     LoadModel,
     OfferAdapter,
@@ -93,7 +94,7 @@ def run(channel: Channel, emit: Callable[[Event], None]) -> None:
                         loop.extend(job_id, deadline)
                     case CheckAdapter() | OfferAdapter() | WithdrawAdapter() as change:
                         loop.change_adapters(change)
-                    case LoadModel() | UnloadModel() as model_change:
+                    case LoadModel() | UnloadModel() | DescribeModels() as model_change:
                         loop.change_models(model_change)
                     case Close():
                         loop.close()

@@ -68,5 +68,13 @@ class UnloadModel:
 
 
 @dataclass(frozen=True, slots=True)
+class DescribeModels:
+    """Describe models that were added to the catalogue; ``adapters`` are those on offer now."""
+
+    sources: tuple[ModelSource, ...]
+    adapters: tuple[AdapterSource, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """End the loop at the next step boundary."""

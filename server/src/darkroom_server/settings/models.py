@@ -31,8 +31,9 @@ class Models:
             "A folder of models: each pipeline folder and each `.safetensors` file below it is in "
             "the catalogue, and is loaded when a request names it.",
             choose="A model's name is its path below the folder, without the ending of a file. "
-            "They are described from their configurations at start. Only the operator should be "
-            "able to write to the folder.",
+            "They are described from their configurations at start; those that appear later are "
+            "found when somebody lists the models. Only the operator should be able to write to "
+            "the folder.",
             metavar="FOLDER",
             default="none",
         ),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ from darkroom_server.core.engine_config import (
     ModelSource,
 )
 from darkroom_server.core.errors import StartupError
+from darkroom_server.core.model_places import ModelsFolder
 from darkroom_server.core.quantization import Quantization, Quantize
 from darkroom_server.settings.models import Models
 from darkroom_server.settings.models_folder import models_below
@@ -43,10 +45,7 @@ def _engine_config(settings: Settings, hub_token: str | None) -> EngineConfig:
     engine = settings.engine
     cache, compiled = measurement_folder(settings), compiled_folder(settings)
     places = adapter_places(settings, hub_token)
-    sources = with_quantization(
-        with_ip_adapters(all_sources(settings.models, hub_token), settings.adapters.ip_adapter),
-        settings.models.quantize,
-    )
+    sources = _configured(settings, hub_token)
     at_start = {source.id for source in sources_at_start(settings.models)}
     return EngineConfig(
         models=tuple(source for source in sources if source.id in at_start),
@@ -99,12 +98,47 @@ def all_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSour
     if not folder.is_dir():
         raise StartupError(f"--models-dir {models.models_dir}: no such folder")
     taken = {source.id for source in named}
+    found = _in_folder(models, taken, hub_token, warn=log.warning)
+    if not named and not found:
+        raise StartupError(f"--models-dir {models.models_dir}: there is no model in it")
+    return (*named, *found)
+
+
+def models_folder(settings: Settings, hub_token: str | None) -> ModelsFolder | None:
+    """The folder of ``--models-dir``, in which models come and go; None without it.
+
+    Raises ``StartupError``.
+    """
+    models = settings.models
+    if models.models_dir is None:
+        return None
+    folder = Path(models.models_dir).expanduser()
+    named = {source.id for source in model_sources(models)} if models.model else set()
+    first = {each.id: each for each in _configured(settings, hub_token) if each.id not in named}
+
+    def find() -> tuple[ModelSource, ...] | None:
+        if not folder.is_dir():
+            return None
+        found = _in_folder(models, named, hub_token, warn=log.debug)
+        # Those of the start may be quantised, or have an IP-Adapter.
+        return tuple(
+            known if (known := first.get(each.id)) and known.location == each.location else each
+            for each in found
+        )
+
+    return ModelsFolder(first, find)
+
+
+def _in_folder(
+    models: Models, taken: Collection[str], hub_token: str | None, warn: Callable[..., object]
+) -> list[ModelSource]:
+    """The models below ``--models-dir`` whose names are not ``taken``."""
     found = []
-    for name, path in models_below(folder):
+    for name, path in models_below(Path(models.models_dir or "").expanduser()):
         if not MODEL_ID.fullmatch(name):
-            log.warning("model left out", path=str(path), why="its path cannot be a model's name")
+            warn("model left out", path=str(path), why="its path cannot be a model's name")
         elif name in taken:
-            log.warning("model left out", path=str(path), why=f"another one is named {name!r}")
+            warn("model left out", path=str(path), why=f"another one is named {name!r}")
         else:
             found.append(
                 ModelSource(
@@ -116,9 +150,15 @@ def all_sources(models: Models, hub_token: str | None = None) -> tuple[ModelSour
                     may_download=models.allow_download,
                 )
             )
-    if not named and not found:
-        raise StartupError(f"--models-dir {models.models_dir}: there is no model in it")
-    return (*named, *found)
+    return found
+
+
+def _configured(settings: Settings, hub_token: str | None) -> tuple[ModelSource, ...]:
+    """Every model, with its IP-Adapter and its quantization. Raises ``StartupError``."""
+    return with_quantization(
+        with_ip_adapters(all_sources(settings.models, hub_token), settings.adapters.ip_adapter),
+        settings.models.quantize,
+    )
 
 
 def sources_at_start(models: Models, hub_token: str | None = None) -> tuple[ModelSource, ...]:

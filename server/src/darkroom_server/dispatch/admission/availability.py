@@ -70,6 +70,7 @@ class Availability:
         self.restoring = False
         self.failures: dict[str, str] = {}
         self._withdrawn: set[str] = set()
+        self._removed: set[str] = set()
 
     @property
     def state(self) -> State:
@@ -165,14 +166,39 @@ class Availability:
         What is known of one that was loaded before stays.
         """
         for each in descriptions:
+            if each.id in self._removed:
+                continue  # It was described by a start that had begun before.
             if self.models.get(each.id) is None:
                 self.models[each.id] = each.info
                 if each.reason:
                     self.failures[each.id] = each.reason
 
+    def describe_again(self, description: ModelDescription) -> None:
+        """An engine has described a model that is new in the catalogue, or has other files."""
+        if description.info is not None:
+            self._set_info(description.info)
+        if description.reason:
+            self.failures[description.id] = description.reason
+        else:
+            self.failures.pop(description.id, None)
+
+    def add_model(self, id: str) -> None:
+        """A model is new in the catalogue; an engine will describe it."""
+        self._removed.discard(id)
+        self.models[id] = None
+
+    def remove_model(self, id: str) -> None:
+        """A model is not in the catalogue any more."""
+        self._removed.add(id)
+        self.models.pop(id, None)
+        self.failures.pop(id, None)
+
     def set_model(self, info: ModelInfo) -> None:
         """An engine has loaded a model beside its jobs."""
         self.failures.pop(info.id, None)
+        self._set_info(info)
+
+    def _set_info(self, info: ModelInfo) -> None:
         offers = tuple(each for each in info.adapters if each.id not in self._withdrawn)
         self.models[info.id] = replace(info, adapters=offers)
 

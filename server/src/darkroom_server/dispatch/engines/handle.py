@@ -220,6 +220,11 @@ class EngineHandle:
         for model in (*ready.models, *self.known.values()):
             self.batch_times.start(model)
 
+    def describe(self, model: ModelInfo) -> None:
+        """It has described a model of the catalogue, which is not in its memory."""
+        self.known[model.id] = model
+        self.batch_times.start(model)
+
     def add_model(self, model: ModelInfo, load: ModelLoad, free_bytes: int | None) -> None:
         """It has loaded a model."""
         self.loading = None

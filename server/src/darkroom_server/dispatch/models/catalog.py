@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import structlog
 
-from darkroom_server.core.catalog import ModelState, WeightOrigin
+from darkroom_server.core.catalog import ModelDescription, ModelState, WeightOrigin
 from darkroom_server.core.errors import (
     DarkroomError,
     ModelMemory,
@@ -17,21 +17,23 @@ from darkroom_server.core.errors import (
     UnknownModel,
 )
 from darkroom_server.core.events import EngineReady
-from darkroom_server.core.file_stamps import stamp_of
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.model_events import (
     ModelFetching,
     ModelLoad,
     ModelLoaded,
     ModelNotLoaded,
+    ModelsDescribed,
     ModelUnloaded,
 )
+from darkroom_server.core.model_places import ModelsFolder
 from darkroom_server.dispatch.admission.availability import Availability
 from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 from darkroom_server.dispatch.models.entry import CatalogEntry, CatalogStatus, LoadProgress
+from darkroom_server.dispatch.models.file_watch import FileWatch
 from darkroom_server.dispatch.models.planner import LoadPlanner, Planned
 from darkroom_server.dispatch.models.states import ModelStates
 from darkroom_server.dispatch.observer import LoadOutcome, ModelLoadEnded, Observer
@@ -51,6 +53,7 @@ class ModelCatalog:
     for what its device leaves beside the largest batch. ``host_budget``: see ``HostTier``.
     ``locations``: paths and hub ids of the models. ``swap_wait``: the seconds after which the model
     of a waiting job should be loaded. An engine loads one model at a time, see ``LoadPlanner``.
+    ``folder``: where models appear and vanish, see ``FileWatch``.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class ModelCatalog:
         host_budget: int | None = None,
         locations: Mapping[str, str] = NO_LOCATIONS,
         swap_wait: float = math.inf,
+        folder: ModelsFolder | None = None,
     ) -> None:
         self._availability = availability
         self._pool = pool
@@ -75,6 +79,7 @@ class ModelCatalog:
         for id, location in locations.items():
             path = Path(location).expanduser()
             self._states.entries[id].location = path if path.exists() else None
+        self._files = FileWatch(self._states, availability, pool, registry, observer, folder)
         self._planner = LoadPlanner(self._states, availability, pool, registry, budget, swap_wait)
 
     # What callers ask.
@@ -109,19 +114,8 @@ class ModelCatalog:
         return self._planner.forecast(new)
 
     async def look_at_files(self) -> None:
-        """Find out which models in memory have files that were written since they were loaded."""
-        held = [
-            (entry, entry.location)
-            for entry in self._states.entries.values()
-            if entry.location is not None and entry.stamp and not entry.changed
-        ]
-        if not held:
-            return
-        stamps = await asyncio.to_thread(lambda: [_stamp(location) for _, location in held])
-        for (entry, _), stamp in zip(held, stamps, strict=True):
-            if stamp != entry.stamp and self._states.in_memory(entry.id):
-                log.info("files of a model have changed", model=entry.id)
-                entry.changed = True
+        """Find out which models are new, are gone, or have files that were written since."""
+        await self._files.look()
 
     # What admins want. ``JobLifecycle.feed`` acts on it.
 
@@ -177,8 +171,8 @@ class ModelCatalog:
     def record_ready(self, engine: EngineHandle, ready: EngineReady) -> None:
         """An engine has started, with the models that are loaded at the start."""
         for description in ready.descriptions:
-            if description.weight_bytes:
-                self._states.entries[description.id].weight_bytes = description.weight_bytes
+            self._record_description(description)
+        self._files.record_described(each.id for each in ready.descriptions)
         for load in ready.loads:
             entry = self._states.entries[load.model]
             entry.weight_bytes = load.weight_bytes
@@ -199,12 +193,32 @@ class ModelCatalog:
         self._states.report_all()
         self._states.report_tiers(engine)
 
+    def record_described(self, engine: EngineHandle, event: ModelsDescribed) -> None:
+        """An engine has described models that are new, or whose files have changed."""
+        for each in event.descriptions:
+            if each.id not in self._availability.models:
+                continue  # It was removed meanwhile.
+            if each.info is not None and each.id not in engine.models:
+                engine.describe(each.info)
+            if not any(each.id in other.models for other in self._pool.engines):
+                self._record_description(each)
+                self._availability.describe_again(each)
+                self._states.report(each.id)
+        self._files.record_described(each.id for each in event.descriptions)
+
+    def _record_description(self, description: ModelDescription) -> None:
+        entry = self._states.entries[description.id]
+        entry.described = description.stamp
+        if description.weight_bytes:
+            entry.weight_bytes = description.weight_bytes
+
     def record_loaded(self, engine: EngineHandle, loaded: ModelLoaded) -> None:
         """An engine has loaded a model."""
         id, load = loaded.info.id, loaded.load
         entry = self._states.entries[id]
         entry.weight_bytes, entry.deaths = load.weight_bytes, 0
         entry.stamp, entry.changed, entry.shared = load.stamp, False, load.shared
+        entry.described = load.stamp
         self._count(id, load.origin, LoadOutcome.LOADED, engine)
         engine.add_model(loaded.info, load, loaded.free_bytes)
         self._availability.set_model(loaded.info)
@@ -321,11 +335,3 @@ class ModelCatalog:
         loading = engine.loading if engine is not None else None
         seconds = time.monotonic() - loading.began if loading is not None else 0.0
         self._observer.on_event(ModelLoadEnded(id, origin, outcome, seconds))
-
-
-def _stamp(location: Path) -> str:
-    """The stamp of a model's files, "" if they are not there."""
-    try:
-        return stamp_of(location)
-    except OSError:
-        return ""

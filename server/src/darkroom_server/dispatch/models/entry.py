@@ -22,9 +22,10 @@ class CatalogEntry:
     since it was last loaded. ``load_seconds`` and ``host_seconds``: its last load from files and
     from the host's memory, None if there was none. ``location``: its folder or file, None for one
     of the hub; ``stamp``: that of its files when it was loaded, ``changed``: they were written
-    since. ``shared``: see ``Resident``, as of its last load. ``fetched_bytes`` and ``fetch_bytes``
-    are those of a download that runs. ``waiters``: calls that wait until it is loaded.
-    ``reported``: the state that the observer knows.
+    since; ``described``: that of the files that it was described from, "" if it is not known.
+    ``shared``: see ``Resident``, as of its last load. ``fetched_bytes`` and ``fetch_bytes`` are
+    those of a download that runs. ``waiters``: calls that wait until it is loaded. ``reported``:
+    the state that the observer knows.
     """
 
     id: str
@@ -35,6 +36,7 @@ class CatalogEntry:
     host_seconds: float | None = None
     location: Path | None = None
     stamp: str = ""
+    described: str = ""
     changed: bool = False
     shared: Mapping[str, int] = field(default_factory=dict)
     fetched_bytes: int = 0

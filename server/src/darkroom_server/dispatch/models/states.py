@@ -57,6 +57,13 @@ class ModelStates:
         for id in availability.models:
             self.entries[id] = CatalogEntry(id, pinned=id in pinned)
 
+    def remove(self, id: str) -> None:
+        """A model is in the catalogue no more."""
+        self.entries.pop(id, None)
+        self.wanted.pop(id, None)
+        self.to_unload.discard(id)
+        self.to_reload.discard(id)
+
     def state(self, id: str) -> ModelState:
         """Where a model is."""
         engines = self._pool.engines

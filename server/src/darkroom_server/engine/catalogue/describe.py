@@ -13,6 +13,7 @@ from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.catalog import ModelDescription
 from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
+from darkroom_server.core.file_stamps import stamp_or_none
 from darkroom_server.core.model import MemoryNeeds, ModelInfo
 from darkroom_server.core.model_runtime import ModelSpeed, RowLimitSource
 from darkroom_server.engine.adapters.offering import Adapters
@@ -73,6 +74,12 @@ class Catalogue:
 
     def _describe_or_why(self, source: ModelSource) -> ModelDescription:
         previous = {info.id: info for info in self._config.previous_measurements}.get(source.id)
+        stamp = stamp_or_none(Path(source.location).expanduser())
+        return replace(self._described_or_why(source, previous), stamp=stamp)
+
+    def _described_or_why(
+        self, source: ModelSource, previous: ModelInfo | None
+    ) -> ModelDescription:
         try:
             return self._describe(source, previous)
         except StartupError as error:

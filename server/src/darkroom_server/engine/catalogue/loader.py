@@ -4,7 +4,7 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import Event
-from darkroom_server.core.model_events import ModelNotLoaded
+from darkroom_server.core.model_events import ModelNotLoaded, ModelsDescribed
 from darkroom_server.engine.adapters.offering import Adapters
+from darkroom_server.engine.catalogue.describe import Catalogue
 from darkroom_server.engine.catalogue.fetching import fetch_reported
 from darkroom_server.engine.catalogue.global_settings import LoopPaused, exclusive_settings
 from darkroom_server.engine.catalogue.slices import SlicedWork, pause
@@ -26,7 +27,8 @@ from darkroom_server.engine.forms.graphs import Recorder, record_graphs
 from darkroom_server.engine.loading.load_model import LoadedModel, finish_model
 from darkroom_server.engine.loading.read_model import NoMemory, ReadModel, read_model
 from darkroom_server.engine.weights.store import WeightStore
-from darkroom_server.ipc.commands import LoadModel
+from darkroom_server.ipc.channel import ChannelClosed
+from darkroom_server.ipc.commands import DescribeModels, LoadModel
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +73,7 @@ class ModelLoader:
         self._recorder = recorder
         self._emit = emit
         self._finishing: SlicedWork | None = None
+        self._reading = threading.Lock()
 
     @property
     def busy(self) -> bool:
@@ -84,6 +87,14 @@ class ModelLoader:
         # A thread for each load: OpenMP keeps a pool for every thread that computes.
         threading.Thread(
             target=self._read, args=[command, receive], name="read-model", daemon=True
+        ).start()
+
+    def describe(
+        self, command: DescribeModels, receive: Callable[[ModelRead | LoopPaused], None]
+    ) -> None:
+        """Describe models beside the jobs, after a model that is being read."""
+        threading.Thread(
+            target=self._describe, args=[command, receive], name="describe-models", daemon=True
         ).start()
 
     def finish(self, read: ModelRead) -> None:
@@ -140,6 +151,7 @@ class ModelLoader:
     def _read(self, command: LoadModel, receive: Callable[[ModelRead | LoopPaused], None]) -> None:
         try:
             with (
+                self._reading,
                 fetch_reported(command.source, self._emit),
                 _short_switches(),
                 exclusive_settings(receive),
@@ -154,6 +166,21 @@ class ModelLoader:
             receive(ModelRead(command, None, error))
         else:
             receive(ModelRead(command, model))
+
+    def _describe(
+        self, command: DescribeModels, receive: Callable[[ModelRead | LoopPaused], None]
+    ) -> None:
+        # What was measured of an earlier model of a name says nothing about its new files.
+        config = replace(self._config, adapters=command.adapters, previous_measurements=())
+        with (
+            self._reading,
+            _short_switches(),
+            exclusive_settings(receive),
+            torch.inference_mode(),
+            suppress(ChannelClosed),  # The serving process is gone.
+        ):
+            catalogue = Catalogue(config, self.device, Adapters.of(config), self._controlnets)
+            self._emit(ModelsDescribed(catalogue.describe_all(command.sources)))
 
     def _config_for(self, command: LoadModel) -> EngineConfig:
         previous = (command.previous,) if command.previous is not None else ()

@@ -21,11 +21,11 @@ from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.forms.compiler import Compiler
 from darkroom_server.engine.loading.load_model import LoadedModel
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
-from darkroom_server.ipc.commands import LoadModel, UnloadModel
+from darkroom_server.ipc.commands import DescribeModels, LoadModel, UnloadModel
 
 log = structlog.get_logger(__name__)
 
-ModelChange = LoadModel | UnloadModel | ModelRead | LoopPaused
+ModelChange = LoadModel | UnloadModel | DescribeModels | ModelRead | LoopPaused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,8 @@ class ResidentModels:
                 self._to_load = change
             case UnloadModel(id, keep):
                 self._unloading[id] = keep
+            case DescribeModels():
+                self.loader.describe(change, self.receive)
             case ModelRead():
                 self.loader.finish(change)
             case LoopPaused():

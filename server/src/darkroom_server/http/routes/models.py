@@ -24,12 +24,14 @@ class ModelRoutes:
 
     async def list(self, call: Call) -> Answer:
         """Every model, in the configured order."""
+        await self._catalog.look_at_files()
         models = self._availability.models
         data = [self._model(id, info) for id, info in models.items()]
         return _json({"object": "list", "data": data})
 
     async def get(self, call: Call) -> Answer:
         """One model; raises ``UnknownModel``."""
+        await self._catalog.look_at_files()
         id = self._availability.resolve(call.path["model"])
         return _json(self._model(id, self._availability.models[id]))
 

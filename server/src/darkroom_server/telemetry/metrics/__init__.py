@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from darkroom_server.core.events import Event
-from darkroom_server.dispatch import DispatchEvent, Observer
+from darkroom_server.dispatch import Dispatcher, DispatchEvent, ModelAdded, Observer
 from darkroom_server.telemetry.metrics.calls import CallMetrics
 from darkroom_server.telemetry.metrics.catalogue import Catalogue, Declared
 from darkroom_server.telemetry.metrics.engine import EngineMetrics
@@ -32,7 +32,8 @@ class Metrics(Observer):
     """The metrics by section, and the ``registry`` that holds them.
 
     Each section declares its metrics and, in ``handlers``, the events that change them.
-    ``model_ids``: the configured models, whose series start at zero.
+    ``model_ids``: the configured models, whose series start at zero, as do those of models that are
+    found later.
     """
 
     def __init__(self, model_ids: Iterable[str] = ()) -> None:
@@ -52,10 +53,26 @@ class Metrics(Observer):
         for section in (self.requests, self.engine, self.models, self.memory):
             for event, handler in section.handlers.items():
                 self._handlers[event].append(handler)
+        self._handlers[ModelAdded].append(lambda added: self._begin(added.model))
+        self._dispatcher: Dispatcher | None = None
+        self._models: set[str] = set()
         for model in model_ids:
-            self.requests.begin(model)
-            self.engine.begin(model)
-            self.models.begin(model)
+            self._begin(model)
+
+    def read_jobs(self, dispatcher: Dispatcher) -> None:
+        """Read the jobs of each model, also of those that come later, at each scrape."""
+        self._dispatcher = dispatcher
+        for model in self._models:
+            self.requests.read_jobs(model, dispatcher)
+
+    def _begin(self, model: str) -> None:
+        """Create the series of a model."""
+        self._models.add(model)
+        self.requests.begin(model)
+        self.engine.begin(model)
+        self.models.begin(model)
+        if self._dispatcher is not None:
+            self.requests.read_jobs(model, self._dispatcher)
 
     def on_event(self, event: Event | DispatchEvent) -> None:
         """Record ``event`` in the sections that handle its type."""

@@ -10,6 +10,7 @@ from darkroom_server.dispatch import (
     LoadOutcome,
     ModelEvicted,
     ModelLoadEnded,
+    ModelRemoved,
     ModelStateChanged,
     TierBytes,
 )
@@ -67,6 +68,7 @@ class ModelMetrics:
             ModelLoadEnded: self.record_end,
             ModelEvicted: lambda evicted: self.evictions.labels(evicted.model).inc(),
             ModelStateChanged: self.record_state,
+            ModelRemoved: self.remove,
             TierBytes: self.record_tiers,
         }
 
@@ -77,6 +79,11 @@ class ModelMetrics:
             self.loads.labels(model, WeightOrigin.DISK, outcome)
         for state in ModelState:
             self.state.labels(model, state)
+
+    def remove(self, removed: ModelRemoved) -> None:
+        """A model left the catalogue: it is in no state. What was counted stays."""
+        for state in ModelState:
+            self.state.remove(removed.model, state)
 
     def record_ready(self, ready: EngineReady) -> None:
         """An engine has loaded the models of its start."""
