@@ -55,11 +55,21 @@ class Repository:
 
 @dataclass(slots=True)
 class Hub:
-    """The running hub. ``calls`` are (method, path, token) of each call so far."""
+    """The running hub. ``calls`` are (method, path, token) of each call so far.
+
+    As long as ``released`` is not set, the file that ``hold`` named is sent by half.
+    """
 
     url: str
     repositories: Mapping[str, Repository]
     calls: list[tuple[str, str, str]] = field(default_factory=list)
+    held: str = ""
+    released: threading.Event = field(default_factory=threading.Event)
+
+    def hold(self, path: str) -> None:
+        """Send only half of the file ``path`` of a repository until ``released`` is set."""
+        self.held = path
+        self.released.clear()
 
     def downloads(self, suffix: str = ".safetensors") -> list[str]:
         """The paths in the repository of the files that were sent, with that suffix."""
@@ -78,6 +88,7 @@ def running_hub(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.released.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -134,6 +145,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
+        if body and hub.held and path.endswith(hub.held):
+            half = len(content) // 2
+            self.wfile.write(content[:half])
+            self.wfile.flush()
+            hub.released.wait()
+            content = content[half:]
         if body:
             self.wfile.write(content)
 
@@ -161,7 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for p, f in files.items()
             ]
         else:
-            found = {"id": name, "sha": commit, "siblings": [{"rfilename": p} for p in files]}
+            siblings = [{"rfilename": p, "size": f.stat().st_size} for p, f in files.items()]
+            found = {"id": name, "sha": commit, "siblings": siblings}
         return json.dumps(found).encode(), {"Content-Type": "application/json"}
 
 

@@ -1,19 +1,31 @@
 """Models from a hub: revisions, variants, tokens, and what the operator reads if it fails."""
 
+import queue
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import urllib.request
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import huggingface_hub
 import pytest
 import structlog
 import torch
 from safetensors.torch import load_file, save_file
 
+from darkroom.v1 import (
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
 from darkroom_server.core.engine_config import ModelSource
+from darkroom_server.engine.catalogue import fetching
+from darkroom_server.engine.catalogue.fetching import fetch_reported
 from darkroom_server.engine.loading import pipeline
 from darkroom_server.engine.loading.revision import revision_of
 from tests.server.app.process import CLEAN, ServerProcess
@@ -227,8 +239,86 @@ def test_what_is_cached_is_not_downloaded_again(hub: Hub) -> None:
     assert hub.downloads("") == before
 
 
-def serve(hub: Hub, cache: Path, token: str) -> "subprocess.Popen[str]":
-    """``serve`` of the branch ``fp16``, in a process that HF_ENDPOINT sends to ``hub``."""
+def size_of_weights(folder: Path, *names: str) -> int:
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def test_a_download_reports_how_far_it_is(
+    hub: Hub, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "REPORT_SECONDS", 0.01)
+    source = ModelSource(id="net", location="owner/open", may_download=True)
+    reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    hub.hold(UNET)
+    done = size_of_weights(tiny_folder, VAE, TEXT)
+    with structlog.testing.capture_logs() as logs, fetch_reported(source, reports.put):
+        loading = threading.Thread(target=load, args=["owner/open"])
+        loading.start()
+        report = reports.get(timeout=60)
+        while report.fetched_bytes < done:
+            report = reports.get(timeout=60)
+        assert report.model == "net"
+        assert report.fetch_bytes == done + size_of_weights(tiny_folder, UNET)
+        assert report.fetched_bytes < report.fetch_bytes
+        hub.released.set()
+        while report.fetched_bytes < report.fetch_bytes:
+            report = reports.get(timeout=60)
+        loading.join()
+    (line,) = [entry for entry in logs if entry["event"] == "model is being fetched"]
+    assert (line["model"], line["of"]) == ("net", report.fetch_bytes)
+    # What is here already is not fetched, and nothing is reported.
+    with fetch_reported(source, reports.put):
+        load("owner/open")
+    assert reports.empty()
+
+
+def test_a_model_is_fetched_when_it_is_asked_for(
+    hub: Hub, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Its progress is in the log, in its state and over the wire."""
+    hub.hold(UNET)
+    flags = ["--model", "net=owner/open", "--on-demand", "--allow-download", "--preset", "fast"]
+    with ExitStack() as stack:
+        process = stack.enter_context(serve(hub, tmp_path / "cache", MEMBER, flags))
+        stack.callback(process.kill)
+        server = ServerProcess(process)
+        serving = server.until("serving")
+        channel = stack.enter_context(grpc.insecure_channel(serving["address"]))
+        models: Any = model_pb2_grpc.ModelServiceStub(channel)
+        generation: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+
+        def model() -> Any:
+            return models.GetModel(model_pb2.GetModelRequest(model="net")).model
+
+        before = model()
+        assert (before.state, before.ready) == (model_pb2.MODEL_STATE_AVAILABLE, False)
+        total = size_of_weights(tiny_folder, VAE, TEXT, UNET)
+        assert before.weight_bytes == total
+        assert before.limits.max_size
+        assert hub.downloads() == [], "it is described from its configuration"
+        loading = models.LoadModel.future(model_pb2.LoadModelRequest(model="net"))
+        while (now := model()).load.fetched_bytes < size_of_weights(tiny_folder, VAE, TEXT):
+            assert not loading.done()
+        assert now.state == model_pb2.MODEL_STATE_LOADING
+        assert now.load.fetched_bytes < now.load.fetch_bytes == total
+        logged = server.until("model is being fetched")
+        assert (logged["model"], logged["of"]) == ("net", total)
+        hub.released.set()
+        assert loading.result(timeout=120).model.state == model_pb2.MODEL_STATE_RESIDENT
+        request = generation_pb2.GenerateRequest(prompt="a star", steps=2, width=64, height=64)
+        assert len(generation.Generate(request, timeout=120).images) == 1
+        metrics = urllib.request.urlopen(f"http://{serving['metrics']}/metrics").read().decode()
+        assert 'darkroom_model_loads_total{from="hub",model="net",outcome="loaded"} 1.0' in metrics
+    assert hub.downloads() == sorted([UNET, VAE, TEXT])
+
+
+HALF = ["--model", f"half={MODEL}@fp16", "--dtype", "float32"]
+
+
+def serve(
+    hub: Hub, cache: Path, token: str, models: Sequence[str] = HALF
+) -> "subprocess.Popen[str]":
+    """``serve``, in a process that HF_ENDPOINT sends to ``hub``; by default the branch ``fp16``."""
     env = CLEAN | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
@@ -238,9 +328,8 @@ def serve(hub: Hub, cache: Path, token: str) -> "subprocess.Popen[str]":
         "HF_TOKEN": token,
     }
     flags = ["--port", "0", "--metrics-port", "0", "--log-format", "json"]
-    model = ["--model", f"half={MODEL}@fp16", "--dtype", "float32", "--rows", "2"]
     return subprocess.Popen(
-        [sys.executable, "-m", "darkroom_server", "serve", *flags, *model],
+        [sys.executable, "-m", "darkroom_server", "serve", *flags, *models, "--rows", "2"],
         env=env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -1,5 +1,9 @@
 """A checkpoint in one file, in the original layout, is the same model as its folder."""
 
+import json
+import resource
+import struct
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -17,6 +21,9 @@ from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import JobFinished
 from darkroom_server.core.job import SchedulerName
+from darkroom_server.engine.adapters.offering import Adapters
+from darkroom_server.engine.catalogue.describe import Catalogue
+from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.families.registry import FAMILIES
 from darkroom_server.engine.loading.checkpoint import KINDS, pipeline_class_of, read_shapes
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
@@ -205,3 +212,51 @@ def test_a_family_that_diffusers_reads_from_folders_only(
     save_file(weights, file)
     line = line_of(file, write_aura_flow(tmp_path / "config"))
     assert "diffusers reads no single file of a AuraFlowPipeline; give a pipeline's folder" in line
+
+
+def test_a_file_is_described_from_its_keys(
+    weights: dict[str, torch.Tensor], tiny_folder: Path, tmp_path: Path
+) -> None:
+    file, huge = tmp_path / "tiny.safetensors", tmp_path / "huge.safetensors"
+    save_file(weights, file)
+    _write_huge(file, huge)
+    sources = [
+        ModelSource(id=path.stem, location=str(path), config=str(tiny_folder))
+        for path in (file, huge)
+    ]
+    config = config_for(tiny_folder, models=(), catalogue=tuple(sources))
+    device = torch.device("cpu")
+    catalogue = Catalogue(config, device, Adapters.of(config), ControlNets(config))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {each.id: each for each in catalogue.describe_all(sources)}
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown * 1024 < HUGE / 16, "its bytes were read"
+    tiny, other = found["tiny"], found["huge"]
+    assert tiny.info is not None
+    assert other.info is not None
+    assert (tiny.reason, other.reason) == ("", "")
+    assert tiny.info.kind == "StableDiffusionPipeline"
+    assert replace(other.info, id="tiny", memory=tiny.info.memory) == tiny.info
+    assert tiny.weight_bytes < 2**23 < HUGE < other.weight_bytes
+
+
+HUGE = 2**33
+"""Bytes that nobody reads unnoticed."""
+
+
+def _write_huge(file: Path, huge: Path) -> None:
+    """Write ``file`` with one more tensor, whose bytes are a hole."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    end = len(data) - 8 - length
+    header["cond_stage_model.hole"] = {
+        "dtype": "U8",
+        "shape": [HUGE],
+        "data_offsets": [end, end + HUGE],
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with huge.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        out.truncate(8 + len(text) + end + HUGE)

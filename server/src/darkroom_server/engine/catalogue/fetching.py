@@ -1,7 +1,7 @@
 """How far a download from the hub is, by the size of the hub's cache."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,12 +28,24 @@ def is_on_hub(source: ModelSource) -> bool:
 
 def cached_bytes(source: ModelSource) -> int:
     """The bytes that the hub's cache has of a model, parts of files included; 0 for a path."""
-    if not is_on_hub(source):
-        return 0
+    return 0 if not is_on_hub(source) else _size_of(_cache_of(source).glob("blobs/*"))
+
+
+def cached_weights(source: ModelSource) -> int:
+    """The bytes of ``cached_bytes`` that need not be fetched for its weights any more."""
+    folder = _cache_of(source)
+    whole = {file.resolve() for file in folder.glob("snapshots/*/*/*.safetensors")}
+    return _size_of([*whole, *folder.glob("blobs/*.incomplete")])
+
+
+def _cache_of(source: ModelSource) -> Path:
     name = "models--" + source.location.replace("/", "--")
-    folder = Path(huggingface_hub.constants.HF_HUB_CACHE) / name / "blobs"
+    return Path(huggingface_hub.constants.HF_HUB_CACHE) / name
+
+
+def _size_of(files: Iterable[Path]) -> int:
     total = 0
-    for file in folder.glob("*"):
+    for file in files:
         try:
             total += file.stat().st_size
         except FileNotFoundError:  # It was renamed in this moment: it is complete.
@@ -43,7 +55,7 @@ def cached_bytes(source: ModelSource) -> int:
 
 @contextmanager
 def fetch_reported(source: ModelSource, emit: Callable[[Event], None]) -> Iterator[None]:
-    """Emit and log about once a second how much of ``source`` has been fetched, if it is."""
+    """Emit once a second how much of ``source`` has been fetched, if it is, and log it at times."""
     if not source.may_download or not is_on_hub(source):
         yield
         return
@@ -60,8 +72,8 @@ def fetch_reported(source: ModelSource, emit: Callable[[Event], None]) -> Iterat
 
 
 def _report(source: ModelSource, emit: Callable[[Event], None], over: threading.Event) -> None:
-    before = cached_bytes(source)
-    total, said, last_logged = None, 0, 0.0
+    before, had = cached_bytes(source), cached_weights(source)
+    total, said, last_logged = None, 0, -LOG_SECONDS
     waited = 0.0
     while not over.wait(REPORT_SECONDS):
         waited += REPORT_SECONDS
@@ -69,8 +81,10 @@ def _report(source: ModelSource, emit: Callable[[Event], None], over: threading.
         if fetched <= said:
             continue
         if total is None:
-            total = max(0, weights_on_hub(source) - before)
+            total = max(0, weights_on_hub(source) - had)
         said = fetched
+        if total:
+            fetched = min(fetched, total)  # Files besides the weights are small, and not counted.
         try:
             emit(ModelFetching(model=source.id, fetched_bytes=fetched, fetch_bytes=total))
         except ChannelClosed:
