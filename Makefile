@@ -127,8 +127,8 @@ bench-http: setup ## measure HTTP beside gRPC, and what idle streams cost; optio
 bench-ledger: setup ## measure what accepted jobs cost in memory and in SQLite; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.serving ledger $(BENCH_FLAGS)
 
-bench-fleet: setup ## measure what a fleet asks of PostgreSQL, simulated to 100 servers; options in BENCH_FLAGS
-	@$(BIN)/python -m bench.serving fleet $(BENCH_FLAGS)
+bench-fleet: setup ## measure what a fleet asks of PostgreSQL, and its cancels; options in BENCH_FLAGS
+	@$(BIN)/python -m bench.serving fleet cancels $(BENCH_FLAGS)
 
 .PHONY: cards
 cards: setup ## count which models fit which card, on the meta device, and write docs/cards.md

@@ -8,9 +8,9 @@ Each writes its results to ``bench/results`` and its section of a page in ``docs
 from collections.abc import Sequence
 
 from bench.report.benchmark import run_named
-from bench.serving import estimates, fleet_cost, http_door, ledger_cost, overload
+from bench.serving import estimates, fleet_cancels, fleet_cost, http_door, ledger_cost, overload
 
-MODULES = (estimates, overload, http_door, ledger_cost, fleet_cost)
+MODULES = (estimates, overload, http_door, ledger_cost, fleet_cost, fleet_cancels)
 BENCHMARKS = tuple(module.BENCHMARK for module in MODULES)
 
 

@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from bench.serving import estimates, fleet_cost, http_door, ledger_cost, overload
+from bench.serving import (
+    estimates,
+    fleet_cancels,
+    fleet_cost,
+    http_door,
+    ledger_cost,
+    overload,
+)
 from bench.serving.estimates import Pair
 from bench.serving.fleet_simulation import FleetSimulation, Plan
 from bench.serving.overload import Call, in_time
@@ -192,3 +199,26 @@ def test_the_fleet_section() -> None:
 def test_the_goal_of_a_claim(beside: float, met: bool) -> None:
     (goal,) = fleet_cost.goals(fleet_results(beside))
     assert goal.met is met
+
+
+def cancels(removed: float) -> Any:
+    seconds = {
+        "reached": [3e-3, 4e-3, 9e-3],
+        "answered": [7e-3] * 3,
+        "removed": [removed] * 3,
+    }
+    settings = {"cancels": 3, "step_seconds": 0.05}
+    return replace(RESULTS, settings=settings, figures={"cancels": seconds})
+
+
+def test_the_section_of_cancels() -> None:
+    text = fleet_cancels.BENCHMARK.section(cancels(0.03))
+    assert "| the engine is asked to remove the job | 4.0 | 8.5 | 9.0 |" in text
+    assert "its engine begins a step every 50 ms" in text
+
+
+@pytest.mark.parametrize(("removed", "met"), [(0.06, True), (0.061, False)])
+def test_a_cancel_may_take_a_step_and_ten_ms(removed: float, met: bool) -> None:
+    reached, ended = fleet_cancels.goals(cancels(removed))
+    assert (reached.bound, ended.bound) == pytest.approx((10.0, 60.0))
+    assert (reached.met, ended.met) == (True, met)
