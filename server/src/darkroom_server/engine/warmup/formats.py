@@ -137,7 +137,8 @@ def vae_channels_last(
 
     As the ``denoiser``, with one exception: on a CPU with AVX-512 BF16, a VAE in bfloat16 decodes
     in 0.84 to 0.88 of the time if it is channels last, and the denoiser is faster contiguous. In
-    float32, and on GPUs, no gain was measured (``python -m bench.micro vae_layout``).
+    float32 the demo model's VAE gained as much, and that of Stable Diffusion 1.4 nothing
+    (``python -m bench.micro vae_layout``). On GPUs nothing was measured.
     """
     faster = dtype is torch.bfloat16 and "avx512_bf16" in hardware.cpu_flags
     return denoiser or (preset.is_fast and faster)
