@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from darkroom_server.backends.fake_model import FakeResident, fake_model
-from darkroom_server.backends.fake_preview import fake_preview, pixels_of
+from darkroom_server.backends.fake_pixels import fake_preview, pixels_of
 from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.catalog import ModelDescription, WeightOrigin
 from darkroom_server.core.engine_config import AdapterSource, ModelSource

@@ -1,4 +1,4 @@
-"""The previews of the fake engine, and the pixels of its callers' pictures."""
+"""The pixels of the fake engine: of its previews, and of the pictures of its callers."""
 
 from collections.abc import Sequence
 
