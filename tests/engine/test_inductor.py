@@ -95,7 +95,14 @@ def test_a_familys_denoiser_is_compiled(case: FamilyCase, tmp_path: Path) -> Non
         loop = LoopUnderTest(config, Inductor(), start_seconds=1200)
         try:
             info = loop.models["tiny"].info
-            fields = {"width": info.defaults.width, "height": info.defaults.height}
+            defaults = info.defaults
+            # The calls that are compiled.
+            fields = {
+                "width": defaults.width,
+                "height": defaults.height,
+                "scheduler": defaults.scheduler,
+                "max_sequence_length": defaults.max_sequence_length,
+            }
             jobs = [make_job(str(i), **{**each, **fields}) for i, each in enumerate(case.jobs[:3])]
             loop.run(*jobs, make_job("exact", exact=True, **{**case.jobs[0], **fields}))
             found[info.runtime.denoiser] = {id: loop.latents[id, 0].float() for id in loop.ends}
