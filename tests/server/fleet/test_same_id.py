@@ -52,7 +52,7 @@ async def test_calls_wait_until_the_ledger_has_said_whose_job_it_is(
     watching = asyncio.create_task(rest(watch(b, "job")))
     getting = asyncio.create_task(state_of(b, "job"))
     listing = asyncio.create_task(page(b))
-    await b.becomes(lambda: held.asked == 3)
+    await b.becomes(lambda: held.asked >= 3)
     held.release.set()
     (listed,) = (await listing).generations
     for state in (await getting, listed):
@@ -76,7 +76,7 @@ async def test_a_cancel_reaches_the_job_that_counts(
     held = HeldAnswers(b, monkeypatch)
     call = await begun_twice(b, held)
     cancelling = asyncio.create_task(cancel(b, "job"))
-    await b.becomes(lambda: held.asked == 1)
+    await b.becomes(lambda: held.asked >= 1)
     held.release.set()
     assert await cancelling
     assert await a.cancelled.get()
@@ -91,13 +91,14 @@ async def test_who_follows_a_job_elsewhere_is_not_shown_one_that_begins_here(
     a, b = fleet
     member = b.server._fleet.member  # type: ignore[union-attr]
     mirror = await member.find(KEY)
+    await a.subscribers("job", 1)  # It follows the job there, and looks no more.
     entry = await member._ledger.find(KEY)
     assert entry is not None
     held = HeldAnswers(b, monkeypatch)
     call = await begun_twice(b, held)
     # As after a connection between the servers that broke.
     following = asyncio.create_task(member._mirrors._repeat_entry(entry, mirror))
-    await b.becomes(lambda: held.asked == 1)
+    await b.becomes(lambda: held.asked >= 1)
     assert not mirror.images
     held.release.set()
     with mirror.subscribe():
