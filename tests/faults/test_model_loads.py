@@ -40,7 +40,7 @@ def write_models(folder: Path) -> None:
     tiny = write_tiny_model(folder / NAMES[0])
     file = Path("unet") / "diffusion_pytorch_model.safetensors"
     weights = safetensors.torch.load_file(tiny / file)
-    for number, name in enumerate((*NAMES[1:], "later", "gone", "short", "fresh")):
+    for number, name in enumerate((*NAMES[1:], "later", "gone", "lost", "short", "fresh")):
         shutil.copytree(tiny, folder / name)
         perturbed = {key: value * (1.1 + 0.05 * number) for key, value in weights.items()}
         safetensors.torch.save_file(perturbed, folder / name / file, {"format": "pt"})
@@ -243,9 +243,9 @@ async def test_an_engine_killed_in_a_load(wire: Wire) -> None:
 
 
 async def killed_in_a_load(wire: Wire, model: str) -> None:
-    """Kill the engine while it loads ``model``, and wait until it is seen to be dead."""
+    """Kill the engine while it loads or reads ``model``, and wait until it is seen to be dead."""
     (engine,) = wire.server.dispatcher._pool.engines
-    while engine.loading is None or engine.loading.model != model:
+    while not any(each.model == model for each in engine.in_progress):
         await asyncio.sleep(0.001)
     wire.engine.kill()
     while engine.ready:
@@ -369,4 +369,36 @@ async def test_models_that_leave_the_device_come_back_from_the_hosts_memory(fold
             for sample in metric.samples
             if sample.labels["model"] == "owls" and sample.name.endswith("_total")
         }
-        assert loads["disk", "loaded"] == loads["host", "loaded"] == 1
+        # It was read into the host's memory, and copied from there twice.
+        assert (loads["disk", "loaded"], loads["host", "loaded"]) == (1, 2)
+
+
+async def test_an_engine_killed_while_it_reads_into_the_hosts_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "FIRST_BACKOFF_SECONDS", 0.001)
+    async with serving(folder, budget=1_500_000, host=10_000_000) as wire:
+        (engine,) = wire.server.dispatcher._pool.engines
+        owls = await pixels(wire, "owls", **LONG)
+        waits = asyncio.create_task(pixels(wire, "toads"))
+        while engine.reading is None:
+            await asyncio.sleep(0.001)
+        await killed_in_a_load(wire, "toads")
+        assert len(await waits) == 1
+        await unload(wire, "toads")
+        running = asyncio.create_task(pixels(wire, "owls", **LONG))
+        fails = asyncio.create_task(reason_of(wire.generate(model="toads")))
+        for _ in range(2):
+            await killed_in_a_load(wire, "toads")
+        assert (await fails)[1] == "MODEL_UNUSABLE"
+        assert await running == owls
+        assert (await listed(wire))["toads"].state == model_pb2.MODEL_STATE_FAILED
+
+
+async def test_a_folder_deleted_before_it_is_read_into_the_hosts_memory(folder: Path) -> None:
+    async with serving(folder, budget=1_500_000, host=10_000_000) as wire:
+        assert (await listed(wire))["lost"].state == model_pb2.MODEL_STATE_AVAILABLE
+        shutil.rmtree(folder / "lost")
+        code, reason, _ = await reason_of(wire.generate(model="lost"))
+        assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_UNUSABLE")
+        assert len(await pixels(wire, "owls")) == 1

@@ -95,10 +95,12 @@ class World:
     def _plan(self) -> None:
         held = {*self._running, *([self._loading[1]] if self._loading else [])}
         wanted = [self._wanted(id) for id in {id for _, id in self._queue} - held]
+        coming = self.models[self._loading[1]].bytes if self._loading is not None else 0
         view = EngineView(
-            budget=self.budget,
+            budget=self.budget - coming,
             residents=[self._resident(id) for id in self._running],
             loading=self._loading is not None,
+            free_in=self._loading[0] - self.now if self._loading is not None else 0.0,
             making_room_for=self._making_room_for,
         )
         plan = plan_swaps(self.policy, wanted, [view], self.now)
@@ -109,6 +111,7 @@ class World:
         if swap.room.drain:
             self._leaving, self._making_room_for = set(swap.room.drain), swap.model
             return
+        assert self._loading is None
         for id in swap.room.evict:
             assert not self._running.pop(id), f"{id} has jobs"
             assert id not in self.pinned
@@ -327,6 +330,34 @@ def test_an_engine_that_makes_room_for_a_model_loads_that_one() -> None:
     assert plan_swaps(SwapPolicy(), [first, more], [view], 3.0).swaps[0].model == "first"
     free = replace(view, making_room_for="")
     assert plan_swaps(SwapPolicy(), [first, more], [free], 3.0).swaps[0].model == "more"
+
+
+def test_models_make_room_for_the_next_one_while_another_is_loaded() -> None:
+    busy = Resident(id="old", bytes=1, busy=True, drain_seconds=2.0, due=9.0)
+    wanted = Wanted(id="new", bytes=1, load_seconds=1.0, jobs=1, due=10.0)
+    view = EngineView(budget=1, residents=[busy], loading=True, free_in=1.0)
+    swap = plan_swaps(SwapPolicy(), [wanted], [view], 3.0).swaps[0]
+    assert (swap.room.evict, swap.room.drain) == ((), ("old",))
+    long = replace(view, free_in=3.0)
+    assert not plan_swaps(SwapPolicy(), [wanted], [long], 3.0).swaps, "it serves others until then"
+    idle = replace(view, residents=[replace(busy, busy=False, drain_seconds=0.0)])
+    assert not plan_swaps(SwapPolicy(), [wanted], [idle], 3.0).swaps
+    begun = replace(idle, making_room_for="new")
+    kept = plan_swaps(SwapPolicy(), [wanted], [begun], 3.0).swaps[0]
+    assert (kept.room.evict, kept.room.drain) == ((), ("old",)), "it gets no jobs again"
+    free = replace(begun, loading=False, free_in=0.0)
+    assert plan_swaps(SwapPolicy(), [wanted], [free], 3.0).swaps[0].room.evict == ("old",)
+
+
+def test_a_model_that_must_be_read_first_is_not_loaded_yet() -> None:
+    view = EngineView(budget=1, residents=[])
+    wanted = Wanted(id="new", bytes=1, load_seconds=1.0, jobs=1, due=10.0)
+    waits = replace(wanted, not_yet=frozenset({0}))
+    for now in (0.0, 20.0):
+        assert not plan_swaps(SwapPolicy(), [waits], [view], now).swaps
+        assert plan_swaps(SwapPolicy(), [wanted], [view], now).swaps
+    both = plan_swaps(SwapPolicy(), [waits], [view, view], 0.0).swaps
+    assert list(both) == [1]
 
 
 def test_a_load_that_does_not_pay_begins_when_it_is_due() -> None:

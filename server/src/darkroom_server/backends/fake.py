@@ -8,10 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from darkroom_server.backends.fake_model import FakeResident, fake_model
+from darkroom_server.backends.fake_model import (
+    FakeResident,
+    fake_description,
+    fake_load,
+    fake_model,
+)
 from darkroom_server.backends.fake_pixels import fake_preview, pixels_of
 from darkroom_server.core.adapters import AdapterOffer
-from darkroom_server.core.catalog import ModelDescription, WeightOrigin
+from darkroom_server.core.catalog import ModelDescription
 from darkroom_server.core.engine_config import AdapterSource, ModelSource
 from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import (
@@ -35,6 +40,7 @@ from darkroom_server.core.file_stamps import stamp_or_none
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.model_events import (
+    ModelInHost,
     ModelLoad,
     ModelLoaded,
     ModelNotLoaded,
@@ -58,7 +64,8 @@ class FakeEngine:
     ``on_cancel`` are called with each job and cancelled id. Events are emitted on the thread that
     causes them. ``offered`` are the adapters that were offered after the start, by id.
     ``catalogue`` are models to load, each of ``weight_bytes``; with ``hold_loads`` a load waits for
-    ``finish_load``. A load whose model is in ``failing`` fails for that reason.
+    ``finish_load``, and a read into the host's memory for ``finish_read``. One whose model is in
+    ``failing`` fails for that reason.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class FakeEngine:
         self.models = tuple(models) or (() if catalogue else (fake_model(),))
         self.failing: dict[str, str] = {}
         self.loading: list[str] = []
+        self.reading: list[str] = []
         self.loaded: list[str] = []
         self.unloaded: list[str] = []
         self._in_host: set[str] = set()
@@ -160,12 +168,12 @@ class FakeEngine:
         """Note that only earlier jobs may use an adapter."""
         self.offered.pop(id, None)
 
-    def load_model(self, id: str, *, keep: bool = False) -> None:
+    def load_model(self, id: str, *, keep: bool = False, host_only: bool = False) -> None:
         """Load a model of the catalogue; its host's memory is the device's."""
         with self._lock:
-            self.loading.append(id)
+            (self.reading if host_only else self.loading).append(id)
             if not self._hold_loads:
-                self.finish_load()
+                (self.finish_read if host_only else self.finish_load)()
 
     def unload_model(self, id: str, *, keep: bool = False) -> None:
         """Unload a model; with ``keep`` it counts as held by the host."""
@@ -206,31 +214,18 @@ class FakeEngine:
         self.models, self._in_host = self._at_start, set()
         ids = {model.id for model in self.models}
         rest = [info for info in self._catalogue.values() if info.id not in ids]
-        self._emit(
-            EngineReady(
-                self.models,
-                load_seconds=0.0,
-                loads=tuple(self._load_of(id) for id in ids) if rest else (),
-                descriptions=tuple(map(self._description_of, rest)),
-            )
-        )
+        loads = tuple(map(self._load_of, ids)) if rest else ()
+        described = tuple(map(self._description_of, rest))
+        self._emit(EngineReady(self.models, 0.0, loads=loads, descriptions=described))
 
     def _description_of(self, info: ModelInfo, stamp: str = "") -> ModelDescription:
-        return ModelDescription(
-            id=info.id,
-            info=replace(info, revision=""),
-            weight_bytes=self._weight_bytes,
-            reason=self.failing.get(info.id, "") if stamp else "",
-            stamp=stamp,
-        )
+        reason = self.failing.get(info.id, "") if stamp else ""
+        return fake_description(info, self._weight_bytes, stamp, reason)
 
     def finish_load(self, free_bytes: int | None = None) -> None:
         """End the load that began first."""
         with self._lock:
-            id = self.loading.pop(0)
-            reason = "" if id in self._catalogue else "the fake engine has no such model"
-            if reason := self.failing.get(id, reason):
-                self._emit(ModelNotLoaded(model=id, reason=reason))
+            if self._fails(id := self.loading.pop(0)):
                 return
             self.models = (*self.models, self._catalogue[id])
             self.loaded.append(id)
@@ -238,14 +233,23 @@ class FakeEngine:
                 ModelLoaded(info=self._catalogue[id], load=self._load_of(id), free_bytes=free_bytes)
             )
 
+    def finish_read(self, host_bytes: int | None = None) -> None:
+        """End the read into the host's memory, which holds the model or ``host_bytes`` of it."""
+        with self._lock:
+            if not self._fails(id := self.reading.pop(0)):
+                kept = self._weight_bytes if host_bytes is None else host_bytes
+                load = replace(self._load_of(id), host_bytes=kept)
+                self._in_host |= {id} if kept else set()
+                self._emit(ModelInHost(load=load))
+
+    def _fails(self, id: str) -> bool:
+        unknown = "" if id in self._catalogue else "the fake engine has no such model"
+        if reason := self.failing.get(id, unknown):
+            self._emit(ModelNotLoaded(model=id, reason=reason))
+        return bool(reason)
+
     def _load_of(self, id: str) -> ModelLoad:
-        return ModelLoad(
-            model=id,
-            load_seconds=0.5,
-            warm_up_seconds=0.5,
-            bytes_by_component={"unet": self._weight_bytes},
-            origin=WeightOrigin.HOST if id in self._in_host else WeightOrigin.DISK,
-        )
+        return fake_load(id, self._weight_bytes, in_host=id in self._in_host)
 
     def advance(self, batches: int = 1) -> None:
         """Remove cancelled jobs, and run ``batches`` batches."""
@@ -293,6 +297,7 @@ class FakeEngine:
             self._residents.clear()
             self._cancelled.clear()
             self.loading.clear()
+            self.reading.clear()
             self._emit(EngineDied(message, fatal))
 
     def _run(self) -> None:

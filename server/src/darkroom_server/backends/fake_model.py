@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 
 from darkroom_server.core.adapters import AdapterKind, AdapterOffer
+from darkroom_server.core.catalog import ModelDescription, WeightOrigin
 from darkroom_server.core.job import Job, SchedulerName, Task
 from darkroom_server.core.model import Guidance, MemoryNeeds, ModelDefaults, ModelInfo, ModelLimits
+from darkroom_server.core.model_events import ModelLoad
 from darkroom_server.core.model_runtime import ModelRuntime
 from darkroom_server.engine.components.scheduler_table import SCHEDULERS
 
@@ -125,4 +127,28 @@ def fake_image_model(id: str = "demo") -> ModelInfo:
             AdapterOffer(id="outline", rank=4, bytes=500),
             AdapterOffer(id="pose", rank=0, bytes=900, kind=AdapterKind.CONTROLNET, cost=0.5),
         ),
+    )
+
+
+def fake_load(id: str, weight_bytes: int, *, in_host: bool) -> ModelLoad:
+    """A load of a model, from the host's memory or from disk."""
+    return ModelLoad(
+        model=id,
+        load_seconds=0.1 if in_host else 0.5,
+        warm_up_seconds=0.5,
+        bytes_by_component={"unet": weight_bytes},
+        origin=WeightOrigin.HOST if in_host else WeightOrigin.DISK,
+    )
+
+
+def fake_description(
+    info: ModelInfo, weight_bytes: int, stamp: str, reason: str
+) -> ModelDescription:
+    """A model as it is described before its first load."""
+    return ModelDescription(
+        id=info.id,
+        info=replace(info, revision=""),
+        weight_bytes=weight_bytes,
+        reason=reason,
+        stamp=stamp,
     )

@@ -29,7 +29,7 @@ from darkroom_server.core.events import (
     MemoryReport,
 )
 from darkroom_server.core.job import Job
-from darkroom_server.core.model_events import ModelLoaded, ModelNotLoaded
+from darkroom_server.core.model_events import ModelInHost, ModelLoaded, ModelNotLoaded
 from darkroom_server.ipc.channel import Channel, ChannelClosed
 from darkroom_server.ipc.commands import (
     Cancel,
@@ -148,12 +148,13 @@ class ProcessEngine:
         if self._process is not None:
             self._process.send(WithdrawAdapter(id))
 
-    def load_model(self, id: str, *, keep: bool = False) -> None:
-        """Load a model of the catalogue while jobs run; one load at a time."""
+    def load_model(self, id: str, *, keep: bool = False, host_only: bool = False) -> None:
+        """Load a model of the catalogue while jobs run, or read it into the host's memory."""
         if self._process is not None:
             measured = {info.id: info for info in self._config.previous_measurements}
             offered = self._offered
-            command = LoadModel(offered.source_of(id), offered.adapters, measured.get(id), keep)
+            source, adapters = offered.source_of(id), offered.adapters
+            command = LoadModel(source, adapters, measured.get(id), keep, host_only)
             self._process.load(command, self._load_limit.longest)
 
     def unload_model(self, id: str, *, keep: bool = False) -> None:
@@ -200,7 +201,7 @@ class _EngineProcess:
         self._closing = False
         self._ready = False
         self._timed_out = False
-        self._load_until = math.inf
+        self._load_until: dict[str, float] = {}
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -242,7 +243,7 @@ class _EngineProcess:
 
     def load(self, command: LoadModel, seconds: float) -> None:
         """Send ``command``; the load must end within ``seconds``."""
-        self._load_until = time.monotonic() + seconds
+        self._load_until[command.source.id] = time.monotonic() + seconds
         self.send(command)
 
     def send(self, message: object) -> None:
@@ -316,8 +317,12 @@ class _EngineProcess:
                     self._last_event_at = time.monotonic()
                 if isinstance(event, EngineReady):
                     self._ready = True
-                if isinstance(event, ModelLoaded | ModelNotLoaded):
-                    self._load_until = math.inf
+                if isinstance(event, ModelLoaded):
+                    self._load_until.pop(event.info.id, None)
+                elif isinstance(event, ModelInHost):
+                    self._load_until.pop(event.load.model, None)
+                elif isinstance(event, ModelNotLoaded):
+                    self._load_until.pop(event.model, None)
                 if isinstance(event, JobFinished | JobFailed | JobCancelled):
                     self._working.discard(event.job_id)
                 if isinstance(event, EngineDied):
@@ -357,7 +362,7 @@ class _EngineProcess:
     def _seconds_until_timeout(self) -> float:
         if not self._ready:
             return max(0.0, self._started_at + self._load_timeout - time.monotonic())
-        until = self._load_until
+        until = min(tuple(self._load_until.values()), default=math.inf)
         if self._working:
             until = min(until, self._last_event_at + self._timeout)
         return max(0.0, until - time.monotonic())

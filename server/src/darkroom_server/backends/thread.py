@@ -77,11 +77,11 @@ class ThreadEngine:
         if self._loop is not None:
             self._loop.change_adapters(WithdrawAdapter(id))
 
-    def load_model(self, id: str, *, keep: bool = False) -> None:
-        """Load a model of the catalogue while jobs run; one load at a time."""
+    def load_model(self, id: str, *, keep: bool = False, host_only: bool = False) -> None:
+        """Load a model of the catalogue while jobs run, or read it into the host's memory."""
         if self._loop is not None:
-            command = LoadModel(self._config.source_of(id), self._config.adapters, keep=keep)
-            self._loop.change_models(command)
+            source, adapters = self._config.source_of(id), self._config.adapters
+            self._loop.change_models(LoadModel(source, adapters, keep=keep, host_only=host_only))
 
     def unload_model(self, id: str, *, keep: bool = False) -> None:
         """Free a model's memory once no job uses it."""

@@ -36,11 +36,13 @@ class Engine(Protocol):
     def withdraw_adapter(self, id: str) -> None:
         """Free an adapter's memory once no job uses it. A job that comes later may still."""
 
-    def load_model(self, id: str, *, keep: bool = False) -> None:
+    def load_model(self, id: str, *, keep: bool = False, host_only: bool = False) -> None:
         """Load a model of the catalogue while jobs run; one load at a time.
 
         ``keep``: the host's memory holds its weights too, if it is not the device's.
-        ``ModelLoaded`` or ``ModelNotLoaded`` follows if the engine lives.
+        ``ModelLoaded`` or ``ModelNotLoaded`` follows if the engine lives. ``host_only``: its
+        weights are read into the host's memory only, beside a load of another model; one such read
+        at a time. ``ModelInHost`` or ``ModelNotLoaded`` follows.
         """
 
     def unload_model(self, id: str, *, keep: bool = False) -> None:

@@ -15,6 +15,7 @@ from darkroom_server.core.job import ImageFormat
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.model_events import (
     ModelFetching,
+    ModelInHost,
     ModelLoad,
     ModelLoaded,
     ModelNotLoaded,
@@ -346,6 +347,7 @@ class MemoryReport:
 
 Event = (
     EngineReady
+    | ModelInHost
     | ModelLoaded
     | ModelNotLoaded
     | ModelUnloaded

@@ -41,6 +41,17 @@ class ModelLoaded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInHost:
+    """The weights of a model of the catalogue were read into the host's memory.
+
+    ``load.host_bytes`` are those that it holds: 0 if it cannot, and then the model has to be loaded
+    from its files.
+    """
+
+    load: ModelLoad
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelNotLoaded:
     """A model of the catalogue could not be loaded, for ``reason``; nothing of it is in memory.
 

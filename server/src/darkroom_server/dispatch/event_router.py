@@ -29,6 +29,7 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.core.model_events import (
     ModelFetching,
+    ModelInHost,
     ModelLoaded,
     ModelNotLoaded,
     ModelsDescribed,
@@ -134,6 +135,10 @@ class EventRouter:
                     self._models.record_loaded(engine, event)
                     self._observer.on_event(event)
                     self._lifecycle.feed()
+                case ModelInHost():
+                    self._models.record_in_host(engine, event)
+                    self._observer.on_event(event)
+                    self._lifecycle.feed()
                 case ModelNotLoaded():
                     if error := self._models.record_not_loaded(engine, event):
                         self._lifecycle.fail_waiting(event.model, error)
@@ -178,16 +183,16 @@ class EventRouter:
         lost, engine.adapters = engine.adapters, {}
         for key in lost:
             self._report_memory(key)
-        load = self._models.record_death(engine)
-        jobs = self._pool.handle_death(engine, died, by_load=load is not None)
+        loads = self._models.record_death(engine)
+        jobs = self._pool.handle_death(engine, died, by_load=bool(loads))
         if jobs is None:
             return
-        model, error = load or ("", None)
-        if error is not None:
-            self._lifecycle.fail_waiting(model, error)
+        for model, error in loads.items():
+            if error is not None:
+                self._lifecycle.fail_waiting(model, error)
         if self._pool.exhausted:
             self._availability.set_failed(self._pool.exhausted)
             self._lifecycle.no_engine_left()
         self._availability.report()
         self._models.report()
-        self._lifecycle.engine_died(jobs, last=bool(self._pool.exhausted), by_load=load is not None)
+        self._lifecycle.engine_died(jobs, last=bool(self._pool.exhausted), by_load=bool(loads))

@@ -23,6 +23,9 @@ from darkroom_server.dispatch.observer import EstimateChecked, JobEnded, JobReru
 REFRESH_SECONDS = 1.0
 """Between two estimates of the backlog while there are jobs."""
 
+PASSING_SHARE = 8.0
+"""Of its run time: for how long a job lets others take free rows of the batches before it."""
+
 REFRESH_SHARE = 0.02
 """The most of the event loop's time that they take: with many engines one takes long."""
 
@@ -77,31 +80,35 @@ class JobLifecycle:
     def feed(self) -> None:
         """Give waiting jobs to the engines while they have room, most urgent first.
 
-        Those of models that no engine holds wait aside until the models are loaded.
+        Those of models that no engine holds wait aside until the models are loaded. While one waits
+        until the jobs of another model have ended, others may take the free rows of the batches.
         """
         queue = self._registry.queue()
-        aside: list[ActiveJob] = []
-        rest: Sequence[ActiveJob] = ()
+        waiting: list[ActiveJob] = []
+        passing = False
         for position, active in enumerate(queue):
-            engine = self._pool.choose(active)
+            passes = not passing or self._pool.joins_batches(active)
+            engine = self._pool.choose(active) if passes else None
             if engine is None:
-                if not self._pool.holds(active.job.model):
-                    aside.append(active)
+                waiting.append(active)
+                if passing or not self._pool.holds(active.job.model):
+                    continue
+                passing = self._pool.has_room_later(active) and _lets_others_pass(active)
+                if passing:
                     continue
                 # No job overtakes: one that waits for an empty engine would wait for ever.
-                rest = queue[position:]
+                waiting += queue[position + 1 :]
                 break
             self._registry.assign(active)
             engine.submit(active)
             if active.on_assigned is not None:
                 active.on_assigned()
                 active.on_assigned = None
-        if aside or rest:
-            self._set_positions((*aside, *rest))
-        behind = {active.job.model for active in rest}
-        absent = bool(aside) or not all(map(self._pool.holds, behind))
+        if waiting:
+            self._set_positions(waiting)
+        absent = not all(map(self._pool.holds, {active.job.model for active in waiting}))
         # Another engine may load what a full one has.
-        if absent or self._pool.models_wanted or (rest and len(self._pool.engines) > 1):
+        if absent or self._pool.models_wanted or (waiting and len(self._pool.engines) > 1):
             self._load_models()
 
     def _load_models(self) -> None:
@@ -310,6 +317,14 @@ class JobLifecycle:
     def _set_positions(self, queue: Sequence[ActiveJob]) -> None:
         for position, active in enumerate(queue):
             active.set_position(position)
+
+
+def _lets_others_pass(active: ActiveJob) -> bool:
+    """Whether a job has waited so little that others may take rows of batches before it."""
+    if active.estimate is None:
+        return False
+    waited = time.monotonic() - active.job.submitted_at
+    return waited <= PASSING_SHARE * active.estimate.run_time
 
 
 def _has_time(active: ActiveJob) -> bool:

@@ -48,12 +48,14 @@ class LoadModel:
 
     ``adapters`` are those on offer now. ``previous``: the model as it was loaded before, None if it
     never was. ``keep``: the host's memory holds its weights too, if it is not the device's.
+    ``host_only``: they are read into the host's memory, and not onto the device.
     """
 
     source: ModelSource
     adapters: tuple[AdapterSource, ...] = ()
     previous: ModelInfo | None = None
     keep: bool = False
+    host_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,14 @@ class Death:
 
 @dataclass(frozen=True, slots=True)
 class ModelLoading:
-    """A model that an engine loads since ``began``, in ``time.monotonic`` seconds."""
+    """A model that an engine loads since ``began``, in ``time.monotonic`` seconds.
+
+    ``from_files``: it is read from its files, and not copied from the host's memory.
+    """
 
     model: str
     began: float
+    from_files: bool = True
 
 
 class EngineHandle:
@@ -39,9 +43,11 @@ class EngineHandle:
 
     ``models`` and ``weights`` are those in its memory, by id. ``known``: models that it
     has described and has not in memory. ``leaving``: models that get no new jobs, because they make
-    room for the model ``making_room_for``. ``loading``: what it loads now. ``host``: the bytes of
-    models that the host's memory keeps for it, at most ``host_budget``; ``host_free_bytes``: what
-    was free there when it started, None if that is the device's own memory. ``shared``: of each
+    room for the model ``making_room_for``. ``loading``: what it loads now, and ``reading`` what
+    it reads into the host's memory beside that. ``host``: the bytes of models that the host's
+    memory keeps for it, at most ``host_budget``; ``host_free_bytes``: what was free there when it
+    started, None if that is the device's own memory. ``files_only``: models that the host's memory
+    could not take, so that they are loaded from their files at once. ``shared``: of each
     model that it has or had, the bytes of components that others may hold too.
     ``jobs``: those that the engine has, by id, whether or not a caller still wants them.
     ``memory``: its last report. ``adapters``: the bytes of those that it has in memory.
@@ -68,6 +74,8 @@ class EngineHandle:
         self.leaving: set[str] = set()
         self.making_room_for = ""
         self.loading: ModelLoading | None = None
+        self.reading: ModelLoading | None = None
+        self.files_only: set[str] = set()
         self.host: dict[str, int] = {}
         self.host_budget = 0
         self.host_free_bytes: int | None = None
@@ -97,11 +105,29 @@ class EngineHandle:
         A job that may have killed an engine is isolated: it shares its engine with no other job.
         One of another model than the jobs there may have to wait until they end, see ``admits``.
         """
+        return self._fits(max_samples, new) and (not self.jobs or self.admits(new))
+
+    def has_room_later(self, max_samples: int, new: ActiveJob) -> bool:
+        """Whether ``new`` does not enter now only because jobs of other models run."""
+        return self._fits(max_samples, new) and bool(self.jobs) and not self.admits(new)
+
+    def joins_batches(self, new: ActiveJob) -> bool:
+        """Whether batches that run now have free rows for the images of ``new``."""
+        work = remaining_work(new)
+        rows = sum(
+            len(each.calls) * each.key.rows
+            for each in self._cache.get(self.jobs.values())
+            if each.group == work.group
+        )
+        more = len(work.calls) * work.key.rows
+        return bool(rows) and not work.key.alone and rows + more <= self._max_rows(work.group)
+
+    def _fits(self, max_samples: int, new: ActiveJob) -> bool:
         if not self.holds(new.job.model) or self.samples >= max_samples:
             return False
         if not self.jobs:
             return True
-        if any(active.crashes for active in self.jobs.values()) or not self.admits(new):
+        if any(active.crashes for active in self.jobs.values()):
             return False
         needed, held = self._bytes_of(new), self.held_bytes
         return not (needed and held) or held + needed <= resident_bytes(self.models.values())
@@ -132,6 +158,15 @@ class EngineHandle:
         if not self.has_host_memory:
             reserved += self.host_budget
         return self._capacity - reserved
+
+    def has_in_host(self, id: str) -> bool:
+        """Whether the host's memory keeps a model; one that is being read is not there yet."""
+        return id in self.host and (self.reading is None or self.reading.model != id)
+
+    @property
+    def in_progress(self) -> list[ModelLoading]:
+        """What it loads, and what it reads into the host's memory."""
+        return [each for each in (self.loading, self.reading) if each is not None]
 
     @property
     def has_host_memory(self) -> bool:
@@ -213,7 +248,9 @@ class EngineHandle:
         self.shared = {load.model: load.shared for load in ready.loads}
         self.host, self.host_free_bytes = {}, ready.host_free_bytes
         self.known = {each.id: each.info for each in ready.descriptions if each.info is not None}
-        self.leaving, self.making_room_for, self.loading = set(), "", None
+        self.leaving, self.making_room_for = set(), ""
+        self.loading = self.reading = None
+        self.files_only = set()
         if ready.free_bytes is not None:
             self._capacity = ready.free_bytes + self._bytes_of_all(self.weights)
         self._row_limits.clear()
@@ -228,6 +265,7 @@ class EngineHandle:
     def add_model(self, model: ModelInfo, load: ModelLoad, free_bytes: int | None) -> None:
         """It has loaded a model."""
         self.loading = None
+        self.files_only.discard(model.id)
         self.models[model.id] = model
         self.weights[model.id] = load.weight_bytes
         self.shared[model.id] = load.shared
@@ -238,6 +276,16 @@ class EngineHandle:
         self.share_memory(free_bytes)
         self._row_limits.clear()
         self.batch_times.start(model)
+
+    def add_to_host(self, load: ModelLoad) -> None:
+        """It has read a model into the host's memory, or could not."""
+        self.reading = None
+        self.shared[load.model] = load.shared
+        if load.host_bytes:
+            self.host[load.model] = load.host_bytes
+        else:
+            self.host.pop(load.model, None)
+            self.files_only.add(load.model)
 
     def remove_model(self, id: str, *, keep: bool = False) -> None:
         """Have the engine free the memory of a model, which gets no more jobs.

@@ -78,6 +78,17 @@ class EnginePool:
         most = self.max_resident_samples
         return any(engine.has_room(most, active) for engine in self.engines)
 
+    def has_room_later(self, active: ActiveJob) -> bool:
+        """Whether an engine would take a job now if no jobs of other models ran there."""
+        most = self.max_resident_samples
+        return not active.crashes and any(
+            engine.has_room_later(most, active) for engine in self.engines
+        )
+
+    def joins_batches(self, active: ActiveJob) -> bool:
+        """Whether batches that run now have free rows for a job."""
+        return any(engine.joins_batches(active) for engine in self.engines)
+
     def start(self, route: Route) -> None:
         """Let every engine load; ``route`` handles their events."""
         self._route = route

@@ -20,6 +20,7 @@ from darkroom_server.core.events import EngineReady
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.model_events import (
     ModelFetching,
+    ModelInHost,
     ModelLoad,
     ModelLoaded,
     ModelNotLoaded,
@@ -28,7 +29,7 @@ from darkroom_server.core.model_events import (
 )
 from darkroom_server.core.model_places import ModelsFolder
 from darkroom_server.dispatch.admission.availability import Availability
-from darkroom_server.dispatch.engines.handle import EngineHandle
+from darkroom_server.dispatch.engines.handle import EngineHandle, ModelLoading
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
@@ -219,11 +220,25 @@ class ModelCatalog:
         entry.weight_bytes, entry.deaths = load.weight_bytes, 0
         entry.stamp, entry.changed, entry.shared = load.stamp, False, load.shared
         entry.described = load.stamp
-        self._count(id, load.origin, LoadOutcome.LOADED, engine)
+        self._count(id, load.origin, LoadOutcome.LOADED, engine.loading)
         engine.add_model(loaded.info, load, loaded.free_bytes)
         self._availability.set_model(loaded.info)
         self._record_pace(load)
         self._states.settle(entry, None)
+        self._states.report_tiers(engine)
+
+    def record_in_host(self, engine: EngineHandle, event: ModelInHost) -> None:
+        """An engine has read a model into the host's memory, or the model cannot be kept there."""
+        load = event.load
+        if load.host_bytes:
+            entry = self._states.entries[load.model]
+            entry.weight_bytes = load.weight_bytes
+            entry.stamp, entry.changed, entry.shared = load.stamp, False, load.shared
+            entry.described = load.stamp
+            self._states.pace.record_read(entry, load.load_seconds)
+            self._count(load.model, load.origin, LoadOutcome.LOADED, engine.reading)
+        engine.add_to_host(load)
+        self._states.report_all()
         self._states.report_tiers(engine)
 
     def record_not_loaded(
@@ -232,13 +247,17 @@ class ModelCatalog:
         """An engine could not load a model; returns why its jobs cannot run, None if they may.
 
         Without memory, a model that no job uses is unloaded, one in the host's memory first if that
-        is the device's, and the load is tried again.
+        is the device's, and the load is tried again. A model that does not fit the host's memory
+        is loaded without it.
         """
         entry = self._states.entries[event.model]
+        reading = engine.reading
+        if reading is not None and reading.model == event.model:
+            return self._record_not_read(engine, reading, event)
         origin = WeightOrigin.HUB if entry.fetched_bytes else WeightOrigin.DISK
         if event.model in engine.host and not engine.has_host_memory:
             origin = WeightOrigin.HOST
-        self._count(event.model, origin, LoadOutcome.FAILED, engine)
+        self._count(event.model, origin, LoadOutcome.FAILED, engine.loading)
         engine.loading = None
         error: DarkroomError
         if event.out_of_memory:
@@ -253,12 +272,32 @@ class ModelCatalog:
                 return None
             error = ModelMemory(event.model, event.reason)
         else:
-            self._availability.failures[event.model] = event.reason
-            error = ModelUnusable(event.model, event.reason)
+            error = self._unusable(entry, event.reason)
         if event.model in engine.host:
             engine.drop_from_host(event.model)
         self._states.settle(entry, error)
         return error
+
+    def _record_not_read(
+        self, engine: EngineHandle, reading: ModelLoading, event: ModelNotLoaded
+    ) -> DarkroomError | None:
+        entry = self._states.entries[event.model]
+        origin = WeightOrigin.HUB if entry.fetched_bytes else WeightOrigin.DISK
+        self._count(event.model, origin, LoadOutcome.FAILED, reading)
+        engine.reading = None
+        engine.drop_from_host(event.model)
+        if event.out_of_memory:
+            if not self._states.host.drop_one(engine, event.model):
+                engine.files_only.add(event.model)
+            self._states.report_all()
+            return None
+        error = self._unusable(entry, event.reason)
+        self._states.settle(entry, error)
+        return error
+
+    def _unusable(self, entry: CatalogEntry, reason: str) -> ModelUnusable:
+        self._availability.failures[entry.id] = reason
+        return ModelUnusable(entry.id, reason)
 
     def record_unloaded(self, engine: EngineHandle, event: ModelUnloaded) -> None:
         """An engine has freed the memory of a model."""
@@ -271,29 +310,29 @@ class ModelCatalog:
         entry = self._states.entries[event.model]
         entry.fetched_bytes, entry.fetch_bytes = event.fetched_bytes, event.fetch_bytes
 
-    def record_death(self, engine: EngineHandle) -> tuple[str, DarkroomError | None] | None:
-        """An engine died: while it loaded a model, that is the cause.
+    def record_death(self, engine: EngineHandle) -> dict[str, DarkroomError | None]:
+        """An engine died: while it loaded models, one of them is the cause.
 
-        Returns the model, and why its jobs cannot run, None if the load is tried again. None if the
-        engine loaded nothing.
+        Returns these models, and why their jobs cannot run, None if the load is tried again: alone
+        if there were two, so that a second death is that of one model. Empty if the engine loaded
+        nothing.
         """
-        loading = engine.loading
-        if loading is None:
-            return None
-        entry = self._states.entries[loading.model]
-        entry.deaths += 1
-        self._count(loading.model, WeightOrigin.DISK, LoadOutcome.FAILED, engine)
-        engine.loading = None
-        log.warning("engine died during a load", model=loading.model, deaths=entry.deaths)
-        if entry.deaths < MAX_DEATHS:
-            if entry.waiters:
+        found: dict[str, DarkroomError | None] = {}
+        for loading in engine.in_progress:
+            entry = self._states.entries[loading.model]
+            entry.deaths += 1
+            self._count(loading.model, WeightOrigin.DISK, LoadOutcome.FAILED, loading)
+            log.warning("engine died during a load", model=loading.model, deaths=entry.deaths)
+            error = None
+            if entry.deaths >= MAX_DEATHS:
+                why = f"{entry.deaths} engines died while they loaded it; its files may be damaged"
+                error = self._unusable(entry, why)
+                self._states.settle(entry, error)
+            elif entry.waiters:
                 self._states.want(loading.model)
-            return loading.model, None
-        why = f"{entry.deaths} engines died while they loaded it; its files may be damaged"
-        self._availability.failures[loading.model] = why
-        error = ModelUnusable(loading.model, why)
-        self._states.settle(entry, error)
-        return loading.model, error
+            found[loading.model] = error
+        engine.loading = engine.reading = None
+        return found
 
     def plan(self) -> Planned:
         """Unload what is wanted no more, and begin the loads that are due or pay."""
@@ -310,9 +349,9 @@ class ModelCatalog:
 
     def _progress(self, entry: CatalogEntry) -> LoadProgress:
         remaining = None
-        for engine in self._pool.engines:
-            if engine.loading is not None and engine.loading.model == entry.id:
-                elapsed = time.monotonic() - engine.loading.began
+        for loading in (each for engine in self._pool.engines for each in engine.in_progress):
+            if loading.model == entry.id:
+                elapsed = time.monotonic() - loading.began
                 remaining = self._states.load_seconds(entry.id) - elapsed
         return LoadProgress(
             fetched_bytes=entry.fetched_bytes,
@@ -329,9 +368,8 @@ class ModelCatalog:
         id: str,
         origin: WeightOrigin,
         outcome: LoadOutcome,
-        engine: EngineHandle | None = None,
+        loading: ModelLoading | None = None,
     ) -> None:
-        """Count a load, ``engine`` None for one of the start."""
-        loading = engine.loading if engine is not None else None
+        """Count the end of ``loading``, None for a load of the start."""
         seconds = time.monotonic() - loading.began if loading is not None else 0.0
         self._observer.on_event(ModelLoadEnded(id, origin, outcome, seconds))

@@ -20,12 +20,13 @@ class CatalogEntry:
 
     ``weight_bytes``: 0 until they are known. ``deaths``: engines that died while they loaded it,
     since it was last loaded. ``load_seconds`` and ``host_seconds``: its last load from files and
-    from the host's memory, None if there was none. ``location``: its folder or file, None for one
-    of the hub; ``stamp``: that of its files when it was loaded, ``changed``: they were written
-    since; ``described``: that of the files that it was described from, "" if it is not known.
-    ``shared``: see ``Resident``, as of its last load. ``fetched_bytes`` and ``fetch_bytes`` are
-    those of a download that runs. ``waiters``: calls that wait until it is loaded. ``reported``:
-    the state that the observer knows.
+    from the host's memory, None if there was none; ``read_seconds``: its last read into the host's
+    memory, None if it was loaded from its files at once since then. ``location``: its folder or
+    file, None for one of the hub; ``stamp``: that of its files when it was loaded, ``changed``:
+    they were written since; ``described``: that of the files that it was described from, "" if it
+    is not known. ``shared``: see ``Resident``, as of its last load. ``fetched_bytes`` and
+    ``fetch_bytes`` are those of a download that runs. ``waiters``: calls that wait until it is
+    loaded. ``reported``: the state that the observer knows.
     """
 
     id: str
@@ -34,6 +35,7 @@ class CatalogEntry:
     deaths: int = 0
     load_seconds: float | None = None
     host_seconds: float | None = None
+    read_seconds: float | None = None
     location: Path | None = None
     stamp: str = ""
     described: str = ""
@@ -89,11 +91,19 @@ class LoadPace:
             entry.host_seconds = seconds
             self._from_host.record(entry.weight_bytes, seconds)
         else:
-            entry.load_seconds = seconds
+            entry.load_seconds, entry.read_seconds = seconds, None
             self._from_files.record(entry.weight_bytes, seconds)
+
+    def record_read(self, entry: CatalogEntry, seconds: float) -> None:
+        """The weights of ``entry`` took ``seconds`` to read; a load of them copies them too."""
+        entry.read_seconds = seconds
+        copy = self.expected(entry, in_host=True)
+        self._from_files.record(entry.weight_bytes, seconds + copy)
 
     def expected(self, entry: CatalogEntry, *, in_host: bool = False) -> float:
         """Seconds that a load of the model probably takes."""
+        if not in_host and entry.read_seconds is not None:
+            return entry.read_seconds + self.expected(entry, in_host=True)
         if not in_host:
             return _known_or(entry.load_seconds, self._from_files, entry.weight_bytes)
         if entry.host_seconds is None and entry.load_seconds is not None:

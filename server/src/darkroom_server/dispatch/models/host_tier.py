@@ -1,8 +1,9 @@
 """Which models the host's memory keeps, so that they come back to the device sooner."""
 
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -20,6 +21,10 @@ class HostModel:
 
     bytes: int
     value: float
+
+
+STAGED_SHARE = 0.25
+"""Of the host's memory: what reads may take from other models whatever those are worth."""
 
 
 def models_to_drop(
@@ -76,6 +81,17 @@ class HostTier:
         """
         return engine.has_host_memory and self._admit(engine, id, id)
 
+    def stage(self, engine: EngineHandle, id: str) -> bool:
+        """Make room for a model that is to be read into the host's memory; False if there is none.
+
+        The models of the least value make room even if they are worth more than this one: else its
+        load would keep others from being loaded for as long as a read takes.
+        """
+        size = self._entries[id].weight_bytes
+        if not size or id in engine.files_only or id in engine.host:
+            return False
+        return self._admit(engine, id, id, any_value=size <= STAGED_SHARE * engine.host_budget)
+
     def keep(self, engine: EngineHandle, id: str, coming: str) -> bool:
         """Whether the host keeps a model that leaves the device to make room for ``coming``."""
         return id in engine.host or (not engine.has_host_memory and self._admit(engine, id, coming))
@@ -88,12 +104,23 @@ class HostTier:
             self._drop(engine, min(held, key=lambda id: (held[id].value, id)))
         return bool(held)
 
-    def _admit(self, engine: EngineHandle, id: str, coming: str) -> bool:
-        """Make room for a model on the host, if that is worth it; not at the cost of ``coming``."""
+    def _admit(
+        self, engine: EngineHandle, id: str, coming: str, *, any_value: bool = False
+    ) -> bool:
+        """Make room for a model on the host, if that is worth it, or for ``any_value``.
+
+        Neither ``coming`` nor a model that jobs wait for makes room: it would be read again.
+        """
         if id in engine.host:
             return True
-        new, held = self._model(id, self._entries[id].weight_bytes), self._droppable(engine)
-        held.pop(coming, None)
+        new = self._model(id, self._entries[id].weight_bytes)
+        if any_value:
+            new = replace(new, value=math.inf)
+        held = {
+            other: each
+            for other, each in self._droppable(engine).items()
+            if other != coming and not self._registry.counts(other)[0]
+        }
         fixed = sum(size for other, size in engine.host.items() if other not in held)
         if not engine.has_host_memory:
             # It is the device's once it is loaded.
@@ -112,12 +139,8 @@ class HostTier:
 
     def _droppable(self, engine: EngineHandle) -> dict[str, HostModel]:
         """What the host keeps of the engine, but what it uses now."""
-        loading = engine.loading.model if engine.loading is not None else ""
-        return {
-            id: self._model(id, size)
-            for id, size in engine.host.items()
-            if id != loading and id not in engine.models
-        }
+        used = {*engine.models, *(each.model for each in engine.in_progress)}
+        return {id: self._model(id, size) for id, size in engine.host.items() if id not in used}
 
     def _model(self, id: str, size: int) -> HostModel:
         entry = self._entries[id]

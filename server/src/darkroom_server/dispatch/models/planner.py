@@ -14,6 +14,7 @@ from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
+from darkroom_server.dispatch.models.reads import ReadPlanner
 from darkroom_server.dispatch.models.residency import NOTHING, Resident
 from darkroom_server.dispatch.models.states import ModelStates
 from darkroom_server.dispatch.models.swaps import (
@@ -66,8 +67,9 @@ class LoadPlanner:
     """Begins loads and evictions.
 
     An engine loads one model at a time: first those that an admin asked for, then those that the
-    ``SwapPolicy`` chooses for the waiting jobs. ``budget``: see ``ModelCatalog``. ``swap_wait``:
-    seconds after which a load must have been made for a waiting job.
+    ``SwapPolicy`` chooses for the waiting jobs. Beside that it reads one into the host's memory.
+    ``budget``: see ``ModelCatalog``. ``swap_wait``: seconds after which a load must have been made
+    for a waiting job.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class LoadPlanner:
         self._budget = budget
         self._swap_wait = swap_wait
         self._policy = SwapPolicy()
+        self._reads = ReadPlanner(states, self._policy)
 
     def plan(self) -> Planned:
         """Unload what is wanted no more, and begin the loads that are due or pay."""
@@ -107,9 +110,9 @@ class LoadPlanner:
 
     def _begin_loads(self, ready: list[EngineHandle], planned: Planned) -> None:
         queue = self._waiting()
-        plan = plan_swaps(
-            self._policy, self._wanted(queue), self._views(ready, queue), time.monotonic()
-        )
+        views = self._views(ready, queue)
+        wanted = self._reads.begin(self._wanted(queue), ready, views)
+        plan = plan_swaps(self._policy, wanted, views, time.monotonic())
         for index, engine in enumerate(ready):
             swap = plan.swaps.get(index)
             engine.making_room_for = ""
@@ -133,26 +136,38 @@ class LoadPlanner:
             bound = self._swap_wait if new.job.deadline is None else 0.0
             queue.setdefault(new.job.model, WaitingJobs()).add(now, now + bound)
         loaded: dict[str, float] = {}
+        read: dict[str, float] = {}
         free: list[float] = []
+        free_to_read: list[float] = []
         for engine in self._pool.engines:
-            remaining = 0.0
+            remaining, until_read = self._load_ends_in(engine), 0.0
             if (loading := engine.loading) is not None:
-                expected = self._load_seconds(loading.model)
-                remaining = max(0.0, loading.began + expected - now)
                 loaded[loading.model] = remaining
+            if (reading := engine.reading) is not None:
+                until_read = max(0.0, reading.began + self._read_seconds(reading.model) - now)
+                read[reading.model] = until_read
             heapq.heappush(free, remaining)
+            heapq.heappush(free_to_read, until_read)
         ready = [engine for engine in self._pool.engines if engine.ready]
         views = dict(enumerate(self._views(ready, queue)))
         due, others = self._policy.order(self._wanted(queue), now)
         for each in (*due, *others):
+            seconds = each.load_seconds
+            if ready and all(self._reads.reads_first(engine, each.id) for engine in ready):
+                before = self._read_seconds(each.id)
+                seconds -= before
+                if each.id not in read:
+                    read[each.id] = free_to_read[0] + before
+                    heapq.heapreplace(free_to_read, read[each.id])
             found = find_room(self._policy, each, views, due=each in due)
+            in_host_at = read.get(each.id, 0.0)
             if found is None and each not in due:
                 # It waits until it is due, and others are loaded before.
-                loaded[each.id] = max(free[0] + each.load_seconds, each.due - now)
+                loaded[each.id] = max(max(free[0], in_host_at) + seconds, each.due - now)
                 continue
             drain = found[1].room.drain_seconds if found is not None else 0.0
-            loaded[each.id] = free[0] + drain + each.load_seconds
-            heapq.heapreplace(free, loaded[each.id])
+            loaded[each.id] = max(free[0] + drain, in_host_at) + seconds
+            heapq.heapreplace(free, free[0] + drain + seconds)
         return loaded
 
     def _views(
@@ -161,15 +176,28 @@ class LoadPlanner:
         """What the policy needs to know of the engines."""
         return [
             EngineView(
-                budget=engine.weight_budget(self._budget),
+                budget=engine.weight_budget(self._budget) - self._coming_bytes(engine),
                 residents=self.residents(engine, queue),
                 loading=engine.loading is not None,
+                free_in=self._load_ends_in(engine),
                 making_room_for=engine.making_room_for,
                 samples=engine.samples,
                 full=self._is_full(engine),
             )
             for engine in ready
         ]
+
+    def _coming_bytes(self, engine: EngineHandle) -> int:
+        """The bytes of the model that an engine loads now."""
+        if engine.loading is None:
+            return 0
+        return self._states.entries[engine.loading.model].weight_bytes
+
+    def _load_ends_in(self, engine: EngineHandle) -> float:
+        """The seconds that the load of an engine probably takes from now on."""
+        if (loading := engine.loading) is None:
+            return 0.0
+        return max(0.0, loading.began + self._load_seconds(loading.model) - time.monotonic())
 
     def residents(
         self, engine: EngineHandle, queue: Mapping[str, WaitingJobs] = NO_JOBS
@@ -265,8 +293,13 @@ class LoadPlanner:
         """What it probably takes to bring a model into memory."""
         return self._states.load_seconds(id)
 
+    def _read_seconds(self, id: str) -> float:
+        """What it probably takes to read a model into the host's memory, before it is copied."""
+        entry, pace = self._states.entries[id], self._states.pace
+        return max(0.0, pace.expected(entry) - pace.expected(entry, in_host=True))
+
     def _unload_unused(self, ready: Iterable[EngineHandle]) -> None:
-        loading = {each.loading.model for each in self._pool.engines if each.loading is not None}
+        loading = {each.model for engine in self._pool.engines for each in engine.in_progress}
         for id in self._states.to_unload - loading:
             if any(self._registry.counts(id)):
                 continue

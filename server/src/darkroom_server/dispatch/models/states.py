@@ -69,7 +69,7 @@ class ModelStates:
         engines = self._pool.engines
         if any(engine.ready and id in engine.models for engine in engines):
             return ModelState.RESIDENT
-        if any(engine.loading is not None and engine.loading.model == id for engine in engines):
+        if any(each.model == id for engine in engines for each in engine.in_progress):
             return ModelState.LOADING
         if id in self._availability.failures:
             return ModelState.FAILED
@@ -84,7 +84,7 @@ class ModelStates:
 
     def in_host(self, id: str) -> bool:
         """Whether the host's memory keeps a model for an engine."""
-        return any(engine.ready and id in engine.host for engine in self._pool.engines)
+        return any(engine.ready and engine.has_in_host(id) for engine in self._pool.engines)
 
     def load_seconds(self, id: str) -> float:
         """What a load of the model probably takes, from where it is."""
@@ -117,8 +117,15 @@ class ModelStates:
         """Load a model into an engine that has room for it."""
         entry = self.entries[id]
         entry.fetched_bytes = entry.fetch_bytes = 0
-        engine.loading = ModelLoading(id, time.monotonic())
+        from_files = not engine.has_in_host(id)
+        engine.loading = ModelLoading(id, time.monotonic(), from_files=from_files)
         engine.engine.load_model(id, keep=self.host.keep_from_load(engine, id))
+        self.report_all()
+
+    def begin_read(self, engine: EngineHandle, id: str) -> None:
+        """Read a model into the host's memory, which has room for it."""
+        engine.reading = ModelLoading(id, time.monotonic())
+        engine.engine.load_model(id, keep=True, host_only=True)
         self.report_all()
 
     def evict(self, engine: EngineHandle, id: str, coming: str) -> None:

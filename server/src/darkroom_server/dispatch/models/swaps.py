@@ -11,7 +11,7 @@ a rarely used model that is a single one, for a hot one in place of another hot 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from darkroom_server.dispatch.models.residency import Resident, Room, Shared, make_room
 
@@ -33,8 +33,9 @@ class Wanted:
     first. ``jobs``: their number; the first of them has waited since ``since``. ``rate``: jobs of
     it that arrive per second. ``due``: by when it should be in memory; ``-math.inf`` if an admin
     wants it. ``held_by``: the indexes of the engines that have or load it already, and have no
-    place for these jobs. ``shared``: the part of its ``bytes`` that other models may hold too, as
-    far as that is known.
+    place for these jobs. ``not_yet``: those of the engines that must read it, or another model,
+    into the host's memory first. ``shared``: the part of its ``bytes`` that other models may hold
+    too, as far as that is known.
     """
 
     id: str
@@ -47,19 +48,22 @@ class Wanted:
     since: float = 0.0
     due: float = math.inf
     held_by: frozenset[int] = frozenset()
+    not_yet: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineView:
     """An engine that is ready, with its ``residents``, whose weights stay within ``budget``.
 
-    ``loading``: it loads a model now. ``making_room_for``: the model for which others began to make
-    room, "" if there is none. ``samples``: the images in it; ``full``: it takes no more.
+    ``loading``: it loads a model now, for about ``free_in`` seconds more; the ``budget`` is what
+    that leaves. ``making_room_for``: the model for which others began to make room, "" if there is
+    none. ``samples``: the images in it; ``full``: it takes no more.
     """
 
     budget: float
     residents: Sequence[Resident]
     loading: bool = False
+    free_in: float = 0.0
     making_room_for: str = ""
     samples: int = 0
     full: bool = False
@@ -77,6 +81,7 @@ class Swap:
 class SwapPlan:
     """What to do now: at most one swap in each engine, by its index.
 
+    In an engine that loads a model, others only begin to make room for the next one.
     ``too_large``: models that no engine has room for, even without jobs. ``again_at``: when to plan
     again if nothing happens, infinite if no model waits.
     """
@@ -84,6 +89,22 @@ class SwapPlan:
     swaps: dict[int, Swap] = field(default_factory=dict)
     too_large: list[Wanted] = field(default_factory=list)
     again_at: float = math.inf
+
+    def add(self, index: int, swap: Swap, engine: EngineView) -> None:
+        """Make a swap, or let models make room for it while the engine loads another one.
+
+        They serve others until the drain would take longer than that load. What made room already
+        gets no jobs again.
+        """
+        room = swap.room
+        if engine.loading:
+            begun = engine.making_room_for == swap.model
+            if not begun and not (room.drain and engine.free_in <= room.drain_seconds):
+                return
+            room = replace(room, evict=(), drain=(*room.evict, *room.drain))
+            if not room.drain:
+                return
+        self.swaps[index] = replace(swap, room=room)
 
 
 class SwapPolicy:
@@ -137,22 +158,22 @@ def plan_swaps(
     """
     plan = SwapPlan()
     absent = {each.id: each for each in wanted}
-    able = {i: engine for i, engine in enumerate(engines) if not engine.loading}
+    able = dict(enumerate(engines))
     for index, engine in list(able.items()):
         begun = absent.get(engine.making_room_for)
-        if begun is not None and (swap := find_room(policy, begun, {index: engine}, due=True)):
-            plan.swaps[index] = swap[1]
+        if begun is not None and (found := find_room(policy, begun, {index: engine}, due=True)):
+            plan.add(index, found[1], engine)
             del able[index], absent[begun.id]
     due, others = policy.order(absent.values(), now)
     later = []
     for each in (*due, *others):
         is_due = each in due
         if found := find_room(policy, each, able, due=is_due):
-            plan.swaps[found[0]] = found[1]
-            del able[found[0]]
+            index, swap = found
+            plan.add(index, swap, able.pop(index))
         elif each.held_by or not engines:
             continue
-        elif not any(_may_fit(each, engine) for engine in engines):
+        elif not any(may_fit(each, engine) for engine in engines):
             plan.too_large.append(each)
         elif not is_due:
             later.append(each)
@@ -168,7 +189,7 @@ def find_room(
     found = [
         (room.cost, engine.samples, index, Swap(model=wanted.id, room=room))
         for index, engine in engines.items()
-        if index not in wanted.held_by
+        if index not in wanted.held_by | wanted.not_yet
         and not (wanted.held_by and engine.full)
         and (room := policy.room(wanted, engine.residents, engine.budget, due=due)) is not None
     ]
@@ -206,7 +227,7 @@ def waiting_caused(wanted: Wanted, resident: Resident) -> float:
     return away * (resident.queued + resident.rate * away / 2.0)
 
 
-def _may_fit(wanted: Wanted, engine: EngineView) -> bool:
+def may_fit(wanted: Wanted, engine: EngineView) -> bool:
     """Whether it has room once all jobs have ended, or may have when its load has ended."""
     if engine.loading:
         return True

@@ -38,6 +38,9 @@ class _Pauses(threading.local):
 
 
 _pauses = _Pauses()
+_alone = threading.Lock()
+"""Held during a pause: two models may be read at once."""
+
 _set_default_dtype = torch.set_default_dtype
 
 
@@ -45,6 +48,7 @@ def _set_dtype_alone(d: torch.dtype, /) -> None:
     """``torch.set_default_dtype``, with the loop paused until the usual dtype is set again."""
     ask = _pauses.ask
     if ask is not None and _pauses.current is None:
+        _alone.acquire()
         _pauses.current, _pauses.usual = LoopPaused(), torch.get_default_dtype()
         ask(_pauses.current)
         _pauses.current.granted.wait()
@@ -59,6 +63,7 @@ def _end() -> None:
     pause, _pauses.current = _pauses.current, None
     if pause is not None:
         pause.over.set()
+        _alone.release()
 
 
 @contextmanager

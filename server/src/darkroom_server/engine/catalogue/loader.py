@@ -14,7 +14,7 @@ import torch
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import Event
-from darkroom_server.core.model_events import ModelNotLoaded, ModelsDescribed
+from darkroom_server.core.model_events import ModelInHost, ModelNotLoaded, ModelsDescribed
 from darkroom_server.engine.adapters.offering import Adapters
 from darkroom_server.engine.catalogue.describe import Catalogue
 from darkroom_server.engine.catalogue.fetching import fetch_reported
@@ -25,7 +25,13 @@ from darkroom_server.engine.device.malloc import return_freed_memory
 from darkroom_server.engine.failures import is_fatal, one_line
 from darkroom_server.engine.forms.graphs import Recorder, record_graphs
 from darkroom_server.engine.loading.load_model import LoadedModel, finish_model
-from darkroom_server.engine.loading.read_model import NoMemory, ReadModel, read_model
+from darkroom_server.engine.loading.read_model import (
+    HostRead,
+    NoMemory,
+    ReadModel,
+    read_into_host,
+    read_model,
+)
 from darkroom_server.engine.weights.store import WeightStore
 from darkroom_server.ipc.channel import ChannelClosed
 from darkroom_server.ipc.commands import DescribeModels, LoadModel
@@ -41,18 +47,18 @@ Each call of torch releases the interpreter's lock and takes it again, a thousan
 
 @dataclass(frozen=True, slots=True)
 class ModelRead:
-    """What the reading thread found: the model, or why it could not be read."""
+    """What a reading thread found: the model, or why it could not be read."""
 
     command: LoadModel
-    model: ReadModel | None
+    model: ReadModel | HostRead | None
     error: Exception | None = None
 
 
 class ModelLoader:
-    """One load at a time; used from the loop's thread but for the read.
+    """One load at a time, and beside it one read into the host's memory.
 
-    A load that fails emits ``ModelNotLoaded``. ``loading`` is the id of the model that is being
-    loaded. ``store`` has the weights of the others.
+    Used from the loop's thread but for the reads. One that fails emits ``ModelNotLoaded``.
+    ``loading`` is the id of the model that is being loaded. ``store`` has the weights of models.
     """
 
     def __init__(
@@ -81,9 +87,11 @@ class ModelLoader:
         return self._finishing is not None
 
     def begin(self, command: LoadModel, receive: Callable[[ModelRead | LoopPaused], None]) -> None:
-        """Start to read a model."""
-        self.loading = command.source.id
-        log.info("model is being loaded", model=self.loading)
+        """Start to read a model, onto its device or into the host's memory."""
+        id = command.source.id
+        if not command.host_only:
+            self.loading = id
+        log.info("model is being loaded", model=id, host_only=command.host_only)
         # A thread for each load: OpenMP keeps a pool for every thread that computes.
         threading.Thread(
             target=self._read, args=[command, receive], name="read-model", daemon=True
@@ -98,11 +106,18 @@ class ModelLoader:
         ).start()
 
     def finish(self, read: ModelRead) -> None:
-        """Let ``work`` warm up a model that was read. Raises an error of a lost device."""
+        """Let ``work`` warm up a model that was read, or keep it in the host's memory.
+
+        Raises an error of a lost device.
+        """
+        id, model = read.command.source.id, read.model
         if read.error is not None:
-            self._fail(read.error)
+            self._fail(id, read.error)
             return
-        model = read.model
+        if isinstance(model, HostRead):
+            kept = self.store.add_to_host(id, model.held) if model.held is not None else 0
+            self._emit(ModelInHost(load=replace(model.load, host_bytes=kept)))
+            return
         assert model is not None
         config = self._config_for(read.command)
         self._finishing = SlicedWork(lambda: self._finish(model, config))
@@ -119,7 +134,7 @@ class ModelLoader:
                 return None
         except Exception as error:  # noqa: BLE001 - it is contained, or raised again.
             self._finishing = None
-            self._fail(error)
+            self._fail(self.loading, error)
             return None
         loaded: LoadedModel = self._finishing.result
         self._finishing = None
@@ -151,21 +166,30 @@ class ModelLoader:
     def _read(self, command: LoadModel, receive: Callable[[ModelRead | LoopPaused], None]) -> None:
         try:
             with (
-                self._reading,
+                self._reading if self._reads_files(command) else nullcontext(),
                 fetch_reported(command.source, self._emit),
-                _short_switches(),
+                _short_switches,
                 exclusive_settings(receive),
                 _own_stream(self.device),
                 torch.inference_mode(),
             ):
-                config = self._config_for(command)
-                adapters = Adapters.of(config)
-                model = read_model(command.source, config, adapters, self.store, keep=command.keep)
+                model = self._read_as(command)
         except Exception as error:  # noqa: BLE001 - see below.
             # Whatever it is, the model is at fault, and the loop goes on.
             receive(ModelRead(command, None, error))
         else:
             receive(ModelRead(command, model))
+
+    def _reads_files(self, command: LoadModel) -> bool:
+        """Whether a load needs the disk: a copy from the host's memory goes on beside it."""
+        return command.host_only or self.store.held(command.source.id) is None
+
+    def _read_as(self, command: LoadModel) -> ReadModel | HostRead:
+        config = self._config_for(command)
+        if command.host_only:
+            return read_into_host(command.source, config, self.store)
+        adapters = Adapters.of(config)
+        return read_model(command.source, config, adapters, self.store, keep=command.keep)
 
     def _describe(
         self, command: DescribeModels, receive: Callable[[ModelRead | LoopPaused], None]
@@ -174,7 +198,7 @@ class ModelLoader:
         config = replace(self._config, adapters=command.adapters, previous_measurements=())
         with (
             self._reading,
-            _short_switches(),
+            _short_switches,
             exclusive_settings(receive),
             torch.inference_mode(),
             suppress(ChannelClosed),  # The serving process is gone.
@@ -186,10 +210,11 @@ class ModelLoader:
         previous = (command.previous,) if command.previous is not None else ()
         return replace(self._config, adapters=command.adapters, previous_measurements=previous)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, id: str, error: Exception) -> None:
         if is_fatal(error):
             raise error
-        id, self.loading = self.loading, ""
+        if id == self.loading:
+            self.loading = ""
         if not isinstance(error, StartupError):
             log.error("model could not be loaded", model=id, exc_info=error)
         # Tracebacks hold the weights that were read.
@@ -197,7 +222,7 @@ class ModelLoader:
             if each is not None:
                 each.__traceback__ = None
         gc.collect()
-        self.store.end_read()
+        self.store.end_read(id)
         _release_memory(self.device)
         why = str(error) if isinstance(error, StartupError) else one_line(error)
         log.warning("model not loaded", model=id, why=why)
@@ -221,14 +246,29 @@ def _release_memory(device: torch.device) -> None:
         return_freed_memory()
 
 
-@contextmanager
-def _short_switches() -> Iterator[None]:
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
+class _ShortSwitches:
+    """While at least one model is read, threads run for ``SWITCH_SECONDS`` at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._usual = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._readers:
+                self._usual = sys.getswitchinterval()
+                sys.setswitchinterval(SWITCH_SECONDS)
+            self._readers += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._readers -= 1
+            if not self._readers:
+                sys.setswitchinterval(self._usual)
+
+
+_short_switches = _ShortSwitches()
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class ResidentModels:
     receive: Callable[[ModelChange], None]
     emit: Callable[[Event], None]
     _unloading: dict[str, bool] = field(default_factory=dict)
-    _to_load: LoadModel | None = None
+    _to_load: dict[bool, LoadModel] = field(default_factory=dict)
 
     @property
     def busy(self) -> bool:
@@ -65,13 +65,13 @@ class ResidentModels:
     @property
     def waiting(self) -> bool:
         """Whether something is to be unloaded, or loaded after that."""
-        return bool(self._unloading) or self._to_load is not None
+        return bool(self._unloading or self._to_load)
 
     def handle(self, change: ModelChange) -> None:
         """Begin a change, or go on with one."""
         match change:
             case LoadModel():
-                self._to_load = change
+                self._to_load[change.host_only] = change
             case UnloadModel(id, keep):
                 self._unloading[id] = keep
             case DescribeModels():
@@ -82,12 +82,13 @@ class ResidentModels:
                 change.hold()
 
     def settle(self) -> None:
-        """Unload what no job uses any more; then begin the load that waits for it."""
+        """Unload what no job uses any more; then begin the loads that wait for it."""
         for id in self._unloading.keys() - self.parts.scheduler.models_in_use:
             self._remove(id, keep=self._unloading.pop(id))
-        if self._to_load is not None and not self._unloading:
-            command, self._to_load = self._to_load, None
-            self.loader.begin(command, self.receive)
+        if not self._unloading:
+            commands, self._to_load = self._to_load, {}
+            for command in commands.values():
+                self.loader.begin(command, self.receive)
 
     def work(self) -> None:
         """Do a part of a load, and add the model once it is complete.

@@ -15,6 +15,7 @@ from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.file_stamps import stamp_of
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model_events import ModelLoad
 from darkroom_server.core.quantization import Quantization
 from darkroom_server.engine.adapters.offering import Adapters
 from darkroom_server.engine.catalogue.fetching import cached_bytes
@@ -24,7 +25,7 @@ from darkroom_server.engine.failures import is_out_of_memory
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.loading.defaults import read_defaults
-from darkroom_server.engine.loading.fit import check_weights_fit
+from darkroom_server.engine.loading.fit import check_weights_fit, weight_bytes
 from darkroom_server.engine.loading.model_info import set_size
 from darkroom_server.engine.loading.offloading import offload, offloaded_parts
 from darkroom_server.engine.loading.pipeline import ModelFiles, failed, find_model, load_pipeline
@@ -46,8 +47,11 @@ from darkroom_server.engine.weights.stored import is_quantized
 log = structlog.get_logger(__name__)
 
 
+HOST = torch.device("cpu")
+
+
 class NoMemory(StartupError):
-    """The model does not fit what the device has left now."""
+    """The model does not fit what the device, or the host, has left now."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -156,11 +160,59 @@ def read_model(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class HostRead:
+    """A model whose weights were read into the host's memory, and what that took.
+
+    ``held`` is None if it cannot be kept there.
+    """
+
+    held: HeldModel | None
+    load: ModelLoad
+
+
+def read_into_host(source: ModelSource, config: EngineConfig, store: WeightStore) -> HostRead:
+    """The model of ``source``, its weights in the host's memory, from where a load copies them.
+
+    They come from its files, but for parts that another model has. A model that a quantiser packs
+    is not read: modules cannot be made of its weights again. Raises ``StartupError``, which is a
+    ``NoMemory`` if the host has too little memory now.
+    """
+    began, cached = time.monotonic(), cached_bytes(source)
+    previous = next((info for info in config.previous_measurements if info.id == source.id), None)
+    files, runtime = files_of(source, config, previous)
+    held = None
+    if runtime.quantization in ("", Quantization.FP8.value):
+        keys, present = _keys(files, runtime, store, on_host=True)
+        needed = weight_bytes(files, runtime, present)
+        available = available_bytes(HOST)
+        if needed > available:
+            raise NoMemory(
+                f"model {source.location!r} does not fit the host's memory: its weights need "
+                f"{needed} bytes, and {available} bytes are available"
+            )
+        with explained(files, runtime, needed, available):
+            held, _ = _from_files(files, runtime, keys, present, keep=True, host_only=True)
+    parts = held.parts if held is not None else {}
+    return HostRead(
+        held,
+        ModelLoad(
+            model=source.id,
+            load_seconds=time.monotonic() - began,
+            warm_up_seconds=0.0,
+            bytes_by_component={name: part.bytes for name, part in parts.items()},
+            origin=WeightOrigin.HUB if cached_bytes(source) > cached else WeightOrigin.DISK,
+            shared={part.key: part.bytes for part in parts.values() if part.key},
+            stamp=held.stamp if held is not None else "",
+        ),
+    )
+
+
 def _keys(
-    files: ModelFiles, runtime: Runtime, store: WeightStore
+    files: ModelFiles, runtime: Runtime, store: WeightStore, *, on_host: bool = False
 ) -> tuple[dict[str, str], dict[str, Part]]:
     try:
-        return store.find(files, runtime)
+        return store.find(files, runtime, on_host=on_host)
     except OSError as error:
         raise failed(files.source, "the model", error) from error
 
@@ -172,10 +224,15 @@ def _from_files(
     present: Mapping[str, Part],
     *,
     keep: bool,
+    host_only: bool = False,
 ) -> tuple[HeldModel, Family]:
+    """The model of ``files``, on its device or ``host_only`` in the host's memory."""
     source, device = files.source, runtime.device
     stamp = stamp_of(files.path)
-    modules = {name: part.module(device) for name, part in present.items()}
+    modules = {
+        name: part.borrowed() if host_only else part.module(device)
+        for name, part in present.items()
+    }
     pipeline = load_pipeline(files, runtime.dtype, modules)
     family = family_of(pipeline)
     family.check_pipeline(source.location)
@@ -198,11 +255,15 @@ def _from_files(
     if runtime.fp8_storage:
         store_in_eight_bits(family, memory_format)
     for name, part in parts.items():
-        part.take(read[name], device, keep=keep)
+        if host_only:
+            part.take_into_host(read[name], device)
+        else:
+            part.take(read[name], device, keep=keep)
     if keep and device.type != "cpu":
         for part in present.values():
             part.keep()
-    offload(family, runtime)
+    if not host_only:
+        offload(family, runtime)
     held = HeldModel(
         pipeline=without_modules(pipeline),
         parts={**parts, **present},

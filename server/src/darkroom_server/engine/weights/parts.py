@@ -70,10 +70,34 @@ class Part:
             self.device_weights = tuple(each.data for each in weights_in(module))
         self.bytes = sum(map(stored_bytes, found))
 
+    def take_into_host(self, module: torch.nn.Module, device: torch.device) -> None:
+        """Take the weights of ``module`` into the host's memory, for a later copy to ``device``.
+
+        The host does not hold those of a part that is not reusable, or for which it has no room.
+        """
+        found = weights_in(module)
+        self.bytes = sum(map(stored_bytes, found))
+        if not self.reusable:
+            return
+        if device.type != "cpu":
+            self.host_weights = _pinned(found)
+            return
+        for weight in found:
+            weight.data = owned(weight.data)
+        self.host_weights = tuple(each.data for each in found)
+
     def keep(self) -> None:
         """Let the host's memory hold the weights too, if it has room for them."""
         if self.host_weights is None and self.device_weights is not None:
             self.host_weights = _pinned([each.cpu() for each in self.device_weights])
+
+    def borrowed(self) -> torch.nn.Module:
+        """A module with these weights, on the host or the device, which is not to be called."""
+        weights = self.device_weights if self.host_weights is None else self.host_weights
+        assert self._structure is not None
+        assert weights is not None
+        module: torch.nn.Module = _with_weights(self._structure, weights)
+        return module
 
     def module(self, device: torch.device) -> torch.nn.Module:
         """A new module with these weights, on ``device``.

@@ -69,30 +69,35 @@ class HeldModel:
 class WeightStore:
     """The weights of an engine's models.
 
-    Called from the loop's thread, but for ``find`` and ``held``: what the reading thread finds
-    stays until the model is added, or until ``end_read``.
+    Called from the loop's thread, but for ``find`` and ``held``: what a reading thread finds stays
+    until its model is added, or until ``end_read``.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._on_device: dict[str, HeldModel] = {}
         self._on_host: dict[str, HeldModel] = {}
-        self._being_read: tuple[Part, ...] = ()
+        self._being_read: dict[str, tuple[Part, ...]] = {}
 
-    def find(self, files: ModelFiles, runtime: Runtime) -> tuple[dict[str, str], dict[str, Part]]:
+    def find(
+        self, files: ModelFiles, runtime: Runtime, *, on_host: bool = False
+    ) -> tuple[dict[str, str], dict[str, Part]]:
         """The keys of the parts of ``files``, and those parts that are on the device already.
 
-        The keys of parts that cannot be compared are missing. Raises ``OSError``.
+        ``on_host``: or in the host's memory. The keys of parts that cannot be compared are missing.
+        Raises ``OSError``.
         """
         keys = part_keys(files, runtime)
+        places = (self._on_host, self._on_device) if on_host else (self._on_device,)
         known = {
             part.key: part
-            for model in tuple(self._on_device.values())
+            for models in places
+            for model in tuple(models.values())
             for part in model.parts.values()
             if part.key and part.reusable
         }
         found = {name: known[key] for name, key in keys.items() if key in known}
-        self._being_read = tuple(found.values())
+        self._being_read[files.source.id] = tuple(found.values())
         return keys, found
 
     def held(self, id: str) -> HeldModel | None:
@@ -103,18 +108,26 @@ class WeightStore:
         if not found.current:
             log.info("files of a model have changed, they are read again", model=id)
             return None
-        self._being_read = tuple(found.parts.values())
+        self._being_read[id] = tuple(found.parts.values())
         return found
 
     def add(self, id: str, model: HeldModel) -> None:
         """A model is on the device."""
         self._on_device[id] = model
         self._on_host.pop(id, None)
-        self.end_read()
+        self.end_read(id)
 
-    def end_read(self) -> None:
-        """The reading thread has ended, whether or not it loaded a model."""
-        self._being_read = ()
+    def add_to_host(self, id: str, model: HeldModel) -> int:
+        """A model was read into the host's memory; returns the bytes that it keeps of it."""
+        if model.on_host:
+            self._on_host[id] = model
+        self._being_read.pop(id, None)
+        self._free_unused(model)
+        return model.host_bytes
+
+    def end_read(self, id: str) -> None:
+        """The thread that read the model has ended, whether or not it loaded it."""
+        self._being_read.pop(id, None)
         self._free_unused()
 
     def remove(self, id: str, *, keep: bool) -> int:
@@ -134,7 +147,7 @@ class WeightStore:
     def _free_unused(self, *removed: HeldModel) -> None:
         """Drop weights on the device and on the host that no model uses there."""
         models = (*self._on_device.values(), *self._on_host.values())
-        being_read = set(map(id, self._being_read))
+        being_read = {id(part) for parts in self._being_read.values() for part in parts}
         used = {id(part) for model in self._on_device.values() for part in model.parts.values()}
         used |= being_read
         kept = {id(part) for model in models for part in model.parts.values()} | being_read

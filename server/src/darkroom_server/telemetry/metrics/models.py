@@ -5,7 +5,7 @@ from typing import Any
 
 from darkroom_server.core.catalog import ModelState, WeightOrigin
 from darkroom_server.core.events import EngineReady
-from darkroom_server.core.model_events import ModelLoad, ModelLoaded
+from darkroom_server.core.model_events import ModelInHost, ModelLoad, ModelLoaded
 from darkroom_server.dispatch import (
     LoadOutcome,
     ModelEvicted,
@@ -31,7 +31,8 @@ class ModelMetrics:
         self.loads = declare.counter(
             "darkroom_model_loads_total",
             "Loads of the model: `from` the `disk`, the `host`'s memory or the `hub`; `loaded` or "
-            "`failed`.",
+            "`failed`. One that is read into the host's memory first counts once for the read, and "
+            "once for the copy from there.",
             ("model", "from", "outcome"),
         )
         self.evictions = declare.counter(
@@ -47,8 +48,8 @@ class ModelMetrics:
         )
         self.swap_seconds = declare.counter(
             "darkroom_model_swap_seconds_total",
-            "Seconds in which engines loaded models beside jobs; divided by the time and the "
-            "engines, the share of time spent swapping.",
+            "Seconds in which engines loaded models beside jobs, or read them into the host's "
+            "memory; divided by the time and the engines, the share of time spent swapping.",
         )
         self.tier_bytes = declare.gauge(
             "darkroom_model_tier_bytes",
@@ -65,6 +66,7 @@ class ModelMetrics:
         self.handlers: dict[type, Callable[[Any], None]] = {
             EngineReady: self.record_ready,
             ModelLoaded: lambda loaded: self.record_load(loaded.load),
+            ModelInHost: lambda read: self.record_seconds(read.load),
             ModelLoadEnded: self.record_end,
             ModelEvicted: lambda evicted: self.evictions.labels(evicted.model).inc(),
             ModelStateChanged: self.record_state,
@@ -92,8 +94,12 @@ class ModelMetrics:
 
     def record_load(self, load: ModelLoad) -> None:
         """A model was loaded."""
-        self.load_seconds.labels(load.model, load.origin).set(load.load_seconds)
+        self.record_seconds(load)
         self.warm_up_seconds.labels(load.model).set(load.warm_up_seconds)
+
+    def record_seconds(self, load: ModelLoad) -> None:
+        """A model was loaded, or read into the host's memory."""
+        self.load_seconds.labels(load.model, load.origin).set(load.load_seconds)
 
     def record_end(self, ended: ModelLoadEnded) -> None:
         """A load has ended."""
