@@ -17,7 +17,8 @@ from bench.report.benchmark import Amount, Benchmark, Measurement, run_named
 from bench.report.machine import model_source
 from bench.report.results import Results
 from bench.trace import simulation
-from bench.trace.costs import HostMemory
+from bench.trace.bounds import least_loads, longest_backlog
+from bench.trace.costs import LoadCosts
 from bench.trace.figures import Swaps, figures_of
 from bench.trace.peers.registry import PEERS
 from bench.trace.policies import Policy
@@ -38,6 +39,9 @@ SYSTEMS = [*COMPARED, *PEERS]
 
 STEPS = 30
 """Of nine requests in ten; a lone request of another number is taken to last in proportion."""
+
+WINDOWS = (0.0, 4.0, 15.0, 30.0)
+"""Seconds within which requests may be exchanged, for the fewest loads that are possible."""
 
 MAY_DIFFER = {"trace", "loads", "policies", "parts", "resume"}
 """Amounts of which runs may be added to earlier ones."""
@@ -92,15 +96,21 @@ def measure_simulated(options: argparse.Namespace) -> Measurement:
     lone = {kind: simulation.alone(machine, request) for kind, request in kinds.items()}
     alone = {r.index: lone[r.steps, r.images] for r in requests}
     capacity = simulation.steps_per_second(requests, alone)
-    runs = []
+    runs, bounds = [], []
     for load in options.loads:
         arriving = at_load(requests, load * capacity)
+        bounds.append(_bounds(load, arriving, machine, alone))
         for policy in map(Policy, options.policies):
             found = simulate(arriving, machine, policy).figures(alone)
             runs.append(_run(ALL, load, policy.value, found, max(lone.values()), options))
             print(f"{runs[-1]['slice']}, {load:g}, {policy}: {found}", flush=True)
     return Measurement(
-        figures={"is_real_trace": is_real, "requests": len(requests), "runs": runs},
+        figures={
+            "is_real_trace": is_real,
+            "requests": len(requests),
+            "bounds": bounds,
+            "runs": runs,
+        },
         model={"id": "demo", "speed": asdict(machine.speed)},
         settings=names_of_files(options),
     )
@@ -202,7 +212,7 @@ def _run(
     longest_run: float,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    longest_load = HostMemory(1, options.load_scale).cost("")
+    longest_load = LoadCosts(options.load_scale).cost()
     return {
         "slice": name,
         "load": load,
@@ -210,6 +220,24 @@ def _run(
         "longest_load": round(longest_load, 3),
         "longest_run": round(longest_run, 3),
         **found,
+    }
+
+
+def _bounds(
+    load: float, arriving: Sequence[TraceRequest], machine: Machine, alone: dict[int, float]
+) -> dict[str, Any]:
+    """See ``bounds``; in full batches each image has its share of the largest batch."""
+    rows, seconds = machine.speed.passes[-1]
+    share, decode = 2 * seconds / rows, machine.speed.decode
+    full = ((r.arrival, r.images * (r.steps * share + decode)) for r in arriving)
+    return {
+        "load": load,
+        "least_loads": {
+            f"{window:g}": least_loads(arriving, machine.device_models, window)
+            for window in WINDOWS
+        },
+        "backlog_alone": round(longest_backlog((r.arrival, alone[r.index]) for r in arriving), 1),
+        "backlog_in_full_batches": round(longest_backlog(full), 1),
     }
 
 

@@ -1,6 +1,6 @@
 """The engine's process, whose loads take as long as those of real models.
 
-The thread that reads a model waits first, for as long as ``HostMemory`` says.
+The thread that reads a model waits first, for as long as ``LoadCosts`` says.
 """
 
 import os
@@ -10,25 +10,24 @@ from typing import Any
 from unittest.mock import patch
 
 from bench.report.results import ROOT
-from bench.trace.costs import HostMemory
+from bench.trace.costs import LoadCosts
 from darkroom_server.core.events import Event
 from darkroom_server.engine import main as engine
 from darkroom_server.ipc.channel import Channel
 
 VARIABLE = "BENCH_TRACE_LOADS"
-"""The environment variable with the models that the host holds, and the scale of the costs."""
+"""The environment variable with the scale of the costs."""
 
 
-def environment(models: int, scale: float) -> dict[str, str]:
+def environment(scale: float) -> dict[str, str]:
     """The variables of a process that starts this one, which imports this module."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {VARIABLE: f"{models} {scale}", "PYTHONPATH": os.pathsep.join(paths)}
+    return {VARIABLE: f"{scale}", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def main() -> None:
     """Run an engine for the parent at the other end of the pipe."""
-    models, scale = os.environ[VARIABLE].split()
-    host = HostMemory(int(models), float(scale))
+    costs = LoadCosts(float(os.environ[VARIABLE]))
     run = engine.run
 
     def run_slowly(channel: Channel, emit: Callable[[Event], None]) -> None:
@@ -38,7 +37,8 @@ def main() -> None:
         read = ModelLoader._read
 
         def wait_and_read(self: ModelLoader, command: Any, *rest: Any) -> None:
-            time.sleep(host.load(command.source.id))
+            in_host = self.store.held(command.source.id) is not None
+            time.sleep(costs.cost(in_host=in_host, host_only=command.host_only))
             read(self, command, *rest)
 
         with patch.object(ModelLoader, "_read", wait_and_read):

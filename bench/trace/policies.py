@@ -9,7 +9,7 @@ from dataclasses import replace
 from enum import StrEnum
 from unittest.mock import patch
 
-from bench.trace.costs import HostMemory
+from bench.trace.costs import LoadCosts
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.job import Job
 from darkroom_server.dispatch import ActiveJob, Dispatcher, dispatcher
@@ -45,13 +45,13 @@ LABELS = {
 class KnownCosts(LoadPace):
     """Knows what each load costs, by the tier in which the model is."""
 
-    def __init__(self, host: HostMemory) -> None:
+    def __init__(self, costs: LoadCosts) -> None:
         super().__init__()
-        self._host = host
+        self._costs = costs
 
     def expected(self, entry: CatalogEntry, *, in_host: bool = False) -> float:
-        """Seconds that a load of the model takes now, whatever the server keeps on the host."""
-        return self._host.cost(entry.id)
+        """Seconds that a load of any model takes from there."""
+        return self._costs.cost(in_host=in_host)
 
 
 class InOrderOfArrival(SwapPolicy):
@@ -102,10 +102,10 @@ def dispatcher_of(policy: Policy) -> type[Dispatcher]:
 
 
 @contextmanager
-def exchanged(policy: Policy, host: HostMemory) -> Iterator[None]:
-    """Build a ``dispatcher_of`` a policy, which knows what loads cost by the tiers of ``host``."""
+def exchanged(policy: Policy, costs: LoadCosts) -> Iterator[None]:
+    """Build a ``dispatcher_of`` a policy, which knows what loads cost."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(states, "LoadPace", lambda: KnownCosts(host)))
+        stack.enter_context(patch.object(states, "LoadPace", lambda: KnownCosts(costs)))
         if policy is not Policy.OURS:
             stack.enter_context(patch.object(planner, "SwapPolicy", InOrderOfArrival))
         if policy not in (Policy.OURS, Policy.LRU_ADMITTING):

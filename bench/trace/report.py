@@ -71,7 +71,48 @@ def describe(results: Results) -> list[str]:
     parts = []
     for name, runs in by_name(results).items():
         parts += [_heading(name, runs, results), _table(runs)]
-    return [*parts, goals_table("goal", goals(results))]
+    return [*parts, goals_table("goal", goals(results)), *_possible(results)]
+
+
+def _possible(results: Results) -> list[str]:
+    """What no policy can do better."""
+    bounds = results.figures.get("bounds", [])
+    if not bounds:
+        return []
+    windows = [*bounds[0]["least_loads"]]
+    rows = []
+    for each in bounds:
+        runs = next(r for r in by_name(results).values() if _load_of(r) == each["load"])
+        first = runs.get(Policy.FIRST_COME)
+        rows.append(
+            [
+                f"{each['load']:g}",
+                "-" if first is None else f"{first['loads'] / 2:.0f}",
+                *(str(each["least_loads"][window]) for window in windows),
+                f"{each['backlog_alone']:.0f}",
+                f"{each['backlog_in_full_batches']:.0f}",
+            ]
+        )
+    heads = [
+        "of the capacity",
+        "half of (a)'s loads",
+        "fewest loads in the order of arrival",
+        *(f"within {window} s" for window in windows[1:]),
+        "longest backlog, one after another, s",
+        "in full batches, s",
+    ]
+    text = (
+        "What no policy can do better: the loads of a policy that knows the whole trace before, "
+        "if requests are served in the order of arrival, and at least if those that arrive "
+        "within the same seconds may be served in any order (Belady's rule); and the most seconds "
+        "of work that wait at once in a burst, if the device serves requests one after another, "
+        "and if every batch is full."
+    )
+    return [text, table(heads, rows)]
+
+
+def _load_of(runs: Mapping[str, Mapping[str, Any]]) -> float:
+    return float(next(iter(runs.values()))["load"])
 
 
 def _heading(name: str, runs: Mapping[str, Mapping[str, Any]], results: Results) -> str:
@@ -125,11 +166,11 @@ def intro(results: Results, how: str, capacity: str) -> str:
     return (
         f"Many models on one device: requests of {source}, with their order, users, images, "
         f"steps, kinds, LoRAs and models. {how} The device holds {settings['device_models']} "
-        f"models, and the host's memory the {settings['host_models']} that were loaded last. A "
-        "load takes as long as that of SDXL: 6.9 GB at 20 GB/s from the host's memory to the "
-        "device, and at 2 GB/s from disk before. The load is a share of what one resident model "
-        f"does {capacity}; each hour of the trace is compressed until it asks for that much, and "
-        "within it "
+        f"models, and the host's memory {settings['host_models']}, those among them. A load takes "
+        "as long as that of SDXL: 6.9 GB at 2 GB/s from disk to the host's memory, and at 20 GB/s "
+        "from there to the device. One model is read while another one is copied, under every "
+        f"policy. The load is a share of what one resident model does {capacity}; each hour of the "
+        "trace is compressed until it asks for that much, and within it "
         "requests come in bursts as they did. A request is in time if its images come within k "
         "times what it takes alone with its model in memory; goodput counts the images of those "
         "within 5. The longest wait is that of a job for its model; `--swap-wait` is "
@@ -139,7 +180,8 @@ def intro(results: Results, how: str, capacity: str) -> str:
         "not there, in the order of arrival. In both, the model that was used longest ago makes "
         "room, and running models take turns batch by batch; with ours, a job of another model "
         "than the running ones enters the engine if it is more urgent than their jobs, or when "
-        "they have ended."
+        "they have ended; until it has waited for eight times its run time, others take free rows "
+        "of the running model's batches before it."
     )
 
 

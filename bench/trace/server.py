@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Self
 from unittest.mock import patch
 
-from bench.trace.costs import HostMemory
+from bench.trace.costs import LoadCosts
 from bench.trace.engine_child import environment
 from bench.trace.figures import Swaps
 from bench.trace.policies import Policy, dispatcher_of, exchanged
 from darkroom_server import app
 from darkroom_server.backends import process
 from darkroom_server.backends.process import ProcessEngine
+from darkroom_server.core.catalog import WeightOrigin
 from darkroom_server.core.engine_config import Compile, EngineConfig
 from darkroom_server.core.events import Event
 from darkroom_server.core.job import Job
-from darkroom_server.core.model_events import ModelLoaded
+from darkroom_server.core.model_events import ModelInHost, ModelLoaded
 from darkroom_server.logs import configure_logs
 from darkroom_server.settings import Dispatch, Engine, Logs, Models, Network, Settings
 from darkroom_server.settings.adapters import Adapters
@@ -63,11 +64,11 @@ class ServerConfig:
 
 
 class WatchedEngine(ProcessEngine):
-    """Notes the loads, and how long jobs waited for their models."""
+    """Counts the loads in ``costs``, and how long jobs waited for their models."""
 
-    def __init__(self, config: EngineConfig, host: HostMemory) -> None:
+    def __init__(self, config: EngineConfig, costs: LoadCosts) -> None:
         super().__init__(config)
-        self._host = host
+        self._costs = costs
         self._loaded_at: dict[str, float] = {}
         self.longest_wait = 0.0
 
@@ -77,14 +78,12 @@ class WatchedEngine(ProcessEngine):
         def tap(event: Event) -> None:
             if isinstance(event, ModelLoaded):
                 self._loaded_at[event.info.id] = time.monotonic()
+                self._costs.record(in_host=event.load.origin is WeightOrigin.HOST)
+            elif isinstance(event, ModelInHost):
+                self._costs.record(host_only=True)
             emit(event)
 
         super().start(tap)
-
-    def load_model(self, id: str, *, keep: bool = False) -> None:
-        """Load a model, which waits in the engine's process for as long as ``host`` says here."""
-        self._host.load(id)
-        super().load_model(id, keep=keep)
 
     def submit(self, job: Job) -> None:
         """Run a job, whose model is in memory."""
@@ -96,8 +95,8 @@ class WatchedEngine(ProcessEngine):
 def main() -> None:
     """Serve until SIGTERM."""
     config = ServerConfig.of_command_line()
-    host = HostMemory(config.host_models, config.load_scale)
-    os.environ.update(environment(config.host_models, config.load_scale))
+    costs = LoadCosts(config.load_scale)
+    os.environ.update(environment(config.load_scale))
     process.CHILD = CHILD
     loras = sorted((DEMO_ADAPTERS / "loras").glob("*.safetensors"))
     settings = Settings(
@@ -105,6 +104,10 @@ def main() -> None:
             models_dir=config.models,
             # The weights of all models are equal in number, and measured to a byte or so.
             device_memory_budget=round((config.device_models + 0.5) * config.weight_bytes),
+            # On a CPU the host's memory keeps those that are not on the device.
+            host_memory_budget=round(
+                (config.host_models - config.device_models + 0.5) * config.weight_bytes
+            ),
             swap_wait=config.swap_wait,
         ),
         adapters=Adapters(lora=tuple(f"{file.stem}={file}" for file in loras)),
@@ -115,19 +118,19 @@ def main() -> None:
         ),
     )
     configure_logs(Logs(log_level="error"))
-    engines = [WatchedEngine(each, host) for each in engine_configs(settings, None)]
+    engines = [WatchedEngine(each, costs) for each in engine_configs(settings, None)]
     try:
         with (
-            exchanged(config.policy, host),
+            exchanged(config.policy, costs),
             patch.object(app, "Dispatcher", dispatcher_of(config.policy)),
         ):
             app.run(settings, engines)
     finally:
         swaps = Swaps(
-            loads=host.loads,
-            from_disk=host.from_disk,
-            bytes_moved=host.bytes_moved,
-            seconds=host.seconds,
+            loads=costs.loads,
+            from_disk=costs.from_disk,
+            bytes_moved=costs.bytes_moved,
+            seconds=costs.seconds,
             longest_wait=max(engine.longest_wait for engine in engines),
         )
         Path(config.swaps).write_text(json.dumps(asdict(swaps)), encoding="utf-8")

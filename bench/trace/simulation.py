@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from bench.trace.costs import HostMemory
+from bench.trace.costs import LoadCosts
 from bench.trace.figures import Swaps, figures_of
 from bench.trace.policies import Policy, dispatcher_of, exchanged
 from bench.trace.requests import TraceRequest
@@ -44,8 +44,8 @@ class Machine:
 
 def alone(machine: Machine, request: TraceRequest) -> float:
     """Seconds that a request takes alone, with its model in memory."""
-    host = HostMemory(1, scale=0.0)
-    run = simulate([replace(request, arrival=0.0, index=0)], machine, Policy.OURS, host)
+    at_once = replace(machine, load_scale=0.0)
+    run = simulate([replace(request, arrival=0.0, index=0)], at_once, Policy.OURS)
     return run.answers[0].latency
 
 
@@ -67,16 +67,11 @@ class Simulated:
         return figures_of(self.answers, alone, self.swaps)
 
 
-def simulate(
-    requests: Sequence[TraceRequest],
-    machine: Machine,
-    policy: Policy,
-    host: HostMemory | None = None,
-) -> Simulated:
+def simulate(requests: Sequence[TraceRequest], machine: Machine, policy: Policy) -> Simulated:
     """Serve ``requests`` at their arrivals."""
-    host = host or HostMemory(machine.host_models, machine.load_scale)
+    costs = LoadCosts(machine.load_scale)
     ids = sorted({request.model for request in requests})
-    engine = VirtualEngine([machine.model(id) for id in ids], host)
+    engine = VirtualEngine([machine.model(id) for id in ids], costs)
     answers: list[Answer] = []
 
     async def serve() -> None:
@@ -87,6 +82,7 @@ def simulate(
             max_resident_samples=64,
             early_refusal=False,
             device_memory_budget=machine.device_models,
+            host_memory_budget=machine.host_models,
             swap_wait=machine.swap_wait,
         )
         dispatcher.start()
@@ -103,15 +99,15 @@ def simulate(
         outcome = Outcome.IMAGE if active.finished else Outcome.FAILED
         answers.append(replace(answer, outcome=outcome))
 
-    with exchanged(policy, host):
+    with exchanged(policy, costs):
         run_virtually(serve)
     return Simulated(
         answers,
         Swaps(
-            loads=host.loads,
-            from_disk=host.from_disk,
-            bytes_moved=host.bytes_moved,
-            seconds=host.seconds,
+            loads=costs.loads,
+            from_disk=costs.from_disk,
+            bytes_moved=costs.bytes_moved,
+            seconds=costs.seconds,
             longest_wait=max(each.for_model for each in engine.entered.values()),
         ),
     )

@@ -2,14 +2,16 @@
 
 import asyncio
 import selectors
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Coroutine, Sequence
+from enum import Enum, auto
 from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
-from bench.trace.costs import HostMemory
-from darkroom_server.core.catalog import ModelDescription
+from bench.trace.costs import LoadCosts
+from darkroom_server.core.catalog import ModelDescription, WeightOrigin
 from darkroom_server.core.engine_config import AdapterSource, ModelSource
 from darkroom_server.core.events import (
     EncodedImage,
@@ -25,7 +27,12 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.core.job import ImageFormat, Job
 from darkroom_server.core.model import ModelInfo
-from darkroom_server.core.model_events import ModelLoad, ModelLoaded, ModelUnloaded
+from darkroom_server.core.model_events import (
+    ModelInHost,
+    ModelLoad,
+    ModelLoaded,
+    ModelUnloaded,
+)
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
 from darkroom_server.dispatch.estimation.remaining_work import remaining_work
 from darkroom_server.dispatch.estimation.simulation import Forecast, Load, SimulatedEngine
@@ -97,20 +104,30 @@ class Entered(NamedTuple):
     for_model: float
 
 
+class Lane(Enum):
+    """What one load at a time uses: the disk, and the way to the device."""
+
+    DISK = auto()
+    DEVICE = auto()
+
+
 class VirtualEngine:
     """An ``Engine`` whose batches and loads take virtual time; its jobs are never cancelled.
 
-    ``catalogue`` are the models that it can load, each of ``weight_bytes``. ``host`` says what
-    loads cost. It runs batches as the dispatcher's own simulation does. ``entered`` has every job
-    that it got, by id.
+    ``catalogue`` are the models that it can load, each of ``weight_bytes``. ``costs`` says what
+    loads cost. The host's memory is another one than the device's, and a read into it goes on
+    beside the load of another model. It runs batches as the dispatcher's own simulation does.
+    ``entered`` has every job that it got, by id.
     """
 
     def __init__(
-        self, catalogue: Sequence[ModelInfo], host: HostMemory, *, weight_bytes: int = 1
+        self, catalogue: Sequence[ModelInfo], costs: LoadCosts, *, weight_bytes: int = 1
     ) -> None:
         self.models = {info.id: info for info in catalogue}
         self.resident: set[str] = set()
-        self._host = host
+        self.in_host: set[str] = set()
+        self._costs = costs
+        self._busy: set[Lane] = set()
         self._weight_bytes = weight_bytes
         self._emit: Callable[[Event], None] = lambda _: None
         self._jobs: dict[str, Job] = {}
@@ -132,7 +149,8 @@ class VirtualEngine:
             ModelDescription(id=info.id, info=info, weight_bytes=self._weight_bytes)
             for info in self.models.values()
         ]
-        emit(EngineReady((), load_seconds=0.0, descriptions=tuple(described)))
+        free = sys.maxsize
+        emit(EngineReady((), 0.0, descriptions=tuple(described), host_free_bytes=free))
 
     def submit(self, job: Job) -> None:
         """Add a job at the next step boundary."""
@@ -149,16 +167,37 @@ class VirtualEngine:
         self._report()
         self._schedule()
 
-    def load_model(self, id: str, *, keep: bool = False) -> None:
-        """Load a model, for as long as ``host`` says."""
-        seconds = self._host.load(id)
-        asyncio.get_running_loop().call_later(seconds, self._loaded, id, seconds)
+    def load_model(self, id: str, *, keep: bool = False, host_only: bool = False) -> None:
+        """Load a model, or read it into the host's memory, for as long as ``costs`` says.
+
+        The disk serves one of them at a time, and so does the way to the device.
+        """
+        in_host = id in self.in_host
+        lanes = {Lane.DISK} if not in_host else set()
+        lanes |= {Lane.DEVICE} if not host_only else set()
+        assert not lanes & self._busy
+        self._busy |= lanes
+        seconds = self._costs.cost(in_host=in_host, host_only=host_only)
+        self._costs.record(in_host=in_host, host_only=host_only)
+        load = ModelLoad(
+            model=id,
+            load_seconds=seconds,
+            warm_up_seconds=0.0,
+            bytes_by_component={"unet": self._weight_bytes},
+            origin=WeightOrigin.HOST if in_host else WeightOrigin.DISK,
+            host_bytes=self._weight_bytes if keep else 0,
+        )
+        done = self._read if host_only else self._loaded
+        asyncio.get_running_loop().call_later(seconds, done, load, lanes)
 
     def unload_model(self, id: str, *, keep: bool = False) -> None:
-        """Unload a model that has no jobs."""
+        """Unload a model that has no jobs; with ``keep`` the host's memory still holds it."""
         assert not any(job.model == id for job in self._jobs.values())
-        self.resident.remove(id)
-        self._emit(ModelUnloaded(model=id))
+        self.resident.discard(id)
+        if not keep:
+            self.in_host.discard(id)
+        kept = self._weight_bytes if id in self.in_host else 0
+        self._emit(ModelUnloaded(model=id, host_bytes=kept))
 
     def close(self) -> None:
         """Run nothing any more."""
@@ -196,15 +235,18 @@ class VirtualEngine:
     def _max_rows(self, group: Group) -> int:
         return self.models[group.model].rows_of_a_pass(group.width, group.height)
 
-    def _loaded(self, id: str, seconds: float) -> None:
+    def _read(self, load: ModelLoad, lanes: set[Lane]) -> None:
+        self._busy -= lanes
+        self.in_host.add(load.model)
+        self._emit(ModelInHost(load=load))
+
+    def _loaded(self, load: ModelLoad, lanes: set[Lane]) -> None:
+        self._busy -= lanes
+        id = load.model
         self.resident.add(id)
+        if load.host_bytes:
+            self.in_host.add(id)
         self._loaded_at[id] = time.monotonic()
-        load = ModelLoad(
-            model=id,
-            load_seconds=seconds,
-            warm_up_seconds=0.0,
-            bytes_by_component={"unet": self._weight_bytes},
-        )
         self._emit(ModelLoaded(info=self.models[id], load=load))
 
     def _schedule(self) -> None:

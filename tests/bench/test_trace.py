@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bench.report.results import newest
+from bench.trace import simulation
 from bench.trace.__main__ import SIMULATED, main, names_of_files
-from bench.trace.costs import BYTES, HostMemory
+from bench.trace.bounds import least_loads
+from bench.trace.costs import BYTES, LoadCosts
 from bench.trace.figures import Swaps, figures_of
 from bench.trace.policies import Policy
 from bench.trace.report import goals
@@ -29,7 +33,7 @@ from bench.trace.requests import (
     slice_from,
 )
 from bench.trace.simulation import Machine, alone, simulate, steps_per_second
-from bench.trace.virtual import run_virtually
+from bench.trace.virtual import VirtualEngine, run_virtually
 from bench.workload.arrivals import Answer, Outcome
 from darkroom_server.core.model_runtime import ModelSpeed
 from tests.bench.test_results import RESULTS
@@ -108,15 +112,113 @@ def test_virtual_time_passes_without_waiting() -> None:
 
 
 def test_loads_cost_what_those_of_a_real_model_would() -> None:
-    host = HostMemory(2)
-    from_disk, from_host = BYTES / 2e9 + BYTES / 20e9, BYTES / 20e9
-    assert host.load("a") == pytest.approx(from_disk)
-    assert host.load("a") == pytest.approx(from_host)
-    for id in "bc":
-        host.load(id)
-    assert host.load("a") == pytest.approx(from_disk), "two others were loaded since"
-    assert (host.loads, host.from_disk) == (5, 4)
-    assert host.bytes_moved == 9 * BYTES
+    costs = LoadCosts()
+    read, copy = BYTES / 2e9, BYTES / 20e9
+    assert costs.cost() == pytest.approx(read + copy)
+    assert costs.cost(in_host=True) == pytest.approx(copy)
+    assert costs.cost(host_only=True) == pytest.approx(read)
+    costs.record(host_only=True)
+    costs.record(in_host=True)
+    costs.record()
+    assert (costs.loads, costs.from_disk) == (2, 2)
+    assert costs.bytes_moved == 4 * BYTES
+    assert costs.seconds == pytest.approx(2 * read + 2 * copy)
+    assert LoadCosts(scale=0.0).cost() == 0.0
+
+
+def fewest(windows: list[str], places: int) -> int:
+    """By trying everything: each window is served in any order."""
+    found: dict[frozenset[str], int] = {frozenset(): 0}
+    for window in windows:
+        after: dict[frozenset[str], int] = {}
+        for held, loads in found.items():
+            for order in itertools.permutations(sorted({*window})):
+                states = {held: loads}
+                for model in order:
+                    nexts: dict[frozenset[str], int] = {}
+                    for now, count in states.items():
+                        if model in now:
+                            nexts[now] = min(count, nexts.get(now, count))
+                            continue
+                        for gone in [None] if len(now) < places else now:
+                            then = now - {gone} | {model}
+                            nexts[then] = min(count + 1, nexts.get(then, count + 1))
+                    states = nexts
+                for now, count in states.items():
+                    after[now] = min(count, after.get(now, count))
+        found = after
+    return min(found.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from("abcde"), min_size=1, max_size=3), max_size=7),
+    st.integers(2, 3),
+)
+def test_the_fewest_loads_are_those_of_a_policy_that_knows_the_trace(
+    windows: list[list[str]], places: int
+) -> None:
+    trace = [
+        request(0, model, at + number / 10)
+        for at, window in enumerate(windows)
+        for number, model in enumerate(window)
+    ]
+    together = ["".join(window) for window in windows]
+    least = least_loads(trace, places, 1.0)
+    assert fewest(together, places + 1) <= least <= fewest(together, places)
+    in_order = [model for window in windows for model in window]
+    assert least_loads(trace, places) == fewest(in_order, places)
+
+
+class Checked(VirtualEngine):
+    """Asserts at each load that neither memory gets more models than it has places for."""
+
+    device = host = 0
+
+    def load_model(self, id: str, *, keep: bool = False, host_only: bool = False) -> None:
+        super().load_model(id, keep=keep, host_only=host_only)
+        assert host_only or len(self.resident | {id}) <= Checked.device
+        assert len(self.in_host | {id}) <= Checked.host or not (keep or host_only)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0.0, 60.0), st.sampled_from("abcdefgh"), st.sampled_from([1, 2, 8])),
+        min_size=1,
+        max_size=60,
+    ),
+    st.integers(1, 3),
+    st.integers(0, 3),
+    st.sampled_from([Policy.OURS, Policy.FIRST_COME, Policy.LRU]),
+)
+def test_no_memory_holds_more_than_its_budget_and_everybody_is_served(
+    arrivals: list[tuple[float, str, int]], device: int, more: int, policy: Policy
+) -> None:
+    """The engine itself asserts that nothing with jobs is evicted, and that lanes are free."""
+    trace = [
+        request(n, model, at, images=images)
+        for n, (at, model, images) in enumerate(sorted(arrivals))
+    ]
+    machine = replace(MACHINE, device_models=device, host_models=device + more)
+    Checked.device, Checked.host = device, device + more
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation, "VirtualEngine", Checked)
+        found = simulate(trace, machine, policy)
+    assert len(found.answers) == len(trace)
+    assert all(answer.outcome is Outcome.IMAGE for answer in found.answers)
+
+
+def test_a_model_in_the_hosts_memory_does_not_wait_for_one_on_disk() -> None:
+    """The negative control: with no more memory of the host than the device has, it waits."""
+    trace = [request(0, "a"), request(1, "b", 10.0), request(2, "c", 20.0), request(3, "a", 20.1)]
+    seconds = {}
+    for host in (3, 1):
+        machine = replace(MACHINE, device_models=1, host_models=host)
+        answers = {a.index: a.latency for a in simulate(trace, machine, Policy.OURS).answers}
+        seconds[host] = answers[3]
+    assert seconds[3] < 1.5
+    assert seconds[1] > 3.0
 
 
 def test_a_lone_request_takes_its_batches() -> None:
@@ -157,7 +259,7 @@ def test_ours_is_in_time_more_often_with_fewer_loads() -> None:
     assert all(each["failed"] == 0 and each["requests"] == len(trace) for each in found.values())
     assert ours["attainment"]["5"] > 1.3 * first["attainment"]["5"]
     assert ours["loads"] < first["loads"]
-    assert ours["longest_wait"] < first["longest_wait"]
+    assert ours["longest_wait"] < MACHINE.swap_wait
     assert found == {p: simulate(trace, MACHINE, p).figures(each_alone) for p in Policy}
 
 
@@ -201,10 +303,10 @@ def test_the_section_and_its_goals(attained: float, met: bool) -> None:
         run(Policy.FIRST_COME, 0.1, 30, 90.0),
         run(Policy.LRU, 0.5, 15, 60.0),
     ]
-    settings: dict[str, Any] = {"swap_wait": 10.0, "device_models": 4, "host_models": 20}
-    settings |= {"batch_times": "2:13", "decode": 5.3}
+    options: dict[str, Any] = {"swap_wait": 10.0, "device_models": 4, "host_models": 20}
+    options |= {"batch_times": "2:13", "decode": 5.3}
     figures = {"is_real_trace": True, "requests": 9, "runs": runs}
-    results = replace(RESULTS, bench="trace", figures=figures, settings=settings)
+    results = replace(RESULTS, bench="trace", figures=figures, settings=options)
     page = SIMULATED.section(results)
     assert "| (b) LRU without lookahead | 10% / 50% / 100% | 1.00 of 2.00 |" in page
     in_time, loads, wait = goals(results)
