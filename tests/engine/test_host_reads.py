@@ -100,14 +100,15 @@ def test_one_model_is_read_while_another_is_loaded_and_a_job_runs(
         expected = models.picture("other")
         models.unload("other", keep=False)
         models.load_of("tiny")
+        models.read_of("fine")
         monkeypatch.setattr(read_model, "load_pipeline", slowly)
         models.begin_read("other")
         assert began.wait(60)
-        models.load_of("fine")
+        assert models.load_of("fine").origin is WeightOrigin.HOST
         assert models.picture("tiny") != models.picture("fine")
-        assert not models._events(ModelInHost), "the read goes on"
+        assert [each.load.model for each in models._events(ModelInHost)] == ["fine"], "it goes on"
         held.set()
-        models.loop.wait_for(lambda: bool(models._events(ModelInHost)))
+        models.loop.wait_for(lambda: len(models._events(ModelInHost)) == 2)
         assert models.load_of("other").origin is WeightOrigin.HOST
         assert models.picture("other") == expected
 
