@@ -267,9 +267,10 @@ def test_a_download_reports_how_far_it_is(
     (line,) = [entry for entry in logs if entry["event"] == "model is being fetched"]
     assert (line["model"], line["of"]) == ("net", report.fetch_bytes)
     # What is here already is not fetched, and nothing is reported.
-    with fetch_reported(source, reports.put):
+    later: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with fetch_reported(source, later.put):
         load("owner/open")
-    assert reports.empty()
+    assert later.empty()
 
 
 def test_a_model_is_fetched_when_it_is_asked_for(
