@@ -213,13 +213,18 @@ class ModelCatalog:
         if description.weight_bytes:
             entry.weight_bytes = description.weight_bytes
 
+    def _record_read(self, load: ModelLoad) -> CatalogEntry:
+        """The files of a model were read; returns what is known of it now."""
+        entry = self._states.entries[load.model]
+        entry.weight_bytes, entry.shared = load.weight_bytes, load.shared
+        entry.stamp, entry.described, entry.changed = load.stamp, load.stamp, False
+        return entry
+
     def record_loaded(self, engine: EngineHandle, loaded: ModelLoaded) -> None:
         """An engine has loaded a model."""
         id, load = loaded.info.id, loaded.load
-        entry = self._states.entries[id]
-        entry.weight_bytes, entry.deaths = load.weight_bytes, 0
-        entry.stamp, entry.changed, entry.shared = load.stamp, False, load.shared
-        entry.described = load.stamp
+        entry = self._record_read(load)
+        entry.deaths = 0
         self._count(id, load.origin, LoadOutcome.LOADED, engine.loading)
         engine.add_model(loaded.info, load, loaded.free_bytes)
         self._availability.set_model(loaded.info)
@@ -231,10 +236,7 @@ class ModelCatalog:
         """An engine has read a model into the host's memory, or the model cannot be kept there."""
         load = event.load
         if load.host_bytes:
-            entry = self._states.entries[load.model]
-            entry.weight_bytes = load.weight_bytes
-            entry.stamp, entry.changed, entry.shared = load.stamp, False, load.shared
-            entry.described = load.stamp
+            entry = self._record_read(load)
             self._states.pace.record_read(entry, load.load_seconds)
             self._count(load.model, load.origin, LoadOutcome.LOADED, engine.reading)
         engine.add_to_host(load)
@@ -254,7 +256,7 @@ class ModelCatalog:
         reading = engine.reading
         if reading is not None and reading.model == event.model:
             return self._record_not_read(engine, reading, event)
-        origin = WeightOrigin.HUB if entry.fetched_bytes else WeightOrigin.DISK
+        origin = _origin_of_files(entry)
         if event.model in engine.host and not engine.has_host_memory:
             origin = WeightOrigin.HOST
         self._count(event.model, origin, LoadOutcome.FAILED, engine.loading)
@@ -282,8 +284,7 @@ class ModelCatalog:
         self, engine: EngineHandle, reading: ModelLoading, event: ModelNotLoaded
     ) -> DarkroomError | None:
         entry = self._states.entries[event.model]
-        origin = WeightOrigin.HUB if entry.fetched_bytes else WeightOrigin.DISK
-        self._count(event.model, origin, LoadOutcome.FAILED, reading)
+        self._count(event.model, _origin_of_files(entry), LoadOutcome.FAILED, reading)
         engine.reading = None
         engine.drop_from_host(event.model)
         if event.out_of_memory:
@@ -373,3 +374,7 @@ class ModelCatalog:
         """Count the end of ``loading``, None for a load of the start."""
         seconds = time.monotonic() - loading.began if loading is not None else 0.0
         self._observer.on_event(ModelLoadEnded(id, origin, outcome, seconds))
+
+
+def _origin_of_files(entry: CatalogEntry) -> WeightOrigin:
+    return WeightOrigin.HUB if entry.fetched_bytes else WeightOrigin.DISK
