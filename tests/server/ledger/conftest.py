@@ -57,13 +57,14 @@ async def ledger(make: MakeLedger) -> Ledger:
 
 
 def draft(id: str = "job", caller: str = "ada", **changes: Any) -> Draft:
+    deadline = changes.get("deadline")
     fields: dict[str, Any] = {
         "key": Key(caller, id),
         "fingerprint": b"same",
         "record": b"record of " + id.encode(),
         "model": "demo",
         "counted_as": caller,
-        "goal": 1.0,
+        "goal": 1.0 if deadline is None else min(1.0, deadline),
         **changes,
     }
     return Draft(**fields)

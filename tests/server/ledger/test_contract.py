@@ -106,6 +106,48 @@ async def test_the_nearest_goal_is_claimed_first(ledger: Ledger) -> None:
     assert [each.key.request_id for each in await ledger.claim(5)] == ["soon"]
 
 
+async def test_a_claim_ends_the_queued_jobs_whose_deadline_has_passed(
+    ledger: Ledger, clock: Clock
+) -> None:
+    clock.stop()
+    await ledger.begin(draft("running", deadline=5.0), claimed=True)
+    for id, fields in (
+        ("late", {"deadline": 5.0, "model": "other", "inputs": {"a": b"1"}}),
+        ("named", {"deadline": 5.0}),
+        ("also late", {"deadline": 2.0, "needs": frozenset({"nobody has it"})}),
+        ("early", {"deadline": 5.1}),
+        ("next", {}),
+    ):
+        await ledger.begin(draft(id, **fields), claimed=False)
+    changes = ledger.changes()
+    clock.skip(5.0)
+    # The server that has a job in its own queue watches the deadline itself.
+    (named,) = await ledger.claim(1, models=of("demo"), key=Key("ada", "named"))
+    assert named.standing is Standing.CLAIMED
+    assert await standing(ledger, "late") is Standing.QUEUED
+    claimed = await ledger.claim(5, models=of("demo"))
+    assert [each.key.request_id for each in claimed] == ["early", "next"]
+    assert {(await anext(changes)).request_id for _ in range(5)} == {
+        *("named", "late", "also late", "early", "next")
+    }
+    for id in ("late", "also late"):
+        entry = await ledger.find(Key("ada", id))
+        assert entry is not None
+        assert entry.failure is not None
+        assert (entry.standing, entry.failure.reason) == (
+            Standing.EXPIRED,
+            Reason.DEADLINE_EXPIRED,
+        )
+        assert entry.ended_for == pytest.approx(0.0)
+    assert await ledger.inputs(Key("ada", "late")) == {}
+    assert await standing(ledger, "running") is Standing.CLAIMED
+    # Also if nothing is claimed.
+    await ledger.begin(draft("third", deadline=5.0), claimed=False)
+    clock.skip(5.0)
+    assert await ledger.claim(5, models=of()) == []
+    assert await standing(ledger, "third") is Standing.EXPIRED
+
+
 async def test_an_exact_job_that_began_runs_only_on_its_own_runtime(ledger: Ledger) -> None:
     fast, slow = of("demo"), of("demo", runtime="slow")
     await ledger.begin(draft("here", runtime="fast"), claimed=True)

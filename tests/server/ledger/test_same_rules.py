@@ -23,7 +23,15 @@ HOLDS = st.tuples(IDS, st.integers(1, 4))
 INPUTS = st.dictionaries(st.sampled_from(["x", "y"]), st.just(b"12345"), max_size=2)
 NEEDS = st.frozensets(st.sampled_from(["lora", "inpaint"]))
 OPERATIONS = st.one_of(
-    st.tuples(st.just("begin"), IDS, st.sampled_from([b"1", b"2"]), INPUTS, st.booleans(), NEEDS),
+    st.tuples(
+        st.just("begin"),
+        IDS,
+        st.sampled_from([b"1", b"2"]),
+        INPUTS,
+        st.booleans(),
+        NEEDS,
+        st.sampled_from([None, 0.0, 600.0]),
+    ),
     st.tuples(st.just("claim"), st.integers(0, 2), st.none() | NEEDS),
     st.tuples(st.just("end"), HOLDS, st.sampled_from([s for s in Standing if s.ended])),
     st.tuples(st.just("release"), HOLDS),
@@ -62,8 +70,15 @@ def test_all_ledgers_answer_the_same(postgresql: Cluster, operations: list[Any])
 async def answer(ledger: Ledger, op: str, *values: Any) -> Any:
     try:
         match op, values:
-            case "begin", (id, fingerprint, inputs, claimed, needs):
-                asked = draft(id, fingerprint=fingerprint, inputs=inputs, max_live=2, needs=needs)
+            case "begin", (id, fingerprint, inputs, claimed, needs, deadline):
+                asked = draft(
+                    id,
+                    fingerprint=fingerprint,
+                    inputs=inputs,
+                    max_live=2,
+                    needs=needs,
+                    deadline=deadline,
+                )
                 return (await ledger.begin(asked, claimed=claimed)).new
             case "claim", (room, offers):
                 models = Models(held={"demo": "fast"}, offers=offers)

@@ -82,9 +82,10 @@ class Draft:
     as; with ``max_live``, the caller has at most that many jobs that have not ended. With
     ``max_queued``, a job that is begun as queued has at most that many others before it. ``goal``
     and ``deadline``: seconds after its acceptance, by which it should be done and by which it
-    expires. ``age``: seconds since it was accepted. ``detached``: it runs whether or not a call
-    follows it. ``runtime``: for an ``exact`` job, the fingerprint of the one that it would run on
-    here; None for another. ``needs``: what its model must offer, see ``core.offers``.
+    expires, which is never earlier. ``age``: seconds since it was accepted. ``detached``: it runs
+    whether or not a call follows it. ``runtime``: for an ``exact`` job, the fingerprint of the one
+    that it would run on here; None for another. ``needs``: what its model must offer, see
+    ``core.offers``.
     """
 
     key: Key
@@ -239,7 +240,11 @@ class Ledger(Protocol):
         ``models``: only of these, only what needs no more than they offer, and of the ``exact``
         jobs that began before only those whose runtime is the same. One of a model that must be
         loaded is taken only after it waited ``delay`` seconds, or if no server that could run it
-        has that model in memory. ``key``: only this entry.
+        has that model in memory.
+
+        Queued entries whose deadline has passed are not taken: they end as expired, whatever they
+        need. ``key``: only this entry, late or not, and no other one ends; this server has begun
+        it.
         """
 
     async def end(self, hold: Hold, standing: Standing, failure: Failure | None = None) -> bool:

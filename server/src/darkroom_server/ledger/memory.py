@@ -18,7 +18,12 @@ from darkroom_server.core.ledger import (
 )
 from darkroom_server.ledger.changes import Changes
 from darkroom_server.ledger.rows import runtime_of
-from darkroom_server.ledger.rules import inputs_do_not_fit, queue_is_full, too_many_jobs
+from darkroom_server.ledger.rules import (
+    LATE,
+    inputs_do_not_fit,
+    queue_is_full,
+    too_many_jobs,
+)
 
 ME = 1
 """The only server that has this ledger."""
@@ -115,6 +120,9 @@ class MemoryLedger:
         delay: float = 0.0,
     ) -> list[Entry]:
         """As ``Ledger.claim``; no other server has a model in memory."""
+        now = time.monotonic()
+        if key is None:
+            self._expire(now)
         found = [
             (each, row)
             for each, row in self._rows.items()
@@ -129,7 +137,6 @@ class MemoryLedger:
             if row.runtime == "" and models is not None:
                 row.runtime = models.runtimes[row.draft.model]
             self._changes.publish(each)
-        now = time.monotonic()
         return [self._entry(each, row, now) for each, row in found[:room]]
 
     async def end(self, hold: Hold, standing: Standing, failure: Failure | None = None) -> bool:
@@ -215,6 +222,15 @@ class MemoryLedger:
     def _held(self, hold: Hold) -> _Row | None:
         row = self._rows.get(hold.key)
         return row if row and row.epoch == hold.epoch and not row.standing.ended else None
+
+    def _expire(self, now: float) -> None:
+        """End the queued jobs whose deadline has passed."""
+        for key, row in self._rows.items():
+            late = row.deadline is not None and row.deadline <= now
+            if late and row.standing is Standing.QUEUED:
+                row.failure = LATE
+                self._set_ended(row, Standing.EXPIRED)
+                self._changes.publish(key)
 
     def _set_ended(self, row: _Row, standing: Standing) -> None:
         row.standing, row.ended_at = standing, time.monotonic()

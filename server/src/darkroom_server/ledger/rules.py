@@ -9,6 +9,12 @@ from darkroom_server.core.ledger import Draft
 INPUT_RETRY_SECONDS = 1.0
 QUEUE_RETRY_SECONDS = 1.0
 
+LATE = Failure(Reason.DEADLINE_EXPIRED, "the deadline passed before it was begun")
+"""Why a queued job ends whose deadline has passed."""
+
+EXPIRED_AT_ONCE = 500
+"""The most jobs that one statement ends, so that it does not hold up the others."""
+
 
 def too_many_jobs(draft: Draft, live: int) -> QuotaExceeded:
     """The caller has as many jobs as it may."""

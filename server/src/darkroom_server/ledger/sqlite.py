@@ -22,9 +22,15 @@ from darkroom_server.core.ledger import (
 )
 from darkroom_server.ledger.changes import Changes
 from darkroom_server.ledger.rows import entry_of, runtime_of
-from darkroom_server.ledger.rules import failure_text, queue_is_full, too_many_jobs
+from darkroom_server.ledger.rules import (
+    EXPIRED_AT_ONCE,
+    LATE,
+    failure_text,
+    queue_is_full,
+    too_many_jobs,
+)
 from darkroom_server.ledger.sqlite_file import BUSY_SECONDS, LedgerFile, open_ledger_file
-from darkroom_server.ledger.sqlite_inputs import add_inputs, make_room
+from darkroom_server.ledger.sqlite_inputs import add_inputs, drop_inputs, make_room
 from darkroom_server.ledger.writer import Writer
 
 TRIM_ENTRIES = 500
@@ -40,6 +46,12 @@ OFFERED = (
     "NOT EXISTS (SELECT 1 FROM json_each(jobs.needs) AS need "
     "WHERE need.value NOT IN (SELECT value FROM json_each(?)))"
 )
+
+
+LATE_JOBS = (
+    "SELECT caller, request_id FROM jobs WHERE state = 0 AND goal <= ? AND deadline <= ? LIMIT ?"
+)
+"""The index of goals finds them: no deadline is before its goal."""
 
 
 class SqliteLedger:
@@ -106,8 +118,8 @@ class SqliteLedger:
         delay: float = 0.0,
     ) -> list[Entry]:
         """As ``Ledger.claim``; no other server has a model in memory."""
-        entries = await self._run(lambda db: self._claim(db, room, models, key))
-        self._changes.publish(*(entry.key for entry in entries))
+        late, entries = await self._run(lambda db: self._claim(db, room, models, key))
+        self._changes.publish(*late, *(entry.key for entry in entries))
         return entries
 
     async def end(self, hold: Hold, standing: Standing, failure: Failure | None = None) -> bool:
@@ -261,11 +273,18 @@ class SqliteLedger:
         room: int,
         models: Models | None,
         key: Key | None,
-    ) -> list[Entry]:
-        conditions, values = ["state = 0"], list[str | int]()
+    ) -> tuple[list[Key], list[Entry]]:
+        """The jobs that ended as they were late, and those that this server has now."""
+        conditions, values = ["state = 0"], list[str | float]()
+        late: list[Key] = []
         if key is not None:
             conditions.append(KEY)
             values += key
+        else:
+            now = self._clock()
+            late = self._expire(db, now)
+            conditions.append("(deadline IS NULL OR deadline > ?)")
+            values.append(now)
         runtimes = {} if models is None else models.runtimes
         if models is not None:
             either = " OR ".join([MAY_RUN] * len(runtimes))
@@ -285,7 +304,18 @@ class SqliteLedger:
                 "runtime = CASE WHEN runtime = '' THEN ? ELSE runtime END WHERE id = ?",
                 (self._me, runtimes.get(row["model"], ""), row["id"]),
             )
-        return [self._found(db, Key(row["caller"], row["request_id"])) for row in rows]
+        return late, [self._found(db, Key(row["caller"], row["request_id"])) for row in rows]
+
+    def _expire(self, db: sqlite3.Connection, now: float) -> list[Key]:
+        rows = db.execute(LATE_JOBS, (now, now, EXPIRED_AT_ONCE)).fetchall()
+        keys = [Key(row["caller"], row["request_id"]) for row in rows]
+        for key in keys:
+            db.execute(
+                f"UPDATE jobs SET state = ?, ended_at = ?, failure = ? WHERE {KEY}",
+                (Standing.EXPIRED, now, failure_text(LATE), *key),
+            )
+            drop_inputs(db, key)
+        return keys
 
     def _end(
         self, db: sqlite3.Connection, hold: Hold, standing: Standing, failure: Failure | None
@@ -304,7 +334,7 @@ class SqliteLedger:
             ),
         ).rowcount
         if ended and standing is not Standing.FINISHED:
-            self._drop_inputs(db, hold.key)
+            drop_inputs(db, hold.key)
         self._trim(db)
         return bool(ended)
 
@@ -324,7 +354,7 @@ class SqliteLedger:
             (Standing.CANCELLED, self._clock(), *key),
         ).rowcount
         if cancelled:
-            self._drop_inputs(db, key)
+            drop_inputs(db, key)
         return self._find(db, key)
 
     def _again(self, db: sqlite3.Connection, key: Key, runtime: str | None) -> Entry | None:
@@ -346,13 +376,6 @@ class SqliteLedger:
             "DELETE FROM jobs WHERE id IN "
             "(SELECT id FROM jobs WHERE state >= 2 AND ended_at <= ? ORDER BY ended_at LIMIT ?)",
             (self._clock() - self._retention, TRIM_ENTRIES),
-        )
-
-    def _drop_inputs(self, db: sqlite3.Connection, key: Key) -> None:
-        """A job that ended without its images never runs from this entry again."""
-        db.execute(
-            f"DELETE FROM job_inputs WHERE job = (SELECT id FROM jobs WHERE {KEY})",
-            key,
         )
 
     def _find(self, db: sqlite3.Connection, key: Key) -> Entry | None:

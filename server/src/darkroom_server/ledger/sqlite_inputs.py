@@ -2,7 +2,7 @@
 
 import sqlite3
 
-from darkroom_server.core.ledger import Draft
+from darkroom_server.core.ledger import Draft, Key
 from darkroom_server.ledger.rules import inputs_do_not_fit
 
 
@@ -41,6 +41,15 @@ def add_inputs(db: sqlite3.Connection, job: int | None, draft: Draft) -> None:
             (digest, len(data), data),
         )
         db.execute("INSERT INTO job_inputs (job, digest) VALUES (?, ?)", (job, digest))
+
+
+def drop_inputs(db: sqlite3.Connection, key: Key) -> None:
+    """A job that ended without its images never runs from this entry again."""
+    db.execute(
+        "DELETE FROM job_inputs WHERE job = "
+        "(SELECT id FROM jobs WHERE caller = ? AND request_id = ?)",
+        key,
+    )
 
 
 def _sizes(db: sqlite3.Connection, draft: Draft) -> tuple[int, int]:

@@ -1,9 +1,10 @@
-"""Which queued jobs a server of a PostgreSQL ledger may claim, and which nobody can."""
+"""Queued jobs of a PostgreSQL ledger: which a server may claim, which are late, which unserved."""
 
 from typing import Any
 
-from darkroom_server.core.ledger import Key, Models
+from darkroom_server.core.ledger import Key, Models, Standing
 from darkroom_server.ledger.postgres.rows import columns
+from darkroom_server.ledger.rules import EXPIRED_AT_ONCE, LATE, failure_text
 
 CLAIM = """
     WITH chosen AS (
@@ -12,6 +13,28 @@ CLAIM = """
     UPDATE jobs SET state = 1, owner = $2, epoch = epoch + 1, extended = false{runtime}
     FROM chosen WHERE jobs.id = chosen.id RETURNING {columns}
 """
+
+LATE_JOBS = """
+    SELECT id FROM jobs WHERE state = 0 AND goal BETWEEN ${front} AND {at} AND deadline <= {at}
+    LIMIT ${most} FOR UPDATE SKIP LOCKED
+"""
+"""The index of goals finds them, and stops at this moment: no deadline is before its goal."""
+
+EXPIRE_AND_CLAIM = """
+    WITH moment AS MATERIALIZED (SELECT {now} AS at),
+    late AS ({late}),
+    expired AS (
+        UPDATE jobs SET state = ${state}, ended_at = {at}, failure = ${failure}
+        WHERE id = ANY (ARRAY (TABLE late)) RETURNING jobs.*
+    ),
+    unused AS (DELETE FROM job_inputs WHERE job = ANY (ARRAY (SELECT id FROM expired))),
+    claimed AS ({claim})
+    SELECT *, {at} AS read_at FROM (TABLE claimed UNION ALL TABLE expired) AS jobs
+"""
+"""One statement and one commit. Its parts see the same jobs at the same moment, so none is in both;
+files that no job names any more are deleted at a beat."""
+
+AT = "(SELECT at FROM moment)"
 
 HERE = "(${runtimes}::text[])[array_position(${models}::text[], jobs.model)]"
 """The runtime that a job would have at this server."""
@@ -51,26 +74,45 @@ def claiming(
 ) -> tuple[str, list[Any]]:
     """The statement of ``Ledger.claim`` and its values, for the server ``me``.
 
-    ``front``: the goal at which the queue begins. ``now``: SQL for the time in seconds.
+    Without ``key`` it returns the jobs that ended as they were late, too. ``front``: the goal at
+    which the queue begins. ``now``: SQL for the time in seconds.
     """
     values: list[Any] = [room, me]
     runtime = ""
     if key is None:
-        conditions = ["state = 0 AND goal >= $3"]
+        conditions = [f"state = 0 AND goal >= $3 AND (deadline IS NULL OR deadline > {AT})"]
         values.append(front)
     else:
         conditions = ["state = 0 AND caller = $3 AND request_id = $4"]
         values += key
     if models is not None:
-        runtimes, first = models.runtimes, len(values) + 1
+        runtimes = models.runtimes
         offers = None if models.offers is None else sorted(models.offers)
-        values += [list(runtimes), list(runtimes.values()), list(models.held), delay, offers]
-        names = ("models", "runtimes", "held", "delay", "offers")
-        places = {name: place for place, name in enumerate(names, first)}
+        places = _add(
+            values,
+            models=list(runtimes),
+            runtimes=list(runtimes.values()),
+            held=list(models.held),
+            delay=delay,
+            offers=offers,
+        )
         here = HERE.format(**places)
         conditions.append(FITTING.format(**places, here=here, now=now))
         runtime = f", runtime = CASE WHEN jobs.runtime = '' THEN {here} ELSE jobs.runtime END"
-    statement = CLAIM.format(
-        conditions=" AND ".join(conditions), runtime=runtime, columns=columns(now)
+    claim = CLAIM.format(
+        conditions=" AND ".join(conditions),
+        runtime=runtime,
+        columns=columns(now) if key is not None else "jobs.*",
     )
-    return statement, values
+    if key is not None:
+        return claim, values
+    places = _add(values, state=Standing.EXPIRED, failure=failure_text(LATE), most=EXPIRED_AT_ONCE)
+    late = LATE_JOBS.format(front=3, at=AT, **places)
+    return EXPIRE_AND_CLAIM.format(now=now, at=AT, late=late, claim=claim, **places), values
+
+
+def _add(values: list[Any], **more: Any) -> dict[str, int]:
+    """Add ``more`` to the values of a statement; returns the number of each."""
+    first = len(values) + 1
+    values += more.values()
+    return {name: number for number, name in enumerate(more, first)}

@@ -127,7 +127,7 @@ class PostgresLedger:
         rows = await self._fetch(statement, *values)
         entries = [entry_of(row) for row in sorted(rows, key=lambda r: (r["goal"], r["id"]))]
         self._changes.publish(*(entry.key for entry in entries))
-        return entries
+        return [entry for entry in entries if entry.standing is Standing.CLAIMED]
 
     async def end(self, hold: Hold, standing: Standing, failure: Failure | None = None) -> bool:
         """As ``Ledger.end``."""

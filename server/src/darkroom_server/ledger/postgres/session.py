@@ -9,11 +9,11 @@ from typing import Any
 
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.ledger import LEASE_SECONDS, Announcement, Standing
-from darkroom_server.ledger.postgres.claims import UNSERVED
+from darkroom_server.ledger.postgres.claims import LATE_JOBS, UNSERVED
 from darkroom_server.ledger.postgres.connections import OPERATION_SECONDS, Connections
 from darkroom_server.ledger.postgres.front import Front
 from darkroom_server.ledger.postgres.inputs import collect
-from darkroom_server.ledger.rules import failure_text
+from darkroom_server.ledger.rules import EXPIRED_AT_ONCE, LATE, failure_text
 
 LOCKS = 0x4452
 """The first number of the advisory locks of sessions; the second is the row's ``lock``."""
@@ -23,8 +23,6 @@ CHANNEL = "darkroom_queued"
 
 UNSERVED_SECONDS = 60.0
 """A queued job that no server can run for so long fails."""
-
-EXPIRED_AT_ONCE = 500
 
 DEAD = """
     DELETE FROM servers s WHERE s.id <> $1
@@ -56,11 +54,6 @@ SWEEP_SECONDS = 5.0
 ENDED = (
     "UPDATE jobs SET state = $1, ended_at = {now}, failure = $2 WHERE id IN ({which}) RETURNING id"
 )
-
-LATE = """
-    SELECT id FROM jobs WHERE state = 0 AND goal >= $4 AND deadline <= {now} LIMIT $3
-    FOR UPDATE SKIP LOCKED
-"""
 
 
 class Session:
@@ -152,11 +145,10 @@ class Session:
     async def expire(self) -> None:
         """End queued jobs whose deadline passed, and those that no server can run."""
         connection = self._connection
-        late = Failure(Reason.DEADLINE_EXPIRED, "the deadline passed before it was begun")
         ended = await connection.fetch(
-            self._sql(ENDED, which=LATE),
+            self._sql(ENDED, which=LATE_JOBS.format(front=4, most=3, at="(SELECT {now})")),
             Standing.EXPIRED,
-            failure_text(late),
+            failure_text(LATE),
             EXPIRED_AT_ONCE,
             self.front.goal,
         )
