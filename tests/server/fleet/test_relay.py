@@ -12,6 +12,9 @@ from darkroom.v1 import generation_pb2
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.errors import NotReady
 from darkroom_server.core.ledger import Key
+from darkroom_server.dispatch import ActiveJob
+from darkroom_server.rpc import event_stream
+from darkroom_server.rpc.interceptors.call_context import GENERATION
 from darkroom_server.settings import Http, Security
 from tests.server.fleet.conftest import Servers
 from tests.server.http.door import token_file
@@ -19,11 +22,14 @@ from tests.server.rpc.test_idempotency import cancel
 from tests.server.rpc.test_jobs import name, state_of
 from tests.server.security.certificates import Authority
 from tests.server.streams import assembled, kind, rest, submit, watch
-from tests.server.wire import refusal
+from tests.server.wire import Wire, refusal
 
 pytestmark = pytest.mark.needs("postgresql")
 
 AUTO = {"auto": True}
+
+NEWER = b"\xc2\x3e\x05newer"
+"""A field that no message has yet."""
 
 
 def authority(folder: Path) -> Authority:
@@ -108,6 +114,52 @@ async def test_a_record_says_how_the_server_that_ran_the_job_decodes(servers: Se
     chunks = [r.event.image for r in responses if kind(r) == "image"]
     assert chunks[0].image.replay.vae_channels_last
     assert not chunks[0].image.replay.channels_last
+
+
+async def test_pictures_pass_as_the_bytes_of_the_server_that_made_them(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for response in (generation_pb2.GenerateStreamResponse, generation_pb2.WatchGenerationResponse):
+        (field,) = response.DESCRIPTOR.fields
+        assert (field.name, field.number) == ("event", 1)
+        assert field.message_type is generation_pb2.GenerationEvent.DESCRIPTOR
+    make = event_stream._image_chunk
+
+    def newer(active: ActiveJob, index: int, number: int) -> Any:
+        made = make(active, index, number)
+        if not isinstance(made, bytes):
+            made.image.MergeFromString(NEWER)
+        return made
+
+    monkeypatch.setattr(event_stream, "CHUNK_BYTES", 40)
+    monkeypatch.setattr(event_stream, "_image_chunk", newer)
+    a, b = await servers.start("a", fake=AUTO), await servers.start("b")
+    fields: Any = {"request_id": "job", "image_count": 2, "seed": 7}
+    await submit(a, **fields)
+    await servers.becomes(lambda states: states == {"job": 2})
+    keep = generation_pb2.ON_DISCONNECT_KEEP
+    join = generation_pb2.GenerateRequest(prompt="a star", on_disconnect=keep, **fields)
+    calls = {
+        "WatchGeneration": generation_pb2.WatchGenerationRequest(request_id="job"),
+        "GenerateStream": generation_pb2.GenerateStreamRequest(generation=join),
+    }
+
+    async def sent(wire: Wire, method: str) -> list[bytes]:
+        """The messages with images."""
+        call: Any = wire.channel.unary_stream(
+            f"/{GENERATION}/{method}", request_serializer=type(calls[method]).SerializeToString
+        )
+        return [each async for each in call(calls[method]) if NEWER in each]
+
+    own = await sent(a, "WatchGeneration")
+    assert len(own) > 4
+    for method in calls:
+        assert await sent(b, method) == own
+    # Who gets one message has the images from those.
+    reply = await b.generation.Generate(join)
+    chunks = [generation_pb2.WatchGenerationResponse.FromString(each).event.image for each in own]
+    assert [image.data for image in reply.images] == list(assembled(chunks).values())
+    assert NEWER not in reply.SerializeToString()
 
 
 async def test_a_result_is_fetched_over_http_from_any_server(

@@ -42,10 +42,9 @@ class Replay:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedImage:
-    """One finished image; ``data`` is empty if the safety checker withheld it."""
+class ImageFields:
+    """What is known of a finished image beside its file."""
 
-    data: bytes
     format: ImageFormat
     width: int
     height: int
@@ -53,6 +52,13 @@ class EncodedImage:
     prompt_truncated: bool
     flagged: bool
     replay: Replay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedImage(ImageFields):
+    """One finished image; ``data`` is empty if the safety checker withheld it."""
+
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

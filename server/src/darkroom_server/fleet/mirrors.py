@@ -9,7 +9,8 @@ from dataclasses import replace
 import structlog
 
 from darkroom_server.core.errors import DarkroomError, LedgerUnreachable, UnknownRequest
-from darkroom_server.core.events import EncodedImage, PreviewReady, SampleProgress, StageSeconds
+from darkroom_server.core.events import PreviewReady, SampleProgress, StageSeconds
+from darkroom_server.core.finished_image import FinishedImage
 from darkroom_server.core.ledger import Entry, Key, ServerEntry, SharedLedger, Standing
 from darkroom_server.dispatch import (
     ActiveJob,
@@ -225,7 +226,7 @@ def _apply(mirror: ActiveJob, event: JobEvent) -> None:
             mirror.publish(event)
 
 
-def _add_image(mirror: ActiveJob, index: int, image: EncodedImage) -> None:
+def _add_image(mirror: ActiveJob, index: int, image: FinishedImage) -> None:
     if index not in mirror.images:  # A rerun makes the same image again.
         mirror.add_image(index, image)
 

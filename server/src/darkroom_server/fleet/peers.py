@@ -1,7 +1,7 @@
 """Calls to the other servers of a ledger, over the gRPC of every caller; they go no further."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,18 +20,13 @@ from darkroom_server.core.errors import (
     Reason,
     UnknownRequest,
 )
-from darkroom_server.core.events import (
-    EncodedImage,
-    PreviewReady,
-    Replay,
-    SampleProgress,
-    StageSeconds,
-)
+from darkroom_server.core.events import PreviewReady, Replay, SampleProgress, StageSeconds
+from darkroom_server.core.finished_image import RelayedImage
 from darkroom_server.core.ledger import Key, ServerEntry
 from darkroom_server.dispatch import JobEvent, Queued, Restarted, Started
 from darkroom_server.rpc.enums import FORMAT_FROM_WIRE
 from darkroom_server.rpc.errors import DOMAIN
-from darkroom_server.rpc.interceptors.call_context import RELAYED_KEY
+from darkroom_server.rpc.interceptors.call_context import GENERATION, RELAYED_KEY
 from darkroom_server.rpc.jobs import generation_of
 from darkroom_server.security.fleet_tokens import fleet_token
 from darkroom_server.service.jobs import MAX_PAGE_SIZE, Generation
@@ -52,6 +47,10 @@ MAYBE_ELSEWHERE = (
 )
 """Statuses that may mean that the job has moved: the ledger says where to."""
 
+WATCH = f"/{GENERATION}/WatchGeneration"
+
+Watched = generation_pb2.WatchGenerationResponse
+
 Credentials = Callable[[ServerEntry], tuple[grpc.ChannelCredentials, str]]
 
 
@@ -60,7 +59,7 @@ class RemoteImage:
     """A finished image; ``runtime``: fields of the ``ModelRuntime`` that made it."""
 
     index: int
-    image: EncodedImage
+    image: RelayedImage
     runtime: dict[str, Any]
 
 
@@ -108,17 +107,32 @@ class Peers:
             closing.add_done_callback(self._closing.discard)
 
     async def watch(self, server: ServerEntry, key: Key) -> AsyncGenerator[RemoteEvent]:
-        """What happens to a job at ``server``, from where it is; ends early if it is not there."""
+        """What happens to a job at ``server``, from where it is; ends early if it is not there.
+
+        Images stay in the messages in which they come. All else is small, and what of it a caller
+        gets is this server's to say: the place in the queue, the previews that it asked for, the
+        time since its own call.
+        """
         self._observer.call_relayed("WatchGeneration")
-        request = generation_pb2.WatchGenerationRequest(request_id=key.request_id)
-        call = self._stub(server, control=False).WatchGeneration(
-            request, metadata=self._metadata(server, key)
+        # Not the stub's, which gives no access to the bytes of a message.
+        watch: Any = self._channel(server, control=False).unary_stream(
+            WATCH,
+            request_serializer=generation_pb2.WatchGenerationRequest.SerializeToString,
+            response_deserializer=lambda message: (message, Watched.FromString(message).event),
         )
-        chunks: dict[int, tuple[generation_pb2.Image, bytearray]] = {}
+        call = watch(
+            generation_pb2.WatchGenerationRequest(request_id=key.request_id),
+            metadata=self._metadata(server, key),
+        )
+        begun: dict[int, list[bytes]] = {}
         try:
-            async for response in call:
-                if (event := _event(response.event, chunks)) is not None:
-                    yield event
+            async for message, event in call:
+                if event.WhichOneof("event") == "image":
+                    found: RemoteEvent | None = _image(message, event.image, begun)
+                else:
+                    found = _event(event)
+                if found is not None:
+                    yield found
         except grpc.aio.AioRpcError as error:
             if (ended := _ended(error)) is not None:
                 yield ended
@@ -133,7 +147,7 @@ class Peers:
     async def cancel(self, server: ServerEntry, key: Key) -> bool:
         """As ``CancelGeneration`` there; raises ``UnknownRequest`` or ``NotReady``."""
         self._observer.call_relayed("CancelGeneration")
-        call = self._stub(server, control=True).CancelGeneration(
+        call = self._stub(server).CancelGeneration(
             generation_pb2.CancelGenerationRequest(request_id=key.request_id),
             metadata=self._metadata(server, key),
             timeout=CONTROL_SECONDS,
@@ -144,7 +158,7 @@ class Peers:
     async def generation(self, server: ServerEntry, key: Key) -> Generation:
         """As ``GetGeneration`` there; raises ``UnknownRequest`` or ``NotReady``."""
         self._observer.call_relayed("GetGeneration")
-        call = self._stub(server, control=True).GetGeneration(
+        call = self._stub(server).GetGeneration(
             generation_pb2.GetGenerationRequest(request_id=key.request_id),
             metadata=self._metadata(server, key),
             timeout=CONTROL_SECONDS,
@@ -154,7 +168,7 @@ class Peers:
     async def generations(self, server: ServerEntry, caller: str) -> dict[str, Generation]:
         """The newest jobs of a caller at ``server``, by request id; raises ``NotReady``."""
         self._observer.call_relayed("ListGenerations")
-        call = self._stub(server, control=True).ListGenerations(
+        call = self._stub(server).ListGenerations(
             generation_pb2.ListGenerationsRequest(page_size=MAX_PAGE_SIZE),
             metadata=self._metadata(server, Key(caller, "")),
             timeout=CONTROL_SECONDS,
@@ -166,7 +180,10 @@ class Peers:
         token = fleet_token(server.key, key.caller)
         return (RELAYED_KEY, "1"), ("authorization", f"Bearer {token}")
 
-    def _stub(self, server: ServerEntry, *, control: bool) -> Any:
+    def _stub(self, server: ServerEntry) -> Any:
+        return generation_pb2_grpc.GenerationServiceStub(self._channel(server, control=True))
+
+    def _channel(self, server: ServerEntry, *, control: bool) -> grpc.aio.Channel:
         key = server.id, server.address, control
         if (channel := self._channels.get(key)) is None:
             # A pool of subchannels of its own, or both would share one connection.
@@ -183,7 +200,7 @@ class Peers:
             else:
                 channel = grpc.aio.insecure_channel(server.address, options)
             self._channels[key] = channel
-        return generation_pb2_grpc.GenerationServiceStub(channel)
+        return channel
 
 
 async def _answer(call: Any, key: Key) -> Any:
@@ -223,7 +240,7 @@ def _reason(error: grpc.aio.AioRpcError) -> Reason | None:
     return None
 
 
-def _event(event: Any, chunks: dict[int, tuple[Any, bytearray]]) -> RemoteEvent | None:
+def _event(event: Any) -> RemoteEvent | None:
     match event.WhichOneof("event"):
         case "queued":
             return Queued(event.queued.position)
@@ -252,27 +269,29 @@ def _event(event: Any, chunks: dict[int, tuple[Any, bytearray]]) -> RemoteEvent 
                 width=it.width,
                 height=it.height,
             )
-        case "image":
-            return _image(event.image, chunks)
         case "finished":
             return Ended(_stages(event.finished.timings))
     return None
 
 
-def _image(chunk: Any, chunks: dict[int, tuple[Any, bytearray]]) -> RemoteImage | None:
+def _image(message: bytes, chunk: Any, begun: dict[int, list[bytes]]) -> RemoteImage | None:
     """The image whose last chunk this is."""
     if chunk.offset == 0:
-        chunks[chunk.image_index] = chunk.image, bytearray()
-    image, data = chunks[chunk.image_index]
-    data += chunk.data
-    if len(data) < chunk.size:
+        begun[chunk.image_index] = []
+    messages = begun[chunk.image_index]
+    messages.append(message)
+    remaining = chunk.size - chunk.offset
+    # To read ``data`` copies it, which pays only if this may be the last chunk.
+    if remaining > len(message) or remaining > len(chunk.data):
         return None
-    del chunks[chunk.image_index]
+    del begun[chunk.image_index]
+    image = Watched.FromString(messages[0]).event.image.image
     made = image.replay
     return RemoteImage(
         chunk.image_index,
-        EncodedImage(
-            data=bytes(data),
+        RelayedImage(
+            messages=tuple(messages),
+            decode=_joined,
             format=FORMAT_FROM_WIRE[image.format],
             width=image.width,
             height=image.height,
@@ -300,6 +319,11 @@ def _image(chunk: Any, chunks: dict[int, tuple[Any, bytearray]]) -> RemoteImage 
             "offload": made.offload,
         },
     )
+
+
+def _joined(messages: Sequence[bytes]) -> bytes:
+    """The file of an image in all of its chunks."""
+    return b"".join(Watched.FromString(each).event.image.data for each in messages)
 
 
 def _stages(timings: Any) -> StageSeconds:

@@ -1,10 +1,12 @@
 """From a job's events to the messages of a stream."""
 
+import math
 import time
 from collections.abc import AsyncGenerator, Iterator
 
 from darkroom.v1 import generation_pb2
 from darkroom_server.core.events import PreviewReady, SampleProgress
+from darkroom_server.core.finished_image import RelayedImage
 from darkroom_server.dispatch import (
     ActiveJob,
     Finished,
@@ -31,11 +33,11 @@ async def event_stream(
     server_id: str,
     joined: bool,
     previews: bool,
-) -> AsyncGenerator[Event]:
+) -> AsyncGenerator[Event | bytes]:
     """Everything that happens to a job before its end; ``finished_event`` comes after.
 
     Holds neither an image nor the job while the reader is slow: it fetches each piece when it is
-    sent.
+    sent. Bytes are a whole response of ``WatchGeneration``, which is one of ``GenerateStream`` too.
     """
     accepted = accepted_message(request_id, subscription.active, server_id=server_id, joined=joined)
     yield Event(accepted=accepted)
@@ -104,15 +106,27 @@ def event_message(event: JobEvent) -> Event:
     raise TypeError(f"no message for {event}")
 
 
-def image_chunks(subscription: Subscription, index: int) -> Iterator[Event]:
-    """Image ``index`` in chunks; a withheld one is a single chunk without data."""
-    size = len(subscription.image(index).data)
-    for offset in range(0, max(size, 1), CHUNK_BYTES):
-        yield Event(image=_image_chunk(subscription.active, index, offset))
+def image_chunks(subscription: Subscription, index: int) -> Iterator[Event | bytes]:
+    """Image ``index`` in chunks; a withheld one is a single chunk without data.
+
+    Those of another server pass as it sent them: nothing large is decoded and encoded again, and
+    what a newer server says of its images is not lost.
+    """
+    image = subscription.image(index)
+    if isinstance(image, RelayedImage):
+        count = len(image.messages)
+    else:
+        count = max(1, math.ceil(len(image.data) / CHUNK_BYTES))
+    del image
+    for number in range(count):
+        yield _image_chunk(subscription.active, index, number)
 
 
-def _image_chunk(active: ActiveJob, index: int, offset: int) -> generation_pb2.ImageChunk:
+def _image_chunk(active: ActiveJob, index: int, number: int) -> Event | bytes:
     image = active.images[index]
+    if isinstance(image, RelayedImage):
+        return image.messages[number]
+    offset = number * CHUNK_BYTES
     chunk = generation_pb2.ImageChunk(
         image_index=index,
         size=len(image.data),
@@ -121,7 +135,7 @@ def _image_chunk(active: ActiveJob, index: int, offset: int) -> generation_pb2.I
     )
     if offset == 0:
         chunk.image.CopyFrom(image_message(active.job, active.model, image, data=b""))
-    return chunk
+    return Event(image=chunk)
 
 
 def finished_event(active: ActiveJob, finished: Finished, arrived: float) -> Event:

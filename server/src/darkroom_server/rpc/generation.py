@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 from darkroom.v1 import generation_pb2, generation_pb2_grpc
 from darkroom_server.rpc.context import CURRENT_ANSWER, Context
@@ -13,6 +14,9 @@ from darkroom_server.rpc.requests import generation_request, time_limit
 from darkroom_server.rpc.responses import duration_message, response_of
 from darkroom_server.service.call_context import CURRENT_CALL, CallContext
 from darkroom_server.service.generation import GenerationService, request_id_of
+
+Streamed = generation_pb2.GenerateStreamResponse
+Watched = generation_pb2.WatchGenerationResponse
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -52,8 +56,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GenerateStream(
         self, request: generation_pb2.GenerateStreamRequest, context: Context
-    ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
-        """Generate images and stream what happens meanwhile."""
+    ) -> AsyncIterator[Any]:
+        """Generate images and stream what happens meanwhile; bytes are a message as it is sent."""
         arrived, deadline, call = time.monotonic(), _deadline(context), CURRENT_CALL.get()
         asked = generation_request(request.generation, request.preview)
         with self._service.summaries.record(asked, call, arrived, deadline) as summary:
@@ -75,14 +79,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             with subscription:
                 async with aclosing(events):
                     async for event in events:
-                        yield generation_pb2.GenerateStreamResponse(event=event)
+                        yield event if isinstance(event, bytes) else Streamed(event=event)
                 finished = await subscription.active.result()
                 last = finished_event(subscription.active, finished, arrived)
                 # Before the last message: the client may end the call as soon as it has that.
                 summary.finished(finished)
                 CURRENT_ANSWER.get().complete = True
                 del finished  # It holds the images, and the reader may be slow.
-                yield generation_pb2.GenerateStreamResponse(event=last)
+                yield Streamed(event=last)
 
     async def SubmitGeneration(
         self, request: generation_pb2.SubmitGenerationRequest, context: Context
@@ -100,8 +104,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def WatchGeneration(
         self, request: generation_pb2.WatchGenerationRequest, context: Context
-    ) -> AsyncIterator[generation_pb2.WatchGenerationResponse]:
-        """Stream what happens to a job that an earlier call began."""
+    ) -> AsyncIterator[Any]:
+        """Stream what happens to a job that an earlier call began; as ``GenerateStream``."""
         arrived, call, request_id = time.monotonic(), CURRENT_CALL.get(), request.request_id
         active = await self._service.find(call, request_id)
         self._open_call(call, request_id, context)
@@ -116,10 +120,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             )
             async with aclosing(events):
                 async for event in events:
-                    yield generation_pb2.WatchGenerationResponse(event=event)
+                    yield event if isinstance(event, bytes) else Watched(event=event)
             last = finished_event(subscription.active, await subscription.active.result(), arrived)
             CURRENT_ANSWER.get().complete = True
-            yield generation_pb2.WatchGenerationResponse(event=last)
+            yield Watched(event=last)
 
     async def CancelGeneration(
         self, request: generation_pb2.CancelGenerationRequest, context: Context

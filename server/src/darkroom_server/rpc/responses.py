@@ -5,7 +5,8 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from darkroom.v1 import generation_pb2, image_pb2
-from darkroom_server.core.events import EncodedImage, StageSeconds
+from darkroom_server.core.events import StageSeconds
+from darkroom_server.core.finished_image import FinishedImage
 from darkroom_server.core.inputs import Control, InputImage, Lora
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
@@ -27,7 +28,7 @@ def response_of(
 
 
 def image_message(
-    job: Job, model: ModelInfo, image: EncodedImage, *, data: bytes
+    job: Job, model: ModelInfo, image: FinishedImage, *, data: bytes
 ) -> generation_pb2.Image:
     """``image`` of ``job`` as a message, with ``data`` instead of its own."""
     return generation_pb2.Image(

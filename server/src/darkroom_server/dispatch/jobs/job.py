@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from darkroom_server.core.caller import ANONYMOUS, Caller
 from darkroom_server.core.errors import DarkroomError, DeadlineExceeded, JobCancelled
-from darkroom_server.core.events import EncodedImage, PreviewReady, SampleProgress
+from darkroom_server.core.events import PreviewReady, SampleProgress
+from darkroom_server.core.finished_image import FinishedImage
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.order import OrderKey
@@ -73,7 +74,7 @@ class ActiveJob:
         self.engine: EngineHandle | None = None
         self.position: int | None = None
         self.estimate: Estimate | None = None
-        self.images: dict[int, EncodedImage] = {}
+        self.images: dict[int, FinishedImage] = {}
         self.remaining: dict[int, int] = {}
         self.crashes = 0
         self.crashed_at: float | None = None
@@ -256,7 +257,7 @@ class ActiveJob:
         self.publish(preview)
         return first
 
-    def add_image(self, index: int, image: EncodedImage) -> None:
+    def add_image(self, index: int, image: FinishedImage) -> None:
         """Keep and publish a finished image, unless the job has ended."""
         if not self.ended:
             self.images[index] = image

@@ -12,7 +12,8 @@ from darkroom_server.core.errors import (
     NotReady,
     Reason,
 )
-from darkroom_server.core.events import EncodedImage, StageSeconds
+from darkroom_server.core.events import StageSeconds
+from darkroom_server.core.finished_image import FinishedImage
 
 MOVED_RETRY_SECONDS = 0.1
 """The next call finds the job at its server."""
@@ -49,7 +50,7 @@ class Counts:
 class Finished:
     """The result of a finished job: its images in order, and where the time went."""
 
-    images: tuple[EncodedImage, ...]
+    images: tuple[FinishedImage, ...]
     stages: StageSeconds
 
 

@@ -4,7 +4,8 @@ import asyncio
 from typing import TYPE_CHECKING, Self
 
 from darkroom_server.core.errors import UnknownRequest
-from darkroom_server.core.events import EncodedImage, PreviewReady, SampleProgress
+from darkroom_server.core.events import PreviewReady, SampleProgress
+from darkroom_server.core.finished_image import FinishedImage
 from darkroom_server.dispatch.jobs.events import ImageDone, JobEvent, Restarted
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Subscription:
         self._read_at = asyncio.get_running_loop().time()
         return self._unread.pop(next(iter(self._unread)))
 
-    def image(self, index: int) -> EncodedImage:
+    def image(self, index: int) -> FinishedImage:
         """A finished image; raises ``UnknownRequest`` if the subscription has stalled."""
         return self.active.images[index]
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from darkroom_server.core.events import EncodedImage, StageSeconds
+from darkroom_server.core.events import StageSeconds
+from darkroom_server.core.finished_image import FinishedImage
 from darkroom_server.core.job import Job
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.record import embedded_record
@@ -38,7 +39,7 @@ class ResultWriter:
     urls: SignedUrls
 
     async def response(
-        self, images: Sequence[EncodedImage], stages: StageSeconds, total: float
+        self, images: Sequence[FinishedImage], stages: StageSeconds, total: float
     ) -> bytes:
         """The whole answer; ``total``: seconds since the request arrived."""
         head = {
@@ -53,7 +54,7 @@ class ResultWriter:
         size = sum(len(image.data) for image in images)
         return await off_loop(size, lambda: self._response(head, images))
 
-    def _response(self, head: dict[str, Any], images: Sequence[EncodedImage]) -> bytes:
+    def _response(self, head: dict[str, Any], images: Sequence[FinishedImage]) -> bytes:
         data = [self.image(index, image) for index, image in enumerate(images)]
         return json_bytes({**head, "data": data})
 
@@ -66,7 +67,7 @@ class ResultWriter:
             "timings": {**asdict(stages), "total": total},
         }
 
-    def image(self, index: int, image: EncodedImage) -> dict[str, Any]:
+    def image(self, index: int, image: FinishedImage) -> dict[str, Any]:
         """One image, with the record that reproduces it."""
         fields: dict[str, Any] = {
             "seed": image.seed,

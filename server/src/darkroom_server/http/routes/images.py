@@ -139,16 +139,14 @@ class ImageRoutes:
             with active.subscribe():
                 await active.result()
             image = active.images.get(index)
-        if image is None or not image.data:
+        if image is None or not (data := image.data):
             raise UnknownRequest(request_id)
         headers = {
             "cache-control": f"private, max-age={int(self._urls.seconds)}",
             "content-security-policy": "default-src 'none'; sandbox",
             "cross-origin-resource-policy": "cross-origin",
         }
-        return Response(
-            image.data, media_type=CONTENT_TYPES[EXTENSIONS[image.format]], headers=headers
-        )
+        return Response(data, media_type=CONTENT_TYPES[EXTENSIONS[image.format]], headers=headers)
 
     async def _stream(self, call: Call, request: ImageRequest) -> AsyncGenerator[bytes]:
         """The events of one request; the first is empty, and means that the job is accepted."""

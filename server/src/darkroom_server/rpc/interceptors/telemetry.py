@@ -54,10 +54,13 @@ class Telemetry(ContextInterceptor):
     def serializer(
         self, method: Method, serialize: Callable[[Any], bytes] | None
     ) -> Callable[[Any], bytes]:
-        """Measure each sent message."""
+        """Measure each sent message; one that another server serialized stays as it is."""
 
         def measured(message: Any) -> bytes:
-            data: bytes = message if serialize is None else serialize(message)
+            if serialize is None or isinstance(message, bytes):
+                data: bytes = message
+            else:
+                data = serialize(message)
             self._observer.message(*_named(method), len(data), sent=True)
             return data
 
