@@ -29,6 +29,11 @@ class ThreadEngine:
     """Runs the loop on one thread, which is the only thread that calls torch.
 
     A second such thread would slow down every call on a CPU: OpenMP keeps a pool for each thread.
+
+    Whether OpenMP's threads spin or sleep is for the program to decide that this engine is a part
+    of: ``Spinning`` counts how long any thread of the process waits, and its rule holds for all
+    uses of OpenMP in it. A program whose process does little besides may call ``Spinning.start``
+    once torch is imported, as the engine's own process does.
     """
 
     def __init__(self, config: EngineConfig) -> None:
