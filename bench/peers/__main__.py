@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _settings(plan: Plan) -> dict[str, Any]:
     """What all runs of a benchmark have in common."""
     return {
+        "standing": True,
         "rounds": plan.rounds,
         "closed": plan.closed,
         "arrivals": plan.arrivals,

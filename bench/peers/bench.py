@@ -1,4 +1,4 @@
-"""Every peer gets every scenario, each with a new server."""
+"""Every peer gets every scenario, while the servers of the others stand still."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from bench.peers.report.slo import ALONE
 from bench.peers.scenarios import CALLERS, CLOSED, Mix, Scenario
 from bench.peers.servers.config import ServerConfig
 from bench.peers.servers.trace import mean_width, occupancy, read_trace, waste
+from bench.peers.standing import StandingServers
 from bench.report.results import Run
 from bench.workload.arrivals import Outcome
 from bench.workload.requests import Request, mixed
@@ -90,6 +91,7 @@ class PeersBench:
         self._peers = [PEERS[name] for name in plan.peers]
         compiled = any(peer.compiled for peer in self._peers)
         self._compiled = _compiled_file(source) if compiled else ""
+        self._servers = StandingServers()
         self._turn = 0
 
     def check(self) -> None:
@@ -135,7 +137,8 @@ class PeersBench:
                 self._compete(scenario, round)
 
     def close(self) -> None:
-        """End the process of the bare ``pipe()``."""
+        """End the servers and the process of the bare ``pipe()``."""
+        self._servers.close()
         self._pipe.close()
 
     def nominal(self) -> float:
@@ -187,7 +190,7 @@ class PeersBench:
         )
         config = self._config_of(peer)
         config = replace(config, batch_timeout=self._batch_timeout(peer, scenario))
-        with serving_peer(peer, config) as process:
+        with self._servers.serving(peer, config) as process:
             load = Remote(partial(make_load, peer.wire, process.port, scenario.stream))
             try:
                 figures = self._before(process, load, scenario, requests)
@@ -240,11 +243,13 @@ class PeersBench:
         self, process: PeerProcess, load: Remote, scenario: Scenario, requests: Sequence[Request]
     ) -> dict[str, Any]:
         """Warm up, and take the measurements that precede the load."""
-        figures: dict[str, Any] = {"ready_seconds": process.ready_seconds}
-        if not scenario.stream:
-            first = [replace(r, steps=8) for r in mixed(1, seed=2)]
-            figures["first_image_seconds"] = load.serve(first, callers=1).answers[0].latency
-        load.warm_up()
+        figures: dict[str, Any] = {}
+        if process.is_new:
+            figures["ready_seconds"] = process.ready_seconds
+            if not scenario.stream:
+                first = [replace(r, steps=8) for r in mixed(1, seed=2)]
+                figures["first_image_seconds"] = load.serve(first, callers=1).answers[0].latency
+            load.warm_up()
         some = [replace(r, steps=2, deadline=None, cancel_after=None) for r in requests[:16]]
         load.serve(some, callers=CALLERS)
         if scenario == CLOSED:

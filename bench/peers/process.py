@@ -20,6 +20,9 @@ from bench.report.results import ROOT
 START_SECONDS = 180
 """Start timeout."""
 
+RESUME_SECONDS = 30
+"""Timeout of a server that stood still."""
+
 STOP_SECONDS = 20
 
 IDLE_SECONDS = 3.0
@@ -42,13 +45,15 @@ class Footprint:
 class PeerProcess:
     """A server that is ready; it took ``ready_seconds`` from the start of its process.
 
-    Raises ``RuntimeError`` with the end of its log if it does not start.
+    ``is_new``: it has served no load yet. Raises ``RuntimeError`` with the end of its log if it
+    does not start.
     """
 
     def __init__(self, peer: Peer, config: ServerConfig) -> None:
         self.peer = peer
         self.port = config.port
         self.trace = Path(config.trace)
+        self.is_new = True
         began = time.monotonic()
         logs = WORK / "logs"
         logs.mkdir(parents=True, exist_ok=True)
@@ -74,6 +79,11 @@ class PeerProcess:
             raise
         self.ready_seconds = time.monotonic() - began
 
+    @property
+    def pid(self) -> int:
+        """Of its first process."""
+        return self._process.pid
+
     def footprint(self) -> Footprint:
         """The memory of its processes now."""
         infos = []
@@ -98,8 +108,23 @@ class PeerProcess:
         time.sleep(IDLE_SECONDS)
         return (self.cpu_seconds() - before) / (time.monotonic() - began)
 
+    def pause(self) -> None:
+        """Let all of its processes stand still; returns when they do."""
+        self._signal(signal.SIGSTOP)
+        while not all(map(_stands_still, self._tree())):
+            time.sleep(0.001)
+
+    def resume(self) -> None:
+        """Let all of its processes go on; returns when the server answers.
+
+        Raises ``RuntimeError`` with the end of its log if it does not.
+        """
+        self._signal(signal.SIGCONT)
+        self._wait_until_ready(time.monotonic() + RESUME_SECONDS)
+
     def stop(self) -> None:
         """Send SIGTERM, then kill the processes that remain."""
+        self._signal(signal.SIGCONT)  # One that stands still would not see SIGTERM.
         tree = self._tree()
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
@@ -112,6 +137,11 @@ class PeerProcess:
         psutil.wait_procs(alive, timeout=5)
         self._process.wait(STOP_SECONDS)
 
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._tree():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
     def _tree(self) -> list[psutil.Process]:
         try:
             main = psutil.Process(self._process.pid)
@@ -123,18 +153,30 @@ class PeerProcess:
         while not is_ready(self.peer.wire, self.port, self.log):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-                raise RuntimeError(f"{self.peer.label} did not start; the end of its log:\n{tail}")
+                raise RuntimeError(f"{self.peer.label} is not ready; the end of its log:\n{tail}")
             time.sleep(0.05)
 
 
-@contextmanager
-def serving_peer(peer: Peer, config: ServerConfig) -> Iterator[PeerProcess]:
+def _stands_still(process: psutil.Process) -> bool:
+    try:
+        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def start_peer(peer: Peer, config: ServerConfig) -> PeerProcess:
     """A fresh server of ``peer`` on a free port, with a new trace."""
     traces = WORK / "traces"
     traces.mkdir(parents=True, exist_ok=True)
     trace = traces / f"{peer.name}.jsonl"
     trace.unlink(missing_ok=True)
-    process = PeerProcess(peer, replace(config, port=free_port(), trace=str(trace)))
+    return PeerProcess(peer, replace(config, port=free_port(), trace=str(trace)))
+
+
+@contextmanager
+def serving_peer(peer: Peer, config: ServerConfig) -> Iterator[PeerProcess]:
+    """A fresh server of ``peer``, as of ``start_peer``, that ends with the block."""
+    process = start_peer(peer, config)
     try:
         yield process
     finally:

@@ -156,6 +156,19 @@ def test_a_ratio_is_taken_within_a_round_even_across_machines() -> None:
     assert page.count(f"### {MACHINE.text}, 2026-11-24") == 2
 
 
+def test_the_best_other_peer_is_one_for_all_rounds() -> None:
+    """The best of each round would be the luckiest one, on a machine whose speed changes."""
+    slowness = {"grpc": (0.2, 0.6, 0.4), "ray": (0.4, 0.3, 0.25), "darkroom": (0.1, 0.15, 0.1)}
+    rounds = [
+        {peer: run(BUSY.name, peer, slow[index]) for peer, slow in slowness.items()}
+        for index in range(3)
+    ]
+    tail = latency_of(None, 0.95)
+    # Beside (a) it would be 0.5, 0.25 and 0.25.
+    assert ratios(rounds, tail, most=False) == pytest.approx([0.25, 0.5, 0.4])
+    assert ratios(rounds, tail, most=False, name="grpc") == pytest.approx([0.5, 2.0, 1.6])
+
+
 def beside_alone(scenario: str, peer: str, slowness: float) -> Run:
     """A run whose requests take 0.1 s a step alone."""
     found = run(scenario, peer, slowness)

@@ -66,22 +66,29 @@ def ratios(
     name: str = DARKROOM,
     compiled: bool | None = None,
 ) -> list[float]:
-    """A peer's figure over that of the best other peer of the same round, except Darkroom.
+    """A peer's figure over that of the best other peer in the same round, except Darkroom.
 
-    The best is the largest if ``most``, else the smallest, of the peers with the compiled UNet or
-    of those with the eager one: ``compiled``, None: as the peer itself. Omits rounds without
-    ``name`` or without another peer. Infinite if the best is 0.
+    The best is the one that leaves ``name`` the worst median, of the peers with the compiled UNet
+    or of those with the eager one: ``compiled``, None: as ``name`` itself. ``most``: a large figure
+    is good. It is one peer for all rounds, since the best of each round is the luckiest one on a
+    noisy machine. Omits rounds without ``name`` or without that peer.
     """
     if compiled is None:
         compiled = PEERS[name].compiled
-    able = {n for n, p in PEERS.items() if p.compiled == compiled and not p.is_darkroom}
-    found = []
-    for runs in rounds:
-        others = [figure(run) for other, run in runs.items() if other in able]
-        if name in runs and others:
-            best = max(others) if most else min(others)
-            found.append(figure(runs[name]) / best if best else math.inf)
-    return found
+    able = [n for n, p in PEERS.items() if p.compiled == compiled and not p.is_darkroom]
+    found = [
+        [_over(figure(r[name]), figure(r[other])) for r in rounds if name in r and other in r]
+        for other in able
+    ]
+    worst = min if most else max
+    return worst(filter(None, found), key=statistics.median, default=[])
+
+
+def _over(figure: float, other: float) -> float:
+    """Their ratio; infinite if ``other`` is 0 or ``figure`` infinite, as without any image."""
+    if math.isinf(figure) or not other:
+        return math.inf
+    return figure / other
 
 
 def images(runs: Sequence[Run]) -> list[Answer]:

@@ -77,12 +77,14 @@ def _method(every: Sequence[Results]) -> str:
         )
     return (
         f"{peers}\n\nAll peers get the same requests over the wire and return PNG files; mixed "
-        f"means {shares}, guidance 4 or 7.5. Latencies count from the scheduled arrival. Each run "
-        "has a new server, warmed up by short requests, which shares the machine only with the "
-        "process that generates the load; which peer is first changes. A ratio is taken within a "
-        "round, to the best other peer of that round. A request for several images is one call of "
-        "`pipe()` in (a), as many requests at once to (b) and (c), and as many rows of one request "
-        "to (d), so that their batches are full."
+        f"means {shares}, guidance 4 or 7.5. Latencies count from the scheduled arrival. The "
+        "peers take turns, and which one is first changes; meanwhile the servers of the others "
+        "stand still (SIGSTOP), unless stated otherwise. Short requests warm a server up. It "
+        "shares the machine only with the process that generates the load. A ratio is taken "
+        "within a round, to the best other peer: the one with which the median of the ratios is "
+        "worst. A request for several images is one call of `pipe()` in (a), as many requests at "
+        "once to (b) and (c), and as many rows of one request to (d), so that their batches are "
+        "full."
     )
 
 
@@ -120,12 +122,13 @@ def _setting(results: Results) -> str:
     # The rounds that were run: the benchmark may have been interrupted.
     rounds = 1 + max((run.round for run in results.runs), default=0)
     times = "One round" if rounds == 1 else f"{rounds} rounds: their median (minimum–maximum)"
+    new = "" if settings.get("standing") else " Each run had a new server."
     return (
         f"Model `{results.model['id']}` ({results.model['width']}×{results.model['height']}, "
         f"{results.model['scheduler']}), all in {runtime['dtype']}, attention "
         f"{runtime['attention']}{layout_words(runtime)}, on one thread that calls torch. At most "
         f"{settings['max_batch_images']} images share a call or a batch; a batch waits "
-        f"{_timeouts(results)} to fill. {times}. {peers}."
+        f"{_timeouts(results)} to fill. {times}.{new} {peers}."
     )
 
 

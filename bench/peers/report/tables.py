@@ -173,14 +173,14 @@ def resources(results: Results) -> str:
         if not runs:
             continue
         prints = [run.figures["footprint"] for run in runs]
-        firsts = [
-            r.figures["first_image_seconds"] for r in runs if "first_image_seconds" in r.figures
-        ]
-        idle = [r.figures["idle_cpu"] * 100 for r in runs if "idle_cpu" in r.figures]
+        ready, firsts, idle = (
+            [run.figures[name] for run in runs if name in run.figures]
+            for name in ("ready_seconds", "first_image_seconds", "idle_cpu")
+        )
         rows.append(
             [
                 PEERS[name].label,
-                spread([run.figures["ready_seconds"] for run in runs], 1),
+                spread(ready, 1) if ready else "",
                 spread(firsts) if firsts else "",
                 spread([each["proportional"] / GIB for each in prints]),
                 spread([each["resident"] / GIB for each in prints]),
@@ -188,7 +188,7 @@ def resources(results: Results) -> str:
                 spread([cpu_seconds_per_image(run) for run in runs if run.scenario == CLOSED.name])
                 if any(run.scenario == CLOSED.name for run in runs)
                 else "",
-                spread(idle, 0) if idle else "",
+                spread([each * 100 for each in idle], 0) if idle else "",
             ]
         )
     heads = ["", "ready, s", "first image, s", "PSS, GiB", "RSS, GiB", "processes"]
