@@ -1,7 +1,9 @@
 """Jobs that take free rows of batches before one that waits for the turn of its model."""
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -9,6 +11,7 @@ import pytest_asyncio
 from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.dispatch import ActiveJob, Dispatcher, lifecycle
+from darkroom_server.dispatch.engines.handle import EngineHandle
 from tests.server.clock import Clock
 from tests.server.dispatch.harness import SPEED, dispatching, settle
 from tests.server.jobs import make_job
@@ -117,3 +120,37 @@ async def test_a_job_that_fills_no_free_rows_does_not_pass(
     while dispatcher.counts.live:
         engine.advance(1)
         await settle()
+
+
+async def test_a_pass_over_the_queue_looks_at_the_engines_once(
+    two: tuple[Dispatcher, FakeEngine], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of jobs may wait, and each that comes or ends lets the queue be looked at."""
+    dispatcher, engine = two
+    looks: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        look = getattr(EngineHandle, name)
+
+        def count(handle: EngineHandle, *arguments: Any) -> Any:
+            looks[name] += 1
+            return look(handle, *arguments)
+
+        return count
+
+    for name in ("has_room", "has_room_later", "free_rows", "holds"):
+        monkeypatch.setattr(EngineHandle, name, counted(name))
+    for n in range(4):
+        submit(dispatcher, clock, "a", f"a{n}")
+    seen = []
+    for size in (2, 20):
+        for n in range(size):
+            submit(dispatcher, clock, "b", f"b{size}-{n}")
+            submit(dispatcher, clock, "a", f"a{size}-{n}")
+        looks.clear()
+        dispatcher._lifecycle.feed()
+        seen.append(looks.copy())
+    assert dispatcher.queued_jobs == 44
+    assert seen[0] == seen[1]
+    assert (seen[0]["has_room"], seen[0]["has_room_later"], seen[0]["free_rows"]) == (1, 1, 1)
+    assert len(engine.jobs) == 4

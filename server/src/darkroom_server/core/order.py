@@ -59,9 +59,18 @@ class OrderKey:
         return self.submitted_at + patience
 
 
+Urgency = tuple[float, float, tuple[str, int]]
+"""What keys are ordered by: the goal; equal goals by arrival, then by id."""
+
+
+def urgency(key: OrderKey) -> Urgency:
+    """The place of ``key`` among others; the most urgent has the least."""
+    return key.goal, key.submitted_at, key.id
+
+
 def order(keys: Iterable[OrderKey]) -> list[OrderKey]:
-    """``keys``, the most urgent first; equal goals by arrival, then by id."""
-    return sorted(keys, key=lambda key: (key.goal, key.submitted_at, key.id))
+    """``keys``, the most urgent first."""
+    return sorted(keys, key=urgency)
 
 
 def pick(

@@ -10,6 +10,7 @@ from darkroom_server.core.errors import DarkroomError, Reason
 from darkroom_server.core.events import StageSeconds
 from darkroom_server.core.job import DEADLINE_SLACK_SECONDS, Job
 from darkroom_server.dispatch.admission.controller import AdmissionController
+from darkroom_server.dispatch.engines.free_rows import FreeRows
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.estimation.backlog import Backlog
 from darkroom_server.dispatch.estimation.estimator import Estimator
@@ -85,16 +86,20 @@ class JobLifecycle:
         """
         queue = self._registry.queue()
         waiting: list[ActiveJob] = []
-        passing = False
+        held: set[str] = set()
+        passing: FreeRows | None = None
         for position, active in enumerate(queue):
-            passes = not passing or self._pool.joins_batches(active)
-            engine = self._pool.choose(active) if passes else None
+            absent = bool(waiting) and active.job.model not in held
+            waits = absent or not (passing is None or passing.take(active))
+            engine = None if waits else self._pool.choose(active)
             if engine is None:
+                if not waiting:
+                    held = self._pool.held
                 waiting.append(active)
-                if passing or not self._pool.holds(active.job.model):
+                if passing is not None or active.job.model not in held:
                     continue
-                passing = self._pool.has_room_later(active) and _lets_others_pass(active)
-                if passing:
+                if self._pool.has_room_later(active) and _lets_others_pass(active):
+                    passing = self._pool.free_rows()
                     continue
                 # No job overtakes: one that waits for an empty engine would wait for ever.
                 waiting += queue[position + 1 :]
@@ -104,11 +109,13 @@ class JobLifecycle:
             if active.on_assigned is not None:
                 active.on_assigned()
                 active.on_assigned = None
+            if passing is not None:
+                passing = self._pool.free_rows()
         if waiting:
             self._set_positions(waiting)
-        absent = not all(map(self._pool.holds, {active.job.model for active in waiting}))
+        all_held = held.issuperset(active.job.model for active in waiting)
         # Another engine may load what a full one has.
-        if absent or self._pool.models_wanted or (waiting and len(self._pool.engines) > 1):
+        if not all_held or self._pool.models_wanted or (waiting and len(self._pool.engines) > 1):
             self._load_models()
 
     def _load_models(self) -> None:
@@ -139,6 +146,7 @@ class JobLifecycle:
         if deadline is None or deadline > job.deadline:
             active.job = replace(job, deadline=deadline)
             self._watch_deadline(active.job)
+            self._registry.reorder(active)
             if active.engine is not None:
                 active.engine.extend(active)
 
@@ -316,7 +324,8 @@ class JobLifecycle:
 
     def _set_positions(self, queue: Sequence[ActiveJob]) -> None:
         for position, active in enumerate(queue):
-            active.set_position(position)
+            if active.position != position:
+                active.set_position(position)
 
 
 def _lets_others_pass(active: ActiveJob) -> bool:

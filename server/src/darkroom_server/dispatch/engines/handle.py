@@ -111,16 +111,12 @@ class EngineHandle:
         """Whether ``new`` does not enter now only because jobs of other models run."""
         return self._fits(max_samples, new) and bool(self.jobs) and not self.admits(new)
 
-    def joins_batches(self, new: ActiveJob) -> bool:
-        """Whether batches that run now have free rows for the images of ``new``."""
-        work = remaining_work(new)
-        rows = sum(
-            len(each.calls) * each.key.rows
-            for each in self._cache.get(self.jobs.values())
-            if each.group == work.group
-        )
-        more = len(work.calls) * work.key.rows
-        return bool(rows) and not work.key.alone and rows + more <= self._max_rows(work.group)
+    def free_rows(self) -> dict[Group, int]:
+        """The rows that are free in the batches that run now, by their group."""
+        rows: Counter[Group] = Counter()
+        for work in self._cache.get(self.jobs.values()):
+            rows[work.group] += len(work.calls) * work.key.rows
+        return {group: self._max_rows(group) - count for group, count in rows.items() if count}
 
     def _fits(self, max_samples: int, new: ActiveJob) -> bool:
         if not self.holds(new.job.model) or self.samples >= max_samples:

@@ -12,6 +12,7 @@ import structlog
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.events import EngineDied, Event
 from darkroom_server.core.exhaustion import is_exhaustion
+from darkroom_server.dispatch.engines.free_rows import FreeRows
 from darkroom_server.dispatch.engines.handle import Death, EngineHandle
 from darkroom_server.dispatch.estimation.remaining_work import remaining_work
 from darkroom_server.dispatch.estimation.simulation import simulate_queue
@@ -63,9 +64,10 @@ class EnginePool:
         """Whether an engine can run jobs now."""
         return any(engine.ready for engine in self.engines)
 
-    def holds(self, model: str) -> bool:
-        """Whether an engine that is ready takes jobs of ``model``."""
-        return any(engine.holds(model) for engine in self.engines)
+    @property
+    def held(self) -> set[str]:
+        """The models whose jobs an engine takes, once it has room."""
+        return {id for engine in self.engines for id in engine.models if engine.holds(id)}
 
     @property
     def places(self) -> int:
@@ -85,9 +87,9 @@ class EnginePool:
             engine.has_room_later(most, active) for engine in self.engines
         )
 
-    def joins_batches(self, active: ActiveJob) -> bool:
-        """Whether batches that run now have free rows for a job."""
-        return any(engine.joins_batches(active) for engine in self.engines)
+    def free_rows(self) -> FreeRows:
+        """The rows that are free in the batches that run now, until a job enters an engine."""
+        return FreeRows(engine.free_rows() for engine in self.engines)
 
     def start(self, route: Route) -> None:
         """Let every engine load; ``route`` handles their events."""

@@ -1,12 +1,13 @@
 """Every job that waits or is in an engine."""
 
+import bisect
 import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from darkroom_server.core.order import order
+from darkroom_server.core.order import Urgency, urgency
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 
 HALF_LIFE_SECONDS = 600.0
@@ -46,6 +47,7 @@ class JobRegistry:
     """Jobs by id, and the queue among them.
 
     An id stays in use until the engine has removed the job, whether or not a caller still wants it.
+    The queue is kept in its order: a new job is put into its place when somebody asks next.
     ``demand``: how often each model is asked for. ``last_used``: when a job of a model arrived or
     left, in ``time.monotonic`` seconds.
     """
@@ -53,6 +55,9 @@ class JobRegistry:
     def __init__(self) -> None:
         self._jobs: dict[str, ActiveJob] = {}
         self._queue: dict[str, ActiveJob] = {}
+        self._new: dict[str, ActiveJob] = {}
+        self._urgency: dict[str, Urgency] = {}
+        self._order: list[Urgency] = []
         self._here: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
         self._since = time.monotonic()
@@ -72,10 +77,16 @@ class JobRegistry:
 
     def queue(self, new: ActiveJob | None = None) -> list[ActiveJob]:
         """The waiting jobs, with ``new`` as if it waited too; most urgent first."""
-        waiting = self._queue if new is None else {**self._queue, new.job.id: new}
-        if len(waiting) < 2:
-            return list(waiting.values())
-        return [waiting[key.id[0]] for key in order(a.key() for a in waiting.values())]
+        if len(self._queue) + (new is not None) < 2:
+            return list(self._queue.values()) if new is None else [new]
+        for id, active in self._new.items():
+            self._urgency[id] = place = urgency(active.key())
+            bisect.insort(self._order, place)
+        self._new.clear()
+        waiting = [self._queue[id] for _, _, (id, _) in self._order]
+        if new is not None:
+            waiting.insert(bisect.bisect(self._order, urgency(new.key())), new)
+        return waiting
 
     def waiting(self) -> Iterable[ActiveJob]:
         """The waiting jobs in any order."""
@@ -110,7 +121,14 @@ class JobRegistry:
             self.demand[model].record(now)
         self._queue[id] = active
         self._waiting[model] += 1
+        self._new[id] = active
         active.state = JobState.QUEUED
+
+    def reorder(self, active: ActiveJob) -> None:
+        """The deadline of a job has changed, which may wait."""
+        if active.job.id in self._queue:
+            self._take_out(active.job.id)
+            self._new[active.job.id] = active
 
     def assign(self, active: ActiveJob) -> None:
         """Move a job from the queue to an engine."""
@@ -127,4 +145,10 @@ class JobRegistry:
     def _dequeue(self, active: ActiveJob) -> None:
         if self._queue.pop(active.job.id, None) is not None:
             self._waiting[active.job.model] -= 1
+            self._take_out(active.job.id)
             active.position = None
+
+    def _take_out(self, id: str) -> None:
+        """Remove a job from the order of the queue."""
+        if self._new.pop(id, None) is None:
+            del self._order[bisect.bisect_left(self._order, self._urgency.pop(id))]

@@ -55,9 +55,13 @@ class WaitingJobs:
     def add(self, since: float, due: float, run_seconds: float = 0.0) -> None:
         """Count one more."""
         self.jobs += 1
-        self.since = min(self.since, since)
-        self.due = min(self.due, due)
-        self.run_seconds = max(self.run_seconds, run_seconds)
+        # ``min`` and ``max`` take three times as long: every plan counts every waiting job.
+        if since < self.since:
+            self.since = since
+        if due < self.due:
+            self.due = due
+        if run_seconds > self.run_seconds:
+            self.run_seconds = run_seconds
 
 
 NO_JOBS: Mapping[str, WaitingJobs] = MappingProxyType({})
@@ -151,17 +155,17 @@ class LoadPlanner:
         ready = [engine for engine in self._pool.engines if engine.ready]
         views = dict(enumerate(self._views(ready, queue)))
         due, others = self._policy.order(self._wanted(queue), now)
-        for each in (*due, *others):
-            seconds = each.load_seconds
+        for number, each in enumerate((*due, *others)):
+            seconds, is_due = each.load_seconds, number < len(due)
             if ready and all(self._reads.reads_first(engine, each.id) for engine in ready):
                 before = self._read_seconds(each.id)
                 seconds -= before
                 if each.id not in read:
                     read[each.id] = free_to_read[0] + before
                     heapq.heapreplace(free_to_read, read[each.id])
-            found = find_room(self._policy, each, views, due=each in due)
+            found = find_room(self._policy, each, views, due=is_due)
             in_host_at = read.get(each.id, 0.0)
-            if found is None and each not in due:
+            if found is None and not is_due:
                 # It waits until it is due, and others are loaded before.
                 loaded[each.id] = max(max(free[0], in_host_at) + seconds, each.due - now)
                 continue
@@ -236,15 +240,15 @@ class LoadPlanner:
 
     def _waiting(self) -> dict[str, WaitingJobs]:
         """The queue by model."""
-        found: dict[str, WaitingJobs] = {}
+        found: defaultdict[str, WaitingJobs] = defaultdict(WaitingJobs)
         for active in self._registry.waiting():
             job, estimate = active.job, active.estimate
             run = estimate.run_time if estimate is not None else 0.0
             due = job.submitted_at + self._swap_wait / 2.0**job.priority
             if job.deadline is not None:
                 due = min(due, job.deadline - RUN_MARGIN * run)
-            found.setdefault(job.model, WaitingJobs()).add(job.submitted_at, due, run)
-        return found
+            found[job.model].add(job.submitted_at, due, run)
+        return dict(found)
 
     def _wanted(self, waiting: Mapping[str, WaitingJobs]) -> list[Wanted]:
         """The models to load: those that an admin wants, and those that jobs wait for.

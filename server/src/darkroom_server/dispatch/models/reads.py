@@ -31,13 +31,14 @@ class ReadPlanner:
         alone = next((each for each in due if self._states.entries[each.id].deaths), None)
         if alone is not None:
             due, others = [alone], []
-        for each in (*due, *others):
+        for number, each in enumerate((*due, *others)):
+            is_due = number < len(due)
             if not any(may_fit(each, view) for view in views):
                 continue
             from_files = not any(self.reads_first(engine, each.id) for engine in ready)
-            if each in due and from_files and not self._states.in_host(each.id):
+            if is_due and from_files and not self._states.in_host(each.id):
                 break  # The disk is for this one, once its turn has come.
-            self._begin(each, ready, due=each in due)
+            self._begin(each, ready, due=is_due)
         everywhere = frozenset(range(len(ready)))
         return [
             replace(

@@ -166,8 +166,8 @@ def plan_swaps(
             del able[index], absent[begun.id]
     due, others = policy.order(absent.values(), now)
     later = []
-    for each in (*due, *others):
-        is_due = each in due
+    for number, each in enumerate((*due, *others)):
+        is_due = number < len(due)
         if found := find_room(policy, each, able, due=is_due):
             index, swap = found
             plan.add(index, swap, able.pop(index))
