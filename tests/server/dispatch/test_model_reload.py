@@ -8,10 +8,16 @@ from pathlib import Path
 
 from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.backends.fake_model import fake_model
+from darkroom_server.core.catalog import ModelDescription, ModelState
+from darkroom_server.core.engine_config import ModelSource
+from darkroom_server.core.errors import ModelUnusable
 from darkroom_server.core.file_stamps import stamp_of
+from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.model_events import ModelLoad
+from darkroom_server.core.model_places import ModelsFolder
 from darkroom_server.dispatch import ActiveJob, Dispatcher
 from tests.server.dispatch.harness import SPEED, settle
+from tests.server.dispatch.test_model_catalog import revived
 from tests.server.jobs import make_job
 
 
@@ -20,8 +26,36 @@ class ReadsFolder(FakeEngine):
 
     folder: Path
 
+    def _description_of(self, info: ModelInfo, stamp: str = "") -> ModelDescription:
+        return super()._description_of(info, stamp or stamp_of(self.folder))
+
     def _load_of(self, id: str) -> ModelLoad:
         return replace(super()._load_of(id), stamp=stamp_of(self.folder))
+
+
+@asynccontextmanager
+async def holding(engine: ReadsFolder, folder: Path) -> AsyncIterator[Dispatcher]:
+    """A dispatcher of "a", which lies in ``folder`` below the folder of models, and of "b"."""
+    (folder / "model_index.json").write_text("{}")
+    engine.folder = folder
+    source = ModelSource(id="a", location=str(folder))
+    dispatcher = Dispatcher(
+        [engine],
+        ["a", "b"],
+        max_queued_jobs=8,
+        max_resident_samples=4,
+        model_locations={"a": str(folder)},
+        models_folder=ModelsFolder({"a": source}, lambda: (source,)),
+    )
+    dispatcher.start()
+    await dispatcher.loaded()
+    yield dispatcher
+    await dispatcher.close()
+
+
+def state(dispatcher: Dispatcher) -> tuple[ModelState, str]:
+    status = dispatcher.models.status("a")
+    return status.state, status.reason
 
 
 @asynccontextmanager
@@ -108,3 +142,44 @@ async def test_a_folder_that_is_gone_counts_as_changed(tmp_path: Path) -> None:
         assert str(call.exception()) == "model 'a' cannot be loaded: it is gone"
         assert not dispatcher.models.status("a").changed
         assert dispatcher.models.status("a").reason == "it is gone"
+
+
+async def test_a_model_of_the_start_is_described_again_once_it_left_and_its_files_changed(
+    tmp_path: Path,
+) -> None:
+    engine = ReadsFolder([fake_model("a")], catalogue=[fake_model("b")])
+    async with holding(engine, tmp_path) as dispatcher:
+        assert state(dispatcher) == (ModelState.RESIDENT, "")
+        dispatcher.unload_model("a")
+        await settle()
+        engine.failing["a"] = "its unet is missing"
+        await dispatcher.models.look_at_files()
+        assert state(dispatcher) == (ModelState.AVAILABLE, ""), "its files are the same"
+        (tmp_path / "model_index.json").write_text("{ }")
+        await dispatcher.models.look_at_files()
+        assert state(dispatcher) == (ModelState.FAILED, "its unet is missing")
+
+
+async def test_new_files_of_a_model_that_killed_engines_get_two_tries_again(tmp_path: Path) -> None:
+    engine = ReadsFolder(catalogue=[fake_model("a"), fake_model("b")], hold_loads=True)
+    async with holding(engine, tmp_path) as dispatcher:
+        await dispatcher.models.look_at_files()
+        first, second = submit(dispatcher, "first"), None
+        for death in range(1, 4):
+            assert engine.loading == ["a"]
+            engine.die()
+            await revived(dispatcher, death)
+            if death == 2:
+                assert isinstance(first.error, ModelUnusable)
+                assert "2 engines died" in state(dispatcher)[1]
+                (tmp_path / "model_index.json").write_text("{ }")
+                await dispatcher.models.look_at_files()
+                assert state(dispatcher) == (ModelState.AVAILABLE, "")
+                second = submit(dispatcher, "second")
+        assert second is not None
+        assert second.error is None
+        engine.finish_load()
+        await settle()
+        engine.advance(4)
+        await settle()
+        assert second.finished

@@ -1,15 +1,24 @@
 """A folder of models that changes while a server runs, over the wire, with the fake engine."""
 
+import asyncio
 import shutil
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx2
 import pytest
 
-from darkroom.v1 import model_pb2
+from darkroom.v1 import generation_pb2, model_pb2
+from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.dispatch.engines import pool
-from darkroom_server.settings import Http
+from darkroom_server.dispatch.models import file_watch
+from darkroom_server.settings import Http, sources
+from darkroom_server.settings.models_folder import models_below
+from tests.server.clock import Clock
 from tests.server.rpc.test_model_changes import folder, listed, load, served, unload
 from tests.server.telemetry.scrape import counted
 from tests.server.wire import Wire, refusal
@@ -36,8 +45,6 @@ async def test_a_new_folder_is_found_described_and_served(folder: Path) -> None:
     async with served(folder) as wire:
         assert list(await listed(wire)) == ["owls", "toads"]
         add(folder, "deep/moths")
-        unknown = await refusal(wire.generate(model="deep/moths"))
-        assert unknown.info.reason == "UNKNOWN_MODEL"  # Nobody has looked.
         models = await listed(wire)
         assert list(models) == ["owls", "toads", "deep/moths"]
         found = models["deep/moths"]
@@ -55,6 +62,86 @@ async def test_a_new_folder_is_found_described_and_served(folder: Path) -> None:
         add(folder, "bats")
         one = await wire.models.GetModel(model_pb2.GetModelRequest(model="bats"))
         assert one.model.state == AVAILABLE
+
+
+async def test_requests_find_new_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_watch, "FIND_SECONDS", 600.0)
+    async with served(folder, http=Http(http_port=0)) as wire, httpx2.AsyncClient() as client:
+        for model in ("deep/moths", "newts"):  # What is found does not delay the next look.
+            add(folder, model)
+            assert len((await wire.generate(model=model)).images) == 1
+        add(folder, "bats")
+        request = generation_pb2.EstimateGenerationRequest(
+            generation=generation_pb2.GenerateRequest(prompt="a star", model="bats")
+        )
+        assert (await wire.generation.EstimateGeneration(request)).peak_bytes > 0
+        add(folder, "crows")
+        adapters = model_pb2.ListAdaptersRequest(model="crows")
+        assert not (await wire.models.ListAdapters(adapters)).adapters
+        add(folder, "hens")
+        url = f"http://{wire.server.http_address}/v1/images/generations"
+        body = {"model": "hens", "prompt": "a star"}
+        assert len((await client.post(url, json=body)).json()["data"]) == 1
+        unknown = await client.post(url, json={**body, "model": "cows"})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_model")
+        # From now on it does, and a list still looks at once.
+        add(folder, "cows")
+        assert (await refusal(wire.generate(model="cows"))).info.reason == "UNKNOWN_MODEL"
+        assert "cows" in await listed(wire)
+        assert len((await wire.generate(model="cows")).images) == 1
+
+
+async def test_a_name_is_looked_for_beside_the_event_loop_and_not_all_the_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr(file_watch, "FIND_SECONDS", 600.0)
+    looks: list[threading.Thread] = []
+    may_end = threading.Event()
+
+    def slow(path: Path) -> Iterator[tuple[str, Path]]:
+        looks.append(threading.current_thread())
+        assert may_end.wait(60)
+        return models_below(path)
+
+    async with served(folder) as wire:
+        monkeypatch.setattr(sources, "models_below", slow)
+        calls = [asyncio.create_task(refusal(wire.generate(model=f"no-{n}"))) for n in range(20)]
+        await wire.becomes(lambda: bool(looks))
+        assert len((await wire.generate(model="owls")).images) == 1
+        assert not any(call.done() for call in calls)
+        may_end.set()
+        for refused in await asyncio.gather(*calls):
+            assert (refused.code, refused.info.reason) == (
+                grpc.StatusCode.NOT_FOUND,
+                "UNKNOWN_MODEL",
+            )
+        assert len(looks) == 1
+        assert looks[0] is not threading.main_thread()
+        clock.skip(300.0)
+        await refusal(wire.generate(model="no-0"))
+        assert len(looks) == 1
+        clock.skip(300.0)
+        await refusal(wire.generate(model="no-0"))
+        assert len(looks) == 2
+
+
+async def test_requests_for_a_model_that_is_being_described_wait_for_that(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Sequence[ModelSource]] = []
+    async with served(folder) as wire:
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeEngine, "describe_models", lambda _, found: asked.append(found))
+            add(folder, "moths")
+            calls: list[asyncio.Task[Any]] = [wire.generating(model="moths")]
+            await wire.becomes(lambda: bool(asked))
+            calls += [wire.generating(model="moths") for _ in range(3)]
+            assert len((await wire.generate(model="owls")).images) == 1
+            assert not any(call.done() for call in calls)
+        wire.engine.describe_models(asked[0])
+        for answer in await asyncio.gather(*calls):
+            assert len(answer.images) == 1
+        assert len(asked) == 1
 
 
 async def test_http_lists_it_too(folder: Path) -> None:

@@ -73,9 +73,12 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.ListAdaptersRequest, context: Context
     ) -> model_pb2.ListAdaptersResponse:
         """The adapters that fit one model, or any; raises ``UnknownModel``."""
-        adapters = self._availability.adapters
+        id = ""
         if request.model:
+            await self._dispatcher.models.find(request.model)
             id = self._availability.resolve(request.model)
+        adapters = self._availability.adapters
+        if id:
             adapters = [adapter for adapter in adapters if id in adapter.models]
         return model_pb2.ListAdaptersResponse(adapters=map(adapter_message, adapters))
 

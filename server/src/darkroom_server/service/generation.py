@@ -79,6 +79,16 @@ class GenerationService:
         self._fleet = fleet
         self.durability.shared = True
 
+    async def resolve(self, asked: str) -> str:
+        """The id of the model that a request means; "" means the only one.
+
+        One that is not known is looked for. Raises what ``Availability.resolve`` raises.
+        """
+        availability = self._dispatcher.availability
+        if asked and availability.models.get(asked) is None:
+            await self._dispatcher.models.find(asked)
+        return availability.resolve(asked)
+
     def open_call(self, call: CallContext, request_id: str) -> Callable[[], None]:
         """Count a call that follows the job ``request_id``; call the result when it is over.
 
@@ -112,7 +122,7 @@ class GenerationService:
         if idempotent:
             active = self._join(request, call, request_id, digest, deadline)
         if active is None:
-            summary.model = model_id = self._dispatcher.availability.resolve(request.model)
+            summary.model = model_id = await self.resolve(request.model)
             model = self._dispatcher.availability.model(model_id)
             job = job_of(
                 request,
@@ -296,7 +306,7 @@ class GenerationService:
         Raises what the request itself would raise, except for quotas, queue limits and deadlines.
         """
         availability = self._dispatcher.availability
-        model = availability.model(availability.resolve(request.model))
+        model = availability.model(await self.resolve(request.model))
         job = job_of(request, model, call, job_id="", submitted_at=time.monotonic(), deadline=None)
         if request.inputs is not None:
             self._check_adapters(request.inputs, model)

@@ -32,8 +32,8 @@ class Models:
             "the catalogue, and is loaded when a request names it.",
             choose="A model's name is its path below the folder, without the ending of a file. "
             "They are described from their configurations at start; those that appear later are "
-            "found when somebody lists the models. Only the operator should be able to write to "
-            "the folder.",
+            "found when a request names them or somebody lists the models. Only the operator "
+            "should be able to write to the folder.",
             metavar="FOLDER",
             default="none",
         ),

@@ -118,6 +118,13 @@ class ModelCatalog:
         """Find out which models are new, are gone, or have files that were written since."""
         await self._files.look()
 
+    async def find(self, id: str) -> None:
+        """Find out whether a model that is not in the catalogue, or not described, is there by now.
+
+        See ``FileWatch.find``.
+        """
+        await self._files.find(id)
+
     # What admins want. ``JobLifecycle.feed`` acts on it.
 
     def want(self, id: str) -> asyncio.Future[None]:
@@ -175,9 +182,7 @@ class ModelCatalog:
             self._record_description(description)
         self._files.record_described(each.id for each in ready.descriptions)
         for load in ready.loads:
-            entry = self._states.entries[load.model]
-            entry.weight_bytes = load.weight_bytes
-            entry.stamp, entry.changed, entry.shared = load.stamp, False, load.shared
+            self._record_read(load)
             self._record_pace(load)
             self._count(load.model, load.origin, LoadOutcome.LOADED)
         self._states.host.start(engine, len(self._pool.engines))
@@ -203,6 +208,8 @@ class ModelCatalog:
                 engine.describe(each.info)
             if not any(each.id in other.models for other in self._pool.engines):
                 self._record_description(each)
+                if each.id in self._availability.failures:
+                    self._states.entries[each.id].deaths = 0  # It has other files than failed.
                 self._availability.describe_again(each)
                 self._states.report(each.id)
         self._files.record_described(each.id for each in event.descriptions)

@@ -1,6 +1,8 @@
 """Looks at the files of models: which are new, have changed, or are gone."""
 
 import asyncio
+import math
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +24,9 @@ log = structlog.get_logger(__name__)
 
 DESCRIBE_SECONDS = 5.0
 """How long a look waits for the descriptions of new models; an engine may load another one."""
+
+FIND_SECONDS = 1.0
+"""After a name was looked for in vain, none is for so long: callers must not keep the disk busy."""
 
 
 class FileWatch:
@@ -49,7 +54,9 @@ class FileWatch:
         self._folder = folder
         self._in_folder = set(folder.at_start) if folder is not None else set()
         self._looking = asyncio.Lock()
-        self._next: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[list[str]] | None = None
+        self._last: asyncio.Task[list[str]] | None = None
+        self._find_from = -math.inf
         self._undescribed: dict[str, asyncio.Event] = {}
 
     async def look(self) -> None:
@@ -59,11 +66,32 @@ class FileWatch:
         """
         if self._folder is None and not self._locations():
             return
-        if self._next is None:
-            self._next = asyncio.create_task(self._look())
-        await asyncio.shield(self._next)
+        await self._described(await asyncio.shield(self._begin()))
 
-    async def _look(self) -> None:
+    async def find(self, id: str) -> None:
+        """Look for a model that is not in the catalogue, and wait until an engine has described it.
+
+        Nothing is looked for in ``FIND_SECONDS`` after a name was not found.
+        """
+        if self._folder is None:
+            return
+        known, looking = self._availability.models, self._last
+        if id not in known and looking is not None and not looking.done():
+            await asyncio.shield(looking)
+        if id not in known and (now := time.monotonic()) >= self._find_from:
+            self._find_from = now + FIND_SECONDS
+            await asyncio.shield(self._begin())
+            if id in known:
+                self._find_from = -math.inf
+        await self._described([id])
+
+    def _begin(self) -> "asyncio.Task[list[str]]":
+        """The next look, which returns the models that engines were asked to describe."""
+        if self._next is None:
+            self._next = self._last = asyncio.create_task(self._look())
+        return self._next
+
+    async def _look(self) -> list[str]:
         async with self._looking:
             self._next = None
             locations = self._locations()
@@ -72,7 +100,7 @@ class FileWatch:
                 if self._states.in_memory(id):
                     self._mark(self._states.entries[id], stamps[id])
             if sources is None:
-                return
+                return []
             found = {source.id: source for source in sources}
             self._remove(self._in_folder - found.keys())
             new = [source for source in sources if source.id not in self._availability.models]
@@ -82,7 +110,8 @@ class FileWatch:
             for source in stale:
                 log.info("files of a model have changed", model=source.id)
                 self._states.entries[source.id].described = stamps[source.id]
-        await self._describe([*new, *stale])
+            self._describe(asked := [*new, *stale])
+            return [source.id for source in asked]
 
     def _locations(self) -> dict[str, Path]:
         """Where the files are that matter: without a folder, those of models in memory."""
@@ -154,16 +183,19 @@ class FileWatch:
         jobs = sum(self._registry.counts(id))
         return bool(jobs or entry.pinned or entry.waiters) or self._is_held(id)
 
-    async def _describe(self, sources: Sequence[ModelSource]) -> None:
+    def _describe(self, sources: Sequence[ModelSource]) -> None:
         if not sources:
             return
         for source in sources:
             self._undescribed.setdefault(source.id, asyncio.Event())
-        waited = [self._undescribed[source.id] for source in sources]
         for engine in self._pool.engines:
             engine.engine.describe_models(sources)
+
+    async def _described(self, ids: Iterable[str]) -> None:
+        """Wait until an engine has described models that are new, if one can do that soon."""
         if not self._pool.ready:
             return  # It describes them when it starts.
+        waited = [self._undescribed[id] for id in ids if id in self._undescribed]
         with suppress(TimeoutError):
             async with asyncio.timeout(DESCRIBE_SECONDS):
                 for each in waited:

@@ -56,7 +56,7 @@ class ImageRoutes:
     async def generate(self, call: Call) -> Answer:
         """Generate images: one answer, or a stream of events."""
         body = json_object(call.headers, call.body)
-        model = self._model(body.get("model"))
+        model = await self._model(body.get("model"))
         by_default = self._urls.by_default
         request = image_request(body, call.key, model, urls_by_default=by_default)
         return await self._answer(call, await self._checked(call, request))
@@ -64,7 +64,7 @@ class ImageRoutes:
     async def edit(self, call: Call) -> Answer:
         """Change the pictures of a form as its prompt says, all of them or where a mask says."""
         form = await form_of(call.headers, call.body, FORM_FIELDS)
-        model = self._model(form.values.get("model"))
+        model = await self._model(form.values.get("model"))
         images = edit_images(form, model)
         request = image_request(
             form.values,
@@ -82,7 +82,7 @@ class ImageRoutes:
         form = await form_of(call.headers, call.body, FORM_FIELDS)
         values = {"prompt": NO_PROMPT, **form.values}
         images = edit_images(Form(values={}, images=form.images, mask=form.mask), None)
-        model = self._model(values.get("model"))
+        model = await self._model(values.get("model"))
         request = image_request(
             values,
             call.key,
@@ -113,7 +113,7 @@ class ImageRoutes:
     async def estimate(self, call: Call) -> Answer:
         """What a request would take now, without running it."""
         body = json_object(call.headers, call.body)
-        request = image_request(body, call.key, self._model(body.get("model")))
+        request = image_request(body, call.key, await self._model(body.get("model")))
         request = await self._checked(call, request)
         try:
             estimate = await self._service.estimate(request.generation, call.context)
@@ -200,10 +200,10 @@ class ImageRoutes:
             raise InvalidRequest(wrong + await self._more_violations(call, request))
         return request
 
-    def _model(self, asked: object) -> ModelInfo | None:
-        """The loaded model that a body names, None if there is none."""
+    async def _model(self, asked: object) -> ModelInfo | None:
+        """The model that a body names, None if there is none."""
         with suppress(DarkroomError):
-            id = self._availability.resolve(asked if isinstance(asked, str) else "")
+            id = await self._service.resolve(asked if isinstance(asked, str) else "")
             return self._availability.models[id]
         return None
 
