@@ -28,6 +28,7 @@ from darkroom_server.dispatch import (
 from darkroom_server.extras import http_door
 from darkroom_server.fleet.assembly import join_fleet
 from darkroom_server.ledger.choice import chosen_ledger
+from darkroom_server.ledger.input_limits import InputLimits
 from darkroom_server.logs import LogWriter
 from darkroom_server.rpc.server import RpcServer
 from darkroom_server.rpc.stored_requests import StoredRequests
@@ -137,11 +138,12 @@ class Server:
             models_folder=models_folder(settings, hub_token()),
         )
         self.metrics.read_jobs(self.dispatcher)
+        images = settings.images
         ledger = chosen_ledger(
             settings.storage.ledger,
             settings.network.server_id,
             retention=settings.results.result_ttl,
-            max_input_bytes=settings.images.input_bytes,
+            inputs=InputLimits(images.input_bytes, images.input_bytes_per_caller),
         )
         self._entries = LedgerEntries(ledger, self.metrics.ledger)
         self.results = ResultStore(
@@ -162,7 +164,6 @@ class Server:
         observers: list[RequestObserver] = [self.metrics.requests]
         if self._spans is not None:
             observers.append(self._spans)
-        images = settings.images
         store = UploadStore(
             max_bytes=images.upload_bytes,
             max_owner_bytes=images.upload_bytes_per_caller,

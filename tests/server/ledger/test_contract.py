@@ -14,6 +14,7 @@ from darkroom_server.core.errors import (
     Violation,
 )
 from darkroom_server.core.ledger import Hold, Key, Ledger, Models, Standing
+from darkroom_server.ledger.input_limits import InputLimits
 from tests.server.clock import Clock
 from tests.server.ledger.conftest import MakeLedger, draft
 
@@ -263,7 +264,7 @@ async def test_a_quota_counts_what_has_not_ended(ledger: Ledger) -> None:
 
 
 async def test_inputs_go_with_the_last_job_that_names_them(make: MakeLedger) -> None:
-    ledger = await make(max_input_bytes=10)
+    ledger = await make(inputs=InputLimits(together=10))
     one = await ledger.begin(draft("one", inputs={"a": b"12345"}), claimed=True)
     two = await ledger.begin(draft("two", inputs={"a": b"12345", "b": b"678"}), claimed=False)
     assert await ledger.inputs(two.entry.key) == {"a": b"12345", "b": b"678"}
@@ -279,6 +280,42 @@ async def test_inputs_go_with_the_last_job_that_names_them(make: MakeLedger) -> 
     assert (await ledger.begin(draft("four", inputs={"c": b"1234567"}), claimed=True)).new
     assert await standing(ledger, "one") is None
     assert await ledger.inputs(Key("ada", "four")) == {"c": b"1234567"}
+
+
+async def test_the_inputs_of_one_caller_have_a_limit_of_their_own(make: MakeLedger) -> None:
+    ledger = await make(inputs=InputLimits(together=20, of_caller=8))
+    await ledger.begin(draft("one", inputs={"a": b"12345"}), claimed=True)
+    # A file that several of its jobs share counts once, and for each caller.
+    two = await ledger.begin(draft("two", inputs={"a": b"12345", "b": b"123"}), claimed=False)
+    assert (await ledger.begin(draft("one", "bob", inputs={"a": b"12345"}), claimed=True)).new
+    with pytest.raises(
+        QuotaExceeded, match=r"'ada' would have 9 bytes.*8 are kept for one"
+    ) as full:
+        await ledger.begin(draft("three", inputs={"c": b"1"}), claimed=True)
+    assert full.value.subject == "caller:ada"
+    assert await standing(ledger, "three") is None
+    assert (await ledger.begin(draft("two", "bob", inputs={"c": b"1"}), claimed=True)).new
+    # What can never fit says so, and not to wait.
+    with pytest.raises(QuotaExceeded, match=r"^the images of this request have 9 bytes"):
+        await ledger.begin(draft("large", "cleo", inputs={"d": b"123456789"}), claimed=True)
+    # Its own finished jobs make room, and nobody else's.
+    bobs = (await ledger.find(Key("bob", "two"))).hold  # type: ignore[union-attr]
+    assert await ledger.end(bobs, Standing.FINISHED)
+    assert await ledger.end(two.entry.hold, Standing.FINISHED)
+    assert (await ledger.begin(draft("three", inputs={"c": b"1"}), claimed=True)).new
+    assert await standing(ledger, "two") is None
+    assert await ledger.inputs(Key("ada", "one")) == {"a": b"12345"}
+    assert await ledger.find(bobs.key) is not None
+
+
+async def test_fifty_begins_with_inputs_take_no_more_than_a_caller_may(make: MakeLedger) -> None:
+    ledger = await make(inputs=InputLimits(of_caller=7))
+    fifty = await asyncio.gather(
+        *(ledger.begin(draft(f"{n}", inputs={f"{n}": b"1"}), claimed=True) for n in range(50)),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(each, QuotaExceeded) for each in fifty) == 43
+    assert sum(not isinstance(each, BaseException) for each in fifty) == 7
 
 
 async def test_what_ended_is_forgotten_after_its_time(ledger: Ledger, clock: Clock) -> None:

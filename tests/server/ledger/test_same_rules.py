@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from darkroom_server.core.errors import DarkroomError
 from darkroom_server.core.ledger import Hold, Key, Ledger, Models, Standing
+from darkroom_server.ledger.input_limits import InputLimits
 from darkroom_server.ledger.memory import MemoryLedger
 from darkroom_server.ledger.postgres import PostgresLedger
 from darkroom_server.ledger.sqlite import SqliteLedger
@@ -21,6 +22,7 @@ NAMES = ("a", "b", "c")
 IDS = st.sampled_from(NAMES)
 HOLDS = st.tuples(IDS, st.integers(1, 4))
 INPUTS = st.dictionaries(st.sampled_from(["x", "y"]), st.just(b"12345"), max_size=2)
+CALLERS = st.sampled_from(["ada", "bob"])
 NEEDS = st.frozensets(st.sampled_from(["lora", "inpaint"]))
 OPERATIONS = st.one_of(
     st.tuples(
@@ -31,6 +33,7 @@ OPERATIONS = st.one_of(
         st.booleans(),
         NEEDS,
         st.sampled_from([None, 0.0, 600.0]),
+        CALLERS,
     ),
     st.tuples(st.just("claim"), st.integers(0, 2), st.none() | NEEDS),
     st.tuples(st.just("end"), HOLDS, st.sampled_from([s for s in Standing if s.ended])),
@@ -47,7 +50,8 @@ OPERATIONS = st.one_of(
 def test_all_ledgers_answer_the_same(postgresql: Cluster, operations: list[Any]) -> None:
     async def compare() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            options: dict[str, Any] = {"retention": 300.0, "max_input_bytes": 12}
+            limits = InputLimits(together=12, of_caller=8)
+            options: dict[str, Any] = {"retention": 300.0, "inputs": limits}
             ledgers: list[Ledger] = [
                 MemoryLedger(**options),
                 SqliteLedger(Path(folder) / "jobs.db", **options),
@@ -70,7 +74,7 @@ def test_all_ledgers_answer_the_same(postgresql: Cluster, operations: list[Any])
 async def answer(ledger: Ledger, op: str, *values: Any) -> Any:
     try:
         match op, values:
-            case "begin", (id, fingerprint, inputs, claimed, needs, deadline):
+            case "begin", (id, fingerprint, inputs, claimed, needs, deadline, caller):
                 asked = draft(
                     id,
                     fingerprint=fingerprint,
@@ -78,6 +82,7 @@ async def answer(ledger: Ledger, op: str, *values: Any) -> Any:
                     max_live=2,
                     needs=needs,
                     deadline=deadline,
+                    counted_as=caller,
                 )
                 return (await ledger.begin(asked, claimed=claimed)).new
             case "claim", (room, offers):

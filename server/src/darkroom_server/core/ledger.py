@@ -224,7 +224,8 @@ class Ledger(Protocol):
         If an entry of that key exists: one that has not ended, or that finished, is returned; of
         one that has not ended, the later deadline holds, and it stays detached. One that ended
         without its images is replaced. Raises ``RequestConflict`` if the fingerprints differ,
-        ``QuotaExceeded``, and ``QueueFull`` if there is no room in the queue or for the inputs.
+        ``QuotaExceeded``, also if the inputs of the caller's jobs take as much as they may, and
+        ``QueueFull`` if there is no room in the queue or for the inputs.
         """
 
     async def claim(

@@ -7,30 +7,31 @@ from types import ModuleType
 
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.ledger import Ledger, SharedLedger
+from darkroom_server.ledger.input_limits import InputLimits
 from darkroom_server.ledger.memory import MemoryLedger
 from darkroom_server.ledger.sqlite import SqliteLedger
 
 
 def chosen_ledger(
-    setting: str, server_id: str | None, *, retention: float, max_input_bytes: int
+    setting: str, server_id: str | None, *, retention: float, inputs: InputLimits
 ) -> Ledger:
     """The ledger of ``--ledger``, not open yet.
 
     ``server_id``: the name of this server, None for that of its host. ``retention``: seconds that
-    ended jobs stay in a file. ``max_input_bytes``: of the pictures of all its jobs. Raises
+    ended jobs stay in a file. ``inputs``: how much the pictures of its jobs may take. Raises
     ``StartupError`` if it cannot be used.
     """
     name = server_id or socket.gethostname()
     if is_shared(setting):
         shared: SharedLedger = _postgres().PostgresLedger(
-            setting, name=name, retention=retention, max_input_bytes=max_input_bytes
+            setting, name=name, retention=retention, inputs=inputs
         )
         return shared
     path = ledger_file(setting)
     if path is None:
         # The result store keeps ended jobs; there is nobody else who would ask for them.
         return MemoryLedger(name=name)
-    return SqliteLedger(path, name=name, retention=retention, max_input_bytes=max_input_bytes)
+    return SqliteLedger(path, name=name, retention=retention, inputs=inputs)
 
 
 def _postgres() -> ModuleType:

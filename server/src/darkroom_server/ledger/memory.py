@@ -1,8 +1,7 @@
 """The ledger in memory: it ends with the server, and costs no file and no service."""
 
-import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from darkroom_server.core.errors import Failure, RequestConflict
@@ -17,13 +16,9 @@ from darkroom_server.core.ledger import (
     Standing,
 )
 from darkroom_server.ledger.changes import Changes
+from darkroom_server.ledger.input_limits import NO_LIMITS, InputLimits, Named, evicted
 from darkroom_server.ledger.rows import runtime_of
-from darkroom_server.ledger.rules import (
-    LATE,
-    inputs_do_not_fit,
-    queue_is_full,
-    too_many_jobs,
-)
+from darkroom_server.ledger.rules import LATE, queue_is_full, too_many_jobs
 
 ME = 1
 """The only server that has this ledger."""
@@ -60,17 +55,17 @@ class _Row:
 class MemoryLedger:
     """Keeps entries in this process: ended ones for ``retention`` seconds, 0 keeps none.
 
-    The inputs of all entries take at most ``max_input_bytes``.
+    Their inputs are within ``inputs``.
     """
 
     durable = False
 
     def __init__(
-        self, *, name: str = "", retention: float = 0.0, max_input_bytes: int = sys.maxsize
+        self, *, name: str = "", retention: float = 0.0, inputs: InputLimits = NO_LIMITS
     ) -> None:
         self._name = name
         self._retention = retention
-        self._max_input_bytes = max_input_bytes
+        self._input_limits = inputs
         self._rows: dict[Key, _Row] = {}
         """In the order of acceptance."""
         self._opened_at = time.monotonic()
@@ -261,19 +256,13 @@ class MemoryLedger:
 
     def _make_room(self, draft: Draft) -> None:
         """Delete the oldest ended entries with inputs until those of ``draft`` fit."""
-        rows = [(key, row) for key, row in self._rows.items() if row.draft.inputs]
-        ended = sorted(
-            (pair for pair in rows if pair[1].ended_at is not None),
-            key=lambda pair: pair[1].ended_at or 0.0,
-        )
-        live = [row.draft.inputs for _, row in rows if row.ended_at is None]
-        held = _bytes_of(row.draft.inputs for _, row in rows)
-        if _bytes_of([*live, draft.inputs]) > self._max_input_bytes:
-            new = _bytes_of([*(row.draft.inputs for _, row in rows), draft.inputs]) - held
-            raise inputs_do_not_fit(held, new, self._max_input_bytes)
-        kept = [row.draft.inputs for _, row in ended]
-        while _bytes_of([*live, *kept, draft.inputs]) > self._max_input_bytes:
-            del self._rows[ended.pop(0)[0]], kept[0]
+        named = [
+            Named(key, row.draft.counted_as, row.ended_at is not None, digest, len(data))
+            for key, row in sorted(self._rows.items(), key=lambda pair: pair[1].ended_at or 0.0)
+            for digest, data in row.draft.inputs.items()
+        ]
+        for key in evicted(draft, named, self._input_limits):
+            del self._rows[key]
 
     def _trim(self) -> None:
         """Delete the entries that ended more than ``retention`` seconds ago."""
@@ -302,10 +291,3 @@ class MemoryLedger:
             runtime=row.runtime,
             needs=row.draft.needs,
         )
-
-
-def _bytes_of(inputs: Iterable[Mapping[str, bytes]]) -> int:
-    """The bytes of different files."""
-    return sum(
-        map(len, {digest: data for each in inputs for digest, data in each.items()}.values())
-    )

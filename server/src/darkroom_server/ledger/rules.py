@@ -41,6 +41,23 @@ def inputs_do_not_fit(held: int, new: int, most: int) -> QueueFull:
     )
 
 
+def too_many_inputs(draft: Draft, needed: int, most: int) -> QuotaExceeded:
+    """The pictures of the caller's unfinished jobs and of ``draft`` have ``needed`` bytes."""
+    own = sum(map(len, draft.inputs.values()))
+    if own > most:
+        return QuotaExceeded(
+            f"caller:{draft.counted_as}",
+            f"the images of this request have {own} bytes, and the ledger keeps {most} for one "
+            "caller; send fewer or smaller ones",
+        )
+    return QuotaExceeded(
+        f"caller:{draft.counted_as}",
+        f"the images of unfinished jobs of {draft.counted_as!r} would have {needed} bytes in the "
+        f"ledger with those of this request, and {most} are kept for one caller; wait until a job "
+        "has ended, or send fewer or smaller ones (a file that several jobs share counts once)",
+    )
+
+
 def failure_text(failure: Failure | None) -> str | None:
     """``failure`` as JSON."""
     return None if failure is None else json.dumps(asdict(failure))

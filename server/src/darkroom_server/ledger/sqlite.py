@@ -3,7 +3,6 @@
 import json
 import os
 import sqlite3
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from darkroom_server.core.ledger import (
     Standing,
 )
 from darkroom_server.ledger.changes import Changes
+from darkroom_server.ledger.input_limits import NO_LIMITS, InputLimits
 from darkroom_server.ledger.rows import entry_of, runtime_of
 from darkroom_server.ledger.rules import (
     EXPIRED_AT_ONCE,
@@ -57,8 +57,8 @@ LATE_JOBS = (
 class SqliteLedger:
     """Keeps entries in the file ``path``, which one server at a time has open.
 
-    Entries that ended are kept for ``retention`` seconds; the inputs of all take at most
-    ``max_input_bytes``. ``clock``: seconds since the epoch.
+    Entries that ended are kept for ``retention`` seconds, and inputs within ``inputs``.
+    ``clock``: seconds since the epoch.
     """
 
     durable = True
@@ -69,14 +69,14 @@ class SqliteLedger:
         *,
         name: str = "",
         retention: float = 0.0,
-        max_input_bytes: int = sys.maxsize,
+        inputs: InputLimits = NO_LIMITS,
         clock: Callable[[], float] = time.time,
         busy_seconds: float = BUSY_SECONDS,
     ) -> None:
         self._path = path
         self._name = name
         self._retention = retention
-        self._max_input_bytes = max_input_bytes
+        self._input_limits = inputs
         self._clock = clock
         self._busy_seconds = busy_seconds
         self._changes = Changes()
@@ -265,7 +265,7 @@ class SqliteLedger:
             if live >= draft.max_live:
                 raise too_many_jobs(draft, live)
         if draft.inputs:
-            make_room(db, draft, self._max_input_bytes)
+            make_room(db, draft, self._input_limits)
 
     def _claim(
         self,

@@ -1,36 +1,22 @@
-"""The pictures of jobs in an SQLite ledger: each file once, within a limit on all of them."""
+"""The pictures of jobs in an SQLite ledger: each file once, within limits on their bytes."""
 
 import sqlite3
 
 from darkroom_server.core.ledger import Draft, Key
-from darkroom_server.ledger.rules import inputs_do_not_fit
+from darkroom_server.ledger.input_limits import InputLimits, Named, evicted
 
 
-def make_room(db: sqlite3.Connection, draft: Draft, max_bytes: int) -> None:
-    """Delete the oldest ended jobs with inputs until those of ``draft`` fit into ``max_bytes``.
+def make_room(db: sqlite3.Connection, draft: Draft, limits: InputLimits) -> None:
+    """Delete the oldest ended jobs with inputs until those of ``draft`` fit into ``limits``.
 
-    Raises ``QueueFull`` before anything is deleted if they do not fit beside those of live jobs.
+    Raises what ``evicted`` raises, before anything is deleted.
     """
-    held, new = _sizes(db, draft)
-    if held + new <= max_bytes:
-        return
-    live = dict(
-        db.execute(
-            "SELECT digest, bytes FROM inputs WHERE digest IN "
-            "(SELECT digest FROM job_inputs JOIN jobs ON jobs.id = job WHERE state < 2)"
-        ).fetchall()
+    rows = db.execute(
+        "SELECT job, counted_as, state >= 2, digest, bytes FROM job_inputs "
+        "JOIN jobs ON jobs.id = job JOIN inputs USING (digest) ORDER BY ended_at, job"
     )
-    needed = live | {digest: len(data) for digest, data in draft.inputs.items()}
-    if sum(needed.values()) > max_bytes:
-        raise inputs_do_not_fit(held, new, max_bytes)
-    ended = db.execute(
-        "SELECT id FROM jobs WHERE state >= 2 AND id IN (SELECT job FROM job_inputs) "
-        "ORDER BY ended_at, id"
-    ).fetchall()
-    for (job,) in ended:
+    for job in evicted(draft, [Named(*row) for row in rows], limits):
         db.execute("DELETE FROM jobs WHERE id = ?", (job,))
-        if sum(_sizes(db, draft)) <= max_bytes:
-            break
 
 
 def add_inputs(db: sqlite3.Connection, job: int | None, draft: Draft) -> None:
@@ -50,14 +36,3 @@ def drop_inputs(db: sqlite3.Connection, key: Key) -> None:
         "(SELECT id FROM jobs WHERE caller = ? AND request_id = ?)",
         key,
     )
-
-
-def _sizes(db: sqlite3.Connection, draft: Draft) -> tuple[int, int]:
-    """The bytes of all inputs, and of those of ``draft`` that are not among them."""
-    (held,) = db.execute("SELECT coalesce(sum(bytes), 0) FROM inputs").fetchone()
-    new = sum(
-        len(data)
-        for digest, data in draft.inputs.items()
-        if not db.execute("SELECT 1 FROM inputs WHERE digest = ?", (digest,)).fetchone()
-    )
-    return held, new

@@ -50,6 +50,17 @@ class Images:
             metavar="BYTES",
         ),
     ] = 1024**3
+    input_bytes_per_caller: Annotated[
+        int,
+        Ge(0),
+        Setting(
+            "The share of `--input-bytes` that the files of one caller may take in a `--ledger` "
+            "other than memory; further jobs of the caller with images are rejected.",
+            choose="The images that a caller may have waiting, as files. A file that several jobs "
+            "share counts once.",
+            metavar="BYTES",
+        ),
+    ] = 256 * 1024**2
     max_reference_images: Annotated[
         int,
         Ge(1),

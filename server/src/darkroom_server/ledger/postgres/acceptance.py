@@ -7,6 +7,7 @@ import asyncpg
 
 from darkroom_server.core.errors import RequestConflict
 from darkroom_server.core.ledger import Begun, Draft, Standing
+from darkroom_server.ledger.input_limits import InputLimits
 from darkroom_server.ledger.postgres.front import LATEST
 from darkroom_server.ledger.postgres.inputs import add_inputs, make_room
 from darkroom_server.ledger.postgres.rows import KEY, columns, entry_of
@@ -48,7 +49,7 @@ async def accept(
     me: int,
     claimed: bool,
     front: float,
-    max_input_bytes: int,
+    limits: InputLimits,
     now: Callable[[], str],
 ) -> Begun:
     """As ``Ledger.begin``, for the server ``me``.
@@ -77,7 +78,7 @@ async def accept(
                     return Begun(entry_of(old), new=False)
             await _check(db, draft, claimed, front)
             if draft.inputs:
-                await make_room(db, draft, max_input_bytes)
+                await make_room(db, draft, limits)
             if old is not None:
                 await db.execute("DELETE FROM jobs WHERE id = $1", old["id"])
             epoch = 1 if old is None else old["epoch"] + 1

@@ -1,7 +1,6 @@
 """The ledger in PostgreSQL: several servers share it, and take over what one of them loses."""
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from darkroom_server.core.ledger import (
     Standing,
 )
 from darkroom_server.ledger.changes import Changes
+from darkroom_server.ledger.input_limits import NO_LIMITS, InputLimits
 from darkroom_server.ledger.postgres.acceptance import accept
 from darkroom_server.ledger.postgres.claims import claiming
 from darkroom_server.ledger.postgres.connections import (
@@ -45,11 +45,10 @@ TRIM_ENTRIES = 500
 class PostgresLedger:
     """Keeps entries in the database at ``url``, which other servers use at the same time.
 
-    Entries that ended are kept for ``retention`` seconds; the inputs of all take at most
-    ``max_input_bytes``. ``now``: SQL for the time in seconds. ``settle``: seconds after a
-    restart of the database or of this server's connection in which it takes no other one for dead:
-    all have lost their connections, and come back. The constructor raises ``StartupError`` for a
-    URL that is not safe.
+    Entries that ended are kept for ``retention`` seconds, and inputs within ``inputs``. ``now``:
+    SQL for the time in seconds. ``settle``: seconds after a restart of the database or of this
+    server's connection in which it takes no other one for dead: all have lost their connections,
+    and come back. The constructor raises ``StartupError`` for a URL that is not safe.
     """
 
     durable = True
@@ -60,13 +59,13 @@ class PostgresLedger:
         *,
         name: str = "",
         retention: float = 0.0,
-        max_input_bytes: int = sys.maxsize,
+        inputs: InputLimits = NO_LIMITS,
         now: Callable[[], str] = lambda: NOW,
         settle: float = LEASE_SECONDS,
     ) -> None:
         self._url = check_url(url)
         self._retention = retention
-        self._max_input_bytes = max_input_bytes
+        self._input_limits = inputs
         self._now = now
         self._changes = Changes()
         self._connections = Connections(self._url, name)
@@ -104,7 +103,7 @@ class PostgresLedger:
                 me=self.id,
                 claimed=claimed,
                 front=self._session.front.goal,
-                max_input_bytes=self._max_input_bytes,
+                limits=self._input_limits,
                 now=self._now,
             )
         )
