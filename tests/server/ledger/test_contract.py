@@ -299,7 +299,7 @@ async def test_the_inputs_of_one_caller_have_a_limit_of_their_own(make: MakeLedg
     with pytest.raises(QuotaExceeded, match=r"^the images of this request have 9 bytes"):
         await ledger.begin(draft("large", "cleo", inputs={"d": b"123456789"}), claimed=True)
     # Its own finished jobs make room, and nobody else's.
-    bobs = (await ledger.find(Key("bob", "two"))).hold  # type: ignore[union-attr]
+    bobs = (await ledger.find(Key("bob", "two"))).hold
     assert await ledger.end(bobs, Standing.FINISHED)
     assert await ledger.end(two.entry.hold, Standing.FINISHED)
     assert (await ledger.begin(draft("three", inputs={"c": b"1"}), claimed=True)).new

@@ -83,9 +83,10 @@ class Draft:
     ``max_queued``, a job that is begun as queued has at most that many others before it. ``goal``
     and ``deadline``: seconds after its acceptance, by which it should be done and by which it
     expires, which is never earlier. ``age``: seconds since it was accepted. ``detached``: it runs
-    whether or not a call follows it. ``runtime``: for an ``exact`` job, the fingerprint of the one
-    that it would run on here; None for another. ``needs``: what its model must offer, see
-    ``core.offers``.
+    whether or not a call follows it. ``plain``: it ends with the calls of this server that follow
+    it, so with this server too; a ledger that is not shared does not note that. ``runtime``: for an
+    ``exact`` job, the fingerprint of the one that it would run on here; None for another.
+    ``needs``: what its model must offer, see ``core.offers``.
     """
 
     key: Key
@@ -98,6 +99,7 @@ class Draft:
     age: float = 0.0
     deadline: float | None = None
     detached: bool = False
+    plain: bool = False
     max_live: int | None = None
     max_queued: int | None = None
     needs: frozenset[str] = frozenset()
@@ -114,7 +116,8 @@ class Entry:
     ``ended_for``: seconds since its end, None before. ``failure``: why it ended without its images,
     None if it did not. ``runtime``: for an ``exact`` job, the fingerprint of the one that it began
     on, which alone may run it again; "" if it did not begin. None for another job. ``needs`` as of
-    ``Draft``.
+    ``Draft``. ``calls_at``: the server that has all calls that follow a plain job; None for another
+    job.
     """
 
     key: Key
@@ -134,6 +137,7 @@ class Entry:
     failure: Failure | None
     runtime: str | None = None
     needs: frozenset[str] = frozenset()
+    calls_at: int | None = None
 
     @property
     def hold(self) -> Hold:
@@ -222,10 +226,11 @@ class Ledger(Protocol):
         """Accept a job durably, as this server's own if it is ``claimed``, else queued.
 
         If an entry of that key exists: one that has not ended, or that finished, is returned; of
-        one that has not ended, the later deadline holds, and it stays detached. One that ended
-        without its images is replaced. Raises ``RequestConflict`` if the fingerprints differ,
-        ``QuotaExceeded``, also if the inputs of the caller's jobs take as much as they may, and
-        ``QueueFull`` if there is no room in the queue or for the inputs.
+        one that has not ended, the later deadline holds, it stays detached, and it is no longer
+        plain, unless this is a plain job of the same server. One that ended without its images is
+        replaced. Raises ``RequestConflict`` if the fingerprints differ, ``QuotaExceeded``, also if
+        the inputs of the caller's jobs take as much as they may, and ``QueueFull`` if there is no
+        room in the queue or for the inputs.
         """
 
     async def claim(
@@ -301,7 +306,8 @@ class SharedLedger(Ledger, Protocol):
     """A ledger that several servers have open at once.
 
     A server lives while its session holds a lock and while it renews its lease with ``beat``. What
-    a dead one had is queued again, under a new epoch, so that its late ``end`` changes nothing.
+    a dead one had is queued again, under a new epoch, so that its late ``end`` changes nothing. The
+    plain jobs of its calls are cancelled, unless another server runs them.
     """
 
     @property
@@ -319,6 +325,12 @@ class SharedLedger(Ledger, Protocol):
         """At most ``most`` entries of a caller, the last accepted first.
 
         ``before``: only those with a smaller number.
+        """
+
+    async def drop(self, hold: Hold) -> bool:
+        """Delete the entry of a plain job that ended here, where its calls are.
+
+        False if it is not one any more, or not this server's under this epoch.
         """
 
     async def beat(self) -> Pulse:

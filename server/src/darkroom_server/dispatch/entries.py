@@ -75,12 +75,16 @@ class JobEntry:
     """The entry of a job, as this server last read it.
 
     ``hold`` is None until the entry is written. Each write waits for ``last``, the one before, so
-    that the end of a job never comes before its beginning.
+    that the end of a job never comes before its beginning. ``calls_at`` as of ``Entry``.
+    ``plain``: this server accepted it and runs it, and only calls here follow it, so the entry is
+    there to be counted, and is deleted at its end.
     """
 
-    def __init__(self, key: Key, hold: Hold | None = None) -> None:
+    def __init__(self, key: Key, hold: Hold | None = None, *, plain: bool = False) -> None:
         self.key = key
         self.hold = hold
+        self.plain = plain
+        self.calls_at: int | None = None
         self.last: asyncio.Task[None] | None = None
 
 
@@ -134,9 +138,10 @@ class LedgerEntries:
     def begin(self, active: ActiveJob, draft: Draft) -> "asyncio.Task[None]":
         """Write that a job was accepted; the result ends when that is durable.
 
-        It raises what ``Ledger.begin`` raises, and ``RunsElsewhere``.
+        It raises what ``Ledger.begin`` raises, and ``RunsElsewhere``. A plain job does not need the
+        ledger: while that is away, it runs all the same.
         """
-        entry = active.entry or self._attach(active, draft.key)
+        entry = active.entry or self._attach(active, JobEntry(draft.key, plain=draft.plain))
         beginning = self._write(entry, lambda: self._begin(active, entry, draft))
         if active.ended:
             self._write(entry, lambda: self._end(active, entry))
@@ -145,7 +150,8 @@ class LedgerEntries:
     def adopt(self, active: ActiveJob, held: Entry) -> None:
         """A job of the ledger is this server's now: it waits, runs, or has ended."""
         claimed = held.standing is Standing.CLAIMED
-        entry = self._attach(active, held.key, held.hold, claimed=claimed)
+        entry = self._attach(active, JobEntry(held.key, held.hold), claimed=claimed)
+        entry.calls_at = held.calls_at
         if active.assigned and not claimed:
             self._write(entry, lambda: self._claim(active, entry))
 
@@ -154,7 +160,7 @@ class LedgerEntries:
 
         Nobody waits for that: until then the ledger has it as finished.
         """
-        entry = self._attach(active, key)
+        entry = self._attach(active, JobEntry(key))
         runtime = active.model.runtime.fingerprint
         self._write(entry, lambda: self._again(entry, runtime))
 
@@ -224,12 +230,10 @@ class LedgerEntries:
 
     # What is written.
 
-    def _attach(
-        self, active: ActiveJob, key: Key, hold: Hold | None = None, *, claimed: bool = False
-    ) -> JobEntry:
-        entry = active.entry = JobEntry(key, hold)
+    def _attach(self, active: ActiveJob, entry: JobEntry, *, claimed: bool = False) -> JobEntry:
+        active.entry = entry
         if not active.ended:
-            if not active.assigned and not claimed:
+            if not (active.assigned or claimed or entry.plain):
                 active.on_assigned = lambda: self._write(entry, lambda: self._claim(active, entry))
             active.add_end_callback(lambda: self._write(entry, lambda: self._end(active, entry)))
         return entry
@@ -261,12 +265,33 @@ class LedgerEntries:
             log.error("ledger write failed", exc_info=error)
 
     async def _begin(self, active: ActiveJob, entry: JobEntry, draft: Draft) -> None:
-        begun = await self.call("begin", self._begun(draft, claimed=active.assigned))
+        try:
+            begun = await self.call("begin", self._begun(active, draft))
+        except LedgerUnreachable:
+            if not draft.plain:
+                raise
+            self._write(entry, lambda: self._begin_late(active, entry, draft))
+            return
         if not begun.new and not self._is_mine(begun.entry):
             raise RunsElsewhere(begun.entry)
-        entry.hold = begun.entry.hold
+        self._note(entry, begun.entry)
 
-    async def _begun(self, draft: Draft, *, claimed: bool) -> Begun:
+    async def _begin_late(self, active: ActiveJob, entry: JobEntry, draft: Draft) -> None:
+        """Count a plain job that began while the ledger was away, as long as it runs."""
+        while not active.ended:
+            with suppress(LedgerUnreachable):
+                begun = await self.call("begin", self._begun(active, draft))
+                if self._is_mine(begun.entry):
+                    self._note(entry, begun.entry)
+                return
+            await asyncio.sleep(RETRY_SECONDS)
+
+    def _note(self, entry: JobEntry, begun: Entry) -> None:
+        entry.hold, entry.calls_at = begun.hold, begun.calls_at
+        entry.plain = entry.plain and begun.calls_at is not None
+
+    async def _begun(self, active: ActiveJob, draft: Draft) -> Begun:
+        claimed = active.assigned or draft.plain
         begun = await self._ledger.begin(draft, claimed=claimed)
         if not begun.new and begun.entry.standing.ended and self._is_mine(begun.entry):
             # Its result was evicted here, and that is not written yet.
@@ -292,8 +317,19 @@ class LedgerEntries:
                 entry.hold = claimed[0].hold
 
     async def _end(self, active: ActiveJob, entry: JobEntry) -> None:
-        hold = entry.hold
-        if hold is None or active.outcome is None:
+        hold, shared = entry.hold, self.shared
+        if active.outcome is None:
+            return
+        if hold is None:
+            if entry.plain:
+                active.entry = None  # It is here only.
+            return
+        if (
+            entry.plain
+            and shared is not None
+            and await self._persist("drop", lambda: shared.drop(hold))
+        ):
+            active.entry = None
             return
         if active.released:
             await self._persist("release", lambda: self._ledger.release([hold]))

@@ -8,34 +8,34 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from darkroom_server.core.caller import Caller
-from darkroom_server.core.errors import (
-    Failure,
-    GenerationFailed,
-    NotReady,
-    Reason,
-    RequestConflict,
-    UnknownRequest,
-)
+from darkroom_server.core.errors import Failure, RequestConflict
 from darkroom_server.core.job import PROMPT_FIELDS, Job
-from darkroom_server.core.ledger import Draft, Entry, Hold, Key
+from darkroom_server.core.ledger import LEASE_SECONDS, Draft, Entry, Hold, Key
 from darkroom_server.dispatch.dispatcher import Dispatcher
 from darkroom_server.dispatch.entries import LedgerEntries
 from darkroom_server.dispatch.jobs.job import ActiveJob
+from darkroom_server.dispatch.withheld import WithheldJobs
 
 ENTRY_BYTES = 4096
 """Approximate size of an entry besides prompts and images."""
 
-RESTORE_RETRY_SECONDS = 2.0
-"""As long as the models load, jobs of the ledger are not known."""
+DELIVERY_SECONDS = 10.0
+"""For the server that has the call of a plain job to fetch the result: it looks each second."""
 
 
 @dataclass(slots=True)
 class _Entry:
-    """``serial``: counts the accepted jobs of the store."""
+    """``serial``: counts the accepted jobs of the store.
+
+    ``named``: its caller knows its id, so its result is kept. ``delivery``: seconds after its end
+    in which it is kept in any case, for another server has the call.
+    """
 
     active: ActiveJob
     fingerprint: bytes
     serial: int
+    named: bool = True
+    delivery: float = 0.0
     ended_at: float = math.inf
     size: int = 0
 
@@ -65,8 +65,7 @@ class ResultStore:
         self._reattach_grace = reattach_grace
         self._entries: dict[str, dict[str, _Entry]] = {}
         """By caller and request id, in the order of acceptance."""
-        self._withheld: dict[Key, Failure | None] = {}
-        """Jobs of the ledger that are not here, and why not: None while they are read from it."""
+        self._withheld = WithheldJobs(result_ttl)
         self._ranks: dict[Key, int] = {}
         """Their serial numbers."""
         self._serial = itertools.count(1)
@@ -126,15 +125,17 @@ class ResultStore:
         fingerprint: bytes,
         *,
         keep: bool = False,
+        named: bool = True,
     ) -> ActiveJob:
         """Submit ``job`` under this id; ``keep`` as in ``join``.
 
-        Raises what ``Dispatcher.submit`` raises.
+        ``named``: its caller knows the id, and its result is kept. Raises what
+        ``Dispatcher.submit`` raises.
         """
         key = Key(caller.name, request_id)
         active = self._dispatcher.submit(job, caller)
         self._remove(key)
-        self._add(key, _Entry(active, fingerprint, next(self._serial)))
+        self._add(key, _Entry(active, fingerprint, next(self._serial), named))
         if keep:
             self._keep(active)
         return active
@@ -156,16 +157,13 @@ class ResultStore:
 
         ``failure``: it cannot be, None if it will soon; those come in the order of acceptance.
         """
-        self._withheld[key] = failure
+        self._withheld.add(key, failure)
         if failure is None:
             self._ranks[key] = next(self._serial)
-        else:
-            loop = asyncio.get_running_loop()
-            loop.call_later(self._result_ttl, self._withheld.pop, key, None)
 
     def is_withheld(self, key: Key) -> bool:
         """The job is still to be restored."""
-        return key in self._withheld and self._withheld[key] is None
+        return self._withheld.is_read(key)
 
     def restore(self, active: ActiveJob, held: Entry) -> None:
         """Add a job that an earlier server accepted; ``held`` is its entry in the ledger.
@@ -173,7 +171,10 @@ class ResultStore:
         It runs, or has ended as the entry says. Those that ended come in the order of their ends.
         """
         serial = self._ranks.pop(held.key, None) or next(self._serial)
-        entry = _Entry(active, held.fingerprint, serial)
+        plain = held.calls_at is not None
+        named = not plain or bool(held.fingerprint)
+        delivery = DELIVERY_SECONDS if plain else 0.0
+        entry = _Entry(active, held.fingerprint, serial, named, delivery)
         self._drop(held.key)
         if self._ledger is not None:
             self._ledger.adopt(active, held)
@@ -183,7 +184,10 @@ class ResultStore:
         elif held.detached:
             active.reattach_grace = math.inf
         else:
-            self._keep(active)
+            if plain:
+                active.reattach_grace = LEASE_SECONDS
+            else:
+                self._keep(active)
             with active.subscribe():
                 pass  # Its callers have as long to come back as after a lost connection.
 
@@ -215,11 +219,7 @@ class ResultStore:
         key = Key(caller, request_id)
         entry = self._entry(key)
         if entry is None:
-            if key not in self._withheld:
-                raise UnknownRequest(request_id)
-            if (failure := self._withheld[key]) is not None:
-                raise GenerationFailed(failure)
-            raise _still_read(request_id)
+            raise self._withheld.why(key)
         return entry.active
 
     def page(
@@ -230,9 +230,7 @@ class ResultStore:
         ``after``: only those with a smaller number. ``unrecorded``: only those without an entry in
         the ledger. Raises ``NotReady`` while jobs of the caller are still read from there.
         """
-        for key, failure in self._withheld.items():
-            if key.caller == caller and failure is None:
-                raise _still_read(key.request_id)
+        self._withheld.check_caller(caller)
         found = (
             (entry.serial, request_id, entry.active)
             for request_id, entry in reversed(self._entries.get(caller, {}).items())
@@ -258,19 +256,27 @@ class ResultStore:
         return active
 
     def held(self) -> dict[Hold, ActiveJob]:
-        """The jobs here that have not ended, by this server's claims to them in the ledger."""
+        """The jobs here that have not ended, by this server's claims to them in the ledger.
+
+        Without those that no other server may run.
+        """
         return {
-            active.entry.hold: active
+            held.hold: active
             for entries in self._entries.values()
             for active in (entry.active for entry in entries.values())
-            if not active.ended and active.entry is not None and active.entry.hold is not None
+            if not active.ended and (held := active.entry) is not None
+            if held.hold is not None and not held.plain
         }
 
     def extend(self, held: Entry) -> None:
-        """Another server's call wants the job of this entry for longer."""
+        """Another server's call wants the job of this entry too, or for longer."""
         active = self.local(held.key)
         if active is None or active.ended:
             return
+        if held.calls_at is None:
+            self._keep(active)
+            if active.entry is not None:
+                active.entry.plain = False
         remaining = held.remaining
         self._dispatcher.join(active, None if remaining is None else time.monotonic() + remaining)
         if held.detached:
@@ -303,7 +309,7 @@ class ResultStore:
         return self._entries.get(caller, {}).get(request_id)
 
     def _add(self, key: Key, entry: _Entry) -> None:
-        self._withheld.pop(key, None)
+        self._withheld.jobs.pop(key, None)
         self._entries.setdefault(key.caller, {})[key.request_id] = entry
         entry.active.add_end_callback(lambda: self._on_end(key, entry))
 
@@ -321,8 +327,21 @@ class ResultStore:
             self._dispatcher.cancel(active.job.id)
 
     def _on_end(self, key: Key, entry: _Entry) -> None:
-        if self._entry(key) is entry:
+        if self._entry(key) is entry and not (entry.named or entry.delivery):
+            self._drop(key)
+        elif entry.delivery:
+            loop = asyncio.get_running_loop()
+            loop.call_later(entry.delivery, self._delivered, key, entry)
+        else:
+            self._delivered(key, entry)
+
+    def _delivered(self, key: Key, entry: _Entry) -> None:
+        if self._entry(key) is not entry:
+            return
+        if entry.named:
             self._keep_result(key, entry, time.monotonic())
+        else:
+            self._remove(key)
 
     def _keep_result(self, key: Key, entry: _Entry, ended_at: float) -> None:
         job = entry.active.job
@@ -376,12 +395,3 @@ class ResultStore:
             oldest = next(iter(self._ended.values()))
             loop = asyncio.get_running_loop()
             self._timer = loop.call_at(oldest.ended_at + self._result_ttl, self._evict_expired)
-
-
-def _still_read(request_id: str) -> NotReady:
-    return NotReady(
-        f"this server has just started, and generation {request_id!r} is not read from the ledger "
-        f"yet; try again in {RESTORE_RETRY_SECONDS:.0f} s",
-        Reason.MODEL_LOADING,
-        RESTORE_RETRY_SECONDS,
-    )

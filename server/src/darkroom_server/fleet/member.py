@@ -99,6 +99,7 @@ class FleetMember:
             durability,
             peers,
             self._again,
+            self._cancel_anywhere,
             reattach_grace=reattach_grace,
         )
         self._announcement = Announcement(address="", key="")
@@ -153,6 +154,21 @@ class FleetMember:
         if entry.standing.ended:
             return False
         return await self._at_owner(entry, self._peers.cancel)
+
+    async def _cancel_anywhere(self, key: Key) -> None:
+        """Cancel a job that no call here follows, wherever it is; ignored if it has ended."""
+        while True:
+            try:
+                if (local := await self._results.agreed(key)) is None:
+                    await self.cancel(key)
+                elif not local.subscribers:
+                    self._results.cancel(*key)
+            except UnknownRequest:
+                pass
+            except NotReady:
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            return
 
     async def generation(self, key: Key) -> Generation:
         """As ``Fleet.generation``."""
@@ -287,7 +303,11 @@ class FleetMember:
                 log.warning("job is another server's by now", job=hold.key.request_id)
                 self._results.hand_over(hold.key, active)
         for hold, entry in mine.items():
-            if hold not in held and self._results.local(entry.key) is None:
+            if hold in held or self._results.local(entry.key) is not None:
+                continue
+            if entry.calls_at == self._ledger.id and not self._mirrors.follows(entry.key):
+                await self._entries.call("drop", self._ledger.drop(hold))
+            else:
                 await self._take_up(entry)
 
     # Work.

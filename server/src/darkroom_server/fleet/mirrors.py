@@ -42,8 +42,9 @@ class Mirrors:
 
     A *mirror* is a job that no engine here has: it repeats what happens to the real one. It ends
     with that one, or when no call follows it for ``reattach_grace`` seconds; a job that still waits
-    then is cancelled, as it would be here, unless it is detached. ``again`` runs a finished job
-    here whose images are gone with its server; False if another server does.
+    then is cancelled, as it would be here, unless it is detached. A plain job is cancelled at once,
+    by ``cancel``, wherever it is. ``again`` runs a finished job here whose images are gone with its
+    server; False if another server does.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Mirrors:
         durability: Durability,
         peers: Peers,
         again: Callable[[Entry], Awaitable[bool]],
+        cancel: Callable[[Key], Awaitable[None]],
         *,
         reattach_grace: float,
     ) -> None:
@@ -63,6 +65,7 @@ class Mirrors:
         self._durability = durability
         self._peers = peers
         self._again = again
+        self._cancel = cancel
         self._reattach_grace = reattach_grace
         self._mirrors: dict[Key, ActiveJob] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
@@ -73,16 +76,23 @@ class Mirrors:
         """The mirror of an entry's job."""
         key = entry.key
         mirror = await self._durability.active_of(entry)
+        plain = entry.calls_at == self._ledger.id
+        grace = 0.0 if entry.detached or plain else self._reattach_grace
         if (known := self._mirrors.get(key)) is not None and not known.ended:
+            known.reattach_grace = max(known.reattach_grace, grace)
             return known
         mirror.entry = JobEntry(key)
-        mirror.reattach_grace = 0.0 if entry.detached else self._reattach_grace
-        mirror.on_unsubscribed = lambda _: self._forget(key, mirror)
+        mirror.reattach_grace = grace
+        mirror.on_unsubscribed = lambda _: self._forget(entry, mirror)
         self._mirrors[key] = mirror
         self._woken[key] = asyncio.Event()
         task = self._tasks[key] = asyncio.create_task(self._repeat(key, mirror))
         task.add_done_callback(lambda done: self._on_done(key, done))
         return mirror
+
+    def follows(self, key: Key) -> bool:
+        """Whether a call of this server follows the job."""
+        return key in self._mirrors
 
     def wake(self, key: Key) -> None:
         """Something happened to this job: look now."""
@@ -104,12 +114,12 @@ class Mirrors:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("following a job failed", job=key.request_id, exc_info=error)
 
-    def _forget(self, key: Key, mirror: ActiveJob) -> None:
+    def _forget(self, entry: Entry, mirror: ActiveJob) -> None:
         """No call of this server follows the job any more."""
-        if self._mirrors.get(key) is mirror:
-            self._remove(key).cancel()
-            if mirror.reattach_grace:
-                ending = asyncio.create_task(self._cancel_queued(key))
+        if self._mirrors.get(entry.key) is mirror:
+            self._remove(entry.key).cancel()
+            if not entry.detached:
+                ending = asyncio.create_task(self._leave(entry))
                 self._endings.add(ending)
                 ending.add_done_callback(self._endings.discard)
 
@@ -117,11 +127,21 @@ class Mirrors:
         del self._mirrors[key], self._woken[key]
         return self._tasks.pop(key)
 
-    async def _cancel_queued(self, key: Key) -> None:
+    async def _leave(self, then: Entry) -> None:
+        """Cancel a job that still waits, or a plain one of a call of this server.
+
+        ``then``: its entry when calls here began to follow it. Calls of another server may have
+        joined them.
+        """
+        key = then.key
         try:
-            entry = await self._entries.find(key)
-            if entry is not None and not entry.detached:
+            now = await self._entries.find(key)
+            if now is None or now.detached or self.follows(key) or now.calls_at != then.calls_at:
+                return
+            if now.calls_at is None:
                 await self._entries.call("cancel", self._ledger.cancel(key))
+            elif now.calls_at == self._ledger.id:
+                await self._cancel(key)
         except LedgerUnreachable:
             log.warning("a job that nobody waits for stays queued", job=key.request_id)
 

@@ -7,10 +7,11 @@ from darkroom_server.core.ledger import Draft, Entry, Key, Standing
 from darkroom_server.ledger.rules import failure_of
 
 
-def entry_of(row: Any, now: float, needs: Iterable[str]) -> Entry:
+def entry_of(row: Any, now: float, needs: Iterable[str], *, calls_at: int | None = None) -> Entry:
     """A row of ``jobs`` as an entry; ``now``: when it was read, by the clock of its times.
 
-    ``needs``: those of the row, which databases store in different ways.
+    ``needs``: those of the row, which databases store in different ways. ``calls_at``: its own, in
+    a ledger that is shared.
     """
     return Entry(
         key=Key(row["caller"], row["request_id"]),
@@ -31,6 +32,7 @@ def entry_of(row: Any, now: float, needs: Iterable[str]) -> Entry:
         failure=failure_of(row["failure"]),
         runtime=row["runtime"],
         needs=frozenset(needs),
+        calls_at=calls_at,
     )
 
 

@@ -15,6 +15,7 @@ from darkroom_server.core.errors import (
     GenerationFailed,
     JobCancelled,
     LedgerUnreachable,
+    NotReady,
     Reason,
     UnknownRequest,
     UploadNotFound,
@@ -84,11 +85,12 @@ class Durability:
         files: Mapping[str, bytes],
         *,
         detached: bool,
+        plain: bool,
     ) -> Draft:
         """What the ledger stores of ``active``, which ``request`` asked for.
 
-        ``files``: those of its pictures by digest. Unless the ledger is shared, the caller's quota
-        is counted by the dispatcher.
+        ``files``: those of its pictures by digest. ``plain`` as of ``Draft``. Unless the ledger is
+        shared, the caller's quota is counted by the dispatcher.
         """
         job, caller = active.job, call.caller
         stored = StoredRequest(
@@ -110,6 +112,7 @@ class Durability:
             age=time.monotonic() - job.submitted_at,
             deadline=None if job.deadline is None else job.deadline - job.submitted_at,
             detached=detached,
+            plain=plain,
             max_live=caller.max_jobs if self.shared else None,
             max_queued=self._dispatcher.max_queued_jobs if self.shared else None,
             runtime=active.model.runtime.fingerprint if job.exact else None,
@@ -290,6 +293,8 @@ def error_of(entry: Entry) -> DarkroomError:
     """Why the job of an entry ended without its images."""
     failure = entry.failure or Failure(Reason.INTERNAL, "the reason is not known")
     match entry.standing:
+        case Standing.CANCELLED if failure.reason is Reason.DRAINING:
+            return NotReady(failure.message, Reason.DRAINING, RETRY_SECONDS)
         case Standing.CANCELLED:
             message = failure.message if entry.failure else "the generation was cancelled"
             return JobCancelled(message)

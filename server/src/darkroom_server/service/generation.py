@@ -5,7 +5,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from darkroom_server.core.errors import InvalidRequest, UnknownRequest, Violation
+from darkroom_server.core.errors import (
+    InvalidRequest,
+    LedgerUnreachable,
+    UnknownRequest,
+    Violation,
+)
 from darkroom_server.core.job import Job
 from darkroom_server.core.ledger import Key
 from darkroom_server.core.model import ModelInfo
@@ -21,7 +26,7 @@ from darkroom_server.dispatch import (
 from darkroom_server.service.call_context import REQUEST_ID, CallContext
 from darkroom_server.service.detached import DetachedJobs
 from darkroom_server.service.durability import Durability
-from darkroom_server.service.fleet import Fleet
+from darkroom_server.service.fleet import Fleet, WaitingJobs
 from darkroom_server.service.idempotency import check_request_id, fingerprint
 from darkroom_server.service.input_fields import check_adapters
 from darkroom_server.service.inputs import InputLoader
@@ -47,8 +52,9 @@ class GenerationService:
     """Validates requests, submits or joins their jobs, and records one summary for each call.
 
     ``observers`` receive the summaries. A job that must outlive its call has an entry in the ledger
-    of ``entries``, with its request as ``codec`` stores it, before its caller gets an answer. All
-    methods belong to the dispatcher's event loop.
+    of ``entries``, with its request as ``codec`` stores it, before its caller gets an answer. In a
+    fleet, so has any job that waits for room or whose caller has a quota. All methods belong to the
+    dispatcher's event loop.
     """
 
     def __init__(
@@ -73,10 +79,12 @@ class GenerationService:
         self.durability = Durability(entries, codec, dispatcher, results, inputs, self._detached)
         self._keeps_jobs = self.durability.durable
         self._fleet: Fleet | None = None
+        self._waiting: WaitingJobs | None = None
 
     def share(self, fleet: Fleet) -> None:
         """Answer for the jobs of other servers too, from now on."""
         self._fleet = fleet
+        self._waiting = WaitingJobs(fleet, self._entries)
         self.durability.shared = True
 
     async def resolve(self, asked: str) -> str:
@@ -140,19 +148,29 @@ class GenerationService:
                     active = self._join(request, call, request_id, digest, deadline)
         joined = active is not None
         durable = detached or (self._keeps_jobs and idempotent and request.keep)
+        # Counted over the fleet; else as long as there is room, a plain job stays off the ledger.
+        recorded = durable or (self._fleet is not None and call.caller.max_jobs is not None)
         if active is None:
             if reply_limit is not None:
                 reply_limit.check(job)
             summary.images, summary.steps = job.image_count, job.steps
-            if self._fleet is not None and durable and not self._dispatcher.has_room(job, model):
-                return await self._queue(
-                    job, request, call, summary, digest, files, detached=detached
+            if self._waiting is not None and not self._dispatcher.has_room(job, model):
+                queued = await self._queue(
+                    job, request, call, digest, files, detached=detached, plain=not durable
                 )
-            if idempotent:
+                if queued is not None:
+                    summary.accepted(queued[0])
+                    return queued
+                recorded = False
+                if idempotent:  # As above.
+                    active = self._join(request, call, request_id, digest, deadline)
+                    joined = active is not None
+            if active is None and (idempotent or recorded):
+                keep = idempotent and request.keep
                 active = self._results.submit(
-                    job, call.caller, request_id, digest, keep=request.keep
+                    job, call.caller, request_id, digest, keep=keep, named=idempotent
                 )
-            else:
+            elif active is None:
                 active = self._dispatcher.submit(job, call.caller)
         elif active.images_lost:
             key = Key(call.caller.name, request_id)
@@ -160,8 +178,17 @@ class GenerationService:
         summary.accepted(active)
         if detached:
             self._results.detach(active)
-        if durable:
-            self._record(request, call, active, digest, files, detached=detached, joined=joined)
+        if durable or (_is_of_another_server(active) if joined else recorded):
+            self._record(
+                request,
+                call,
+                active,
+                digest,
+                files,
+                detached=detached,
+                plain=not durable,
+                joined=joined,
+            )
         if active.recording is not None:
             try:
                 await _recorded(active, active.recording)
@@ -179,22 +206,28 @@ class GenerationService:
         job: Job,
         request: GenerationRequest,
         call: CallContext,
-        summary: RequestSummary,
         digest: bytes,
         files: dict[str, bytes],
         *,
         detached: bool,
-    ) -> tuple[ActiveJob, bool]:
-        """Accept a job that no engine here takes at once: the first server with room runs it."""
-        assert self._fleet is not None
+        plain: bool,
+    ) -> tuple[ActiveJob, bool] | None:
+        """Accept a job that no engine here takes at once: the first server with room runs it.
+
+        None if the ledger is away and the job is ``plain``: it waits here, as without a fleet.
+        """
+        assert self._waiting is not None
         active = self._dispatcher.check(job, call.caller)
         key = Key(call.caller.name, request_id_of(request, call))
-        draft = self.durability.draft(request, call, key, active, digest, files, detached=detached)
-        begun = await self._entries.queue(draft)
-        if not (begun.new and detached):
-            active = await self._fleet.follow(begun.entry)
-        summary.accepted(active)
-        return active, not begun.new
+        draft = self.durability.draft(
+            request, call, key, active, digest, files, detached=detached, plain=plain
+        )
+        try:
+            return await self._waiting.put(active, draft)
+        except LedgerUnreachable:
+            if not plain:
+                raise
+            return None
 
     def _record(
         self,
@@ -205,17 +238,20 @@ class GenerationService:
         files: dict[str, bytes],
         *,
         detached: bool,
+        plain: bool,
         joined: bool,
     ) -> None:
         """Write the job into the ledger, or what this call changes of its entry."""
         if active.entry is not None and active.ended:
             return
-        if not self._keeps_jobs:
+        if plain or not self._keeps_jobs:
             files = {}  # Nobody takes the job up after this server.
-        elif joined and active.entry is None:
+        elif joined and (active.entry is None or active.entry.plain):
             files = self._inputs.files(request, call.caller)
         key = Key(call.caller.name, request_id_of(request, call))
-        draft = self.durability.draft(request, call, key, active, digest, files, detached=detached)
+        draft = self.durability.draft(
+            request, call, key, active, digest, files, detached=detached, plain=plain
+        )
         self._results.record(active, draft, joined=joined)
 
     def _join(
@@ -328,6 +364,11 @@ class GenerationService:
         known = self._dispatcher.availability.adapters
         if violations := check_adapters(inputs, model, known):
             raise InvalidRequest(violations)
+
+
+def _is_of_another_server(active: ActiveJob) -> bool:
+    """Whether a job here is plain, and only calls of another server were known to follow it."""
+    return active.entry is not None and not active.entry.plain and active.entry.calls_at is not None
 
 
 def request_id_of(request: GenerationRequest, call: CallContext) -> str:

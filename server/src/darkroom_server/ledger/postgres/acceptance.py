@@ -20,22 +20,23 @@ QUOTA_LOCK = 0x4453
 
 INSERT = """
     INSERT INTO jobs (caller, request_id, fingerprint, record, model, counted_as, detached, goal,
-        accepted_at, queued_at, deadline, state, owner, epoch, runtime, needs)
+        accepted_at, queued_at, deadline, state, owner, epoch, runtime, needs, calls_at)
     SELECT $1::text, $2::text, $3::bytea, $4::bytea, $5::text, $6::text, $7::boolean,
         greatest(at + $8::float8, {now} - {latest}), at, at + $13::float8, at + $9::float8,
-        $10::smallint, $11::bigint, $12::int, $14::text, $15::text[]
+        $10::smallint, $11::bigint, $12::int, $14::text, $15::text[], $16::bigint
     FROM (SELECT {now} - $13::float8 AS at) AS accepted
     ON CONFLICT (caller, request_id) DO NOTHING RETURNING {columns}
 """
 
 NOTIFY = """
-    (SELECT pg_notify($16, '')
-        WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE state = 0 AND goal >= $17))
+    (SELECT pg_notify($17, '')
+        WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE state = 0 AND goal >= $18))
 """
 """Does not see the row that the statement inserts."""
 
 EXTEND = """
     UPDATE jobs SET detached = detached OR $3, extended = extended OR (state = 1 AND owner <> $4),
+        calls_at = CASE WHEN $5 AND calls_at = $4 THEN calls_at END,
         deadline = CASE WHEN deadline IS NOT NULL AND $2::float8 IS NOT NULL
             THEN greatest(deadline, {now} + $2::float8) END
     WHERE id = $1 RETURNING {columns}
@@ -73,7 +74,12 @@ async def accept(
                 if old["fingerprint"] != draft.fingerprint:
                     raise RequestConflict(draft.key.request_id)
                 if old["state"] < Standing.FINISHED:
+                    was_plain = old["calls_at"] is not None
                     old = await _extend(db, old["id"], draft, me, now())
+                    if was_plain and old["calls_at"] is None and draft.inputs:
+                        # From now on any server may have to run it.
+                        await make_room(db, draft, limits)
+                        await add_inputs(db, old["id"], draft)
                 if old["state"] <= Standing.FINISHED:
                     return Begun(entry_of(old), new=False)
             await _check(db, draft, claimed, front)
@@ -109,7 +115,7 @@ async def _extend(db: asyncpg.Connection, job: int, draft: Draft, me: int, now: 
     """Give a job the later deadline of two; its owner reads that with its next beat."""
     seconds = None if draft.deadline is None else draft.deadline - draft.age
     statement = EXTEND.format(now=now, columns=columns(now))
-    return await db.fetchrow(statement, job, seconds, draft.detached, me)
+    return await db.fetchrow(statement, job, seconds, draft.detached, me, draft.plain)
 
 
 async def _insert(
@@ -139,5 +145,6 @@ async def _insert(
         draft.age,
         runtime_of(draft, claimed=claimed),
         sorted(draft.needs),
+        me if draft.plain else None,
         *(() if claimed else (CHANNEL, front)),
     )

@@ -296,6 +296,19 @@ class PostgresLedger:
         )
         return [Listed(row["id"], entry_of(row)) for row in rows]
 
+    async def drop(self, hold: Hold) -> bool:
+        """As ``SharedLedger.drop``."""
+        dropped = await self._fetch(
+            f"DELETE FROM jobs WHERE {KEY} AND epoch = $3 AND state = 1 AND owner = $4 "
+            "AND calls_at = $4 RETURNING id",
+            *hold.key,
+            hold.epoch,
+            self.id,
+        )
+        if dropped:
+            self._changes.publish(hold.key)
+        return bool(dropped)
+
     async def beat(self) -> Pulse:
         """As ``SharedLedger.beat``."""
         session = self._session

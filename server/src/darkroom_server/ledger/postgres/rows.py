@@ -18,4 +18,4 @@ def columns(now: str) -> str:
 
 def entry_of(row: Any) -> Entry:
     """A row with ``columns`` as an entry."""
-    return rows.entry_of(row, row["read_at"], row["needs"])
+    return rows.entry_of(row, row["read_at"], row["needs"], calls_at=row["calls_at"])

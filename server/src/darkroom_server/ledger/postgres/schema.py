@@ -86,6 +86,9 @@ MIGRATIONS = (
     ALTER TABLE jobs ADD COLUMN needs text[] NOT NULL DEFAULT '{}';
     ALTER TABLE servers ADD COLUMN offers text[];
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN calls_at bigint;
+    """,
 )
 """What makes each version of the schema from the one before; never change one that was released.
 

@@ -44,6 +44,14 @@ UNOWNED = """
 """
 """Queues what dead servers had; and what one claimed that did not know yet that it was reaped."""
 
+UNCALLED = """
+    SELECT id FROM jobs WHERE calls_at IS NOT NULL AND state = 0 AND goal >= $3
+        AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = jobs.calls_at)
+    UNION ALL SELECT id FROM jobs WHERE calls_at IS NOT NULL AND state = 1
+        AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id IN (jobs.calls_at, jobs.owner))
+"""
+"""Plain jobs whose calls ended with their server. What another server runs, that one cancels."""
+
 VOLUNTEERS = 4
 """About as many servers do what one of them must: at each beat look for dead servers and expired
 jobs, and claim at once what a notification is about. The others come with their next beat."""
@@ -135,6 +143,10 @@ class Session:
         if not dead and time.monotonic() < self._swept_at + SWEEP_SECONDS * self._servers:
             return 0
         self._swept_at = time.monotonic()
+        gone = Failure(
+            Reason.DRAINING, "the server that had the call is gone; send the request again"
+        )
+        await self._end(UNCALLED, Standing.CANCELLED, gone, self.front.goal)
         queued = await connection.fetch(self._sql(UNOWNED))
         if queued:
             first = min(row["goal"] for row in queued)
@@ -144,14 +156,8 @@ class Session:
 
     async def expire(self) -> None:
         """End queued jobs whose deadline passed, and those that no server can run."""
-        connection = self._connection
-        ended = await connection.fetch(
-            self._sql(ENDED, which=LATE_JOBS.format(front=4, most=3, at="(SELECT {now})")),
-            Standing.EXPIRED,
-            failure_text(LATE),
-            EXPIRED_AT_ONCE,
-            self.front.goal,
-        )
+        late = LATE_JOBS.format(front=4, most=3, at="(SELECT {now})")
+        await self._end(late, Standing.EXPIRED, LATE, EXPIRED_AT_ONCE, self.front.goal)
         unserved = Failure(
             Reason.MODEL_GONE,
             f"for {UNSERVED_SECONDS:.0f} s no server could run it: none has its model with what "
@@ -159,18 +165,24 @@ class Session:
             "device, dtype, layout and library versions with which it began; send the request "
             "again",
         )
-        ended += await connection.fetch(
-            self._sql(ENDED, which=UNSERVED),
+        await self._end(
+            UNSERVED,
             Standing.FAILED,
-            failure_text(unserved),
+            unserved,
             EXPIRED_AT_ONCE,
             UNSERVED_SECONDS,
             self.front.goal,
         )
+        await collect(self._connection)
+
+    async def _end(self, which: str, standing: Standing, failure: Failure, *values: float) -> None:
+        """End the jobs that ``which`` selects, a statement with ``values`` from $3 on."""
+        ended = await self._connection.fetch(
+            self._sql(ENDED, which=which), standing, failure_text(failure), *values
+        )
         if ended:
             jobs = [row["id"] for row in ended]
-            await connection.execute("DELETE FROM job_inputs WHERE job = ANY ($1)", jobs)
-        await collect(connection)
+            await self._connection.execute("DELETE FROM job_inputs WHERE job = ANY ($1)", jobs)
 
     async def look(self) -> tuple[int, frozenset[int]]:
         """How many entries wait, and which servers there are."""
