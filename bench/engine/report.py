@@ -24,7 +24,7 @@ def pooled(results: Results, scenario: str) -> dict[str, list[Run]]:
 
 
 def images_per_second(runs: Sequence[Run]) -> float:
-    """Images/s of closed loops, while every caller is busy."""
+    """Images/s of closed loops, while every caller is busy and has had an answer."""
     return sum(run.images_while_busy for run in runs) / sum(run.busy_seconds for run in runs)
 
 

@@ -177,7 +177,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     if options.full:
         defaults = {"rounds": 3, "closed": 160, "arrivals": 200, "pairs": 20}
     if options.smoke:
-        defaults = {"rounds": 1, "closed": 16, "arrivals": 12, "pairs": 2}
+        defaults = {"rounds": 1, "closed": 24, "arrivals": 12, "pairs": 2}
     amounts = {
         name: defaults[name] if getattr(options, name) is None else getattr(options, name)
         for name in defaults

@@ -41,16 +41,32 @@ class Run:
         return max(each.arrival + each.latency for each in self.answers)
 
     @property
+    def busy_from(self) -> float:
+        """When every caller of a closed loop has had an answer; 0 for other runs and short ones.
+
+        The speed of static batches would be too high from the start on: the last request is sent
+        when a batch ends, and then they have nothing half done, as others have.
+        """
+        first = sorted(self.answers, key=lambda each: each.arrival)[: self.callers or 0]
+        answered = max((each.arrival + each.latency for each in first), default=0.0)
+        return answered if answered < self._last_request else 0.0
+
+    @property
     def busy_seconds(self) -> float:
-        """Until the last request was sent: until then every caller of a closed loop is busy."""
-        return max(each.arrival for each in self.answers)
+        """From then until the last request is sent: every caller of a closed loop is busy."""
+        return self._last_request - self.busy_from
 
     @property
     def images_while_busy(self) -> int:
-        """Images that were ready by then, including those that triggered the last request."""
+        """Images that got ready in that time, including those that triggered the last request."""
         # Its moment equals that of the last request, except for the digits that are not saved.
-        end = self.busy_seconds + 1e-4
-        return sum(e.images for e in self.answers if e.arrival + e.latency <= end)
+        end = self._last_request + 1e-4
+        ready = [(each.arrival + each.latency, each.images) for each in self.answers]
+        return sum(images for moment, images in ready if self.busy_from < moment <= end)
+
+    @property
+    def _last_request(self) -> float:
+        return max(each.arrival for each in self.answers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,10 +70,39 @@ def test_results_come_back_as_they_were_saved(tmp_path: Path) -> None:
 
 def test_the_images_of_an_answer_are_saved(tmp_path: Path) -> None:
     whole = RESULTS.runs[0]
-    several = replace(whole, answers=[replace(whole.answers[0], images=4), *whole.answers[1:]])
-    again = load(save(replace(RESULTS, runs=[several]), tmp_path)).runs[0]
-    assert [each.images for each in again.answers[:2]] == [4, 1]
+    several = [replace(e, images=4 if e.index == 100 else 1) for e in whole.answers]
+    runs = [replace(whole, answers=several)]
+    again = load(save(replace(RESULTS, runs=runs), tmp_path)).runs[0]
+    assert [each.images for each in again.answers[99:102]] == [1, 4, 1]
     assert again.images_while_busy == whole.images_while_busy + 3
+
+
+def closed_loop(first: Sequence[float], seconds: float) -> Run:
+    """Callers whose ``first`` requests take so long, and all later ones ``seconds``."""
+    answers: list[Answer] = []
+    for latency in first:
+        arrival = 0.0
+        for wait in [latency, *[seconds] * 4]:
+            answers.append(Answer(len(answers), 8, arrival, wait))
+            arrival += wait
+    return replace(RESULTS.runs[0], answers=answers, callers=len(first))
+
+
+def test_static_batches_and_requests_that_end_one_by_one_are_measured_alike() -> None:
+    """Both make four images a second; counted from the start, static batches seem faster."""
+    static = closed_loop([2.0] * 8, 2.0)
+    one_by_one = closed_loop([2.0 + 0.25 * caller for caller in range(8)], 2.0)
+    found = [run.images_while_busy / run.busy_seconds for run in (static, one_by_one)]
+    assert found == pytest.approx([4.0, 4.0])
+    ends = [max(each.arrival for each in run.answers) for run in (static, one_by_one)]
+    assert [32 / end for end in ends] == pytest.approx([4.0, 3.28], abs=0.01)
+
+
+def test_a_short_closed_loop_is_measured_from_its_start() -> None:
+    short = closed_loop([2.0] * 8, 2.0)
+    short = replace(short, answers=[each for each in short.answers if each.arrival < 4.0])
+    assert short.busy_from == 0.0
+    assert (short.images_while_busy, short.busy_seconds) == (8, 2.0)
 
 
 def test_the_newest_results_are_found(tmp_path: Path) -> None:

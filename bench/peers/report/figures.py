@@ -97,7 +97,7 @@ def images(runs: Sequence[Run]) -> list[Answer]:
 
 
 def images_per_second(run: Run) -> float:
-    """Images/s of a closed loop, while every caller is busy."""
+    """Images/s of a closed loop, while every caller is busy and has had an answer."""
     return run.images_while_busy / run.busy_seconds
 
 
