@@ -72,6 +72,17 @@ class InOrderOfArrival(SwapPolicy):
         return make_room(wanted.bytes, budget, residents, kept, lambda each: each.last_used)
 
 
+class EveryModel(set[str]):
+    """All models, whatever their ids."""
+
+    def __contains__(self, model: object) -> bool:
+        return True
+
+    def issuperset(self, models: Iterable[object]) -> bool:
+        """Always."""
+        return True
+
+
 class NobodyOvertakes(EnginePool):
     """Jobs enter the engines in their order: one whose model is not there holds up the others."""
 
@@ -83,9 +94,10 @@ class NobodyOvertakes(EnginePool):
     @models_wanted.setter
     def models_wanted(self, _: bool) -> None: ...
 
-    def holds(self, model: str) -> bool:
-        """As if it were there: then no job behind it is tried."""
-        return True
+    @property
+    def held(self) -> set[str]:
+        """As if all were there: then no job behind one whose model is not there is tried."""
+        return EveryModel()
 
 
 class FirstCome(Dispatcher):
