@@ -12,6 +12,7 @@ from bench.micro import (
     memory,
     metrics_cost,
     spinning,
+    submit,
     suspension,
     vae_layout,
 )
@@ -23,6 +24,7 @@ BENCHMARKS = tuple(
         boundary,
         lifecycle,
         metrics_cost,
+        submit,
         exactness,
         memory,
         suspension,

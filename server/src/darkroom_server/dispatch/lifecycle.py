@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from darkroom_server.core.errors import DarkroomError, Reason
@@ -71,7 +71,7 @@ class JobLifecycle:
         self.counts.accepted += 1
         self.idle.clear()
         if active.estimate is not None:
-            self.backlog.finish_at = active.estimate.model_finish_at
+            self.backlog.finish_at = self._with_others(active.estimate.model_finish_at)
         if self._refresh is None:
             self._refresh_later(REFRESH_SECONDS)
         self._registry.enqueue(active)
@@ -298,6 +298,16 @@ class JobLifecycle:
             if self._refresh is not None:
                 self._refresh.cancel()
                 self._refresh = None
+
+    def _with_others(self, finish_at: Mapping[str, float]) -> Mapping[str, float]:
+        """An estimate of the backlog that may be that of one engine, and of the others the last."""
+        if len(self._pool.engines) == 1:
+            return finish_at
+        last = self.backlog.finish_at
+        return {
+            model: max(finish_at.get(model, 0.0), last.get(model, 0.0))
+            for model in finish_at.keys() | last.keys()
+        }
 
     def _refresh_later(self, seconds: float) -> None:
         self._refresh = asyncio.get_running_loop().call_later(seconds, self._refresh_backlog)

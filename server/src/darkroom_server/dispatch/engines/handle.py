@@ -12,7 +12,12 @@ from darkroom_server.core.model_events import ModelLoad, ModelUnloaded
 from darkroom_server.core.residency import largest_batch_bytes, resident_bytes, sharing
 from darkroom_server.dispatch.adapters import AdapterKey
 from darkroom_server.dispatch.estimation.batch_times import BatchTimeModel, Group
-from darkroom_server.dispatch.estimation.remaining_work import RemainingWorkCache, remaining_work
+from darkroom_server.dispatch.estimation.processor_sharing import finish_seconds
+from darkroom_server.dispatch.estimation.remaining_work import (
+    RemainingWork,
+    RemainingWorkCache,
+    remaining_work,
+)
 from darkroom_server.dispatch.estimation.simulation import Load
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
 from darkroom_server.dispatch.models.residency import NOTHING, held_bytes
@@ -125,8 +130,9 @@ class EngineHandle:
             return True
         if any(active.crashes for active in self.jobs.values()):
             return False
-        needed, held = self._bytes_of(new), self.held_bytes
-        return not (needed and held) or held + needed <= resident_bytes(self.models.values())
+        needed = self._bytes_of(new)
+        held = self.held_bytes if needed else 0
+        return not held or held + needed <= resident_bytes(self.models.values())
 
     def admits(self, new: ActiveJob) -> bool:
         """Whether ``new`` shares a model with a job here, or is more urgent than all of them.
@@ -134,9 +140,9 @@ class EngineHandle:
         Models share no batches: if two take turns, both take longer, and the first one ends no
         sooner than alone. A short job still need not wait for a long one.
         """
-        works = self._cache.get(self.jobs.values())
-        if any(work.group.model == new.job.model for work in works):
+        if any(active.job.model == new.job.model for active in self.jobs.values()):
             return True
+        works = self._cache.get(self.jobs.values())
         work = remaining_work(new)
         goal = work.goal(sum(work.calls))
         return all(goal < each.goal(sum(each.calls)) for each in works)
@@ -186,6 +192,15 @@ class EngineHandle:
             jobs=works,
             resident_bytes=resident_bytes(self.models.values()),
         )
+
+    def finish_seconds(self, new: RemainingWork) -> tuple[float, int]:
+        """About when it would finish ``new``, and the denoiser calls of its jobs.
+
+        For comparisons: if two finish it at the same time, the one that is empty sooner is better.
+        """
+        works = self._cache.get(self.jobs.values())
+        seconds = finish_seconds(new, works, self.batch_times, self._max_rows)
+        return seconds, sum(sum(work.calls) for work in works)
 
     def drain_seconds(self) -> dict[str, float]:
         """Seconds until the jobs of each model have ended if no others follow.

@@ -1,7 +1,6 @@
 """The engine pool: starts engines, restarts those that die, and chooses one for each job."""
 
 import asyncio
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from darkroom_server.core.exhaustion import is_exhaustion
 from darkroom_server.dispatch.engines.free_rows import FreeRows
 from darkroom_server.dispatch.engines.handle import Death, EngineHandle
 from darkroom_server.dispatch.estimation.remaining_work import remaining_work
-from darkroom_server.dispatch.estimation.simulation import simulate_queue
 from darkroom_server.dispatch.jobs.job import CRASH_SUSPECT, ActiveJob
 from darkroom_server.dispatch.observer import EngineRestarted, EngineRetired, Observer
 
@@ -107,25 +105,23 @@ class EnginePool:
     def choose(self, active: ActiveJob) -> EngineHandle | None:
         """The engine that would finish a job first, None if none has room.
 
-        A job that may have killed an engine gets an empty one.
+        Of a job that enters at once its estimate says which. A job that may have killed an engine
+        gets an empty one.
         """
+        most, estimate = self.max_resident_samples, active.estimate
         if active.crashes:
             model = active.job.model
             able = [each for each in self.engines if each.holds(model) and not each.jobs]
         else:
-            most = self.max_resident_samples
+            if estimate is not None and estimate.engine is not None:
+                chosen = self.engines[estimate.engine]
+                if chosen.has_room(most, active):
+                    return chosen
             able = [engine for engine in self.engines if engine.has_room(most, active)]
         if len(able) < 2:
             return able[0] if able else None
         work = remaining_work(active)
-
-        def finish(engine: EngineHandle) -> tuple[float, int]:
-            load = engine.load()
-            forecast = simulate_queue([load], [work], sys.maxsize)
-            # If two finish it at the same time, the one that is empty sooner.
-            return forecast.finishes.get(work.id, 0.0), sum(sum(job.calls) for job in load.jobs)
-
-        return min(able, key=finish)
+        return min(able, key=lambda engine: engine.finish_seconds(work))
 
     def handle_death(
         self, engine: EngineHandle, died: EngineDied, *, by_load: bool = False

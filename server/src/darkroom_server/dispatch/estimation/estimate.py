@@ -11,7 +11,8 @@ class Estimate:
     ``made_at`` is in ``time.monotonic`` seconds, as ``start_at`` and ``finish_at`` are.
     ``simulated`` is the total as simulated, before the calibration corrected it. ``optimistic``:
     the total if everything goes as well as it does at times. ``model_finish_at``: when all jobs
-    of each model have finished, this one and those that were here before it.
+    of each model have finished, this one and those that were here before it; of several engines,
+    only those of ``engine``: the index of the one that the job enters at once, None if it waits.
     """
 
     made_at: float
@@ -20,6 +21,7 @@ class Estimate:
     simulated: float
     optimistic: float
     model_finish_at: Mapping[str, float] = field(default_factory=dict)
+    engine: int | None = None
 
     @property
     def total(self) -> float:

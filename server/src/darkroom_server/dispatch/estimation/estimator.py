@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from darkroom_server.core.errors import DeadlineUnreachable
+from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.estimation.batch_times import Group
 from darkroom_server.dispatch.estimation.calibration import Calibration
@@ -72,7 +73,13 @@ class Estimator:
     def estimate(self, active: ActiveJob) -> Estimate | None:
         """For a job that is here or would come now; None while too little is known."""
         now = time.monotonic()
-        simulated = self._simulate(active)
+        engine = self._entered_at_once(active)
+        if engine is None:
+            simulated = self._simulate(active)
+        else:
+            jobs = (*engine.jobs.values(), active)
+            most, work = self._pool.max_resident_samples, remaining_work(active)
+            simulated = simulate_queue([engine.load()], [work], most), jobs
         id = active.job.id
         if simulated is None or id not in simulated[0].finishes:
             return None
@@ -89,6 +96,7 @@ class Estimator:
             simulated=finish,
             optimistic=finish * self._calibration.optimistic_factor(finish) * optimism,
             model_finish_at=_model_finish_at(forecast, jobs, now, factor),
+            engine=None if engine is None else engine.index,
         )
 
     def model_finish_at(self) -> dict[str, float]:
@@ -166,6 +174,19 @@ class Estimator:
         if batches != self._batches_seen:
             self._batches_seen, self._rejections_alone = batches, 0
         return MARGIN_ALONE / 2.0 ** min(self._rejections_alone, 64)
+
+    def _entered_at_once(self, new: ActiveJob) -> EngineHandle | None:
+        """The one of several engines that ``new`` enters without a wait; None if that is not known.
+
+        Then the others need not be simulated: only jobs that wait connect them.
+        """
+        if len(self._pool.engines) < 2 or new.state is not JobState.NEW or self._registry.queued:
+            return None
+        engine = self._pool.choose(new)
+        if engine is None:
+            return None
+        models = {active.job.model for active in (*engine.jobs.values(), new)}
+        return engine if all(map(engine.batch_times.knows, models)) else None
 
     def _simulate(
         self, new: ActiveJob | None = None

@@ -141,6 +141,7 @@ class SimulatedEngine:
         self._queues: dict[Group, GroupQueue] = {}
         self._unfinished: dict[str, int] = {}
         self._jobs: dict[str, RemainingWork] = {}
+        self._full: dict[str, float] = {}
         self._seconds: dict[tuple[Group, int, bool], float] = {}
         self._count = 0
         self._work_seconds = 0.0
@@ -317,7 +318,8 @@ class SimulatedEngine:
             self._turns.setdefault(work.group.model, ModelTurns())
         self._to_fill[work.group] = group
         self._jobs[work.id] = work
-        self._work_seconds += self._full_seconds(work)
+        self._full[work.id] = full = self._full_seconds(work)
+        self._work_seconds += full
         self._unfinished[work.id] = len(work.calls)
         self.samples += len(work.calls)
         self._held_bytes += len(work.calls) * work.bytes_per_image
@@ -355,7 +357,7 @@ class SimulatedEngine:
         self._held_bytes -= work.bytes_per_image
         if not self._unfinished[work.id]:
             del self._unfinished[work.id]
-            self._work_seconds -= self._full_seconds(work)
+            self._work_seconds -= self._full[work.id]
             self.samples -= len(work.calls)
             self._forecast.finishes[work.id] = self.now + self._batch_times.encode_seconds(
                 work.group
