@@ -226,9 +226,12 @@ async def expendable(fleet: ServerFleet, database: Cluster, report: Report) -> d
         "SELECT request_id, state, servers.name FROM jobs LEFT JOIN servers ON servers.id = owner",
     )
     places = {row["request_id"]: (row["state"], row["name"]) for row in found}
+    # A server that is cut off from the database may give a caller its image, and then the job runs
+    # again all the same; and a job that has ended runs again if its image is lost with its server.
+    over = {id for id in got if places.get(id, (0, None))[0] == 2}
     running: dict[str, list[str]] = {}
     tired: set[str] = set()
-    for id in set().union(*runs.values()) - got:
+    for id in set().union(*runs.values()) - over:
         state, name = places.get(id, (0, None))
         if state == 0 or name not in fleet.fronts:
             return {}
