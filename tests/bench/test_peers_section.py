@@ -162,6 +162,13 @@ def test_a_ratio_is_taken_within_a_round_even_across_machines() -> None:
     assert page.count(f"### {MACHINE.text}, 2026-11-24") == 2
 
 
+def test_the_goals_have_the_newest_rounds_of_a_scenario() -> None:
+    before, again = in_rounds((0.4, 0.2), (1.0, 0.4)), in_rounds((0.2, 0.02))
+    again = replace(again, date="2026-11-25")
+    found = {goal.name: goal for goal in goals([again, before])}
+    assert found["p95 of all at 0.9, against the best"].reached == pytest.approx(0.1)
+
+
 def test_the_best_other_peer_is_one_for_all_rounds() -> None:
     """The best of each round would be the luckiest one, on a machine whose speed changes."""
     slowness = {"grpc": (0.2, 0.6, 0.4), "ray": (0.4, 0.3, 0.25), "darkroom": (0.1, 0.15, 0.1)}

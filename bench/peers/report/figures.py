@@ -36,16 +36,17 @@ def rounds_of(results: Results, scenario: str) -> list[dict[str, Run]]:
 
 
 def all_rounds(every: Sequence[Results], scenario: str) -> list[dict[str, Run]]:
-    """The rounds of a scenario in several results, which may be from several machines.
+    """The newest rounds of a scenario: of all results of the last date that has any.
 
-    Omits those that had other requests, in an earlier version of the scenario.
+    They may be from several machines. Omits those that had other requests, in an earlier version
+    of the scenario.
     """
-    return [
-        runs
-        for results in every
-        for runs in rounds_of(results, scenario)
-        if all(SCENARIOS[scenario].has(run.answers) for run in runs.values())
-    ]
+    found: dict[str, list[dict[str, Run]]] = {}
+    for results in every:
+        for runs in rounds_of(results, scenario):
+            if all(SCENARIOS[scenario].has(run.answers) for run in runs.values()):
+                found.setdefault(results.date, []).append(runs)
+    return found[max(found)] if found else []
 
 
 def runs_of(results: Results, scenario: str) -> dict[str, list[Run]]:

@@ -82,7 +82,8 @@ def _method(every: Sequence[Results]) -> str:
         "stand still (SIGSTOP), unless stated otherwise. Short requests warm a server up. It "
         "shares the machine only with the process that generates the load. A ratio is taken "
         "within a round, to the best other peer: the one with which the median of the ratios is "
-        "worst. A request for several images is one call of `pipe()` in (a), as many requests at "
+        "worst. Of a scenario that was measured again the goals and the summary have the newest "
+        "rounds. A request for several images is one call of `pipe()` in (a), as many requests at "
         "once to (b) and (c), and as many rows of one request to (d), so that their batches are "
         "full."
     )
