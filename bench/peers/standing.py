@@ -25,8 +25,9 @@ class StandingServers:
         It ends if the block raises. Raises ``RuntimeError`` if it does not start, or does not
         answer any more after it stood still.
         """
-        process = self._awake(peer, config)
+        process = self._server_of(peer, config)
         try:
+            process.resume()
             yield process
         except BaseException:
             self._end(peer.name)
@@ -39,15 +40,10 @@ class StandingServers:
         for name in list(self._servers):
             self._end(name)
 
-    def _awake(self, peer: Peer, config: ServerConfig) -> PeerProcess:
+    def _server_of(self, peer: Peer, config: ServerConfig) -> PeerProcess:
         if peer.name in self._servers:
             before, process = self._servers[peer.name]
             if before == config:
-                try:
-                    process.resume()
-                except RuntimeError:
-                    self._end(peer.name)
-                    raise
                 return process
             self._end(peer.name)
         process = start_peer(peer, config)

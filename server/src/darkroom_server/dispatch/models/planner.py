@@ -23,6 +23,7 @@ from darkroom_server.dispatch.models.swaps import (
     SwapPolicy,
     Wanted,
     find_room,
+    in_turn,
     plan_swaps,
 )
 
@@ -155,8 +156,8 @@ class LoadPlanner:
         ready = [engine for engine in self._pool.engines if engine.ready]
         views = dict(enumerate(self._views(ready, queue)))
         due, others = self._policy.order(self._wanted(queue), now)
-        for number, each in enumerate((*due, *others)):
-            seconds, is_due = each.load_seconds, number < len(due)
+        for each, is_due in in_turn(due, others):
+            seconds = each.load_seconds
             if ready and all(self._reads.reads_first(engine, each.id) for engine in ready):
                 before = self._read_seconds(each.id)
                 seconds -= before

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.models.states import ModelStates
-from darkroom_server.dispatch.models.swaps import EngineView, SwapPolicy, Wanted, may_fit
+from darkroom_server.dispatch.models.swaps import EngineView, SwapPolicy, Wanted, in_turn, may_fit
 
 
 class ReadPlanner:
@@ -31,8 +31,7 @@ class ReadPlanner:
         alone = next((each for each in due if self._states.entries[each.id].deaths), None)
         if alone is not None:
             due, others = [alone], []
-        for number, each in enumerate((*due, *others)):
-            is_due = number < len(due)
+        for each, is_due in in_turn(due, others):
             if not any(may_fit(each, view) for view in views):
                 continue
             from_files = not any(self.reads_first(engine, each.id) for engine in ready)

@@ -10,7 +10,7 @@ a rarely used model that is a single one, for a hot one in place of another hot 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from darkroom_server.dispatch.models.residency import Resident, Room, Shared, make_room
@@ -166,8 +166,7 @@ def plan_swaps(
             del able[index], absent[begun.id]
     due, others = policy.order(absent.values(), now)
     later = []
-    for number, each in enumerate((*due, *others)):
-        is_due = number < len(due)
+    for each, is_due in in_turn(due, others):
         if found := find_room(policy, each, able, due=is_due):
             index, swap = found
             plan.add(index, swap, able.pop(index))
@@ -180,6 +179,12 @@ def plan_swaps(
     if later:
         plan.again_at = min(next_start(later), now + AGAIN_SECONDS)
     return plan
+
+
+def in_turn(due: Iterable[Wanted], others: Iterable[Wanted]) -> Iterator[tuple[Wanted, bool]]:
+    """What ``SwapPolicy.order`` found, in that order, and of each whether it is due."""
+    yield from ((each, True) for each in due)
+    yield from ((each, False) for each in others)
 
 
 def find_room(
