@@ -124,7 +124,7 @@ def measure_served(options: argparse.Namespace) -> Measurement:
     from bench.peers.process import versions_of
     from bench.trace.copies import write_copies
     from bench.trace.peers import serve as peers
-    from bench.trace.served import config_of, measure_one_model, serve_trace
+    from bench.trace.served import config_of, measure_alone, serve_trace
 
     trace, is_real = requests_of(options.trace)
     parts = {name: part_of(trace, name, options.requests) for name in options.parts}
@@ -153,8 +153,8 @@ def measure_served(options: argparse.Namespace) -> Measurement:
             sys.exit(f"{options.resume} was made with other amounts: {state['fixed']}")
     if "alone" not in state:
         images = sorted({r.images for requests in parts.values() for r in requests})
-        state["alone"], state["steps_per_second"] = measure_one_model(
-            config("one", Policy.OURS), options.side, models[0], images, STEPS, options.closed
+        state["alone"] = measure_alone(
+            config("one", Policy.OURS), options.side, models[0], images, STEPS
         )
         _save(state)
     if "runtime" not in state and PEERS.keys() & options.policies:
@@ -172,16 +172,21 @@ def measure_served(options: argparse.Namespace) -> Measurement:
         return serve_trace(arriving, config(name, Policy(system)), options.side)
 
     lone = {int(images): seconds for images, seconds in state["alone"].items()}
+    all_alone = {
+        name: {r.index: lone[r.images] * r.steps / STEPS for r in requests}
+        for name, requests in parts.items()
+    }
     done = {(run["slice"], run["load"], run["policy"]) for run in state["runs"]}
     for name, load, system in _runs(options):
         if (name, load, system) in done:
             continue
-        arriving = at_load(parts[name], load * state["steps_per_second"])
+        alone = all_alone[name]
+        arriving = at_load(parts[name], load * simulation.steps_per_second(parts[name], alone))
         arriving = [r for r in arriving if r.arrival <= options.seconds]
         answers, swaps = serve(f"{name}-{load:g}", system, arriving)
-        alone = {r.index: lone[r.images] * r.steps / STEPS for r in arriving}
         found = figures_of(answers, alone, swaps)
-        state["runs"].append(_run(name, load, system, found, max(alone.values()), options))
+        longest = max(alone[r.index] for r in arriving)
+        state["runs"].append(_run(name, load, system, found, longest, options))
         print(f"{name}, {load:g}, {system}: {found}", flush=True)
         _save(state)
     return Measurement(
@@ -287,7 +292,6 @@ def describe_served(results: Results) -> Sequence[str]:
         f"median one, of which each run takes those of its first {settings['seconds']:g} seconds, "
         f"go to a real server over gRPC: copies of the demo model, {settings['side']}² pixels. The "
         "thread that reads a model waits for what a load is to take.",
-        "with requests for one image from as many callers as fill its batches",
     )
 
 
@@ -320,7 +324,6 @@ SERVED = Benchmark(
         "parts": Amount([BUSY, MEDIAN], [BUSY], "busy and median"),
         "seconds": Amount(720.0, 30.0, "the longest time of arrivals in a run"),
         "side": Amount(64, 64, "pixels"),
-        "closed": Amount(160, 24, "requests of the closed loop that measures the capacity"),
         "resume": Amount("", "", f"the file of an interrupted benchmark, {PARTIAL.name}"),
     },
     measure=measure_served,

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import safetensors.numpy
 
+from darkroom_server.core.engine_config import EngineConfig
+from darkroom_server.engine.families.stable_diffusion import StableDiffusion
+from darkroom_server.engine.warmup.presets import resolve
 from darkroom_server.settings.sources import DEMO_MODEL
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -14,9 +17,10 @@ LAYER = "conv_out.weight"
 
 
 def write_copies(folder: Path, names: list[str]) -> int:
-    """Write models of these ``names`` into ``folder``; returns the bytes of one model's weights.
+    """Write models of these ``names`` into ``folder``; returns the bytes of one model in memory.
 
-    Those that are there stay. All but the changed file is linked where the file system allows it.
+    Those depend on the data type that the engine chooses on this machine. Models that are there
+    stay. All but the changed file is linked where the file system allows it.
     """
     weights = safetensors.numpy.load_file(DEMO_MODEL / WEIGHTS)
     for number, name in enumerate(names):
@@ -30,7 +34,9 @@ def write_copies(folder: Path, names: list[str]) -> int:
             folder / name / WEIGHTS,
             {"format": "pt"},
         )
-    return sum(file.stat().st_size for file in DEMO_MODEL.rglob("*.safetensors"))
+    itemsize = resolve(EngineConfig(models=()), StableDiffusion.half).dtype.itemsize
+    files = map(safetensors.numpy.load_file, DEMO_MODEL.rglob("*.safetensors"))
+    return sum(weight.size for file in files for weight in file.values()) * itemsize
 
 
 def _link(source: str, target: str) -> None:

@@ -156,8 +156,8 @@ def _wait(run: Mapping[str, Any]) -> float:
     return float(run["longest_wait"])
 
 
-def intro(results: Results, how: str, capacity: str) -> str:
-    """What is the same for both sections; ``how`` and ``capacity`` say what differs."""
+def intro(results: Results, how: str) -> str:
+    """What is the same for both sections; ``how`` says what differs."""
     settings = results.settings
     source = {
         True: "a production trace (GenTD26, Lin et al., SoCC 2025)",
@@ -169,11 +169,11 @@ def intro(results: Results, how: str, capacity: str) -> str:
         f"models, and the host's memory {settings['host_models']}, those among them. A load takes "
         "as long as that of SDXL: 6.9 GB at 2 GB/s from disk to the host's memory, and at 20 GB/s "
         "from there to the device. One model is read while another one is copied, under every "
-        f"policy. The load is a share of what one resident model does {capacity}; each hour of the "
-        "trace is compressed until it asks for that much, and within it "
-        "requests come in bursts as they did. A request is in time if its images come within k "
-        "times what it takes alone with its model in memory; goodput counts the images of those "
-        "within 5. The longest wait is that of a job for its model; `--swap-wait` is "
+        f"policy. The load is a share of what one resident model does that serves one request "
+        "after another; each hour of the trace is compressed until it asks for that much, and "
+        "within it requests come in bursts as they did. A request is in time if its images come "
+        "within k times what it takes alone with its model in memory; goodput counts the images of "
+        "those within 5. The longest wait is that of a job for its model; `--swap-wait` is "
         f"{settings['swap_wait']:g} s. The others are our own server with another policy: in (a) "
         "jobs go in the order of arrival, and one whose model is not there holds up those behind "
         "it; in (b) jobs of resident models go on, and a load begins for each job whose model is "
@@ -207,8 +207,6 @@ def peers_text(results: Results) -> list[str]:
     ]
 
 
-def section_parts(
-    results: Results, how: str, capacity: str = "that serves one request after another"
-) -> Sequence[str]:
+def section_parts(results: Results, how: str) -> Sequence[str]:
     """The parts of a section."""
-    return [intro(results, how, capacity), *peers_text(results), *describe(results)]
+    return [intro(results, how), *peers_text(results), *describe(results)]

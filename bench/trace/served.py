@@ -31,9 +31,8 @@ LORAS = ("night", "outline")
 """The demo model's adapters; a request with more of them in the trace has these two."""
 
 PROMPT = "a small red circle"
-LONE_ROUNDS = 3
-CLOSED_CALLERS = 16
-PATIENCE_SECONDS = 1800.0
+LONE_ROUNDS = 5
+PATIENCE_SECONDS = 720.0
 
 
 @contextmanager
@@ -83,22 +82,6 @@ class Callers:
                 seconds.append(time.monotonic() - began)
             found[count] = statistics.median(seconds[1:])
         return found
-
-    async def steps_per_second(self, requests: Sequence[TraceRequest]) -> float:
-        """Steps of images per second while ``CLOSED_CALLERS`` are busy."""
-        unsent = list(requests)[::-1]
-        ends: list[tuple[float, int]] = []
-        began = time.monotonic()
-
-        async def caller() -> None:
-            while unsent:
-                request = unsent.pop()
-                await self._must(request)
-                ends.append((time.monotonic() - began, request.steps * request.images))
-
-        await asyncio.gather(*(caller() for _ in range(CLOSED_CALLERS)))
-        done = sorted(ends)[: max(1, len(ends) - CLOSED_CALLERS)]
-        return sum(steps for _, steps in done) / done[-1][0]
 
     async def _must(self, request: TraceRequest) -> None:
         if (outcome := await self._call(request)) is not Outcome.IMAGE:
@@ -173,20 +156,15 @@ def serve_trace(
     return answers, read_swaps(Path(config.swaps))
 
 
-def measure_one_model(
-    config: ServerConfig, side: int, model: str, images: Sequence[int], steps: int, closed: int
-) -> tuple[dict[int, float], float]:
-    """Of one resident model: the seconds of a lone request by images, and its steps per second."""
+def measure_alone(
+    config: ServerConfig, side: int, model: str, images: Sequence[int], steps: int
+) -> dict[int, float]:
+    """The seconds of a lone request for a resident model, by its number of images."""
 
-    async def measure() -> tuple[dict[int, float], float]:
+    async def measure() -> dict[int, float]:
         callers = Callers(config.port, side)
         try:
-            alone = await callers.alone(model, images, steps)
-            requests = [
-                TraceRequest(n, "", steps, 7.5, seed=n, images=1, model=model)
-                for n in range(closed)
-            ]
-            return alone, await callers.steps_per_second(requests)
+            return await callers.alone(model, images, steps)
         finally:
             await callers.close()
 
