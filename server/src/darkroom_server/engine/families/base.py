@@ -190,6 +190,11 @@ class Family(ABC):
         """Further arguments of the VAE's decode, for measurements."""
         return NO_OPTIONS
 
+    @property
+    def kept_bytes_per_row(self) -> int:
+        """What a row keeps from one batch to the next, beside the sample itself."""
+        return 0
+
     def prepare(  # noqa: B027 - not every family has something to prepare.
         self, memory_format: MemoryFormat, precision: Precision, config: EngineConfig
     ) -> None:

@@ -26,6 +26,11 @@ from darkroom_server.engine.components.decoder import Decoder
 from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.previewer import Previewer
 from darkroom_server.engine.components.prompt_encoder import PromptEncoder, PromptKey
+from darkroom_server.engine.components.prompt_projections import (
+    PromptProjections,
+    bytes_per_prompt,
+    keeping,
+)
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of
 from darkroom_server.engine.components.weighted_prompts import (
@@ -134,6 +139,12 @@ class StableDiffusion(Family):
         """Tokens that the model reads of a prompt, the start and end marks included."""
         return int(self.pipeline.tokenizer.model_max_length)
 
+    @property
+    def kept_bytes_per_row(self) -> int:
+        """The projections of a prompt, see ``PromptProjections``; nothing on a GPU."""
+        unet = self.pipeline.unet
+        return bytes_per_prompt(unet, self.prompt_tokens) if unet.device.type == "cpu" else 0
+
     def limits(self, max_rows: int) -> ModelLimits:
         """Half to twice the size that the model was trained at; outside, images fall apart."""
         return ModelLimits(
@@ -209,12 +220,15 @@ class StableDiffusion(Family):
             ip_adapter=self.ip_adapter,
             controls=self.controls,
             forms=self.forms,
+            projections=PromptProjections(pipeline.unet) if device.type == "cpu" else None,
         )
 
 
 @dataclass(slots=True, kw_only=True)
 class StableDiffusionModel:
     """A Stable Diffusion model in memory; ``schedules`` are on the folder's own configuration.
+
+    ``projections`` are None on a GPU, where memory limits a batch more than a few small products.
 
     Images from text are ``LatentSample``. Those of jobs that bring an image are runs of diffusers'
     own pipelines, ``image_runs``; both kinds share batches.
@@ -238,6 +252,7 @@ class StableDiffusionModel:
     ip_adapter: IpAdapter | None = None
     controls: ModelControls | None = None
     forms: DenoiserForms | None = None
+    projections: PromptProjections | None = None
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -316,7 +331,9 @@ class StableDiffusionModel:
     def _denoise_latents(self, samples: Sequence[LatentSample]) -> list[torch.Tensor]:
         """The prediction [rows, channels, h, w] of each sample, without the cost of a spec."""
         latents, timesteps = stack_inputs(samples)
-        context = torch.cat([e.hidden for s in samples for e in s.embeddings])
+        prompts = [e.hidden for s in samples for e in s.embeddings]
+        projections = self.projections
+        context = projections.context(prompts) if projections is not None else torch.cat(prompts)
         given: Arguments = {
             "sample": latents.contiguous(memory_format=self.memory_format.layout),
             "timestep": timesteps,
@@ -326,7 +343,12 @@ class StableDiffusionModel:
         }
         given = controlled(self.controls, given, samples)
         jobs = [(sample.job, sample.rows) for sample in samples]
-        with self.precision(), denoising(self.adapters, jobs):
+        adapted = any(sample.job.active_loras for sample in samples)
+        with (
+            self.precision(),
+            denoising(self.adapters, jobs),
+            keeping(None if adapted else projections),
+        ):
             predicted: torch.Tensor = run_denoiser(self.forms, self.unet, given, samples)[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
 

@@ -138,7 +138,7 @@ def measure_memory(
     decode_peak = peak_bytes(runtime.device, decode)
     return MemoryNeeds(
         pixels=family.size**2,
-        bytes_per_row=bytes_per_row,
+        bytes_per_row=bytes_per_row + family.kept_bytes_per_row,
         bytes_per_pass=once,
         bytes_per_decode=decode_peak,
         tile_pixels=decoder.tile_pixels,
