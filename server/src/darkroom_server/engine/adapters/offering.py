@@ -1,6 +1,7 @@
 """Which of the server's adapters fit a model, found from the headers of their files."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from darkroom_server.engine.adapters.sources import AdapterFound, adapter_file
 from darkroom_server.engine.adapters.store import AdapterSetup, Key
 from darkroom_server.engine.families.base import Family, Precision
 from darkroom_server.engine.warmup.formats import MemoryFormat
+from darkroom_server.engine.warmup.measurement import configuration
 
 TAKES_NONE = "this kind of model takes no adapters"
 
@@ -154,8 +156,12 @@ def model_adapters(
     device: torch.device,
     precision: Precision,
     slots: int,
+    row_layers: dict[Hashable, frozenset[str]],
 ) -> ModelAdapters:
-    """The adapters of a model that is ready to be measured, none of them in memory."""
+    """The adapters of a model that is ready to be measured, none of them in memory.
+
+    ``row_layers`` are those of the denoisers so far, by architecture; this one's are added.
+    """
     denoiser = family.denoiser
     candidates = {
         name for name, part in denoiser.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
@@ -166,14 +172,16 @@ def model_adapters(
         with precision():
             denoiser(**inputs)
 
+    config = json.dumps(configuration(denoiser), sort_keys=True, default=str)
+    architecture = type(denoiser), config, frozenset(candidates)
+    if architecture not in row_layers:
+        row_layers[architecture] = row_layers_of(denoiser, call, candidates)
     modules: Mapping[str, AdaptedModule] = {
         name: AdaptedModule(
             getattr(family.pipeline, name),
             slots=slots,
             dtype=memory_format.dtype,
-            row_layers=row_layers_of(denoiser, call, candidates)
-            if name == family.denoiser_name
-            else None,
+            row_layers=row_layers[architecture] if name == family.denoiser_name else None,
         )
         for name in type(family.pipeline)._lora_loadable_modules
         if getattr(family.pipeline, name, None) is not None

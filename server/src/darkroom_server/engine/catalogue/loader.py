@@ -24,6 +24,7 @@ from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.device.malloc import return_freed_memory
 from darkroom_server.engine.failures import is_fatal, one_line
 from darkroom_server.engine.forms.graphs import Recorder, record_graphs
+from darkroom_server.engine.loading.findings import Findings
 from darkroom_server.engine.loading.load_model import LoadedModel, finish_model
 from darkroom_server.engine.loading.read_model import (
     HostRead,
@@ -58,7 +59,8 @@ class ModelLoader:
     """One load at a time, and beside it one read into the host's memory.
 
     Used from the loop's thread but for the reads. One that fails emits ``ModelNotLoaded``.
-    ``loading`` is the id of the model that is being loaded. ``store`` has the weights of models.
+    ``loading`` is the id of the model that is being loaded. ``store`` has the weights of models,
+    ``findings`` is what loads found so far.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ModelLoader:
         self.device = device
         self.loading = ""
         self.store = store
+        self.findings = Findings()
         self._modules: dict[str, tuple[torch.nn.Module, ...]] = {}
         self._config = config
         self._controlnets = controlnets
@@ -159,7 +162,7 @@ class ModelLoader:
         return kept
 
     def _finish(self, read: ReadModel, config: EngineConfig) -> LoadedModel:
-        loaded = finish_model(read, config, self._controlnets)
+        loaded = finish_model(read, config, self._controlnets, self.findings)
         pause()
         return with_graphs(loaded, self._recorder)
 

@@ -47,14 +47,19 @@ class Previewer:
         self._projection: torch.Tensor | None = None
         self._failed = False
 
-    def fit(self) -> None:
+    def fit(self, maps: dict[str, torch.Tensor] | None = None, key: str = "") -> None:
         """Fit the map, unless it is fitted; if there is no memory now, the next preview does.
 
-        Raises an error that means that the device is lost.
+        ``maps`` has those that were fitted to other models' VAEs, by the key of their weights; the
+        VAE with the same ``key`` needs no other one. "": the key is not known. Raises an error that
+        means that the device is lost.
         """
+        maps = {} if maps is None else maps
         with self._contained():
             if self._projection is None:
-                self._projection = self._fit()
+                self._projection = maps[key] if key in maps else self._fit()
+            if key:
+                maps[key] = self._projection
 
     def decode_preview(self, latents: torch.Tensor) -> NDArray[np.uint8] | None:
         """The colours of ``latents`` [1, channels, h, w]: [h, w, 3], 0 to 255.

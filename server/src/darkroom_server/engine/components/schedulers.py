@@ -1,7 +1,9 @@
 """The noise schedulers: makes diffusers' objects from the table, and says what a model offers."""
 
+import copy
+import functools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -21,6 +23,10 @@ CLASS = "_class_name"
 """The entry of a scheduler's configuration that names its class."""
 
 
+TEMPLATES = 256
+"""Schedulers to copy that are kept: fifteen for each configuration, of a few kilobytes."""
+
+
 def config_of(scheduler: Any) -> dict[str, Any]:
     """The configuration of a model's own ``scheduler``, with its class."""
     return {**scheduler.config, CLASS: type(scheduler).__name__}
@@ -28,6 +34,22 @@ def config_of(scheduler: Any) -> dict[str, Any]:
 
 def make_scheduler(name: SchedulerName, config: dict[str, Any]) -> Any:
     """A new diffusers scheduler: ``name``'s class on the model's scheduler ``config``."""
+    text = json.dumps(config, sort_keys=True, default=repr)
+    return copy.deepcopy(_template(name, _Config(text, config)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """A scheduler's configuration, which is compared by its ``text``."""
+
+    text: str
+    fields: dict[str, Any] = field(compare=False)
+
+
+@functools.lru_cache(maxsize=TEMPLATES)
+def _template(name: SchedulerName, configuration: _Config) -> Any:
+    """A scheduler that is never used itself: diffusers takes ten times as long to make one."""
+    config = configuration.fields
     spec = _spec(name, config)
     overrides = dict(spec.overrides)
     if spec.flow_match and "flow_shift" in config and "shift" not in config:

@@ -19,6 +19,7 @@ from darkroom_server.engine.conditioning.ip_adapter import IpAdapter
 from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.offering import denoiser_forms
+from darkroom_server.engine.loading.findings import Findings
 from darkroom_server.engine.loading.model_info import model_info
 from darkroom_server.engine.loading.pipeline import weights_of
 from darkroom_server.engine.loading.read_model import ReadModel, explained, read_model
@@ -49,26 +50,31 @@ def load_model(
     adapters: Adapters,
     controlnets: ControlNets,
     store: WeightStore,
+    findings: Findings,
 ) -> LoadedModel:
     """The model of ``source``, on its device, warmed up and measured. Raises ``StartupError``.
 
     What an earlier engine of this server measured, or an earlier start, is not measured again.
     ``adapters`` and ``controlnets`` record which of them fit the model. ``store`` has the parts
-    that other models hold; the caller adds this one.
+    that other models hold; the caller adds this one. ``findings`` are those of all loads.
     """
-    return finish_model(read_model(source, config, adapters, store), config, controlnets)
+    return finish_model(read_model(source, config, adapters, store), config, controlnets, findings)
 
 
-def finish_model(read: ReadModel, config: EngineConfig, controlnets: ControlNets) -> LoadedModel:
+def finish_model(
+    read: ReadModel, config: EngineConfig, controlnets: ControlNets, findings: Findings
+) -> LoadedModel:
     """The model that was ``read``, warmed up and measured, with ``pause`` between its calls.
 
     Raises ``StartupError``.
     """
     with explained(read.held.files, read.held.runtime, read.needed, read.available):
-        return _finish(read, config, controlnets)
+        return _finish(read, config, controlnets, findings)
 
 
-def _finish(read: ReadModel, config: EngineConfig, controlnets: ControlNets) -> LoadedModel:
+def _finish(
+    read: ReadModel, config: EngineConfig, controlnets: ControlNets, findings: Findings
+) -> LoadedModel:
     family, held = read.family, read.held
     source, runtime, memory_format = held.files.source, held.runtime, held.memory_format
     pipeline = family.pipeline
@@ -78,7 +84,12 @@ def _finish(read: ReadModel, config: EngineConfig, controlnets: ControlNets) -> 
     pause()
     if read.takes_loras:
         family.adapters = model_adapters(
-            family, memory_format, runtime.device, read.precision, config.max_loras
+            family,
+            memory_format,
+            runtime.device,
+            read.precision,
+            config.max_loras,
+            findings.row_layers,
         )
         pause()
     controls = controlnets.offer(source.id, family, memory_format, runtime, read.precision)
@@ -134,7 +145,8 @@ def _finish(read: ReadModel, config: EngineConfig, controlnets: ControlNets) -> 
         model.attention = SlicedAttention(family.denoiser)
     if model.previewer is not None and read.safety is None:
         pause()
-        model.previewer.fit()
+        vae = held.parts.get("vae")
+        model.previewer.fit(findings.preview_maps, vae.key if vae is not None else "")
     load = ModelLoad(
         model=info.id,
         load_seconds=read.in_memory - read.began,

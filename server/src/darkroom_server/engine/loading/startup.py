@@ -56,7 +56,7 @@ def start_loop(
     loader = ModelLoader(config, device, controlnets, recorder, store, emit)
     for source in config.models:
         with torch.inference_mode():
-            loaded = load_model(source, config, adapters, controlnets, store)
+            loaded = load_model(source, config, adapters, controlnets, store, loader.findings)
             compiler.prepare(loaded.model)
             loaded = with_graphs(loaded, recorder)
         models[source.id], caches[source.id] = loaded.model, loaded.cache
