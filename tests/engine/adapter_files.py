@@ -79,3 +79,19 @@ def write_adapter(
     file.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(state, file, header)
     return file
+
+
+def write_kohya(file: Path, pipeline: Any) -> None:
+    """Names with underscores, and an alpha for each layer that is not its rank."""
+    state: dict[str, torch.Tensor] = {}
+    for prefix, module, targets in (
+        ("lora_unet", pipeline.unet, ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj")),
+        ("lora_te_text_model", pipeline.text_encoder, ("q_proj", "v_proj", "out_proj")),
+    ):
+        for index, (name, (down, up)) in enumerate(random_layers(module, targets, 4, 3).items()):
+            key = f"{prefix}_{name.removeprefix('text_model.')}".replace(".", "_")
+            state[f"{key}.lora_down.weight"] = down
+            state[f"{key}.lora_up.weight"] = up
+            # diffusers takes the most common alpha for all layers of attention.
+            state[f"{key}.alpha"] = torch.tensor(2.0 if "ff" not in name else 7.0 + index)
+    safetensors.torch.save_file(state, file)

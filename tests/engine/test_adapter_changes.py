@@ -11,6 +11,7 @@ import torch
 
 from darkroom_server.backends.thread import ThreadEngine
 from darkroom_server.core.engine_config import AdapterSource
+from darkroom_server.core.errors import Reason
 from darkroom_server.core.events import (
     AdapterChecked,
     AdapterEvicted,
@@ -24,7 +25,7 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.core.inputs import Lora
 from darkroom_server.core.job import Job
-from darkroom_server.engine.adapters import offering, store
+from darkroom_server.engine.adapters import store
 from darkroom_server.ipc.commands import CheckAdapter, OfferAdapter, WithdrawAdapter
 
 from .adapter_files import write_adapter
@@ -91,14 +92,21 @@ def test_an_engine_finds_the_models_that_an_adapter_fits(
 def test_a_file_that_diffusers_cannot_convert_costs_no_job(
     loop: LoopUnderTest, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise AttributeError("no such layer")
 
     file = write_adapter(tmp_path / "odd.safetensors", pipeline)
+    loop.loop.change_adapters(OfferAdapter(source(file)))
     with monkeypatch.context() as patch:
-        patch.setattr(offering, "read_headers", fail)
+        patch.setattr(type(pipeline), "lora_state_dict", fail)
         assert "cannot convert it (AttributeError)" in checked(loop, file).reason
-    assert isinstance(loop.run(job("after-odd"))["after-odd"], JobFinished)
+        ends = loop.run(job("odd", "odd"), job("beside-odd"))
+    failed = ends["odd"]
+    assert isinstance(failed, JobFailed)
+    assert failed.failure.reason is Reason.ADAPTER_UNUSABLE
+    assert "cannot convert it (AttributeError)" in failed.failure.message
+    assert isinstance(ends["beside-odd"], JobFinished)
+    assert isinstance(loop.run(job("after-odd", "odd"))["after-odd"], JobFinished)
 
 
 def test_a_withdrawn_adapter_stays_while_jobs_use_it_and_is_freed_then(

@@ -20,7 +20,7 @@ from darkroom_server.engine.adapters.reading import (
 from darkroom_server.engine.adapters.sources import adapter_file
 from darkroom_server.engine.adapters.weights import AdapterWeights
 
-from .adapter_files import TARGETS, random_layers, write_adapter
+from .adapter_files import TARGETS, random_layers, write_adapter, write_kohya
 from .families.stable_diffusion_xl import write_sdxl
 from .families.z_image import CASES as Z_IMAGE
 from .tiny import write_tiny_model
@@ -61,22 +61,6 @@ def unet_output(unet: Any, rows: int = 2) -> torch.Tensor:
         encoder_hidden_states=torch.randn(rows, 77, 16, generator=generator),
         return_dict=False,
     )[0]
-
-
-def write_kohya(file: Path, pipeline: Any) -> None:
-    """Names with underscores, and an alpha for each layer that is not its rank."""
-    state: dict[str, torch.Tensor] = {}
-    for prefix, module, targets in (
-        ("lora_unet", pipeline.unet, ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj")),
-        ("lora_te_text_model", pipeline.text_encoder, ("q_proj", "v_proj", "out_proj")),
-    ):
-        for index, (name, (down, up)) in enumerate(random_layers(module, targets, 4, 3).items()):
-            key = f"{prefix}_{name.removeprefix('text_model.')}".replace(".", "_")
-            state[f"{key}.lora_down.weight"] = down
-            state[f"{key}.lora_up.weight"] = up
-            # diffusers takes the most common alpha for all layers of attention.
-            state[f"{key}.alpha"] = torch.tensor(2.0 if "ff" not in name else 7.0 + index)
-    safetensors.torch.save_file(state, file)
 
 
 def write_with_metadata(file: Path, pipeline: Any) -> None:
@@ -196,6 +180,27 @@ def no_safetensors(file: Path) -> None:
     file.write_bytes(b"nothing that can be read")
 
 
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def cut_in_its_header(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def header_of_another_kind(file: Path) -> None:
+    file.write_bytes((2).to_bytes(8, "little") + b"[]")
+
+
+def damaged_configuration(file: Path) -> None:
+    file.with_name("adapter_config.json").write_text('{"lora_alpha"')
+
+
+def damaged_metadata(file: Path) -> None:
+    header = {"lora_adapter_metadata": "{"}
+    safetensors.torch.save_file(safetensors.torch.load(file.read_bytes()), file, header)
+
+
 def no_lora(file: Path) -> None:
     safetensors.torch.save_file({"unet.conv_in.weight": torch.zeros(1)}, file)
 
@@ -205,11 +210,25 @@ def other_encoding(file: Path) -> None:
     safetensors.torch.save_file(state, file)
 
 
-@pytest.mark.parametrize("spoil", [no_safetensors, no_lora, other_encoding])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        no_safetensors,
+        cut_short,
+        cut_in_its_header,
+        header_of_another_kind,
+        damaged_configuration,
+        damaged_metadata,
+        no_lora,
+        other_encoding,
+    ],
+)
 def test_another_kind_of_file_does_not_fit(
     spoil: Callable[[Path], None], pipeline: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "adapter.safetensors"
+    write_kohya(file, pipeline)
+    assert read_headers(file, "a", pipeline).rank == read(file, pipeline).rank
     spoil(file)
     with pytest.raises(AdapterMismatch):
         read_headers(file, "a", pipeline)

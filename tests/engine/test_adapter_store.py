@@ -146,9 +146,15 @@ def test_a_job_can_be_cancelled_while_its_adapter_is_read(
     assert isinstance(loop.run(job("next", "a"))["next"], JobFinished)
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(b"x" * 100)])
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (Path.unlink, "No such file or directory"),
+        (lambda file: file.write_bytes(b"x" * 100), "it is not a safetensors file"),
+    ],
+)
 def test_a_job_fails_if_its_adapter_cannot_be_read_and_others_do_not(
-    spoil: Any, tiny_folder: Path, adapters: Path, tmp_path: Path
+    spoil: Any, why: str, tiny_folder: Path, adapters: Path, tmp_path: Path
 ) -> None:
     for name in NAMES:
         (tmp_path / f"{name}.safetensors").write_bytes(
@@ -160,7 +166,9 @@ def test_a_job_fails_if_its_adapter_cannot_be_read_and_others_do_not(
         ends = loop.run(job("broken", "a", "b"), job("whole", "b"))
         failed = ends["broken"]
         assert isinstance(failed, JobFailed)
-        assert failed.failure.reason is Reason.ENGINE_FAILED
+        assert failed.failure.reason is Reason.ADAPTER_UNUSABLE
+        assert f"adapter 'a' cannot be used any more: {why}" in failed.failure.message
+        assert str(tmp_path) not in failed.failure.message
         assert isinstance(ends["whole"], JobFinished)
     finally:
         loop.close()
@@ -185,6 +193,31 @@ def test_an_adapter_that_fits_no_model_stops_the_start(tiny_folder: Path, tmp_pa
     loop = LoopUnderTest(config_for(tiny_folder, adapters=(found,)))
     try:
         assert loop.models["tiny"].info.adapters == ()
+    finally:
+        loop.close()
+
+
+def test_an_engine_starts_again_though_an_adapter_is_damaged_or_gone_by_now(
+    tiny_folder: Path, adapters: Path, tmp_path: Path
+) -> None:
+    """Its server runs: the jobs with that adapter fail, and no others."""
+    (tmp_path / "damaged.safetensors").write_bytes(b"x" * 100)
+    gone = tmp_path / "gone.safetensors"
+    files = (adapters / "a.safetensors", tmp_path / "damaged.safetensors", gone)
+    sources = tuple(AdapterSource(id=file.stem, location=str(file)) for file in files)
+    first = config_for(tiny_folder, adapters=sources)
+    for left_out in (sources[1:2], sources[2:]):
+        with pytest.raises(StartupError, match=left_out[0].id):
+            LoopUnderTest(dataclasses.replace(first, adapters=left_out))
+    loop = LoopUnderTest(first.with_measurements((), "cpu"))
+    try:
+        assert [offer.id for offer in loop.models["tiny"].info.adapters] == ["a"]
+        ends = loop.run(job("whole", "a"), job("one", "damaged"), job("two", "gone"))
+        assert isinstance(ends["whole"], JobFinished)
+        for name in ("one", "two"):
+            failed = ends[name]
+            assert isinstance(failed, JobFailed)
+            assert failed.failure.reason is Reason.ADAPTER_UNUSABLE
     finally:
         loop.close()
 

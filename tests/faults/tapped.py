@@ -17,7 +17,7 @@ from darkroom_server.backends.process import ProcessEngine
 from darkroom_server.core.events import Event
 from darkroom_server.settings import Dispatch, Engine, Models, Network, Settings
 from darkroom_server.settings.adapters import Adapters
-from darkroom_server.settings.sources import engine_configs
+from darkroom_server.settings.sources import adapter_places, engine_configs
 from tests.engine.conftest import config_for
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -95,7 +95,7 @@ async def serving(
     folder: Path,
     *,
     dispatch: Dispatch | None = None,
-    lora_dir: Path | None = None,
+    adapters: Adapters | None = None,
     **engine: Any,
 ) -> AsyncIterator[Wire]:
     """A server with the model in ``folder``; ``engine`` holds settings of the engine section."""
@@ -104,10 +104,13 @@ async def serving(
         network=Network(port=0, metrics_port=0),
         engine=Engine(**{"engine_timeout": 60.0, **engine}),
         dispatch=dispatch or Dispatch(max_queued_jobs=64),
-        adapters=Adapters(lora_dir=None if lora_dir is None else str(lora_dir)),
+        adapters=adapters or Adapters(),
     )
     assert engine_configs(settings, None)[0].models[0].id == "tiny"
-    config = config_for(folder, rows=4, adapters_may_come=lora_dir is not None)
+    places = adapter_places(settings)
+    config = config_for(
+        folder, rows=4, adapters=places.sources(), adapters_may_come=places.configured
+    )
     tapped = TappedEngine(config, timeout=settings.engine.engine_timeout)
     server = Server(settings, [tapped])
     await server.startup()

@@ -19,6 +19,7 @@ from darkroom_server.backends import process
 from darkroom_server.core.events import EngineReady, Event, JobStarted, JobTaken, SampleProgress
 from darkroom_server.dispatch.engines import pool
 from darkroom_server.settings import Dispatch
+from darkroom_server.settings.adapters import Adapters
 from tests.engine.adapter_files import write_adapter
 from tests.engine.engine_process import FAKE_LOOP
 from tests.engine.tiny import write_tiny_model
@@ -45,7 +46,10 @@ async def shared_wire(tiny_folder: Path, lora_dir: Path) -> AsyncIterator[Wire]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "FIRST_BACKOFF_SECONDS", 0.001)
         async with serving(
-            tiny_folder, dispatch=few, lora_dir=lora_dir, engine_max_restarts=100
+            tiny_folder,
+            dispatch=few,
+            adapters=Adapters(lora_dir=str(lora_dir)),
+            engine_max_restarts=100,
         ) as wire:
             yield wire
 

@@ -105,7 +105,10 @@ class AdapterNotFound(DarkroomError):
 
 
 class AdapterUnusable(DarkroomError):
-    """The adapter cannot be added: it fits no model, or jobs use one of its name."""
+    """The adapter cannot be added: it fits no model, or jobs use one of its name.
+
+    Of a generation: the adapter's file was damaged or removed since the server offered it.
+    """
 
 
 class UnknownRequest(DarkroomError):

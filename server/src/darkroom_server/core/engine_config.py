@@ -133,10 +133,12 @@ class EngineConfig:
     ``previous_measurements``: from an earlier engine of this server, so that a restarted one is
     ready sooner. ``prompt_cache_bytes``: memory for the embeddings of prompts, for each model.
     ``adapters_may_come``: adapters may be offered while the engine runs, even if there are none
-    yet. ``max_loras``: different LoRA adapters in one batch. ``max_request_loras``: those in one
-    request, if a batch may have as many. ``max_lora_rank``: one with a greater rank is rejected.
-    ``lora_cache_bytes``: host memory for the weights of adapters. ``max_controls``: ControlNets in
-    one request. ``max_reference_images``: of one edit, if its model takes as many.
+    yet. ``adapters_may_fail``: an adapter that is gone or damaged is left out, though the operator
+    named it: the server runs, and stops for none. ``max_loras``: different LoRA adapters in one
+    batch. ``max_request_loras``: those in one request, if a batch may have as many.
+    ``max_lora_rank``: one with a greater rank is rejected. ``lora_cache_bytes``: host memory for
+    the weights of adapters. ``max_controls``: ControlNets in one request.
+    ``max_reference_images``: of one edit, if its model takes as many.
     """
 
     models: tuple[ModelSource, ...]
@@ -160,6 +162,7 @@ class EngineConfig:
     offload: Offload = Offload.NONE
     adapters: tuple[AdapterSource, ...] = ()
     adapters_may_come: bool = False
+    adapters_may_fail: bool = False
     max_loras: int = 8
     max_request_loras: int = 4
     max_lora_rank: int = 128
@@ -177,7 +180,12 @@ class EngineConfig:
         """
         device = models[0].runtime.device if models else device or self.device
         measured = {info.id: info for info in (*self.previous_measurements, *models)}
-        return replace(self, device=device, previous_measurements=tuple(measured.values()))
+        return replace(
+            self,
+            device=device,
+            previous_measurements=tuple(measured.values()),
+            adapters_may_fail=True,
+        )
 
     def source_of(self, model_id: str) -> ModelSource:
         """Where the model comes from. Raises ``KeyError`` for one that is not configured."""
@@ -202,6 +210,10 @@ class EngineConfig:
         """The configuration without these models in the catalogue."""
         catalogue = tuple(each for each in self.catalogue if each.id not in ids)
         return replace(self, catalogue=catalogue)
+
+    def adapter_may_fail(self, source: AdapterSource) -> bool:
+        """Whether ``source`` is left out, rather than stop the start, if it cannot be offered."""
+        return self.adapters_may_fail or source.from_folder or source.withdrawn
 
     def with_adapter(self, source: AdapterSource) -> Self:
         """The configuration after ``source`` was offered, in place of one of the same name."""

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from darkroom_server.core.errors import Failure, Reason, Violation
+from darkroom_server.core.exhaustion import is_exhaustion
 from darkroom_server.core.job import PROMPT_FIELDS, Job
 from darkroom_server.core.prompt_syntax import PromptTooLong
 
@@ -62,6 +63,21 @@ def prompt_too_long(error: PromptTooLong, job: Job) -> Failure:
     )
 
 
+def adapter_unusable(id: str, error: Exception) -> Failure:
+    """The failure of the jobs with the adapter ``id``, whose file cannot be used any more."""
+    cause = error.__cause__
+    if is_exhaustion(error) or (isinstance(cause, Exception) and is_out_of_memory(cause)):
+        return Failure(
+            Reason.ENGINE_FAILED, f"adapter {id!r} could not be read now, try again later"
+        )
+    # Without the file's path, which is the operator's.
+    why = error.strerror if isinstance(error, OSError) else ""
+    return Failure(
+        Reason.ADAPTER_UNUSABLE,
+        f"adapter {id!r} cannot be used any more: {why or one_line(error)}",
+    )
+
+
 OUT_OF_MEMORY = Failure(
     Reason.OUT_OF_MEMORY,
     "this image does not fit in the device's memory, even alone; request a smaller size",
@@ -80,7 +96,6 @@ PROMPT_OUT_OF_MEMORY = Failure(
     Reason.OUT_OF_MEMORY,
     "the device's memory is too full to encode this prompt, even alone; try again later",
 )
-ADAPTER_FAILED = Failure(Reason.ENGINE_FAILED, "an adapter of this request could not be read")
 PROMPT_FAILED = Failure(Reason.ENGINE_FAILED, "the prompt could not be encoded")
 INPUT_FAILED = Failure(Reason.ENGINE_FAILED, "the input image could not be encoded")
 DECODE_FAILED = Failure(Reason.ENGINE_FAILED, "the image could not be decoded")

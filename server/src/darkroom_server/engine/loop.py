@@ -43,7 +43,6 @@ from darkroom_server.engine.catalogue.resident_models import (
 from darkroom_server.engine.counters import CounterReporter
 from darkroom_server.engine.device.memory_reporter import MemoryReporter
 from darkroom_server.engine.device.timer import Timer
-from darkroom_server.engine.failures import ADAPTER_FAILED
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.compiler import Compiled, Compiler
 from darkroom_server.engine.sample import Sample
@@ -241,13 +240,13 @@ class EngineLoop:
             self._emit(DenoiserCompiled(model))
 
     def _add_adapter(self, read: AdapterRead) -> None:
-        """Let the jobs that waited for an adapter go on, or fail if it could not be read."""
+        """Let the jobs that waited for an adapter go on, or fail if it cannot be used."""
         arrived = self._adapters.add(read, self._scheduler.adapters_in_use)
         for job_id in arrived.ready:
             self._scheduler.set_ready(job_id)
-        for job_id in arrived.failed:
+        for job_id, failure in arrived.failed.items():
             if job_id in self._scheduler:
-                self._scheduler.fail(job_id, ADAPTER_FAILED)
+                self._scheduler.fail(job_id, failure)
 
     def _encode_newcomers(self) -> None:
         """Encode the prompts of new jobs together, and start their samples."""

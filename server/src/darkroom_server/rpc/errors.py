@@ -78,6 +78,7 @@ CODES: dict[type[DarkroomError], int] = {
 CODES_OF_REASONS: dict[Reason, int] = {
     Reason.INVALID_REQUEST: code_pb2.INVALID_ARGUMENT,
     Reason.OUT_OF_MEMORY: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.ADAPTER_UNUSABLE: code_pb2.FAILED_PRECONDITION,
     Reason.MODEL_GONE: code_pb2.FAILED_PRECONDITION,
     Reason.MODEL_UNUSABLE: code_pb2.FAILED_PRECONDITION,
     Reason.MODEL_MEMORY: code_pb2.FAILED_PRECONDITION,

@@ -43,13 +43,16 @@ class Adapters:
 
     @classmethod
     def of(cls, config: EngineConfig) -> "Adapters":
-        """Those that ``config`` names. Raises ``StartupError`` if one cannot be found."""
+        """Those that ``config`` names.
+
+        Raises ``StartupError`` if one that must be there cannot be found.
+        """
         files = {}
         for source in config.adapters:
             try:
                 files[source.id] = adapter_file(source)
             except StartupError as error:
-                if not source.from_folder and not source.withdrawn:
+                if not config.adapter_may_fail(source):
                     raise
                 log.warning("adapter is not offered", adapter=source.id, why=str(error))
         return cls(config, files)
@@ -70,7 +73,10 @@ class Adapters:
         )
 
     def setup(self) -> AdapterSetup:
-        """What the loop needs. Raises ``StartupError`` for an adapter that fits no model."""
+        """What the loop needs.
+
+        Raises ``StartupError`` for an adapter that must fit a model, and fits none.
+        """
         for source in self._offered():
             if not any(id == source.id for _, id in self.fitting):
                 self._fits_none(source)
@@ -105,7 +111,7 @@ class Adapters:
         reasons = "; ".join(
             f"{model}: {why}" for (model, id), why in self.mismatches.items() if id == source.id
         )
-        if not source.from_folder:
+        if not self.config.adapter_may_fail(source):
             raise StartupError(f"LoRA {source.location!r} fits no model ({reasons})")
         log.warning("adapter fits no model", adapter=source.id, why=reasons)
 
@@ -138,10 +144,6 @@ def check_adapter(
             offers[model_id] = offer_of(file, id, model.pipeline, model.dtype, max_rank)
         except (AdapterMismatch, OSError) as error:
             reasons.append(f"{model_id}: {error}")
-        except Exception as error:
-            # diffusers raises anything for a file that it cannot convert; the jobs go on.
-            log.exception("adapter cannot be converted", adapter=id, model=model_id)
-            reasons.append(f"{model_id}: diffusers cannot convert it ({type(error).__name__})")
     return AdapterChecked(
         adapter=id,
         file=str(file),

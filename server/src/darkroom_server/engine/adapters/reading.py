@@ -2,18 +2,23 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import structlog
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
+from darkroom_server.engine.adapters.header import read_header
 from darkroom_server.engine.adapters.weights import AdapterWeights, LayerWeights
+
+log = structlog.get_logger(__name__)
 
 METADATA = "lora_adapter_metadata"
 """The key of a file's metadata under which diffusers keeps PEFT's configuration."""
@@ -31,53 +36,59 @@ def read_headers(file: Path, id: str, pipeline: Any) -> AdapterWeights:
 
     Raises ``AdapterMismatch``, and ``OSError`` if the file cannot be read.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            written = opened.metadata()
-            for key in opened.keys():  # noqa: SIM118 - it is not a mapping.
-                part = opened.get_slice(key)
-                shape = part.get_shape()
-                # Scalars are alphas, whose values matter.
-                tensors[key] = (
-                    torch.empty(shape, dtype=_dtype_of(part.get_dtype()), device="meta")
-                    if shape
-                    else opened.get_tensor(key)
-                )
-    except SafetensorError as error:
-        raise AdapterMismatch(f"it is not a safetensors file ({error})") from error
-    try:
-        return _adapter(id, tensors, configuration(written, file), pipeline)
-    except (NotImplementedError, RuntimeError):
-        # Some layouts are distinguished by their values.
-        return parse_adapter(file.read_bytes(), file, id, pipeline)
+    with _explained(id):
+        tensors, written = read_header(file)
+        try:
+            return _adapter(id, tensors, configuration(written, file), pipeline)
+        except (NotImplementedError, RuntimeError):
+            # Some layouts are distinguished by their values.
+            return parse_adapter(file.read_bytes(), file, id, pipeline)
 
 
 def parse_adapter(data: bytes, file: Path, id: str, pipeline: Any) -> AdapterWeights:
     """The weights in ``data``, which was read from ``file``, in the file's data type.
 
-    Raises ``AdapterMismatch``.
+    Raises ``AdapterMismatch``, and ``OSError`` if PEFT's file beside it cannot be read.
     """
-    try:
+    with _explained(id):
         tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return _adapter(id, tensors, configuration(header.get("__metadata__"), file), pipeline)
+
+
+@contextmanager
+def _explained(id: str) -> Iterator[None]:
+    """Raise ``AdapterMismatch`` for all that a damaged file can cause: the engine goes on."""
+    try:
+        yield
+    except (AdapterMismatch, OSError):
+        raise
     except SafetensorError as error:
         raise AdapterMismatch(f"it is not a safetensors file ({error})") from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return _adapter(id, tensors, configuration(header.get("__metadata__"), file), pipeline)
+    except Exception as error:
+        # diffusers raises anything for a file that it cannot convert.
+        log.exception("adapter cannot be converted", adapter=id)
+        raise AdapterMismatch(f"diffusers cannot convert it ({type(error).__name__})") from error
 
 
 def configuration(written: Mapping[str, str] | None, file: Path) -> dict[str, Any]:
     """PEFT's configuration of an adapter, by component and option; empty if there is none.
 
     It is in the metadata of the file, ``written``, or as PEFT saves it in a file beside it.
+    Raises ``AdapterMismatch``, and ``OSError``.
     """
     text = (written or {}).get(METADATA)
-    if text:
-        return dict(json.loads(text))
     beside = file.with_name("adapter_config.json")
-    if not beside.is_file():
-        return {}
-    return {f"{PEFT_PREFIX}{name}": value for name, value in json.loads(beside.read_text()).items()}
+    try:
+        if text:
+            return dict(json.loads(text))
+        if not beside.is_file():
+            return {}
+        options = json.loads(beside.read_text())
+        return {f"{PEFT_PREFIX}{name}": value for name, value in options.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        place = "its metadata" if text else beside.name
+        raise AdapterMismatch(f"PEFT's configuration in {place} is damaged") from error
 
 
 def _adapter(
@@ -94,16 +105,6 @@ def _adapter(
         for layer, weights in layers.items():
             _check(getattr(pipeline, name), f"{name}.{layer}", layer, weights)
     return AdapterWeights(id=id, components=converted)
-
-
-def _dtype_of(name: str) -> torch.dtype:
-    names = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-    }
-    return names.get(name, torch.float32)
 
 
 def _convert(

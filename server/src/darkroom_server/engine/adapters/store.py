@@ -1,5 +1,6 @@
 """Adapters in memory: read while their jobs wait, the least recently used evicted."""
 
+import errno
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
@@ -10,12 +11,13 @@ from pathlib import Path
 import structlog
 
 from darkroom_server.core.engine_config import AdapterSource
+from darkroom_server.core.errors import Failure
 from darkroom_server.core.events import AdapterEvicted, AdapterLoaded, Event
 from darkroom_server.core.job import Job
 from darkroom_server.engine.adapters.model_adapters import ModelAdapters
 from darkroom_server.engine.adapters.reading import AdapterMismatch, parse_adapter
 from darkroom_server.engine.adapters.sources import AdapterFound, find_adapter
-from darkroom_server.engine.failures import one_line
+from darkroom_server.engine.failures import adapter_unusable, one_line
 
 log = structlog.get_logger(__name__)
 
@@ -25,11 +27,11 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class AdapterRead:
-    """The file of an adapter was read; ``data`` is None if it could not. ``began`` is monotonic."""
+    """The file of an adapter was read: its ``data``, or why not. ``began`` is monotonic."""
 
     key: Key
     file: Path
-    data: bytes | None
+    data: bytes | Exception
     began: float
 
 
@@ -37,8 +39,8 @@ class AdapterRead:
 class Arrived:
     """The jobs that an adapter's arrival lets go on, and those that fail without it."""
 
-    ready: list[str]
-    failed: list[str]
+    ready: list[str] = field(default_factory=list)
+    failed: dict[str, Failure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,18 +108,18 @@ class AdapterStore:
         if read.key in self._outdated:
             self._outdated.discard(read.key)
             self._reader.submit(self._read, read.key, self._files.get(read.key[1]))
-            return Arrived([], [])
+            return Arrived()
         self._reading.discard(read.key)
-        kept = self._keep(read, in_use)
+        failure = self._keep(read, in_use)
         jobs = [id for id, missing in self._waiting.items() if read.key in missing]
         ready = []
         for id in jobs:
             self._waiting[id].discard(read.key)
-            if kept and self._waiting[id]:
+            if failure is None and self._waiting[id]:
                 continue
             del self._waiting[id]
             ready.append(id)
-        return Arrived(ready, []) if kept else Arrived([], ready)
+        return Arrived(ready) if failure is None else Arrived(failed=dict.fromkeys(ready, failure))
 
     def find(self, source: AdapterSource) -> None:
         """Look for the file of an adapter, and pass it to ``receive``."""
@@ -151,26 +153,31 @@ class AdapterStore:
         self._reader.shutdown(cancel_futures=True)
 
     def _read(self, key: Key, file: Path | None) -> None:
-        # No torch here: it would keep a pool of threads for this one.
+        # No torch here: it would keep a pool of threads for this one. Never mapped: if the file is
+        # cut short meanwhile, its adapter is damaged, while a mapped one would kill the engine.
         began = time.monotonic()
-        data = None
+        data: bytes | Exception = FileNotFoundError(errno.ENOENT, "its file is not there")
         try:
-            data = file.read_bytes() if file is not None else None
+            if file is not None:
+                data = file.read_bytes()
         except (OSError, MemoryError) as error:
-            log.warning("adapter cannot be read", adapter=key[1], why=one_line(error))
+            data = error
         self._receive(AdapterRead(key, file or Path(), data, began))
 
-    def _keep(self, read: AdapterRead, in_use: Collection[Key]) -> bool:
+    def _keep(self, read: AdapterRead, in_use: Collection[Key]) -> Failure | None:
+        """Keep an adapter that was read; returns why its jobs fail, None if they go on."""
         model_id, id = read.key
-        model = self._models.get(model_id)
-        if read.data is None or model is None:  # It was unloaded meanwhile.
-            return False
         try:
+            if isinstance(read.data, Exception):
+                raise read.data
+            model = self._models.get(model_id)
+            if model is None:  # It was unloaded meanwhile.
+                raise AdapterMismatch("its model has no adapters")
             model.add(parse_adapter(read.data, read.file, id, model.pipeline))
-        except AdapterMismatch as error:
+        except (AdapterMismatch, OSError, MemoryError) as error:
             # Its headers did fit: the file has changed.
-            log.warning("adapter does not fit", adapter=id, model=model_id, why=str(error))
-            return False
+            log.warning("adapter cannot be used", adapter=id, model=model_id, why=one_line(error))
+            return adapter_unusable(id, error)
         self._bytes[read.key] = size = model.resident[id].bytes_as(model.dtype)
         self._emit(AdapterLoaded(model_id, id, size, time.monotonic() - read.began))
         if id in self._withdrawn:
@@ -179,7 +186,7 @@ class AdapterStore:
             if sum(self._bytes.values()) <= self._max_bytes:
                 break
             self._evict(key)
-        return True
+        return None
 
     def _evict(self, key: Key) -> None:
         model_id, id = key

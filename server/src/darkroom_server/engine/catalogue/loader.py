@@ -77,7 +77,8 @@ class ModelLoader:
         self.store = store
         self.findings = Findings()
         self._modules: dict[str, tuple[torch.nn.Module, ...]] = {}
-        self._config = config
+        # The server runs by then: a model is not to blame for an adapter.
+        self._config = replace(config, adapters_may_fail=True)
         self._controlnets = controlnets
         self._recorder = recorder
         self._emit = emit
