@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 
 from darkroom.v1 import model_pb2
+from tests.faults.served_models import load, pixels, serving, unload, write_models
 from tests.faults.tapped import Wire
-from tests.faults.test_model_loads import load, pixels, serving, unload, write_models
 
 MODELS = ("owls", "toads", "moths", "fresh")
 SEEDS = range(3)
@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write_models(Path(folder))
+        write_models(Path(folder), MODELS)
         report = asyncio.run(chaos(Path(folder), arguments.changes, arguments.seed))
     print(f"seed {arguments.seed}: {dict(report.changes)}, loads {dict(report.loads)}")
     print(f"{report.answered} jobs answered, {len(report.wrong)} of them wrong {report.wrong[:5]}")

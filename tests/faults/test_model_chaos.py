@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from tests.faults.model_chaos import MORE_DESCRIPTORS, chaos
-from tests.faults.test_model_loads import write_models
+from tests.faults.model_chaos import MODELS, MORE_DESCRIPTORS, chaos
+from tests.faults.served_models import write_models
 
 
 async def test_random_loads_and_unloads_lose_no_job(tmp_path: Path) -> None:
-    write_models(tmp_path)
+    write_models(tmp_path, MODELS)
     report = await chaos(tmp_path, changes=30, seed=7)
     assert report.wrong == []
     assert report.answered >= 3

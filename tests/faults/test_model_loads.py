@@ -5,92 +5,46 @@ import itertools
 import shutil
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import grpc
 import pytest
 import pytest_asyncio
 import safetensors.torch
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from darkroom.v1 import model_pb2
-from darkroom_server.app import EngineLost, Server
 from darkroom_server.core.events import BatchDone, Event
 from darkroom_server.dispatch.engines import pool
-from darkroom_server.settings import Models, Network, Settings
-from darkroom_server.settings.sources import all_sources
-from tests.engine.conftest import config_for
 from tests.engine.original_layout import original_layout
 from tests.engine.tiny import write_tiny_model
 
-from .tapped import SERVING, TappedEngine, Wire
-
-LONG: dict[str, Any] = {"steps": 150, "image_count": 2}
-"""A job that runs while another model is loaded."""
-
-NAMES = ("owls", "toads", "moths")
-
-
-def write_models(folder: Path) -> None:
-    """Write models whose pictures differ, and two that are damaged."""
-    tiny = write_tiny_model(folder / NAMES[0])
-    file = Path("unet") / "diffusion_pytorch_model.safetensors"
-    weights = safetensors.torch.load_file(tiny / file)
-    for number, name in enumerate((*NAMES[1:], "later", "gone", "lost", "short", "fresh")):
-        shutil.copytree(tiny, folder / name)
-        perturbed = {key: value * (1.1 + 0.05 * number) for key, value in weights.items()}
-        safetensors.torch.save_file(perturbed, folder / name / file, {"format": "pt"})
-    cut_short(folder / "short")
-    (folder / "empty").mkdir()
-    (folder / "empty" / "model_index.json").write_text("{}")
+from .served_models import (
+    LONG,
+    NAMES,
+    cut_short,
+    killed_in_a_load,
+    listed,
+    load,
+    pixels,
+    reason_of,
+    restarts,
+    serving,
+    unload,
+    write_models,
+)
+from .tapped import SERVING, Wire
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With two models that are damaged."""
     folder = tmp_path_factory.mktemp("models")
-    write_models(folder)
+    write_models(folder, (*NAMES, "later", "gone", "short", "fresh"))
+    cut_short(folder / "short")
+    (folder / "empty").mkdir()
+    (folder / "empty" / "model_index.json").write_text("{}")
     return folder
-
-
-@asynccontextmanager
-async def serving(
-    folder: Path,
-    *,
-    budget: int | None = None,
-    host: int | None = None,
-    configuration: Path | None = None,
-    **engine: Any,
-) -> AsyncIterator[Wire]:
-    """A server over the models in ``folder``, of which none is loaded at start.
-
-    ``configuration`` is that of single files.
-    """
-    models = Models(
-        models_dir=str(folder),
-        device_memory_budget=budget,
-        host_memory_budget=host,
-        model_config=None if configuration is None else str(configuration),
-    )
-    settings = Settings(models=models, network=Network(port=0, metrics_port=0))
-    config = config_for(folder, rows=4, models=(), catalogue=all_sources(models), **engine)
-    tapped = TappedEngine(config)
-    server = Server(settings, [tapped])
-    await server.startup()
-    serve = asyncio.create_task(server.serve())
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        wire = Wire(server, serve, tapped, channel)
-        try:
-            await wire.health_becomes(SERVING)
-            yield wire
-        finally:
-            server.stop()
-            with suppress(EngineLost):
-                await serve
-            await server.shutdown()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -112,47 +66,6 @@ async def wire(shared_wire: Wire) -> AsyncIterator[Wire]:
 
 
 in_one_loop = pytest.mark.asyncio(loop_scope="module")
-
-
-async def pixels(wire: Wire, model: str, **fields: Any) -> list[str]:
-    images = (await wire.generate(model=model, **fields)).images
-    return [image.replay.pixels_sha256 for image in images]
-
-
-async def listed(wire: Wire) -> dict[str, Any]:
-    found = await wire.models.ListModels(model_pb2.ListModelsRequest())
-    return {model.id: model for model in found.models}
-
-
-async def load(wire: Wire, id: str) -> Any:
-    return (await wire.models.LoadModel(model_pb2.LoadModelRequest(model=id))).model
-
-
-async def unload(wire: Wire, id: str) -> int:
-    answer = await wire.models.UnloadModel(model_pb2.UnloadModelRequest(model=id))
-    return int(answer.unfinished_jobs)
-
-
-def restarts(wire: Wire) -> int:
-    (engine,) = wire.server.dispatcher.snapshot().engines
-    return engine.restarts
-
-
-async def reason_of(call: Any) -> tuple[grpc.StatusCode, str, str]:
-    """The code, the reason and the message of the error that ``call`` ends with."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
-    assert status is not None
-    info = error_details_pb2.ErrorInfo()
-    status.details[0].Unpack(info)
-    return caught.value.code(), info.reason, status.message
-
-
-def cut_short(folder: Path) -> None:
-    """Leave half of the weights of a model's UNet."""
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 @in_one_loop
@@ -240,16 +153,6 @@ async def test_an_engine_killed_in_a_load(wire: Wire) -> None:
     assert (await load(wire, "toads")).ready
     assert await pixels(wire, "toads") == toads
     assert restarts(wire) == before + 3
-
-
-async def killed_in_a_load(wire: Wire, model: str) -> None:
-    """Kill the engine while it loads or reads ``model``, and wait until it is seen to be dead."""
-    (engine,) = wire.server.dispatcher._pool.engines
-    while not any(each.model == model for each in engine.in_progress):
-        await asyncio.sleep(0.001)
-    wire.engine.kill()
-    while engine.ready:
-        await asyncio.sleep(0.001)
 
 
 async def test_models_share_the_budget_of_one(folder: Path) -> None:
@@ -352,53 +255,3 @@ async def test_a_single_file_is_listed_from_its_keys_and_loaded_on_demand(tmp_pa
         after = (await listed(wire))["deep/file"]
         assert (after.state, after.ready) == (model_pb2.MODEL_STATE_RESIDENT, True)
         assert file.weight_bytes == pytest.approx(after.weight_bytes, rel=0.05)
-
-
-async def test_models_that_leave_the_device_come_back_from_the_hosts_memory(folder: Path) -> None:
-    async with serving(folder, budget=1_500_000, host=10_000_000) as wire:
-        first = {name: await pixels(wire, name) for name in NAMES}
-        states = {id: model.state for id, model in (await listed(wire)).items() if id in NAMES}
-        assert sorted(states.values()) == [
-            model_pb2.MODEL_STATE_RESIDENT,
-            *[model_pb2.MODEL_STATE_HOST] * 2,
-        ]
-        assert {name: await pixels(wire, name) for name in NAMES} == first
-        loads = {
-            (sample.labels["from"], sample.labels["outcome"]): sample.value
-            for metric in wire.server.metrics.models.loads.collect()
-            for sample in metric.samples
-            if sample.labels["model"] == "owls" and sample.name.endswith("_total")
-        }
-        # It was read into the host's memory, and copied from there twice.
-        assert (loads["disk", "loaded"], loads["host", "loaded"]) == (1, 2)
-
-
-async def test_an_engine_killed_while_it_reads_into_the_hosts_memory(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pool, "FIRST_BACKOFF_SECONDS", 0.001)
-    async with serving(folder, budget=1_500_000, host=10_000_000) as wire:
-        (engine,) = wire.server.dispatcher._pool.engines
-        owls = await pixels(wire, "owls", **LONG)
-        waits = asyncio.create_task(pixels(wire, "toads"))
-        while engine.reading is None:
-            await asyncio.sleep(0.001)
-        await killed_in_a_load(wire, "toads")
-        assert len(await waits) == 1
-        await unload(wire, "toads")
-        running = asyncio.create_task(pixels(wire, "owls", **LONG))
-        fails = asyncio.create_task(reason_of(wire.generate(model="toads")))
-        for _ in range(2):
-            await killed_in_a_load(wire, "toads")
-        assert (await fails)[1] == "MODEL_UNUSABLE"
-        assert await running == owls
-        assert (await listed(wire))["toads"].state == model_pb2.MODEL_STATE_FAILED
-
-
-async def test_a_folder_deleted_before_it_is_read_into_the_hosts_memory(folder: Path) -> None:
-    async with serving(folder, budget=1_500_000, host=10_000_000) as wire:
-        assert (await listed(wire))["lost"].state == model_pb2.MODEL_STATE_AVAILABLE
-        shutil.rmtree(folder / "lost")
-        code, reason, _ = await reason_of(wire.generate(model="lost"))
-        assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_UNUSABLE")
-        assert len(await pixels(wire, "owls")) == 1

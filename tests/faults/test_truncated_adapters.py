@@ -16,8 +16,8 @@ from darkroom_server.settings.adapters import Adapters
 from tests.engine.adapter_files import write_kohya
 from tests.engine.tiny import write_tiny_model
 
+from .served_models import reason_of, restarts
 from .tapped import SERVING, Wire, serving
-from .test_model_loads import reason_of, restarts
 from .test_truncated_files import begun
 
 LONG: dict[str, Any] = {"steps": 300}

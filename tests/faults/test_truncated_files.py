@@ -21,8 +21,7 @@ from darkroom_server.core.events import EngineDied, Event
 from darkroom_server.dispatch import ActiveJob
 from darkroom_server.dispatch.engines import pool
 
-from .tapped import Wire
-from .test_model_loads import (
+from .served_models import (
     listed,
     load,
     pixels,
@@ -31,6 +30,7 @@ from .test_model_loads import (
     serving,
     write_models,
 )
+from .tapped import Wire
 
 RUNNING: dict[str, Any] = {"steps": 60, "image_count": 2}
 """A job that runs while another model is loaded."""
@@ -42,7 +42,7 @@ UNUSABLE = (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_UNUSABLE")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_models(tmp_path / "models")
+    write_models(tmp_path / "models", ("owls", "toads"))
     return tmp_path / "models"
 
 
@@ -83,28 +83,38 @@ engine.main()
     )
 
 
+Death = tuple[int | None, str]
+"""The exit code of an engine's process, and which model it read into which memory."""
+
+ON_DEVICE = (-signal.SIGBUS, "device: toads")
+IN_HOST = (-signal.SIGBUS, "host: toads")
+
+
 @asynccontextmanager
 async def cutting(
     folder: Path, monkeypatch: pytest.MonkeyPatch, times: int, **options: Any
-) -> AsyncIterator[tuple[Wire, list[int | None]]]:
-    """A server that reads the UNet of "toads" as ``cutting_child`` does, and the exit codes of its
-    engine's processes that died."""
+) -> AsyncIterator[tuple[Wire, list[Death]]]:
+    """A server that reads the UNet of "toads" as ``cutting_child`` does, and the deaths of its
+    engine's processes."""
     copies = folder.parent / "copies"
     copies.mkdir()
     for number in range(times):
         shutil.copyfile(folder / UNET, copies / str(number))
     monkeypatch.setattr(pool, "FIRST_BACKOFF_SECONDS", 0.001)
     monkeypatch.setattr(process, "CHILD", cutting_child(folder / UNET, copies))
-    codes: list[int | None] = []
+    deaths: list[Death] = []
     async with serving(folder, **options) as wire:
+        (engine,) = wire.server.dispatcher._pool.engines
 
         def watch(event: Event) -> None:
             if isinstance(event, EngineDied):
                 assert wire.engine._process is not None
-                codes.append(wire.engine._process.process.returncode)
+                places = (("device", engine.loading), ("host", engine.reading))
+                during = ", ".join(f"{at}: {each.model}" for at, each in places if each)
+                deaths.append((wire.engine._process.process.returncode, during))
 
         wire.engine.on_event = watch
-        yield wire, codes
+        yield wire, deaths
 
 
 async def begun(wire: Wire) -> ActiveJob:
@@ -116,20 +126,19 @@ async def begun(wire: Wire) -> ActiveJob:
     return active
 
 
-@pytest.mark.parametrize("host", [None, 10_000_000], ids=["device", "host"])
 async def test_a_file_that_is_cut_short_whenever_it_is_mapped(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, host: int | None
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second death is the model's fault. Jobs of others run again, and none is blamed."""
     whole = (folder / UNET).read_bytes()
-    async with cutting(folder, monkeypatch, times=2, host=host) as (wire, codes):
+    async with cutting(folder, monkeypatch, times=2) as (wire, deaths):
         owls = await pixels(wire, "owls", **RUNNING)
         running = asyncio.create_task(pixels(wire, "owls", **RUNNING))
         active = await begun(wire)
         code, reason, message = await reason_of(wire.generate(model="toads"))
         assert (code, reason) == UNUSABLE
         assert "2 engines died while they loaded it; its files may be damaged" in message
-        assert codes == [-signal.SIGBUS] * 2
+        assert deaths == [ON_DEVICE] * 2
         assert await running == owls
         assert active.crashes == 0
         toads = (await listed(wire))["toads"]
@@ -143,21 +152,22 @@ async def test_a_file_that_is_cut_short_whenever_it_is_mapped(
         # Its weights are in memory by now, and no part of the file.
         os.truncate(folder / UNET, 0)
         assert await pixels(wire, "toads") == pictures
-        assert codes == [-signal.SIGBUS] * 2
+        assert deaths == [ON_DEVICE] * 2
         assert restarts(wire) == 2
 
 
 async def test_a_file_that_is_cut_short_once_is_a_damaged_file_from_then_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with cutting(folder, monkeypatch, times=1) as (wire, codes):
+    """Of a read into the host's memory; ``test_host_reads`` has its second death."""
+    async with cutting(folder, monkeypatch, times=1, host=10_000_000) as (wire, deaths):
         owls = await pixels(wire, "owls", **RUNNING)
         running = asyncio.create_task(pixels(wire, "owls", **RUNNING))
         active = await begun(wire)
         code, reason, message = await reason_of(wire.generate(model="toads"))
         assert (code, reason) == UNUSABLE
         assert "its unet cannot be loaded" in message
-        assert codes == [-signal.SIGBUS]
+        assert deaths == [IN_HOST]
         assert await running == owls
         assert active.crashes == 0
         assert (await listed(wire))["toads"].state == model_pb2.MODEL_STATE_FAILED
