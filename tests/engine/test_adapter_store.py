@@ -25,6 +25,7 @@ from darkroom_server.core.events import (
 from darkroom_server.core.inputs import Lora
 from darkroom_server.core.job import Job
 from darkroom_server.engine.adapters import store
+from darkroom_server.engine.adapters.layers import AdaptedLayer
 
 from .adapter_files import write_adapter
 from .conftest import LoopUnderTest, config_for, make_job
@@ -238,8 +239,13 @@ def test_layers_are_changed_when_the_first_adapter_arrives(loop: LoopUnderTest) 
 
 
 def changed_layers(unet: Any) -> list[Any]:
-    """The layers with another ``forward``; the UNet itself has one for its suspended runs."""
-    return [layer for layer in unet.modules() if layer is not unet and "forward" in vars(layer)]
+    """The layers to which adapters are added."""
+    forwards = {layer: vars(layer).get("forward") for layer in unet.modules()}
+    return [
+        layer
+        for layer, forward in forwards.items()
+        if isinstance(getattr(forward, "__self__", None), AdaptedLayer)
+    ]
 
 
 def test_a_prompt_is_encoded_again_with_the_adapters_of_its_encoder(loop: LoopUnderTest) -> None:

@@ -20,7 +20,7 @@ from .served_models import reason_of, restarts
 from .tapped import SERVING, Wire, serving
 from .test_truncated_files import begun
 
-LONG: dict[str, Any] = {"steps": 300}
+LONG: dict[str, Any] = {"steps": 150}
 """A job without adapters, which runs while the files of others are read."""
 
 UNUSABLE = (grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_UNUSABLE")
@@ -121,6 +121,6 @@ async def test_a_lora_that_is_cut_short_while_it_is_read(
         for file in (named, late):
             file.write_bytes(whole)
         await add(wire, "late")
-        drawn = await pixels(wire, "named")
-        assert drawn == await pixels(wire, "late") != await pixels(wire)
+        adapted = await pixels(wire, "named")
+        assert adapted == await pixels(wire, "late") != await pixels(wire)
         assert restarts(wire) == 1

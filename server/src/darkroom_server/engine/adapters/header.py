@@ -18,7 +18,7 @@ MAX_BYTES = 100_000_000
 """The longest header that safetensors takes."""
 
 LENGTH_BYTES = 8
-"""A file begins with the length of its header, a little-endian number of so many bytes."""
+"""A file begins with the length of its header, a little-endian number of as many bytes."""
 
 DTYPES = {
     "F64": torch.float64,
