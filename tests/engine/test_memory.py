@@ -169,7 +169,10 @@ def test_memory_once_a_batch_is_distinguished_from_memory_of_each_row(
     taken: list[int] = []
     monkeypatch.setattr(placement, "peak_bytes", lambda _, work: (work(), taken.pop())[1])
     decoder: Any = SimpleNamespace(decode_scaled=lambda *_: taken.append(7), tile_pixels=None)
-    unet: Any = SimpleNamespace(config=SimpleNamespace(sample_size=8, in_channels=4))
+    # On a CPU a row keeps its prompt's projections besides.
+    unet: Any = SimpleNamespace(
+        config=SimpleNamespace(sample_size=8, in_channels=4), device=torch.device("cuda")
+    )
 
     def time_batch(rows: int) -> float:
         taken.append(1000 + 300 * rows)

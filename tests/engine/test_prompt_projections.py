@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import diffusers
 import pytest
 import torch
 
-from darkroom_server.core.engine_config import AdapterSource
+from darkroom_server.core.engine_config import AdapterSource, EngineConfig
 from darkroom_server.core.events import BatchDone
 from darkroom_server.core.inputs import Lora
 from darkroom_server.engine.components.prompt_projections import (
@@ -16,12 +17,19 @@ from darkroom_server.engine.components.prompt_projections import (
     bytes_per_prompt,
     keeping,
 )
-from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
+from darkroom_server.engine.families.stable_diffusion import (
+    StableDiffusion,
+    StableDiffusionModel,
+)
 from darkroom_server.engine.loading.startup import start_loop
+from darkroom_server.engine.warmup import placement
+from darkroom_server.engine.warmup.formats import MemoryFormat
+from darkroom_server.engine.warmup.presets import resolve
 
 from .adapter_files import write_adapter
 from .conftest import LoopUnderTest, config_for, make_job
 from .fake_cuda import FakeDevice
+from .test_memory import family_with
 from .tiny import write_tiny_model
 
 WIDTH = 16
@@ -134,6 +142,18 @@ def test_the_bytes_are_those_that_are_kept(unet: Any) -> None:
     kept = sum(each.nbytes for each in projections._kept.values())
     assert kept == 3 * bytes_per_prompt(unet, tokens=8)
     assert kept > 0
+
+
+def test_a_row_is_measured_with_the_bytes_that_are_kept(
+    unet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "peak_bytes", lambda *_: 1000)
+    runtime = resolve(EngineConfig(models=(), device="cpu"), StableDiffusion.half)
+    decoder: Any = SimpleNamespace(tile_pixels=None)
+    family = family_with(unet, prompt_tokens=8)
+    memory_format = MemoryFormat(torch.float32, channels_last=False)
+    needs = placement.measure_memory(lambda _: 0.0, family, decoder, memory_format, runtime)
+    assert needs.bytes_per_row == 1000 // 2 + bytes_per_prompt(unet, tokens=8)
 
 
 def test_an_image_has_its_prompts_projected_once(loop: LoopUnderTest, calls: Calls) -> None:
