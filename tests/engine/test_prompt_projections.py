@@ -33,13 +33,13 @@ from .test_memory import family_with
 from .tiny import write_tiny_model
 
 WIDTH = 16
-"""The tiny UNet's ``cross_attention_dim``; only projections of prompts have inputs as wide."""
+"""The tiny UNet's ``cross_attention_dim``."""
 
 STEPS = 6
 
 
 class Calls:
-    """Counts how often a linear layer computes, by its input's width and tokens."""
+    """The rows of each call in which a layer that projects prompts computes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[int] = []

@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from darkroom.v1 import model_pb2
-from darkroom_server.app import EngineLost, Server
 from darkroom_server.settings import Models, Network, Settings
 from darkroom_server.settings.sources import all_sources
 from tests.engine.conftest import config_for
 from tests.engine.tiny import write_tiny_model
 
-from .tapped import SERVING, TappedEngine, Wire
+from .tapped import TappedEngine, Wire, serving_with
 
 LONG: dict[str, Any] = {"steps": 150, "image_count": 2}
 """A job that runs while another model is loaded."""
@@ -60,20 +59,8 @@ async def serving(
     )
     settings = Settings(models=models, network=Network(port=0, metrics_port=0))
     config = config_for(folder, rows=4, models=(), catalogue=all_sources(models), **engine)
-    tapped = TappedEngine(config)
-    server = Server(settings, [tapped])
-    await server.startup()
-    serve = asyncio.create_task(server.serve())
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        wire = Wire(server, serve, tapped, channel)
-        try:
-            await wire.health_becomes(SERVING)
-            yield wire
-        finally:
-            server.stop()
-            with suppress(EngineLost):
-                await serve
-            await server.shutdown()
+    async with serving_with(TappedEngine(config), settings) as wire:
+        yield wire
 
 
 async def pixels(wire: Wire, model: str, **fields: Any) -> list[str]:
@@ -122,6 +109,12 @@ async def killed_in_a_load(wire: Wire, model: str) -> None:
     (engine,) = wire.server.dispatcher._pool.engines
     while not any(each.model == model for each in engine.in_progress):
         await asyncio.sleep(0.001)
+    await kill(wire)
+
+
+async def kill(wire: Wire) -> None:
+    """Kill the engine, and wait until it is seen to be dead."""
+    (engine,) = wire.server.dispatcher._pool.engines
     wire.engine.kill()
     while engine.ready:
         await asyncio.sleep(0.001)

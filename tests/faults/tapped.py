@@ -112,6 +112,13 @@ async def serving(
         folder, rows=4, adapters=places.sources(), adapters_may_come=places.configured
     )
     tapped = TappedEngine(config, timeout=settings.engine.engine_timeout)
+    async with serving_with(tapped, settings) as wire:
+        yield wire
+
+
+@asynccontextmanager
+async def serving_with(tapped: TappedEngine, settings: Settings) -> AsyncIterator[Wire]:
+    """A server with that engine, once it serves; it ends with the block, if it has not before."""
     server = Server(settings, [tapped])
     await server.startup()
     serve = asyncio.create_task(server.serve())

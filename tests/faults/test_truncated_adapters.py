@@ -16,7 +16,7 @@ from darkroom_server.settings.adapters import Adapters
 from tests.engine.adapter_files import write_kohya
 from tests.engine.tiny import write_tiny_model
 
-from .served_models import reason_of, restarts
+from .served_models import kill, reason_of, restarts
 from .tapped import SERVING, Wire, serving
 from .test_truncated_files import begun
 
@@ -111,10 +111,7 @@ async def test_a_lora_that_is_cut_short_while_it_is_read(
         assert (active.crashes, restarts(wire)) == (0, 0)
 
         # An engine that starts again finds the damaged file.
-        (engine,) = wire.server.dispatcher._pool.engines
-        wire.engine.kill()
-        while engine.ready:
-            await asyncio.sleep(0.001)
+        await kill(wire)
         await wire.health_becomes(SERVING)
         assert (await reason_of(pixels(wire, "named")))[:2] == UNUSABLE
         assert await pixels(wire, **LONG) == plain

@@ -48,7 +48,7 @@ class _Config:
 
 @functools.lru_cache(maxsize=TEMPLATES)
 def _template(name: SchedulerName, configuration: _Config) -> Any:
-    """A scheduler that is never used itself: diffusers takes ten times as long to make one."""
+    """A scheduler that is never used itself: diffusers takes longer to make one than to copy it."""
     config = configuration.fields
     spec = _spec(name, config)
     overrides = dict(spec.overrides)
