@@ -173,7 +173,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _plan(options: argparse.Namespace) -> Plan:
     """The options, with defaults for 15 minutes, for --full or for --smoke."""
-    defaults = {"rounds": 1, "closed": 96, "arrivals": 120, "pairs": 50}
+    defaults = {"rounds": 1, "closed": 64, "arrivals": 80, "pairs": 50}
     if options.full:
         defaults = {"rounds": 3, "closed": 160, "arrivals": 200, "pairs": 20}
     if options.smoke:

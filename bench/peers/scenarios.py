@@ -132,7 +132,7 @@ OVERLOAD = Scenario(load=1.1, deadlines=True)
 CANCELLED = Scenario(load=0.9, cancels=True)
 STREAMED = Scenario(load=0.7, stream=True)
 
-QUICK: Sequence[Scenario] = (CLOSED, BUSY, SATURATED)
+QUICK: Sequence[Scenario] = (CLOSED, UNIFORM_CLOSED, BUSY, SATURATED)
 """What ``make bench`` runs."""
 
 FULL: Sequence[Scenario] = (
