@@ -6,18 +6,20 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.backends.fake_model import fake_model
-from darkroom_server.core.catalog import WeightOrigin
+from darkroom_server.core.catalog import ModelDescription, WeightOrigin
 from darkroom_server.core.errors import ModelMemory
 from darkroom_server.core.events import Event
-from darkroom_server.core.model_events import ModelNotLoaded
+from darkroom_server.core.model_events import ModelLoad, ModelNotLoaded, ModelsDescribed
 from darkroom_server.dispatch import Dispatcher, LoadOutcome, ModelLoadEnded, Observer, TierBytes
 from darkroom_server.dispatch.models.entry import CatalogEntry, LoadPace
 from darkroom_server.dispatch.models.host_tier import HostModel, models_to_drop
+from darkroom_server.dispatch.models.residency import held_bytes
 from tests.server.dispatch.harness import SPEED, settle
 from tests.server.jobs import make_job
 
@@ -40,11 +42,16 @@ class Seen(Observer):
 
 @asynccontextmanager
 async def catalog(
-    *, host: int, device: int = 100, seen: Observer | None = None, **fake: Any
+    *,
+    host: int,
+    device: int = 100,
+    seen: Observer | None = None,
+    kind: type[FakeEngine] = FakeEngine,
+    **fake: Any,
 ) -> AsyncIterator[tuple[Dispatcher, FakeEngine]]:
     """A dispatcher over "a", "b" and "c" of 100 bytes each, with both budgets."""
     models = [replace(fake_model(id), speed=SPEED) for id in IDS]
-    engine = FakeEngine(catalogue=models, **fake)
+    engine = kind(catalogue=models, **fake)
     dispatcher = Dispatcher(
         [engine],
         IDS,
@@ -112,6 +119,42 @@ async def test_the_host_keeps_what_is_asked_for_most() -> None:
             await use(dispatcher, engine, "c")
         await use(dispatcher, engine, "b")
         assert states(dispatcher) == {"a": "available", "b": "resident", "c": "host"}
+
+
+ENCODER = {"encoder": 40}
+
+
+class Sharing(FakeEngine):
+    """An engine whose models have a component in common."""
+
+    def _load_of(self, id: str) -> ModelLoad:
+        return replace(super()._load_of(id), shared=ENCODER)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+async def test_what_models_share_counts_once_within_the_budget(shares: bool) -> None:
+    seen, kind = Seen(), Sharing if shares else FakeEngine
+    async with catalog(host=160, seen=seen, kind=kind) as (dispatcher, engine):
+        for entry in dispatcher.models._states.entries.values():
+            entry.shared = ENCODER if shares else {}  # As an earlier load found.
+        for model in IDS:
+            await use(dispatcher, engine, model)
+        held = [id for id, state in states(dispatcher).items() if state == "host"]
+        assert len(held) == (2 if shares else 1)
+        assert seen.tiers == {"device": 100, "host": 160 if shares else 100}
+
+
+async def test_a_new_description_forgets_what_other_files_shared() -> None:
+    async with catalog(host=0, kind=Sharing) as (dispatcher, engine):
+        await use(dispatcher, engine, "a")
+        entry = dispatcher.models._states.entries["a"]
+        assert entry.shared == ENCODER
+        await use(dispatcher, engine, "b")
+        for stamp, shared in ((entry.stamp, ENCODER), ("other", {})):
+            described = ModelDescription(id="a", info=fake_model("a"), weight_bytes=7, stamp=stamp)
+            engine._emit(ModelsDescribed((described,)))
+            await settle()
+            assert (entry.weight_bytes, entry.shared) == (7, shared)
 
 
 async def test_an_unload_by_hand_frees_the_hosts_memory_too() -> None:
@@ -187,25 +230,46 @@ async def test_a_load_without_memory_fails_once_nothing_can_leave() -> None:
         assert states(dispatcher)["a"] == "available"
 
 
-held = st.dictionaries(
-    st.sampled_from("abcdef"),
-    st.builds(HostModel, st.integers(1, 50), st.floats(0, 10)),
-    max_size=6,
+PARTS = {"vae": 3, "encoder": 6}
+
+models = st.builds(
+    HostModel,
+    st.integers(10, 50),
+    st.floats(0, 10),
+    st.sets(st.sampled_from(sorted(PARTS))).map(
+        lambda names: {each: PARTS[each] for each in names}
+    ),
 )
+held = st.dictionaries(st.sampled_from("abcdef"), models, max_size=6)
 
 
-@given(st.builds(HostModel, st.integers(1, 50), st.floats(0, 10)), held, st.integers(0, 150))
+def bytes_of(*models: HostModel) -> int:
+    return held_bytes((each.bytes, each.shared) for each in models)
+
+
+@given(models, held, st.lists(models, max_size=2), st.integers(0, 150))
 def test_the_budget_holds_and_no_more_is_lost_than_is_gained(
-    new: HostModel, held: dict[str, HostModel], budget: int
+    new: HostModel, held: dict[str, HostModel], staying: list[HostModel], budget: int
 ) -> None:
-    dropped = models_to_drop(new, held, budget)
+    fixed = [(each.bytes, each.shared) for each in staying]
+    dropped = models_to_drop(new, held, budget, fixed)
     if dropped is None:
-        free = budget - sum(each.bytes for each in held.values())
-        assert new.bytes > free, "what fits is kept"
+        assert bytes_of(new, *staying, *held.values()) > budget, "what fits is kept"
         return
-    rest = sum(each.bytes for id, each in held.items() if id not in dropped)
-    assert rest + new.bytes <= budget
+    rest = {id: each for id, each in held.items() if id not in dropped}
+    assert bytes_of(new, *staying, *rest.values()) <= budget
     assert sum(held[id].value for id in dropped) <= new.value
+    for id in dropped:
+        assert bytes_of(new, *staying, *rest.values(), held[id]) > budget, "none goes in vain"
+
+
+def test_a_model_whose_parts_others_hold_makes_no_room() -> None:
+    """The worth of its bytes is least, and none of them would be free."""
+    part = {"encoder": 6}
+    held = {"all": HostModel(6, 0.0, part), "more": HostModel(10, 1.0, part)}
+    assert models_to_drop(HostModel(4, 2.0), held, 10) == ("more",)
+    assert models_to_drop(HostModel(4, 0.5), held, 10) is None
+    assert models_to_drop(HostModel(4, 2.0), held, 14) == ()
 
 
 def test_loads_from_the_host_and_from_files_have_their_own_pace() -> None:

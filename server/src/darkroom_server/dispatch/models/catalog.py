@@ -217,6 +217,8 @@ class ModelCatalog:
     def _record_description(self, description: ModelDescription) -> None:
         entry = self._states.entries[description.id]
         entry.described = description.stamp
+        if description.stamp != entry.stamp:
+            entry.shared = {}  # It was of other files.
         if description.weight_bytes:
             entry.weight_bytes = description.weight_bytes
 

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -11,16 +11,21 @@ from darkroom_server.core.residency import largest_batch_bytes
 from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 from darkroom_server.dispatch.models.entry import CatalogEntry, LoadPace
+from darkroom_server.dispatch.models.residency import NOTHING, Shared, held_bytes
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class HostModel:
-    """A model in the host's memory: its bytes, and the seconds that it probably saves."""
+    """A model in the host's memory: its bytes, and the seconds that it probably saves.
+
+    ``shared``: the part of its bytes that other models may hold too.
+    """
 
     bytes: int
     value: float
+    shared: Shared = field(default_factory=dict)
 
 
 STAGED_SHARE = 0.25
@@ -28,22 +33,39 @@ STAGED_SHARE = 0.25
 
 
 def models_to_drop(
-    new: HostModel, held: Mapping[str, HostModel], budget: float
+    new: HostModel,
+    held: Mapping[str, HostModel],
+    budget: float,
+    staying: Iterable[tuple[int, Shared]] = (),
 ) -> tuple[str, ...] | None:
     """Which of ``held`` make room for ``new`` within ``budget``; None if it is not worth it.
 
+    ``staying``: the bytes of models that make no room, each with those that others may hold too.
     Those of the least value for their bytes go, and never more value than ``new`` has.
     """
-    missing = new.bytes + sum(each.bytes for each in held.values()) - budget
+    fixed = [(new.bytes, new.shared), *staying]
+    kept = dict(held)
+
+    def missing() -> float:
+        return held_bytes((*fixed, *((each.bytes, each.shared) for each in kept.values()))) - budget
+
     chosen: list[str] = []
-    lost = 0.0
     for id in sorted(held, key=lambda id: (held[id].value / max(1, held[id].bytes), id)):
-        if missing <= 0:
+        if missing() <= 0:
             break
         chosen.append(id)
-        missing -= held[id].bytes
-        lost += held[id].value
-    return tuple(chosen) if missing <= 0 and lost <= new.value else None
+        del kept[id]
+    if missing() > 0:
+        return None
+    # One that was chosen early may free nothing, if others that stay hold its parts.
+    for id in reversed(chosen.copy()):
+        kept[id] = held[id]
+        if missing() <= 0:
+            chosen.remove(id)
+        else:
+            del kept[id]
+    lost = sum(held[id].value for id in chosen)
+    return tuple(chosen) if lost <= new.value else None
 
 
 class HostTier:
@@ -113,7 +135,9 @@ class HostTier:
         """
         if id in engine.host:
             return True
-        new = self._model(id, self._entries[id].weight_bytes)
+        entry = self._entries[id]
+        shared = engine.shared.get(id, NOTHING) if id in engine.weights else entry.shared
+        new = self._model(id, entry.weight_bytes, shared)
         if any_value:
             new = replace(new, value=math.inf)
         held = {
@@ -121,16 +145,18 @@ class HostTier:
             for other, each in self._droppable(engine).items()
             if other != coming and not self._registry.counts(other)[0]
         }
-        fixed = sum(size for other, size in engine.host.items() if other not in held)
-        if not engine.has_host_memory:
-            # It is the device's once it is loaded.
-            fixed -= engine.host.get(coming, 0)
-        dropped = models_to_drop(new, held, engine.host_budget - fixed)
+        staying = [
+            (size, engine.shared.get(other, NOTHING))
+            for other, size in engine.host.items()
+            # It is the device's once it is loaded, if that is the same memory.
+            if other not in held and (engine.has_host_memory or other != coming)
+        ]
+        dropped = models_to_drop(new, held, engine.host_budget, staying)
         if dropped is None:
             return False
         for other in dropped:
             self._drop(engine, other)
-        engine.host[id] = new.bytes
+        engine.host[id], engine.shared[id] = new.bytes, shared
         return True
 
     def _drop(self, engine: EngineHandle, id: str) -> None:
@@ -140,9 +166,14 @@ class HostTier:
     def _droppable(self, engine: EngineHandle) -> dict[str, HostModel]:
         """What the host keeps of the engine, but what it uses now."""
         used = {*engine.models, *(each.model for each in engine.in_progress)}
-        return {id: self._model(id, size) for id, size in engine.host.items() if id not in used}
+        return {
+            id: self._model(id, size, engine.shared.get(id, NOTHING))
+            for id, size in engine.host.items()
+            if id not in used
+        }
 
-    def _model(self, id: str, size: int) -> HostModel:
+    def _model(self, id: str, size: int, shared: Shared) -> HostModel:
         entry = self._entries[id]
         saved = self._pace.expected(entry) - self._pace.expected(entry, in_host=True)
-        return HostModel(size, max(0.0, saved) * self._registry.demand[id].now(time.monotonic()))
+        value = max(0.0, saved) * self._registry.demand[id].now(time.monotonic())
+        return HostModel(size, value, shared)
