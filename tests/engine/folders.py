@@ -61,9 +61,28 @@ def edited(folder: Path, target: Path, edit: Callable[[Path], object]) -> Path:
 
 def edit_index(folder: Path, **entries: Any) -> None:
     """Change entries of the pipeline's index; None takes one out."""
-    file = folder / "model_index.json"
-    index = {**json.loads(file.read_text()), **entries}
-    file.write_text(json.dumps({k: v for k, v in index.items() if v is not None}))
+    edit_json(folder / "model_index.json", **entries)
+
+
+def edit_json(file: Path, **entries: Any) -> None:
+    """Change entries of a JSON file; None takes one out."""
+    found = {**json.loads(file.read_text()), **entries}
+    file.write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
+
+
+def save_elsewhere(folder: Path) -> Path:
+    """Let other versions have saved the text encoder and the VAE of ``folder``; returns that."""
+    edit_json(
+        folder / "text_encoder" / "config.json",
+        _name_or_path="somebody/else",
+        transformers_version="4.30.2",
+        torch_dtype="float16",
+        dtype=None,
+    )
+    edit_json(
+        folder / "vae" / "config.json", _name_or_path="somebody/else", _diffusers_version="0.20.0"
+    )
+    return folder
 
 
 def truncate(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 
 from darkroom_server.core.engine_config import Dtype, ModelSource
 from darkroom_server.core.file_stamps import stamp_of
+from darkroom_server.core.quantization import Quantization, Quantize
+from darkroom_server.engine.families.stable_diffusion_xl import StableDiffusionXL
 from darkroom_server.engine.loading.pipeline import ModelFiles, find_model
 from darkroom_server.engine.warmup.presets import Runtime, resolve
 from darkroom_server.engine.weights.owned import ALIGNMENT, owned
+from darkroom_server.engine.weights.part_keys import part_keys
 from darkroom_server.engine.weights.parts import Part, weights_in
-from darkroom_server.engine.weights.store import part_keys
 
 from .conftest import config_for
+from .folders import edit_index, edit_json, save_elsewhere
 
 CPU = torch.device("cpu")
 
@@ -103,8 +107,7 @@ def test_equal_files_have_equal_keys(tiny_folder: Path, tmp_path: Path) -> None:
     assert set(keys) == {"unet", "vae", "text_encoder"}
     assert part_keys(*described(copied)) == keys
     assert not set(keys.values()) & set(part_keys(*described(copied, Dtype.BFLOAT16)).values())
-    config = copied / "vae" / "config.json"
-    config.write_text(config.read_text() + "\n")
+    edit_json(copied / "vae" / "config.json", scaling_factor=0.2)
     changed = part_keys(*described(copied))
     assert {part for part in keys if changed[part] != keys[part]} == {"vae"}
     weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
@@ -113,6 +116,63 @@ def test_equal_files_have_equal_keys(tiny_folder: Path, tmp_path: Path) -> None:
     weights.write_bytes(data)
     assert part_keys(*described(copied))["unet"] != keys["unet"]
     assert part_keys(*described(copied))["text_encoder"] == keys["text_encoder"]
+
+
+def test_who_saved_a_component_is_not_in_its_key(tiny_folder: Path, tmp_path: Path) -> None:
+    keys = part_keys(*described(tiny_folder))
+    copied = save_elsewhere(Path(shutil.copytree(tiny_folder, tmp_path / "copied")))
+    assert part_keys(*described(copied)) == keys
+    encoder = copied / "text_encoder" / "config.json"
+    nested = {"hidden_size": 8, "torch_dtype": "float16", "_name_or_path": "there"}
+    edit_json(encoder, text_config=nested, vocabulary={"dtype": 7})
+    before = part_keys(*described(copied))["text_encoder"]
+    edit_json(encoder, text_config={"hidden_size": 8})
+    assert part_keys(*described(copied))["text_encoder"] == before
+    for real in (
+        {"text_config": {"hidden_size": 16}},
+        {"vocabulary": {}},
+        {"hidden_act": "gelu"},
+        {"num_hidden_layers": 2},
+    ):
+        edit_json(encoder, **real)
+        changed = part_keys(*described(copied))
+        assert changed["text_encoder"] != before, real
+        assert (changed["unet"], changed["vae"]) == (keys["unet"], keys["vae"])
+        before = changed["text_encoder"]
+    encoder.write_text("{")
+    assert part_keys(*described(copied))["text_encoder"] != before, "it is damaged"
+    # Pipelines treat UNets of old versions otherwise.
+    edit_json(copied / "unet" / "config.json", _diffusers_version="0.8.0")
+    assert part_keys(*described(copied))["unet"] != keys["unet"]
+
+
+def test_the_kind_of_pipeline_is_in_the_keys_of_what_depends_on_it(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    keys = part_keys(*described(tiny_folder))
+    other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+    edit_index(other, _class_name="StableDiffusionInpaintPipeline")
+    changed = part_keys(*described(other))
+    assert {part for part in keys if changed[part] != keys[part]} == {"unet"}
+    # A pipeline of SDXL decodes in float32, whatever the model runs in.
+    files, runtime = described(tiny_folder)
+    upcast = part_keys(replace(files, family=StableDiffusionXL), runtime)
+    assert upcast["vae"] != keys["vae"]
+    assert upcast["text_encoder"] == keys["text_encoder"]
+
+
+def test_only_a_quantised_component_has_the_quantisation_in_its_key(tiny_folder: Path) -> None:
+    files, runtime = described(tiny_folder)
+    keys = part_keys(files, runtime)
+    for kind, packed in (
+        (Quantization.FP8, {"unet"}),
+        (Quantization.INT8, {"unet", "text_encoder"}),
+    ):
+        source = replace(files.source, quantize=Quantize(kind))
+        changed = part_keys(
+            replace(files, source=source), replace(runtime, quantization=kind.value)
+        )
+        assert {part for part in keys if changed[part] != keys[part]} == packed
 
 
 def test_a_written_file_has_another_stamp(tiny_folder: Path, tmp_path: Path) -> None:

@@ -20,14 +20,17 @@ from darkroom_server.core.model_events import (
     ModelNotLoaded,
     ModelUnloaded,
 )
+from darkroom_server.dispatch.models.residency import held_bytes
 from darkroom_server.engine.catalogue import loader
 from darkroom_server.engine.loading import read_model
 from darkroom_server.engine.loading.pipeline import ModelFiles, load_pipeline
 from darkroom_server.engine.loading.startup import start_loop
+from darkroom_server.engine.weights.parts import weights_in
 from darkroom_server.ipc.commands import LoadModel, UnloadModel
 
 from .conftest import MEASUREMENTS, LoopUnderTest, config_for, make_job
 from .fake_cuda import FakeDevice
+from .folders import edit_index, save_elsewhere
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 TEXT_ENCODER = Path("text_encoder") / "model.safetensors"
@@ -62,10 +65,11 @@ def weights_of(module: Any) -> set[int]:
 class Catalogue:
     """A loop that loads and unloads models on command."""
 
-    def __init__(self, **folders: Path) -> None:
+    def __init__(self, *, vae_tiling: bool | None = None, **folders: Path) -> None:
         self.sources = {source.id: source for source in sources(**folders)}
         anywhere = next(iter(folders.values()))
-        config = config_for(anywhere, models=(), catalogue=tuple(self.sources.values()))
+        every = tuple(self.sources.values())
+        config = config_for(anywhere, models=(), catalogue=every, vae_tiling=vae_tiling)
         self.loop = LoopUnderTest(config)
         self._images = 0
 
@@ -89,6 +93,15 @@ class Catalogue:
         self.loop.wait_for(lambda: len(self._events(ModelUnloaded)) > before)
         return int(self._events(ModelUnloaded)[-1].host_bytes)
 
+    @property
+    def live_bytes(self) -> int:
+        """What the weights of all models take, of which tensors that are one count once."""
+        resident = self.loop.loop._resident
+        assert resident is not None
+        modules = (each for held in resident.loader._modules.values() for each in held)
+        weights = (weight for module in modules for weight in weights_in(module))
+        return sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
+
     def picture(self, id: str) -> bytes:
         self._images += 1
         job = make_job(f"{id}-{self._images}", model=id, steps=2, exact=True)
@@ -98,8 +111,8 @@ class Catalogue:
 
 
 @contextmanager
-def catalogue(**folders: Path) -> Iterator[Catalogue]:
-    made = Catalogue(**folders)
+def catalogue(*, vae_tiling: bool | None = None, **folders: Path) -> Iterator[Catalogue]:
+    made = Catalogue(vae_tiling=vae_tiling, **folders)
     try:
         yield made
     finally:
@@ -182,12 +195,15 @@ def test_a_folder_that_is_deleted_while_it_is_read_fails_alone(
 
 
 def test_equal_parts_are_in_memory_once(tiny_folder: Path, tmp_path: Path) -> None:
-    fine_tune = copy_of(tiny_folder, tmp_path / "fine", UNET)
+    fine_tune = save_elsewhere(copy_of(tiny_folder, tmp_path / "fine", UNET))
     other = copy_of(tiny_folder, tmp_path / "other", UNET, TEXT_ENCODER)
     with catalogue(tiny=tiny_folder, fine=fine_tune, other=other) as models:
-        loads = {id: models.load_of(id) for id in ("tiny", "fine", "other")}
-        held: dict[str, Any] = models.loop.models
-        pipelines = {id: held[id] for id in held}
+        loads = {}
+        for id in ("tiny", "fine", "other"):
+            loads[id] = models.load_of(id)
+            held = held_bytes((load.weight_bytes, load.shared) for load in loads.values())
+            assert models.live_bytes == held, "what is counted is what the weights take"
+        pipelines: dict[str, Any] = dict(models.loop.models)
         encoders = {id: weights_of(m.prompts._text_encoder) for id, m in pipelines.items()}
         unets = {id: weights_of(m.unet) for id, m in pipelines.items()}
         assert encoders["tiny"] == encoders["fine"]
@@ -204,6 +220,37 @@ def test_equal_parts_are_in_memory_once(tiny_folder: Path, tmp_path: Path) -> No
         with catalogue(**{id: folder}) as alone:
             alone.load(id)
             assert alone.picture(id) == pictures[id]
+
+
+def test_models_of_two_kinds_share_what_is_equal(tiny_folder: Path, tmp_path: Path) -> None:
+    guided = save_elsewhere(copy_of(tiny_folder, tmp_path / "guided"))
+    edit_index(guided, _class_name="StableDiffusionSAGPipeline")
+    with catalogue(tiny=tiny_folder, guided=guided) as models:
+        tiny = models.load_of("tiny")
+        alone = models.live_bytes
+        own = models.load_of("guided").bytes_by_component["unet"]
+        assert models.live_bytes == alone + own == tiny.weight_bytes + own
+        pictures = {id: models.picture(id) for id in ("tiny", "guided")}
+        assert pictures["tiny"] != pictures["guided"]
+        models.unload("tiny", keep=False)
+        assert models.picture("guided") == pictures["guided"]
+    for id, folder in (("tiny", tiny_folder), ("guided", guided)):
+        with catalogue(**{id: folder}) as one:
+            one.load(id)
+            assert one.picture(id) == pictures[id]
+
+
+def test_a_shared_vae_has_tiles_of_its_models_size(tiny_folder: Path, tmp_path: Path) -> None:
+    wide = copy_of(tiny_folder, tmp_path / "wide", UNET)
+    (wide / "darkroom.json").write_text('{"size": 128}')
+    with catalogue(vae_tiling=True, tiny=tiny_folder, wide=wide) as models:
+        tiny, also = models.load_of("tiny"), models.load_of("wide")
+        assert len(tiny.shared.keys() & also.shared.keys()) == 2
+        sides = {id: model.decoder.tile_pixels for id, model in models.loop.models.items()}
+        assert sides == {"tiny": 32**2, "wide": 96**2}
+        models.unload("wide", keep=True)
+        assert models.load_of("wide").origin is WeightOrigin.HOST
+        assert models.loop.models["wide"].decoder.tile_pixels == 96**2
 
 
 def test_models_of_the_start_share_their_parts(tiny_folder: Path, tmp_path: Path) -> None:
@@ -324,9 +371,8 @@ def test_the_device_holds_equal_text_encoders_once(
     equal: bool, tiny_folder: Path, tmp_path: Path, cuda: FakeDevice
 ) -> None:
     changed = [UNET] if equal else [UNET, TEXT_ENCODER, Path("vae") / UNET.name]
-    models = OnDevice(
-        cuda, Preset.FAST, tiny=tiny_folder, fine=copy_of(tiny_folder, tmp_path / "f", *changed)
-    )
+    fine = save_elsewhere(copy_of(tiny_folder, tmp_path / "fine", *changed))
+    models = OnDevice(cuda, Preset.FAST, tiny=tiny_folder, fine=fine)
     empty = cuda.live_bytes
     tiny = models.load("tiny", keep=False)
     one = cuda.live_bytes - empty

@@ -154,7 +154,7 @@ def _finish(
         bytes_by_component=weights_of(family),
         origin=read.origin,
         stamp=held.stamp,
-        shared={part.key: part.bytes for part in held.parts.values() if part.key},
+        shared=held.shared,
         host_bytes=0 if runtime.device.type == "cpu" else held.host_bytes,
     )
     nets = controls.controls.nets.values() if controls is not None else ()

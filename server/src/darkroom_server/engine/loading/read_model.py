@@ -34,7 +34,12 @@ from darkroom_server.engine.loading.quantization import (
     quantization_of,
 )
 from darkroom_server.engine.loading.revision import UNKNOWN, revision_of
-from darkroom_server.engine.warmup.placement import convert, store_in_eight_bits, vae_is_upcast
+from darkroom_server.engine.warmup.placement import (
+    convert,
+    store_in_eight_bits,
+    tile,
+    vae_is_upcast,
+)
 from darkroom_server.engine.warmup.presets import Runtime, resolve
 from darkroom_server.engine.weights.parts import Part
 from darkroom_server.engine.weights.store import (
@@ -202,7 +207,7 @@ def read_into_host(source: ModelSource, config: EngineConfig, store: WeightStore
             warm_up_seconds=0.0,
             bytes_by_component={name: part.bytes for name, part in parts.items()},
             origin=WeightOrigin.HUB if cached_bytes(source) > cached else WeightOrigin.DISK,
-            shared={part.key: part.bytes for part in parts.values() if part.key},
+            shared=held.shared if held is not None else {},
             stamp=held.stamp if held is not None else "",
         ),
     )
@@ -280,6 +285,8 @@ def _from_files(
 def _from_host(held: HeldModel, source: ModelSource) -> Family:
     family = family_of(held.new_pipeline(held.runtime.device))
     set_size(source.location, family, held.defaults.size)
+    if held.runtime.vae_tiling:
+        tile(family)  # The VAE may be that of a model of another size.
     if held.runtime.fp8_storage:
         store_in_eight_bits(family, held.memory_format)
     offload(family, held.runtime)

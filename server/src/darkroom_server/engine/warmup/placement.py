@@ -31,7 +31,7 @@ def convert(family: Family, runtime: Runtime, done: Collection[str] = ()) -> Mem
     if runtime.attention is Attention.SLICED:
         _slice_attention(pipeline, runtime.slice_size)
     if runtime.vae_tiling:
-        _tile(family)
+        tile(family)
     memory_format = memory_format_of(family, runtime)
     _convert(pipeline, memory_format.dtype, done)
     if vae_is_upcast(pipeline):
@@ -41,6 +41,21 @@ def convert(family: Family, runtime: Runtime, done: Collection[str] = ()) -> Mem
     if vae_is_channels_last(family, runtime) and "vae" not in done:
         family.vae.to(memory_format=torch.channels_last)
     return memory_format
+
+
+def tile(family: Family) -> None:
+    """Decode by tiles of about three quarters of the model's default size, on each side.
+
+    diffusers' own tiles are at least as large as the default size, so it would not be tiled.
+    """
+    vae = family.vae
+    if not hasattr(vae, "enable_tiling"):
+        return
+    vae.enable_tiling()
+    # A multiple of four: tiles overlap by a quarter, and must meet.
+    latent_size = max(4, family.size // family.latent_factor * 3 // 16 * 4)
+    vae.tile_latent_min_size = latent_size
+    vae.tile_sample_min_size = latent_size * family.latent_factor
 
 
 def store_in_eight_bits(family: Family, memory_format: MemoryFormat) -> None:
@@ -188,21 +203,6 @@ def _decode_once(
             raise StartupError("the model's VAE cannot decode; the log above says why")
 
     return decode
-
-
-def _tile(family: Family) -> None:
-    """Decode by tiles of about three quarters of the model's default size, on each side.
-
-    diffusers' own tiles are at least as large as the default size, so it would not be tiled.
-    """
-    vae = family.vae
-    if not hasattr(vae, "enable_tiling"):
-        return
-    vae.enable_tiling()
-    # A multiple of four: tiles overlap by a quarter, and must meet.
-    latent_size = max(4, family.size // family.latent_factor * 3 // 16 * 4)
-    vae.tile_latent_min_size = latent_size
-    vae.tile_sample_min_size = latent_size * family.latent_factor
 
 
 def _slice_attention(pipeline: Any, size: str) -> None:

@@ -4,7 +4,6 @@ Parts of several models whose files are equal are held once.
 """
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.loading.pipeline import ModelFiles
 from darkroom_server.engine.warmup.formats import MemoryFormat
 from darkroom_server.engine.warmup.presets import Runtime
-from darkroom_server.engine.weights.digests import digest_of_all
+from darkroom_server.engine.weights.part_keys import part_keys
 from darkroom_server.engine.weights.parts import Part
 
 log = structlog.get_logger(__name__)
@@ -48,6 +47,12 @@ class HeldModel:
     def host_bytes(self) -> int:
         """The bytes of its weights in the host's memory; 0 if it does not hold all."""
         return sum(part.bytes for part in self.parts.values()) if self.on_host else 0
+
+    @property
+    def shared(self) -> dict[str, int]:
+        """The bytes of the parts that other models may hold too, by their keys."""
+        parts = self.parts.values()
+        return {part.key: part.bytes for part in parts if part.key and part.reusable}
 
     @property
     def current(self) -> bool:
@@ -168,31 +173,3 @@ def without_modules(pipeline: Any) -> Any:
             vars(bare)[name] = None
     vars(bare)["scheduler"] = copy.deepcopy(pipeline.scheduler)
     return bare
-
-
-def part_keys(files: ModelFiles, runtime: Runtime) -> dict[str, str]:
-    """A key of each part that is equal for equal files and an equal format. Raises ``OSError``.
-
-    A single file has none, and neither have models with an IP-Adapter, which changes the UNet.
-    """
-    if not files.index or files.ip_adapter is not None:
-        return {}
-    form = (
-        runtime.dtype_name,
-        runtime.attention,
-        runtime.slice_size,
-        runtime.vae_tiling,
-        runtime.channels_last,
-        runtime.vae_channels_last,
-        runtime.fp8_storage,
-        runtime.quantization,
-        files.family.pipeline_class,
-        files.source.variant,
-    )
-    keys = {}
-    for part in files.parts:
-        folder = files.path / part
-        names = [file for file in folder.glob("*") if file.suffix in (".json", ".safetensors")]
-        text = f"{form} {files.index.get(part)} {digest_of_all(names, folder)}"
-        keys[part] = hashlib.sha256(text.encode()).hexdigest()
-    return keys
