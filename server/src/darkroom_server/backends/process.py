@@ -69,7 +69,8 @@ class ProcessEngine:
     process, because the kernel kills the process when that thread exits (PR_SET_PDEATHSIG).
     ``timeout`` is the longest time without an event, in seconds, while there is work.
     ``load_timeout``: the longest time, in seconds, from the start to ``EngineReady``; after the
-    first load ``LoadLimit`` shortens it.
+    first load ``LoadLimit`` shortens it. After restarts that failed, it starts without models, see
+    ``EngineConfig.after_failed_restarts``.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class ProcessEngine:
         self._offered = config
         self._timeout = timeout
         self._load_limit = LoadLimit(load_timeout)
+        self._was_ready = False
+        self._failed_restarts = 0
         self._process: _EngineProcess | None = None
 
     @property
@@ -95,15 +98,19 @@ class ProcessEngine:
             if isinstance(event, EngineReady):
                 self._config = self._config.with_measurements(event.models, event.device)
                 self._load_limit.loaded(time.monotonic() - began)
-            elif isinstance(event, EngineDied) and process.load_timed_out:
-                self._load_limit.timed_out()
+                self._was_ready, self._failed_restarts = True, 0
+            elif isinstance(event, EngineDied):
+                if process.load_timed_out:
+                    self._load_limit.timed_out()
+                if self._was_ready and not process.ready and not event.exhausted:
+                    self._failed_restarts += 1
             elif isinstance(event, ModelLoaded):
                 self._config = self._config.with_measurements((event.info,))
             elif isinstance(event, Correction):
                 self._config = self._config.with_correction(event)
             emit(event)
 
-        offered = self._offered
+        offered = self._offered = self._offered.after_failed_restarts(self._failed_restarts)
         config = replace(
             self._config,
             adapters=offered.adapters,
@@ -189,7 +196,7 @@ def _environment() -> dict[str, str]:
 
 
 class _EngineProcess:
-    """One process, from its start to its end."""
+    """One process, from its start to its end; ``ready``: it has loaded."""
 
     def __init__(self, config: EngineConfig, timeout: float, load_timeout: float) -> None:
         self._config = config
@@ -199,7 +206,7 @@ class _EngineProcess:
         self._working: set[str] = set()
         self._started_at = self._last_event_at = time.monotonic()
         self._closing = False
-        self._ready = False
+        self.ready = False
         self._timed_out = False
         self._load_until: dict[str, float] = {}
         self._over = threading.Event()
@@ -257,7 +264,7 @@ class _EngineProcess:
         """
         self._closing = True
         self._over.set()
-        if not self._ready:
+        if not self.ready:
             self.process.kill()
         self.send(Close())
         try:
@@ -295,7 +302,7 @@ class _EngineProcess:
     @property
     def load_timed_out(self) -> bool:
         """The process was killed because it did not finish to load."""
-        return self._timed_out and not self._ready
+        return self._timed_out and not self.ready
 
     def _watch(self) -> None:
         """Kill a process that loads for too long, or has work and emits no event for too long.
@@ -316,7 +323,7 @@ class _EngineProcess:
                 if not isinstance(event, MemoryReport):  # Emitted by another thread of the process.
                     self._last_event_at = time.monotonic()
                 if isinstance(event, EngineReady):
-                    self._ready = True
+                    self.ready = True
                 if isinstance(event, ModelLoaded):
                     self._load_until.pop(event.info.id, None)
                 elif isinstance(event, ModelInHost):
@@ -360,7 +367,7 @@ class _EngineProcess:
             yield from message if isinstance(message, tuple) else (message,)
 
     def _seconds_until_timeout(self) -> float:
-        if not self._ready:
+        if not self.ready:
             return max(0.0, self._started_at + self._load_timeout - time.monotonic())
         until = min(tuple(self._load_until.values()), default=math.inf)
         if self._working:

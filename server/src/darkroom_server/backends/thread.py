@@ -38,6 +38,8 @@ class ThreadEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
+        self._was_ready = False
+        self._failed_restarts = 0
         self._loop: EngineLoop | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -46,6 +48,7 @@ class ThreadEngine:
     def start(self, emit: Callable[[Event], None]) -> None:
         """Start to load; ``EngineReady`` or ``EngineDied`` follows."""
         self._emit = emit
+        self._config = self._config.after_failed_restarts(self._failed_restarts)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -117,6 +120,8 @@ class ThreadEngine:
         from darkroom_server.engine.loading.startup import start_loop
 
         loading = self._config
+        # It has failed until it has loaded.
+        self._failed_restarts += self._was_ready
         try:
             loop, ready = start_loop(loading, self._emit)
         except StartupError as error:
@@ -127,6 +132,7 @@ class ThreadEngine:
             self._emit(EngineDied("the engine failed to start; the log above says why"))
             return
         self._loop = loop
+        self._was_ready, self._failed_restarts = True, 0
         for source in self._config.adapters:
             # What was offered while it loaded. After the line above: later ones go to the loop.
             if not source.withdrawn and source not in loading.adapters:

@@ -12,6 +12,9 @@ from darkroom_server.core.quantization import Offload, Quantize
 PROMPT_CACHE_BYTES = 256 * 1024**2
 """The default of ``EngineConfig.prompt_cache_bytes``."""
 
+MAX_FAILED_RESTARTS = 2
+"""Restarts in a row that may fail before the models are loaded one by one."""
+
 
 class Preset(StrEnum):
     """Defaults for the options of ``EngineConfig``; AUTO is FRUGAL on CUDA, else FAST.
@@ -199,6 +202,16 @@ class EngineConfig:
             models=tuple(each for each in self.models if each.id != model_id),
             catalogue=(*self.catalogue, *unpinned),
         )
+
+    def after_failed_restarts(self, failed: int) -> Self:
+        """The configuration of a restart after ``failed`` ones in a row that did not load.
+
+        After two, none of several models is loaded at the start: the file of one may have broken,
+        and loads of their own say whose.
+        """
+        if failed < MAX_FAILED_RESTARTS or len(self.models) + len(self.catalogue) < 2:
+            return self
+        return replace(self, models=(), catalogue=(*self.catalogue, *self.models))
 
     def with_models(self, sources: Iterable[ModelSource]) -> Self:
         """The configuration with ``sources`` in the catalogue, in place of those of their ids."""

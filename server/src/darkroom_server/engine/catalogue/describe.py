@@ -84,12 +84,14 @@ class Catalogue:
             return self._describe(source, previous)
         except StartupError as error:
             log.warning("model cannot be described", model=source.id, why=str(error))
-            return ModelDescription(id=source.id, info=previous, reason=str(error))
+            why = str(error)
         except Exception as error:
             # Of a family that needs its weights to be described, or of a broken file.
             log.warning("model cannot be described", model=source.id, exc_info=True)
             why = f"it cannot be described without its weights ({one_line(error)}); load it first"
-            return ModelDescription(id=source.id, info=previous, reason=why)
+        if previous is not None:
+            self._record_fitting(previous)
+        return ModelDescription(id=source.id, info=previous, reason=why)
 
     def _describe(self, source: ModelSource, previous: ModelInfo | None) -> ModelDescription:
         files, runtime = self._files_of(source, previous)

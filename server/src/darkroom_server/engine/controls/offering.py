@@ -113,7 +113,7 @@ class ControlNets:
         """Raise ``StartupError`` for a ControlNet that fits no model."""
         for source in self.config.controlnets:
             if source.id not in self.fitting:
-                reasons = "; ".join(self.mismatches[source.id])
+                reasons = "; ".join(self.mismatches.get(source.id, ["none can be described"]))
                 raise StartupError(f"ControlNet {source.location!r} fits no model ({reasons})")
 
     def _fits(self, source: ControlNetSource, model_id: str, family: Family) -> bool:

@@ -1,0 +1,112 @@
+"""The file of a model of the start breaks, and the engine starts again: the others serve on."""
+
+from collections.abc import Callable
+
+import pytest
+
+from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.core.engine_config import EngineConfig, ModelSource
+from darkroom_server.core.errors import ModelUnusable
+from darkroom_server.core.events import Event
+from darkroom_server.dispatch.engines import pool
+from tests.server.dispatch.harness import settle
+from tests.server.dispatch.test_model_catalog import catalog, models, revived, states, submit
+
+WHY = "its unet is cut short"
+
+
+class Restarting(FakeEngine):
+    """Starts as the engines of real models do, with what their configuration says.
+
+    A model in ``failing`` fails the start and its load. ``deadly``: it kills the engine instead.
+    """
+
+    deadly = False
+    failed = 0
+    was_ready = False
+
+    def start(self, emit: Callable[[Event], None]) -> None:
+        self._emit = emit
+        sources = [ModelSource(id=id, location=id) for id in self._catalogue]
+        at_start = {model.id for model in self._at_start}
+        config = EngineConfig(
+            models=tuple(each for each in sources if each.id in at_start),
+            catalogue=tuple(each for each in sources if each.id not in at_start),
+        ).after_failed_restarts(self.failed)
+        self._at_start = tuple(self._catalogue[each.id] for each in config.models)
+        broken = [each.id for each in config.models if each.id in self.failing]
+        if broken:
+            self.failed += self.was_ready
+            self.die(self.failing[broken[0]], fatal=not self.deadly)
+        else:
+            self.failed, self.was_ready = 0, True
+            super().start(emit)
+
+    def finish_load(self, free_bytes: int | None = None) -> None:
+        if self.deadly and self.loading[0] in self.failing:
+            self.die()
+        else:
+            super().finish_load(free_bytes)
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead engine starts again at once."""
+    monkeypatch.setattr(pool, "FIRST_BACKOFF_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("deadly", [False, True])
+async def test_a_model_of_the_start_that_broke_fails_alone(deadly: bool) -> None:
+    engine = Restarting(models("a", "b"), catalogue=models("c"))
+    engine.deadly = deadly
+    async with catalog(engine, pinned=("a", "b"), budget=None) as (dispatcher, _):
+        failing, fine = submit(dispatcher, "a"), submit(dispatcher, "b")
+        await settle()
+        assert states(dispatcher) == {"a": "resident", "b": "resident", "c": "available"}
+        assert len(engine.jobs) == 2
+        engine.failing["a"] = WHY
+        engine.die()
+        # Two restarts fail. Then the model is loaded by itself, twice if it kills the engine.
+        await revived(dispatcher, 5 if deadly else 3)
+        assert states(dispatcher) == {"a": "failed", "b": "resident", "c": "available"}
+        why = "2 engines died while they loaded it" if deadly else WHY
+        assert why in dispatcher.models.status("a").reason
+        assert isinstance(failing.error, ModelUnusable)
+        assert why in str(failing.error)
+        with pytest.raises(ModelUnusable):
+            submit(dispatcher, "a", "again")
+        engine.advance(4)
+        await settle()
+        assert fine.finished
+        assert dispatcher.ready
+
+        engine.failing.clear()
+        await dispatcher.load_model("a")
+        assert states(dispatcher)["a"] == "resident"
+        restarts = dispatcher.snapshot().engines[0].restarts
+        engine.die()
+        await revived(dispatcher, restarts + 1)
+        assert states(dispatcher) == {"a": "resident", "b": "resident", "c": "available"}
+
+
+async def test_a_restart_that_fails_once_loads_all_models_again() -> None:
+    engine = Restarting(models("a", "b"), catalogue=models("c"))
+    async with catalog(engine, pinned=("a", "b"), budget=None) as (dispatcher, _):
+        engine.failing["a"] = WHY
+        engine.die()
+        while not engine.failed:
+            await settle()
+        engine.failing.clear()
+        await revived(dispatcher, 2)
+        assert states(dispatcher) == {"a": "resident", "b": "resident", "c": "available"}
+        assert engine.loaded == [], "it was loaded at the start"
+
+
+def test_the_only_model_is_loaded_at_every_start() -> None:
+    """Without it the server has nothing to serve: it gives up as at its start."""
+    one, other = (ModelSource(id=id, location=id) for id in "ab")
+    config = EngineConfig(models=(one,))
+    assert config.after_failed_restarts(9) == config
+    both = EngineConfig(models=(one,), catalogue=(other,))
+    assert both.after_failed_restarts(1) == both
+    assert both.after_failed_restarts(2) == EngineConfig(models=(), catalogue=(other, one))
