@@ -66,8 +66,9 @@ def edit_index(folder: Path, **entries: Any) -> None:
 
 def edit_json(file: Path, **entries: Any) -> None:
     """Change entries of a JSON file; None takes one out."""
+    removed = [name for name, value in entries.items() if value is None]
     found = {**json.loads(file.read_text()), **entries}
-    file.write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
+    file.write_text(json.dumps({k: v for k, v in found.items() if k not in removed}))
 
 
 def save_elsewhere(folder: Path) -> Path:

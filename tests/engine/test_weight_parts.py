@@ -128,6 +128,7 @@ def test_who_saved_a_component_is_not_in_its_key(tiny_folder: Path, tmp_path: Pa
     before = part_keys(*described(copied))["text_encoder"]
     edit_json(encoder, text_config={"hidden_size": 8})
     assert part_keys(*described(copied))["text_encoder"] == before
+    real: dict[str, Any]
     for real in (
         {"text_config": {"hidden_size": 16}},
         {"vocabulary": {}},

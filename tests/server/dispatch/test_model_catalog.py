@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from darkroom_server.backends.fake import FakeEngine
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.catalog import ModelState
-from darkroom_server.core.errors import DarkroomError, ModelMemory, ModelUnusable, UnknownModel
+from darkroom_server.core.errors import (
+    DarkroomError,
+    DeadlineUnreachable,
+    ModelMemory,
+    ModelUnusable,
+    UnknownModel,
+)
 from darkroom_server.dispatch import ActiveJob, Dispatcher
 from darkroom_server.dispatch.engines import pool
 from darkroom_server.dispatch.engines.handle import EngineHandle
@@ -255,6 +261,28 @@ async def test_an_estimate_has_the_load() -> None:
         assert warm is not None
         assert cold.total > warm.total + 1.5
         assert cold.queue_wait > 1.5 > warm.queue_wait
+
+
+async def test_a_deadline_that_only_the_load_passes_is_rejected_at_once(clock: Clock) -> None:
+    """The run alone takes 4.5 seconds, and the first load of any model about two."""
+    clock.stop()
+    async with catalog(hold_loads=True) as (dispatcher, engine):
+        with pytest.raises(DeadlineUnreachable) as caught:
+            submit(dispatcher, "a", deadline=time.monotonic() + 4.5)
+        figures = {key: float(value) for key, value in caught.value.metadata.items()}
+        assert figures["run_seconds"] == pytest.approx(4.5)
+        assert figures["queue_wait_seconds"] == pytest.approx(2.0, abs=0.1)
+        assert engine.loading == [], "nothing is loaded for it"
+        assert dispatcher.counts.accepted == 0
+        loading = asyncio.create_task(dispatcher.load_model("a"))
+        await settle()
+        engine.finish_load()
+        await loading
+        kept = submit(dispatcher, "a", deadline=time.monotonic() + 4.5)
+        await settle()
+        engine.advance(4)
+        await settle()
+        assert kept.finished
 
 
 async def make_hot(dispatcher: Dispatcher, engine: FakeEngine, model: str) -> EngineHandle:

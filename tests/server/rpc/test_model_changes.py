@@ -1,6 +1,7 @@
 """Models that are loaded, unloaded and pinned over the wire, with the fake engine."""
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from darkroom.v1 import model_pb2
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.caller import ANONYMOUS
 from darkroom_server.settings import Models, Security, Shutdown, Storage
+from tests.server.clock import Clock
 from tests.server.ledger.copies import left_behind
 from tests.server.rpc.test_jobs import name, state_of
 from tests.server.security.test_tokens import bearing, entry
@@ -29,12 +31,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def served(folder: Path, *, hold_loads: bool = False, **more: Any) -> Any:
+def served(folder: Path, *, hold_loads: bool = False, host: int | None = None, **more: Any) -> Any:
     """A server over ``folder`` whose budget holds one model; jobs run to their end at once."""
     models = [fake_model("owls"), fake_model("toads")]
     return serving(
         fake={"catalogue": models, "auto": True, "hold_loads": hold_loads},
-        models=Models(models_dir=str(folder), device_memory_budget=100),
+        models=Models(models_dir=str(folder), device_memory_budget=100, host_memory_budget=host),
         **more,
     )
 
@@ -147,9 +149,48 @@ async def test_a_model_that_fails_says_why(folder: Path) -> None:
         assert seconds == {("owls", "disk"): 0.5, ("toads", "disk"): 0.5}
 
 
+async def test_seconds_of_swaps_and_bytes_of_tiers_are_counted(folder: Path, clock: Clock) -> None:
+    async def tiers() -> dict[tuple[str, ...], float]:
+        return await values(wire, "darkroom_model_tier_bytes", "engine", "tier")
+
+    async def swapping() -> float:
+        return (await values(wire, "darkroom_model_swap_seconds_total"))[()]
+
+    device, host = ("0", "device"), ("0", "host")
+    began = time.monotonic()
+    async with served(folder, hold_loads=True, host=100) as wire:
+        engine = wire.engine
+        assert await tiers() == {device: 0, host: 0}
+        assert await swapping() == 0
+        for model, held in (("owls", 0), ("toads", 100)):
+            waits = wire.generating(model=model)
+            await wire.becomes(lambda: bool(engine.reading))
+            clock.skip(3.0)
+            engine.finish_read()
+            await wire.becomes(lambda: bool(engine.loading))
+            clock.skip(2.0)
+            engine.finish_load()
+            await waits
+            assert await tiers() == {device: 100, host: held}
+        # A load that fails takes time too.
+        before = await swapping()
+        engine.failing["owls"] = "its unet is cut short"
+        waits = wire.generating(model="owls")
+        await wire.becomes(lambda: bool(engine.loading))
+        clock.skip(3.0)
+        engine.finish_load()
+        assert (await refusal(waits)).info.reason == "MODEL_UNUSABLE"
+        assert await swapping() - before >= 3.0
+        skipped = 2 * 5.0 + 3.0
+        assert skipped <= await swapping() <= time.monotonic() - began
+
+
 async def test_jobs_of_the_ledger_load_their_models(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "jobs.db"
-    first = {"storage": Storage(ledger=f"sqlite:{path}"), "shutdown": Shutdown(grace=0.0)}
+    first: dict[str, Any] = {
+        "storage": Storage(ledger=f"sqlite:{path}"),
+        "shutdown": Shutdown(grace=0.0),
+    }
     async with served(folder, hold_loads=True, **first) as wire:
         await submit(wire, request_id="mine", model="toads")
         await wire.becomes(lambda: wire.engine.loading == ["toads"])
