@@ -1,6 +1,7 @@
 """Models that come and go: what a client lists and changes, and what the command line prints."""
 
 import json
+import re
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,9 @@ from darkroom.v1 import model_pb2, server_pb2
 from darkroom_client import (
     AsyncClient,
     Client,
+    DeadlineExceeded,
     InvalidRequest,
+    JobState,
     ModelDoesNotFit,
     ModelLoad,
     ModelNotFound,
@@ -236,9 +239,34 @@ def test_a_failed_model_rejects_requests_until_it_is_loaded(
         assert client.model("broken") == BROKEN
         assert client.load_model("broken") == fake_model("broken")
         assert client.generate("a star", model="broken").images
+
+
+def test_a_request_waits_for_a_model_that_is_loading(catalogue: FakeServer) -> None:
+    with catalogue, Client(catalogue.target) as client:
+        with pytest.raises(InvalidRequest, match="steps"):
+            client.generate("a star", model="fetched", steps=0)
+        assert client.estimate("a star", model="fetched").run_time > 0
+        job = client.submit("a star", model="fetched")
+        waiting = client.job(job.request_id)
+        assert (waiting.state, waiting.queue_position) == (JobState.QUEUED, 0)
+        assert client.model("fetched").state is ModelState.LOADING
+        with pytest.raises(DeadlineExceeded):
+            client.generate("a star", model="fetched", timeout=0.2)
+        assert client.load_model("fetched").ready
+        assert client.result(job.request_id).images
+        assert [bool(each.images) for each in catalogue.jobs] == [True, False]
+
+
+def test_a_model_that_is_loading_and_not_described_rejects_requests(connect: Connect) -> None:
+    unknown = replace(FETCHED, defaults=None, limits=None)
+    with FakeServer(models=[unknown]) as server:
+        client = connect(server.target, retry=Retry(attempts=1))
         with pytest.raises(Unavailable) as loading:
-            client.generate("a star", model="fetched")
+            client.generate("a star")
         assert loading.value.reason == "MODEL_LOADING"
+        assert not server.jobs
+        assert client.load_model("fetched").ready
+        assert client.generate("a star").images
 
 
 UNUSABLE = ModelUnusable("unet/model.safetensors is truncated")
@@ -293,6 +321,27 @@ def test_a_load_that_fails_fails_its_job(
         server.load_errors.clear()
         assert client.load_model("anime").state is ModelState.RESIDENT
         assert client.generate("a star", model="anime").images
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(UNUSABLE, ModelState.FAILED), (TOO_BIG, ModelState.AVAILABLE)]
+)
+def test_a_load_that_fails_fails_the_jobs_that_wait_for_it(
+    error: ModelUnusable | ModelDoesNotFit, state: ModelState
+) -> None:
+    with (
+        FakeServer(models=[FETCHED, DEMO], load_errors={"fetched": error}) as server,
+        Client(server.target) as client,
+    ):
+        job = client.submit("a star", model="fetched")
+        assert client.job(job.request_id).state is JobState.QUEUED
+        for fails in (
+            lambda: client.load_model("fetched"),
+            lambda: client.result(job.request_id),
+        ):
+            with pytest.raises(type(error), match=re.escape(str(error))):
+                fails()
+        assert client.model("fetched").state is state
 
 
 async def test_the_async_client_loads_unloads_and_pins(catalogue: FakeServer) -> None:

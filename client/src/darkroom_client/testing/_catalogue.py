@@ -56,8 +56,21 @@ class Catalogue:
         raise invalid(Violation(field="model", description=f"must be set, to one of {names}"))
 
     def use(self, id: str) -> Model:
-        """Load a model for a request, and record the use; raises as ``errors`` says."""
-        self._models[id] = replace(self._loaded(id), last_used=datetime.now(UTC))
+        """Load a model for a request, unless it is loading, and record the use.
+
+        Raises as ``errors`` says.
+        """
+        model = self._of_id(id)
+        if model.state is not ModelState.LOADING:
+            model = self._loaded(id)
+        self._models[id] = replace(model, last_used=datetime.now(UTC))
+        return self._models[id]
+
+    def loaded(self, id: str) -> Model | None:
+        """The model of a request, None while it is loading; raises as ``errors`` says."""
+        if self._of_id(id).state is ModelState.LOADING:
+            return None
+        self._models[id] = self._loaded(id)
         return self._models[id]
 
     def load(self, id: str) -> Model:
@@ -86,6 +99,8 @@ class Catalogue:
             if isinstance(error, ModelUnusable):
                 self._models[id] = off_device(model, ModelState.FAILED, str(error))
                 raise unusable(id, str(error))
+            if model.state is ModelState.LOADING:
+                self._models[id] = off_device(model, ModelState.AVAILABLE)
             raise ModelDoesNotFit(f"no memory for model {id!r}: {error}")
         return on_device(model)
 

@@ -3,13 +3,14 @@
 import math
 import threading
 import time
+from collections.abc import Callable
 
 from google.protobuf.duration_pb2 import Duration
 
 from darkroom.v1 import generation_pb2, types_pb2
 from darkroom_client._errors import Cancelled, DarkroomError, DeadlineExceeded
 from darkroom_client._types.job import JobState
-from darkroom_client._types.model import Model
+from darkroom_client._types.model import Model, ModelState
 from darkroom_client._types.request import GenerationRequest
 from darkroom_client._wire.requests import decode_request
 from darkroom_client.testing._behaviour import Behaviour
@@ -34,7 +35,8 @@ class FakeJob:
     """A job of the fake server, with its ``request`` and ``state``.
 
     The state is RUNNING from the start, also while the job reports a place in the queue.
-    ``steps_done`` counts the steps of all its images, including those before a crash.
+    ``steps_done`` counts the steps of all its images, including those before a crash. ``loaded``
+    returns its model once that is in memory, and raises why it cannot be.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class FakeJob:
         preview: generation_pb2.PreviewOptions,
         time_limit: float | None,
         kept: bool,
+        loaded: Callable[[], Model | None],
         load_error: DarkroomError | None = None,
     ) -> None:
         self.request: GenerationRequest = decode_request(sent)
@@ -65,7 +68,10 @@ class FakeJob:
         self._behaviour = behaviour
         self._changed = changed
         self._preview = preview
+        self._loaded = loaded
         self._load_error = load_error
+        if model.state is ModelState.LOADING:
+            self.events.append(Event(queued=generation_pb2.Queued(position=behaviour.queue)))
         self._accepted_at = time.monotonic_ns()
         self._ends_at = _end(time_limit)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -166,6 +172,10 @@ class FakeJob:
         if self._load_error is not None:
             self._end(JobState.FAILED, self._load_error)
             return
+        while not self._has_model():
+            if not self._runs():
+                return
+            self._pause(POLL_SECONDS)
         for position in range(behaviour.queue, 0, -1):
             self._emit(Event(queued=generation_pb2.Queued(position=position)))
             self._pause(behaviour.step_seconds)
@@ -176,6 +186,17 @@ class FakeJob:
         with self._changed:
             if self._runs():
                 self._deliver()
+
+    def _has_model(self) -> bool:
+        """Whether its model is in memory; ends the job if that cannot be loaded."""
+        with self._changed:
+            try:
+                found = self._loaded()
+            except DarkroomError as error:
+                self._end(JobState.FAILED, error)
+                return False
+            self._model = found or self._model
+            return found is not None
 
     def _run_steps(self, crash_at: int | None) -> bool:
         """Run every step; true if the engine crashed meanwhile."""

@@ -4,6 +4,7 @@ import threading
 import uuid
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from darkroom.v1 import generation_pb2
 from darkroom_client._errors import (
@@ -105,6 +106,7 @@ class JobRegistry:
                 preview=preview,
                 time_limit=time_limit,
                 kept=kept,
+                loaded=partial(self.catalogue.loaded, model.id),
                 load_error=load_error,
             )
             self._known.pop(request.request_id, None)

@@ -96,10 +96,12 @@ def fake_model(
 
     ``optional_fields``: what it takes of the fields that not every model takes, such as
     ``true_cfg_scale``; a request that sets another of them is rejected. ``state``: an AVAILABLE or
-    HOST one is loaded by its first request or by ``Client.load_model``; a LOADING one rejects
-    requests until ``Client.load_model``, and a FAILED one too, as ``ModelUnusable`` with
-    ``state_reason``. Change the rest with ``dataclasses.replace``, for
-    ``FakeServer(models=[...])``. Raises ``ValueError`` for a field that is not optional.
+    HOST one is loaded by its first request or by ``Client.load_model``; requests for a LOADING one
+    wait until ``Client.load_model``, and a FAILED one rejects them until then, as ``ModelUnusable``
+    with ``state_reason``. Change the rest with ``dataclasses.replace``, for
+    ``FakeServer(models=[...])``: a LOADING one without ``defaults`` and ``limits`` is not described
+    yet, and rejects requests as ``Unavailable``. Raises ``ValueError`` for a field that is not
+    optional.
     """
     given = set(optional_fields)
     if unknown := sorted(given.difference(OPTIONAL_FIELDS)):
@@ -284,8 +286,7 @@ def described(model: Model) -> tuple[ModelDefaults, ModelLimits]:
     """The defaults and limits of ``model``; raises ``ModelUnusable`` or ``Unavailable``."""
     if model.state is ModelState.FAILED:
         raise unusable(model.id, model.state_reason)
-    loads = model.state is ModelState.LOADING
-    if loads or model.defaults is None or model.limits is None:
+    if model.defaults is None or model.limits is None:
         raise Unavailable(
             f"model {model.id!r} is loading", reason="MODEL_LOADING", retry_after=RETRY_SECONDS
         )
