@@ -103,7 +103,7 @@ async def test_a_restart_that_fails_once_loads_all_models_again() -> None:
 
 
 def test_the_only_model_is_loaded_at_every_start() -> None:
-    """Without it the server has nothing to serve: it gives up as at its start."""
+    """Without it the server has nothing to serve: it stops, as at its start."""
     one, other = (ModelSource(id=id, location=id) for id in "ab")
     config = EngineConfig(models=(one,))
     assert config.after_failed_restarts(9) == config
