@@ -1,5 +1,6 @@
 """The file of a model of the start breaks, and the engine starts again: the others serve on."""
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,14 @@ from darkroom_server.core.errors import ModelUnusable
 from darkroom_server.core.events import Event
 from darkroom_server.dispatch.engines import pool
 from tests.server.dispatch.harness import settle
-from tests.server.dispatch.test_model_catalog import catalog, models, revived, states, submit
+from tests.server.dispatch.test_model_catalog import (
+    catalog,
+    models,
+    revived,
+    states,
+    submit,
+    two_engines,
+)
 
 WHY = "its unet is cut short"
 
@@ -63,7 +71,7 @@ async def test_a_model_of_the_start_that_broke_fails_alone(deadly: bool) -> None
         failing, fine = submit(dispatcher, "a"), submit(dispatcher, "b")
         await settle()
         assert states(dispatcher) == {"a": "resident", "b": "resident", "c": "available"}
-        assert len(engine.jobs) == 2
+        assert [job.id for job in engine.jobs] == ["a-job"], "models take turns"
         engine.failing["a"] = WHY
         engine.die()
         # Two restarts fail. Then the model is loaded by itself, twice if it kills the engine.
@@ -100,6 +108,45 @@ async def test_a_restart_that_fails_once_loads_all_models_again() -> None:
         await revived(dispatcher, 2)
         assert states(dispatcher) == {"a": "resident", "b": "resident", "c": "available"}
         assert engine.loaded == [], "it was loaded at the start"
+
+
+@pytest.mark.parametrize("deadly", [False, True])
+async def test_a_model_that_one_engine_has_serves_though_another_cannot_load_it(
+    deadly: bool,
+) -> None:
+    async with two_engines() as (dispatcher, (first, second)):
+        jobs = [submit(dispatcher, "a", f"a{n}") for n in range(4)]
+        await settle()
+        assert (first.loaded, second.loaded) == (["a"], [])
+        attempts = 0
+
+        def load_model(id: str, *, keep: bool = False, host_only: bool = False) -> None:
+            nonlocal attempts
+            attempts += 1
+            if deadly:
+                second.die()
+            else:
+                FakeEngine.load_model(second, id, keep=keep, host_only=host_only)
+
+        second.failing["a"] = WHY
+        second.load_model = load_model  # type: ignore[method-assign]
+        # The first engine is full.
+        jobs.append(submit(dispatcher, "a", "a4"))
+        async with asyncio.timeout(30):
+            while attempts < (2 if deadly else 1):
+                await asyncio.sleep(0)
+        await settle()
+        assert states(dispatcher)["a"] == "resident"
+        for _ in range(2):
+            jobs += [submit(dispatcher, "a", f"a{len(jobs) + n}") for n in range(5)]
+            await settle()
+            first.advance(4)
+            await settle()
+        while dispatcher.counts.live:
+            first.advance(4)
+            await settle()
+        assert all(job.finished for job in jobs)
+        assert attempts == (2 if deadly else 1), "it is not tried for each job"
 
 
 def test_the_only_model_is_loaded_at_every_start() -> None:

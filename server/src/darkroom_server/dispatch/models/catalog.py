@@ -218,7 +218,7 @@ class ModelCatalog:
         entry = self._states.entries[description.id]
         entry.described = description.stamp
         if description.stamp != entry.stamp:
-            entry.shared = {}  # It was of other files.
+            entry.shared, entry.copies_fail = {}, False  # They were of other files.
         if description.weight_bytes:
             entry.weight_bytes = description.weight_bytes
 
@@ -233,7 +233,7 @@ class ModelCatalog:
         """An engine has loaded a model."""
         id, load = loaded.info.id, loaded.load
         entry = self._record_read(load)
-        entry.deaths = 0
+        entry.deaths, entry.copies_fail = 0, False
         self._count(id, load.origin, LoadOutcome.LOADED, engine.loading)
         engine.add_model(loaded.info, load, loaded.free_bytes)
         self._availability.set_model(loaded.info)
@@ -270,7 +270,7 @@ class ModelCatalog:
             origin = WeightOrigin.HOST
         self._count(event.model, origin, LoadOutcome.FAILED, engine.loading)
         engine.loading = None
-        error: DarkroomError
+        error: DarkroomError | None
         if event.out_of_memory:
             if not engine.has_host_memory and self._states.host.drop_one(engine, event.model):
                 self._states.report_all()
@@ -305,7 +305,12 @@ class ModelCatalog:
         self._states.settle(entry, error)
         return error
 
-    def _unusable(self, entry: CatalogEntry, reason: str) -> ModelUnusable:
+    def _unusable(self, entry: CatalogEntry, reason: str) -> ModelUnusable | None:
+        """A model cannot be loaded; None if another engine has it, and serves its jobs."""
+        if self._states.state(entry.id) is ModelState.RESIDENT:
+            log.warning("no further engine loads the model", model=entry.id, why=reason)
+            entry.copies_fail = True
+            return None
         self._availability.failures[entry.id] = reason
         return ModelUnusable(entry.id, reason)
 

@@ -24,7 +24,8 @@ class CatalogEntry:
     memory, None if it was loaded from its files at once since then. ``location``: its folder or
     file, None for one of the hub; ``stamp``: that of its files when it was loaded, ``changed``:
     they were written since; ``described``: that of the files that it was described from, "" if it
-    is not known. ``shared``: see ``Resident``, as of its last load. ``fetched_bytes`` and
+    is not known. ``shared``: see ``Resident``, as of its last load. ``copies_fail``: an engine
+    could not load it while another one had it, so no further engine tries. ``fetched_bytes`` and
     ``fetch_bytes`` are those of a download that runs. ``waiters``: calls that wait until it is
     loaded. ``reported``: the state that the observer knows.
     """
@@ -41,6 +42,7 @@ class CatalogEntry:
     described: str = ""
     changed: bool = False
     shared: Mapping[str, int] = field(default_factory=dict)
+    copies_fail: bool = False
     fetched_bytes: int = 0
     fetch_bytes: int = 0
     waiters: list[asyncio.Future[None]] = field(default_factory=list)

@@ -271,7 +271,8 @@ class LoadPlanner:
             if id in self._availability.failures or len(held_by) == max(1, len(ready)):
                 continue
             jobs = waiting.get(id, WaitingJobs())
-            if held_by and not (jobs.jobs and all(self._is_full(ready[i]) for i in held_by)):
+            full = jobs.jobs and all(self._is_full(ready[i]) for i in held_by)
+            if held_by and (not full or self._states.entries[id].copies_fail):
                 continue
             due = -math.inf if id in self._states.wanted else jobs.due
             load = self._load_seconds(id)
