@@ -82,7 +82,7 @@ def test_transformers_run_in_bfloat16_without_slices(
     assert (found.dtype, found.attention) == (torch.bfloat16, Attention.SDPA)
     assert found.autocast is (frugal and not family.half.autocast_risk)
     assert found.slice_size == ""
-    assert ("the model's cannot be sliced" in found.preset_rule) is (preset is not Preset.FAST)
+    assert ("the model's cannot be sliced" in found.preset_rule) is frugal
     assert ("the default on a GPU" in found.preset_rule) is (preset is Preset.AUTO)
     assert ("autocast is off" in found.preset_rule) is (frugal and bool(family.half.autocast_risk))
     assert "the GPU has bfloat16 (compute capability 8.0)" in found.format_rule

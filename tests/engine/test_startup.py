@@ -1,23 +1,31 @@
 """Start-up: memory formats, restarts with previous measurements, and diffusers' own pictures."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
+import structlog
 import torch
+from diffusers.hooks import apply_layerwise_casting
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from darkroom_server.core.engine_config import Attention, Dtype, ModelSource, Preset
+from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, ModelSource, Preset
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import RowLimitCorrected
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.core.model_runtime import RowLimitSource
+from darkroom_server.engine.adapters.module import AdaptedModule
+from darkroom_server.engine.adapters.weights import LayerWeights
 from darkroom_server.engine.batch import Group
 from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
-from darkroom_server.engine.warmup import measurement, placement
+from darkroom_server.engine.loading.startup import start_loop
+from darkroom_server.engine.warmup import measurement, placement, presets
+from darkroom_server.engine.warmup.eight_bits import store_in_eight_bits
 from darkroom_server.engine.warmup.presets import Runtime, resolve
 
 from .conftest import LoopUnderTest, config_for, make_job
@@ -144,7 +152,7 @@ def placed(folder: Path, **fields: Any) -> tuple[Any, Runtime]:
     family = StableDiffusion(pipeline)
     memory_format = placement.convert(family, runtime)
     if runtime.fp8_storage:
-        placement.store_in_eight_bits(family, memory_format)
+        store_in_eight_bits(family.denoiser, memory_format.dtype)
     return pipeline, runtime
 
 
@@ -165,6 +173,50 @@ def test_weights_in_eight_bits_predict_nearly_the_same(tiny_folder: Path) -> Non
     assert 0 < (plain - stored).norm() / plain.norm() < 0.1
 
 
+CASTS = torch.ops.aten.to, torch.ops.aten._to_copy
+
+
+def stored_layers(*, diffusers_own: bool) -> Any:
+    """Layers with weights in eight bits, as diffusers casts them or as we do."""
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 4)
+    model: Any = torch.nn.Sequential(*layers).bfloat16()
+    if diffusers_own:
+        apply_layerwise_casting(model, torch.float8_e4m3fn, torch.bfloat16)
+    else:
+        model.enable_layerwise_casting = partial(apply_layerwise_casting, model)
+        store_in_eight_bits(model, torch.bfloat16)
+    return model.requires_grad_(False)
+
+
+def test_stored_weights_stay_and_compute_what_diffusers_casts_do() -> None:
+    class Casts(TorchDispatchMode):
+        """Counts casts."""
+
+        count = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.count += func._overloadpacket in CASTS
+            return func(*args, **(kwargs or {}))
+
+    theirs, ours = (stored_layers(diffusers_own=own) for own in (True, False))
+    before = list(ours.parameters())
+    inputs = torch.randn(2, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.inference_mode():
+        with Casts() as twice:  # type: ignore[no-untyped-call]
+            wanted = theirs(inputs)
+        with Casts() as once:  # type: ignore[no-untyped-call]
+            found = ours(inputs)
+    assert torch.equal(found, wanted)
+    assert (once.count, twice.count) == (len(before), 2 * len(before))
+    assert all(a is b for a, b in zip(ours.parameters(), before, strict=True))
+    with pytest.raises(RuntimeError), torch.inference_mode():
+        ours(inputs[:, :7])
+    assert {each.dtype for each in ours.parameters()} == {torch.float8_e4m3fn}
+
+
 def test_an_image_of_the_usual_size_is_decoded_by_tiles(tiny_folder: Path) -> None:
     pipeline, runtime = placed(tiny_folder)
     assert runtime.vae_tiling
@@ -179,3 +231,39 @@ def test_an_image_of_the_usual_size_is_decoded_by_tiles(tiny_folder: Path) -> No
     assert tiled.shape == whole.shape
     assert max(seen[:-1]) == size // 2, "the largest multiple of four in three quarters of eight"
     assert seen[-1] == size
+
+
+def test_a_dora_adapter_reads_weights_in_eight_bits() -> None:
+    def changed_by_dora(layers: Any) -> float:
+        random = torch.Generator().manual_seed(2)
+        down, up = (torch.randn(*shape, generator=random).bfloat16() for shape in ((2, 8), (16, 2)))
+        weights = {"0": LayerWeights(down=down, up=up, magnitude=torch.ones(16).bfloat16())}
+        inputs = torch.randn(3, 8, generator=random).bfloat16()
+        adapted = AdaptedModule(layers, slots=1, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            plain = layers(inputs).float()
+            with adapted.rows([(("dora", 1.0),)] * 3, {"dora": weights}):
+                return float((layers(inputs).float() - plain).norm() / plain.norm())
+
+    layers = stored_layers(diffusers_own=False)
+    layers.device = torch.device("cpu")
+    assert changed_by_dora(layers) > 0.1
+
+
+def test_a_start_on_the_cpu_of_a_machine_with_a_gpu_is_an_error_in_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(presets, "GPU_NODES", ("null",))
+    threads = torch.get_num_threads()
+
+    def errors(device: str) -> list[str]:
+        with structlog.testing.capture_logs() as lines:
+            start_loop(EngineConfig(models=(), device=device, threads=threads), lambda _: None)
+        return [line["event"] for line in lines if line["log_level"] == "error"]
+
+    (error,) = errors("auto")
+    assert error.startswith("/dev/null is a GPU, and the models run on the CPU: ")
+    assert errors("cpu") == [], "the CPU was asked for"
+    monkeypatch.setattr(presets, "GPU_NODES", ("no-such-node",))
+    assert errors("auto") == []

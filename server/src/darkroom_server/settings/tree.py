@@ -81,8 +81,9 @@ class Engine:
         Attention | None,
         Setting(
             "The attention implementation.",
-            choose="`sdpa` is faster; `sliced` (diffusers' attention slicing) uses less memory. "
-            "Transformers have no slices and run with `sdpa`.",
+            choose="`sdpa` is faster, and uses less memory if torch has a fused kernel: on CPUs "
+            "and on NVIDIA's GPUs since Turing. `sliced` (diffusers' attention slicing) uses less "
+            "on others. Transformers have no slices and run with `sdpa`.",
             default="the preset's",
         ),
     ] = None

@@ -120,7 +120,7 @@ class AdaptedLayer:
 
     def _dora(self, parts: list[tuple[int, float]]) -> Form:
         """As ``_uniform``, one adapter after the other; some scale the layer's own output."""
-        weight, bias = self._layer.weight, self._layer.bias
+        layer = self._layer
 
         def add(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
             for slot, scale in parts:
@@ -130,9 +130,11 @@ class AdaptedLayer:
                 if magnitude is None:
                     output = output + added
                     continue
+                # Weights that are stored in eight bits can be added to nothing.
+                weight = layer.weight.to(self._dtype)
                 length = torch.linalg.norm(weight + (up.T @ down), dim=1)
                 factor = magnitude / length
-                plain = output if bias is None else output - bias
+                plain = output if layer.bias is None else output - layer.bias.to(output.dtype)
                 output = output + (factor - 1) * plain + factor * added
             return output
 

@@ -17,6 +17,7 @@ from darkroom_server.engine.controls.measurement import measure_net
 from darkroom_server.engine.controls.model_controls import ModelControls
 from darkroom_server.engine.failures import is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Family
+from darkroom_server.engine.warmup.eight_bits import store_in_eight_bits
 from darkroom_server.engine.warmup.formats import MemoryFormat
 from darkroom_server.engine.warmup.placement import vae_is_upcast
 from darkroom_server.engine.warmup.presets import Runtime
@@ -178,9 +179,7 @@ def _load(
     if memory_format.channels_last:
         net.to(memory_format=torch.channels_last)
     if runtime.fp8_storage:
-        net.enable_layerwise_casting(
-            storage_dtype=torch.float8_e4m3fn, compute_dtype=memory_format.dtype
-        )
+        store_in_eight_bits(net, memory_format.dtype)
     net.to(device=runtime.device)
     kind.prepare(net, denoiser)
     return net

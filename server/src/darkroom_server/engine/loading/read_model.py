@@ -34,12 +34,8 @@ from darkroom_server.engine.loading.quantization import (
     quantization_of,
 )
 from darkroom_server.engine.loading.revision import UNKNOWN, revision_of
-from darkroom_server.engine.warmup.placement import (
-    convert,
-    store_in_eight_bits,
-    tile,
-    vae_is_upcast,
-)
+from darkroom_server.engine.warmup.eight_bits import store_in_eight_bits
+from darkroom_server.engine.warmup.placement import convert, tile, vae_is_upcast
 from darkroom_server.engine.warmup.presets import Runtime, resolve
 from darkroom_server.engine.weights.parts import Part
 from darkroom_server.engine.weights.store import (
@@ -258,7 +254,7 @@ def _from_files(
     # Hooks of eight-bit storage belong to a module, and are not for its copies. The weights get
     # their last type before they move: a small device has no room for them in their first one.
     if runtime.fp8_storage:
-        store_in_eight_bits(family, memory_format)
+        store_in_eight_bits(family.denoiser, memory_format.dtype)
     for name, part in parts.items():
         if host_only:
             part.take_into_host(read[name], device)
@@ -288,7 +284,7 @@ def _from_host(held: HeldModel, source: ModelSource) -> Family:
     if held.runtime.vae_tiling:
         tile(family)  # The VAE may be that of a model of another size.
     if held.runtime.fp8_storage:
-        store_in_eight_bits(family, held.memory_format)
+        store_in_eight_bits(family.denoiser, held.memory_format.dtype)
     offload(family, held.runtime)
     return family
 

@@ -58,13 +58,6 @@ def tile(family: Family) -> None:
     vae.tile_sample_min_size = latent_size * family.latent_factor
 
 
-def store_in_eight_bits(family: Family, memory_format: MemoryFormat) -> None:
-    """Store the denoiser's weights in eight bits, from which each layer computes in the dtype."""
-    family.denoiser.enable_layerwise_casting(
-        storage_dtype=torch.float8_e4m3fn, compute_dtype=memory_format.dtype
-    )
-
-
 def memory_format_of(family: Family, runtime: Runtime) -> MemoryFormat:
     """The format in which ``runtime`` stores the weights of ``family``."""
     return MemoryFormat(runtime.dtype, runtime.channels_last and family.convolutional)

@@ -92,11 +92,11 @@ def resolve(config: EngineConfig, half: HalfPrecision) -> Runtime:
     preset = config.preset
     if preset is Preset.AUTO:
         preset = Preset.FRUGAL if cuda else Preset.FAST
-    frugal, fast, tiny = preset is Preset.FRUGAL, preset.is_fast, preset is Preset.TINY
+    frugal, tiny = preset is Preset.FRUGAL, preset is Preset.TINY
     hardware = Hardware.of(device)
     rule = format_rule(preset, hardware, half)
     dtype = rule.dtype if config.dtype is Dtype.AUTO else DTYPES[config.dtype]
-    attention = config.attention or (Attention.SDPA if fast else Attention.SLICED)
+    attention = config.attention or (Attention.SLICED if frugal else Attention.SDPA)
     slice_size = _slice_size(config, attention, default="max" if tiny else "auto")
     autocast_risk = _autocast_risk(dtype, hardware, half)
     autocast = frugal and not autocast_risk if config.autocast is None else config.autocast
