@@ -60,7 +60,8 @@ class ModelLoader:
 
     Used from the loop's thread but for the reads. One that fails emits ``ModelNotLoaded``.
     ``loading`` is the id of the model that is being loaded. ``store`` has the weights of models,
-    ``findings`` is what loads found so far.
+    ``findings`` is what loads found so far. ``first_image`` generates one image of a new model on a
+    GPU, with ``pause`` between its batches.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ModelLoader:
         recorder: Recorder,
         store: WeightStore,
         emit: Callable[[Event], None],
+        first_image: Callable[[LoadedModel], None],
     ) -> None:
         self.device = device
         self.loading = ""
@@ -82,6 +84,7 @@ class ModelLoader:
         self._controlnets = controlnets
         self._recorder = recorder
         self._emit = emit
+        self._first_image = first_image
         self._finishing: SlicedWork | None = None
         self._reading = threading.Lock()
 
@@ -165,7 +168,11 @@ class ModelLoader:
     def _finish(self, read: ReadModel, config: EngineConfig) -> LoadedModel:
         loaded = finish_model(read, config, self._controlnets, self.findings)
         pause()
-        return with_graphs(loaded, self._recorder)
+        loaded = with_graphs(loaded, self._recorder)
+        if self.device.type == "cuda":
+            pause()
+            self._first_image(loaded)
+        return loaded
 
     def _read(self, command: LoadModel, receive: Callable[[ModelRead | LoopPaused], None]) -> None:
         try:

@@ -1,17 +1,20 @@
 """The first image of each model, before a caller waits for one.
 
 A GPU's libraries load their kernels when they are first used, and torch's allocator gets its first
-memory from the driver.
+memory from the driver. Beside the jobs of other models, as when a model is loaded on demand, their
+batches run between those of the first image.
 """
 
 import time
 
 import structlog
 
-from darkroom_server.core.events import Event, JobCancelled, JobFailed, JobFinished
+from darkroom_server.core.events import BatchDone, Event, JobCancelled, JobFailed, JobFinished
 from darkroom_server.core.job import ImageFormat, Job, Task
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.engine.catalogue.slices import pause
 from darkroom_server.engine.families.base import Model
+from darkroom_server.engine.loading.load_model import LoadedModel
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
 
@@ -20,11 +23,17 @@ log = structlog.get_logger(__name__)
 STEPS = 2
 
 
+def generate_first_image(loaded: LoadedModel) -> None:
+    """``generate_first_images`` for one model."""
+    id = loaded.model.info.id
+    generate_first_images({id: loaded.model}, {id: loaded.cache})
+
+
 def generate_first_images(models: dict[str, Model], caches: dict[str, MeasurementCache]) -> None:
     """Run one job of each model through a loop of its own, and discard its events.
 
-    A job that fails is logged: requests of another size may succeed. Raises an error that means
-    that the device is lost.
+    It pauses after each batch. A job that fails is logged: requests of another size may succeed.
+    Raises an error that means that the device is lost.
     """
     began = time.monotonic()
     jobs = [_job(id, model.info) for id, model in models.items() if _takes_text(model.info)]
@@ -37,6 +46,8 @@ def generate_first_images(models: dict[str, Model], caches: dict[str, Measuremen
             running.discard(event.job_id)
             if not running:
                 loop.close()
+        if isinstance(event, BatchDone):
+            pause()
 
     if not jobs:
         return
@@ -69,7 +80,8 @@ def _job(id: str, model: ModelInfo) -> Job:
         seed=0,
         image_count=1,
         scheduler=defaults.scheduler,
-        format=ImageFormat.PNG,
+        # The loop waits until it is encoded.
+        format=ImageFormat.RAW_RGB,
         quality=defaults.quality,
         exact=False,
         submitted_at=time.monotonic(),

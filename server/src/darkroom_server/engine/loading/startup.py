@@ -19,7 +19,7 @@ from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.compiler import Compiler
 from darkroom_server.engine.forms.graphs import CudaRecorder, Recorder
 from darkroom_server.engine.forms.toolchain import Inductor, Toolchain
-from darkroom_server.engine.loading.first_images import generate_first_images
+from darkroom_server.engine.loading.first_images import generate_first_image, generate_first_images
 from darkroom_server.engine.loading.load_model import load_model
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.warmup.presets import allowed_threads, device_of, unused_gpu
@@ -53,7 +53,7 @@ def start_loop(
     compiler = Compiler(config.compile_cache, toolchain or Inductor())
     recorder = recorder or CudaRecorder()
     store = WeightStore(device)
-    loader = ModelLoader(config, device, controlnets, recorder, store, emit)
+    loader = ModelLoader(config, device, controlnets, recorder, store, emit, generate_first_image)
     for source in config.models:
         with torch.inference_mode():
             loaded = load_model(source, config, adapters, controlnets, store, loader.findings)
