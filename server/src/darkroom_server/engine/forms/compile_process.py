@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor
 from accelerate import init_empty_weights
 from torch import nn
-from torch.export import Dim, ExportedProgram, export
 
-from darkroom_server.engine.forms.signature import EXAMPLE_ROWS, TensorKind, nested
+from darkroom_server.engine.failures import one_line
+from darkroom_server.engine.forms.compile_blocks import compile_blocks, repeated_blocks
+from darkroom_server.engine.forms.exporting import exported, write_package
+from darkroom_server.engine.forms.signature import nested, read_kind
 from darkroom_server.engine.main import die_with
-
-LEAST_ROWS, MOST_ROWS = 2, 1024
-"""Of a call. The compiler treats a single row as a case of its own."""
 
 
 def main() -> None:
@@ -30,37 +28,25 @@ def main() -> None:
 
 
 def compile_denoiser(task: dict[str, Any], file: Path) -> None:
-    """Write the package of ``task``, the description of a ``CompileTask``, to ``file``."""
+    """Write the package of ``task``, the description of a ``CompileTask``, to ``file``.
+
+    If the denoiser cannot be compiled as a whole, its repeated blocks are. Raises any error if
+    neither can.
+    """
     torch.set_num_threads(task["threads"])
-    program, least, most = exported(task)
-    torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(file),
-        inductor_configs={
-            # The engine has them in memory.
-            "aot_inductor.package_constants_in_so": False,
-            # Else the values of short vectors, which these weights do not have, are in the code.
-            "always_keep_tensor_constants": True,
-            "aot_inductor.metadata": {"least_rows": str(least), "most_rows": str(most)},
-        },
-    )
-
-
-def exported(task: dict[str, Any]) -> tuple[ExportedProgram, int, int]:
-    """The graph of the denoiser for any number of rows, and the least and the most of them."""
-    kinds = {name: _kind(each) for name, each in task["arguments"].items()}
-    values = {name: _example(kind) for name, kind in kinds.items()}
     layout = torch.channels_last if task["channels_last"] else torch.contiguous_format
-    values = {name: _laid_out(value, layout) for name, value in values.items()}
-    dynamic = {name: _dynamic(kind) for name, kind in kinds.items()}
-    with torch.no_grad():
-        program = export(
-            denoiser_of(task, layout),
-            (),
-            nested(kinds, values),
-            dynamic_shapes=nested(kinds, dynamic),
-        )
-    return program, *_row_range(program)
+    kinds = {name: read_kind(each) for name, each in task["arguments"].items()}
+    denoiser = denoiser_of(task, layout)
+    try:
+        write_package(exported(denoiser, nested(kinds, kinds), layout), file)
+    except Exception as error:
+        if not repeated_blocks(denoiser):
+            raise
+        try:
+            compile_blocks(denoiser, kinds, layout, file)
+        except Exception as of_blocks:  # noqa: BLE001 - both are reported.
+            both = f"{one_line(error)}; neither can its blocks: {one_line(of_blocks)}"
+            raise RuntimeError(f"the whole cannot be compiled: {both}") from error
 
 
 def denoiser_of(task: dict[str, Any], layout: torch.memory_format) -> nn.Module:
@@ -84,42 +70,6 @@ def denoiser_of(task: dict[str, Any], layout: torch.memory_format) -> nn.Module:
 def _dtype_of(task: dict[str, Any], name: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, task["other_dtypes"].get(name, task["dtype"]))
     return dtype
-
-
-def _laid_out(value: Any, layout: torch.memory_format) -> Any:
-    if not isinstance(value, torch.Tensor) or value.ndim != 4:
-        return value
-    return value.contiguous(memory_format=layout)
-
-
-def _kind(described: dict[str, Any]) -> Any:
-    if "value" in described:
-        return described["value"]
-    return TensorKind(tuple(described["shape"]), getattr(torch, described["dtype"]))
-
-
-def _example(kind: Any) -> Any:
-    if not isinstance(kind, TensorKind):
-        return kind
-    shape = kind.of_rows(EXAMPLE_ROWS)
-    if kind.dtype.is_floating_point:
-        return torch.rand(shape).to(kind.dtype)
-    return torch.ones(shape, dtype=kind.dtype)
-
-
-def _dynamic(kind: Any) -> Any:
-    if not isinstance(kind, TensorKind):
-        return None
-    rows = Dim.AUTO(min=LEAST_ROWS, max=MOST_ROWS)
-    return {place: rows for place, size in enumerate(kind.shape) if size is None}
-
-
-def _row_range(program: ExportedProgram) -> tuple[int, int]:
-    """The rows that the graph takes. Raises ``ValueError`` if it takes one number only."""
-    ranges = list(program.range_constraints.values())
-    if not ranges:
-        raise ValueError(f"the graph is for {EXAMPLE_ROWS} rows only")
-    return max(int(each.lower) for each in ranges), min(int(each.upper) for each in ranges)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from darkroom_server.engine.forms.signature import Values
 
@@ -12,11 +15,13 @@ class CompiledDenoiser:
     """Calls ``run``, which takes from ``least_rows`` to ``most_rows`` rows.
 
     It reads wrong values from tensors that do not lie in memory as its signature says.
+    ``by_blocks``: only its repeated blocks are compiled.
     """
 
     run: Callable[[Values], Any]
     least_rows: int
     most_rows: int
+    by_blocks: bool = False
 
     def takes(self, rows: int, *, exact: bool) -> bool:
         """Whether it runs a batch of ``rows`` rows; ``exact`` if they are of an exact job.
@@ -28,3 +33,16 @@ class CompiledDenoiser:
     def __call__(self, values: Values) -> Any:
         """What the denoiser returns for ``values``."""
         return self.run(values)
+
+
+def open_package(file: Path, module: Any) -> Any:
+    """The loader of the package in ``file``, with the weights of ``module``, which it shares.
+
+    Raises any error for a file that cannot be used.
+    """
+    # Not by ``torch._inductor.aoti_load_package``: its imports take longer than many batches.
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
+    weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    used = {name: weights[name] for name in loader.get_constant_fqns()}
+    loader.load_constants(used, False, True, True)
+    return loader

@@ -13,6 +13,7 @@ import structlog
 
 from darkroom_server.core.engine_config import Compile
 from darkroom_server.core.model_runtime import DenoiserForm
+from darkroom_server.engine.catalogue.slices import SlicedWork
 from darkroom_server.engine.failures import is_fatal, one_line
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.compiled import CompiledDenoiser
@@ -171,7 +172,10 @@ class Compiler:
         """Load and compare a compiled denoiser in parts; returns whether it is used from now on."""
         file = self._file(task)
         try:
-            compiled = self._toolchain.load(task, file, forms.denoiser)
+            load = SlicedWork(lambda: self._toolchain.load(task, file, forms.denoiser))
+            while not load.run():
+                yield
+            compiled: CompiledDenoiser = load.result
             yield from _compare(compiled, forms)
         except Exception as error:
             if is_fatal(error):
@@ -181,7 +185,12 @@ class Compiler:
             return False
         forms.other = compiled
         model.info = model.info.with_runtime(denoiser=DenoiserForm.COMPILED)
-        log.info("denoiser is compiled", model=model.info.id, most_rows=compiled.most_rows)
+        log.info(
+            "denoiser is compiled",
+            model=model.info.id,
+            most_rows=compiled.most_rows,
+            by_blocks=compiled.by_blocks,
+        )
         return True
 
     def _can_compile(self) -> bool:

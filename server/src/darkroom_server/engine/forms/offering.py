@@ -17,7 +17,8 @@ from darkroom_server.engine.forms.signature import (
     Kinds,
     OtherArguments,
     Signature,
-    TensorKind,
+    described,
+    dtype_name,
     kinds_of,
 )
 from darkroom_server.engine.forms.task import CompileTask
@@ -83,31 +84,21 @@ def _task(denoiser: Any, kinds: Kinds, memory_format: MemoryFormat) -> CompileTa
         "module": type(denoiser).__module__,
         "class": type(denoiser).__qualname__,
         "config": configuration(denoiser),
-        "dtype": _name(memory_format.dtype),
+        "dtype": dtype_name(memory_format.dtype),
         # What its library keeps in another type than the rest.
         "other_dtypes": {
-            name: _name(weight.dtype)
+            name: dtype_name(weight.dtype)
             for name, weight in weights.items()
             if weight.dtype != memory_format.dtype
         },
         "channels_last": memory_format.channels_last,
-        "arguments": {name: _described(kind) for name, kind in kinds.items()},
+        "arguments": {name: described(kind) for name, kind in kinds.items()},
         "threads": torch.get_num_threads(),
     }
     try:
         return CompileTask(json.dumps(description), kinds)
     except TypeError as error:
         raise OtherArguments(f"its configuration is not plain data ({error})") from error
-
-
-def _described(kind: Any) -> dict[str, Any]:
-    if isinstance(kind, TensorKind):
-        return {"shape": kind.shape, "dtype": _name(kind.dtype)}
-    return {"value": kind}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _why_eager(family: Family, runtime: Runtime, config: EngineConfig) -> str:

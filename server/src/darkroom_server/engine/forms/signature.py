@@ -65,7 +65,11 @@ class Signature:
                 if values[name] != kind:
                     return None
                 continue
-            tensor = self._laid_out(kind, values[name], rows)
+            value = values[name]
+            if kind.shape == (None,) and getattr(value, "ndim", 0) == 0:
+                # A timestep for all rows.
+                value = torch.as_tensor(value).to(kind.dtype).expand(rows)
+            tensor = laid_out(kind, value, rows, self.layout)
             if tensor is None:
                 return None
             values[name] = tensor
@@ -90,18 +94,6 @@ class Signature:
                 value = values[name]
                 values[name] = value * factors.view(shape).to(value.device, value.dtype)
         return self.arguments(values)
-
-    def _laid_out(self, kind: TensorKind, value: Any, rows: int) -> torch.Tensor | None:
-        """``value`` as an argument of ``kind``, None if it is of another kind."""
-        if kind.shape == (None,) and getattr(value, "ndim", 0) == 0:
-            # A timestep for all rows.
-            return torch.as_tensor(value).to(kind.dtype).expand(rows).contiguous()
-        if not isinstance(value, torch.Tensor) or value.dtype != kind.dtype:
-            return None
-        if value.shape != kind.of_rows(rows):
-            return None
-        layout = self.layout if value.ndim == 4 else torch.contiguous_format
-        return value.contiguous(memory_format=layout)
 
 
 def kinds_of(fewer: Arguments, more: Arguments) -> dict[str, Any]:
@@ -135,6 +127,39 @@ def nested(kinds: Mapping[str, Any], values: Values) -> dict[str, Any]:
         else:
             arguments[name] = values[name]
     return arguments
+
+
+def laid_out(
+    kind: TensorKind, value: Any, rows: int, layout: torch.memory_format
+) -> torch.Tensor | None:
+    """``value`` as an argument of ``kind`` of ``rows`` rows, None if it is of another kind.
+
+    ``layout`` is that of four-dimensional tensors; all others are contiguous.
+    """
+    if not isinstance(value, torch.Tensor) or value.dtype != kind.dtype:
+        return None
+    if value.shape != kind.of_rows(rows):
+        return None
+    return value.contiguous(memory_format=layout if value.ndim == 4 else torch.contiguous_format)
+
+
+def described(kind: Any) -> dict[str, Any]:
+    """A value of ``Kinds`` as plain data."""
+    if isinstance(kind, TensorKind):
+        return {"shape": kind.shape, "dtype": dtype_name(kind.dtype)}
+    return {"value": kind}
+
+
+def read_kind(described: Mapping[str, Any]) -> Any:
+    """What ``described`` made plain data of."""
+    if "value" in described:
+        return described["value"]
+    return TensorKind(tuple(described["shape"]), getattr(torch, described["dtype"]))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of ``dtype``, such as "float16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def largest_error(found: torch.Tensor, expected: torch.Tensor) -> float:

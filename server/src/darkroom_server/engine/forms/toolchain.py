@@ -8,10 +8,10 @@ import threading
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch.utils import _pytree as pytree
 
-from darkroom_server.engine.forms.compiled import CompiledDenoiser
+from darkroom_server.engine.forms.compiled import CompiledDenoiser, open_package
+from darkroom_server.engine.forms.compiled_blocks import has_blocks, load_blocks
 from darkroom_server.engine.forms.signature import TensorKind, Values
 from darkroom_server.engine.forms.task import CompileTask
 
@@ -44,7 +44,7 @@ class Toolchain(Protocol):
     def load(self, task: CompileTask, file: Path, denoiser: Any) -> CompiledDenoiser:
         """What was compiled into ``file``, with the weights of ``denoiser``, which it shares.
 
-        Raises any error for a file that cannot be used.
+        It may ``pause``. Raises any error for a file that cannot be used.
         """
 
     def close(self) -> None:
@@ -83,11 +83,9 @@ class Inductor:
 
     def load(self, task: CompileTask, file: Path, denoiser: Any) -> CompiledDenoiser:
         """What was compiled into ``file``, with the weights of ``denoiser``, which it shares."""
-        # Not by ``torch._inductor.aoti_load_package``: its imports take longer than many batches.
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
-        weights = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
-        used = {name: weights[name] for name in loader.get_constant_fqns()}
-        loader.load_constants(used, False, True, True)
+        if has_blocks(file):
+            return load_blocks(task.kinds, file, denoiser)
+        loader = open_package(file, denoiser)
         metadata = loader.get_metadata()
         order = [name for name in _names(loader) if isinstance(task.kinds[name], TensorKind)]
 
