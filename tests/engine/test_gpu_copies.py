@@ -9,7 +9,7 @@ import torch
 
 from bench.inprocess.suspended_sd import suspended_stable_diffusion
 from darkroom_server.core.engine_config import Preset
-from darkroom_server.core.events import ImageReady, JobFinished
+from darkroom_server.core.events import ImageReady, JobFinished, PreviewReady
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.engine.batch import Batch
 from darkroom_server.engine.batching.runner import BatchResult, Runner
@@ -28,6 +28,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = {case.write.__module__: case for case in reversed(CASES)}
 """The first case of each file."""
+
+OF_DIFFUSERS = {
+    "AuraFlow": 1,
+    "Chroma": 1,
+    "FLUX.2 dev": 3,
+    "HiDream": 17,
+    "HunyuanImage": 8,
+    "Lumina 2": 4,
+    "PixArt-Sigma": 1,
+    "Qwen-Image": 2,
+}
+"""What lines of diffusers copy or wait for, at most, for each sample of a batch."""
+
+WITHOUT_PREVIEWS = {"HunyuanImage", "Sana"}
+"""Their VAE has nothing that a preview could be fitted to."""
 
 Batches = list[tuple[int, Counter[Traffic]]]
 """Of each batch: its samples, and what it copied or waited for."""
@@ -83,8 +98,17 @@ def test_a_family_generates(case: FamilyCase, tmp_path: Path, batches: Batches) 
     assert [type(e) for e in events if isinstance(e, End)] == [JobFinished] * 2
     images = [event.image for event in events if isinstance(event, ImageReady)]
     assert all(len(set(image.data)) > 8 for image in images), "no flat picture"
-    # What diffusers copies itself is not ours. Positions of pixels and tokens must be equal in a
-    # batch: one wait compares them, and those of a new image are read.
+    previewed = {event.job_id for event in events if isinstance(event, PreviewReady)}
+    has_previews = case.name not in WITHOUT_PREVIEWS
+    assert has_previews == ("preview" in ready.models[0].optional_fields)
+    assert previewed == ({job.id for job in jobs} if has_previews else set())
+    theirs = [
+        sum(n for each, n in seen.items() if each.where.startswith("diffusers/")) / samples
+        for samples, seen in batches
+    ]
+    assert max(theirs) <= OF_DIFFUSERS.get(case.name, 0)
+    # Positions of pixels and tokens must be equal in a batch: one wait compares them, and those of
+    # a new image are read.
     reads = "engine/pipelines/arguments.py"
     own = []
     for samples, seen in batches:

@@ -1,10 +1,12 @@
 """The steps of every scheduler as coefficients: what merged samples do is what diffusers does."""
 
+from collections.abc import Hashable, Iterator
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from darkroom_server.core.job import SchedulerName
@@ -12,6 +14,7 @@ from darkroom_server.engine.components.embedding import Embedding
 from darkroom_server.engine.components.scheduler_table import (
     DIFFUSION_SCHEDULERS,
     FLOW_MATCH_SCHEDULERS,
+    MAX_STEPS,
 )
 from darkroom_server.engine.components.schedulers import make_scheduler, offer
 from darkroom_server.engine.latent_sample import LatentSample, LinearSample
@@ -28,6 +31,7 @@ from .test_schedulers import BASE
 
 FLOW: dict[str, Any] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 SHAPE = (4, 8, 8)
+SPACINGS = ("leading", "linspace", "trailing")
 
 
 def new_sample(
@@ -78,20 +82,54 @@ def distance(found: Sample, wanted: Sample) -> float:
     return float((found.latents - wanted.latents).norm() / wanted.latents.norm())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def integrated_once() -> Iterator[None]:
+    """LMS integrates with scipy, for milliseconds each step; both ways need the same integrals."""
+    integrate = diffusers.LMSDiscreteScheduler.get_lms_coefficient
+    known: dict[Hashable, Any] = {}
+
+    def coefficient(self: Any, order: int, t: int, current_order: int) -> Any:
+        key = self.sigmas.numpy().tobytes(), order, t, current_order
+        if key not in known:
+            known[key] = integrate(self, order, t, current_order)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusers.LMSDiscreteScheduler, "get_lms_coefficient", coefficient)
+        yield
+
+
+def with_edges(test: Any) -> Any:
+    """``test`` with the fewest and the most steps among its examples."""
+    for steps, spacing in zip((1, 2, 149, 150), (*SPACINGS, "leading"), strict=True):
+        test = example(steps, spacing, "epsilon", steps % 2 == 0, 3.0)(test)
+    return test
+
+
 @pytest.mark.parametrize("name", DIFFUSION_SCHEDULERS)
-@settings(max_examples=5, deadline=None)
-@given(data=st.data())
-def test_the_whole_way_is_diffusers_own(name: SchedulerName, data: st.DataObject) -> None:
-    spacing = data.draw(st.sampled_from(["leading", "linspace", "trailing"]))
-    prediction = data.draw(st.sampled_from(["epsilon", "v_prediction"]))
+@settings(max_examples=2, deadline=None)
+@with_edges
+@given(
+    st.integers(1, MAX_STEPS),
+    st.sampled_from(SPACINGS),
+    st.sampled_from(["epsilon", "v_prediction"]),
+    st.booleans(),
+    st.sampled_from([1.0, 3.0, 7.5]),
+)
+def test_the_whole_way_is_diffusers_own(
+    name: SchedulerName,
+    steps: int,
+    spacing: str,
+    prediction: str,
+    skips_first: bool,
+    guidance: float,
+) -> None:
+    """With any number of steps that a request may set, and that the scheduler takes."""
     config = {**BASE, "timestep_spacing": spacing, "prediction_type": prediction}
     if name is SchedulerName.PNDM:
-        config["skip_prk_steps"] = data.draw(st.booleans())
+        config["skip_prk_steps"] = skips_first
     offered = offer(name, config)
-    # LMS integrates with scipy, for milliseconds each step.
-    most = 40 if name is SchedulerName.LMS else offered.max_steps
-    steps = data.draw(st.integers(offered.min_steps, most))
-    guidance = data.draw(st.sampled_from([1.0, 3.0, 7.5]))
+    steps = min(max(steps, offered.min_steps), offered.max_steps)
     wanted, found = (
         new_sample(name, steps, config=config, guidance=guidance, merged=merged)
         for merged in (False, True)
