@@ -9,6 +9,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from darkroom_server.cli import _parser
 from tools.declared_requirements import IMAGE_EXTRAS, IMAGE_PACKAGES, declared_requirements
 
 ROOT = Path(__file__).parents[2]
@@ -107,3 +108,19 @@ def test_compose_has_a_read_only_root_and_every_volume() -> None:
     server = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["darkroom"]
     assert server["read_only"] is True
     assert {mount.partition(":")[2] for mount in server["volumes"]} == volumes()
+
+
+def test_the_example_that_compiles_ahead_fits_the_command_and_the_image() -> None:
+    (example,) = re.findall(r"```dockerfile\n(.*?)```", (DEPLOY / "README.md").read_text(), re.S)
+    (command,) = re.findall(r"^RUN darkroom-server (compile .*?)(?: &&|$)", example, re.M)
+    given = vars(_parser().parse_args(command.split()))
+    (model,) = given["models"]
+    assert example.count(f" {model}\n") == 2, "both stages have the model"
+    copied, where = re.findall(r"^COPY --from=compiled \S+ (\S+) (\S+)$", example, re.M)[0]
+    assert given["state_dir"] == copied
+    assert f"DARKROOM_SERVE_STATE_DIR={where} " in example
+    assert f"DARKROOM_SERVE_THREADS={given['threads']}\n" in example
+    assert where not in volumes(), "a volume would hide it"
+    assert f"HOME={Path(where).parent}" in DOCKERFILE, "the user may write there"
+    assert re.search(r"--uid 10001\b", DOCKERFILE)
+    assert "--chown=10001:0" in example
