@@ -8,6 +8,7 @@ import torch
 
 from darkroom_server.core.engine_config import Compile, Dtype, EngineConfig, ModelSource
 from darkroom_server.core.model_runtime import DenoiserForm
+from darkroom_server.engine.forms.compiled_blocks import has_blocks
 from darkroom_server.engine.forms.toolchain import Inductor
 from darkroom_server.settings.sources import DEMO_MODEL
 
@@ -77,15 +78,15 @@ def test_the_demo_model_is_compiled_and_its_images_stay_the_same(tmp_path: Path)
         loop.close()
 
 
-COMPILED = ("SDXL", "Stable Diffusion 3", "FLUX.1 dev")
-"""A UNet, and transformers with repeated blocks."""
+COMPILED = {"SDXL": False, "Stable Diffusion 3": False, "FLUX.1 dev": False, "Chroma": True}
+"""A UNet and transformers, and whether only the repeated blocks can be compiled."""
 
 
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.name in COMPILED], ids=lambda case: case.name
 )
 def test_a_familys_denoiser_is_compiled(case: FamilyCase, tmp_path: Path) -> None:
-    """The tiny model of another family: all its steps in one graph, for any number of rows."""
+    """The tiny model of another family: all its steps, for any number of rows."""
     folder = case.write(tmp_path / "model")
     found: dict[DenoiserForm, dict[str, torch.Tensor]] = {}
     for when in (Compile.OFF, Compile.BLOCKING):
@@ -109,6 +110,8 @@ def test_a_familys_denoiser_is_compiled(case: FamilyCase, tmp_path: Path) -> Non
         finally:
             loop.close()
     assert set(found) == {DenoiserForm.EAGER, DenoiserForm.COMPILED}
+    (package,) = (tmp_path / "compiled").glob("*.pt2")
+    assert has_blocks(package) is COMPILED[case.name]
     eager, compiled = found[DenoiserForm.EAGER], found[DenoiserForm.COMPILED]
     assert torch.equal(compiled.pop("exact"), eager.pop("exact"))
     for id, latents in eager.items():
