@@ -197,20 +197,28 @@ train-adapters: setup ## train the demo model's adapters, minutes on two cores; 
 judge-adapters: setup ## judge them, and tasks with images, on 50 held-out prompts each; options in JUDGE_FLAGS
 	@$(BIN)/python -m training.adapters.evaluate build/demo_adapters $(JUDGE_FLAGS)
 
-CHECKS := lint-python lint-format types lint-imports lint-protos lint-breaking lint-stubs lint-trace lint-words
+# They run two at a time, the longest first.
+CHECKS := lint-mypy lint-pyright lint-trace lint-words lint-imports lint-stubs lint-python lint-format lint-protos lint-breaking
 
 .PHONY: lint
 lint: setup $(GENERATOR)/.installed ## check style, types, imports and protos
-	@failed=; \
-	for check in $(CHECKS); do \
-	    echo "== $$check"; \
-	    $(MAKE) --no-print-directory $$check || failed+=" $$check"; \
-	done; \
-	[ -z "$$failed" ] || { echo "lint: failed:$$failed"; exit 1; }
+	@failed=$$(mktemp); trap 'rm -f "$$failed"' EXIT; \
+	$(MAKE) --no-print-directory -j2 --output-sync=recurse FAILED="$$failed" $(CHECKS:%=noted-%); \
+	[ ! -s "$$failed" ] || { echo "lint: failed:" $$(sort "$$failed"); exit 1; }
+
+# Run a check, and note in the file FAILED if it fails, so that the others go on.
+noted-%:
+	@echo "== $*"
+	@$(MAKE) --no-print-directory $* || echo $* >>"$(FAILED)"
 
 .PHONY: types
-types: setup ## check types only
+types: lint-mypy lint-pyright ## check types only
+
+.PHONY: lint-mypy lint-pyright
+lint-mypy: setup
 	@$(BIN)/mypy $(TYPED)
+
+lint-pyright: setup
 	@$(BIN)/basedpyright --level error
 
 .PHONY: lint-python lint-format lint-imports lint-protos lint-breaking lint-stubs
