@@ -22,7 +22,7 @@ from darkroom_server.engine.batching.runner import BatchResult, Runner
 from darkroom_server.engine.loading.startup import start_loop
 from darkroom_server.engine.loop import EngineLoop
 
-from .conftest import End, make_job, run_here
+from .conftest import MEASUREMENTS, End, make_job, run_here
 from .fake_cuda import CUDA, CudaTensor, FakeDevice, FakeEvent, Kind
 from .test_schedulers import SD_SCHEDULERS
 
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def on_gpu(folder: Path, preset: Preset, **fields: Any) -> EngineConfig:
     return EngineConfig(
         models=(ModelSource(id="tiny", location=str(folder)),),
+        measurement_cache=MEASUREMENTS.name,
         **{"device": "cuda", "preset": preset, "rows": 4, **fields},
     )
 
