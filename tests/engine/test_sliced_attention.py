@@ -21,7 +21,8 @@ from darkroom_server.engine.warmup.presets import resolve
 
 from .conftest import make_job
 from .fake_cuda import FakeDevice
-from .test_gpu_path import Served, on_gpu
+from .test_gpu_path import on_gpu
+from .test_gpu_waits import Served
 
 NEEDS = MemoryNeeds(
     pixels=512 * 512,
