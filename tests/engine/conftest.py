@@ -36,6 +36,9 @@ End = JobFinished | JobFailed | JobCancelled
 MEASUREMENTS = tempfile.TemporaryDirectory(prefix="measurements-")
 """Each kind of model is measured once for all tests: that is most of the time of a start."""
 
+FEW_ROWS = 10
+"""The row limit of a family's loop: five guided images. Its first start measures such a batch."""
+
 
 def make_job(id: str, **fields: Any) -> Job:
     """A job of the tiny model; ``fields`` replace what is usual."""

@@ -25,7 +25,7 @@ from darkroom_server.engine.controls.sample_control import SampleControl
 from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
 from darkroom_server.engine.families.unet import UNET_CONTROLS
 
-from .conftest import LoopUnderTest, config_for, make_job
+from .conftest import FEW_ROWS, LoopUnderTest, config_for, make_job
 from .families.controls import CASES, ControlCase
 from .test_family_parity import NOTICEABLE
 
@@ -112,7 +112,7 @@ class Served:
         sources = tuple(
             ControlNetSource(id=id, location=str(each)) for id, each in self.alone.folders.items()
         )
-        self.loop = LoopUnderTest(config_for(folder, controlnets=sources))
+        self.loop = LoopUnderTest(config_for(folder, controlnets=sources, rows=FEW_ROWS))
 
     @property
     def info(self) -> Any:

@@ -19,7 +19,7 @@ from darkroom_server.engine.pipelines import encode_memo
 from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.model import SuspendedModel
 
-from .conftest import LoopUnderTest, config_for, make_job
+from .conftest import FEW_ROWS, LoopUnderTest, config_for, make_job
 from .families import CASES
 from .families.case import FamilyCase, alone_key
 from .model_table import cells, check_row
@@ -77,8 +77,7 @@ class Served:
     def __init__(self, case: FamilyCase, folder: Any, **config: Any) -> None:
         self.case = case
         self.alone = Alone(case, folder)
-        # Fewer rows than elsewhere: the first start of a family measures batches of this size.
-        self.loop = LoopUnderTest(config_for(folder, **{"rows": 8, **config}))
+        self.loop = LoopUnderTest(config_for(folder, **{"rows": FEW_ROWS, **config}))
 
     def jobs(self, name: str, **fields: Any) -> list[Job]:
         """The case's jobs, with ids that start with ``name``."""

@@ -20,7 +20,7 @@ from darkroom_server.engine.families.suspended import SuspendedFamily
 from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
-from .conftest import LoopUnderTest, config_for, make_job
+from .conftest import FEW_ROWS, LoopUnderTest, config_for, make_job
 from .families.flux import write_dev, write_schnell
 from .families.flux_2 import write_distilled_klein, write_flux_2_dev, write_klein
 from .families.hidream import LLAMA_LAYERS, write_hidream
@@ -137,7 +137,8 @@ WRITERS = [
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_bfloat16_is_served(tmp_path: Path, write: Callable[[Path], Path]) -> None:
-    loop = LoopUnderTest(config_for(write(tmp_path), dtype=Dtype.BFLOAT16, autocast=True))
+    half: dict[str, Any] = {"dtype": Dtype.BFLOAT16, "autocast": True}
+    loop = LoopUnderTest(config_for(write(tmp_path), rows=FEW_ROWS, **half))
     try:
         size = loop.models["tiny"].info.defaults.width
         fields = {"scheduler": SchedulerName.MODEL, "width": size, "height": size}
@@ -250,7 +251,7 @@ def test_hidream_s_images_need_not_be_square(tmp_path: Path) -> None:
     """Its denoiser then pads the latents, and masks them."""
     folder = write_hidream(tmp_path)
     wide, high, *_ = [size for size in family_in(folder).limits(2).sizes if size[0] != size[1]]
-    loop = LoopUnderTest(config_for(folder))
+    loop = LoopUnderTest(config_for(folder, rows=FEW_ROWS))
     try:
         jobs = [
             make_job(f"{name}-{i}", seed=i, width=width, height=height, exact=name == "exact")
@@ -277,7 +278,7 @@ def test_a_size_that_hidream_s_pipeline_rescales_cannot_be_the_default(tmp_path:
 
 
 def test_hidream_s_suspended_images_hold_all_layers_of_its_llama(tmp_path: Path) -> None:
-    loop = LoopUnderTest(config_for(write_hidream(tmp_path)))
+    loop = LoopUnderTest(config_for(write_hidream(tmp_path), rows=FEW_ROWS))
     try:
         latents = 4 * 128 * 128 * 4  # Channels, height, width, bytes.
         states = LLAMA_LAYERS * 128 * 16 * 4  # Layers, tokens, channels, bytes.

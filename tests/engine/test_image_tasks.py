@@ -18,7 +18,7 @@ from darkroom_server.core.job import Job, SchedulerName, Task
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
 
-from .conftest import LoopUnderTest, config_for, make_job
+from .conftest import FEW_ROWS, LoopUnderTest, config_for, make_job
 from .families.case import FamilyCase, alone_key
 from .families.image_tasks import CASES, mask, picture, pipelines_of
 from .families.inpainting import CASES as INPAINTING
@@ -82,7 +82,7 @@ class Served:
     def __init__(self, case: FamilyCase, folder: Any) -> None:
         self.case = case
         self.alone = Alone(case, folder)
-        self.loop = LoopUnderTest(config_for(folder))
+        self.loop = LoopUnderTest(config_for(folder, rows=FEW_ROWS))
 
     @property
     def info(self) -> Any:

@@ -20,7 +20,7 @@ from darkroom_server.engine.conditioning.ip_adapter import IpAdapter
 from darkroom_server.engine.loading.ip_adapter import find_ip_adapter
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
-from .conftest import LoopUnderTest, config_for, make_job
+from .conftest import FEW_ROWS, LoopUnderTest, config_for, make_job
 from .families import flux, stable_diffusion_xl
 from .families.case import FamilyCase
 from .families.image_tasks import STABLE_DIFFUSION, image_call, picture
@@ -79,7 +79,8 @@ class ServedWithIpAdapter:
             pipeline.register_modules(
                 image_encoder=text.image_encoder, feature_extractor=text.feature_extractor
             )
-        self.loop = LoopUnderTest(config_for(folder, models=(source_of(folder, file),)))
+        sources = (source_of(folder, file),)
+        self.loop = LoopUnderTest(config_for(folder, models=sources, rows=FEW_ROWS))
         self.model: Any = self.loop.models["tiny"]
 
     def jobs(self, name: str, **fields: Any) -> list[Job]:
@@ -196,7 +197,7 @@ def test_images_without_an_image_prompt_are_bitwise_those_of_a_model_without_ada
     zero = replace(job, id="zero", ip_adapter_image=picture(1), ip_adapter_scale=0.0, exact=True)
     served.run([job])
     served.run([zero])
-    plain = LoopUnderTest(config_for(served.folder))
+    plain = LoopUnderTest(config_for(served.folder, rows=FEW_ROWS))
     try:
         assert not plain.models["tiny"].info.optional_fields & {"ip_adapter_image"}
         assert isinstance(plain.run(job)[job.id], JobFinished)

@@ -17,7 +17,7 @@ from darkroom_server.core.events import Counted, JobFailed, JobFinished
 from darkroom_server.core.job import PROMPT_FIELDS, Job, PromptSyntax, SchedulerName
 from darkroom_server.core.prompt_syntax import MAX_WINDOWS, check_length, parse
 
-from .conftest import End, LoopUnderTest, config_for, make_job
+from .conftest import FEW_ROWS, End, LoopUnderTest, config_for, make_job
 from .families.stable_diffusion_xl import write_sdxl
 from .folders import edit_index
 from .test_events import counted
@@ -111,7 +111,7 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         self.alone = Alone(folder)
-        self.loop = LoopUnderTest(config_for(folder))
+        self.loop = LoopUnderTest(config_for(folder, rows=FEW_ROWS))
 
     def error(self, job: Job, wanted: Job | None = None) -> float:
         """How far the served latents of ``job`` are from the pipeline's of ``wanted``."""
@@ -338,7 +338,8 @@ def test_the_record_has_the_syntax_and_its_library(served: Served) -> None:
 
 @pytest.mark.parametrize("kind", ["SD", "SDXL"])
 def test_bfloat16_with_autocast(kind: str, tmp_path: Path) -> None:
-    loop = LoopUnderTest(config_for(write(kind, tmp_path), dtype=Dtype.BFLOAT16, autocast=True))
+    half: dict[str, Any] = {"dtype": Dtype.BFLOAT16, "autocast": True}
+    loop = LoopUnderTest(config_for(write(kind, tmp_path), rows=FEW_ROWS, **half))
     try:
         jobs = [job_of("weights", WEB_WEIGHTS), job_of("none", PROMPT), job_of("long", LONG)]
         jobs.append(job_of("plain", PROMPT, PromptSyntax.PLAIN))
@@ -354,7 +355,7 @@ def test_bfloat16_with_autocast(kind: str, tmp_path: Path) -> None:
 def test_without_the_extra(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(kind, tmp_path)
     monkeypatch.setitem(sys.modules, "compel", None)
-    loop = LoopUnderTest(config_for(folder))
+    loop = LoopUnderTest(config_for(folder, rows=FEW_ROWS))
     try:
         info = loop.models["tiny"].info
         assert "prompt_syntax" not in info.optional_fields
