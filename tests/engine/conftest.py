@@ -3,7 +3,7 @@
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from darkroom_server.engine.forms.toolchain import Toolchain
 from darkroom_server.engine.loading.startup import start_loop
 from darkroom_server.engine.loop import EngineLoop
 from darkroom_server.engine.sample import Sample
+from darkroom_server.engine.warmup import measurement, placement, row_measurement
 
 from .fake_cuda import FakeDevice, fake_cuda
 from .tiny import SIZE, write_tiny_model
@@ -35,6 +36,9 @@ End = JobFinished | JobFailed | JobCancelled
 
 MEASUREMENTS = tempfile.TemporaryDirectory(prefix="measurements-")
 """Each kind of model is measured once for all tests: that is most of the time of a start."""
+
+MEASURED = ("test_measurement_cache", "test_row_tuning", "test_startup")
+"""Files whose tests look at row limits and seconds that a start measured."""
 
 FEW_ROWS = 10
 """The row limit of a family's loop: five guided images. Its first start measures such a batch."""
@@ -171,6 +175,29 @@ def run_here(config: EngineConfig, *jobs: Job) -> tuple[EngineReady, list[Event]
         loop.submit(job)
     loop.run()
     return ready, events
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_reading(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A start measures everything once, but in the files ``MEASURED``.
+
+    Readings are repeated until they agree, which takes long on a busy machine, and few tests look
+    at what was measured.
+    """
+    if request.path.stem in MEASURED:
+        yield
+        return
+
+    def measure_rows(
+        time_batch: row_measurement.TimeBatch, counts: Sequence[int]
+    ) -> dict[int, float]:
+        return row_measurement._lowest({rows: [time_batch(rows)] for rows in counts})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "measure_rows", measure_rows)
+        for module in (measurement, placement):
+            patch.setattr(module, "agreed_seconds", lambda read: read())
+        yield
 
 
 @pytest.fixture
