@@ -51,6 +51,22 @@ PROGRAMS = {
 except the last two, of which Debian's kubectl is too old. "|" is "or"."""
 
 
+LONG, SHORT = ("compat", "faults", "observe", "packaging", "page", "wire"), ("client", "server")
+"""Folders with tests of many seconds, and with mostly short ones."""
+
+
+def place(nodeid: str) -> int:
+    """Where a test is run if several processes share the tests: 0 is first, 2 is last."""
+    folder = nodeid.split("/")[1] if nodeid.startswith("tests/") else ""
+    return 0 if folder in LONG else 2 if folder in SHORT else 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let no process begin with a long test when the others have nothing left to run."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: place(item.nodeid))
+
+
 def is_installed(program: str) -> bool:
     if any(map(shutil.which, program.split("|"))):
         return True
