@@ -17,7 +17,6 @@ from darkroom.v1 import model_pb2
 from darkroom_server.core.events import BatchDone, Event
 from darkroom_server.dispatch.engines import pool
 from tests.engine.original_layout import original_layout
-from tests.engine.tiny import write_tiny_model
 
 from .served_models import (
     LONG,
@@ -38,21 +37,32 @@ from .tapped import SERVING, Wire
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With two models that are damaged."""
+    """With two models that are damaged, and the first one once more as a single file."""
     folder = tmp_path_factory.mktemp("models")
     write_models(folder, (*NAMES, "later", "gone", "short", "fresh"))
     cut_short(folder / "short")
     (folder / "empty").mkdir()
     (folder / "empty" / "model_index.json").write_text("{}")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder / NAMES[0])
+    (folder / "deep").mkdir()
+    safetensors.torch.save_file(original_layout(pipeline), folder / "deep" / "file.safetensors")
     return folder
 
 
+@pytest.fixture(scope="module")
+def configuration(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of the single file: the folder of its model, without weights."""
+    made = tmp_path_factory.mktemp("configuration") / "files"
+    shutil.copytree(folder / NAMES[0], made, ignore=shutil.ignore_patterns("*.safetensors"))
+    return made
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_wire(folder: Path) -> AsyncIterator[Wire]:
+async def shared_wire(folder: Path, configuration: Path) -> AsyncIterator[Wire]:
     """One server, whose engine starts again at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "FIRST_BACKOFF_SECONDS", 0.001)
-        async with serving(folder) as wire:
+        async with serving(folder, configuration=configuration) as wire:
             yield wire
 
 
@@ -155,8 +165,8 @@ async def test_an_engine_killed_in_a_load(wire: Wire) -> None:
     assert restarts(wire) == before + 3
 
 
-async def test_models_share_the_budget_of_one(folder: Path) -> None:
-    async with serving(folder, budget=1_500_000) as wire:
+async def test_models_share_the_budget_of_one(folder: Path, configuration: Path) -> None:
+    async with serving(folder, budget=1_500_000, configuration=configuration) as wire:
         described = await listed(wire)
         assert 1_000_000 < described["owls"].weight_bytes < 1_500_000
         found = await asyncio.gather(*(pixels(wire, name) for name in [*NAMES] * 3))
@@ -235,23 +245,16 @@ async def test_a_new_folder_is_found_while_jobs_run_and_a_removed_one_is_forgott
     assert await running == alone
 
 
-async def test_a_single_file_is_listed_from_its_keys_and_loaded_on_demand(tmp_path: Path) -> None:
-    models, configuration = tmp_path / "models", tmp_path / "configuration"
-    tiny = write_tiny_model(models / "folder")
-    weights = original_layout(diffusers.StableDiffusionPipeline.from_pretrained(tiny))
-    (models / "deep").mkdir()
-    safetensors.torch.save_file(weights, models / "deep" / "file.safetensors")
-    shutil.copytree(tiny, configuration)
-    for file in configuration.glob("*/*.safetensors"):
-        file.unlink()
-    async with serving(models, configuration=configuration) as wire:
-        before = await listed(wire)
-        assert set(before) == {"folder", "deep/file"}
-        file = before["deep/file"]
-        assert (file.state, file.ready) == (model_pb2.MODEL_STATE_AVAILABLE, False)
-        assert (file.kind, file.defaults) == (before["folder"].kind, before["folder"].defaults)
-        assert file.weight_bytes > 0
-        assert await pixels(wire, "deep/file") == await pixels(wire, "folder")
-        after = (await listed(wire))["deep/file"]
-        assert (after.state, after.ready) == (model_pb2.MODEL_STATE_RESIDENT, True)
-        assert file.weight_bytes == pytest.approx(after.weight_bytes, rel=0.05)
+@in_one_loop
+async def test_a_single_file_is_listed_from_its_keys_and_loaded_on_demand(wire: Wire) -> None:
+    before = await listed(wire)
+    others = {*NAMES, "later", "short", "fresh", "empty"}
+    assert before.keys() - {"gone"} == {*others, "deep/file"}
+    file, same = before["deep/file"], before[NAMES[0]]
+    assert (file.state, file.ready) == (model_pb2.MODEL_STATE_AVAILABLE, False)
+    assert (file.kind, file.defaults) == (same.kind, same.defaults)
+    assert file.weight_bytes > 0
+    assert await pixels(wire, "deep/file") == await pixels(wire, NAMES[0])
+    after = (await listed(wire))["deep/file"]
+    assert (after.state, after.ready) == (model_pb2.MODEL_STATE_RESIDENT, True)
+    assert file.weight_bytes == pytest.approx(after.weight_bytes, rel=0.05)
