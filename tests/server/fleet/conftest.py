@@ -15,6 +15,8 @@ from darkroom_server.settings.tree import Storage
 from tests.server.wire import Wire, serving
 from tools.postgres import Cluster, emptied
 
+POLL_SECONDS = 0.005
+
 
 class Servers:
     """Servers that share the ledger at ``url``."""
@@ -22,6 +24,7 @@ class Servers:
     def __init__(self, url: str, stack: AsyncExitStack) -> None:
         self.url = url
         self._stack = stack
+        self._connection: asyncpg.Connection | None = None
 
     async def start(self, name: str, *, storage: Storage | None = None, **sections: Any) -> Wire:
         """One more; it gives its jobs no time to finish when it stops."""
@@ -31,17 +34,22 @@ class Servers:
             serving(network=network, storage=storage or Storage(ledger=self.url), **sections)
         )
         # Until then the others ask callers to try again.
-        while not await self.sql("SELECT 1 FROM servers WHERE name = $1 AND address <> ''", name):
-            pass
+        await self.finds(1, "SELECT 1 FROM servers WHERE name = $1 AND address <> ''", name)
         return wire
 
     async def sql(self, statement: str, *values: Any) -> list[Any]:
-        connection = await asyncpg.connect(self.url, server_settings={"search_path": "darkroom"})
-        try:
-            rows: list[Any] = await connection.fetch(statement, *values)
-            return rows
-        finally:
-            await connection.close()
+        """The rows that a statement finds, on one connection; again after the database was away."""
+        if self._connection is None or self._connection.is_closed():
+            settings = {"search_path": "darkroom"}
+            self._connection = await asyncpg.connect(self.url, server_settings=settings)
+            self._stack.push_async_callback(self._connection.close)
+        rows: list[Any] = await self._connection.fetch(statement, *values)
+        return rows
+
+    async def finds(self, count: int, statement: str, *values: Any) -> None:
+        """Wait until a statement finds ``count`` rows."""
+        while len(await self.sql(statement, *values)) != count:
+            await asyncio.sleep(POLL_SECONDS)
 
     async def states(self) -> dict[str, int]:
         """The state of each job in the ledger."""
@@ -51,7 +59,7 @@ class Servers:
     async def becomes(self, condition: Callable[[dict[str, int]], bool]) -> None:
         """Wait until ``condition`` of the ``states`` holds."""
         while not condition(await self.states()):
-            pass
+            await asyncio.sleep(POLL_SECONDS)
 
 
 class HeldAnswers:

@@ -1,5 +1,6 @@
 """Servers of one model with different ``--lora``: a job runs where its adapter is."""
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from darkroom_server.backends.fake_model import fake_image_model
 from darkroom_server.core.adapters import AdapterOffer
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.settings import Dispatch
-from tests.server.fleet.conftest import Servers
+from tests.server.fleet.conftest import POLL_SECONDS, Servers
 from tests.server.fleet.test_models import claims
 from tests.server.rpc.test_jobs import name, state_of
 from tests.server.streams import kind, rest, submit, watch
@@ -41,7 +42,7 @@ async def has_looked(wire: Wire) -> None:
     """Wait until a server has looked for jobs a few times from now on."""
     before = await claims(wire)
     while await claims(wire) < before + 3:
-        pass
+        await asyncio.sleep(POLL_SECONDS)
 
 
 async def test_a_queued_job_is_claimed_only_by_a_server_with_its_adapter(servers: Servers) -> None:

@@ -8,7 +8,7 @@ import pytest
 from darkroom_server.ledger.postgres.session import CHANNEL, Session
 from darkroom_server.settings import Dispatch
 from tests.server.fleet.conftest import Servers
-from tests.server.streams import rest, submit, watch
+from tests.server.streams import rest, submit, until, watch
 from tests.server.wire import refusal
 
 pytestmark = pytest.mark.needs("postgresql")
@@ -30,7 +30,9 @@ async def test_a_late_job_ends_when_another_one_is_claimed(
     await submit(a, request_id="late", steps=5, time_limit=600)
     await submit(a, request_id="next", steps=5)
     await servers.becomes(lambda states: states == {"runs": 1, "late": 0, "next": 0})
-    watching = asyncio.create_task(refusal(rest(watch(a, "late"))))
+    call = watch(a, "late")
+    await until(call, "accepted")  # Before its model is gone.
+    watching = asyncio.create_task(refusal(rest(call)))
     # No server has its model any more, so it is not claimed and then found to be late.
     await servers.sql(
         "UPDATE jobs SET model = 'other', deadline = accepted_at, goal = accepted_at "

@@ -1,5 +1,6 @@
 """Servers whose catalogues are the same, and that have different models in memory."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from darkroom.v1 import model_pb2
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.settings import Dispatch, Models, Storage
-from tests.server.fleet.conftest import Servers
+from tests.server.fleet.conftest import POLL_SECONDS, Servers
 from tests.server.streams import submit
 from tests.server.telemetry.scrape import values
 from tests.server.wire import Wire
@@ -49,8 +50,7 @@ async def test_a_job_goes_to_the_server_that_has_its_model_unless_it_waits_too_l
     await load(a, "owls")
     await load(b, "toads")
     # Until the other one knows.
-    while len(await servers.sql("SELECT 1 FROM servers WHERE held <> '{}'")) < 2:
-        pass
+    await servers.finds(2, "SELECT 1 FROM servers WHERE held <> '{}'")
     await submit(a, model="owls", request_id="runs", steps=5)
     await servers.becomes(lambda states: states == {"runs": 1})
     before = await claims(b)
@@ -60,7 +60,7 @@ async def test_a_job_goes_to_the_server_that_has_its_model_unless_it_waits_too_l
         assert b.engine.loaded == ["toads", "owls"]
         return
     while await claims(b) < before + 3:
-        pass
+        await asyncio.sleep(POLL_SECONDS)
     assert (await servers.states())["waits"] == 0
     await a.submitted.get()
     a.engine.advance(5)

@@ -40,8 +40,7 @@ async def test_its_jobs_run_elsewhere_and_what_it_says_of_them_counts_no_more(
     assert await images(a, "job", a) == expected
     link.heal()
     await a.health_becomes(SERVING, LEDGER)
-    while len(await servers.sql("SELECT 1 FROM servers")) < 2:
-        pass
+    await servers.finds(2, "SELECT 1 FROM servers")
     await submit(a, request_id="new")
     await servers.becomes(lambda states: states.keys() == {"job", "new"})
     job = "SELECT owner, epoch, losses, ended_at FROM jobs WHERE request_id = 'job'"

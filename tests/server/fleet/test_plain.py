@@ -218,8 +218,7 @@ async def test_a_job_that_waits_for_calls_at_two_servers_is_cancelled_with_neith
     first = plain(a, request_id="same", steps=5)
     await only(servers, "one", "two")
     second = plain(b, request_id="same", steps=5)
-    while await servers.sql("SELECT 1 FROM jobs WHERE calls_at IS NOT NULL"):
-        pass
+    await servers.finds(0, "SELECT 1 FROM jobs WHERE calls_at IS NOT NULL")
     first.cancel()
     mirrors = a.server._fleet.member._mirrors  # type: ignore[union-attr]
     await a.becomes(lambda: not mirrors._mirrors and not mirrors._endings)
