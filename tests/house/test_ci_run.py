@@ -18,7 +18,8 @@ case "$1" in
         exit "${TOOLS:-0}"
         ;;
     lint) echo >begun ;;
-    test) [[ -e installed ]] || exit 1 ;;
+    wheels) mkdir dist ;;
+    test) [[ -e installed && -d "$BUILT_WHEELS" ]] || exit 1 ;;
 esac
 echo "$1" >>steps
 [[ "$1" != "${BROKEN:-}" ]]

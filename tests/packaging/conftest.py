@@ -1,13 +1,22 @@
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.packaging.distributions import Distributions, Environment, build_distributions
+from tests.packaging.distributions import (
+    Distributions,
+    Environment,
+    build_distributions,
+    find_distributions,
+)
 
 
 @pytest.fixture(scope="session")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    """What `make wheels` has just built into the folder ``BUILT_WHEELS``, or else new ones."""
+    if folder := os.environ.get("BUILT_WHEELS"):
+        return find_distributions(Path(folder))
     return build_distributions(tmp_path_factory.mktemp("distributions"))
 
 

@@ -46,10 +46,20 @@ class Distributions:
     server: Wheel
 
 
+PACKAGES = ("protos", "client", "server")
+
+
+def find_distributions(folder: Path) -> Distributions:
+    """The wheels in ``folder``, which has one of each package."""
+    found = [list(folder.glob(f"darkroom_{package}-*.whl")) for package in PACKAGES]
+    assert [len(wheels) for wheels in found] == [1, 1, 1], f"{folder} has {found}"
+    return Distributions(*(Wheel(path) for (path,) in found))
+
+
 def build_distributions(folder: Path) -> Distributions:
     """Build each package's source distribution, and its wheel from it."""
     with ThreadPoolExecutor() as pool:
-        return Distributions(*pool.map(partial(_build, folder), ("protos", "client", "server")))
+        return Distributions(*pool.map(partial(_build, folder), PACKAGES))
 
 
 def _build(folder: Path, package: str) -> Wheel:

@@ -1,10 +1,18 @@
 """The contents of the wheels."""
 
+from pathlib import Path
+
 import pytest
 from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 
-from tests.packaging.distributions import ROOT, Distributions, Wheel
+from tests.packaging.distributions import (
+    PACKAGES,
+    ROOT,
+    Distributions,
+    Wheel,
+    find_distributions,
+)
 
 MOST_BYTES = 60_000_000
 
@@ -102,3 +110,13 @@ def test_the_readme_of_a_package_renders(package: str, distributions: Distributi
     inner = [child for token in tokens for child in token.children or ()]
     links = [str(child.attrs["href"]) for child in inner if child.tag == "a" and child.attrs]
     assert all("://" in link for link in links), links
+
+
+def test_a_folder_without_a_package_s_wheel_is_not_taken(tmp_path: Path) -> None:
+    names = [f"darkroom_{package}-1.0-py3-none-any.whl" for package in PACKAGES]
+    for name in names[:2]:
+        (tmp_path / name).touch()
+    with pytest.raises(AssertionError, match="darkroom_client"):
+        find_distributions(tmp_path)
+    (tmp_path / names[2]).touch()
+    assert find_distributions(tmp_path).server.path.name == names[2]
