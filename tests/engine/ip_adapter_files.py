@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from .families.parts import shaken
+from bench.tiny_families.parts import shaken
 
 PROJECTION, HIDDEN = 24, 16
 """The widths of what the image encoder returns, and of its states."""

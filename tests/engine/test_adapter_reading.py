@@ -9,6 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from bench.tiny_families.stable_diffusion_xl import write_sdxl
+from bench.tiny_families.z_image import CASES as Z_IMAGE
 from darkroom_server.core.engine_config import AdapterSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.engine.adapters.module import AdaptedModule, row_layers_of
@@ -21,8 +23,6 @@ from darkroom_server.engine.adapters.sources import adapter_file
 from darkroom_server.engine.adapters.weights import AdapterWeights
 
 from .adapter_files import TARGETS, random_layers, write_adapter, write_kohya
-from .families.stable_diffusion_xl import write_sdxl
-from .families.z_image import CASES as Z_IMAGE
 from .tiny import write_tiny_model
 
 peft = pytest.importorskip("peft")

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 
+from bench.tiny_families.stable_diffusion_xl import write_sdxl
 from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.engine_config import AdapterSource, EngineConfig
 from darkroom_server.core.errors import Reason, StartupError
@@ -29,7 +30,6 @@ from darkroom_server.engine.adapters.layers import AdaptedLayer
 
 from .adapter_files import write_adapter
 from .conftest import LoopUnderTest, config_for, make_job
-from .families.stable_diffusion_xl import write_sdxl
 
 NAMES = ("a", "b", "c")
 

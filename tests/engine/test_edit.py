@@ -11,13 +11,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from bench.tiny_families.case import FamilyCase
 from darkroom_server.core.events import JobFinished
 from darkroom_server.core.job import Job, Task
 from darkroom_server.engine.families.qwen_image_edit import PROCESSOR, ImageProcessor
 from darkroom_server.engine.families.registry import family_of
 from darkroom_server.engine.pipelines.model import SuspendedModel
 
-from .families.case import FamilyCase
 from .families.edit import CASES, shrink_references
 from .families.image_tasks import picture
 from .model_table import cells, check_row

@@ -8,6 +8,9 @@ import pytest
 import torch
 from diffusers.utils import dummy_torch_and_transformers_and_sentencepiece_objects as without
 
+from bench.tiny_families import CASES
+from bench.tiny_families.kolors import save_sentencepiece, write_kolors
+from bench.tiny_families.pixart import write_sigma
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import JobFinished
@@ -17,10 +20,7 @@ from darkroom_server.engine.families.stable_diffusion import StableDiffusion
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
-from .families import CASES
 from .families.edit import CASES as EDITING
-from .families.kolors import save_sentencepiece, write_kolors
-from .families.pixart import write_sigma
 from .folders import edit_index, edited
 from .model_table import cells, check_row, read_table
 

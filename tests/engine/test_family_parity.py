@@ -12,6 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from bench.tiny_families import CASES
+from bench.tiny_families.case import FamilyCase, alone_key
 from darkroom_server.core.events import BatchDone, JobFinished, PreviewReady
 from darkroom_server.core.job import Job, SchedulerName
 from darkroom_server.engine.families.registry import family_of
@@ -20,8 +22,6 @@ from darkroom_server.engine.pipelines.arguments import ArgumentSpec
 from darkroom_server.engine.pipelines.model import SuspendedModel
 
 from .conftest import FEW_ROWS, LoopUnderTest, config_for, make_job
-from .families import CASES
-from .families.case import FamilyCase, alone_key
 from .model_table import cells, check_row
 
 NOTICEABLE = 1e-3

@@ -13,6 +13,8 @@ from diffusers.models.attention_processor import Attention as AttentionLayer
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.tiny_families import CASES
+from bench.tiny_families.case import FamilyCase
 from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, ModelSource, Preset
 from darkroom_server.core.events import BatchDone, JobFinished
 from darkroom_server.core.job import SchedulerName
@@ -32,8 +34,6 @@ from darkroom_server.engine.warmup.placement import convert
 from darkroom_server.engine.warmup.presets import Runtime, resolve
 
 from .conftest import LoopUnderTest, config_for, make_job
-from .families import CASES
-from .families.case import FamilyCase
 from .families.undescribed import write_amused
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"

@@ -10,6 +10,15 @@ import diffusers
 import pytest
 import torch
 
+from bench.tiny_families.flux import write_dev, write_schnell
+from bench.tiny_families.flux_2 import write_distilled_klein, write_flux_2_dev, write_klein
+from bench.tiny_families.hidream import LLAMA_LAYERS, write_hidream
+from bench.tiny_families.kolors import write_kolors
+from bench.tiny_families.lumina_2 import write_lumina_2
+from bench.tiny_families.pixart import write_alpha, write_sigma
+from bench.tiny_families.qwen_image import write_qwen_image
+from bench.tiny_families.stable_diffusion_3 import write_dual_attention, write_sd3, write_without_t5
+from bench.tiny_families.z_image import write_turbo, write_z_image
 from darkroom_server.core.engine_config import Dtype, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import BatchDone, JobFinished
@@ -21,15 +30,6 @@ from darkroom_server.engine.loading.defaults import Defaults
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import FEW_ROWS, LoopUnderTest, config_for, make_job
-from .families.flux import write_dev, write_schnell
-from .families.flux_2 import write_distilled_klein, write_flux_2_dev, write_klein
-from .families.hidream import LLAMA_LAYERS, write_hidream
-from .families.kolors import write_kolors
-from .families.lumina_2 import write_lumina_2
-from .families.pixart import write_alpha, write_sigma
-from .families.qwen_image import write_qwen_image
-from .families.stable_diffusion_3 import write_dual_attention, write_sd3, write_without_t5
-from .families.z_image import write_turbo, write_z_image
 from .folders import edit_index
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from bench.inprocess.suspended_sd import suspended_stable_diffusion
+from bench.tiny_families import CASES
+from bench.tiny_families.case import FamilyCase
 from darkroom_server.core.engine_config import Preset
 from darkroom_server.core.events import ImageReady, JobFinished, PreviewReady
 from darkroom_server.core.job import SchedulerName
@@ -18,8 +20,6 @@ from darkroom_server.engine.stepping.merged_step import LinearStep, take_steps
 
 from .conftest import End, make_job, run_here
 from .fake_cuda import FakeDevice, Kind, Traffic
-from .families import CASES
-from .families.case import FamilyCase
 from .test_gpu_path import on_gpu
 from .test_schedulers import SD_SCHEDULERS
 from .tiny import SIZE

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 
+from bench.tiny_families.stable_diffusion_xl import write_sdxl
 from darkroom_server.core.engine_config import Dtype
 from darkroom_server.core.errors import Reason
 from darkroom_server.core.events import JobFailed, JobFinished
@@ -18,7 +19,6 @@ from darkroom_server.engine.pipelines.model import SuspendedModel
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .families.image_tasks import mask, picture
-from .families.stable_diffusion_xl import write_sdxl
 
 
 @pytest.mark.parametrize("error", [ValueError("injected: secret"), MemoryError("injected")])

@@ -13,13 +13,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from bench.tiny_families.case import FamilyCase, alone_key
 from darkroom_server.core.events import JobFinished, PreviewReady
 from darkroom_server.core.job import Job, SchedulerName, Task
 from darkroom_server.engine.conditioning.image_encoder import ImageEncoder
 from darkroom_server.engine.families.stable_diffusion import StableDiffusionModel
 
 from .conftest import FEW_ROWS, LoopUnderTest, config_for, make_job
-from .families.case import FamilyCase, alone_key
 from .families.image_tasks import CASES, mask, picture, pipelines_of
 from .families.inpainting import CASES as INPAINTING
 from .test_family_parity import (

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench.tiny_families import CASES
+from bench.tiny_families.case import FamilyCase
 from darkroom_server.core.engine_config import Compile, Dtype, EngineConfig, ModelSource
 from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.engine.forms.compiled_blocks import has_blocks
@@ -13,8 +15,6 @@ from darkroom_server.engine.forms.toolchain import Inductor
 from darkroom_server.settings.sources import DEMO_MODEL
 
 from .conftest import LoopUnderTest, config_for, make_job
-from .families import CASES
-from .families.case import FamilyCase
 
 pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
 

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from bench.tiny_families import flux, stable_diffusion_xl
+from bench.tiny_families.case import FamilyCase
 from darkroom_server.core.engine_config import AdapterSource, ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import JobFinished
@@ -21,8 +23,6 @@ from darkroom_server.engine.loading.ip_adapter import find_ip_adapter
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import FEW_ROWS, LoopUnderTest, config_for, make_job
-from .families import flux, stable_diffusion_xl
-from .families.case import FamilyCase
 from .families.image_tasks import STABLE_DIFFUSION, image_call, picture
 from .ip_adapter_files import write_image_encoder, write_ip_adapter
 from .test_family_parity import NOTICEABLE, spoil_batches

@@ -10,6 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from bench.tiny_families.case import FamilyCase, guided_call, mixed_jobs
+from bench.tiny_families.flux import CASES as FLUX
+from bench.tiny_families.qwen_image import CASES as QWEN_IMAGE
+from bench.tiny_families.stable_diffusion_3 import CASES as STABLE_DIFFUSION_3
+from bench.tiny_families.stable_diffusion_xl import CASES as STABLE_DIFFUSION_XL
+from bench.tiny_families.z_image import CASES as Z_IMAGE
 from darkroom_server.core.engine_config import AdapterSource
 from darkroom_server.core.events import BatchDone, JobFinished
 from darkroom_server.core.inputs import Lora
@@ -18,12 +24,6 @@ from darkroom_server.engine.adapters import layers, module
 from darkroom_server.engine.adapters.plan import Plan
 
 from .adapter_files import write_adapter
-from .families.case import FamilyCase, guided_call, mixed_jobs
-from .families.flux import CASES as FLUX
-from .families.qwen_image import CASES as QWEN_IMAGE
-from .families.stable_diffusion_3 import CASES as STABLE_DIFFUSION_3
-from .families.stable_diffusion_xl import CASES as STABLE_DIFFUSION_XL
-from .families.z_image import CASES as Z_IMAGE
 from .test_family_parity import NOTICEABLE, Served
 from .tiny import write_tiny_model
 

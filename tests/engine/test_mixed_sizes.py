@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.tiny_families.stable_diffusion_xl import write_sdxl
+from bench.tiny_families.z_image import write_z_image
 from darkroom_server.core.events import BatchDone, JobFinished
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.engine.batch import common_square
 
 from .conftest import LoopUnderTest, config_for, make_job
-from .families.stable_diffusion_xl import write_sdxl
-from .families.z_image import write_z_image
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from bench.tiny_families.stable_diffusion_xl import write_sdxl
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.events import Counted, EncodeDone, JobFailed, JobFinished, SampleProgress
 from darkroom_server.core.job import Job, SchedulerName
 from darkroom_server.engine.families.base import Model
 
 from .conftest import End, LoopUnderTest, config_for, make_job
-from .families.stable_diffusion_xl import write_sdxl
 from .test_containment import assert_same_pictures
 from .test_events import counted
 from .tiny import write_tiny_model

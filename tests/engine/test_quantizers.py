@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
+from bench.tiny_families.stable_diffusion_3 import write_sd3
 from darkroom_server.core.engine_config import Dtype
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.quantization import Quantization
@@ -16,7 +17,6 @@ from darkroom_server.engine.warmup.formats import Hardware
 from darkroom_server.engine.weights.parts import Part
 from darkroom_server.engine.weights.stored import is_plain, is_quantized
 
-from .families.stable_diffusion_3 import write_sd3
 from .quantized import difference, loaded_bytes, loop, picture, picture_of, source
 
 pytestmark = pytest.mark.quantized

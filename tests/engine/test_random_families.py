@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from bench.tiny_families import flux, z_image
+from bench.tiny_families.case import FamilyCase
 from darkroom_server.core.events import (
     BatchDone,
     JobCancelled,
@@ -26,8 +28,6 @@ from darkroom_server.engine.pipelines.model import SuspendedModel
 from darkroom_server.engine.pipelines.sample import SuspendedSample
 
 from .conftest import End, make_job
-from .families import flux, z_image
-from .families.case import FamilyCase
 from .test_family_parity import NOTICEABLE, Served
 
 names = itertools.count()

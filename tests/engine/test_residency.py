@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 
+from bench.tiny_families.stable_diffusion_xl import write_sdxl
 from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.events import (
     BatchDone,
@@ -24,7 +25,6 @@ from darkroom_server.engine.batching.residency import Residency
 from tests.server.jobs import make_job as plain_job
 
 from .conftest import LoopUnderTest, config_for
-from .families.stable_diffusion_xl import write_sdxl
 from .test_batch_scheduler import FAILURE, Bench
 from .test_suspended_pipelines import job
 

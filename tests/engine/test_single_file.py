@@ -17,6 +17,9 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from safetensors.torch import load_file, save_file
 
+from bench.tiny_families.aura_flow import write_aura_flow
+from bench.tiny_families.stable_diffusion_3 import write_sd3
+from bench.tiny_families.stable_diffusion_xl import write_sdxl
 from darkroom_server.core.engine_config import ModelSource
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import JobFinished
@@ -29,9 +32,6 @@ from darkroom_server.engine.loading.checkpoint import KINDS, pipeline_class_of, 
 from darkroom_server.engine.loading.pipeline import find_model, load_pipeline
 
 from .conftest import LoopUnderTest, config_for, make_job
-from .families.aura_flow import write_aura_flow
-from .families.stable_diffusion_3 import write_sd3
-from .families.stable_diffusion_xl import write_sdxl
 from .folders import edit_index, edited, truncate
 from .original_layout import original_layout
 from .original_layout_sd3 import original_sd3_layout

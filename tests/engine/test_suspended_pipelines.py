@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.tiny_families.stable_diffusion_xl import write_sdxl
 from darkroom_server.core.engine_config import Dtype
 from darkroom_server.core.errors import Reason
 from darkroom_server.core.events import (
@@ -35,7 +36,6 @@ from darkroom_server.engine.pipelines.runs import Runs
 from darkroom_server.engine.pipelines.sample import SuspendedSample
 
 from .conftest import LoopUnderTest, config_for, make_job
-from .families.stable_diffusion_xl import write_sdxl
 
 names = itertools.count()
 

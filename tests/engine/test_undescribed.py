@@ -13,6 +13,7 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
+from bench.tiny_families.case import PROMPTS
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import (
     BatchDone,
@@ -28,7 +29,6 @@ from darkroom_server.engine.pipelines import hosted_pipeline
 from darkroom_server.engine.pipelines.hosted_pipeline import sharing_copy
 
 from .conftest import LoopUnderTest, config_for, make_job
-from .families.case import PROMPTS
 from .families.undescribed import WRITERS
 from .folders import edit_index, edited
 

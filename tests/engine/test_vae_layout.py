@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench.tiny_families.flux import write_dev
+from bench.tiny_families.qwen_image import write_qwen_image
 from darkroom_server.core.engine_config import Dtype, EngineConfig, ModelSource, Preset
 from darkroom_server.engine.catalogue.meta_pipeline import meta_pipeline
 from darkroom_server.engine.families.registry import family_of
@@ -19,8 +21,6 @@ from darkroom_server.engine.warmup.presets import resolve
 
 from .conftest import LoopUnderTest, config_for, make_job
 from .fake_cuda import FakeDevice
-from .families.flux import write_dev
-from .families.qwen_image import write_qwen_image
 from .test_formats import AMX, OLD, ZEN4
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 
+from bench.tiny_families.stable_diffusion_xl import write_sdxl
 from darkroom_server.core.engine_config import Dtype
 from darkroom_server.core.errors import Reason, Violation
 from darkroom_server.core.events import Counted, JobFailed, JobFinished
@@ -18,7 +19,6 @@ from darkroom_server.core.job import PROMPT_FIELDS, Job, PromptSyntax, Scheduler
 from darkroom_server.core.prompt_syntax import MAX_WINDOWS, check_length, parse
 
 from .conftest import FEW_ROWS, End, LoopUnderTest, config_for, make_job
-from .families.stable_diffusion_xl import write_sdxl
 from .folders import edit_index
 from .test_events import counted
 from .test_family_parity import NOTICEABLE

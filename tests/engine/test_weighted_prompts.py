@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.tiny_families.stable_diffusion_xl import write_sdxl
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.prompt_syntax import (
     MAX_WINDOWS,
@@ -23,7 +24,6 @@ from darkroom_server.core.prompt_syntax import (
 )
 from darkroom_server.engine.components.weighted_prompts import WeightedPromptEncoder
 
-from .families.stable_diffusion_xl import write_sdxl
 from .folders import write_second_generation
 from .tiny import write_tiny_model
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.tiny_families.flux import write_schnell
+from bench.tiny_families.sana import CASES as SANA
 from darkroom_client import Client
-from tests.engine.families.flux import write_schnell
-from tests.engine.families.sana import CASES as SANA
 from tests.engine.tiny import write_tiny_model
 
 from .conftest import READY_SECONDS, LogReader

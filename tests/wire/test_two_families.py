@@ -16,6 +16,10 @@ import PIL.Image
 import pytest
 import torch
 
+from bench.tiny_families.flux import write_dev
+from bench.tiny_families.flux_2 import write_distilled_klein
+from bench.tiny_families.parts import shaken
+from bench.tiny_families.stable_diffusion_xl import write_sdxl
 from darkroom_client import (
     AdapterKind,
     AdapterNotFound,
@@ -29,11 +33,7 @@ from darkroom_client import (
 from darkroom_client.cli import main
 from darkroom_server.engine.conditioning.input_images import pil_image
 from tests.engine.families.controls import flux_net, unet_net
-from tests.engine.families.flux import write_dev
-from tests.engine.families.flux_2 import write_distilled_klein
 from tests.engine.families.image_tasks import picture
-from tests.engine.families.parts import shaken
-from tests.engine.families.stable_diffusion_xl import write_sdxl
 from tests.engine.ip_adapter_files import write_image_encoder, write_ip_adapter
 
 from .conftest import running_server

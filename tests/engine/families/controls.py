@@ -7,15 +7,16 @@ from typing import Any
 
 import diffusers
 
+from bench.tiny_families import flux, stable_diffusion_3
+from bench.tiny_families.case import FamilyCase, mixed_jobs
+from bench.tiny_families.parts import shaken
+from bench.tiny_families.stable_diffusion_xl import CASES as STABLE_DIFFUSION_XL
 from darkroom_server.core.inputs import Control
 from darkroom_server.core.job import Task
 
 from ..tiny import write_tiny_model
-from . import flux, inpainting, stable_diffusion_3
-from .case import FamilyCase, mixed_jobs
+from . import inpainting
 from .image_tasks import mask, picture, sd_call
-from .parts import shaken
-from .stable_diffusion_xl import CASES as STABLE_DIFFUSION_XL
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,16 @@ from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 
+from bench.tiny_families import flux, flux_2, qwen_image
+from bench.tiny_families.case import FamilyCase, mixed_jobs
+from bench.tiny_families.parts import qwen_tokenizer, set_size
+from bench.tiny_families.qwen_image import qwen_image_parts
 from darkroom_server.core.inputs import InputImage
 from darkroom_server.core.job import Job
 from darkroom_server.engine.families.qwen_image_edit import ImageProcessor
 
 from ..folders import edit_index
-from . import flux, flux_2, qwen_image
-from .case import FamilyCase, mixed_jobs
 from .image_tasks import picture
-from .parts import qwen_tokenizer, set_size
-from .qwen_image import qwen_image_parts
 
 AREA = 64 * 64
 """Of the reference images as tiny models see them; real ones scale them to a megapixel."""

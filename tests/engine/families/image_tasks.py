@@ -10,12 +10,19 @@ import diffusers
 import numpy as np
 from PIL import Image
 
+from bench.tiny_families import (
+    chroma,
+    flux,
+    qwen_image,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+    z_image,
+)
+from bench.tiny_families.case import FamilyCase, mixed_jobs
 from darkroom_server.core.inputs import InputImage
 from darkroom_server.core.job import Job, Task
 
 from ..tiny import write_tiny_model
-from . import chroma, flux, qwen_image, stable_diffusion_3, stable_diffusion_xl, z_image
-from .case import FamilyCase, mixed_jobs
 
 PIPELINES = {
     "StableDiffusionPipeline": ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),

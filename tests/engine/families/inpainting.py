@@ -6,11 +6,12 @@ from typing import Any
 
 import diffusers
 
+from bench.tiny_families.case import FamilyCase
+from bench.tiny_families.parts import shaken
+from bench.tiny_families.stable_diffusion_xl import BASE, call, write_sdxl
+
 from ..tiny import write_tiny_model
-from .case import FamilyCase
 from .image_tasks import STABLE_DIFFUSION, image_call, mask, picture
-from .parts import shaken
-from .stable_diffusion_xl import BASE, call, write_sdxl
 
 
 def nine_channels(folder: Path, pipeline_class: Any, **options: Any) -> Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 import diffusers
 
-from .parts import DIFFUSION, clip, shaken, vae
+from bench.tiny_families.parts import DIFFUSION, clip, shaken, vae
 
 
 def write_sag(folder: Path) -> Path:

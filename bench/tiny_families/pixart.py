@@ -6,10 +6,9 @@ from typing import Any
 
 import diffusers
 
+from bench.tiny_families.case import FamilyCase, mixed_jobs
+from bench.tiny_families.parts import set_size, shaken, t5, vae
 from darkroom_server.core.job import Job
-
-from .case import FamilyCase, mixed_jobs
-from .parts import set_size, shaken, t5, vae
 
 
 def write_pixart(pipeline: Any, folder: Path, sample_size: int) -> Path:

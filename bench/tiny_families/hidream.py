@@ -6,11 +6,10 @@ from typing import Any
 import diffusers
 import transformers
 
+from bench.tiny_families.case import FamilyCase, guided_call, mixed_jobs
+from bench.tiny_families.parts import clip, flow_match, shaken, t5
+from bench.tiny_families.trained import bpe
 from darkroom_server.core.job import Job
-
-from .case import FamilyCase, guided_call, mixed_jobs
-from .parts import clip, flow_match, shaken, t5
-from .trained import bpe
 
 LLAMA_LAYERS = 3
 

@@ -9,11 +9,10 @@ import sentencepiece
 from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 
+from bench.tiny_families.case import FamilyCase, mixed_jobs
+from bench.tiny_families.parts import DIFFUSION, shaken, vae
 from darkroom_server.core.job import Job
 from training.prompts import WORDS
-
-from .case import FamilyCase, mixed_jobs
-from .parts import DIFFUSION, shaken, vae
 
 
 def save_sentencepiece(file: Path, **ids: Any) -> None:

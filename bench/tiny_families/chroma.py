@@ -4,8 +4,8 @@ from pathlib import Path
 
 import diffusers
 
-from .case import FamilyCase, guided_call, mixed_jobs
-from .parts import flow_match, set_size, shaken, t5, vae
+from bench.tiny_families.case import FamilyCase, guided_call, mixed_jobs
+from bench.tiny_families.parts import flow_match, set_size, shaken, t5, vae
 
 
 def write_chroma(folder: Path) -> Path:

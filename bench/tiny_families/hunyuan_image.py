@@ -7,11 +7,10 @@ import diffusers
 import transformers
 from diffusers.guiders import AdaptiveProjectedMixGuidance
 
+from bench.tiny_families.case import FamilyCase, mixed_jobs
+from bench.tiny_families.parts import flow_match, qwen_tokenizer, set_size, shaken
+from bench.tiny_families.qwen_image import TEMPLATE
 from darkroom_server.core.job import Job
-
-from .case import FamilyCase, mixed_jobs
-from .parts import flow_match, qwen_tokenizer, set_size, shaken
-from .qwen_image import TEMPLATE
 
 
 def write(folder: Path, *, distilled: bool) -> Path:

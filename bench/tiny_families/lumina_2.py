@@ -4,8 +4,8 @@ from pathlib import Path
 
 import diffusers
 
-from .case import FamilyCase, guided_call, mixed_jobs
-from .parts import flow_match, gemma, shaken, vae
+from bench.tiny_families.case import FamilyCase, guided_call, mixed_jobs
+from bench.tiny_families.parts import flow_match, gemma, shaken, vae
 
 SYSTEM = (
     "You are an assistant designed to generate superior images with the superior degree of "

@@ -6,10 +6,9 @@ from typing import Any
 import diffusers
 import transformers
 
+from bench.tiny_families.case import FamilyCase, mixed_jobs
+from bench.tiny_families.parts import qwen_tokenizer, shaken, vae
 from darkroom_server.core.job import Job
-
-from .case import FamilyCase, mixed_jobs
-from .parts import qwen_tokenizer, shaken, vae
 
 
 def write_z_image(folder: Path, *, shift: float = 6.0) -> Path:

@@ -8,10 +8,9 @@ import torch
 import transformers
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
+from bench.tiny_families.case import FamilyCase, mixed_jobs
+from bench.tiny_families.parts import flow_match, qwen_tokenizer, set_size, shaken
 from darkroom_server.core.job import Job
-
-from .case import FamilyCase, mixed_jobs
-from .parts import flow_match, qwen_tokenizer, set_size, shaken
 
 
 def vae() -> Any:

@@ -6,11 +6,10 @@ from typing import Any
 import diffusers
 import transformers
 
+from bench.tiny_families.case import FamilyCase, mixed_jobs
+from bench.tiny_families.parts import shaken
+from bench.tiny_families.trained import bpe
 from darkroom_server.core.job import Job
-
-from .case import FamilyCase, mixed_jobs
-from .parts import shaken
-from .trained import bpe
 
 
 def parts(**transformer: Any) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from typing import Any
 
 import diffusers
 
+from bench.tiny_families.case import FamilyCase, mixed_jobs
+from bench.tiny_families.parts import clip, flow_match, shaken, t5, vae
 from darkroom_server.core.job import Job
-
-from .case import FamilyCase, mixed_jobs
-from .parts import clip, flow_match, shaken, t5, vae
 
 
 def write_sd3(

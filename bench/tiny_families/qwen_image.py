@@ -6,10 +6,9 @@ from typing import Any
 import diffusers
 import transformers
 
+from bench.tiny_families.case import FamilyCase, mixed_jobs
+from bench.tiny_families.parts import flow_match, qwen_tokenizer, set_size, shaken
 from darkroom_server.core.job import Job
-
-from .case import FamilyCase, mixed_jobs
-from .parts import flow_match, qwen_tokenizer, set_size, shaken
 
 
 def qwen_image_parts(tokenizer: Any, **transformer: Any) -> dict[str, Any]:
