@@ -50,9 +50,10 @@ class Comparison:
         *,
         rate: float | None = None,
         callers: int | None = None,
+        peers: Sequence[str] = tuple(NAMES),
     ) -> None:
-        """Let each peer serve ``requests``; which one is first changes each time."""
-        names = list(NAMES)
+        """Let each of ``peers`` serve ``requests``; which one is first changes each time."""
+        names = list(peers)
         turn = len(self.runs) // len(names) % len(names)
         for name in names[turn:] + names[:turn]:
             before = self.nominal()

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.tokenizer import write_tokenizer
 
+CPU = torch.device("cpu")
 TOKENS = 77
 VOCABULARY = 49408
 
@@ -90,20 +91,24 @@ def new_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def write_sd14(folder: Path) -> Path:
+def write_sd14(folder: Path, device: torch.device = CPU) -> Path:
     """Write the pipeline into ``folder``, 2.1 GB in float16; returns it.
 
-    Needs 4 GB of memory. The folder appears atomically, when it is complete.
+    Its weights are made on ``device``: a GPU needs seconds, a CPU a minute and 4 GB of memory. The
+    folder appears atomically, when it is complete.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".sd14-") as name:
         tokenizer = new_tokenizer(Path(name) / "tokenizer")
-        pipeline = StableDiffusionPipeline(
+        with device:
             # Convert each one before creating the next: in float32 they take twice as much.
-            unet=new_unet().half(),
-            vae=new_vae().half(),
-            text_encoder=new_text_encoder(tokenizer).half(),
+            unet, vae = new_unet().half(), new_vae().half()
+            text_encoder = new_text_encoder(tokenizer).half()
+        pipeline = StableDiffusionPipeline(
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
             tokenizer=tokenizer,
             scheduler=PNDMScheduler(**SCHEDULER),
             safety_checker=None,
@@ -118,8 +123,8 @@ def write_sd14(folder: Path) -> Path:
     return folder
 
 
-def cached_sd14() -> Path:
+def cached_sd14(device: torch.device = CPU) -> Path:
     """The folder in the user's cache (``XDG_CACHE_HOME``), which the first call writes."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "darkroom" / "bench" / "sd14"
-    return folder if (folder / "model_index.json").is_file() else write_sd14(folder)
+    return folder if (folder / "model_index.json").is_file() else write_sd14(folder, device)

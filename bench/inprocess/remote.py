@@ -2,7 +2,8 @@
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -83,20 +84,80 @@ class Remote:
             raise RuntimeError("a measured process died; its own error is above") from None
 
 
+class ProcessFailed(RuntimeError):
+    """Work in a process of its own did not come to its end."""
+
+
 def in_fresh_process(work: Callable[..., Found], *arguments: Any) -> Found:
     """``work(*arguments)`` in a new process, which leaves nothing on the device."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_die_with_parent) as pool:
         return pool.submit(work, *arguments).result()
+
+
+def yields_of_process(
+    work: Callable[..., Iterator[Found]], *arguments: Any, seconds: float
+) -> Iterator[Found]:
+    """What ``work(*arguments)`` yields in a new process, as it comes.
+
+    Raises ``ProcessFailed`` if it raises, if the process dies, or if it has not ended after
+    ``seconds``; then the process is killed.
+    """
+    until = time.monotonic() + seconds
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    # Not a daemon, which could have no processes of its own.
+    process = spawn.Process(target=_send_yields, args=(theirs, work, arguments))
+    process.start()
+    theirs.close()
+    try:
+        while True:
+            if not ours.poll(max(0.0, until - time.monotonic())):
+                raise ProcessFailed(f"not done after {seconds:.0f} s, and stopped")
+            try:
+                message: tuple[Found] | str | None = ours.recv()
+            except EOFError:
+                process.join()
+                raise ProcessFailed(f"its process died with code {process.exitcode}") from None
+            if message is None:
+                process.join(max(0.0, until - time.monotonic()))
+                return
+            if isinstance(message, str):
+                raise ProcessFailed(message)
+            yield message[0]
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+
+
+def _send_yields(
+    connection: "Connection[Any, Any]",
+    work: Callable[..., Iterator[Any]],
+    arguments: tuple[Any, ...],
+) -> None:
+    _die_with_parent()
+    try:
+        for found in work(*arguments):
+            connection.send((found,))
+    except Exception as error:  # noqa: BLE001 - the other process raises it.
+        traceback.print_exc()
+        connection.send(f"{type(error).__name__}: {error}")
+    else:
+        connection.send(None)
+
+
+def _die_with_parent() -> None:
+    """If the benchmark is killed, this process must not go on generating (PDEATHSIG)."""
+    if (parent := multiprocessing.parent_process()) and parent.pid:
+        die_with(parent.pid)
 
 
 def _work(
     connection: "Connection[Any, Any]",
     make: Callable[[], tuple[ArrivalServer, ModelInfo | None]],
 ) -> None:
-    # If the benchmark is killed, this process must not go on generating (PDEATHSIG).
-    if (parent := multiprocessing.parent_process()) and parent.pid:
-        die_with(parent.pid)
+    _die_with_parent()
     server, info = make()
     connection.send(info)
     while (wanted := connection.recv()) is not None:

@@ -7,7 +7,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -109,16 +109,23 @@ def measure_setting(setting: str, folder: str, images: int) -> tuple[Cost, dict[
     return cost, facts
 
 
-def measure(options: argparse.Namespace) -> Measurement:
+def settings_costs(folder: str, images: int) -> Iterator[tuple[Cost, dict[str, object]]]:
     """Each setting in a new process, so that the driver's figure belongs to it alone."""
+    for setting in SETTINGS:
+        cost, facts = in_fresh_process(measure_setting, setting, folder, images)
+        print(f"{setting}: {cost.seconds:.2f} s, {cost.allocated / 1e9:.2f} GB", flush=True)
+        yield cost, facts
+
+
+def measure(options: argparse.Namespace) -> Measurement:
+    """Every setting."""
     from bench.gpu.sd14 import cached_sd14  # It loads diffusers, which takes seconds.
 
-    folder = str(cached_sd14())
+    folder = str(cached_sd14(torch.device("cuda")))
     costs, facts = [], {}
-    for setting in SETTINGS:
-        cost, facts[setting] = in_fresh_process(measure_setting, setting, folder, options.images)
+    for cost, model in settings_costs(folder, options.images):
         costs.append(cost)
-        print(f"{setting}: {cost.seconds:.2f} s, {cost.allocated / 1e9:.2f} GB", flush=True)
+        facts[cost.setting] = model
     return Measurement(
         figures={"costs": [asdict(cost) for cost in costs]},
         model=facts,

@@ -62,8 +62,11 @@ class Benchmark:
 
     def run(self, options: argparse.Namespace) -> Path:
         """Measure, save the results, write the section; returns the path of the results."""
+        return self.publish(self.measure(options), options)
+
+    def publish(self, found: Measurement, options: argparse.Namespace) -> Path:
+        """Save what was measured, write the section; returns the path of the results."""
         amounts = {name: getattr(options, name) for name in self.amounts}
-        found = self.measure(options)
         results = Results(
             bench=self.name,
             date=today(),

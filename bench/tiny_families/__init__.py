@@ -33,3 +33,8 @@ CASES: list[FamilyCase] = [
     *HIDREAM,
     # One line for each file.
 ]
+
+ONE_EACH: list[FamilyCase] = list(
+    {case.write.__module__: case for case in reversed(CASES)}.values()
+)
+"""The first case of each file."""

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention as AttentionLayer
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.tiny_families import CASES
+from bench.tiny_families import CASES, ONE_EACH
 from bench.tiny_families.case import FamilyCase
 from darkroom_server.core.engine_config import Attention, Dtype, EngineConfig, ModelSource, Preset
 from darkroom_server.core.events import BatchDone, JobFinished
@@ -41,7 +41,6 @@ AMPERE, TURING = (8, 0), (7, 5)
 
 UNETS = [family for family in FAMILIES.values() if not issubclass(family, TransformerFamily)]
 TRANSFORMERS = [family for family in FAMILIES.values() if issubclass(family, TransformerFamily)]
-KINDS = list({case.write.__module__: case for case in reversed(CASES)}.values())
 
 
 def gpu(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -243,7 +242,7 @@ def case_named(name: str) -> FamilyCase:
     return next(case for case in CASES if case.name == name)
 
 
-@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
 @pytest.mark.parametrize("autocast", [None, False])
 def test_a_batch_in_half_precision(
     case: FamilyCase,
