@@ -223,10 +223,10 @@ def _faults(figures: Mapping[str, Any]) -> str:
     parts = []
     if found := figures.get("out of memory"):
         parts.append(
-            "With the device's memory full, a job is answered with "
-            f"`{found['job']}`, and a load fails for want of memory: {_yes(found['load'])}. The "
-            f"next image has the same bytes as before: {_yes(found['same_image_after'])}. The model "
-            f"is loaded once there is memory: {_yes(found['loaded_after'])}."
+            f"With the device's memory full, a job is answered with `{found['job']}`. A load fails "
+            f"as out of memory: {_yes(found['load'])}. The next image has the same bytes as "
+            f"before: {_yes(found['same_image_after'])}. The model is loaded once there is memory: "
+            f"{_yes(found['loaded_after'])}."
         )
     if found := figures.get("device assert"):
         parts.append(
