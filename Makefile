@@ -6,6 +6,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
+# On a machine without an index: SETUP= installs nothing, and BIN=FOLDER has the Python to use.
+SETUP ?= .venv/.installed
 BIN := .venv/bin
 GENERATOR := .venv-protos/bin
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
@@ -32,6 +34,7 @@ NOISE_FLAGS ?=
 WORDS_FLAGS ?=
 TRAIN_FLAGS ?=
 JUDGE_FLAGS ?=
+WHEELS_FLAGS ?=
 MINUTES ?= 5
 INPUTS ?= 100000
 IMAGES ?= 10000
@@ -42,6 +45,10 @@ PACKAGES := protos client server
 LOWEST_TOOLS := buf-bin httpx2 hypothesis openai packaging pytest pytest-asyncio pytest-timeout pytest-xdist PyYAML trustme
 # The servers that Darkroom is measured beside; each has an environment in bench/work.
 PEERS := grpc litserve ray triton
+# What `make test-gpu` needs besides the server's own packages.
+GPU_TOOLS := hypothesis iniconfig packaging pluggy pygments pytest pytest-asyncio pytest-timeout sortedcontainers
+DOWNLOAD = $(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps \
+    --only-binary :all: --dest build/wheels $(WHEELS_FLAGS)
 TYPED := $(wildcard client/src server/src tests examples training bench tools)
 NODE_MODULES := examples/node/node_modules/.installed
 
@@ -52,7 +59,7 @@ help: ## list the targets
 # ---- use ----
 
 .PHONY: setup
-setup: .venv/.installed ## install everything into .venv (again only when a requirement changed)
+setup: $(SETUP) ## install everything into .venv (again only when a requirement changed)
 
 .PHONY: demo
 demo: setup ## start a server, generate images in every way into demo-output/, stop
@@ -74,9 +81,13 @@ test: setup ## run the tests: no network, no GPU; options in PYTEST_FLAGS
 test-tools: ## install promtool, Prometheus, Node and Chromium for the tests, by apt; needs root
 	@tools/test_tools.sh yes
 
+# Only files with such tests are collected: the others may import what is not there. Without
+# build/quantizers, which `make test-quantized` makes, those of quantised weights are skipped.
 .PHONY: test-gpu
-test-gpu: setup ## run the tests that need a CUDA device
-	@$(BIN)/pytest -m gpu $(PYTEST_FLAGS)
+test-gpu: export PYTHONPATH := build/quantizers:$(PYTHONPATH)
+test-gpu: setup ## run the tests that need a CUDA device; SETUP= BIN=FOLDER installs nothing
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS) \
+	    $$(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
 
 .PHONY: test-compile
 test-compile: setup ## compile the demo model's denoiser and compare images, a minute or two
@@ -146,8 +157,16 @@ bench: bench-peers-setup ## measure Darkroom beside other servers, 15 minutes; o
 bench-full: bench-peers-setup ## the same with every load, three times: hours
 	@$(BIN)/python -m bench.peers --full $(BENCH_FLAGS)
 
-bench-gpu: setup ## measure steps, decodes and load on the real SD 1.4 (needs CUDA)
+bench-gpu: setup ## ten minutes on a GPU: correctness, steps, memory, load, faults; options in BENCH_FLAGS
 	@$(BIN)/python -m bench.gpu $(BENCH_FLAGS)
+
+# What torch needs comes with torch.
+.PHONY: bench-gpu-wheels
+bench-gpu-wheels: wheels ## collect what bench-gpu and test-gpu need besides torch into build/wheels
+	@rm -rf build/wheels && mkdir -p build/wheels && cp dist/*.whl build/wheels
+	@$(DOWNLOAD) -r deploy/requirements/server.txt
+	@$(DOWNLOAD) -c constraints.txt $(GPU_TOOLS)
+	@du -sh build/wheels
 
 bench-peers-setup: setup $(PEERS:%=bench/work/%/.installed) ## install the other servers, each into its own environment
 

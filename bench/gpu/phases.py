@@ -32,10 +32,10 @@ class Plan:
     ``device`` is "cuda", or "cpu" for a trial. ``sd14`` is the folder of Stable Diffusion 1.4, ""
     for that of the cache. ``demo`` is the folder of the model whose images are compared, "" for the
     demo model. ``schedulers`` are those that are compared, empty for all. ``side`` is that of a
-    square matrix to multiply, ``copied_bytes`` what a copy moves, ``spare_bytes`` what is left of
-    the memory where it is to run out. ``closed``, ``arrivals``, ``pairs`` and ``lone`` are requests
-    of each closed loop, open loop and alone, of ``long_steps`` steps and of those of the mixed
-    load. ``images`` are those of a setting in the table of memory.
+    square matrix to multiply, ``copied_bytes`` what a copy moves, ``spare_bytes`` what remains of
+    the memory once it is short. ``closed``, ``arrivals``, ``pairs`` and ``lone`` are requests of
+    each closed loop, of the open loop, and alone; ``long_steps`` are those of images that are not
+    of the mixed load. ``images`` are those of a setting in the table of memory.
     """
 
     device: str = "cuda"

@@ -52,9 +52,11 @@ def start(engine: Engine, emit: Callable[[Event], None]) -> EngineReady:
     Raises ``RuntimeError`` if it dies.
     """
     first: queue.SimpleQueue[EngineReady | EngineDied] = queue.SimpleQueue()
+    started = threading.Event()
 
     def listen(event: Event) -> None:
-        if isinstance(event, EngineReady | EngineDied):
+        if isinstance(event, EngineReady | EngineDied) and not started.is_set():
+            started.set()
             first.put(event)
         else:
             emit(event)
@@ -128,7 +130,7 @@ class EnginePeer:
                     self._answers.append(Answer.of(request, at, now))
                     self._arrivals.answered(now)
                     self._changed.notify()
-            case JobFailed() | JobCancelled():
+            case JobFailed() | JobCancelled() | EngineDied():
                 with self._changed:
                     self._failure = event
                     self._changed.notify()

@@ -112,7 +112,8 @@ def yields_of_process(
     theirs.close()
     try:
         while True:
-            if not ours.poll(max(0.0, until - time.monotonic())):
+            remaining = until - time.monotonic()
+            if remaining <= 0 or not ours.poll(remaining):
                 raise ProcessFailed(f"not done after {seconds:.0f} s, and stopped")
             try:
                 message: tuple[Found] | str | None = ours.recv()

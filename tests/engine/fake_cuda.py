@@ -522,6 +522,7 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
         "memory_allocated": lambda _=None: DEVICE.live_bytes,
         "memory_reserved": lambda _=None: DEVICE.live_bytes,
         "max_memory_allocated": lambda _=None: DEVICE.peak_bytes,
+        "max_memory_reserved": lambda _=None: DEVICE.peak_bytes,
         "reset_peak_memory_stats": reset_peak,
         "get_device_properties": lambda _=None: properties,
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),

@@ -5,6 +5,7 @@ A fake graph is a plain call that reads and writes the same memory each time.
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
 from darkroom_server.engine.forms.graphs import (
     BUCKETS,
+    CudaRecorder,
     Graph,
     GraphedDenoiser,
+    Recorder,
     _recorded,
     buckets_up_to,
 )
@@ -29,6 +32,7 @@ from darkroom_server.engine.loading.startup import start_loop
 
 from .conftest import End, make_job
 from .fake_cuda import FakeDevice
+from .quantized import difference
 from .test_gpu_path import on_gpu
 
 
@@ -68,22 +72,22 @@ class Denoiser(torch.nn.Module):
         return (found + found.mean(0) if self.mixes else found,)
 
 
-def call(rows: int, seed: int = 0) -> dict[str, Any]:
+def call(rows: int, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        "sample": torch.randn(rows, 4, 8, 8, generator=generator),
-        "timestep": torch.rand(rows, generator=generator),
-        "positions": torch.rand(5, 3, generator=generator),
+        "sample": torch.randn(rows, 4, 8, 8, generator=generator).to(device),
+        "timestep": torch.rand(rows, generator=generator).to(device),
+        "positions": torch.rand(5, 3, generator=generator).to(device),
         "return_dict": False,
     }
 
 
-def forms_of(denoiser: Denoiser, rows: tuple[int, ...]) -> DenoiserForms:
+def forms_of(denoiser: Denoiser, rows: tuple[int, ...], device: str = "cpu") -> DenoiserForms:
     return DenoiserForms(
         denoiser=denoiser,
         dtype=torch.float32,
         signature=Signature(kinds_of(call(7), call(8)), torch.channels_last),
-        inputs=call,
+        inputs=partial(call, device=device),
         graph_rows=rows,
     )
 
@@ -144,6 +148,30 @@ def test_an_output_is_not_overwritten_by_the_next_batch(denoiser: Denoiser) -> N
     outputs = [forms.run(each, [])[0] for each in given]
     for each, output in zip(given, outputs, strict=True):
         torch.testing.assert_close(output, denoiser(**each)[0])
+
+
+@torch.inference_mode()
+def check_replays(recorder: Recorder, device: str) -> None:
+    """Graphs of several numbers of rows, in turn, give what the denoiser gives."""
+    denoiser = Denoiser().to(device)
+    forms = forms_of(denoiser, (2, 6, 8), device)
+    forms.other = found = _recorded("tiny", forms, recorder)
+    assert found is not None
+    assert found.recorded_rows == [2, 6, 8]
+    for rows in (8, 1, 5, 2, 7, 5):
+        given, other = (call(rows, seed=seed, device=device) for seed in (rows, rows + 100))
+        wanted = denoiser(**given)[0]
+        torch.testing.assert_close(forms.run(given, [])[0], wanted, rtol=5e-3, atol=5e-3)
+        assert not torch.allclose(denoiser(**other)[0], wanted, rtol=5e-3, atol=5e-3)
+
+
+def test_replays_give_what_the_denoiser_gives() -> None:
+    check_replays(FakeRecorder(), "cpu")
+
+
+@pytest.mark.gpu
+def test_replays_on_a_gpu_give_what_the_denoiser_gives() -> None:
+    check_replays(CudaRecorder(), "cuda")
 
 
 @torch.inference_mode()
@@ -208,23 +236,43 @@ def generate(
     return ready, images
 
 
-def test_an_engine_runs_graphs(tiny_folder: Path, cuda: FakeDevice) -> None:
-    recorder = FakeRecorder()
+def with_graphs_and_eager(
+    folder: Path, recorder: FakeRecorder | None
+) -> list[tuple[EngineReady, dict[str, bytes]]]:
+    """What two engines make of the same jobs."""
     jobs = [
         make_job("exact", exact=True, steps=4),
         make_job("unguided", guidance_scale=1.0, steps=6),
         make_job("guided", steps=8),
     ]
-    ready, images = generate(tiny_folder, Preset.MAX, recorder, *jobs)
-    assert ready.models[0].runtime.denoiser is DenoiserForm.GRAPHS
+    found = [
+        generate(folder, Preset.MAX, recorder, *jobs),
+        generate(folder, Preset.FAST, None, *jobs),
+    ]
+    assert [ready.models[0].runtime.denoiser for ready, _ in found] == [
+        DenoiserForm.GRAPHS,
+        DenoiserForm.EAGER,
+    ]
+    return found
+
+
+def test_an_engine_runs_graphs(tiny_folder: Path, cuda: FakeDevice) -> None:
+    recorder = FakeRecorder()
+    (ready, images), (plain, eager) = with_graphs_and_eager(tiny_folder, recorder)
     assert recorder.recorded == [4, 3, 2, 1]
     assert {2, 3} <= set(recorder.replayed[4:]), "alone, and three rows of two jobs"
     assert ready.loads[0].bytes_by_component["graphs"] > 0
-    plain, eager = generate(tiny_folder, Preset.FAST, None, *jobs)
-    assert plain.models[0].runtime.denoiser is DenoiserForm.EAGER
     assert images == eager
     free = [each.models[0].memory.available_bytes for each in (ready, plain)]
     assert free[0] < free[1], "what graphs take is not available to batches"
+
+
+@pytest.mark.gpu
+def test_an_engine_runs_graphs_on_a_gpu(tiny_folder: Path) -> None:
+    (_, images), (_, eager) = with_graphs_and_eager(tiny_folder, None)
+    # Rows that fill up a batch may let libraries choose other kernels.
+    assert all(difference(images[id], eager[id]) < 2 for id in eager)
+    assert difference(eager["guided"], eager["unguided"]) > 2, "the control"
 
 
 def test_what_cannot_be_recorded_stays_eager(tiny_folder: Path, cuda: FakeDevice) -> None:

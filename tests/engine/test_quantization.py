@@ -60,6 +60,13 @@ def line(model: ModelSource, **fields: Any) -> str:
     return str(caught.value)
 
 
+def test_a_case_without_its_package_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(pytest.skip.Exception, match="torchao is not installed"):
+        need_package(Quantization.INT8)
+    need_package(Quantization.FP8)
+
+
 def test_what_cannot_run_here_is_rejected_with_a_line(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,10 +162,18 @@ def test_files_with_such_weights_say_so_themselves(tiny_folder: Path, tmp_path: 
         assert quantization.quantization_of(files) == kind
 
 
+def need_package(kind: Quantization) -> None:
+    """Skip a test on a GPU if there is no package for ``kind``."""
+    package, _ = quantization.PACKAGES.get(kind, ("", ""))
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed; build/quantizers may have it")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [Quantization.NF4, Quantization.INT8, Quantization.FP8])
 @pytest.mark.parametrize("offload", Offload)
 def test_on_a_gpu(kind: Quantization, offload: Offload, tiny_folder: Path) -> None:
+    need_package(kind)
     if offload is not Offload.NONE and kind is not Quantization.FP8:
         model = source(tiny_folder, kind)
         assert "--offload" in line(model, device="cuda", offload=offload)
@@ -171,6 +186,7 @@ def test_on_a_gpu(kind: Quantization, offload: Offload, tiny_folder: Path) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", [Offload.NONE, Offload.TEXT_ENCODER])
 def test_products_in_eight_bit_floats_on_a_gpu(offload: Offload, tiny_folder: Path) -> None:
+    need_package(DYNAMIC)
     model, hardware = source(tiny_folder, DYNAMIC), Hardware.of(torch.device("cuda"))
     fields: dict[str, Any] = {"device": "cuda", "preset": Preset.FAST, **BFLOAT16}
     if (hardware.capability or (0, 0)) < quantization.FLOAT8:

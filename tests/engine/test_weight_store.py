@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import safetensors.torch
@@ -63,15 +63,15 @@ def weights_of(module: Any) -> set[int]:
 
 
 class Catalogue:
-    """A loop that loads and unloads models on command."""
+    """A loop that loads and unloads models on command; ``fields`` are of its configuration."""
 
-    vae_tiling: bool | None = None
+    fields: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, **folders: Path) -> None:
         self.sources = {source.id: source for source in sources(**folders)}
         anywhere = next(iter(folders.values()))
         every = tuple(self.sources.values())
-        config = config_for(anywhere, models=(), catalogue=every, vae_tiling=self.vae_tiling)
+        config = config_for(anywhere, models=(), catalogue=every, **self.fields)
         self.loop = LoopUnderTest(config)
         self._images = 0
 
@@ -121,26 +121,48 @@ def catalogue(**folders: Path) -> Iterator[Catalogue]:
         made.loop.close()
 
 
+def check_return(models: Catalogue, monkeypatch: pytest.MonkeyPatch) -> ModelLoad:
+    """A model is loaded, evicted to the host's memory, and loaded from there; the first load."""
+    first = models.load_of("tiny")
+    assert first.origin is WeightOrigin.DISK
+    picture = models.picture("tiny")
+    kept = models.unload("tiny", keep=True)
+    assert kept > 0
+    with monkeypatch.context() as patch:
+        patch.delattr(read_model, "load_pipeline")
+        again = models.load_of("tiny")
+    assert again.origin is WeightOrigin.HOST
+    assert again.weight_bytes == first.weight_bytes
+    assert models.picture("tiny") == picture
+    assert models.unload("tiny", keep=True) == kept
+    assert models.unload("tiny", keep=False) == 0
+    assert models.load_of("tiny").origin is WeightOrigin.DISK
+    assert models.picture("tiny") == picture
+    assert models.unload("tiny", keep=False) == 0
+    assert models.load_of("tiny").origin is WeightOrigin.DISK
+    return first
+
+
 def test_a_model_comes_back_from_the_hosts_memory(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with catalogue(tiny=tiny_folder) as models:
-        first = models.load_of("tiny")
-        assert (first.origin, first.host_bytes) == (WeightOrigin.DISK, 0)
-        picture = models.picture("tiny")
+        first = check_return(models, monkeypatch)
+        assert first.host_bytes == 0, "it is the device's own"
         assert models.unload("tiny", keep=True) == first.weight_bytes
-        with monkeypatch.context() as patch:
-            patch.delattr(read_model, "load_pipeline")
-            again = models.load_of("tiny")
-        assert again.origin is WeightOrigin.HOST
-        assert again.weight_bytes == first.weight_bytes
-        assert models.picture("tiny") == picture
-        assert models.unload("tiny", keep=True) == first.weight_bytes
-        assert models.unload("tiny", keep=False) == 0
-        assert models.load_of("tiny").origin is WeightOrigin.DISK
-        assert models.picture("tiny") == picture
-        assert models.unload("tiny", keep=False) == 0
-        assert models.load_of("tiny").origin is WeightOrigin.DISK
+
+
+class OnGpu(Catalogue):
+    fields: ClassVar[dict[str, Any]] = {"device": "cuda", "preset": Preset.FAST}
+
+
+@pytest.mark.gpu
+def test_a_model_comes_back_to_a_gpu(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = OnGpu(tiny=tiny_folder)
+    try:
+        assert check_return(models, monkeypatch).host_bytes > 0
+    finally:
+        models.loop.close()
 
 
 def test_files_that_changed_are_read_again(tiny_folder: Path, tmp_path: Path) -> None:
@@ -246,7 +268,7 @@ def test_a_shared_vae_has_tiles_of_its_models_size(
 ) -> None:
     wide = copy_of(tiny_folder, tmp_path / "wide", UNET)
     (wide / "darkroom.json").write_text('{"size": 128}')
-    monkeypatch.setattr(Catalogue, "vae_tiling", True)
+    monkeypatch.setattr(Catalogue, "fields", {"vae_tiling": True})
     with catalogue(tiny=tiny_folder, wide=wide) as models:
         tiny, also = models.load_of("tiny"), models.load_of("wide")
         assert len(tiny.shared.keys() & also.shared.keys()) == 2

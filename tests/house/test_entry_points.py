@@ -1,6 +1,7 @@
 """CI, the hooks and the pages call make targets that exist."""
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,13 @@ def test_the_workflow_calls_the_one_entry_of_ci() -> None:
     commands = [step["run"] for step in job["steps"] if "run" in step]
     assert len(commands) == 1
     assert commands[0].split()[-1] == ".ci/run"
+
+
+@pytest.mark.parametrize("target", ["test-gpu", "bench-gpu"])
+def test_a_machine_without_an_index_installs_nothing(target: str) -> None:
+    command = ["make", "--dry-run", "--always-make", "-C", str(ROOT), target]
+    printed = subprocess.check_output([*command, "SETUP=", "BIN=there"], text=True)
+    assert "there/python -m" in printed
+    assert "pip" not in printed
+    usual = subprocess.check_output(command, text=True)
+    assert "-m pip install" in usual, "the negative control"

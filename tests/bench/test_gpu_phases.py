@@ -1,0 +1,327 @@
+"""The phases of the GPU benchmark in little: on the make-believe device, or on a CPU.
+
+What needs a GPU runs the same phases there, as they are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.gpu import correctness, memory_table
+from bench.gpu.__main__ import COMPARED
+from bench.gpu.correctness import ALONE, WrongImages, compared
+from bench.gpu.failing_engine import lose_device
+from bench.gpu.faults import FaultNotContained, device_assert, out_of_memory
+from bench.gpu.forms import decodes, forms, weights
+from bench.gpu.machine import machine
+from bench.gpu.phases import Figures, Plan
+from bench.gpu.serving import engine, load
+from bench.inprocess.loop import Generated
+from bench.micro import memory
+from bench.report.results import newest
+from bench.tiny_families import ONE_EACH
+from bench.tiny_families.case import FamilyCase
+from darkroom_server.backends.thread import ThreadEngine
+from darkroom_server.core.engine_config import Preset
+from darkroom_server.core.errors import Failure, Reason
+from darkroom_server.core.events import BatchDone, EngineReady
+from darkroom_server.core.job import SchedulerName
+from darkroom_server.engine.failures import is_fatal
+from tests.engine.fake_cuda import CudaMode, FakeDevice, Kind, fake_cuda
+from tests.engine.test_weight_store import on_this_thread
+from tests.engine.tiny import write_tiny_model
+
+__all__ = ["on_this_thread"]
+
+SDXL = next(case for case in ONE_EACH if case.name == "SDXL")
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """As little as shows that a phase runs."""
+    folder = str(write_tiny_model(tmp_path_factory.mktemp("tiny")))
+    return Plan(
+        device="cuda",
+        sd14=folder,
+        demo=folder,
+        schedulers=(SchedulerName.DDIM, SchedulerName.EULER_ANCESTRAL),
+        families=(SDXL,),
+        rows=(2, 4),
+        forms=("SDPA", "sliced, autocast"),
+        repeats=1,
+        side=8,
+        copied_bytes=64,
+        spare_bytes=4096,
+        closed=18,
+        arrivals=4,
+        pairs=2,
+        lone=2,
+        long_steps=3,
+        images=1,
+    )
+
+
+@pytest.fixture
+def on_cpu(plan: Plan) -> Plan:
+    return replace(plan, device="cpu")
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeDevice]:
+    with fake_cuda() as device:
+        yield device
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correctness, "STEPS", 3)
+
+
+def found(figures: Iterator[Figures]) -> Figures:
+    """All that a phase yields."""
+    together: Figures = {}
+    for each in figures:
+        together |= each
+    return together
+
+
+# ---- what the machine can do ----
+
+
+def test_ceilings(plan: Plan, cuda: FakeDevice) -> None:
+    figures = found(machine(plan))
+    assert figures["device"] == "Fake GPU"
+    assert figures["total_bytes"] == cuda.total_bytes
+    ceilings = [name for name in figures if name.endswith(("second", "tflops", "microseconds"))]
+    assert len(ceilings) == 4
+    assert all(figures[name] > 0 for name in ceilings)
+    assert cuda.kernels["add_"] >= 2000
+    pinned = [each for each in cuda.traffic if each.kind is Kind.TO_DEVICE]
+    assert pinned
+    assert not any(each.blocking for each in pinned), "the copies are from pinned memory"
+
+
+# ---- the same images ----
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("preset", [Preset.FRUGAL, Preset.MAX])
+def test_a_preset_makes_the_images_of_the_cpu(preset: Preset, plan: Plan, cuda: FakeDevice) -> None:
+    figures = found(correctness.preset(preset, plan))
+    assert figures["runtime"]["device"] == "cuda:0"
+    assert figures["runtime"]["preset"] == preset
+    assert figures["jobs"].keys() == {"ddim", "euler_ancestral"}
+    assert figures["apart"] > 0
+    assert all(0 < job["cpu"] < 0.25 for job in figures["jobs"].values()), "float16, rounded"
+    assert figures["wrong"] == []
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_family_makes_the_images_of_the_cpu(plan: Plan) -> None:
+    (figures,) = found(correctness.families(plan))["families"].values()
+    assert figures["half"] == "float16"
+    assert len(figures["jobs"]) == 3
+    assert all(job["cpu"] < 0.01 for job in figures["jobs"].values())
+
+
+def test_a_family_that_fails_does_not_stop_the_others(on_cpu: Plan) -> None:
+    def broken(_: Path) -> Path:
+        raise ValueError("no such part")
+
+    names = ("one", "two")
+    cases = tuple(replace(SDXL, name=name, write=broken) for name in names)
+    figures = correctness.families(replace(on_cpu, families=cases))
+    seen: list[list[str]] = []
+    with pytest.raises(WrongImages, match="one: no such part; two: no such part"):
+        seen.extend(list(each["families"]) for each in figures)
+    assert seen == [["one"], ["one", "two"]]
+
+
+def picture(level: int) -> Any:
+    return np.full((2, 2, 3), level, np.uint8)
+
+
+SHARED = BatchDone(model="m", width=2, height=2, rows=4, seconds=1.0, samples=2)
+
+
+def made(a: Any, b: Any, alone_b: Any, **rest: Any) -> Generated:
+    images = {"a": a, "b": b, f"{ALONE}a": picture(0), f"{ALONE}b": alone_b}
+    return Generated(EngineReady((), 0.0), images, **{"events": [SHARED], **rest})
+
+
+def test_images_are_judged_by_how_far_those_of_other_jobs_are() -> None:
+    on_cpu = {"a": picture(0), "b": picture(100)}
+    figures = compared(made(picture(10), picture(100), picture(100)), on_cpu)
+    assert figures["apart"] == 100
+    assert figures["jobs"]["a"] == {"cpu": 0.1, "alone": 0.1}
+    assert figures["wrong"] == []
+    swapped = compared(made(picture(100), picture(0), picture(0)), on_cpu)
+    assert swapped["wrong"] == [
+        *("a is off by 1.00 beside cpu", "a is off by 1.00 beside alone"),
+        "b is off by 1.00 beside cpu",
+    ]
+    in_company = compared(made(picture(0), picture(100), picture(60)), on_cpu)
+    assert in_company["wrong"] == ["b is off by 0.40 beside alone"]
+    not_shared = compared(made(picture(0), picture(100), picture(100), events=[]), on_cpu)
+    assert not_shared["wrong"] == ["no batch was shared"]
+    alike = compared(made(picture(0), picture(0), picture(0)), {"a": picture(0), "b": picture(0)})
+    assert alike["wrong"] == ["all images are alike"]
+    failure = Failure(Reason.OUT_OF_MEMORY, "too large")
+    failed = compared(made(picture(0), None, None, failures={"b": failure}), on_cpu)
+    assert failed["wrong"] == ["b: too large"]
+
+
+# ---- forms, decodes, memory ----
+
+
+def test_forms_and_decodes(on_cpu: Plan) -> None:
+    assert found(weights(on_cpu)) == {"written": True}
+    steps = found(forms(on_cpu))["steps"]
+    assert [(step["form"], step["rows"]) for step in steps] == [
+        *(("SDPA", 2), ("SDPA", 4), ("sliced, autocast", 2), ("sliced, autocast", 4))
+    ]
+    figures = found(decodes(on_cpu))
+    assert [each["images"] for each in figures["decode"]] == [1, 2, 4, 8]
+    assert figures["encode"][0]["seconds"] > 0
+
+
+@pytest.fixture
+def engine_on_device(monkeypatch: pytest.MonkeyPatch, cuda: FakeDevice) -> FakeDevice:
+    """An engine's thread works on the make-believe device too."""
+    run = ThreadEngine._run
+
+    def on_device(self: ThreadEngine) -> None:
+        with torch.inference_mode(), CudaMode():  # type: ignore[no-untyped-call]
+            run(self)
+
+    monkeypatch.setattr(ThreadEngine, "_run", on_device)
+    return cuda
+
+
+def test_the_table_of_memory(
+    plan: Plan, engine_on_device: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = memory.SETTINGS["preset fast"]
+    names = ("float32", "preset frugal", "preset fast", "preset tiny")
+    monkeypatch.setattr(memory, "SETTINGS", dict.fromkeys(names, fast))
+    monkeypatch.setattr(memory, "REQUEST", replace(memory.REQUEST, steps=2))
+    measured: dict[str, Any] = {}
+
+    def once(work: Any, setting: str, *rest: Any) -> Any:
+        if not measured:
+            measured["first"] = work(setting, *rest)
+        cost, facts = measured["first"]
+        return replace(cost, setting=setting), facts
+
+    monkeypatch.setattr(memory, "in_fresh_process", once)
+    docs = tmp_path / "docs"
+    figures = found(memory_table.memory(tmp_path, docs, "", plan))
+    assert [cost["setting"] for cost in figures["costs"]] == list(names)
+    assert 0 < figures["costs"][0]["allocated"] <= engine_on_device.peak_bytes
+    results = newest("memory", tmp_path)
+    assert results is not None
+    assert results.machine.gpu == "Fake GPU"
+    assert "| preset frugal |" in (docs / "benchmarks.md").read_text()
+
+
+# ---- the engine ----
+
+
+def test_an_engine_alone_and_saturated(on_cpu: Plan) -> None:
+    figures = found(engine(Preset.FAST, on_cpu))
+    assert figures["denoiser"] == "eager"
+    assert figures["lone"].keys() == {"3"}
+    assert figures["lone"]["3"]["seconds"] > 0
+    saturated = figures["saturated"]
+    assert saturated["images"] == on_cpu.closed
+    assert saturated["images_per_second"] > 0
+    assert any(batch["rows"] > 2 for batch in saturated["batches"])
+
+
+@pytest.mark.slow
+def test_the_load_beside_pipe(on_cpu: Plan) -> None:
+    figures = found(load(replace(on_cpu, closed=12)))
+    assert figures["lone"]["3"][0].keys() == {"engine", "pipe"}
+    assert {name: len(each) for name, each in figures["latencies"].items()} == {
+        "static": 4,
+        "engine": 4,
+    }
+
+
+# ---- faults ----
+
+
+@pytest.mark.usefixtures("on_this_thread")
+def test_what_does_not_fit_is_answered_and_the_next_image_is_right(plan: Plan) -> None:
+    with fake_cuda(total_bytes=64 << 20) as device:
+        figures = found(out_of_memory(plan))
+        assert figures == {
+            "job": "OUT_OF_MEMORY",
+            "load": True,
+            "same_image_after": True,
+            "loaded_after": True,
+        }
+        assert device.emptied_caches
+
+
+@pytest.mark.usefixtures("on_this_thread")
+def test_memory_that_is_not_short_is_noticed(plan: Plan) -> None:
+    """The control of the test above."""
+    with fake_cuda(total_bytes=64 << 20) as device:
+        enough = replace(plan, spare_bytes=device.total_bytes)
+        with pytest.raises(FaultNotContained, match="the large job failed for memory"):
+            found(out_of_memory(enough))
+
+
+def test_a_lost_device_is_fatal() -> None:
+    with pytest.raises(torch.AcceleratorError) as caught:
+        lose_device(torch.device("cpu"))
+    assert is_fatal(caught.value)
+
+
+@pytest.mark.slow
+def test_an_engine_that_lost_its_device_is_replaced(on_cpu: Plan) -> None:
+    figures = found(device_assert(on_cpu))
+    assert figures["restarts"] == 1
+    assert figures["replaced"]
+    assert figures["same_image_after"]
+
+
+# ---- on a GPU ----
+
+GPU = Plan()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", COMPARED)
+def test_every_scheduler_on_a_gpu(preset: Preset) -> None:
+    assert len(found(correctness.preset(preset, GPU))["jobs"]) >= 14
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_a_family_on_a_gpu(case: FamilyCase) -> None:
+    assert found(correctness.families(replace(GPU, families=(case,))))
+
+
+@pytest.mark.gpu
+def test_memory_ends_on_a_gpu() -> None:
+    assert found(out_of_memory(GPU))["loaded_after"]
+
+
+@pytest.mark.gpu
+def test_a_kernel_fails_an_assertion_on_a_gpu() -> None:
+    assert found(device_assert(GPU))["replaced"]
