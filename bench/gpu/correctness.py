@@ -1,5 +1,6 @@
 """Whether a device makes the images that a CPU makes, and a batch those that it makes alone."""
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -37,8 +38,6 @@ Half precision is off by a few hundredths, another prompt or seed by one.
 ALONE = "alone-"
 """Before the id of a job that is run again, alone."""
 
-Images = Mapping[str, NDArray[np.uint8]]
-
 
 class WrongImages(RuntimeError):
     """Images are not those that they should be; the message says which."""
@@ -54,7 +53,7 @@ def preset(name: Preset, plan: Plan) -> Iterator[Figures]:
     on_cpu = generate(_in_float32(source, "cpu"), jobs)
     config = EngineConfig(models=(source,), device=plan.device, preset=name, rows=ROWS)
     made = generate(config, lambda info: with_lone(jobs(info)))
-    figures = compared(made, on_cpu.images)
+    figures = compared(made, on_cpu)
     yield {**figures, "runtime": asdict(made.ready.models[0].runtime)}
     _check({str(name): figures})
 
@@ -82,22 +81,23 @@ def with_lone(jobs: Sequence[Job]) -> list[Job]:
     return [*jobs, *(replace(job, id=f"{ALONE}{job.id}", exact=True) for job in jobs)]
 
 
-def compared(made: Generated, on_cpu: Images) -> Figures:
+def compared(made: Generated, on_cpu: Generated) -> Figures:
     """How far images are off, as parts of how far two images of different jobs are apart.
 
     ``wrong`` says in one line each what is not as it should be.
     """
-    pairs = zip(on_cpu.values(), list(on_cpu.values())[1:], strict=False)
-    apart = statistics.median(difference(one, other) for one, other in pairs)
-    lone = {id: made.images.get(f"{ALONE}{id}") for id in on_cpu}
+    pairs = itertools.pairwise(on_cpu.images.values())
+    distances = [difference(one, other) for one, other in pairs]
+    apart = statistics.median(distances) if distances else 0.0
     wrong = [f"{id}: {failure.message}" for id, failure in made.failures.items()]
+    wrong += [f"{id} on the CPU: {failure.message}" for id, failure in on_cpu.failures.items()]
     if not any(isinstance(e, BatchDone) and e.samples > 1 for e in made.events):
         wrong.append("no batch was shared")
     if apart == 0:
         wrong.append("all images are alike")
     jobs: dict[str, Figures] = {}
-    for id, wanted in on_cpu.items():
-        image, alone = made.images.get(id), lone[id]
+    for id, wanted in on_cpu.images.items():
+        image, alone = made.images.get(id), made.images.get(f"{ALONE}{id}")
         if image is None or alone is None:
             continue  # It failed, which is said above.
         off = {"cpu": difference(image, wanted), "alone": difference(image, alone)}
@@ -120,7 +120,7 @@ def _family(case: FamilyCase, folder: Path, plan: Plan) -> Figures:
     jobs = partial(_family_jobs, case)
     on_cpu = generate(_in_float32(source, "cpu"), jobs)
     plain = generate(_in_float32(source, plan.device), lambda info: with_lone(jobs(info)))
-    figures = compared(plain, on_cpu.images)
+    figures = compared(plain, on_cpu)
     own = EngineConfig(models=(source,), device=plan.device, preset=Preset.FAST, rows=ROWS)
     half = generate(own, jobs)
     figures["half"] = half.ready.models[0].runtime.dtype

@@ -3,8 +3,11 @@
 What needs a GPU runs the same phases there, as they are.
 """
 
+import pickle
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,13 @@ import pytest
 import torch
 
 from bench.gpu import correctness, memory_table
-from bench.gpu.__main__ import COMPARED
+from bench.gpu.__main__ import COMPARED, phases_for
 from bench.gpu.correctness import ALONE, WrongImages, compared
 from bench.gpu.failing_engine import lose_device
 from bench.gpu.faults import FaultNotContained, device_assert, out_of_memory
 from bench.gpu.forms import decodes, forms, weights
 from bench.gpu.machine import machine
-from bench.gpu.phases import Figures, Plan
+from bench.gpu.phases import Figures, Phase, Plan, run_phases
 from bench.gpu.serving import engine, load
 from bench.inprocess.loop import Generated
 from bench.micro import memory
@@ -32,6 +35,7 @@ from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.events import BatchDone, EngineReady
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.engine.failures import is_fatal
+from tests.bench.test_results import RESULTS
 from tests.engine.fake_cuda import CudaMode, FakeDevice, Kind, fake_cuda
 from tests.engine.test_weight_store import on_this_thread
 from tests.engine.tiny import write_tiny_model
@@ -163,7 +167,7 @@ def made(a: Any, b: Any, alone_b: Any, **rest: Any) -> Generated:
 
 
 def test_images_are_judged_by_how_far_those_of_other_jobs_are() -> None:
-    on_cpu = {"a": picture(0), "b": picture(100)}
+    on_cpu = Generated(EngineReady((), 0.0), {"a": picture(0), "b": picture(100)})
     figures = compared(made(picture(10), picture(100), picture(100)), on_cpu)
     assert figures["apart"] == 100
     assert figures["jobs"]["a"] == {"cpu": 0.1, "alone": 0.1}
@@ -177,11 +181,15 @@ def test_images_are_judged_by_how_far_those_of_other_jobs_are() -> None:
     assert in_company["wrong"] == ["b is off by 0.40 beside alone"]
     not_shared = compared(made(picture(0), picture(100), picture(100), events=[]), on_cpu)
     assert not_shared["wrong"] == ["no batch was shared"]
-    alike = compared(made(picture(0), picture(0), picture(0)), {"a": picture(0), "b": picture(0)})
+    same = Generated(EngineReady((), 0.0), {"a": picture(0), "b": picture(0)})
+    alike = compared(made(picture(0), picture(0), picture(0)), same)
     assert alike["wrong"] == ["all images are alike"]
-    failure = Failure(Reason.OUT_OF_MEMORY, "too large")
-    failed = compared(made(picture(0), None, None, failures={"b": failure}), on_cpu)
+    failures = {"b": Failure(Reason.OUT_OF_MEMORY, "too large")}
+    failed = compared(made(picture(0), None, None, failures=failures), on_cpu)
     assert failed["wrong"] == ["b: too large"]
+    without = replace(on_cpu, failures=failures)
+    on_neither = compared(made(picture(0), picture(100), picture(100)), without)
+    assert on_neither["wrong"] == ["b on the CPU: too large"]
 
 
 # ---- forms, decodes, memory ----
@@ -218,6 +226,8 @@ def test_the_table_of_memory(
     names = ("float32", "preset frugal", "preset fast", "preset tiny")
     monkeypatch.setattr(memory, "SETTINGS", dict.fromkeys(names, fast))
     monkeypatch.setattr(memory, "REQUEST", replace(memory.REQUEST, steps=2))
+    # A measurement changes it for its whole process.
+    monkeypatch.setitem(memory.INTERVAL_SECONDS, "cuda", 1.0)
     measured: dict[str, Any] = {}
 
     def once(work: Any, setting: str, *rest: Any) -> Any:
@@ -298,6 +308,39 @@ def test_an_engine_that_lost_its_device_is_replaced(on_cpu: Plan) -> None:
     assert figures["restarts"] == 1
     assert figures["replaced"]
     assert figures["same_image_after"]
+
+
+# ---- in processes ----
+
+
+def test_every_phase_can_be_sent_to_a_process(plan: Plan, tmp_path: Path) -> None:
+    options = Namespace(results=tmp_path, docs=tmp_path, note="")
+    for phase in phases_for(options):
+        assert pickle.loads(pickle.dumps((phase.measure, plan)))[1] == plan
+    assert pickle.loads(pickle.dumps(GPU)) == GPU
+
+
+@pytest.mark.slow
+def test_phases_in_processes_of_their_own(on_cpu: Plan) -> None:
+    phases = [
+        Phase(name="machine", seconds=1, measure=machine),
+        Phase(name="decodes", seconds=1, measure=decodes),
+        Phase(name="preset fast", seconds=1, measure=partial(correctness.preset, Preset.FAST)),
+        Phase(name="engine fast", seconds=1, measure=partial(engine, Preset.FAST)),
+    ]
+    results = replace(RESULTS, figures={})
+    saved: list[int] = []
+    ok = run_phases(
+        phases,
+        on_cpu,
+        results,
+        budget=240,
+        save=lambda found: saved.append(len(found.figures)),
+    )
+    assert ok, results.figures["phases"]
+    assert results.figures["machine"]["launch_microseconds"] > 0
+    assert results.figures["engine fast"]["saturated"]["images"] == on_cpu.closed
+    assert len(saved) > 2 * len(phases)
 
 
 # ---- on a GPU ----
