@@ -26,9 +26,6 @@ from darkroom_server.engine.failures import is_fatal, one_line
 
 STEPS = 12
 GUIDANCE = 5.0
-ROWS = 32
-"""The most rows of a batch: all jobs of a model share one or two."""
-
 ALLOWED = 0.25
 """How far an image may be off, as a part of how far two images of different jobs are apart.
 
@@ -50,8 +47,8 @@ def preset(name: Preset, plan: Plan) -> Iterator[Figures]:
     """
     source = plan.demo_source()
     jobs = partial(_scheduler_jobs, plan)
-    on_cpu = generate(_in_float32(source, "cpu"), jobs)
-    config = EngineConfig(models=(source,), device=plan.device, preset=name, rows=ROWS)
+    on_cpu = generate(_in_float32(source, "cpu", plan), jobs)
+    config = EngineConfig(models=(source,), device=plan.device, preset=name, rows=plan.batch_rows)
     made = generate(config, lambda info: with_lone(jobs(info)))
     figures = compared(made, on_cpu)
     yield {**figures, "runtime": asdict(made.ready.models[0].runtime)}
@@ -118,10 +115,12 @@ def difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
 def _family(case: FamilyCase, folder: Path, plan: Plan) -> Figures:
     source = ModelSource(id="tiny", location=str(case.write(folder)))
     jobs = partial(_family_jobs, case)
-    on_cpu = generate(_in_float32(source, "cpu"), jobs)
-    plain = generate(_in_float32(source, plan.device), lambda info: with_lone(jobs(info)))
+    on_cpu = generate(_in_float32(source, "cpu", plan), jobs)
+    plain = generate(_in_float32(source, plan.device, plan), lambda info: with_lone(jobs(info)))
     figures = compared(plain, on_cpu)
-    own = EngineConfig(models=(source,), device=plan.device, preset=Preset.FAST, rows=ROWS)
+    own = EngineConfig(
+        models=(source,), device=plan.device, preset=Preset.FAST, rows=plan.batch_rows
+    )
     half = generate(own, jobs)
     figures["half"] = half.ready.models[0].runtime.dtype
     figures["wrong"] += [f"{id}: {failure.message}" for id, failure in half.failures.items()]
@@ -160,13 +159,14 @@ def _family_jobs(case: FamilyCase, info: ModelInfo) -> list[Job]:
     return [replace(usual, **{**fields, "id": f"seed {seed}", "seed": seed}) for seed in range(3)]
 
 
-def _in_float32(source: ModelSource, device: str) -> EngineConfig:
+def _in_float32(source: ModelSource, device: str, plan: Plan) -> EngineConfig:
     return EngineConfig(
         models=(source,),
         device=device,
         preset=Preset.FAST,
         dtype=Dtype.FLOAT32,
-        rows=ROWS,
+        rows=plan.batch_rows,
+        threads=plan.threads,
     )
 
 

@@ -146,7 +146,9 @@ def device_assert(plan: Plan) -> Iterator[Figures]:
     Raises ``FaultNotContained``.
     """
     source = plan.demo_source()
-    config = EngineConfig(models=(source,), device=plan.device, preset=Preset.FAST, rows=ROWS)
+    config = EngineConfig(
+        models=(source,), device=plan.device, preset=Preset.FAST, rows=ROWS, threads=plan.threads
+    )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "fail"
         with (

@@ -31,8 +31,9 @@ class Plan:
 
     ``device`` is "cuda", or "cpu" for a trial. ``sd14`` is the folder of Stable Diffusion 1.4, ""
     for that of the cache. ``demo`` is the folder of the model whose images are compared, "" for the
-    demo model. ``schedulers`` are those that are compared, empty for all. ``side`` is that of a
-    square matrix to multiply, ``copied_bytes`` what a copy moves, ``spare_bytes`` what remains of
+    demo model. ``schedulers`` are those that are compared, empty for all, in batches of at most
+    ``batch_rows``. ``threads`` are torch's on a CPU, None for all. ``side`` is that of a square
+    matrix to multiply, ``copied_bytes`` what a copy moves, ``spare_bytes`` what remains of
     the memory once it is short. ``closed``, ``arrivals``, ``pairs`` and ``lone`` are requests of
     each closed loop, of the open loop, and alone; ``long_steps`` are those of images that are not
     of the mixed load. ``images`` are those of a setting in the table of memory.
@@ -43,6 +44,8 @@ class Plan:
     demo: str = ""
     schedulers: tuple[SchedulerName, ...] = ()
     families: tuple[FamilyCase, ...] = tuple(ONE_EACH)
+    batch_rows: int = 32
+    threads: int | None = None
     rows: tuple[int, ...] = ROWS
     forms: tuple[str, ...] = ()
     repeats: int = REPEATS

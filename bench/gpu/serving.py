@@ -26,7 +26,9 @@ LOAD = 0.7
 
 def engine(preset: Preset, plan: Plan) -> Iterator[Figures]:
     """An engine of ``preset`` as users start it: its start, images alone, many callers."""
-    config = EngineConfig(models=(plan.sd14_source(),), device=plan.device, preset=preset)
+    config = EngineConfig(
+        models=(plan.sd14_source(),), device=plan.device, preset=preset, threads=plan.threads
+    )
     began = time.monotonic()
     with closing(EnginePeer(ThreadEngine(config))) as peer:
         runtime, limits = peer.info.runtime, peer.info.limits

@@ -24,6 +24,7 @@ from bench.gpu.forms import decodes, forms, weights
 from bench.gpu.machine import machine
 from bench.gpu.phases import Figures, Phase, Plan, run_phases
 from bench.gpu.serving import engine, load
+from bench.inprocess import pipelines
 from bench.inprocess.loop import Generated
 from bench.micro import memory
 from bench.report.results import newest
@@ -43,6 +44,8 @@ from tests.engine.tiny import write_tiny_model
 __all__ = ["on_this_thread"]
 
 SDXL = next(case for case in ONE_EACH if case.name == "SDXL")
+SLOW = pytest.mark.slow
+SHORT = replace(SDXL, jobs=[{**SDXL.jobs[0], "steps": 2}])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,9 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         sd14=folder,
         demo=folder,
         schedulers=(SchedulerName.DDIM, SchedulerName.EULER_ANCESTRAL),
-        families=(SDXL,),
+        families=(SHORT,),
+        batch_rows=4,
+        threads=1,
         rows=(2, 4),
         forms=("SDPA", "sliced, autocast"),
         repeats=1,
@@ -91,7 +96,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correctness, "STEPS", 3)
+    monkeypatch.setattr(correctness, "STEPS", 2)
 
 
 def found(figures: Iterator[Figures]) -> Figures:
@@ -122,7 +127,7 @@ def test_ceilings(plan: Plan, cuda: FakeDevice) -> None:
 
 
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize("preset", [Preset.FRUGAL, Preset.MAX])
+@pytest.mark.parametrize("preset", [Preset.MAX, pytest.param(Preset.FRUGAL, marks=SLOW)])
 def test_a_preset_makes_the_images_of_the_cpu(preset: Preset, plan: Plan, cuda: FakeDevice) -> None:
     figures = found(correctness.preset(preset, plan))
     assert figures["runtime"]["device"] == "cuda:0"
@@ -195,7 +200,8 @@ def test_images_are_judged_by_how_far_those_of_other_jobs_are() -> None:
 # ---- forms, decodes, memory ----
 
 
-def test_forms_and_decodes(on_cpu: Plan) -> None:
+def test_forms_and_decodes(on_cpu: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines, "allowed_threads", lambda: 1)
     assert found(weights(on_cpu)) == {"written": True}
     steps = found(forms(on_cpu))["steps"]
     assert [(step["form"], step["rows"]) for step in steps] == [

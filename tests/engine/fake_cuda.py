@@ -219,6 +219,10 @@ class CudaTensor(torch.Tensor):
         DEVICE.kernels["copy_"] += 1
         self.data_elsewhere[_mapped(_data, index)] = _data(value)
 
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        copied: torch.Tensor = _run(torch.ops.aten.copy_.default, (self, source, non_blocking), {})
+        return copied
+
     def contiguous(self, memory_format: Any = torch.contiguous_format) -> torch.Tensor:
         if self.is_contiguous(memory_format=memory_format):
             return self
