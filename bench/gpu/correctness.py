@@ -48,7 +48,7 @@ def preset(name: Preset, plan: Plan) -> Iterator[Figures]:
     source = plan.demo_source()
     jobs = partial(_scheduler_jobs, plan)
     on_cpu = generate(_in_float32(source, "cpu", plan), jobs)
-    config = EngineConfig(models=(source,), device=plan.device, preset=name, rows=plan.batch_rows)
+    config = plan.config(source, preset=name, rows=plan.batch_rows)
     made = generate(config, lambda info: with_lone(jobs(info)))
     figures = compared(made, on_cpu)
     yield {**figures, "runtime": asdict(made.ready.models[0].runtime)}
@@ -118,9 +118,7 @@ def _family(case: FamilyCase, folder: Path, plan: Plan) -> Figures:
     on_cpu = generate(_in_float32(source, "cpu", plan), jobs)
     plain = generate(_in_float32(source, plan.device, plan), lambda info: with_lone(jobs(info)))
     figures = compared(plain, on_cpu)
-    own = EngineConfig(
-        models=(source,), device=plan.device, preset=Preset.FAST, rows=plan.batch_rows
-    )
+    own = plan.config(source, preset=Preset.FAST, rows=plan.batch_rows)
     half = generate(own, jobs)
     figures["half"] = half.ready.models[0].runtime.dtype
     figures["wrong"] += [f"{id}: {failure.message}" for id, failure in half.failures.items()]
@@ -160,13 +158,8 @@ def _family_jobs(case: FamilyCase, info: ModelInfo) -> list[Job]:
 
 
 def _in_float32(source: ModelSource, device: str, plan: Plan) -> EngineConfig:
-    return EngineConfig(
-        models=(source,),
-        device=device,
-        preset=Preset.FAST,
-        dtype=Dtype.FLOAT32,
-        rows=plan.batch_rows,
-        threads=plan.threads,
+    return plan.config(
+        source, device=device, preset=Preset.FAST, dtype=Dtype.FLOAT32, rows=plan.batch_rows
     )
 
 

@@ -107,9 +107,7 @@ def out_of_memory(plan: Plan) -> Iterator[Figures]:
     """A job and a load do not fit; later ones do. Raises ``FaultNotContained``."""
     source = plan.sd14_source()
     other = replace(source, id="second", quantize=Quantize(Quantization.FP8))
-    config = EngineConfig(
-        models=(source,), catalogue=(other,), device=plan.device, preset=Preset.FAST, rows=ROWS
-    )
+    config = plan.config(source, catalogue=(other,), preset=Preset.FAST, rows=ROWS)
     shortage = _Shortage(plan, LoadModel(other))
     loop, ready = start_loop(config, shortage.emit)
     shortage.begin(loop, ready.models[0])
@@ -146,9 +144,7 @@ def device_assert(plan: Plan) -> Iterator[Figures]:
     Raises ``FaultNotContained``.
     """
     source = plan.demo_source()
-    config = EngineConfig(
-        models=(source,), device=plan.device, preset=Preset.FAST, rows=ROWS, threads=plan.threads
-    )
+    config = plan.config(source, preset=Preset.FAST, rows=ROWS)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "fail"
         with (

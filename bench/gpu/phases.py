@@ -15,7 +15,7 @@ from bench.report.machine import model_source
 from bench.report.results import Results
 from bench.tiny_families import ONE_EACH
 from bench.tiny_families.case import FamilyCase
-from darkroom_server.core.engine_config import ModelSource
+from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.job import SchedulerName
 
 Figures = dict[str, Any]
@@ -32,8 +32,9 @@ class Plan:
     ``device`` is "cuda", or "cpu" for a trial. ``sd14`` is the folder of Stable Diffusion 1.4, ""
     for that of the cache. ``demo`` is the folder of the model whose images are compared, "" for the
     demo model. ``schedulers`` are those that are compared, empty for all, in batches of at most
-    ``batch_rows``. ``threads`` are torch's on a CPU, None for all. ``side`` is that of a square
-    matrix to multiply, ``copied_bytes`` what a copy moves, ``spare_bytes`` what remains of
+    ``batch_rows``. ``threads`` are torch's on a CPU, None for all. ``measurements`` is a
+    folder that remembers what engines measure at their start, None for none. ``side`` is that of a
+    square matrix to multiply, ``copied_bytes`` what a copy moves, ``spare_bytes`` what remains of
     the memory once it is short. ``closed``, ``arrivals``, ``pairs`` and ``lone`` are requests of
     each closed loop, of the open loop, and alone; ``long_steps`` are those of images that are not
     of the mixed load. ``images`` are those of a setting in the table of memory.
@@ -46,6 +47,7 @@ class Plan:
     families: tuple[FamilyCase, ...] = tuple(ONE_EACH)
     batch_rows: int = 32
     threads: int | None = None
+    measurements: str | None = None
     rows: tuple[int, ...] = ROWS
     forms: tuple[str, ...] = ()
     repeats: int = REPEATS
@@ -59,6 +61,15 @@ class Plan:
     long_steps: int = 50
     images: int = 1
     seed: int = 0
+
+    def config(self, *sources: ModelSource, **fields: Any) -> EngineConfig:
+        """The configuration of an engine on the device, which ``fields`` complete."""
+        usual: dict[str, Any] = {
+            "device": self.device,
+            "threads": self.threads,
+            "measurement_cache": self.measurements,
+        }
+        return EngineConfig(models=sources, **{**usual, **fields})
 
     @property
     def torch_device(self) -> torch.device:

@@ -16,7 +16,7 @@ from bench.report.results import Run
 from bench.workload.arrivals import Answer, Arrivals
 from bench.workload.requests import Request, mixed, poisson, uniform
 from darkroom_server.backends.thread import ThreadEngine
-from darkroom_server.core.engine_config import EngineConfig, Preset
+from darkroom_server.core.engine_config import Preset
 
 GUIDANCE = 7.5
 SHORT_STEPS = 20
@@ -26,9 +26,7 @@ LOAD = 0.7
 
 def engine(preset: Preset, plan: Plan) -> Iterator[Figures]:
     """An engine of ``preset`` as users start it: its start, images alone, many callers."""
-    config = EngineConfig(
-        models=(plan.sd14_source(),), device=plan.device, preset=preset, threads=plan.threads
-    )
+    config = plan.config(plan.sd14_source(), preset=preset)
     began = time.monotonic()
     with closing(EnginePeer(ThreadEngine(config))) as peer:
         runtime, limits = peer.info.runtime, peer.info.limits

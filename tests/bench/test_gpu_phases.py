@@ -6,6 +6,7 @@ What needs a GPU runs the same phases there, as they are.
 import pickle
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,10 @@ from darkroom_server.core.engine_config import Preset
 from darkroom_server.core.errors import Failure, Reason
 from darkroom_server.core.events import BatchDone, EngineReady
 from darkroom_server.core.job import SchedulerName
+from darkroom_server.engine.device.peak_memory import INTERVAL_SECONDS
 from darkroom_server.engine.failures import is_fatal
 from tests.bench.test_results import RESULTS
+from tests.engine.conftest import MEASUREMENTS
 from tests.engine.fake_cuda import CudaMode, FakeDevice, Kind, fake_cuda
 from tests.engine.test_weight_store import on_this_thread
 from tests.engine.tiny import write_tiny_model
@@ -60,6 +63,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         families=(SHORT,),
         batch_rows=4,
         threads=1,
+        measurements=MEASUREMENTS.name,
         rows=(2, 4),
         forms=("SDPA", "sliced, autocast"),
         repeats=1,
@@ -138,10 +142,12 @@ def test_a_preset_makes_the_images_of_the_cpu(preset: Preset, plan: Plan, cuda: 
     assert figures["wrong"] == []
 
 
-@pytest.mark.usefixtures("cuda")
-def test_a_family_makes_the_images_of_the_cpu(plan: Plan) -> None:
-    (figures,) = found(correctness.families(plan))["families"].values()
-    assert figures["half"] == "float16"
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=SLOW)])
+def test_a_family_makes_the_images_of_the_cpu(device: str, plan: Plan) -> None:
+    with fake_cuda() if device == "cuda" else nullcontext():
+        (figures,) = found(correctness.families(replace(plan, device=device)))["families"].values()
+    assert figures["half"] in ("float16", "bfloat16", "float32")
+    assert (figures["half"] == "float16") == (device == "cuda")
     assert len(figures["jobs"]) == 3
     assert all(job["cpu"] < 0.01 for job in figures["jobs"].values())
 
@@ -233,7 +239,7 @@ def test_the_table_of_memory(
     monkeypatch.setattr(memory, "SETTINGS", dict.fromkeys(names, fast))
     monkeypatch.setattr(memory, "REQUEST", replace(memory.REQUEST, steps=2))
     # A measurement changes it for its whole process.
-    monkeypatch.setitem(memory.INTERVAL_SECONDS, "cuda", 1.0)
+    monkeypatch.setitem(INTERVAL_SECONDS, "cuda", 1.0)
     measured: dict[str, Any] = {}
 
     def once(work: Any, setting: str, *rest: Any) -> Any:
