@@ -299,6 +299,7 @@ def test_what_does_not_fit_is_answered_and_the_next_image_is_right(plan: Plan) -
         assert device.emptied_caches
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_this_thread")
 def test_memory_that_is_not_short_is_noticed(plan: Plan) -> None:
     """The control of the test above."""

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,7 +22,14 @@ from darkroom_server.ipc.commands import LoadModel
 
 from .conftest import make_job
 from .fake_cuda import FakeDevice
-from .test_weight_store import UNET, Catalogue, OnDevice, copy_of, on_this_thread
+from .test_weight_store import (
+    UNET,
+    Catalogue,
+    OnDevice,
+    check_return,
+    copy_of,
+    on_this_thread,
+)
 
 __all__ = ["on_this_thread"]
 
@@ -289,3 +296,19 @@ def test_a_model_that_cannot_be_pinned_is_loaded_from_its_files(
     assert isinstance(read, ModelInHost)
     assert read.load.host_bytes == 0
     assert models.load("tiny", keep=False).origin is WeightOrigin.DISK
+
+
+# ---- on a GPU ----
+
+
+class OnGpu(Catalogue):
+    fields: ClassVar[dict[str, Any]] = {"device": "cuda", "preset": Preset.FAST}
+
+
+@pytest.mark.gpu
+def test_a_model_comes_back_to_a_gpu(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = OnGpu(tiny=tiny_folder)
+    try:
+        assert check_return(models, monkeypatch).host_bytes > 0
+    finally:
+        models.loop.close()

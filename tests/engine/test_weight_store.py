@@ -152,19 +152,6 @@ def test_a_model_comes_back_from_the_hosts_memory(
         assert models.unload("tiny", keep=True) == first.weight_bytes
 
 
-class OnGpu(Catalogue):
-    fields: ClassVar[dict[str, Any]] = {"device": "cuda", "preset": Preset.FAST}
-
-
-@pytest.mark.gpu
-def test_a_model_comes_back_to_a_gpu(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = OnGpu(tiny=tiny_folder)
-    try:
-        assert check_return(models, monkeypatch).host_bytes > 0
-    finally:
-        models.loop.close()
-
-
 def test_files_that_changed_are_read_again(tiny_folder: Path, tmp_path: Path) -> None:
     folder = copy_of(tiny_folder, tmp_path / "changing")
     with catalogue(changing=folder) as models:
