@@ -3,6 +3,7 @@
 What needs a GPU runs the same phases there, as they are.
 """
 
+import os
 import pickle
 from argparse import Namespace
 from collections.abc import Iterator
@@ -273,7 +274,18 @@ def test_an_engine_alone_and_saturated(on_cpu: Plan) -> None:
     assert any(batch["rows"] > 2 for batch in saturated["batches"])
 
 
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """For this process and those that it starts: threads that share cores spin for nothing."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    yield
+    os.sched_setaffinity(0, allowed)
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("one_core")
 def test_the_load_beside_pipe(on_cpu: Plan) -> None:
     figures = found(load(replace(on_cpu, closed=12)))
     assert figures["lone"]["3"][0].keys() == {"engine", "pipe"}
