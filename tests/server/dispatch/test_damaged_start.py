@@ -2,13 +2,18 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from darkroom_server.backends.fake import FakeEngine
+from darkroom_server.backends.fake_model import fake_description
+from darkroom_server.core.catalog import ModelDescription
 from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.errors import ModelUnusable
-from darkroom_server.core.events import Event
+from darkroom_server.core.events import Event, ModelNotLoaded
+from darkroom_server.core.model import ModelInfo
+from darkroom_server.dispatch import Dispatcher
 from darkroom_server.dispatch.engines import pool
 from tests.server.dispatch.harness import settle
 from tests.server.dispatch.test_model_catalog import (
@@ -110,10 +115,9 @@ async def test_a_restart_that_fails_once_loads_all_models_again() -> None:
         assert engine.loaded == [], "it was loaded at the start"
 
 
-@pytest.mark.parametrize("deadly", [False, True])
-async def test_a_model_that_one_engine_has_serves_though_another_cannot_load_it(
-    deadly: bool,
-) -> None:
+@pytest.mark.parametrize("how", ["broken", "deadly", "no memory"])
+async def test_a_model_that_one_engine_has_serves_though_another_cannot_load_it(how: str) -> None:
+    needed = 2 if how == "deadly" else 1
     async with two_engines() as (dispatcher, (first, second)):
         jobs = [submit(dispatcher, "a", f"a{n}") for n in range(4)]
         await settle()
@@ -123,17 +127,22 @@ async def test_a_model_that_one_engine_has_serves_though_another_cannot_load_it(
         def load_model(id: str, *, keep: bool = False, host_only: bool = False) -> None:
             nonlocal attempts
             attempts += 1
-            if deadly:
+            if how == "deadly":
                 second.die()
+            elif how == "no memory":
+                event = ModelNotLoaded(model=id, reason="it needs 7 bytes", out_of_memory=True)
+                asyncio.get_running_loop().call_soon(second._emit, event)
             else:
                 FakeEngine.load_model(second, id, keep=keep, host_only=host_only)
 
         second.failing["a"] = WHY
+        # Its restarts describe the file that broke; the other engine has read another one.
+        second._description_of = partial(description_of, "broken")  # type: ignore[method-assign]
         second.load_model = load_model  # type: ignore[method-assign]
         # The first engine is full.
         jobs.append(submit(dispatcher, "a", "a4"))
         async with asyncio.timeout(30):
-            while attempts < (2 if deadly else 1):
+            while attempts < needed:
                 await asyncio.sleep(0)
         await settle()
         assert states(dispatcher)["a"] == "resident"
@@ -146,7 +155,54 @@ async def test_a_model_that_one_engine_has_serves_though_another_cannot_load_it(
             first.advance(4)
             await settle()
         assert all(job.finished for job in jobs)
-        assert attempts == (2 if deadly else 1), "it is not tried for each job"
+        assert attempts == needed, "it is not tried for each job"
+
+
+async def test_a_further_engine_tries_again_when_a_restart_has_read_the_model() -> None:
+    first = FakeEngine(models("a"), catalogue=models("b"))
+    second = FakeEngine(catalogue=models("a", "b"))
+    dispatcher = Dispatcher([first, second], ["a", "b"], max_queued_jobs=9, max_resident_samples=4)
+    dispatcher.start()
+    await dispatcher.loaded()
+    second.failing["a"] = WHY
+    jobs = [submit(dispatcher, "a", f"a{n}") for n in range(5)]
+    await settle()
+    assert second.loaded == []
+    second.failing.clear()
+    while dispatcher.counts.live:
+        first.advance(4)
+        await settle()
+    assert second.loaded == [], "it failed, so it is not tried again"
+    first.die()
+    await revived(dispatcher, 1)
+    jobs += [submit(dispatcher, "a", f"b{n}") for n in range(5)]
+    await settle()
+    assert second.loaded == ["a"]
+    while dispatcher.counts.live:
+        for engine in (first, second):
+            engine.advance(4)
+        await settle()
+    assert all(job.finished for job in jobs)
+    await dispatcher.close()
+
+
+async def test_a_model_that_failed_serves_when_an_engine_has_it() -> None:
+    engine = FakeEngine(models("a"), catalogue=models("b"))
+    async with catalog(engine, budget=None) as (dispatcher, _):
+        dispatcher.availability.failures["a"] = WHY  # As another engine has found before.
+        with pytest.raises(ModelUnusable):
+            submit(dispatcher, "a")
+        engine.die()
+        await revived(dispatcher, 1)
+        job = submit(dispatcher, "a")
+        await settle()
+        engine.advance(4)
+        await settle()
+        assert job.finished
+
+
+def description_of(stamp: str, info: ModelInfo, _: str = "") -> ModelDescription:
+    return fake_description(info, 1, stamp, "")
 
 
 def test_the_only_model_is_loaded_at_every_start() -> None:

@@ -157,6 +157,7 @@ class Availability:
             self.models[info.id] = (
                 info if before is None else replace(info, adapters=before.adapters)
             )
+            self.failures.pop(info.id, None)
         self._load_times.record()
         self._loaded.set()
 

@@ -182,7 +182,7 @@ class ModelCatalog:
             self._record_description(description)
         self._files.record_described(each.id for each in ready.descriptions)
         for load in ready.loads:
-            self._record_read(load)
+            self._record_read(load).copies_fail = False
             self._record_pace(load)
             self._count(load.model, load.origin, LoadOutcome.LOADED)
         self._states.host.start(engine, len(self._pool.engines))
@@ -216,9 +216,11 @@ class ModelCatalog:
 
     def _record_description(self, description: ModelDescription) -> None:
         entry = self._states.entries[description.id]
-        entry.described = description.stamp
         if description.stamp != entry.stamp:
-            entry.shared, entry.copies_fail = {}, False  # They were of other files.
+            entry.shared = {}  # They were of other files.
+        if description.stamp != entry.described:
+            entry.copies_fail = False  # They were copies of other files.
+        entry.described = description.stamp
         if description.weight_bytes:
             entry.weight_bytes = description.weight_bytes
 
@@ -270,7 +272,6 @@ class ModelCatalog:
             origin = WeightOrigin.HOST
         self._count(event.model, origin, LoadOutcome.FAILED, engine.loading)
         engine.loading = None
-        error: DarkroomError | None
         if event.out_of_memory:
             if not engine.has_host_memory and self._states.host.drop_one(engine, event.model):
                 self._states.report_all()
@@ -281,9 +282,7 @@ class ModelCatalog:
                 self._states.evict(engine, cheapest.id, event.model)
                 self._states.report(event.model)
                 return None
-            error = ModelMemory(event.model, event.reason)
-        else:
-            error = self._unusable(entry, event.reason)
+        error = self._fail(entry, event.reason, no_memory=event.out_of_memory)
         if event.model in engine.host:
             engine.drop_from_host(event.model)
         self._states.settle(entry, error)
@@ -301,16 +300,20 @@ class ModelCatalog:
                 engine.files_only.add(event.model)
             self._states.report_all()
             return None
-        error = self._unusable(entry, event.reason)
+        error = self._fail(entry, event.reason)
         self._states.settle(entry, error)
         return error
 
-    def _unusable(self, entry: CatalogEntry, reason: str) -> ModelUnusable | None:
-        """A model cannot be loaded; None if another engine has it, and serves its jobs."""
+    def _fail(
+        self, entry: CatalogEntry, reason: str, *, no_memory: bool = False
+    ) -> DarkroomError | None:
+        """A load has failed; returns why, None if another engine has the model and serves on."""
         if self._states.state(entry.id) is ModelState.RESIDENT:
             log.warning("no further engine loads the model", model=entry.id, why=reason)
             entry.copies_fail = True
             return None
+        if no_memory:
+            return ModelMemory(entry.id, reason)
         self._availability.failures[entry.id] = reason
         return ModelUnusable(entry.id, reason)
 
@@ -341,7 +344,7 @@ class ModelCatalog:
             error = None
             if entry.deaths >= MAX_DEATHS:
                 why = f"{entry.deaths} engines died while they loaded it; its files may be damaged"
-                error = self._unusable(entry, why)
+                error = self._fail(entry, why)
                 self._states.settle(entry, error)
             elif entry.waiters:
                 self._states.want(loading.model)
