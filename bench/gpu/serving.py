@@ -52,11 +52,9 @@ def engine(preset: Preset, plan: Plan) -> Iterator[Figures]:
                 "batches": _batches(peer),
             }
         }
+        yield {"peak_bytes": peer.peak_bytes()}
         if plan.torch_device.type == "cuda":
-            yield {
-                "peak_bytes": torch.cuda.max_memory_allocated(),
-                "reserved_bytes": torch.cuda.memory_reserved(),
-            }
+            yield {"reserved_bytes": torch.cuda.memory_reserved()}
 
 
 def load(plan: Plan) -> Iterator[Figures]:

@@ -20,6 +20,7 @@ from darkroom_server.core.events import (
     JobCancelled,
     JobFailed,
     JobFinished,
+    MemoryReport,
 )
 from darkroom_server.core.job import ImageFormat, Job
 from darkroom_server.core.model import ModelInfo
@@ -85,6 +86,8 @@ class EnginePeer:
         self._waiting: dict[str, tuple[float, Request]] = {}
         self._answers: list[Answer] = []
         self._failure: Event | None = None
+        self._reports = 0
+        self._peak_bytes = 0
         self.info = start(engine, self._emit).models[0]
 
     def serve(self, arrivals: Arrivals) -> list[Answer]:
@@ -115,6 +118,21 @@ class EnginePeer:
         times, self._batch_times = self._batch_times, []
         return times
 
+    def peak_bytes(self) -> int:
+        """The most memory in use at once since the start, in bytes; waits for the next report.
+
+        It is the engine's own figure, because the engine resets torch's peak for its measurements.
+        Raises ``RuntimeError`` if the engine dies.
+        """
+        with self._changed:
+            # The report in progress may have been read before the last image.
+            wanted = self._reports + 2
+            while self._reports < wanted:
+                if self._failure is not None:
+                    raise RuntimeError(f"the engine reports no memory: {self._failure}")
+                self._changed.wait()
+            return self._peak_bytes
+
     def close(self) -> None:
         """Stop the engine."""
         self._engine.close()
@@ -129,6 +147,11 @@ class EnginePeer:
                     at, request = self._waiting.pop(event.job_id)
                     self._answers.append(Answer.of(request, at, now))
                     self._arrivals.answered(now)
+                    self._changed.notify()
+            case MemoryReport():
+                with self._changed:
+                    self._reports += 1
+                    self._peak_bytes = max(self._peak_bytes, event.by_kind["peak"])
                     self._changed.notify()
             case JobFailed() | JobCancelled() | EngineDied():
                 with self._changed:
