@@ -17,7 +17,7 @@ import torch
 from bench.gpu.correctness import families, preset
 from bench.gpu.faults import device_assert, out_of_memory
 from bench.gpu.forms import compiled, decodes, forms, weights
-from bench.gpu.forward import FORMS
+from bench.gpu.forward import COMPILED, FORMS
 from bench.gpu.machine import machine
 from bench.gpu.memory_table import memory
 from bench.gpu.phases import Phase, Plan, run_phases
@@ -27,7 +27,7 @@ from bench.inprocess.remote import in_fresh_process
 from bench.report.benchmark import add_output_options
 from bench.report.goals import print_goals
 from bench.report.machine import this_machine, versions
-from bench.report.markdown import write_section
+from bench.report.markdown import versions_text, write_section
 from bench.report.results import Results, save, today
 from bench.report.results import load as load_results
 from darkroom_server.core.engine_config import Preset
@@ -39,28 +39,31 @@ SERVED = (Preset.FRUGAL, Preset.FAST, Preset.MAX)
 
 
 def phases_for(options: argparse.Namespace) -> list[Phase]:
-    """Every phase, in order."""
+    """Every phase of the forms in ``options``, in order; usually they fit in the budget."""
+    wanted = set(options.forms or FORMS)
+    left_out = {"forms": wanted <= {COMPILED}, "compiled": COMPILED not in wanted}
     table = partial(memory, options.results, options.docs, options.note)
-    return [
-        Phase(name="machine", seconds=15, measure=machine),
+    every = [
+        Phase(name="machine", seconds=10, measure=machine),
         *(
-            Phase(name=f"{PRESET}{name}", seconds=20, measure=partial(preset, name))
+            Phase(name=f"{PRESET}{name}", seconds=15, measure=partial(preset, name))
             for name in COMPARED
         ),
-        Phase(name="families", seconds=60, measure=families),
-        Phase(name="weights", seconds=30, measure=weights),
-        Phase(name="forms", seconds=45, measure=forms),
-        Phase(name="decodes", seconds=20, measure=decodes),
-        Phase(name="memory", seconds=90, measure=table),
+        Phase(name="families", seconds=45, measure=families),
+        Phase(name="weights", seconds=20, measure=weights),
+        Phase(name="forms", seconds=30, measure=forms),
+        Phase(name="decodes", seconds=10, measure=decodes),
+        Phase(name="memory", seconds=70, measure=table),
         *(
-            Phase(name=f"{ENGINE}{name}", seconds=40, measure=partial(engine, name))
+            Phase(name=f"{ENGINE}{name}", seconds=30, measure=partial(engine, name))
             for name in SERVED
         ),
-        Phase(name="out of memory", seconds=20, measure=out_of_memory),
-        Phase(name="device assert", seconds=30, measure=device_assert),
-        Phase(name="load", seconds=100, measure=load),
-        Phase(name="compiled", seconds=100, measure=compiled),
+        Phase(name="out of memory", seconds=15, measure=out_of_memory),
+        Phase(name="device assert", seconds=25, measure=device_assert),
+        Phase(name="load", seconds=95, measure=load),
+        Phase(name="compiled", seconds=60, measure=compiled),
     ]
+    return [phase for phase in every if not left_out.get(phase.name)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,7 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images=options.images,
         seed=options.seed,
     )
-    results = load_results(options.resume) if options.resume else _new_results(options)
+    results = _new_results(options)
+    if options.resume:
+        earlier = load_results(options.resume)
+        if _origin(earlier) != _origin(results):
+            parser.error(
+                f"--resume: {options.resume.name} is {_origin(earlier)}; this is {_origin(results)}"
+            )
+        results = earlier
     ok = run_phases(
         [phase for phase in every if phase.name in names],
         plan,
@@ -133,6 +143,12 @@ def _new_results(options: argparse.Namespace) -> Results:
         figures={},
         note=options.note,
     )
+
+
+def _origin(results: Results) -> str:
+    """What figures in one file have in common."""
+    made_with = f"{results.machine.text}; {versions_text(results.versions)}"
+    return f"of bench {results.bench} on {made_with}"
 
 
 def _write(options: argparse.Namespace, results: Results) -> None:

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 ROWS = (2, 4, 8, 16, 32)
-REPEATS = 10
+REPEATS = 5
 COMPILED = "compiled"
 """The form that takes minutes before its first call."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu.phases import Figures, Plan
+from bench.gpu.report import COMMAND
 from bench.micro.memory import BENCHMARK, STEPS, settings_costs
 from bench.report.benchmark import Measurement
 
@@ -22,7 +23,7 @@ def memory(results: Path, docs: Path, note: str, plan: Plan) -> Iterator[Figures
     found = Measurement(
         figures={"costs": costs},
         model=facts,
-        settings={"steps": STEPS},
+        settings={"steps": STEPS, "command": COMMAND},
         gpu=torch.cuda.get_device_name(),
     )
     BENCHMARK.publish(found, Namespace(images=plan.images, results=results, docs=docs, note=note))

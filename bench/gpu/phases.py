@@ -25,6 +25,10 @@ PHASES = "phases"
 """The key of the notes about the phases themselves among the figures."""
 
 
+LIMIT = 3
+"""A phase is stopped after this many times what it usually takes: a hang leaves time for others."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """How much the phases do, and where.
@@ -55,7 +59,7 @@ class Plan:
     copied_bytes: int = 1 << 31
     spare_bytes: int = 64 << 20
     closed: int = 48
-    arrivals: int = 150
+    arrivals: int = 50
     pairs: int = 4
     lone: int = 5
     long_steps: int = 50
@@ -99,7 +103,7 @@ class Phase:
     """A part of the benchmark: ``measure`` yields what it finds, and raises if something is wrong.
 
     ``seconds`` is about what it takes on a GPU of a data centre; with less time remaining it is
-    skipped.
+    skipped, and after ``LIMIT`` times as much it is stopped.
     """
 
     name: str
@@ -142,7 +146,7 @@ def run_phases(
         else:
             note = {"outcome": Outcome.DONE, "why": ""}
             try:
-                for figures in start(phase, plan, left):
+                for figures in start(phase, plan, min(left, LIMIT * phase.seconds)):
                     results.figures.setdefault(phase.name, {}).update(figures)
                     save(results)
             except Exception as error:  # noqa: BLE001 - it is recorded, and others are measured.

@@ -5,9 +5,11 @@ from typing import Any
 
 from bench.engine.report import NAMES
 from bench.report.goals import Goal
-from bench.report.markdown import goals_table, join, provenance, table
+from bench.report.markdown import cell, goals_table, join, provenance, table
 from bench.report.results import Results
 from bench.report.statistics import quantile
+
+COMMAND = "make bench-gpu"
 
 LONG_STEPS = "50"
 """Steps of the images that the goals are about."""
@@ -59,7 +61,7 @@ def section(results: Results) -> str:
     return join(
         [
             "## Stable Diffusion 1.4 on a GPU",
-            provenance(results, "make bench-gpu"),
+            provenance(results, COMMAND),
             "The real architecture with random weights, 512×512, float16.",
             results.note,
             goals_table("", reached) if reached else "",
@@ -91,7 +93,7 @@ def _of_presets(results: Results, phase: str) -> dict[str, dict[str, Any]]:
 
 def _not_done(phases: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
-        [name, note["outcome"], note["why"]]
+        [name, note["outcome"], cell(note["why"])]
         for name, note in phases.items()
         if note["outcome"] != "done"
     ]

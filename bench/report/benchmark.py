@@ -22,7 +22,10 @@ class Amount(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What a benchmark found; ``settings`` are those besides its amounts."""
+    """What a benchmark found; ``settings`` are those besides its amounts.
+
+    ``command`` among them is the one that measured, if it is not the benchmark's own.
+    """
 
     figures: dict[str, Any]
     model: dict[str, Any]
@@ -54,7 +57,7 @@ class Benchmark:
         return join(
             [
                 f"## {self.title}",
-                provenance(results, self.command),
+                provenance(results, results.settings.get("command", self.command)),
                 *self.describe(results),
                 results.note,
             ]

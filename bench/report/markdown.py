@@ -37,6 +37,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def cell(text: str) -> str:
+    """``text`` as one cell of a table: on one line, with "|" escaped."""
+    return " ".join(text.split()).replace("|", r"\|")
+
+
 def layout_words(runtime: Mapping[str, Any]) -> str:
     """What follows the dtype of ``runtime`` in a sentence, such as ", channels last".
 

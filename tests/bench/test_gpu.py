@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from bench.gpu.forward import FORMS, decode_seconds, encode_seconds, pass_second
 from bench.gpu.phases import Figures, Phase, Plan, run_phases
 from bench.gpu.report import goals, section
 from bench.inprocess.remote import ProcessFailed, yields_of_process
-from bench.report.results import Results, load
+from bench.report.results import Results, load, save
 from tests.bench.test_results import RESULTS
 from tests.engine.tiny import write_tiny_model
 
@@ -146,7 +147,7 @@ def test_a_phase_that_takes_longer_than_remains_is_skipped() -> None:
         *("done", "skipped", "done")
     ]
     assert notes["long"]["why"] == "40 s remained, and it takes about 50"
-    assert given == [60, 20]
+    assert given == [3, 20], "three times what it takes, or what remains"
 
 
 def test_a_resumed_run_does_what_is_not_done() -> None:
@@ -231,6 +232,49 @@ def test_without_cuda_the_bench_says_so_and_writes_nothing(
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines() == ["bench-gpu needs a CUDA device; there is none"]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("with_gpu")
+@pytest.mark.parametrize(
+    "other",
+    [{"machine": replace(RESULTS.machine, gpu="Other GPU")}, {"versions": {"torch": "0"}}],
+    ids=["machine", "versions"],
+)
+def test_results_of_another_machine_or_other_versions_are_not_resumed(
+    other: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "phases_for", phases_of(phase("machine", {"n": 1})))
+    output = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
+    with pytest.raises(SystemExit):
+        command.main(output)
+    (file,) = (tmp_path / "results").iterdir()
+    elsewhere = save(replace(load(file), **other), tmp_path / "elsewhere")
+    before = elsewhere.read_text()
+    with pytest.raises(SystemExit) as ended:
+        command.main([*output, "--resume", str(elsewhere)])
+    assert ended.value.code == 2
+    assert f"--resume: {elsewhere.name} is of bench gpu on" in capsys.readouterr().err
+    assert elsewhere.read_text() == before
+
+
+def usual_phases(*forms: str) -> list[Phase]:
+    return command.phases_for(Namespace(results=Path(), docs=Path(), note="", forms=forms))
+
+
+def test_all_phases_fit_in_the_budget() -> None:
+    phases = usual_phases()
+    assert {"forms", "load", "compiled"} <= {phase.name for phase in phases}
+    assert sum(phase.seconds for phase in phases) <= command.BUDGET_SECONDS
+
+
+def test_only_phases_of_the_chosen_forms_run() -> None:
+    assert "compiled" not in {phase.name for phase in usual_phases("SDPA")}
+    names = {phase.name for phase in usual_phases("compiled")}
+    assert "compiled" in names
+    assert "forms" not in names
 
 
 # ---- the page ----
@@ -321,6 +365,12 @@ def test_a_section_without_any_figures() -> None:
     page = section(replace(empty_results(), figures=figures))
     assert "| machine | failed | no GPU |" in page
     assert "###" not in page
+
+
+def test_an_error_of_several_lines_is_one_cell() -> None:
+    figures = {"phases": {"load": note("failed", "CUDA error: a | b\n\n  Compile with it\n")}}
+    page = section(replace(empty_results(), figures=figures))
+    assert "| load | failed | CUDA error: a \\| b Compile with it |" in page.splitlines()
 
 
 def test_goals() -> None:

@@ -257,7 +257,10 @@ def test_the_table_of_memory(
     results = newest("memory", tmp_path)
     assert results is not None
     assert results.machine.gpu == "Fake GPU"
-    assert "| preset frugal |" in (docs / "benchmarks.md").read_text()
+    page = (docs / "benchmarks.md").read_text()
+    assert "| preset frugal |" in page
+    assert "Made by `make bench-gpu`" in page
+    assert memory.BENCHMARK.section(results) in page, "also when all pages are written again"
 
 
 # ---- the engine ----
@@ -272,6 +275,7 @@ def test_an_engine_alone_and_saturated(on_cpu: Plan) -> None:
     assert saturated["images"] == on_cpu.closed
     assert saturated["images_per_second"] > 0
     assert any(batch["rows"] > 2 for batch in saturated["batches"])
+    assert figures["peak_bytes"] > 1 << 20
 
 
 @pytest.fixture
@@ -339,7 +343,7 @@ def test_an_engine_that_lost_its_device_is_replaced(on_cpu: Plan) -> None:
 
 
 def test_every_phase_can_be_sent_to_a_process(plan: Plan, tmp_path: Path) -> None:
-    options = Namespace(results=tmp_path, docs=tmp_path, note="")
+    options = Namespace(results=tmp_path, docs=tmp_path, note="", forms=())
     for phase in phases_for(options):
         assert pickle.loads(pickle.dumps((phase.measure, plan)))[1] == plan
     assert pickle.loads(pickle.dumps(GPU)) == GPU
@@ -348,10 +352,10 @@ def test_every_phase_can_be_sent_to_a_process(plan: Plan, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_phases_in_processes_of_their_own(on_cpu: Plan) -> None:
     phases = [
-        Phase(name="machine", seconds=1, measure=machine),
-        Phase(name="decodes", seconds=1, measure=decodes),
-        Phase(name="preset fast", seconds=1, measure=partial(correctness.preset, Preset.FAST)),
-        Phase(name="engine fast", seconds=1, measure=partial(engine, Preset.FAST)),
+        Phase(name="machine", seconds=40, measure=machine),
+        Phase(name="decodes", seconds=40, measure=decodes),
+        Phase(name="preset fast", seconds=40, measure=partial(correctness.preset, Preset.FAST)),
+        Phase(name="engine fast", seconds=40, measure=partial(engine, Preset.FAST)),
     ]
     results = replace(RESULTS, figures={})
     saved: list[int] = []
