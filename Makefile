@@ -18,8 +18,8 @@ PYTEST_FLAGS ?=
 # need PEFT, which the packages do not: it wants a newer accelerate.
 LOWEST_TESTS ?= tests/client tests/server tests/engine tests/wire --ignore tests/client/test_types.py \
     --ignore tests/engine/test_lora_rows.py --ignore tests/engine/test_adapter_reading.py
-# A worker for each core, up to four: a worker and the servers that its tests start take about 2 GB.
-# "auto" would count two hardware threads of one core, as small CI machines have, as one.
+# A worker for each hardware thread, up to four: a worker and the servers that its tests start take
+# about 2 GB. "auto" would count two threads of one core, as small CI machines have, as one.
 # PYTEST_FLAGS=-n0 runs the tests in one process.
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 # Whether `make test` runs `make test-tools` first: yes, no, or auto (if CI=true, or as root in a
