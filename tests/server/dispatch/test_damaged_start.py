@@ -11,8 +11,9 @@ from darkroom_server.backends.fake_model import fake_description
 from darkroom_server.core.catalog import ModelDescription
 from darkroom_server.core.engine_config import EngineConfig, ModelSource
 from darkroom_server.core.errors import ModelUnusable
-from darkroom_server.core.events import Event, ModelNotLoaded
+from darkroom_server.core.events import Event
 from darkroom_server.core.model import ModelInfo
+from darkroom_server.core.model_events import ModelNotLoaded
 from darkroom_server.dispatch import Dispatcher
 from darkroom_server.dispatch.engines import pool
 from tests.server.dispatch.harness import settle
