@@ -39,7 +39,7 @@ def engine(preset: Preset, plan: Plan) -> Iterator[Figures]:
         }
         requests = uniform(mixed(plan.closed, plan.seed), plan.long_steps, GUIDANCE)
         lone: dict[str, Figures] = {}
-        for steps in dict.fromkeys((min(SHORT_STEPS, plan.long_steps), plan.long_steps)):
+        for steps in _lone_steps(plan):
             lone[str(steps)] = _alone(peer, requests[0], steps, plan.lone)
             yield {"lone": lone}
         peer.batch_times()
@@ -61,7 +61,7 @@ def load(plan: Plan) -> Iterator[Figures]:
     """The mixed load at a share of the capacity of static batches, beside these."""
     with closing(Comparison(plan.sd14_source().location, Preset.FAST)) as peers:
         lone = {}
-        for steps in dict.fromkeys((min(SHORT_STEPS, plan.long_steps), plan.long_steps)):
+        for steps in _lone_steps(plan):
             lone[str(steps)] = peers.lone(plan.pairs, steps)
             yield {"lone": lone}
         both = ("static", "engine")
@@ -78,6 +78,11 @@ def load(plan: Plan) -> Iterator[Figures]:
             if run.scenario == "open"
         }
         yield {"load": LOAD, "rate": rate, "latencies": latencies}
+
+
+def _lone_steps(plan: Plan) -> list[int]:
+    """The steps of lone images, those of short ones first."""
+    return sorted({min(SHORT_STEPS, plan.long_steps), plan.long_steps})
 
 
 def _alone(peer: EnginePeer, request: Request, steps: int, count: int) -> Figures:

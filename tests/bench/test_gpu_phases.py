@@ -40,12 +40,14 @@ from darkroom_server.core.job import SchedulerName
 from darkroom_server.engine.device.peak_memory import INTERVAL_SECONDS
 from darkroom_server.engine.failures import is_fatal
 from tests.bench.test_results import RESULTS
-from tests.engine.conftest import MEASUREMENTS
+from tests.engine.conftest import MEASUREMENTS, cuda, one_thread
 from tests.engine.fake_cuda import CudaMode, FakeDevice, Kind, fake_cuda
 from tests.engine.test_weight_store import on_this_thread
 from tests.engine.tiny import write_tiny_model
 
-__all__ = ["on_this_thread"]
+__all__ = ["cuda", "on_this_thread", "one_thread"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SDXL = next(case for case in ONE_EACH if case.name == "SDXL")
 SLOW = pytest.mark.slow
@@ -83,20 +85,6 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 @pytest.fixture
 def on_cpu(plan: Plan) -> Plan:
     return replace(plan, device="cpu")
-
-
-@pytest.fixture
-def cuda() -> Iterator[FakeDevice]:
-    with fake_cuda() as device:
-        yield device
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from darkroom_server.dispatch.estimation.remaining_work import (
 )
 from darkroom_server.dispatch.estimation.simulation import Load
 from darkroom_server.dispatch.jobs.job import ActiveJob, JobState
-from darkroom_server.dispatch.models.residency import NOTHING, held_bytes
+from darkroom_server.dispatch.models.residency import NOTHING, Shared, held_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,9 +354,13 @@ class EngineHandle:
         if (model := self.models.get(correction.model)) is not None:
             self.models[correction.model] = correction.of(model)
 
+    def shared_of(self, id: str) -> Shared:
+        """The bytes of a model in memory that others may hold too, by their keys."""
+        return self.shared.get(id, NOTHING)
+
     def _bytes_of_all(self, sizes: Mapping[str, int]) -> int:
         """The bytes of models, of which what they share counts once."""
-        return held_bytes((size, self.shared.get(id, NOTHING)) for id, size in sizes.items())
+        return held_bytes((size, self.shared_of(id)) for id, size in sizes.items())
 
     def _bytes_of(self, active: ActiveJob) -> int:
         model = self.models.get(active.job.model, active.model)

@@ -11,7 +11,7 @@ from darkroom_server.core.residency import largest_batch_bytes
 from darkroom_server.dispatch.engines.handle import EngineHandle
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 from darkroom_server.dispatch.models.entry import CatalogEntry, LoadPace
-from darkroom_server.dispatch.models.residency import NOTHING, Shared, held_bytes
+from darkroom_server.dispatch.models.residency import Shared, held_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -136,7 +136,7 @@ class HostTier:
         if id in engine.host:
             return True
         entry = self._entries[id]
-        shared = engine.shared.get(id, NOTHING) if id in engine.weights else entry.shared
+        shared = engine.shared_of(id) if id in engine.weights else entry.shared
         new = self._model(id, entry.weight_bytes, shared)
         if any_value:
             new = replace(new, value=math.inf)
@@ -146,7 +146,7 @@ class HostTier:
             if other != coming and not self._registry.counts(other)[0]
         }
         staying = [
-            (size, engine.shared.get(other, NOTHING))
+            (size, engine.shared_of(other))
             for other, size in engine.host.items()
             # It is the device's once it is loaded, if that is the same memory.
             if other not in held and (engine.has_host_memory or other != coming)
@@ -167,7 +167,7 @@ class HostTier:
         """What the host keeps of the engine, but what it uses now."""
         used = {*engine.models, *(each.model for each in engine.in_progress)}
         return {
-            id: self._model(id, size, engine.shared.get(id, NOTHING))
+            id: self._model(id, size, engine.shared_of(id))
             for id, size in engine.host.items()
             if id not in used
         }

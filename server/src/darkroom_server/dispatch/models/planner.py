@@ -15,7 +15,7 @@ from darkroom_server.dispatch.engines.pool import EnginePool
 from darkroom_server.dispatch.jobs.job import ActiveJob
 from darkroom_server.dispatch.jobs.registry import JobRegistry
 from darkroom_server.dispatch.models.reads import ReadPlanner
-from darkroom_server.dispatch.models.residency import NOTHING, Resident
+from darkroom_server.dispatch.models.residency import Resident
 from darkroom_server.dispatch.models.states import ModelStates
 from darkroom_server.dispatch.models.swaps import (
     EngineView,
@@ -216,7 +216,7 @@ class LoadPlanner:
             Resident(
                 id=id,
                 bytes=size,
-                shared=engine.shared.get(id, NOTHING),
+                shared=engine.shared_of(id),
                 pinned=self._states.entries[id].pinned,
                 busy=jobs[id] > 0,
                 drain_seconds=drain.get(id, 0.0),
