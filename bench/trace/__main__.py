@@ -298,7 +298,7 @@ def describe_served(results: Results) -> Sequence[str]:
 SIMULATED = Benchmark(
     name="trace",
     title="Many models: a production trace, simulated",
-    command="make bench-trace",
+    command="python -m bench.trace trace",
     amounts={
         **COMMON,
         "requests": Amount(0, 150, "requests from the busiest hour on; 0: the whole trace"),
@@ -316,7 +316,7 @@ SIMULATED = Benchmark(
 SERVED = Benchmark(
     name="trace_served",
     title="Many models: a production trace, served",
-    command="make bench-trace",
+    command="python -m bench.trace trace_served",
     amounts={
         **COMMON,
         "requests": Amount(1500, 12, "consecutive requests of each part"),
