@@ -66,7 +66,7 @@ class PeerProcess:
                     *config.arguments(),
                 ],
                 cwd=ROOT,
-                env=_environment(peer),
+                env=environment_of(peer),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -203,7 +203,7 @@ def free_port() -> int:
         return port
 
 
-def _environment(peer: Peer) -> dict[str, str]:
+def environment_of(peer: Peer) -> dict[str, str]:
     """The caller's environment without Darkroom's settings, with this repository's sources."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DARKROOM_", "PYTHON"))}
     sources = (ROOT, ROOT / "server" / "src", ROOT / "protos" / "src")
