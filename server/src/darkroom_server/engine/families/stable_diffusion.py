@@ -33,6 +33,7 @@ from darkroom_server.engine.components.prompt_projections import (
 )
 from darkroom_server.engine.components.safety_checker import SafetyChecker
 from darkroom_server.engine.components.schedulers import config_of
+from darkroom_server.engine.components.shared_rows import SharedRows, sharing
 from darkroom_server.engine.components.weighted_prompts import (
     WeightedPromptEncoder,
     compel_is_installed,
@@ -221,6 +222,7 @@ class StableDiffusion(Family):
             controls=self.controls,
             forms=self.forms,
             projections=PromptProjections(pipeline.unet) if device.type == "cpu" else None,
+            shared=SharedRows(pipeline.unet) if device.type == "cpu" else None,
         )
 
 
@@ -228,7 +230,8 @@ class StableDiffusion(Family):
 class StableDiffusionModel:
     """A Stable Diffusion model in memory; ``schedules`` are on the folder's own configuration.
 
-    ``projections`` are None on a GPU, where memory limits a batch more than a few small products.
+    ``projections`` are None on a GPU, where memory limits a batch more than a few small products,
+    and so is ``shared``: there each kernel more costs a lone image time.
 
     Images from text are ``LatentSample``. Those of jobs that bring an image are runs of diffusers'
     own pipelines, ``image_runs``; both kinds share batches.
@@ -253,6 +256,7 @@ class StableDiffusionModel:
     controls: ModelControls | None = None
     forms: DenoiserForms | None = None
     projections: PromptProjections | None = None
+    shared: SharedRows | None = None
 
     @property
     def counts(self) -> tuple[Counts, ...]:
@@ -344,10 +348,12 @@ class StableDiffusionModel:
         given = controlled(self.controls, given, samples)
         jobs = [(sample.job, sample.rows) for sample in samples]
         adapted = any(sample.job.active_loras for sample in samples)
+        whole = adapted or any(sample.job.exact for sample in samples)
         with (
             self.precision(),
             denoising(self.adapters, jobs),
             keeping(None if adapted else projections),
+            sharing(None if whole else self.shared, [sample.rows for sample in samples]),
         ):
             predicted: torch.Tensor = run_denoiser(self.forms, self.unet, given, samples)[0]
         return list(torch.split(predicted, [sample.rows for sample in samples]))
