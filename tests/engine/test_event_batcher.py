@@ -10,9 +10,11 @@ from darkroom_server.backends.fake_model import fake_model
 from darkroom_server.core.events import (
     BatchDone,
     DecodeDone,
+    EncodeDone,
     Event,
     ImageReady,
     JobFinished,
+    JobTaken,
     SampleProgress,
     StageSeconds,
 )
@@ -100,14 +102,29 @@ def test_slow_batches_are_sent_one_by_one(rig: Rig) -> None:
 
 
 def test_other_events_are_sent_at_once_and_in_order(rig: Rig) -> None:
+    taken = JobTaken("b")
     rig.step(1)
     rig.step(2)
-    rig.batcher.emit(DECODED)
+    rig.batcher.emit(taken)
     rig.batcher.emit(FINISHED)
     assert rig.messages() == [
         (step(1), batch_done(1)),
-        (step(2), batch_done(2), DECODED),
+        (step(2), batch_done(2), taken),
         (FINISHED,),
+    ]
+
+
+def test_the_time_of_a_decode_or_of_prompts_waits_for_the_next_event(rig: Rig) -> None:
+    encoded = EncodeDone(model="demo", prompts=1, seconds=0.01, cache_bytes=0)
+    rig.batcher.emit(DECODED)
+    rig.batcher.emit(FINISHED)
+    rig.batcher.emit(encoded)
+    rig.step(1)
+    rig.step(2)
+    rig.batcher.emit(FINISHED)
+    assert rig.messages() == [
+        (DECODED, FINISHED),
+        (encoded, step(1), batch_done(1), step(2), batch_done(2), FINISHED),
     ]
 
 
@@ -138,7 +155,7 @@ def test_events_of_many_threads_arrive_once_and_in_order(rig: Rig) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    rig.batcher.emit(DECODED)  # Sends the held events too.
+    rig.batcher.emit(FINISHED)  # Sends the held events too.
     received = [
         event for message in rig.messages() if isinstance(message, tuple) for event in message
     ]

@@ -4,7 +4,14 @@ import threading
 import time
 from collections.abc import Callable
 
-from darkroom_server.core.events import BatchDone, Event, ImageReady, SampleProgress
+from darkroom_server.core.events import (
+    BatchDone,
+    DecodeDone,
+    EncodeDone,
+    Event,
+    ImageReady,
+    SampleProgress,
+)
 from darkroom_server.ipc.channel import Channel
 
 TOGETHER_SECONDS = 0.05
@@ -13,6 +20,10 @@ TOGETHER_SECONDS = 0.05
 A message wakes two threads of the serving process. On two cores that are busy with a batch of 20 ms
 it costs the batch half a millisecond.
 """
+
+
+ALWAYS_FOLLOWED = (SampleProgress, EncodeDone, DecodeDone)
+"""Events that wait for the next one: for their ``BatchDone``, or for what comes of the image."""
 
 
 class EventBatcher:
@@ -32,9 +43,9 @@ class EventBatcher:
     def emit(self, event: Event) -> None:
         """Send ``event``, or hold it until the next message. Raises ``ChannelClosed``."""
         with self._lock:
-            if isinstance(event, SampleProgress):
+            if isinstance(event, ALWAYS_FOLLOWED):
                 self._held.append(event)
-                return  # Its ``BatchDone`` follows.
+                return
             now = self._now()
             soon = now - self._sent_at < TOGETHER_SECONDS
             if isinstance(event, BatchDone) and soon and not any(map(_is_last, self._held)):
