@@ -101,6 +101,7 @@ class FakeDevice:
     """The state of the device; ``data_device`` is where values lie, the CPU or ``meta``.
 
     ``kernels`` counts launches by operator, ``dtypes`` operators by the dtypes of their tensors.
+    torch has ``unused_bytes`` that any work can use, and ``unused_graph_bytes`` for graphs only.
     """
 
     def __init__(self) -> None:
@@ -112,12 +113,29 @@ class FakeDevice:
         self.emptied_caches = 0
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.unused_bytes = 0
+        self.unused_graph_bytes = 0
         self.on_operator: Callable[[str, tuple[torch.dtype, ...]], None] = lambda *_: None
         self._storages: Counter[int] = Counter()
         self._sizes: dict[int, int] = {}
         self.recorded_events = 0
         self.awaited_events = 0
         self._pinned: list[weakref.ref[torch.Tensor]] = []
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What torch has of the device."""
+        return self.live_bytes + self.unused_bytes + self.unused_graph_bytes
+
+    def segments(self) -> list[dict[str, Any]]:
+        """What torch has of the device, by pool."""
+        usual = {"allocated_size": self.live_bytes, "total_size": self.live_bytes}
+        usual["total_size"] += self.unused_bytes
+        graphs = {"allocated_size": 0, "total_size": self.unused_graph_bytes}
+        return [
+            {"device": 0, "segment_pool_id": pool, **sizes}
+            for pool, sizes in (((0, 0), usual), ((0, 1), graphs))
+        ]
 
     def reset_counts(self) -> None:
         """Forget the traffic, the kernels and the dtypes; the memory stays as it is."""
@@ -504,7 +522,7 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
     )
 
     def free_and_total(_: Any = None) -> tuple[int, int]:
-        return DEVICE.total_bytes - DEVICE.live_bytes, DEVICE.total_bytes
+        return DEVICE.total_bytes - DEVICE.reserved_bytes, DEVICE.total_bytes
 
     def reset_peak(_: Any = None) -> None:
         DEVICE.peak_bytes = DEVICE.live_bytes
@@ -524,7 +542,8 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
         "empty_cache": empty_cache,
         "mem_get_info": free_and_total,
         "memory_allocated": lambda _=None: DEVICE.live_bytes,
-        "memory_reserved": lambda _=None: DEVICE.live_bytes,
+        "memory_reserved": lambda _=None: DEVICE.reserved_bytes,
+        "memory_snapshot": lambda: DEVICE.segments(),
         "max_memory_allocated": lambda _=None: DEVICE.peak_bytes,
         "max_memory_reserved": lambda _=None: DEVICE.peak_bytes,
         "reset_peak_memory_stats": reset_peak,

@@ -18,7 +18,7 @@ from darkroom_server.engine.forms.compiled_blocks import (
     replaced,
 )
 from darkroom_server.engine.forms.exporting import row_range
-from darkroom_server.engine.forms.signature import TensorKind, described
+from darkroom_server.engine.forms.signature import TensorKind, described, nested
 from darkroom_server.engine.forms.task import CompileTask
 from darkroom_server.engine.forms.toolchain import Inductor
 
@@ -33,6 +33,8 @@ KINDS: dict[str, Any] = {
     "return_dict": False,
 }
 TASK: dict[str, Any] = {
+    "device": "cpu",
+    "rows": None,
     "module": RowLoop.__module__,
     "class": "RowLoop",
     "config": {"channels": CHANNELS, "depth": 3},
@@ -60,11 +62,11 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The graphs that were packaged, without the compiler's work."""
     found: list[Any] = []
 
-    def package(program: Any, file: Path) -> tuple[int, int]:
-        rows = row_range(program)
+    def package(program: Any, file: Path, rows: int | None = None) -> tuple[int, int]:
+        taken = row_range(program) if rows is None else (rows, rows)
         found.append(program)
         file.write_bytes(b"compiled")
-        return rows
+        return taken
 
     monkeypatch.setattr(compile_process, "write_package", package)
     monkeypatch.setattr(compile_blocks, "write_package", package)
@@ -113,6 +115,19 @@ def test_if_neither_can_be_compiled_both_errors_are_reported(
     monkeypatch.setattr(compile_blocks, "MOST_PACKAGES", 0)
     with pytest.raises(RuntimeError, match="8 rows only; neither can its blocks: it has blocks of"):
         compile_denoiser(TASK, tmp_path / "denoiser.pt2")
+
+
+def test_for_one_number_of_rows_the_whole_is_compiled(tmp_path: Path, packages: list[Any]) -> None:
+    """As for a graph of a GPU; for any number it cannot be, see above."""
+    compile_denoiser({**TASK, "rows": 3}, tmp_path / "denoiser.pt2")
+    (program,) = packages
+    assert not program.range_constraints
+    given = {
+        name: torch.rand(kind.of_rows(3)) if isinstance(kind, TensorKind) else kind
+        for name, kind in KINDS.items()
+    }
+    named = nested(KINDS, given)
+    assert program.module()(**named)[0].shape[0] == 3
 
 
 class FakePackage:

@@ -215,7 +215,7 @@ def test_a_graph_that_computes_something_else_is_not_used(denoiser: Denoiser) ->
 
 
 def generate(
-    folder: Path, preset: Preset, recorder: FakeRecorder | None, *jobs: Job
+    folder: Path, preset: Preset, recorder: FakeRecorder | None, *jobs: Job, **fields: Any
 ) -> tuple[EngineReady, dict[str, bytes]]:
     gc.collect()  # The memory of the engine before.
     images: dict[str, bytes] = {}
@@ -229,7 +229,7 @@ def generate(
             if not running:
                 loop.close()
 
-    loop, ready = start_loop(on_gpu(folder, preset), emit, recorder=recorder)
+    loop, ready = start_loop(on_gpu(folder, preset, **fields), emit, recorder=recorder)
     for job in jobs:
         loop.submit(job)
     loop.run()

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -11,7 +12,10 @@ from bench.tiny_families.case import FamilyCase
 from darkroom_server.core.engine_config import Compile, Dtype, EngineConfig, ModelSource
 from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.engine.forms.compiled_blocks import has_blocks
+from darkroom_server.engine.forms.offering import _task
+from darkroom_server.engine.forms.signature import Kinds, TensorKind, largest_error
 from darkroom_server.engine.forms.toolchain import Inductor
+from darkroom_server.engine.warmup.formats import MemoryFormat
 from darkroom_server.settings.sources import DEMO_MODEL
 
 from .conftest import LoopUnderTest, config_for, make_job
@@ -76,6 +80,33 @@ def test_the_demo_model_is_compiled_and_its_images_stay_the_same(tmp_path: Path)
         assert loop.models["tiny"].info.runtime.denoiser is DenoiserForm.COMPILED
     finally:
         loop.close()
+
+
+def test_a_denoiser_is_compiled_for_one_number_of_rows(tmp_path: Path) -> None:
+    """As for a graph of a GPU: the package takes that number only, and has no locks."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(DEMO_MODEL, subfolder="unet")
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    rows = 4
+    kinds: Kinds = {
+        "sample": TensorKind((None, 4, side, side), torch.float32),
+        "timestep": TensorKind((None,), torch.float32),
+        "encoder_hidden_states": TensorKind((None, 77, width), torch.float32),
+        "return_dict": False,
+    }
+    memory_format = MemoryFormat(torch.float32, channels_last=False)
+    task = _task(unet, kinds, memory_format, torch.device("cpu"), rows)
+    inductor, file = Inductor(), tmp_path / "unet.pt2"
+    inductor.compile(task, file)
+    compiled = inductor.load(task, file, unet)
+    assert [compiled.takes(each, exact=False) for each in (2, 4, 5)] == [False, True, False]
+    values = {
+        name: torch.rand(kind.of_rows(rows)) if isinstance(kind, TensorKind) else kind
+        for name, kind in kinds.items()
+    }
+    with torch.inference_mode():
+        error = largest_error(compiled(values)[0], unet(**values)[0])
+    assert 0 < error < 1e-3
 
 
 COMPILED = {"SDXL": False, "Stable Diffusion 3": False, "FLUX.1 dev": False, "Chroma": True}

@@ -11,7 +11,6 @@ from darkroom_server import app
 from darkroom_server.core.engine import Engine
 from darkroom_server.core.errors import StartupError
 from darkroom_server.core.events import EngineDied, EngineReady, Event
-from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.ledger.choice import ledger_file
 from darkroom_server.rpc.server import probe_port
 from darkroom_server.settings import Http, Network, Settings
@@ -59,7 +58,7 @@ async def compile_denoisers(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding(False, loaded)
         return
     for model in loaded.models:
-        if model.runtime.denoiser is DenoiserForm.COMPILED:
+        if model.runtime.denoiser.is_compiled:
             yield Finding(True, f"{model.id}: its denoiser is compiled")
         else:
             yield Finding(False, f"{model.id}: its denoiser stays eager; the log says why")

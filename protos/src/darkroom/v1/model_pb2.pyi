@@ -1036,8 +1036,8 @@ class ModelRuntime(_message.Message):
     all of it suits.
     """
     denoiser: _builtins.str
-    """The form in which most batches run the denoiser: "eager", as diffusers wrote it, "compiled", or
-    "graphs" of its kernels. Empty from a server older than this field.
+    """The form in which most batches run the denoiser: "eager", as diffusers wrote it, "compiled",
+    "graphs" of its kernels, or "compiled graphs". Empty from a server older than this field.
     """
     quantization: _builtins.str
     """How weights are stored in fewer bits: "int8", "fp8", "fp8-dynamic", "nf4" or "gguf:FILE"; empty if

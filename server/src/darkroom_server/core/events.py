@@ -22,7 +22,6 @@ from darkroom_server.core.model_events import (
     ModelsDescribed,
     ModelUnloaded,
 )
-from darkroom_server.core.model_runtime import DenoiserForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +232,7 @@ class DenoiserCompiled:
 
     def of(self, info: ModelInfo) -> ModelInfo:
         """``info``, corrected."""
-        return info.with_runtime(denoiser=DenoiserForm.COMPILED)
+        return info.with_runtime(denoiser=info.runtime.denoiser.compiled)
 
 
 Correction = RowLimitCorrected | SampleBytesCorrected | DenoiserCompiled

@@ -11,11 +11,24 @@ class DenoiserForm(StrEnum):
     """The form in which a denoiser runs.
 
     EAGER: as diffusers wrote it. COMPILED: for this machine. GRAPHS: of its kernels, on a GPU.
+    COMPILED_GRAPHS: of its kernels, and of compiled ones for the rows of most batches.
     """
 
     EAGER = "eager"
     COMPILED = "compiled"
     GRAPHS = "graphs"
+    COMPILED_GRAPHS = "compiled graphs"
+
+    @property
+    def compiled(self) -> "DenoiserForm":
+        """The form once the denoiser is compiled."""
+        graphs = (DenoiserForm.GRAPHS, DenoiserForm.COMPILED_GRAPHS)
+        return DenoiserForm.COMPILED_GRAPHS if self in graphs else DenoiserForm.COMPILED
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether batches run a compiled denoiser."""
+        return self is self.compiled
 
 
 class RowLimitSource(StrEnum):

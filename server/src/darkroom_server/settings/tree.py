@@ -73,7 +73,7 @@ class Engine:
         Setting(
             "A starting point for the settings below.",
             choose="`frugal` saves memory, `fast` is for speed, `max` is `fast` with a compiled "
-            "denoiser on a CPU and graphs on a GPU, `tiny` fits into the smallest GPUs; `auto` is "
+            "denoiser, on a GPU under graphs, `tiny` fits into the smallest GPUs; `auto` is "
             "`frugal` on a GPU and `fast` on a CPU. Each model takes of it what suits its family.",
         ),
     ] = Preset.AUTO
@@ -109,8 +109,9 @@ class Engine:
             "Compile the denoiser of each model for this machine.",
             choose="`background` serves at once and compiles in a process of the lowest priority, "
             "for minutes; `blocking` compiles first; `cached` uses what an earlier start or "
-            "`darkroom-server compile` left on disk; `off` does not. On CPUs only, with attention "
-            "`sdpa` and without autocast, and it needs a C++ compiler. Exact jobs never use it.",
+            "`darkroom-server compile` left on disk; `off` does not. With attention `sdpa` and "
+            "without autocast, on a GPU with preset `max`; it needs a C++ compiler. Exact jobs "
+            "never use it.",
             default="the preset's",
         ),
     ] = None

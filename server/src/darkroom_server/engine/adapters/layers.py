@@ -1,6 +1,6 @@
 """One layer of a module to whose output each row of a batch adds its own adapters.
 
-A row's addition is ``up @ down @ x`` for each of its adapters. It is computed in one of five forms;
+A row's addition is ``up @ down @ x`` for each of its adapters. It is computed in one of six forms;
 they differ in the last bits only. An adapter's weights are in a *slot*: slots of one layer are one
 tensor, so that a batch's weights are selected with one call, whatever its adapters are.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from darkroom_server.engine.adapters.plan import ActivePlan, Plan
+from darkroom_server.engine.adapters.plan import ActivePlan, Plan, SlotPlan
 from darkroom_server.engine.adapters.weights import LayerWeights, Mix
 
 MASKED_RANK = 64
@@ -46,7 +46,7 @@ class AdaptedLayer:
         self._magnitudes: dict[int, torch.Tensor] = {}
         self._down = self._zeros(0, 0, *layer.weight.shape[1:])
         self._up = self._zeros(0, 0, layer.weight.shape[0])
-        self._planned: Plan | None = None
+        self._planned: Plan | SlotPlan | None = None
         self._form: Form | None = None
         self._compute = layer.forward
         layer.forward = self._forward
@@ -58,6 +58,11 @@ class AdaptedLayer:
             return 0
         element = self._down.element_size()
         return (self._down[0].numel() + self._up[0].numel()) * element
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """The slots and the rank that fit; when they change, the weights move in memory."""
+        return self._down.shape[0], self._down.shape[1]
 
     def put(self, slot: int, weights: LayerWeights | None) -> None:
         """Put ``weights`` into ``slot``; None, for an adapter without this layer, clears it."""
@@ -87,8 +92,10 @@ class AdaptedLayer:
             self._planned, self._form = plan, self._choose(plan)
         return output if self._form is None else self._form(x, output)
 
-    def _choose(self, plan: Plan) -> Form | None:
+    def _choose(self, plan: Plan | SlotPlan) -> Form | None:
         """The form for ``plan``, None if none of its adapters has this layer."""
+        if isinstance(plan, SlotPlan):
+            return self._by_slots(plan) if self._down.shape[0] else None
         if not any(slot in self._ranks for slot in plan.slots.values()):
             return None
         if plan.common is not None:
@@ -191,6 +198,31 @@ class AdaptedLayer:
             for start, end, form in forms:
                 output[start:end] = form(x[start:end], output[start:end])
             return output
+
+        return add
+
+    def _by_slots(self, plan: SlotPlan) -> Form:
+        """Each call selects the weights of its rows by what ``plan`` and the slots hold then.
+
+        As ``_gathered`` and ``_masked``, with nothing that was made for one batch.
+        """
+        rows, empty = plan.rows, self._down.shape[0] - 1
+
+        def add(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+            self._check_rows(x, rows)
+            index = plan.index.clamp_max(empty)
+            if self._is_convolution:
+                scales = plan.scales.new_zeros(rows, empty + 1).scatter_add_(1, index, plan.scales)
+                mask = scales.repeat_interleave(self._down.shape[1], dim=1)[:, :, None, None]
+                down = self._laid_out(self._down.flatten(0, 1))
+                kernel = self._laid_out(self._up.flatten(0, 1).T[:, :, None, None])
+                return output + F.conv2d(self._convolve(x, down) * mask, kernel)
+            flat = index.flatten()
+            down = self._down.index_select(0, flat).view(rows, -1, self._down.shape[-1])
+            up = self._up.index_select(0, flat) * plan.scales.reshape(-1, 1, 1)
+            inner = torch.bmm(x.reshape(rows, -1, x.shape[-1]), down.transpose(1, 2))
+            added = output.reshape(rows, -1, output.shape[-1])
+            return added.baddbmm_(inner, up.view(rows, -1, self._up.shape[-1])).view(output.shape)
 
         return add
 

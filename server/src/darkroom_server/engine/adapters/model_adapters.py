@@ -32,6 +32,11 @@ class ModelAdapters:
         self._modules = modules
         self._logged: set[str] = set()
 
+    @property
+    def of_denoiser(self) -> AdaptedModule:
+        """The denoiser with its adapters."""
+        return self._modules[self._denoiser]
+
     def add(self, weights: AdapterWeights) -> None:
         """Keep an adapter that was read, in the model's data type."""
         self.resident[weights.id] = weights.to(self.dtype)

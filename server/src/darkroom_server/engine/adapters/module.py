@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from darkroom_server.engine.adapters.layers import AdaptedLayer
-from darkroom_server.engine.adapters.plan import ActivePlan, Plan
+from darkroom_server.engine.adapters.plan import ActivePlan, Plan, SlotPlan
 from darkroom_server.engine.adapters.weights import LayerWeights, Mix
 
 GATHERED_BYTES = 256 * 1024**2
@@ -20,7 +20,8 @@ class AdaptedModule:
     A layer is changed when the first adapter for it arrives: without adapters, the module runs as
     it is. At most ``slots`` adapters are in the module at once, those used last. ``row_layers`` are
     the layers whose input has the rows of the batch in its first dimension, see ``row_layers_of``;
-    None: not known, so rows of one batch must not differ.
+    None: not known, so rows of one batch must not differ. ``version`` changes when weights in slots
+    have moved in memory, or more layers have them.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class AdaptedModule:
         self._module = module
         self._dtype = dtype
         self._row_layers = row_layers
+        self.version = 0
         self._active = ActivePlan()
         self._layers: dict[str, AdaptedLayer] = {}
         self._free = list(range(slots))[::-1]
@@ -72,6 +74,25 @@ class AdaptedModule:
         finally:
             self._active.plan = None
 
+    @property
+    def plan(self) -> Plan | None:
+        """The adapters of the rows, inside ``rows``."""
+        return self._active.plan if isinstance(self._active.plan, Plan) else None
+
+    def slot_plan(self, rows: int, most: int) -> SlotPlan:
+        """One for ``rows`` rows with up to ``most`` adapters each."""
+        return SlotPlan(rows, most, self._dtype, self._module.device)
+
+    @contextmanager
+    def by_slots(self, plan: SlotPlan) -> Iterator[None]:
+        """Calls inside, and graphs of them, have the adapters that ``plan`` holds when they run."""
+        before = self._active.plan
+        self._active.plan = plan
+        try:
+            yield
+        finally:
+            self._active.plan = before
+
     def remove(self, id: str) -> None:
         """Free the slot of an adapter that is not in memory any more, if it has one."""
         held = self._held.pop(id, None)
@@ -93,6 +114,7 @@ class AdaptedModule:
             mixes,
             {id: self._held[id][0] for id in needed},
             gathers=len(mixes) * most * row <= GATHERED_BYTES,
+            shareable=not any(self.unshareable(weights[id]) for id in needed),
             dtype=self._dtype,
             device=self._module.device,
         )
@@ -116,8 +138,11 @@ class AdaptedModule:
         for name in layers.keys() - self._layers.keys():
             layer = self._module.get_submodule(name)
             self._layers[name] = AdaptedLayer(name, layer, self._active, self._dtype)
-        for name, layer in self._layers.items():
-            layer.put(slot, layers.get(name))
+            self.version += 1
+        for name, adapted in self._layers.items():
+            room = adapted.room
+            adapted.put(slot, layers.get(name))
+            self.version += adapted.room != room
         self._held[id] = (slot, layers)
 
 

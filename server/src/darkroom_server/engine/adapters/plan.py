@@ -11,12 +11,16 @@ from darkroom_server.engine.adapters.shared_inputs import SharedInputs
 from darkroom_server.engine.adapters.weights import Mix
 from darkroom_server.engine.device.transfer import send, send_together
 
+NO_SLOT = 1 << 30
+"""In place of a missing adapter's slot, for graphs: more than any layer has."""
+
 
 class Plan:
     """The adapters of each row of a batch. A layer keeps what it made for a plan while it lasts.
 
     ``mixes`` has one entry for each row, ``slots`` the slot of each adapter in it. ``gathers``:
-    linear layers may copy the weights of each row.
+    linear layers may copy the weights of each row. ``shareable``: each of the adapters can share a
+    batch with any other.
     """
 
     def __init__(
@@ -25,12 +29,14 @@ class Plan:
         slots: Mapping[str, int],
         *,
         gathers: bool,
+        shareable: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.mixes = tuple(mixes)
         self.slots = dict(slots)
         self.gathers = gathers
+        self.shareable = shareable
         self.inputs = SharedInputs()
         self._dtype = dtype
         self._device = device
@@ -40,6 +46,11 @@ class Plan:
     def rows(self) -> int:
         """Rows of the batch."""
         return len(self.mixes)
+
+    @property
+    def most(self) -> int:
+        """Adapters of the row that has most."""
+        return max(map(len, self.mixes))
 
     @property
     def common(self) -> Mix | None:
@@ -59,15 +70,15 @@ class Plan:
     @cached_property
     def index(self) -> torch.Tensor:
         """[rows, adapters of the row that has most]: slots, -1 in place of a missing adapter."""
-        most = max(map(len, self.mixes))
-        index = [[self.slots[id] for id, _ in mix] + [-1] * (most - len(mix)) for mix in self.mixes]
+        index = [
+            [self.slots[id] for id, _ in mix] + [-1] * (self.most - len(mix)) for mix in self.mixes
+        ]
         return send(torch.tensor(index), self._device)
 
     @cached_property
     def scales(self) -> torch.Tensor:
         """As ``index``, the scales; 0 in place of a missing adapter."""
-        most = max(map(len, self.mixes))
-        scales = [[s for _, s in mix] + [0.0] * (most - len(mix)) for mix in self.mixes]
+        scales = [[s for _, s in mix] + [0.0] * (self.most - len(mix)) for mix in self.mixes]
         return send(torch.tensor(scales, dtype=self._dtype), self._device)
 
     def masks(self, slots: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,8 +92,32 @@ class Plan:
         return self._masks[slots]
 
 
+class SlotPlan:
+    """The slots and the scales of each row, in memory that does not move: a graph reads it.
+
+    ``index`` and ``scales`` are [rows, most].
+    """
+
+    def __init__(self, rows: int, most: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows = rows
+        self.index = torch.full((rows, most), NO_SLOT, device=device)
+        self.scales = torch.zeros((rows, most), dtype=dtype, device=device)
+        self._filled: Plan | None = None
+
+    def fill(self, plan: Plan) -> None:
+        """Take over the rows of ``plan``, which has no more; those beyond have no adapters."""
+        if plan is self._filled:
+            return
+        index = torch.where(plan.index < 0, NO_SLOT, plan.index)
+        self.index.fill_(NO_SLOT)
+        self.scales.zero_()
+        self.index[: plan.rows, : plan.most] = index
+        self.scales[: plan.rows, : plan.most] = plan.scales
+        self._filled = plan
+
+
 @dataclass(slots=True)
 class ActivePlan:
     """The plan of the batch that a module runs, None outside of one and without adapters."""
 
-    plan: Plan | None = None
+    plan: Plan | SlotPlan | None = None

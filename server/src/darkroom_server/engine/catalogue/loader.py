@@ -23,6 +23,7 @@ from darkroom_server.engine.catalogue.slices import SlicedWork, pause
 from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.device.malloc import return_freed_memory
 from darkroom_server.engine.failures import is_fatal, one_line
+from darkroom_server.engine.forms.adapted_graphs import record_adapted_later
 from darkroom_server.engine.forms.graphs import Recorder, record_graphs
 from darkroom_server.engine.loading.findings import Findings
 from darkroom_server.engine.loading.load_model import LoadedModel, finish_model
@@ -243,6 +244,7 @@ class ModelLoader:
 def with_graphs(loaded: LoadedModel, recorder: Recorder) -> LoadedModel:
     """``loaded``, with the graphs of its denoiser if it has such a form."""
     graph_bytes = record_graphs(loaded.model, recorder)
+    record_adapted_later(loaded.model)
     if not graph_bytes:
         return loaded
     parts = {**loaded.load.bytes_by_component, "graphs": graph_bytes}

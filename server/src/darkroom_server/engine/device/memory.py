@@ -16,6 +16,10 @@ SAFETY_MARGIN = 0.1
 """Part of the free memory that is not used, for fragmentation and other users of the device."""
 
 
+USUAL_POOL = (0, 0)
+"""The id of the pool of memory from which torch takes what no graph uses."""
+
+
 class PeakMemory:
     """Measures the peak between ``reset`` and ``read``, above what was in use before, in bytes.
 
@@ -68,13 +72,25 @@ def available_bytes(device: torch.device) -> int:
     """Bytes that are free on the device, or for this process, less the safety margin."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int((free + unused) * (1 - SAFETY_MARGIN))
+        return int((free + _unused_bytes(device)) * (1 - SAFETY_MARGIN))
     free = psutil.virtual_memory().available
     below_limit = cgroup.free_memory()
     if below_limit is not None:
         free = min(free, below_limit)
     return int(free * (1 - SAFETY_MARGIN))
+
+
+def _unused_bytes(device: torch.device) -> int:
+    """Bytes that torch has of the GPU, and that the next batch can use.
+
+    What is free in the pool of graphs is not among them: only graphs use it.
+    """
+    index = device.index or 0  # "cuda" is the first one.
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) == USUAL_POOL
+    )
 
 
 def status_bytes(field: str) -> int:

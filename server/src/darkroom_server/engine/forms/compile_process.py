@@ -30,17 +30,19 @@ def main() -> None:
 def compile_denoiser(task: dict[str, Any], file: Path) -> None:
     """Write the package of ``task``, the description of a ``CompileTask``, to ``file``.
 
-    If the denoiser cannot be compiled as a whole, its repeated blocks are. Raises any error if
-    neither can.
+    If the denoiser cannot be compiled as a whole for any number of rows, its repeated blocks are.
+    Raises any error if neither can.
     """
+    rows, device = task["rows"], task["device"]
     torch.set_num_threads(task["threads"])
     layout = torch.channels_last if task["channels_last"] else torch.contiguous_format
     kinds = {name: read_kind(each) for name, each in task["arguments"].items()}
     denoiser = denoiser_of(task, layout)
     try:
-        write_package(exported(denoiser, nested(kinds, kinds), layout), file)
+        program = exported(denoiser, nested(kinds, kinds), layout, rows=rows, device=device)
+        write_package(program, file, rows)
     except Exception as error:
-        if not repeated_blocks(denoiser):
+        if rows is not None or not repeated_blocks(denoiser):
             raise
         try:
             compile_blocks(denoiser, kinds, layout, file)
@@ -59,12 +61,14 @@ def denoiser_of(task: dict[str, Any], layout: torch.memory_format) -> nn.Module:
             if weight is not None:
                 dtype = _dtype_of(task, f"{prefix}.{name}".lstrip("."))
                 layout_here = layout if weight.ndim == 4 else torch.contiguous_format
-                empty = torch.empty(weight.shape, dtype=dtype, memory_format=layout_here)
+                empty = torch.empty(
+                    weight.shape, dtype=dtype, device=task["device"], memory_format=layout_here
+                )
                 part._parameters[name] = nn.Parameter(empty, False)
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 part._buffers[name] = buffer.to(_dtype_of(task, f"{prefix}.{name}".lstrip(".")))
-    return denoiser.eval()
+    return denoiser.to(task["device"]).eval()
 
 
 def _dtype_of(task: dict[str, Any], name: str) -> torch.dtype:

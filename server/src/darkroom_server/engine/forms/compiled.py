@@ -1,4 +1,4 @@
-"""A denoiser that was compiled for any number of rows."""
+"""A denoiser that was compiled for one or any number of rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,18 +30,21 @@ class CompiledDenoiser:
         """
         return not exact and self.least_rows <= rows <= self.most_rows
 
-    def __call__(self, values: Values) -> Any:
-        """What the denoiser returns for ``values``."""
+    def __call__(self, values: Values, *, exact: bool = False) -> Any:
+        """What the denoiser returns for ``values``, which are not of an ``exact`` job."""
         return self.run(values)
 
 
-def open_package(file: Path, module: Any) -> Any:
+def open_package(file: Path, module: Any, *, for_graphs: bool = False) -> Any:
     """The loader of the package in ``file``, with the weights of ``module``, which it shares.
 
-    Raises any error for a file that cannot be used.
+    ``for_graphs``: its calls can be recorded, and no two of them run at once. Raises any error for
+    a file that cannot be used.
     """
     # Not by ``torch._inductor.aoti_load_package``: its imports take longer than many batches.
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
+    # The third argument leaves out the events by which calls share a model; a recorded one cannot
+    # ask for them.
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", for_graphs, 1, -1)
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     used = {name: weights[name] for name in loader.get_constant_fqns()}
     loader.load_constants(used, False, True, True)

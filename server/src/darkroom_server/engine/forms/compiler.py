@@ -4,7 +4,7 @@ import fcntl
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -12,12 +12,12 @@ from typing import IO
 import structlog
 
 from darkroom_server.core.engine_config import Compile
-from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.engine.catalogue.slices import SlicedWork
-from darkroom_server.engine.failures import is_fatal, one_line
+from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.compiled import CompiledDenoiser
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms, WrongOutput
+from darkroom_server.engine.forms.graphs import record_compiled
 from darkroom_server.engine.forms.task import CompileTask
 from darkroom_server.engine.forms.toolchain import CompileFailed, Toolchain
 
@@ -33,16 +33,18 @@ LOCK_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """The denoiser of ``model`` was compiled."""
+    """The denoiser of ``model`` was compiled as ``task`` says."""
 
     model: str
+    task: CompileTask
 
 
 class Compiler:
     """Compiles into ``folder``, and replaces denoisers by what was compiled.
 
     A compiled denoiser is first compared with the eager one. One that fails to compile, to load or
-    to compute the same leaves the eager one, with a line in the log.
+    to compute the same leaves the eager one, with a line in the log. A denoiser that runs as graphs
+    has further ones, of what was compiled, for a few numbers of rows.
 
     The compiles of ``Compile.BACKGROUND`` wait until ``start``, and run on a thread of their own,
     one after the other. All else is used from the loop's thread only.
@@ -70,23 +72,27 @@ class Compiler:
         now, and ``work`` tries what is on the disk.
         """
         forms = model.forms
-        if forms is None or forms.task is None:
+        if forms is None or (forms.graph_rows and forms.other is None):
+            # Without graphs, which the log has reported, the batches of a GPU stay eager.
             return
-        id, task = model.info.id, forms.task
-        file = self._file(task)
+        for task in forms.tasks:
+            self._prepare(model, forms, task, beside_jobs=beside_jobs)
+
+    def _prepare(
+        self, model: Model, forms: DenoiserForms, task: CompileTask, *, beside_jobs: bool
+    ) -> None:
+        id, file = model.info.id, self._file(task)
+        used = False
         if beside_jobs:
-            if file.is_file():
+            if used := file.is_file():
                 self._trials.append((id, self._trial(model, forms, task)))
-            elif forms.when in (Compile.BACKGROUND, Compile.BLOCKING) and self._can_compile():
-                self._models[id] = model
-                self._to_compile.put((id, task))
-            return
-        if forms.when is Compile.BLOCKING and not file.is_file() and self._can_compile():
-            self._compile(id, task)
-        if file.is_file():
-            for _ in self._trial(model, forms, task):
-                pass
-        if forms.other is None and forms.when is Compile.BACKGROUND and self._can_compile():
+        else:
+            if forms.when is Compile.BLOCKING and not file.is_file() and self._can_compile():
+                self._compile(id, task)
+            if file.is_file():
+                used = run_whole(self._trial(model, forms, task))
+        later = (Compile.BACKGROUND, Compile.BLOCKING) if beside_jobs else (Compile.BACKGROUND,)
+        if not used and forms.when in later and self._can_compile():
             self._models[id] = model
             self._to_compile.put((id, task))
 
@@ -99,9 +105,10 @@ class Compiler:
 
     def add(self, compiled: Compiled) -> None:
         """Let ``work`` try what was compiled."""
-        model = self._models.pop(compiled.model, None)
-        if model is not None and model.forms is not None and model.forms.task is not None:
-            trial = self._trial(model, model.forms, model.forms.task)
+        model = self._models.get(compiled.model)
+        # The one of an unloaded model's id may be another.
+        if model is not None and model.forms is not None and compiled.task in model.forms.tasks:
+            trial = self._trial(model, model.forms, compiled.task)
             self._trials.append((compiled.model, trial))
 
     def forget(self, model_id: str) -> None:
@@ -136,7 +143,7 @@ class Compiler:
         while (next_one := self._to_compile.get()) is not None:
             id, task = next_one
             if self._compile(id, task):
-                receive(Compiled(id))
+                receive(Compiled(id, task))
 
     def _compile(self, id: str, task: CompileTask) -> bool:
         """Compile on the calling thread; returns whether the result is there."""
@@ -147,11 +154,11 @@ class Compiler:
                 if not self._acquire(lock):
                     return False
                 if not file.is_file():
-                    log.info("denoiser is being compiled", model=id)
+                    log.info("denoiser is being compiled", model=id, **_rows_of(task))
                     self._toolchain.compile(task, file)
         except (CompileFailed, OSError) as error:
             if not self._closing.is_set():
-                log.warning("denoiser stays eager", model=id, why=one_line(error))
+                log.warning("denoiser stays eager", model=id, why=one_line(error), **_rows_of(task))
             return False
         return True
 
@@ -176,15 +183,21 @@ class Compiler:
             while not load.run():
                 yield
             compiled: CompiledDenoiser = load.result
-            yield from _compare(compiled, forms)
+            yield from _compare(compiled, forms, TRIED_ROWS if task.rows is None else [task.rows])
+            if task.rows is None:
+                forms.other = compiled
+            else:
+                yield
+                record_compiled(model, forms, task.rows, compiled)
         except Exception as error:
             if is_fatal(error):
                 raise
-            log.warning("denoiser stays eager", model=model.info.id, why=one_line(error))
-            file.unlink(missing_ok=True)
+            why = one_line(error)
+            log.warning("denoiser stays eager", model=model.info.id, why=why, **_rows_of(task))
+            if not is_out_of_memory(error):
+                file.unlink(missing_ok=True)
             return False
-        forms.other = compiled
-        model.info = model.info.with_runtime(denoiser=DenoiserForm.COMPILED)
+        model.info = model.info.with_runtime(denoiser=model.info.runtime.denoiser.compiled)
         log.info(
             "denoiser is compiled",
             model=model.info.id,
@@ -204,9 +217,25 @@ class Compiler:
         return self._folder / f"{task.digest}.pt2"
 
 
-def _compare(compiled: CompiledDenoiser, forms: DenoiserForms) -> Generator[None]:
-    """Compare the two forms in calls of few rows. Raises ``WrongOutput`` if they differ."""
-    for rows in TRIED_ROWS:
+def run_whole(trial: Generator[None, None, bool]) -> bool:
+    """All parts of ``trial``; returns what it returns."""
+    while True:
+        try:
+            next(trial)
+        except StopIteration as end:
+            return bool(end.value)
+
+
+def _rows_of(task: CompileTask) -> dict[str, int]:
+    """What a line of the log says of ``task``, besides its model."""
+    return {} if task.rows is None else {"rows": task.rows}
+
+
+def _compare(
+    compiled: CompiledDenoiser, forms: DenoiserForms, tried_rows: Sequence[int]
+) -> Generator[None]:
+    """Compare the two forms in calls of ``tried_rows``. Raises ``WrongOutput`` if they differ."""
+    for rows in tried_rows:
         if not compiled.takes(rows, exact=False):
             continue
         yield

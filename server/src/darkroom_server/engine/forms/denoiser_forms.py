@@ -29,8 +29,11 @@ class OtherForm(Protocol):
     def takes(self, rows: int, *, exact: bool) -> bool:
         """Whether it runs a batch of ``rows`` rows; ``exact`` if they are of an exact job."""
 
-    def __call__(self, values: Values) -> Any:
-        """What the denoiser returns for ``values``, which are arranged as in its signature."""
+    def __call__(self, values: Values, *, exact: bool = False) -> Any:
+        """What the denoiser returns for ``values``, which are arranged as in its signature.
+
+        It takes their rows, ``exact`` if they are of an exact job.
+        """
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,30 +41,40 @@ class DenoiserForms:
     """Runs ``denoiser`` eagerly, or in its ``other`` form once that is set.
 
     ``signature`` are the calls that another form may take. ``inputs`` makes arguments of such calls
-    for a number of rows. ``task`` compiles the denoiser, ``when`` that says, None: it is not
-    compiled. ``graph_rows`` are the rows of the graphs to record, none on a CPU.
+    for a number of rows. ``tasks`` compile the denoiser, ``when`` that says; without any it is not
+    compiled. ``graph_rows`` are the rows of the graphs to record, none on a CPU. ``adapted`` runs
+    rows with adapters that ``other`` takes, if it does not return None.
     """
 
     denoiser: Any
     dtype: torch.dtype
     signature: Signature
     inputs: Callable[[int], Arguments]
-    task: CompileTask | None = None
+    tasks: tuple[CompileTask, ...] = ()
     when: Compile = Compile.OFF
     graph_rows: tuple[int, ...] = ()
     other: OtherForm | None = None
+    adapted: Callable[[Values], Any] | None = None
 
     def run(self, given: Arguments, samples: Sequence[Sample]) -> Any:
-        """What the denoiser returns for ``given``, the call of a batch of ``samples``.
+        """What the denoiser returns for ``given``, the call of a batch of ``samples``."""
+        found = None if self.other is None else self._run_other(self.other, given, samples)
+        return self.denoiser(**given) if found is None else found
 
-        Only the eager form has adapters.
-        """
-        if self.other is not None and not any(sample.job.active_loras for sample in samples):
-            values = self.signature.arranged(given)
-            exact = any(sample.job.exact for sample in samples)
-            if values is not None and self.other.takes(self.signature.rows(values), exact=exact):
-                return self.other(values)
-        return self.denoiser(**given)
+    def _run_other(self, other: OtherForm, given: Arguments, samples: Sequence[Sample]) -> Any:
+        """As ``run``, None if the batch is to run eagerly."""
+        exact = any(sample.job.exact for sample in samples)
+        adapted = any(sample.job.active_loras for sample in samples)
+        # When a graph with adapters is there depends on earlier batches, which exact jobs must not.
+        if adapted and (exact or self.adapted is None):
+            return None
+        values = self.signature.arranged(given)
+        if values is None or not other.takes(self.signature.rows(values), exact=exact):
+            return None
+        if adapted:
+            assert self.adapted is not None
+            return self.adapted(values)
+        return other(values, exact=exact)
 
     def example(self, rows: int) -> dict[str, Any]:
         """Arguments of a call whose rows differ in every value, the timestep included."""

@@ -1,4 +1,4 @@
-"""Exports a module for any number of rows, and packages what the compiler makes of it."""
+"""Exports a module for one or any number of rows, and packages what the compiler makes of it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +16,26 @@ LEAST_ROWS, MOST_ROWS = 2, 1024
 
 
 def exported(
-    module: torch.nn.Module, kinds: Mapping[str, Any], layout: torch.memory_format
+    module: torch.nn.Module,
+    kinds: Mapping[str, Any],
+    layout: torch.memory_format,
+    *,
+    rows: int | None = None,
+    device: str = "cpu",
 ) -> ExportedProgram:
-    """The graph of ``module`` for any number of rows.
+    """The graph of ``module``, which is on ``device``, for ``rows`` rows; None: for any number.
 
     ``kinds`` are its arguments by name, with a kind in place of each value; their four-dimensional
     tensors have ``layout``. Raises any error for a module that cannot be exported.
     """
-    values = pytree.tree_map(lambda kind: example(kind, EXAMPLE_ROWS, layout), kinds)
+
+    def value(kind: Any) -> Any:
+        made = example(kind, EXAMPLE_ROWS if rows is None else rows, layout)
+        return made.to(device) if isinstance(made, torch.Tensor) else made
+
+    dynamic = pytree.tree_map(_dynamic, kinds) if rows is None else None
     with torch.no_grad():
-        return export(module, (), values, dynamic_shapes=pytree.tree_map(_dynamic, kinds))
+        return export(module, (), pytree.tree_map(value, kinds), dynamic_shapes=dynamic)
 
 
 def row_range(program: ExportedProgram) -> tuple[int, int]:
@@ -36,9 +46,12 @@ def row_range(program: ExportedProgram) -> tuple[int, int]:
     return max(int(each.lower) for each in ranges), min(int(each.upper) for each in ranges)
 
 
-def write_package(program: ExportedProgram, file: Path) -> tuple[int, int]:
-    """Compile ``program`` into ``file``; returns its ``row_range``. Raises any error."""
-    least, most = row_range(program)
+def write_package(program: ExportedProgram, file: Path, rows: int | None = None) -> tuple[int, int]:
+    """Compile ``program`` into ``file``; returns the rows that it takes. Raises any error.
+
+    ``rows`` are those of a graph for one number of rows.
+    """
+    least, most = row_range(program) if rows is None else (rows, rows)
     torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(file),

@@ -5,7 +5,8 @@ graph is launched as a whole. It always reads and writes the same memory, so a b
 buffers, and is filled up to the next number of rows that was recorded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,6 +24,9 @@ log = structlog.get_logger(__name__)
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """The numbers of rows that are recorded: at most a third of a batch's rows are filled up."""
+
+LONE_ROWS = 2
+"""Of a batch with one image that has guidance."""
 
 WARM_UP_CALLS = 2
 """Before a call is recorded: in the first ones libraries choose kernels and allocate memory."""
@@ -69,8 +73,8 @@ class CudaRecorder:
 class GraphedDenoiser:
     """Runs the batches of ``denoiser`` with calls of ``signature`` as graphs.
 
-    ``most_rows`` are those of the widest graph. ``example`` are values of a call of as many rows;
-    their values are in rows that are not used yet.
+    ``example`` are values of a call of as many rows as the widest graph has; their values are in
+    rows that are not used yet. Some graphs may have a second one, of the compiled denoiser.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class GraphedDenoiser:
             for name, each in example.items()
         }
         self._graphs: dict[int, Graph] = {}
+        self._compiled: dict[int, Graph] = {}
 
     @property
     def recorded_rows(self) -> list[int]:
@@ -92,25 +97,68 @@ class GraphedDenoiser:
 
     def record(self, rows: int) -> None:
         """Record the call of ``rows`` rows. Raises what torch raises."""
-        arguments = self._signature.arguments(
-            {name: self._rows_of(name, rows) for name in self._buffers}
-        )
-        self._graphs[rows] = self._recorder.record(lambda: self._denoiser(**arguments)[0])
+        self._graphs[rows] = self.recorded(rows)
+
+    def recorded(
+        self, rows: int, inside: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Graph:
+        """A graph of the call of ``rows`` rows ``inside`` a context. Raises what torch raises."""
+        arguments = self._signature.arguments(self._values_of(rows))
+
+        def call() -> torch.Tensor:
+            with inside():
+                output: torch.Tensor = self._denoiser(**arguments)[0]
+            return output
+
+        return self._recorder.record(call)
+
+    def record_compiled(self, rows: int, compiled: Callable[[Values], Any]) -> None:
+        """Record the call of ``compiled`` with ``rows`` rows, of which there is a graph.
+
+        All but exact jobs run it from now on. Raises what torch raises.
+        """
+        values = self._values_of(rows)
+        self._compiled[rows] = self._recorder.record(lambda: compiled(values)[0])
+
+    def drop_compiled(self, rows: int) -> None:
+        """Run the eager denoiser's graph of ``rows`` rows again."""
+        self._compiled.pop(rows, None)
 
     def takes(self, rows: int, *, exact: bool) -> bool:
         """Whether a graph runs ``rows`` rows; those of an exact job are not filled up."""
         return rows in self._graphs if exact else rows <= max(self._graphs)
 
-    def __call__(self, values: Values) -> tuple[torch.Tensor]:
-        """What the denoiser returns for ``values``."""
+    def __call__(self, values: Values, *, exact: bool = False) -> tuple[torch.Tensor]:
+        """What the denoiser returns for ``values``.
+
+        The bytes of an ``exact`` job do not depend on when a compile ended.
+        """
+        bucket = self.bucket(values)
+        eager = self._graphs[bucket]
+        return self.replay(eager if exact else self._compiled.get(bucket, eager), values)
+
+    def bucket(self, values: Values) -> int:
+        """The rows of the graphs for ``values``, to which they are filled up."""
         rows = self._signature.rows(values)
-        graph = self._graphs[min(each for each in self._graphs if each >= rows)]
+        return min(each for each in self._graphs if each >= rows)
+
+    def eager(self, values: Values) -> torch.Tensor:
+        """What the denoiser returns for ``values`` without a graph."""
+        output: torch.Tensor = self._denoiser(**self._signature.arguments(values))[0]
+        return output
+
+    def replay(self, graph: Graph, values: Values) -> tuple[torch.Tensor]:
+        """What ``graph``, of the bucket of ``values``, computes of them."""
+        rows = self._signature.rows(values)
         names = [n for n, kind in self._signature.kinds.items() if isinstance(kind, TensorKind)]
         # All at once: a launch is what a graph saves.
         torch._foreach_copy_([self._rows_of(n, rows) for n in names], [values[n] for n in names])
         graph.replay()
         # A copy: a scheduler may keep it, and the next batch overwrites the graph's own.
         return (graph.output[:rows].clone(),)
+
+    def _values_of(self, rows: int) -> Values:
+        return {name: self._rows_of(name, rows) for name in self._buffers}
 
     def _rows_of(self, name: str, rows: int) -> Any:
         """The part of a buffer that a call of ``rows`` rows uses."""
@@ -124,6 +172,11 @@ class GraphedDenoiser:
 def buckets_up_to(max_rows: int) -> tuple[int, ...]:
     """The numbers of rows to record if a batch has at most ``max_rows``."""
     return tuple(rows for rows in BUCKETS if rows <= max_rows)
+
+
+def compiled_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
+    """Those of ``buckets`` that are compiled, each for minutes: of a lone image, and the widest."""
+    return tuple(sorted({rows for rows in buckets if rows in (LONE_ROWS, max(buckets))}))
 
 
 def record_graphs(model: Model, recorder: Recorder) -> int:
@@ -147,6 +200,35 @@ def record_graphs(model: Model, recorder: Recorder) -> int:
     taken = max(0, before - left)
     log.info("graphs recorded", model=info.id, rows=graphed.recorded_rows, bytes=taken)
     return taken
+
+
+def record_compiled(
+    model: Model, forms: DenoiserForms, rows: int, compiled: Callable[[Values], Any]
+) -> None:
+    """Let ``model``, which runs graphs, run ``compiled`` in a graph for batches of ``rows`` rows.
+
+    Raises ``WrongOutput`` if the graph does not compute what the denoiser does, and what torch
+    raises; then all stays as it was.
+    """
+    graphed = forms.other
+    assert isinstance(graphed, GraphedDenoiser)
+    if rows not in graphed.recorded_rows:
+        raise WrongOutput(f"there is no graph of {rows} rows beside it")
+    before = available_bytes(model.device)
+    arguments = forms.example(rows)
+    values = forms.signature.arranged(arguments)
+    assert values is not None, "they were compared"
+    try:
+        graphed.record_compiled(rows, compiled)
+        forms.check(graphed(values)[0], forms.denoiser(**arguments)[0])
+    except Exception:
+        graphed.drop_compiled(rows)
+        raise
+    taken = max(0, before - available_bytes(model.device))
+    memory = model.info.memory
+    left = max(0, memory.available_bytes - taken)
+    model.info = replace(model.info, memory=replace(memory, available_bytes=left))
+    log.info("graph recorded", model=model.info.id, rows=rows, bytes=taken)
 
 
 def _recorded(id: str, forms: DenoiserForms, recorder: Recorder) -> GraphedDenoiser | None:

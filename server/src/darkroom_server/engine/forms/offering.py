@@ -1,6 +1,7 @@
 """Which other forms a model's denoiser can have, and what is needed to make them."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -10,7 +11,7 @@ from darkroom_server.core.engine_config import Attention, Compile, EngineConfig
 from darkroom_server.core.quantization import Offload
 from darkroom_server.engine.families.base import Family
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
-from darkroom_server.engine.forms.graphs import buckets_up_to
+from darkroom_server.engine.forms.graphs import buckets_up_to, compiled_buckets
 from darkroom_server.engine.forms.signature import (
     EXAMPLE_ROWS,
     FEWER_ROWS,
@@ -28,6 +29,9 @@ from darkroom_server.engine.warmup.measurement import configuration
 from darkroom_server.engine.warmup.presets import Runtime
 
 log = structlog.get_logger(__name__)
+
+NO_CACHE = "results are kept on disk, and --no-measurement-cache forbids that"
+"""Why nothing is compiled."""
 
 
 def denoiser_forms(
@@ -47,7 +51,7 @@ def denoiser_forms(
     try:
         if reason := _why_eager(family, runtime, config):
             raise OtherArguments(reason)
-        return _forms(family, memory_format, runtime, max_rows)
+        return _forms(name, family, memory_format, runtime, config, max_rows)
     except OtherArguments as error:
         asked = runtime.graphs or runtime.compile in (Compile.BACKGROUND, Compile.BLOCKING)
         (log.warning if asked else log.debug)("denoiser stays eager", model=name, why=str(error))
@@ -55,7 +59,12 @@ def denoiser_forms(
 
 
 def _forms(
-    family: Family, memory_format: MemoryFormat, runtime: Runtime, max_rows: int
+    name: str,
+    family: Family,
+    memory_format: MemoryFormat,
+    runtime: Runtime,
+    config: EngineConfig,
+    max_rows: int,
 ) -> DenoiserForms:
     """Raises ``OtherArguments`` if only the eager denoiser takes the arguments of its calls."""
 
@@ -70,15 +79,30 @@ def _forms(
         dtype=memory_format.dtype,
         signature=Signature(kinds, memory_format.layout),
         inputs=inputs,
+        when=runtime.compile,
     )
+    compiled_rows: Sequence[int | None] = [None]
     if runtime.graphs:
         forms.graph_rows = buckets_up_to(max_rows)
-    else:
-        forms.task, forms.when = _task(family.denoiser, kinds, memory_format), runtime.compile
+        compiled_rows = compiled_buckets(forms.graph_rows)
+    if runtime.compile is Compile.OFF:
+        return forms
+    if config.compile_cache is None:
+        log.warning("graphs are of the eager denoiser", model=name, why=NO_CACHE)
+        return forms
+    forms.tasks = tuple(
+        _task(family.denoiser, kinds, memory_format, runtime.device, rows) for rows in compiled_rows
+    )
     return forms
 
 
-def _task(denoiser: Any, kinds: Kinds, memory_format: MemoryFormat) -> CompileTask:
+def _task(
+    denoiser: Any,
+    kinds: Kinds,
+    memory_format: MemoryFormat,
+    device: torch.device,
+    rows: int | None,
+) -> CompileTask:
     weights = {**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())}
     description = {
         "module": type(denoiser).__module__,
@@ -94,9 +118,14 @@ def _task(denoiser: Any, kinds: Kinds, memory_format: MemoryFormat) -> CompileTa
         "channels_last": memory_format.channels_last,
         "arguments": {name: described(kind) for name, kind in kinds.items()},
         "threads": torch.get_num_threads(),
+        "device": device.type,
+        "rows": rows,
     }
+    if device.type == "cuda":
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability()
+        description["gpu"] = [name, *capability, torch.version.cuda]
     try:
-        return CompileTask(json.dumps(description), kinds)
+        return CompileTask(json.dumps(description), kinds, rows)
     except TypeError as error:
         raise OtherArguments(f"its configuration is not plain data ({error})") from error
 
@@ -116,7 +145,7 @@ def _why_eager(family: Family, runtime: Runtime, config: EngineConfig) -> str:
     if runtime.graphs:
         return ""
     if runtime.device.type != "cpu":
-        return "denoisers are compiled for CPUs only"
+        return "on a GPU denoisers are compiled under graphs only: use --preset max"
     if config.compile_cache is None:
-        return "results are kept on disk, and --no-measurement-cache forbids that"
+        return NO_CACHE
     return ""

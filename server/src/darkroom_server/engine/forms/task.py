@@ -25,11 +25,13 @@ LIBRARIES = ("diffusers", "torch")
 class CompileTask:
     """A denoiser to compile, on this machine and with this number of threads.
 
-    ``description`` is what ``compile_process`` reads, as JSON. ``kinds`` are the arguments.
+    ``description`` is what ``compile_process`` reads, as JSON. ``kinds`` are the arguments, of
+    ``rows`` rows, None: of any number.
     """
 
     description: str
     kinds: Kinds
+    rows: int | None = None
 
     @functools.cached_property
     def digest(self) -> str:

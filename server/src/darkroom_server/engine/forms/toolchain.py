@@ -85,7 +85,7 @@ class Inductor:
         """What was compiled into ``file``, with the weights of ``denoiser``, which it shares."""
         if has_blocks(file):
             return load_blocks(task.kinds, file, denoiser)
-        loader = open_package(file, denoiser)
+        loader = open_package(file, denoiser, for_graphs=task.rows is not None)
         metadata = loader.get_metadata()
         order = [name for name in _names(loader) if isinstance(task.kinds[name], TensorKind)]
 

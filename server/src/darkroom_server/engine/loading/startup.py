@@ -57,8 +57,8 @@ def start_loop(
     for source in config.models:
         with torch.inference_mode():
             loaded = load_model(source, config, adapters, controlnets, store, loader.findings)
-            compiler.prepare(loaded.model)
             loaded = with_graphs(loaded, recorder)
+            compiler.prepare(loaded.model)
         models[source.id], caches[source.id] = loaded.model, loaded.cache
         loader.add(source.id, loaded)
         loads.append(loaded.load)

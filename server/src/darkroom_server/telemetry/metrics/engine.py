@@ -18,7 +18,6 @@ from darkroom_server.core.events import (
 from darkroom_server.core.metric_labels import rows_class
 from darkroom_server.core.model import ModelInfo
 from darkroom_server.core.model_events import ModelLoaded
-from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.dispatch import EngineRestarted, EngineRetired, EngineTimeWasted
 from darkroom_server.telemetry.metrics.catalogue import Catalogue
 
@@ -250,8 +249,7 @@ class EngineMetrics:
         self.max_rows.labels(model.id).set(model.limits.max_rows)
         self.sample_bytes.labels(model.id).set(model.memory.bytes_per_sample)
         runtime = model.runtime
-        compiled = runtime.denoiser is DenoiserForm.COMPILED
-        self.denoiser_compiled.labels(model.id).set(compiled)
+        self.denoiser_compiled.labels(model.id).set(runtime.denoiser.is_compiled)
         self.model_info.labels(
             model.id,
             model.revision,
