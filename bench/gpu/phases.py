@@ -12,7 +12,7 @@ from bench.gpu.forward import REPEATS, ROWS
 from bench.gpu.sd14 import cached_sd14
 from bench.inprocess.remote import ProcessFailed, yields_of_process
 from bench.report.machine import model_source
-from bench.report.results import Results
+from bench.report.results import ROOT, Results
 from bench.tiny_families import ONE_EACH
 from bench.tiny_families.case import FamilyCase
 from darkroom_server.core.engine_config import EngineConfig, ModelSource
@@ -37,7 +37,8 @@ class Plan:
     for that of the cache. ``demo`` is the folder of the model whose images are compared, "" for the
     demo model. ``schedulers`` are those that are compared, empty for all, in batches of at most
     ``batch_rows``. ``threads`` are torch's on a CPU, None for all. ``measurements`` is a
-    folder that remembers what engines measure at their start, None for none. ``side`` is that of a
+    folder that remembers what engines measure at their start, None for none, and ``compiled`` one
+    that keeps denoisers that were compiled. ``side`` is that of a
     square matrix to multiply, ``copied_bytes`` what a copy moves, ``spare_bytes`` what remains of
     the memory once it is short. ``closed``, ``arrivals``, ``pairs`` and ``lone`` are requests of
     each closed loop, of the open loop, and alone; ``long_steps`` are those of images that are not
@@ -52,6 +53,7 @@ class Plan:
     batch_rows: int = 32
     threads: int | None = None
     measurements: str | None = None
+    compiled: str = str(ROOT / "bench" / "work" / "compiled")
     rows: tuple[int, ...] = ROWS
     forms: tuple[str, ...] = ()
     repeats: int = REPEATS

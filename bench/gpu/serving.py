@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from bench.report.results import Run
 from bench.workload.arrivals import Answer, Arrivals
 from bench.workload.requests import Request, mixed, poisson, uniform
 from darkroom_server.backends.thread import ThreadEngine
-from darkroom_server.core.engine_config import Preset
+from darkroom_server.core.engine_config import Compile, Preset
 
 GUIDANCE = 7.5
 SHORT_STEPS = 20
@@ -24,9 +25,15 @@ LOAD = 0.7
 """Share of the capacity of static batches."""
 
 
-def engine(preset: Preset, plan: Plan) -> Iterator[Figures]:
-    """An engine of ``preset`` as users start it: its start, images alone, many callers."""
-    config = plan.config(plan.sd14_source(), preset=preset)
+def engine(preset: Preset, plan: Plan, *, compiled: bool = False) -> Iterator[Figures]:
+    """An engine of ``preset`` as users start it: its start, images alone, many callers.
+
+    ``compiled``: it first compiles its denoiser, unless an earlier run did. Else it never does.
+    """
+    fields: dict[str, Any] = {"preset": preset, "compile": Compile.OFF}
+    if compiled:
+        fields |= {"compile": Compile.BLOCKING, "compile_cache": plan.compiled}
+    config = plan.config(plan.sd14_source(), **fields)
     began = time.monotonic()
     with closing(EnginePeer(ThreadEngine(config))) as peer:
         runtime, limits = peer.info.runtime, peer.info.limits

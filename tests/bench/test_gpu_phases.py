@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 import torch
 
 from bench.gpu import correctness, memory_table
@@ -39,6 +40,7 @@ from darkroom_server.core.events import BatchDone, EngineReady
 from darkroom_server.core.job import SchedulerName
 from darkroom_server.engine.device.peak_memory import INTERVAL_SECONDS
 from darkroom_server.engine.failures import is_fatal
+from darkroom_server.engine.forms.toolchain import Inductor
 from tests.bench.test_results import RESULTS
 from tests.engine.conftest import MEASUREMENTS, cuda, one_thread
 from tests.engine.fake_cuda import CudaMode, FakeDevice, Kind, fake_cuda
@@ -264,6 +266,21 @@ def test_an_engine_alone_and_saturated(on_cpu: Plan) -> None:
     assert saturated["images_per_second"] > 0
     assert any(batch["rows"] > 2 for batch in saturated["batches"])
     assert figures["peak_bytes"] > 1 << 20
+
+
+def test_an_engine_that_is_to_compile_first(
+    on_cpu: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a compiler, as a machine with a GPU may be, it is measured as it is."""
+    monkeypatch.setattr(Inductor, "missing", lambda _: "there is no C++ compiler")
+    plan = replace(on_cpu, compiled=str(tmp_path), closed=4)
+    with structlog.testing.capture_logs() as logs:
+        figures = found(engine(Preset.FAST, plan, compiled=True))
+    assert figures["denoiser"] == "eager"
+    assert figures["saturated"]["images"] == plan.closed
+    assert [log["why"] for log in logs if log["event"] == "denoisers stay eager"] == [
+        "there is no C++ compiler"
+    ]
 
 
 @pytest.fixture
