@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def results() -> Results:
         return Results(
-            bench="everything" if options.full else "peers",
+            # Runs of one day on one machine are in files of their own.
+            bench="everything" if options.full else "compiled" if options.compiled else "peers",
             date=date,
             machine=this_machine(),
             versions=versions(),
