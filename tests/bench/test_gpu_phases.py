@@ -273,7 +273,7 @@ def test_an_engine_that_is_to_compile_first(
 ) -> None:
     """Without a compiler, as a machine with a GPU may be, it is measured as it is."""
     monkeypatch.setattr(Inductor, "missing", lambda _: "there is no C++ compiler")
-    plan = replace(on_cpu, compiled=str(tmp_path), closed=4)
+    plan = replace(on_cpu, compiled=str(tmp_path))
     with structlog.testing.capture_logs() as logs:
         figures = found(engine(Preset.FAST, plan, compiled=True))
     assert figures["denoiser"] == "eager"
