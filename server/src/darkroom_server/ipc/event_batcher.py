@@ -14,8 +14,8 @@ from darkroom_server.core.events import (
 )
 from darkroom_server.ipc.channel import Channel
 
-TOGETHER_SECONDS = 0.05
-"""The least time between messages of steps; a progress bar at 20 updates a second is smooth.
+TOGETHER_SECONDS = 0.1
+"""The least time between messages of steps; a progress bar with 10 updates a second is smooth.
 
 A message wakes two threads of the serving process. On two cores that are busy with a batch of 20 ms
 it costs the batch half a millisecond.
