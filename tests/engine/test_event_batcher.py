@@ -77,7 +77,7 @@ def test_a_step_is_sent_with_its_batch(rig: Rig) -> None:
 def test_fast_batches_are_sent_together(rig: Rig) -> None:
     for number in range(1, 6):
         rig.step(number)
-        rig.now += TOGETHER_SECONDS / 2
+        rig.now += 0.51 * TOGETHER_SECONDS
     assert rig.messages() == [
         (step(1), batch_done(1)),
         (step(2), batch_done(2), step(3), batch_done(3)),
