@@ -87,7 +87,9 @@ def in_words(preset: Preset) -> dict[str, str]:
         "memory format of the VAE": formats[gpu.vae_channels_last, *vaes],
         "VAE": "tiled" if cpu.vae_tiling else "whole",
         "compiled denoiser, on a CPU": COMPILES[cpu.compile],
-        "graphs, on a GPU": "yes" if gpu.graphs else "no",
+        "graphs, on a GPU": "yes, compiled in the background"
+        if gpu.graphs and gpu.compile is Compile.BACKGROUND
+        else "no",
     }
 
 
