@@ -124,7 +124,8 @@ def _slo(results: Results) -> Any:
         axis.set_ylim(0, 102)
         axis.grid(axis="y", color="#e3e3e3")
     axes[0].set_ylabel("requests, %")
-    axes[0].legend(frameon=False, loc="lower left")
+    # Beside the lines of all three.
+    axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
