@@ -90,7 +90,7 @@ class Compiler:
             if forms.when is Compile.BLOCKING and not file.is_file() and self._can_compile():
                 self._compile(id, task)
             if file.is_file():
-                used = run_whole(self._trial(model, forms, task))
+                used = _run_whole(self._trial(model, forms, task))
         later = (Compile.BACKGROUND, Compile.BLOCKING) if beside_jobs else (Compile.BACKGROUND,)
         if not used and forms.when in later and self._can_compile():
             self._models[id] = model
@@ -217,7 +217,7 @@ class Compiler:
         return self._folder / f"{task.digest}.pt2"
 
 
-def run_whole(trial: Generator[None, None, bool]) -> bool:
+def _run_whole(trial: Generator[None, None, bool]) -> bool:
     """All parts of ``trial``; returns what it returns."""
     while True:
         try:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -51,7 +52,10 @@ def denoiser_forms(
     try:
         if reason := _why_eager(family, runtime, config):
             raise OtherArguments(reason)
-        return _forms(name, family, memory_format, runtime, config, max_rows)
+        if runtime.compile is not Compile.OFF and config.compile_cache is None:
+            log.warning("graphs are of the eager denoiser", model=name, why=NO_CACHE)
+            runtime = replace(runtime, compile=Compile.OFF)
+        return _forms(family, memory_format, runtime, max_rows)
     except OtherArguments as error:
         asked = runtime.graphs or runtime.compile in (Compile.BACKGROUND, Compile.BLOCKING)
         (log.warning if asked else log.debug)("denoiser stays eager", model=name, why=str(error))
@@ -59,12 +63,7 @@ def denoiser_forms(
 
 
 def _forms(
-    name: str,
-    family: Family,
-    memory_format: MemoryFormat,
-    runtime: Runtime,
-    config: EngineConfig,
-    max_rows: int,
+    family: Family, memory_format: MemoryFormat, runtime: Runtime, max_rows: int
 ) -> DenoiserForms:
     """Raises ``OtherArguments`` if only the eager denoiser takes the arguments of its calls."""
 
@@ -85,14 +84,11 @@ def _forms(
     if runtime.graphs:
         forms.graph_rows = buckets_up_to(max_rows)
         compiled_rows = compiled_buckets(forms.graph_rows)
-    if runtime.compile is Compile.OFF:
-        return forms
-    if config.compile_cache is None:
-        log.warning("graphs are of the eager denoiser", model=name, why=NO_CACHE)
-        return forms
-    forms.tasks = tuple(
-        _task(family.denoiser, kinds, memory_format, runtime.device, rows) for rows in compiled_rows
-    )
+    if runtime.compile is not Compile.OFF:
+        forms.tasks = tuple(
+            _task(family.denoiser, kinds, memory_format, runtime.device, rows)
+            for rows in compiled_rows
+        )
     return forms
 
 
