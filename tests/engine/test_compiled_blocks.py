@@ -17,7 +17,7 @@ from darkroom_server.engine.forms.compiled_blocks import (
     has_blocks,
     replaced,
 )
-from darkroom_server.engine.forms.exporting import row_range
+from darkroom_server.engine.forms.exporting import example, row_range
 from darkroom_server.engine.forms.signature import TensorKind, described, nested
 from darkroom_server.engine.forms.task import CompileTask
 from darkroom_server.engine.forms.toolchain import Inductor
@@ -122,10 +122,7 @@ def test_for_one_number_of_rows_the_whole_is_compiled(tmp_path: Path, packages: 
     compile_denoiser({**TASK, "rows": 3}, tmp_path / "denoiser.pt2")
     (program,) = packages
     assert not program.range_constraints
-    given = {
-        name: torch.rand(kind.of_rows(3)) if isinstance(kind, TensorKind) else kind
-        for name, kind in KINDS.items()
-    }
+    given = {name: example(kind, 3, torch.contiguous_format) for name, kind in KINDS.items()}
     named = nested(KINDS, given)
     assert program.module()(**named)[0].shape[0] == 3
 

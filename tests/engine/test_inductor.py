@@ -12,6 +12,7 @@ from bench.tiny_families.case import FamilyCase
 from darkroom_server.core.engine_config import Compile, Dtype, EngineConfig, ModelSource
 from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.engine.forms.compiled_blocks import has_blocks
+from darkroom_server.engine.forms.exporting import example
 from darkroom_server.engine.forms.offering import _task
 from darkroom_server.engine.forms.signature import Kinds, TensorKind, largest_error
 from darkroom_server.engine.forms.toolchain import Inductor
@@ -100,10 +101,7 @@ def test_a_denoiser_is_compiled_for_one_number_of_rows(tmp_path: Path) -> None:
     inductor.compile(task, file)
     compiled = inductor.load(task, file, unet)
     assert [compiled.takes(each, exact=False) for each in (2, 4, 5)] == [False, True, False]
-    values = {
-        name: torch.rand(kind.of_rows(rows)) if isinstance(kind, TensorKind) else kind
-        for name, kind in kinds.items()
-    }
+    values = {name: example(kind, rows, memory_format.layout) for name, kind in kinds.items()}
     with torch.inference_mode():
         error = largest_error(compiled(values)[0], unet(**values)[0])
     assert 0 < error < 1e-3
