@@ -8,11 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import grpc
 import pytest
 
-from darkroom_client import Cancelled, ServerState
+from darkroom.v1.generation_pb2 import GenerateRequest, GenerateStreamRequest
+from darkroom.v1.generation_pb2_grpc import GenerationServiceStub
+from darkroom_client import Cancelled, Client, Retry, ServerState
 from darkroom_client._transport.server_address import server_address
 from darkroom_client.testing import Behaviour, FakeServer, JobState
+from darkroom_client.testing._job import FakeJob
 from darkroom_client.testing._services import Services
 from tests.client.conftest import Connect
 
@@ -199,3 +203,39 @@ def test_a_name_that_does_not_resolve_in_time_leads_nowhere(
 
     assert time.monotonic() - began < 30.0
     released.set()
+
+
+def test_a_call_cancelled_before_its_first_message_cancels_its_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = FakeJob.accepted
+
+    def cancel_and_answer(job: FakeJob, *args: Any, **options: Any) -> Any:
+        call.cancel()
+        server.wait_for(lambda: job.state is JobState.CANCELLED)
+        return answer(job, *args, **options)
+
+    monkeypatch.setattr(FakeJob, "accepted", cancel_and_answer)
+    with FakeServer() as server, grpc.insecure_channel(server.target) as channel:
+        server.script(HELD)
+        request = GenerateStreamRequest(generation=GenerateRequest(prompt="a star"))
+        call = GenerationServiceStub(channel).GenerateStream(request)
+        server.wait_for(lambda: bool(server.jobs))
+        server.wait_for(lambda: server.jobs[0].state is JobState.CANCELLED)
+
+
+def test_a_job_that_drops_its_caller_at_once_drops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, drops = FakeJob.accepted, []
+
+    def answer_after_the_drop(job: FakeJob, *args: Any, **options: Any) -> Any:
+        server.wait_for(lambda: job.drops == 1)
+        drops.append(options["joined"])
+        return answer(job, *args, **options)
+
+    monkeypatch.setattr(FakeJob, "accepted", answer_after_the_drop)
+    with FakeServer() as server, Client(server.target, retry=Retry(initial_backoff=0.01)) as client:
+        server.script(Behaviour(drop_at_step=1))
+        with client.stream("a star", steps=2) as stream:
+            stream.result()
+
+    assert drops == [False, True]

@@ -71,8 +71,8 @@ class Services(
         self.backlog: float | None = 0.0
 
     def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> Any:
-        job = self._admitted(request, context, max_reply_bytes=_max_reply_bytes(context))[0]
-        for _ in self._events(job, context):
+        job, joined = self._admitted(request, context, max_reply_bytes=_max_reply_bytes(context))
+        for _ in self._follow(job, context, late=joined):
             pass
         return job.response()
 
@@ -80,11 +80,12 @@ class Services(
         self, request: generation_pb2.GenerateStreamRequest, context: Any
     ) -> Iterator[generation_pb2.GenerateStreamResponse]:
         job, joined = self._admitted(request.generation, context, preview=request.preview)
+        events = self._follow(job, context, late=joined)
         accepted = generation_pb2.GenerationEvent(
             accepted=job.accepted(self.server_id, joined=joined)
         )
         yield generation_pb2.GenerateStreamResponse(event=accepted)
-        for event in self._events(job, context, late=joined):
+        for event in events:
             yield generation_pb2.GenerateStreamResponse(event=event)
 
     def SubmitGeneration(
@@ -111,11 +112,12 @@ class Services(
         self, request: generation_pb2.WatchGenerationRequest, context: Any
     ) -> Iterator[generation_pb2.WatchGenerationResponse]:
         job = self._found(request.request_id, context)
+        events = self._follow(job, context, late=True)
         accepted = generation_pb2.GenerationEvent(
             accepted=job.accepted(self.server_id, joined=True)
         )
         yield generation_pb2.WatchGenerationResponse(event=accepted)
-        for event in self._events(job, context, late=True):
+        for event in events:
             yield generation_pb2.WatchGenerationResponse(event=event)
 
     def CancelGeneration(
@@ -301,16 +303,26 @@ class Services(
         except DarkroomError as error:
             abort(context, error)
 
-    def _events(
-        self, job: FakeJob, context: Any, *, late: bool = False
+    def _follow(
+        self, job: FakeJob, context: Any, *, late: bool
     ) -> Iterator[generation_pb2.GenerationEvent]:
-        """The job's events until its end; ``late``: without its past progress."""
-        changed, sent, drops = self._registry.changed, 0, job.drops
-        with changed:
-            past = len(job.events) if late else 0
+        """Count the caller from now on, and return the job's events until its end.
+
+        ``late``: the job ran before this call, whose past progress is left out. To be called before
+        the first message is sent: gRPC drops the handler of a call that is cancelled meanwhile.
+        """
+        with self._registry.changed:
+            past, drops = (len(job.events), job.drops) if late else (0, 0)
             job.waiters += 1
         if not context.add_callback(lambda: self._remove_waiter(job)):
             self._remove_waiter(job)
+        return self._events(job, context, past, drops)
+
+    def _events(
+        self, job: FakeJob, context: Any, past: int, drops: int
+    ) -> Iterator[generation_pb2.GenerationEvent]:
+        """The job's events; ``past``: how many were before; ``drops``: the drops before."""
+        changed, sent = self._registry.changed, 0
         while True:
             with changed:
                 changed.wait_for(partial(self._has_news, job, context, sent, drops))
