@@ -5,6 +5,7 @@ program that started it.
 """
 
 import os
+import select
 import shutil
 import signal
 import socket
@@ -80,9 +81,15 @@ class Cluster:
     def kill(self) -> None:
         """Kill it and all its processes, as a power failure of its machine's would."""
         assert self._process
-        for pid in self.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # Stopped, it starts no more processes. One that is left keeps it from starting again.
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
+        handles = [os.pidfd_open(pid) for pid in self.processes()]
+        for handle in handles:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        for handle in handles:
+            select.select([handle], [], [])  # Readable when its process has ended.
+            os.close(handle)
         self._process.wait()
         self._process = None
 
