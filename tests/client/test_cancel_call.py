@@ -225,7 +225,8 @@ def test_a_call_cancelled_before_its_first_message_cancels_its_job(
 
 
 def test_a_job_that_drops_its_caller_at_once_drops_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer, drops = FakeJob.accepted, []
+    answer = FakeJob.accepted
+    drops: list[bool] = []
 
     def answer_after_the_drop(job: FakeJob, *args: Any, **options: Any) -> Any:
         server.wait_for(lambda: job.drops == 1)

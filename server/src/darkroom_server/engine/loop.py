@@ -172,9 +172,11 @@ class EngineLoop:
                 if batch := self._scheduler.next_batch():
                     self._run(batch)
                 self._try_compiled()
-                if self._resident is not None and self._resident.busy:
-                    self._publish()
-                    self._resident.work()
+                if self._resident is not None:
+                    self._resident.account_for_graphs()
+                    if self._resident.busy:
+                        self._publish()
+                        self._resident.work()
                 self._counters.report()
         finally:
             self._memory.close()

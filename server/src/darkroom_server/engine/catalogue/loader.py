@@ -24,7 +24,9 @@ from darkroom_server.engine.controls.offering import ControlNets
 from darkroom_server.engine.device.malloc import return_freed_memory
 from darkroom_server.engine.failures import is_fatal, one_line
 from darkroom_server.engine.forms.adapted_graphs import record_adapted_later
+from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
 from darkroom_server.engine.forms.graphs import Recorder, record_graphs
+from darkroom_server.engine.forms.reshaped_graphs import record_reshaped_later
 from darkroom_server.engine.loading.findings import Findings
 from darkroom_server.engine.loading.load_model import LoadedModel, finish_model
 from darkroom_server.engine.loading.read_model import (
@@ -80,6 +82,7 @@ class ModelLoader:
         self.store = store
         self.findings = Findings()
         self._modules: dict[str, tuple[torch.nn.Module, ...]] = {}
+        self._forms: dict[str, DenoiserForms | None] = {}
         # The server runs by then: a model is not to blame for an adapter.
         self._config = replace(config, adapters_may_fail=True)
         self._controlnets = controlnets
@@ -152,16 +155,20 @@ class ModelLoader:
     def add(self, id: str, loaded: LoadedModel) -> None:
         """A model serves jobs from now on."""
         self._modules[id] = loaded.modules
+        self._forms[id] = loaded.model.forms
         self.store.add(id, loaded.held)
 
     def discard(self, id: str, *, keep: bool) -> int:
         """Free the weights of a model that serves no job any more; those that others share stay.
 
-        They are taken from their modules, which may be parts of cycles that live on for a while.
-        ``keep``: the host's memory keeps them. Returns the bytes that it keeps.
+        They are taken from their modules, and the graphs from the forms: these may be parts of
+        cycles that live on for a while. ``keep``: the host's memory keeps the weights. Returns the
+        bytes that it keeps.
         """
         for module in self._modules.pop(id, ()):
             module.to(device="meta")
+        if (forms := self._forms.pop(id, None)) is not None:
+            forms.drop_graphs()
         kept = self.store.remove(id, keep=keep)
         _release_memory(self.device)
         return kept
@@ -245,6 +252,7 @@ def with_graphs(loaded: LoadedModel, recorder: Recorder) -> LoadedModel:
     """``loaded``, with the graphs of its denoiser if it has such a form."""
     graph_bytes = record_graphs(loaded.model, recorder)
     record_adapted_later(loaded.model)
+    record_reshaped_later(loaded.model, recorder)
     if not graph_bytes:
         return loaded
     parts = {**loaded.load.bytes_by_component, "graphs": graph_bytes}

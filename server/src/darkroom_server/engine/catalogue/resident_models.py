@@ -19,6 +19,7 @@ from darkroom_server.engine.catalogue.global_settings import LoopPaused
 from darkroom_server.engine.catalogue.loader import ModelLoader, ModelRead
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.forms.compiler import Compiler
+from darkroom_server.engine.forms.graphs import account_for_graphs
 from darkroom_server.engine.loading.load_model import LoadedModel
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
 from darkroom_server.ipc.commands import DescribeModels, LoadModel, UnloadModel
@@ -99,6 +100,11 @@ class ResidentModels:
         if loaded is not None:
             self._add(loaded)
 
+    def account_for_graphs(self) -> None:
+        """Leave to batches what is left after the graphs that were recorded since the last call."""
+        if account_for_graphs(self.parts.runner.models.values()):
+            self._pass_memory_on()
+
     def _add(self, loaded: LoadedModel) -> None:
         parts, model = self.parts, loaded.model
         id = model.info.id
@@ -142,8 +148,15 @@ class ResidentModels:
     def _share_memory(self) -> int:
         """Let every model know what memory is left; returns that."""
         free = available_bytes(self.loader.device)
-        for id, model in self.parts.runner.models.items():
+        for model in self.parts.runner.models.values():
+            if model.forms is not None:
+                model.forms.take_graph_bytes()  # It is not free any more.
             model.info = sharing(model.info, free)
+        self._pass_memory_on()
+        return free
+
+    def _pass_memory_on(self) -> None:
+        """Let the limits of batches and of unfinished images know what memory is left."""
+        for id, model in self.parts.runner.models.items():
             self.parts.row_limits[id].memory = model.info.memory
             self.parts.residency.set(model.info)
-        return free

@@ -6,7 +6,6 @@ move, as for the first adapter of a larger rank.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,9 +14,11 @@ import torch
 
 from darkroom_server.engine.adapters.module import AdaptedModule
 from darkroom_server.engine.adapters.plan import Plan, SlotPlan
+from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.failures import is_fatal, one_line
 from darkroom_server.engine.families.base import Model
-from darkroom_server.engine.forms.graphs import Graph, GraphedDenoiser
+from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
+from darkroom_server.engine.forms.graphs import Graph, GraphedDenoiser, count_bytes
 from darkroom_server.engine.forms.signature import Values
 
 log = structlog.get_logger(__name__)
@@ -32,7 +33,7 @@ def record_adapted_later(model: Model) -> None:
     if forms is None or model.adapters is None or not isinstance(forms.other, GraphedDenoiser):
         return
     module = model.adapters.of_denoiser
-    forms.adapted = AdaptedGraphs(model.info.id, forms.other, module, forms.check).run
+    forms.adapted = AdaptedGraphs(model.info.id, model.device, forms, forms.other, module).run
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +46,22 @@ class AdaptedGraphs:
     """Runs batches with adapters as graphs, for the rows of which ``graphed`` has graphs.
 
     ``module`` is the denoiser with its adapters. A graph is recorded when batches of its rows have
-    come for a while; ``check`` compares an output with the eager one, and raises if it is wrong.
+    come for a while, and is compared with the eager denoiser of ``forms``.
     """
 
     def __init__(
         self,
         model: str,
+        device: torch.device,
+        forms: DenoiserForms,
         graphed: GraphedDenoiser,
         module: AdaptedModule,
-        check: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> None:
         self._model = model
+        self._device = device
+        self._forms = forms
         self._graphed = graphed
         self._module = module
-        self._check = check
         self._version = module.version
         self._seen: Counter[tuple[int, int]] = Counter()
         self._recorded: dict[tuple[int, int], _Recorded] = {}
@@ -90,11 +93,12 @@ class AdaptedGraphs:
     def _record(self, kind: tuple[int, int], plan: Plan, values: Values) -> None:
         """Record a graph and compare it; without one, batches with adapters stay eager."""
         rows, most = kind
+        before = available_bytes(self._device)
         try:
             slots = self._module.slot_plan(rows, most)
             graph = self._graphed.recorded(rows, partial(self._module.by_slots, slots))
             slots.fill(plan)
-            self._check(self._graphed.replay(graph, values)[0], self._graphed.eager(values))
+            self._forms.check(self._graphed.replay(graph, values)[0], self._graphed.eager(values))
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -104,4 +108,11 @@ class AdaptedGraphs:
             log.warning("batches with adapters stay eager", model=self._model, why=why)
             return
         self._recorded[kind] = _Recorded(graph, slots)
-        log.info("graph with adapters recorded", model=self._model, rows=rows, adapters=most)
+        taken = count_bytes(self._forms, self._device, before)
+        log.info(
+            "graph with adapters recorded",
+            model=self._model,
+            rows=rows,
+            adapters=most,
+            bytes=taken,
+        )

@@ -43,7 +43,9 @@ class DenoiserForms:
     ``signature`` are the calls that another form may take. ``inputs`` makes arguments of such calls
     for a number of rows. ``tasks`` compile the denoiser, ``when`` that says; without any it is not
     compiled. ``graph_rows`` are the rows of the graphs to record, none on a CPU. ``adapted`` runs
-    rows with adapters that ``other`` takes, if it does not return None.
+    rows with adapters that ``other`` takes, and ``reshaped`` calls of other shapes than in the
+    signature, if they do not return None. ``graph_bytes`` are what graphs took of the device's
+    memory and ``take_graph_bytes`` has not returned yet.
     """
 
     denoiser: Any
@@ -55,6 +57,8 @@ class DenoiserForms:
     graph_rows: tuple[int, ...] = ()
     other: OtherForm | None = None
     adapted: Callable[[Values], Any] | None = None
+    reshaped: Callable[[Arguments], Any] | None = None
+    graph_bytes: int = 0
 
     def run(self, given: Arguments, samples: Sequence[Sample]) -> Any:
         """What the denoiser returns for ``given``, the call of a batch of ``samples``."""
@@ -65,16 +69,29 @@ class DenoiserForms:
         """As ``run``, None if the batch is to run eagerly."""
         exact = any(sample.job.exact for sample in samples)
         adapted = any(sample.job.active_loras for sample in samples)
-        # When a graph with adapters is there depends on earlier batches, which exact jobs must not.
+        # When such a graph is there depends on earlier batches, which exact jobs must not.
         if adapted and (exact or self.adapted is None):
             return None
         values = self.signature.arranged(given)
-        if values is None or not other.takes(self.signature.rows(values), exact=exact):
+        if values is None:
+            if self.reshaped is None or adapted or exact:
+                return None
+            return self.reshaped(given)
+        if not other.takes(self.signature.rows(values), exact=exact):
             return None
         if adapted:
             assert self.adapted is not None
             return self.adapted(values)
         return other(values, exact=exact)
+
+    def take_graph_bytes(self) -> int:
+        """The bytes that graphs have taken since the last call."""
+        taken, self.graph_bytes = self.graph_bytes, 0
+        return taken
+
+    def drop_graphs(self) -> None:
+        """Run eagerly from now on; the memory of the graphs is freed."""
+        self.other = self.adapted = self.reshaped = None
 
     def example(self, rows: int) -> dict[str, Any]:
         """Arguments of a call whose rows differ in every value, the timestep included."""

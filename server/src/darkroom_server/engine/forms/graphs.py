@@ -5,15 +5,16 @@ graph is launched as a whole. It always reads and writes the same memory, so a b
 buffers, and is filled up to the next number of rows that was recorded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
 import torch
 
 from darkroom_server.core.model_runtime import DenoiserForm
+from darkroom_server.core.residency import sharing
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Model
@@ -104,10 +105,11 @@ class GraphedDenoiser:
     ) -> Graph:
         """A graph of the call of ``rows`` rows ``inside`` a context. Raises what torch raises."""
         arguments = self._signature.arguments(self._values_of(rows))
+        denoiser = self._denoiser
 
         def call() -> torch.Tensor:
             with inside():
-                output: torch.Tensor = self._denoiser(**arguments)[0]
+                output: torch.Tensor = denoiser(**arguments)[0]
             return output
 
         return self._recorder.record(call)
@@ -193,12 +195,27 @@ def record_graphs(model: Model, recorder: Recorder) -> int:
     if graphed is None:
         return 0
     forms.other = graphed
-    left = available_bytes(model.device)
-    info = model.info.with_runtime(denoiser=DenoiserForm.GRAPHS)
-    memory = replace(info.memory, available_bytes=min(info.memory.available_bytes, left))
-    model.info = replace(info, memory=memory)
-    taken = max(0, before - left)
-    log.info("graphs recorded", model=info.id, rows=graphed.recorded_rows, bytes=taken)
+    model.info = model.info.with_runtime(denoiser=DenoiserForm.GRAPHS)
+    taken = count_bytes(forms, model.device, before)
+    log.info("graphs recorded", model=model.info.id, rows=graphed.recorded_rows, bytes=taken)
+    return taken
+
+
+def account_for_graphs(models: Collection[Model]) -> bool:
+    """Take what graphs took since the last call from what batches of ``models`` may use.
+
+    Returns whether they took anything.
+    """
+    taken = sum(model.forms.take_graph_bytes() for model in models if model.forms is not None)
+    for model in models if taken else ():
+        model.info = sharing(model.info, max(0, model.info.memory.available_bytes - taken))
+    return taken > 0
+
+
+def count_bytes(forms: DenoiserForms, device: torch.device, before: int) -> int:
+    """Add to ``graph_bytes`` what graphs took of the ``before`` bytes that were available."""
+    taken = max(0, before - available_bytes(device))
+    forms.graph_bytes += taken
     return taken
 
 
@@ -224,10 +241,7 @@ def record_compiled(
     except Exception:
         graphed.drop_compiled(rows)
         raise
-    taken = max(0, before - available_bytes(model.device))
-    memory = model.info.memory
-    left = max(0, memory.available_bytes - taken)
-    model.info = replace(model.info, memory=replace(memory, available_bytes=left))
+    taken = count_bytes(forms, model.device, before)
     log.info("graph recorded", model=model.info.id, rows=rows, bytes=taken)
 
 

@@ -75,6 +75,39 @@ class Signature:
             values[name] = tensor
         return values
 
+    def reshaped(self, given: Arguments) -> "Signature | None":
+        """The signature of calls like ``given``, whose tensors have other sizes than these.
+
+        None if they have other names or dimensions. Other types are for ``arranged`` to find.
+        """
+        values = {name: value for name, value in flat(given) if value is not None}
+        if values.keys() != self.kinds.keys():
+            return None
+        kinds: dict[str, Any] = {}
+        for name, kind in self.kinds.items():
+            kinds[name] = kind
+            if not isinstance(kind, TensorKind) or kind.shape == (None,):
+                continue
+            found = getattr(values[name], "shape", ())
+            if len(found) != len(kind.shape):
+                return None
+            sizes = zip(kind.shape, found, strict=True)
+            shape = tuple(None if size is None else other for size, other in sizes)
+            kinds[name] = TensorKind(shape, kind.dtype)
+        return Signature(kinds, self.layout)
+
+    def filled_up(self, values: Values, rows: int) -> dict[str, Any]:
+        """``values`` with their last row repeated, so that they have ``rows`` rows."""
+        filled = dict(values)
+        for name, kind in self.kinds.items():
+            if isinstance(kind, TensorKind) and None in kind.shape:
+                dimension, value = kind.shape.index(None), values[name]
+                index = torch.arange(rows, device=value.device).clamp(max=self.rows(values) - 1)
+                filled[name] = laid_out(
+                    kind, value.index_select(dimension, index), rows, self.layout
+                )
+        return filled
+
     def rows(self, values: Values) -> int:
         """The rows of a call with ``values``."""
         return len(values[self._rows_in])

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import structlog
 import torch
@@ -10,6 +9,7 @@ import torch
 from darkroom_server.core.adapters import AdapterKind
 from darkroom_server.core.engine_config import EngineConfig
 from darkroom_server.core.events import AdapterLoaded, EngineReady, Event
+from darkroom_server.core.residency import sharing
 from darkroom_server.engine.adapters.offering import Adapters
 from darkroom_server.engine.catalogue.describe import Catalogue
 from darkroom_server.engine.catalogue.loader import ModelLoader, with_graphs
@@ -59,6 +59,7 @@ def start_loop(
             loaded = load_model(source, config, adapters, controlnets, store, loader.findings)
             loaded = with_graphs(loaded, recorder)
             compiler.prepare(loaded.model)
+            _account_for_graphs(loaded.model)
         models[source.id], caches[source.id] = loaded.model, loaded.cache
         loader.add(source.id, loaded)
         loads.append(loaded.load)
@@ -89,11 +90,17 @@ def start_loop(
     return loop, ready
 
 
+def _account_for_graphs(model: Model) -> None:
+    """Correct the available memory by what graphs took; an earlier engine may have done it."""
+    if model.forms is not None and model.forms.take_graph_bytes():
+        left = min(model.info.memory.available_bytes, available_bytes(model.device))
+        model.info = sharing(model.info, left)
+
+
 def _share_memory(models: Iterable[Model], config: EngineConfig, device: torch.device) -> None:
     """Correct each model's available memory by what the models loaded after it take."""
     previously_measured = {info.id for info in config.previous_measurements}
     available = available_bytes(device)
     for model in models:
         if model.info.id not in previously_measured:
-            memory = replace(model.info.memory, available_bytes=available)
-            model.info = replace(model.info, memory=memory)
+            model.info = sharing(model.info, available)

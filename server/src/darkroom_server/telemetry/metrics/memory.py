@@ -35,7 +35,8 @@ class MemoryMetrics:
         self.model = declare.gauge(
             "darkroom_model_memory_bytes",
             "Weights of a model, by component: unet, vae, text_encoder, safety_checker; and "
-            "`graphs`, which `--preset max` records on a GPU. 0 after it was unloaded.",
+            "`graphs`, which `--preset max` records on a GPU before the model is ready. 0 after it "
+            "was unloaded.",
             ("model", "component"),
         )
         self.adapter = declare.gauge(
