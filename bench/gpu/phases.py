@@ -144,19 +144,27 @@ def run_phases(
         left = budget - (phase_began - began)
         if left < phase.seconds:
             why = f"{left:.0f} s remained, and it takes about {phase.seconds:.0f}"
-            note: dict[str, str] = {"outcome": Outcome.SKIPPED, "why": why}
+            note = {"outcome": Outcome.SKIPPED, "why": why}
         else:
-            note = {"outcome": Outcome.DONE, "why": ""}
-            try:
-                for figures in start(phase, plan, min(left, LIMIT * phase.seconds)):
-                    results.figures.setdefault(phase.name, {}).update(figures)
-                    save(results)
-            except Exception as error:  # noqa: BLE001 - it is recorded, and others are measured.
-                why = str(error)
-                if not isinstance(error, ProcessFailed):  # It says the type itself.
-                    why = f"{type(error).__name__}: {why}"
-                note = {"outcome": Outcome.FAILED, "why": why}
+            figures = start(phase, plan, min(left, LIMIT * phase.seconds))
+            note = _collect(figures, phase.name, results, save)
         notes[phase.name] = {**note, "seconds": round(now() - phase_began, 1)}
         save(results)
         print(f"{phase.name}: {note['outcome']} {note['why']}".rstrip(), flush=True)
     return not any(notes[each.name]["outcome"] == Outcome.FAILED for each in phases)
+
+
+def _collect(
+    figures: Iterator[Figures], phase: str, results: Results, save: Callable[[Results], object]
+) -> dict[str, str]:
+    """Save the ``figures`` of ``phase`` as they come; returns its outcome, and why it failed."""
+    try:
+        for found in figures:
+            results.figures.setdefault(phase, {}).update(found)
+            save(results)
+    except Exception as error:  # noqa: BLE001 - it is recorded, and others are measured.
+        why = str(error)
+        if not isinstance(error, ProcessFailed):  # It says the type itself.
+            why = f"{type(error).__name__}: {why}"
+        return {"outcome": Outcome.FAILED, "why": why}
+    return {"outcome": Outcome.DONE, "why": ""}
