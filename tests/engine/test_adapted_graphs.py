@@ -75,9 +75,7 @@ class Graphs:
         with torch.inference_mode():
             found = _recorded("tiny", self.forms, self.recorder)
         assert isinstance(found, GraphedDenoiser)
-        self.run_adapted = AdaptedGraphs(
-            "tiny", torch.device("cpu"), self.forms, found, self.module
-        ).run
+        self.run_adapted = AdaptedGraphs("tiny", self.forms, found, self.module).run
         self.recorder.recorded.clear()
         self.recorder.replayed.clear()
         self.weights = {

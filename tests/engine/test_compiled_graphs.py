@@ -4,6 +4,7 @@ The toolchain and the graphs are fake ones, and the device is the make-believe o
 """
 
 import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.engine.device.memory import SAFETY_MARGIN, available_bytes
 from darkroom_server.engine.forms.compiled import CompiledDenoiser
 from darkroom_server.engine.forms.graphs import Graph, GraphedDenoiser, compiled_buckets
+from darkroom_server.engine.forms.signature import Values
 from darkroom_server.engine.forms.task import CompileTask
 from darkroom_server.engine.loading.startup import start_loop
 
@@ -78,7 +80,9 @@ class Engine:
         self.toolchain, self.recorder = toolchain, recorder
         config = on_gpu(folder, Preset.MAX, compile=when, compile_cache=str(cache))
         with structlog.testing.capture_logs() as self.logs:
-            self.loop, self.ready = start_loop(config, self._emit, toolchain, recorder=recorder)
+            self.loop, self.ready = start_loop(
+                config, self._emit, toolchain, new_recorder=lambda: recorder
+            )
 
     def run(self, *ids: str, **fields: Any) -> None:
         """Run until the jobs ``ids`` have ended; then the engine is closed."""
@@ -129,7 +133,7 @@ def test_all_but_exact_rows_run_the_compiled_graph() -> None:
     denoiser, recorder = Denoiser(), FakeRecorder()
     forms, found = graphed(denoiser, recorder, (2, 4))
     assert found is not None
-    found.record_compiled(2, lambda values: (denoiser(**values)[0] * 3,))
+    found.add_compiled(2, found.recorded_compiled(2, lambda values: (denoiser(**values)[0] * 3,)))
     given = call(2, seed=5)
     values = forms.signature.arranged(given)
     assert values is not None
@@ -140,8 +144,34 @@ def test_all_but_exact_rows_run_the_compiled_graph() -> None:
     for rows, factor in ((1, 3), (3, 1)):
         given = call(rows, seed=rows)
         torch.testing.assert_close(forms.run(given, [])[0], denoiser(**given)[0] * factor)
-    found.drop_compiled(2)
-    torch.testing.assert_close(found(values)[0], eager)
+
+
+def test_what_has_the_kernels_lives_as_long_as_their_graph() -> None:
+    """torch unloads a package's kernels with the package."""
+
+    class Package:
+        def __call__(self, values: Values) -> tuple[torch.Tensor]:
+            return (values["sample"] * 2,)
+
+    class Forgetful(FakeRecorder):
+        """As torch's recorder, which keeps no call."""
+
+        def record(self, call: Any) -> Graph:
+            return Graph(lambda: None, call())
+
+    found = graphed(Denoiser(), FakeRecorder(), (2,))[1]
+    assert found is not None
+    found._recorder = Forgetful()
+    package = Package()
+    alive = weakref.ref(package)
+    with torch.inference_mode():
+        found.add_compiled(2, found.recorded_compiled(2, package))
+    del package
+    gc.collect()
+    assert alive() is not None
+    del found
+    gc.collect()
+    assert alive() is None
 
 
 def test_an_engine_runs_compiled_graphs(

@@ -4,9 +4,11 @@ A fake graph is a plain call that reads and writes the same memory each time.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from darkroom_server.core.engine_config import Preset
 from darkroom_server.core.events import EngineReady, Event, ImageReady
 from darkroom_server.core.job import Job
 from darkroom_server.core.model_runtime import DenoiserForm
+from darkroom_server.engine.catalogue.slices import SlicedWork
+from darkroom_server.engine.forms import graphs
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
 from darkroom_server.engine.forms.graphs import (
     BUCKETS,
@@ -65,9 +69,12 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer = torch.nn.Conv2d(4, 4, 3, padding=1)
-        self.mixes = mixes
+        self.mixes, self.full = mixes, False
 
     def forward(self, sample: Any, timestep: Any, **_: Any) -> tuple[torch.Tensor]:
+        if self.full:
+            self.full = False
+            raise torch.OutOfMemoryError("no memory")
         found = self.layer(sample) * timestep.view(-1, 1, 1, 1)
         return (found + found.mean(0) if self.mixes else found,)
 
@@ -211,6 +218,120 @@ def test_a_graph_that_computes_something_else_is_not_used(denoiser: Denoiser) ->
     assert line["why"].startswith("its output is wrong")
 
 
+class Lasting(FakeRecorder):
+    """No memory is left for the eager call beside a graph of ``room`` rows or more."""
+
+    def __init__(self, denoiser: Denoiser, room: int) -> None:
+        super().__init__()
+        self._denoiser, self._room = denoiser, room
+
+    def record(self, call: Callable[[], torch.Tensor]) -> Graph:
+        graph = super().record(call)
+        self._denoiser.full = len(graph.output) >= self._room
+        return graph
+
+
+def test_a_graph_that_could_not_be_compared_is_not_used(denoiser: Denoiser) -> None:
+    _, found = graphed(denoiser, Lasting(denoiser, room=6), (2, 6, 8))
+    assert found is not None
+    assert found.recorded_rows == [2]
+
+
+def test_batches_run_between_two_graphs_of_a_load(denoiser: Denoiser) -> None:
+    recorder = FakeRecorder()
+    forms = forms_of(denoiser, (2, 4, 8))
+    work = SlicedWork(lambda: _recorded("tiny", forms, recorder))
+    done = []
+    with torch.inference_mode():
+        while not work.run():
+            done.append(list(recorder.recorded))
+    assert done == [[8], [8, 4], [8, 4, 2]]
+
+
+class FakeCapture:
+    """In place of ``torch.cuda``: what ``CudaRecorder`` calls. A capture may fail."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.stream = "default"
+        self.fails = False
+        self.pools: list[int] = []
+        for name in ("CUDAGraph", "current_stream", "graph", "graph_pool_handle"):
+            patch.setattr(torch.cuda, name, getattr(self, name))
+        patch.setattr(torch.cuda, "stream", self.on)
+        patch.setattr(graphs, "_recording_stream", lambda _: self.current_stream())
+
+    def current_stream(self) -> Any:
+        return SimpleNamespace(device="cuda", wait_stream=lambda _: None, name=self.stream)
+
+    def graph_pool_handle(self) -> int:
+        return len(self.pools)
+
+    class CUDAGraph:
+        def replay(self) -> None: ...
+
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        before, self.stream = self.stream, getattr(stream, "name", "recording")
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextmanager
+    def graph(self, _: Any, *, pool: int, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        """As torch's, which leaves its stream the current one if the end of a capture fails."""
+        self.pools.append(pool)
+        before, self.stream = self.stream, "recording"
+        yield
+        if self.fails:
+            raise torch.OutOfMemoryError("no memory")
+        self.stream = before
+
+
+def test_a_pool_is_used_while_a_graph_of_it_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture, recorder = FakeCapture(monkeypatch), CudaRecorder()
+    held = [recorder.record(lambda: torch.zeros(1)) for _ in range(3)]
+    assert capture.pools == [0, 0, 0]
+    held.clear()
+    recorder.record(lambda: torch.zeros(1))
+    assert capture.pools == [0, 0, 0, 3]
+
+
+def test_after_a_failed_capture_there_is_a_new_pool_and_the_old_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capture, recorder = FakeCapture(monkeypatch), CudaRecorder()
+    capture.fails = True
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.record(lambda: torch.zeros(1))
+    assert capture.stream == "default"
+    capture.fails = False
+    recorder.record(lambda: torch.zeros(1))
+    assert capture.pools == [0, 1]
+
+
+@pytest.mark.gpu
+def test_after_a_capture_that_failed_on_a_gpu_others_are_recorded() -> None:
+    recorder, weights = CudaRecorder(), torch.rand(64, 64, device="cuda")
+
+    def fails() -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("no memory")
+        return weights @ weights
+
+    with torch.inference_mode():
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                recorder.record(fails)
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        for _ in range(2):  # Also once the last graph of a pool is gone.
+            graph = recorder.record(lambda: weights @ weights)
+            graph.output.zero_()
+            graph.replay()
+            torch.testing.assert_close(graph.output, weights @ weights)
+            del graph
+
+
 # ---- in the engine, on the make-believe device ----
 
 
@@ -229,7 +350,8 @@ def generate(
             if not running:
                 loop.close()
 
-    loop, ready = start_loop(on_gpu(folder, preset, **fields), emit, recorder=recorder)
+    recorders = CudaRecorder if recorder is None else lambda: recorder
+    loop, ready = start_loop(on_gpu(folder, preset, **fields), emit, new_recorder=recorders)
     for job in jobs:
         loop.submit(job)
     loop.run()

@@ -59,7 +59,7 @@ class Graphs:
         self.forms = forms_of(self.denoiser, (2, 4, 8))
         # No graph at the default size: it takes nothing.
         self.forms.other = SimpleNamespace(takes=lambda *_, **__: False)
-        graphs = ReshapedGraphs("tiny", torch.device("cpu"), self.forms, self.recorder)
+        graphs = ReshapedGraphs("tiny", self.forms, self.recorder)
         self.forms.reshaped = graphs.run
 
     def in_graph(self, rows: int, side: int, *samples: Any, seed: int = 1) -> bool:
@@ -172,6 +172,17 @@ def test_after_a_failure_no_more_are_recorded(wrong: bool, why: str) -> None:
     assert not graphs.in_graph(2, 16)
 
 
+def test_values_that_are_not_numbers_say_nothing_about_a_graph(graphs: Graphs) -> None:
+    broken = sized(2, 12, 0)
+    broken["sample"][:] = float("nan")
+    with torch.inference_mode():
+        for _ in range(USUAL):
+            graphs.forms.run(broken, [])
+    assert graphs.recorder.recorded == []
+    graphs.become_usual(2, 12)
+    assert graphs.in_graph(2, 12)
+
+
 def test_an_engine_runs_graphs_of_another_size(tiny_folder: Path, cuda: FakeDevice) -> None:
     jobs = [make_job("small", steps=12, width=32, height=48)]
     jobs.append(make_job("exact", steps=6, width=32, height=48, exact=True))
@@ -213,7 +224,7 @@ def test_the_memory_of_graphs_is_taken_from_batches_and_given_back(
             loop.close()
 
     left: list[int] = []
-    loop, ready = start_loop(on_gpu(tiny_folder, Preset.MAX), emit, recorder=FakeRecorder())
+    loop, ready = start_loop(on_gpu(tiny_folder, Preset.MAX), emit, new_recorder=FakeRecorder)
     loop.submit(make_job("small", steps=12, width=32, height=48))
     loop.run()
     (info,) = ready.models

@@ -64,7 +64,7 @@ class ModelLoader:
     Used from the loop's thread but for the reads. One that fails emits ``ModelNotLoaded``.
     ``loading`` is the id of the model that is being loaded. ``store`` has the weights of models,
     ``findings`` is what loads found so far. ``first_image`` generates one image of a new model on a
-    GPU, with ``pause`` between its batches.
+    GPU, with ``pause`` between its batches. ``new_recorder`` is called for each model.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ModelLoader:
         config: EngineConfig,
         device: torch.device,
         controlnets: ControlNets,
-        recorder: Recorder,
+        new_recorder: Callable[[], Recorder],
         store: WeightStore,
         emit: Callable[[Event], None],
         first_image: Callable[[LoadedModel], None],
@@ -86,7 +86,7 @@ class ModelLoader:
         # The server runs by then: a model is not to blame for an adapter.
         self._config = replace(config, adapters_may_fail=True)
         self._controlnets = controlnets
-        self._recorder = recorder
+        self._new_recorder = new_recorder
         self._emit = emit
         self._first_image = first_image
         self._finishing: SlicedWork | None = None
@@ -176,7 +176,7 @@ class ModelLoader:
     def _finish(self, read: ReadModel, config: EngineConfig) -> LoadedModel:
         loaded = finish_model(read, config, self._controlnets, self.findings)
         pause()
-        loaded = with_graphs(loaded, self._recorder)
+        loaded = with_graphs(loaded, self._new_recorder())
         if self.device.type == "cuda":
             pause()
             self._first_image(loaded)

@@ -93,6 +93,18 @@ def _unused_bytes(device: torch.device) -> int:
     )
 
 
+def graph_pool_bytes(device: torch.device) -> int:
+    """Bytes that torch has of ``device`` for graphs; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    index = device.index or 0
+    return sum(
+        segment["total_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) != USUAL_POOL
+    )
+
+
 def status_bytes(field: str) -> int:
     """A size in /proc/self/status, such as "VmRSS", in bytes; 0 if it is not there."""
     status = Path("/proc/self/status").read_text()

@@ -14,11 +14,10 @@ import torch
 
 from darkroom_server.engine.adapters.module import AdaptedModule
 from darkroom_server.engine.adapters.plan import Plan, SlotPlan
-from darkroom_server.engine.device.memory import available_bytes
-from darkroom_server.engine.failures import is_fatal, one_line
+from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
-from darkroom_server.engine.forms.graphs import Graph, GraphedDenoiser, count_bytes
+from darkroom_server.engine.forms.graphs import Graph, GraphedDenoiser, graph_memory_counted
 from darkroom_server.engine.forms.signature import Values
 
 log = structlog.get_logger(__name__)
@@ -33,7 +32,7 @@ def record_adapted_later(model: Model) -> None:
     if forms is None or model.adapters is None or not isinstance(forms.other, GraphedDenoiser):
         return
     module = model.adapters.of_denoiser
-    forms.adapted = AdaptedGraphs(model.info.id, model.device, forms, forms.other, module).run
+    forms.adapted = AdaptedGraphs(model.info.id, forms, forms.other, module).run
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +51,11 @@ class AdaptedGraphs:
     def __init__(
         self,
         model: str,
-        device: torch.device,
         forms: DenoiserForms,
         graphed: GraphedDenoiser,
         module: AdaptedModule,
     ) -> None:
         self._model = model
-        self._device = device
         self._forms = forms
         self._graphed = graphed
         self._module = module
@@ -73,7 +70,7 @@ class AdaptedGraphs:
         None if it is to run eagerly. Rows that ``graphed`` takes.
         """
         plan = self._module.plan
-        if self._failed or plan is None or not plan.shareable:
+        if plan is None or not plan.shareable:
             return None
         if self._version != self._module.version:
             self._recorded.clear()
@@ -82,6 +79,8 @@ class AdaptedGraphs:
         # Rows with fewer adapters are filled up, so a power of two limits the number of graphs.
         kind = self._graphed.bucket(values), 1 << (plan.most - 1).bit_length()
         recorded = self._recorded.get(kind)
+        if recorded is None and self._failed:
+            return None
         if recorded is None:
             self._seen[kind] += 1
             if self._seen[kind] == RECORDED_AFTER:
@@ -91,28 +90,29 @@ class AdaptedGraphs:
         return self._graphed.replay(recorded.graph, values)
 
     def _record(self, kind: tuple[int, int], plan: Plan, values: Values) -> None:
-        """Record a graph and compare it; without one, batches with adapters stay eager."""
+        """Record a graph and compare it. If that fails, no more are recorded, and the log says so.
+
+        Without memory for it, those that were recorded stay.
+        """
         rows, most = kind
-        before = available_bytes(self._device)
+        eager = self._graphed.eager(values)
+        if not eager.isfinite().all():
+            self._seen[kind] = 0  # It says nothing about a graph.
+            return
         try:
             slots = self._module.slot_plan(rows, most)
-            graph = self._graphed.recorded(rows, partial(self._module.by_slots, slots))
-            slots.fill(plan)
-            self._forms.check(self._graphed.replay(graph, values)[0], self._graphed.eager(values))
+            with graph_memory_counted(self._forms, self._graphed.device):
+                graph = self._graphed.recorded(rows, partial(self._module.by_slots, slots))
+                slots.fill(plan)
+                self._forms.check(self._graphed.replay(graph, values)[0], eager)
         except Exception as error:
             if is_fatal(error):
                 raise
             self._failed = True
-            self._recorded.clear()
+            if not is_out_of_memory(error):
+                self._recorded.clear()
             why = one_line(error)
             log.warning("batches with adapters stay eager", model=self._model, why=why)
             return
         self._recorded[kind] = _Recorded(graph, slots)
-        taken = count_bytes(self._forms, self._device, before)
-        log.info(
-            "graph with adapters recorded",
-            model=self._model,
-            rows=rows,
-            adapters=most,
-            bytes=taken,
-        )
+        log.info("graph with adapters recorded", model=self._model, rows=rows, adapters=most)

@@ -5,21 +5,25 @@ graph is launched as a whole. It always reads and writes the same memory, so a b
 buffers, and is filled up to the next number of rows that was recorded.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import structlog
 import torch
 
 from darkroom_server.core.model_runtime import DenoiserForm
 from darkroom_server.core.residency import sharing
-from darkroom_server.engine.device.memory import available_bytes
+from darkroom_server.engine.catalogue.slices import pause
+from darkroom_server.engine.device.memory import graph_pool_bytes
 from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms, WrongOutput
 from darkroom_server.engine.forms.signature import Signature, TensorKind, Values
+from darkroom_server.engine.forms.waits import refusing_waits
 
 log = structlog.get_logger(__name__)
 
@@ -35,40 +39,64 @@ WARM_UP_CALLS = 2
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A recorded call: ``replay`` runs it again, which changes ``output``."""
+    """A recorded call: ``replay`` runs it again, which changes ``output``.
+
+    ``keeps`` has the kernels, which must live as long, or None if torch has them.
+    """
 
     replay: Callable[[], None]
     output: torch.Tensor
+    keeps: object = None
 
 
 class Recorder(Protocol):
-    """Records graphs."""
+    """Records graphs of one model."""
 
     def record(self, call: Callable[[], torch.Tensor]) -> Graph:
         """The graph of ``call``, which reads buffers. Raises what torch raises."""
 
 
 class CudaRecorder:
-    """Records CUDA graphs, whose memory is one pool: no two of them run at once."""
+    """Records CUDA graphs, whose memory is one pool: no two of them run at once.
+
+    The pool is the device's again when no graph of it is left, so each model has its own.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def record(self, call: Callable[[], torch.Tensor]) -> Graph:
         """The graph of ``call``, which reads buffers. Raises what torch raises."""
-        if self._pool is None:
+        if not self._graphs:
+            # torch takes no pool again whose last graph is gone, or whose first one failed.
             self._pool = torch.cuda.graph_pool_handle()
-        # Not on the default stream, on which nothing can be recorded.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_CALLS):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
+        current = torch.cuda.current_stream()
+        stream = _recording_stream(current.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = call()
+        # For its end: where a capture fails, torch leaves the other stream the current one.
+        with torch.cuda.stream(current):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_CALLS):
+                    call()
+            current.wait_stream(stream)
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                output = call()
+        self._graphs.add(graph)
         return Graph(graph.replay, output)
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Not the default stream, on which nothing can be recorded.
+
+    One for all graphs: cuBLAS keeps memory for each stream on which it ran. In calls before the
+    first capture it takes that outside of the graphs' pool.
+    """
+    return torch.cuda.Stream(device)
 
 
 class GraphedDenoiser:
@@ -92,18 +120,27 @@ class GraphedDenoiser:
         self._compiled: dict[int, Graph] = {}
 
     @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self._tensors[0].device
+
+    @property
+    def buffer_bytes(self) -> int:
+        """The bytes of what batches are copied into."""
+        return sum(each.nbytes for each in self._tensors)
+
+    @property
     def recorded_rows(self) -> list[int]:
         """The rows of the graphs."""
         return sorted(self._graphs)
 
-    def record(self, rows: int) -> None:
-        """Record the call of ``rows`` rows. Raises what torch raises."""
-        self._graphs[rows] = self.recorded(rows)
-
     def recorded(
         self, rows: int, inside: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> Graph:
-        """A graph of the call of ``rows`` rows ``inside`` a context. Raises what torch raises."""
+        """A graph of the call of ``rows`` rows ``inside`` a context.
+
+        Raises ``WaitsForDevice`` if it cannot be recorded, and what torch raises.
+        """
         arguments = self._signature.arguments(self._values_of(rows))
         denoiser = self._denoiser
 
@@ -112,19 +149,25 @@ class GraphedDenoiser:
                 output: torch.Tensor = denoiser(**arguments)[0]
             return output
 
+        with refusing_waits(self.device):
+            call()
         return self._recorder.record(call)
 
-    def record_compiled(self, rows: int, compiled: Callable[[Values], Any]) -> None:
-        """Record the call of ``compiled`` with ``rows`` rows, of which there is a graph.
-
-        All but exact jobs run it from now on. Raises what torch raises.
-        """
+    def recorded_compiled(self, rows: int, compiled: Callable[[Values], Any]) -> Graph:
+        """A graph of the call of ``compiled`` with ``rows`` rows. Raises what torch raises."""
         values = self._values_of(rows)
-        self._compiled[rows] = self._recorder.record(lambda: compiled(values)[0])
+        return replace(self._recorder.record(lambda: compiled(values)[0]), keeps=compiled)
 
-    def drop_compiled(self, rows: int) -> None:
-        """Run the eager denoiser's graph of ``rows`` rows again."""
-        self._compiled.pop(rows, None)
+    def add(self, rows: int, graph: Graph) -> None:
+        """Run ``graph`` for batches that are filled up to ``rows`` rows."""
+        self._graphs[rows] = graph
+
+    def add_compiled(self, rows: int, graph: Graph) -> None:
+        """Run ``graph``, of the compiled denoiser, in place of that of ``rows`` rows.
+
+        Not for exact jobs.
+        """
+        self._compiled[rows] = graph
 
     def takes(self, rows: int, *, exact: bool) -> bool:
         """Whether a graph runs ``rows`` rows; those of an exact job are not filled up."""
@@ -152,12 +195,16 @@ class GraphedDenoiser:
     def replay(self, graph: Graph, values: Values) -> tuple[torch.Tensor]:
         """What ``graph``, of the bucket of ``values``, computes of them."""
         rows = self._signature.rows(values)
-        names = [n for n, kind in self._signature.kinds.items() if isinstance(kind, TensorKind)]
-        # All at once: a launch is what a graph saves.
-        torch._foreach_copy_([self._rows_of(n, rows) for n in names], [values[n] for n in names])
+        for name, kind in self._signature.kinds.items():
+            if isinstance(kind, TensorKind):
+                self._rows_of(name, rows).copy_(values[name])
         graph.replay()
         # A copy: a scheduler may keep it, and the next batch overwrites the graph's own.
         return (graph.output[:rows].clone(),)
+
+    @property
+    def _tensors(self) -> list[torch.Tensor]:
+        return [each for each in self._buffers.values() if isinstance(each, torch.Tensor)]
 
     def _values_of(self, rows: int) -> Values:
         return {name: self._rows_of(name, rows) for name in self._buffers}
@@ -185,37 +232,20 @@ def record_graphs(model: Model, recorder: Recorder) -> int:
     """Let ``model`` run graphs, if its ``forms`` say so; returns the bytes that they take.
 
     Each is compared with the eager denoiser. If the memory ends, there are fewer of them; if
-    nothing can be recorded, the denoiser stays eager. Both are logged.
+    nothing can be recorded, the denoiser stays eager. Both are logged. There is a ``pause`` after
+    each.
     """
     forms = model.forms
     if forms is None or not forms.graph_rows:
         return 0
-    before = available_bytes(model.device)
     graphed = _recorded(model.info.id, forms, recorder)
     if graphed is None:
         return 0
     forms.other = graphed
+    forms.graph_bytes += graphed.buffer_bytes
     model.info = model.info.with_runtime(denoiser=DenoiserForm.GRAPHS)
-    taken = count_bytes(forms, model.device, before)
+    taken = forms.graph_bytes
     log.info("graphs recorded", model=model.info.id, rows=graphed.recorded_rows, bytes=taken)
-    return taken
-
-
-def account_for_graphs(models: Collection[Model]) -> bool:
-    """Take what graphs took since the last call from what batches of ``models`` may use.
-
-    Returns whether they took anything.
-    """
-    taken = sum(model.forms.take_graph_bytes() for model in models if model.forms is not None)
-    for model in models if taken else ():
-        model.info = sharing(model.info, max(0, model.info.memory.available_bytes - taken))
-    return taken > 0
-
-
-def count_bytes(forms: DenoiserForms, device: torch.device, before: int) -> int:
-    """Add to ``graph_bytes`` what graphs took of the ``before`` bytes that were available."""
-    taken = max(0, before - available_bytes(device))
-    forms.graph_bytes += taken
     return taken
 
 
@@ -231,18 +261,35 @@ def record_compiled(
     assert isinstance(graphed, GraphedDenoiser)
     if rows not in graphed.recorded_rows:
         raise WrongOutput(f"there is no graph of {rows} rows beside it")
-    before = available_bytes(model.device)
     arguments = forms.example(rows)
     values = forms.signature.arranged(arguments)
     assert values is not None, "they were compared"
+    with graph_memory_counted(forms, graphed.device):
+        graph = graphed.recorded_compiled(rows, compiled)
+        forms.check(graphed.replay(graph, values)[0], forms.denoiser(**arguments)[0])
+    graphed.add_compiled(rows, graph)
+    log.info("graph recorded", model=model.info.id, rows=rows)
+
+
+@contextmanager
+def graph_memory_counted(forms: DenoiserForms, device: torch.device) -> Iterator[None]:
+    """Add to ``graph_bytes`` what the pools of graphs take of ``device`` meanwhile."""
+    before = graph_pool_bytes(device)
     try:
-        graphed.record_compiled(rows, compiled)
-        forms.check(graphed(values)[0], forms.denoiser(**arguments)[0])
-    except Exception:
-        graphed.drop_compiled(rows)
-        raise
-    taken = count_bytes(forms, model.device, before)
-    log.info("graph recorded", model=model.info.id, rows=rows, bytes=taken)
+        yield
+    finally:
+        forms.graph_bytes += max(0, graph_pool_bytes(device) - before)
+
+
+def account_for_graphs(models: Collection[Model]) -> bool:
+    """Take what graphs took since the last call from what batches of ``models`` may use.
+
+    Returns whether they took anything.
+    """
+    taken = sum(model.forms.take_graph_bytes() for model in models if model.forms is not None)
+    for model in models if taken else ():
+        model.info = sharing(model.info, max(0, model.info.memory.available_bytes - taken))
+    return taken > 0
 
 
 def _recorded(id: str, forms: DenoiserForms, recorder: Recorder) -> GraphedDenoiser | None:
@@ -256,8 +303,10 @@ def _recorded(id: str, forms: DenoiserForms, recorder: Recorder) -> GraphedDenoi
                 raise WrongOutput("its arguments are of other kinds in a batch")
             if graphed is None:
                 graphed = GraphedDenoiser(forms.denoiser, forms.signature, values, recorder)
-            graphed.record(rows)
-            forms.check(graphed(values)[0], forms.denoiser(**arguments)[0])
+            with graph_memory_counted(forms, graphed.device):
+                graph = graphed.recorded(rows)
+                forms.check(graphed.replay(graph, values)[0], forms.denoiser(**arguments)[0])
+            graphed.add(rows, graph)
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -269,4 +318,5 @@ def _recorded(id: str, forms: DenoiserForms, recorder: Recorder) -> GraphedDenoi
             graphed = graphed if graphed is not None and graphed.recorded_rows else None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        pause()
     return graphed if graphed is not None and graphed.recorded_rows else None

@@ -10,11 +10,10 @@ from collections import Counter
 import structlog
 import torch
 
-from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms, WrongOutput
-from darkroom_server.engine.forms.graphs import GraphedDenoiser, Recorder, count_bytes
+from darkroom_server.engine.forms.graphs import GraphedDenoiser, Recorder, graph_memory_counted
 from darkroom_server.engine.forms.signature import Signature, Values
 from darkroom_server.engine.pipelines.arguments import Arguments
 
@@ -36,17 +35,14 @@ def record_reshaped_later(model: Model, recorder: Recorder) -> None:
     """Let ``model``, if it runs graphs, run graphs of other usual sizes too."""
     forms = model.forms
     if forms is not None and isinstance(forms.other, GraphedDenoiser):
-        forms.reshaped = ReshapedGraphs(model.info.id, model.device, forms, recorder).run
+        forms.reshaped = ReshapedGraphs(model.info.id, forms, recorder).run
 
 
 class ReshapedGraphs:
     """Runs calls of other shapes than those of ``forms`` as graphs, once many of a kind came."""
 
-    def __init__(
-        self, model: str, device: torch.device, forms: DenoiserForms, recorder: Recorder
-    ) -> None:
+    def __init__(self, model: str, forms: DenoiserForms, recorder: Recorder) -> None:
         self._model = model
-        self._device = device
         self._forms = forms
         self._recorder = recorder
         self._seen: Counter[tuple[Shapes, int]] = Counter()
@@ -88,13 +84,21 @@ class ReshapedGraphs:
 
         Without memory for it, those that were recorded stay.
         """
-        bucket = kind[1]
-        before = available_bytes(self._device)
+        bucket, generator = kind[1], torch.Generator().manual_seed(kind[1])
         try:
             filled = signature.filled_up(values, bucket)
             graphed = GraphedDenoiser(self._forms.denoiser, signature, filled, self._recorder)
-            graphed.record(bucket)
-            self._check(graphed, signature, filled)
+            distinct = signature.distinct_rows(signature.arguments(filled), generator)
+            tried = signature.arranged(distinct)
+            if tried is None:
+                raise WrongOutput("its arguments are of other kinds in a batch")
+            eager = graphed.eager(tried)
+            if not eager.isfinite().all():
+                self._seen[kind] = 0  # It says nothing about a graph.
+                return
+            with graph_memory_counted(self._forms, graphed.device):
+                graph = graphed.recorded(bucket)
+                self._forms.check(graphed.replay(graph, tried)[0], eager)
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -106,17 +110,8 @@ class ReshapedGraphs:
         finally:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        graphed.add(bucket, graph)
         self._recorded[kind] = graphed
-        taken = count_bytes(self._forms, self._device, before)
+        self._forms.graph_bytes += graphed.buffer_bytes
         shapes = {n: list(v.shape) for n, v in filled.items() if isinstance(v, torch.Tensor)}
-        log.info("graph of another size recorded", model=self._model, shapes=shapes, bytes=taken)
-
-    def _check(self, graphed: GraphedDenoiser, signature: Signature, filled: Values) -> None:
-        """Compare rows that differ. Raises ``WrongOutput``, and what torch raises."""
-        generator = torch.Generator().manual_seed(signature.rows(filled))
-        distinct = signature.arranged(
-            signature.distinct_rows(signature.arguments(filled), generator)
-        )
-        if distinct is None:
-            raise WrongOutput("its arguments are of other kinds in a batch")
-        self._forms.check(graphed(distinct)[0], graphed.eager(distinct))
+        log.info("graph of another size recorded", model=self._model, shapes=shapes)

@@ -32,12 +32,12 @@ def start_loop(
     config: EngineConfig,
     emit: Callable[[Event], None],
     toolchain: Toolchain | None = None,
-    recorder: Recorder | None = None,
+    new_recorder: Callable[[], Recorder] = CudaRecorder,
 ) -> tuple[EngineLoop, EngineReady]:
     """Load every model; must be called on the thread that will run the loop.
 
-    ``toolchain`` compiles denoisers and ``recorder`` records their graphs, None: torch's own.
-    Raises ``StartupError`` with one line for the operator.
+    ``toolchain`` compiles denoisers, None: torch's own. ``new_recorder`` makes what records the
+    graphs of one. Raises ``StartupError`` with one line for the operator.
     """
     began = time.monotonic()
     device = device_of(config)
@@ -51,13 +51,14 @@ def start_loop(
     models, loads, caches = {}, [], {}
     adapters, controlnets = Adapters.of(config), ControlNets(config)
     compiler = Compiler(config.compile_cache, toolchain or Inductor())
-    recorder = recorder or CudaRecorder()
     store = WeightStore(device)
-    loader = ModelLoader(config, device, controlnets, recorder, store, emit, generate_first_image)
+    loader = ModelLoader(
+        config, device, controlnets, new_recorder, store, emit, generate_first_image
+    )
     for source in config.models:
         with torch.inference_mode():
             loaded = load_model(source, config, adapters, controlnets, store, loader.findings)
-            loaded = with_graphs(loaded, recorder)
+            loaded = with_graphs(loaded, new_recorder())
             compiler.prepare(loaded.model)
             _account_for_graphs(loaded.model)
         models[source.id], caches[source.id] = loaded.model, loaded.cache
