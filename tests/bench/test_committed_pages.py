@@ -11,7 +11,7 @@ from bench.report.markdown import DOCS, replace_section
 from bench.report.results import newest
 
 BENCHMARKS = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
-WITHOUT_RESULTS = {"gpu", "memory", "spinning"}
+WITHOUT_RESULTS = {"gpu", "memory"}
 """No results of these are committed: they need CUDA, or a quiet machine."""
 
 
