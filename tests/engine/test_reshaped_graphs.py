@@ -68,6 +68,7 @@ class Graphs:
         with torch.inference_mode():
             given = sized(rows, side, seed)
             found, expected = self.forms.run(given, samples)[0], self.denoiser(**given)[0]
+            self.forms.record_pending()
         torch.testing.assert_close(found, expected)
         # A batch after which a graph is recorded runs it only to compare it.
         compared = len(self.recorder.recorded) - recorded
@@ -101,6 +102,7 @@ def test_the_default_size_is_not_counted(graphs: Graphs) -> None:
     with torch.inference_mode():
         for seed in range(USUAL * 2):
             graphs.forms.run(call(2, seed), [])
+            graphs.forms.record_pending()
     assert graphs.recorder.recorded == []
 
 
@@ -178,6 +180,7 @@ def test_values_that_are_not_numbers_say_nothing_about_a_graph(graphs: Graphs) -
     with torch.inference_mode():
         for _ in range(USUAL):
             graphs.forms.run(broken, [])
+            graphs.forms.record_pending()
     assert graphs.recorder.recorded == []
     graphs.become_usual(2, 12)
     assert graphs.in_graph(2, 12)

@@ -173,10 +173,10 @@ class EngineLoop:
                     self._run(batch)
                 self._try_compiled()
                 if self._resident is not None:
-                    self._resident.account_for_graphs()
                     if self._resident.busy:
                         self._publish()
                         self._resident.work()
+                    self._resident.account_for_graphs()
                 self._counters.report()
         finally:
             self._memory.close()

@@ -19,6 +19,7 @@ from darkroom_server.engine.catalogue.global_settings import LoopPaused
 from darkroom_server.engine.catalogue.loader import ModelLoader, ModelRead
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.forms.compiler import Compiler
+from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
 from darkroom_server.engine.forms.graphs import account_for_graphs
 from darkroom_server.engine.loading.load_model import LoadedModel
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
@@ -61,7 +62,7 @@ class ResidentModels:
     @property
     def busy(self) -> bool:
         """Whether ``work`` has something to do."""
-        return self.loader.busy
+        return self.loader.busy or any(forms.to_record is not None for forms in self._forms)
 
     @property
     def waiting(self) -> bool:
@@ -92,10 +93,12 @@ class ResidentModels:
                 self.loader.begin(command, self.receive)
 
     def work(self) -> None:
-        """Do a part of a load, and add the model once it is complete.
+        """Record a graph, or do a part of a load, and add the model once it is complete.
 
         Raises an error that means that the device is lost.
         """
+        for forms in self._forms:
+            forms.record_pending()
         loaded = self.loader.work()
         if loaded is not None:
             self._add(loaded)
@@ -104,6 +107,11 @@ class ResidentModels:
         """Leave to batches what is left after the graphs that were recorded since the last call."""
         if account_for_graphs(self.parts.runner.models.values()):
             self._pass_memory_on()
+
+    @property
+    def _forms(self) -> list[DenoiserForms]:
+        models = self.parts.runner.models.values()
+        return [model.forms for model in models if model.forms is not None]
 
     def _add(self, loaded: LoadedModel) -> None:
         parts, model = self.parts, loaded.model
@@ -148,9 +156,9 @@ class ResidentModels:
     def _share_memory(self) -> int:
         """Let every model know what memory is left; returns that."""
         free = available_bytes(self.loader.device)
+        for forms in self._forms:
+            forms.take_graph_bytes()  # They are not free any more.
         for model in self.parts.runner.models.values():
-            if model.forms is not None:
-                model.forms.take_graph_bytes()  # It is not free any more.
             model.info = sharing(model.info, free)
         self._pass_memory_on()
         return free

@@ -84,18 +84,23 @@ class AdaptedGraphs:
         if recorded is None:
             self._seen[kind] += 1
             if self._seen[kind] == RECORDED_AFTER:
-                self._record(kind, plan, values)
+                eager = self._graphed.eager(values)
+                own = {
+                    n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in values.items()
+                }
+                self._forms.to_record = partial(self._record, kind, plan, own, eager)
             return None
         recorded.slots.fill(plan)
         return self._graphed.replay(recorded.graph, values)
 
-    def _record(self, kind: tuple[int, int], plan: Plan, values: Values) -> None:
+    def _record(
+        self, kind: tuple[int, int], plan: Plan, values: Values, eager: torch.Tensor
+    ) -> None:
         """Record a graph and compare it. If that fails, no more are recorded, and the log says so.
 
         Without memory for it, those that were recorded stay.
         """
         rows, most = kind
-        eager = self._graphed.eager(values)
         if not eager.isfinite().all():
             self._seen[kind] = 0  # It says nothing about a graph.
             return

@@ -44,8 +44,9 @@ class DenoiserForms:
     for a number of rows. ``tasks`` compile the denoiser, ``when`` that says; without any it is not
     compiled. ``graph_rows`` are the rows of the graphs to record, none on a CPU. ``adapted`` runs
     rows with adapters that ``other`` takes, and ``reshaped`` calls of other shapes than in the
-    signature, if they do not return None. ``graph_bytes`` are what graphs took of the device's
-    memory and ``take_graph_bytes`` has not returned yet.
+    signature, if they do not return None. ``to_record`` records a graph of calls that have come
+    often: between two batches, so that no job pays for it. ``graph_bytes`` are what graphs took of
+    the device's memory and ``take_graph_bytes`` has not returned yet.
     """
 
     denoiser: Any
@@ -58,6 +59,7 @@ class DenoiserForms:
     other: OtherForm | None = None
     adapted: Callable[[Values], Any] | None = None
     reshaped: Callable[[Arguments], Any] | None = None
+    to_record: Callable[[], None] | None = None
     graph_bytes: int = 0
 
     def run(self, given: Arguments, samples: Sequence[Sample]) -> Any:
@@ -84,6 +86,12 @@ class DenoiserForms:
             return self.adapted(values)
         return other(values, exact=exact)
 
+    def record_pending(self) -> None:
+        """Record the graph that waits for it. Raises an error of a lost device."""
+        if self.to_record is not None:
+            record, self.to_record = self.to_record, None
+            record()
+
     def take_graph_bytes(self) -> int:
         """The bytes that graphs have taken since the last call."""
         taken, self.graph_bytes = self.graph_bytes, 0
@@ -91,7 +99,7 @@ class DenoiserForms:
 
     def drop_graphs(self) -> None:
         """Run eagerly from now on; the memory of the graphs is freed."""
-        self.other = self.adapted = self.reshaped = None
+        self.other = self.adapted = self.reshaped = self.to_record = None
 
     def example(self, rows: int) -> dict[str, Any]:
         """Arguments of a call whose rows differ in every value, the timestep included."""

@@ -6,6 +6,7 @@ length of prompts.
 """
 
 from collections import Counter
+from functools import partial
 
 import structlog
 import torch
@@ -64,7 +65,8 @@ class ReshapedGraphs:
         if graphed is not None:
             return graphed(values)
         if self._is_usual(kind):
-            self._record(kind, signature, values)
+            filled = signature.filled_up(values, bucket)
+            self._forms.to_record = partial(self._record, kind, signature, filled)
         return None
 
     def _is_usual(self, kind: tuple[Shapes, int]) -> bool:
@@ -79,14 +81,13 @@ class ReshapedGraphs:
         self._seen[kind] += 1
         return self._seen[kind] == RECORDED_AFTER
 
-    def _record(self, kind: tuple[Shapes, int], signature: Signature, values: Values) -> None:
+    def _record(self, kind: tuple[Shapes, int], signature: Signature, filled: Values) -> None:
         """Record a graph and compare it. If that fails, no more are recorded, and the log says so.
 
         Without memory for it, those that were recorded stay.
         """
         bucket, generator = kind[1], torch.Generator().manual_seed(kind[1])
         try:
-            filled = signature.filled_up(values, bucket)
             graphed = GraphedDenoiser(self._forms.denoiser, signature, filled, self._recorder)
             distinct = signature.distinct_rows(signature.arguments(filled), generator)
             tried = signature.arranged(distinct)
