@@ -49,7 +49,7 @@ class FakeToolchain:
         self.go = threading.Event()
         self.closed = False
 
-    def missing(self) -> str:
+    def missing(self, task: CompileTask) -> str:
         return self.lacks
 
     def compile(self, task: CompileTask, file: Path) -> None:

@@ -27,6 +27,7 @@ from darkroom_server.engine.forms.compiled import CompiledDenoiser
 from darkroom_server.engine.forms.graphs import Graph, GraphedDenoiser, compiled_buckets
 from darkroom_server.engine.forms.signature import Values
 from darkroom_server.engine.forms.task import CompileTask
+from darkroom_server.engine.forms.toolchain import Inductor
 from darkroom_server.engine.loading.startup import start_loop
 
 from .conftest import End, make_job
@@ -172,6 +173,38 @@ def test_what_has_the_kernels_lives_as_long_as_their_graph() -> None:
     del found
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("missing", ["toolkit", "compiler", "header", ""])
+def test_what_a_compile_for_cuda_needs_is_asked_for_first(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "include"
+    here.mkdir()
+    for file, part in (("cuda.h", "toolkit"), ("Python.h", "header")):
+        if part != missing:
+            (here / file).touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(here)})
+    known = {"g++"} if missing == "compiler" else {"g++", "gcc"}
+    monkeypatch.setattr("shutil.which", lambda name: name if name in known else None)
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    why = Inductor().missing(CompileTask("", {}, 2, gpu=1))
+    says = {"toolkit": "cuda.h", "compiler": "gcc", "header": "Python.h"}
+    assert says[missing] in why if missing else why == ""
+    assert Inductor().missing(CompileTask("", {})) == "", "on a CPU"
+
+
+def test_what_has_no_graph_beside_it_is_not_compiled(
+    tiny_folder: Path, tmp_path: Path, toolchain: StaticToolchain, cuda: FakeDevice
+) -> None:
+    """Memory for the graphs of three rows and fewer only."""
+    engine = Engine(tiny_folder, tmp_path, toolchain, FakeRecorder(limit=3), Compile.BLOCKING)
+    assert engine.recorder.recorded[:3] == [3, 2, 1]
+    assert len(toolchain.compiled) == 1, "of two rows, not of four"
+    assert engine.warnings == []
+    assert form_of(engine.ready) is DenoiserForm.COMPILED_GRAPHS
 
 
 def test_an_engine_runs_compiled_graphs(

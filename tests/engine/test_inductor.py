@@ -99,12 +99,19 @@ def test_a_denoiser_is_compiled_for_one_number_of_rows(tmp_path: Path) -> None:
     task = _task(unet, kinds, memory_format, torch.device("cpu"), rows)
     inductor, file = Inductor(), tmp_path / "unet.pt2"
     inductor.compile(task, file)
+    shares = [users(weight) for weight in unet.parameters()]
     compiled = inductor.load(task, file, unet)
     assert [compiled.takes(each, exact=False) for each in (2, 4, 5)] == [False, True, False]
     values = {name: example(kind, rows, memory_format.layout) for name, kind in kinds.items()}
     with torch.inference_mode():
         error = largest_error(compiled(values)[0], unet(**values)[0])
     assert 0 < error < 1e-3
+    assert [users(weight) for weight in unet.parameters()] == shares, "no unload would free them"
+
+
+def users(weight: torch.Tensor) -> int:
+    """How many tensors own the memory of ``weight``."""
+    return int(torch._C._storage_Use_Count(weight.untyped_storage()._cdata))
 
 
 COMPILED = {"SDXL": False, "Stable Diffusion 3": False, "FLUX.1 dev": False, "Chroma": True}

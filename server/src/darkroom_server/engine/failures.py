@@ -13,6 +13,8 @@ _ALLOCATION = (
     "not enough memory",
     "can't allocate memory",
     "alloc_cpu",
+    # Also in what a compiled denoiser raises, which is a RuntimeError.
+    "CUDA out of memory",
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",

@@ -165,10 +165,10 @@ class ModelLoader:
         cycles that live on for a while. ``keep``: the host's memory keeps the weights. Returns the
         bytes that it keeps.
         """
+        if (forms := self._forms.pop(id, None)) is not None:
+            forms.drop_others()
         for module in self._modules.pop(id, ()):
             module.to(device="meta")
-        if (forms := self._forms.pop(id, None)) is not None:
-            forms.drop_graphs()
         kept = self.store.remove(id, keep=keep)
         _release_memory(self.device)
         return kept

@@ -1,7 +1,8 @@
-"""The process that compiles one denoiser: ``python -m ... PARENT FILE``, its task on stdin.
+"""The process that compiles one denoiser: ``python -m ... PARENT FILE [GPU]``, its task on stdin.
 
-``PARENT`` is the id of the process that waits for it, ``FILE`` the package to write. The
-weights have no values, and memory that is not touched takes no room.
+``PARENT`` is the id of the process that waits for it, ``FILE`` the package to write, ``GPU`` the
+index of the one to compile on. The weights have no values: on a CPU, memory that is not touched
+takes no room.
 """
 
 import importlib
@@ -24,6 +25,8 @@ from darkroom_server.engine.main import die_with
 def main() -> None:
     """Compile what stdin describes."""
     die_with(parent=int(sys.argv[1]))
+    for gpu in sys.argv[3:]:
+        torch.cuda.set_device(int(gpu))
     compile_denoiser(json.load(sys.stdin), Path(sys.argv[2]))
 
 

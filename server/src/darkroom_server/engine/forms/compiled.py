@@ -46,6 +46,19 @@ def open_package(file: Path, module: Any, *, for_graphs: bool = False) -> Any:
     # ask for them.
     loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", for_graphs, 1, -1)
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    used = {name: weights[name] for name in loader.get_constant_fqns()}
+    used = {name: _unowned(weights[name]) for name in loader.get_constant_fqns()}
     loader.load_constants(used, False, True, True)
     return loader
+
+
+def _unowned(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` without a share in its memory: a package never lets go of a tensor it was given.
+
+    So the package runs only while its module has the weights.
+    """
+    at = int(weight.storage_offset()) * weight.element_size()
+    storage = torch._C._construct_storage_from_data_pointer(
+        weight.data_ptr(), weight.device, int(weight.untyped_storage().nbytes()) - at
+    )
+    tensor = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    return tensor.set_(storage, 0, weight.shape, weight.stride())

@@ -17,7 +17,7 @@ from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.compiled import CompiledDenoiser
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms, WrongOutput
-from darkroom_server.engine.forms.graphs import record_compiled
+from darkroom_server.engine.forms.graphs import GraphedDenoiser, record_compiled
 from darkroom_server.engine.forms.task import CompileTask
 from darkroom_server.engine.forms.toolchain import CompileFailed, Toolchain
 
@@ -28,7 +28,11 @@ TRIED_ROWS = (2, 3, 5)
 
 
 LOCK_SECONDS = 1.0
+
 """Between looks at whether another engine still compiles."""
+
+FAILED_RUN = "API call failed"
+"""In what compiled code raises for any error of torch, which says nothing about its file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class Compiler:
         if forms is None or (forms.graph_rows and forms.other is None):
             # Without graphs, which the log has reported, the batches of a GPU stay eager.
             return
-        for task in forms.tasks:
+        for task in _usable_tasks(forms):
             self._prepare(model, forms, task, beside_jobs=beside_jobs)
 
     def _prepare(
@@ -87,12 +91,12 @@ class Compiler:
             if used := file.is_file():
                 self._trials.append((id, self._trial(model, forms, task)))
         else:
-            if forms.when is Compile.BLOCKING and not file.is_file() and self._can_compile():
+            if forms.when is Compile.BLOCKING and not file.is_file() and self._can_compile(task):
                 self._compile(id, task)
             if file.is_file():
                 used = _run_whole(self._trial(model, forms, task))
         later = (Compile.BACKGROUND, Compile.BLOCKING) if beside_jobs else (Compile.BACKGROUND,)
-        if not used and forms.when in later and self._can_compile():
+        if not used and forms.when in later and self._can_compile(task):
             self._models[id] = model
             self._to_compile.put((id, task))
 
@@ -107,7 +111,11 @@ class Compiler:
         """Let ``work`` try what was compiled."""
         model = self._models.get(compiled.model)
         # The one of an unloaded model's id may be another.
-        if model is not None and model.forms is not None and compiled.task in model.forms.tasks:
+        if (
+            model is not None
+            and model.forms is not None
+            and compiled.task in _usable_tasks(model.forms)
+        ):
             trial = self._trial(model, model.forms, compiled.task)
             self._trials.append((compiled.model, trial))
 
@@ -194,7 +202,7 @@ class Compiler:
                 raise
             why = one_line(error)
             log.warning("denoiser stays eager", model=model.info.id, why=why, **_rows_of(task))
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) and FAILED_RUN not in str(error):
                 file.unlink(missing_ok=True)
             return False
         model.info = model.info.with_runtime(denoiser=model.info.runtime.denoiser.compiled)
@@ -206,8 +214,8 @@ class Compiler:
         )
         return True
 
-    def _can_compile(self) -> bool:
-        missing = self._toolchain.missing()
+    def _can_compile(self, task: CompileTask) -> bool:
+        missing = self._toolchain.missing(task)
         if missing and not self._reported_missing:
             self._reported_missing = True
             log.warning("denoisers stay eager", why=missing)
@@ -215,6 +223,13 @@ class Compiler:
 
     def _file(self, task: CompileTask) -> Path:
         return self._folder / f"{task.digest}.pt2"
+
+
+def _usable_tasks(forms: DenoiserForms) -> list[CompileTask]:
+    """Those for which there is a graph, or which need none."""
+    graphed = forms.other
+    rows = graphed.recorded_rows if isinstance(graphed, GraphedDenoiser) else []
+    return [task for task in forms.tasks if task.rows is None or task.rows in rows]
 
 
 def _run_whole(trial: Generator[None, None, bool]) -> bool:

@@ -97,8 +97,8 @@ class DenoiserForms:
         taken, self.graph_bytes = self.graph_bytes, 0
         return taken
 
-    def drop_graphs(self) -> None:
-        """Run eagerly from now on; the memory of the graphs is freed."""
+    def drop_others(self) -> None:
+        """Run eagerly from now on; the memory of graphs and of compiled code is freed."""
         self.other = self.adapted = self.reshaped = self.to_record = None
 
     def example(self, rows: int) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def _task(
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability()
         description["gpu"] = [name, *capability, torch.version.cuda]
     try:
-        return CompileTask(json.dumps(description), kinds, rows)
+        gpu = (device.index or 0) if device.type == "cuda" else None
+        return CompileTask(json.dumps(description), kinds, rows, gpu)
     except TypeError as error:
         raise OtherArguments(f"its configuration is not plain data ({error})") from error
 

@@ -96,6 +96,15 @@ class Signature:
             kinds[name] = TensorKind(shape, kind.dtype)
         return Signature(kinds, self.layout)
 
+    def laid_out(self, values: Values, rows: int) -> dict[str, Any]:
+        """``values`` of these kinds and ``rows`` rows, as they lie in memory in a call."""
+        return {
+            name: laid_out(kind, values[name], rows, self.layout)
+            if isinstance(kind, TensorKind)
+            else values[name]
+            for name, kind in self.kinds.items()
+        }
+
     def filled_up(self, values: Values, rows: int) -> dict[str, Any]:
         """``values`` with their last row repeated, so that they have ``rows`` rows."""
         filled = dict(values)

@@ -26,12 +26,14 @@ class CompileTask:
     """A denoiser to compile, on this machine and with this number of threads.
 
     ``description`` is what ``compile_process`` reads, as JSON. ``kinds`` are the arguments, of
-    ``rows`` rows, None: of any number.
+    ``rows`` rows, None: of any number. ``gpu`` is the index of the GPU to compile on, None for a
+    CPU; results are good for all of a kind.
     """
 
     description: str
     kinds: Kinds
     rows: int | None = None
+    gpu: int | None = None
 
     @functools.cached_property
     def digest(self) -> str:

@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch.utils import _pytree as pytree
 
 from darkroom_server.engine.forms.compiled import CompiledDenoiser, open_package
@@ -31,8 +33,8 @@ class CompileFailed(Exception):
 class Toolchain(Protocol):
     """Compiles denoisers and loads the results."""
 
-    def missing(self) -> str:
-        """What it lacks to compile here, in one line; "" if nothing."""
+    def missing(self, task: CompileTask) -> str:
+        """What it lacks to compile ``task`` here, in one line; "" if nothing."""
 
     def compile(self, task: CompileTask, file: Path) -> None:
         """Compile into ``file``, in a folder that exists; no other call does at the same time.
@@ -59,12 +61,14 @@ class Inductor:
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
 
-    def missing(self) -> str:
-        """What it lacks to compile here, in one line; "" if nothing."""
+    def missing(self, task: CompileTask) -> str:
+        """What it lacks to compile ``task`` here, in one line; "" if nothing."""
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             return f"there is no C++ compiler ({compiler}); install one, or set CXX"
-        return ""
+        if "user_managed" not in str(torch._C._aoti.AOTIModelPackageLoader.load_constants.__doc__):
+            return f"torch {torch.__version__} shares no weights with compiled code; update it"
+        return "" if task.gpu is None else _missing_for_cuda()
 
     def compile(self, task: CompileTask, file: Path) -> None:
         """Compile into ``file``. Raises ``CompileFailed``."""
@@ -107,12 +111,14 @@ class Inductor:
             # One core at a time, and nothing of it in the user's own cache.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(scratch),
+            "TRITON_CACHE_DIR": str(scratch / "triton"),
         }
+        gpu = () if task.gpu is None else (str(task.gpu),)
         with self._lock:
             if self._closed:
                 raise CompileFailed("the engine closes")
             self._process = subprocess.Popen(
-                [sys.executable, *PROCESS, str(os.getpid()), str(made)],
+                [sys.executable, *PROCESS, str(os.getpid()), str(made), *gpu],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -128,6 +134,26 @@ class Inductor:
         if process.returncode or not made.is_file():
             last = lines.decode(errors="replace").strip().splitlines()[-KEPT_LINES:]
             raise CompileFailed(" ".join(last) or f"exit code {process.returncode}")
+
+
+def _missing_for_cuda() -> str:
+    """What is missing to compile for CUDA: torch's wheels have neither headers nor compilers."""
+    if not (_cuda_home() / "include" / "cuda.h").is_file():
+        return "there is no CUDA toolkit with cuda.h; install it, and set CUDA_HOME"
+    compilers = [os.environ.get("CC", ""), "gcc", "clang"]
+    if not any(each and shutil.which(each) for each in compilers):
+        return "there is no C compiler (gcc, clang); install one, or set CC"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "there is no Python.h; install Python's development files"
+    return ""
+
+
+def _cuda_home() -> Path:
+    """Where torch looks for the toolkit."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    found = Path(nvcc).parent.parent if nvcc else Path("/usr/local/cuda")
+    return Path(named) if named else found
 
 
 def _names(loader: Any) -> list[str]:
