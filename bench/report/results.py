@@ -104,7 +104,10 @@ def save(results: Results, folder: Path = RESULTS) -> Path:
     text = json.dumps(fields, indent=1)
     # A list or object of plain values goes on one line, which keeps the file readable.
     text = re.sub(r"([\[{])\s+([^][{}]*?)\s+([\]}])", _on_one_line, text)
-    path.write_text(text + "\n", encoding="utf-8")
+    # A benchmark that is killed here leaves what it found before.
+    new = path.with_suffix(".new")
+    new.write_text(text + "\n", encoding="utf-8")
+    new.replace(path)
     return path
 
 

@@ -315,6 +315,7 @@ def test_after_a_capture_that_failed_on_a_gpu_others_are_recorded() -> None:
     recorder, weights = CudaRecorder(), torch.rand(64, 64, device="cuda")
 
     def fails() -> torch.Tensor:
+        weights @ weights  # torch warns of a capture without a kernel.
         if torch.cuda.is_current_stream_capturing():
             raise torch.OutOfMemoryError("no memory")
         return weights @ weights
