@@ -20,7 +20,6 @@ from darkroom_server.engine.catalogue.loader import ModelLoader, ModelRead
 from darkroom_server.engine.device.memory import available_bytes
 from darkroom_server.engine.forms.compiler import Compiler
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
-from darkroom_server.engine.forms.graphs import account_for_graphs
 from darkroom_server.engine.loading.load_model import LoadedModel
 from darkroom_server.engine.warmup.measurement_cache import MeasurementCache
 from darkroom_server.ipc.commands import DescribeModels, LoadModel, UnloadModel
@@ -105,8 +104,12 @@ class ResidentModels:
 
     def account_for_graphs(self) -> None:
         """Leave to batches what is left after the graphs that were recorded since the last call."""
-        if account_for_graphs(self.parts.runner.models.values()):
-            self._pass_memory_on()
+        taken = sum(forms.take_graph_bytes() for forms in self._forms)
+        if not taken:
+            return
+        for model in self.parts.runner.models.values():
+            model.info = sharing(model.info, max(0, model.info.memory.available_bytes - taken))
+        self._pass_memory_on()
 
     @property
     def _forms(self) -> list[DenoiserForms]:

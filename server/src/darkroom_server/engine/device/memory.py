@@ -3,6 +3,7 @@
 import ctypes
 import re
 from pathlib import Path
+from typing import Any
 
 import psutil
 import structlog
@@ -85,11 +86,10 @@ def _unused_bytes(device: torch.device) -> int:
 
     What is free in the pool of graphs is not among them: only graphs use it.
     """
-    index = device.index or 0  # "cuda" is the first one.
     return sum(
         segment["total_size"] - segment["allocated_size"]
-        for segment in torch.cuda.memory_snapshot()
-        if segment["device"] == index and tuple(segment["segment_pool_id"]) == USUAL_POOL
+        for segment in _segments(device)
+        if tuple(segment["segment_pool_id"]) == USUAL_POOL
     )
 
 
@@ -97,12 +97,17 @@ def graph_pool_bytes(device: torch.device) -> int:
     """Bytes that torch has of ``device`` for graphs; 0 on a CPU."""
     if device.type != "cuda":
         return 0
-    index = device.index or 0
     return sum(
         segment["total_size"]
-        for segment in torch.cuda.memory_snapshot()
-        if segment["device"] == index and tuple(segment["segment_pool_id"]) != USUAL_POOL
+        for segment in _segments(device)
+        if tuple(segment["segment_pool_id"]) != USUAL_POOL
     )
+
+
+def _segments(device: torch.device) -> list[Any]:
+    """What torch has of a GPU."""
+    index = device.index or 0  # "cuda" is the first one.
+    return [each for each in torch.cuda.memory_snapshot() if each["device"] == index]
 
 
 def status_bytes(field: str) -> int:

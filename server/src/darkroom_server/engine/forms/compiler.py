@@ -28,7 +28,6 @@ TRIED_ROWS = (2, 3, 5)
 
 
 LOCK_SECONDS = 1.0
-
 """Between looks at whether another engine still compiles."""
 
 FAILED_RUN = "API call failed"

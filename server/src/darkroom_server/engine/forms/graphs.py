@@ -5,7 +5,7 @@ graph is launched as a whole. It always reads and writes the same memory, so a b
 buffers, and is filled up to the next number of rows that was recorded.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +16,6 @@ import structlog
 import torch
 
 from darkroom_server.core.model_runtime import DenoiserForm
-from darkroom_server.core.residency import sharing
 from darkroom_server.engine.catalogue.slices import pause
 from darkroom_server.engine.device.memory import graph_pool_bytes
 from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
@@ -283,17 +282,6 @@ def graph_memory_counted(forms: DenoiserForms, device: torch.device) -> Iterator
         yield
     finally:
         forms.graph_bytes += max(0, graph_pool_bytes(device) - before)
-
-
-def account_for_graphs(models: Collection[Model]) -> bool:
-    """Take what graphs took since the last call from what batches of ``models`` may use.
-
-    Returns whether they took anything.
-    """
-    taken = sum(model.forms.take_graph_bytes() for model in models if model.forms is not None)
-    for model in models if taken else ():
-        model.info = sharing(model.info, max(0, model.info.memory.available_bytes - taken))
-    return taken > 0
 
 
 def _recorded(id: str, forms: DenoiserForms, recorder: Recorder) -> GraphedDenoiser | None:
