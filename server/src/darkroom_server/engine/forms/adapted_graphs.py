@@ -14,10 +14,14 @@ import torch
 
 from darkroom_server.engine.adapters.module import AdaptedModule
 from darkroom_server.engine.adapters.plan import Plan, SlotPlan
-from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms
-from darkroom_server.engine.forms.graphs import Graph, GraphedDenoiser, graph_memory_counted
+from darkroom_server.engine.forms.graphs import (
+    Graph,
+    GraphedDenoiser,
+    contain_failure,
+    graph_memory_counted,
+)
 from darkroom_server.engine.forms.signature import Values
 
 log = structlog.get_logger(__name__)
@@ -110,14 +114,10 @@ class AdaptedGraphs:
                 graph = self._graphed.recorded(rows, partial(self._module.by_slots, slots))
                 slots.fill(plan)
                 self._forms.check(self._graphed.replay(graph, values)[0], eager)
-        except Exception as error:
-            if is_fatal(error):
-                raise
+        except Exception as error:  # noqa: BLE001 - it is contained, or raised again.
             self._failed = True
-            if not is_out_of_memory(error):
-                self._recorded.clear()
-            why = one_line(error)
-            log.warning("batches with adapters stay eager", model=self._model, why=why)
+            event = "batches with adapters stay eager"
+            contain_failure(error, self._recorded, self._model, event)
             return
         self._recorded[kind] = _Recorded(graph, slots)
         log.info("graph with adapters recorded", model=self._model, rows=rows, adapters=most)

@@ -5,7 +5,7 @@ graph is launched as a whole. It always reads and writes the same memory, so a b
 buffers, and is filled up to the next number of rows that was recorded.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -282,6 +282,21 @@ def graph_memory_counted(forms: DenoiserForms, device: torch.device) -> Iterator
         yield
     finally:
         forms.graph_bytes += max(0, graph_pool_bytes(device) - before)
+
+
+def contain_failure(
+    error: Exception, recorded: MutableMapping[Any, Any], model: str, event: str
+) -> None:
+    """Log that no more is recorded after ``error``, and why; raises that of a lost device.
+
+    Without memory for a graph those of ``recorded`` stay; what computes something else once is not
+    trusted any more.
+    """
+    if is_fatal(error):
+        raise error
+    if not is_out_of_memory(error):
+        recorded.clear()
+    log.warning(event, model=model, why=one_line(error))
 
 
 def _recorded(id: str, forms: DenoiserForms, recorder: Recorder) -> GraphedDenoiser | None:

@@ -11,10 +11,14 @@ from functools import partial
 import structlog
 import torch
 
-from darkroom_server.engine.failures import is_fatal, is_out_of_memory, one_line
 from darkroom_server.engine.families.base import Model
 from darkroom_server.engine.forms.denoiser_forms import DenoiserForms, WrongOutput
-from darkroom_server.engine.forms.graphs import GraphedDenoiser, Recorder, graph_memory_counted
+from darkroom_server.engine.forms.graphs import (
+    GraphedDenoiser,
+    Recorder,
+    contain_failure,
+    graph_memory_counted,
+)
 from darkroom_server.engine.forms.signature import Signature, Values
 from darkroom_server.engine.pipelines.arguments import Arguments
 
@@ -48,7 +52,7 @@ class ReshapedGraphs:
         self._recorder = recorder
         self._seen: Counter[tuple[Shapes, int]] = Counter()
         self._recorded: dict[tuple[Shapes, int], GraphedDenoiser] = {}
-        self._ended = False
+        self._failed = False
 
     def run(self, given: Arguments) -> tuple[torch.Tensor] | None:
         """What the denoiser returns for ``given``, None if it is to run eagerly."""
@@ -71,7 +75,7 @@ class ReshapedGraphs:
 
     def _is_usual(self, kind: tuple[Shapes, int]) -> bool:
         """Count a batch of ``kind``; whether it is time to record it."""
-        if self._ended:
+        if self._failed:
             return False
         shapes = {each for each, _ in self._recorded}
         if kind[0] not in shapes and len(shapes) == MOST_SHAPES:
@@ -100,13 +104,10 @@ class ReshapedGraphs:
             with graph_memory_counted(self._forms, graphed.device):
                 graph = graphed.recorded(bucket)
                 self._forms.check(graphed.replay(graph, tried)[0], eager)
-        except Exception as error:
-            if is_fatal(error):
-                raise
-            self._ended = True
-            if not is_out_of_memory(error):
-                self._recorded.clear()
-            log.warning("batches of other sizes stay eager", model=self._model, why=one_line(error))
+        except Exception as error:  # noqa: BLE001 - it is contained, or raised again.
+            self._failed = True
+            event = "batches of other sizes stay eager"
+            contain_failure(error, self._recorded, self._model, event)
             return
         finally:
             if torch.cuda.is_available():
